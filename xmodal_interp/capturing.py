@@ -1,0 +1,262 @@
+"""From images and questions to samples: prepare, run, record, put together.
+
+1. ``VLM.prepare`` makes model inputs and token tables.
+2. The model generates (or runs once) as the user configured it, while the recorder listens.
+3. Decode steps are stitched to the prefill: one row per token, whichever cache was used.
+4. A batch is taken apart: each sample gets its own rows, its own images of the vision tower.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.attention.masks import visible_rows
+from xmodal_interp.errors import CaptureError, InputError
+from xmodal_interp.hooks import record
+from xmodal_interp.models import VLM, ImageLike, Prompt, generated_table
+from xmodal_interp.sample import CallKey, Sample
+from xmodal_interp.vocabulary import TOWERS, Tower
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a capture keeps.
+
+    Attributes:
+        towers: Parts of the model.
+        layers: Layers, all if None.
+        values: Keep V too.
+        queries: Which query rows of language layers: ``"all"``, or ``"text"`` (text after the image and what is generated).
+    """
+
+    towers: tuple[Tower, ...] = TOWERS
+    layers: tuple[int, ...] | None = None
+    values: bool = False
+    queries: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.queries not in ("all", "text"):
+            raise InputError(f"queries must be 'all' or 'text'; got {self.queries!r}.")
+
+
+def capture(
+    vlm: VLM,
+    image: ImageLike | Sequence[ImageLike],
+    prompt: str,
+    *,
+    max_new_tokens: int = 0,
+    keep: Keep | None = None,
+    system: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> Sample:
+    """Run a model on one image (or several) and a question, and keep its attention.
+
+    The model runs as it is, with its own attention backend and cache; its outputs are bit for bit those without capture.
+
+    Args:
+        vlm: Model and processor.
+        image: Path or PIL image, or a list of them in order; an empty list asks about no image.
+        prompt: The question; it is put into the model's chat template, unless it holds the image placeholder itself.
+        max_new_tokens: How many tokens to generate, greedily; 0 runs the prompt only.
+        keep: What to keep; queries and keys of all layers if not given.
+        system: A system message.
+        generation: Further arguments of ``model.generate``.
+
+    Raises:
+        InputError: An unreadable image or an empty prompt.
+        CaptureError: Attention ran that could not be heard.
+    """
+    images = [image] if _is_image(image) else list(image)  # type: ignore[arg-type]
+    return capture_batch(
+        vlm, [images], [prompt], max_new_tokens=max_new_tokens, keep=keep, system=system, generation=generation
+    )[0]
+
+
+def capture_batch(
+    vlm: VLM,
+    images: Sequence[Sequence[ImageLike]],
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 0,
+    keep: Keep | None = None,
+    system: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> list[Sample]:
+    """``capture`` for several samples in one padded batch; the samples come back apart."""
+    keep = keep or Keep()
+    inputs, ready = vlm.prepare(images, prompts, system=system)
+    with torch.no_grad(), record(vlm.model, towers=keep.towers, layers=keep.layers, values=keep.values) as recording:
+        if max_new_tokens > 0:
+            options = {"do_sample": False, **(generation or {})}
+            output = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+            new = output[:, inputs["input_ids"].shape[1] :]
+        else:
+            vlm.model(**inputs, use_cache=False)
+            new = inputs["input_ids"][:, :0]
+    streams: dict[tuple[str, str, int], list[AttentionCall]] = defaultdict(list)
+    for call in recording.calls:
+        streams[call.tower, call.kind, call.layer].append(call)
+    layers: dict[str, list[int]] = defaultdict(list)
+    for identity in recording.modules:
+        layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
+    about = provenance(vlm, layers, max_new_tokens, keep)
+    return [_sample(vlm, i, ready, new, streams, keep, about) for i in range(len(ready))]
+
+
+def provenance(vlm: VLM, layers: Mapping[str, Sequence[int]], max_new_tokens: int, keep: Keep) -> dict[str, Any]:
+    """What made a sample: model, versions and settings; JSON-ready."""
+    config = vlm.model.config
+    return {
+        "model": vlm.name,
+        "model_class": type(vlm.model).__name__,
+        "model_type": config.model_type,
+        "revision": getattr(config, "_commit_hash", None),
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "backend": config._attn_implementation,
+        "processor": type(vlm.processor).__name__,
+        "layers": {name: sorted(set(of)) for name, of in layers.items()},
+        "max_new_tokens": max_new_tokens,
+        "kept": {"towers": list(keep.towers), "layers": keep.layers, "values": keep.values, "queries": keep.queries},
+        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _sample(
+    vlm: VLM,
+    index: int,
+    ready: Sequence[Prompt],
+    new: Tensor,
+    streams: Mapping[tuple[str, str, int], Sequence[AttentionCall]],
+    keep: Keep,
+    about: dict[str, Any],
+) -> Sample:
+    prompt = ready[index]
+    n_prompt = len(prompt.tokens)
+    ids = _until_end(new[index].tolist(), vlm)
+    fed = ids[: max(new.shape[1] - 1, 0)]  # the last token that generate returns was never read by the model
+    added, text = generated_table(fed, ids, vlm.tokenizer, n_prompt, prompt.text)
+    tokens = pd.concat([prompt.tokens, added]) if len(added) else prompt.tokens
+    n_images = [len(p.images) for p in ready]
+    calls: dict[CallKey, AttentionCall] = {}
+    for (tower, kind, layer), stream in streams.items():
+        if tower == "language":
+            whole = stitch([call.select_sample(index) for call in stream], len(tokens))
+            calls[tower, kind, layer, 0] = whole  # type: ignore[index]
+        else:
+            for number, call in enumerate(_of_images(stream, n_images, index)):
+                calls[tower, kind, layer, number] = replace(call, call=number)  # type: ignore[index]
+    sample = Sample(
+        name=f"sample-{index}",
+        tokens=tokens,
+        text=text,
+        question=prompt.question,
+        answer=vlm.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+        n_prompt=n_prompt,
+        grids=prompt.grids,
+        images=prompt.images,
+        calls=calls,
+        cross_keys=prompt.cross_keys,
+        provenance=about,
+    )
+    return sample if keep.queries == "all" else _text_rows(sample)
+
+
+def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
+    """Prefill and decode steps of one layer as one call with a row per token.
+
+    Args:
+        calls: The calls in order.
+        n_positions: How many positions the sample has; steps behind them (of a batch that went on) are left out.
+
+    Raises:
+        CaptureError: Keys that don't grow step by step.
+    """
+    first, last = calls[0], calls[-1]
+    if len(calls) == 1:
+        return first
+    if first.q is None or last.k is None or first.k is None:
+        raise CaptureError("Only calls that hold queries and keys can be stitched.")
+    if any(call.kind == "cross" for call in calls):
+        return _stitch_cross(calls)
+    growing = all(
+        a.n_keys + b.n_queries == b.n_keys for a, b in zip(calls[:-1], calls[1:], strict=True)
+    )
+    if not growing:
+        raise CaptureError(
+            f"Decode steps are stitched where each step's keys are those before plus its own. {first.name} had "
+            f"{', '.join(str(c.n_keys) for c in calls[:5])}, ... keys (a static or sliding cache). Generate with the default cache."
+        )
+    q = torch.cat([call.q for call in calls if call.q is not None], 2)[:, :, :n_positions]
+    n_queries = q.shape[2]
+    k = last.k[:, :, :n_queries]
+    v = None if last.v is None else last.v[:, :, :n_queries]
+    simple = first.mask is None and first.causal and first.offset == 0 and first.n_queries == first.n_keys
+    if simple and first.sliding_window is None and all(c.mask is None and c.bias is None for c in calls):
+        return replace(first, q=q, k=k, v=v)
+    mask = torch.zeros(1, first.mask.shape[1] if first.mask is not None else 1, n_queries, n_queries, dtype=torch.bool, device=q.device)
+    start = 0
+    for call in calls:
+        rows = torch.arange(call.n_queries, device=q.device)
+        seen = visible_rows(
+            call.mask, rows, rows + call.offset, call.n_keys, causal=call.causal, sliding_window=call.sliding_window
+        )
+        stop = min(start + call.n_queries, n_queries)
+        mask[:, :, start:stop, : min(call.n_keys, n_queries)] = seen[:, :, : stop - start, :n_queries]
+        start = stop
+    return replace(first, q=q, k=k, v=v, mask=mask, causal=False, offset=0, sliding_window=None)
+
+
+def _stitch_cross(calls: Sequence[AttentionCall]) -> AttentionCall:
+    """Cross-attention keys don't grow: the rows follow one another."""
+    first = calls[0]
+    q = torch.cat([call.q for call in calls if call.q is not None], 2)
+    masks = [call.visible().expand(-1, -1, call.n_queries, -1) for call in calls]
+    return replace(first, q=q, mask=torch.cat(masks, 2), causal=False, offset=0)
+
+
+def _of_images(stream: Sequence[AttentionCall], n_images: Sequence[int], index: int) -> list[AttentionCall]:
+    """The calls of one sample's images: one call per image, or one call over a batch of images."""
+    before, mine, total = sum(n_images[:index]), n_images[index], sum(n_images)
+    if len(stream) == total:
+        return list(stream[before : before + mine])
+    if len(stream) == 1 and stream[0].n_samples == total:
+        return [stream[0].select_sample(before + i) for i in range(mine)]
+    if len(stream) == 1 and stream[0].n_samples == len(n_images):
+        return [stream[0].select_sample(index)]
+    raise CaptureError(
+        f"Vision calls must be one per image. {stream[0].name}: {len(stream)} calls, the first over {stream[0].n_samples} "
+        f"samples, for {total} images. Capture the samples one by one, or leave the tower out."
+    )
+
+
+def _text_rows(sample: Sample) -> Sample:
+    """The sample with the query rows of text behind the image only; vision and connector calls stay whole."""
+    wanted = torch.from_numpy(sample.text_after_image())
+    calls = {
+        key: call.select_rows(wanted[wanted < call.n_queries].to(call.q.device)) if key[0] == "language" and call.q is not None else call
+        for key, call in sample.calls.items()
+    }
+    return replace(sample, calls=calls)
+
+
+def _until_end(ids: list[int], vlm: VLM) -> list[int]:
+    """Generated ids up to the first end-of-sequence token, which is dropped with the padding behind it."""
+    ends = vlm.model.generation_config.eos_token_id
+    stop = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    return next((ids[:i] for i, token in enumerate(ids) if token in stop), ids)
+
+
+def _is_image(image: Any) -> bool:
+    return not isinstance(image, (list, tuple))

@@ -1,0 +1,145 @@
+"""The tap: where every attention call of transformers passes by, seen and, if wished, edited.
+
+Attention modules ask ``AttentionInterface`` for the function of the backend they are configured with. While a tap is open, what
+the interface hands out is wrapped: the original function is called with unchanged arguments and its output is returned as it is,
+so the model computes bit for bit what it computes alone. No config is touched, and no name is registered: some models test the
+*name* of their backend, and answer differently under another one.
+
+Listeners live in a context variable: other threads are not listened to, and taps nest.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class RawCall:
+    """The arguments of one attention call, as the model gave them.
+
+    ``query`` is ``[sample, head, query, d_head]``, ``key`` and ``value`` ``[sample, kv_head, key, d_head]``; ``backend`` is the name the
+    model asked for, such as ``"sdpa"``; ``options`` holds every further keyword.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    backend: str
+    options: dict[str, Any]
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the scores; the backends' default is ``d_head ** -0.5``."""
+        scaling = self.options.get("scaling")
+        return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the backend hides later keys by itself; eager functions never do, they are given a mask."""
+        if self.mask is not None or self.query.shape[2] == 1 or self.backend == "eager":
+            return False
+        flag = self.options.get("is_causal")
+        return bool(getattr(self.module, "is_causal", True) if flag is None else flag)
+
+
+class Listener(Protocol):
+    """What hears and may change calls."""
+
+    def before(self, call: RawCall) -> RawCall:
+        """Return the call as it shall be made; the same object leaves it alone."""
+
+    def after(self, call: RawCall, output: Tensor) -> Tensor:
+        """Return the output, ``[sample, query, head, d_head]``, as the model shall see it; the same object leaves it alone."""
+
+
+_listeners: ContextVar[tuple[Listener, ...]] = ContextVar("xmodal_interp_listeners", default=())
+_lock = threading.Lock()
+_open = 0
+
+
+@contextmanager
+def tap(listener: Listener) -> Iterator[None]:
+    """Let ``listener`` hear every attention call made inside the ``with`` block, in this thread."""
+    token = _listeners.set((*_listeners.get(), listener))
+    _install()
+    try:
+        yield
+    finally:
+        _remove()
+        _listeners.reset(token)
+
+
+def _install() -> None:
+    global _open
+    with _lock:
+        if _open == 0:
+            AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
+            AttentionInterface.__getitem__ = _getitem
+        _open += 1
+
+
+def _remove() -> None:
+    global _open
+    with _lock:
+        _open -= 1
+        if _open == 0:
+            AttentionInterface.get_interface = _original_get_interface  # type: ignore[method-assign]
+            del AttentionInterface.__getitem__  # it is inherited
+
+
+_original_get_interface = AttentionInterface.get_interface
+_original_getitem = AttentionInterface.__getitem__
+
+
+def _get_interface(self: AttentionInterface, attn_implementation: str, default: AttentionFunction) -> AttentionFunction:
+    return _wrap(_original_get_interface(self, attn_implementation, default), attn_implementation)
+
+
+def _getitem(self: AttentionInterface, key: str) -> AttentionFunction:
+    return _wrap(_original_getitem(self, key), key)
+
+
+def _wrap(function: AttentionFunction, backend: str | None) -> AttentionFunction:
+    listeners = _listeners.get()
+    if not listeners or isinstance(function, _Wrapped):
+        return function
+    return _Wrapped(function, backend or "eager", listeners)
+
+
+@dataclass(frozen=True, eq=False)
+class _Wrapped:
+    """An attention function with listeners around it."""
+
+    function: AttentionFunction
+    backend: str
+    listeners: tuple[Listener, ...]
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        given = RawCall(module, query, key, value, attention_mask, self.backend, options)
+        call = given
+        for listener in self.listeners:
+            call = listener.before(call)
+        output, *rest = self.function(module, call.query, call.key, call.value, call.mask, **call.options)
+        for listener in reversed(self.listeners):
+            output = listener.after(call, output)
+        return (output, *rest)  # type: ignore[return-value]

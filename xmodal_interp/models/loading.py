@@ -1,0 +1,50 @@
+"""From a name to a model: a Hub id, a folder, or nothing for the tiny model that is shipped in the package."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from xmodal_interp.errors import InputError, UnsupportedModelError
+from xmodal_interp.models.family import family_of
+from xmodal_interp.models.vlm import VLM
+
+SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")
+
+
+def load(name: str | Path | None = None, **options: Any) -> VLM:
+    """Load a vision-language model and its processor.
+
+    Args:
+        name: A Hub id, a folder, ``"llava"`` or ``"qwen2_vl"`` for a tiny trained model shipped with the package; the shipped
+            LLaVA if not given. The shipped models need no network.
+        **options: For ``from_pretrained``: ``dtype="auto"``, ``device_map="auto"``, ``attn_implementation=...``, ``revision=...``.
+
+    Raises:
+        InputError: There is no such model.
+        UnsupportedModelError: A model type without a family record, or one that reads text only.
+    """
+    source = str(shipped_path(str(name or "llava")) if name is None or str(name) in SHIPPED else name)
+    shared = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
+    try:
+        config = AutoConfig.from_pretrained(source, **shared)
+    except OSError as error:
+        raise InputError(
+            f"A model is a folder, a Hub id, or one of the shipped {', '.join(SHIPPED)}; {source!r} could not be loaded: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except ValueError as error:
+        raise UnsupportedModelError(f"transformers does not know the model type of {source!r}: {error}") from error
+    family = family_of(config)
+    if name is None or str(name) in SHIPPED:
+        options.setdefault("dtype", "float32")  # kept as float16, computed as trained
+    model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
+    return VLM(model, AutoProcessor.from_pretrained(source, **shared), family)
+
+
+def shipped_path(family: str) -> Path:
+    """The folder of a shipped checkpoint."""
+    return Path(str(files("xmodal_interp") / "shapes" / "checkpoints" / family))

@@ -1,0 +1,218 @@
+"""What stands at each position: text, kind, role, image, grid cell, pixel box, character span.
+
+1. Tokenise the prompt as written, with character offsets.
+2. Expand each image placeholder to the tokens of its grid: the ids that the processor returned must be just these.
+3. Put each image's rows, columns and boxes on its run.
+4. Roles come from where the messages' texts stand in the rendered prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.vocabulary import TOKEN_COLUMNS
+
+if TYPE_CHECKING:
+    from xmodal_interp.models.geometry import ImageGrid
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of the rendered prompt, in characters, and whose it is."""
+
+    role: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Placeholders:
+    """Ids that the processor expands; None where a family has no such token, or where images are not in the sequence."""
+
+    image: int | None
+    video: int | None = None
+
+
+def token_table(
+    ids: Sequence[int],
+    attended: Sequence[bool],
+    text: str,
+    tokenizer: Any,
+    placeholders: Placeholders,
+    grids: Sequence[ImageGrid],
+    spans: Sequence[Span],
+) -> pd.DataFrame:
+    """One row per position of a prompt, padding included; columns are ``TOKEN_COLUMNS``.
+
+    Args:
+        ids: Token ids as the model gets them.
+        attended: False on padding.
+        text: The rendered prompt before the processor expanded its placeholders.
+        tokenizer: A fast tokenizer.
+        placeholders: Ids of image and video placeholders.
+        grids: One per image, in order; empty if images are not in the sequence.
+        spans: Whose text is where.
+
+    Raises:
+        GeometryError: The ids are not the prompt's own tokens with each image placeholder expanded to its grid.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    special = set(tokenizer.all_special_ids)
+    offsets = _offsets(ids, attended, text, tokenizer, placeholders, grids)
+    table = pd.DataFrame({column: [None] * len(ids) for column in TOKEN_COLUMNS}, index=pd.RangeIndex(len(ids), name="position"))
+    table["token"] = [
+        text[start:end] if end > start and token not in special else piece
+        for piece, token, (start, end) in zip(pieces, ids, offsets, strict=True)
+    ]
+    table["kind"] = [
+        "padding"
+        if not seen
+        else "image"
+        if token == placeholders.image
+        else "video"
+        if token == placeholders.video
+        else "special"
+        if token in special
+        else "text"
+        for token, seen in zip(ids, attended, strict=True)
+    ]
+    table["start"], table["end"] = np.array(offsets).reshape(-1, 2).T
+    table["role"] = [
+        None if kind == "padding" else _role(start, end, spans)
+        for kind, (start, end) in zip(table["kind"], offsets, strict=True)
+    ]
+    if placeholders.image is not None:
+        _place(table, np.flatnonzero(table["kind"] == "image"), grids)
+    return _typed(table)
+
+
+def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
+    """One row per image token of all grids in order: the keys of a cross-attention."""
+    n_tokens = sum(grid.n_tokens for grid in grids)
+    table = pd.DataFrame({column: [None] * n_tokens for column in TOKEN_COLUMNS}, index=pd.RangeIndex(n_tokens, name="position"))
+    table["kind"], table["start"], table["end"] = "image", -1, -1
+    _place(table, np.arange(n_tokens), grids)
+    return _typed(table)
+
+
+def generated_table(
+    read: Sequence[int], answer: Sequence[int], tokenizer: Any, n_before: int, text: str
+) -> tuple[pd.DataFrame, str]:
+    """Rows for the generated tokens, and the text with the answer.
+
+    Args:
+        read: The generated tokens that the model has read, so that they are positions.
+        answer: All generated tokens.
+        tokenizer: The tokenizer.
+        n_before: Positions of the prompt.
+        text: The prompt's text.
+    """
+    ids = list(read)
+    special = set(tokenizer.all_special_ids)
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    rows = []
+    separator = "" if text.endswith((" ", "\n")) else " "
+    for i, token in enumerate(ids):
+        before = tokenizer.decode(ids[:i], skip_special_tokens=True)
+        after = tokenizer.decode(ids[: i + 1], skip_special_tokens=True)
+        piece = after[len(before) :]
+        start = len(text) + len(separator) + len(after) - len(piece.lstrip())
+        end = len(text) + len(separator) + len(after)
+        is_special = token in special
+        rows.append(
+            {
+                "token": pieces[i] if is_special else piece.strip() or pieces[i],
+                "kind": "special" if is_special else "text",
+                "role": "generated",
+                "start": start,
+                "end": end,
+            }
+        )
+    table = pd.DataFrame(rows, columns=list(TOKEN_COLUMNS), index=pd.RangeIndex(n_before, n_before + len(rows), name="position"))
+    decoded = tokenizer.decode(answer, skip_special_tokens=True)
+    return _typed(table), text + (separator + decoded if decoded else "")
+
+
+def message_spans(text: str, messages: Sequence[dict[str, Any]]) -> list[Span]:
+    """Where the texts of the messages stand in the rendered prompt; a message reaches from its first part to its last."""
+    spans, cursor = [], 0
+    for message in messages:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+        for part in parts:
+            start = text.find(part.strip(), cursor)
+            if start < 0:
+                raise InputError(
+                    f"A chat template must render every message text as it is. The text {part!r} is not in the rendered "
+                    f"prompt {text!r}."
+                )
+            cursor = start + len(part.strip())
+            spans.append(Span(message["role"], start, cursor))
+    return spans
+
+
+def _offsets(
+    ids: Sequence[int],
+    attended: Sequence[bool],
+    text: str,
+    tokenizer: Any,
+    placeholders: Placeholders,
+    grids: Sequence[ImageGrid],
+) -> list[tuple[int, int]]:
+    """Character span of each position in the unexpanded text; an expanded run has the span of its placeholder."""
+    real = [token for token, seen in zip(ids, attended, strict=True) if seen]
+    own = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    if own["input_ids"][:1] != real[:1]:
+        own = tokenizer(text, return_offsets_mapping=True)
+    counts = iter([grid.n_tokens for grid in grids])
+    expected: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for token, span in zip(own["input_ids"], own["offset_mapping"], strict=True):
+        repeats = next(counts, 1) if token == placeholders.image else 1
+        expected += [token] * repeats
+        spans += [tuple(span)] * repeats
+    if expected != real:
+        raise GeometryError(
+            "The processor must expand each image placeholder to the tokens of its grid, and nothing else. Expected were "
+            f"{len(expected)} positions, {expected.count(placeholders.image)} of them image tokens "
+            f"({', '.join(f'{g.rows} x {g.cols}' for g in grids) or 'no grid'}); the processor returned {len(real)} and "
+            f"{real.count(placeholders.image)}."
+        )
+    placed = iter(spans)
+    return [next(placed) if seen else (-1, -1) for seen in attended]
+
+
+def _role(start: int, end: int, spans: Sequence[Span]) -> str:
+    """A token belongs to the message that its span touches; what no message wrote is the template's."""
+    if end <= start:
+        return "template"
+    return next((span.role for span in spans if start < span.end and end > span.start), "template")
+
+
+def _place(table: pd.DataFrame, positions: np.ndarray, grids: Sequence[ImageGrid]) -> None:
+    expected = sum(grid.n_tokens for grid in grids)
+    if expected != len(positions):
+        raise GeometryError(
+            f"Image tokens and grids must agree. The sequence has {len(positions)} image tokens; the grids "
+            f"({', '.join(f'{g.rows} x {g.cols}' for g in grids) or 'none'}) have {expected}."
+        )
+    if not grids:
+        return
+    table.loc[positions, "image"] = np.repeat(np.arange(len(grids)), [grid.n_tokens for grid in grids])
+    places = np.concatenate([grid.places for grid in grids])
+    boxes = np.concatenate([grid.boxes for grid in grids])
+    placed = places[:, 0] >= 0
+    table.loc[positions[placed], ["row", "col"]] = places[placed]
+    table.loc[positions, ["x0", "y0", "x1", "y1"]] = boxes
+
+
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    integers = dict.fromkeys(("image", "row", "col", "start", "end"), "Int64")
+    floats = dict.fromkeys(("x0", "y0", "x1", "y1"), "float64")
+    return table.astype({"token": "string", "kind": "string", "role": "string", **integers, **floats})

@@ -1,0 +1,152 @@
+"""A small world of coloured shapes, with exact ground truth.
+
+A :class:`Scene` is data: a canvas and a tuple of :class:`Thing` objects, each with a colour, a shape and a box in pixels.
+``render`` draws it, anti-aliased, from signed distances, so that the box of a thing is the box of its pixels. Nothing
+overlaps, no two things share both colour and shape, and no thing sits on the mid-lines of the canvas: every question that
+:mod:`xmodal_interp.shapes.questions` asks has exactly one right answer.
+
+``Scene.recolored`` gives the counterfactual twin: the same pixels, noise included, but for the paint of one thing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 80, 230),
+    "yellow": (235, 215, 50),
+    "purple": (165, 60, 200),
+    "cyan": (60, 210, 220),
+}
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
+
+SMALLEST, LARGEST = 9.0, 14.0  # radius, px, on a canvas whose shorter side is 96 px
+GAP = 3.0  # px between two boxes, and between the x of two centres: the description's order is visible
+MARGIN = 4.5  # px between a centre and a mid-line: "top left" is never a matter of taste
+_NOISE = 4.0  # standard deviation of the pixel noise, grey levels
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape. ``x``, ``y`` and ``radius`` in pixels, ``gain`` scales the paint (1 is the nominal colour)."""
+
+    color: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+    gain: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """What the questions call it, such as ``"red circle"``."""
+        return f"{self.color} {self.shape}"
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """``(x0, y0, x1, y1)`` in pixels, the exact extent of the shape."""
+        r = self.radius * (0.9 if self.shape == "square" else 1.0)
+        return (self.x - r, self.y - r, self.x + r, self.y + r)
+
+    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Signed distance in pixels of the points ``(x, y)`` to the outline; negative inside."""
+        dx, dy, r = np.abs(x - self.x), y - self.y, self.radius
+        if self.shape == "circle":
+            return np.hypot(dx, dy) - r
+        if self.shape == "square":
+            return np.maximum(dx, np.abs(dy)) - 0.9 * r
+        if self.shape == "triangle":
+            return np.maximum(dy - r, (2 * dx - (dy + r)) / np.sqrt(5))
+        arm, dy = 0.36 * r, np.abs(dy)
+        return np.minimum(np.maximum(dx - arm, dy - r), np.maximum(dx - r, dy - arm))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A canvas of ``width`` x ``height`` pixels, its grey ``background``, its things and the seed of its pixel noise."""
+
+    width: int
+    height: int
+    things: tuple[Thing, ...]
+    background: float
+    noise_seed: int
+
+    def render(self) -> np.ndarray:
+        """Draw the scene: ``uint8 [height, width, 3]``."""
+        y, x = np.mgrid[: self.height, : self.width].astype(np.float32) + np.float32(0.5)
+        canvas = np.full((self.height, self.width, 3), self.background, np.float32)
+        for thing in self.things:
+            cover = np.clip(0.5 - thing.distance(x, y), 0, 1)[..., None].astype(np.float32)
+            paint = np.asarray(COLORS[thing.color], np.float32) * np.float32(thing.gain)
+            canvas = canvas * (1 - cover) + paint * cover
+        noise = np.random.default_rng(self.noise_seed).standard_normal(canvas.shape, dtype=np.float32)
+        return np.clip(np.rint(canvas + _NOISE * noise), 0, 255).astype(np.uint8)
+
+    def image(self) -> Image.Image:
+        """The scene as a PIL image."""
+        return Image.fromarray(self.render())
+
+    def recolored(self, index: int, color: str) -> Scene:
+        """The same scene, pixel for pixel, with thing ``index`` painted in another ``color``."""
+        things = list(self.things)
+        things[index] = replace(things[index], color=color)
+        return replace(self, things=tuple(things))
+
+    def blank(self) -> Scene:
+        """The same canvas with nothing on it: the control of every position statistic."""
+        return replace(self, things=())
+
+
+def sample_scene(
+    rng: np.random.Generator,
+    *,
+    width: int = 96,
+    height: int = 96,
+    n_things: tuple[int, int] = (2, 4),
+) -> Scene:
+    """Draw a scene.
+
+    Args:
+        rng: The source of all randomness; the same state gives the same scene.
+        width: Canvas width in pixels.
+        height: Canvas height in pixels. Radii scale with the shorter side.
+        n_things: Smallest and largest number of things, both included.
+
+    Returns:
+        A scene whose things have distinct (colour, shape) pairs and keep their distance.
+    """
+    n = int(rng.integers(n_things[0], n_things[1] + 1))
+    unit = min(width, height) / 96
+    pairs = rng.permutation(len(COLORS) * len(SHAPES))[:n]
+    x, y, radius = _layout(rng, n, width, height, unit)
+    gain = rng.uniform(0.8, 1.05, n)
+    colors = list(COLORS)
+    things = tuple(
+        Thing(colors[p // len(SHAPES)], SHAPES[p % len(SHAPES)], float(x[i]), float(y[i]), float(radius[i]), float(gain[i]))
+        for i, p in enumerate(pairs)
+    )
+    return Scene(width, height, things, float(rng.uniform(20, 100)), int(rng.integers(2**31)))
+
+
+def _layout(
+    rng: np.random.Generator, n: int, width: int, height: int, unit: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centres and radii of ``n`` things by rejection; a few dozen candidates are drawn at a time."""
+    upper = np.triu_indices(n, 1)
+    while True:
+        r = rng.uniform(SMALLEST * unit, LARGEST * unit, (64, n))
+        x = rng.uniform(r + 1, width - r - 1)
+        y = rng.uniform(r + 1, height - r - 1)
+        off_lines = (np.abs(x - width / 2) > MARGIN * unit) & (np.abs(y - height / 2) > MARGIN * unit)
+        dx = np.abs(x[:, :, None] - x[:, None])[:, *upper]
+        dy = np.abs(y[:, :, None] - y[:, None])[:, *upper]
+        reach = (r[:, :, None] + r[:, None])[:, *upper] + GAP * unit
+        fits = off_lines.all(1) & ((np.maximum(dx, dy) > reach) & (dx > GAP * unit)).all(1)
+        if fits.any():
+            i = int(fits.argmax())
+            return x[i], y[i], r[i]
