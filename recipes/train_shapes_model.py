@@ -1,4 +1,6 @@
-"""Train one of the two shipped models from nothing. Interrupt it whenever you like: the same command goes on.
+"""Train one of the two shipped models from nothing. Interrupt it whenever you like.
+
+The same command goes on.
 
 python recipes/train_shapes_model.py llava runs/llava --export checkpoints/llava
 """
@@ -19,9 +21,13 @@ def main(
     family: Annotated[str, typer.Argument(help="llava or qwen2_vl")],
     folder: Annotated[Path, typer.Argument(help="Where the state of the run is kept")],
     export: Annotated[Path, typer.Option(help="Where the finished checkpoint goes")],
-    steps: Annotated[int, typer.Option(help="Training steps of 32 images")] = Settings("llava").steps,
+    steps: Annotated[int, typer.Option(help="Training steps of 32 images")] = Settings(
+        "llava"
+    ).steps,
     seed: Annotated[int, typer.Option(help="Seed of the first weights and of the scenes")] = 0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice if not given")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; torch's choice if not given")
+    ] = None,
 ) -> None:
     """Train, then write the checkpoint."""
     if threads is not None:
@@ -35,7 +41,9 @@ def main(
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if trainer.history and step % trainer.settings.evaluate_every == 1:
-                bar.write("  ".join(f"{name} {value:.3f}" for name, value in trainer.history[-1].items()))
+                bar.write(
+                    "  ".join(f"{name} {value:.3f}" for name, value in trainer.history[-1].items())
+                )
 
         trainer.run(folder, report)
     trainer.export(export)

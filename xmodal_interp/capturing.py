@@ -20,8 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.attention import AttentionCall
-from xmodal_interp.attention.masks import visible_rows
+from xmodal_interp.attention import AttentionCall, stitch
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks import record
 from xmodal_interp.models import VLM, ImageLike, Prompt, generated_table
@@ -37,13 +36,17 @@ class Keep:
         towers: Parts of the model.
         layers: Layers, all if None.
         values: Keep V too.
-        queries: Which query rows of language layers: ``"all"``, or ``"text"`` (text after the image and what is generated).
+        queries: Which query rows of language layers: ``"all"``, or ``"text"`` (text after the image
+            and what is generated).
+        probabilities: Keep dense float16 probabilities instead of queries and keys: larger, and
+            rounded to 11 bits, but they need nothing else to be read.
     """
 
     towers: tuple[Tower, ...] = TOWERS
     layers: tuple[int, ...] | None = None
     values: bool = False
     queries: str = "all"
+    probabilities: bool = False
 
     def __post_init__(self) -> None:
         if self.queries not in ("all", "text"):
@@ -62,12 +65,14 @@ def capture(
 ) -> Sample:
     """Run a model on one image (or several) and a question, and keep its attention.
 
-    The model runs as it is, with its own attention backend and cache; its outputs are bit for bit those without capture.
+    The model runs as it is, with its own attention backend and cache; its outputs are bit for bit
+    those without capture.
 
     Args:
         vlm: Model and processor.
         image: Path or PIL image, or a list of them in order; an empty list asks about no image.
-        prompt: The question; it is put into the model's chat template, unless it holds the image placeholder itself.
+        prompt: The question; it is put into the model's chat template, unless it holds the image
+            placeholder itself.
         max_new_tokens: How many tokens to generate, greedily; 0 runs the prompt only.
         keep: What to keep; queries and keys of all layers if not given.
         system: A system message.
@@ -77,9 +82,15 @@ def capture(
         InputError: An unreadable image or an empty prompt.
         CaptureError: Attention ran that could not be heard.
     """
-    images = [image] if _is_image(image) else list(image)  # type: ignore[arg-type]
+    images: list[ImageLike] = [*image] if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]
     return capture_batch(
-        vlm, [images], [prompt], max_new_tokens=max_new_tokens, keep=keep, system=system, generation=generation
+        vlm,
+        [images],
+        [prompt],
+        max_new_tokens=max_new_tokens,
+        keep=keep,
+        system=system,
+        generation=generation,
     )[0]
 
 
@@ -96,10 +107,12 @@ def capture_batch(
     """``capture`` for several samples in one padded batch; the samples come back apart."""
     keep = keep or Keep()
     inputs, ready = vlm.prepare(images, prompts, system=system)
-    with torch.no_grad(), record(vlm.model, towers=keep.towers, layers=keep.layers, values=keep.values) as recording:
+    with (
+        torch.no_grad(),
+        record(vlm.model, towers=keep.towers, layers=keep.layers, values=keep.values) as recording,
+    ):
         if max_new_tokens > 0:
-            options = {"do_sample": False, **(generation or {})}
-            output = vlm.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+            output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **(generation or {}))
             new = output[:, inputs["input_ids"].shape[1] :]
         else:
             vlm.model(**inputs, use_cache=False)
@@ -114,7 +127,9 @@ def capture_batch(
     return [_sample(vlm, i, ready, new, streams, keep, about) for i in range(len(ready))]
 
 
-def provenance(vlm: VLM, layers: Mapping[str, Sequence[int]], max_new_tokens: int, keep: Keep) -> dict[str, Any]:
+def provenance(
+    vlm: VLM, layers: Mapping[str, Sequence[int]], max_new_tokens: int, keep: Keep
+) -> dict[str, Any]:
     """What made a sample: model, versions and settings; JSON-ready."""
     config = vlm.model.config
     return {
@@ -127,8 +142,15 @@ def provenance(vlm: VLM, layers: Mapping[str, Sequence[int]], max_new_tokens: in
         "processor": type(vlm.processor).__name__,
         "layers": {name: sorted(set(of)) for name, of in layers.items()},
         "max_new_tokens": max_new_tokens,
-        "kept": {"towers": list(keep.towers), "layers": keep.layers, "values": keep.values, "queries": keep.queries},
-        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
+        "kept": {
+            "towers": list(keep.towers),
+            "layers": keep.layers,
+            "values": keep.values,
+            "queries": keep.queries,
+            "probabilities": keep.probabilities,
+        },
+        "versions": {name: version(name) for name in ("torch", "transformers")}
+        | {"python": platform.python_version()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -145,7 +167,9 @@ def _sample(
     prompt = ready[index]
     n_prompt = len(prompt.tokens)
     ids = _until_end(new[index].tolist(), vlm)
-    fed = ids[: max(new.shape[1] - 1, 0)]  # the last token that generate returns was never read by the model
+    fed = ids[
+        : max(new.shape[1] - 1, 0)
+    ]  # the last token that generate returns was never read by the model
     added, text = generated_table(fed, ids, vlm.tokenizer, n_prompt, prompt.text)
     tokens = pd.concat([prompt.tokens, added]) if len(added) else prompt.tokens
     n_images = [len(p.images) for p in ready]
@@ -170,63 +194,13 @@ def _sample(
         cross_keys=prompt.cross_keys,
         provenance=about,
     )
-    return sample if keep.queries == "all" else _text_rows(sample)
+    sample = sample if keep.queries == "all" else _text_rows(sample)
+    return _dense(sample) if keep.probabilities else sample
 
 
-def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
-    """Prefill and decode steps of one layer as one call with a row per token.
-
-    Args:
-        calls: The calls in order.
-        n_positions: How many positions the sample has; steps behind them (of a batch that went on) are left out.
-
-    Raises:
-        CaptureError: Keys that don't grow step by step.
-    """
-    first, last = calls[0], calls[-1]
-    if len(calls) == 1:
-        return first
-    if first.q is None or last.k is None or first.k is None:
-        raise CaptureError("Only calls that hold queries and keys can be stitched.")
-    if any(call.kind == "cross" for call in calls):
-        return _stitch_cross(calls)
-    growing = all(
-        a.n_keys + b.n_queries == b.n_keys for a, b in zip(calls[:-1], calls[1:], strict=True)
-    )
-    if not growing:
-        raise CaptureError(
-            f"Decode steps are stitched where each step's keys are those before plus its own. {first.name} had "
-            f"{', '.join(str(c.n_keys) for c in calls[:5])}, ... keys (a static or sliding cache). Generate with the default cache."
-        )
-    q = torch.cat([call.q for call in calls if call.q is not None], 2)[:, :, :n_positions]
-    n_queries = q.shape[2]
-    k = last.k[:, :, :n_queries]
-    v = None if last.v is None else last.v[:, :, :n_queries]
-    simple = first.mask is None and first.causal and first.offset == 0 and first.n_queries == first.n_keys
-    if simple and first.sliding_window is None and all(c.mask is None and c.bias is None for c in calls):
-        return replace(first, q=q, k=k, v=v)
-    mask = torch.zeros(1, first.mask.shape[1] if first.mask is not None else 1, n_queries, n_queries, dtype=torch.bool, device=q.device)
-    start = 0
-    for call in calls:
-        rows = torch.arange(call.n_queries, device=q.device)
-        seen = visible_rows(
-            call.mask, rows, rows + call.offset, call.n_keys, causal=call.causal, sliding_window=call.sliding_window
-        )
-        stop = min(start + call.n_queries, n_queries)
-        mask[:, :, start:stop, : min(call.n_keys, n_queries)] = seen[:, :, : stop - start, :n_queries]
-        start = stop
-    return replace(first, q=q, k=k, v=v, mask=mask, causal=False, offset=0, sliding_window=None)
-
-
-def _stitch_cross(calls: Sequence[AttentionCall]) -> AttentionCall:
-    """Cross-attention keys don't grow: the rows follow one another."""
-    first = calls[0]
-    q = torch.cat([call.q for call in calls if call.q is not None], 2)
-    masks = [call.visible().expand(-1, -1, call.n_queries, -1) for call in calls]
-    return replace(first, q=q, mask=torch.cat(masks, 2), causal=False, offset=0)
-
-
-def _of_images(stream: Sequence[AttentionCall], n_images: Sequence[int], index: int) -> list[AttentionCall]:
+def _of_images(
+    stream: Sequence[AttentionCall], n_images: Sequence[int], index: int
+) -> list[AttentionCall]:
     """The calls of one sample's images: one call per image, or one call over a batch of images."""
     before, mine, total = sum(n_images[:index]), n_images[index], sum(n_images)
     if len(stream) == total:
@@ -236,27 +210,41 @@ def _of_images(stream: Sequence[AttentionCall], n_images: Sequence[int], index: 
     if len(stream) == 1 and stream[0].n_samples == len(n_images):
         return [stream[0].select_sample(index)]
     raise CaptureError(
-        f"Vision calls must be one per image. {stream[0].name}: {len(stream)} calls, the first over {stream[0].n_samples} "
+        f"Vision calls must be one per image. {stream[0].name}: {len(stream)} calls, the first "
+        f"over {stream[0].n_samples} "
         f"samples, for {total} images. Capture the samples one by one, or leave the tower out."
     )
 
 
 def _text_rows(sample: Sample) -> Sample:
-    """The sample with the query rows of text behind the image only; vision and connector calls stay whole."""
+    """The sample with the query rows of text behind the image only.
+
+    Vision and connector calls stay whole.
+    """
     wanted = torch.from_numpy(sample.text_after_image())
     calls = {
-        key: call.select_rows(wanted[wanted < call.n_queries].to(call.q.device)) if key[0] == "language" and call.q is not None else call
+        key: call.select_rows(wanted[wanted < call.n_queries].to(call.q.device))
+        if key[0] == "language" and call.q is not None
+        else call
+        for key, call in sample.calls.items()
+    }
+    return replace(sample, calls=calls)
+
+
+def _dense(sample: Sample) -> Sample:
+    """The sample with float16 probabilities in the place of queries and keys.
+
+    The masks stay, for they say what is visible; position bias and sinks are in the probabilities.
+    """
+    calls = {
+        key: replace(call, dense=call.probs().half(), q=None, k=None, bias=None, sinks=None)
         for key, call in sample.calls.items()
     }
     return replace(sample, calls=calls)
 
 
 def _until_end(ids: list[int], vlm: VLM) -> list[int]:
-    """Generated ids up to the first end-of-sequence token, which is dropped with the padding behind it."""
+    """Generated ids up to the first end-of-sequence token, without it."""
     ends = vlm.model.generation_config.eos_token_id
     stop = set(ends) if isinstance(ends, (list, tuple)) else {ends}
     return next((ids[:i] for i, token in enumerate(ids) if token in stop), ids)
-
-
-def _is_image(image: Any) -> bool:
-    return not isinstance(image, (list, tuple))

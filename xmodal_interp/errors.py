@@ -1,4 +1,7 @@
-"""What can go wrong, as users meet it. Every message says the rule, what came, and what is known or what to do."""
+"""What can go wrong, as users meet it.
+
+Every message says the rule, what came, and what is known or what to do.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class PositionError(XmodalError, LookupError):
 
 
 class PhraseError(XmodalError, LookupError):
-    """A phrase that does not occur in the text, or occurs more often than the caller allowed for."""
+    """A phrase that does not occur in the text, or more often than the caller allowed for."""
 
 
 class NotRecordedError(XmodalError, LookupError):

@@ -1,7 +1,7 @@
 """One sample: what stands at each position, and every attention call the model made on it.
 
-A sample in memory and a sample in a store are the same thing to an analysis: the calls come from a mapping, which for a store
-reads a layer when it is asked for.
+A sample in memory and a sample in a store are the same thing to an analysis: the calls come from a
+mapping, which for a store reads a layer when it is asked for.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall, Positions, resolve
-from xmodal_interp.errors import GeometryError, InputError, LayerError, NotRecordedError, PhraseError
-from xmodal_interp.models import ImageGrid
+from xmodal_interp.errors import (
+    GeometryError,
+    InputError,
+    LayerError,
+    NotRecordedError,
+    PhraseError,
+)
+from xmodal_interp.models import ImageGrid, place_on_grid
 from xmodal_interp.vocabulary import TOKEN_KINDS, AttentionKind, Tower
 
 CallKey = tuple[Tower, AttentionKind, int, int]
@@ -36,14 +42,16 @@ class Sample:
 
     Attributes:
         name: Name of the sample, unique in a store.
-        tokens: One row per position that the model has read, prompt and answer: ``token, kind, role, image, row, col, x0, y0, x1, y1, start, end``.
+        tokens: One row per position that the model has read, prompt and answer: ``token, kind,
+            role, image, row, col, x0, y0, x1, y1, start, end``.
         text: The rendered prompt and the answer; ``start`` and ``end`` count its characters.
         question: What was asked.
         answer: What the model generated, without special tokens; empty if nothing was generated.
         n_prompt: How many positions the prompt has.
         grids: The grid of each image.
         images: The images, where they are at hand; a store keeps their paths only.
-        calls: Every call by tower, kind, layer and call. Language calls span prompt and answer: one row per token.
+        calls: Every call by tower, kind, layer and call. Language calls span prompt and answer: one
+            row per token.
         cross_keys: For cross-attention families: one row per image key.
         labels: Whatever the caller wanted kept with the sample (the true answer, a box, a split).
         provenance: Model, revision, versions, backend, dtype, settings.
@@ -64,9 +72,14 @@ class Sample:
 
     def __repr__(self) -> str:
         """A line that tells what is in it."""
-        towers = ", ".join(f"{len(self.layers(t, k))} {t} {k}" for t, k in sorted({key[:2] for key in self.calls}))
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.tokens["kind"].value_counts().items())
-        return f"Sample({self.name!r}: {self.question!r} -> {self.answer!r}; {kinds} tokens; layers: {towers})"
+        towers = ", ".join(
+            f"{len(self.layers(t, k))} {t} {k}" for t, k in sorted({key[:2] for key in self.calls})
+        )
+        kinds = ", ".join(
+            f"{count} {kind}" for kind, count in self.tokens["kind"].value_counts().items()
+        )
+        asked = f"{self.question!r} -> {self.answer!r}"
+        return f"Sample({self.name!r}: {asked}; {kinds} tokens; layers: {towers})"
 
     def __len__(self) -> int:
         """Positions, prompt and answer."""
@@ -77,7 +90,9 @@ class Sample:
         """The last position of the prompt: the one that predicts the first word of the answer."""
         return self.n_prompt - 1
 
-    def where(self, kind: str | None = None, *, role: str | None = None, image: int | None = None) -> Int[np.ndarray, " position"]:
+    def where(
+        self, kind: str | None = None, *, role: str | None = None, image: int | None = None
+    ) -> Int[np.ndarray, " position"]:
         """Positions of a token kind, role or image, ascending; may be empty."""
         if kind is not None and kind not in TOKEN_KINDS:
             raise InputError(f"A token kind is one of {', '.join(TOKEN_KINDS)}; got {kind!r}.")
@@ -88,7 +103,9 @@ class Sample:
         return np.flatnonzero(chosen)
 
     def text_after_image(self) -> Int[np.ndarray, " position"]:
-        """Text positions of prompt and answer that come after the last image: the ones that can see all of it.
+        """Text positions of prompt and answer that come after the last image.
+
+        The ones that can see all of it.
 
         Special tokens and padding are left out. For cross-attention families, all text.
         """
@@ -97,26 +114,38 @@ class Sample:
         return text if len(images) == 0 else text[text > images.max()]
 
     def find(self, phrase: str, occurrence: int | None = None) -> Int[np.ndarray, " position"]:
-        """Positions whose characters a phrase covers, by offsets; upper and lower case are alike, whole words only.
+        """Positions whose characters a phrase covers, by offsets.
+
+        Upper and lower case are alike, whole words only.
 
         Args:
             phrase: As it stands in the question or in the answer.
             occurrence: Which one, 0-based, if there are several; negative counts from the last.
 
         Raises:
-            PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` was not given.
+            PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` was
+                not given.
         """
-        spans = [match.span() for match in re.finditer(_as_pattern(phrase), self.text, re.IGNORECASE)] if phrase.strip() else []
+        spans = (
+            [match.span() for match in re.finditer(_as_pattern(phrase), self.text, re.IGNORECASE)]
+            if phrase.strip()
+            else []
+        )
         if not spans:
-            raise PhraseError(f"A phrase must occur in the sample's text. {phrase!r} is not in {self.text!r}.")
+            raise PhraseError(
+                f"A phrase must occur in the sample's text. {phrase!r} is not in {self.text!r}."
+            )
         if occurrence is None and len(spans) > 1:
             raise PhraseError(
-                f"A phrase must be unique, or one occurrence chosen. {phrase!r} occurs {len(spans)} times in {self.text!r}; "
+                f"A phrase must be unique, or one occurrence chosen. {phrase!r} occurs "
+                f"{len(spans)} times in {self.text!r}; "
                 f"pass occurrence=0 to {len(spans) - 1}."
             )
         index = occurrence or 0
         if not -len(spans) <= index < len(spans):
-            raise PhraseError(f"{phrase!r} occurs {len(spans)} times; there is no occurrence {index}.")
+            raise PhraseError(
+                f"{phrase!r} occurs {len(spans)} times; there is no occurrence {index}."
+            )
         start, end = spans[index]
         touched = (self.tokens["start"] < end) & (self.tokens["end"] > start)
         return np.flatnonzero(touched.to_numpy(dtype=bool, na_value=False))
@@ -159,13 +188,15 @@ class Sample:
         exists = self.provenance.get("layers", {}).get(f"{tower}.{kind}", [])
         if index in exists:
             raise NotRecordedError(
-                f"Only what was kept can be asked for. {tower} {kind}-attention kept layers {held or 'none'}, not {index}. "
+                f"Only what was kept can be asked for. {tower} {kind}-attention kept layers "
+                f"{held or 'none'}, not {index}. "
                 "Capture again with this layer."
             )
         n_calls = len({k[3] for k in self.calls if k[:3] == key[:3]})
         raise LayerError(
             f"A layer must exist. {tower} {kind}-attention has layers {exists or held or 'none'}"
-            f"{f', with calls 0 to {n_calls - 1}' if n_calls else ''}; got layer {layer}, call {call}."
+            f"{f', with calls 0 to {n_calls - 1}' if n_calls else ''}; got layer {layer}, call "
+            f"{call}."
         )
 
     def probs(
@@ -185,7 +216,8 @@ class Sample:
             layer: Layer index; negative ones count from the last.
             heads: Heads, all if not given.
             queries: Positions or a phrase, all if not given.
-            keys: Positions or a phrase, all if not given. The keys of cross-attention are given by position only.
+            keys: Positions or a phrase, all if not given. The keys of cross-attention are given by
+                position only.
             tower: Part of the model; positions of other towers than the language tower are its own.
             kind: ``"self"`` or ``"cross"``.
             call: Which call of the layer; in the vision tower, the image.
@@ -194,11 +226,14 @@ class Sample:
         query = self.positions(queries) if of_text and isinstance(queries, str) else queries
         key = self.positions(keys) if of_text and kind == "self" and isinstance(keys, str) else keys
         if isinstance(query, str) or isinstance(key, str):
-            raise InputError("A phrase names text positions; give vision-tower and cross-attention positions as numbers.")
+            raise InputError(
+                "A phrase names text positions; give vision-tower and cross-attention positions as "
+                "numbers."
+            )
         return self.call(layer, tower=tower, kind=kind, call=call).probs(heads, query, key)[0]
 
     def grid(self, values: Any, image: int = 0) -> Float[np.ndarray, "row col"]:
-        """One value per token of an image as a grid in image geometry, NaN where the image has no token.
+        """One value per token of an image as a grid, NaN where the image has no token.
 
         Args:
             values: ``[token]`` in sequence order, class tokens included.
@@ -208,22 +243,35 @@ class Sample:
             GeometryError: The number of values is not the number of the image's tokens.
         """
         if not 0 <= image < len(self.grids):
-            raise GeometryError(f"The sample has {len(self.grids)} images; there is no image {image}.")
+            raise GeometryError(
+                f"The sample has {len(self.grids)} images; there is no image {image}."
+            )
         grid = self.grids[image]
-        flat = np.asarray(values.detach().float().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+        flat = np.asarray(
+            values.detach().float().cpu() if isinstance(values, Tensor) else values,
+            dtype=np.float64,
+        )
         if flat.shape == (len(grid.places),):
             return place_on_grid(flat, grid.places, grid.rows, grid.cols)
         if flat.shape == (len(grid.patch_places),):
             return place_on_grid(flat, grid.patch_places, grid.patch_rows, grid.patch_cols)
         raise GeometryError(
-            f"Image {image} has {len(grid.places)} tokens ({grid.rows} x {grid.cols}) and {len(grid.patch_places)} vision "
+            f"Image {image} has {len(grid.places)} tokens ({grid.rows} x {grid.cols}) and "
+            f"{len(grid.patch_places)} vision "
             f"positions ({grid.patch_rows} x {grid.patch_cols}); got values of shape {flat.shape}."
         )
 
     def groups(self) -> dict[str, Bool[np.ndarray, " position"]]:
-        """Key groups of the language tower: ``image 0``, ``image 1``, ..., ``text``, ``special``, ``padding``; each key in one."""
+        """Key groups of the language tower.
+
+        ``image 0``, ``image 1``, ..., ``text``, ``special``, ``padding``; each key in one.
+        """
         kinds = self.tokens["kind"]
-        groups = {f"image {i}": self._is(self.where("image", image=i)) for i in range(len(self.grids)) if (kinds == "image").any()}
+        groups = {
+            f"image {i}": self._is(self.where("image", image=i))
+            for i in range(len(self.grids))
+            if (kinds == "image").any()
+        }
         for kind in ("video", "text", "special", "padding"):
             if (kinds == kind).any():
                 groups[kind] = self._is(self.where(kind))
@@ -233,16 +281,6 @@ class Sample:
         mask = np.zeros(len(self.tokens), dtype=bool)
         mask[positions] = True
         return mask
-
-
-def place_on_grid(
-    values: Float[np.ndarray, " token"], places: Int[np.ndarray, "token 2"], rows: int, cols: int
-) -> Float[np.ndarray, "row col"]:
-    """Values on their cells; NaN on cells without a token."""
-    out = np.full((rows, cols), np.nan)
-    placed = places[:, 0] >= 0
-    out[tuple(places[placed].T)] = values[placed]
-    return out
 
 
 def samples_of(samples: Sample | Sequence[Sample]) -> Sequence[Sample]:

@@ -1,9 +1,10 @@
 """The glossary in code: what axes, towers, token kinds and roles are called.
 
-Axes, always in this order and 0-based: ``sample``, ``layer``, ``head`` (a query head), ``kv_head``, ``query``, ``key``,
-``d_head``. ``q``, ``k``, ``v`` are what the scores are made of (projected, normed, rotated); ``scores`` come before the softmax,
-``probs`` after it and before dropout. ``visible`` is True where a query may attend to a key. ``lift`` is a probability times the
-number of visible keys, so that it is 1 everywhere under uniform attention.
+Axes, always in this order and 0-based: ``sample``, ``layer``, ``head`` (a query head), ``kv_head``,
+``query``, ``key``, ``d_head``. ``q``, ``k``, ``v`` are what the scores are made of (projected,
+normed, rotated); ``scores`` come before the softmax, ``probs`` after it and before dropout.
+``visible`` is True where a query may attend to a key. ``lift`` is a probability times the number of
+visible keys, so that it is 1 everywhere under uniform attention.
 """
 
 from __future__ import annotations
@@ -23,4 +24,5 @@ TOKEN_COLUMNS: tuple[str, ...] = (
     *("token", "kind", "role", "image", "row", "col"),
     *("x0", "y0", "x1", "y1", "start", "end"),
 )
-"""Columns of a token table: text, meaning, place on the grid, box in pixels of the original image, character span."""
+"""Columns of a token table: text, meaning, place on the grid, box in pixels of the original image,
+character span."""

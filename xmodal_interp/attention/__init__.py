@@ -1,5 +1,6 @@
 """The mathematics of one attention call, exact and memory-bounded."""
 
 from xmodal_interp.attention.call import AttentionCall as AttentionCall
-from xmodal_interp.attention.call import Positions as Positions
-from xmodal_interp.attention.call import resolve as resolve
+from xmodal_interp.attention.positions import Positions as Positions
+from xmodal_interp.attention.positions import resolve as resolve
+from xmodal_interp.attention.stitching import stitch as stitch

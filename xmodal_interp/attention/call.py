@@ -1,19 +1,19 @@
 """One attention call as the model made it, and every exact number that follows from it.
 
-A call keeps the operands: queries, keys, the mask, scaling, soft-cap, sinks. They cost ``O(S d)`` and determine every
-probability, which costs ``O(S^2)`` and is computed when asked for, in float32, row chunk by row chunk:
+A call keeps the operands: queries, keys, the mask, scaling, soft-cap, sinks. They cost ``O(S d)``
+and determine every probability, which costs ``O(S^2)`` and is computed when asked for, in float32,
+row chunk by row chunk:
 
-    scores = scaling * q k^T        softcap * tanh(scores / softcap), if there is one        + bias, - infinity where hidden
-    probs  = softmax over the keys (and the sinks, whose column is dropped)
+    scores = scaling * q k^T, squashed by the soft-cap, plus the bias, minus infinity where hidden
+    probs  = softmax of the scores over the keys (and the sinks, whose column is dropped)
 
-Whatever is linear in the probabilities is one more call of the fused kernel with other values (``mass``, ``average``); the
-entropy follows from ``V = K`` and the log-sum-exp (``entropy``); a row vector goes through a layer without its matrix
-(``propagate``).
+Whatever is linear in the probabilities is one more call of the fused kernel with other values
+(``mass``, ``average``); the entropy follows from ``V = K`` and the log-sum-exp (``entropy``); a row
+vector goes through a layer without its matrix (``propagate``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,13 +21,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_interp.attention import kernels, masks
+from xmodal_interp.attention import operands
+from xmodal_interp.attention.positions import Positions, brief, resolve
 from xmodal_interp.errors import LayerError, NotRecordedError, PositionError
 
 if TYPE_CHECKING:
     from xmodal_interp.vocabulary import AttentionKind, Tower
-
-Positions = int | slice | Sequence[int] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +39,8 @@ class AttentionCall:
         layer: Index of the layer within its tower and kind.
         module: Dotted name of the attention module in the model.
         call: Which call of this layer (an image of several, a decode step).
-        q: ``[sample, head, query, d_head]``, post-rotary. None if dense probabilities were kept instead.
+        q: ``[sample, head, query, d_head]``, post-rotary. None if dense probabilities were kept
+            instead.
         k: ``[sample, kv_head, key, d_head]``, post-rotary.
         v: ``[sample, kv_head, key, d_head]`` if it was asked for.
         mask: ``[sample | 1, head | 1, query, key]`` boolean (True is visible) or additive, or None.
@@ -52,7 +52,8 @@ class AttentionCall:
         sinks: ``[head]`` learned scores that take part in the softmax and are then dropped.
         sliding_window: With no mask: a query sees this many keys, its own included.
         rows: Query positions that are held, ascending; None means all.
-        dense: ``[sample, head, query, key]`` probabilities, where they were kept instead of q and k.
+        dense: ``[sample, head, query, key]`` probabilities, where they were kept instead of q and
+            k.
     """
 
     tower: Tower
@@ -78,7 +79,9 @@ class AttentionCall:
     def _queries(self) -> Tensor:
         held = self.dense if self.q is None else self.q
         if held is None:
-            raise NotRecordedError(f"A call holds q and k, or dense probabilities; {self.name} holds neither.")
+            raise NotRecordedError(
+                f"A call holds q and k, or dense probabilities; {self.name} holds neither."
+            )
         return held
 
     @property
@@ -98,7 +101,10 @@ class AttentionCall:
 
     @property
     def n_kv_heads(self) -> int:
-        """Key heads; with grouped queries, fewer than query heads. Equal to ``n_heads`` for dense calls."""
+        """Key heads; with grouped queries, fewer than query heads.
+
+        Equal to ``n_heads`` for dense calls.
+        """
         return self.n_heads if self.k is None else self.k.shape[1]
 
     @property
@@ -134,7 +140,10 @@ class AttentionCall:
         )
 
     def select_rows(self, positions: Int[Tensor, " query"]) -> AttentionCall:
-        """The same call with these query positions only; the tensors are copies, so the rest can be freed."""
+        """The same call with these query positions only.
+
+        The tensors are copies, so the rest can be freed.
+        """
         index = self._row_index(positions)
         return replace(
             self,
@@ -142,11 +151,14 @@ class AttentionCall:
             mask=None if self.mask is None else self.mask[..., index, :].clone(),
             bias=None if self.bias is None else self.bias[..., index, :].clone(),
             dense=None if self.dense is None else self.dense[:, :, index].clone(),
-            rows=self._held_positions()[index],
+            rows=self.query_positions[index],
         )
 
     def probs(
-        self, heads: Positions | None = None, queries: Positions | None = None, keys: Positions | None = None
+        self,
+        heads: Positions | None = None,
+        queries: Positions | None = None,
+        keys: Positions | None = None,
     ) -> Float[Tensor, "sample head query key"]:
         """Exact probabilities, float32, of chosen heads, queries and keys (all if not given).
 
@@ -160,19 +172,25 @@ class AttentionCall:
         head, row = self._head_index(heads), self._row_index(queries)
         key = None if keys is None else resolve(keys, self.n_keys, "key").to(row.device)
         parts = []
-        for chunk in row.split(self._chunk(len(head))):
-            full = self._probs(head, chunk)
+        for chunk in row.split(operands.chunk(self, len(head))):
+            full = operands.exact_rows(self, head, chunk)
             parts.append(full if key is None else full[..., key])
-        return torch.cat(parts, 2) if parts else self._probs(head, row)
+        return torch.cat(parts, 2) if parts else operands.exact_rows(self, head, row)
 
     def visible(self, queries: Positions | None = None) -> Bool[Tensor, "sample head query key"]:
-        """Which keys each query may attend to; sample and head axes have length 1 where nothing differs."""
-        return self._visible(self._row_index(queries))
+        """Which keys each query may attend to.
+
+        Sample and head axes have length 1 where nothing differs.
+        """
+        return operands.visible(self, self._row_index(queries))
 
     def n_visible(self, queries: Positions | None = None) -> Int[Tensor, "sample head query"]:
         """How many keys each query may attend to."""
         row = self._row_index(queries)
-        return torch.cat([self._visible(chunk).sum(-1) for chunk in row.split(self._chunk(1))], 2)
+        return torch.cat(
+            [operands.visible(self, chunk).sum(-1) for chunk in row.split(operands.chunk(self, 1))],
+            2,
+        )
 
     def mass(
         self,
@@ -180,7 +198,9 @@ class AttentionCall:
         heads: Positions | None = None,
         queries: Positions | None = None,
     ) -> Float[Tensor, "sample head query group"]:
-        """Probability summed over groups of keys, at the cost of one more fused attention per ``d_head`` groups.
+        """Probability summed over groups of keys, without the matrix of probabilities.
+
+        It costs one more fused attention per ``d_head`` groups.
 
         Args:
             groups: ``[group, key]``, True (or a weight) where a key belongs to a group.
@@ -190,7 +210,8 @@ class AttentionCall:
         values = groups.to(device=self._queries.device, dtype=torch.float32).T
         if values.shape[0] != self.n_keys:
             raise PositionError(
-                f"Groups have one column per key. {self.name} has {self.n_keys} keys, the groups have {values.shape[0]} columns."
+                f"Groups have one column per key. {self.name} has {self.n_keys} keys, the groups "
+                f"have {values.shape[0]} columns."
             )
         return self.average(values, heads, queries)
 
@@ -200,22 +221,31 @@ class AttentionCall:
         heads: Positions | None = None,
         queries: Positions | None = None,
     ) -> Float[Tensor, "sample head query value"]:
-        """Values averaged with the probabilities as weights (``probs @ values``), without the matrix of probabilities."""
+        """``probs @ values``, without the matrix of probabilities."""
         head, row = self._head_index(heads), self._row_index(queries)
-        if self._fusible:
-            return torch.cat([self._fused(head, row, part) for part in values.split(self._d_head, 1)], -1)
-        parts = [self._probs(head, chunk) @ values for chunk in row.split(self._chunk(len(head)))]
+        if operands.fusible(self):
+            parts = values.split(self._queries.shape[-1], 1)
+            return torch.cat([operands.fused_average(self, head, row, part) for part in parts], -1)
+        parts = [
+            operands.exact_rows(self, head, chunk) @ values
+            for chunk in row.split(operands.chunk(self, len(head)))
+        ]
         return torch.cat(parts, 2)
 
     def null_mass(
-        self, groups: Float[Tensor, "group key"] | Bool[Tensor, "group key"], queries: Positions | None = None
+        self,
+        groups: Float[Tensor, "group key"] | Bool[Tensor, "group key"],
+        queries: Positions | None = None,
     ) -> Float[Tensor, "sample head query group"]:
-        """What ``mass`` would be if attention were uniform over the visible keys. Sample and head axes may have length 1."""
+        """What ``mass`` would be if attention were uniform over the visible keys.
+
+        Sample and head axes may have length 1.
+        """
         values = groups.to(device=self._queries.device, dtype=torch.float32).T
         row = self._row_index(queries)
         parts = []
-        for chunk in row.split(self._chunk(1)):
-            seen = self._visible(chunk).float()
+        for chunk in row.split(operands.chunk(self, 1)):
+            seen = operands.visible(self, chunk).float()
             parts.append((seen @ values) / seen.sum(-1, keepdim=True))
         return torch.cat(parts, 2)
 
@@ -224,36 +254,35 @@ class AttentionCall:
     ) -> Float[Tensor, "sample head query"]:
         """``-sum p ln p`` of every row, in nats."""
         head, row = self._head_index(heads), self._row_index(queries)
-        if self._fusible and self._queries.device.type == "cpu":
-            return self._fused_entropy(head, row)
-        parts = [torch.special.entr(self._probs(head, chunk)).sum(-1) for chunk in row.split(self._chunk(len(head)))]
+        if operands.fusible(self) and self._queries.device.type == "cpu":
+            return operands.fused_entropy(self, head, row)
+        parts = [
+            torch.special.entr(operands.exact_rows(self, head, chunk)).sum(-1)
+            for chunk in row.split(operands.chunk(self, len(head)))
+        ]
         return torch.cat(parts, 2)
 
     def propagate(
         self, vector: Float[Tensor, "sample query"], heads: Positions | None = None
     ) -> Float[Tensor, "sample key"]:
-        """``vector @ mean over heads of probs``: one step of attention rollout for one row, ``O(S^2)`` time, ``O(S)`` memory.
+        """``vector @ mean over heads of probs``.
+
+        One step of attention rollout for one row, ``O(S^2)`` time, ``O(S)`` memory.
 
         Rows where ``vector`` is zero are not computed.
         """
         head = self._head_index(heads)
         needed = vector.ne(0).any(0).nonzero()[:, 0]
         out = torch.zeros(vector.shape[0], self.n_keys, device=vector.device)
-        for chunk in needed.split(self._chunk(len(head))):
-            out += torch.einsum("sq,shqk->sk", vector[:, chunk], self._probs(head, chunk)) / len(head)
+        for chunk in needed.split(operands.chunk(self, len(head))):
+            out += torch.einsum(
+                "sq,shqk->sk", vector[:, chunk], operands.exact_rows(self, head, chunk)
+            ) / len(head)
         return out
 
     @property
-    def _d_head(self) -> int:
-        return self._queries.shape[-1]
-
-    @property
-    def _fusible(self) -> bool:
-        """The fused kernel knows masks, but no soft-cap, sinks or bias."""
-        plain = self.q is not None and self.softcap is None and self.sinks is None and self.bias is None
-        return plain and (self.mask is None or self.mask.dtype == torch.bool)
-
-    def _held_positions(self) -> Int[Tensor, " query"]:
+    def query_positions(self) -> Int[Tensor, " query"]:
+        """Position of each query that is held."""
         if self.rows is not None:
             return self.rows
         return torch.arange(self.n_queries, device=self._queries.device)
@@ -270,8 +299,10 @@ class AttentionCall:
         missing = wanted[self.rows[index] != wanted]
         if len(missing):
             raise NotRecordedError(
-                f"Only rows that were kept can be asked for. {self.name} kept {_brief(self.rows.tolist())}; "
-                f"asked for were also {_brief(missing.tolist())}. Capture again with these queries, or with all."
+                f"Only rows that were kept can be asked for. {self.name} kept "
+                f"{brief(self.rows.tolist())}; "
+                f"asked for were also {brief(missing.tolist())}. Capture again with these "
+                "queries, or with all."
             )
         return index
 
@@ -282,90 +313,3 @@ class AttentionCall:
             return resolve(heads, self.n_heads, "head").to(self._queries.device)
         except PositionError as error:
             raise LayerError(f"{error} ({self.name})") from None
-
-    def _visible(self, row: Int[Tensor, " query"]) -> Bool[Tensor, "sample head query key"]:
-        positions = self._held_positions()[row] + self.offset
-        return masks.visible_rows(
-            self.mask, row, positions, self.n_keys, causal=self.causal, sliding_window=self.sliding_window
-        )
-
-    def _probs(self, head: Int[Tensor, " head"], row: Int[Tensor, " query"]) -> Float[Tensor, "sample head query key"]:
-        if self.dense is not None:
-            return self.dense[:, head][:, :, row].float()
-        if self.q is None or self.k is None:
-            raise NotRecordedError(f"A call holds q and k, or dense probabilities; {self.name} holds neither.")
-        additive = masks.additive_rows(self.mask, row)
-        if self.bias is not None:
-            bias = _heads_of(self.bias, head)[..., row, :].float()
-            additive = bias if additive is None else additive + bias
-        return kernels.softmax_rows(
-            self.q[:, head][:, :, row],
-            self.k[:, head // (self.n_heads // self.n_kv_heads)],
-            _heads_of(self._visible(row), head),
-            scaling=self.scaling,
-            additive=None if additive is None else _heads_of(additive, head) if additive.shape[1] != len(head) else additive,
-            softcap=self.softcap,
-            sinks=None if self.sinks is None else self.sinks[head],
-        )
-
-    def _fused(
-        self, head: Int[Tensor, " head"], row: Int[Tensor, " query"], values: Float[Tensor, "key value"]
-    ) -> Float[Tensor, "sample head query value"]:
-        q, k, visible, causal = self._fused_operands(head, row)
-        return kernels.fused_average(q, k, values, visible, causal=causal, scaling=self.scaling)
-
-    def _fused_entropy(self, head: Int[Tensor, " head"], row: Int[Tensor, " query"]) -> Float[Tensor, "sample head query"]:
-        q, k, visible, causal = self._fused_operands(head, row)
-        return kernels.fused_entropy(q, k, visible, causal=causal, scaling=self.scaling)
-
-    def _fused_operands(self, head: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-        """Operands of the fused kernel: it takes the causal flag where the whole square is asked for, else a mask."""
-        if self.q is None or self.k is None:
-            raise NotRecordedError(f"A call holds q and k, or dense probabilities; {self.name} holds neither.")
-        q = self.q if _all(head, self.n_heads) else self.q[:, head]
-        k = self.k[:, head // (self.n_heads // self.n_kv_heads)]
-        whole = _all(row, self.n_queries) and self.rows is None
-        if self.mask is None and self.sliding_window is None:
-            if not self.causal:
-                return q if whole else q[:, :, row], k, None, False
-            if whole and self.n_queries == self.n_keys and self.offset == 0:
-                return q, k, None, True
-        return q if whole else q[:, :, row], k, _heads_of(self._visible(row), head), False
-
-    def _chunk(self, n_heads: int) -> int:
-        """Rows per chunk, so that a chunk of float32 scores stays around 32 MB."""
-        return max(1, kernels.CHUNK_BYTES // (4 * self.n_keys * n_heads * self.n_samples))
-
-
-def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " position"]:
-    """Positions of any spelling as an index tensor; negative ones count from the end.
-
-    Raises:
-        PositionError: A position outside ``[-length, length)``.
-    """
-    if isinstance(positions, slice):
-        return torch.arange(length)[positions]
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        index = positions.nonzero()[:, 0]
-    else:
-        values: Iterable[int] = [positions] if isinstance(positions, int) else positions
-        index = torch.as_tensor(values if isinstance(values, Tensor) else [int(v) for v in values], dtype=torch.long)
-    outside = index[(index < -length) | (index >= length)]
-    if len(outside):
-        raise PositionError(
-            f"A {label} must lie between {-length} and {length - 1}; got {_brief(outside.tolist())}."
-        )
-    return torch.where(index < 0, index + length, index)
-
-
-def _heads_of(t: Tensor, head: Int[Tensor, " head"]) -> Tensor:
-    return t if t.shape[1] == 1 else t[:, head]
-
-
-def _all(index: Tensor, length: int) -> bool:
-    return len(index) == length and bool((index == torch.arange(length, device=index.device)).all())
-
-
-def _brief(values: Sequence[int]) -> str:
-    shown = ", ".join(str(v) for v in values[:6])
-    return shown if len(values) <= 6 else f"{shown}, ... ({len(values)} in all)"

@@ -1,4 +1,7 @@
-"""The numbers: rows of probabilities, and sums over them by the fused kernel. Bare tensors, float32 accumulation."""
+"""The numbers: rows of probabilities, and sums over them by the fused kernel.
+
+Bare tensors, float32 accumulation.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ def softmax_rows(
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | None = None,
 ) -> Float[Tensor, "sample head query key"]:
-    """``softmax(scaling q k^T + additive)`` over the visible keys; a row that sees nothing is NaN."""
+    """``softmax(scaling q k^T + additive)`` over the visible keys.
+
+    A row that sees nothing is NaN.
+    """
     scores = (q.float() @ k.float().transpose(-1, -2)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -43,7 +49,9 @@ def fused_average(
     causal: bool,
     scaling: float,
 ) -> Float[Tensor, "sample head query value"]:
-    """``softmax(scaling q k^T) @ values`` by the fused kernel: the values stand where the model's own stood.
+    """``softmax(scaling q k^T) @ values`` by the fused kernel.
+
+    The values stand where the model's own stood.
 
     They are padded to the width of a head, since a narrower V falls off the fused path.
     """
@@ -64,14 +72,21 @@ def fused_entropy(
     causal: bool,
     scaling: float,
 ) -> Float[Tensor, "sample head query"]:
-    """Entropy of every row in nats: ``H = logsumexp - scaling q . (probs k)``, both from one fused call."""
+    """Entropy of every row in nats: ``H = logsumexp - scaling q .
+
+    (probs k)``, both from one fused call.
+    """
     q, k = q.float(), k.float()
     mask = None
     if visible is not None:
-        mask = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf).expand(q.shape[0], -1, -1, -1)
+        mask = (
+            torch.zeros(visible.shape)
+            .masked_fill_(~visible, -torch.inf)
+            .expand(q.shape[0], -1, -1, -1)
+        )
     mean_key, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, k, 0.0, causal, attn_mask=mask, scale=scaling
     )
-    entropy = logsumexp.reshape(q.shape[:3]) - scaling * (q * mean_key).sum(-1)
+    entropy: Tensor = logsumexp.reshape(q.shape[:3]) - scaling * (q * mean_key).sum(-1)
     entropy = entropy.clamp_(min=0.0)  # a row with one visible key rounds to just below zero
     return entropy if visible is None else entropy.masked_fill(~visible.any(-1), torch.nan)

@@ -1,7 +1,10 @@
-"""Which keys a query may attend to: boolean masks, additive masks and the causal flag, read as one thing.
+"""Which keys a query may attend to.
 
-A backend is given either a mask (boolean, True where visible; or additive, hugely negative where not) or none and a causal
-flag. Rows are built on demand, so that no ``[query, key]`` matrix is held that the model did not hold itself.
+Boolean masks, additive masks and the causal flag, read as one thing.
+
+A backend is given either a mask (boolean, True where visible; or additive, hugely negative where
+not) or none and a causal flag. Rows are built on demand, so that no ``[query, key]`` matrix is held
+that the model did not hold itself.
 """
 
 from __future__ import annotations
@@ -20,12 +23,15 @@ def visible_rows(
     causal: bool,
     sliding_window: int | None = None,
 ) -> Bool[Tensor, "sample head query key"]:
-    """Visibility of every key for some queries; sample and head axes have length 1 where the mask does not differ.
+    """Visibility of every key for some queries.
+
+    Sample and head axes have length 1 where the mask does not differ.
 
     Args:
         mask: ``[sample | 1, head | 1, query, key]``, boolean or additive, or None.
         rows: Which rows of ``mask`` are meant.
-        positions: The key index that each of these queries stands at; used only where the mask is None.
+        positions: The key index that each of these queries stands at; used only where the mask is
+            None.
         n_keys: Number of keys.
         causal: With no mask: keys behind the query are hidden.
         sliding_window: With no mask: keys this far back or farther are hidden.
@@ -43,14 +49,17 @@ def visible_rows(
 
 
 def hidden_below(dtype: torch.dtype) -> float:
-    """Additive mask entries at or below this hide a key: half of the dtype's minimum, or minus infinity."""
+    """Additive mask entries at or below this hide a key.
+
+    Half of the dtype's minimum, or minus infinity.
+    """
     return torch.finfo(dtype).min / 2
 
 
 def additive_rows(
     mask: Tensor | None, rows: Int[Tensor, " query"]
 ) -> Float[Tensor, "sample head query key"] | None:
-    """The finite part that an additive mask puts on visible keys, or None where it puts nothing but zero."""
+    """What an additive mask adds to visible keys, or None where it adds nothing."""
     if mask is None or mask.dtype == torch.bool:
         return None
     chosen = mask[..., rows, :].float()

@@ -1,8 +1,9 @@
 """Which modules of a model are attention, and what each is called: tower, kind, layer.
 
-An attention module is the innermost module whose class is named so. Its tower follows from ownership: the configuration of
-the sub-model it sits in is the vision, the text or the connector part of the model's configuration. Its layer is the index of its
-block, counted through the tower and kind in the order of ``named_modules``.
+An attention module is the innermost module whose class is named so. Its tower follows from
+ownership: the configuration of the sub-model it sits in is the vision, the text or the connector
+part of the model's configuration. Its layer is the index of its block, counted through the tower
+and kind in the order of ``named_modules``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 _ATTENTION = re.compile(r"Attention|Attn")
 _CROSS = re.compile(r"cross", re.IGNORECASE)
-_CONNECTOR = re.compile(r"q_?former|perceiver|resampler|connector|projector|abstractor|merger", re.IGNORECASE)
+_CONNECTOR = re.compile(
+    r"q_?former|perceiver|resampler|connector|projector|abstractor|merger", re.IGNORECASE
+)
 _VISION = re.compile(r"vision|visual|image|vit", re.IGNORECASE)
 
 
@@ -45,7 +48,8 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
     found = dict(_innermost(model))
     if not found:
         raise UnsupportedModelError(
-            f"To listen to attention, a model needs attention modules. {type(model).__name__} has no module whose class is "
+            f"To listen to attention, a model needs attention modules. {type(model).__name__} has "
+            "no module whose class is "
             "named Attention."
         )
     names = _Names(model)
@@ -53,15 +57,24 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
 
 
 def _innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of attention classes that hold no other; norms and the like inside of them don't count."""
+    """Modules of attention classes that hold no other.
+
+    Norms and the like inside of them don't count.
+    """
     for path, module in model.named_modules():
-        if _is_attention(module) and not any(_is_attention(m) for m in module.modules() if m is not module):
+        if _is_attention(module) and not any(
+            _is_attention(m) for m in module.modules() if m is not module
+        ):
             yield path, module
 
 
 def _is_attention(module: nn.Module) -> bool:
     name = type(module).__name__
-    return bool(_ATTENTION.search(name)) and not isinstance(module, PreTrainedModel) and bool(list(module.children()))
+    return (
+        bool(_ATTENTION.search(name))
+        and not isinstance(module, PreTrainedModel)
+        and bool(list(module.children()))
+    )
 
 
 class _Names:
@@ -71,7 +84,9 @@ class _Names:
         self.model = model
         self.root = getattr(model, "config", None)
         self.parts: dict[str, Any] = {
-            path: module.config for path, module in model.named_modules() if isinstance(module, PreTrainedModel)
+            path: module.config
+            for path, module in model.named_modules()
+            if isinstance(module, PreTrainedModel)
         }
         self.offsets: dict[tuple[Tower, AttentionKind, str], int] = {}
         self.next: dict[tuple[Tower, AttentionKind], int] = {}
@@ -88,19 +103,33 @@ class _Names:
         return Identity(path, tower, kind, layer)
 
     def _tower(self, path: str) -> Tower:
-        """By the innermost sub-model's configuration; then by name; a model without a vision part is all language."""
-        owner = max((p for p in self.parts if path == p or path.startswith(f"{p}.") or p == ""), key=len, default=None)
+        """By the innermost sub-model's configuration; then by name.
+
+        A model without a vision part is all language.
+        """
+        owner = max(
+            (p for p in self.parts if path == p or path.startswith(f"{p}.") or p == ""),
+            key=len,
+            default=None,
+        )
         inside = path[len(owner) :] if owner is not None else path
         if _CONNECTOR.search(inside):
             return "connector"
         config = None if owner is None else self.parts[owner]
         for attribute, tower in _PARTS:
             part = getattr(self.root, attribute, None)
-            if config is not None and part is not None and type(config) is type(part) and config is not self.root:
+            if (
+                config is not None
+                and part is not None
+                and type(config) is type(part)
+                and config is not self.root
+            ):
                 return tower
         if _CONNECTOR.search(path):
             return "connector"
-        if getattr(self.model, "main_input_name", "") == "pixel_values" and not hasattr(self.root, "text_config"):
+        if getattr(self.model, "main_input_name", "") == "pixel_values" and not hasattr(
+            self.root, "text_config"
+        ):
             return "vision"
         return "vision" if _VISION.search(path) else "language"
 
@@ -108,7 +137,11 @@ class _Names:
     def _kind(path: str, module: nn.Module) -> AttentionKind:
         if getattr(module, "is_cross_attention", False):
             return "cross"
-        return "cross" if _CROSS.search(type(module).__name__) or _CROSS.search(path.rpartition(".")[2]) else "self"
+        return (
+            "cross"
+            if _CROSS.search(type(module).__name__) or _CROSS.search(path.rpartition(".")[2])
+            else "self"
+        )
 
 
 _PARTS: tuple[tuple[str, Tower], ...] = (

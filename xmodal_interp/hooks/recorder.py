@@ -1,10 +1,14 @@
 """The recorder: forward hooks say which attention layer is running, the tap says what it was given.
 
-1. Before an attention module runs, its hook opens it; what the tap hears belongs to the innermost open module.
-2. Each call becomes an :class:`AttentionCall`: operands cloned (a static cache overwrites its keys in place), the mask as given.
-3. After the module has run, its hook closes it; one that made no call ran unseen, and the recording says so.
+1. Before an attention module runs, its hook opens it; what the tap hears belongs to the innermost
+   open module.
+2. Each call becomes an :class:`AttentionCall`: operands cloned (a static cache overwrites its keys
+   in place), the mask as given.
+3. After the module has run, its hook closes it; one that made no call ran unseen, and the recording
+   says so.
 
-Keys of a growing cache are kept once: when a call's keys begin with the keys of the call before, the older call becomes a view.
+Keys of a growing cache are kept once: when a call's keys begin with the keys of the call before,
+the older call becomes a view.
 """
 
 from __future__ import annotations
@@ -51,19 +55,21 @@ def record(
     values: bool = False,
     reduce: Callable[[AttentionCall], Any] | None = None,
 ) -> Iterator[Recording]:
-    """Record the attention of any transformers model while a ``with`` block runs it; its outputs don't change by a bit.
+    """Record the attention of any transformers model while a ``with`` block runs it.
+
+    Its outputs don't change by a bit.
 
     Args:
         model: The model; its attention backend stays as it is.
         towers: Which towers to keep.
         layers: Which layers to keep (per tower and kind), all if not given.
         values: Keep V too.
-        reduce: Called with each call instead of keeping it; what it returns goes to ``results``. It must not keep the call:
-            its tensors are the model's own.
+        reduce: Called with each call instead of keeping it; what it returns goes to ``results``. It
+            must not keep the call: its tensors are the model's own.
 
     Raises:
-        CaptureError: Attention ran that could not be heard, or the model is compiled. Raised at the end of the block,
-            unless the block itself failed.
+        CaptureError: Attention ran that could not be heard, or the model is compiled. Raised at the
+            end of the block, unless the block itself failed.
     """
     _refuse_compiled(model)
     known = attention_modules(model)
@@ -78,8 +84,10 @@ def record(
         yield recorder.recording
     if recorder.recording.unseen:
         raise CaptureError(
-            "Every attention layer that runs must be seen. These ran without passing transformers' attention interface: "
-            f"{', '.join(sorted(set(recorder.recording.unseen)))}. Leave out their tower with towers=, if you don't need it."
+            "Every attention layer that runs must be seen. These ran without passing transformers' "
+            "attention interface: "
+            f"{', '.join(sorted(set(recorder.recording.unseen)))}. Leave out their tower with "
+            "towers=, if you don't need it."
         )
 
 
@@ -91,7 +99,9 @@ class _Choice:
     reduce: Callable[[AttentionCall], Any] | None
 
     def wants(self, identity: Identity) -> bool:
-        return identity.tower in self.towers and (self.layers is None or identity.layer in self.layers)
+        return identity.tower in self.towers and (
+            self.layers is None or identity.layer in self.layers
+        )
 
 
 class _Recorder:
@@ -121,9 +131,13 @@ class _Recorder:
         return call
 
     def after(self, call: RawCall, output: Tensor) -> Tensor:
-        module = call.module if call.module in self.known else self.running[-1] if self.running else None
+        module = (
+            call.module if call.module in self.known else self.running[-1] if self.running else None
+        )
         if module is None:
-            self.recording.unseen.append(f"{type(call.module).__name__} (not a module of this model)")
+            self.recording.unseen.append(
+                f"{type(call.module).__name__} (not a module of this model)"
+            )
             return output
         if self.heard:
             self.heard[-1] += 1
@@ -142,8 +156,12 @@ class _Recorder:
             return
         cache = self.caches.get(module)
         if cache is None or not cache.grow(raw):
-            cache = self.caches[module] = _Cache(_own(raw.key), _own(raw.value) if self.choice.values else None)
-        self.kept.append((replace(call, q=_own(raw.query), k=None, v=None), cache, raw.key.shape[2]))
+            cache = self.caches[module] = _Cache(
+                _own(raw.key), _own(raw.value) if self.choice.values else None
+            )
+        self.kept.append(
+            (replace(call, q=_own(raw.query), k=None, v=None), cache, raw.key.shape[2])
+        )
 
     def finish(self) -> None:
         """Hand each call its keys, as a view into the cache they are the beginning of."""
@@ -153,7 +171,10 @@ class _Recorder:
         self.kept.clear()
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:
-        """Layers share one mask tensor: it is read once. An additive mask that only hides becomes boolean."""
+        """Layers share one mask tensor: it is read once.
+
+        An additive mask that only hides becomes boolean.
+        """
         if mask is None:
             return None
         if id(mask) not in self.masks:
@@ -178,7 +199,9 @@ class _Cache:
         return begins
 
 
-def as_attention_call(raw: RawCall, identity: Identity, number: int, mask: Tensor | None) -> AttentionCall:
+def as_attention_call(
+    raw: RawCall, identity: Identity, number: int, mask: Tensor | None
+) -> AttentionCall:
     """A raw call by its proper names, its tensors as they are."""
     options = raw.options
     sinks = options.get("s_aux") if options.get("s_aux") is not None else options.get("sinks")
@@ -214,7 +237,12 @@ def _segments(call: RawCall) -> Iterator[RawCall]:
         return
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         part = slice(start, end)
-        yield replace(call, query=call.query[:, :, part], key=call.key[:, :, part], value=call.value[:, :, part])
+        yield replace(
+            call,
+            query=call.query[:, :, part],
+            key=call.key[:, :, part],
+            value=call.value[:, :, part],
+        )
 
 
 def _simplify(mask: Tensor) -> Tensor:
@@ -232,9 +260,12 @@ def _own(t: Tensor) -> Tensor:
 
 
 def _refuse_compiled(model: nn.Module) -> None:
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or getattr(model, "_compiled_call_impl", None):
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or getattr(
+        model, "_compiled_call_impl", None
+    ):
         raise CaptureError(
-            "A compiled model runs without asking for its attention functions, so nothing could be heard. "
+            "A compiled model runs without asking for its attention functions, so nothing could be "
+            "heard. "
             "Record the model as it was before torch.compile (model._orig_mod)."
         )
 
@@ -242,12 +273,15 @@ def _refuse_compiled(model: nn.Module) -> None:
 def _check_choice(towers: Sequence[Tower], layers: Sequence[int] | None, known: Any) -> None:
     unknown = [tower for tower in towers if tower not in TOWERS]
     if unknown:
-        raise InputError(f"towers must be among {', '.join(TOWERS)}; got {', '.join(map(repr, unknown))}.")
+        raise InputError(
+            f"towers must be among {', '.join(TOWERS)}; got {', '.join(map(repr, unknown))}."
+        )
     if layers is not None:
         there = {identity.layer for identity in known if identity.tower in towers}
         missing = sorted(set(layers) - there)
         if missing:
             raise InputError(
-                f"layers must exist in the model. Its {' and '.join(towers)} layers are 0 to {max(there, default=-1)}; "
+                f"layers must exist in the model. Its {' and '.join(towers)} layers are 0 to "
+                f"{max(there, default=-1)}; "
                 f"got {', '.join(map(str, missing))}."
             )

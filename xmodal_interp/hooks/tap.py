@@ -1,9 +1,10 @@
 """The tap: where every attention call of transformers passes by, seen and, if wished, edited.
 
-Attention modules ask ``AttentionInterface`` for the function of the backend they are configured with. While a tap is open, what
-the interface hands out is wrapped: the original function is called with unchanged arguments and its output is returned as it is,
-so the model computes bit for bit what it computes alone. No config is touched, and no name is registered: some models test the
-*name* of their backend, and answer differently under another one.
+Attention modules ask ``AttentionInterface`` for the function of the backend they are configured
+with. While a tap is open, what the interface hands out is wrapped: the original function is called
+with unchanged arguments and its output is returned as it is, so the model computes bit for bit what
+it computes alone. No config is touched, and no name is registered: some models test the *name* of
+their backend, and answer differently under another one.
 
 Listeners live in a context variable: other threads are not listened to, and taps nest.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
@@ -27,8 +28,9 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 class RawCall:
     """The arguments of one attention call, as the model gave them.
 
-    ``query`` is ``[sample, head, query, d_head]``, ``key`` and ``value`` ``[sample, kv_head, key, d_head]``; ``backend`` is the name the
-    model asked for, such as ``"sdpa"``; ``options`` holds every further keyword.
+    ``query`` is ``[sample, head, query, d_head]``, ``key`` and ``value`` ``[sample, kv_head, key,
+    d_head]``; ``backend`` is the name the model asked for, such as ``"sdpa"``; ``options`` holds
+    every further keyword.
     """
 
     module: nn.Module
@@ -47,13 +49,17 @@ class RawCall:
 
     @property
     def causal(self) -> bool:
-        """Whether the backend hides later keys by itself; eager functions never do, they are given a mask."""
+        """Whether the backend hides later keys by itself.
+
+        Eager functions never do, they are given a mask.
+        """
         if self.mask is not None or self.query.shape[2] == 1 or self.backend == "eager":
             return False
         flag = self.options.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if flag is None else flag)
 
 
+@runtime_checkable
 class Listener(Protocol):
     """What hears and may change calls."""
 
@@ -61,7 +67,10 @@ class Listener(Protocol):
         """Return the call as it shall be made; the same object leaves it alone."""
 
     def after(self, call: RawCall, output: Tensor) -> Tensor:
-        """Return the output, ``[sample, query, head, d_head]``, as the model shall see it; the same object leaves it alone."""
+        """Return the output, ``[sample, query, head, d_head]``, as the model shall see it.
+
+        The same object leaves it alone.
+        """
 
 
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("xmodal_interp_listeners", default=())
@@ -85,8 +94,8 @@ def _install() -> None:
     global _open
     with _lock:
         if _open == 0:
-            AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
-            AttentionInterface.__getitem__ = _getitem
+            type.__setattr__(AttentionInterface, "get_interface", _get_interface)
+            type.__setattr__(AttentionInterface, "__getitem__", _getitem)
         _open += 1
 
 
@@ -95,20 +104,22 @@ def _remove() -> None:
     with _lock:
         _open -= 1
         if _open == 0:
-            AttentionInterface.get_interface = _original_get_interface  # type: ignore[method-assign]
-            del AttentionInterface.__getitem__  # it is inherited
+            type.__setattr__(AttentionInterface, "get_interface", _original_get_interface)
+            type.__delattr__(AttentionInterface, "__getitem__")  # it is inherited
 
 
 _original_get_interface = AttentionInterface.get_interface
 _original_getitem = AttentionInterface.__getitem__
 
 
-def _get_interface(self: AttentionInterface, attn_implementation: str, default: AttentionFunction) -> AttentionFunction:
+def _get_interface(
+    self: AttentionInterface, attn_implementation: str, default: AttentionFunction
+) -> AttentionFunction:
     return _wrap(_original_get_interface(self, attn_implementation, default), attn_implementation)
 
 
 def _getitem(self: AttentionInterface, key: str) -> AttentionFunction:
-    return _wrap(_original_getitem(self, key), key)
+    return _wrap(_original_getitem(self, key), key)  # type: ignore[no-untyped-call]
 
 
 def _wrap(function: AttentionFunction, backend: str | None) -> AttentionFunction:
@@ -139,7 +150,9 @@ class _Wrapped:
         call = given
         for listener in self.listeners:
             call = listener.before(call)
-        output, *rest = self.function(module, call.query, call.key, call.value, call.mask, **call.options)
+        output, *rest = self.function(
+            module, call.query, call.key, call.value, call.mask, **call.options
+        )
         for listener in reversed(self.listeners):
             output = listener.after(call, output)
         return (output, *rest)  # type: ignore[return-value]

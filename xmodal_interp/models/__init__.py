@@ -3,6 +3,7 @@
 from xmodal_interp.models.family import FAMILIES as FAMILIES
 from xmodal_interp.models.family import Family as Family
 from xmodal_interp.models.geometry import ImageGrid as ImageGrid
+from xmodal_interp.models.geometry import place_on_grid as place_on_grid
 from xmodal_interp.models.loading import SHIPPED as SHIPPED
 from xmodal_interp.models.loading import load as load
 from xmodal_interp.models.tokens import generated_table as generated_table

@@ -1,7 +1,10 @@
-"""What differs between model families, as data: one :class:`Family` record per transformers model type.
+"""What differs between model families, as data.
 
-To add a family, write a record into ``FAMILIES``: its model type, where its configuration keeps the id of the image placeholder,
-and the geometry rule that its image tokens follow. Nothing else in the package knows a model by name.
+One :class:`Family` record per transformers model type.
+
+To add a family, write a record into ``FAMILIES``: its model type, where its configuration keeps the
+id of the image placeholder, and the geometry rule that its image tokens follow. Nothing else in the
+package knows a model by name.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ class Family:
         model_type: ``config.model_type`` in transformers.
         image_token: Attribute of the configuration that holds the id of the image placeholder.
         geometry: The rule that places image tokens on images.
-        in_sequence: Whether image tokens stand among the text tokens. If not, text reaches the image by cross-attention,
-            whose keys the rule places.
+        in_sequence: Whether image tokens stand among the text tokens. If not, text reaches the
+            image by cross-attention, whose keys the rule places.
         video_token: Attribute that holds the id of the video placeholder, if there is one.
     """
 
@@ -51,7 +54,9 @@ FAMILIES: dict[str, Family] = {
         Family("llava", "image_token_id", geometry.fixed_grid),
         Family("vipllava", "image_token_id", geometry.fixed_grid),
         Family("qwen2_vl", "image_token_id", geometry.merged_patches, video_token="video_token_id"),
-        Family("qwen2_5_vl", "image_token_id", geometry.merged_patches, video_token="video_token_id"),
+        Family(
+            "qwen2_5_vl", "image_token_id", geometry.merged_patches, video_token="video_token_id"
+        ),
         Family("mllama", "image_token_index", geometry.aspect_ratio_tiles, in_sequence=False),
     )
 }
@@ -69,11 +74,14 @@ def family_of(config: Any) -> Family:
     known = ", ".join(sorted(FAMILIES))
     if getattr(config, "vision_config", None) is None:
         raise UnsupportedModelError(
-            f"A vision-language model has a vision_config. The model type {model_type!r} has none: it reads text only. "
+            f"A vision-language model has a vision_config. The model type {model_type!r} has none: "
+            "it reads text only. "
             f"Record its attention with xi.record(model), or load one of: {known}."
         )
     raise UnsupportedModelError(
-        f"Labelling tokens needs a family record. There is none for the model type {model_type!r}; known are {known}. "
-        "Write one (xmodal_interp.models.Family) and pass it as VLM(model, processor, family=...), or record the bare "
+        f"Labelling tokens needs a family record. There is none for the model type {model_type!r}; "
+        f"known are {known}. "
+        "Write one (xmodal_interp.models.Family) and pass it as VLM(model, processor, family=...), "
+        "or record the bare "
         "attention with xi.record(model)."
     )

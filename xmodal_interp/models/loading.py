@@ -1,4 +1,7 @@
-"""From a name to a model: a Hub id, a folder, or nothing for the tiny model that is shipped in the package."""
+"""From a name to a model.
+
+A Hub id, a folder, or nothing for the tiny model that is shipped in the package.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,35 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
     """Load a vision-language model and its processor.
 
     Args:
-        name: A Hub id, a folder, ``"llava"`` or ``"qwen2_vl"`` for a tiny trained model shipped with the package; the shipped
-            LLaVA if not given. The shipped models need no network.
-        **options: For ``from_pretrained``: ``dtype="auto"``, ``device_map="auto"``, ``attn_implementation=...``, ``revision=...``.
+        name: A Hub id, a folder, ``"llava"`` or ``"qwen2_vl"`` for a tiny trained model shipped
+            with the package; the shipped LLaVA if not given. The shipped models need no network.
+        **options: For ``from_pretrained``: ``dtype="auto"``, ``device_map="auto"``,
+            ``attn_implementation=...``, ``revision=...``.
 
     Raises:
         InputError: There is no such model.
         UnsupportedModelError: A model type without a family record, or one that reads text only.
     """
-    source = str(shipped_path(str(name or "llava")) if name is None or str(name) in SHIPPED else name)
-    shared = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
+    source = str(
+        shipped_path(str(name or "llava")) if name is None or str(name) in SHIPPED else name
+    )
+    shared = {
+        key: options[key]
+        for key in ("revision", "trust_remote_code", "token", "cache_dir")
+        if key in options
+    }
     try:
         config = AutoConfig.from_pretrained(source, **shared)
     except OSError as error:
         raise InputError(
-            f"A model is a folder, a Hub id, or one of the shipped {', '.join(SHIPPED)}; {source!r} could not be loaded: "
+            f"A model is a folder, a Hub id, or one of the shipped {', '.join(SHIPPED)}; "
+            f"{source!r} could not be loaded: "
             f"{str(error).splitlines()[0]}"
         ) from error
     except ValueError as error:
-        raise UnsupportedModelError(f"transformers does not know the model type of {source!r}: {error}") from error
+        raise UnsupportedModelError(
+            f"transformers does not know the model type of {source!r}: {error}"
+        ) from error
     family = family_of(config)
     if name is None or str(name) in SHIPPED:
         options.setdefault("dtype", "float32")  # kept as float16, computed as trained

@@ -1,7 +1,8 @@
 """What stands at each position: text, kind, role, image, grid cell, pixel box, character span.
 
 1. Tokenise the prompt as written, with character offsets.
-2. Expand each image placeholder to the tokens of its grid: the ids that the processor returned must be just these.
+2. Expand each image placeholder to the tokens of its grid: the ids that the processor returned must
+   be just these.
 3. Put each image's rows, columns and boxes on its run.
 4. Roles come from where the messages' texts stand in the rendered prompt.
 """
@@ -33,7 +34,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Placeholders:
-    """Ids that the processor expands; None where a family has no such token, or where images are not in the sequence."""
+    """Ids that the processor expands.
+
+    None where a family has no such token, or where images are not in the sequence.
+    """
 
     image: int | None
     video: int | None = None
@@ -60,12 +64,16 @@ def token_table(
         spans: Whose text is where.
 
     Raises:
-        GeometryError: The ids are not the prompt's own tokens with each image placeholder expanded to its grid.
+        GeometryError: The ids are not the prompt's own tokens with each image placeholder expanded
+            to its grid.
     """
     pieces = tokenizer.convert_ids_to_tokens(list(ids))
     special = set(tokenizer.all_special_ids)
     offsets = _offsets(ids, attended, text, tokenizer, placeholders, grids)
-    table = pd.DataFrame({column: [None] * len(ids) for column in TOKEN_COLUMNS}, index=pd.RangeIndex(len(ids), name="position"))
+    table = pd.DataFrame(
+        {column: [None] * len(ids) for column in TOKEN_COLUMNS},
+        index=pd.RangeIndex(len(ids), name="position"),
+    )
     table["token"] = [
         text[start:end] if end > start and token not in special else piece
         for piece, token, (start, end) in zip(pieces, ids, offsets, strict=True)
@@ -95,7 +103,10 @@ def token_table(
 def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
     """One row per image token of all grids in order: the keys of a cross-attention."""
     n_tokens = sum(grid.n_tokens for grid in grids)
-    table = pd.DataFrame({column: [None] * n_tokens for column in TOKEN_COLUMNS}, index=pd.RangeIndex(n_tokens, name="position"))
+    table = pd.DataFrame(
+        {column: [None] * n_tokens for column in TOKEN_COLUMNS},
+        index=pd.RangeIndex(n_tokens, name="position"),
+    )
     table["kind"], table["start"], table["end"] = "image", -1, -1
     _place(table, np.arange(n_tokens), grids)
     return _typed(table)
@@ -134,22 +145,34 @@ def generated_table(
                 "end": end,
             }
         )
-    table = pd.DataFrame(rows, columns=list(TOKEN_COLUMNS), index=pd.RangeIndex(n_before, n_before + len(rows), name="position"))
+    table = pd.DataFrame(
+        rows,
+        columns=list(TOKEN_COLUMNS),
+        index=pd.RangeIndex(n_before, n_before + len(rows), name="position"),
+    )
     decoded = tokenizer.decode(answer, skip_special_tokens=True)
     return _typed(table), text + (separator + decoded if decoded else "")
 
 
 def message_spans(text: str, messages: Sequence[dict[str, Any]]) -> list[Span]:
-    """Where the texts of the messages stand in the rendered prompt; a message reaches from its first part to its last."""
+    """Where the texts of the messages stand in the rendered prompt.
+
+    A message reaches from its first part to its last.
+    """
     spans, cursor = [], 0
     for message in messages:
         content = message["content"]
-        parts = [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+        parts = (
+            [content]
+            if isinstance(content, str)
+            else [p["text"] for p in content if p["type"] == "text"]
+        )
         for part in parts:
             start = text.find(part.strip(), cursor)
             if start < 0:
                 raise InputError(
-                    f"A chat template must render every message text as it is. The text {part!r} is not in the rendered "
+                    f"A chat template must render every message text as it is. The text {part!r} "
+                    "is not in the rendered "
                     f"prompt {text!r}."
                 )
             cursor = start + len(part.strip())
@@ -165,7 +188,10 @@ def _offsets(
     placeholders: Placeholders,
     grids: Sequence[ImageGrid],
 ) -> list[tuple[int, int]]:
-    """Character span of each position in the unexpanded text; an expanded run has the span of its placeholder."""
+    """Character span of each position in the unexpanded text.
+
+    An expanded run has the span of its placeholder.
+    """
     real = [token for token, seen in zip(ids, attended, strict=True) if seen]
     own = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     if own["input_ids"][:1] != real[:1]:
@@ -179,17 +205,23 @@ def _offsets(
         spans += [tuple(span)] * repeats
     if expected != real:
         raise GeometryError(
-            "The processor must expand each image placeholder to the tokens of its grid, and nothing else. Expected were "
-            f"{len(expected)} positions, {expected.count(placeholders.image)} of them image tokens "
-            f"({', '.join(f'{g.rows} x {g.cols}' for g in grids) or 'no grid'}); the processor returned {len(real)} and "
-            f"{real.count(placeholders.image)}."
+            "The processor must expand each image placeholder to the tokens of its grid, and "
+            "nothing else. Expected were "
+            f"{len(expected)} positions, {sum(token == placeholders.image for token in expected)} "
+            "of them image tokens "
+            f"({', '.join(f'{g.rows} x {g.cols}' for g in grids) or 'no grid'}); the processor "
+            f"returned {len(real)} and "
+            f"{sum(token == placeholders.image for token in real)}."
         )
     placed = iter(spans)
     return [next(placed) if seen else (-1, -1) for seen in attended]
 
 
 def _role(start: int, end: int, spans: Sequence[Span]) -> str:
-    """A token belongs to the message that its span touches; what no message wrote is the template's."""
+    """A token belongs to the message that its span touches.
+
+    What no message wrote is the template's.
+    """
     if end <= start:
         return "template"
     return next((span.role for span in spans if start < span.end and end > span.start), "template")
@@ -199,12 +231,15 @@ def _place(table: pd.DataFrame, positions: np.ndarray, grids: Sequence[ImageGrid
     expected = sum(grid.n_tokens for grid in grids)
     if expected != len(positions):
         raise GeometryError(
-            f"Image tokens and grids must agree. The sequence has {len(positions)} image tokens; the grids "
+            f"Image tokens and grids must agree. The sequence has {len(positions)} image tokens; "
+            "the grids "
             f"({', '.join(f'{g.rows} x {g.cols}' for g in grids) or 'none'}) have {expected}."
         )
     if not grids:
         return
-    table.loc[positions, "image"] = np.repeat(np.arange(len(grids)), [grid.n_tokens for grid in grids])
+    table.loc[positions, "image"] = np.repeat(
+        np.arange(len(grids)), [grid.n_tokens for grid in grids]
+    )
     places = np.concatenate([grid.places for grid in grids])
     boxes = np.concatenate([grid.boxes for grid in grids])
     placed = places[:, 0] >= 0
@@ -215,4 +250,6 @@ def _place(table: pd.DataFrame, positions: np.ndarray, grids: Sequence[ImageGrid
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
     integers = dict.fromkeys(("image", "row", "col", "start", "end"), "Int64")
     floats = dict.fromkeys(("x0", "y0", "x1", "y1"), "float64")
-    return table.astype({"token": "string", "kind": "string", "role": "string", **integers, **floats})
+    return table.astype(
+        {"token": "string", "kind": "string", "role": "string", **integers, **floats}
+    )

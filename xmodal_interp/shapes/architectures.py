@@ -1,6 +1,11 @@
-"""The two shipped architectures, before training. Real Hugging Face classes, a million weights each."""
+"""The two shipped architectures, before training.
+
+Real Hugging Face classes, a million weights each.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from transformers import (
@@ -9,16 +14,29 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     PreTrainedModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
 
-from xmodal_interp.shapes.processors import IMAGE_TOKEN, MERGE, PATCH, SIDE, VIDEO_TOKEN, VISION_END, VISION_START, vocabulary
+from xmodal_interp.shapes.processors import (
+    MAX_TILES,
+    TILE,
+    IMAGE_TOKEN,
+    MERGE,
+    PATCH,
+    SIDE,
+    VIDEO_TOKEN,
+    VISION_END,
+    VISION_START,
+    vocabulary,
+)
 
-FAMILIES: tuple[str, ...] = ("llava", "qwen2_vl")
+FAMILIES: tuple[str, ...] = ("llava", "qwen2_vl", "mllama")
 _INIT = 0.06  # a width of 128 needs larger first weights than the 0.02 of billion-weight models
-_TEXT = {
+_TEXT: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
@@ -34,19 +52,26 @@ def untrained(family: str, seed: int = 0) -> PreTrainedModel:
     """The model as it was before training: the same seed gives the same first weights.
 
     Args:
-        family: ``"llava"`` (CLIP vision tower, MLP projector, Llama) or ``"qwen2_vl"``.
+        family: ``"llava"`` (CLIP vision tower, MLP projector, Llama), ``"qwen2_vl"``, or
+            ``"mllama"`` (cross-attention; its gates are opened, or it would not look at all).
         seed: Seed of the first weights; the shipped checkpoints grew from 0.
     """
     ids = vocabulary(family)
-    special = {"bos_token_id": ids["<bos>"], "eos_token_id": ids["<eos>"], "pad_token_id": ids["<pad>"]}
+    special: dict[str, Any] = {
+        "bos_token_id": ids["<bos>"],
+        "eos_token_id": ids["<eos>"],
+        "pad_token_id": ids["<pad>"],
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = {"llava": _llava, "qwen2_vl": _qwen2_vl}[family](ids, special)
+        build = {"llava": _llava, "qwen2_vl": _qwen2_vl, "mllama": _mllama}[family]
+        model = build(ids, special)
+    model.eval()
     model.generation_config = GenerationConfig(**special, max_new_tokens=20, do_sample=False)
-    return model.eval()
+    return model
 
 
-def _llava(ids: dict[str, int], special: dict[str, int]) -> PreTrainedModel:
+def _llava(ids: dict[str, int], special: dict[str, Any]) -> PreTrainedModel:
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=256,
@@ -58,12 +83,13 @@ def _llava(ids: dict[str, int], special: dict[str, int]) -> PreTrainedModel:
         hidden_act="gelu",
         initializer_range=0.05,
     )
-    text = LlamaConfig(vocab_size=len(ids), head_dim=16, rope_theta=10000.0, **_TEXT, **special)
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = LlamaConfig(vocab_size=len(ids), head_dim=16, rope_parameters=rope, **_TEXT, **special)
     return LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=vision,
             text_config=text,
-            image_token_id=ids[IMAGE_TOKEN["llava"]],
+            image_token_index=ids[IMAGE_TOKEN["llava"]],
             image_seq_length=(SIDE // PATCH["llava"]) ** 2,
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",
@@ -72,7 +98,7 @@ def _llava(ids: dict[str, int], special: dict[str, int]) -> PreTrainedModel:
     )
 
 
-def _qwen2_vl(ids: dict[str, int], special: dict[str, int]) -> PreTrainedModel:
+def _qwen2_vl(ids: dict[str, int], special: dict[str, Any]) -> PreTrainedModel:
     vision = {
         "depth": 2,
         "embed_dim": 64,
@@ -97,3 +123,38 @@ def _qwen2_vl(ids: dict[str, int], special: dict[str, int]) -> PreTrainedModel:
             tie_word_embeddings=False,
         )
     )
+
+
+def _mllama(ids: dict[str, int], special: dict[str, Any]) -> PreTrainedModel:
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "image_size": TILE,
+        "patch_size": PATCH["mllama"],
+        "max_num_tiles": MAX_TILES,
+        "intermediate_layers_indices": [0, 2],
+        "vision_output_dim": 3 * 64,
+        "supported_aspect_ratios": [
+            [rows, cols]
+            for rows in range(1, MAX_TILES + 1)
+            for cols in range(1, MAX_TILES + 1)
+            if rows * cols <= MAX_TILES
+        ],
+        "initializer_range": _INIT,
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = {"vocab_size": len(ids), "rope_parameters": rope, "cross_attention_layers": [1, 3]}
+    model = MllamaForConditionalGeneration(
+        MllamaConfig(
+            vision_config=vision,
+            text_config={**text, **_TEXT, **special},
+            image_token_index=ids[IMAGE_TOKEN["mllama"]],
+        )
+    )
+    for name, weight in model.named_parameters():
+        if "cross_attn_attn_gate" in name or "cross_attn_mlp_gate" in name:
+            torch.nn.init.constant_(weight, 1.0)
+    return model

@@ -1,8 +1,9 @@
 """Many questions about one image in one training sequence.
 
-The image is most of a prompt (144 of 153 tokens), so a batch packs a fixed set of questions behind one image:
-``[<bos> user: IMAGE | question answer | question answer | ...]``. A block mask lets each question see the image and itself
-only, and its positions restart behind the image, so that the packed logits are the logits of the questions asked one by one.
+The image is most of a prompt (144 of 153 tokens), so a batch packs a fixed set of questions behind
+one image: ``[<bos> user: IMAGE | question answer | question answer | ...]``. A block mask lets each
+question see the image and itself only, and its positions restart behind the image, so that the
+packed logits are the logits of the questions asked one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xmodal_interp.shapes.processors import IMAGE_TOKEN, MERGE, PATCH, VISION_END, VISION_START, vocabulary
+from xmodal_interp.shapes.processors import (
+    IMAGE_TOKEN,
+    MERGE,
+    PATCH,
+    VISION_END,
+    VISION_START,
+    vocabulary,
+)
 from xmodal_interp.shapes.questions import Question, ask
 from xmodal_interp.shapes.scenes import Scene
 
@@ -21,14 +29,24 @@ SLOTS: tuple[str, ...] = (
     *("color", "color", "shape", "shape", "place", "place", "place"),
     *("count", "existence", "existence", "description"),
 )
-_PROMPT = {"color": 7, "shape": 6, "place": 7, "count": 5, "existence": 7, "description": 5}  # words, "assistant:" included
+_PROMPT = {
+    "color": 7,
+    "shape": 6,
+    "place": 7,
+    "count": 5,
+    "existence": 7,
+    "description": 5,
+}  # words, "assistant:" included
 _ANSWER = {"color": 1, "shape": 1, "place": 2, "count": 1, "existence": 1, "description": 15}
 IGNORE = -100  # the label of positions without a loss
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch; everything a model's forward needs, and the labels (``[batch, position]``, already shifted)."""
+    """One training batch.
+
+    Everything a model's forward needs, and the labels (``[batch, position]``, already shifted).
+    """
 
     inputs: dict[str, Tensor]
     labels: Tensor
@@ -36,9 +54,14 @@ class Batch:
 
 
 class Packer:
-    """Packs scenes of one size for one family. The layout depends on both only, so it is made once."""
+    """Packs scenes of one size for one family.
 
-    def __init__(self, family: str, width: int, height: int, slots: tuple[str, ...] = SLOTS) -> None:
+    The layout depends on both only, so it is made once.
+    """
+
+    def __init__(
+        self, family: str, width: int, height: int, slots: tuple[str, ...] = SLOTS
+    ) -> None:
         self.family, self.slots = family, slots
         self.ids = vocabulary(family)
         self.token = PATCH[family] * (MERGE if family == "qwen2_vl" else 1)  # px
@@ -57,7 +80,9 @@ class Packer:
         segment = np.repeat(np.arange(len(self.slots) + 1), [len(self.prefix), *lengths])
         self.kinds = np.array(["", *self.slots])[segment]
         i = np.arange(len(segment))
-        visible = (i[None] <= i[:, None]) & ((segment[None] == 0) | (segment[None] == segment[:, None]))
+        visible = (i[None] <= i[:, None]) & (
+            (segment[None] == 0) | (segment[None] == segment[:, None])
+        )
         self.mask = torch.zeros(1, 1, *visible.shape).masked_fill_(
             ~torch.from_numpy(visible), torch.finfo(torch.float32).min
         )
@@ -66,7 +91,10 @@ class Packer:
     def _positions(self, lengths: list[int]) -> Tensor:
         """``[position]`` for LLaVA, ``[3, position]`` (time, row, column) for Qwen2-VL."""
         if self.family == "llava":
-            parts = [np.arange(len(self.prefix)), *(len(self.prefix) + np.arange(n) for n in lengths)]
+            parts = [
+                np.arange(len(self.prefix)),
+                *(len(self.prefix) + np.arange(n) for n in lengths),
+            ]
             return torch.from_numpy(np.concatenate(parts))
         rows, cols = self.grid
         row, col = np.divmod(np.arange(rows * cols), cols)
@@ -86,7 +114,11 @@ class Packer:
                 if (question := ask(scene, kind, rng)) is not None:
                     self._write(question, ids[b, start:], labels[b, start:])
         n = len(scenes)
-        positions = self.positions.expand(n, -1) if self.family == "llava" else self.positions[:, None].expand(3, n, -1)
+        positions = (
+            self.positions.expand(n, -1)
+            if self.family == "llava"
+            else self.positions[:, None].expand(3, n, -1)
+        )
         inputs = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": self.mask.expand(n, -1, -1, -1),
@@ -102,12 +134,21 @@ class Packer:
         labels[len(prompt) - 1 : len(prompt) + len(answer)] = [*answer, self.ids["<eos>"]]
 
     def _pixels(self, images: np.ndarray) -> dict[str, Tensor]:
-        """What the processor makes of ``uint8 [batch, height, width, 3]``; equal to it, but batched."""
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().mul_(1 / 255).sub_(0.5).div_(0.5)
+        """What the processor makes of ``uint8 [batch, height, width, 3]``.
+
+        Equal to it, but batched.
+        """
+        pixels = (
+            torch.from_numpy(images).permute(0, 3, 1, 2).float().mul_(1 / 255).sub_(0.5).div_(0.5)
+        )
         if self.family == "llava":
             return {"pixel_values": pixels}
         n, channels, (rows, cols), p = len(images), pixels.shape[1], self.grid, PATCH[self.family]
-        blocks = pixels.reshape(n, channels, rows, MERGE, p, cols, MERGE, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
-        frames = blocks.unsqueeze(6).expand(*blocks.shape[:6], 2, p, p)  # a still image is a film of two equal frames
+        blocks = pixels.reshape(n, channels, rows, MERGE, p, cols, MERGE, p).permute(
+            0, 2, 5, 3, 6, 1, 4, 7
+        )
+        frames = blocks.unsqueeze(6).expand(
+            *blocks.shape[:6], 2, p, p
+        )  # a still image is a film of two equal frames
         grid = torch.tensor([[1, rows * MERGE, cols * MERGE]]).expand(n, 3)
         return {"pixel_values": frames.reshape(-1, channels * 2 * p * p), "image_grid_thw": grid}

@@ -1,4 +1,7 @@
-"""The tokenizer and the processors of the shipped models: a few dozen whole words, real Hugging Face classes."""
+"""The tokenizer and the processors of the shipped models.
+
+A few dozen whole words, real Hugging Face classes.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,34 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from xmodal_interp.shapes.questions import NUMBERS
 from xmodal_interp.shapes.scenes import COLORS, SHAPES
 
-IMAGE_TOKEN = {"llava": "<image>", "qwen2_vl": "<|image_pad|>"}
+IMAGE_TOKEN = {"llava": "<image>", "qwen2_vl": "<|image_pad|>", "mllama": "<|image|>"}
 VISION_START, VISION_END, VIDEO_TOKEN = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
-PATCH = {"llava": 8, "qwen2_vl": 4}  # px
+PATCH = {"llava": 8, "qwen2_vl": 4, "mllama": 8}  # px
 SIDE = 96  # px, the canvas the models are trained on
 MERGE = 2  # Qwen2-VL joins 2 x 2 patches into one token
+TILE, MAX_TILES = 48, 4  # Mllama cuts a picture into up to four square tiles, px
 
 _WORDS = (
-    "user: assistant: system: what color is the shape where how many shapes there a describe image ? . , "
-    "top bottom left right yes no"
-).split()
+    *(
+        "user:",
+        "assistant:",
+        "system:",
+        "what",
+        "color",
+        "is",
+        "the",
+        "shape",
+        "where",
+        "how",
+        "many",
+    ),
+    *("shapes", "there", "a", "describe", "image", "?", ".", ","),
+    *("top", "bottom", "left", "right", "yes", "no"),
+)
 
 
 def vocabulary(family: str) -> dict[str, int]:
-    """Word to token id, for one of the shipped families (``"llava"`` or ``"qwen2_vl"``)."""
+    """Word to token id, for one of ``"llava"``, ``"qwen2_vl"``, ``"mllama"``."""
     special = ["<pad>", "<bos>", "<eos>", "<unk>", IMAGE_TOKEN[family]]
     extra = [VISION_START, VISION_END, VIDEO_TOKEN] if family == "qwen2_vl" else []
     words = [*special, *extra, *_WORDS, *NUMBERS.values(), *COLORS, *SHAPES]
@@ -31,7 +48,10 @@ def vocabulary(family: str) -> dict[str, int]:
 
 
 def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that lower-cases and splits off punctuation; offsets refer to the text as given."""
+    """A word-level tokenizer that lower-cases and splits off punctuation.
+
+    Offsets refer to the text as given.
+    """
     words = Tokenizer(models.WordLevel(vocabulary(family), unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Sequence(
@@ -52,9 +72,9 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
 
 
 def build_processor(family: str) -> Any:
-    """The processor of a shipped family, from scratch and offline.
+    """The processor of a family, from scratch and offline.
 
-    The LLaVA one needs no torchvision; ``Qwen2VLProcessor`` carries a video processor and does.
+    Only ``Qwen2VLProcessor`` needs torchvision: it carries a video processor.
     """
     tokenizer = build_tokenizer(family)
     if family == "llava":
@@ -73,12 +93,27 @@ def build_processor(family: str) -> Any:
             image_token=IMAGE_TOKEN[family],
             chat_template=_chat_template(IMAGE_TOKEN[family]),
         )
+    if family == "mllama":
+        from transformers import MllamaProcessor
+        from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+        return MllamaProcessor(
+            image_processor=MllamaImageProcessorPil(
+                size={"height": TILE, "width": TILE}, max_image_tiles=MAX_TILES
+            ),
+            tokenizer=tokenizer,
+            chat_template=_chat_template(IMAGE_TOKEN[family]),
+        )
     from transformers import Qwen2VLProcessor, Qwen2VLVideoProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    geometry = {"patch_size": PATCH[family], "merge_size": MERGE, "temporal_patch_size": 2}
-    pixels = {"size": {"shortest_edge": 48 * 48, "longest_edge": SIDE * SIDE}}
-    norm = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    geometry: dict[str, Any] = {
+        "patch_size": PATCH[family],
+        "merge_size": MERGE,
+        "temporal_patch_size": 2,
+    }
+    pixels: dict[str, Any] = {"size": {"shortest_edge": 48 * 48, "longest_edge": SIDE * SIDE}}
+    norm: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessorPil(**geometry, **pixels, **norm),
         tokenizer=tokenizer,

@@ -1,9 +1,10 @@
 """Questions about a scene whose answers are known, and what each is about.
 
-Six kinds: ``color``, ``shape``, ``place``, ``count``, ``existence`` and ``description``. All but ``count`` need the model to
-find one thing among several, so attention to the right place matters (a task that mean pooling solves tells nothing about
-attention). Half of the existence questions are about a thing that is not there, most of them "hard": its colour and its shape
-both occur, on different things.
+Six kinds: ``color``, ``shape``, ``place``, ``count``, ``existence`` and ``description``. All but
+``count`` need the model to find one thing among several, so attention to the right place matters (a
+task that mean pooling solves tells nothing about attention). Half of the existence questions are
+about a thing that is not there, most of them "hard": its colour and its shape both occur, on
+different things.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _HARD = 0.6  # share of the negative existence questions made of a colour and a 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, the words that name its subject, and the thing it is about (None if none is)."""
+    """A question, its answer, the words of its subject, and the thing it is about (or None)."""
 
     kind: str
     text: str
@@ -40,7 +41,9 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
         return Question(kind, "how many shapes ?", NUMBERS[len(scene.things)], None, None)
     if kind == "description":
         ordered = sorted(scene.things, key=lambda thing: thing.x)
-        return Question(kind, "describe the image .", " , ".join(f"a {t.name}" for t in ordered), None, None)
+        return Question(
+            kind, "describe the image .", " , ".join(f"a {t.name}" for t in ordered), None, None
+        )
     if kind == "existence" and rng.random() < 0.5:
         name = _absent(scene, rng)
         return Question(kind, f"is there a {name} ?", "no", name, None)
@@ -53,7 +56,9 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
     if kind == "shape":
         return Question(kind, f"what shape is {thing.color} ?", thing.shape, thing.color, index)
     if kind == "place":
-        return Question(kind, f"where is the {thing.name} ?", place(scene, index), thing.name, index)
+        return Question(
+            kind, f"where is the {thing.name} ?", place(scene, index), thing.name, index
+        )
     if kind == "existence":
         return Question(kind, f"is there a {thing.name} ?", "yes", thing.name, index)
     raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}.")
@@ -65,7 +70,10 @@ def ask_all(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def place(scene: Scene, index: int) -> str:
-    """The quadrant of a thing: ``"top left"``, ``"top right"``, ``"bottom left"`` or ``"bottom right"``."""
+    """The quadrant of a thing.
+
+    ``"top left"``, ``"top right"``, ``"bottom left"`` or ``"bottom right"``.
+    """
     thing = scene.things[index]
     vertical = "top" if thing.y < scene.height / 2 else "bottom"
     return f"{vertical} {'left' if thing.x < scene.width / 2 else 'right'}"

@@ -1,11 +1,13 @@
 """A small world of coloured shapes, with exact ground truth.
 
-A :class:`Scene` is data: a canvas and a tuple of :class:`Thing` objects, each with a colour, a shape and a box in pixels.
-``render`` draws it, anti-aliased, from signed distances, so that the box of a thing is the box of its pixels. Nothing
-overlaps, no two things share both colour and shape, and no thing sits on the mid-lines of the canvas: every question that
+A :class:`Scene` is data: a canvas and a tuple of :class:`Thing` objects, each with a colour, a
+shape and a box in pixels. ``render`` draws it, anti-aliased, from signed distances, so that the box
+of a thing is the box of its pixels. Nothing overlaps, no two things share both colour and shape,
+and no thing sits on the mid-lines of the canvas: every question that
 :mod:`xmodal_interp.shapes.questions` asks has exactly one right answer.
 
-``Scene.recolored`` gives the counterfactual twin: the same pixels, noise included, but for the paint of one thing.
+``Scene.recolored`` gives the counterfactual twin: the same pixels, noise included, but for the
+paint of one thing.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 
 SMALLEST, LARGEST = 9.0, 14.0  # radius, px, on a canvas whose shorter side is 96 px
-GAP = 3.0  # px between two boxes, and between the x of two centres: the description's order is visible
+GAP = 3.0  # px between boxes, and between the x of centres: the order of a description shows
 MARGIN = 4.5  # px between a centre and a mid-line: "top left" is never a matter of taste
 _NOISE = 4.0  # standard deviation of the pixel noise, grey levels
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. ``x``, ``y`` and ``radius`` in pixels, ``gain`` scales the paint (1 is the nominal colour)."""
+    """One shape: ``x``, ``y``, ``radius`` in pixels; ``gain`` scales the paint (1 is nominal)."""
 
     color: str
     shape: str
@@ -57,18 +59,20 @@ class Thing:
         """Signed distance in pixels of the points ``(x, y)`` to the outline; negative inside."""
         dx, dy, r = np.abs(x - self.x), y - self.y, self.radius
         if self.shape == "circle":
-            return np.hypot(dx, dy) - r
-        if self.shape == "square":
-            return np.maximum(dx, np.abs(dy)) - 0.9 * r
-        if self.shape == "triangle":
-            return np.maximum(dy - r, (2 * dx - (dy + r)) / np.sqrt(5))
-        arm, dy = 0.36 * r, np.abs(dy)
-        return np.minimum(np.maximum(dx - arm, dy - r), np.maximum(dx - r, dy - arm))
+            outside = np.hypot(dx, dy) - r
+        elif self.shape == "square":
+            outside = np.maximum(dx, np.abs(dy)) - 0.9 * r
+        elif self.shape == "triangle":
+            outside = np.maximum(dy - r, (2 * dx - (dy + r)) / np.sqrt(5))
+        else:  # a cross: the union of two bars
+            arm, dy = 0.36 * r, np.abs(dy)
+            outside = np.minimum(np.maximum(dx - arm, dy - r), np.maximum(dx - r, dy - arm))
+        return np.asarray(outside)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A canvas of ``width`` x ``height`` pixels, its grey ``background``, its things and the seed of its pixel noise."""
+    """A canvas in pixels, its grey background, its things, and the seed of its pixel noise."""
 
     width: int
     height: int
@@ -84,7 +88,9 @@ class Scene:
             cover = np.clip(0.5 - thing.distance(x, y), 0, 1)[..., None].astype(np.float32)
             paint = np.asarray(COLORS[thing.color], np.float32) * np.float32(thing.gain)
             canvas = canvas * (1 - cover) + paint * cover
-        noise = np.random.default_rng(self.noise_seed).standard_normal(canvas.shape, dtype=np.float32)
+        noise = np.random.default_rng(self.noise_seed).standard_normal(
+            canvas.shape, dtype=np.float32
+        )
         return np.clip(np.rint(canvas + _NOISE * noise), 0, 255).astype(np.uint8)
 
     def image(self) -> Image.Image:
@@ -127,7 +133,14 @@ def sample_scene(
     gain = rng.uniform(0.8, 1.05, n)
     colors = list(COLORS)
     things = tuple(
-        Thing(colors[p // len(SHAPES)], SHAPES[p % len(SHAPES)], float(x[i]), float(y[i]), float(radius[i]), float(gain[i]))
+        Thing(
+            colors[p // len(SHAPES)],
+            SHAPES[p % len(SHAPES)],
+            float(x[i]),
+            float(y[i]),
+            float(radius[i]),
+            float(gain[i]),
+        )
         for i, p in enumerate(pairs)
     )
     return Scene(width, height, things, float(rng.uniform(20, 100)), int(rng.integers(2**31)))
@@ -136,13 +149,18 @@ def sample_scene(
 def _layout(
     rng: np.random.Generator, n: int, width: int, height: int, unit: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centres and radii of ``n`` things by rejection; a few dozen candidates are drawn at a time."""
+    """Centres and radii of ``n`` things by rejection.
+
+    A few dozen candidates are drawn at a time.
+    """
     upper = np.triu_indices(n, 1)
     while True:
         r = rng.uniform(SMALLEST * unit, LARGEST * unit, (64, n))
         x = rng.uniform(r + 1, width - r - 1)
         y = rng.uniform(r + 1, height - r - 1)
-        off_lines = (np.abs(x - width / 2) > MARGIN * unit) & (np.abs(y - height / 2) > MARGIN * unit)
+        off_lines = (np.abs(x - width / 2) > MARGIN * unit) & (
+            np.abs(y - height / 2) > MARGIN * unit
+        )
         dx = np.abs(x[:, :, None] - x[:, None])[:, *upper]
         dy = np.abs(y[:, :, None] - y[:, None])[:, *upper]
         reach = (r[:, :, None] + r[:, None])[:, *upper] + GAP * unit

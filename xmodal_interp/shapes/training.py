@@ -1,11 +1,11 @@
 """How the shipped models were trained, from nothing, on two CPU cores.
 
-1. Every step draws fresh scenes from ``(seed, step)``: nothing is seen twice, and a resumed run sees what an uninterrupted one
-   would have seen.
+1. Every step draws fresh scenes from ``(seed, step)``: nothing is seen twice, and a resumed run
+   sees what an uninterrupted one would have seen.
 2. All questions about an image are packed behind it (:mod:`xmodal_interp.shapes.packing`).
 3. Cross-entropy on the answers and their end only.
-4. Muon (Jordan et al. 2024) moves the hidden matrices, AdamW embeddings, head, norms, biases and convolutions; warm-up, then
-   a cosine down to 3%.
+4. Muon (Jordan et al. 2024) moves the hidden matrices, AdamW embeddings, head, norms, biases and
+   convolutions; warm-up, then a cosine down to 3%.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ from xmodal_interp.shapes.scenes import sample_scene
 
 CANVASES = {
     "llava": ((96, 96),),
-    "qwen2_vl": ((96, 96), (96, 96), (128, 72), (72, 128)),  # width x height; all 144 tokens, half of the steps not square
+    "qwen2_vl": (
+        (96, 96),
+        (96, 96),
+        (128, 72),
+        (72, 128),
+    ),  # width x height; all 144 tokens, half of the steps not square
 }
 _HELD_OUT = 2**31  # scenes of the evaluations come from seeds beyond every training step
 
@@ -51,7 +56,10 @@ class Settings:
 
 
 class Trainer:
-    """One run: model, optimisers and the step reached. ``save`` and ``resume`` make it interruptible at any step."""
+    """One run: model, optimisers and the step reached.
+
+    ``save`` and ``resume`` make it interruptible at any step.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -62,7 +70,10 @@ class Trainer:
         self.history: list[dict[str, float]] = []
 
     def run(self, folder: Path, report: Callable[[int, float], None]) -> None:
-        """Train to the end, saving the state in ``folder`` at every evaluation; ``report(step, loss)`` after every step."""
+        """Train to the end, saving the state in ``folder`` at every evaluation.
+
+        ``report(step, loss)`` after every step.
+        """
         losses: list[float] = []
         while self.step < self.settings.steps:
             losses.append(self._train_step())
@@ -70,7 +81,9 @@ class Trainer:
             report(self.step, losses[-1])
             if self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps:
                 scores = packed_accuracy(self.model, self.packers[0])
-                self.history.append({"step": self.step, "loss": float(np.mean(losses[-50:])), **scores})
+                self.history.append(
+                    {"step": self.step, "loss": float(np.mean(losses[-50:])), **scores}
+                )
                 self.save(folder)
 
     def _train_step(self) -> float:
@@ -114,7 +127,8 @@ class Trainer:
         if state["settings"] != asdict(self.settings):
             raise ValueError(
                 f"A run resumes only with its own settings. {path} has {state['settings']}, "
-                f"asked for were {asdict(self.settings)}. Choose another folder, or the same settings."
+                f"asked for were {asdict(self.settings)}. Choose another folder, or the same "
+                "settings."
             )
         self.step, self.history = state["step"], state["history"]
         self.model.load_state_dict(state["model"])
@@ -123,16 +137,25 @@ class Trainer:
         return True
 
     def export(self, folder: Path) -> None:
-        """Write the checkpoint as users load it: float16 weights, config, processor, and ``training.json``."""
+        """Write the checkpoint as users load it.
+
+        Float16 weights, config, processor, and ``training.json``.
+        """
         self.model.eval().to(torch.float16).save_pretrained(folder)
         self.model.float()
         build_processor(self.settings.family).save_pretrained(folder)
-        record = {"settings": asdict(self.settings), "torch": torch.__version__, "history": self.history}
+        record = {
+            "settings": asdict(self.settings),
+            "torch": torch.__version__,
+            "history": self.history,
+        }
         (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 @torch.no_grad()
-def packed_accuracy(model: PreTrainedModel, packer: Packer, n_batches: int = 4, size: int = 64) -> dict[str, float]:
+def packed_accuracy(
+    model: PreTrainedModel, packer: Packer, n_batches: int = 4, size: int = 64
+) -> dict[str, float]:
     """Share of held-out questions answered in full, teacher-forced, by kind."""
     model.eval()
     right, asked = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
@@ -156,11 +179,17 @@ def _draw(packer: Packer, rng: np.random.Generator, size: int) -> Batch:
 
 def _optimizers(model: PreTrainedModel, settings: Settings) -> list[torch.optim.Optimizer]:
     hidden = [
-        p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name
+        p
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in name and "lm_head" not in name
     ]
     chosen = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    muon: dict[str, Any] = {"lr": settings.muon_lr, "weight_decay": settings.weight_decay, "momentum": 0.95}
+    muon: dict[str, Any] = {
+        "lr": settings.muon_lr,
+        "weight_decay": settings.weight_decay,
+        "momentum": 0.95,
+    }
     optimizers = [
         torch.optim.Muon(hidden, **muon, adjust_lr_fn="original"),
         torch.optim.AdamW(rest, lr=settings.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0),

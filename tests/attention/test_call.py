@@ -1,0 +1,152 @@
+"""One attention call: exact rows, fused sums, masks, and what is refused."""
+
+import math
+
+import pytest
+import torch
+
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.errors import LayerError, NotRecordedError, PositionError
+
+S, D, SCALING = 37, 16, 0.25
+LOW_TRIANGLE = torch.tril(torch.ones(S, S, dtype=torch.bool))[None, None]
+LEFT_PADDED = LOW_TRIANGLE.repeat(2, 1, 1, 1)
+LEFT_PADDED[1, :, :, :7] = False
+PREFIX = LOW_TRIANGLE.clone()
+PREFIX[..., :9, :9] = True
+MASKS = {
+    "everything": ({}, torch.ones_like(LOW_TRIANGLE)),
+    "causal": ({"causal": True}, LOW_TRIANGLE),
+    "window": (
+        {"causal": True, "sliding_window": 5},
+        LOW_TRIANGLE & ~torch.tril(torch.ones(S, S, dtype=torch.bool), -5),
+    ),
+    "padding": ({"mask": LEFT_PADDED}, LEFT_PADDED),
+    "prefix": ({"mask": PREFIX}, PREFIX),
+    "additive": (
+        {"mask": torch.zeros(PREFIX.shape).masked_fill(~PREFIX, torch.finfo(torch.float32).min)},
+        PREFIX,
+    ),
+    "additive with a slope": (
+        {"mask": (-0.1 * torch.arange(S).float()).expand(PREFIX.shape).masked_fill(~PREFIX, -3e38)},
+        PREFIX,
+    ),
+}
+
+
+def make(**options: object) -> AttentionCall:
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 8, S, D, generator=generator)
+    k = torch.randn(2, 4, S, D, generator=generator)
+    return AttentionCall("language", "self", 3, "layers.3.attn", 0, q, k, SCALING, **options)
+
+
+def slow_probs(call: AttentionCall, visible: torch.Tensor) -> torch.Tensor:
+    """The definition, in float64, key heads repeated for their query heads."""
+    k = call.k.repeat_interleave(2, 1).double()
+    scores = call.q.double() @ k.transpose(-1, -2) * call.scaling
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.mask is not None and call.mask.dtype != torch.bool:
+        scores = scores + call.mask.double()
+    if call.bias is not None:
+        scores = scores + call.bias.double()
+    scores = scores.masked_fill(~visible, -math.inf)
+    if call.sinks is not None:
+        column = call.sinks.double()[None, :, None, None].expand(2, 8, S, 1)
+        return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    return scores.softmax(-1)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-6) -> None:
+    torch.testing.assert_close(
+        ours.double(), theirs.expand_as(ours), atol=tolerance, rtol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_rows_and_sums_equal_the_definition(name: str) -> None:
+    options, visible = MASKS[name]
+    call = make(**options)
+    expected = slow_probs(call, visible)
+    groups = torch.rand(20, S, generator=torch.Generator().manual_seed(2)) > 0.5  # more than d_head
+    close(call.probs(), expected)
+    close(call.probs([0, 5], [3, -1], slice(4, 9)), expected[:, [0, 5]][:, :, [3, -1], 4:9])
+    close(call.mass(groups), expected @ groups.double().T)
+    close(call.mass(groups, [6], [2, -1]), (expected @ groups.double().T)[:, [6]][:, :, [2, -1]])
+    close(call.entropy(), torch.special.entr(expected).sum(-1), 5e-6)
+    assert torch.equal(call.visible().expand(2, 1, -1, -1), visible.expand(2, 1, -1, -1))
+    assert torch.equal(call.n_visible().expand(2, 1, -1), visible.sum(-1).expand(2, 1, -1))
+
+
+@pytest.mark.parametrize("extra", ["softcap", "sinks", "bias"])
+def test_what_the_fused_kernel_does_not_know_is_exact_too(extra: str) -> None:
+    value = {"softcap": 3.0, "sinks": torch.linspace(-1, 2, 8), "bias": torch.randn(1, 8, S, S)}[extra]
+    call = make(causal=True, **{extra: value})
+    expected = slow_probs(call, LOW_TRIANGLE)
+    groups = torch.eye(S, dtype=torch.bool)[:5]
+    close(call.probs(), expected)
+    close(call.mass(groups), expected[..., :5])
+    close(call.entropy(), torch.special.entr(expected).sum(-1), 5e-6)
+
+
+def test_a_case_to_check_by_eye() -> None:
+    """Two scores, ln 1 and ln 3: a quarter and three quarters; the first row sees itself only."""
+    q = torch.tensor([[[[1.0], [1.0]]]])
+    k = torch.tensor([[[[0.0], [math.log(3)]]]])
+    call = AttentionCall("language", "self", 0, "attn", 0, q, k, 1.0, causal=True)
+    torch.testing.assert_close(call.probs()[0, 0], torch.tensor([[1.0, 0.0], [0.25, 0.75]]))
+    torch.testing.assert_close(
+        call.entropy()[0, 0], torch.tensor([0.0, 2 * math.log(2) - 0.75 * math.log(3)])
+    )
+
+
+def test_a_row_goes_through_a_layer_without_its_matrix() -> None:
+    call = make(causal=True)
+    vector = torch.rand(2, S)
+    close(call.propagate(vector), torch.einsum("sq,shqk->sk", vector.double(), call.probs().double()) / 8, 1e-5)
+
+
+def test_chosen_rows_are_the_same_rows() -> None:
+    call = make(mask=LEFT_PADDED)
+    part = call.select_rows(torch.tensor([9, 20, S - 1]))
+    groups = torch.rand(3, S)
+    assert torch.equal(part.probs(queries=[20, S - 1]), call.probs(queries=[20, S - 1]))
+    torch.testing.assert_close(part.mass(groups), call.mass(groups, queries=[9, 20, S - 1]))
+    assert part.q is not None
+    assert part.q.shape[2] == 3
+
+
+def test_the_null_model_is_uniform_over_visible_keys() -> None:
+    call = make(causal=True)
+    groups = torch.zeros(1, S)
+    groups[0, :4] = 1
+    expected = torch.tensor([min(i + 1, 4) / (i + 1) for i in range(S)])
+    torch.testing.assert_close(call.null_mass(groups)[0, 0, :, 0], expected)
+
+
+def test_half_precision_is_accumulated_in_single() -> None:
+    call = make(causal=True)
+    half = AttentionCall(
+        "language", "self", 0, "attn", 0, call.q.bfloat16(), call.k.bfloat16(), SCALING, causal=True
+    )
+    assert half.probs().dtype == torch.float32
+    assert (half.probs().nan_to_num().sum(-1) - 1).abs().max() < 1e-6
+
+
+def test_refusals() -> None:
+    call = make(causal=True)
+    with pytest.raises(LayerError) as error:
+        call.probs(heads=[8])
+    assert str(error.value) == (
+        "A head must lie between -8 and 7; got 8. (language self-attention, layer 3, call 0)"
+    )
+    with pytest.raises(PositionError) as position:
+        call.probs(queries=[S])
+    assert str(position.value) == f"A query must lie between -{S} and {S - 1}; got {S}."
+    with pytest.raises(NotRecordedError) as missing:
+        call.select_rows(torch.tensor([3, 9])).probs(queries=[3, 4])
+    assert str(missing.value) == (
+        "Only rows that were kept can be asked for. language self-attention, layer 3, call 0 kept "
+        "3, 9; asked for were also 4. Capture again with these queries, or with all."
+    )

@@ -1,0 +1,189 @@
+"""Recording changes nothing, sees everything, is exact, and always lets go."""
+
+import threading
+from contextlib import suppress
+
+import pytest
+import torch
+from transformers.modeling_utils import AttentionInterface
+
+from tests.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.errors import CaptureError, InputError, UnsupportedModelError
+from xmodal_interp.hooks import attention_modules, record
+
+FAMILIES = ["llava", "qwen2_vl", "mllama"]
+
+
+def inputs_of(family: str, batch: int = 1) -> dict:
+    pictures = [[picture(seed=i)] for i in range(batch)]
+    questions = [QUESTION, "how many shapes ?", "is there a blue cross ?"][:batch]
+    return tiny_vlm(family).prepare(pictures, questions)[0]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_are_bit_identical_and_probs_are_those_of_eager(
+    family: str, backend: str, batch: int
+) -> None:
+    model, inputs = tiny_vlm(family).model, inputs_of(family, batch)
+    try:
+        model.set_attn_implementation("eager")
+        weights = model(**inputs, output_attentions=True, use_cache=False).attentions
+        model.set_attn_implementation(backend)
+        with torch.no_grad():
+            alone = model(**inputs).logits
+            with record(model) as recording:
+                heard = model(**inputs).logits
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert torch.equal(alone, heard)
+    language = [call for call in recording.calls if call.tower == "language"]
+    assert len(language) == len(weights)
+    for call, expected in zip(language, weights, strict=True):
+        probs = call.probs()
+        seen = ~probs.isnan()
+        assert seen.float().mean() > 0.5
+        assert (probs - expected)[seen].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vision_towers_are_exact_too(family: str) -> None:
+    """The same call under both backends: eager's keys and queries, softmaxed, against sdpa's."""
+    model, inputs = tiny_vlm(family).model, inputs_of(family, 2)
+    try:
+        model.set_attn_implementation("eager")
+        with torch.no_grad(), record(model, towers=["vision"], values=True) as eager:
+            model(**inputs)
+    finally:
+        model.set_attn_implementation("sdpa")
+    with torch.no_grad(), record(model, towers=["vision"], values=True) as fused:
+        model(**inputs)
+    assert len(fused.calls) == len(eager.calls) > 0
+    for ours, theirs in zip(fused.calls, eager.calls, strict=True):
+        torch.testing.assert_close(ours.probs(), theirs.probs(), atol=1e-5, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_attention_layer_is_heard(family: str) -> None:
+    model = tiny_vlm(family).model
+    with torch.no_grad(), record(model) as recording:
+        model(**inputs_of(family))
+    heard = {(call.tower, call.kind, call.layer) for call in recording.calls}
+    known = {(i.tower, i.kind, i.layer) for i in attention_modules(model).values()}
+    assert heard == known
+    assert len(known) == len(recording.modules)
+
+
+def test_a_growing_cache_is_kept_once() -> None:
+    model = tiny_vlm("llava").model
+    with torch.no_grad(), record(model, towers=["language"], layers=[2]) as recording:
+        model.generate(**inputs_of("llava"), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert len(recording.calls) == 6
+    assert len({call.k.untyped_storage().data_ptr() for call in recording.calls}) == 1
+    assert [call.n_keys for call in recording.calls] == list(range(153, 159))
+
+
+def test_a_static_cache_is_copied_before_it_is_overwritten() -> None:
+    """Its key tensor has a fixed length and is written in place at every step."""
+    model = tiny_vlm("llava").model
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with torch.no_grad(), record(model, towers=["language"]) as dynamic:
+        plain = model.generate(**inputs_of("llava"), **options)
+    with torch.no_grad(), record(model, towers=["language"]) as static:
+        fixed = model.generate(
+            **inputs_of("llava"), **options, cache_implementation="static", disable_compile=True
+        )
+    assert torch.equal(plain, fixed)
+    for ours, theirs in zip(static.calls, dynamic.calls, strict=True):
+        probs, expected = ours.probs(), theirs.probs()
+        torch.testing.assert_close(probs[..., : expected.shape[-1]], expected, atol=1e-5, rtol=0)
+        assert probs[..., expected.shape[-1] :].sum() == 0
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+def test_everything_is_restored_whatever_happens(failure: type[BaseException]) -> None:
+    model = tiny_vlm("llava").model
+    before = AttentionInterface.get_interface, AttentionInterface.__getitem__
+    with suppress(failure), record(model):
+        raise failure
+    assert (AttentionInterface.get_interface, AttentionInterface.__getitem__) == before
+    assert "__getitem__" not in vars(AttentionInterface)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in attention_modules(model))
+
+
+def test_a_failure_inside_the_model_is_the_failure_one_sees() -> None:
+    model = tiny_vlm("llava").model
+    with pytest.raises(TypeError, match="no_such_input"), record(model):
+        model(no_such_input=1)
+
+
+def test_recordings_nest() -> None:
+    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+    with torch.no_grad(), record(model) as outer:
+        model(**inputs)
+        with record(model, towers=["vision"]) as inner:
+            model(**inputs)
+    assert len(outer.calls) == 14
+    assert len(inner.calls) == 3
+
+
+def test_other_threads_are_not_heard() -> None:
+    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+    with record(model) as recording:
+        thread = threading.Thread(target=lambda: model(**inputs))
+        thread.start()
+        thread.join()
+    assert recording.calls == []
+
+
+def test_reduce_keeps_results_instead_of_calls() -> None:
+    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+    groups = torch.ones(1, 153)
+    with torch.no_grad(), record(model, towers=["language"], reduce=lambda c: c.mass(groups)) as heard:
+        model(**inputs)
+    assert heard.calls == []
+    assert len(heard.results) == 4
+    for mass in heard.results:
+        torch.testing.assert_close(mass, torch.ones(1, 8, 153, 1))
+
+
+def test_attention_that_is_not_heard_is_an_error() -> None:
+    """A pooling head that calls torch's own attention, as SigLIP has one."""
+
+    class HeadAttention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, self.projection(x))
+
+    model = torch.nn.Sequential(HeadAttention())
+    with pytest.raises(CaptureError) as error, record(model):
+        model(torch.randn(1, 1, 3, 4))
+    assert str(error.value) == (
+        "Every attention layer that runs must be seen. These ran without passing transformers' "
+        "attention interface: 0. Leave out their tower with towers=, if you don't need it."
+    )
+
+
+def test_refusals() -> None:
+    model = tiny_vlm("llava").model
+    with pytest.raises(InputError) as error, record(model, towers=["language"], layers=[4]):
+        pass
+    assert str(error.value) == (
+        "layers must exist in the model. Its language layers are 0 to 3; got 4."
+    )
+    with pytest.raises(UnsupportedModelError) as none, record(torch.nn.Linear(2, 2)):
+        pass
+    assert str(none.value) == (
+        "To listen to attention, a model needs attention modules. Linear has no module whose class "
+        "is named Attention."
+    )
+    with pytest.raises(CaptureError) as compiled, record(torch.compile(model)):
+        pass
+    assert str(compiled.value) == (
+        "A compiled model runs without asking for its attention functions, so nothing could be "
+        "heard. Record the model as it was before torch.compile (model._orig_mod)."
+    )

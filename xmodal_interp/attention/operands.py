@@ -1,0 +1,116 @@
+"""From a call to the kernels: which rows, heads and mask, and whether the fused path will do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from xmodal_interp.attention import kernels, masks
+from xmodal_interp.errors import NotRecordedError
+
+if TYPE_CHECKING:
+    from xmodal_interp.attention.call import AttentionCall
+
+
+def visible(
+    call: AttentionCall, row: Int[Tensor, " query"]
+) -> Bool[Tensor, "sample head query key"]:
+    """Which keys the queries of these rows may attend to."""
+    positions = call.query_positions[row] + call.offset
+    return masks.visible_rows(
+        call.mask,
+        row,
+        positions,
+        call.n_keys,
+        causal=call.causal,
+        sliding_window=call.sliding_window,
+    )
+
+
+def exact_rows(
+    call: AttentionCall, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
+) -> Float[Tensor, "sample head query key"]:
+    """Probabilities of some heads and rows, float32."""
+    if call.dense is not None:
+        return call.dense[:, head][:, :, row].float()
+    q, k = _queries_and_keys(call)
+    additive = masks.additive_rows(call.mask, row)
+    if additive is not None:
+        additive = _of_heads(additive, head)
+    if call.bias is not None:
+        bias = _of_heads(call.bias, head)[..., row, :].float()
+        additive = bias if additive is None else additive + bias
+    return kernels.softmax_rows(
+        q[:, head][:, :, row],
+        k[:, head // (call.n_heads // call.n_kv_heads)],
+        _of_heads(visible(call, row), head),
+        scaling=call.scaling,
+        additive=additive,
+        softcap=call.softcap,
+        sinks=None if call.sinks is None else call.sinks[head],
+    )
+
+
+def fusible(call: AttentionCall) -> bool:
+    """Whether the fused kernel will do: it knows masks, but no soft-cap, sinks or bias."""
+    plain = call.q is not None and call.softcap is None and call.sinks is None and call.bias is None
+    return plain and (call.mask is None or call.mask.dtype == torch.bool)
+
+
+def fused_average(
+    call: AttentionCall,
+    head: Int[Tensor, " head"],
+    row: Int[Tensor, " query"],
+    values: Float[Tensor, "key value"],
+) -> Float[Tensor, "sample head query value"]:
+    """``probs @ values`` of a fusible call; at most ``d_head`` values."""
+    q, k, seen, causal = _fused(call, head, row)
+    return kernels.fused_average(q, k, values, seen, causal=causal, scaling=call.scaling)
+
+
+def fused_entropy(
+    call: AttentionCall, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
+) -> Float[Tensor, "sample head query"]:
+    """Entropy of the rows of a fusible call on the CPU, nats."""
+    q, k, seen, causal = _fused(call, head, row)
+    return kernels.fused_entropy(q, k, seen, causal=causal, scaling=call.scaling)
+
+
+def chunk(call: AttentionCall, n_heads: int) -> int:
+    """Rows per chunk, so that a chunk of float32 scores stays around 32 MB."""
+    return max(1, kernels.CHUNK_BYTES // (4 * call.n_keys * n_heads * call.n_samples))
+
+
+def _fused(
+    call: AttentionCall, head: Tensor, row: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """Operands of the fused kernel: the causal flag for the whole square, else a mask."""
+    q, k = _queries_and_keys(call)
+    q = q if _is_all(head, call.n_heads) else q[:, head]
+    k = k[:, head // (call.n_heads // call.n_kv_heads)]
+    whole = call.rows is None and _is_all(row, call.n_queries)
+    if call.mask is None and call.sliding_window is None:
+        if not call.causal:
+            return q if whole else q[:, :, row], k, None, False
+        if whole and call.n_queries == call.n_keys and call.offset == 0:
+            return q, k, None, True
+    return q if whole else q[:, :, row], k, _of_heads(visible(call, row), head), False
+
+
+def _queries_and_keys(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    if call.q is None or call.k is None:
+        raise NotRecordedError(
+            f"A call holds q and k, or dense probabilities; {call.name} holds neither."
+        )
+    return call.q, call.k
+
+
+def _of_heads(t: Tensor, head: Int[Tensor, " head"]) -> Tensor:
+    return t if t.shape[1] == 1 else t[:, head]
+
+
+def _is_all(index: Tensor, length: int) -> bool:
+    return len(index) == length and bool((index == torch.arange(length, device=index.device)).all())

@@ -1,0 +1,42 @@
+"""Positions in any spelling (an index, a slice, a list, a mask) as an index tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from xmodal_interp.errors import PositionError
+
+Positions = int | slice | Sequence[int] | Tensor
+
+
+def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " position"]:
+    """Positions of any spelling as an index tensor; negative ones count from the end.
+
+    Raises:
+        PositionError: A position outside ``[-length, length)``.
+    """
+    if isinstance(positions, slice):
+        return torch.arange(length)[positions]
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        index = positions.nonzero()[:, 0]
+    else:
+        values: Iterable[int] = [positions] if isinstance(positions, int) else positions
+        index = torch.as_tensor(
+            values if isinstance(values, Tensor) else [int(v) for v in values], dtype=torch.long
+        )
+    outside = index[(index < -length) | (index >= length)]
+    if len(outside):
+        raise PositionError(
+            f"A {label} must lie between {-length} and {length - 1}; got {brief(outside.tolist())}."
+        )
+    return torch.where(index < 0, index + length, index)
+
+
+def brief(values: Sequence[int]) -> str:
+    """The first few of many numbers, for messages."""
+    shown = ", ".join(str(v) for v in values[:6])
+    return shown if len(values) <= 6 else f"{shown}, ... ({len(values)} in all)"
