@@ -81,7 +81,9 @@ def test_rows_and_sums_equal_the_definition(name: str) -> None:
 
 @pytest.mark.parametrize("extra", ["softcap", "sinks", "bias"])
 def test_what_the_fused_kernel_does_not_know_is_exact_too(extra: str) -> None:
-    value = {"softcap": 3.0, "sinks": torch.linspace(-1, 2, 8), "bias": torch.randn(1, 8, S, S)}[extra]
+    value = {"softcap": 3.0, "sinks": torch.linspace(-1, 2, 8), "bias": torch.randn(1, 8, S, S)}[
+        extra
+    ]
     call = make(causal=True, **{extra: value})
     expected = slow_probs(call, LOW_TRIANGLE)
     groups = torch.eye(S, dtype=torch.bool)[:5]
@@ -104,7 +106,11 @@ def test_a_case_to_check_by_eye() -> None:
 def test_a_row_goes_through_a_layer_without_its_matrix() -> None:
     call = make(causal=True)
     vector = torch.rand(2, S)
-    close(call.propagate(vector), torch.einsum("sq,shqk->sk", vector.double(), call.probs().double()) / 8, 1e-5)
+    close(
+        call.propagate(vector),
+        torch.einsum("sq,shqk->sk", vector.double(), call.probs().double()) / 8,
+        1e-5,
+    )
 
 
 def test_chosen_rows_are_the_same_rows() -> None:

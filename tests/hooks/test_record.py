@@ -14,6 +14,10 @@ from xmodal_interp.hooks import attention_modules, record
 FAMILIES = ["llava", "qwen2_vl", "mllama"]
 
 
+def n_hooks(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
 def inputs_of(family: str, batch: int = 1) -> dict:
     pictures = [[picture(seed=i)] for i in range(batch)]
     questions = [QUESTION, "how many shapes ?", "is there a blue cross ?"][:batch]
@@ -29,7 +33,8 @@ def test_outputs_are_bit_identical_and_probs_are_those_of_eager(
     model, inputs = tiny_vlm(family).model, inputs_of(family, batch)
     try:
         model.set_attn_implementation("eager")
-        weights = model(**inputs, output_attentions=True, use_cache=False).attentions
+        with torch.no_grad():
+            weights = model(**inputs, output_attentions=True, use_cache=False).attentions
         model.set_attn_implementation(backend)
         with torch.no_grad():
             alone = model(**inputs).logits
@@ -41,10 +46,9 @@ def test_outputs_are_bit_identical_and_probs_are_those_of_eager(
     language = [call for call in recording.calls if call.tower == "language"]
     assert len(language) == len(weights)
     for call, expected in zip(language, weights, strict=True):
-        probs = call.probs()
-        seen = ~probs.isnan()
-        assert seen.float().mean() > 0.5
-        assert (probs - expected)[seen].abs().max() < 1e-5
+        # A padded query means nothing: each backend fills its row with something else.
+        real = inputs["attention_mask"].bool()[:, None, :, None].expand_as(expected)
+        assert (call.probs() - expected)[real].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,7 +85,7 @@ def test_a_growing_cache_is_kept_once() -> None:
         model.generate(**inputs_of("llava"), max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert len(recording.calls) == 6
     assert len({call.k.untyped_storage().data_ptr() for call in recording.calls}) == 1
-    assert [call.n_keys for call in recording.calls] == list(range(153, 159))
+    assert [call.n_keys for call in recording.calls] == list(range(154, 160))
 
 
 def test_a_static_cache_is_copied_before_it_is_overwritten() -> None:
@@ -105,16 +109,17 @@ def test_a_static_cache_is_copied_before_it_is_overwritten() -> None:
 def test_everything_is_restored_whatever_happens(failure: type[BaseException]) -> None:
     model = tiny_vlm("llava").model
     before = AttentionInterface.get_interface, AttentionInterface.__getitem__
+    hooks = n_hooks(model)  # transformers puts some of its own on
     with suppress(failure), record(model):
         raise failure
     assert (AttentionInterface.get_interface, AttentionInterface.__getitem__) == before
     assert "__getitem__" not in vars(AttentionInterface)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in attention_modules(model))
+    assert n_hooks(model) == hooks
 
 
 def test_a_failure_inside_the_model_is_the_failure_one_sees() -> None:
     model = tiny_vlm("llava").model
-    with pytest.raises(TypeError, match="no_such_input"), record(model):
+    with pytest.raises(ValueError, match="exactly one of input_ids"), record(model):
         model(no_such_input=1)
 
 
@@ -139,13 +144,16 @@ def test_other_threads_are_not_heard() -> None:
 
 def test_reduce_keeps_results_instead_of_calls() -> None:
     model, inputs = tiny_vlm("llava").model, inputs_of("llava")
-    groups = torch.ones(1, 153)
-    with torch.no_grad(), record(model, towers=["language"], reduce=lambda c: c.mass(groups)) as heard:
+    groups = torch.ones(1, 154)
+    with (
+        torch.no_grad(),
+        record(model, towers=["language"], reduce=lambda c: c.mass(groups)) as heard,
+    ):
         model(**inputs)
     assert heard.calls == []
     assert len(heard.results) == 4
     for mass in heard.results:
-        torch.testing.assert_close(mass, torch.ones(1, 8, 153, 1))
+        torch.testing.assert_close(mass, torch.ones(1, 8, 154, 1))
 
 
 def test_attention_that_is_not_heard_is_an_error() -> None:
@@ -181,7 +189,7 @@ def test_refusals() -> None:
         "To listen to attention, a model needs attention modules. Linear has no module whose class "
         "is named Attention."
     )
-    with pytest.raises(CaptureError) as compiled, record(torch.compile(model)):
+    with pytest.raises(CaptureError) as compiled, record(torch.compile(model, backend="eager")):
         pass
     assert str(compiled.value) == (
         "A compiled model runs without asking for its attention functions, so nothing could be "

@@ -41,7 +41,11 @@ def test_a_painted_box_is_seen_by_its_own_token(family: str, size: tuple[int, in
         pixels = np.array(plain)
         pixels[y0:y1, x0:x1] = 255
         change = changed_patches(vlm, plain, Image.fromarray(pixels))
-        places = grid.patch_places[grid.patch_places[:, 0] >= 0] if family == "llava" else grid.patch_places
+        places = (
+            grid.patch_places[grid.patch_places[:, 0] >= 0]
+            if family == "llava"
+            else grid.patch_places
+        )
         if family == "mllama":
             places = places.reshape(-1, 37, 2)[:, 1:].reshape(-1, 2)  # the class token of each tile
         merge = grid.patch_rows // grid.rows

@@ -13,6 +13,7 @@ the older call becomes a view.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -109,6 +110,7 @@ class _Recorder:
 
     def __init__(self, known: dict[nn.Module, Identity], choice: _Choice) -> None:
         self.known, self.choice = known, choice
+        self.thread = threading.get_ident()  # hooks sit on the model, so they fire for others too
         self.recording = Recording(tuple(known.values()))
         self.running: list[nn.Module] = []
         self.heard: list[int] = []
@@ -118,10 +120,13 @@ class _Recorder:
         self.masks: dict[int, tuple[Tensor, Tensor]] = {}
 
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
-        self.running.append(module)
-        self.heard.append(0)
+        if threading.get_ident() == self.thread:
+            self.running.append(module)
+            self.heard.append(0)
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        if threading.get_ident() != self.thread:
+            return
         self.running.pop()
         identity = self.known[module]
         if self.heard.pop() == 0 and output is not None and identity.tower in self.choice.towers:

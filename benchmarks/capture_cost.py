@@ -1,0 +1,153 @@
+"""What capturing costs, as ratios to the plain forward, measured side by side in one run.
+
+python benchmarks/capture_cost.py --tokens 1024 --tokens 3072
+
+A Llama of more than 100M random weights reads a prompt of which nine tenths stand for image tokens.
+Each way of capturing runs in turn, round by round, so that whatever else the machine does falls on
+all alike; reported is the median of the ratios to the plain forward of the same round. Peak memory
+is measured in a process of its own per way, as the growth of the resident set during the forward.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from xmodal_interp.hooks import record
+
+WAYS = ("plain", "keep q and k", "mass of text rows", "mass of all rows", "eager with attentions")
+
+
+def build() -> LlamaForCausalLM:
+    """136M weights: 8 layers, width 1024, 16 query and 4 key heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def runner(way: str, model: LlamaForCausalLM, n_tokens: int) -> Callable[[], int]:
+    """A function that runs one forward in this way and returns the bytes it has kept."""
+    ids = torch.randint(0, 8192, (1, n_tokens), generator=torch.Generator().manual_seed(1))
+    n_image = n_tokens * 9 // 10
+    image = torch.zeros(1, n_tokens)
+    image[0, :n_image] = 1
+    text = torch.arange(n_image, n_tokens)
+
+    def forward(**options: bool) -> object:
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False, logits_to_keep=1, **options)
+
+    def run() -> int:
+        model.set_attn_implementation("eager" if way.startswith("eager") else "sdpa")
+        if way == "plain":
+            forward()
+            return 0
+        if way == "keep q and k":
+            with record(model) as recording:
+                forward()
+            return sum(call.n_bytes for call in recording.calls)
+        if way.startswith("mass"):
+            rows = text if "text" in way else None
+            with record(model, reduce=lambda call: call.mass(image, queries=rows)) as recording:
+                forward()
+            return sum(m.numel() * m.element_size() for m in recording.results)
+        attentions = forward(output_attentions=True).attentions  # type: ignore[attr-defined]
+        return sum(a.numel() * a.element_size() for a in attentions)
+
+    return run
+
+
+def time_ratios(n_tokens: int, rounds: int) -> dict[str, float]:
+    """Median over rounds of the time of each way, divided by the plain forward of that round."""
+    model = build()
+    runs = {way: runner(way, model, n_tokens) for way in WAYS}
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(rounds + 1):
+        for way in WAYS:
+            start = time.perf_counter()
+            runs[way]()
+            if number > 0:  # the first round warms up
+                times[way].append(time.perf_counter() - start)
+    plain = times["plain"]
+    return {
+        way: statistics.median(t / p for t, p in zip(times[way], plain, strict=True))
+        for way in WAYS
+    }
+
+
+def peak_memory(way: str, n_tokens: int) -> tuple[float, float]:
+    """Peak growth of the resident set in a forward, and what was kept of it; MB, own process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (way, n_tokens))
+
+
+def _peak(way: str, n_tokens: int) -> tuple[float, float]:
+    torch.set_num_threads(2)
+    run = runner(way, build(), n_tokens)
+    runner("plain", build(), 64)()
+    page = 4096 / 2**20
+    peak, done = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, int(Path("/proc/self/statm").read_text().split()[1]) * page)
+
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * page
+    thread = threading.Thread(target=watch)
+    thread.start()
+    kept = run() / 2**20
+    done.set()
+    thread.join()
+    return peak - before, kept
+
+
+def main(
+    tokens: Annotated[list[int], typer.Option(help="Prompt lengths")] = [1024, 3072],  # noqa: B006
+    rounds: Annotated[int, typer.Option(help="Timed rounds")] = 7,
+    eager: Annotated[bool, typer.Option(help="Measure eager with output_attentions too")] = True,
+) -> None:
+    """Print the table."""
+    torch.set_num_threads(2)
+    ways = WAYS if eager else WAYS[:-1]
+    for n_tokens in tokens:
+        ratios = time_ratios(n_tokens, rounds)
+        table = Table(title=f"{n_tokens} tokens, float32, two threads")
+        for column in (
+            "way",
+            "time / plain",
+            "peak over idle, MB",
+            "kept, MB",
+            "peak - plain - kept, MB",
+        ):
+            table.add_column(column, justify="left" if column == "way" else "right")
+        plain_peak = 0.0
+        for way in ways:
+            peak, kept = peak_memory(way, n_tokens)
+            plain_peak = peak if way == "plain" else plain_peak
+            extra = f"{peak - plain_peak - kept:.0f}"
+            table.add_row(way, f"{ratios[way]:.3f}", f"{peak:.0f}", f"{kept:.0f}", extra)
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,68 @@
+"""Training: packing changes no logits, a resumed run is the same run."""
+
+import numpy as np
+import pytest
+import torch
+
+from xmodal_interp.models import VLM
+from xmodal_interp.shapes import sample_scene
+from xmodal_interp.shapes.architectures import untrained
+from xmodal_interp.shapes.packing import IGNORE, Packer
+from xmodal_interp.shapes.processors import build_processor
+from xmodal_interp.shapes.questions import ask
+from xmodal_interp.shapes.training import Settings, Trainer
+
+CANVAS = {"llava": (96, 96), "qwen2_vl": (128, 72)}
+
+
+@pytest.mark.parametrize("family", CANVAS)
+def test_packed_logits_are_those_of_the_questions_asked_one_by_one(family: str) -> None:
+    model, processor = untrained(family), build_processor(family)
+    packer = Packer(family, *CANVAS[family])
+    scene = sample_scene(
+        np.random.default_rng(5), width=CANVAS[family][0], height=CANVAS[family][1]
+    )
+    batch = packer.pack([scene], np.random.default_rng(6))
+    rng = np.random.default_rng(6)
+    with torch.no_grad():
+        hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
+        packed = model.lm_head(hidden)
+        for kind, start in zip(packer.slots, packer.starts, strict=True):
+            question = ask(scene, kind, rng)
+            if question is None:
+                assert (batch.labels[0, start : start + 5] == IGNORE).all()
+                continue
+            inputs, _ = VLM(model, processor).prepare([[scene.image()]], [question.text])
+            alone = model(**inputs).logits[0, -1]
+            n_words = len(question.text.split()) + 1
+            torch.testing.assert_close(packed[0, start + n_words - 1], alone, atol=2e-5, rtol=0)
+
+
+def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path) -> None:
+    settings = Settings("llava", steps=2, batch=2, warmup=1, evaluate_every=1)
+    whole = Trainer(settings)
+    for _ in range(2):
+        whole._train_step()
+        whole.step += 1
+    first = Trainer(settings)
+    first._train_step()
+    first.step += 1
+    first.save(tmp_path)
+    second = Trainer(settings)
+    assert second.resume(tmp_path)
+    second._train_step()
+    for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="A run resumes only with its own settings"):
+        Trainer(Settings("llava", steps=3)).resume(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
+def test_the_seed_reproduces_the_first_weights(family: str) -> None:
+    one, two, other = untrained(family), untrained(family), untrained(family, seed=1)
+    same = [torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True)]
+    differs = [
+        not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True)
+    ]
+    assert all(same)
+    assert any(differs)

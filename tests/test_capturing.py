@@ -1,0 +1,252 @@
+"""Capture end to end: a real model class, a real processor, a picture, a question."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.capturing import Keep, capture, capture_batch
+from xmodal_interp.errors import (
+    GeometryError,
+    InputError,
+    LayerError,
+    NotRecordedError,
+    PhraseError,
+    UnsupportedModelError,
+)
+from xmodal_interp.models import VLM, load
+from xmodal_interp.models.family import family_of
+from xmodal_interp.shapes.architectures import untrained
+from xmodal_interp.shapes.processors import build_processor
+
+STEPS = {"max_new_tokens": 5, "generation": {"min_new_tokens": 5}}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
+def test_rows_are_the_same_with_and_without_cache(family: str) -> None:
+    vlm = tiny_vlm(family)
+    cached = capture(vlm, picture(), QUESTION, **STEPS)
+    options = {"min_new_tokens": 5, "use_cache": False}
+    ids = []
+    inputs = vlm.prepare([[picture()]], [QUESTION])[0]
+    with torch.no_grad():
+        ids = vlm.generate(inputs, max_new_tokens=5, **options)[0]
+    assert cached.answer == vlm.tokenizer.decode(
+        ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    fed = {**inputs, "input_ids": ids[None, :-1], "attention_mask": torch.ones_like(ids[None, :-1])}
+    if "mm_token_type_ids" in fed:
+        fed["mm_token_type_ids"] = torch.nn.functional.pad(fed["mm_token_type_ids"], (0, 4))
+    if "cross_attention_mask" in fed:
+        mask = fed["cross_attention_mask"]
+        fed["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, 4, -1, -1)], 1)
+    from xmodal_interp.hooks import record
+
+    with torch.no_grad(), record(vlm.model, towers=["language"]) as whole:
+        vlm.model(**fed, use_cache=False)
+    assert len(whole.calls) == sum(key[0] == "language" for key in cached.calls)
+    for call in whole.calls:
+        ours = cached.probs(call.layer, kind=call.kind)
+        assert ours.shape[1] == len(cached.tokens)
+        torch.testing.assert_close(ours, call.probs()[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
+def test_a_padded_batch_gives_each_sample_its_own_rows(family: str) -> None:
+    vlm = tiny_vlm(family)
+    questions = [QUESTION, "how many shapes ?"]
+    pictures = [picture(seed=1), picture(seed=2)]
+    together = capture_batch(vlm, [[p] for p in pictures], questions, **STEPS)
+    for image, question, sample in zip(pictures, questions, together, strict=True):
+        alone = capture(vlm, image, question, **STEPS)
+        pad = len(sample.where("padding"))
+        assert sample.answer == alone.answer
+        assert sample.tokens["token"][pad:].tolist() == alone.tokens["token"].tolist()
+        for key in alone.calls:
+            ours, theirs = sample.calls[key].probs()[0], alone.calls[key].probs()[0]
+            if key[0] == "language":
+                ours = ours[:, pad:, pad:] if key[1] == "self" else ours[:, pad:]
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, equal_nan=True)
+        if pad and family != "mllama":
+            assert sample.probs(0, queries=[0]).isnan().all()
+
+
+def test_two_images_of_different_size() -> None:
+    sample = capture(tiny_vlm("qwen2_vl"), [picture(96, 96), picture(128, 72)], QUESTION)
+    assert [len(sample.where("image", image=i)) for i in (0, 1)] == [144, 144]
+    assert sample.grid(np.arange(144), 1).shape == (9, 16)
+    assert sample.call(0, tower="vision", call=1).n_queries == 576
+    assert sample.text_after_image().min() > sample.where("image", image=1).max()
+
+
+def test_what_stands_where() -> None:
+    sample = capture(
+        tiny_vlm("llava"), picture(160, 96), QUESTION, system="describe the image", **STEPS
+    )
+    tokens = sample.tokens
+    for position in sample.where("text"):
+        row = tokens.loc[position]
+        assert sample.text[row["start"] : row["end"]] == row["token"]
+    assert sample.find("red circle").tolist() == [sample.last - 3, sample.last - 2]
+    assert sample.find("RED  circle").tolist() == sample.find("red circle").tolist()
+    assert tokens.loc[sample.where(role="system"), "token"].tolist() == ["describe", "the", "image"]
+    assert tokens.loc[sample.last, "token"] == "assistant:"
+    assert tokens.loc[sample.last, "role"] == "template"
+    assert (tokens["role"] == "generated").sum() == 4  # the fifth was never read by the model
+    assert len(sample) == sample.call(0).n_queries == sample.call(0).n_keys
+
+
+def test_phrases_are_found_or_refused() -> None:
+    sample = capture(tiny_vlm("llava"), picture(), "is the red circle near the blue circle ?")
+    with pytest.raises(PhraseError) as missing:
+        sample.find("green")
+    assert str(missing.value) == (
+        f"A phrase must occur in the sample's text. 'green' is not in {sample.text!r}."
+    )
+    with pytest.raises(PhraseError) as several:
+        sample.find("circle")
+    assert str(several.value) == (
+        "A phrase must be unique, or one occurrence chosen. 'circle' occurs 2 times in "
+        f"{sample.text!r}; pass occurrence=0 to 1."
+    )
+    assert sample.find("circle", 1) == sample.find("blue circle")[1]
+    assert sample.find("circle", -2) == sample.find("red circle")[1]
+    with pytest.raises(PhraseError):
+        sample.find("ircle")
+
+
+def test_only_what_was_kept_can_be_asked_for() -> None:
+    keep = Keep(towers=("language",), layers=(1, 3), queries="text")
+    sample = capture(tiny_vlm("llava"), picture(), QUESTION, keep=keep)
+    assert sample.layers() == [1, 3]
+    whole = capture(tiny_vlm("llava"), picture(), QUESTION)
+    assert torch.equal(sample.probs(-1, queries="red circle"), whole.probs(3, queries="red circle"))
+    with pytest.raises(NotRecordedError) as layer:
+        sample.call(2)
+    assert str(layer.value) == (
+        "Only what was kept can be asked for. language self-attention kept layers [1, 3], not 2. "
+        "Capture again with this layer."
+    )
+    with pytest.raises(NotRecordedError, match="asked for were also 5"):
+        sample.probs(1, queries=[5])
+    with pytest.raises(LayerError) as unknown:
+        sample.call(9)
+    assert str(unknown.value) == (
+        "A layer must exist. language self-attention has layers [0, 1, 2, 3]; got layer 9, call 0."
+    )
+
+
+def test_bad_input_is_refused_with_the_reason(tmp_path) -> None:
+    vlm = tiny_vlm("llava")
+    with pytest.raises(InputError) as missing:
+        capture(vlm, tmp_path / "none.png", QUESTION)
+    assert str(missing.value) == (
+        "An image must be a file that exists, or a PIL image; there is no "
+        f"'{tmp_path / 'none.png'}'."
+    )
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"must be readable by Pillow; '.*bad.png' is not"):
+        capture(vlm, tmp_path / "bad.png", QUESTION)
+    picture().save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"must be readable by Pillow; '.*cut.png' is not"):
+        capture(vlm, tmp_path / "cut.png", QUESTION)
+    with pytest.raises(InputError) as empty:
+        capture(vlm, picture(), "  ")
+    assert str(empty.value) == "A prompt must not be empty; got only white space."
+    with pytest.raises(GeometryError, match="there is no image 1"):
+        capture(vlm, picture(), QUESTION).grid(np.zeros(144), 1)
+
+
+def test_models_that_cannot_be_labelled_are_refused(tmp_path) -> None:
+    from transformers import BertConfig, GPT2Config, LlamaForCausalLM
+
+    with pytest.raises(UnsupportedModelError) as text_only:
+        VLM(LlamaForCausalLM(untrained("llava").config.text_config), None)
+    assert str(text_only.value).startswith(
+        "A vision-language model has a vision_config. The model type 'llama' has none: it reads "
+        "text"
+    )
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="'gpt2' has none: it reads text only"):
+        load(tmp_path)
+    with pytest.raises(InputError, match="could not be loaded"):
+        load(tmp_path / "nowhere")
+    config = BertConfig()
+    config.vision_config = {"hidden_size": 4}
+    with pytest.raises(UnsupportedModelError) as unknown:
+        family_of(config)
+    assert str(unknown.value) == (
+        "A layer must exist. language self-attention has layers [0, 1, 2, 3]; got layer 9, call 0."
+    )
+
+
+def test_bad_input_is_refused_with_the_reason(tmp_path) -> None:
+    vlm = tiny_vlm("llava")
+    with pytest.raises(InputError) as missing:
+        capture(vlm, tmp_path / "none.png", QUESTION)
+    assert str(missing.value) == (
+        "An image must be a file that exists, or a PIL image; there is no "
+        f"'{tmp_path / 'none.png'}'."
+    )
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"must be readable by Pillow; '.*bad.png' is not"):
+        capture(vlm, tmp_path / "bad.png", QUESTION)
+    picture().save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"must be readable by Pillow; '.*cut.png' is not"):
+        capture(vlm, tmp_path / "cut.png", QUESTION)
+    with pytest.raises(InputError) as empty:
+        capture(vlm, picture(), "  ")
+    assert str(empty.value) == "A prompt must not be empty; got only white space."
+    with pytest.raises(GeometryError, match="there is no image 1"):
+        capture(vlm, picture(), QUESTION).grid(np.zeros(144), 1)
+
+
+def test_models_that_cannot_be_labelled_are_refused(tmp_path) -> None:
+    from transformers import BertConfig, GPT2Config, LlamaForCausalLM
+
+    with pytest.raises(UnsupportedModelError) as text_only:
+        VLM(LlamaForCausalLM(untrained("llava").config.text_config), None)
+    assert str(text_only.value).startswith(
+        "A vision-language model has a vision_config. The model type 'llama' has none: it reads "
+        "text"
+    )
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="'gpt2' has none: it reads text only"):
+        load(tmp_path)
+    with pytest.raises(InputError, match="could not be loaded"):
+        load(tmp_path / "nowhere")
+    config = BertConfig()
+    config.vision_config = {"hidden_size": 4}
+    model = torch.nn.Module()
+    model.config = config
+    with pytest.raises(UnsupportedModelError) as unknown:
+        VLM(model, None)
+    assert str(unknown.value) == (
+        "Labelling tokens needs a family record. There is none for the model type 'bert'; known "
+        "are "
+        "llava, mllama, qwen2_5_vl, qwen2_vl, vipllava. Write one (xmodal_interp.models.Family) "
+        "and "
+        "pass it as VLM(model, processor, family=...), or record the bare attention with "
+        "xi.record(model)."
+    )
+
+
+def test_a_prompt_with_its_own_placeholder_is_taken_as_it_is() -> None:
+    processor = build_processor("llava")
+    processor.chat_template = None
+    vlm = VLM(untrained("llava"), processor)
+    with pytest.raises(InputError) as error:
+        capture(vlm, picture(), QUESTION)
+    assert str(error.value) == (
+        "LlavaProcessor has no chat template, so a bare question cannot be rendered. Write the "
+        "whole "
+        f"prompt, with <image> where each image goes; got {QUESTION!r}."
+    )
+    sample = capture(vlm, Image.new("RGB", (96, 96)), "<image> how many shapes ?")
+    assert sample.text == "<image> how many shapes ?"
+    assert len(sample.where("image")) == 144
