@@ -60,7 +60,9 @@ def sample(name: str = "one", calls: Iterable[AttentionCall] = (), **changes: An
     tokens = pd.DataFrame(
         {column: [None] * N for column in TOKEN_COLUMNS},
         index=pd.RangeIndex(N, name="position"),
-    ).assign(token=["<image>"] * 2 + ["is", "it", "\u00e9t\u00e9"], kind=["image"] * 2 + ["text"] * 3)
+    ).assign(
+        token=["<image>"] * 2 + ["is", "it", "\u00e9t\u00e9"], kind=["image"] * 2 + ["text"] * 3
+    )
     tokens["image"] = [0, 0, None, None, None]
     strings = dict.fromkeys(("token", "kind", "role"), "string")
     integers = dict.fromkeys(("image", "row", "col", "start", "end"), "Int64")

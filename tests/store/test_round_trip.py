@@ -44,7 +44,9 @@ CALLS = {
     "cached": call(q=torch.randn(1, 2, 2, 3), offset=3),
     "dense": call(q=None, k=None, dense=torch.rand(1, 2, N, N).half()),
     "view": call(q=torch.randn(1, N, 2, 3).transpose(1, 2), k=torch.randn(4, 1, N, 3)[2:3]),
-    "expanded": call(causal=False, mask=torch.ones(1, 1, 1, N, dtype=torch.bool).expand(1, 1, N, N)),
+    "expanded": call(
+        causal=False, mask=torch.ones(1, 1, 1, N, dtype=torch.bool).expand(1, 1, N, N)
+    ),
 }
 
 
@@ -76,7 +78,9 @@ def test_text_without_image_and_cross_keys(tmp_path):
     assert_same(store["crossed"], crossed)
 
 
-@pytest.mark.parametrize("name", ["a", "42", "caf\u00e9 \u732b", "x.jpg#0", "\u0645\u0631\u062d\u0628\u0627", "n" * 200])
+@pytest.mark.parametrize(
+    "name", ["a", "42", "caf\u00e9 \u732b", "x.jpg#0", "\u0645\u0631\u062d\u0628\u0627", "n" * 200]
+)
 def test_names(tmp_path, name):
     assert written(tmp_path, [sample(name)])[name].name == name
 

@@ -1,0 +1,173 @@
+"""Slow versions of the analyses, written straight from the papers, to compare the fast ones with.
+
+They take whole probability matrices (``[head, query, key]``) and loops, and no shortcut.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def rollout_of_abnar_and_zuidema(attentions: np.ndarray) -> np.ndarray:
+    """Abnar & Zuidema 2020, section 3 of the text: add the identity, re-normalise, multiply up.
+
+    ``attentions``: ``[layer, head, query, key]``.
+    """
+    averaged = attentions.mean(axis=1)
+    with_residual = averaged + np.eye(averaged.shape[-1])
+    with_residual = with_residual / with_residual.sum(axis=-1, keepdims=True)
+    joint = with_residual[0]
+    for layer in range(1, len(with_residual)):
+        joint = with_residual[layer] @ joint
+    return joint
+
+
+def rollout_of_a_variant(
+    attentions: np.ndarray,
+    alphas: Sequence[float],
+    *,
+    fusion: str = "mean",
+    discard: float = 0.0,
+    sinks: Sequence[int] = (),
+) -> np.ndarray:
+    """The whole product of layers, one row at a time, with every option of the fast version."""
+    n = attentions.shape[-1]
+    product = np.eye(n)
+    for layer, alpha in zip(attentions, alphas, strict=True):
+        fused = {"mean": np.mean, "max": np.max, "min": np.min}[fusion](layer, axis=0)
+        order = np.argsort(fused, axis=None, kind="stable")
+        fused = fused.reshape(-1).copy()
+        fused[order[: int(discard * n * n)]] = 0.0
+        fused = fused.reshape(n, n)
+        step = np.empty((n, n))
+        for i in range(n):
+            row = fused[i].copy()
+            others = [j for j in range(n) if j not in sinks]
+            if sinks and row[others].sum() > 0:
+                former = row.sum()
+                row[list(sinks)] = 0.0
+                row *= former / row.sum()
+            mixed = alpha * row + (1 - alpha) * np.eye(n)[i]
+            step[i] = mixed / mixed.sum()
+        product = step @ product
+    return product
+
+
+def seed_statistics(probs: np.ndarray, n_visual: int) -> dict[str, float]:
+    """The exercise ``analyze_cross_modal_attention``: image first, every cell visible."""
+    mean = probs.mean(axis=0)
+    text = mean[n_visual:]
+    return {
+        "tv_mean": mean[n_visual:, :n_visual].mean(),
+        "vt_mean": mean[:n_visual, n_visual:].mean(),
+        "vv_mean": mean[:n_visual, :n_visual].mean(),
+        "tt_mean": mean[n_visual:, n_visual:].mean(),
+        "most_attended_patch": int(text[:, :n_visual].sum(axis=0).argmax()),
+        "cross_modal_ratio": text[:, :n_visual].sum(axis=1).mean(),
+    }
+
+
+def ratio_of_a_query(
+    row: np.ndarray, visible: np.ndarray, image: Sequence[int], sinks: Sequence[int] = ()
+) -> tuple[float, float, float]:
+    """Ratio, null and lift of one query, cell by cell, with sinks taken out and the rest scaled."""
+    total = on_image = n_image = n_all = 0.0
+    for key, p in enumerate(row):
+        if key in sinks or not visible[key]:
+            continue
+        total, n_all = total + p, n_all + 1
+        if key in image:
+            on_image, n_image = on_image + p, n_image + 1
+    ratio = on_image / total if sinks else on_image
+    null = n_image / n_all
+    return ratio, null, ratio / null
+
+
+def block(
+    probs: np.ndarray, visible: np.ndarray, queries: Sequence[int], keys: Sequence[int]
+) -> dict[str, float]:
+    """One block of one head's matrix, cell by cell."""
+    total = n_cells = mass = null = lift = 0.0
+    n_queries = 0
+    for q in queries:
+        seen = [k for k in keys if visible[q, k]]
+        if not seen:
+            continue
+        n_queries += 1
+        share = sum(probs[q, k] for k in seen)
+        even = len(seen) / visible[q].sum()
+        total, n_cells = total + share, n_cells + len(seen)
+        mass, null, lift = mass + share, null + even, lift + share / even
+    return {
+        "mass": mass / n_queries,
+        "mean": total / n_cells,
+        "null": null / n_queries,
+        "lift": lift / n_queries,
+        "n_queries": n_queries,
+        "n_visible_cells": n_cells,
+    }
+
+
+def fastv_allocation(
+    probs: np.ndarray, outputs: Sequence[int], segment: Sequence[int]
+) -> tuple[float, float]:
+    """Chen et al. 2024: lambda (a sum over output tokens) and epsilon of a segment, heads averaged."""
+    mean = probs.mean(axis=0)
+    allocation = sum(mean[q, k] for q in outputs for k in segment)
+    return allocation, allocation / len(segment)
+
+
+def received(probs: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Gu et al. 2025: mean attention that each key receives from the queries that see it."""
+    n = len(probs)
+    out = np.zeros(n)
+    for k in range(n):
+        seeing = [q for q in range(n) if visible[q, k]]
+        out[k] = sum(probs[q, k] for q in seeing) / len(seeing)
+    return out
+
+
+def profile(
+    probs: np.ndarray,
+    visible: np.ndarray,
+    queries: Sequence[int],
+    keys: Sequence[int],
+    axis: str,
+    width: int,
+) -> dict[int, tuple[float, float, float, int]]:
+    """Start of each bin to mean probability, mean 1/v, mean probability times v, and cells."""
+    bins: dict[int, list[tuple[float, float, float]]] = {}
+    for q in queries:
+        for k in keys:
+            if visible[q, k]:
+                place = q - k if axis == "distance" else k
+                v = visible[q].sum()
+                start = width * math.floor(place / width)
+                bins.setdefault(start, []).append((probs[q, k], 1 / v, probs[q, k] * v))
+    return {
+        start: (*(float(x) for x in np.mean(cells, axis=0)), len(cells))
+        for start, cells in bins.items()
+    }
+
+
+def entropy(row: np.ndarray) -> float:
+    """Of one row, in nats."""
+    return -sum(p * math.log(p) for p in row if p > 0)
+
+
+def attention_distance(
+    probs: np.ndarray, places: np.ndarray, height: float, width: float
+) -> float:
+    """Dosovitskiy et al. 2021: mean distance in px; class tokens (place -1) out, rows rescaled."""
+    patches = [i for i, (row, _) in enumerate(places) if row >= 0]
+    means = []
+    for q in patches:
+        within = sum(probs[q, k] for k in patches)
+        reach = 0.0
+        for k in patches:
+            dy = (places[q][0] - places[k][0]) * height
+            dx = (places[q][1] - places[k][1]) * width
+            reach += probs[q, k] / within * math.hypot(dy, dx)
+        means.append(reach)
+    return float(np.mean(means))

@@ -1,0 +1,276 @@
+"""Reading: what is lazy, what a store answers to, and what it refuses."""
+
+import json
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from jaxtyping import config as jaxtyping_config
+from PIL import Image
+
+from tests.store.made import SETTINGS, N, call, sample
+from xmodal_interp.errors import NotRecordedError, StoreError
+from xmodal_interp.sample import Sample
+from xmodal_interp.store import StoreWriter, check_store, files, open_store, schema
+
+RUN_CHECK = (
+    "Run `xmodal check` on the store to see what else is; delete a damaged sample's folder and "
+    "capture it again."
+)
+
+
+@pytest.fixture
+def store_path(tmp_path):
+    mask = torch.ones(1, 1, N, N, dtype=torch.bool).tril()
+    with StoreWriter(tmp_path / "run", SETTINGS) as writer:
+        for name in ("b", "a", "c"):
+            writer.write(sample(name, [call(i, mask=mask, causal=False) for i in range(3)]))
+    return tmp_path / "run"
+
+
+def of_sample(store_path, name="b"):
+    return store_path / schema.SAMPLES / name
+
+
+@pytest.fixture
+def opened_files(monkeypatch):
+    """Names of the tensor files that are opened. The type checks of tests would open some too."""
+    names: list[str] = []
+
+    def counted(path, **options):
+        names.append(path.name)
+        return original(path, **options)
+
+    original = files.safe_open
+    monkeypatch.setattr(files, "safe_open", counted)
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield names
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+def test_a_layer_reads_its_own_file(store_path, opened_files):
+    found = open_store(store_path)[0]
+    assert found.layers() == [0, 1, 2]
+    assert len(found.calls) == 3
+    assert ("language", "self", 7, 0) not in found.calls
+    repr(found), repr(open_store(store_path)), found.groups(), found.find("it")
+    assert opened_files == []
+    held = found.call(1)
+    assert opened_files == ["language-self-001.safetensors", schema.SHARED]
+    assert found.call(1) is held
+    found.call(2)
+    assert opened_files[2:] == ["language-self-002.safetensors"]  # the mask is held by layer 1
+
+
+def test_images_are_read_when_used(store_path):
+    image = open_store(store_path)[0].images[0]
+    (of_sample(store_path) / "image-0.png").unlink()
+    assert image.size == (8, 4)
+    with pytest.raises(StoreError) as refusal:
+        image.load()
+    assert str(refusal.value) == (
+        "The images of a stored sample must stay where they were. An image must be a file that "
+        f"exists, or a PIL image; there is no {str(of_sample(store_path) / 'image-0.png')!r}."
+    )
+
+
+def test_sequence(store_path):
+    store = open_store(store_path)
+    assert len(store) == 3
+    assert store.names == ("b", "a", "c")  # as written
+    assert [each.name for each in store] == ["b", "a", "c"]
+    assert [each.name for each in reversed(store)] == ["c", "a", "b"]
+    assert [each.name for each in store[1:]] == ["a", "c"]
+    assert (store[0].name, store[-1].name, store["a"].name) == ("b", "c", "a")
+    assert "a" in store
+    assert store[0] in store
+    assert "d" not in store
+    assert isinstance(store[0], Sample)
+    assert [each.name for each in pickle.loads(pickle.dumps(store))] == ["b", "a", "c"]
+    assert store.n_bytes == sum(p.stat().st_size for p in store_path.rglob("*") if p.is_file())
+    size = f"{store.n_bytes / 1e6:.1f} MB"
+    assert repr(store) == f"Store({str(store_path)!r}: 3 samples, {size}; none)"
+    assert store.manifest["settings"] == SETTINGS
+    assert len(store.failures) == 0
+
+
+def test_what_is_not_in_the_store(store_path):
+    store = open_store(store_path)
+    with pytest.raises(IndexError) as refusal:
+        store[3]
+    assert str(refusal.value) == f"{store_path} has 3 samples; there is no sample 3."
+    with pytest.raises(NotRecordedError) as refusal:
+        store["x"]
+    assert str(refusal.value) == (
+        f"A sample is asked for by a name that the store has. {store_path} has no 'x', but 'b', "
+        "'a', 'c'."
+    )
+    with pytest.raises(NotRecordedError) as refusal:
+        store[0].call(3)  # the sample's provenance knows of layer 3
+    assert "kept layers [0, 1, 2], not 3." in str(refusal.value)
+
+
+def test_rows_that_were_not_kept(tmp_path):
+    with StoreWriter(tmp_path, SETTINGS) as writer:
+        rows = call(q=torch.randn(1, 2, 2, 3), rows=torch.tensor([1, 4]))
+        writer.write(sample(calls=[rows]))
+    found = open_store(tmp_path)[0]
+    assert found.probs(queries=[1, 4]).shape == (2, 2, N)
+    with pytest.raises(NotRecordedError, match=r"kept 1, 4; asked for were also 2\."):
+        found.probs(queries=[1, 2])
+
+
+def test_no_store(tmp_path):
+    for path, what in ((tmp_path, "no manifest.json in it"), (tmp_path / "x", "no such folder")):
+        for action in (open_store, check_store):
+            with pytest.raises(StoreError) as refusal:
+                action(path)
+            assert str(refusal.value) == (
+                f"A store is a folder that capture_dataset has written; {path} is not one: there "
+                f"is {what}."
+            )
+
+
+@pytest.mark.parametrize("of", [schema.MANIFEST, f"{schema.SAMPLES}/b/{schema.SAMPLE}"])
+def test_another_version_or_format(store_path, of):
+    path = store_path / of
+    written = path.read_text()
+    path.write_text(json.dumps({**json.loads(written), "version": 2}))
+    with pytest.raises(StoreError) as refusal:
+        open_store(store_path)[0]
+    assert str(refusal.value) == (
+        f"This release reads version 1 of the store format. {path} is of version 2; open it with "
+        "the release that wrote it, or capture again."
+    )
+    path.write_text(json.dumps({**json.loads(written), "format": "zarr"}))
+    with pytest.raises(StoreError) as refusal:
+        open_store(store_path)[0]
+    assert str(refusal.value) == (
+        f"A file of a store says that its format is xmodal_interp.store. {path} says zarr; "
+        "another program wrote it, or it is damaged."
+    )
+
+
+@pytest.mark.parametrize("file", [schema.TOKENS, schema.GRIDS, "language-self-000.safetensors"])
+def test_another_version_of_one_file(store_path, file, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(schema.STAMP, "version", 9)
+        patch.setattr("xmodal_interp.store.packing._TEXT_STAMP", {**schema.STAMP, "version": "9"})
+        patch.setattr(schema, "VERSION", 9)
+        with StoreWriter(store_path.with_name("later"), SETTINGS) as writer:
+            writer.write(sample("b", [call(0)]))
+    path = of_sample(store_path) / file
+    later = of_sample(store_path.with_name("later")) / file
+    path.write_bytes(later.read_bytes())
+    record = files.read_record(of_sample(store_path))
+    record["files"][file]["bytes"] = path.stat().st_size
+    record["digest"] = schema.digest_of(record)
+    (of_sample(store_path) / schema.SAMPLE).write_text(schema.json_text(record))
+    with pytest.raises(StoreError) as refusal:
+        open_store(store_path)[0].call(0)
+    assert str(refusal.value) == (
+        f"This release reads version 1 of the store format. {path} is of version 9; open it with "
+        "the release that wrote it, or capture again."
+    )
+
+
+def test_truncated_tensors(store_path):
+    path = of_sample(store_path) / "language-self-001.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    store = open_store(store_path)
+    store[0].call(0)  # the other layers are as they were
+    with pytest.raises(StoreError) as refusal:
+        store[0].call(1)
+    assert str(refusal.value) == (
+        "A store is read as it was written. language-self-001.safetensors of sample 'b' in "
+        f"{path.parent} is damaged: it has {len(whole) - 8} bytes, not {len(whole)}. {RUN_CHECK}"
+    )
+    path.unlink()
+    with pytest.raises(StoreError) as refusal:
+        store[0].call(1)
+    assert f"{path.name} of sample 'b' in {path.parent} is damaged: it is missing." in str(
+        refusal.value
+    )
+
+
+@pytest.mark.parametrize(
+    "file", [schema.SAMPLE, schema.TOKENS, schema.GRIDS, "language-self-000.safetensors"]
+)
+@pytest.mark.parametrize("garbage", [b"", b"\x00" * 40, b"{}", b"\xff\xfe[1]"])
+def test_garbage(store_path, file, garbage):
+    path = of_sample(store_path) / file
+    n_bytes = path.stat().st_size
+    path.write_bytes(garbage.ljust(n_bytes, b"\x00") if file.endswith("tensors") else garbage)
+    with pytest.raises(StoreError) as refusal:
+        open_store(store_path)["b"].call(0)
+    assert str(path.parent) in str(refusal.value)
+    assert file in str(refusal.value)
+    table = check_store(store_path)
+    assert table.loc[~table["ok"], ["sample", "file"]].to_numpy().tolist() == [["b", file]]
+
+
+def test_edited_json(store_path):
+    path = of_sample(store_path) / schema.SAMPLE
+    path.write_text(path.read_text().replace('"is it"', '"is he"'))
+    with pytest.raises(StoreError) as refusal:
+        open_store(store_path)[0]
+    assert str(refusal.value) == (
+        f"A store is read as it was written. sample.json of sample 'b' in {path.parent} is "
+        f"damaged: its digest is not that of its content. {RUN_CHECK}"
+    )
+    manifest = store_path / schema.MANIFEST
+    manifest.write_text(manifest.read_text().replace("none", "some"))
+    with pytest.raises(StoreError) as refusal:
+        open_store(store_path)
+    assert str(refusal.value) == (
+        f"A store is read as it was written. manifest.json of the store in {store_path} is "
+        f"damaged: its digest is not that of its settings. {RUN_CHECK}"
+    )
+
+
+def test_check(store_path):
+    table = check_store(store_path)
+    assert list(table.columns) == ["sample", "file", "ok", "problem"]
+    assert table["ok"].all()
+    assert (table["problem"] == "").all()
+    own = {schema.SAMPLE, schema.TOKENS, schema.GRIDS, schema.SHARED, "image-0.png"}
+    own |= {f"language-self-00{i}.safetensors" for i in range(3)}
+    assert len(table) == 1 + 3 * len(own)
+    assert set(table.loc[table["sample"] == "a", "file"]) == own
+
+    flipped = of_sample(store_path, "a") / "language-self-000.safetensors"
+    content = bytearray(flipped.read_bytes())
+    content[-1] ^= 1
+    flipped.write_bytes(content)
+    cut = of_sample(store_path, "a") / "image-0.png"
+    size = cut.stat().st_size
+    cut.write_bytes(cut.read_bytes()[:10])
+    (of_sample(store_path, "a") / schema.SHARED).unlink()
+    (of_sample(store_path, "a") / "notes.txt").write_text("")
+    of_sample(store_path, "c").rename(of_sample(store_path, "d"))
+    table = check_store(store_path)
+    assert {
+        tuple(row) for row in table.loc[~table["ok"], ["sample", "file", "problem"]].to_numpy()
+    } == {
+        ("a", flipped.name, "its checksum is not the one it was written with"),
+        ("a", cut.name, f"it has 10 bytes, not {size}"),
+        ("a", schema.SHARED, "it is missing"),
+        ("a", "notes.txt", "it is no part of the sample"),
+        ("d", schema.SAMPLE, "it is of sample 'c'"),
+        ("c", schema.SAMPLE, "the sample was written, and its folder is not there"),
+    }
+
+
+def test_a_missing_order_is_no_loss(store_path):
+    (store_path / schema.NAMES).unlink()
+    assert open_store(store_path).names == ("a", "b", "c")
+
+
+def test_tables_are_read_as_typed(store_path):
+    found = open_store(store_path)[0]
+    pd.testing.assert_series_equal(found.tokens.dtypes, sample().tokens.dtypes)
+    assert found.grid(np.arange(2.0)).tolist() == [[0, 1]]
+    assert isinstance(found.images[0], Image.Image)

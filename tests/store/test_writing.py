@@ -1,0 +1,238 @@
+"""Writing: a sample is there whole or not at all, whatever happens."""
+
+import errno
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from tests.store.made import SETTINGS, assert_same, sample
+from xmodal_interp.errors import InputError, StoreError
+from xmodal_interp.store import StoreWriter, check_store, open_store, schema, writer
+
+
+def leftovers(path: Path) -> list[str]:
+    return [p.name for p in path.rglob("*") if p.name.startswith(schema.UNFINISHED)]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """The disk is full after so many files."""
+
+    def after(n_files):
+        left = [n_files]
+
+        def write_file(path, content, *, append=False):
+            left[0] -= 1
+            if left[0] < 0:
+                with path.open("ab") as file:  # what fitted
+                    file.write(content[:7])
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            original(path, content, append=append)
+
+        monkeypatch.setattr(writer, "write_file", write_file)
+
+    original = writer.write_file
+    return after
+
+
+def failing_rename(self, target):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("n_files", range(5))  # tokens, grids, image, layer, sample.json
+def test_full_disk(tmp_path, full_disk, monkeypatch, n_files):
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        store.write(sample("one"))
+        n_bytes = store.n_bytes
+        full_disk(n_files)
+        with pytest.raises(StoreError) as refusal:
+            store.write(sample("two"))
+        assert str(refusal.value) == (
+            f"A sample is written whole or not at all. Writing 'two' to {tmp_path} failed: No "
+            "space left on device. The 1 samples that were written are safe; make room, or choose "
+            "another disk, and run again."
+        )
+        assert refusal.value.__cause__.errno == errno.ENOSPC
+        assert leftovers(tmp_path) == []
+        assert store.names == ["one"]
+        assert store.n_bytes == n_bytes
+        monkeypatch.undo()
+        store.write(sample("two"))
+    assert check_store(tmp_path)["ok"].all()
+    assert open_store(tmp_path).names == ("one", "two")
+
+
+def test_full_disk_behind_the_sample(tmp_path, full_disk, monkeypatch):
+    """The line in the list of names is cut off; the sample is there, and the list goes on."""
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        store.write(sample("z"))
+        full_disk(5)
+        with pytest.raises(StoreError, match="The 2 samples that were written are safe"):
+            store.write(sample("y"))
+        monkeypatch.undo()
+        store.write(sample("x"))
+    assert open_store(tmp_path).names == ("z", "x", "y")
+    assert check_store(tmp_path)["ok"].all()
+
+
+def test_no_room_for_a_store(tmp_path, full_disk, monkeypatch):
+    full_disk(0)
+    with pytest.raises(StoreError) as refusal:
+        StoreWriter(tmp_path / "run", SETTINGS)
+    assert str(refusal.value).startswith(
+        f"A store is written to a folder that can be written to. {tmp_path / 'run'} cannot: "
+    )
+    monkeypatch.undo()
+    with StoreWriter(tmp_path / "run", SETTINGS) as store:  # neither manifest nor lock is left
+        store.write(sample())
+    assert len(open_store(tmp_path / "run")) == 1
+
+
+def test_a_crash_leaves_nothing_half_written(tmp_path, monkeypatch):
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        store.write(sample("one"))
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", failing_rename)
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a crash cleans up nothing
+            with pytest.raises(KeyboardInterrupt):
+                store.write(sample("two"))
+    (tmp_path / schema.SAMPLES / f"{schema.UNFINISHED}old").mkdir()
+    assert sorted(leftovers(tmp_path)) == [".writing-old", ".writing-two"]
+    assert open_store(tmp_path).names == ("one",)
+    assert check_store(tmp_path)["ok"].all()
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        assert leftovers(tmp_path) == []
+        store.write(sample("two"))
+    assert_same(open_store(tmp_path)["two"], sample("two"))
+
+
+def test_an_interrupt_cleans_up(tmp_path, monkeypatch):
+    with StoreWriter(tmp_path, SETTINGS) as store, monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing_rename)
+        with pytest.raises(KeyboardInterrupt):
+            store.write(sample("two"))
+    assert leftovers(tmp_path) == []
+    assert len(open_store(tmp_path)) == 0
+
+
+def test_a_line_that_was_cut_off(tmp_path):
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        store.write(sample("b"))
+    names = tmp_path / schema.NAMES
+    names.write_text(names.read_text() + '{"name": "\u00e9'.encode()[:-1].decode(errors="ignore"))
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        store.write(sample("a"))
+    assert open_store(tmp_path).names == ("b", "a")
+
+
+def test_writing_a_name_twice(tmp_path):
+    for name in ("one", "One"):
+        with StoreWriter(tmp_path, SETTINGS) as store:
+            if not store.names:
+                store.write(sample("one"))
+            assert "one" in store
+            assert "One" not in store
+            with pytest.raises(StoreError) as refusal:
+                store.write(sample(name))
+            assert str(refusal.value) == (
+                f"A sample is written once, and names differ in more than case. {tmp_path} has "
+                f"'one'; got {name!r}. Choose another name, or another folder."
+            )
+    assert_same(open_store(tmp_path)[0], sample("one"))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("", "it is empty"),
+        ("..", "it begins with a dot or a space"),
+        (".hidden", "it begins with a dot or a space"),
+        (" a", "it begins with a dot or a space"),
+        ("a ", "it ends with a dot or a space"),
+        ("a.", "it ends with a dot or a space"),
+        ("../a", "it begins with a dot or a space"),
+        ("train/0001", "it contains '/'"),
+        ("a\\b:c", "it contains ':', '\\\\'"),
+        ("a\nb", "it contains characters that cannot be printed"),
+        ("a\x00b", "it contains characters that cannot be printed"),
+        ("a\u202eb", "it contains characters that cannot be printed"),
+        ("\ud800", "it contains characters that cannot be printed"),
+        (unicodedata.normalize("NFD", "caf\u00e9"), "it is not in Unicode normal form NFC"),
+        ("\u732b" * 67, "it has 201 bytes"),
+    ],
+)
+def test_unsafe_names(tmp_path, name, problem):
+    with StoreWriter(tmp_path, SETTINGS) as store, pytest.raises(InputError) as refusal:
+        store.write(sample(name))
+    assert str(refusal.value) == (
+        "A sample's name is the name of a folder: up to 200 bytes, printable, without "
+        f'" * / : < > ? \\ |, and no dot or space at its ends. {name!r} cannot be one: {problem}.'
+    )
+    assert list((tmp_path / schema.SAMPLES).iterdir()) == []
+
+
+def test_labels_that_are_not_json(tmp_path):
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        with pytest.raises(InputError) as refusal:
+            store.write(sample(labels={"colors": {"red"}}))
+        assert str(refusal.value) == (
+            "What a store keeps beside tensors must be JSON: text, finite numbers, true, false, "
+            "null, lists and objects; got {'red'} (set)."
+        )
+        with pytest.raises(InputError, match="Out of range float values are not JSON compliant"):
+            store.write(sample(labels={"iou": float("nan")}))
+    assert leftovers(tmp_path) == []
+
+
+def test_other_settings(tmp_path):
+    StoreWriter(tmp_path, SETTINGS).close()
+    StoreWriter(tmp_path, json.loads(json.dumps(SETTINGS))).close()
+    other = {"model": "other", "kept": {"layers": (1, 2)}, "system": None}
+    with pytest.raises(StoreError) as refusal:
+        StoreWriter(tmp_path, other)
+    assert str(refusal.value) == (
+        "All samples of a store are made by one model with the same settings. In "
+        f"{tmp_path}, kept.layers is None in the store and [1, 2] now; kept.values is False in the "
+        "store and not set now; model is 'none' in the store and 'other' now; system is not set "
+        "in the store and None now. Use the same settings, or another folder."
+    )
+    StoreWriter(tmp_path, SETTINGS).close()  # the refused one has given the lock back
+
+
+def test_another_version(tmp_path):
+    StoreWriter(tmp_path, SETTINGS).close()
+    path = tmp_path / schema.MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 3}))
+    with pytest.raises(StoreError, match="reads version 1 .* is of version 3"):
+        StoreWriter(tmp_path, SETTINGS)
+
+
+def test_a_folder_with_other_things(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(StoreError) as refusal:
+        StoreWriter(tmp_path, SETTINGS)
+    assert str(refusal.value) == (
+        f"A store is written to a new or empty folder, or added to. {tmp_path} has no "
+        "manifest.json, but thesis.tex."
+    )
+
+
+def test_a_path_that_is_a_file(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(StoreError, match="A store is written to a folder that can be written to"):
+        StoreWriter(tmp_path / "run", SETTINGS)
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with StoreWriter(tmp_path, SETTINGS):
+        with pytest.raises(StoreError) as refusal:
+            StoreWriter(tmp_path, SETTINGS)
+        assert str(refusal.value) == (
+            f"A store has one writer at a time. Another one is at work on {tmp_path}; wait for it, "
+            "or write to another folder."
+        )
+        assert len(open_store(tmp_path)) == 0  # reading needs no lock
+    StoreWriter(tmp_path, SETTINGS).close()
