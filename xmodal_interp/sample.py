@@ -49,7 +49,7 @@ class Sample:
         answer: What the model generated, without special tokens; empty if nothing was generated.
         n_prompt: How many positions the prompt has.
         grids: The grid of each image.
-        images: The images, where they are at hand; a store keeps their paths only.
+        images: The images; a stored sample reads them when they are first asked for.
         calls: Every call by tower, kind, layer and call. Language calls span prompt and answer: one
             row per token.
         cross_keys: For cross-attention families: one row per image key.
@@ -171,7 +171,7 @@ class Sample:
         """One attention call. In the vision tower, ``call`` is the image.
 
         Args:
-            layer: Layer index; negative ones count from the last layer that is held.
+            layer: Layer index; negative ones count from the last layer of the model.
             tower: Part of the model.
             kind: ``"self"`` or ``"cross"``.
             call: Which call of the layer.
@@ -181,11 +181,12 @@ class Sample:
             NotRecordedError: The layer exists, but was not kept.
         """
         held = self.layers(tower, kind)
-        index = held[layer] if layer < 0 and -layer <= len(held) else layer
+        exists = self.provenance.get("layers", {}).get(f"{tower}.{kind}", [])
+        known = exists or held
+        index = known[layer] if layer < 0 and -layer <= len(known) else layer
         key: CallKey = (tower, kind, index, call)
         if key in self.calls:
             return self.calls[key]
-        exists = self.provenance.get("layers", {}).get(f"{tower}.{kind}", [])
         if index in exists:
             raise NotRecordedError(
                 f"Only what was kept can be asked for. {tower} {kind}-attention kept layers "
@@ -194,7 +195,7 @@ class Sample:
             )
         n_calls = len({k[3] for k in self.calls if k[:3] == key[:3]})
         raise LayerError(
-            f"A layer must exist. {tower} {kind}-attention has layers {exists or held or 'none'}"
+            f"A layer must exist. {tower} {kind}-attention has layers {known or 'none'}"
             f"{f', with calls 0 to {n_calls - 1}' if n_calls else ''}; got layer {layer}, call "
             f"{call}."
         )

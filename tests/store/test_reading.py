@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import config as jaxtyping_config
 from PIL import Image
 
-from tests.store.made import SETTINGS, N, call, sample
+from tests.store.made import SETTINGS, N, assert_same, call, sample
 from xmodal_interp.errors import NotRecordedError, StoreError
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import StoreWriter, check_store, files, open_store, schema
@@ -34,9 +35,17 @@ def of_sample(store_path, name="b"):
     return store_path / schema.SAMPLES / name
 
 
+@pytest.fixture(autouse=True)
+def _nobody_else_reads():
+    """The type checks of tests look into every mapping that a Sample is given."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture
 def opened_files(monkeypatch):
-    """Names of the tensor files that are opened. The type checks of tests would open some too."""
+    """Names of the tensor files that are opened."""
     names: list[str] = []
 
     def counted(path, **options):
@@ -45,9 +54,7 @@ def opened_files(monkeypatch):
 
     original = files.safe_open
     monkeypatch.setattr(files, "safe_open", counted)
-    jaxtyping_config.update("jaxtyping_disable", True)
-    yield names
-    jaxtyping_config.update("jaxtyping_disable", False)
+    return names
 
 
 def test_a_layer_reads_its_own_file(store_path, opened_files):
@@ -90,10 +97,14 @@ def test_sequence(store_path):
     assert isinstance(store[0], Sample)
     assert [each.name for each in pickle.loads(pickle.dumps(store))] == ["b", "a", "c"]
     assert store.n_bytes == sum(p.stat().st_size for p in store_path.rglob("*") if p.is_file())
-    size = f"{store.n_bytes / 1e6:.1f} MB"
-    assert repr(store) == f"Store({str(store_path)!r}: 3 samples, {size}; none)"
+    assert repr(store) == f"Store({str(store_path)!r}: 3 samples; none; values: False)"
     assert store.manifest["settings"] == SETTINGS
     assert len(store.failures) == 0
+
+
+def test_a_stored_sample_goes_to_other_processes(store_path):
+    found = open_store(store_path)[0]
+    assert_same(pickle.loads(pickle.dumps(found)), found)
 
 
 def test_what_is_not_in_the_store(store_path):
@@ -262,6 +273,12 @@ def test_check(store_path):
         ("d", schema.SAMPLE, "it is of sample 'c'"),
         ("c", schema.SAMPLE, "the sample was written, and its folder is not there"),
     }
+
+
+def test_check_without_samples(store_path):
+    shutil.rmtree(store_path / schema.SAMPLES)
+    assert len(open_store(store_path)) == 0
+    assert check_store(store_path)["ok"].tolist() == [True, False, False, False]
 
 
 def test_a_missing_order_is_no_loss(store_path):

@@ -38,7 +38,7 @@ def full_disk(monkeypatch):
     return after
 
 
-def failing_rename(self, target):
+def failing_rename(*_):
     raise KeyboardInterrupt
 
 
@@ -52,7 +52,7 @@ def test_full_disk(tmp_path, full_disk, monkeypatch, n_files):
             store.write(sample("two"))
         assert str(refusal.value) == (
             f"A sample is written whole or not at all. Writing 'two' to {tmp_path} failed: No "
-            "space left on device. The 1 samples that were written are safe; make room, or choose "
+            "space left on device. Samples that are safe in the store: 1. Make room, or choose "
             "another disk, and run again."
         )
         assert refusal.value.__cause__.errno == errno.ENOSPC
@@ -70,7 +70,7 @@ def test_full_disk_behind_the_sample(tmp_path, full_disk, monkeypatch):
     with StoreWriter(tmp_path, SETTINGS) as store:
         store.write(sample("z"))
         full_disk(5)
-        with pytest.raises(StoreError, match="The 2 samples that were written are safe"):
+        with pytest.raises(StoreError, match="safe in the store: 2"):
             store.write(sample("y"))
         monkeypatch.undo()
         store.write(sample("x"))
@@ -206,7 +206,7 @@ def test_another_version(tmp_path):
     StoreWriter(tmp_path, SETTINGS).close()
     path = tmp_path / schema.MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 3}))
-    with pytest.raises(StoreError, match="reads version 1 .* is of version 3"):
+    with pytest.raises(StoreError, match=r"reads version 1 .* is of version 3"):
         StoreWriter(tmp_path, SETTINGS)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from xmodal_interp.errors import PositionError
 
-Positions = int | slice | Sequence[int] | Tensor
+Positions = int | slice | Sequence[int] | np.ndarray | Tensor
 
 
 def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " position"]:
@@ -21,13 +22,9 @@ def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " posi
     """
     if isinstance(positions, slice):
         return torch.arange(length)[positions]
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        index = positions.nonzero()[:, 0]
-    else:
-        values: Iterable[int] = [positions] if isinstance(positions, int) else positions
-        index = torch.as_tensor(
-            values if isinstance(values, Tensor) else [int(v) for v in values], dtype=torch.long
-        )
+    values = [positions] if isinstance(positions, int) else positions
+    index = values.cpu() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
     outside = index[(index < -length) | (index >= length)]
     if len(outside):
         raise PositionError(

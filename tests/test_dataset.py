@@ -1,0 +1,288 @@
+"""From a data set to a store: what is captured, gone on with, refused and noted."""
+
+import logging
+import re
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import config as jaxtyping_config
+
+import xmodal_interp as xi
+from tests.store.made import assert_same, items, shipped
+from xmodal_interp import dataset
+from xmodal_interp.dataset import capture_dataset
+from xmodal_interp.errors import CaptureError, InputError, NotRecordedError, StoreError
+from xmodal_interp.store import check_store, open_store, schema, writer
+
+
+@pytest.fixture
+def any_type():
+    """The type checks of tests would refuse what users may well pass."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """How many samples each call of the model was about."""
+    sizes: list[int] = []
+
+    def counted(vlm, images, prompts, **options):
+        sizes.append(len(prompts))
+        return original(vlm, images, prompts, **options)
+
+    original = dataset.capture_batch
+    monkeypatch.setattr(dataset, "capture_batch", counted)
+    return sizes
+
+
+def run(path, asked, **options):
+    return capture_dataset(shipped(), asked, path, **{"progress": False, **options})
+
+
+def test_samples_are_those_of_capture(tmp_path):
+    asked = items(2)
+    store = run(tmp_path, asked, max_new_tokens=3)
+    assert store.names == ("item-000000", "item-000001")
+    for found, item in zip(store, asked, strict=True):
+        alone = xi.capture(shipped(), item["image"], item["prompt"], max_new_tokens=3)
+        object.__setattr__(alone, "name", found.name)
+        assert_same(found, alone)
+        assert found.labels == {"answer": item["answer"]}
+        assert found.provenance["model"] == shipped().name
+        assert found.provenance["batch_size"] == 1
+    assert check_store(tmp_path)["ok"].all()
+
+
+def test_batches(tmp_path, captured):
+    asked = items(3)
+    store = run(tmp_path, asked, batch_size=2, max_new_tokens=2)
+    assert captured == [2, 1]
+    images, prompts = [[i["image"]] for i in asked[:2]], [i["prompt"] for i in asked[:2]]
+    together = xi.capture_batch(shipped(), images, prompts, max_new_tokens=2)
+    for found, expected in zip(store, together, strict=False):
+        object.__setattr__(expected, "name", found.name)
+        assert_same(found, expected)
+
+
+def test_a_datasets_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    asked = items(2)
+    columns = {name: [each[name] for each in asked] for name in ("prompt", "answer")}
+    features = datasets.Features(
+        image=datasets.Image(), prompt=datasets.Value("string"), answer=datasets.Value("string")
+    )
+    made = datasets.Dataset.from_dict(
+        {**columns, "image": [each["image"] for each in asked]}, features=features
+    )
+    store = run(tmp_path, made)
+    assert [each.labels["answer"] for each in store] == [each["answer"] for each in asked]
+    assert store[1].images[0].tobytes() == asked[1]["image"].tobytes()
+
+
+def test_going_on(tmp_path, captured, caplog, capsys):
+    asked = items(5)
+    run(tmp_path, asked[:2])
+    assert captured == [1, 1]
+    with caplog.at_level(logging.INFO, logger="xmodal_interp.dataset"):
+        store = run(tmp_path, iter(asked), batch_size=2)
+    assert captured[2:] == [2, 1]
+    assert len(store) == 5
+    assert caplog.messages == [
+        f"{tmp_path}: 2 of 5 samples were there already, 3 were captured, 0 failed."
+    ]
+    run(tmp_path, asked, progress=True)
+    assert captured[4:] == []
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"{tmp_path}: 5 of 5 samples were there already, 0 were captured, 0 failed." in shown.err
+    assert "sample/s" in shown.err
+
+
+def test_an_interrupt_leaves_a_store_to_go_on_with(tmp_path, captured):
+    def interrupted():
+        yield from items(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, interrupted(), batch_size=2)
+    assert len(open_store(tmp_path)) == 2
+    assert check_store(tmp_path)["ok"].all()
+    assert len(run(tmp_path, items(3))) == 3
+    assert captured == [2, 1]
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    original = writer.write_file
+
+    def write_file(path, content, **options):
+        if "item-000001" in str(path):
+            raise OSError(28, "No space left on device")
+        original(path, content, **options)
+
+    monkeypatch.setattr(writer, "write_file", write_file)
+    with pytest.raises(StoreError, match="safe in the store: 1"):
+        run(tmp_path, items(3), on_error="skip")
+    monkeypatch.undo()
+    assert open_store(tmp_path).names == ("item-000000",)
+    assert len(run(tmp_path, items(3))) == 3
+
+
+def test_another_item_of_the_same_name(tmp_path):
+    asked = items(2)
+    run(tmp_path, asked[:1])
+    moved = [{**asked[0], "prompt": "how many ?"}, {**asked[0], "answer": "?"}, asked[1]]
+    for item in moved:
+        with pytest.raises(StoreError) as refusal:
+            run(tmp_path, [item], on_error="skip")
+        assert str(refusal.value) == (
+            "An item keeps its name from run to run. Item 0 ('item-000000') has another prompt, "
+            f"other labels or another image than the sample 'item-000000' in {tmp_path}. Give "
+            "items names of their own (name or id), or write to another folder."
+        )
+
+
+def test_other_settings(tmp_path):
+    run(tmp_path, items(1))
+    with pytest.raises(StoreError) as refusal:
+        run(tmp_path, items(1), max_new_tokens=2, keep=xi.Keep(layers=(1,)), system="be brief .")
+    assert str(refusal.value) == (
+        f"All samples of a store are made by one model with the same settings. In {tmp_path}, "
+        "kept.layers is None in the store and [1] now; max_new_tokens is 0 in the store and 2 now; "
+        "system is None in the store and 'be brief .' now. Use the same settings, or another "
+        "folder."
+    )
+
+
+def test_another_model_or_another_state_of_it(tmp_path):
+    run(tmp_path, items(1))
+    with pytest.raises(StoreError, match="model_type is 'llava' in the store and 'qwen2_vl' now"):
+        capture_dataset(shipped("qwen2_vl"), items(1), tmp_path, progress=False)
+    again = xi.load()
+    assert len(capture_dataset(again, items(1), tmp_path, progress=False)) == 1
+    with torch.no_grad():
+        next(again.model.parameters()).mul_(1.01)
+    with pytest.raises(StoreError) as refusal:
+        capture_dataset(again, items(1), tmp_path, progress=False)
+    assert re.findall(r"(\S+) is '\w+' in the store", str(refusal.value)) == ["weights_digest"]
+
+
+def test_probabilities_instead_of_queries_and_keys(tmp_path):
+    exact = run(tmp_path / "exact", items(1))[0]
+    dense = run(tmp_path / "dense", items(1), keep=xi.Keep(probabilities=True))[0]
+    assert list(dense.calls) == list(exact.calls)
+    for key, call in dense.calls.items():
+        assert call.q is None
+        assert call.k is None
+        assert call.dense.dtype == torch.float16
+        probs = exact.calls[key].probs()
+        error = (call.probs() - probs).abs()
+        assert (error <= probs * 2**-11 + 2**-25).all()  # half a step of float16; subnormal below
+        assert torch.equal(call.visible(), exact.calls[key].visible())
+        file = f"{key[0]}-{key[1]}-{key[2]:03d}.safetensors"
+        size = (tmp_path / "dense" / schema.SAMPLES / dense.name / file).stat().st_size
+        header = size - probs.numel() * 2
+        assert 0 < header < 300
+    groups = exact.groups()
+    of_groups = torch.from_numpy(np.stack(list(groups.values())))
+    mass = exact.call(0).mass(of_groups)
+    assert (dense.call(0).mass(of_groups) - mass).abs().max() < 1e-3
+
+
+def test_text_rows_of_some_layers(tmp_path):
+    keep = xi.Keep(towers=("language",), layers=(1, 3), queries="text", probabilities=True)
+    exact = xi.capture(shipped(), items(1)[0]["image"], items(1)[0]["prompt"])
+    found = run(tmp_path, items(1), keep=keep)[0]
+    assert found.layers() == [1, 3]
+    rows = exact.text_after_image().tolist()
+    assert found.call(1).n_queries == len(rows)
+    torch.testing.assert_close(
+        found.probs(1, queries=rows), exact.probs(1, queries=rows), rtol=2**-11, atol=2**-25
+    )
+    with pytest.raises(NotRecordedError) as refusal:
+        found.probs(2)
+    assert str(refusal.value) == (
+        "Only what was kept can be asked for. language self-attention kept layers [1, 3], not 2. "
+        "Capture again with this layer."
+    )
+    with pytest.raises(NotRecordedError, match=r"asked for were also 0\."):
+        found.probs(1, queries=[0])
+    with pytest.raises(NotRecordedError, match="vision self-attention kept layers none, not 0"):
+        found.call(0, tower="vision")
+    assert found.call(1).v is None
+
+
+@pytest.mark.usefixtures("any_type")
+def test_skipping_and_trying_again(tmp_path, monkeypatch):
+    """Failures are listed until they are mended; the rest of a batch is captured alone."""
+    asked = [{**each, "name": name} for each, name in zip(items(4), "abcd", strict=True)]
+    broken = [asked[0], {**asked[1], "image": "nowhere.png"}, *asked[2:], "e"]
+    original = dataset.capture_batch
+
+    def refusing(vlm, images, prompts, **options):
+        if asked[3]["prompt"] in prompts:
+            raise RuntimeError("out of memory")
+        return original(vlm, images, prompts, **options)
+
+    monkeypatch.setattr(dataset, "capture_batch", refusing)
+    for _ in range(2):  # nothing is listed twice
+        store = run(tmp_path, broken, batch_size=3, on_error="skip")
+        assert store.names == ("a", "c")
+        assert store.failures.fillna("").to_dict("records") == [
+            {
+                "item": 1,
+                "name": "b",
+                "error": "InputError",
+                "message": "Item 1 ('b'): An image must be a file that exists, or a PIL image; "
+                "there is no 'nowhere.png'.",
+            },
+            {"item": 3, "name": "d", "error": "RuntimeError", "message": "out of memory"},
+            {
+                "item": 4,
+                "name": "",
+                "error": "InputError",
+                "message": "An item is a dict with image and prompt. Item 4 is a str.",
+            },
+        ]
+    monkeypatch.setattr(dataset, "capture_batch", original)
+    store = run(tmp_path, asked, on_error="skip")
+    assert sorted(store.names) == ["a", "b", "c", "d"]
+    assert store.failures["item"].tolist() == [4]
+    assert check_store(tmp_path)["ok"].all()
+
+
+def test_what_the_model_refuses_names_its_items(tmp_path, monkeypatch):
+    def refusing(*_, **__):
+        raise CaptureError("unheard")
+
+    monkeypatch.setattr(dataset, "capture_batch", refusing)
+    with pytest.raises(CaptureError, match="unheard") as refusal:
+        run(tmp_path, items(2), batch_size=2)
+    assert str(refusal.value) == "unheard"
+    assert refusal.value.__notes__ == ["Raised by Item 0 ('item-000000'), Item 1 ('item-000001')."]
+
+
+@pytest.mark.usefixtures("any_type")
+@pytest.mark.parametrize(
+    ("asked", "options", "message"),
+    [
+        (
+            {"train": []},
+            {},
+            "items is a sequence of dicts, or one split of a data set; got a dict.",
+        ),
+        ([], {"batch_size": 0}, "batch_size must be 1 or more; got 0."),
+        ([], {"on_error": "ignore"}, "on_error must be 'raise' or 'skip'; got 'ignore'."),
+    ],
+)
+def test_options(tmp_path, asked, options, message):
+    with pytest.raises(InputError) as refusal:
+        run(tmp_path, asked, **options)
+    assert str(refusal.value) == message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_items(tmp_path):
+    assert len(run(tmp_path, [])) == 0

@@ -1,0 +1,114 @@
+"""Items of a data set: what their entries become, and what is refused."""
+
+import numpy as np
+import pytest
+from jaxtyping import config as jaxtyping_config
+
+from tests.store.made import items, shipped
+from xmodal_interp.dataset import capture_dataset
+from xmodal_interp.errors import InputError
+from xmodal_interp.store import open_store
+
+
+def run(path, asked, **options):
+    return capture_dataset(shipped(), asked, path, progress=False, **options)
+
+
+@pytest.fixture
+def any_type():
+    """The type checks of tests would refuse what users may well pass."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+def test_entries_of_an_item(tmp_path):
+    image = items(1)[0]["image"]
+    image.save(tmp_path / "scene.png")
+    asked = [
+        {
+            "images": [tmp_path / "scene.png"],
+            "question": "how many shapes ?",
+            "id": 7,
+            "split": "a",
+        },
+        {"image": image, "prompt": "how many shapes ?", "name": "b", "id": 8, "n": np.int64(3)},
+        {"image": [], "prompt": "how many shapes ?"},
+    ]
+    store = run(tmp_path / "run", asked, images=False)
+    assert store.names == ("7", "b", "item-000002")
+    assert [each.labels for each in store] == [{"split": "a"}, {"id": 8, "n": 3}, {}]
+    assert [len(each.images) for each in store] == [1, 0, 0]
+    assert store[0].images[0].tobytes() == image.tobytes()
+    assert store[0].provenance["images"] == [str(tmp_path / "scene.png")]
+    assert store.manifest["settings"]["kept"]["images"] is False
+
+
+PICTURE = items(1)[0]["image"]
+UNUSABLE = {
+    "no dict": ("a.png", "An item is a dict with image and prompt. Item 0 is a str."),
+    "no image": (
+        {"prompt": "?", "picture": 1},
+        "An item has either image or images. Item 0 ('item-000000') has neither; its entries are "
+        "prompt, picture.",
+    ),
+    "two prompts": (
+        {"image": PICTURE, "prompt": "?", "question": "?", "name": "x"},
+        "An item has either prompt or question. Item 0 ('x') has both; its entries are image, "
+        "prompt, question, name.",
+    ),
+    "wrong image": (
+        {"image": np.zeros((4, 4, 3)), "prompt": "?"},
+        "An image is a path or a PIL image. Item 0 ('item-000000') has a ndarray.",
+    ),
+    "missing image": (
+        {"image": "nowhere.png", "prompt": "?", "id": 5},
+        "Item 0 ('5'): An image must be a file that exists, or a PIL image; there is no "
+        "'nowhere.png'.",
+    ),
+    "empty prompt": (
+        {"image": PICTURE, "prompt": " "},
+        "A prompt is a text that is not empty. Item 0 ('item-000000') has ' '.",
+    ),
+    "no json": (
+        {"image": PICTURE, "prompt": "?", "words": {"a"}},
+        "Item 0 ('item-000000'): What a store keeps beside tensors must be JSON: text, finite "
+        "numbers, true, false, null, lists and objects; got {'a'} (set).",
+    ),
+    "unsafe name": (
+        {"image": PICTURE, "prompt": "?", "name": "train/7"},
+        "Item 0: A sample's name is the name of a folder: up to 200 bytes, printable, without "
+        "\" * / : < > ? \\ |, and no dot or space at its ends. 'train/7' cannot be one: it "
+        "contains '/'.",
+    ),
+}
+
+
+@pytest.mark.usefixtures("any_type")
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_item(tmp_path, case):
+    item, message = UNUSABLE[case]
+    with pytest.raises(InputError) as refusal:
+        run(tmp_path, [item])
+    assert str(refusal.value) == message
+    assert len(open_store(tmp_path)) == 0
+
+
+def test_two_items_of_one_name(tmp_path):
+    with pytest.raises(InputError) as refusal:
+        run(tmp_path, [{**each, "name": name} for each, name in zip(items(2), "xX", strict=True)])
+    assert str(refusal.value) == (
+        "Items have names of their own, also where case is ignored. Item 1 ('X') is called as item "
+        "0 is."
+    )
+    assert open_store(tmp_path).names == ("x",)
+
+
+def test_an_image_that_is_cut_off(tmp_path):
+    PICTURE.save(tmp_path / "whole.png")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    with pytest.raises(
+        InputError, match=r"Item 0 \('item-000000'\): An image file must be readable"
+    ):
+        run(tmp_path / "run", [{"image": cut, "prompt": "?"}])

@@ -1,0 +1,222 @@
+"""From a data set to a store: item by item or batch by batch, resumable at any point.
+
+1. Each item is checked on its own, so that an error names the item.
+2. What the store holds under the item's name is passed over, if it is the same item.
+3. Batches go through ``capture_batch``; each sample is written whole as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any, Literal
+
+from PIL import Image
+from tqdm import tqdm
+
+from xmodal_interp.capturing import Keep, capture_batch, provenance
+from xmodal_interp.errors import InputError, StoreError, XmodalError
+from xmodal_interp.items import Item, checked, name_of, opened_images
+from xmodal_interp.models import VLM
+from xmodal_interp.store import Store, StoreWriter, open_store
+from xmodal_interp.store.identity import model_digests
+
+_REFUSALS = (XmodalError, RuntimeError, ValueError)
+"""What a model or its processor raises on an input it cannot take, memory that is full included."""
+
+_logger = logging.getLogger(__name__)
+
+
+def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three have defaults
+    vlm: VLM,
+    items: Iterable[Mapping[str, Any]],
+    path: str | PathLike[str],
+    *,
+    max_new_tokens: int = 0,
+    batch_size: int = 1,
+    keep: Keep | None = None,
+    system: str | None = None,
+    images: bool = True,
+    progress: bool = True,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> Store:
+    """Capture many samples into a store; call it again to go on where it stopped.
+
+    A sample is in the store whole or not at all, whenever the run ends. A second call with the same
+    settings captures what is missing; how many were there already is said on the progress bar, or
+    to the log.
+
+    Args:
+        vlm: Model and processor.
+        items: Dicts, or a ``datasets.Dataset``: ``image`` (a path or PIL image, or a list of them)
+            or ``images``; ``prompt`` or ``question``; ``name`` or ``id``, else the item is called
+            by its place in the order (``item-000003``). All other entries must be JSON-able and
+            become the sample's labels.
+        path: The store's folder: new or empty, or a store made with the same settings.
+        max_new_tokens: How many tokens to generate, greedily; 0 runs the prompts only.
+        batch_size: How many samples to run at once. Not a setting: a run may go on with another.
+        keep: What to keep; queries and keys of all layers if not given.
+        system: A system message.
+        images: Store the images too (PNG); without, a sample finds its images by their paths.
+        progress: Show a progress bar.
+        on_error: ``"skip"`` notes an item that cannot be used or that the model refuses in the
+            store's ``failures`` and goes on; the next call tries it again.
+
+    Returns:
+        The store, open for reading.
+
+    Raises:
+        InputError: An item or an option that cannot be used.
+        StoreError: A store made with another model or other settings; an item that is not the one
+            stored under its name; a full disk. What was written before is safe.
+    """
+    _check_options(items, batch_size, on_error)
+    keep = keep or Keep()
+    settings = run_settings(vlm, keep, max_new_tokens, system=system, images=images)
+    n_items = len(items) if isinstance(items, Sized) else None
+    with (
+        StoreWriter(path, settings, images=images) as writer,
+        tqdm(total=n_items, unit="sample", smoothing=0, disable=not progress) as bar,
+    ):
+        run = _Run(vlm, writer, bar, keep, max_new_tokens, system, skips=on_error == "skip")
+        run.work(items, batch_size)
+        message = (
+            f"{writer.path}: {run.n_there} of {run.n_items} samples were there already, "
+            f"{run.n_captured} were captured, {run.n_failed} failed."
+        )
+        _logger.info(message)
+        if progress and (run.n_there or run.n_failed):
+            tqdm.write(message, file=sys.stderr)
+    return open_store(path)
+
+
+def run_settings(
+    vlm: VLM, keep: Keep, max_new_tokens: int, *, system: str | None, images: bool
+) -> dict[str, Any]:
+    """What all samples of one store have in common: a run with other settings is refused."""
+    about = provenance(vlm, {}, max_new_tokens, keep)
+    about["kept"]["images"] = images
+    del about["layers"], about["created"], about["versions"]["python"]
+    return {**about, "system": system, **model_digests(vlm)}
+
+
+@dataclass(eq=False)
+class _Run:
+    vlm: VLM
+    writer: StoreWriter
+    bar: tqdm[Any]
+    keep: Keep
+    max_new_tokens: int
+    system: str | None
+    skips: bool
+    n_items: int = 0
+    n_there: int = 0
+    n_captured: int = 0
+    n_failed: int = 0
+    seen: dict[str, int] = field(default_factory=dict)
+
+    def work(self, items: Iterable[Mapping[str, Any]], batch_size: int) -> None:
+        batch: list[tuple[Item, list[Image.Image]]] = []
+        for ready in self._missing(items):
+            batch.append(ready)
+            if len(batch) == batch_size:
+                self._capture(batch)
+                batch = []
+        if batch:
+            self._capture(batch)
+
+    def _missing(
+        self, items: Iterable[Mapping[str, Any]]
+    ) -> Iterator[tuple[Item, list[Image.Image]]]:
+        """Items that the store lacks, with their images opened."""
+        for number, raw in enumerate(items):
+            self.n_items += 1
+            name = None
+            try:
+                name = name_of(number, raw, self.seen)
+                item = checked(number, name, raw)
+                if self._is_there(item):
+                    continue
+                opened = opened_images(item)
+            except InputError as error:
+                if not self.skips:
+                    raise
+                self._note(number, name, error)
+                continue
+            yield item, opened
+
+    def _is_there(self, item: Item) -> bool:
+        if item.name not in self.writer:
+            return False
+        if self.writer.record(item.name)["provenance"].get("item") != item.digest:
+            raise StoreError(
+                f"An item keeps its name from run to run. {item.title} has another prompt, other "
+                f"labels or another image than the sample {item.name!r} in {self.writer.path}. "
+                "Give items names of their own (name or id), or write to another folder."
+            )
+        self.n_there += 1
+        if not self.bar.disable:
+            self.bar.initial += 1  # the rate is that of what is captured now
+        self.bar.update()
+        return True
+
+    def _capture(self, batch: Sequence[tuple[Item, list[Image.Image]]]) -> None:
+        try:
+            samples = capture_batch(
+                self.vlm,
+                [images for _, images in batch],
+                [item.prompt for item, _ in batch],
+                max_new_tokens=self.max_new_tokens,
+                keep=self.keep,
+                system=self.system,
+            )
+        except _REFUSALS as error:
+            if not self.skips:
+                error.add_note(f"Raised by {', '.join(item.title for item, _ in batch)}.")
+                raise
+            if len(batch) == 1:
+                self._note(batch[0][0].number, batch[0][0].name, error)
+                return
+            samples = []
+        if not samples:  # one of the batch was refused: the others are captured alone
+            for each in batch:
+                self._capture([each])
+            return
+        for (item, _), sample in zip(batch, samples, strict=True):
+            about = {
+                "images": item.sources,
+                "item": item.digest,
+                "system": self.system,
+                "batch_size": len(batch),
+            }
+            named = replace(
+                sample,
+                name=item.name,
+                labels=item.labels,
+                provenance={**sample.provenance, **about},
+            )
+            self.writer.write(named)
+            self.n_captured += 1
+            self.bar.set_postfix_str(f"{self.writer.n_bytes / 1e6:.1f} MB", refresh=False)
+            self.bar.update()
+
+    def _note(self, number: int, name: str | None, error: Exception) -> None:
+        what = {"error": type(error).__name__, "message": str(error)}
+        self.writer.note_failure({"item": number, "name": name, **what})
+        self.n_failed += 1
+        self.bar.update()
+
+
+def _check_options(items: Any, batch_size: int, on_error: str) -> None:
+    if isinstance(items, (Mapping, str)):
+        raise InputError(
+            "items is a sequence of dicts, or one split of a data set; got a "
+            f"{type(items).__name__}."
+        )
+    if batch_size < 1:
+        raise InputError(f"batch_size must be 1 or more; got {batch_size}.")
+    if on_error not in ("raise", "skip"):
+        raise InputError(f"on_error must be 'raise' or 'skip'; got {on_error!r}.")

@@ -1,0 +1,144 @@
+"""One item of a data set: its name, its images, what is asked of them, and what else it says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from xmodal_interp.errors import InputError
+from xmodal_interp.models import ImageLike, open_image
+from xmodal_interp.store import check_name, digest_of, json_text
+
+_NAMES, _IMAGES, _PROMPTS = ("name", "id"), ("image", "images"), ("prompt", "question")
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One item by its proper names.
+
+    Attributes:
+        number: Its place in the data set.
+        name: Name of its sample.
+        images: Its images, not opened yet.
+        prompt: What to ask.
+        labels: All its other entries, as JSON has them.
+    """
+
+    number: int
+    name: str
+    images: tuple[ImageLike, ...]
+    prompt: str
+    labels: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """Such as ``"Item 3 ('x')"``, for messages."""
+        return f"Item {self.number} ({self.name!r})"
+
+    @property
+    def digest(self) -> str:
+        """Tells the item from another of its name. Files are known by their names: data moves."""
+        pictures = [
+            hashlib.sha256(f"{image.size}{image.mode}".encode() + image.tobytes()).hexdigest()
+            if isinstance(image, Image.Image)
+            else Path(image).name
+            for image in self.images
+        ]
+        return digest_of([self.prompt, self.labels, pictures])
+
+    @property
+    def sources(self) -> list[str | None]:
+        """Where its images are, if they are files."""
+        return [
+            None if isinstance(image, Image.Image) else str(Path(image).resolve())
+            for image in self.images
+        ]
+
+
+def name_of(number: int, raw: Any, seen: dict[str, int]) -> str:
+    """What an item is called: its ``name``, its ``id``, or its place in the order.
+
+    Args:
+        number: Its place.
+        raw: The item.
+        seen: The items before it by their names, which it is added to.
+
+    Raises:
+        InputError: An item that is no dict, or a name that is taken or cannot be one.
+    """
+    if not isinstance(raw, Mapping):
+        raise InputError(
+            f"An item is a dict with image and prompt. Item {number} is a {type(raw).__name__}."
+        )
+    given = [raw[key] for key in _NAMES if raw.get(key) is not None]
+    name = str(given[0]) if given else f"item-{number:06d}"
+    try:
+        check_name(name)
+    except InputError as error:
+        raise InputError(f"Item {number}: {error}") from error
+    first = seen.setdefault(name.casefold(), number)
+    if first != number:
+        raise InputError(
+            "Items have names of their own, also where case is ignored. "
+            f"Item {number} ({name!r}) is called as item {first} is."
+        )
+    return name
+
+
+def checked(number: int, name: str, raw: Mapping[str, Any]) -> Item:
+    """An item, its prompt and labels checked; its images are not opened yet.
+
+    Raises:
+        InputError: An entry that is missing or cannot be used.
+    """
+    title = f"Item {number} ({name!r})"
+    picture, prompt = _one_of(raw, _IMAGES, title), _one_of(raw, _PROMPTS, title)
+    images = tuple(picture) if isinstance(picture, (list, tuple)) else (picture,)
+    wrong = [type(i).__name__ for i in images if not isinstance(i, (Image.Image, str, PathLike))]
+    if wrong:
+        raise InputError(f"An image is a path or a PIL image. {title} has a {', a '.join(wrong)}.")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"A prompt is a text that is not empty. {title} has {prompt!r}.")
+    rest = {k: v for k, v in raw.items() if k not in (*_IMAGES, *_PROMPTS, *_NAMES)}
+    if raw.get("name") is not None and "id" in raw:
+        rest["id"] = raw["id"]
+    try:
+        labels = json.loads(json_text(rest))
+    except InputError as error:
+        raise InputError(f"{title}: {error}") from error
+    return Item(number, name, images, prompt, labels)
+
+
+def _one_of(raw: Mapping[str, Any], keys: tuple[str, str], title: str) -> Any:
+    """The entry that goes by one of two keys."""
+    there = [key for key in keys if raw.get(key) is not None]
+    if len(there) != 1:
+        raise InputError(
+            f"An item has either {keys[0]} or {keys[1]}. {title} has "
+            f"{'both' if there else 'neither'}; its entries are {', '.join(map(str, raw))}."
+        )
+    return raw[there[0]]
+
+
+def opened_images(item: Item) -> list[Image.Image]:
+    """The images of an item, read.
+
+    Raises:
+        InputError: One that is not there, or cannot be read.
+    """
+    try:
+        opened = [open_image(image) for image in item.images]
+        for image in opened:
+            image.load()
+    except InputError as error:
+        raise InputError(f"{item.title}: {error}") from error
+    except (OSError, SyntaxError) as error:  # a PIL image that was opened, and is cut off
+        raise InputError(f"{item.title} has an image that cannot be read: {error}.") from error
+    return opened

@@ -1,0 +1,131 @@
+"""From a sample to the bytes of its files, and from such bytes to tables, grids and images."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from PIL import Image, PngImagePlugin
+from pyarrow import parquet
+from safetensors.torch import save
+from torch import Tensor
+
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.models import ImageGrid
+from xmodal_interp.sample import Sample
+from xmodal_interp.store import schema
+
+_TEXT_STAMP = {name: str(value) for name, value in schema.STAMP.items()}
+
+
+def sample_record(sample: Sample, shared: schema.SharedTensors, *, images: bool) -> dict[str, Any]:
+    """``sample.json`` but for its checksums; masks and biases go to the shared tensors."""
+    sources = sample.provenance.get("images") or [None] * len(sample.images)
+    return {
+        **schema.STAMP,
+        "name": sample.name,
+        "question": sample.question,
+        "answer": sample.answer,
+        "text": sample.text,
+        "n_prompt": sample.n_prompt,
+        "labels": sample.labels,
+        "provenance": sample.provenance,
+        "grids": [{n: int(getattr(g, n)) for n in schema.GRID_NUMBERS} for g in sample.grids],
+        "images": [
+            {
+                "file": f"image-{i}.png" if images else None,
+                "source": source,
+                "width": image.width,
+                "height": image.height,
+            }
+            for i, (image, source) in enumerate(zip(sample.images, sources, strict=True))
+        ],
+        "calls": [schema.call_record(call, shared) for call in sample.calls.values()],
+        "shared": shared.records,
+    }
+
+
+def sample_files(
+    sample: Sample, shared: schema.SharedTensors, *, images: bool
+) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every file but ``sample.json``, one at a time: a layer is a lot."""
+    yield schema.TOKENS, table_bytes(sample.tokens)
+    if sample.cross_keys is not None:
+        yield schema.CROSS_KEYS, table_bytes(sample.cross_keys)
+    if sample.grids:
+        yield schema.GRIDS, grid_bytes(sample.grids)
+    if images:
+        for i, image in enumerate(sample.images):
+            yield f"image-{i}.png", image_bytes(image)
+    layers: dict[str, list[Any]] = defaultdict(list)
+    for key in sample.calls:
+        layers[schema.layer_file(*key[:3])].append(key)
+    for file, keys in layers.items():
+        calls: list[AttentionCall] = [sample.calls[key] for key in keys]
+        yield file, tensor_bytes(schema.call_tensors(calls))
+    if shared.tensors:
+        yield schema.SHARED, tensor_bytes(shared.tensors)
+
+
+def tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """A safetensors file."""
+    return save(tensors, metadata=_TEXT_STAMP)
+
+
+def table_bytes(table: pd.DataFrame) -> bytes:
+    """A Parquet file; types and index come back as they were."""
+    arrow = pa.Table.from_pandas(table)
+    sink = io.BytesIO()
+    stamped = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **_TEXT_STAMP})
+    parquet.write_table(stamped, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def table_from(content: bytes) -> tuple[pd.DataFrame, dict[str, str]]:
+    """The table of a Parquet file, and what the file says of its format."""
+    arrow = parquet.read_table(io.BytesIO(content))
+    metadata = arrow.schema.metadata or {}
+    stamp = {name: metadata.get(name.encode(), b"").decode() for name in _TEXT_STAMP}
+    return arrow.to_pandas(), stamp
+
+
+def grid_bytes(grids: Sequence[ImageGrid]) -> bytes:
+    """An npz file with the arrays ``INDEX.places``, ``INDEX.boxes``, ``INDEX.patch_places``."""
+    arrays = {
+        f"{i}.{name}": getattr(grid, name)
+        for i, grid in enumerate(grids)
+        for name in schema.GRID_ARRAYS
+    }
+    sink = io.BytesIO()
+    stamp = {name: np.array([value]) for name, value in schema.STAMP.items()}
+    np.savez_compressed(sink, allow_pickle=False, **stamp, **arrays)
+    return sink.getvalue()
+
+
+def grids_from(
+    content: bytes, numbers: Sequence[Mapping[str, int]]
+) -> tuple[tuple[ImageGrid, ...], dict[str, Any]]:
+    """The grids of an npz file, and what the file says of its format."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        own = [
+            {name: arrays[f"{i}.{name}"] for name in schema.GRID_ARRAYS}
+            for i in range(len(numbers))
+        ]
+        stamp = {name: arrays[name][0].item() for name in schema.STAMP if name in arrays}
+    fields: list[dict[str, Any]] = [{**a, **b} for a, b in zip(numbers, own, strict=True)]
+    return tuple(ImageGrid(**each) for each in fields), stamp
+
+
+def image_bytes(image: Image.Image) -> bytes:
+    """A PNG file: lossless."""
+    sink = io.BytesIO()
+    text = PngImagePlugin.PngInfo()
+    for name, value in _TEXT_STAMP.items():
+        text.add_text(name, value)
+    image.save(sink, format="PNG", pnginfo=text)
+    return sink.getvalue()

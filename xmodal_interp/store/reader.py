@@ -1,0 +1,222 @@
+"""Reading a store.
+
+Opening costs the list of names, a sample its texts and tables, a call the file of its layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, overload
+from weakref import WeakValueDictionary
+
+import pandas as pd
+from PIL import Image
+from torch import Tensor
+
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.errors import InputError, NotRecordedError, StoreError
+from xmodal_interp.models import open_image
+from xmodal_interp.sample import CallKey, Sample
+from xmodal_interp.store import files, schema
+
+
+def open_store(path: str | PathLike[str]) -> Store:
+    """Open a store for reading; samples are read when they are asked for.
+
+    Raises:
+        StoreError: There is no store, or it is of another format or version.
+    """
+    return Store(path)
+
+
+class Store(Sequence[Sample]):
+    """Samples on disk, in the order they were written; an analysis takes it like a list of them.
+
+    ``store[0]``, ``store[-1]``, ``store["name"]``, ``store[:10]``, ``len(store)`` and iteration
+    work as they read. What is written after it was opened is not in it.
+
+    Attributes:
+        path: The store's folder.
+        manifest: Format, version and the settings that all samples have in common.
+        names: The names of the samples.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        self.manifest = files.read_manifest(self.path)
+        self.names: tuple[str, ...] = tuple(files.sample_names(self.path))
+        self._known = frozenset(self.names)
+
+    def __repr__(self) -> str:
+        """A line that tells what is in it."""
+        settings = self.manifest["settings"]
+        made = ", ".join(str(settings[n]) for n in ("model", "dtype", "backend") if n in settings)
+        kept = settings.get("kept", {})
+        what = ", ".join(f"{name}: {value}" for name, value in kept.items() if value is not None)
+        about = "; ".join(part for part in (made, what) if part)
+        return f"Store({str(self.path)!r}: {len(self)} samples{f'; {about}' if about else ''})"
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self._read(name) for name in self.names)
+
+    def __contains__(self, item: object) -> bool:
+        """Whether there is a sample of this name; a sample is looked up by its name too."""
+        return (item.name if isinstance(item, Sample) else item) in self._known
+
+    @overload
+    def __getitem__(self, index: int | str) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | str | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self._read(name) for name in self.names[index]]
+        if isinstance(index, str):
+            if index not in self._known:
+                raise NotRecordedError(
+                    f"A sample is asked for by a name that the store has. {self.path} has no "
+                    f"{index!r}, but {_brief(self.names)}."
+                )
+            return self._read(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.path} has {len(self)} samples; there is no sample {index}.")
+        return self._read(self.names[index])
+
+    @property
+    def n_bytes(self) -> int:
+        """Size on disk."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    @property
+    def failures(self) -> pd.DataFrame:
+        """What could not be captured and is still missing: ``item, name, error, message``."""
+        lines = {
+            (line["name"] if line["name"] is not None else line["item"]): line
+            for line in files.read_lines(self.path / schema.FAILURES)
+            if line["name"] not in self._known
+        }
+        return pd.DataFrame(list(lines.values()), columns=["item", "name", "error", "message"])
+
+    def _read(self, name: str) -> Sample:
+        return read_sample(self.path / schema.SAMPLES / name)
+
+
+class StoredCalls(Mapping[CallKey, AttentionCall]):
+    """The calls of one stored sample; its keys are known, a call is read when it is asked for.
+
+    A call and a mask are shared as long as someone holds them, and read again after that: going
+    through the layers of a sample keeps one layer in memory.
+    """
+
+    def __init__(self, folder: Path, record: Mapping[str, Any]) -> None:
+        self._folder, self._record = folder, record
+        self._records = {schema.call_key(each): each for each in record["calls"]}
+        self._shared_records: Mapping[str, Any] = record["shared"]
+        self._sizes = {file: each["bytes"] for file, each in record["files"].items()}
+        self._calls: WeakValueDictionary[CallKey, AttentionCall] = WeakValueDictionary()
+        self._masks: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+
+    def __reduce__(self) -> tuple[type[StoredCalls], tuple[Path, Mapping[str, Any]]]:
+        return StoredCalls, (self._folder, self._record)  # weak references cannot be pickled
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[CallKey]:
+        return iter(self._records)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether there is such a call; looking does not read it."""
+        return key in self._records
+
+    def __getitem__(self, key: CallKey) -> AttentionCall:
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = self._read(self._records[key])
+        return call
+
+    def _read(self, record: Mapping[str, Any]) -> AttentionCall:
+        file = schema.layer_file(record["tower"], record["kind"], record["layer"])
+        names = {name: f"{record['call']}.{name}" for name in record["tensors"]}
+        tensors = self._tensors(file, list(names.values()))
+        own = {name: tensors[stored] for name, stored in names.items()}
+        return schema.stored_call(
+            record, own, {name: self._shared(of) for name, of in record["shared"].items()}
+        )
+
+    def _shared(self, name: str) -> Tensor:
+        tensor = self._masks.get(name)
+        if tensor is None:
+            tensor = self._tensors(schema.SHARED, [name])[name]
+            if self._shared_records[name]["packed"]:
+                tensor = schema.unpacked(tensor, self._shared_records[name]["shape"])
+            self._masks[name] = tensor
+        return tensor
+
+    def _tensors(self, file: str, names: Sequence[str]) -> dict[str, Tensor]:
+        return files.read_tensors(self._folder / file, names, self._sizes[file])
+
+
+class StoredImage(Image.Image):
+    """An RGB image whose pixels are read when they are asked for."""
+
+    def __init__(self, path: Path, size: tuple[int, int]) -> None:
+        super().__init__()
+        self._mode, self._size, self._path = "RGB", size, path
+
+    def load(self) -> Any:
+        """Read the pixels, if they were not yet; Pillow calls this before it uses them."""
+        if self._im is None:
+            try:
+                self._im = open_image(self._path).im
+            except InputError as error:
+                raise StoreError(
+                    f"The images of a stored sample must stay where they were. {error}"
+                ) from error
+        return super().load()
+
+
+def read_sample(folder: Path) -> Sample:
+    """A stored sample: its texts and tables now, its tensors and pixels when asked for.
+
+    Raises:
+        StoreError: A file that is missing, damaged or of another version.
+    """
+    record = files.read_record(folder)
+    tokens = files.read_table(folder / schema.TOKENS)
+    has_cross_keys = schema.CROSS_KEYS in record["files"]
+    return Sample(
+        name=record["name"],
+        tokens=tokens,
+        text=record["text"],
+        question=record["question"],
+        answer=record["answer"],
+        n_prompt=record["n_prompt"],
+        grids=files.read_grids(folder / schema.GRIDS, record["grids"]) if record["grids"] else (),
+        images=_images(folder, record["images"]),
+        calls=StoredCalls(folder, record),
+        cross_keys=files.read_table(folder / schema.CROSS_KEYS) if has_cross_keys else None,
+        labels=record["labels"],
+        provenance=record["provenance"],
+    )
+
+
+def _images(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[StoredImage, ...]:
+    """Images at hand: stored, or where they came from; none if one of them is neither."""
+    paths = [
+        folder / r["file"] if r["file"] else r["source"] and Path(r["source"]) for r in records
+    ]
+    if not all(paths):
+        return ()
+    return tuple(
+        StoredImage(path, (r["width"], r["height"])) for path, r in zip(paths, records, strict=True)
+    )
+
+
+def _brief(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(map(repr, names[:5])) or 'no samples'}{more}"
