@@ -112,7 +112,7 @@ def block(
 def fastv_allocation(
     probs: np.ndarray, outputs: Sequence[int], segment: Sequence[int]
 ) -> tuple[float, float]:
-    """Chen et al. 2024: lambda (a sum over output tokens) and epsilon of a segment, heads averaged."""
+    """Chen et al. 2024: lambda (summed over output tokens) and epsilon of a segment, head mean."""
     mean = probs.mean(axis=0)
     allocation = sum(mean[q, k] for q in outputs for k in segment)
     return allocation, allocation / len(segment)
@@ -156,9 +156,7 @@ def entropy(row: np.ndarray) -> float:
     return -sum(p * math.log(p) for p in row if p > 0)
 
 
-def attention_distance(
-    probs: np.ndarray, places: np.ndarray, height: float, width: float
-) -> float:
+def attention_distance(probs: np.ndarray, places: np.ndarray, height: float, width: float) -> float:
     """Dosovitskiy et al. 2021: mean distance in px; class tokens (place -1) out, rows rescaled."""
     patches = [i for i, (row, _) in enumerate(places) if row >= 0]
     means = []
@@ -171,3 +169,47 @@ def attention_distance(
             reach += probs[q, k] / within * math.hypot(dy, dx)
         means.append(reach)
     return float(np.mean(means))
+
+
+def uniform_output(values: np.ndarray, visible: np.ndarray, n_heads: int) -> np.ndarray:
+    """U V, head by head and query by query: the mean of the values that a query can see.
+
+    ``values``: ``[kv_head, key, d_head]``; ``visible``: ``[query, key]``; out ``[head, query, d]``.
+    """
+    out = np.zeros((n_heads, len(visible), values.shape[-1]))
+    for head in range(n_heads):
+        of_group = values[head // (n_heads // len(values))]
+        for query, row in enumerate(visible):
+            seen = [of_group[key] for key in range(len(row)) if row[key]]
+            out[head, query] = sum(seen) / len(seen)
+    return out
+
+
+def knocked_out(
+    probs: np.ndarray, queries: Sequence[int], keys: Sequence[int], *, renormalise: bool
+) -> np.ndarray:
+    """Geva et al. 2023: blocked cells become 0; the edge to oneself stays."""
+    out = probs.copy()
+    for head in range(len(probs)):
+        for query in queries:
+            for key in keys:
+                if key != query:
+                    out[head, query, key] = 0
+            if renormalise:
+                out[head, query] /= out[head, query].sum()
+    return out
+
+
+def answer_scores(logits: np.ndarray, ids: Sequence[int], n_prompt: int) -> tuple[float, ...]:
+    """Accuracy, mean log-probability and first margin of the answer behind a prompt.
+
+    ``logits``: ``[position, vocabulary]`` of prompt and answer.
+    """
+    right, log_probs, margin = True, [], 0.0
+    for position in range(n_prompt, len(ids)):
+        row, gold = logits[position - 1].astype(float), ids[position]
+        right = right and int(row.argmax()) == gold
+        log_probs.append(row[gold] - math.log(sum(math.exp(x) for x in row)))
+        if position == n_prompt:
+            margin = row[gold] - max(x for word, x in enumerate(row) if word != gold)
+    return float(right), sum(log_probs) / len(log_probs), float(margin)

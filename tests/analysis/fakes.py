@@ -1,5 +1,6 @@
 """Samples made by hand: a row of characters for the positions, matrices for the attention."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,8 +8,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.models import ImageGrid
+from xmodal_interp.capturing import capture
+from xmodal_interp.models import ImageGrid, load
 from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import TOKEN_COLUMNS
 
@@ -36,16 +39,19 @@ def tokens(layout: str, grids: Sequence[ImageGrid]) -> pd.DataFrame:
     table["start"] = [3 * i for i in range(len(letters))]
     table["end"] = [3 * i + 2 for i in range(len(letters))]
     runs = np.flatnonzero(table["kind"] == "image")
-    places = np.concatenate([g.places for g in grids]) if grids else np.empty((0, 2))
-    table.loc[runs, "image"] = np.repeat(np.arange(len(grids)), [len(g.places) for g in grids])
-    table.loc[runs, ["row", "col"]] = places
+    if len(runs):
+        numbers = np.repeat(np.arange(len(grids)), [len(g.places) for g in grids])
+        table.loc[runs, "image"] = numbers
+        table.loc[runs, ["row", "col"]] = np.concatenate([g.places for g in grids])
     integers = dict.fromkeys(("image", "row", "col", "start", "end"), "Int64")
     texts = dict.fromkeys(("token", "kind", "role"), "string")
     floats = dict.fromkeys(("x0", "y0", "x1", "y1"), "float64")
     return table.astype({**integers, **texts, **floats})
 
 
-def dense_call(probs: Tensor | list[list[float]], *, layer: int = 0, **more: object) -> AttentionCall:
+def dense_call(
+    probs: Tensor | list[list[float]], *, layer: int = 0, **more: object
+) -> AttentionCall:
     """A call that holds probabilities: ``[query, key]`` for one head, or ``[head, query, key]``."""
     matrix = torch.as_tensor(probs, dtype=torch.float32)
     matrix = matrix[None] if matrix.ndim == 2 else matrix
@@ -78,7 +84,9 @@ def random_call(
     )
 
 
-def uniform_call(n_positions: int, *, layer: int = 0, n_heads: int = 2, **more: object) -> AttentionCall:
+def uniform_call(
+    n_positions: int, *, layer: int = 0, n_heads: int = 2, **more: object
+) -> AttentionCall:
     """A call whose attention is uniform over the visible keys."""
     return random_call(n_positions, layer=layer, n_heads=n_heads, spread=0.0, **more)
 
@@ -106,3 +114,16 @@ def sample_of(
         calls={(c.tower, c.kind, c.layer, c.call): c for c in calls},
         **{"provenance": {"model": "fake"}, **more},
     )
+
+
+@functools.cache
+def captured(family: str) -> Sample:
+    """What a tiny random model attends to; captured once, since no analysis changes a sample."""
+    return capture(tiny_vlm(family), picture(), QUESTION, max_new_tokens=2)
+
+
+@functools.cache
+def shipped(*, blank: bool = False) -> Sample:
+    """What the shipped model attends to, in a scene or in a grey image."""
+    image = picture().point(lambda _: 128) if blank else picture()
+    return capture(load(), image, QUESTION)

@@ -29,6 +29,10 @@ SLOTS: tuple[str, ...] = (
     *("color", "color", "shape", "shape", "place", "place", "place"),
     *("count", "existence", "existence", "description"),
 )
+FOCUS: tuple[str, ...] = (
+    *("color", "shape", *("place",) * 8),
+    *("count", "existence", "description"),
+)
 _PROMPT = {
     "color": 7,
     "shape": 6,

@@ -3,6 +3,8 @@
 1. Every step draws fresh scenes from ``(seed, step)``: nothing is seen twice, and a resumed run
    sees what an uninterrupted one would have seen.
 2. All questions about an image are packed behind it (:mod:`xmodal_interp.shapes.packing`).
+   Place is learned last (its second word must find the thing again), so the last quarter asks more
+   of it.
 3. Cross-entropy on the answers and their end only.
 4. Muon (Jordan et al. 2024) moves the hidden matrices, AdamW embeddings, head, norms, biases and
    convolutions; warm-up, then a cosine down to 3%.
@@ -23,7 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from xmodal_interp.shapes.architectures import untrained
-from xmodal_interp.shapes.packing import IGNORE, Batch, Packer
+from xmodal_interp.shapes.packing import FOCUS, IGNORE, Batch, Packer
 from xmodal_interp.shapes.processors import build_processor
 from xmodal_interp.shapes.questions import KINDS
 from xmodal_interp.shapes.scenes import sample_scene
@@ -52,6 +54,7 @@ class Settings:
     adamw_lr: float = 3e-3
     weight_decay: float = 0.05
     warmup: int = 150
+    focus_from: float = 0.74  # share of the steps after which FOCUS is asked instead of SLOTS
     evaluate_every: int = 250
 
 
@@ -64,7 +67,9 @@ class Trainer:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.model: PreTrainedModel = untrained(settings.family, settings.seed)
-        self.packers = [Packer(settings.family, *canvas) for canvas in CANVASES[settings.family]]
+        canvases = CANVASES[settings.family]
+        self.packers = [Packer(settings.family, *canvas) for canvas in canvases]
+        self.focused = [Packer(settings.family, *canvas, FOCUS) for canvas in canvases]
         self.optimizers = _optimizers(self.model, settings)
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -88,7 +93,9 @@ class Trainer:
 
     def _train_step(self) -> float:
         settings = self.settings
-        packer = self.packers[self.step % len(self.packers)]
+        early = self.step < settings.focus_from * settings.steps
+        packers = self.packers if early else self.focused
+        packer = packers[self.step % len(packers)]
         batch = _draw(packer, np.random.default_rng((settings.seed, self.step)), settings.batch)
         warm = min(1.0, (self.step + 1) / settings.warmup)
         scale = warm * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / settings.steps)))

@@ -1,0 +1,66 @@
+"""Tables: order of rows, keys in front, and attributes that can be written as JSON."""
+
+import json
+
+import numpy as np
+import torch
+
+from tests.analysis.fakes import sample_of
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+
+
+def test_rows_are_in_the_order_of_the_axes() -> None:
+    values = {"p": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "n": np.array([[5], [6]])}
+    table = keyed(long_table({"head": [4, 7], "query": ["x", "y"]}, values), tower="vision")
+    assert table.to_numpy().tolist() == [
+        ["vision", 4, "x", 1.0, 5],
+        ["vision", 4, "y", 2.0, 5],
+        ["vision", 7, "x", 3.0, 6],
+        ["vision", 7, "y", 4.0, 6],
+    ]
+
+
+def test_provenance_is_told_once_if_only_the_date_differs() -> None:
+    samples = [
+        sample_of("t", [], provenance={"model": model, "created": created})
+        for model, created in (("m", "today"), ("m", "later"), ("n", "today"))
+    ]
+    table = over_samples(
+        samples,
+        lambda _: long_table({"head": [0]}, {"share": 0.5}),
+        analysis="something",
+        parameters={},
+    )
+    assert table.attrs["provenance"] == [
+        {"model": "m", "created": "today"},
+        {"model": "n", "created": "today"},
+    ]
+
+
+def test_attributes_are_json() -> None:
+    parameters = {
+        "queries": torch.tensor([1, 2]),
+        "heads": slice(0, None, 2),
+        "sinks": {3, 1},
+        "threshold": np.float64(0.3),
+        "layers": (0, -1),
+    }
+    table = over_samples(
+        sample_of("t", [], provenance={"model": "m", "layers": (0, 1)}),
+        lambda _: long_table({"head": [0]}, {"share": 0.5}),
+        analysis="something",
+        parameters=parameters,
+    )
+    assert json.loads(json.dumps(table.attrs)) == table.attrs
+    assert table.attrs == {
+        "analysis": "something",
+        "parameters": {
+            "queries": [1, 2],
+            "heads": "0::2",
+            "sinks": [1, 3],
+            "threshold": 0.3,
+            "layers": [0, -1],
+        },
+        "provenance": {"model": "m", "layers": [0, 1]},
+        "n_samples": 1,
+    }

@@ -1,0 +1,156 @@
+"""Attention against distance and position, in raw and against its null."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.analysis.fakes import captured, dense_call, grid, random_call, sample_of, uniform_call
+from tests.replicas import profile
+from xmodal_interp.analysis import positional_bias, recency_index
+from xmodal_interp.errors import InputError
+
+TEXT = ("text->text",)
+
+
+def test_three_positions_by_eye() -> None:
+    matrix = [[1.0, 0.0, 0.0], [0.4, 0.6, 0.0], [0.1, 0.3, 0.6]]
+    table = positional_bias(sample_of("ttt", [dense_call(matrix)]), blocks=TEXT)
+    assert list(table) == [
+        *("sample", "tower", "kind", "layer", "head", "block", "axis", "start", "stop"),
+        *("raw", "null", "lift", "n_cells"),
+    ]
+    near = table[table["axis"] == "distance"]
+    assert near[["start", "stop", "n_cells"]].to_numpy().tolist() == [
+        [0, 1, 3],
+        [1, 2, 2],
+        [2, 3, 1],
+    ]
+    assert near["raw"].tolist() == pytest.approx([2.2 / 3, 0.35, 0.1])
+    assert near["lift"].tolist() == pytest.approx([(1 + 1.2 + 1.8) / 3, (0.8 + 0.9) / 2, 0.3])
+    key = table[table["axis"] == "key"]
+    assert key["raw"].tolist() == pytest.approx([0.5, 0.45, 0.6])
+    assert key["null"].tolist() == pytest.approx([(1 + 1 / 2 + 1 / 3) / 3, 5 / 12, 1 / 3])
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"sliding_window": 7}])
+@pytest.mark.parametrize("n_bins", [4, 40])
+def test_cell_by_cell(options: dict[str, object], n_bins: int) -> None:
+    call = random_call(14, **options)
+    sample = sample_of("b s vvvvvv tttttt", [call], [grid(2, 3)])
+    table = positional_bias(sample, n_bins=n_bins)
+    probs, visible = call.probs()[0].numpy(), call.visible()[0, 0].numpy()
+    of_kind = {"text": [1, *range(8, 14)], "image": list(range(2, 8))}
+    width = -(-14 // n_bins)
+    for (head, block, axis), part in table.groupby(["head", "block", "axis"]):
+        queries, keys = (of_kind[kind] for kind in block.split("->"))
+        slow = profile(probs[head], visible, queries, keys, axis, width)
+        assert part["start"].tolist() == sorted(slow)
+        for row in part.itertuples():
+            fast = (row.raw, row.null, row.lift, row.n_cells)
+            assert fast == pytest.approx(slow[row.start], rel=1e-5)
+
+
+def test_uniform_attention_has_lift_one_in_every_bin() -> None:
+    sample = sample_of("b" + "t" * 63, [uniform_call(64)])
+    table = positional_bias(sample, blocks=TEXT, n_bins=64)
+    assert table["lift"].to_numpy() == pytest.approx(1.0, abs=1e-6)
+    np.testing.assert_allclose(table["raw"], table["null"], atol=1e-7)
+
+
+def test_the_naive_column_mean_measures_the_mask() -> None:
+    """Over 64 positions it falls from 0.0741 to 0.0002, though attention is uniform."""
+    naive = uniform_call(64).probs()[0, 0].mean(0)
+    assert naive[[0, 32, 63]].tolist() == pytest.approx([0.0741, 0.0107, 0.0002], abs=5e-5)
+    table = positional_bias(sample_of("t" * 64, [uniform_call(64)]), blocks=TEXT, n_bins=64)
+    keys = table[(table["axis"] == "key") & (table["head"] == 0)].set_index("start")
+    assert keys.loc[[0, 32, 63], "lift"].tolist() == pytest.approx([1.0] * 3, abs=1e-6)
+
+
+def test_all_samples_get_the_same_bins() -> None:
+    samples = [sample_of("t" * n, [random_call(n)], name=str(n)) for n in (6, 20)]
+    table = positional_bias(samples, blocks=TEXT, n_bins=5)
+    assert (table["stop"] - table["start"]).unique().tolist() == [4]
+    assert table.groupby("sample")["start"].nunique().to_dict() == {"6": 2, "20": 5}
+
+
+def test_a_head_that_looks_back_a_step() -> None:
+    shifted = torch.zeros(9, 9)
+    shifted[torch.arange(1, 9), torch.arange(8)] = 1.0
+    shifted[0, 0] = 1.0
+    sample = sample_of(
+        "t" * 9,
+        [
+            dense_call(
+                torch.stack([shifted, torch.ones(9, 9).tril() / torch.arange(1, 10)[:, None]])
+            )
+        ],
+    )
+    table = recency_index(sample, window=2)
+    assert list(table) == [
+        *("sample", "tower", "kind", "layer", "head", "window"),
+        *("mass", "null", "lift", "n_queries"),
+    ]
+    assert table["mass"][0] == pytest.approx(1.0)
+    assert table["lift"].tolist() == pytest.approx([np.mean([v / 2 for v in range(3, 10)]), 1.0])
+    assert table["n_queries"].tolist() == [7, 7]
+
+
+def test_recency_row_by_row() -> None:
+    call = random_call(12, sliding_window=9)
+    sample = sample_of("b s vvvvvv tttt", [call], [grid(2, 3)])
+    table = recency_index(sample, window=3, queries="text")
+    for head, lift in enumerate(table["lift"]):
+        rows = call.probs()[0, head, 8:].numpy()
+        lifts = [rows[q - 8, q - 2 : q + 1].sum() / (3 / min(q + 1, 9)) for q in range(8, 12)]
+        assert lift == pytest.approx(np.mean(lifts), rel=1e-5)
+
+
+def test_recency_leaves_out_padding() -> None:
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    mask[..., :2] = False
+    sample = sample_of("pptttt", [random_call(6, causal=False, mask=mask)])
+    table = recency_index(sample, window=1, queries=slice(None))
+    assert table["n_queries"].unique().tolist() == [3]
+    assert table["lift"].notna().all()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_of_a_model(family: str) -> None:
+    table = positional_bias(captured(family), layers=-1)
+    assert set(table["block"]) == {"text->text", "text->image", "image->image"}
+    assert table["raw"].between(0, 1).all()
+    assert table["lift"].notna().all()
+
+
+def test_refusals() -> None:
+    sample = sample_of("ttt", [random_call(3)])
+    with pytest.raises(InputError) as caught:
+        positional_bias(sample, blocks=("text->image", "image->text"))
+    assert str(caught.value) == (
+        "Blocks are out of text->text, text->image, image->image; got image->text."
+    )
+    with pytest.raises(InputError) as caught:
+        positional_bias(sample)
+    assert str(caught.value) == (
+        "The question is about an image. Sample 'fake' has no image tokens; it has 0 images."
+    )
+    with pytest.raises(InputError) as caught:
+        positional_bias(sample, blocks=TEXT, n_bins=0)
+    assert str(caught.value) == "There is at least one bin; got n_bins=0."
+    with pytest.raises(InputError) as caught:
+        recency_index(sample, window=0)
+    assert str(caught.value) == (
+        "A window has at least one position, the query's own; got window=0."
+    )
+    with pytest.raises(InputError) as caught:
+        positional_bias([], blocks=TEXT)
+    assert str(caught.value) == "positional_bias needs at least one sample; got none."
+    cross = sample_of("ttt", [random_call(3)], cross_keys=sample_of("t", []).tokens)
+    assert len(positional_bias(cross, blocks=TEXT))
+    with pytest.raises(InputError) as caught:
+        positional_bias(cross)
+    assert str(caught.value) == (
+        "A profile of text->image or image->image is about image and text tokens in one sequence. "
+        "In sample 'fake' the image is outside it: text reaches it by cross-attention (layers not "
+        "kept), where every key is an image key."
+    )

@@ -1,0 +1,285 @@
+"""Attention rollout: by eye, against the papers' own recipe, and against constants of the null."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.analysis.fakes import captured, dense_call, grid, random_call, sample_of, uniform_call
+from tests.replicas import rollout_of_a_variant, rollout_of_abnar_and_zuidema
+from xmodal_interp.analysis import attention_rollout, rollout_matrix
+from xmodal_interp.analysis.rolling import Rule
+from xmodal_interp.errors import InputError, NotRecordedError
+from xmodal_interp.sample import Sample
+
+SEQUENCE = "b vvvv ttt"
+
+
+def stack(n_layers: int, **more: object) -> Sample:
+    calls = [random_call(8, layer=layer, **more) for layer in range(n_layers)]
+    return sample_of(SEQUENCE, calls, [grid(2, 2)])
+
+
+def matrices(sample: Sample) -> np.ndarray:
+    return np.stack([c.probs()[0].double().numpy() for c in sample.calls.values()])
+
+
+def null_stack(n_positions: int, n_layers: int) -> Sample:
+    calls = [uniform_call(n_positions, layer=layer, n_heads=1) for layer in range(n_layers)]
+    return sample_of("b" + "t" * (n_positions - 1), calls)
+
+
+def test_two_layers_by_eye() -> None:
+    first = dense_call([[1.0, 0.0], [0.5, 0.5]], layer=0)
+    second = dense_call([[1.0, 0.0], [1.0, 0.0]], layer=1)
+    table = attention_rollout(sample_of("bt", [first, second]), [1])
+    # B_1 = [[1, 0], [.25, .75]], B_2 = [[1, 0], [.5, .5]]
+    assert table["rollout"].tolist() == pytest.approx([0.625, 0.375])
+    assert list(table) == [
+        *("sample", "tower", "kind", "query", "key", "query_token"),
+        *("token", "token_kind", "image", "row", "col", "rollout"),
+    ]
+    assert table[["query_token", "token", "token_kind"]].to_numpy().tolist() == [
+        ["t1", "b0", "special"],
+        ["t1", "t1", "text"],
+    ]
+
+
+def test_is_the_product_of_abnar_and_zuidema() -> None:
+    sample = stack(6, n_heads=4)
+    theirs = rollout_of_abnar_and_zuidema(matrices(sample))
+    np.testing.assert_allclose(rollout_matrix(sample).numpy(), theirs, atol=1e-6)
+    rows = attention_rollout(sample, [3, 7])["rollout"].to_numpy().reshape(2, 8)
+    np.testing.assert_allclose(rows, theirs[[3, 7]], atol=1e-6)
+
+
+@pytest.mark.parametrize("fusion", ["mean", "max", "min"])
+@pytest.mark.parametrize("discard", [0.0, 0.7])
+@pytest.mark.parametrize("sinks", [[], [0], [1, 4]])
+def test_every_option_against_the_slow_product(
+    fusion: str, discard: float, sinks: list[int]
+) -> None:
+    sample = stack(3, n_heads=4)
+    alphas = (0.5, 0.9, 0.2)
+    slow = rollout_of_a_variant(
+        matrices(sample), alphas, fusion=fusion, discard=discard, sinks=sinks
+    )
+    options = {"fusion": fusion, "discard": discard, "sinks": sinks, "alpha": alphas}
+    np.testing.assert_allclose(rollout_matrix(sample, **options).numpy(), slow, atol=1e-5)
+    row = attention_rollout(sample, "t6", **options)["rollout"]
+    np.testing.assert_allclose(row, slow[6], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n_positions", "shares"),
+    [
+        (16, {1: 0.0312, 2: 0.0841, 6: 0.4049, 12: 0.7957, 24: 0.9884, 32: 0.9987}),
+        (64, {1: 0.0078, 2: 0.0263, 6: 0.2169, 12: 0.6254, 24: 0.9666, 32: 0.9954}),
+        (640, {1: 0.0008, 2: 0.0035, 6: 0.0623}),
+    ],
+)
+def test_uniform_causal_attention_collapses_on_the_first_position(
+    n_positions: int, shares: dict[int, float]
+) -> None:
+    sample = null_stack(n_positions, max(shares))
+    for n_layers, share in shares.items():
+        table = attention_rollout(sample, layers=(0, n_layers))
+        assert table["rollout"].iloc[0] == pytest.approx(share, abs=6e-5)
+
+
+def test_rollout_of_uniform_attention_prefers_the_top_of_the_image() -> None:
+    calls = [uniform_call(640, layer=layer, n_heads=1) for layer in range(8)]
+    sample = sample_of("b" * 35 + "v" * 576 + "t" * 29, calls, [grid(24, 24)])
+    for n_layers, on_image, in_top_row in ((1, 0.45, 0.042), (2, 0.65, 0.067), (8, 0.37, 0.250)):
+        table = attention_rollout(sample, layers=(0, n_layers))
+        image = table[table["token_kind"] == "image"]
+        top = image[image["row"] == 0]
+        assert image["rollout"].sum() == pytest.approx(on_image, abs=6e-3)
+        assert top["rollout"].sum() / image["rollout"].sum() == pytest.approx(in_top_row, abs=6e-4)
+
+
+def test_one_layer_is_half_attention_half_identity() -> None:
+    sample = stack(1)
+    closed = 0.3 * matrices(sample).mean((0, 1)) + 0.7 * np.eye(8)
+    np.testing.assert_allclose(rollout_matrix(sample, alpha=0.3).numpy(), closed, atol=1e-6)
+
+
+def test_attention_to_itself_goes_nowhere() -> None:
+    calls = [dense_call(torch.eye(4), layer=layer) for layer in range(3)]
+    torch.testing.assert_close(rollout_matrix(sample_of("bttt", calls)), torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"fusion": "max"}, {"fusion": "min", "discard": 0.8}, {"sinks": "drop_first"}]
+)
+def test_rows_are_shares(options: dict[str, object]) -> None:
+    matrix = rollout_matrix(stack(4), **options)
+    assert (matrix >= 0).all()
+    torch.testing.assert_close(matrix.sum(1), torch.ones(8))
+    assert torch.equal(matrix, matrix.tril())  # causal layers stay causal
+
+
+def test_order_of_positions_does_not_matter_without_a_mask() -> None:
+    sample = stack(3, causal=False)
+    order = torch.randperm(8)
+    shuffled = [
+        dense_call(c.probs()[0][:, order][:, :, order], layer=c.layer, causal=False)
+        for c in sample.calls.values()
+    ]
+    moved = rollout_matrix(sample_of("b" + "t" * 7, shuffled))
+    torch.testing.assert_close(moved, rollout_matrix(sample)[order][:, order])
+
+
+def test_sinks_are_dropped_wherever_a_row_sees_something_else() -> None:
+    sink = [[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.8, 0.1, 0.1]]
+    sample = sample_of("btt", [dense_call(sink)])
+    matrix = rollout_matrix(sample, sinks="drop_first")
+    expected = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.25, 0.75]])
+    torch.testing.assert_close(matrix, expected)
+    torch.testing.assert_close(rollout_matrix(sample, sinks={0}), expected)
+
+
+def test_baseline_is_the_rollout_of_uniform_attention() -> None:
+    table = attention_rollout(stack(4), baseline="uniform", sinks="drop_first")
+    calls = [uniform_call(8, layer=layer) for layer in range(4)]
+    null = attention_rollout(sample_of(SEQUENCE, calls, [grid(2, 2)]), sinks="drop_first")
+    np.testing.assert_allclose(table["null"], null["rollout"], atol=1e-7)
+    expected = np.log2(table["rollout"][1:] / table["null"][1:])
+    np.testing.assert_allclose(table["log2_ratio"][1:], expected, rtol=1e-5)
+    same = attention_rollout(null_stack(8, 4), baseline="uniform")
+    np.testing.assert_allclose(same["log2_ratio"], 0.0, atol=1e-6)
+
+
+def test_padding_is_left_out_and_poisons_nothing() -> None:
+    mask = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
+    mask[..., :2] = False
+    calls = [random_call(10, layer=layer, causal=False, mask=mask) for layer in range(3)]
+    padded = sample_of("pp b vvvv ttt", calls, [grid(2, 2)])
+    table = attention_rollout(padded, slice(None), baseline="uniform")
+    assert table["query"].unique().tolist() == list(range(2, 10))
+    assert table["rollout"].notna().all()
+    assert table.loc[table["key"] < 2, "rollout"].eq(0).all()
+    assert table.loc[table["key"] < 2, "log2_ratio"].isna().all()
+    bare = [dense_call(c.probs()[0, :, 2:, 2:], layer=c.layer) for c in padded.calls.values()]
+    own = rollout_matrix(sample_of(SEQUENCE, bare, [grid(2, 2)]))
+    torch.testing.assert_close(rollout_matrix(padded)[2:, 2:], own)
+    torch.testing.assert_close(rollout_matrix(padded, fusion="max")[:2], torch.eye(10)[:2])
+
+
+def test_learned_sinks_leave_rows_that_sum_to_one() -> None:
+    calls = [random_call(8, layer=layer, sinks=torch.ones(4)) for layer in range(2)]
+    matrix = rollout_matrix(sample_of(SEQUENCE, calls, [grid(2, 2)]))
+    torch.testing.assert_close(matrix.sum(1), torch.ones(8))
+
+
+def test_vision_tower_asks_the_class_token_of_an_image() -> None:
+    calls = [random_call(5, layer=layer, tower="vision", causal=False) for layer in range(2)]
+    sample = sample_of("b vvvv t", calls, [grid(2, 2, class_token=True)])
+    table = attention_rollout(sample, tower="vision")
+    assert table["query"].unique().tolist() == [0]
+    assert table["token_kind"].tolist() == ["special", *["image"] * 4]
+    assert table["row"].tolist()[1:] == [0, 0, 1, 1]
+    assert table["rollout"].sum() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_of_a_model(family: str) -> None:
+    sample = captured(family)
+    table = attention_rollout(sample, "red circle", baseline="uniform", sinks="drop_first")
+    assert table.groupby("query")["rollout"].sum().tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    theirs = rollout_of_abnar_and_zuidema(
+        np.stack([sample.probs(layer).numpy() for layer in sample.layers()])
+    )
+    plain = attention_rollout(sample)
+    np.testing.assert_allclose(plain["rollout"], theirs[sample.last], atol=1e-5)
+    json.dumps(table.attrs)
+    assert table.attrs["analysis"] == "attention_rollout"
+    assert table.attrs["provenance"]["model_type"] == family
+    eyes = attention_rollout(sample, [0], tower="vision", layers=(0, -1))
+    assert eyes["rollout"].sum() == pytest.approx(1.0, abs=1e-5)
+
+
+def refusal(error: type[Exception], sample: Sample, *args: object, **options: object) -> str:
+    with pytest.raises(error) as caught:
+        attention_rollout(sample, *args, **options)
+    return str(caught.value)
+
+
+def test_refusals() -> None:
+    sample = stack(3)
+    assert refusal(InputError, sample, alpha=1.5) == (
+        "alpha is the share of attention, 0 to 1; got 1.5."
+    )
+    assert refusal(InputError, sample, alpha=[0.5, 0.5]) == (
+        "alpha is one number, or one per layer. There are 3 layers and 2 numbers."
+    )
+    assert refusal(InputError, sample, discard=1.0) == (
+        "discard is the share of entries to drop, 0 to below 1; got 1.0."
+    )
+    assert refusal(InputError, sample, baseline="flat") == (
+        "baseline is 'uniform' or None; got 'flat'."
+    )
+    assert refusal(InputError, sample, baseline="uniform", discard=0.5) == (
+        "Uniform attention has no lowest entries to discard: a baseline goes with discard=0. "
+        "Got baseline='uniform' and discard=0.5; leave one out."
+    )
+    assert refusal(InputError, sample, sinks="drop") == (
+        "sinks is 'keep', 'drop_first' or positions; got 'drop'."
+    )
+    assert refusal(InputError, sample, layers=(2, 1)) == (
+        "layers is the start and stop of a slice over 3 layers; got (2, 1), which leaves none."
+    )
+    assert refusal(InputError, sample, tower="connector") == (
+        "Rollout goes through self-attention over one sequence; got tower='connector'. Choose "
+        "'language' or 'vision'."
+    )
+    with pytest.raises(InputError) as caught:
+        Rule("median", 0.5, 0.0)
+    assert str(caught.value) == "fusion is one of mean, max, min; got 'median'."
+
+
+def test_refuses_what_was_not_kept() -> None:
+    calls = [random_call(8, layer=layer) for layer in (0, 2)]
+    sample = sample_of(SEQUENCE, calls, [grid(2, 2)])
+    assert refusal(NotRecordedError, sample) == (
+        "Rollout multiplies every layer from start to stop. Of language layers 0 to 2, [1] were "
+        "not kept (kept were [0, 2]). Capture all layers, or choose layers=(start, stop) among the "
+        "kept."
+    )
+    rows = [random_call(8).select_rows(torch.tensor([5, 6, 7]))]
+    sample = sample_of(SEQUENCE, rows, [grid(2, 2)])
+    assert refusal(NotRecordedError, sample) == (
+        "Rollout goes through every position, so every query row is needed. language "
+        "self-attention, layer 0, call 0 holds 3 rows for 8 keys; capture with "
+        "Keep(queries='all')."
+    )
+
+
+def test_refuses_positions_that_mean_nothing() -> None:
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    mask[..., 0] = False
+    padded = sample_of("pbt", [random_call(3, causal=False, mask=mask)])
+    assert refusal(InputError, padded, [0]) == (
+        "Rollout starts at a position that sees something; [0] see nothing. Choose others than "
+        "padding."
+    )
+    eyes = random_call(4, tower="vision", causal=False)
+    sample = sample_of("b vvvv t", [eyes], [grid(2, 2)])
+    assert refusal(InputError, sample, "red", tower="vision") == (
+        "A phrase names text positions; give those of the vision tower as numbers. Got 'red'."
+    )
+    assert refusal(InputError, sample, tower="vision") == (
+        "Without queries, rollout of the vision tower asks the class token; this tower has 0. Give "
+        "positions."
+    )
+
+
+def test_refuses_cross_attention() -> None:
+    cross = random_call(3, kind="cross", causal=False)
+    sample = sample_of("btt", [random_call(3), cross], cross_keys=stack(1).tokens)
+    assert refusal(InputError, sample) == (
+        "Rollout is about image and text tokens in one sequence. In sample 'fake' the image is "
+        "outside it: text reaches it by cross-attention (layers 0), where every key is an image "
+        "key."
+    )

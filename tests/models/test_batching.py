@@ -1,0 +1,84 @@
+"""Items of one shape share a batch, and an item's inputs do not depend on its company."""
+
+import pytest
+import torch
+
+from tests.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.errors import InputError
+from xmodal_interp.models.batching import answer_ids, batches_of
+
+ITEMS = [
+    {"image": picture(seed=0), "prompt": QUESTION, "answer": "red"},
+    {"image": picture(seed=1), "prompt": "how many shapes ?", "answer": "two"},
+    {"images": [picture(seed=2)], "question": QUESTION, "answer": "blue", "kind": "color"},
+    {"image": picture(seed=3), "prompt": "where is the red circle ?", "answer": "top left"},
+]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
+def test_a_joined_batch_is_what_the_processor_makes_of_it(family: str) -> None:
+    vlm = tiny_vlm(family)
+    batch = batches_of(vlm, ITEMS, batch_size=8, answers=False)[0]
+    assert batch.index[:2] == (0, 2)
+    whole = vlm.prepare(
+        [[item.get("image") or item["images"][0]] for item in (ITEMS[i] for i in batch.index)],
+        [ITEMS[i].get("prompt") or ITEMS[i]["question"] for i in batch.index],
+    )[0]
+    assert set(batch.inputs) == set(whole)
+    for name, value in whole.items():
+        assert torch.equal(batch.inputs[name], value), name
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
+def test_answers_stand_behind_the_prompts(family: str) -> None:
+    vlm = tiny_vlm(family)
+    batches = batches_of(vlm, ITEMS, batch_size=1)
+    assert sorted(i for batch in batches for i in batch.index) == [0, 1, 2, 3]
+    for batch in batches:
+        (item,) = (ITEMS[i] for i in batch.index)
+        ids, n_prompt = batch.inputs["input_ids"][0], len(batch.prompts[0].tokens)
+        assert vlm.tokenizer.decode(ids[n_prompt:]) == item["answer"]
+        assert tuple(ids[n_prompt:].tolist()) == batch.answers[0]
+        assert batch.inputs["attention_mask"].shape == (1, len(ids))
+        with torch.no_grad():
+            alone = vlm.prepare([[item.get("image") or item["images"][0]]], [batch.prompts[0].text])
+            expected = vlm.model(**alone[0], use_cache=False).logits
+            logits = vlm.model(**batch.inputs, use_cache=False).logits
+        torch.testing.assert_close(logits[:, :n_prompt], expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "At least one item is needed; got none."),
+        (
+            [ITEMS[0], {"image": picture(), "prompt": "what ?"}],
+            "An item must have 'answer'. Item 1 has none; its entries are image, prompt.",
+        ),
+        (
+            [{"prompt": "what ?"}],
+            "An item must have 'image' or 'images'. Item 0 has none; its entries are prompt.",
+        ),
+        (
+            [{**ITEMS[0], "answer": " "}],
+            "An answer must be text that tokenizes behind its prompt without changing it. Got the "
+            "answer ' ' behind '<bos>user: <image> What color is the red circle? assistant:'.",
+        ),
+    ],
+)
+def test_refusals(items: list, message: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        batches_of(tiny_vlm("llava"), items, batch_size=2)
+    assert str(refusal.value) == message
+
+
+def test_batch_size() -> None:
+    with pytest.raises(InputError) as refusal:
+        batches_of(tiny_vlm("llava"), ITEMS, batch_size=0)
+    assert str(refusal.value) == "batch_size must be at least 1; got 0."
+
+
+def test_answers_with_several_words() -> None:
+    vlm = tiny_vlm("llava")
+    ids = answer_ids(vlm, "user: where ? assistant:", "top left")
+    assert vlm.tokenizer.convert_ids_to_tokens(list(ids)) == ["top", "left"]

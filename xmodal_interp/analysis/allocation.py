@@ -1,0 +1,110 @@
+"""Where the attention of the answer goes: system prompt, image, instruction, or the answer itself.
+
+Chen et al. 2024 (FastV, arXiv 2403.06764): with ``alpha_qs`` the attention of output token ``q``
+summed over segment ``s``,
+
+    lambda_s = sum over q of alpha_qs        epsilon_s = lambda_s / |s|
+
+The four segments share out each query's attention. The paper's lambda is a sum over output tokens,
+so it grows with the length of the answer; the mean does not, and both are given. A query here is a
+position that predicts an output token: the last of the prompt, then every generated token that the
+model has read. (The paper ranks image tokens by the attention received from all other tokens, its
+code by the last row of one layer; neither is what this function returns.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+from xmodal_interp.analysis.nulls import null_mass
+from xmodal_interp.analysis.selecting import Layers, calls_of, heads_of, refuse_cross_attention
+from xmodal_interp.attention import Positions
+from xmodal_interp.errors import InputError
+from xmodal_interp.sample import Sample
+
+SEGMENTS = ("system", "image", "instruction", "output")
+
+
+def attention_allocation(
+    samples: Sample | Sequence[Sample],
+    *,
+    layers: Layers = None,
+    heads: Positions | None = None,
+) -> pd.DataFrame:
+    """Attention of the answer per segment, in all and per token (FastV, Chen et al. 2024).
+
+    Segments: ``system`` is the prompt up to where the user's turn begins, ``image`` all image and
+    video tokens, ``instruction`` the rest of the prompt, ``output`` the generated tokens.
+
+    Args:
+        samples: One sample or many.
+        layers: Layers, all if not given.
+        heads: Heads, all if not given; the paper averages over them.
+
+    Returns:
+        One row per sample, layer, head and segment: ``sample, tower, kind, layer, head, segment``,
+        then ``allocation_sum`` (the paper's lambda), ``allocation_mean`` (per query, 0 to 1),
+        ``efficiency_sum`` (the paper's epsilon, per token of the segment), ``efficiency_mean``,
+        ``null`` (the mean allocation if attention were uniform over the visible keys), ``lift``
+        (allocation / null, query by query, averaged), ``n_tokens``, ``n_queries``. NaN for a
+        segment without tokens.
+
+    Raises:
+        InputError: No image, or an image that is not in the sequence.
+    """
+    return over_samples(
+        samples,
+        lambda sample: _allocation(sample, layers, heads),
+        analysis="attention_allocation",
+        parameters={"layers": layers, "heads": heads},
+    )
+
+
+def _allocation(sample: Sample, layers: Layers, heads: Positions | None) -> pd.DataFrame:
+    refuse_cross_attention(sample, "The allocation of attention")
+    segment = _segments(sample)
+    groups = torch.stack([torch.tensor(segment == name) for name in SEGMENTS])
+    n_tokens = groups.sum(1)
+    queries = torch.arange(sample.last, len(sample))
+    tables = []
+    for call in calls_of(sample, layers):
+        chosen = heads_of(call, heads)
+        mass = call.mass(groups, chosen, queries)[0].cpu()
+        null = null_mass(call, groups, chosen, queries).cpu()
+        mass = mass.where(n_tokens > 0, torch.nan)
+        values = {
+            "allocation_sum": mass.sum(1),
+            "allocation_mean": mass.mean(1),
+            "efficiency_sum": mass.sum(1) / n_tokens,
+            "efficiency_mean": mass.mean(1) / n_tokens,
+            "null": null.where(n_tokens > 0, torch.nan).mean(1),
+            "lift": (mass / null).nanmean(1),  # the first query sees no output yet: 0 / 0
+            "n_tokens": n_tokens,
+            "n_queries": torch.tensor(len(queries)),
+        }
+        table = long_table({"head": chosen, "segment": SEGMENTS}, values)
+        tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _segments(sample: Sample) -> np.ndarray:
+    """The segment of each position; empty for padding."""
+    tokens = sample.tokens
+    image = tokens["kind"].isin(["image", "video"]).to_numpy(dtype=bool)
+    if not image.any():
+        raise InputError(
+            f"Allocation is between image and text. Sample {sample.name!r} has no image tokens "
+            f"among its {len(sample)} positions."
+        )
+    users = image | tokens["role"].eq("user").fillna(value=False).to_numpy(dtype=bool)
+    segment = np.full(len(tokens), "instruction", dtype=object)
+    segment[: int(users.argmax())] = "system"
+    segment[image] = "image"
+    segment[sample.n_prompt :] = "output"
+    segment[tokens["kind"].eq("padding").to_numpy(dtype=bool)] = ""
+    return segment

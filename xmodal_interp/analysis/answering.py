@@ -1,0 +1,75 @@
+"""How often a model, generating freely, answers questions with known answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+
+from xmodal_interp.analysis.frames import stamped
+from xmodal_interp.analysis.teacher_forcing import origin
+from xmodal_interp.errors import InputError
+from xmodal_interp.models import VLM
+from xmodal_interp.models.batching import Item, batches_of
+
+
+def answer_accuracy(
+    vlm: VLM, items: Sequence[Item], *, batch_size: int = 32, max_new_tokens: int = 20
+) -> pd.DataFrame:
+    """Generate an answer to every question, greedily, and compare it with the known one.
+
+    An answer is correct if it is the known one but for case and white space. Works inside of
+    ``intervene`` too.
+
+    Args:
+        vlm: Model and processor.
+        items: Dicts with ``image``, ``prompt``, ``answer``, and optionally ``kind``.
+        batch_size: The largest number of questions at a time; only questions of one length share a
+            batch.
+        max_new_tokens: Longest answer, in tokens.
+
+    Returns:
+        One row per item, in their order: ``item, question_kind, prompt, answer, predicted,
+        correct``.
+        The mean of ``correct`` is the accuracy.
+
+    Raises:
+        InputError: No items, or one without image, prompt or answer.
+    """
+    items = list(items)
+    predicted, answers = [""] * len(items), [str(item.get("answer", "")) for item in items]
+    if "" in answers:
+        index = answers.index("")
+        raise InputError(
+            f"An item must have 'answer'. Item {index} has none; its entries are "
+            f"{', '.join(map(str, items[index]))}."
+        )
+    for batch in batches_of(vlm, items, batch_size=batch_size, answers=False):
+        with torch.no_grad():
+            output = vlm.generate(batch.inputs, max_new_tokens=max_new_tokens)
+        new = output[:, batch.inputs["input_ids"].shape[1] :]
+        texts = vlm.tokenizer.batch_decode(new, skip_special_tokens=True)
+        for index, text in zip(batch.index, texts, strict=True):
+            predicted[index] = text.strip()
+    table = pd.DataFrame(
+        {
+            "item": range(len(items)),
+            "question_kind": pd.array([item.get("kind") for item in items], dtype="string"),
+            "prompt": [item.get("prompt", item.get("question")) for item in items],
+            "answer": answers,
+            "predicted": predicted,
+            "correct": [_plain(a) == _plain(p) for a, p in zip(answers, predicted, strict=True)],
+        }
+    )
+    return stamped(
+        table,
+        analysis="answer_accuracy",
+        parameters={"max_new_tokens": max_new_tokens},
+        provenance=[origin(vlm)],
+        n_samples=len(items),
+    )
+
+
+def _plain(answer: str) -> str:
+    return " ".join(answer.casefold().split())

@@ -1,0 +1,204 @@
+"""How many heads an answer needs: take more and more of them away, in an order of importance.
+
+Heads are removed in order of increasing importance, k = 0 to all of them (Michel et al. 2019,
+arXiv:1905.10650, section 4). The curve is read against the reverse order and against random orders:
+an importance that says nothing gives a curve inside the random band.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+
+from xmodal_interp.analysis.frames import stamped
+from xmodal_interp.analysis.pruning import ALL_KINDS, chosen_heads
+from xmodal_interp.analysis.teacher_forcing import (
+    METRICS,
+    Removal,
+    ablation_of,
+    origin,
+    removal_scores,
+)
+from xmodal_interp.errors import InputError
+from xmodal_interp.hooks.ablation import AblationMode
+from xmodal_interp.models import VLM
+from xmodal_interp.models.batching import Item, batches_of
+from xmodal_interp.vocabulary import Tower
+
+Order = Literal["increasing", "decreasing", "random"]
+Head = tuple[int, int]
+_KEPT = 0.95  # of the accuracy of the whole model
+
+
+def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a default
+    vlm: VLM,
+    items: Sequence[Item],
+    ranking: pd.DataFrame | Literal["random"],
+    *,
+    by: str = "log_prob_drop",
+    orders: Sequence[Order] = ("increasing", "decreasing", "random"),
+    n_random: int = 5,
+    steps: int = 11,
+    keep_per_layer: int = 0,
+    mode: AblationMode = "uniform",
+    tower: Tower = "language",
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Remove more and more heads by importance, and watch the answers (Michel et al. 2019).
+
+    Args:
+        vlm: Model and processor.
+        items: Dicts with ``image``, ``prompt`` and ``answer``. Take others than the ranking was
+            made of: a ranking fits its own questions best.
+        ranking: A table with ``layer``, ``head`` and an importance for each, such as
+            ``head_pruning`` returns (where there is a ``question_kind``, the rows ``"all"``); or
+            ``"random"`` for random orders only.
+        by: Which column is the importance.
+        orders: ``"increasing"`` takes the least important head first, ``"decreasing"`` the most
+            important, ``"random"`` any.
+        n_random: How many random orders.
+        steps: How many points each curve has, none and all removed included.
+        keep_per_layer: How many heads every layer keeps; those that come last in its order.
+        mode: What takes a head's place.
+        tower: Part of the model.
+        batch_size: The largest number of questions per forward.
+        seed: Seed of the random orders.
+        progress: Whether to show a bar.
+
+    Returns:
+        One row per order, draw and step: ``tower, kind, order, draw`` (0 but for random orders),
+        ``n_removed, share_removed``, then ``accuracy`` (0 to 1), ``log_prob`` (nats per token),
+        ``margin`` (logits), and ``n``. ``.attrs["summary"]`` has for each order and draw ``auc``
+        (mean accuracy over the removed share, by trapezoids) and ``share_at_95``: the largest share
+        removed up to which accuracy stays at 95% of the base.
+
+    Raises:
+        LayerError: The ranking names a head that does not exist.
+        InputError: An unknown order or column, or fewer than two steps.
+    """
+    named = ("random",) if isinstance(ranking, str) else tuple(orders)
+    _check(named, steps, n_random)
+    heads = _ranked(vlm, ranking, by, tower)
+    rng = np.random.default_rng(seed)
+    sequences: list[tuple[Order, int, list[tuple[int, int]]]] = []
+    for order in named:
+        if order == "random":
+            for draw in range(n_random):
+                sequences.append((order, draw, [heads[i] for i in rng.permutation(len(heads))]))
+        else:
+            sequences.append((order, 0, heads if order == "increasing" else heads[::-1]))
+    removals: list[Removal] = [{}]
+    keys: list[dict[str, Any]] = []
+    for order, draw, sequence in sequences:
+        removable = _sparing(sequence, keep_per_layer)
+        for n_removed in np.unique(np.linspace(0, len(removable), steps).round().astype(int)):
+            share = n_removed / len(heads)
+            keys.append(
+                {"order": order, "draw": draw, "n_removed": n_removed, "share_removed": share}
+            )
+            removals.append(_by_layer(removable[:n_removed]))
+    batches = batches_of(vlm, items, batch_size=batch_size)
+    ablation = ablation_of(vlm, batches, mode, tower)
+    scores = removal_scores(vlm, batches, removals, ablation, progress=progress).mean(2)
+    table = pd.DataFrame(keys)
+    table.insert(0, "tower", tower)
+    table.insert(1, "kind", "self")
+    table[list(METRICS)] = scores[1:]
+    table["n"] = len(items)
+    stamped(
+        table,
+        analysis="pruning_curve",
+        parameters={
+            "by": by,
+            "orders": named,
+            "n_random": n_random,
+            "steps": steps,
+            "keep_per_layer": keep_per_layer,
+            "mode": mode,
+            "tower": tower,
+            "seed": seed,
+        },
+        provenance=[origin(vlm)],
+        n_samples=len(items),
+    )
+    table.attrs["summary"] = _summary(table)
+    return table
+
+
+def _check(named: Sequence[str], steps: int, n_random: int) -> None:
+    known = get_args(Order)
+    unknown = [order for order in named if order not in known]
+    if unknown or not named:
+        raise InputError(f"orders must be among {', '.join(known)}; got {list(named)!r}.")
+    if steps < 2:
+        raise InputError(f"A curve has at least 2 steps, none and all removed; got {steps}.")
+    if "random" in named and n_random < 1:
+        raise InputError(f"Random orders need n_random of at least 1; got {n_random}.")
+
+
+def _ranked(vlm: VLM, ranking: pd.DataFrame | str, by: str, tower: Tower) -> list[Head]:
+    """Heads from the least to the most important."""
+    if isinstance(ranking, str):
+        if ranking != "random":
+            raise InputError(
+                "A ranking is a table with layer, head and an importance, or 'random'; got "
+                f"{ranking!r}."
+            )
+        return chosen_heads(vlm, tower, None, None)
+    missing = [name for name in ("layer", "head", by) if name not in ranking.columns]
+    if missing:
+        raise InputError(
+            f"A ranking has the columns layer, head and {by}. It has {', '.join(ranking.columns)}; "
+            f"missing: {', '.join(missing)}. Choose the importance with by=."
+        )
+    rows = ranking
+    if "question_kind" in rows.columns and rows["question_kind"].eq(ALL_KINDS).any():
+        rows = rows[rows["question_kind"].eq(ALL_KINDS)]
+    if rows.duplicated(["layer", "head"]).any() or rows[by].isna().any():
+        raise InputError(
+            f"A ranking has one row, with a number, for each head. It has {len(rows)} rows for "
+            f"{len(rows[['layer', 'head']].drop_duplicates())} heads, {int(rows[by].isna().sum())} "
+            "of them without a number."
+        )
+    ordered = rows.sort_values(by, kind="stable")
+    heads = list(zip(ordered["layer"].tolist(), ordered["head"].tolist(), strict=True))
+    for layer, head in heads:
+        chosen_heads(vlm, tower, [layer], [head])
+    return heads
+
+
+def _sparing(sequence: Sequence[Head], keep_per_layer: int) -> list[Head]:
+    """The heads that may go, in order: the last ones of each layer stay."""
+    left: dict[int, int] = {}
+    for layer, _ in sequence:
+        left[layer] = left.get(layer, 0) + 1
+    removable = []
+    for layer, head in sequence:
+        if left[layer] > keep_per_layer:
+            left[layer] -= 1
+            removable.append((layer, head))
+    return removable
+
+
+def _by_layer(heads: Sequence[Head]) -> Removal:
+    removal: dict[int, list[int]] = {}
+    for layer, head in heads:
+        removal.setdefault(layer, []).append(head)
+    return removal
+
+
+def _summary(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Area under each accuracy curve, and how far it may be pruned."""
+    found = []
+    for (order, draw), curve in table.groupby(["order", "draw"], sort=False):
+        share, accuracy = curve["share_removed"].to_numpy(), curve["accuracy"].to_numpy()
+        area = np.trapezoid(accuracy, share) / share[-1] if share[-1] > 0 else accuracy[0]
+        fell = np.flatnonzero(accuracy < _KEPT * accuracy[0])
+        kept = share[fell[0] - 1] if len(fell) else share[-1]
+        found.append({"order": order, "draw": draw, "auc": float(area), "share_at_95": float(kept)})
+    return found

@@ -1,0 +1,229 @@
+"""What a head is like: how spread its attention is, and how far it reaches over the image.
+
+Entropy: ``H_i = -sum_j A_ij ln A_ij``, beside ``ln v_i``, the most that a query with ``v_i``
+visible keys can have. (Dividing by the length of the sequence instead would make every causal head
+look focused.)
+
+Distance: ``sum_j A_ij |p_i - p_j|`` over the places ``p`` of patches, averaged over queries
+(Dosovitskiy et al. 2021, arXiv 2010.11929). Class tokens have no place: they are taken out and the
+rest of the row is renormalised; the mass that they had is reported. Uniform attention over a square
+grid reaches about 0.52 of its side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+from xmodal_interp.analysis.nulls import cells_of, n_visible
+from xmodal_interp.analysis.selecting import (
+    Layers,
+    calls_of,
+    heads_of,
+    image_calls,
+    queries_of,
+    row_chunks,
+)
+from xmodal_interp.attention import AttentionCall, Positions
+from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.vocabulary import Tower
+
+
+def attention_entropy(
+    samples: Sample | Sequence[Sample],
+    *,
+    tower: Tower = "language",
+    queries: Selector | None = None,
+    layers: Layers = None,
+    heads: Positions | None = None,
+) -> pd.DataFrame:
+    """How spread attention is: mean entropy of the rows, beside that of uniform attention.
+
+    Self-attention. Queries that see a single key have no choice and are left out.
+
+    Args:
+        samples: One sample or many.
+        tower: Part of the model; in the vision tower each image is described apart.
+        queries: As in ``cross_modal_ratio``, in the language tower only; all that are held if not
+            given.
+        layers: Layers, all if not given.
+        heads: Heads, all if not given.
+
+    Returns:
+        One row per sample, layer, head (and image): ``sample, tower, kind, layer, head, image`` (NA
+        in the language tower), then ``entropy`` (nats), ``null`` (nats, uniform attention),
+        ``relative_entropy`` (of each row, then averaged: 0 looks at one key, 1 at all alike),
+        ``n_queries``.
+
+    Raises:
+        InputError: Queries that are given for another tower than the language tower.
+        NotRecordedError: A tower that was not kept.
+    """
+    if tower != "language" and queries is not None:
+        raise InputError(
+            "Queries are positions of the text and its image tokens: for the language tower only. "
+            f"Got {queries!r} for the {tower} tower; leave them out there."
+        )
+
+    def table_of(sample: Sample) -> pd.DataFrame:
+        rows = None if queries is None else queries_of(sample, queries)
+        tables = []
+        for image, call in image_calls(sample, layers, tower):
+            chosen = heads_of(call, heads)
+            table = long_table(
+                {"head": chosen},
+                _entropy(call, chosen, call.query_positions if rows is None else rows),
+            )
+            table.insert(1, "image", pd.Series([image] * len(table), dtype="Int64"))
+            tables.append(keyed(table, tower=tower, kind="self", layer=call.layer))
+        return pd.concat(tables, ignore_index=True)
+
+    return over_samples(
+        samples,
+        table_of,
+        analysis="attention_entropy",
+        parameters={"tower": tower, "queries": queries, "layers": layers, "heads": heads},
+    )
+
+
+def attention_distance(
+    samples: Sample | Sequence[Sample],
+    *,
+    tower: Tower = "vision",
+    layers: Layers = None,
+    heads: Positions | None = None,
+) -> pd.DataFrame:
+    """How far attention between the patches of an image reaches (Dosovitskiy et al. 2021).
+
+    Args:
+        samples: One sample or many.
+        tower: ``"vision"``: between patches; ``"language"``: between the image tokens of the
+            sequence.
+        layers: Layers, all if not given.
+        heads: Heads, all if not given.
+
+    Returns:
+        One row per sample, layer, head and image: ``sample, tower, kind, layer, head, image``, then
+        ``distance_px`` (pixels of the original image), ``distance_grid`` (cells of the grid),
+        ``null_px``, ``null_grid`` (uniform attention over the visible patches),
+        ``relative_distance`` (px over null px), ``outside`` (mass on what has no place on this
+        image, taken out before renormalising), ``n_queries``.
+
+    Raises:
+        InputError: The connector, whose positions have no place.
+        GeometryError: A grid that does not fit the positions of the tower.
+    """
+    if tower == "connector":
+        raise InputError(
+            "A distance is between places on the image. The positions of the connector have none; "
+            "choose tower='vision' or tower='language'."
+        )
+
+    def table_of(sample: Sample) -> pd.DataFrame:
+        tables = []
+        for image in range(len(sample.grids)):
+            positions, places, cell_px = _places(sample, image, tower)
+            for call in calls_of(
+                sample, layers, tower=tower, call=image if tower == "vision" else 0
+            ):
+                _check_places(sample, call, image, tower)
+                chosen = heads_of(call, heads)
+                values = _distances(call, chosen, positions, places, cell_px)
+                table = long_table({"head": chosen, "image": [image]}, values)
+                tables.append(keyed(table, tower=tower, kind="self", layer=call.layer))
+        if not tables:
+            raise InputError(
+                f"A distance is between places on an image. Sample {sample.name!r} has no image."
+            )
+        return pd.concat(tables, ignore_index=True)
+
+    return over_samples(
+        samples,
+        table_of,
+        analysis="attention_distance",
+        parameters={"tower": tower, "layers": layers, "heads": heads},
+    )
+
+
+def _entropy(
+    call: AttentionCall, heads: Sequence[int], queries: Int[Tensor, " query"]
+) -> dict[str, Tensor]:
+    """Means over the queries that see at least two keys, per head."""
+    counts = n_visible(call, queries, heads).cpu().double()
+    free = counts > 1
+    entropy = call.entropy(list(heads), queries)[0].cpu().double().where(free, 0.0)
+    most = counts.log().where(free, 1.0)
+    n_queries = free.sum(1)
+    return {
+        "entropy": entropy.sum(1) / n_queries,
+        "null": most.where(free, 0.0).sum(1) / n_queries,
+        "relative_entropy": (entropy / most).sum(1) / n_queries,
+        "n_queries": n_queries,
+    }
+
+
+def _places(
+    sample: Sample, image: int, tower: Tower
+) -> tuple[Int[Tensor, " patch"], Float[Tensor, "patch 2"], Float[Tensor, "2"]]:
+    """Positions of an image's patches, their row and column, height and width of a cell in px."""
+    grid = sample.grids[image]
+    height, width = (np.nanmedian(grid.boxes[:, i + 2] - grid.boxes[:, i]) for i in (1, 0))
+    if tower == "language":
+        positions, places = sample.where("image", image=image), grid.places
+    else:
+        positions, places = np.arange(len(grid.patch_places)), grid.patch_places
+        height *= grid.rows / grid.patch_rows
+        width *= grid.cols / grid.patch_cols
+    placed = places[:, 0] >= 0
+    return (
+        torch.tensor(positions[placed]),
+        torch.tensor(places[placed]).double(),
+        torch.tensor([height, width], dtype=torch.float64),
+    )
+
+
+def _check_places(sample: Sample, call: AttentionCall, image: int, tower: Tower) -> None:
+    n_places = len(sample.grids[image].patch_places) if tower == "vision" else call.n_keys
+    if n_places != call.n_keys:
+        raise GeometryError(
+            f"The grid of an image has a place for each position of the tower. Image {image} of "
+            f"sample {sample.name!r} has {n_places} places, {call.name} has {call.n_keys} keys."
+        )
+
+
+def _distances(
+    call: AttentionCall,
+    heads: Sequence[int],
+    positions: Int[Tensor, " patch"],
+    places: Float[Tensor, "patch 2"],
+    cell_px: Float[Tensor, "2"],
+) -> dict[str, Float[Tensor, "head 1"] | Int[Tensor, "head 1"]]:
+    """Mean distance of the patches from what they attend to, rows renormalised over the patches."""
+    names = ("distance_px", "distance_grid", "null_px", "null_grid", "outside")
+    sums = torch.zeros(len(names), len(heads), dtype=torch.float64)
+    n_queries = torch.zeros(len(heads), dtype=torch.long)
+    for chunk in row_chunks(call, torch.arange(len(positions)), len(heads)):
+        probs, seen, _ = cells_of(call, heads, positions[chunk], positions)
+        steps = places[chunk, None] - places
+        apart = torch.linalg.vector_norm(torch.stack([steps * cell_px, steps]), dim=-1)
+        within = probs.sum(-1)
+        distance = torch.einsum("hqk,uqk->uhq", probs, apart) / within
+        null = torch.einsum("hqk,uqk->uhq", seen, apart) / seen.sum(-1)
+        values = torch.cat([distance, null.expand_as(distance), 1 - within[None]])
+        sums += values.where(within > 0, 0.0).sum(-1)
+        n_queries += (within > 0).sum(-1)
+    means = dict(zip(names, (sums / n_queries)[..., None], strict=True))
+    outside = means.pop("outside")
+    return {
+        **means,
+        "relative_distance": means["distance_px"] / means["null_px"],
+        "outside": outside,
+        "n_queries": n_queries[:, None],
+    }

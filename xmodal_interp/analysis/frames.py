@@ -1,0 +1,122 @@
+"""Tidy tables: numbers with axes become rows, keys first, and the table says where it came from.
+
+Every table's ``.attrs`` hold ``analysis`` (the name of the function), ``parameters`` (what it was
+asked), ``provenance`` (of the sample, or a list of those of several samples that differ in more
+than their date) and ``n_samples``. All of it can be written as JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from xmodal_interp.errors import InputError
+from xmodal_interp.sample import Sample, samples_of
+
+Cells = np.ndarray | Tensor | float
+"""Values with one axis per key, or what broadcasts to that."""
+
+
+def long_table(axes: Mapping[str, Sequence[Any]], values: Mapping[str, Cells]) -> pd.DataFrame:
+    """One row per combination of the axes' entries; one column per axis, then one per value.
+
+    Args:
+        axes: Name and entries of each axis.
+        values: Name and cells of each column, of the shape of the axes or broadcast to it.
+    """
+    table = pd.MultiIndex.from_product(list(axes.values()), names=list(axes)).to_frame(index=False)
+    shape = tuple(len(entries) for entries in axes.values())
+    for name, cells in values.items():
+        bare = cells.detach().cpu().numpy() if isinstance(cells, Tensor) else np.asarray(cells)
+        table[name] = np.broadcast_to(bare, shape).reshape(-1)
+    return table
+
+
+def keyed(table: pd.DataFrame, **keys: str | int) -> pd.DataFrame:
+    """The table with constant key columns in front, in the order given."""
+    for place, (name, value) in enumerate(keys.items()):
+        table.insert(place, name, value)
+    return table
+
+
+def over_samples(
+    samples: Sample | Sequence[Sample],
+    table_of: Callable[[Sample], pd.DataFrame],
+    *,
+    analysis: str,
+    parameters: Mapping[str, Any],
+) -> pd.DataFrame:
+    """The tables of all samples, one below the other, with a ``sample`` column in front.
+
+    Their ``.attrs`` say where they come from. Samples are read one at a time, so a store may be
+    larger than memory.
+
+    Raises:
+        InputError: No sample came.
+    """
+    tables: list[pd.DataFrame] = []
+    provenance: list[Mapping[str, Any]] = []
+    for sample in samples_of(samples):
+        tables.append(keyed(table_of(sample), sample=sample.name))
+        note_origin(provenance, sample)
+    if not tables:
+        raise InputError(f"{analysis} needs at least one sample; got none.")
+    table = tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
+    return stamped(
+        table,
+        analysis=analysis,
+        parameters=parameters,
+        provenance=provenance,
+        n_samples=len(tables),
+    )
+
+
+def note_origin(provenance: list[Mapping[str, Any]], sample: Sample) -> None:
+    """Add the sample's provenance, unless there is one that differs in its date only."""
+    if all(_undated(known) != _undated(sample.provenance) for known in provenance):
+        provenance.append(sample.provenance)
+
+
+def _undated(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in provenance.items() if name != "created"}
+
+
+def stamped(
+    table: pd.DataFrame,
+    *,
+    analysis: str,
+    parameters: Mapping[str, Any],
+    provenance: Sequence[Mapping[str, Any]],
+    n_samples: int,
+) -> pd.DataFrame:
+    """The table with ``.attrs`` that say what it is and where it came from."""
+    origins = [plain(one) for one in provenance]
+    table.attrs = {
+        "analysis": analysis,
+        "parameters": plain(parameters),
+        "provenance": origins[0] if len(origins) == 1 else origins,
+        "n_samples": n_samples,
+    }
+    return table
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's own types: sequences as lists, a slice as ``"start:stop:step"``."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, slice):
+        parts = (value.start, value.stop, value.step)
+        return ":".join("" if part is None else str(part) for part in parts)
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (set, frozenset)):
+        return [plain(entry) for entry in sorted(value)]
+    if isinstance(value, (list, tuple, range)):
+        return [plain(entry) for entry in value]
+    return value

@@ -1,0 +1,97 @@
+"""What a statistic is measured against: the same call with attention uniform over the visible keys.
+
+The null model is an attention call too: with queries of zero, every visible key of a row has the
+same probability, so that the null of any statistic is that statistic of ``uniform(call)``. Where a
+statistic is linear in the probabilities, ``null_mass`` is the shorter way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.attention.masks import hidden_below
+
+D_NULL = 8  # width of the null's heads of zeros; the fused kernel takes that many values at a time
+
+
+def device_of(call: AttentionCall) -> torch.device:
+    """Where the call's tensors are."""
+    held = call.dense if call.q is None else call.q
+    return torch.device("cpu") if held is None else held.device
+
+
+def uniform(call: AttentionCall) -> AttentionCall:
+    """The call with uniform attention over the same visible keys.
+
+    It has one head, unless the mask differs between heads.
+    """
+    mask = call.mask
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask > hidden_below(mask.dtype)
+    n_heads = 1 if mask is None else mask.shape[1]
+    device = device_of(call)
+    return replace(
+        call,
+        q=torch.zeros(1, n_heads, call.n_queries, D_NULL, device=device),
+        k=torch.zeros(1, n_heads, call.n_keys, D_NULL, device=device),
+        v=None,
+        mask=mask,
+        bias=None,
+        softcap=None,
+        sinks=None,
+        dense=None,
+    )
+
+
+def n_visible(
+    call: AttentionCall, queries: Int[Tensor, " query"], heads: Sequence[int]
+) -> Float[Tensor, "head query"]:
+    """How many keys each query may attend to, for every head, though few masks differ by head."""
+    counts = call.n_visible(queries)[0].float()
+    return counts.expand(len(heads), -1) if counts.shape[0] == 1 else counts[list(heads)]
+
+
+def null_mass(
+    call: AttentionCall,
+    groups: Float[Tensor, "group key"] | Bool[Tensor, "group key"],
+    heads: Sequence[int],
+    queries: Int[Tensor, " query"],
+) -> Float[Tensor, "head query group"]:
+    """``AttentionCall.null_mass`` for every head, though few masks differ by head."""
+    even = call.null_mass(groups, queries)[0]
+    return even.expand(len(heads), -1, -1) if even.shape[0] == 1 else even[list(heads)]
+
+
+def received(
+    call: AttentionCall, queries: Int[Tensor, " query"], heads: Sequence[int]
+) -> Float[Tensor, "head key"]:
+    """Probability that each key receives, summed over the queries that see anything."""
+    seeing = queries[call.n_visible(queries)[0].gt(0).all(0).to(queries.device)]
+    rows = call if len(seeing) == call.n_queries else call.select_rows(seeing)
+    ones = torch.ones(1, len(seeing), device=device_of(call))
+    return torch.cat([rows.propagate(ones, [head]) for head in heads])
+
+
+def cells_of(
+    call: AttentionCall,
+    heads: Sequence[int],
+    rows: Int[Tensor, " query"],
+    keys: Int[Tensor, " key"],
+) -> tuple[
+    Float[Tensor, "head query key"], Float[Tensor, "#head query key"], Float[Tensor, "head query 1"]
+]:
+    """Probabilities, whether each cell is visible, how many keys each query sees.
+
+    A row that sees nothing is 0, and 1 stands for its count.
+    """
+    counts = n_visible(call, rows, heads).cpu().double()[..., None]
+    seen = call.visible(rows)[0][..., keys].cpu().double()
+    seen = seen if seen.shape[0] == 1 else seen[list(heads)]
+    probs = call.probs(list(heads), rows, keys)[0].cpu().double()
+    return probs.where(counts > 0, 0.0), seen, counts.clamp(min=1)

@@ -1,0 +1,228 @@
+"""Attention against position: how far back it reaches, and which places of the sequence it prefers.
+
+For the visible cells ``(i, j)`` of a block, collected by distance ``d = i - j`` or by key position
+``j``:
+
+    raw(d) = mean A_ij        null(d) = mean 1 / v_i        lift(d) = mean A_ij v_i
+
+``v_i`` is the number of keys that query ``i`` sees. Under attention uniform over the visible keys
+the lift is 1 in every bin, while the naive mean over a column of a causal matrix falls from 0.074
+to 0.0002 over 64 positions: it measures the mask. Distances and positions are places in the
+sequence, not rotary positions: in Qwen2-VL the tokens of an image share theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+from xmodal_interp.analysis.nulls import cells_of
+from xmodal_interp.analysis.selecting import (
+    Layers,
+    calls_of,
+    heads_of,
+    image_keys,
+    queries_of,
+    refuse_cross_attention,
+    row_chunks,
+)
+from xmodal_interp.attention import AttentionCall, Positions
+from xmodal_interp.errors import InputError
+from xmodal_interp.sample import Sample, Selector, samples_of
+
+BLOCKS = ("text->text", "text->image", "image->image")
+AXES = ("distance", "key")
+
+
+def positional_bias(
+    samples: Sample | Sequence[Sample],
+    *,
+    blocks: Sequence[str] = BLOCKS,
+    layers: Layers = None,
+    heads: Positions | None = None,
+    n_bins: int = 32,
+) -> pd.DataFrame:
+    """Profiles of attention over relative distance and over key position, apart for text and image.
+
+    Args:
+        samples: One sample or many; all get the same bins.
+        blocks: Query kind and key kind, out of ``text->text``, ``text->image``, ``image->image``.
+            Special tokens are in none.
+        layers: Layers, all if not given.
+        heads: Heads, all if not given.
+        n_bins: Bins of equal width cover the longest sample; a shorter one has fewer, single
+            positions if it can.
+
+    Returns:
+        One row per sample, layer, head, block, axis and bin:
+        ``sample, tower, kind, layer, head, block, axis`` (``distance``, in positions, negative
+        where a query looks ahead; or ``key``, the position), ``start, stop`` (the bin, stop
+        excluded), then ``raw``, ``null``, ``lift``, ``n_cells``. Bins without a visible cell are
+        left out. To average over samples, weight by ``n_cells``.
+
+    Raises:
+        InputError: An unknown block, or one that the sample cannot have.
+        NotRecordedError: Query rows that were not kept.
+    """
+    unknown = [block for block in blocks if block not in BLOCKS]
+    if unknown or not blocks:
+        raise InputError(
+            f"Blocks are out of {', '.join(BLOCKS)}; got {', '.join(unknown) or 'none'}."
+        )
+    if n_bins < 1:
+        raise InputError(f"There is at least one bin; got n_bins={n_bins}.")
+    longest = max((len(sample) for sample in samples_of(samples)), default=1)
+    bins = _Bins(width=-(-longest // n_bins), longest=longest)
+
+    def table_of(sample: Sample) -> pd.DataFrame:
+        if any("image" in block for block in blocks):
+            refuse_cross_attention(sample, "A profile of text->image or image->image")
+            image_keys(sample, None)
+        tables = []
+        for call in calls_of(sample, layers):
+            for block in blocks:
+                query_kind, key_kind = block.split("->")
+                queries = torch.tensor(sample.where(query_kind))
+                keys = torch.tensor(sample.where(key_kind))
+                table = _profile(call, heads_of(call, heads), queries, keys, bins)
+                table.insert(1, "block", block)
+                tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
+        return pd.concat(tables, ignore_index=True)
+
+    return over_samples(
+        samples,
+        table_of,
+        analysis="positional_bias",
+        parameters={"blocks": blocks, "layers": layers, "heads": heads, "n_bins": n_bins},
+    )
+
+
+def recency_index(
+    samples: Sample | Sequence[Sample],
+    *,
+    window: int = 16,
+    queries: Selector | None = None,
+    layers: Layers = None,
+    heads: Positions | None = None,
+) -> pd.DataFrame:
+    """How much attention stays within the last few positions, beside that of uniform attention.
+
+    Args:
+        samples: One sample or many.
+        window: How many positions, the query's own included.
+        queries: ``"text"``, ``"last"``, positions or a phrase, as in ``cross_modal_ratio``; all
+            text if not given.
+        layers: Layers, all if not given.
+        heads: Heads, all if not given.
+
+    Returns:
+        One row per sample, layer and head: ``sample, tower, kind, layer, head, window``, then
+        ``mass`` (0 to 1), ``null``, ``lift`` (mass / null, query by query, averaged: the recency
+        index), ``n_queries``. Queries that see nothing beyond the window are left out; NaN if none
+        remains.
+
+    Raises:
+        InputError: A window below 1.
+    """
+    if window < 1:
+        raise InputError(
+            f"A window has at least one position, the query's own; got window={window}."
+        )
+
+    def table_of(sample: Sample) -> pd.DataFrame:
+        chosen_queries = (
+            torch.tensor(sample.where("text")) if queries is None else queries_of(sample, queries)
+        )
+        tables = []
+        for call in calls_of(sample, layers):
+            chosen = heads_of(call, heads)
+            mass, null = _recent(call, chosen, chosen_queries, window)
+            beyond = null < 1
+            n_queries = beyond.sum(1)
+            values = {
+                "mass": mass.where(beyond, 0.0).sum(1) / n_queries,
+                "null": null.where(beyond, 0.0).sum(1) / n_queries,
+                "lift": (mass / null).where(beyond, 0.0).sum(1) / n_queries,
+                "n_queries": n_queries,
+            }
+            table = long_table(
+                {"head": chosen, "window": [window]}, {n: v[:, None] for n, v in values.items()}
+            )
+            tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
+        return pd.concat(tables, ignore_index=True)
+
+    return over_samples(
+        samples,
+        table_of,
+        analysis="recency_index",
+        parameters={"window": window, "queries": queries, "layers": layers, "heads": heads},
+    )
+
+
+@dataclass(frozen=True)
+class _Bins:
+    """Bins of ``width`` positions, aligned at 0, for all distances and places of a sequence."""
+
+    width: int
+    longest: int
+
+    @property
+    def lowest(self) -> int:
+        return -((self.longest - 1) // self.width + 1)
+
+    @property
+    def starts(self) -> list[int]:
+        return [b * self.width for b in range(self.lowest, -self.lowest)]
+
+    def of(self, places: Int[Tensor, "query key"]) -> Int[Tensor, "query key"]:
+        """Index of the bin of each place."""
+        return torch.div(places, self.width, rounding_mode="floor") - self.lowest
+
+
+def _profile(
+    call: AttentionCall,
+    heads: Sequence[int],
+    queries: Int[Tensor, " query"],
+    keys: Int[Tensor, " key"],
+    bins: _Bins,
+) -> pd.DataFrame:
+    """Means per head, axis and bin over the visible cells between queries and keys."""
+    starts = bins.starts
+    sums: dict[str, Tensor] = {}
+    for rows in row_chunks(call, queries, len(heads)):
+        probs, seen, counts = cells_of(call, heads, rows, keys)
+        places = rows[:, None] - keys, keys.expand(len(rows), -1)
+        every = {"n_cells": seen, "raw": probs, "null": seen / counts, "lift": probs * counts}
+        for name, cells in every.items():
+            empty = torch.zeros(len(cells), len(AXES), len(starts), dtype=cells.dtype)
+            total = sums.setdefault(name, empty)
+            for axis, place in enumerate(places):
+                total[:, axis].index_add_(1, bins.of(place).flatten(), cells.flatten(1))
+    table = long_table({"head": heads, "axis": AXES, "start": starts}, sums)
+    table = table[table["n_cells"] > 0].astype({"n_cells": "int64"}).reset_index(drop=True)
+    for name in ("raw", "null", "lift"):
+        table[name] /= table["n_cells"]
+    table.insert(3, "stop", table["start"] + bins.width)
+    return table[["head", "axis", "start", "stop", "raw", "null", "lift", "n_cells"]]
+
+
+def _recent(
+    call: AttentionCall, heads: Sequence[int], queries: Int[Tensor, " query"], window: int
+) -> tuple[Float[Tensor, "head query"], Float[Tensor, "head query"]]:
+    """Mass on the last ``window`` keys of each query, and its null (NaN where nothing is seen)."""
+    keys = torch.arange(call.n_keys)
+    mass, null = [], []
+    for rows in row_chunks(call, queries, len(heads)):
+        probs, seen, counts = cells_of(call, heads, rows, keys)
+        distance = rows[:, None] - keys
+        near = (distance >= 0) & (distance < window)
+        mass.append((probs * near).sum(-1))
+        even = ((seen * near).sum(-1) / counts[..., 0]).where(seen.any(-1), torch.nan)
+        null.append(even.expand(len(heads), -1))
+    return torch.cat(mass, 1), torch.cat(null, 1)

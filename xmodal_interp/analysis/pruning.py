@@ -1,0 +1,159 @@
+"""Which heads an answer needs: take heads away and see how much worse the model answers.
+
+Single removal (Michel et al. 2019, arXiv:1905.10650, section 3): one head at a time,
+
+    drop = score of the model as it is - score without the head
+
+for three scores (:mod:`xmodal_interp.analysis.teacher_forcing`), each with a bootstrap interval
+over samples; base and ablated run answer the same questions, so the drops are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from os import PathLike
+
+import numpy as np
+import pandas as pd
+
+from xmodal_interp.analysis.frames import stamped
+from xmodal_interp.analysis.resampling import LEVEL, cluster_numbers, mean_intervals
+from xmodal_interp.analysis.teacher_forcing import (
+    METRICS,
+    Removal,
+    ablation_of,
+    origin,
+    removal_scores,
+)
+from xmodal_interp.hooks.ablation import AblationMode
+from xmodal_interp.hooks.heads import checked_heads, head_counts
+from xmodal_interp.models import VLM
+from xmodal_interp.models.batching import Item, batches_of, images_of
+from xmodal_interp.vocabulary import Tower
+
+ALL_KINDS = "all"
+
+
+def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
+    vlm: VLM,
+    items: Sequence[Item],
+    *,
+    mode: AblationMode = "uniform",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    tower: Tower = "language",
+    batch_size: int = 32,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Remove every head once and measure how much worse known answers become (Michel et al. 2019).
+
+    Args:
+        vlm: Model and processor.
+        items: Dicts with ``image`` (or several), ``prompt``, ``answer``, and optionally ``kind``,
+            by which the table is split too.
+        mode: What takes the head's place: ``"uniform"``, ``"zero"`` or ``"mean"``; see
+            ``ablate_heads``. Means are taken on the items' own prompts, image and text positions
+            apart.
+        layers: Layers, all if not given.
+        heads: Heads of each layer, all if not given.
+        tower: Part of the model.
+        batch_size: The largest number of questions per forward; only questions of one length share
+            a forward.
+        n_bootstrap: Resamples of the intervals. Questions about the same image are resampled
+            together.
+        seed: Seed of the resamples.
+        progress: Whether to show a bar.
+
+    Returns:
+        One row per layer, head and question kind (``"all"`` first): ``tower, kind, layer, head,
+        question_kind``, then ``accuracy_drop`` (0 to 1), ``log_prob_drop`` (nats per answer token),
+        ``margin_drop`` (logits), each with ``_low`` and ``_high`` ends of its 95% interval, and
+        ``n``.
+        ``.attrs["base"]`` holds the scores of the model as it is, by question kind.
+
+    Raises:
+        LayerError: A layer or head that does not exist.
+        InputError: No items, or one without image, prompt or answer.
+    """
+    chosen = chosen_heads(vlm, tower, layers, heads)
+    items = list(items)
+    batches = batches_of(vlm, items, batch_size=batch_size)
+    removals: list[Removal] = [{}, *({layer: [head]} for layer, head in chosen)]
+    ablation = ablation_of(vlm, batches, mode, tower)
+    scores = removal_scores(vlm, batches, removals, ablation, progress=progress)
+    drops = scores[:1] - scores[1:]
+    clusters = cluster_numbers([_image_of(*pair) for pair in enumerate(items)])
+    tables = []
+    for kind, of_kind in _of_kinds(items).items():
+        table = pd.DataFrame(chosen, columns=["layer", "head"])
+        table.insert(0, "tower", tower)
+        table.insert(1, "kind", "self")
+        table["question_kind"] = kind
+        _, numbered = np.unique(clusters[of_kind], return_inverse=True)
+        for place, metric in enumerate(METRICS):
+            series = drops[:, place, of_kind]
+            low, high = mean_intervals(series, numbered, n_draws=n_bootstrap, seed=seed)
+            table[f"{metric}_drop"] = series.mean(1)
+            table[f"{metric}_drop_low"], table[f"{metric}_drop_high"] = low, high
+        table["n"] = len(of_kind)
+        tables.append(table)
+    rows = pd.concat(tables).sort_values(["layer", "head"], kind="stable", ignore_index=True)
+    stamped(
+        rows,
+        analysis="head_pruning",
+        parameters={
+            "mode": mode,
+            "layers": layers,
+            "heads": heads,
+            "tower": tower,
+            "n_bootstrap": n_bootstrap,
+            "seed": seed,
+            "level": LEVEL,
+        },
+        provenance=[origin(vlm)],
+        n_samples=len(items),
+    )
+    rows.attrs["base"] = {
+        kind: dict(zip(METRICS, scores[0][:, of_kind].mean(1).tolist(), strict=True))
+        for kind, of_kind in _of_kinds(items).items()
+    }
+    return rows
+
+
+def chosen_heads(
+    vlm: VLM, tower: Tower, layers: Sequence[int] | None, heads: Sequence[int] | None
+) -> list[tuple[int, int]]:
+    """Layers and heads of a tower, counted from 0, in order.
+
+    Raises:
+        LayerError: One that does not exist.
+    """
+    counts = head_counts(vlm.model, tower)
+    wanted = {
+        layer: range(counts.get(layer, 0)) if heads is None else heads
+        for layer in (counts if layers is None else layers)
+    }
+    found = checked_heads(wanted, counts, f"{tower} self-attention")
+    if heads is None:
+        found = {layer: tuple(range(counts[layer])) for layer in found}
+    return [(layer, head) for layer in sorted(found) for head in sorted(set(found[layer]))]
+
+
+def _of_kinds(items: Sequence[Item]) -> dict[str, np.ndarray]:
+    """Which items are of each question kind; all of them first."""
+    found: dict[str, list[int]] = {ALL_KINDS: list(range(len(items)))}
+    for index, item in enumerate(items):
+        if item.get("kind") is not None:
+            found.setdefault(str(item["kind"]), []).append(index)
+    return {kind: np.array(of_kind) for kind, of_kind in found.items()}
+
+
+def _image_of(index: int, item: Item) -> Hashable:
+    """What tells whether two items share an image: its path, else its pixels."""
+    images = images_of(index, item)
+    return tuple(
+        str(one) if isinstance(one, (str, PathLike)) else hash((one.size, one.tobytes()))
+        for one in images
+    )

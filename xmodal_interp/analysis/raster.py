@@ -1,0 +1,275 @@
+"""Which places of the image grid a model prefers, whatever is there.
+
+1. ``raster_map``: attention of text on each cell of the grid, averaged over the queries that see
+   the whole image, and divided by its mean over the cells. This *lift* is 1 everywhere if the model
+   has no preference within the image. It is averaged over samples: what the images show averages
+   out, what their places do stays.
+2. ``raster_profile``: the share of each row and of each column.
+3. ``raster_bias``: least squares of the log lift on the place,
+
+       ln lift(y, x) = c + a y + b x + e max(|y|, |x|)
+
+   with ``y, x`` from -1 (top, left edge) to 1 (bottom, right edge): ``a`` > 0 prefers the bottom,
+   ``b`` > 0 the right, ``e`` > 0 the edge over the centre; the unit is from centre to edge.
+4. The control: the same of blank or noise images, and the difference. Bias of position is in both;
+   what is left in the difference is content that did not average out.
+
+With rotary positions alone a single layer leans to the bottom, which is near the text; the rollout
+of a causal stack leans to the top. The published case: pruning image tokens by attention at shallow
+layers removes mostly the top (arXiv 2412.13180).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xmodal_interp.analysis.frames import keyed, long_table, note_origin, stamped
+from xmodal_interp.analysis.nulls import received
+from xmodal_interp.analysis.selecting import (
+    Layers,
+    calls_of,
+    heads_of,
+    image_keys,
+    queries_of,
+    refuse_cross_attention,
+)
+from xmodal_interp.attention import AttentionCall, Positions
+from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.sample import Sample, Selector, samples_of
+
+HEAD_KEYS = ["tower", "kind", "layer", "head"]
+CELL_KEYS = [*HEAD_KEYS, "row", "col"]
+SLOPES = ("row_slope", "col_slope", "edge_slope")
+
+
+def raster_map(
+    samples: Sample | Sequence[Sample],
+    *,
+    queries: Selector = "text",
+    layers: Layers = None,
+    heads: Positions | None = None,
+    image: int = 0,
+) -> pd.DataFrame:
+    """Attention on each cell of the image grid, relative to the mean cell, averaged over samples.
+
+    Args:
+        samples: One sample or many, with grids of one shape; the more and the more varied, the less
+            content is left.
+        queries: ``"text"``, ``"last"``, positions or a phrase, as in ``cross_modal_ratio``.
+        layers: Layers, all if not given.
+        heads: Heads, all if not given.
+        image: Which image of each sample.
+
+    Returns:
+        One row per layer, head and cell with a token: ``tower, kind, layer, head, row, col``, then
+        ``lift`` (1 is the mean of the cells). NaN where in some sample no query sees the whole
+        image.
+
+    Raises:
+        InputError: No sample, no image, no text behind it, or an image that is not in the sequence.
+        GeometryError: Grids of different shapes.
+    """
+    table: pd.DataFrame | None = None
+    provenance: list[Mapping[str, Any]] = []
+    n_samples = 0
+    for sample in samples_of(samples):
+        cells = _cells(sample, queries, layers, heads, image)
+        if table is None:
+            table = cells
+        else:
+            _refuse_other_cells(table, cells, sample)
+            table["lift"] += cells["lift"]
+        n_samples += 1
+        note_origin(provenance, sample)
+    if table is None:
+        raise InputError("A raster needs at least one sample; got none.")
+    table["lift"] /= n_samples
+    asked = {"queries": queries, "layers": layers, "heads": heads, "image": image}
+    return stamped(
+        table,
+        analysis="raster_map",
+        parameters=asked,
+        provenance=provenance,
+        n_samples=n_samples,
+    )
+
+
+def raster_profile(
+    samples: Sample | Sequence[Sample],
+    *,
+    control: Sample | Sequence[Sample] | None = None,
+    queries: Selector = "text",
+    layers: Layers = None,
+    heads: Positions | None = None,
+    image: int = 0,
+) -> pd.DataFrame:
+    """The share of the image's attention that each row and each column of the grid gets.
+
+    Args:
+        samples: As for ``raster_map``, and so are ``queries``, ``layers``, ``heads`` and ``image``.
+        control: Samples of blank or noise images with the same question.
+        queries: Query positions.
+        layers: Layers, all if not given.
+        heads: Heads, all if not given.
+        image: Which image of each sample.
+
+    Returns:
+        One row per layer, head, axis and index: ``tower, kind, layer, head, axis`` (``row`` or
+        ``col``), ``index``, then ``share`` (of the attention on the image, 0 to 1), ``null`` (the
+        share of its cells), ``lift`` (their ratio). With a control also ``share_control`` and
+        ``share_difference``.
+    """
+    table = _with_control(samples, control, queries, layers, heads, image)
+    lifts = [name for name in table.columns if name.startswith("lift")]
+    total = table.groupby(HEAD_KEYS)[lifts].transform("sum", min_count=1)
+    table["null"] = 1.0 / table.groupby(HEAD_KEYS)["lift"].transform("size")
+    for name in lifts:
+        table[name.replace("lift", "share")] = table[name] / total[name]
+    profiles = []
+    for axis in ("row", "col"):
+        sums = table.groupby([*HEAD_KEYS, axis], sort=False).sum(min_count=1).reset_index()
+        sums.insert(len(HEAD_KEYS), "axis", axis)
+        profiles.append(sums.rename(columns={axis: "index"}))
+    profile = pd.concat(profiles, ignore_index=True)
+    profile["lift"] = profile["share"] / profile["null"]
+    columns = [*HEAD_KEYS, "axis", "index", "share", "null", "lift"]
+    if control is not None:
+        profile["share_difference"] = profile["share"] - profile["share_control"]
+        columns += ["share_control", "share_difference"]
+    profile = profile.sort_values([*HEAD_KEYS, "axis", "index"], ignore_index=True)[columns]
+    profile.attrs = {**table.attrs, "analysis": "raster_profile"}
+    return profile
+
+
+def raster_bias(
+    samples: Sample | Sequence[Sample],
+    *,
+    control: Sample | Sequence[Sample] | None = None,
+    queries: Selector = "text",
+    layers: Layers = None,
+    heads: Positions | None = None,
+    image: int = 0,
+) -> pd.DataFrame:
+    """How attention on an image tilts from top to bottom, left to right and centre to edge.
+
+    Args:
+        samples: As for ``raster_map``, and so are ``queries``, ``layers``, ``heads`` and ``image``.
+        control: Samples of blank or noise images with the same question.
+        queries: Query positions.
+        layers: Layers, all if not given.
+        heads: Heads, all if not given.
+        image: Which image of each sample.
+
+    Returns:
+        One row per layer and head: ``tower, kind, layer, head``, then
+        ``row_slope, col_slope, edge_slope`` (change of ln lift from the centre to the bottom edge,
+        to the right edge, to any edge; 0.7 doubles the attention). With a control each slope also
+        as ``..._control`` and ``..._difference``. NaN where a cell gets no attention at all, where
+        no query sees the whole image, or where the grid is too small to tell the terms apart.
+    """
+    table = _with_control(samples, control, queries, layers, heads, image)
+    cells = table.drop_duplicates(["row", "col"])
+    design = _design(cells["row"].to_numpy(dtype=float), cells["col"].to_numpy(dtype=float))
+    bias = table.drop_duplicates(HEAD_KEYS)[HEAD_KEYS].reset_index(drop=True)
+    bias[list(SLOPES)] = _slopes(table["lift"].to_numpy().reshape(-1, len(cells)), design)
+    if control is not None:
+        plain = _slopes(table["lift_control"].to_numpy().reshape(-1, len(cells)), design)
+        bias[[f"{name}_control" for name in SLOPES]] = plain
+        bias[[f"{name}_difference" for name in SLOPES]] = bias[list(SLOPES)].to_numpy() - plain
+    bias.attrs = {**table.attrs, "analysis": "raster_bias"}
+    return bias
+
+
+def _with_control(
+    samples: Sample | Sequence[Sample],
+    control: Sample | Sequence[Sample] | None,
+    queries: Selector,
+    layers: Layers,
+    heads: Positions | None,
+    image: int,
+) -> pd.DataFrame:
+    """The map, beside that of the control; attributes say how many samples the control had."""
+    table = raster_map(samples, queries=queries, layers=layers, heads=heads, image=image)
+    if control is None:
+        return table
+    plain = raster_map(control, queries=queries, layers=layers, heads=heads, image=image)
+    _refuse_other_cells(table, plain, samples_of(control)[0])
+    table["lift_control"] = plain["lift"]
+    table.attrs["parameters"] |= {"n_control": plain.attrs["n_samples"]}
+    return table
+
+
+def _cells(
+    sample: Sample, queries: Selector, layers: Layers, heads: Positions | None, image: int
+) -> pd.DataFrame:
+    refuse_cross_attention(sample, "The raster of an image")
+    tokens = image_keys(sample, image).nonzero()[:, 0]
+    places = sample.tokens[["row", "col"]].iloc[tokens.tolist()]
+    placed = places["row"].notna().to_numpy(dtype=bool)
+    tokens, places = tokens[torch.tensor(placed)], places[placed].astype("int64")
+    rows = queries_of(sample, queries)
+    tables = []
+    for call in calls_of(sample, layers):
+        chosen = heads_of(call, heads)
+        lift = _lift(call, chosen, rows, tokens)
+        table = long_table({"head": chosen, "cell": range(len(tokens))}, {"lift": lift})
+        table.insert(1, "row", np.tile(places["row"].to_numpy(), len(chosen)))
+        table.insert(2, "col", np.tile(places["col"].to_numpy(), len(chosen)))
+        tables.append(
+            keyed(table.drop(columns="cell"), tower="language", kind="self", layer=call.layer)
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def _lift(
+    call: AttentionCall,
+    heads: Sequence[int],
+    queries: Int[Tensor, " query"],
+    tokens: Int[Tensor, " cell"],
+) -> Float[np.ndarray, "head cell"]:
+    """Attention on each cell over the mean cell, of the queries that see all cells; else NaN."""
+    cells = torch.zeros(1, call.n_keys)
+    cells[0, tokens] = 1.0
+    seen = call.null_mass(cells, queries)[0, ..., 0] * call.n_visible(queries)[0]
+    seeing = queries[(seen.round() == len(tokens)).all(0).cpu()]
+    if len(seeing) == 0:
+        return np.full((len(heads), len(tokens)), np.nan)
+    mass = received(call, seeing, heads).cpu().double()[:, tokens]
+    return (mass / mass.mean(1, keepdim=True)).numpy()
+
+
+def _design(
+    row: Float[np.ndarray, " cell"], col: Float[np.ndarray, " cell"]
+) -> Float[np.ndarray, "cell term"]:
+    """Constant, height and width (-1 to 1), and eccentricity (0 to 1) of each cell."""
+    y, x = (2 * place / max(place.max(), 1) - (place.max() > 0) for place in (row, col))
+    return np.column_stack([np.ones_like(y), y, x, np.maximum(np.abs(y), np.abs(x))])
+
+
+def _slopes(
+    lift: Float[np.ndarray, "map cell"], design: Float[np.ndarray, "cell term"]
+) -> Float[np.ndarray, "map slope"]:
+    """Least squares of the log lift on the place; NaN for a term that is the same in all cells."""
+    log_lift = np.log(lift, out=np.full_like(lift, np.nan), where=lift > 0)
+    varying = np.ptp(design, axis=0) > 0
+    varying[0] = True
+    slopes = np.full((len(lift), design.shape[1]), np.nan)
+    slopes[:, varying] = log_lift @ np.linalg.pinv(design[:, varying]).T
+    return slopes[:, 1:]
+
+
+def _refuse_other_cells(table: pd.DataFrame, other: pd.DataFrame, sample: Sample) -> None:
+    if not table[CELL_KEYS].equals(other[CELL_KEYS]):
+        shapes = [f"{t['row'].max() + 1} x {t['col'].max() + 1}" for t in (table, other)]
+        raise GeometryError(
+            "Maps are averaged and compared over one grid, the same layers and heads. The grid "
+            f"was {shapes[0]} so far, that of sample {sample.name!r} is {shapes[1]}; ask for "
+            "samples of one shape at a time."
+        )

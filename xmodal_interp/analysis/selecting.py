@@ -1,0 +1,171 @@
+"""Which layers, heads, queries and keys an analysis is about, and the refusals they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from xmodal_interp.attention import AttentionCall, Positions, resolve
+from xmodal_interp.errors import (
+    GeometryError,
+    InputError,
+    LayerError,
+    NotRecordedError,
+    PositionError,
+)
+from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.vocabulary import AttentionKind, Tower
+
+Layers = int | Sequence[int] | None
+"""Layers, negative ones counted from the last; None means all that are held."""
+
+CHUNK_BYTES = 8 * 2**20  # of float32 probabilities at a time; what follows takes a few times that
+
+
+def calls_of(
+    sample: Sample,
+    layers: Layers,
+    *,
+    tower: Tower = "language",
+    kind: AttentionKind = "self",
+    call: int = 0,
+) -> Iterator[AttentionCall]:
+    """The chosen layers' calls, one at a time, so that a store reads one layer at a time.
+
+    Raises:
+        NotRecordedError: Nothing of this tower was kept.
+        LayerError: There is no such layer.
+    """
+    held = sample.layers(tower, kind)
+    if not held:
+        kept = sorted({f"{key[0]} {key[1]}" for key in sample.calls})
+        raise NotRecordedError(
+            f"Only what was kept can be asked for. Sample {sample.name!r} holds no {tower} "
+            f"{kind}-attention; it holds: {', '.join(kept) or 'nothing'}."
+        )
+    chosen = held if layers is None else [layers] if isinstance(layers, int) else layers
+    for layer in chosen:
+        yield sample.call(layer, tower=tower, kind=kind, call=call)
+
+
+def image_calls(
+    sample: Sample, layers: Layers, tower: Tower
+) -> Iterator[tuple[int | None, AttentionCall]]:
+    """The chosen self-attention calls and the image each is about (None in the language tower)."""
+    numbers = sorted({key[3] for key in sample.calls if key[:2] == (tower, "self")})
+    for number in numbers or [0]:
+        for call in calls_of(sample, layers, tower=tower, call=number):
+            yield (None if tower == "language" else number), call
+
+
+def heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
+    """The chosen heads as non-negative numbers.
+
+    Raises:
+        LayerError: There is no such head.
+    """
+    if heads is None:
+        return list(range(call.n_heads))
+    try:
+        chosen: list[int] = resolve(heads, call.n_heads, "head").tolist()
+    except PositionError as error:
+        raise LayerError(f"{error} ({call.name})") from None
+    return chosen
+
+
+def queries_of(sample: Sample, queries: Selector) -> Int[Tensor, " query"]:
+    """Queries of ``"text"`` that sees all images, the ``"last"`` prompt position, or a selector.
+
+    Raises:
+        InputError: No text comes after the image.
+    """
+    if queries == "last":
+        return torch.tensor([sample.last])
+    if queries != "text":
+        return sample.positions(queries)
+    after = sample.text_after_image()
+    if len(after) == 0:
+        raise InputError(
+            "queries='text' means the text that can see the image: text behind the last image "
+            f"token. Sample {sample.name!r} has none; choose queries by position, or put the "
+            "question behind the image."
+        )
+    return torch.tensor(after)
+
+
+def image_keys(
+    sample: Sample, image: int | None, kind: AttentionKind = "self"
+) -> Bool[Tensor, " key"]:
+    """True on the keys that are tokens of an image, or of any image.
+
+    Raises:
+        InputError: There is no such token.
+    """
+    table = (
+        sample.cross_keys if kind == "cross" and sample.cross_keys is not None else sample.tokens
+    )
+    chosen = table["kind"].eq("image")
+    if image is not None:
+        chosen &= table["image"].eq(image)
+    keys = chosen.fillna(value=False).to_numpy(dtype=bool)
+    if not keys.any():
+        wanted = "image tokens" if image is None else f"tokens of image {image}"
+        raise InputError(
+            f"The question is about an image. Sample {sample.name!r} has no {wanted}; it has "
+            f"{len(sample.grids)} images."
+        )
+    return torch.tensor(keys)
+
+
+def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -> pd.DataFrame:
+    """Every position's ``token, token_kind, image, row, col``; in the vision tower, of one image.
+
+    Raises:
+        GeometryError: The image has not as many places as the tower has positions.
+    """
+    if tower == "language":
+        table = sample.tokens[["token", "kind", "image", "row", "col"]]
+        return table.rename(columns={"kind": "token_kind"}).reset_index(drop=True)
+    places = pd.DataFrame(sample.grids[image].patch_places, columns=["row", "col"], dtype="Int64")
+    if len(places) != n_positions:
+        raise GeometryError(
+            f"The grid of an image has a place for each position of the tower. Image {image} of "
+            f"sample {sample.name!r} has {len(places)} places, the {tower} tower has {n_positions} "
+            "positions."
+        )
+    nowhere = places["row"] < 0
+    kinds = nowhere.map({True: "special", False: "image"}).astype("string")
+    table = places.mask(nowhere)
+    table = table.assign(token=None, token_kind=kinds, image=image)
+    columns = ["token", "token_kind", "image", "row", "col"]
+    return table[columns].astype({"token": "string", "image": "Int64"})
+
+
+def refuse_cross_attention(sample: Sample, question: str) -> None:
+    """Refuse a question about image and text in one sequence where they are not in one.
+
+    Raises:
+        InputError: Text reaches the image by cross-attention.
+    """
+    if sample.cross_keys is not None:
+        layers = ", ".join(str(layer) for layer in sample.layers("language", "cross"))
+        raise InputError(
+            f"{question} is about image and text tokens in one sequence. In sample {sample.name!r} "
+            "the image is outside it: text reaches it by cross-attention (layers "
+            f"{layers or 'not kept'}), where every key is an image key."
+        )
+
+
+def first_position(sample: Sample) -> int:
+    """The first position that is not padding."""
+    return int(np.flatnonzero(sample.tokens["kind"].ne("padding").to_numpy(dtype=bool))[0])
+
+
+def row_chunks(call: AttentionCall, queries: Int[Tensor, " query"], n_heads: int) -> list[Tensor]:
+    """Queries in chunks whose probabilities take a few MB."""
+    return list(queries.split(max(1, CHUNK_BYTES // (4 * call.n_keys * n_heads))))

@@ -1,0 +1,176 @@
+"""Attention sinks: keys that collect attention whatever the query (Gu et al. 2025).
+
+arXiv 2410.10781, with ``alpha_k`` called ``received_k`` here: ``received_k = 1 / n_k * sum_i A_ik``
+over the ``n_k`` queries ``i`` that see key ``k``; key ``k`` is a sink of a head where
+``received_k > threshold``. Under attention uniform over the visible keys the first of ``T`` causal
+positions receives ``H_T / T`` (the harmonic number over ``T``: 0.0741 at 64), which is why a
+threshold means something only beside its null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+from xmodal_interp.analysis.nulls import received
+from xmodal_interp.analysis.selecting import (
+    Layers,
+    calls_of,
+    first_position,
+    heads_of,
+    row_chunks,
+)
+from xmodal_interp.attention import AttentionCall, Positions
+from xmodal_interp.errors import InputError
+from xmodal_interp.sample import Sample
+
+THRESHOLD = 0.3  # epsilon of Gu et al.
+MIN_QUERIES = 8  # a key that fewer queries see is not judged
+
+
+def attention_sinks(
+    samples: Sample | Sequence[Sample],
+    *,
+    threshold: float = THRESHOLD,
+    layers: Layers = None,
+    heads: Positions | None = None,
+    n_positions: int | None = None,
+    min_queries: int = MIN_QUERIES,
+) -> pd.DataFrame:
+    """How much attention keys receive, and which of them are sinks (Gu et al. 2025).
+
+    Language self-attention. If only some query rows were kept, these are averaged over.
+
+    Args:
+        samples: One sample or many.
+        threshold: A key is a sink of a head that receives more than this; a share of attention, 0
+            to 1.
+        layers: Layers, all if not given.
+        heads: Heads, all if not given.
+        n_positions: Use the first so many positions only; the paper uses 64. All if not given.
+        min_queries: Keys that fewer queries see are not judged: the last position always receives
+            what it gives itself.
+
+    Returns:
+        One row per sample, layer, head and key, for the first position and for every key that is a
+        sink of some head of the layer: ``sample, tower, kind, layer, head, key, token, token_kind,
+        image, row, col``, then ``received`` (mean probability), ``null`` (the same under uniform
+        attention over the visible keys), ``lift`` (their ratio), ``sink``, ``n_queries``.
+
+    Raises:
+        InputError: A threshold outside 0 to 1.
+    """
+    _check_threshold(threshold)
+
+    def table_of(sample: Sample) -> pd.DataFrame:
+        first = first_position(sample)
+        tables = []
+        for call in calls_of(sample, layers):
+            chosen = heads_of(call, heads)
+            stop = len(sample) if n_positions is None else n_positions
+            rows = call.query_positions
+            share, null, n_queries = _received(call, rows[rows < stop], chosen)
+            sink = (share > threshold) & (n_queries >= min_queries)
+            keys = torch.unique(torch.cat([sink.any(0).nonzero()[:, 0], torch.tensor([first])]))
+            values = {
+                "received": share[:, keys],
+                "null": null[:, keys],
+                "lift": share[:, keys] / null[:, keys],
+                "sink": sink[:, keys],
+                "n_queries": n_queries[:, keys].long(),
+            }
+            table = long_table({"head": chosen, "key": keys.tolist()}, values)
+            tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
+        table = pd.concat(tables, ignore_index=True)
+        about = sample.tokens[["token", "kind", "image", "row", "col"]]
+        named = about.rename(columns={"kind": "token_kind"}).iloc[table["key"]]
+        named.index = table.index
+        keys = ["tower", "kind", "layer", "head", "key"]
+        return pd.concat([table[keys], named, table.drop(columns=keys)], axis=1)
+
+    parameters = {
+        "threshold": threshold,
+        "layers": layers,
+        "heads": heads,
+        "n_positions": n_positions,
+        "min_queries": min_queries,
+    }
+    return over_samples(samples, table_of, analysis="attention_sinks", parameters=parameters)
+
+
+def sink_rate(
+    samples: Sample | Sequence[Sample],
+    *,
+    threshold: float = THRESHOLD,
+    layers: Layers = None,
+    heads: Positions | None = None,
+    n_positions: int | None = None,
+    min_queries: int = MIN_QUERIES,
+) -> pd.DataFrame:
+    """The share of heads that have a sink (Gu et al. 2025); arguments as in ``attention_sinks``.
+
+    Returns:
+        One row per sample and layer: ``sample, tower, kind, layer``, then ``first`` (share of heads
+        whose sink is the first position), ``any`` (share of heads with a sink anywhere),
+        ``n_heads``. Their mean over samples and layers is the paper's metric.
+    """
+    sinks = attention_sinks(
+        samples,
+        threshold=threshold,
+        layers=layers,
+        heads=heads,
+        n_positions=n_positions,
+        min_queries=min_queries,
+    )
+    by = ["sample", "tower", "kind", "layer"]
+    first = sinks["key"].eq(sinks.groupby(by)["key"].transform("min")) & sinks["sink"]
+    of_heads = sinks.assign(first=first).groupby([*by, "head"], sort=False)[["first", "sink"]].any()
+    grouped = of_heads.groupby(by, sort=False)
+    table = grouped.mean().rename(columns={"sink": "any"}).assign(n_heads=grouped.size())
+    table = table.reset_index()
+    table.attrs = {**sinks.attrs, "analysis": "sink_rate"}
+    return table
+
+
+def sink_keys(
+    call: AttentionCall,
+    heads: Sequence[int],
+    *,
+    threshold: float = THRESHOLD,
+    always: int | None = None,
+) -> Bool[Tensor, "head key"]:
+    """True on the sinks of each head, judged over all rows held, and on the key ``always``."""
+    _check_threshold(threshold)
+    share, _, n_queries = _received(call, call.query_positions, heads)
+    sink = (share > threshold) & (n_queries >= MIN_QUERIES)
+    if always is not None:
+        sink[:, always] = True
+    return sink
+
+
+def _received(
+    call: AttentionCall, rows: Int[Tensor, " query"], heads: Sequence[int]
+) -> tuple[Float[Tensor, "head key"], Float[Tensor, "head key"], Float[Tensor, "head key"]]:
+    """Per key: mean probability over the queries that see it, its null, and how many these are."""
+    shape = (len(heads), call.n_keys)
+    seen_by, null = torch.zeros(shape), torch.zeros(shape)
+    for chunk in row_chunks(call, rows, 1):
+        seen = call.visible(chunk)[0].float().cpu()
+        seen = seen if seen.shape[0] == 1 else seen[list(heads)]
+        seen_by += seen.sum(1)
+        null += (seen / seen.sum(-1, keepdim=True).clamp(min=1)).sum(1)
+    total = received(call, rows, heads).cpu()
+    return total / seen_by, null / seen_by, seen_by
+
+
+def _check_threshold(threshold: float) -> None:
+    if not np.isfinite(threshold) or not 0 < threshold <= 1:
+        raise InputError(
+            f"A sink threshold is a share of attention, above 0 and at most 1; got {threshold}."
+        )

@@ -1,0 +1,172 @@
+"""How well a model answers while heads are removed: three scores per question, teacher-forced.
+
+The known answer stands behind the prompt; position p predicts token p + 1. For an answer a_1..a_n
+with log-probabilities l_t = log p(a_t | image, prompt, a_<t):
+
+==========  =======================================================================
+accuracy    1 if every a_t is the most probable token at its place, else 0
+log_prob    (1/n) sum_t l_t, in nats per token
+margin      logit of a_1 minus the largest other logit there
+==========  =======================================================================
+
+Accuracy alone has little resolution: a model may keep answering right while its confidence falls.
+
+A batch is run once as it is, then once per removal. Whatever ran before the first edited layer is
+replayed from memory (:mod:`xmodal_interp.hooks.replaying`), after a check on the first batch that
+this gives the scores of the whole forward; where it does not, whole forwards are run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from xmodal_interp.capturing import Keep, provenance
+from xmodal_interp.hooks.ablation import AblationMode, ablate_heads
+from xmodal_interp.hooks.calibration import HeadMeans, PositionClass, class_masks, means_over
+from xmodal_interp.hooks.interventions import intervene
+from xmodal_interp.hooks.replaying import BlockOutputs, remember_blocks, replay
+from xmodal_interp.models import VLM
+from xmodal_interp.models.batching import Batch
+from xmodal_interp.vocabulary import Tower
+
+METRICS: tuple[str, ...] = ("accuracy", "log_prob", "margin")
+
+Removal = Mapping[int, Sequence[int]]
+"""Heads by layer; empty for the model as it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """What removing a head means, for one model and data set."""
+
+    mode: AblationMode
+    tower: Tower
+    means: tuple[HeadMeans, ...] = ()
+
+    def interventions(self, removal: Removal, batch: Batch) -> list[Any]:
+        """Means are taken, and put back, by class of position; the other modes have one class."""
+        if not removal:
+            return []
+        if not self.means:
+            return [ablate_heads(removal, self.mode, tower=self.tower)]
+        if self.tower != "language":
+            return [ablate_heads(removal, "mean", tower=self.tower, means=self.means[0])]
+        return [
+            ablate_heads(
+                removal,
+                "mean",
+                queries=class_masks(batch, means.positions, answers=True),
+                means=means,
+            )
+            for means in self.means
+        ]
+
+
+def ablation_of(vlm: VLM, batches: Sequence[Batch], mode: AblationMode, tower: Tower) -> Ablation:
+    """The ablation with its means, which are taken on the prompts of the batches."""
+    if mode != "mean":
+        return Ablation(mode, tower)
+    by_class = tower == "language" and vlm.family.in_sequence
+    classes: tuple[PositionClass, ...] = ("image", "text") if by_class else ("all",)
+    means = [means_over(vlm, batches, positions=one, tower=tower) for one in classes]
+    return Ablation(mode, tower, tuple(means))
+
+
+def removal_scores(
+    vlm: VLM,
+    batches: Sequence[Batch],
+    removals: Sequence[Removal],
+    ablation: Ablation,
+    *,
+    progress: bool,
+) -> Float[np.ndarray, "removal metric item"]:
+    """The three scores of every item under every removal, in the order of ``METRICS``.
+
+    Args:
+        vlm: Model and processor.
+        batches: Prompts with answers behind them.
+        removals: Heads by layer, both counted from 0; an empty one gives the model as it is.
+        ablation: What removing means.
+        progress: Whether to show a bar.
+    """
+    scores = np.empty((len(removals), len(METRICS), sum(len(batch.index) for batch in batches)))
+    reusable = True
+    n_forwards = len(batches) * len(removals)
+    with tqdm(total=n_forwards, unit="forward", disable=not progress, leave=False) as bar:
+        for number, batch in enumerate(batches):
+            with remember_blocks(vlm.model) as memory:
+                base = answer_scores(vlm, batch)
+            if number == 0:
+                reusable = _replays(vlm, batch, memory, ablation.tower, base)
+            for place, removal in enumerate(removals):
+                edits = ablation.interventions(removal, batch)
+                earlier = _earlier(memory, ablation.tower, removal) if reusable else {}
+                with replay(earlier), intervene(vlm, *edits):
+                    scores[place][:, batch.index] = answer_scores(vlm, batch) if edits else base
+                bar.update()
+    return scores
+
+
+@torch.no_grad()
+def answer_scores(vlm: VLM, batch: Batch) -> Float[np.ndarray, "metric item"]:
+    """The three scores of each item of a batch, by one forward."""
+    longest = max(len(ids) for ids in batch.answers)
+    takes = inspect.signature(vlm.model.forward).parameters
+    options = {"logits_to_keep": longest + 1} if "logits_to_keep" in takes else {}
+    logits = vlm.model(**batch.inputs, use_cache=False, **options).logits
+    gold = batch.inputs["input_ids"][:, -longest:]
+    lengths = torch.tensor([len(ids) for ids in batch.answers], device=gold.device)
+    return _scores(logits[:, -longest - 1 : -1].float(), gold, lengths).cpu().double().numpy()
+
+
+def _scores(
+    logits: Float[Tensor, "item answer vocabulary"],
+    gold: Int[Tensor, "item answer"],
+    lengths: Int[Tensor, " item"],
+) -> Float[Tensor, "metric item"]:
+    """Answers stand at the right end of their rows; ``lengths`` says how many tokens each has."""
+    longest = gold.shape[1]
+    counted = torch.arange(longest, device=gold.device) >= longest - lengths[:, None]
+    right = (logits.argmax(-1) == gold) | ~counted
+    chosen = logits.log_softmax(-1).gather(-1, gold[..., None])[..., 0]
+    log_prob = chosen.where(counted, torch.zeros(())).sum(1) / lengths
+    item = torch.arange(len(gold), device=gold.device)
+    first, word = logits[item, longest - lengths], gold[item, longest - lengths][:, None]
+    best_other = first.scatter(1, word, -torch.inf).amax(1)
+    return torch.stack([right.all(1).float(), log_prob, first.gather(1, word)[:, 0] - best_other])
+
+
+def _earlier(memory: BlockOutputs, tower: Tower, removal: Removal) -> dict[nn.Module, Any]:
+    return memory.before(tower, "self", min(removal)) if removal else {}
+
+
+def _replays(
+    vlm: VLM,
+    batch: Batch,
+    memory: BlockOutputs,
+    tower: Tower,
+    base: Float[np.ndarray, "metric item"],
+) -> bool:
+    """Whether a forward from the middle of the tower on gives what the whole one gave."""
+    layers = sorted(layer for of, kind, layer in memory.blocks if (of, kind) == (tower, "self"))
+    earlier = memory.before(tower, "self", layers[len(layers) // 2]) if layers else {}
+    if not earlier:
+        return False
+    with replay(earlier):
+        return np.allclose(answer_scores(vlm, batch), base, rtol=1e-4, atol=1e-5)
+
+
+def origin(vlm: VLM) -> dict[str, Any]:
+    """Which model under which versions gave the numbers; JSON-ready."""
+    about = provenance(vlm, {}, 0, Keep())
+    of_captures = ("layers", "max_new_tokens", "kept", "created")
+    return {name: value for name, value in about.items() if name not in of_captures}

@@ -1,0 +1,56 @@
+"""What the demo asks: held-out scenes, and one question of every kind about each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from xmodal_interp.shapes import KINDS, Scene, ask_all, sample_scene
+
+HELD_OUT = 2**40  # training draws its scenes from (seed, step): it never comes here
+
+
+def held_out_scenes(n_scenes: int) -> list[Scene]:
+    """Scenes that the shipped models were not trained on, each good for a question of every kind."""
+    scenes: list[Scene] = []
+    number = 0
+    while len(scenes) < n_scenes:
+        rng = np.random.default_rng((HELD_OUT, number))
+        scene = sample_scene(rng)
+        number += 1
+        if len(ask_all(scene, rng)) == len(KINDS):
+            scenes.append(scene)
+    return scenes
+
+
+def questions_about(scenes: list[Scene]) -> list[dict[str, Any]]:
+    """Items for the analyses: image, prompt, answer, kind, and the boxes that the question is about.
+
+    ``box`` is the asked thing's, ``other_boxes`` are those of the rest, in pixels; none for
+    questions about the whole scene.
+    """
+    items = []
+    for number, scene in enumerate(scenes):
+        image = scene.image()
+        rng = np.random.default_rng((HELD_OUT, number, 1))
+        for question in ask_all(scene, rng):
+            item: dict[str, Any] = {
+                "name": f"scene-{number:03d}-{question.kind}",
+                "image": image,
+                "prompt": question.text,
+                "answer": question.answer,
+                "kind": question.kind,
+                "subject": question.subject,
+            }
+            if question.thing is not None:
+                boxes = [list(thing.box) for thing in scene.things]
+                item["box"] = boxes.pop(question.thing)
+                item["other_boxes"] = boxes
+            items.append(item)
+    return items
+
+
+def of_kind(items: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
+    """The items of some kinds."""
+    return [item for item in items if item["kind"] in kinds]

@@ -1,0 +1,54 @@
+"""One page that shows what the demo found: ``report.html``, and the same as Markdown."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from xmodal_interp.demo.pictures import Captioned
+from xmodal_interp.models import VLM
+
+_SHOWN = ("accuracy", "best_head", "best_head_untrained", "ratio")
+
+
+def write_report(
+    folder: Path,
+    vlm: VLM,
+    items: list[dict[str, Any]],
+    tables: dict[str, pd.DataFrame],
+    pictures: list[Captioned],
+    lines: list[str],
+) -> None:
+    """Write both pages into ``folder``; pictures and tables are linked, relative to it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template), autoescape=True, trim_blocks=True
+    )
+    content = {
+        "model": vlm.name.rsplit("/", 1)[-1],
+        "model_class": type(vlm.model).__name__,
+        "n_weights": sum(weight.numel() for weight in vlm.model.parameters()),
+        "n_items": len(items),
+        "lines": lines,
+        "pictures": [(p.path.relative_to(folder).as_posix(), p.title, p.caption) for p in pictures],
+        "tables": {name: _rounded(tables[name]) for name in _SHOWN},
+        "files": sorted(tables),
+    }
+    (folder / "report.html").write_text(environment.get_template("report.html").render(content))
+    plain = jinja2.Environment(loader=jinja2.FunctionLoader(_template), trim_blocks=True)  # noqa: S701
+    (folder / "report.md").write_text(plain.get_template("report.md").render(content))
+
+
+def _template(name: str) -> str:
+    return (files("xmodal_interp.demo") / f"{name}.jinja").read_text()
+
+
+def _rounded(table: pd.DataFrame) -> dict[str, Any]:
+    rows = [
+        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row]
+        for row in table.itertuples(index=False)
+    ]
+    return {"columns": [str(column) for column in table.columns], "rows": rows}

@@ -1,0 +1,225 @@
+"""Run the demo: answers, store, tables, pictures, report.
+
+1. Draw held-out scenes and ask one question of every kind about each.
+2. Let the shipped model answer all of them.
+3. Capture the colour questions into a store, and the same ones on the untrained model.
+4. Which head points at the asked thing? How much of the attention is on the image? Which head breaks
+   which kind of question? Where in the image and in the text does attention go by position alone?
+5. Draw, and write one page.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from xmodal_interp.analysis import (
+    answer_accuracy,
+    attention_rollout,
+    attention_sinks,
+    block_statistics,
+    cross_modal_ratio,
+    head_pruning,
+    positional_bias,
+    pruning_curve,
+    raster_bias,
+    raster_profile,
+)
+from xmodal_interp.capturing import Keep, capture, capture_batch
+from xmodal_interp.dataset import capture_dataset
+from xmodal_interp.demo.material import held_out_scenes, of_kind, questions_about
+from xmodal_interp.demo.pictures import draw_all
+from xmodal_interp.demo.report import write_report
+from xmodal_interp.demo.telling import telling
+from xmodal_interp.errors import InputError
+from xmodal_interp.evaluation import best_head, pointing_game, pointing_hits
+from xmodal_interp.models import VLM, load
+from xmodal_interp.sample import Sample
+from xmodal_interp.shapes import KINDS
+from xmodal_interp.shapes.architectures import untrained
+from xmodal_interp.store import Store
+
+_MARK = "made by xmodal demo"
+_BATCH = 32
+_ABLATED = 24  # questions of each kind that every head is removed on
+_ROWS = Keep(towers=("language",), queries="text")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the demo found.
+
+    Attributes:
+        folder: Where everything was written.
+        tables: Every table by name; each is in ``tables/`` as CSV too.
+        lines: The findings in words.
+    """
+
+    folder: Path
+    tables: dict[str, pd.DataFrame]
+    lines: list[str] = field(default_factory=list)
+
+
+def run_demo(folder: Path, *, n_scenes: int = 200) -> Findings:
+    """Run the demo on the shipped LLaVA; offline, about a minute on two cores.
+
+    Args:
+        folder: A new or empty folder, or one of an earlier demo, which is replaced.
+        n_scenes: Held-out scenes.
+
+    Raises:
+        InputError: The folder holds something else.
+    """
+    _make_room(folder)
+    vlm = load()
+    items = questions_about(held_out_scenes(n_scenes))
+    tables: dict[str, pd.DataFrame] = {}
+    with _steps() as step:
+        step("answering held-out questions")
+        answers = answer_accuracy(vlm, items, batch_size=_BATCH)
+        tables["accuracy"] = _accuracy(answers)
+        step("capturing attention")
+        store = _store(vlm, items, folder)
+        step("capturing the untrained model")
+        before = VLM(untrained("llava"), vlm.processor)
+        first = _captured(before, of_kind(items, "color"))
+        step("measuring where heads point")
+        tables |= _pointing(store, first)
+        tables |= _ratio(store, first)
+        step("measuring blocks, positions and sinks")
+        tables |= _positions(vlm, store, items)
+        step("removing heads, one by one")
+        tables |= _removals(vlm, items)
+        step("drawing")
+        shown = _shown(vlm, before, items)
+        tables["rollout"] = attention_rollout(shown["after"], shown["phrase"], baseline="uniform")
+        pictures = draw_all(shown, tables, store, folder / "pictures")
+    _write_tables(tables, folder / "tables")
+    lines = telling(tables)
+    write_report(folder, vlm, items, tables, pictures, lines)
+    return Findings(folder, tables, lines)
+
+
+def _make_room(folder: Path) -> None:
+    """Only what an earlier demo made is ever deleted."""
+    mark = folder / ".xmodal-demo"
+    if folder.exists() and any(folder.iterdir()):
+        if not mark.exists():
+            raise InputError(
+                f"The demo needs a new or an empty folder; {str(folder)!r} holds other files. "
+                "Choose another one: xmodal demo FOLDER."
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(f"{_MARK}\n")
+
+
+@contextmanager
+def _steps() -> Iterator[Any]:
+    """A line that tells what is going on, and for how long."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+        yield lambda text: progress.update(task, description=text)
+
+
+def _accuracy(answers: pd.DataFrame) -> pd.DataFrame:
+    table = answers.groupby("question_kind", sort=False)["correct"].agg(["mean", "size"])
+    return table.rename(columns={"mean": "accuracy", "size": "n"}).reset_index()
+
+
+def _store(vlm: VLM, items: list[dict[str, Any]], folder: Path) -> Store:
+    """The colour questions, text rows of the language tower: what the tables are made of."""
+    labels = ("name", "image", "prompt", "answer", "kind", "subject", "box", "other_boxes")
+    chosen = [{key: item[key] for key in labels} for item in of_kind(items, "color")]
+    return capture_dataset(
+        vlm, chosen, folder / "store", max_new_tokens=2, batch_size=_BATCH, keep=_ROWS, progress=False
+    )
+
+
+def _captured(vlm: VLM, items: list[dict[str, Any]]) -> list[Sample]:
+    samples: list[Sample] = []
+    for start in range(0, len(items), _BATCH):
+        part = items[start : start + _BATCH]
+        images, prompts = [[item["image"]] for item in part], [item["prompt"] for item in part]
+        for item, sample in zip(part, capture_batch(vlm, images, prompts, keep=_ROWS), strict=True):
+            sample.labels.update(item)
+            samples.append(sample)
+    return samples
+
+
+def _pointing(store: Store, first: list[Sample]) -> dict[str, pd.DataFrame]:
+    return {
+        "pointing": pointing_game(store),
+        "pointing_untrained": pointing_game(first),
+        "best_head": best_head(pointing_hits(store)),
+        "best_head_untrained": best_head(pointing_hits(first)),
+    }
+
+
+def _ratio(store: Store, first: list[Sample]) -> dict[str, pd.DataFrame]:
+    values = ["ratio", "null", "lift", "sink_free_lift"]
+
+    def by_layer(samples: Store | list[Sample]) -> pd.DataFrame:
+        table = cross_modal_ratio(samples, queries="last", by=("layer",))
+        return table.groupby("layer")[values].mean().reset_index()
+
+    table = by_layer(store).merge(by_layer(first), on="layer", suffixes=("", "_untrained"))
+    heads = cross_modal_ratio(store, queries="last").groupby(["layer", "head"])[values].mean()
+    return {"ratio": table, "ratio_heads": heads.reset_index()}
+
+
+def _positions(vlm: VLM, store: Store, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
+    few = store[:32]
+    full = _full(vlm, of_kind(items, "color")[:8])
+    blank = [_like(item, item["image"].copy()) for item in of_kind(items, "color")[:32]]
+    for item in blank:
+        item["image"].paste((60, 60, 60), (0, 0, *item["image"].size))
+    control = _captured(vlm, blank)
+    return {
+        "blocks": block_statistics(full),
+        "positions": positional_bias(full),
+        "sinks": attention_sinks(full),
+        "raster": raster_bias(few, control=control),
+        "raster_profile": raster_profile(few, control=control),
+    }
+
+
+def _full(vlm: VLM, items: list[dict[str, Any]]) -> list[Sample]:
+    return [capture(vlm, item["image"], item["prompt"], max_new_tokens=2) for item in items]
+
+
+def _like(item: dict[str, Any], image: Any) -> dict[str, Any]:
+    return {**item, "image": image}
+
+
+def _removals(vlm: VLM, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
+    asked = [item for kind in KINDS[:-1] for item in of_kind(items, kind)[:_ABLATED]]
+    others = [item for kind in KINDS[:-1] for item in of_kind(items, kind)[_ABLATED : 2 * _ABLATED]]
+    pruning = head_pruning(vlm, asked, batch_size=_BATCH, progress=False)
+    curve = pruning_curve(
+        vlm, others, pruning, steps=9, n_random=3, batch_size=_BATCH, progress=False
+    )
+    return {"pruning": pruning, "pruning_curve": curve}
+
+
+def _shown(vlm: VLM, before: VLM, items: list[dict[str, Any]]) -> dict[str, Any]:
+    """One sample for the pictures: a place question, captured whole, before and after training."""
+    item = of_kind(items, "place")[3]
+    after = capture(vlm, item["image"], item["prompt"], max_new_tokens=4)
+    first = capture(before, item["image"], item["prompt"])
+    return {"after": after, "before": first, "phrase": item["subject"], "box": item["box"]}
+
+
+def _write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False)
+        table.to_parquet(folder / f"{name}.parquet", index=False)

@@ -1,0 +1,75 @@
+"""The findings in words, each with its figure and what it is to be compared with."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+Tables = dict[str, pd.DataFrame]
+
+
+def telling(tables: Tables) -> list[str]:
+    """A line for each finding, read off the tables."""
+    return [
+        _answers(tables["accuracy"]),
+        _pointing(tables),
+        *_ratio(tables["ratio"]),
+        *_heads(tables["pruning"]),
+        _curve(tables["pruning_curve"]),
+    ]
+
+
+def _answers(table: pd.DataFrame) -> str:
+    parts = [f"{row.question_kind} {row.accuracy:.1%}" for row in table.itertuples()]
+    return f"Answers on {table['n'].max()} held-out scenes: {', '.join(parts)}."
+
+
+def _pointing(tables: Tables) -> str:
+    best, random = tables["best_head"].iloc[0], tables["best_head_untrained"].iloc[0]
+    heads = tables["pointing"].set_index(["layer", "head"])
+    other = heads.loc[(best["layer"], best["head"]), "other_object"]
+    return (
+        f"Asked for a colour, layer {best['layer']} head {best['head']} has its peak on the asked "
+        f"thing in {best['hit']:.1%} of the scenes ({best['hit_low']:.1%} to {best['hit_high']:.1%}), "
+        f"on another given thing in {other:.1%}. The best head of the untrained model: "
+        f"{random['hit']:.1%}; a random place: {heads['hit_chance'].mean():.1%}. (The head was chosen "
+        f"on one half of the scenes and scored on the other, n = {best['n']}.)"
+    )
+
+
+def _ratio(table: pd.DataFrame) -> list[str]:
+    null = table["null"].mean()
+    ratios = ", ".join(f"{value:.2f}" for value in table["ratio"])
+    below = table.loc[table["lift"] < 1, "layer"].tolist()
+    lines = [
+        f"Share of the last token's attention on the image, layer by layer: {ratios}. Uniform "
+        f"attention would give {null:.2f}."
+    ]
+    if below:
+        named = ", ".join(map(str, below))
+        lines.append(f"Layer {named} looks at the image less than uniform attention would.")
+    return lines
+
+
+def _heads(table: pd.DataFrame) -> list[str]:
+    """The head each kind of question needs most, where the loss is beyond doubt."""
+    lines = []
+    for kind, rows in table[table["question_kind"] != "all"].groupby("question_kind", sort=False):
+        sure = rows[rows["accuracy_drop_low"] > 0].sort_values("accuracy_drop", ascending=False)
+        if sure.empty:
+            lines.append(f"No single head is needed for {kind} questions.")
+            continue
+        named = [
+            f"layer {r.layer} head {r.head} ({100 * r.accuracy_drop:.0f} points, "
+            f"{100 * r.accuracy_drop_low:.0f} to {100 * r.accuracy_drop_high:.0f})"
+            for r in sure.head(3).itertuples()
+        ]
+        lines.append(f"Made uniform, these heads break {kind} questions: {'; '.join(named)}.")
+    return lines
+
+
+def _curve(table: pd.DataFrame) -> str:
+    shares = {}
+    for entry in table.attrs["summary"]:
+        shares.setdefault(entry["order"], []).append(entry["share_at_95"])
+    parts = [f"{100 * sum(v) / len(v):.0f}% in {order} order" for order, v in shares.items()]
+    return f"Heads that can go before accuracy falls below 95% of what it was: {', '.join(parts)}."

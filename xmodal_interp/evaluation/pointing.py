@@ -1,0 +1,271 @@
+"""Does a head look at the thing it is asked about? The pointing game, and the share in the box.
+
+For a query row of a head, restricted to the tokens of an image (``m_t``, token boxes ``b_t``), and
+a labelled box ``B``, both in pixels of the original image:
+
+* hit: the peak ``argmax_t m_t`` lies in the box (Zhang et al. 2018, arXiv:1608.00507): the centre
+  of its token box does (``"centre"``), or its token box overlaps it (``"overlap"``). Tokens are
+  coarse, so ``"centre"`` misses small things that a head does look at.
+* energy: ``sum_t m_t |b_t & B| / |b_t|`` over ``sum_t m_t`` (the energy-based pointing game of Wang
+  et al. 2020, arXiv:1910.01279), tokens on the rim counted in part: uniform attention has the box's
+  share of the image as its energy.
+
+A random token is not the null to beat: things stand out from the background, and a head that looks
+at *some* thing scores far above it. Hence ``any_object``, how often the peak is in any thing's box,
+and ``other_object``, how often it is in one particular other thing's: a head that does not know
+which thing is meant has ``hit`` equal to ``other_object``.
+
+The best of many heads looks better than it is: :func:`best_head` chooses it on one half of the
+samples and scores it on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stamped
+from xmodal_interp.analysis.resampling import mean_intervals
+from xmodal_interp.analysis.selecting import Layers, calls_of, queries_of
+from xmodal_interp.errors import InputError
+from xmodal_interp.evaluation.boxes import (
+    Box,
+    Criterion,
+    overlap_shares,
+    placed_tokens,
+    tokens_inside,
+)
+from xmodal_interp.sample import Sample, Selector, samples_of
+from xmodal_interp.vocabulary import AttentionKind
+
+Queries = Selector | Callable[[Sample], Selector]
+_KEYS = ["tower", "kind", "layer", "head"]
+_MEANS = [
+    *("hit", "energy", "any_object", "other_object"),
+    *("image_mass", "hit_chance", "energy_chance"),
+]
+
+
+def pointing_game(  # noqa: PLR0913 - one experiment, every option with a default
+    samples: Sample | Sequence[Sample],
+    boxes: str | Sequence[Box] = "box",
+    *,
+    other_boxes: str | Sequence[Sequence[Box]] = "other_boxes",
+    queries: Queries = "last",
+    criterion: Criterion = "overlap",
+    layers: Layers = None,
+    image: int = 0,
+    kind: AttentionKind = "self",
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How often each head of the language tower looks at the labelled thing.
+
+    Args:
+        samples: One sample or many; one labelled thing each.
+        boxes: The box of the thing that each sample asks about: one per sample, or the name of the
+            label that holds it (``sample.labels["box"]``).
+        other_boxes: Boxes of the other things in the picture, given in the same ways. Without them,
+            ``any_object`` and ``other_object`` are NaN.
+        queries: Whose attention: ``"last"`` (of the prompt), ``"text"``, positions, a phrase, or a
+            function that gives one of these for a sample. Several rows are averaged.
+        criterion: ``"overlap"`` or ``"centre"``.
+        layers: Layers, all if not given.
+        image: Which image the boxes are on.
+        kind: ``"self"``, or ``"cross"`` where text reaches the image by cross-attention.
+        n_bootstrap: Resamples of the intervals.
+        seed: Seed of the resamples.
+
+    Returns:
+        One row per layer and head: ``tower, kind, layer, head``, then means over the samples:
+        ``hit`` (0 to 1), ``energy`` (0 to 1), ``any_object``, ``other_object`` (0 to 1),
+        ``image_mass`` (probability on the image), ``hit_chance`` (of a random token),
+        ``energy_chance`` (of uniform attention); ``hit_low``, ``hit_high``, ``energy_low``,
+        ``energy_high`` (95% intervals over samples), and ``n``.
+
+    Raises:
+        InputError: A sample without a box, a box outside the image's tokens, no image tokens, or
+            queries that cannot see the image.
+    """
+    hits = pointing_hits(
+        samples,
+        boxes,
+        other_boxes=other_boxes,
+        queries=queries,
+        criterion=criterion,
+        layers=layers,
+        image=image,
+        kind=kind,
+    )
+    grouped = hits.groupby(_KEYS, sort=True)
+    table = grouped[_MEANS].mean().reset_index()
+    table["n"] = grouped.size().to_numpy()
+    clusters = np.arange(hits.attrs["n_samples"])
+    for place, value in enumerate(("hit", "energy")):
+        series = np.stack([of_head[value].to_numpy(float) for _, of_head in grouped])
+        low, high = mean_intervals(series, clusters, n_draws=n_bootstrap, seed=seed)
+        table.insert(len(_KEYS) + len(_MEANS) + 2 * place, f"{value}_low", low)
+        table.insert(len(_KEYS) + len(_MEANS) + 2 * place + 1, f"{value}_high", high)
+    table.attrs = {
+        **hits.attrs,
+        "analysis": "pointing_game",
+        "parameters": {**hits.attrs["parameters"], "n_bootstrap": n_bootstrap, "seed": seed},
+    }
+    return table
+
+
+def pointing_hits(
+    samples: Sample | Sequence[Sample],
+    boxes: str | Sequence[Box] = "box",
+    *,
+    other_boxes: str | Sequence[Sequence[Box]] = "other_boxes",
+    queries: Queries = "last",
+    criterion: Criterion = "overlap",
+    layers: Layers = None,
+    image: int = 0,
+    kind: AttentionKind = "self",
+) -> pd.DataFrame:
+    """:func:`pointing_game` before averaging: one row per sample, layer and head.
+
+    Returns:
+        ``sample, tower, kind, layer, head``, then ``hit`` (0 or 1), ``energy`` (0 to 1),
+        ``any_object`` (0 or 1), ``other_object`` (0 to 1), ``image_mass``, ``hit_chance``,
+        ``energy_chance``.
+    """
+    if criterion not in get_args(Criterion):
+        raise InputError(
+            f"criterion must be one of {', '.join(get_args(Criterion))}; got {criterion!r}."
+        )
+    many = samples_of(samples)
+    for name, given in (("boxes", boxes), ("other_boxes", other_boxes)):
+        if not isinstance(given, str) and len(given) != len(many):
+            raise InputError(
+                f"{name} must have one entry per sample; got {len(given)} for {len(many)} samples."
+            )
+    numbers = iter(range(len(many)))
+
+    def table_of(sample: Sample) -> pd.DataFrame:
+        number = next(numbers)
+        box = sample.labels.get(boxes) if isinstance(boxes, str) else boxes[number]
+        if box is None:
+            raise InputError(
+                f"Every sample needs the box of the thing it asks about. Sample {sample.name!r} "
+                f"has no label {boxes!r}; its labels are {', '.join(sample.labels) or 'none'}. "
+                "Pass boxes, or leave the sample out."
+            )
+        others = (
+            sample.labels.get(other_boxes, ())
+            if isinstance(other_boxes, str)
+            else other_boxes[number]
+        )
+        keys, tokens = placed_tokens(sample, image, kind)
+        shares = overlap_shares(tokens, box)
+        inside = tokens_inside(tokens, box, criterion)
+        if not inside.any():
+            (x0, y0, _, _), (_, _, x1, y1) = tokens.amin(0).tolist(), tokens.amax(0).tolist()
+            raise InputError(
+                f"A box must hold at least one image token, by the criterion {criterion!r}. Sample "
+                f"{sample.name!r}: the box is {list(box)}, the tokens cover {[x0, y0, x1, y1]}."
+            )
+        elsewhere = [tokens_inside(tokens, other, criterion) for other in others or ()]
+        rows = queries_of(sample, queries(sample) if callable(queries) else queries)
+        tables = []
+        for call in calls_of(sample, layers, kind=kind):
+            probs = call.probs(queries=rows, keys=keys)[0].mean(1).cpu()  # [head, token]
+            if not probs.sum() > 0:
+                raise InputError(
+                    f"Queries must see the image. In sample {sample.name!r}, positions "
+                    f"{rows.tolist()} have no probability on image {image}."
+                )
+            values = _scores(probs.double(), inside, shares, elsewhere)
+            table = long_table({"head": range(len(probs))}, values)
+            tables.append(keyed(table, tower="language", kind=kind, layer=call.layer))
+        return pd.concat(tables, ignore_index=True)
+
+    parameters = {
+        "boxes": boxes if isinstance(boxes, str) else "given",
+        "other_boxes": other_boxes if isinstance(other_boxes, str) else "given",
+        "queries": "a function" if callable(queries) else queries,
+        "criterion": criterion,
+        "layers": layers,
+        "image": image,
+        "kind": kind,
+    }
+    return over_samples(many, table_of, analysis="pointing_hits", parameters=parameters)
+
+
+def best_head(
+    hits: pd.DataFrame, value: str = "hit", *, n_bootstrap: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """The head that is best on the first half of the samples, scored on the second half.
+
+    Args:
+        hits: What :func:`pointing_hits` returned, or any table with ``layer``, ``head`` and one row
+            for each sample and head; samples in random order.
+        value: The column to be best in. Of equal heads, the first one.
+        n_bootstrap: Resamples of the interval.
+        seed: Seed of the resamples.
+
+    Returns:
+        One row: the keys of the head, ``chosen_with`` (mean of the value in the first half, too
+        high by the choice), then ``{value}``, ``{value}_low``, ``{value}_high`` (mean and 95% interval in
+        the second half), ``n_chosen`` and ``n``.
+
+    Raises:
+        InputError: Fewer than two samples, or a table that lacks a row or a column.
+    """
+    keys = [name for name in _KEYS if name in hits.columns]
+    if not {"layer", "head", value} <= set(hits.columns):
+        raise InputError(
+            f"Choosing a head needs the columns layer, head, {value}; got "
+            f"{', '.join(hits.columns)}."
+        )
+    wide = {key: of_head[value].to_numpy(float) for key, of_head in hits.groupby(keys, sort=True)}
+    lengths = {len(values) for values in wide.values()}
+    if len(lengths) != 1 or max(lengths) < 2:
+        raise InputError(
+            "Choosing and scoring a head needs the same two or more samples for each; got "
+            f"{' or '.join(map(str, sorted(lengths))) or 'no'} rows per head."
+        )
+    values = np.stack(list(wide.values()))  # [head, sample]
+    half = (values.shape[1] + 1) // 2
+    best = int(values[:, :half].mean(1).argmax())
+    scored = values[best : best + 1, half:]
+    low, high = mean_intervals(scored, np.arange(scored.shape[1]), n_draws=n_bootstrap, seed=seed)
+    row: dict[str, Any] = dict(zip(keys, list(wide)[best], strict=True))
+    row |= {"chosen_with": values[best, :half].mean(), value: scored.mean()}
+    row |= {f"{value}_low": low[0], f"{value}_high": high[0]}
+    return stamped(
+        pd.DataFrame([{**row, "n_chosen": half, "n": scored.shape[1]}]),
+        analysis="best_head",
+        parameters={"value": value, "n_bootstrap": n_bootstrap, "seed": seed},
+        provenance=[hits.attrs.get("provenance", {})],
+        n_samples=values.shape[1],
+    )
+
+
+def _scores(
+    probs: Float[Tensor, "head token"],
+    inside: Bool[Tensor, " token"],
+    shares: Float[Tensor, " token"],
+    elsewhere: Sequence[Bool[Tensor, " token"]],
+) -> dict[str, Tensor | float]:
+    peak, mass = probs.argmax(1), probs.sum(1)
+    hit = inside[peak].double()
+    unknown = torch.full((1, len(probs)), torch.nan)
+    at_others = torch.stack([of[peak].double() for of in elsewhere]) if elsewhere else unknown
+    return {
+        "hit": hit,
+        "energy": (probs @ shares) / mass.clamp(min=torch.finfo(probs.dtype).tiny),
+        "any_object": torch.maximum(hit, at_others.amax(0)),  # NaN stays NaN
+        "other_object": at_others.mean(0),
+        "image_mass": mass,
+        "hit_chance": float(inside.float().mean()),
+        "energy_chance": float(shares.mean()),
+    }

@@ -1,0 +1,233 @@
+"""Matrices with labelled axes: image tokens named by the run, text tokens one by one.
+
+A prompt has hundreds of image tokens and a few words. Drawn to scale, the words are hairlines; so
+that they can be read, a token with a name of its own is drawn several times as wide as an image
+token, and the figure says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+
+from xmodal_interp.figures.scales import Scale
+from xmodal_interp.figures.style import SMALL, group_color, readable
+
+NAMES = 1.2
+"""Inches that names beside or below a matrix take, with the label of the axis."""
+
+_PITCH = 0.115  # inches between two names that can both be read
+_BROAD = 0.75  # inches that the name of a run takes if it is written along the axis
+_MOST_FOR_NAMES = 0.65  # share of an axis that tokens with names of their own may take
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbours of one group: positions ``start`` to ``stop`` of an axis."""
+
+    group: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """What stands along one axis of a matrix.
+
+    Attributes:
+        names: One per position; empty where only the run has a name.
+        groups: One per position: ``image 0``, ``text``, ``generated``, ``special``, ...
+    """
+
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, index: np.ndarray) -> Labels:
+        """Some of the positions."""
+        chosen = index.tolist()
+        return Labels(tuple(self.names[i] for i in chosen), tuple(self.groups[i] for i in chosen))
+
+    def runs(self) -> list[Run]:
+        """Neighbours of one group."""
+        found, start = [], 0
+        for group, members in groupby(self.groups):
+            stop = start + len(list(members))
+            found.append(Run(group, start, stop))
+            start = stop
+        return found
+
+    def widths(self, inches: float) -> np.ndarray:
+        """How wide each position is drawn on an axis of this length, in units of the narrowest."""
+        single = np.array([bool(name) for name in self.names], dtype=bool)
+        n_single, n_other = int(single.sum()), int((~single).sum())
+        share = n_single * _PITCH / inches
+        if not n_single or not n_other or share > _MOST_FOR_NAMES:
+            return np.ones(len(self), dtype=int)
+        wide = max(1, int(np.ceil(share * n_other / (n_single * (1 - share)))))
+        return np.where(single, wide, 1)
+
+
+def labels_of(table: pd.DataFrame) -> Labels:
+    """Labels of a token table."""
+    names, groups = [], []
+    for kind, role, image, token in zip(
+        table["kind"], table["role"], table["image"], table["token"], strict=True
+    ):
+        of_image = kind in ("image", "video")
+        names.append("" if of_image or kind == "padding" else readable(str(token), 12))
+        groups.append(
+            f"image {image}"
+            if kind == "image"
+            else "generated"
+            if kind == "text" and role == "generated"
+            else str(kind)
+        )
+    return Labels(tuple(names), tuple(groups))
+
+
+def plain_labels(n: int, group: str, names: Sequence[str] | None = None) -> Labels:
+    """Labels of positions that no table describes."""
+    shown = (
+        ("",) * n if names is None else tuple(readable(name, 12) if name else "" for name in names)
+    )
+    return Labels(shown, (group,) * n)
+
+
+def draw_matrix(
+    axes: Axes,
+    values: np.ndarray,
+    rows: Labels,
+    columns: Labels,
+    scale: Scale,
+    inches: tuple[float, float],
+) -> AxesImage:
+    """A matrix ``[row, column]`` with its labels; NaN has the colour of what is hidden.
+
+    Args:
+        axes: Where.
+        values: The matrix.
+        rows: What stands along the rows.
+        columns: What stands along the columns.
+        scale: Colours.
+        inches: Width and height of the axes.
+    """
+    wide, tall = columns.widths(inches[0]), rows.widths(inches[1])
+    spread = np.repeat(np.repeat(np.asarray(values, dtype=float), tall, axis=0), wide, axis=1)
+    x, y = np.concatenate([[0], wide.cumsum()]), np.concatenate([[0], tall.cumsum()])
+    drawn = axes.imshow(
+        scale.drawn(spread),
+        norm=scale.norm,
+        cmap=scale.cmap,
+        extent=(0, int(x[-1]), int(y[-1]), 0),
+        interpolation="auto" if max(spread.shape) > 1500 else "nearest",
+        interpolation_stage="data",
+        aspect="auto",
+    )
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+    _label(axes, rows, y, inches[1], upright=True)
+    _label(axes, columns, x, inches[0], upright=False)
+    return drawn
+
+
+def name_blocks(
+    axes: Axes,
+    rows: Labels,
+    columns: Labels,
+    text: Callable[[Run, Run], str],
+    inches: tuple[float, float],
+) -> None:
+    """Write in the upper right corner of each block what it is, where there is room."""
+    x = np.concatenate([[0], columns.widths(inches[0]).cumsum()])
+    y = np.concatenate([[0], rows.widths(inches[1]).cumsum()])
+    for row in rows.runs():
+        for column in columns.runs():
+            width = (x[column.stop] - x[column.start]) * inches[0] / x[-1]
+            height = (y[row.stop] - y[row.start]) * inches[1] / y[-1]
+            words = text(row, column)
+            if height < 0.22 or width < 0.062 * len(words) + 0.15:
+                continue
+            axes.annotate(
+                words,
+                (x[column.stop], y[row.start]),
+                (-4, -4),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                size=SMALL,
+                bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5},
+            )
+
+
+def legible_side(labels: Labels, least: float, most: float) -> float:
+    """Inches at which all names can be read, or ``least`` if that is more than ``most``."""
+    needed = sum(bool(name) for name in labels.names) * _PITCH
+    needed = needed / _MOST_FOR_NAMES if "" in labels.names else needed
+    return float(max(least, needed)) if needed <= most else least
+
+
+def widened(labels: Labels, inches: float) -> int:
+    """How many times as wide as an image token a token with a name is drawn."""
+    return int(labels.widths(inches).max(initial=1))
+
+
+def _label(axes: Axes, labels: Labels, edges: np.ndarray, inches: float, *, upright: bool) -> None:
+    """Names, a strip in the colours of the groups, and lines between runs."""
+    scale = inches / max(edges[-1], 1)
+    legible = bool((np.diff(edges)[[bool(n) for n in labels.names]] * scale >= 0.95 * _PITCH).all())
+    ticks: list[
+        tuple[float, str, str, bool]
+    ] = []  # place, text, group, whether it runs along the axis
+    for run in labels.runs():
+        start, stop = float(edges[run.start]), float(edges[run.stop])
+        if not run.group:
+            continue
+        _strip(axes, start, stop, run.group, upright=upright)
+        if run.start:
+            line = axes.axhline if upright else axes.axvline
+            line(start, color="white", linewidth=1.4)
+            line(start, color="black", linewidth=0.6)
+        single = [i for i in range(run.start, run.stop) if labels.names[i]]
+        if single and legible:
+            ticks += [
+                (float(edges[i : i + 2].mean()), labels.names[i], run.group, False) for i in single
+            ]
+        elif (stop - start) * scale >= 1.5 * _PITCH:
+            n = run.stop - run.start
+            text = run.group if n == 1 else f"{run.group}\n{n} tokens"
+            broad = (stop - start) * scale >= _BROAD
+            ticks.append(((start + stop) / 2, text if broad else run.group, run.group, broad))
+    axis = axes.yaxis if upright else axes.xaxis
+    axis.set_ticks([place for place, *_ in ticks], labels=[text for _, text, *_ in ticks])
+    axis.set_tick_params(length=0, pad=9)
+    short = all(len(text) <= 2 for _, text, *_ in ticks)
+    for label, (_, _, group, along) in zip(axis.get_ticklabels(), ticks, strict=True):
+        turned = upright == along and not (short and not upright)
+        label.set(color=group_color(group), size=SMALL, rotation=90 if turned else 0)
+        label.set(multialignment="center", **({"va": "center"} if upright else {"ha": "center"}))
+
+
+def _strip(axes: Axes, start: float, stop: float, group: str, *, upright: bool) -> None:
+    """A bar beside the matrix that says of which group these positions are."""
+    inches = axes.get_position().width * axes.figure.get_figwidth()  # type: ignore[union-attr]
+    tall = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]
+    thin, gap = 0.06 / (inches if upright else tall), 0.025 / (inches if upright else tall)
+    color = group_color(group)
+    if upright:
+        bar = Rectangle((-gap - thin, start), thin, stop - start, color=color, linewidth=0)
+        bar.set_transform(axes.get_yaxis_transform())
+    else:
+        bar = Rectangle((start, -gap - thin), stop - start, thin, color=color, linewidth=0)
+        bar.set_transform(axes.get_xaxis_transform())
+    bar.set_clip_on(False)
+    axes.add_patch(bar)

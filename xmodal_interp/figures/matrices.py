@@ -1,0 +1,228 @@
+"""Attention as a matrix: all positions, or text tokens against image tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+
+from xmodal_interp.attention import Positions
+from xmodal_interp.errors import InputError
+from xmodal_interp.figures.labelling import (
+    NAMES,
+    Labels,
+    Run,
+    draw_matrix,
+    legible_side,
+    labels_of,
+    name_blocks,
+    widened,
+)
+from xmodal_interp.figures.layout import BAR, Sheet, sheet
+from xmodal_interp.figures.placement import Place, draw_image, draw_rows, place_of
+from xmodal_interp.figures.readings import flat, query_groups, reading
+from xmodal_interp.figures.scales import Scale, Show, check_show, scale_of
+from xmodal_interp.figures.sources import Matrix, View, matrix_of
+from xmodal_interp.figures.style import FigurePath, Picture, saved, styled
+from xmodal_interp.figures.wording import about, heads_name, layer_name
+from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.vocabulary import AttentionKind
+
+_SIDES = (5.6, 9.0)  # inches, for few and for many tokens with names
+_PITCH = 0.21  # inches per row of a token-patch matrix
+
+
+@styled
+def attention_matrix(
+    sample: Sample,
+    layer: int = -1,
+    head: Positions | None = None,
+    *,
+    zoom: Literal["text-image"] | None = None,
+    show: Literal["probability", "lift"] = "probability",
+    kind: AttentionKind = "self",
+    image: int = 0,
+    path: FigurePath = None,
+) -> Picture:
+    """Who attends to whom: queries in rows, keys in columns, what the mask hides in grey.
+
+    Args:
+        sample: The sample.
+        layer: Layer index; negative ones count from the last.
+        head: A head, or several to average; the mean of all if not given.
+        zoom: ``"text-image"`` adds the block of text after the image against the image's tokens.
+        show: ``"probability"`` on a log scale, or ``"lift"``: times uniform attention.
+        kind: ``"cross"`` for the cross-attention of families that have it.
+        image: Which image to zoom on.
+        path: Where to save the figure.
+    """
+    check_show(show, ("probability", "lift"))
+    if zoom not in (None, "text-image"):
+        raise InputError(f"zoom must be 'text-image' or None; got {zoom!r}.")
+    place = place_of(sample, image) if zoom else None
+    if place is not None and place.kind != kind:
+        raise InputError(
+            f"zoom shows text against image tokens. The text of sample {sample.name!r} reaches "
+            f"them by {place.kind}-attention; pass kind={place.kind!r}."
+        )
+    matrix = matrix_of(View(sample, layer, head, kind=kind))
+    values = matrix.probs if show == "probability" else matrix.lift
+    scale = scale_of(show, [values], power=0.0)
+    side = max(legible_side(matrix.rows, *_SIDES), legible_side(matrix.columns, *_SIDES))
+    right = NAMES + side + 0.1
+    zoomed = None if place is None else _zoomed(sample, matrix, place, values)
+    width = 0.0 if zoomed is None else _wide(zoomed[0].shape[1])
+    height = 0.0 if zoomed is None else _tall(len(zoomed[1]))
+    title = f"{about(sample)}\n{layer_name(matrix.call)}, {heads_name(matrix.call, head)}"
+    edge = right + (NAMES + width + 0.1 if zoomed else 0.0)
+    body = max(side + NAMES, height + 0.8)
+    page = sheet(edge + BAR, body, title, _note(matrix, side))
+    axes = page.axes(NAMES, 0.05, side, side)
+    draw_matrix(axes, values, matrix.rows, matrix.columns, scale, (side, side))
+    axes.set(ylabel="query", xlabel="key")
+    name_blocks(axes, matrix.rows, matrix.columns, _block_mass(matrix), (side, side))
+    page.bar(scale, edge + 0.05, 0.05, 2.6)
+    if zoomed is not None and place is not None:
+        block, rows = zoomed
+        drawn = _draw_block(page, (right + NAMES, 0.3, width, height), block, rows, place, scale)
+        drawn.set_title("text after the image \u2192 image tokens")
+        _draw_legend_image(page, place, right + NAMES, height + 0.95, (width, body - NAMES))
+    return saved(page.picture, path)
+
+
+def _zoomed(
+    sample: Sample, matrix: Matrix, place: Place, values: np.ndarray
+) -> tuple[np.ndarray, Labels]:
+    """The block of text after the image against its tokens in raster order."""
+    rows = np.flatnonzero(np.isin(matrix.call.query_positions.cpu(), sample.text_after_image()))
+    if not len(rows):
+        raise InputError(
+            f"zoom shows the text after the image; sample {sample.name!r} has none that was kept."
+        )
+    return values[np.ix_(rows, place.keys[_raster(place)])], matrix.rows.take(rows)
+
+
+def _draw_legend_image(
+    page: Sheet, place: Place, left: float, top: float, room: tuple[float, float]
+) -> None:
+    """The image with its rows of tokens numbered, where there is room for it."""
+    aspect = place.grid.width / place.grid.height
+    height = min(room[1] - top, room[0] / aspect, 2.4)
+    if height > 0.9:
+        axes = page.axes(left, top, height * aspect, height)
+        draw_image(axes, place)
+        draw_rows(axes, place)
+        axes.set_ylabel("row of tokens")
+
+
+@styled
+def token_patch_matrix(
+    sample: Sample,
+    layer: int = -1,
+    head: Positions | None = None,
+    *,
+    queries: Selector | None = None,
+    image: int = 0,
+    show: Show = "probability",
+    vmax: float | None = None,
+    path: FigurePath = None,
+) -> Picture:
+    """Text tokens in rows, the tokens of an image in columns, row by row of the image.
+
+    Args:
+        sample: The sample.
+        layer: Layer index; negative ones count from the last.
+        head: A head, or several to average; the mean of all if not given.
+        queries: A phrase or positions; all text after the image if not given.
+        image: Which image.
+        show: ``"probability"``, ``"share"`` of the attention on the image, or ``"lift"``.
+        vmax: Upper end of the colour scale; that of the values if not given.
+        path: Where to save the figure.
+    """
+    check_show(show)
+    place = place_of(sample, image)
+    groups = query_groups(sample, place, queries)
+    read = reading(sample, place, torch.tensor(flat(groups)), layer, head)
+    order = _raster(place)
+    values = np.stack([read.values(show, queries=[i])[order] for i in range(len(groups))])
+    rows = labels_of(sample.tokens).take(np.array(flat(groups)))
+    scale = scale_of(show, [values], vmax=vmax, power=0.5)
+    width = _wide(len(order))
+    height = _tall(len(rows))
+    title = f"{about(sample)}\n{layer_name(read.call)}, {heads_name(read.call, head)}"
+    page = sheet(NAMES + width + 0.15 + BAR, height + 0.5, title)
+    _draw_block(page, (NAMES, 0.05, width, height), values, rows, place, scale)
+    page.bar(scale, NAMES + width + 0.15, 0.05, min(height, 2.6))
+    return saved(page.picture, path)
+
+
+def _draw_block(
+    page: Sheet,
+    where: tuple[float, float, float, float],
+    values: np.ndarray,
+    rows: Labels,
+    place: Place,
+    scale: Scale,
+) -> Axes:
+    """Text tokens against image tokens in raster order, with lines between the image's rows."""
+    axes = page.axes(*where)
+    order = _raster(place)
+    draw_matrix(
+        axes, values, rows, Labels(("",) * len(order), ("",) * len(order)), scale, where[2:]
+    )
+    of_row = place.grid.places[order, 0]
+    starts = np.flatnonzero(np.diff(of_row, prepend=-1))
+    for start in starts[1:]:
+        axes.axvline(start, color="white", linewidth=0.8)
+    middles = (starts + np.append(starts[1:], len(order))) / 2
+    step = max(1, int(np.ceil(len(starts) * 0.22 / where[2])))
+    axes.set_xticks(middles[::step], [str(row) for row in of_row[starts][::step]])
+    for r in range(1, len(rows)):
+        axes.axhline(r, color="white", linewidth=0.4)
+    axes.set_xlabel(
+        f"tokens of image {place.number}, by its rows ({place.grid.rows} x {place.grid.cols})"
+    )
+    return axes
+
+
+def _raster(place: Place) -> np.ndarray:
+    """The tokens that have a place, row by row of the image."""
+    row, col = place.grid.places.T
+    order = np.lexsort((col, row))
+    return np.asarray(order[row[order] >= 0])
+
+
+def _wide(n_tokens: int) -> float:
+    """Inches for so many image tokens in a row."""
+    return float(np.clip(0.04 * n_tokens, 4.5, 9.0))
+
+
+def _tall(n_rows: int) -> float:
+    """Inches for so many text tokens."""
+    return float(np.clip(_PITCH * n_rows, 1.4, 10.0))
+
+
+def _note(matrix: Matrix, side: float) -> str:
+    """How the matrix is drawn."""
+    times = max(widened(matrix.rows, side), widened(matrix.columns, side))
+    grey = "Grey: hidden by the mask." if not matrix.visible.all() else "Nothing is hidden."
+    wide = (
+        f" Tokens with a name are drawn {times} times as wide as image tokens." if times > 1 else ""
+    )
+    return grey + wide
+
+
+def _block_mass(matrix: Matrix) -> Callable[[Run, Run], str]:
+    """What a block holds: the share of its queries' attention, on average."""
+
+    def text(row: Run, column: Run) -> str:
+        block = matrix.probs[row.start : row.stop, column.start : column.stop]
+        if np.isnan(block).all():
+            return "hidden"
+        mass = np.nansum(block, axis=1).mean()
+        return f"{row.group} \u2192 {column.group}: {mass:.0%} of attention"
+
+    return text

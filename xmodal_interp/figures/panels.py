@@ -1,0 +1,145 @@
+"""Panels of one image, laid out in inches: titles don't collide, and the aspect is the image's.
+
+Rows of panels, above them what the figure is about, at the right the colour bars, below them a note
+on how it is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from xmodal_interp.figures import placement
+from xmodal_interp.figures.layout import BAR, MARGIN, sheet
+from xmodal_interp.figures.looks import Look
+from xmodal_interp.figures.placement import DARK, LIGHT, Place
+from xmodal_interp.figures.scales import Scale
+from xmodal_interp.figures.style import HIDDEN, SMALL, Picture
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Values on one image.
+
+    Attributes:
+        title: Above the panel.
+        values: One per token of the image, NaN where hidden; None shows the image alone.
+        scale: Their colours; panels with the same scale share one colour bar.
+        left_out: Tokens to mark as left out.
+        outlined: Boxes to outline on this panel only.
+    """
+
+    title: str
+    values: np.ndarray | None = None
+    scale: Scale | None = None
+    left_out: np.ndarray | None = None
+    outlined: Sequence[placement.Box] = ()
+
+    def under(self, scale: Scale) -> Panel:
+        """The panel with its colours."""
+        return self if self.values is None else replace(self, scale=scale)
+
+
+def panel_figure(
+    place: Place,
+    rows: Sequence[Sequence[Panel]],
+    look: Look,
+    title: str,
+    note: str = "",
+    row_titles: Sequence[str] = (),
+) -> Picture:
+    """Panels in rows.
+
+    Args:
+        place: The image.
+        rows: Panels of each row; rows may differ in length.
+        look: How to draw.
+        title: What the figure shows.
+        note: How it is drawn.
+        row_titles: What each row is, at its left.
+    """
+    n_cols = max(len(row) for row in rows)
+    width, height = _panel_size(place, n_cols)
+    scales = list({id(p.scale): p.scale for row in rows for p in row if p.scale}.values())
+    left = MARGIN + (max(map(len, row_titles)) * 0.075 + 0.1 if row_titles else 0.0)
+    right = left + n_cols * (width + 0.1)
+    heads = [0.25 if any(panel.title for panel in row) else 0.08 for row in rows]
+    body = sum(heads) + len(rows) * height
+    page = sheet(right + BAR * len(scales), body, title, note)
+    for r, row in enumerate(rows):
+        top = sum(heads[: r + 1]) + r * height
+        for c, panel in enumerate(row):
+            _draw(page.axes(left + c * (width + 0.1), top, width, height), place, panel, look)
+        if row_titles:
+            page.text(left - 0.1, top + height / 2, row_titles[r])
+    for i, scale in enumerate(scales):
+        page.bar(scale, right + 0.02 + BAR * i, heads[0], min(body - heads[0], 2.6))
+    return page.picture
+
+
+def note_on(place: Place, rows: Sequence[Sequence[Panel]], look: Look) -> str:
+    """How a figure is drawn, in words."""
+    panels = [panel for row in rows for panel in row]
+    parts = [
+        f"interpolated between {place.unit}s (bilinear)"
+        if look.smooth
+        else f"one cell per {place.unit} (nearest)"
+    ]
+    if placement.uncovered(place):
+        parts.append(f"hatched: no {place.unit} there")
+    marked = [int(panel.left_out.sum()) for panel in panels if panel.left_out is not None]
+    if any(marked):
+        number = (
+            f"{min(marked)}" if min(marked) == max(marked) else f"{min(marked)} to {max(marked)}"
+        )
+        parts.append(f"\u00d7: {number} left out")
+    elif marked:
+        parts.append("nothing to leave out")
+    return "; ".join(parts).capitalize() + "."
+
+
+def in_rows(panels: Sequence[Panel], most: int = 6) -> list[Sequence[Panel]]:
+    """Panels in rows of about equal length, at most ``most``."""
+    n_rows = -(-len(panels) // most)
+    length = -(-len(panels) // n_rows)
+    return [panels[i : i + length] for i in range(0, len(panels), length)]
+
+
+def _panel_size(place: Place, n_cols: int) -> tuple[float, float]:
+    """Width and height in inches: the image's aspect, smaller where there are many."""
+    side = 2.0 if n_cols <= 4 else 1.75 if n_cols <= 6 else 1.3
+    aspect = float(np.clip(place.grid.width / place.grid.height, 0.25, 4.0))
+    return side * aspect**0.5, side / aspect**0.5
+
+
+def _draw(axes: Axes, place: Place, panel: Panel, look: Look) -> None:
+    ground = None if panel.scale is None else LIGHT if panel.scale.diverging else DARK
+    placement.draw_image(axes, place, ground)
+    if panel.values is not None and panel.scale is not None:
+        grid = place.on_grid(panel.values)
+        placement.draw_map(axes, place, grid, panel.scale, smooth=look.smooth)
+        if np.isnan(panel.values).all():
+            axes.text(
+                *(0.5, 0.5, "hidden by the mask"),
+                transform=axes.transAxes,
+                ha="center",
+                va="center",
+                size=SMALL,
+                color=HIDDEN,
+            )
+        placement.draw_uncovered(axes, place)
+    if panel.left_out is not None:
+        placement.draw_marks(axes, place, np.flatnonzero(panel.left_out))
+    placement.draw_boxes(axes, place, panel.outlined)
+    if look.boxes is not None:
+        names = look.boxes if panel.values is None else _without_names(look.boxes)
+        placement.draw_boxes(axes, place, names)
+    axes.set_title(panel.title)
+
+
+def _without_names(boxes: placement.Boxes) -> placement.Boxes:
+    """Names are written once, on the image itself."""
+    return list(boxes.values()) if isinstance(boxes, Mapping) else boxes

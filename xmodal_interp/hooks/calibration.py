@@ -1,0 +1,149 @@
+"""Mean outputs of attention heads over a data set: what a head says on average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from xmodal_interp.errors import InputError
+from xmodal_interp.hooks.interventions import Site, intervene
+from xmodal_interp.hooks.selection import Selection
+from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.models import VLM
+from xmodal_interp.models.batching import Batch, Item, batches_of
+from xmodal_interp.vocabulary import AttentionKind, Tower
+
+PositionClass = Literal["all", "image", "text"]
+POSITION_CLASSES: tuple[PositionClass, ...] = ("all", "image", "text")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadMeans:
+    """Mean outputs of heads.
+
+    Attributes:
+        tower: Part of the model.
+        kind: Kind of attention.
+        positions: Which positions they are means of.
+        n_samples: How many samples went in.
+        n_positions: How many positions of them.
+        means: ``[head, d_head]`` for each layer, float32.
+    """
+
+    tower: Tower
+    kind: AttentionKind
+    positions: PositionClass
+    n_samples: int
+    n_positions: int
+    means: Mapping[int, Float[Tensor, "head d_head"]]
+
+
+def mean_head_outputs(
+    vlm: VLM,
+    items: Iterable[Item],
+    *,
+    positions: PositionClass = "text",
+    tower: Tower = "language",
+    kind: AttentionKind = "self",
+    batch_size: int = 32,
+) -> HeadMeans:
+    """Mean output of every head over a data set of prompts, for ``ablate_heads(mode="mean")``.
+
+    Every position counts once, whichever sample it belongs to.
+
+    Args:
+        vlm: Model and processor.
+        items: Dicts with ``image`` and ``prompt``.
+        positions: ``"image"``, ``"text"`` (all that is neither image nor padding) or ``"all"``;
+            towers other than the language tower have ``"all"`` only.
+        tower: Part of the model.
+        kind: Kind of attention.
+        batch_size: The largest number of prompts per forward.
+
+    Raises:
+        InputError: No items, or an unknown class of positions.
+    """
+    allowed = POSITION_CLASSES if tower == "language" else ("all",)
+    if positions not in allowed:
+        raise InputError(
+            f"positions of the {tower} tower must be one of {', '.join(allowed)}; got "
+            f"{positions!r}."
+        )
+    batches = batches_of(vlm, items, batch_size=batch_size, answers=False)
+    return means_over(vlm, batches, positions=positions, tower=tower, kind=kind)
+
+
+def means_over(
+    vlm: VLM,
+    batches: Sequence[Batch],
+    *,
+    positions: PositionClass,
+    tower: Tower,
+    kind: AttentionKind = "self",
+) -> HeadMeans:
+    """``mean_head_outputs`` for inputs that are ready; answers behind the prompts don't count."""
+    collector = _MeanCollector(tower, kind)
+    with torch.no_grad(), intervene(vlm, collector):
+        for batch in batches:
+            collector.chosen = class_masks(batch, positions) if tower == "language" else None
+            vlm.model(**batch.inputs, use_cache=False)
+    if not min(collector.counts.values()):
+        raise InputError(
+            f"A mean needs at least one position; got {len(batches)} batches of prompts without a "
+            f"{positions} position."
+        )
+    means = {n: total / collector.counts[n] for n, total in collector.totals.items()}
+    n_samples = sum(len(batch.index) for batch in batches)
+    return HeadMeans(tower, kind, positions, n_samples, max(collector.counts.values()), means)
+
+
+def class_masks(
+    batch: Batch, positions: PositionClass, *, answers: bool = False
+) -> Bool[Tensor, "sample position"]:
+    """Which positions of a batch belong to a class, by their token kinds.
+
+    Args:
+        batch: Prompts, with or without answers behind them.
+        positions: The class.
+        answers: Whether answers count, as text.
+    """
+    n_positions = batch.inputs["input_ids"].shape[1]
+    masks = torch.full((len(batch.index), n_positions), answers and positions != "image")
+    for mask, prompt in zip(masks, batch.prompts, strict=True):
+        image = prompt.tokens["kind"].eq("image").to_numpy(dtype=bool)
+        padding = prompt.tokens["kind"].eq("padding").to_numpy(dtype=bool)
+        of_class = {"image": image, "text": ~image & ~padding, "all": ~padding}[positions]
+        mask[: len(of_class)] = torch.from_numpy(of_class)
+    return masks
+
+
+class _MeanCollector:
+    """An intervention that changes nothing, and adds up what it sees."""
+
+    selections: tuple[Selection, ...] = ()
+
+    def __init__(self, tower: Tower, kind: AttentionKind) -> None:
+        self.tower, self.kind = tower, kind
+        self.totals: dict[int, Float[Tensor, "head d_head"]] = {}
+        self.counts: dict[int, int] = {}
+        self.chosen: Bool[Tensor, "sample position"] | None = None
+
+    def heads_in(self, layers: Mapping[int, int | None]) -> Mapping[int, Sequence[int]]:
+        return dict.fromkeys(layers, ())
+
+    def before(self, call: RawCall, site: Site) -> RawCall:  # noqa: ARG002
+        return call
+
+    def after(self, call: RawCall, output: Tensor, site: Site) -> Tensor:  # noqa: ARG002
+        layer = site.identity.layer
+        seen = output.float().flatten(0, 1)
+        if self.chosen is not None:
+            seen = seen[self.chosen.flatten().to(output.device)]
+        self.totals[layer] = self.totals.get(layer, 0) + seen.sum(0)
+        self.counts[layer] = self.counts.get(layer, 0) + len(seen)
+        return output

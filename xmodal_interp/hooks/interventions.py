@@ -1,0 +1,221 @@
+"""Interventions: change what attention heads do, run the model, and everything is as it was.
+
+1. Before anything runs, each intervention says which layers and heads it edits; unknown ones are
+   refused.
+2. While the ``with`` block runs, it listens at the tap: it may change the operands of a call (the
+   mask among them), or its output, which is what the output projection is given.
+3. At the end of the block an intervention that never met one of its layers, or never reached one of
+   its positions, is an error: an experiment must not be a silent no-op.
+
+No weight, buffer, config or module is changed, so there is nothing to restore but hooks and the
+tap, which the context manager removes on any way out. ``record`` may stand inside or outside of
+``intervene``: it records the operands as the backend was given them.
+
+To add one, write a frozen dataclass with the functions of :class:`Intervention`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.errors import CaptureError, LayerError, PositionError
+from xmodal_interp.hooks.heads import layers_of, listed, n_heads_of
+from xmodal_interp.hooks.modules import Identity, attention_modules
+from xmodal_interp.hooks.recorder import _refuse_compiled, as_attention_call
+from xmodal_interp.hooks.selection import Selection
+from xmodal_interp.hooks.tap import RawCall, tap
+from xmodal_interp.models import VLM
+from xmodal_interp.vocabulary import AttentionKind, Tower
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where an intervention meets a call.
+
+    Attributes:
+        identity: The layer.
+        heads: The heads to edit.
+        start: The position of the call's first query in the sequence.
+    """
+
+    identity: Identity
+    heads: tuple[int, ...]
+    start: int
+
+    def head_mask(self, call: RawCall) -> Bool[Tensor, " head"]:
+        """True at the heads to be edited."""
+        mask = torch.zeros(call.query.shape[1], dtype=torch.bool, device=call.query.device)
+        mask[list(self.heads)] = True
+        return mask
+
+    def query_mask(
+        self, selection: Selection | None, call: RawCall
+    ) -> Bool[Tensor, "sample query"]:
+        """True at the queries to be edited, all without a selection; one row if samples agree."""
+        n_queries = call.query.shape[2]
+        if selection is None:
+            return torch.ones(1, n_queries, dtype=torch.bool, device=call.query.device)
+        return selection.between(self.start, self.start + n_queries, call.query)
+
+    def attention(self, call: RawCall) -> AttentionCall:
+        """The call by its proper names."""
+        return as_attention_call(call, self.identity, 0, call.mask)
+
+
+@runtime_checkable  # for the type checks that tests run under
+class Intervention(Protocol):
+    """An edit of the attention calls of one tower and kind."""
+
+    @property
+    def tower(self) -> Tower:
+        """The tower it edits."""
+
+    @property
+    def kind(self) -> AttentionKind:
+        """The kind of attention it edits."""
+
+    @property
+    def selections(self) -> tuple[Selection, ...]:
+        """The positions it names; all must be reached."""
+
+    def heads_in(self, layers: Mapping[int, int | None]) -> Mapping[int, Sequence[int]]:
+        """The heads to edit by layer, given each layer's number of heads (None if unknown)."""
+
+    def before(self, call: RawCall, site: Site) -> RawCall:
+        """The call as it shall be made; the same object leaves it alone."""
+
+    def after(self, call: RawCall, output: Tensor, site: Site) -> Tensor:
+        """The output ``[sample, query, head, d_head]`` as the model shall see it."""
+
+
+@contextmanager
+def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Iterator[None]:
+    """Run a model with changed attention heads inside a ``with`` block.
+
+    Where two interventions edit the same output, the first one named has the last word, as the
+    outer one of two nested blocks has.
+
+    Args:
+        model: A VLM or any transformers model.
+        *interventions: Such as ``ablate_heads`` and ``knock_out_attention`` return.
+
+    Raises:
+        LayerError: A layer or head that the model does not have, before anything runs.
+        CaptureError: A layer was never met (at the end of a block that did not fail by itself), or
+            a call cannot be edited as asked for.
+        PositionError: A position was never reached, at the end of the block.
+    """
+    bare = model.model if isinstance(model, VLM) else model
+    _refuse_compiled(bare)
+    known = attention_modules(bare)
+    editors = [_Editor(intervention, known) for intervention in interventions]
+    with ExitStack() as stack:
+        for editor in editors:
+            for module in editor.heads:
+                stack.callback(module.register_forward_pre_hook(editor.open).remove)
+                stack.callback(module.register_forward_hook(editor.close, always_call=True).remove)
+            stack.enter_context(tap(editor))
+        yield
+    for editor in editors:
+        editor.check_met()
+
+
+class _Editor:
+    """One intervention at work; its state lives as long as one ``with`` block."""
+
+    def __init__(self, intervention: Intervention, known: Mapping[nn.Module, Identity]) -> None:
+        self.intervention, self.known = intervention, known
+        modules = layers_of(known, intervention.tower, intervention.kind)
+        wanted = intervention.heads_in({n: n_heads_of(module) for n, module in modules.items()})
+        self.heads = {modules[layer]: tuple(heads) for layer, heads in wanted.items()}
+        self.thread = threading.get_ident()  # hooks sit on the model, so they fire for others too
+        self.running: list[nn.Module] = []
+        self.ran: set[nn.Module] = set()
+        self.length: dict[nn.Module, int] = {}  # of the sequence that a module is at
+        self.reached = 0
+        self.site: Site | None = None
+
+    def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+        if threading.get_ident() == self.thread:
+            self.running.append(module)
+            self.ran.add(module)
+
+    def close(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        if threading.get_ident() == self.thread:
+            self.running.pop()
+
+    def before(self, call: RawCall) -> RawCall:
+        self.site = self._site(call)
+        return call if self.site is None else self.intervention.before(call, self.site)
+
+    def after(self, call: RawCall, output: Tensor) -> Tensor:
+        return output if self.site is None else self.intervention.after(call, output, self.site)
+
+    def check_met(self) -> None:
+        missed = [self.known[m].layer for m in self.heads if m not in self.length]
+        name = f"{self.intervention.tower} {self.intervention.kind}-attention"
+        if missed:
+            unseen = any(self.known[m].layer in missed for m in self.ran)
+            why = (
+                "ran without passing transformers' attention interface; load the model with "
+                "attn_implementation='sdpa' or 'eager'"
+                if unseen
+                else "did not run; run the model inside the with block, or leave them out"
+            )
+            raise CaptureError(
+                f"An intervention must meet every layer it names. {name}, layers "
+                f"{listed(missed)}, {why}."
+            )
+        needed = max((s.n_needed for s in self.intervention.selections), default=0)
+        if self.heads and needed > self.reached:
+            raise PositionError(
+                f"An intervention must reach every position it names. It names position "
+                f"{needed - 1}; {name} ran over positions 0 to {self.reached - 1}."
+            )
+
+    def _site(self, call: RawCall) -> Site | None:
+        module = call.module
+        if module not in self.known and self.running:
+            module = self.running[-1]
+        if module not in self.heads:
+            return None
+        identity, heads, n_heads = self.known[module], self.heads[module], call.query.shape[1]
+        if max(heads, default=0) >= n_heads:
+            raise LayerError(
+                f"A head must exist. {identity.module} has heads 0 to {n_heads - 1}; got "
+                f"{max(heads)}."
+            )
+        start = self._start(module, call) if self.intervention.selections else 0
+        n_keys = call.key.shape[2] if self.intervention.kind == "self" else 0
+        self.length[module] = max(start + call.query.shape[2], n_keys)
+        self.reached = max(self.reached, self.length[module])
+        return Site(identity, heads, start)
+
+    def _start(self, module: nn.Module, call: RawCall) -> int:
+        """The position of the first query: behind the cache."""
+        n_queries, n_keys = call.query.shape[2], call.key.shape[2]
+        before = self.length.get(module)
+        if self.intervention.kind == "cross":  # its keys don't tell; a prompt comes in one piece
+            return 0 if n_queries > 1 or before is None else before
+        if n_queries == n_keys:
+            return 0
+        start = n_keys - n_queries
+        site = Site(self.known[module], (), 0)
+        last_is_seen = bool(site.attention(call).visible([n_queries - 1])[..., -1].any())
+        if not last_is_seen or before not in (None, start):
+            raise CaptureError(
+                "Positions can be told where each step's keys are those before plus its own. "
+                f"{self.known[module].module} has {n_keys} keys for {n_queries} queries after "
+                f"{before or 0} positions (a static or sliding cache). Generate with the default "
+                "cache, or intervene without positions."
+            )
+        return start

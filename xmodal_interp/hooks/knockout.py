@@ -1,0 +1,164 @@
+"""Attention knock-out: cut the edges through which some positions read others.
+
+For the edges (query i, key j) that are blocked, with i in ``queries`` and j in ``keys``:
+
+* renormalised: the score of a blocked edge is minus infinity, so the other probabilities of the
+  row grow (Geva et al. 2023, arXiv:2304.14767; for images Zhang et al. 2025, arXiv:2411.18620).
+  Done in the mask that the backend is given, on top of what it hides already: blocked entries are
+  exactly 0, in a recording too.
+* not renormalised: a blocked probability becomes 0 after the softmax, the others stay. Done by
+  taking the blocked terms out of the output, ``O_i - sum_j A_ij V_j``; a recording shows the full
+  rows.
+
+The edge of a position to itself is never cut, so no row of self-attention is left without keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from xmodal_interp.attention import Positions
+from xmodal_interp.errors import CaptureError, InputError
+from xmodal_interp.hooks.heads import checked_heads
+from xmodal_interp.hooks.interventions import Site
+from xmodal_interp.hooks.selection import Selection
+from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.vocabulary import AttentionKind, Tower
+
+_MASKED_BACKENDS = ("eager", "sdpa")  # they take a mask with a row per query
+
+
+@dataclass(frozen=True, eq=False)
+class KnockOut:
+    """See :func:`knock_out_attention`."""
+
+    queries: Selection
+    keys: Selection
+    layers: tuple[int, ...] | None
+    heads: tuple[int, ...] | None
+    renormalise: bool
+    tower: Tower
+    kind: AttentionKind
+
+    @property
+    def selections(self) -> tuple[Selection, ...]:
+        """Queries and keys; the keys of cross-attention are no positions of the sequence."""
+        return (self.queries,) if self.kind == "cross" else (self.queries, self.keys)
+
+    def heads_in(self, layers: Mapping[int, int | None]) -> Mapping[int, Sequence[int]]:
+        """The layers and heads asked for, if they exist."""
+        wanted = dict.fromkeys(layers if self.layers is None else self.layers, self.heads or ())
+        return checked_heads(wanted, layers, f"{self.tower} {self.kind}-attention")
+
+    def before(self, call: RawCall, site: Site) -> RawCall:
+        """Renormalised: hide the blocked keys in the mask."""
+        if not self.renormalise:
+            return call
+        blocked = self._blocked(call, site)
+        if not blocked.any():
+            return call
+        if call.backend not in _MASKED_BACKENDS:
+            raise CaptureError(
+                "Cutting edges needs a backend that takes a mask with a row per query: "
+                f"{' or '.join(_MASKED_BACKENDS)}. The model runs {call.backend!r}; load it with "
+                "attn_implementation='sdpa', or pass renormalise=False."
+            )
+        visible = site.attention(call).visible()
+        emptied = visible.any(-1) & ~(visible & ~blocked).any(-1)
+        if emptied.any():
+            row = site.start + int(emptied.nonzero()[0, -1])
+            raise InputError(
+                "A query must keep at least one key, because a softmax over nothing is not "
+                f"defined. In {site.identity.module}, query {row} would lose all. Leave it some "
+                "keys, or pass renormalise=False."
+            )
+        return replace(call, mask=_hidden(call, visible, blocked))
+
+    def after(self, call: RawCall, output: Tensor, site: Site) -> Tensor:
+        """Not renormalised: take the blocked terms out of the output."""
+        if self.renormalise:
+            return output
+        blocked = self._blocked(call, site)
+        rows = blocked.any(-1).any(1).any(0).nonzero()[:, 0]
+        if not len(rows):
+            return output
+        part = blocked[:, :, rows]
+        probs = site.attention(call).probs(queries=rows)  # [sample, head, row, key]
+        n_groups = call.query.shape[1] // call.value.shape[1]
+        values = call.value.float().repeat_interleave(n_groups, 1)
+        lost = torch.where(part, probs, 0.0) @ values
+        return output.index_add(1, rows, -lost.transpose(1, 2).to(output.dtype))
+
+    def _blocked(self, call: RawCall, site: Site) -> Bool[Tensor, "sample head query key"]:
+        """The edges to cut; sample and head axes have length 1 where nothing differs."""
+        n_keys = call.key.shape[2]
+        rows = site.query_mask(self.queries, call)
+        blocked = rows[:, :, None] & self.keys.between(0, n_keys, call.key)[:, None, :]
+        if self.kind == "self":
+            position = site.start + torch.arange(rows.shape[1], device=rows.device)
+            blocked = blocked & (position[:, None] != torch.arange(n_keys, device=rows.device))
+        blocked = blocked[:, None]
+        return blocked & site.head_mask(call)[:, None, None] if site.heads else blocked
+
+
+def knock_out_attention(
+    queries: Positions,
+    keys: Positions,
+    *,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    renormalise: bool = True,
+    tower: Tower = "language",
+    kind: AttentionKind = "self",
+) -> KnockOut:
+    """Cut the attention edges from some queries to some keys; for ``intervene``.
+
+    Args:
+        queries: The positions that shall not read: indices, a slice, or a boolean tensor
+            ``[position]`` or ``[sample, position]``.
+        keys: The positions that shall not be read, in the same ways. The edge of a position to
+            itself stays.
+        layers: Where to cut; everywhere if not given. Negative ones count from the end.
+        heads: Which heads of these layers; all if not given.
+        renormalise: Whether the remaining probabilities of a row sum to 1.
+        tower: Part of the model.
+        kind: Kind of attention; the keys of cross-attention are numbered by themselves.
+
+    Raises:
+        InputError: No layers, or no heads.
+        PositionError: A negative position.
+    """
+    for name, chosen in (("layers", layers), ("heads", heads)):
+        if chosen is not None and not len(chosen):
+            raise InputError(f"{name} must name at least one, or be None for all; got {chosen!r}.")
+    return KnockOut(
+        Selection(queries),
+        Selection(keys),
+        None if layers is None else tuple(layers),
+        None if heads is None else tuple(heads),
+        renormalise,
+        tower,
+        kind,
+    )
+
+
+def _hidden(
+    call: RawCall,
+    visible: Bool[Tensor, "#sample #head query key"],
+    blocked: Bool[Tensor, "#sample #head query key"],
+) -> Tensor:
+    """The mask with the blocked edges hidden, in the convention that it came in."""
+    if call.mask is None:
+        seen = visible & ~blocked
+        if call.backend == "sdpa":
+            return seen
+        zeros = torch.zeros(seen.shape, dtype=call.query.dtype, device=seen.device)
+        return zeros.masked_fill_(~seen, torch.finfo(zeros.dtype).min)
+    if call.mask.dtype == torch.bool:
+        return call.mask & ~blocked
+    return call.mask.masked_fill(blocked, torch.finfo(call.mask.dtype).min)

@@ -1,0 +1,102 @@
+"""Replay: what runs before an edited layer gives what it gave, so it need not run again.
+
+A block is the module of a layer stack that holds an attention module (``layers.3`` for
+``layers.3.self_attn``). ``remember_blocks`` keeps what each block returned in one forward;
+``replay`` makes the model's next forwards, on the same inputs, take those outputs from memory for
+every block that ran before a given layer. The rest of the model runs as it is: the result is that
+of the whole forward, bit for bit, wherever a block acts by what it returns. Where one acts in
+another way (keys shared between layers through the cache), it is not: compare once, as
+:mod:`xmodal_interp.analysis.teacher_forcing` does.
+
+The memory is one hidden state per block: ``n_blocks * samples * positions * d_model`` numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from xmodal_interp.hooks.modules import attention_modules
+from xmodal_interp.vocabulary import AttentionKind, Tower
+
+
+@dataclass(eq=False)
+class BlockOutputs:
+    """What the blocks of a model returned in one forward.
+
+    Attributes:
+        blocks: The block of each layer.
+        outputs: The last output of each block, in the order they ran.
+        repeated: Blocks that ran several times; they cannot be replayed.
+    """
+
+    blocks: dict[tuple[Tower, AttentionKind, int], nn.Module]
+    outputs: dict[nn.Module, Any] = field(default_factory=dict)
+    repeated: set[nn.Module] = field(default_factory=set)
+
+    def before(self, tower: Tower, kind: AttentionKind, layer: int) -> dict[nn.Module, Any]:
+        """The outputs of the blocks that had run when the block of this layer began.
+
+        Empty if that block did not run, or ran several times.
+        """
+        block = self.blocks.get((tower, kind, layer))
+        if block is None or block not in self.outputs or block in self.repeated:
+            return {}
+        order = list(self.outputs)
+        kept_out = self.repeated | set(block.modules())
+        return {b: self.outputs[b] for b in order[: order.index(block)] if b not in kept_out}
+
+
+@contextmanager
+def remember_blocks(model: nn.Module) -> Iterator[BlockOutputs]:
+    """Keep what every block returns in the one forward inside the ``with`` block."""
+    blocks = {}
+    for identity in attention_modules(model).values():
+        match = re.match(r".*\.\d+(?=\.|$)", identity.module)
+        if match:
+            key = (identity.tower, identity.kind, identity.layer)
+            blocks[key] = model.get_submodule(match[0])
+    memory = BlockOutputs(blocks)
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
+        if module in memory.outputs:
+            memory.repeated.add(module)
+        memory.outputs[module] = output
+
+    with ExitStack() as stack:
+        for block in dict.fromkeys(blocks.values()):
+            stack.callback(block.register_forward_hook(keep).remove)
+        yield memory
+
+
+@contextmanager
+def replay(outputs: dict[nn.Module, Any]) -> Iterator[None]:
+    """Let modules return what is given, without running, inside the ``with`` block."""
+    with ExitStack() as stack:
+        for module, output in outputs.items():
+            own = module.__dict__.get("forward")  # dispatched models have one per instance
+            stack.callback(_restore, module, own)
+            module.forward = _Returning(output)
+        yield
+
+
+class _Returning:
+    """A forward that returns what it is told to."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+    def __call__(self, *args: Any, **options: Any) -> Any:  # noqa: ARG002
+        return self.output
+
+
+def _restore(module: nn.Module, own: Any) -> None:
+    if own is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = own

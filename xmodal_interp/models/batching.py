@@ -1,0 +1,154 @@
+"""Questions with known answers as model inputs, in batches without padding.
+
+1. Each item is prepared once, alone, by :meth:`VLM.prepare`.
+2. Its answer's tokens are put behind its prompt; the other inputs of those positions are those of
+   the prompt's last position (attended, text).
+3. Items whose inputs have the same shape share a batch.
+
+So an item gets the same inputs in any company: no padding, hence no mask, no shifted positions, and
+the backend's fast path.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xmodal_interp.errors import InputError
+from xmodal_interp.models.vlm import VLM, ImageLike, Prompt
+
+Item = Mapping[str, Any]
+"""``image`` or ``images``, ``prompt`` or ``question``, ``answer``, and optionally ``kind``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Items of one shape.
+
+    Attributes:
+        inputs: Arguments of the model; ``input_ids`` are ``[item, position]``.
+        index: Which items these are.
+        prompts: The labelled positions of each prompt, answer not included.
+        answers: Token ids of each answer; empty where only prompts were asked for.
+    """
+
+    inputs: dict[str, Any]
+    index: tuple[int, ...]
+    prompts: tuple[Prompt, ...]
+    answers: tuple[tuple[int, ...], ...]
+
+
+def batches_of(
+    vlm: VLM, items: Iterable[Item], *, batch_size: int, answers: bool = True
+) -> list[Batch]:
+    """Prepare items for the model.
+
+    Args:
+        vlm: Model and processor.
+        items: Dicts with ``image`` (or a list of them), ``prompt`` and ``answer``.
+        batch_size: The largest number of items per batch.
+        answers: Whether to put the answers behind the prompts (teacher forcing).
+
+    Raises:
+        InputError: No items, an item without image, prompt or answer, or an answer that does not
+            tokenize behind its prompt.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1; got {batch_size}.")
+    shapes: dict[Any, list[tuple[int, dict[str, Any], Prompt, tuple[int, ...]]]] = defaultdict(list)
+    for index, item in enumerate(items):
+        images, question = images_of(index, item), str(_entry(index, item, "prompt", "question"))
+        answer = str(_entry(index, item, "answer")) if answers else ""
+        inputs, (prompt,) = vlm.prepare([images], [question])
+        ids = answer_ids(vlm, prompt.text, answer) if answers else ()
+        inputs = _with_answer(inputs, ids)
+        shapes[_shape(inputs)].append((index, inputs, prompt, ids))
+    if not shapes:
+        raise InputError("At least one item is needed; got none.")
+    return [
+        _joined(alike[start : start + batch_size])
+        for alike in shapes.values()
+        for start in range(0, len(alike), batch_size)
+    ]
+
+
+def answer_ids(vlm: VLM, text: str, answer: str) -> tuple[int, ...]:
+    """Token ids of an answer as it would follow a rendered prompt, end-of-sequence not included.
+
+    Raises:
+        InputError: The answer is empty, or changes how the prompt before it is tokenized.
+    """
+    separator = "" if text.endswith((" ", "\n")) else " "
+    before = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = vlm.tokenizer(text + separator + answer, add_special_tokens=False)["input_ids"]
+    kept = list(whole[: len(before)]) == list(before) and len(whole) > len(before)
+    if not answer.strip() or not kept:
+        raise InputError(
+            "An answer must be text that tokenizes behind its prompt without changing it. Got the "
+            f"answer {answer!r} behind {text!r}."
+        )
+    return tuple(whole[len(before) :])
+
+
+def images_of(index: int, item: Item) -> list[ImageLike]:
+    """The images of an item, not opened yet; ``index`` is for the message.
+
+    Raises:
+        InputError: It has no ``image`` and no ``images``.
+    """
+    given = _entry(index, item, "image", "images")
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def _entry(index: int, item: Item, *names: str) -> Any:
+    for name in names:
+        if item.get(name) is not None:
+            return item[name]
+    raise InputError(
+        f"An item must have {' or '.join(map(repr, names))}. Item {index} has none; its entries "
+        f"are {', '.join(map(str, item)) or 'none'}."
+    )
+
+
+def _with_answer(inputs: dict[str, Any], ids: Sequence[int]) -> dict[str, Any]:
+    given = inputs["input_ids"]
+    longer = {
+        name: torch.cat([value, value[:, -1:].repeat_interleave(len(ids), 1)], 1)
+        if isinstance(value, Tensor) and value.shape[:2] == given.shape
+        else value
+        for name, value in inputs.items()
+    }
+    added = torch.tensor([list(ids)], dtype=given.dtype, device=given.device)
+    return {**longer, "input_ids": torch.cat([given, added], 1)}
+
+
+def _shape(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All but the first axis: what must agree for tensors to be joined along it."""
+    return tuple(
+        (name, tuple(value.shape[1:]) if isinstance(value, Tensor) else None)
+        for name, value in inputs.items()
+    )
+
+
+def _joined(
+    parts: Sequence[tuple[int, dict[str, Any], Prompt, tuple[int, ...]]],
+) -> Batch:
+    index, inputs, prompts, ids = zip(*parts, strict=True)
+    joined: dict[str, Any] = {}
+    for name, value in inputs[0].items():
+        values = [of[name] for of in inputs]
+        if isinstance(value, Tensor):
+            joined[name] = torch.cat(values)
+        elif isinstance(value, list):
+            joined[name] = [one for of in values for one in of]
+        else:
+            raise InputError(
+                f"A processor must return tensors or lists, one entry per sample; it returned "
+                f"{type(value).__name__} for {name!r}."
+            )
+    return Batch(joined, index, prompts, ids)
