@@ -213,3 +213,32 @@ def answer_scores(logits: np.ndarray, ids: Sequence[int], n_prompt: int) -> tupl
         if position == n_prompt:
             margin = row[gold] - max(x for word, x in enumerate(row) if word != gold)
     return float(right), sum(log_probs) / len(log_probs), float(margin)
+
+
+def pointed_at(
+    row: np.ndarray, boxes: np.ndarray, box: Sequence[float], *, criterion: str
+) -> tuple[bool, float]:
+    """Pointing game and energy of one map, token by token and pixel area by pixel area."""
+    peak = max(range(len(row)), key=lambda token: row[token])
+    x0, y0, x1, y1 = boxes[peak]
+    if criterion == "centre":
+        hit = box[0] <= (x0 + x1) / 2 <= box[2] and box[1] <= (y0 + y1) / 2 <= box[3]
+    else:
+        hit = x0 < box[2] and box[0] < x1 and y0 < box[3] and box[1] < y1
+    inside = 0.0
+    for mass, (left, top, right, bottom) in zip(row, boxes, strict=True):
+        width = max(0.0, min(right, box[2]) - max(left, box[0]))
+        height = max(0.0, min(bottom, box[3]) - max(top, box[1]))
+        inside += mass * width * height / ((right - left) * (bottom - top))
+    return hit, inside / sum(row)
+
+
+def bootstrap(values: Sequence[float], n: int, seed: int, level: float) -> tuple[float, float]:
+    """Efron 1979: draw samples with replacement, take the percentiles of their means."""
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(n):
+        drawn = [values[i] for i in rng.integers(len(values), size=len(values))]
+        means.append(sum(drawn) / len(drawn))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

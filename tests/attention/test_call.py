@@ -156,3 +156,15 @@ def test_refusals() -> None:
         "Only rows that were kept can be asked for. language self-attention, layer 3, call 0 kept "
         "3, 9; asked for were also 4. Capture again with these queries, or with all."
     )
+
+
+def test_rows_that_were_not_kept_are_named_whatever_is_asked_for() -> None:
+    part = make(causal=True).select_rows(torch.tensor([3, 5]))
+    for queries in ([-1], [6], [4]):
+        with pytest.raises(NotRecordedError, match="kept 3, 5; asked for were also"):
+            part.probs(queries=queries)
+    with pytest.raises(PositionError, match=f"must lie between -{S} and {S - 1}; got {S}"):
+        part.probs(queries=[S])
+    none = part.select_rows(torch.tensor([], dtype=torch.long))
+    with pytest.raises(NotRecordedError, match="asked for were also 3"):
+        none.probs(queries=[3])

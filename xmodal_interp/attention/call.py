@@ -267,9 +267,8 @@ class AttentionCall:
     ) -> Float[Tensor, "sample key"]:
         """``vector @ mean over heads of probs``.
 
-        One step of attention rollout for one row, ``O(S^2)`` time, ``O(S)`` memory.
-
-        Rows where ``vector`` is zero are not computed.
+        One step of attention rollout for one row, ``O(S^2)`` time, ``O(S)`` memory. A call of one
+        sample takes several vectors at once. Rows where ``vector`` is zero are not computed.
         """
         head = self._head_index(heads)
         needed = vector.ne(0).any(0).nonzero()[:, 0]
@@ -294,9 +293,13 @@ class AttentionCall:
             return torch.arange(self.n_queries, device=device)
         if self.rows is None:
             return resolve(queries, self.n_queries, "query").to(device)
-        wanted = resolve(queries, int(self.rows.max()) + 1, "query").to(device)
-        index = torch.searchsorted(self.rows, wanted).clamp_(max=len(self.rows) - 1)
-        missing = wanted[self.rows[index] != wanted]
+        last = int(self.rows.max()) + 1 if len(self.rows) else 0
+        n_positions = self.n_keys if self.kind == "self" else last
+        wanted = resolve(queries, max(n_positions, last), "query").to(device)
+        index = torch.searchsorted(self.rows, wanted)
+        held = index < len(self.rows)
+        held[held.clone()] = self.rows[index[held]] == wanted[held]
+        missing = wanted[~held]
         if len(missing):
             raise NotRecordedError(
                 f"Only rows that were kept can be asked for. {self.name} kept "

@@ -201,8 +201,9 @@ def _like(item: dict[str, Any], image: Any) -> dict[str, Any]:
 
 
 def _removals(vlm: VLM, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
-    asked = [item for kind in KINDS[:-1] for item in of_kind(items, kind)[:_ABLATED]]
-    others = [item for kind in KINDS[:-1] for item in of_kind(items, kind)[_ABLATED : 2 * _ABLATED]]
+    half = min(_ABLATED, len(of_kind(items, "count")) // 2)
+    asked = [item for kind in KINDS[:-1] for item in of_kind(items, kind)[:half]]
+    others = [item for kind in KINDS[:-1] for item in of_kind(items, kind)[half : 2 * half]]
     pruning = head_pruning(vlm, asked, batch_size=_BATCH, progress=False)
     curve = pruning_curve(
         vlm, others, pruning, steps=9, n_random=3, batch_size=_BATCH, progress=False

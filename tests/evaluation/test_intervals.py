@@ -1,0 +1,107 @@
+"""Intervals over samples, and corrections for many tests."""
+
+import numpy as np
+import pytest
+
+from tests import replicas
+from xmodal_interp.analysis.resampling import mean_intervals
+from xmodal_interp.errors import InputError
+from xmodal_interp.evaluation.intervals import bootstrap_interval, holm_adjusted
+
+
+def test_by_eye() -> None:
+    """Three equal samples leave no doubt; two clusters can only give 0, a half or 1."""
+    assert bootstrap_interval([2.0, 2.0, 2.0], n=50)[:3] == (2, 2, 2)
+    draws = bootstrap_interval([0, 0, 1, 1], clusters="aabb", n=400, level=0.9)
+    assert (draws.low, draws.high, draws.n) == (0, 1, 2)
+    assert holm_adjusted([0.01, 0.04, 0.03]).tolist() == [0.03, 0.06, 0.06]
+    assert holm_adjusted([0.5, 0.9, 0.001]).tolist() == [1, 1, 0.003]
+
+
+def test_it_is_the_replica() -> None:
+    values = np.random.default_rng(1).exponential(size=30)
+    found = bootstrap_interval(values, n=300, seed=5, level=0.9)
+    expected = replicas.bootstrap(values.tolist(), 300, 5, 0.9)
+    np.testing.assert_allclose((found.low, found.high), expected, rtol=1e-12)
+    assert found.estimate == pytest.approx(values.mean())
+
+
+def test_the_kernel_for_many_series_agrees() -> None:
+    """Other draws, so agreement up to the noise of the quantiles."""
+    values = np.random.default_rng(2).normal(size=(3, 80))
+    clusters = np.arange(80) // 2
+    low, high = mean_intervals(values, clusters, n_draws=4000, seed=1)
+    for series, ends in zip(values, zip(low, high, strict=True), strict=True):
+        slow = bootstrap_interval(series, clusters=clusters.tolist(), n=4000, seed=2)
+        np.testing.assert_allclose(ends, (slow.low, slow.high), atol=0.02)
+
+
+def test_resampling_tokens_covers_too_little_and_samples_enough() -> None:
+    """40 samples of 20 tokens that share an offset: how often the interval holds the true 0."""
+    rng = np.random.default_rng(0)
+    hits = {"tokens": 0, "samples": 0}
+    for trial in range(100):
+        values = rng.normal(size=(40, 1)) + 0.3 * rng.normal(size=(40, 20))
+        flat, labels = values.reshape(1, -1), np.repeat(np.arange(40), 20)
+        for name, clusters in (("tokens", np.arange(800)), ("samples", labels)):
+            low, high = mean_intervals(flat, clusters, n_draws=200, seed=trial)
+            hits[name] += bool(low[0] <= 0 <= high[0])
+    assert hits["tokens"] < 50
+    assert hits["samples"] > 85
+
+
+def test_a_paired_difference_is_narrower_than_its_parts() -> None:
+    rng = np.random.default_rng(3)
+    easy = rng.normal(size=100)
+    better = easy + 0.2 + 0.05 * rng.normal(size=100)
+    apart = bootstrap_interval(better, n=500)
+    paired = bootstrap_interval(better, paired=easy, n=500)
+    assert paired.low > 0.15
+    assert paired.high - paired.low < 0.2 * (apart.high - apart.low)
+    assert paired.estimate == pytest.approx((better - easy).mean())
+
+
+def test_any_statistic() -> None:
+    values = np.random.default_rng(4).normal(size=(50, 2))
+    found = bootstrap_interval(values, lambda rows: float(np.corrcoef(rows.T)[0, 1]), n=200)
+    assert found.low < found.estimate < found.high
+
+
+def test_holm_is_monotone_and_never_smaller() -> None:
+    p = np.random.default_rng(5).uniform(size=40) ** 3
+    adjusted = holm_adjusted(p)
+    assert (adjusted >= p).all()
+    assert (adjusted <= np.minimum(1, 40 * p) + 1e-12).all()  # no stricter than Bonferroni
+    assert (np.diff(adjusted[np.argsort(p)]) >= 0).all()
+
+
+REFUSALS = {
+    "none": (
+        lambda: bootstrap_interval([]),
+        "values must hold a number for each sample, and at least one; got shape (0,) with 0 NaN.",
+    ),
+    "nan": (
+        lambda: bootstrap_interval([1.0, float("nan")]),
+        "values must hold a number for each sample, and at least one; got shape (2,) with 1 NaN.",
+    ),
+    "paired": (
+        lambda: bootstrap_interval([1.0, 2.0], paired=[1.0]),
+        "paired must hold the same samples as values; got 1 for 2.",
+    ),
+    "clusters": (
+        lambda: bootstrap_interval([1.0, 2.0], clusters=["a"]),
+        "clusters must have one label per sample; got 1 for 2.",
+    ),
+    "p": (
+        lambda: holm_adjusted([0.1, 1.5]),
+        "P-values are a row of numbers from 0 to 1; got [0.1, 1.5].",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name: str) -> None:
+    ask, message = REFUSALS[name]
+    with pytest.raises(InputError) as refusal:
+        ask()
+    assert str(refusal.value) == message

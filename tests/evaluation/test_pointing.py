@@ -1,0 +1,188 @@
+"""Peaks and masses against boxes, and the head that is honestly the best."""
+
+import inspect
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tests import replicas
+from tests.analysis.fakes import dense_call, grid, random_call, sample_of
+from tests.tiny import QUESTION, tiny_vlm
+from xmodal_interp.capturing import capture
+from xmodal_interp.errors import InputError
+from xmodal_interp.evaluation.pointing import best_head, pointing_game, pointing_hits
+from xmodal_interp.sample import Sample
+from xmodal_interp.shapes import sample_scene
+
+
+def placed(sample: Sample, **labels: object) -> Sample:
+    """The sample with the pixel boxes of its grid's tokens."""
+    tokens = sample.tokens.copy()
+    runs = np.flatnonzero(tokens["kind"] == "image")
+    tokens.loc[runs, ["x0", "y0", "x1", "y1"]] = np.concatenate([g.boxes for g in sample.grids])
+    return replace(sample, tokens=tokens, labels=labels)
+
+
+def by_eye(row: list[float]) -> Sample:
+    """Nine tokens of 10 x 10 px, then one word, whose attention to them is the row."""
+    probs = torch.zeros(10, 10)
+    probs[-1, :9] = torch.tensor(row)
+    probs[-1, 9] = 1 - sum(row)
+    return placed(
+        sample_of("vvvvvvvvvt", [dense_call(probs)], [grid(3, 3)]),
+        box=[10, 0, 25, 10],  # the middle token of the first row, and half of the one behind it
+        other_boxes=[[0, 20, 10, 30], [20, 20, 30, 30]],
+    )
+
+
+def test_three_by_three_by_eye() -> None:
+    sample = by_eye([0, 0.3, 0.4, 0, 0.1, 0, 0, 0, 0])
+    (row,) = pointing_hits(sample).to_dict("records")
+    assert (row["hit"], row["any_object"], row["other_object"]) == (1, 1, 0)
+    assert row["energy"] == pytest.approx((0.3 + 0.4 / 2) / 0.8)
+    assert row["image_mass"] == pytest.approx(0.8)
+    assert row["hit_chance"] == pytest.approx(2 / 9)
+    assert row["energy_chance"] == pytest.approx(1.5 / 9)  # 150 of 900 px
+    # The centre of the peak, x = 25, is on the edge of the box, which counts.
+    assert pointing_hits(sample, criterion="centre")["hit"][0] == 1
+    assert pointing_hits(sample, [[10, 0, 24, 10]], criterion="centre")["hit"][0] == 0
+    assert pointing_hits(sample, [[10, 0, 24, 10]])["hit"][0] == 1
+    elsewhere = by_eye([0, 0, 0, 0, 0, 0, 0.6, 0, 0.2])
+    (row,) = pointing_hits(elsewhere).to_dict("records")
+    assert (row["hit"], row["any_object"], row["other_object"]) == (0, 1, 0.5)
+    assert row["energy"] == 0
+
+
+@pytest.mark.parametrize("criterion", ["overlap", "centre"])
+def test_it_is_the_replica(criterion: str) -> None:
+    rng = np.random.default_rng(0)
+    samples, boxes = [], []
+    for number in range(4):
+        calls = [random_call(24, layer=layer) for layer in range(2)]
+        samples.append(placed(sample_of("b" + "v" * 20 + "ttt", calls, [grid(4, 5)])))
+        x, y = rng.uniform(0, 30, 2)
+        boxes.append([x, y, x + 12 + number, y + 9])
+    table = pointing_hits(samples, boxes, queries=[22, 23], criterion=criterion)
+    assert len(table) == 4 * 2 * 4
+    assert table["any_object"].isna().all()
+    for number, sample in enumerate(samples):
+        of_sample = table.iloc[number * 8 : number * 8 + 8]
+        for row in of_sample.itertuples():
+            probs = sample.probs(row.layer, [row.head])[0, [22, 23], 1:21].mean(0).numpy()
+            hit, energy = replicas.pointed_at(
+                probs, sample.grids[0].boxes, boxes[number], criterion=criterion
+            )
+            assert row.hit == hit
+            assert row.energy == pytest.approx(energy, rel=1e-5)
+    rates = pointing_game(samples, boxes, queries=[22, 23], criterion=criterion, n_bootstrap=100)
+    expected = table.groupby(["layer", "head"])["hit"].mean().to_numpy()
+    np.testing.assert_allclose(rates["hit"], expected)
+    assert (rates["hit_low"] <= rates["hit"]).all()
+    assert (rates["hit"] <= rates["hit_high"]).all()
+    assert (rates["n"] == 4).all()
+    assert rates.columns.tolist() == [
+        *("tower", "kind", "layer", "head", "hit", "energy", "any_object", "other_object"),
+        *("image_mass", "hit_chance", "energy_chance"),
+        *("hit_low", "hit_high", "energy_low", "energy_high", "n"),
+    ]
+
+
+def test_uniform_attention_has_the_energy_of_the_area() -> None:
+    probs = torch.full((1, 10, 10), 0.1)
+    sample = placed(sample_of("vvvvvvvvvt", [dense_call(probs)], [grid(3, 3)]))
+    for box in ([0, 0, 30, 30], [3, 4, 17, 29], [12, 12, 13, 13]):
+        table = pointing_hits(sample, [box])
+        area = (box[2] - box[0]) * (box[3] - box[1]) / 900
+        assert table["energy"][0] == pytest.approx(area)
+        assert table["energy_chance"][0] == pytest.approx(area)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
+def test_real_models_against_the_boxes_of_the_scene(family: str) -> None:
+    scene = sample_scene(np.random.default_rng(7), width=128, height=72)
+    sample = capture(tiny_vlm(family), scene.image(), QUESTION)
+    sample.labels["box"] = list(scene.things[0].box)
+    sample.labels["other_boxes"] = [list(thing.box) for thing in scene.things[1:]]
+    kind = "cross" if family == "mllama" else "self"
+    table = pointing_game(
+        [sample], kind=kind, queries=lambda s: s.find("red circle"), n_bootstrap=10
+    )
+    assert table["hit"].isin([0, 1]).all()
+    assert (table["any_object"] >= table["hit"]).all()
+    assert table["energy"].between(0, 1).all()
+    assert table["energy_chance"].between(0.001, 0.5).all()
+    assert table.attrs["parameters"]["queries"] == "a function"
+
+
+def hits_of(values: list[list[float]]) -> pd.DataFrame:
+    """``[sample][head]``, all heads in layer 0."""
+    rows = [(0, head, v) for of_sample in values for head, v in enumerate(of_sample)]
+    return pd.DataFrame(rows, columns=["layer", "head", "hit"])
+
+
+def test_the_best_head_is_scored_on_samples_it_was_not_chosen_on() -> None:
+    (row,) = best_head(hits_of([[1, 0], [1, 0], [0, 1], [0, 1]])).to_dict("records")
+    assert (row["head"], row["chosen_with"], row["hit"]) == (0, 1, 0)
+    assert (row["n_chosen"], row["n"]) == (2, 2)
+
+
+def test_the_best_of_many_random_heads_is_no_better_than_chance() -> None:
+    rng = np.random.default_rng(0)
+    scored = [
+        best_head(hits_of((rng.uniform(size=(60, 32)) < 0.3).astype(float).tolist())).iloc[0]
+        for _ in range(30)
+    ]
+    assert np.mean([row["chosen_with"] for row in scored]) > 0.45
+    assert np.mean([row["hit"] for row in scored]) == pytest.approx(0.3, abs=0.05)
+
+
+SAMPLE = by_eye([0, 0.3, 0.4, 0, 0.1, 0, 0, 0, 0])
+REFUSALS = {
+    "no box": (
+        lambda: pointing_hits(replace(SAMPLE, labels={"kind": "count"})),
+        "Every sample needs the box of the thing it asks about. Sample 'fake' has no label 'box'; "
+        "its labels are kind. Pass boxes, or leave the sample out.",
+    ),
+    "outside": (
+        lambda: pointing_hits(SAMPLE, [[40, 40, 50, 50]]),
+        "A box must hold at least one image token, by the criterion 'overlap'. Sample 'fake': the "
+        "box is [40, 40, 50, 50], the tokens cover [0.0, 0.0, 30.0, 30.0].",
+    ),
+    "no box at all": (
+        lambda: pointing_hits(SAMPLE, [[10, 0, 5, 10]]),
+        "A box is x0 < x1, y0 < y1, in the order x0, y0, x1, y1; got [10, 0, 5, 10].",
+    ),
+    "boxes": (
+        lambda: pointing_hits([SAMPLE, SAMPLE], [[0, 0, 9, 9]]),
+        "boxes must have one entry per sample; got 1 for 2 samples.",
+    ),
+    "criterion": (
+        lambda: inspect.unwrap(pointing_hits)(SAMPLE, criterion="near"),
+        "criterion must be one of overlap, centre; got 'near'.",
+    ),
+    "blind": (
+        lambda: pointing_hits(SAMPLE, queries=[0]),
+        "Queries must see the image. In sample 'fake', positions [0] have no probability on image "
+        "0.",
+    ),
+    "columns": (
+        lambda: best_head(hits_of([[1, 0], [1, 0]]), "energy"),
+        "Choosing a head needs the columns layer, head, energy; got layer, head, hit.",
+    ),
+    "one sample": (
+        lambda: best_head(hits_of([[1, 0]])),
+        "Choosing and scoring a head needs the same two or more samples for each; got 1 rows per "
+        "head.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name: str) -> None:
+    ask, message = REFUSALS[name]
+    with pytest.raises(InputError) as refusal:
+        ask()
+    assert str(refusal.value) == message

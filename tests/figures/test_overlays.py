@@ -1,0 +1,221 @@
+import dataclasses
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+
+from tests.analysis import fakes
+from tests.figures.made import bars, fake, panels, sample_of, titles, words
+from xmodal_interp import figures
+from xmodal_interp.errors import GeometryError, InputError, LayerError
+from xmodal_interp.figures.placement import place_of
+from xmodal_interp.sample import Sample
+
+
+def test_an_overlay_says_what_it_shows() -> None:
+    sample = sample_of("llava")
+    figure = figures.overlay(sample, "red circle", layer=1, head=2)
+    assert titles(figure) == ["image", '"red circle"']
+    assert f'"{sample.question}" \u2192 "{sample.answer}"' in words(figure)
+    assert "language layer 1, head 2" in words(figure)
+    assert "One cell per image token (nearest); hatched: no image token there." in words(figure)
+    (bar,) = bars(figure)
+    assert bar.get_ylabel() == "attention probability\n(square-root scale)"
+    smooth = figures.overlay(sample, "red circle", smooth=True)
+    assert "Interpolated between image tokens (bilinear)" in words(smooth)
+    assert panels(smooth)[0].images[1].get_interpolation() == "bilinear"
+
+
+def test_it_draws_the_probabilities_of_the_sample() -> None:
+    sample = sample_of("qwen2_vl")
+    drawn = panels(figures.overlay(sample, "red circle", 1, 2))[0].images[1].get_array()
+    probs = sample.probs(1, 2, "red circle", sample.where("image"))[0].mean(0)
+    np.testing.assert_allclose(drawn, sample.grid(probs), rtol=1e-4)
+
+
+@pytest.mark.parametrize("show", ["probability", "share", "lift"])
+def test_all_panels_have_one_scale_and_one_bar(show: str) -> None:
+    sample = fake()
+    for figure, n in (
+        (figures.overlays(sample, show=show), 3),
+        (figures.head_overlays(sample, [8, 9], show=show), 5),
+        (figures.layer_overlays(sample, 9, [0, 0], show=show), 2),
+        (figures.token_head_grid(sample, [8, 9], show=show), 10),
+    ):
+        norms = {id(axes.images[1].norm) for axes in panels(figure)}
+        assert (len(panels(figure)), len(norms), len(bars(figure))) == (n, 1, 1)
+        if show != "lift":
+            largest = max(float(axes.images[1].get_array().max()) for axes in panels(figure))
+            assert panels(figure)[0].images[1].norm.vmax == pytest.approx(largest)
+
+
+def test_what_is_hidden_is_see_through_not_zero() -> None:
+    figure = figures.overlays(fake(), [1, 4, 9])
+    hidden, some, none = (axes.images[1] for axes in panels(figure))
+    assert [np.ma.count_masked(drawn.get_array()) for drawn in (hidden, some, none)] == [6, 3, 0]
+    assert "hidden by the mask" in [text.get_text() for text in panels(figure)[0].texts]
+    alpha = some.to_rgba(some.get_array())[..., 3]
+    assert (alpha[np.ma.getmaskarray(some.get_array())] == 0).all()
+
+
+def test_the_weakest_is_seen_through_and_lifts_below_one_are_blue() -> None:
+    lift = panels(figures.overlay(fake(), 9, show="lift"))[0].images[1]
+    red, _, blue, alpha = lift.cmap(lift.norm([-2.0, 0.0, 2.0])).T
+    assert blue[0] > red[0]
+    assert red[2] > blue[2]
+    assert alpha[1] < 0.05 < alpha[0]
+    assert lift.norm.vmin == -lift.norm.vmax
+
+
+def test_true_boxes_are_drawn_in_pixels_and_named_once() -> None:
+    sample = sample_of("qwen2_vl")
+    figure = figures.overlays(sample, ["red", "circle"], boxes={"circle": (10, 20, 40, 60)})
+    image, *maps = [axes for axes in figure.axes if axes.images and not hasattr(axes, "_colorbar")]
+    for axes in (image, *maps):
+        outline = [patch for patch in axes.patches if not patch.get_fill()]
+        assert [patch.get_bbox().extents.tolist() for patch in outline] == [[10, 20, 40, 60]]
+    assert [text.get_text() for text in image.texts] == ["circle"]
+    assert all(not axes.texts for axes in maps)
+
+
+def sunk() -> Sample:
+    """A sample whose third image token gets most of everything that sees it."""
+    matrix = torch.ones(18, 18).tril()
+    matrix[:, 4] *= 60
+    matrix /= matrix.sum(1, keepdim=True)
+    call = fakes.dense_call(matrix)
+    return fake("bs" + "v" * 6 + "t" * 10, call=call)
+
+
+def test_sinks_are_left_out_of_colours_and_scale() -> None:
+    sample = sunk()
+    plain = panels(figures.overlay(sample, 10))[0].images[1]
+    figure = figures.overlay(sample, 10, hide="sinks")
+    hidden = panels(figure)[0].images[1]
+    assert np.argwhere(np.ma.getmaskarray(hidden.get_array())).tolist() == [[0, 2]]
+    assert hidden.norm.vmax < plain.norm.vmax / 10
+    assert "\u00d7: 1 left out." in words(figure)
+    (cross,) = panels(figure)[0].lines
+    assert np.ravel(cross.get_xydata()).tolist() == [25.0, 5.0]
+    by_hand = panels(figures.overlay(sample, 10, hide=[4]))[0].images[1]
+    np.testing.assert_array_equal(by_hand.get_array(), hidden.get_array())
+    assert "nothing to leave out" in words(figures.overlay(fake(spread=0.0), 9, hide="sinks"))
+
+
+def test_cross_attention_reaches_the_image_too() -> None:
+    figure = figures.overlay(sample_of("mllama"), "red circle")
+    assert "language cross-attention layer 3, mean of 8 heads" in words(figure)
+
+
+def test_before_and_after_share_a_scale_and_the_change_has_its_own() -> None:
+    before, after = fake(spread=0.5), fake(spread=3.0)
+    figure = figures.before_after(before, after, [8, 9], boxes=[(0, 0, 10, 10)])
+    first, second, change = (axes.images[1] for axes in panels(figure))
+    assert titles(figure) == ["image", 'before: "so"', 'after: "so"', "after - before"]
+    assert first.norm is second.norm
+    assert change.norm is not first.norm
+    np.testing.assert_allclose(change.get_array(), second.get_array() - first.get_array())
+    assert change.norm.vmin == -change.norm.vmax
+    assert len(bars(figure)) == 2
+    ratio = panels(figures.before_after(before, after, [8, 9], show="lift"))[2].images[1]
+    expected = np.log2(second.get_array() / first.get_array())
+    np.testing.assert_allclose(ratio.get_array(), np.clip(expected, -5, 5), atol=1e-5)
+    with pytest.raises(GeometryError) as other:
+        figures.before_after(fake(), sample_of("llava"), [8, 150])
+    assert str(other.value) == (
+        "Before and after are compared token by token, on the same boxes. Before has 2 x 3 tokens "
+        "on 30 x 20 px, after 12 x 12 on 160 x 96 px."
+    )
+
+
+def test_maps_of_tokens_and_of_patches() -> None:
+    sample = sample_of("qwen2_vl")
+    grid = place_of(sample).grid
+    tokens = np.arange(len(grid.places), dtype=float)
+    figure = figures.map_overlays(
+        sample, {"flat": tokens, "grid": sample.grid(tokens)}, "relevance", power=1
+    )
+    flat, square = (axes.images[1].get_array() for axes in panels(figure))
+    np.testing.assert_array_equal(flat, square)
+    assert bars(figure)[0].get_ylabel() == "relevance"
+    patches = np.arange(len(grid.patch_places), dtype=float)
+    finer = panels(figures.map_overlays(sample, {"p": patches}, "x", meaning="difference"))
+    assert finer[0].images[1].get_array().shape == (grid.patch_rows, grid.patch_cols)
+    with pytest.raises(GeometryError) as shape:
+        figures.map_overlays(sample, {"p": np.zeros(7)}, "x")
+    assert str(shape.value) == (
+        "Image 0 has 144 tokens (9 x 16) and 576 vision positions (18 x 32); got values of shape "
+        "(7,)."
+    )
+    with pytest.raises(InputError) as meaning:
+        figures.map_overlays(sample, {"p": tokens}, "x", meaning="sum")  # type: ignore[arg-type]
+    assert str(meaning.value) == "meaning must be one of amount, difference, ratio; got 'sum'."
+
+
+def test_patches_look_from_where_they_were_asked() -> None:
+    sample = sample_of("llava")
+    figure = figures.patch_overlays(sample, [(33.0, 1.0)], layer=0)
+    (axes,) = panels(figure)
+    (outline,) = [patch for patch in axes.patches if not patch.get_fill()]
+    assert outline.get_bbox().extents.tolist() == pytest.approx([32, 0, 40, 8])
+    probs = sample.probs(0, None, [1], tower="vision")[:, 0].mean(0)  # 0 is the class token
+    np.testing.assert_allclose(axes.images[1].get_array(), sample.grid(probs), rtol=1e-4)
+    with pytest.raises(GeometryError) as outside:
+        figures.patch_overlays(sample, [(5, 5)])
+    assert str(outside.value) == (
+        "A point lies on a patch. No patch of image 0 covers (5, 5); they cover x 32 to 128 and y 0 "
+        "to 96 px."
+    )
+
+
+def test_figures_show_and_save_themselves_and_change_nothing(tmp_path: Path) -> None:
+    settings = dict(mpl.rcParams)
+    path = tmp_path / "new" / "overlay.png"
+    figure = figures.overlay(fake(), 9, path=path)
+    assert path.read_bytes()[:4] == figure._repr_png_()[:4] == b"\x89PNG"
+    figure.savefig(tmp_path / "overlay.pdf")
+    assert dict(mpl.rcParams) == settings
+
+
+def test_tokens_are_drawn_as_they_stand() -> None:
+    sample = fake()
+    strange = sample.tokens.assign(token=["$x$"] * 8 + ["a$b$", "\n", "\u0120so"])
+    strange["kind"] = strange["kind"].mask(strange.index >= 8, "special")
+    odd = dataclasses.replace(sample, tokens=strange, question="$5 or $6?")
+    figure = figures.overlays(odd, [8, 9, 10])
+    assert titles(figure)[1:] == [r'"a\$b\$"', '"\u21b5"', '"so" (answer)']
+    figure.draw_without_rendering()
+
+
+def test_refusals() -> None:
+    sample = fake()
+    for bad, message in (
+        ({"show": "weight"}, "show must be one of probability, share, lift; got 'weight'."),
+        ({"vmax": 0}, "vmax must be above 0 for a probability; got 0."),
+        ({"show": "lift", "vmax": 1}, "vmax must be above 1 for a lift; got 1."),
+        ({"power": 2}, "power must lie between 0 (a log scale) and 1 (linear); got 2."),
+        ({"hide": "outliers"}, "hide must be 'sinks' or positions; got 'outliers'."),
+        (
+            {"hide": [1, 3]},
+            "hide names tokens of image 0, which are among the positions 2 to 7; got 1.",
+        ),
+    ):
+        with pytest.raises(InputError) as error:
+            figures.overlay(sample, 9, **bad)
+        assert str(error.value) == message
+    with pytest.raises(LayerError) as layer:
+        figures.overlay(sample, 9, layer=7)
+    assert str(layer.value) == (
+        "A layer must exist. language self-attention has layers [0], with calls 0 to 0; got layer "
+        "7, call 0."
+    )
+    with pytest.raises(LayerError) as head:
+        figures.overlay(sample, 9, head=9)
+    assert str(head.value) == (
+        "A head must lie between -4 and 3; got 9. (language self-attention, layer 0, call 0)"
+    )
+    with pytest.raises(InputError) as layers:
+        figures.layer_overlays(sample, 9, [])
+    assert str(layers.value) == ("Layers side by side need at least one layer; the list is empty.")

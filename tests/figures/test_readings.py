@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+
+from tests.analysis import fakes
+from tests.figures.made import fake, sample_of
+from xmodal_interp.errors import InputError, PhraseError
+from xmodal_interp.figures.placement import place_of
+from xmodal_interp.figures.readings import query_groups, query_positions, reading
+from xmodal_interp.figures.wording import named, panel_name
+from xmodal_interp.sample import Sample
+
+
+def slow_values(sample: Sample, show: str, queries: list[int], heads: list[int]) -> np.ndarray:
+    """Cell by cell: the mean over heads and queries that see the token."""
+    call = sample.call(-1)
+    probs, seen = call.probs()[0].double(), call.visible()[0, 0]
+    out = []
+    for key in sample.where("image"):
+        cells = [
+            float(probs[h, q, key]) * (int(seen[q].sum()) if show == "lift" else 1)
+            for h in heads
+            for q in queries
+            if seen[q, key]
+        ]
+        out.append(np.mean(cells) if cells else np.nan)
+    values = np.array(out)
+    return values / np.nansum(values) if show == "share" else values
+
+
+@pytest.mark.parametrize("show", ["probability", "share", "lift"])
+def test_values_are_means_over_visible_cells(show: str) -> None:
+    """The query 4 stands in the image and sees three of its tokens; the other sees all."""
+    sample, place = fake(), place_of(fake())
+    for queries in ([4], [4, 9]):
+        read = reading(sample, place, queries, -1, [1, 3])
+        expected = slow_values(sample, show, queries, [1, 3])
+        np.testing.assert_allclose(read.values(show), expected, rtol=1e-5)  # type: ignore[arg-type]
+    assert np.isnan(reading(sample, place, [4], -1).values("probability")).sum() == 3
+
+
+def test_uniform_attention_has_lift_one_and_equal_shares() -> None:
+    sample = fake(spread=0.0)
+    read = reading(sample, place_of(sample), sample.text_after_image().tolist(), 0)
+    np.testing.assert_allclose(read.values("lift"), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(read.values("share"), 1 / 6, rtol=1e-5)
+
+
+def test_shares_are_of_what_is_not_left_out() -> None:
+    sample = fake()
+    read = reading(sample, place_of(sample), [9], 0)
+    left_out = np.array([True, False, False, False, False, False])
+    values = read.values("share", left_out=left_out)
+    assert np.isnan(values[0])
+    assert np.nansum(values) == pytest.approx(1.0)
+    np.testing.assert_allclose(
+        values[1:], read.values("probability")[1:] / read.values("probability")[1:].sum()
+    )
+
+
+def test_cross_attention_is_read_from_its_own_keys() -> None:
+    sample = sample_of("mllama")
+    place = place_of(sample)
+    assert place.kind == "cross"
+    read = reading(sample, place, "red circle", -1, 2)
+    call = sample.call(-1, kind="cross")
+    expected = call.probs(2, sample.positions("red circle"))[0, 0].mean(0)
+    np.testing.assert_allclose(read.values("probability"), expected[place.keys], rtol=1e-5)
+
+
+def test_a_list_is_a_panel_per_entry_and_a_phrase_a_panel_per_token() -> None:
+    sample = sample_of("llava")
+    place = place_of(sample)
+    red, circle = sample.find("red circle").tolist()
+    assert query_groups(sample, place, "red circle") == [[red], [circle]]
+    assert query_groups(sample, place, ["red circle", circle]) == [[red, circle], [circle]]
+    assert query_groups(sample, place, None) == [[i] for i in sample.text_after_image()]
+    assert named(sample, [red, circle]) == '"red circle"'
+    assert named(sample, [0, circle]) == '"<bos>", "circle"'
+    assert panel_name(sample, [len(sample) - 1]).endswith('" (answer)')
+
+
+def test_refusals() -> None:
+    sample = sample_of("llava")
+    place = place_of(sample)
+    with pytest.raises(InputError) as blind:
+        query_positions(sample, place, "user:")
+    assert str(blind.value) == (
+        "An overlay needs a query that can see the image. \"user:\" of sample 'sample-0' sees none "
+        "of the 144 tokens of image 0; ask for a later position."
+    )
+    with pytest.raises(InputError) as empty:
+        query_positions(sample, place, [])
+    assert str(empty.value) == "An overlay needs at least one query; the selection is empty."
+    with pytest.raises(PhraseError, match="'green dog' is not in"):
+        query_positions(sample, place, "green dog")
+
+
+def test_a_row_that_sees_nothing_is_no_number() -> None:
+    mask = torch.ones(11, 11, dtype=torch.bool).tril()
+    mask[9] = False
+    sample = fake(call=fakes.random_call(11, mask=mask[None, None]))
+    read = reading(sample, place_of(sample), [8, 9], 0)
+    assert np.isnan(read.values("probability", queries=[1])).all()
+    np.testing.assert_allclose(read.values("lift"), read.values("lift", queries=[0]))
