@@ -5,11 +5,14 @@ A Hub id, a folder, or nothing for the tiny model that is shipped in the package
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from xmodal_interp.errors import InputError, UnsupportedModelError
 from xmodal_interp.models.family import family_of
@@ -54,8 +57,23 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
     family = family_of(config)
     if name is None or str(name) in SHIPPED:
         options.setdefault("dtype", "float32")  # kept as float16, computed as trained
-    model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
+        with _quiet():
+            model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
     return VLM(model, AutoProcessor.from_pretrained(source, **shared), family)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar of transformers: a shipped model loads at once."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def shipped_path(family: str) -> Path:
