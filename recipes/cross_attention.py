@@ -42,7 +42,8 @@ def main(
         rows = call.probs().sum(-1)
         typer.echo(
             f"cross-attention in layer {layer}: {call.n_heads} heads, {call.n_queries} queries, "
-            f"{call.n_keys} image keys; rows sum to {rows.nanmin():.6f} - {rows[rows == rows].max():.6f}"
+            f"{call.n_keys} image keys; rows sum to {rows.nanmin():.6f} - "
+            f"{rows[rows == rows].max():.6f}"
         )
         probs = sample.probs(layer, queries=phrase, kind="cross").mean((0, 1))
         peak = np.unravel_index(np.nanargmax(sample.grid(probs)), sample.grid(probs).shape)

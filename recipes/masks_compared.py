@@ -1,7 +1,8 @@
 """What may attend to what: a language model, a vision transformer, two VLMs, as they really run.
 
-It is often said that a LLaVA-like model lets image tokens see each other both ways. It does not: its
-language model is causal throughout, image included. Here every mask is measured on a running model.
+It is often said that a LLaVA-like model lets image tokens see each other both ways. It does not:
+its language model is causal throughout, image included. Here each mask is measured on a running
+model.
 
 python recipes/masks_compared.py
 python recipes/masks_compared.py --model llava-hf/llava-1.5-7b-hf --image cat.png --prompt "A cat?"
@@ -59,7 +60,8 @@ def main(
     typer.echo(table.to_string(index=False))
     between = visible[images][:, images]
     typer.echo(
-        f"Image tokens see {above_diagonal(between)['visible_above_diagonal']:.0%} of the image tokens "
+        f"Image tokens see {above_diagonal(between)['visible_above_diagonal']:.0%} of the image "
+        "tokens "
         "behind them: 0% is causal, 100% is the block that is often drawn."
     )
     figures.mask_comparison(views, path=folder / "masks.png")

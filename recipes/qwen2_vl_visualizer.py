@@ -1,7 +1,8 @@
 """Where does a phrase of the question look, layer by layer and head by head? For a Qwen2-VL.
 
-python recipes/qwen2_vl_visualizer.py                       # the shipped Qwen2-VL (needs torchvision)
-python recipes/qwen2_vl_visualizer.py --model Qwen/Qwen2-VL-7B-Instruct --image cat.png \
+python recipes/qwen2_vl_visualizer.py                       # the shipped Qwen2-VL (needs
+torchvision) python recipes/qwen2_vl_visualizer.py --model Qwen/Qwen2-VL-7B-Instruct --image cat.png
+\
     --prompt "Where is the red cat on the image?" --phrase "red cat" --save-path cat.png
 """
 

@@ -8,7 +8,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import pandas as pd
 import typer
 from rich.console import Console
@@ -31,7 +30,7 @@ out, err = Console(), Console(stderr=True)
 class _Group(TyperGroup):
     """Refusals in one line, without a traceback: exit code 1. Wrong usage is 2, as ever."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except XmodalError as error:
@@ -109,7 +108,7 @@ def demo(
 
 
 @app.command()
-def capture(  # noqa: PLR0913
+def capture(
     store: Annotated[Path, typer.Argument(help="The store to write, or to go on with")],
     model: Model = "llava",
     image: Annotated[list[Path] | None, typer.Option(help="An image; again for more")] = None,
@@ -255,7 +254,9 @@ def _read_items(path: Path) -> list[dict[str, Any]]:
             f"{', '.join(map(str, table.columns))}."
         )
     records = table.to_dict("records")
-    return [{**{str(k): v for k, v in r.items()}, "image": str(path.parent / r["image"])} for r in records]
+    for record in records:
+        record["image"] = str(path.parent / record["image"])
+    return [{str(key): value for key, value in record.items()} for record in records]
 
 
 def _sample(store: Store, which: str) -> Sample:
@@ -284,10 +285,13 @@ def _show(table: pd.DataFrame, rows: int) -> None:
         right = pd.api.types.is_numeric_dtype(dtype)
         shown.add_column(str(column), justify="right" if right else "left")
     for row in table.head(rows).itertuples(index=False):
-        shown.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+        shown.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
     out.print(shown)
     if len(table) > rows:
-        out.print(f"... {len(table) - rows} more rows; --rows {len(table)} shows all, --path FILE writes them")
+        out.print(
+            f"... {len(table) - rows} more rows; --rows {len(table)} shows all, --path FILE writes "
+            "them"
+        )
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:

@@ -126,11 +126,8 @@ class Sample:
             PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` was
                 not given.
         """
-        spans = (
-            [match.span() for match in re.finditer(_as_pattern(phrase), self.text, re.IGNORECASE)]
-            if phrase.strip()
-            else []
-        )
+        found = re.finditer(_as_pattern(phrase), self.text, re.IGNORECASE) if phrase.strip() else ()
+        spans = [match.span() for match in found if not self._in_placeholder(*match.span())]
         if not spans:
             raise PhraseError(
                 f"A phrase must occur in the sample's text. {phrase!r} is not in {self.text!r}."
@@ -149,6 +146,11 @@ class Sample:
         start, end = spans[index]
         touched = (self.tokens["start"] < end) & (self.tokens["end"] > start)
         return np.flatnonzero(touched.to_numpy(dtype=bool, na_value=False))
+
+    def _in_placeholder(self, start: int, end: int) -> bool:
+        """Whether these characters lie inside of an image placeholder or another special token."""
+        inside = (self.tokens["start"] <= start) & (self.tokens["end"] >= end)
+        return bool((inside & self.tokens["kind"].isin(["image", "video", "special"])).any())
 
     def positions(self, selector: Selector) -> Int[Tensor, " position"]:
         """A phrase, an index, a slice or a list of either as positions.

@@ -118,7 +118,7 @@ def test_every_head_has_a_row_and_an_interval_around_its_drop(tower: str, n: int
 def test_batches_do_not_matter_and_mllama_can_be_pruned() -> None:
     vlm = tiny_vlm("mllama")
     tables = [
-        head_pruning(vlm, ITEMS, layers=[0], mode="mean", batch_size=size, **QUIET)
+        head_pruning(vlm, ITEMS, layers=[0], heads=[0, 1], mode="mean", batch_size=size, **QUIET)
         for size in (1, 4)
     ]
     pd.testing.assert_frame_equal(*tables, atol=1e-4)

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,6 +12,7 @@ from tests.figures.made import bars, fake, panels, sample_of, titles, words
 from xmodal_interp import figures
 from xmodal_interp.errors import GeometryError, InputError, LayerError
 from xmodal_interp.figures.placement import place_of
+from xmodal_interp.figures.scales import check_show, scale_for
 from xmodal_interp.sample import Sample
 
 
@@ -39,8 +41,8 @@ def test_it_draws_the_probabilities_of_the_sample() -> None:
 def test_all_panels_have_one_scale_and_one_bar(show: str) -> None:
     sample = fake()
     for figure, n in (
-        (figures.overlays(sample, show=show), 3),
-        (figures.head_overlays(sample, [8, 9], show=show), 5),
+        (figures.overlays(sample, [8, 9], show=show), 2),
+        (figures.head_overlays(sample, [8, 9], heads=[0, 2], show=show), 3),
         (figures.layer_overlays(sample, 9, [0, 0], show=show), 2),
         (figures.token_head_grid(sample, [8, 9], show=show), 10),
     ):
@@ -111,7 +113,7 @@ def test_cross_attention_reaches_the_image_too() -> None:
 
 def test_before_and_after_share_a_scale_and_the_change_has_its_own() -> None:
     before, after = fake(spread=0.5), fake(spread=3.0)
-    figure = figures.before_after(before, after, [8, 9], boxes=[(0, 0, 10, 10)])
+    figure = figures.before_after(before, after, 9, boxes=[(0, 0, 10, 10)])
     first, second, change = (axes.images[1] for axes in panels(figure))
     assert titles(figure) == ["image", 'before: "so"', 'after: "so"', "after - before"]
     assert first.norm is second.norm
@@ -119,7 +121,7 @@ def test_before_and_after_share_a_scale_and_the_change_has_its_own() -> None:
     np.testing.assert_allclose(change.get_array(), second.get_array() - first.get_array())
     assert change.norm.vmin == -change.norm.vmax
     assert len(bars(figure)) == 2
-    ratio = panels(figures.before_after(before, after, [8, 9], show="lift"))[2].images[1]
+    ratio = panels(figures.before_after(before, after, 9, show="lift"))[2].images[1]
     expected = np.log2(second.get_array() / first.get_array())
     np.testing.assert_allclose(ratio.get_array(), np.clip(expected, -5, 5), atol=1e-5)
     with pytest.raises(GeometryError) as other:
@@ -150,7 +152,7 @@ def test_maps_of_tokens_and_of_patches() -> None:
         "(7,)."
     )
     with pytest.raises(InputError) as meaning:
-        figures.map_overlays(sample, {"p": tokens}, "x", meaning="sum")  # type: ignore[arg-type]
+        inspect.unwrap(scale_for)("sum", [tokens], "x")
     assert str(meaning.value) == "meaning must be one of amount, difference, ratio; got 'sum'."
 
 
@@ -165,8 +167,8 @@ def test_patches_look_from_where_they_were_asked() -> None:
     with pytest.raises(GeometryError) as outside:
         figures.patch_overlays(sample, [(5, 5)])
     assert str(outside.value) == (
-        "A point lies on a patch. No patch of image 0 covers (5, 5); they cover x 32 to 128 and y 0 "
-        "to 96 px."
+        "A point lies on a patch. No patch of image 0 covers (5, 5); they cover x 32 to 128 and y "
+        "0 to 96 px."
     )
 
 
@@ -192,11 +194,9 @@ def test_tokens_are_drawn_as_they_stand() -> None:
 def test_refusals() -> None:
     sample = fake()
     for bad, message in (
-        ({"show": "weight"}, "show must be one of probability, share, lift; got 'weight'."),
         ({"vmax": 0}, "vmax must be above 0 for a probability; got 0."),
         ({"show": "lift", "vmax": 1}, "vmax must be above 1 for a lift; got 1."),
         ({"power": 2}, "power must lie between 0 (a log scale) and 1 (linear); got 2."),
-        ({"hide": "outliers"}, "hide must be 'sinks' or positions; got 'outliers'."),
         (
             {"hide": [1, 3]},
             "hide names tokens of image 0, which are among the positions 2 to 7; got 1.",
@@ -208,8 +208,7 @@ def test_refusals() -> None:
     with pytest.raises(LayerError) as layer:
         figures.overlay(sample, 9, layer=7)
     assert str(layer.value) == (
-        "A layer must exist. language self-attention has layers [0], with calls 0 to 0; got layer "
-        "7, call 0."
+        "A layer must exist. language self-attention has layers [0]; got layer 7, call 0."
     )
     with pytest.raises(LayerError) as head:
         figures.overlay(sample, 9, head=9)
@@ -219,3 +218,14 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as layers:
         figures.layer_overlays(sample, 9, [])
     assert str(layers.value) == ("Layers side by side need at least one layer; the list is empty.")
+    with pytest.raises(InputError) as show:
+        check_show("weight")
+    assert str(show.value) == "show must be one of probability, share, lift; got 'weight'."
+    look = figures.Look()
+    object.__setattr__(look, "hide", "outliers")
+    with pytest.raises(InputError) as hide:
+        look.left_out(place_of(sample), sample.call(0))
+    assert str(hide.value) == "hide must be 'sinks' or positions; got 'outliers'."
+    with pytest.raises(InputError) as nowhere:
+        figures.map_overlays(sample, {"flat": np.ones(6)}, "x", hide="sinks")
+    assert str(nowhere.value) == "hide must be positions; got 'sinks'."

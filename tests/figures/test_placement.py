@@ -98,7 +98,7 @@ def test_refusals() -> None:
         "and has the pixels of 0; give it its images with dataclasses.replace(sample, images=...)."
     )
     grid = fakes.grid(1, 2)
-    skewed = dataclasses.replace(grid, boxes=grid.boxes + [[0, 0, 0, 0], [3, 0, 3, 0]])
+    skewed = dataclasses.replace(grid, boxes=grid.boxes + np.array([[0, 0, 0, 0], [3, 0, 3, 0]]))
     with pytest.raises(GeometryError) as uneven:
         extent(skewed)
     assert str(uneven.value) == (

@@ -89,7 +89,7 @@ def test_random_orders_become_a_mean_and_a_band() -> None:
 
 @pytest.mark.parametrize("value", ["lift", "raw"])
 def test_positional_profiles_are_weighted_means(value: str) -> None:
-    table = analysis.positional_bias(sample_of("llava"), n_bins=8)
+    table = analysis.positional_bias(sample_of("llava"), n_bins=8, layers=[0, 1], heads=[0, 5])
     figure = figures.positional_profiles(table, value)
     assert titles(figure) == [
         f"{block} \u2192 {block2}"
@@ -109,7 +109,7 @@ def test_positional_profiles_are_weighted_means(value: str) -> None:
 
 def test_raster_profiles_go_down_the_rows() -> None:
     samples = [sample_of("llava")]
-    table = analysis.raster_profile(samples, control=samples)
+    table = analysis.raster_profile(samples, control=samples, layers=[0, 3])
     figure = figures.raster_profiles(table)
     down, across = figure.axes
     rows = table[(table.axis == "row") & (table.layer == 0)].groupby("index")["share"].mean()
@@ -136,8 +136,8 @@ def test_rollout_lies_on_the_image() -> None:
     with pytest.raises(InputError) as other:
         figures.rollout_overlay(table, fake())
     assert str(other.value) == (
-        f"A rollout overlay needs rows of the image's tokens. The table has {len(table)} rows, none "
-        "of image 0 of sample 'fake'."
+        f"A rollout overlay needs rows of the image's tokens. The table has {len(table)} rows, "
+        "none of image 0 of sample 'fake'."
     )
 
 

@@ -84,10 +84,10 @@ def queries_of(sample: Sample, queries: Selector) -> Int[Tensor, " query"]:
     Raises:
         InputError: No text comes after the image.
     """
+    if not isinstance(queries, str) or queries not in ("last", "text"):
+        return sample.positions(queries)
     if queries == "last":
         return torch.tensor([sample.last])
-    if queries != "text":
-        return sample.positions(queries)
     after = sample.text_after_image()
     if len(after) == 0:
         raise InputError(

@@ -138,7 +138,7 @@ def _scores(
     counted = torch.arange(longest, device=gold.device) >= longest - lengths[:, None]
     right = (logits.argmax(-1) == gold) | ~counted
     chosen = logits.log_softmax(-1).gather(-1, gold[..., None])[..., 0]
-    log_prob = chosen.where(counted, torch.zeros(())).sum(1) / lengths
+    log_prob = chosen.masked_fill(~counted, 0).sum(1) / lengths
     item = torch.arange(len(gold), device=gold.device)
     first, word = logits[item, longest - lengths], gold[item, longest - lengths][:, None]
     best_other = first.scatter(1, word, -torch.inf).amax(1)

@@ -45,7 +45,8 @@ def draw_all(
         path=picture(
             "pointing",
             f"Layer {layer}, head {head} finds the asked thing",
-            "Where the last token of the prompt looks, just before the answer; the box is the truth.",
+            "Where the last token of the prompt looks, just before the answer; the box is the "
+            "truth.",
         ),
     )
     figures.layer_overlays(
@@ -60,7 +61,9 @@ def draw_all(
         phrase,
         0,
         path=picture(
-            "heads", f"“{phrase}” in the heads of layer 0", "Heads differ: some find the thing at once."
+            "heads",
+            f"“{phrase}” in the heads of layer 0",
+            "Heads differ: some find the thing at once.",
         ),
     )
     figures.before_after(
@@ -69,7 +72,9 @@ def draw_all(
         phrase,
         layer,
         head,
-        path=picture("before_after", "Before and after training", "The same head, phrase and image."),
+        path=picture(
+            "before_after", "Before and after training", "The same head, phrase and image."
+        ),
     )
     figures.rollout_overlay(
         tables["rollout"],
@@ -101,7 +106,9 @@ def draw_all(
         tables["pointing"],
         "hit",
         path=picture(
-            "pointing_heads", "Which heads point", "Share of scenes whose peak is on the asked thing."
+            "pointing_heads",
+            "Which heads point",
+            "Share of scenes whose peak is on the asked thing.",
         ),
     )
     figures.layer_curves(

@@ -38,7 +38,7 @@ def write_report(
         "files": sorted(tables),
     }
     (folder / "report.html").write_text(environment.get_template("report.html").render(content))
-    plain = jinja2.Environment(loader=jinja2.FunctionLoader(_template), trim_blocks=True)  # noqa: S701
+    plain = jinja2.Environment(loader=jinja2.FunctionLoader(_template), trim_blocks=True)
     (folder / "report.md").write_text(plain.get_template("report.md").render(content))
 
 

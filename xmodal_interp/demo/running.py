@@ -3,8 +3,9 @@
 1. Draw held-out scenes and ask one question of every kind about each.
 2. Let the shipped model answer all of them.
 3. Capture the colour questions into a store, and the same ones on the untrained model.
-4. Which head points at the asked thing? How much of the attention is on the image? Which head breaks
-   which kind of question? Where in the image and in the text does attention go by position alone?
+4. Which head points at the asked thing? How much of the attention is on the image? Which head
+   breaks which kind of question? Where in the image and in the text does attention go by position
+   alone?
 5. Draw, and write one page.
 """
 
@@ -39,7 +40,7 @@ from xmodal_interp.demo.pictures import draw_all
 from xmodal_interp.demo.report import write_report
 from xmodal_interp.demo.telling import telling
 from xmodal_interp.errors import InputError
-from xmodal_interp.evaluation import best_head, pointing_game, pointing_hits
+from xmodal_interp.evaluation import best_head, pointing_hits
 from xmodal_interp.models import VLM, load
 from xmodal_interp.sample import Sample
 from xmodal_interp.shapes import KINDS
@@ -48,7 +49,9 @@ from xmodal_interp.store import Store
 
 _MARK = "made by xmodal demo"
 _BATCH = 32
-_ABLATED = 24  # questions of each kind that every head is removed on
+_MEASURED = 48  # samples that ratios are averaged over
+_ABLATED = 12  # questions of each kind that every head is removed on
+_DESCRIBED = 24  # scenes to be described: long answers take long
 _ROWS = Keep(towers=("language",), queries="text")
 
 
@@ -83,7 +86,7 @@ def run_demo(folder: Path, *, n_scenes: int = 200) -> Findings:
     tables: dict[str, pd.DataFrame] = {}
     with _steps() as step:
         step("answering held-out questions")
-        answers = answer_accuracy(vlm, items, batch_size=_BATCH)
+        answers = answer_accuracy(vlm, _asked(items), batch_size=_BATCH)
         tables["accuracy"] = _accuracy(answers)
         step("capturing attention")
         store = _store(vlm, items, folder)
@@ -130,6 +133,12 @@ def _steps() -> Iterator[Any]:
         yield lambda text: progress.update(task, description=text)
 
 
+def _asked(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every question, but descriptions of the first scenes only."""
+    short = [item for item in items if item["kind"] != "description"]
+    return [*short, *of_kind(items, "description")[:_DESCRIBED]]
+
+
 def _accuracy(answers: pd.DataFrame) -> pd.DataFrame:
     table = answers.groupby("question_kind", sort=False)["correct"].agg(["mean", "size"])
     return table.rename(columns={"mean": "accuracy", "size": "n"}).reset_index()
@@ -140,7 +149,13 @@ def _store(vlm: VLM, items: list[dict[str, Any]], folder: Path) -> Store:
     labels = ("name", "image", "prompt", "answer", "kind", "subject", "box", "other_boxes")
     chosen = [{key: item[key] for key in labels} for item in of_kind(items, "color")]
     return capture_dataset(
-        vlm, chosen, folder / "store", max_new_tokens=2, batch_size=_BATCH, keep=_ROWS, progress=False
+        vlm,
+        chosen,
+        folder / "store",
+        max_new_tokens=2,
+        batch_size=_BATCH,
+        keep=_ROWS,
+        progress=False,
     )
 
 
@@ -156,12 +171,17 @@ def _captured(vlm: VLM, items: list[dict[str, Any]]) -> list[Sample]:
 
 
 def _pointing(store: Store, first: list[Sample]) -> dict[str, pd.DataFrame]:
+    trained, random = pointing_hits(store), pointing_hits(first)
     return {
-        "pointing": pointing_game(store),
-        "pointing_untrained": pointing_game(first),
-        "best_head": best_head(pointing_hits(store)),
-        "best_head_untrained": best_head(pointing_hits(first)),
+        "pointing": _rates(trained),
+        "pointing_untrained": _rates(random),
+        "best_head": best_head(trained),
+        "best_head_untrained": best_head(random),
     }
+
+
+def _rates(hits: pd.DataFrame) -> pd.DataFrame:
+    return hits.groupby(["layer", "head"]).mean(numeric_only=True).reset_index()
 
 
 def _ratio(store: Store, first: list[Sample]) -> dict[str, pd.DataFrame]:
@@ -171,15 +191,17 @@ def _ratio(store: Store, first: list[Sample]) -> dict[str, pd.DataFrame]:
         table = cross_modal_ratio(samples, queries="last", by=("layer",))
         return table.groupby("layer")[values].mean().reset_index()
 
-    table = by_layer(store).merge(by_layer(first), on="layer", suffixes=("", "_untrained"))
-    heads = cross_modal_ratio(store, queries="last").groupby(["layer", "head"])[values].mean()
-    return {"ratio": table, "ratio_heads": heads.reset_index()}
+    untrained_table = by_layer(first[:_MEASURED])
+    table = by_layer(store[:_MEASURED]).merge(
+        untrained_table, on="layer", suffixes=("", "_untrained")
+    )
+    return {"ratio": table}
 
 
 def _positions(vlm: VLM, store: Store, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
-    few = store[:32]
-    full = _full(vlm, of_kind(items, "color")[:8])
-    blank = [_like(item, item["image"].copy()) for item in of_kind(items, "color")[:32]]
+    few = store[:16]
+    full = _full(vlm, of_kind(items, "color")[:4])
+    blank = [_like(item, item["image"].copy()) for item in of_kind(items, "color")[:16]]
     for item in blank:
         item["image"].paste((60, 60, 60), (0, 0, *item["image"].size))
     control = _captured(vlm, blank)
@@ -206,7 +228,7 @@ def _removals(vlm: VLM, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
     others = [item for kind in KINDS[:-1] for item in of_kind(items, kind)[half : 2 * half]]
     pruning = head_pruning(vlm, asked, batch_size=_BATCH, progress=False)
     curve = pruning_curve(
-        vlm, others, pruning, steps=9, n_random=3, batch_size=_BATCH, progress=False
+        vlm, others, pruning, steps=6, n_random=2, batch_size=_BATCH, progress=False
     )
     return {"pruning": pruning, "pruning_curve": curve}
 

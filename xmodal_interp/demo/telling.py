@@ -29,9 +29,11 @@ def _pointing(tables: Tables) -> str:
     other = heads.loc[(best["layer"], best["head"]), "other_object"]
     return (
         f"Asked for a colour, layer {best['layer']} head {best['head']} has its peak on the asked "
-        f"thing in {best['hit']:.1%} of the scenes ({best['hit_low']:.1%} to {best['hit_high']:.1%}), "
+        f"thing in {best['hit']:.1%} of the scenes ({best['hit_low']:.1%} to "
+        f"{best['hit_high']:.1%}), "
         f"on another given thing in {other:.1%}. The best head of the untrained model: "
-        f"{random['hit']:.1%}; a random place: {heads['hit_chance'].mean():.1%}. (The head was chosen "
+        f"{random['hit']:.1%}; a random place: {heads['hit_chance'].mean():.1%}. (The head was "
+        "chosen "
         f"on one half of the scenes and scored on the other, n = {best['n']}.)"
     )
 
@@ -51,25 +53,25 @@ def _ratio(table: pd.DataFrame) -> list[str]:
 
 
 def _heads(table: pd.DataFrame) -> list[str]:
-    """The head each kind of question needs most, where the loss is beyond doubt."""
+    """The heads that each kind of question needs, where the loss is beyond doubt."""
     lines = []
     for kind, rows in table[table["question_kind"] != "all"].groupby("question_kind", sort=False):
-        sure = rows[rows["accuracy_drop_low"] > 0].sort_values("accuracy_drop", ascending=False)
+        sure = rows[rows["accuracy_drop_low"] > 0].nlargest(3, "accuracy_drop")
         if sure.empty:
             lines.append(f"No single head is needed for {kind} questions.")
             continue
+        columns = ["layer", "head", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"]
         named = [
-            f"layer {r.layer} head {r.head} ({100 * r.accuracy_drop:.0f} points, "
-            f"{100 * r.accuracy_drop_low:.0f} to {100 * r.accuracy_drop_high:.0f})"
-            for r in sure.head(3).itertuples()
+            f"layer {layer:.0f} head {head:.0f} ({100 * drop:.0f} points, {100 * low:.0f} to "
+            f"{100 * high:.0f})"
+            for layer, head, drop, low, high in sure[columns].to_numpy(float)
         ]
         lines.append(f"Made uniform, these heads break {kind} questions: {'; '.join(named)}.")
     return lines
 
 
 def _curve(table: pd.DataFrame) -> str:
-    shares = {}
-    for entry in table.attrs["summary"]:
-        shares.setdefault(entry["order"], []).append(entry["share_at_95"])
-    parts = [f"{100 * sum(v) / len(v):.0f}% in {order} order" for order, v in shares.items()]
+    summary = pd.DataFrame(table.attrs["summary"])
+    shares = summary.groupby("order", sort=False)["share_at_95"].mean()
+    parts = [f"{100 * share:.0f}% in {order} order" for order, share in shares.items()]
     return f"Heads that can go before accuracy falls below 95% of what it was: {', '.join(parts)}."

@@ -1,8 +1,8 @@
 """How sure a number is: bootstrap intervals over samples, and corrections for many tests.
 
 Samples are what is independent. Tokens, rows and heads of one sample are not: an interval from
-resampled tokens is far too narrow. So values come one row per sample, or with the cluster (the sample,
-the image) that each belongs to, and whole clusters are drawn.
+resampled tokens is far too narrow. So values come one row per sample, or with the cluster (the
+sample, the image) that each belongs to, and whole clusters are drawn.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from xmodal_interp.evaluation.boxes import (
 from xmodal_interp.sample import Sample, Selector, samples_of
 from xmodal_interp.vocabulary import AttentionKind
 
-Queries = Selector | Callable[[Sample], Selector]
+Queries = Selector | np.ndarray | Callable[[Sample], Selector | np.ndarray]
 _KEYS = ["tower", "kind", "layer", "head"]
 _MEANS = [
     *("hit", "energy", "any_object", "other_object"),
@@ -174,7 +174,8 @@ def pointing_hits(
                 f"{sample.name!r}: the box is {list(box)}, the tokens cover {[x0, y0, x1, y1]}."
             )
         elsewhere = [tokens_inside(tokens, other, criterion) for other in others or ()]
-        rows = queries_of(sample, queries(sample) if callable(queries) else queries)
+        asked = queries(sample) if callable(queries) else queries
+        rows = queries_of(sample, asked.tolist() if isinstance(asked, np.ndarray) else asked)
         tables = []
         for call in calls_of(sample, layers, kind=kind):
             probs = call.probs(queries=rows, keys=keys)[0].mean(1).cpu()  # [head, token]
@@ -214,8 +215,8 @@ def best_head(
 
     Returns:
         One row: the keys of the head, ``chosen_with`` (mean of the value in the first half, too
-        high by the choice), then ``{value}``, ``{value}_low``, ``{value}_high`` (mean and 95% interval in
-        the second half), ``n_chosen`` and ``n``.
+        high by the choice), then ``{value}``, ``{value}_low``, ``{value}_high`` (mean and 95%
+        interval in the second half), ``n_chosen`` and ``n``.
 
     Raises:
         InputError: Fewer than two samples, or a table that lacks a row or a column.

@@ -63,7 +63,7 @@ def head_grid(
         scale = value_scale([cells], label or value, vmax=vmax, vmin=float(numbers.min()))
     written = cells.size <= _MOST_WRITTEN
     wide, tall = _CELL if written else _BARE_CELL
-    width, height = max(wide * cells.shape[1], 1.6), max(tall * cells.shape[0], 1.2)
+    width, height = max(wide * cells.shape[1], 1.6), max(tall * cells.shape[0], 1.7)
     missing = " Grey: no value." if np.isnan(cells).any() else ""
     page = sheet(
         0.65 + width + 0.15 + BAR, height + 0.5, title or f"{value} of every head", missing.strip()

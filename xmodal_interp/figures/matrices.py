@@ -16,8 +16,8 @@ from xmodal_interp.figures.labelling import (
     Labels,
     Run,
     draw_matrix,
-    legible_side,
     labels_of,
+    legible_side,
     name_blocks,
     widened,
 )
@@ -202,7 +202,7 @@ def _wide(n_tokens: int) -> float:
 
 def _tall(n_rows: int) -> float:
     """Inches for so many text tokens."""
-    return float(np.clip(_PITCH * n_rows, 1.4, 10.0))
+    return float(np.clip(_PITCH * n_rows, 1.7, 10.0))
 
 
 def _note(matrix: Matrix, side: float) -> str:

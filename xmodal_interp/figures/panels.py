@@ -19,6 +19,8 @@ from xmodal_interp.figures.placement import DARK, LIGHT, Place
 from xmodal_interp.figures.scales import Scale
 from xmodal_interp.figures.style import HIDDEN, SMALL, Picture
 
+_BAR_HEIGHTS = (1.5, 2.6)  # inches: room for the label, but no longer than it has to be
+
 
 @dataclass(frozen=True, eq=False)
 class Panel:
@@ -67,7 +69,9 @@ def panel_figure(
     left = MARGIN + (max(map(len, row_titles)) * 0.075 + 0.1 if row_titles else 0.0)
     right = left + n_cols * (width + 0.1)
     heads = [0.25 if any(panel.title for panel in row) else 0.08 for row in rows]
-    body = sum(heads) + len(rows) * height
+    below = sum(heads[1:]) + len(rows) * height
+    bar_height = float(np.clip(below, *_BAR_HEIGHTS))
+    body = heads[0] + max(below, bar_height if scales else 0.0)
     page = sheet(right + BAR * len(scales), body, title, note)
     for r, row in enumerate(rows):
         top = sum(heads[: r + 1]) + r * height
@@ -76,7 +80,7 @@ def panel_figure(
         if row_titles:
             page.text(left - 0.1, top + height / 2, row_titles[r])
     for i, scale in enumerate(scales):
-        page.bar(scale, right + 0.02 + BAR * i, heads[0], min(body - heads[0], 2.6))
+        page.bar(scale, right + 0.02 + BAR * i, heads[0], bar_height)
     return page.picture
 
 
@@ -111,7 +115,7 @@ def in_rows(panels: Sequence[Panel], most: int = 6) -> list[Sequence[Panel]]:
 def _panel_size(place: Place, n_cols: int) -> tuple[float, float]:
     """Width and height in inches: the image's aspect, smaller where there are many."""
     side = 2.0 if n_cols <= 4 else 1.75 if n_cols <= 6 else 1.3
-    aspect = float(np.clip(place.grid.width / place.grid.height, 0.25, 4.0))
+    aspect = float(np.clip(place.grid.width / place.grid.height, 1 / 6, 6.0))
     return side * aspect**0.5, side / aspect**0.5
 
 

@@ -32,9 +32,10 @@ def one_row_each(table: pd.DataFrame, keys: Sequence[str], value: str, what: str
     counts = table.groupby(list(keys), dropna=False).size()
     if counts.max() <= 1:
         return
-    crowded = table[table.duplicated(list(keys))].iloc[0]
-    where = ", ".join(f"{key} {crowded[key]}" for key in keys)
-    same = table.loc[(table[list(keys)] == crowded[list(keys)]).all(axis=1)]
+    crowded = table[table.duplicated(list(keys))]
+    place = {key: crowded[key].iloc[0] for key in keys}
+    where = ", ".join(f"{key} {entry}" for key, entry in place.items())
+    same = table[(table[list(place)] == list(place.values())).all(axis=1)]
     differing = [
         str(name)
         for name in table.columns

@@ -136,7 +136,7 @@ def measured(view: View) -> str:
             if group in keys:
                 block = np.ix_(members, keys[group])
                 if later[block].any():
-                    found.append(f"{group} {seen[block][later[block]].mean():.0%}")
+                    found.append(f"{group}: {seen[block][later[block]].mean():.0%}")
         lines.append(f"visible keys after the query: {', '.join(found) or 'none exist'}")
     return "\n".join(lines)
 

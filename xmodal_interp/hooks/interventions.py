@@ -30,7 +30,7 @@ from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, LayerError, PositionError
 from xmodal_interp.hooks.heads import layers_of, listed, n_heads_of
 from xmodal_interp.hooks.modules import Identity, attention_modules
-from xmodal_interp.hooks.recorder import _refuse_compiled, as_attention_call
+from xmodal_interp.hooks.recorder import as_attention_call, refuse_compiled
 from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tap import RawCall, tap
 from xmodal_interp.models import VLM
@@ -115,7 +115,7 @@ def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Iterator[
         PositionError: A position was never reached, at the end of the block.
     """
     bare = model.model if isinstance(model, VLM) else model
-    _refuse_compiled(bare)
+    refuse_compiled(bare)
     known = attention_modules(bare)
     editors = [_Editor(intervention, known) for intervention in interventions]
     with ExitStack() as stack:

@@ -72,7 +72,7 @@ def record(
         CaptureError: Attention ran that could not be heard, or the model is compiled. Raised at the
             end of the block, unless the block itself failed.
     """
-    _refuse_compiled(model)
+    refuse_compiled(model)
     known = attention_modules(model)
     _check_choice(towers, layers, known.values())
     recorder = _Recorder(known, _Choice(tuple(towers), layers, values, reduce))
@@ -264,7 +264,8 @@ def _own(t: Tensor) -> Tensor:
     return t.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise CaptureError for a model compiled by ``torch.compile``."""
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or getattr(
         model, "_compiled_call_impl", None
     ):

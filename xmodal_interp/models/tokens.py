@@ -70,46 +70,39 @@ def token_table(
     pieces = tokenizer.convert_ids_to_tokens(list(ids))
     special = set(tokenizer.all_special_ids)
     offsets = _offsets(ids, attended, text, tokenizer, placeholders, grids)
-    table = pd.DataFrame(
-        {column: [None] * len(ids) for column in TOKEN_COLUMNS},
-        index=pd.RangeIndex(len(ids), name="position"),
-    )
-    table["token"] = [
-        text[start:end] if end > start and token not in special else piece
-        for piece, token, (start, end) in zip(pieces, ids, offsets, strict=True)
-    ]
-    table["kind"] = [
-        "padding"
-        if not seen
-        else "image"
-        if token == placeholders.image
-        else "video"
-        if token == placeholders.video
-        else "special"
-        if token in special
-        else "text"
+    kinds = [
+        _kind(token, placeholders, special) if seen else "padding"
         for token, seen in zip(ids, attended, strict=True)
     ]
-    table["start"], table["end"] = np.array(offsets).reshape(-1, 2).T
-    table["role"] = [
-        None if kind == "padding" else _role(start, end, spans)
-        for kind, (start, end) in zip(table["kind"], offsets, strict=True)
-    ]
+    roles = {span: _role(*span, spans) for span in set(offsets)}
+    columns: dict[str, Any] = {
+        "token": [
+            text[start:end] if end > start and token not in special else piece
+            for piece, token, (start, end) in zip(pieces, ids, offsets, strict=True)
+        ],
+        "kind": kinds,
+        "role": [None if k == "padding" else roles[o] for k, o in zip(kinds, offsets, strict=True)],
+        "start": [start for start, _ in offsets],
+        "end": [end for _, end in offsets],
+    }
     if placeholders.image is not None:
-        _place(table, np.flatnonzero(table["kind"] == "image"), grids)
-    return _typed(table)
+        columns |= _places(np.array(kinds) == "image", grids)
+    return _table(columns, len(ids))
+
+
+def _kind(token: int, placeholders: Placeholders, special: set[int]) -> str:
+    if token == placeholders.image:
+        return "image"
+    if token == placeholders.video:
+        return "video"
+    return "special" if token in special else "text"
 
 
 def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
     """One row per image token of all grids in order: the keys of a cross-attention."""
     n_tokens = sum(grid.n_tokens for grid in grids)
-    table = pd.DataFrame(
-        {column: [None] * n_tokens for column in TOKEN_COLUMNS},
-        index=pd.RangeIndex(n_tokens, name="position"),
-    )
-    table["kind"], table["start"], table["end"] = "image", -1, -1
-    _place(table, np.arange(n_tokens), grids)
-    return _typed(table)
+    places = _places(np.ones(n_tokens, dtype=bool), grids)
+    return _table({"kind": ["image"] * n_tokens, "start": -1, "end": -1, **places}, n_tokens)
 
 
 def generated_table(
@@ -127,31 +120,20 @@ def generated_table(
     ids = list(read)
     special = set(tokenizer.all_special_ids)
     pieces = tokenizer.convert_ids_to_tokens(list(ids))
-    rows = []
+    columns: dict[str, list[Any]] = {name: [] for name in ("token", "kind", "start", "end")}
     separator = "" if text.endswith((" ", "\n")) else " "
+    before = ""
     for i, token in enumerate(ids):
-        before = tokenizer.decode(ids[:i], skip_special_tokens=True)
         after = tokenizer.decode(ids[: i + 1], skip_special_tokens=True)
-        piece = after[len(before) :]
-        start = len(text) + len(separator) + len(after) - len(piece.lstrip())
-        end = len(text) + len(separator) + len(after)
-        is_special = token in special
-        rows.append(
-            {
-                "token": pieces[i] if is_special else piece.strip() or pieces[i],
-                "kind": "special" if is_special else "text",
-                "role": "generated",
-                "start": start,
-                "end": end,
-            }
-        )
-    table = pd.DataFrame(
-        rows,
-        columns=list(TOKEN_COLUMNS),
-        index=pd.RangeIndex(n_before, n_before + len(rows), name="position"),
-    )
+        piece, end = after[len(before) :], len(text) + len(separator) + len(after)
+        columns["token"].append(pieces[i] if token in special else piece.strip() or pieces[i])
+        columns["kind"].append("special" if token in special else "text")
+        columns["start"].append(end - len(piece.lstrip()))
+        columns["end"].append(end)
+        before = after
+    table = _table({**columns, "role": ["generated"] * len(ids)}, len(ids), n_before)
     decoded = tokenizer.decode(answer, skip_special_tokens=True)
-    return _typed(table), text + (separator + decoded if decoded else "")
+    return table, text + (separator + decoded if decoded else "")
 
 
 def message_spans(text: str, messages: Sequence[dict[str, Any]]) -> list[Span]:
@@ -227,29 +209,42 @@ def _role(start: int, end: int, spans: Sequence[Span]) -> str:
     return next((span.role for span in spans if start < span.end and end > span.start), "template")
 
 
-def _place(table: pd.DataFrame, positions: np.ndarray, grids: Sequence[ImageGrid]) -> None:
+def _places(is_image: np.ndarray, grids: Sequence[ImageGrid]) -> dict[str, np.ndarray]:
+    """Image, row, column and box of image tokens, in order; NaN everywhere else."""
     expected = sum(grid.n_tokens for grid in grids)
-    if expected != len(positions):
+    if expected != is_image.sum():
         raise GeometryError(
-            f"Image tokens and grids must agree. The sequence has {len(positions)} image tokens; "
-            "the grids "
-            f"({', '.join(f'{g.rows} x {g.cols}' for g in grids) or 'none'}) have {expected}."
+            f"Image tokens and grids must agree. The sequence has {is_image.sum()} image tokens; "
+            f"the grids ({', '.join(f'{g.rows} x {g.cols}' for g in grids) or 'none'}) have "
+            f"{expected}."
         )
-    if not grids:
-        return
-    table.loc[positions, "image"] = np.repeat(
-        np.arange(len(grids)), [grid.n_tokens for grid in grids]
-    )
-    places = np.concatenate([grid.places for grid in grids])
-    boxes = np.concatenate([grid.boxes for grid in grids])
-    placed = places[:, 0] >= 0
-    table.loc[positions[placed], ["row", "col"]] = places[placed]
-    table.loc[positions, ["x0", "y0", "x1", "y1"]] = boxes
+    names = ("image", "row", "col", "x0", "y0", "x1", "y1")
+    cells = np.full((len(is_image), len(names)), np.nan)
+    if grids:
+        image = np.repeat(np.arange(len(grids)), [grid.n_tokens for grid in grids])
+        places = np.concatenate([grid.places for grid in grids]).astype(float)
+        places[places[:, 0] < 0] = np.nan
+        boxes = np.concatenate([grid.boxes for grid in grids])
+        cells[is_image] = np.column_stack([image, places, boxes])
+    return dict(zip(names, cells.T, strict=True))
 
 
-def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    integers = dict.fromkeys(("image", "row", "col", "start", "end"), "Int64")
-    floats = dict.fromkeys(("x0", "y0", "x1", "y1"), "float64")
-    return table.astype(
-        {"token": "string", "kind": "string", "role": "string", **integers, **floats}
-    )
+_INTEGERS = ("image", "row", "col", "start", "end")
+_FLOATS = ("x0", "y0", "x1", "y1")
+
+
+def _table(columns: dict[str, Any], n_rows: int, start: int = 0) -> pd.DataFrame:
+    """Columns in the order of the vocabulary, each with its type; the missing ones are empty."""
+    typed: dict[str, Any] = {}
+    for name in TOKEN_COLUMNS:
+        if name in _FLOATS:
+            typed[name] = np.broadcast_to(columns.get(name, np.nan), n_rows).astype(float)
+        elif name in _INTEGERS:
+            values = np.broadcast_to(np.asarray(columns.get(name, np.nan), dtype=float), n_rows)
+            missing = np.isnan(values)
+            typed[name] = pd.arrays.IntegerArray(
+                np.where(missing, 0, values).astype(np.int64), missing
+            )
+        else:
+            typed[name] = pd.array(columns.get(name, [None] * n_rows), dtype="string")
+    return pd.DataFrame(typed, index=pd.RangeIndex(start, start + n_rows, name="position"))

@@ -102,7 +102,7 @@ class VLM:
             images=nested or None,
             text=texts,
             return_tensors="pt",
-            padding=len(texts) > 1,
+            **({"padding": True, "padding_side": "left"} if len(texts) > 1 else {}),
             **({"add_special_tokens": False} if self._begins_itself(texts[0]) else {}),
         )
         grids = self._grids(inputs, opened)

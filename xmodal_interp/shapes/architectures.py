@@ -22,12 +22,12 @@ from transformers import (
 )
 
 from xmodal_interp.shapes.processors import (
-    MAX_TILES,
-    TILE,
     IMAGE_TOKEN,
+    MAX_TILES,
     MERGE,
     PATCH,
     SIDE,
+    TILE,
     VIDEO_TOKEN,
     VISION_END,
     VISION_START,

@@ -1,0 +1,221 @@
+"""Does a map show what the model uses? Take image tokens away in its order, or bring them back.
+
+Petsiuk et al. 2018 (RISE, arXiv:1806.07421), on the image tokens of the language model instead of
+pixels: a token is taken away by putting the mean image token of the sample in its place.
+
+* deletion: from the whole image, the most salient token first; a faithful map makes the score fall
+  fast, so its area is small.
+* insertion: from no token, the most salient first; a faithful map makes it rise fast.
+
+The score is the probability of the known answer, teacher-forced: the geometric mean over its
+tokens. The area under a curve s_0..s_n is the normalised trapezoid sum
+(s_0 / 2 + s_1 + ... + s_n / 2) / n. Read it against a random order (``maps="random"``) and against
+the centre prior (``"centre"``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm import tqdm
+
+from xmodal_interp.analysis.frames import stamped
+from xmodal_interp.analysis.teacher_forcing import answer_scores, origin
+from xmodal_interp.errors import InputError
+from xmodal_interp.hooks.embeddings import check_in_sequence, mean_embeddings
+from xmodal_interp.hooks.replaying import remember_blocks, replay
+from xmodal_interp.models import VLM, ImageGrid
+from xmodal_interp.models.batching import Batch, Item, batches_of
+
+Maps = Sequence[np.ndarray] | Literal["random", "centre"]
+
+
+def deletion_curve(
+    vlm: VLM,
+    items: Sequence[Item],
+    maps: Maps,
+    *,
+    steps: int = 11,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Take image tokens away, the most salient first, and watch the answer (Petsiuk et al. 2018).
+
+    Args:
+        vlm: Model and processor; its images must be among the tokens of the sequence.
+        items: Dicts with one ``image``, ``prompt``, ``answer``, and optionally ``kind``.
+        maps: For each item, one value per image token, in sequence order or as a ``[row, col]``
+            grid; or ``"random"``, or ``"centre"`` (the nearer to the centre, the more salient).
+        steps: How many points the curve has, none and all tokens included.
+        batch_size: The largest number of items per forward.
+        seed: Seed of the random order.
+        progress: Whether to show a bar.
+
+    Returns:
+        One row per item and step: ``item, question_kind, step, share_changed`` (0 to 1),
+        ``probability`` (0 to 1), ``accuracy`` (0 or 1). :func:`curve_areas` sums it up.
+
+    Raises:
+        InputError: Maps that do not fit the image tokens, or items without one image.
+        UnsupportedModelError: Text reaches the image by cross-attention.
+    """
+    return _curve(vlm, items, maps, "deletion_curve", steps, batch_size, seed, progress)
+
+
+def insertion_curve(
+    vlm: VLM,
+    items: Sequence[Item],
+    maps: Maps,
+    *,
+    steps: int = 11,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Bring image tokens back, the most salient first (Petsiuk et al. 2018).
+
+    Takes and returns what :func:`deletion_curve` does; ``share_changed`` is the share brought back.
+    """
+    return _curve(vlm, items, maps, "insertion_curve", steps, batch_size, seed, progress)
+
+
+def curve_areas(curve: pd.DataFrame, value: str = "probability") -> pd.DataFrame:
+    """The area under each item's curve: ``item, question_kind, area``, 0 to 1 for probabilities.
+
+    Give the areas of two maps to ``bootstrap_interval(..., paired=...)`` to compare them.
+
+    Raises:
+        InputError: A table that is no curve.
+    """
+    missing = [name for name in ("item", "step", value) if name not in curve.columns]
+    if missing:
+        raise InputError(
+            f"An area is that of a curve with item, step and {value}; missing: "
+            f"{', '.join(missing)}."
+        )
+    rows = [
+        {
+            "item": item,
+            "question_kind": of_item["question_kind"].iloc[0],
+            "area": area(of_item.sort_values("step")[value].to_numpy(dtype=float)),
+        }
+        for item, of_item in curve.groupby("item", sort=True)
+    ]
+    table = pd.DataFrame(rows).astype({"question_kind": "string"})
+    table.attrs = dict(curve.attrs)
+    return table
+
+
+def area(scores: Float[np.ndarray, " step"]) -> float:
+    """The normalised trapezoid sum of RISE: 1 for a curve that stays at 1, 0.5 for a line to 0."""
+    return float((scores.sum() - (scores[0] + scores[-1]) / 2) / (len(scores) - 1))
+
+
+def _curve(
+    vlm: VLM,
+    items: Sequence[Item],
+    maps: Maps,
+    analysis: str,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,  # noqa: FBT001
+) -> pd.DataFrame:
+    if steps < 2:
+        raise InputError(f"A curve has at least 2 steps, none and all tokens; got {steps}.")
+    check_in_sequence(vlm)
+    items = list(items)
+    if not isinstance(maps, str) and len(maps) != len(items):
+        raise InputError(f"maps must be one per item; got {len(maps)} for {len(items)} items.")
+    shares = np.linspace(0, 1, steps)
+    scores = np.empty((len(items), steps, 2))
+    batches = batches_of(vlm, items, batch_size=batch_size)
+    with tqdm(total=len(batches) * steps, unit="forward", disable=not progress, leave=False) as bar:
+        for batch in batches:
+            image, order = _orders(batch, maps, seed)
+            with remember_blocks(vlm.model) as memory:
+                answer_scores(vlm, batch)
+            vision = memory.before("language", "self", 0)  # the edit comes behind it
+            for step, share in enumerate(shares):
+                first = _first(image, order, share)
+                taken = first if analysis == "deletion_curve" else image & ~first
+                with replay(vision), mean_embeddings(vlm, taken, image):
+                    accuracy, log_prob, _ = answer_scores(vlm, batch)
+                scores[list(batch.index), step] = np.stack([np.exp(log_prob), accuracy], 1)
+                bar.update()
+    table = pd.DataFrame(
+        {
+            "item": np.repeat(np.arange(len(items)), steps),
+            "question_kind": pd.array([item.get("kind") for item in items], dtype="string").repeat(
+                steps
+            ),
+            "step": np.tile(np.arange(steps), len(items)),
+            "share_changed": np.tile(shares, len(items)),
+            "probability": scores[..., 0].reshape(-1),
+            "accuracy": scores[..., 1].reshape(-1),
+        }
+    )
+    return stamped(
+        table,
+        analysis=analysis,
+        parameters={
+            "maps": maps if isinstance(maps, str) else "given",
+            "steps": steps,
+            "seed": seed,
+        },
+        provenance=[origin(vlm)],
+        n_samples=len(items),
+    )
+
+
+def _orders(
+    batch: Batch, maps: Maps, seed: int
+) -> tuple[Bool[Tensor, "item position"], list[np.ndarray]]:
+    """Where the image tokens are, and for each item their order, the most salient first."""
+    image = torch.zeros(batch.inputs["input_ids"].shape, dtype=torch.bool)
+    orders = []
+    for row, index, prompt in zip(image, batch.index, batch.prompts, strict=True):
+        if len(prompt.grids) != 1:
+            raise InputError(f"A map is of one image. Item {index} has {len(prompt.grids)} images.")
+        positions = np.flatnonzero(prompt.tokens["kind"].eq("image").to_numpy(dtype=bool))
+        row[torch.from_numpy(positions)] = True
+        values = _values(prompt.grids[0], maps, index, seed)
+        orders.append(positions[np.argsort(-values, kind="stable")])
+    return image, orders
+
+
+def _values(grid: ImageGrid, maps: Maps, index: int, seed: int) -> Float[np.ndarray, " token"]:
+    if isinstance(maps, str):
+        if maps == "random":
+            return np.random.default_rng((seed, index)).random(grid.n_tokens)
+        middle = np.array([(grid.rows - 1) / 2, (grid.cols - 1) / 2])
+        offsets = (grid.places - middle) / np.array([grid.rows, grid.cols])
+        distances: np.ndarray = np.hypot(offsets[:, 0], offsets[:, 1])
+        return -distances
+    given = np.asarray(maps[index], dtype=float)
+    on_grid = given.shape == (grid.rows, grid.cols)
+    values = given[grid.places[:, 0], grid.places[:, 1]] if on_grid else given
+    if values.shape != (grid.n_tokens,) or np.isnan(values).any():
+        raise InputError(
+            "A map has a number for each image token, in a row or as a grid. Item "
+            f"{index} has {grid.n_tokens} tokens ({grid.rows} x {grid.cols}); its map has shape "
+            f"{given.shape} with {int(np.isnan(given).sum())} NaN."
+        )
+    return values
+
+
+def _first(
+    image: Bool[Tensor, "item position"], orders: Sequence[np.ndarray], share: float
+) -> Bool[Tensor, "item position"]:
+    """The most salient share of each item's tokens."""
+    first = torch.zeros_like(image)
+    for row, order in zip(first, orders, strict=True):
+        row[torch.from_numpy(order[: round(share * len(order))])] = True
+    return first
