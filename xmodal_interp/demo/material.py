@@ -12,9 +12,7 @@ HELD_OUT = 2**40  # training draws its scenes from (seed, step): it never comes 
 
 
 def held_out_scenes(n_scenes: int) -> list[Scene]:
-    """Scenes that the shipped models were not trained on, each good for a question of every
-    kind.
-    """
+    """Scenes unseen in training, each good for a question of every kind."""
     scenes: list[Scene] = []
     number = 0
     while len(scenes) < n_scenes:
@@ -27,8 +25,7 @@ def held_out_scenes(n_scenes: int) -> list[Scene]:
 
 
 def questions_about(scenes: list[Scene]) -> list[dict[str, Any]]:
-    """Items for the analyses: image, prompt, answer, kind, and the boxes that the question is
-    about.
+    """Items for the analyses: image, prompt, answer, kind, and boxes.
 
     ``box`` is the asked thing's, ``other_boxes`` are those of the rest, in pixels; none for
     questions about the whole scene.
