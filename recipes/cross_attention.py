@@ -39,11 +39,11 @@ def main(
     layers = sample.layers(kind="cross")
     for layer in layers:
         call = sample.call(layer, kind="cross")
-        rows = call.probs().sum(-1)
+        sums = call.probs().sum(-1)
         typer.echo(
             f"cross-attention in layer {layer}: {call.n_heads} heads, {call.n_queries} queries, "
-            f"{call.n_keys} image keys; rows sum to {rows.nanmin():.6f} - "
-            f"{rows[rows == rows].max():.6f}"
+            f"{call.n_keys} image keys; {int(sums.isnan().sum())} rows see no image, the others "
+            f"sum to 1 within {(sums.nan_to_num(1.0) - 1).abs().max():.1e}"
         )
         probs = sample.probs(layer, queries=phrase, kind="cross").mean((0, 1))
         peak = np.unravel_index(np.nanargmax(sample.grid(probs)), sample.grid(probs).shape)

@@ -128,9 +128,9 @@ def test_rows_that_were_not_kept(tmp_path):
         rows = call(q=torch.randn(1, 2, 2, 3), rows=torch.tensor([1, 4]))
         writer.write(sample(calls=[rows]))
     found = open_store(tmp_path)[0]
-    assert found.probs(queries=[1, 4]).shape == (2, 2, N)
+    assert found.probs(0, queries=[1, 4]).shape == (2, 2, N)
     with pytest.raises(NotRecordedError, match=r"kept 1, 4; asked for were also 2\."):
-        found.probs(queries=[1, 2])
+        found.probs(0, queries=[1, 2])
 
 
 def test_no_store(tmp_path):

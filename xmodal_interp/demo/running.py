@@ -49,8 +49,8 @@ from xmodal_interp.store import Store
 
 _MARK = "made by xmodal demo"
 _BATCH = 32
-_MEASURED = 48  # samples that ratios are averaged over
-_ABLATED = 12  # questions of each kind that every head is removed on
+_MEASURED = 12  # samples that ratios are averaged over
+_ABLATED = 10  # questions of each kind that every head is removed on
 _DESCRIBED = 24  # scenes to be described: long answers take long
 _ROWS = Keep(towers=("language",), queries="text")
 
@@ -92,7 +92,7 @@ def run_demo(folder: Path, *, n_scenes: int = 200) -> Findings:
         store = _store(vlm, items, folder)
         step("capturing the untrained model")
         before = VLM(untrained("llava"), vlm.processor)
-        first = _captured(before, of_kind(items, "color"))
+        first = _captured(before, of_kind(items, "color")[: n_scenes // 3])
         step("measuring where heads point")
         tables |= _pointing(store, first)
         tables |= _ratio(store, first)
@@ -134,9 +134,16 @@ def _steps() -> Iterator[Any]:
 
 
 def _asked(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every question, but descriptions of the first scenes only."""
-    short = [item for item in items if item["kind"] != "description"]
-    return [*short, *of_kind(items, "description")[:_DESCRIBED]]
+    """Every scene is asked for a place and for two of the other kinds; some are described."""
+    turns = (of_kind(items, "color", "count"), of_kind(items, "shape", "existence"))
+    alternating = [
+        item for turn, of in enumerate(turns) for item in of if _number(item) % 2 == turn
+    ]
+    return [*of_kind(items, "place"), *alternating, *of_kind(items, "description")[:_DESCRIBED]]
+
+
+def _number(item: dict[str, Any]) -> int:
+    return int(item["name"].split("-")[1])
 
 
 def _accuracy(answers: pd.DataFrame) -> pd.DataFrame:
@@ -228,7 +235,7 @@ def _removals(vlm: VLM, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
     others = [item for kind in KINDS[:-1] for item in of_kind(items, kind)[half : 2 * half]]
     pruning = head_pruning(vlm, asked, batch_size=_BATCH, progress=False)
     curve = pruning_curve(
-        vlm, others, pruning, steps=6, n_random=2, batch_size=_BATCH, progress=False
+        vlm, others, pruning, steps=5, n_random=2, batch_size=_BATCH, progress=False
     )
     return {"pruning": pruning, "pruning_curve": curve}
 

@@ -19,8 +19,8 @@ def telling(tables: Tables) -> list[str]:
 
 
 def _answers(table: pd.DataFrame) -> str:
-    parts = [f"{row.question_kind} {row.accuracy:.1%}" for row in table.itertuples()]
-    return f"Answers on {table['n'].max()} held-out scenes: {', '.join(parts)}."
+    parts = [f"{row.question_kind} {row.accuracy:.1%} of {row.n}" for row in table.itertuples()]
+    return f"Right answers on {table['n'].max()} held-out scenes: {', '.join(parts)}."
 
 
 def _pointing(tables: Tables) -> str:

@@ -1,0 +1,84 @@
+"""The command line: every command does its work, and refuses in one line."""
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from tests.tiny import picture
+from xmodal_interp.cli import app
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    picture().save(folder / "scene.png")
+    rows = [{"image": "scene.png", "prompt": "how many shapes ?", "name": "counted"}]
+    pd.DataFrame(rows).to_csv(folder / "items.csv", index=False)
+    result = run(app, ["capture", str(folder / "store"), "--items", str(folder / "items.csv")])
+    assert result.exit_code == 0, result.output
+    return folder / "store"
+
+
+def test_analyze_prints_and_writes(store, tmp_path) -> None:
+    printed = run(app, ["analyze", str(store), "cross-modal-ratio"])
+    assert printed.exit_code == 0
+    assert "lift" in printed.output
+    path = tmp_path / "ratio.parquet"
+    written = run(app, ["analyze", str(store), "cross-modal-ratio", "--path", str(path)])
+    assert written.exit_code == 0
+    assert len(pd.read_parquet(path)) == 32
+
+
+def test_plot_writes_a_picture(store, tmp_path) -> None:
+    path = tmp_path / "layers.png"
+    options = ["--queries", "shapes", "--path", str(path)]
+    result = run(app, ["plot", str(store), "layer-overlays", *options])
+    assert result.exit_code == 0, result.output
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_info_of_a_store_and_of_a_model(store) -> None:
+    assert run(app, ["info", str(store)]).exit_code == 0
+    model = run(app, ["info", "llava"])
+    assert model.exit_code == 0
+    assert "LlavaForConditionalGeneration" in model.output
+
+
+def test_check_finds_damage(store) -> None:
+    good = run(app, ["check", str(store)])
+    assert good.exit_code == 0
+    assert "all as they were written" in good.output
+    tensors = next(store.glob("samples/counted/*.safetensors"))
+    whole = tensors.read_bytes()
+    try:
+        tensors.write_bytes(whole[:-10])
+        bad = run(app, ["check", str(store)])
+    finally:
+        tensors.write_bytes(whole)
+    assert bad.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["info", "no/such-model"], "could not be loaded"),
+        (
+            ["analyze", "nowhere", "sink-rate"],
+            "A store is a folder that capture_dataset has written",
+        ),
+        (["capture", "x", "--prompt", "what ?"], "--image with --prompt, or --items"),
+        (["capture", "x", "--items", "none.csv"], "--items must be a file that exists"),
+    ],
+)
+def test_refusals_are_one_line_with_exit_code_1(arguments, words) -> None:
+    result = run(app, arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith("error:")
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    assert run(app, ["analyze", "x", "no-such-analysis"]).exit_code == 2

@@ -1,0 +1,41 @@
+"""Recipes and the notebook run as they stand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+PICTURES = {
+    "cross_modal_attention.py": ("--folder", 11),
+    "masks_compared.py": ("--folder", 2),
+    "cross_attention.py": ("--folder", 2),
+    "qwen2_vl_visualizer.py": ("--save-path", 3),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_recipe_writes_its_pictures(name: str, tmp_path: Path) -> None:
+    option, n_pictures = PICTURES[name]
+    target = tmp_path / "layers.png" if option == "--save-path" else tmp_path
+    command = [sys.executable, str(ROOT / "recipes" / name), option, str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*.png"))) == n_pictures
+
+
+def test_the_notebook_runs_and_is_committed_with_its_pictures(tmp_path: Path) -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "story.ipynb", as_version=4)
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) >= 10
+    (tmp_path / "notebooks").mkdir()
+    resources = {"metadata": {"path": str(tmp_path / "notebooks")}}
+    NotebookClient(notebook, timeout=600, resources=resources).execute()
