@@ -39,3 +39,11 @@ def test_the_notebook_runs_and_is_committed_with_its_pictures(tmp_path: Path) ->
     (tmp_path / "notebooks").mkdir()
     resources = {"metadata": {"path": str(tmp_path / "notebooks")}}
     NotebookClient(notebook, timeout=600, resources=resources).execute()
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert (tmp_path / "layers.png").exists()

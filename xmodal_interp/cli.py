@@ -99,7 +99,7 @@ def demo(
 ) -> None:
     """Run the whole story on the shipped model: store, tables, pictures, one report.
 
-    It takes about a minute on two cores and needs no network.
+    It takes a minute or two on two cores and needs no network.
     """
     findings = run_demo(folder, n_scenes=scenes)
     for line in findings.lines:

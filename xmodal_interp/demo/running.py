@@ -71,7 +71,7 @@ class Findings:
 
 
 def run_demo(folder: Path, *, n_scenes: int = 200) -> Findings:
-    """Run the demo on the shipped LLaVA; offline, about a minute on two cores.
+    """Run the demo on the shipped LLaVA; offline, a minute or two on two cores.
 
     Args:
         folder: A new or empty folder, or one of an earlier demo, which is replaced.
