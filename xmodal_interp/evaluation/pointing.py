@@ -239,6 +239,7 @@ def best_head(
     best = int(values[:, :half].mean(1).argmax())
     scored = values[best : best + 1, half:]
     low, high = mean_intervals(scored, np.arange(scored.shape[1]), n_draws=n_bootstrap, seed=seed)
+    known = hits.attrs.get("provenance", [])  # one origin, or a list of several
     row: dict[str, Any] = dict(zip(keys, list(wide)[best], strict=True))
     row |= {"chosen_with": values[best, :half].mean(), value: scored.mean()}
     row |= {f"{value}_low": low[0], f"{value}_high": high[0]}
@@ -246,7 +247,7 @@ def best_head(
         pd.DataFrame([{**row, "n_chosen": half, "n": scored.shape[1]}]),
         analysis="best_head",
         parameters={"value": value, "n_bootstrap": n_bootstrap, "seed": seed},
-        provenance=[hits.attrs.get("provenance", {})],
+        provenance=known if isinstance(known, list) else [known],
         n_samples=values.shape[1],
     )
 
