@@ -41,7 +41,7 @@ def draw_all(
         [pointed.last],
         layer,
         head,
-        boxes=[pointed.labels["box"]],
+        boxes=[tuple(pointed.labels["box"])],
         path=picture(
             "pointing",
             f"Layer {layer}, head {head} finds the asked thing",
