@@ -6,12 +6,13 @@ import numpy as np
 import torch
 
 from tests.analysis.fakes import sample_of
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 
 
 def test_rows_are_in_the_order_of_the_axes() -> None:
     values = {"p": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "n": np.array([[5], [6]])}
-    table = keyed(long_table({"head": [4, 7], "query": ["x", "y"]}, values), tower="vision")
+    part = keyed(long_table({"head": [4, 7], "query": ["x", "y"]}, values), tower="vision")
+    table = stacked([part])
     assert table.to_numpy().tolist() == [
         ["vision", 4, "x", 1.0, 5],
         ["vision", 4, "y", 2.0, 5],
@@ -20,20 +21,20 @@ def test_rows_are_in_the_order_of_the_axes() -> None:
     ]
 
 
-def test_provenance_is_told_once_if_only_the_date_differs() -> None:
+def test_provenance_is_told_once_if_only_the_date_and_the_item_differ() -> None:
     samples = [
-        sample_of("t", [], provenance={"model": model, "created": created})
-        for model, created in (("m", "today"), ("m", "later"), ("n", "today"))
+        sample_of("t", [], provenance={"model": model, "created": "today", "item": item})
+        for model, item in (("m", "a"), ("m", "b"), ("n", "a"))
     ]
     table = over_samples(
         samples,
-        lambda _: long_table({"head": [0]}, {"share": 0.5}),
+        lambda _: stacked([long_table({"head": [0]}, {"share": 0.5})]),
         analysis="something",
         parameters={},
     )
     assert table.attrs["provenance"] == [
-        {"model": "m", "created": "today"},
-        {"model": "n", "created": "today"},
+        {"model": "m"},
+        {"model": "n"},
     ]
 
 
@@ -47,7 +48,7 @@ def test_attributes_are_json() -> None:
     }
     table = over_samples(
         sample_of("t", [], provenance={"model": "m", "layers": (0, 1)}),
-        lambda _: long_table({"head": [0]}, {"share": 0.5}),
+        lambda _: stacked([long_table({"head": [0]}, {"share": 0.5})]),
         analysis="something",
         parameters=parameters,
     )

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import null_mass
 from xmodal_interp.analysis.selecting import Layers, calls_of, heads_of, refuse_cross_attention
 from xmodal_interp.attention import Positions
@@ -89,7 +89,7 @@ def _allocation(sample: Sample, layers: Layers, heads: Positions | None) -> pd.D
         }
         table = long_table({"head": chosen, "segment": SEGMENTS}, values)
         tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
-    return pd.concat(tables, ignore_index=True)
+    return stacked(tables)
 
 
 def _segments(sample: Sample) -> np.ndarray:

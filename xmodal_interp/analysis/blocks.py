@@ -27,7 +27,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from xmodal_interp.analysis.cross_modal import cross_modal_ratio
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import n_visible, null_mass, received
 from xmodal_interp.analysis.selecting import (
     Layers,
@@ -41,6 +41,7 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
 
 SHORT = {"image": "V", "text": "T"}
+_COLUMNS = ("tower", "kind", "layer", "head", "block", "query_kind", "key_kind")
 
 
 def block_statistics(
@@ -117,7 +118,8 @@ def cross_modal_summary(
             "col": place["col"],
             "cross_modal_ratio": ratio.iloc[0],
         }
-        return keyed(pd.DataFrame([row]), tower="language", kind="self", layer=call.layer)
+        about = {"tower": "language", "kind": "self", "layer": call.layer}
+        return pd.DataFrame([about | row])
 
     parameters = {"layer": layer, "heads": heads}
     return over_samples(samples, table_of, analysis="cross_modal_summary", parameters=parameters)
@@ -141,13 +143,14 @@ def _blocks(sample: Sample, layers: Layers, heads: Positions | None) -> pd.DataF
         chosen = heads_of(call, heads)
         for query_kind, positions in of_kind.items():
             values = _block_values(call, chosen, positions.nonzero()[:, 0], keys)
-            table = long_table({"head": chosen, "key_kind": list(of_kind)}, values)
-            table.insert(1, "query_kind", query_kind)
-            table.insert(
-                1, "block", [f"{SHORT[query_kind]}-{SHORT[key]}" for key in table["key_kind"]]
+            names = np.array([f"{SHORT[query_kind]}-{SHORT[key]}" for key in of_kind])
+            about = {"block": names[None], "query_kind": query_kind}
+            axes = {"head": chosen, "key_kind": list(of_kind)}
+            table = keyed(
+                long_table(axes, about | values), tower="language", kind="self", layer=call.layer
             )
-            tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
-    return pd.concat(tables, ignore_index=True).sort_values(
+            tables.append({name: table[name] for name in _COLUMNS} | table)
+    return stacked(tables).sort_values(
         ["layer", "head"], kind="stable", ignore_index=True
     )
 

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import null_mass
 from xmodal_interp.analysis.selecting import (
     Layers,
@@ -158,6 +158,7 @@ def _tokens(sample: Sample, question: _Question) -> pd.DataFrame:
     keys = image_keys(sample, question.image, kind)
     query = queries_of(sample, question.queries)
     _refuse_image_queries(sample, query)
+    tokens = sample.tokens["token"].to_numpy(dtype=object)[query.numpy()]
     always = first_position(sample) if kind == "self" else None
     tables = []
     for call in calls_of(sample, question.layers, kind=kind):
@@ -174,11 +175,11 @@ def _tokens(sample: Sample, question: _Question) -> pd.DataFrame:
             "n_image_tokens": keys.sum(),
             "n_sinks": sinks.sum(1, keepdim=True),
         }
-        table = long_table({"head": chosen, "query": query.tolist()}, values)
-        table.insert(2, "token", sample.tokens["token"].iloc[table["query"]].reset_index(drop=True))
+        axes = {"head": chosen, "query": query.tolist()}
+        table = long_table(axes, {"token": tokens[None], **values})
         about = {"tower": "language", "kind": kind, "direction": DIRECTION, "layer": call.layer}
         tables.append(keyed(table, **about))
-    return pd.concat(tables, ignore_index=True)
+    return stacked(tables)
 
 
 def _shares(

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import cells_of, n_visible
 from xmodal_interp.analysis.selecting import (
     Layers,
@@ -77,13 +77,11 @@ def attention_entropy(
         tables = []
         for image, call in image_calls(sample, layers, tower):
             chosen = heads_of(call, heads)
-            table = long_table(
-                {"head": chosen},
-                _entropy(call, chosen, call.query_positions if rows is None else rows),
-            )
-            table.insert(1, "image", pd.Series([image] * len(table), dtype="Int64"))
+            values = _entropy(call, chosen, call.query_positions if rows is None else rows)
+            number = np.nan if image is None else image
+            table = long_table({"head": chosen}, {"image": number, **values})
             tables.append(keyed(table, tower=tower, kind="self", layer=call.layer))
-        return pd.concat(tables, ignore_index=True)
+        return stacked(tables).astype({"image": "Int64"})
 
     return over_samples(
         samples,
@@ -142,7 +140,7 @@ def attention_distance(
             raise InputError(
                 f"A distance is between places on an image. Sample {sample.name!r} has no image."
             )
-        return pd.concat(tables, ignore_index=True)
+        return stacked(tables)
 
     return over_samples(
         samples,

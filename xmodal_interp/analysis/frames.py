@@ -1,13 +1,13 @@
 """Tidy tables: numbers with axes become rows, keys first, and the table says where it came from.
 
 Every table's ``.attrs`` hold ``analysis`` (the name of the function), ``parameters`` (what it was
-asked), ``provenance`` (of the sample, or a list of those of several samples that differ in more
-than their date) and ``n_samples``. All of it can be written as JSON.
+asked), ``provenance`` (of the sample, or what several samples have in common; a list where they
+differ in more than their date and item) and ``n_samples``. All of it can be written as JSON.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,27 +20,40 @@ from xmodal_interp.sample import Sample, samples_of
 Cells = np.ndarray | Tensor | float
 """Values with one axis per key, or what broadcasts to that."""
 
+Columns = dict[str, np.ndarray]
+"""A part of a table, before many parts become one frame: a frame for each would take the time."""
 
-def long_table(axes: Mapping[str, Sequence[Any]], values: Mapping[str, Cells]) -> pd.DataFrame:
+_OF_SAMPLE = ("created", "item", "images")  # provenance that is another one for every sample
+
+
+def long_table(axes: Mapping[str, Sequence[Any]], values: Mapping[str, Cells]) -> Columns:
     """One row per combination of the axes' entries; one column per axis, then one per value.
 
     Args:
         axes: Name and entries of each axis.
         values: Name and cells of each column, of the shape of the axes or broadcast to it.
     """
-    table = pd.MultiIndex.from_product(list(axes.values()), names=list(axes)).to_frame(index=False)
     shape = tuple(len(entries) for entries in axes.values())
+    table: Columns = {}
+    for place, (name, entries) in enumerate(axes.items()):
+        along = np.asarray(entries).reshape(-1, *(1,) * (len(shape) - place - 1))
+        table[name] = np.broadcast_to(along, shape).reshape(-1)
     for name, cells in values.items():
         bare = cells.detach().cpu().numpy() if isinstance(cells, Tensor) else np.asarray(cells)
         table[name] = np.broadcast_to(bare, shape).reshape(-1)
     return table
 
 
-def keyed(table: pd.DataFrame, **keys: str | int) -> pd.DataFrame:
-    """The table with constant key columns in front, in the order given."""
-    for place, (name, value) in enumerate(keys.items()):
-        table.insert(place, name, value)
-    return table
+def keyed(table: Columns, **keys: str | int | np.ndarray) -> Columns:
+    """The table with key columns in front, in the order given; most are the same in all rows."""
+    n_rows = len(next(iter(table.values())))
+    return {name: np.full(n_rows, value) for name, value in keys.items()} | table
+
+
+def stacked(tables: Iterable[Columns]) -> pd.DataFrame:
+    """The tables, all of the same columns, one below the other."""
+    parts = list(tables)
+    return pd.DataFrame({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
 def over_samples(
@@ -61,7 +74,9 @@ def over_samples(
     tables: list[pd.DataFrame] = []
     provenance: list[Mapping[str, Any]] = []
     for sample in samples_of(samples):
-        tables.append(keyed(table_of(sample), sample=sample.name))
+        table = table_of(sample)
+        table.insert(0, "sample", sample.name)
+        tables.append(table)
         note_origin(provenance, sample)
     if not tables:
         raise InputError(f"{analysis} needs at least one sample; got none.")
@@ -76,13 +91,13 @@ def over_samples(
 
 
 def note_origin(provenance: list[Mapping[str, Any]], sample: Sample) -> None:
-    """Add the sample's provenance, unless there is one that differs in its date only."""
-    if all(_undated(known) != _undated(sample.provenance) for known in provenance):
+    """Add the sample's provenance, unless there is one that differs in its date or item only."""
+    if all(_common(known) != _common(sample.provenance) for known in provenance):
         provenance.append(sample.provenance)
 
 
-def _undated(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in provenance.items() if name != "created"}
+def _common(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in provenance.items() if name not in _OF_SAMPLE}
 
 
 def stamped(
@@ -94,7 +109,7 @@ def stamped(
     n_samples: int,
 ) -> pd.DataFrame:
     """The table with ``.attrs`` that say what it is and where it came from."""
-    origins = [plain(one) for one in provenance]
+    origins = [plain(one if n_samples == 1 else _common(one)) for one in provenance]
     table.attrs = {
         "analysis": analysis,
         "parameters": plain(parameters),

@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+from xmodal_interp.analysis.frames import Columns, keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import cells_of
 from xmodal_interp.analysis.selecting import (
     Layers,
@@ -91,9 +92,9 @@ def positional_bias(
                 queries = torch.tensor(sample.where(query_kind))
                 keys = torch.tensor(sample.where(key_kind))
                 table = _profile(call, heads_of(call, heads), queries, keys, bins)
-                table.insert(1, "block", block)
-                tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
-        return pd.concat(tables, ignore_index=True)
+                about = {"layer": call.layer, "head": table.pop("head"), "block": block}
+                tables.append(keyed(table, tower="language", kind="self", **about))
+        return stacked(tables)
 
     return over_samples(
         samples,
@@ -155,7 +156,7 @@ def recency_index(
                 {"head": chosen, "window": [window]}, {n: v[:, None] for n, v in values.items()}
             )
             tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
-        return pd.concat(tables, ignore_index=True)
+        return stacked(tables)
 
     return over_samples(
         samples,
@@ -191,7 +192,7 @@ def _profile(
     queries: Int[Tensor, " query"],
     keys: Int[Tensor, " key"],
     bins: _Bins,
-) -> pd.DataFrame:
+) -> Columns:
     """Means per head, axis and bin over the visible cells between queries and keys."""
     starts = bins.starts
     sums: dict[str, Tensor] = {}
@@ -205,11 +206,17 @@ def _profile(
             for axis, place in enumerate(places):
                 total[:, axis].index_add_(1, bins.of(place).flatten(), cells.flatten(1))
     table = long_table({"head": heads, "axis": AXES, "start": starts}, sums)
-    table = table[table["n_cells"] > 0].astype({"n_cells": "int64"}).reset_index(drop=True)
-    for name in ("raw", "null", "lift"):
-        table[name] /= table["n_cells"]
-    table.insert(3, "stop", table["start"] + bins.width)
-    return table[["head", "axis", "start", "stop", "raw", "null", "lift", "n_cells"]]
+    n_cells = table["n_cells"]
+    filled = n_cells > 0
+    keys_of = {
+        "head": table["head"],
+        "axis": table["axis"],
+        "start": table["start"],
+        "stop": table["start"] + bins.width,
+    }
+    means = {name: table[name] / np.maximum(n_cells, 1) for name in ("raw", "null", "lift")}
+    rows_of = keys_of | means | {"n_cells": n_cells.astype(np.int64)}
+    return {name: column[filled] for name, column in rows_of.items()}
 
 
 def _recent(

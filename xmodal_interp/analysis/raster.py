@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import keyed, long_table, note_origin, stamped
+from xmodal_interp.analysis.frames import keyed, long_table, note_origin, stacked, stamped
 from xmodal_interp.analysis.nulls import received
 from xmodal_interp.analysis.selecting import (
     Layers,
@@ -219,13 +219,11 @@ def _cells(
     for call in calls_of(sample, layers):
         chosen = heads_of(call, heads)
         lift = _lift(call, chosen, rows, tokens)
-        table = long_table({"head": chosen, "cell": range(len(tokens))}, {"lift": lift})
-        table.insert(1, "row", np.tile(places["row"].to_numpy(), len(chosen)))
-        table.insert(2, "col", np.tile(places["col"].to_numpy(), len(chosen)))
-        tables.append(
-            keyed(table.drop(columns="cell"), tower="language", kind="self", layer=call.layer)
-        )
-    return pd.concat(tables, ignore_index=True)
+        cells = {"row": places["row"].to_numpy()[None], "col": places["col"].to_numpy()[None]}
+        table = long_table({"head": chosen, "cell": range(len(tokens))}, {**cells, "lift": lift})
+        del table["cell"]
+        tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
+    return stacked(tables)
 
 
 def _lift(

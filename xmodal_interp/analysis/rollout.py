@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import uniform
 from xmodal_interp.analysis.rolling import Fusion, Rule, rolled
 from xmodal_interp.analysis.selecting import (
@@ -114,12 +114,13 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         if baseline is not None:
             null = values["null"] = rolled(start, [uniform(c) for c in calls], rule, drop)
             values["log2_ratio"] = (values["rollout"] / null).log2()
-        table = long_table({"query": rows.tolist(), "key": range(len(positions))}, values)
+        axes = {"query": rows.tolist(), "key": range(len(positions))}
+        table = stacked([keyed(long_table(axes, values), tower=tower, kind="self")])
         about = pd.concat([positions] * len(rows), ignore_index=True)
         tokens = positions["token"].iloc[table["query"]].reset_index(drop=True)
         about.insert(0, "query_token", tokens)
-        table = pd.concat([table[["query", "key"]], about, table[list(values)]], axis=1)
-        return keyed(table, tower=tower, kind="self")
+        keys = ["tower", "kind", "query", "key"]
+        return pd.concat([table[keys], about, table[list(values)]], axis=1)
 
     parameters = {
         "queries": queries,

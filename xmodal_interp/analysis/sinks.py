@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import received
 from xmodal_interp.analysis.selecting import (
     Layers,
@@ -87,7 +87,7 @@ def attention_sinks(
             }
             table = long_table({"head": chosen, "key": keys.tolist()}, values)
             tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
-        table = pd.concat(tables, ignore_index=True)
+        table = stacked(tables)
         about = sample.tokens[["token", "kind", "image", "row", "col"]]
         named = about.rename(columns={"kind": "token_kind"}).iloc[table["key"]]
         named.index = table.index

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stamped
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked, stamped
 from xmodal_interp.analysis.resampling import mean_intervals
 from xmodal_interp.analysis.selecting import Layers, calls_of, queries_of
 from xmodal_interp.errors import InputError
@@ -187,7 +187,7 @@ def pointing_hits(
             values = _scores(probs.double(), inside, shares, elsewhere)
             table = long_table({"head": range(len(probs))}, values)
             tables.append(keyed(table, tower="language", kind=kind, layer=call.layer))
-        return pd.concat(tables, ignore_index=True)
+        return stacked(tables)
 
     parameters = {
         "boxes": boxes if isinstance(boxes, str) else "given",

@@ -55,6 +55,15 @@ class Thing:
         r = self.radius * (0.9 if self.shape == "square" else 1.0)
         return (self.x - r, self.y - r, self.x + r, self.y + r)
 
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Rows and columns of the pixels that the shape and its soft edge can touch."""
+        x0, y0, x1, y1 = self.box
+        return (
+            slice(max(0, int(y0) - 2), int(y1) + 3),
+            slice(max(0, int(x0) - 2), int(x1) + 3),
+        )
+
     def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Signed distance in pixels of the points ``(x, y)`` to the outline; negative inside."""
         dx, dy, r = np.abs(x - self.x), y - self.y, self.radius
@@ -85,9 +94,11 @@ class Scene:
         y, x = np.mgrid[: self.height, : self.width].astype(np.float32) + np.float32(0.5)
         canvas = np.full((self.height, self.width, 3), self.background, np.float32)
         for thing in self.things:
-            cover = np.clip(0.5 - thing.distance(x, y), 0, 1)[..., None].astype(np.float32)
+            near = thing.window
+            cover = np.clip(0.5 - thing.distance(x[near], y[near]), 0, 1)[..., None]
+            cover = cover.astype(np.float32)
             paint = np.asarray(COLORS[thing.color], np.float32) * np.float32(thing.gain)
-            canvas = canvas * (1 - cover) + paint * cover
+            canvas[near] = canvas[near] * (1 - cover) + paint * cover
         noise = np.random.default_rng(self.noise_seed).standard_normal(
             canvas.shape, dtype=np.float32
         )

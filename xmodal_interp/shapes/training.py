@@ -3,8 +3,8 @@
 1. Every step draws fresh scenes from ``(seed, step)``: nothing is seen twice, and a resumed run
    sees what an uninterrupted one would have seen.
 2. All questions about an image are packed behind it (:mod:`xmodal_interp.shapes.packing`).
-   Place is learned last (its second word must find the thing again), so the last quarter asks more
-   of it.
+   Place is learned last (its second word must find the thing again), so the second half of the
+   steps asks more of it.
 3. Cross-entropy on the answers and their end only.
 4. Muon (Jordan et al. 2024) moves the hidden matrices, AdamW embeddings, head, norms, biases and
    convolutions; warm-up, then a cosine down to 3%.
@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from xmodal_interp.shapes.architectures import untrained
-from xmodal_interp.shapes.packing import FOCUS, IGNORE, Batch, Packer
+from xmodal_interp.shapes.packing import FOCUS, IGNORE, Batch, Packer, use_packed_attention
 from xmodal_interp.shapes.processors import build_processor
 from xmodal_interp.shapes.questions import KINDS
 from xmodal_interp.shapes.scenes import sample_scene
@@ -48,13 +48,13 @@ class Settings:
 
     family: str
     seed: int = 0
-    steps: int = 2700
+    steps: int = 1700
     batch: int = 32
     muon_lr: float = 0.01
     adamw_lr: float = 3e-3
     weight_decay: float = 0.05
     warmup: int = 150
-    focus_from: float = 0.74  # share of the steps after which FOCUS is asked instead of SLOTS
+    focus_from: float = 0.45  # share of the steps after which FOCUS is asked instead of SLOTS
     evaluate_every: int = 250
 
 
@@ -70,6 +70,7 @@ class Trainer:
         canvases = CANVASES[settings.family]
         self.packers = [Packer(settings.family, *canvas) for canvas in canvases]
         self.focused = [Packer(settings.family, *canvas, FOCUS) for canvas in canvases]
+        use_packed_attention(self.model, len(self.packers[0].prefix))
         self.optimizers = _optimizers(self.model, settings)
         self.step = 0
         self.history: list[dict[str, float]] = []
