@@ -82,8 +82,18 @@ def draw_all(
         path=picture(
             "rollout",
             "Attention rollout",
-            "All layers together; beside it, as log2 of what uniform attention would give: plain "
-            "rollout mostly shows the mask.",
+            "All layers together. In a causal model, plain rollout mostly shows the mask: the top "
+            "rows are seen by all that follow.",
+        ),
+    )
+    figures.rollout_overlay(
+        tables["rollout"],
+        after,
+        "log2_ratio",
+        path=picture(
+            "rollout_lift",
+            "Attention rollout beside that of uniform attention",
+            "The same rollout over what uniform attention would give: what is left is the model's.",
         ),
     )
     figures.attention_matrix(
@@ -105,6 +115,8 @@ def draw_all(
     figures.head_grid(
         tables["pointing"],
         "hit",
+        label="share of scenes",
+        title="Peak on the asked thing, by head",
         path=picture(
             "pointing_heads",
             "Which heads point",
@@ -115,6 +127,8 @@ def draw_all(
         tables["ratio"],
         "ratio",
         null="null",
+        label="share of attention on the image",
+        title="Attention of the last token on the image",
         path=picture(
             "ratio",
             "How much of the attention is on the image",
@@ -124,6 +138,8 @@ def draw_all(
     figures.head_grid(
         tables["pruning"][tables["pruning"]["question_kind"] == "all"],
         "log_prob_drop",
+        label="log-probability lost (nats)",
+        title="Each head made uniform",
         path=picture(
             "pruning", "What each head is worth", "Loss of log-probability when it is made uniform."
         ),

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 import pandas as pd
+from PIL import Image
 
 from xmodal_interp.demo.pictures import Captioned
 from xmodal_interp.models import VLM
@@ -18,7 +19,6 @@ _SHOWN = ("accuracy", "best_head", "best_head_untrained", "ratio")
 def write_report(
     folder: Path,
     vlm: VLM,
-    items: list[dict[str, Any]],
     tables: dict[str, pd.DataFrame],
     pictures: list[Captioned],
     lines: list[str],
@@ -31,9 +31,12 @@ def write_report(
         "model": vlm.name.rsplit("/", 1)[-1],
         "model_class": type(vlm.model).__name__,
         "n_weights": sum(weight.numel() for weight in vlm.model.parameters()),
-        "n_items": len(items),
+        "n_asked": int(tables["accuracy"]["n"].sum()),
         "lines": lines,
-        "pictures": [(p.path.relative_to(folder).as_posix(), p.title, p.caption) for p in pictures],
+        "pictures": [
+            (p.path.relative_to(folder).as_posix(), p.title, p.caption, _inches(p.path))
+            for p in pictures
+        ],
         "tables": {name: _rounded(tables[name]) for name in _SHOWN},
         "files": sorted(tables),
     }
@@ -44,6 +47,12 @@ def write_report(
 
 def _template(name: str) -> str:
     return (files("xmodal_interp.demo") / f"{name}.jinja").read_text()
+
+
+def _inches(path: Path) -> float:
+    """Width of a picture as it was drawn, so that letters have one size on the page."""
+    with Image.open(path) as image:
+        return round(float(image.width / image.info["dpi"][0]), 2)
 
 
 def _rounded(table: pd.DataFrame) -> dict[str, Any]:

@@ -7,10 +7,10 @@ import pandas as pd
 Tables = dict[str, pd.DataFrame]
 
 
-def telling(tables: Tables) -> list[str]:
-    """A line for each finding, read off the tables."""
+def telling(tables: Tables, n_scenes: int) -> list[str]:
+    """A line for each finding, read off the tables; ``n_scenes`` were asked about."""
     return [
-        _answers(tables["accuracy"]),
+        _answers(tables["accuracy"], n_scenes),
         _pointing(tables),
         *_ratio(tables["ratio"]),
         *_heads(tables["pruning"]),
@@ -18,9 +18,9 @@ def telling(tables: Tables) -> list[str]:
     ]
 
 
-def _answers(table: pd.DataFrame) -> str:
+def _answers(table: pd.DataFrame, n_scenes: int) -> str:
     parts = [f"{row.question_kind} {row.accuracy:.1%} of {row.n}" for row in table.itertuples()]
-    return f"Right answers on {table['n'].max()} held-out scenes: {', '.join(parts)}."
+    return f"Right answers on {n_scenes} held-out scenes: {', '.join(parts)}."
 
 
 def _pointing(tables: Tables) -> str:

@@ -89,7 +89,8 @@ def _write(axes: Axes, cells: np.ndarray, scale: Scale) -> None:
         if np.isnan(number):
             continue
         luminance = float(colors[row, col, :3] @ [0.299, 0.587, 0.114])
-        text = f"{number:.0e}" if tiny else f"{number:.{digits}f}"
+        shown = round(number, digits) + 0.0  # no negative zero
+        text = f"{number:.0e}" if tiny else f"{shown:.{digits}f}"
         axes.text(
             col,
             row,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from xmodal_interp.figures.lines import NULL, draw_null, legend, line_page, line_styles
 from xmodal_interp.figures.style import FigurePath, Picture, plain, saved, styled
@@ -63,6 +63,9 @@ def positional_profiles(
                 axes.axhline(1.0, label="null model", **NULL)
             if _steep(rows[value]):
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_locator(NullLocator())
             axes.set(xlabel=_SIDES.get(side, side), ylabel=plain(_VALUES.get(value, value)))
             axes.set_title(plain(str(block).replace("->", " \u2192 ")))
     legend(grid[0, -1], by)
