@@ -76,13 +76,13 @@ def runner(way: str, model: LlamaForCausalLM, n_tokens: int) -> Callable[[], int
     return run
 
 
-def time_ratios(n_tokens: int, rounds: int) -> dict[str, float]:
+def time_ratios(ways: tuple[str, ...], n_tokens: int, rounds: int) -> dict[str, float]:
     """Median over rounds of the time of each way, divided by the plain forward of that round."""
     model = build()
-    runs = {way: runner(way, model, n_tokens) for way in WAYS}
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    runs = {way: runner(way, model, n_tokens) for way in ways}
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
-        for way in WAYS:
+        for way in ways:
             start = time.perf_counter()
             runs[way]()
             if number > 0:  # the first round warms up
@@ -90,7 +90,7 @@ def time_ratios(n_tokens: int, rounds: int) -> dict[str, float]:
     plain = times["plain"]
     return {
         way: statistics.median(t / p for t, p in zip(times[way], plain, strict=True))
-        for way in WAYS
+        for way in ways
     }
 
 
@@ -130,7 +130,7 @@ def main(
     torch.set_num_threads(2)
     ways = WAYS if eager else WAYS[:-1]
     for n_tokens in tokens:
-        ratios = time_ratios(n_tokens, rounds)
+        ratios = time_ratios(ways, n_tokens, rounds)
         table = Table(title=f"{n_tokens} tokens, float32, two threads")
         for column in (
             "way",

@@ -202,3 +202,38 @@ def test_a_prompt_with_its_own_placeholder_is_taken_as_it_is() -> None:
     sample = capture(vlm, Image.new("RGB", (96, 96)), "<image> how many shapes ?")
     assert sample.text == "<image> how many shapes ?"
     assert len(sample.where("image")) == 144
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
+def test_generation_without_a_cache_reads_the_prompt_again(family: str) -> None:
+    vlm = tiny_vlm(family)
+    cached = capture(vlm, picture(), QUESTION, **STEPS)
+    options = {"min_new_tokens": 5, "use_cache": False}
+    uncached = capture(vlm, picture(), QUESTION, max_new_tokens=5, generation=options)
+    assert uncached.answer == cached.answer
+    assert set(uncached.calls) == set(cached.calls)
+    for key, call in cached.calls.items():
+        assert uncached.calls[key].call == call.call
+        torch.testing.assert_close(
+            uncached.calls[key].probs(), call.probs(), atol=1e-5, rtol=0, equal_nan=True
+        )
+
+
+def test_rotary_positions_are_those_of_the_model() -> None:
+    """Image tokens share their time; the text goes on behind the larger side of the image."""
+    vlm = tiny_vlm("qwen2_vl")
+    tokens = capture(vlm, picture(128, 72), QUESTION, **STEPS).tokens
+    told = tokens[["rope_t", "rope_h", "rope_w"]].to_numpy(dtype=int)
+    image = tokens["kind"].eq("image").to_numpy(dtype=bool)
+    first = told[image][0, 0]
+    assert (told[image][:, 0] == first).all()
+    np.testing.assert_array_equal(told[image][:, 1] - first, tokens["row"][image].to_numpy(int))
+    np.testing.assert_array_equal(told[image][:, 2] - first, tokens["col"][image].to_numpy(int))
+    behind = told[np.flatnonzero(image)[-1] + 1 :]
+    assert behind[0].tolist() == [first + 16] * 3
+    np.testing.assert_array_equal(behind, behind[:1] + np.arange(len(behind))[:, None])
+    padded = capture_batch(vlm, [[picture()], [picture()]], [QUESTION, "how many shapes ?"])[1]
+    shown = padded.tokens["kind"].ne("padding").to_numpy(dtype=bool)
+    times = padded.tokens["rope_t"]
+    np.testing.assert_array_equal(times.notna(), shown)
+    assert times[shown].iloc[0] == 0

@@ -69,7 +69,7 @@ def test_check_finds_damage(store) -> None:
             "A store is a folder that capture_dataset has written",
         ),
         (["capture", "x", "--prompt", "what ?"], "--image with --prompt, or --items"),
-        (["capture", "x", "--items", "none.csv"], "--items must be a file that exists"),
+        (["capture", "x", "--items", "none.csv"], "Items come from a file that exists"),
     ],
 )
 def test_refusals_are_one_line_with_exit_code_1(arguments, words) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -20,9 +20,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.attention import AttentionCall, stitch
+from xmodal_interp.attention import AttentionCall, reread, stitch
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks import record
+from xmodal_interp.hooks.rotary import AXES
 from xmodal_interp.models import VLM, ImageLike, Prompt, generated_table
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.vocabulary import TOWERS, Tower
@@ -36,6 +37,8 @@ class Keep:
         towers: Parts of the model.
         layers: Layers, all if None.
         values: Keep V too.
+        norms: Keep the share of attention in each token's update, for ``attention_rollout`` with
+            ``alpha="norm"``.
         queries: Which query rows of language layers: ``"all"``, or ``"text"`` (text after the image
             and what is generated).
         probabilities: Keep dense float16 probabilities instead of queries and keys: larger, and
@@ -45,6 +48,7 @@ class Keep:
     towers: tuple[Tower, ...] = TOWERS
     layers: tuple[int, ...] | None = None
     values: bool = False
+    norms: bool = False
     queries: str = "all"
     probabilities: bool = False
 
@@ -107,10 +111,10 @@ def capture_batch(
     """``capture`` for several samples in one padded batch; the samples come back apart."""
     keep = keep or Keep()
     inputs, ready = vlm.prepare(images, prompts, system=system)
-    with (
-        torch.no_grad(),
-        record(vlm.model, towers=keep.towers, layers=keep.layers, values=keep.values) as recording,
-    ):
+    listening = record(
+        vlm.model, towers=keep.towers, layers=keep.layers, values=keep.values, norms=keep.norms
+    )
+    with torch.no_grad(), listening as recording:
         if max_new_tokens > 0:
             output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **(generation or {}))
             new = output[:, inputs["input_ids"].shape[1] :]
@@ -124,7 +128,15 @@ def capture_batch(
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
-    return [_sample(vlm, i, ready, new, streams, keep, about) for i in range(len(ready))]
+    samples = [_sample(vlm, i, ready, new, streams, keep, about) for i in range(len(ready))]
+    rotary = recording.rotary.whole() if recording.rotary else None
+    if rotary is None:
+        return samples
+    of_samples = rotary.expand(-1, len(samples), -1).unbind(1)
+    return [
+        replace(sample, tokens=_placed(sample.tokens, told))
+        for sample, told in zip(samples, of_samples, strict=True)
+    ]
 
 
 def provenance(
@@ -142,13 +154,7 @@ def provenance(
         "processor": type(vlm.processor).__name__,
         "layers": {name: sorted(set(of)) for name, of in layers.items()},
         "max_new_tokens": max_new_tokens,
-        "kept": {
-            "towers": list(keep.towers),
-            "layers": keep.layers,
-            "values": keep.values,
-            "queries": keep.queries,
-            "probabilities": keep.probabilities,
-        },
+        "kept": {**asdict(keep), "towers": list(keep.towers)},
         "versions": {name: version(name) for name in ("torch", "transformers")}
         | {"python": platform.python_version()},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -173,13 +179,19 @@ def _sample(
     added, text = generated_table(fed, ids, vlm.tokenizer, n_prompt, prompt.text)
     tokens = pd.concat([prompt.tokens, added]) if len(added) else prompt.tokens
     n_images = [len(p.images) for p in ready]
+    n_readings = max(
+        (len(of) for key, of in streams.items() if key[0] == "language" and reread(of)), default=1
+    )
     calls: dict[CallKey, AttentionCall] = {}
     for (tower, kind, layer), stream in streams.items():
         if tower == "language":
             whole = stitch([call.select_sample(index) for call in stream], len(tokens))
             calls[tower, kind, layer, 0] = whole  # type: ignore[index]
         else:
-            for number, call in enumerate(_of_images(stream, n_images, index)):
+            once = stream
+            if n_readings > 1 and len(stream) in (n_readings, n_readings * sum(n_images)):
+                once = stream[: len(stream) // n_readings]
+            for number, call in enumerate(_of_images(once, n_images, index)):
                 calls[tower, kind, layer, number] = replace(call, call=number)  # type: ignore[index]
     sample = Sample(
         name=f"sample-{index}",
@@ -196,6 +208,16 @@ def _sample(
     )
     sample = sample if keep.queries == "all" else _text_rows(sample)
     return _dense(sample) if keep.probabilities else sample
+
+
+def _placed(tokens: pd.DataFrame, rotary: Tensor) -> pd.DataFrame:
+    """The tokens with the positions that the rotary embedding was told; padding has none."""
+    shown = tokens["kind"].ne("padding").to_numpy(dtype=bool)
+    columns = {
+        f"rope_{axis}": pd.arrays.IntegerArray(told[: len(tokens)].numpy().copy(), ~shown)
+        for axis, told in zip(AXES, rotary.long(), strict=True)
+    }
+    return tokens.assign(**columns)
 
 
 def _of_images(

@@ -20,6 +20,7 @@ from xmodal_interp.dataset import capture_dataset
 from xmodal_interp.demo import run_demo
 from xmodal_interp.errors import InputError, XmodalError
 from xmodal_interp.hooks import attention_modules
+from xmodal_interp.items import read_items
 from xmodal_interp.models import SHIPPED, load
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, check_store, open_store
@@ -99,7 +100,7 @@ def demo(
 ) -> None:
     """Run the whole story on the shipped model: store, tables, pictures, one report.
 
-    It takes a minute or two on two cores and needs no network.
+    It takes about a minute on two cores and needs no network.
     """
     findings = run_demo(folder, n_scenes=scenes)
     for line in findings.lines:
@@ -131,7 +132,7 @@ def capture(
     Call it again with the same store and settings: only what is missing is captured.
     """
     if items is not None:
-        todo = _read_items(items)
+        todo = read_items(items)
     elif image and prompt is not None:
         todo = [{"image": [str(path) for path in image], "prompt": prompt}]
     else:
@@ -239,24 +240,6 @@ def check(store: Folder) -> None:
         err.print(f"{len(bad)} of {len(table)} files are damaged or missing")
         raise typer.Exit(1)
     out.print(f"{len(table)} files, all as they were written")
-
-
-def _read_items(path: Path) -> list[dict[str, Any]]:
-    """Items of a CSV or JSONL file; image paths are relative to it."""
-    if not path.exists():
-        raise InputError(f"--items must be a file that exists; there is no {str(path)!r}.")
-    if path.suffix not in (".csv", ".jsonl"):
-        raise InputError(f"--items must end in .csv or .jsonl; got {path.name!r}.")
-    table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
-    if not {"image", "prompt"} <= set(table.columns):
-        raise InputError(
-            f"--items must have the columns image and prompt; {path.name} has "
-            f"{', '.join(map(str, table.columns))}."
-        )
-    records = table.to_dict("records")
-    for record in records:
-        record["image"] = str(path.parent / record["image"])
-    return [{str(key): value for key, value in record.items()} for record in records]
 
 
 def _sample(store: Store, which: str) -> Sample:

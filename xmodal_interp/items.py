@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from PIL import Image
 
 from xmodal_interp.errors import InputError
@@ -142,3 +143,26 @@ def opened_images(item: Item) -> list[Image.Image]:
     except (OSError, SyntaxError) as error:  # a PIL image that was opened, and is cut off
         raise InputError(f"{item.title} has an image that cannot be read: {error}.") from error
     return opened
+
+
+def read_items(path: Path) -> list[dict[str, Any]]:
+    """Items of a CSV or JSONL file with columns ``image`` and ``prompt``, images relative to it.
+
+    Raises:
+        InputError: No such file, another ending, or a column that is missing.
+    """
+    if not path.exists():
+        raise InputError(f"Items come from a file that exists; there is no {str(path)!r}.")
+    if path.suffix not in (".csv", ".jsonl"):
+        raise InputError(f"Items come from a .csv or .jsonl file; got {path.name!r}.")
+    table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
+    if not {"image", "prompt"} <= set(table.columns):
+        raise InputError(
+            f"Items must have the columns image and prompt; {path.name} has "
+            f"{', '.join(map(str, table.columns))}."
+        )
+    records = [{str(k): v for k, v in record.items()} for record in table.to_dict("records")]
+    for record in records:
+        given = record["image"] if isinstance(record["image"], list) else [record["image"]]
+        record["image"] = [str(path.parent / one) for one in given]
+    return records

@@ -43,7 +43,9 @@ class Sample:
     Attributes:
         name: Name of the sample, unique in a store.
         tokens: One row per position that the model has read, prompt and answer: ``token, kind,
-            role, image, row, col, x0, y0, x1, y1, start, end``.
+            role, image, row, col, x0, y0, x1, y1, start, end``; where the model has a rotary
+            embedding also ``rope_t, rope_h, rope_w``, the positions that it was told (time, row,
+            column; all the same where it has one axis).
         text: The rendered prompt and the answer; ``start`` and ``end`` count its characters.
         question: What was asked.
         answer: What the model generated, without special tokens; empty if nothing was generated.

@@ -154,3 +154,31 @@ def test_refusals() -> None:
         "In sample 'fake' the image is outside it: text reaches it by cross-attention (layers not "
         "kept), where every key is an image key."
     )
+
+
+def test_rotary_distance_where_the_tokens_of_an_image_share_their_time() -> None:
+    sample = captured("qwen2_vl")
+    table = positional_bias(sample, layers=[1], heads=[2], n_bins=16)
+    told = sample.tokens[["rope_t", "rope_h", "rope_w"]].to_numpy(dtype=int)
+    call = sample.call(1)
+    probs, visible = call.probs([2])[0, 0].numpy(), call.visible()[0, 0].numpy()
+    width = -(-len(sample) // 16)
+    kinds = sample.tokens["kind"].to_numpy()
+    for block, part in table[table["axis"] == "rope_distance"].groupby("block"):
+        queries, keys = (np.flatnonzero(kinds == kind) for kind in block.split("->"))
+        cells: dict[int, list[float]] = {}
+        for i in queries:
+            for j in keys:
+                if visible[i, j]:
+                    start = abs(told[i] - told[j]).max() // width * width
+                    cells.setdefault(start, []).append(probs[i, j] * visible[i].sum())
+        assert part["start"].tolist() == sorted(cells)
+        assert part["n_cells"].tolist() == [len(cells[start]) for start in sorted(cells)]
+        means = [np.mean(cells[start]) for start in sorted(cells)]
+        assert part["lift"].to_numpy() == pytest.approx(means, rel=1e-4)
+    furthest = table.groupby("axis")["start"].max()
+    assert furthest["rope_distance"] < furthest["distance"]
+
+
+def test_no_rotary_profile_where_it_would_be_that_of_the_sequence() -> None:
+    assert set(positional_bias(captured("llava"), layers=[0])["axis"]) == {"distance", "key"}

@@ -1,6 +1,7 @@
 """Attention rollout: by eye, against the papers' own recipe, and against constants of the null."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -200,6 +201,24 @@ def test_of_a_model(family: str) -> None:
     assert eyes["rollout"].sum() == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("fusion", ["mean", "max"])
+def test_share_of_each_token_by_its_norms(fusion: str) -> None:
+    calls = [
+        replace(random_call(8, layer=layer, n_heads=4), update_share=torch.rand(1, 8))
+        for layer in range(3)
+    ]
+    sample = sample_of(SEQUENCE, calls, [grid(2, 2)])
+    slow = np.eye(8)
+    for call in calls:
+        share = call.update_share[0, :, None].double().numpy()
+        probs = call.probs()[0].double().numpy()
+        fused = probs.mean(0) if fusion == "mean" else probs.max(0)
+        layer = share * fused + (1 - share) * np.eye(8)
+        slow = layer / layer.sum(1, keepdims=True) @ slow
+    rows = rollout_matrix(sample, alpha="norm", fusion=fusion)
+    np.testing.assert_allclose(rows.numpy(), slow, atol=1e-5)
+
+
 def refusal(error: type[Exception], sample: Sample, *args: object, **options: object) -> str:
     with pytest.raises(error) as caught:
         attention_rollout(sample, *args, **options)
@@ -209,7 +228,14 @@ def refusal(error: type[Exception], sample: Sample, *args: object, **options: ob
 def test_refusals() -> None:
     sample = stack(3)
     assert refusal(InputError, sample, alpha=1.5) == (
-        "alpha is the share of attention, 0 to 1; got 1.5."
+        "alpha is the share of attention, 0 to 1, or 'norm'; got 1.5."
+    )
+    assert refusal(InputError, sample, alpha="norms") == (
+        "alpha is the share of attention, 0 to 1, or 'norm'; got 'norms'."
+    )
+    assert refusal(NotRecordedError, sample, alpha="norm") == (
+        "alpha='norm' needs the share of attention in each token's update. language "
+        "self-attention, layer 0, call 0 was captured without; capture with Keep(norms=True)."
     )
     assert refusal(InputError, sample, alpha=[0.5, 0.5]) == (
         "alpha is one number, or one per layer. There are 3 layers and 2 numbers."

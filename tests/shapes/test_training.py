@@ -7,7 +7,7 @@ import torch
 from xmodal_interp.models import VLM
 from xmodal_interp.shapes import sample_scene
 from xmodal_interp.shapes.architectures import untrained
-from xmodal_interp.shapes.packing import IGNORE, Packer
+from xmodal_interp.shapes.packing import IGNORE, Packer, use_packed_attention
 from xmodal_interp.shapes.processors import build_processor
 from xmodal_interp.shapes.questions import ask
 from xmodal_interp.shapes.training import Settings, Trainer
@@ -36,6 +36,24 @@ def test_packed_logits_are_those_of_the_questions_asked_one_by_one(family: str) 
             alone = model(**inputs).logits[0, -1]
             n_words = len(question.text.split()) + 1
             torch.testing.assert_close(packed[0, start + n_words - 1], alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", CANVAS)
+def test_packed_attention_is_attention_under_the_mask_of_packs(family: str) -> None:
+    packer, rng = Packer(family, *CANVAS[family]), np.random.default_rng(5)
+    scenes = [sample_scene(rng, width=CANVAS[family][0], height=CANVAS[family][1]) for _ in "ab"]
+    batch = packer.pack(scenes, rng)
+    masked, packed = untrained(family), untrained(family)
+    use_packed_attention(packed, len(packer.prefix))
+    states = []
+    for model in (masked, packed):
+        hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
+        hidden[batch.labels != IGNORE].square().sum().backward()
+        states.append(hidden.detach())
+    torch.testing.assert_close(states[1], states[0], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(packed.parameters(), masked.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-2, rtol=1e-3)
 
 
 def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path) -> None:

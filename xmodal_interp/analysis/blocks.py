@@ -144,15 +144,11 @@ def _blocks(sample: Sample, layers: Layers, heads: Positions | None) -> pd.DataF
         for query_kind, positions in of_kind.items():
             values = _block_values(call, chosen, positions.nonzero()[:, 0], keys)
             names = np.array([f"{SHORT[query_kind]}-{SHORT[key]}" for key in of_kind])
-            about = {"block": names[None], "query_kind": query_kind}
-            axes = {"head": chosen, "key_kind": list(of_kind)}
-            table = keyed(
-                long_table(axes, about | values), tower="language", kind="self", layer=call.layer
-            )
+            values |= {"block": names[None], "query_kind": np.array([[query_kind]])}
+            part = long_table({"head": chosen, "key_kind": list(of_kind)}, values)
+            table = keyed(part, tower="language", kind="self", layer=call.layer)
             tables.append({name: table[name] for name in _COLUMNS} | table)
-    return stacked(tables).sort_values(
-        ["layer", "head"], kind="stable", ignore_index=True
-    )
+    return stacked(tables).sort_values(["layer", "head"], kind="stable", ignore_index=True)
 
 
 def _block_values(

@@ -7,8 +7,11 @@ For the visible cells ``(i, j)`` of a block, collected by distance ``d = i - j``
 
 ``v_i`` is the number of keys that query ``i`` sees. Under attention uniform over the visible keys
 the lift is 1 in every bin, while the naive mean over a column of a causal matrix falls from 0.074
-to 0.0002 over 64 positions: it measures the mask. Distances and positions are places in the
-sequence, not rotary positions: in Qwen2-VL the tokens of an image share theirs.
+to 0.0002 over 64 positions: it measures the mask.
+
+Distances and positions are places in the sequence. Where the rotary embedding was told others on
+several axes (Qwen2-VL: time, row and column, where the tokens of an image share their time), there
+is a third profile, over the *rotary* distance: the largest of the distances along the axes.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample, Selector, samples_of
 
 BLOCKS = ("text->text", "text->image", "image->image")
-AXES = ("distance", "key")
+AXES = ("distance", "key", "rope_distance")
+_ROPE = ["rope_t", "rope_h", "rope_w"]
 
 
 def positional_bias(
@@ -63,7 +67,8 @@ def positional_bias(
     Returns:
         One row per sample, layer, head, block, axis and bin:
         ``sample, tower, kind, layer, head, block, axis`` (``distance``, in positions, negative
-        where a query looks ahead; or ``key``, the position), ``start, stop`` (the bin, stop
+        where a query looks ahead; ``key``, the position; or ``rope_distance``, never negative,
+        where rotary positions have several axes), ``start, stop`` (the bin, stop
         excluded), then ``raw``, ``null``, ``lift``, ``n_cells``. Bins without a visible cell are
         left out. To average over samples, weight by ``n_cells``.
 
@@ -85,15 +90,17 @@ def positional_bias(
         if any("image" in block for block in blocks):
             refuse_cross_attention(sample, "A profile of text->image or image->image")
             image_keys(sample, None)
+        rope = _rotary(sample)
         tables = []
         for call in calls_of(sample, layers):
             for block in blocks:
                 query_kind, key_kind = block.split("->")
                 queries = torch.tensor(sample.where(query_kind))
                 keys = torch.tensor(sample.where(key_kind))
-                table = _profile(call, heads_of(call, heads), queries, keys, bins)
-                about = {"layer": call.layer, "head": table.pop("head"), "block": block}
-                tables.append(keyed(table, tower="language", kind="self", **about))
+                table = _profile(call, heads_of(call, heads), queries, keys, bins, rope)
+                head = table.pop("head")
+                part = keyed(table, layer=call.layer, head=head, block=block)
+                tables.append(keyed(part, tower="language", kind="self"))
         return stacked(tables)
 
     return over_samples(
@@ -186,26 +193,37 @@ class _Bins:
         return torch.div(places, self.width, rounding_mode="floor") - self.lowest
 
 
+def _rotary(sample: Sample) -> Int[Tensor, "position axis"] | None:
+    """Rotary positions, where they differ between the axes; padding, which no query sees, has 0."""
+    if not set(_ROPE) <= set(sample.tokens.columns):
+        return None
+    told = torch.tensor(sample.tokens[_ROPE].fillna(0).to_numpy(dtype="int64"))
+    return told if bool((told != told[:, :1]).any()) else None
+
+
 def _profile(
     call: AttentionCall,
     heads: Sequence[int],
     queries: Int[Tensor, " query"],
     keys: Int[Tensor, " key"],
     bins: _Bins,
+    rope: Int[Tensor, "position axis"] | None,
 ) -> Columns:
     """Means per head, axis and bin over the visible cells between queries and keys."""
-    starts = bins.starts
+    starts, axes = bins.starts, AXES if rope is not None else AXES[:2]
     sums: dict[str, Tensor] = {}
     for rows in row_chunks(call, queries, len(heads)):
         probs, seen, counts = cells_of(call, heads, rows, keys)
-        places = rows[:, None] - keys, keys.expand(len(rows), -1)
+        places = [rows[:, None] - keys, keys.expand(len(rows), -1)]
+        if rope is not None:
+            places.append((rope[rows][:, None] - rope[keys]).abs().amax(-1))
         every = {"n_cells": seen, "raw": probs, "null": seen / counts, "lift": probs * counts}
         for name, cells in every.items():
-            empty = torch.zeros(len(cells), len(AXES), len(starts), dtype=cells.dtype)
+            empty = torch.zeros(len(cells), len(axes), len(starts), dtype=cells.dtype)
             total = sums.setdefault(name, empty)
             for axis, place in enumerate(places):
                 total[:, axis].index_add_(1, bins.of(place).flatten(), cells.flatten(1))
-    table = long_table({"head": heads, "axis": AXES, "start": starts}, sums)
+    table = long_table({"head": heads, "axis": axes, "start": starts}, sums)
     n_cells = table["n_cells"]
     filled = n_cells > 0
     keys_of = {

@@ -13,9 +13,12 @@ from torch import Tensor
 from xmodal_interp.analysis.nulls import device_of
 from xmodal_interp.analysis.selecting import row_chunks
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, NotRecordedError
 
 Fusion = Literal["mean", "max", "min"]
+
+Alpha = float | tuple[float, ...] | str
+"""The share of attention in a layer: one number, one per layer, or ``"norm"``."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Rule:
     """
 
     fusion: str
-    alpha: float | tuple[float, ...]
+    alpha: Alpha
     discard: float
 
     def __post_init__(self) -> None:
@@ -35,23 +38,37 @@ class Rule:
                 f"fusion is one of {', '.join(get_args(Fusion))}; got {self.fusion!r}."
             )
         alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
-        if not all(0 <= alpha <= 1 for alpha in alphas):
-            raise InputError(f"alpha is the share of attention, 0 to 1; got {self.alpha}.")
+        if self.alpha != "norm" and not all(
+            isinstance(alpha, (int, float)) and 0 <= alpha <= 1 for alpha in alphas
+        ):
+            raise InputError(
+                f"alpha is the share of attention, 0 to 1, or 'norm'; got {self.alpha!r}."
+            )
         if not 0 <= self.discard < 1:
             raise InputError(
                 f"discard is the share of entries to drop, 0 to below 1; got {self.discard}."
             )
 
-    def alphas(self, n_layers: int) -> tuple[float, ...]:
-        """One per layer."""
-        if not isinstance(self.alpha, tuple):
-            return (self.alpha,) * n_layers
-        if len(self.alpha) != n_layers:
+    def alphas(self, calls: Sequence[AttentionCall]) -> list[Float[Tensor, "#query"]]:
+        """The share of attention in each layer, and in each row of it where rows differ."""
+        if self.alpha == "norm":
+            return [_norm_share(call) for call in calls]
+        given = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,) * len(calls)
+        if len(given) != len(calls):
             raise InputError(
-                f"alpha is one number, or one per layer. There are {n_layers} layers and "
-                f"{len(self.alpha)} numbers."
+                f"alpha is one number, or one per layer. There are {len(calls)} layers and "
+                f"{len(given)} numbers."
             )
-        return self.alpha
+        return [torch.tensor([alpha], dtype=torch.float32) for alpha in given]
+
+
+def _norm_share(call: AttentionCall) -> Float[Tensor, " query"]:
+    if call.update_share is None:
+        raise NotRecordedError(
+            "alpha='norm' needs the share of attention in each token's update. "
+            f"{call.name} was captured without; capture with Keep(norms=True)."
+        )
+    return call.update_share[0]
 
 
 def rolled(
@@ -62,8 +79,8 @@ def rolled(
 ) -> Float[Tensor, "row key"]:
     """``start @ B_L ... B_1``, from the top layer down."""
     rows = start.to(device_of(calls[-1]))
-    for call, alpha in reversed(list(zip(calls, rule.alphas(len(calls)), strict=True))):
-        sinks = sinks.to(device_of(call))
+    for call, alpha in reversed(list(zip(calls, rule.alphas(calls), strict=True))):
+        sinks, alpha = sinks.to(device_of(call)), alpha.to(device_of(call))
         if rule.fusion == "mean" and rule.discard == 0:
             rows = _through_mean(rows.to(sinks.device), call, alpha, sinks)
         else:
@@ -72,7 +89,10 @@ def rolled(
 
 
 def _through_mean(
-    rows: Float[Tensor, "row key"], call: AttentionCall, alpha: float, sinks: Bool[Tensor, " key"]
+    rows: Float[Tensor, "row key"],
+    call: AttentionCall,
+    alpha: Float[Tensor, "#query"],
+    sinks: Bool[Tensor, " key"],
 ) -> Float[Tensor, "row key"]:
     """One layer with the mean over heads, whose matrix is never made.
 
@@ -93,7 +113,7 @@ def _through_mean(
 def _through_fused(
     rows: Float[Tensor, "row key"],
     call: AttentionCall,
-    alpha: float,
+    alpha: Float[Tensor, "#query"],
     rule: Rule,
     sinks: Bool[Tensor, " key"],
 ) -> Float[Tensor, "row key"]:
@@ -106,14 +126,14 @@ def _through_fused(
             kept = others.sum(-1)
             scaled = others * (total / kept)[:, None]
             fused = torch.where(kept[:, None] > 0, scaled, fused)
-        attended, residual = _shares(total, alpha)
+        attended, residual = _shares(total, alpha.expand(call.n_queries)[index])
         out += (rows[:, index] * attended) @ fused
         out[:, index] += rows[:, index] * residual
     return out
 
 
 def _shares(
-    total: Float[Tensor, " query"], alpha: float
+    total: Float[Tensor, " query"], alpha: Float[Tensor, "#query"]
 ) -> tuple[Float[Tensor, " query"], Float[Tensor, " query"]]:
     """Factors of ``F`` and ``I`` in each row of ``B``; where nothing is attended, all is ``I``."""
     attends = total > 0

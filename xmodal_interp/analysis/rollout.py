@@ -55,7 +55,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
     queries: Selector | None = None,
     *,
     fusion: Fusion = "mean",
-    alpha: float | Sequence[float] = 0.5,
+    alpha: float | Sequence[float] | str = 0.5,
     discard: float = 0.0,
     baseline: str | None = None,
     sinks: Sinks = "keep",
@@ -71,7 +71,9 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
             positions of its own; the class token if not given.
         fusion: How the heads of a layer become one matrix.
         alpha: Share of attention against the residual stream, 0 to 1; one for all layers, or one
-            for each, bottom first. 0.5 is the paper's.
+            for each, bottom first; or ``"norm"``: of each token, by the norms of the attention's
+            output and of the residual stream (captured with ``Keep(norms=True)``). 0.5 is the
+            paper's.
         discard: The lowest share of all ``S x S`` entries of each fused matrix becomes 0, invisible
             ones included: of a causal matrix nothing that counts is discarded below one half. 0 to
             below 1.
@@ -93,9 +95,9 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
 
     Raises:
         InputError: An option outside its range, or an image that is not in the sequence.
-        NotRecordedError: Layers or rows that were not kept.
+        NotRecordedError: Layers, rows or norms that were not kept.
     """
-    rule = Rule(fusion, alpha if isinstance(alpha, (int, float)) else tuple(alpha), discard)
+    rule = Rule(fusion, alpha if isinstance(alpha, (int, float, str)) else tuple(alpha), discard)
     if baseline not in (None, "uniform"):
         raise InputError(f"baseline is 'uniform' or None; got {baseline!r}.")
     if baseline is not None and discard > 0:
@@ -140,7 +142,7 @@ def rollout_matrix(
     sample: Sample,
     *,
     fusion: Fusion = "mean",
-    alpha: float | Sequence[float] = 0.5,
+    alpha: float | Sequence[float] | str = 0.5,
     discard: float = 0.0,
     sinks: Sinks = "keep",
     layers: tuple[int | None, int | None] | None = None,
@@ -151,7 +153,7 @@ def rollout_matrix(
 
     Rows sum to 1; the row of a position that sees nothing is its unit vector.
     """
-    rule = Rule(fusion, alpha if isinstance(alpha, (int, float)) else tuple(alpha), discard)
+    rule = Rule(fusion, alpha if isinstance(alpha, (int, float, str)) else tuple(alpha), discard)
     calls = _calls(sample, layers, tower, image)
     n_positions = calls[0].n_keys
     drop = _dropped(sample, sinks, tower, n_positions)

@@ -87,12 +87,12 @@ def attention_sinks(
             }
             table = long_table({"head": chosen, "key": keys.tolist()}, values)
             tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
-        table = stacked(tables)
+        whole = stacked(tables)
         about = sample.tokens[["token", "kind", "image", "row", "col"]]
-        named = about.rename(columns={"kind": "token_kind"}).iloc[table["key"]]
-        named.index = table.index
+        named = about.rename(columns={"kind": "token_kind"}).iloc[whole["key"]]
+        named.index = whole.index
         keys = ["tower", "kind", "layer", "head", "key"]
-        return pd.concat([table[keys], named, table.drop(columns=keys)], axis=1)
+        return pd.concat([whole[keys], named, whole.drop(columns=keys)], axis=1)
 
     parameters = {
         "threshold": threshold,

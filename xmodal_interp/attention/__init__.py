@@ -3,4 +3,5 @@
 from xmodal_interp.attention.call import AttentionCall as AttentionCall
 from xmodal_interp.attention.positions import Positions as Positions
 from xmodal_interp.attention.positions import resolve as resolve
+from xmodal_interp.attention.stitching import reread as reread
 from xmodal_interp.attention.stitching import stitch as stitch

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodal_interp.attention import operands
-from xmodal_interp.attention.positions import Positions, brief, resolve
+from xmodal_interp.attention.positions import Positions, index_of_kept, resolve
 from xmodal_interp.errors import LayerError, NotRecordedError, PositionError
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class AttentionCall:
         rows: Query positions that are held, ascending; None means all.
         dense: ``[sample, head, query, key]`` probabilities, where they were kept instead of q and
             k.
+        update_share: ``[sample, query]``, 0 to 1: the norm of the attention's output over that norm
+            plus the norm of the residual stream it is added to, if it was asked for.
     """
 
     tower: Tower
@@ -74,6 +76,7 @@ class AttentionCall:
     sliding_window: int | None = None
     rows: Int[Tensor, " query"] | None = None
     dense: Float[Tensor, "sample head query key"] | None = None
+    update_share: Float[Tensor, "sample query"] | None = None
 
     @property
     def _queries(self) -> Tensor:
@@ -120,7 +123,8 @@ class AttentionCall:
     @property
     def n_bytes(self) -> int:
         """Memory of the tensors that are held; a mask shared with other calls counts here too."""
-        held = (self.q, self.k, self.v, self.mask, self.bias, self.sinks, self.dense)
+        operands_held = (self.q, self.k, self.v, self.mask, self.bias, self.sinks)
+        held = (*operands_held, self.dense, self.update_share)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def select_sample(self, index: int) -> AttentionCall:
@@ -137,6 +141,7 @@ class AttentionCall:
             mask=one(self.mask),
             bias=one(self.bias),
             dense=None if self.dense is None else self.dense[index : index + 1],
+            update_share=one(self.update_share),
         )
 
     def select_rows(self, positions: Int[Tensor, " query"]) -> AttentionCall:
@@ -151,6 +156,7 @@ class AttentionCall:
             mask=None if self.mask is None else self.mask[..., index, :].clone(),
             bias=None if self.bias is None else self.bias[..., index, :].clone(),
             dense=None if self.dense is None else self.dense[:, :, index].clone(),
+            update_share=None if self.update_share is None else self.update_share[:, index],
             rows=self.query_positions[index],
         )
 
@@ -293,21 +299,8 @@ class AttentionCall:
             return torch.arange(self.n_queries, device=device)
         if self.rows is None:
             return resolve(queries, self.n_queries, "query").to(device)
-        last = int(self.rows.max()) + 1 if len(self.rows) else 0
-        n_positions = self.n_keys if self.kind == "self" else last
-        wanted = resolve(queries, max(n_positions, last), "query").to(device)
-        index = torch.searchsorted(self.rows, wanted)
-        held = index < len(self.rows)
-        held[held.clone()] = self.rows[index[held]] == wanted[held]
-        missing = wanted[~held]
-        if len(missing):
-            raise NotRecordedError(
-                f"Only rows that were kept can be asked for. {self.name} kept "
-                f"{brief(self.rows.tolist())}; "
-                f"asked for were also {brief(missing.tolist())}. Capture again with these "
-                "queries, or with all."
-            )
-        return index
+        n_positions = self.n_keys if self.kind == "self" else 0
+        return index_of_kept(queries, self.rows, n_positions, self.name).to(device)
 
     def _head_index(self, heads: Positions | None) -> Int[Tensor, " head"]:
         if heads is None:

@@ -10,7 +10,11 @@ from xmodal_interp.figures.lines import NULL, draw_null, legend, line_page, line
 from xmodal_interp.figures.style import FigurePath, Picture, plain, saved, styled
 from xmodal_interp.figures.tables import columns_of
 
-_SIDES = {"distance": "distance (positions back)", "key": "position of the key"}
+_SIDES = {
+    "distance": "distance (positions back)",
+    "key": "position of the key",
+    "rope_distance": "rotary distance",
+}
 _VALUES = {"raw": "attention probability", "lift": "lift of attention"}
 _STEEP = 8.0  # largest over smallest value from which on an axis is logarithmic
 

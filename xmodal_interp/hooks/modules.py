@@ -56,6 +56,12 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
     return {module: names.identity(path, module) for path, module in found.items()}
 
 
+def block_of(model: nn.Module, identity: Identity) -> nn.Module | None:
+    """The block of a layer stack that an attention module is in: ``layers.3``; None if in none."""
+    match = re.match(r".*\.\d+(?=\.|$)", identity.module)
+    return model.get_submodule(match[0]) if match else None
+
+
 def _innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules of attention classes that hold no other.
 

@@ -26,7 +26,9 @@ from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.masks import hidden_below
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks.modules import Identity, attention_modules
+from xmodal_interp.hooks.rotary import RotaryPositions
 from xmodal_interp.hooks.tap import RawCall, tap
+from xmodal_interp.hooks.updates import UpdateShares
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 
@@ -39,12 +41,14 @@ class Recording:
         results: What ``reduce`` returned for each call, if it was given (``calls`` is then empty).
         modules: Every attention module that is listened to.
         unseen: Names of modules that ran without a call that could be heard.
+        rotary: What the rotary embedding of the language tower was told of positions.
     """
 
     modules: tuple[Identity, ...]
     calls: list[AttentionCall] = field(default_factory=list)
     results: list[Any] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+    rotary: RotaryPositions | None = None
 
 
 @contextmanager
@@ -54,6 +58,7 @@ def record(
     towers: Sequence[Tower] = TOWERS,
     layers: Sequence[int] | None = None,
     values: bool = False,
+    norms: bool = False,
     reduce: Callable[[AttentionCall], Any] | None = None,
 ) -> Iterator[Recording]:
     """Record the attention of any transformers model while a ``with`` block runs it.
@@ -65,6 +70,7 @@ def record(
         towers: Which towers to keep.
         layers: Which layers to keep (per tower and kind), all if not given.
         values: Keep V too.
+        norms: Keep the share of attention in each token's update (``AttentionCall.update_share``).
         reduce: Called with each call instead of keeping it; what it returns goes to ``results``. It
             must not keep the call: its tensors are the model's own.
 
@@ -75,8 +81,15 @@ def record(
     refuse_compiled(model)
     known = attention_modules(model)
     _check_choice(towers, layers, known.values())
+    if norms and reduce is not None:
+        raise InputError("norms are known after a call, reduce is called during it: choose one.")
     recorder = _Recorder(known, _Choice(tuple(towers), layers, values, reduce))
     with ExitStack() as stack:
+        recorder.recording.rotary = RotaryPositions(model, known)
+        recorder.recording.rotary.listen(stack)
+        if norms:
+            recorder.shares = UpdateShares(model, known)
+            recorder.shares.listen(stack)
         for module in known:
             stack.callback(module.register_forward_pre_hook(recorder.open).remove)
             stack.callback(module.register_forward_hook(recorder.close, always_call=True).remove)
@@ -114,15 +127,18 @@ class _Recorder:
         self.recording = Recording(tuple(known.values()))
         self.running: list[nn.Module] = []
         self.heard: list[int] = []
+        self.begun: list[int] = []
         self.counts: dict[nn.Module, int] = {}
         self.kept: list[tuple[AttentionCall, _Cache, int]] = []
         self.caches: dict[nn.Module, _Cache] = {}
         self.masks: dict[int, tuple[Tensor, Tensor]] = {}
+        self.shares: UpdateShares | None = None
 
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
         if threading.get_ident() == self.thread:
             self.running.append(module)
             self.heard.append(0)
+            self.begun.append(len(self.kept))
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
         if threading.get_ident() != self.thread:
@@ -131,6 +147,14 @@ class _Recorder:
         identity = self.known[module]
         if self.heard.pop() == 0 and output is not None and identity.tower in self.choice.towers:
             self.recording.unseen.append(identity.module)
+        start = self.begun.pop()
+        new = self.kept[start:]
+        if self.shares is not None and new and output is not None:
+            shares = self.shares.of(module, output, [call for call, _, _ in new])
+            self.kept[start:] = [
+                (replace(call, update_share=share), cache, n_keys)
+                for (call, cache, n_keys), share in zip(new, shares, strict=True)
+            ]
 
     def before(self, call: RawCall) -> RawCall:
         return call

@@ -13,7 +13,6 @@ The memory is one hidden state per block: ``n_blocks * samples * positions * d_m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from xmodal_interp.hooks.modules import attention_modules
+from xmodal_interp.hooks.modules import attention_modules, block_of
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 
@@ -57,10 +56,9 @@ def remember_blocks(model: nn.Module) -> Iterator[BlockOutputs]:
     """Keep what every block returns in the one forward inside the ``with`` block."""
     blocks = {}
     for identity in attention_modules(model).values():
-        match = re.match(r".*\.\d+(?=\.|$)", identity.module)
-        if match:
-            key = (identity.tower, identity.kind, identity.layer)
-            blocks[key] = model.get_submodule(match[0])
+        block = block_of(model, identity)
+        if block is not None:
+            blocks[identity.tower, identity.kind, identity.layer] = block
     memory = BlockOutputs(blocks)
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001

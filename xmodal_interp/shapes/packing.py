@@ -175,7 +175,7 @@ def use_packed_attention(model: PreTrainedModel, prefix: int) -> None:
 
 
 def _packed_attention(
-    module: nn.Module,
+    module: nn.Module,  # noqa: ARG001 - the interface passes it
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -187,7 +187,9 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """The prefix sees nothing but itself, causally, so only the questions need the mask."""
     head = scaled_dot_product_attention(
-        *(part[:, :, :prefix] for part in (query, key, value)),
+        query[:, :, :prefix],
+        key[:, :, :prefix],
+        value[:, :, :prefix],
         is_causal=True,
         scale=scaling,
         enable_gqa=True,
