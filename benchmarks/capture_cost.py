@@ -3,14 +3,16 @@
 python benchmarks/capture_cost.py --tokens 1024 --tokens 3072
 
 A Llama of more than 100M random weights reads a prompt of which nine tenths stand for image tokens.
-Each way of capturing runs in turn, round by round, so that whatever else the machine does falls on
-all alike; reported is the median of the ratios to the plain forward of the same round. Peak memory
-is measured in a process of its own per way, as the growth of the resident set during the forward.
+Each way of capturing runs once a round, in random order, so that whatever else the machine does
+falls on all alike. Reported is the median of the ratios to the mean of the two plain forwards of
+the same round; what these two differ by is noise. Peak memory is measured in a process of its own
+per way, as the growth of the resident set during the forward.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import random
 import statistics
 import threading
 import time
@@ -26,7 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from xmodal_interp.hooks import record
 
-WAYS = ("plain", "keep q and k", "mass of text rows", "mass of all rows", "eager with attentions")
+WAYS = (
+    *("plain", "plain again"),
+    *("keep q and k", "mass of text rows", "mass of all rows"),
+    "eager with attentions",
+)
 
 
 def build() -> LlamaForCausalLM:
@@ -58,7 +64,7 @@ def runner(way: str, model: LlamaForCausalLM, n_tokens: int) -> Callable[[], int
 
     def run() -> int:
         model.set_attn_implementation("eager" if way.startswith("eager") else "sdpa")
-        if way == "plain":
+        if way.startswith("plain"):
             forward()
             return 0
         if way == "keep q and k":
@@ -77,17 +83,18 @@ def runner(way: str, model: LlamaForCausalLM, n_tokens: int) -> Callable[[], int
 
 
 def time_ratios(ways: tuple[str, ...], n_tokens: int, rounds: int) -> dict[str, float]:
-    """Median over rounds of the time of each way, divided by the plain forward of that round."""
+    """Median over rounds of the time of each way, over the mean plain forward of that round."""
     model = build()
     runs = {way: runner(way, model, n_tokens) for way in ways}
     times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
-        for way in ways:
+        for way in random.Random(number).sample(ways, len(ways)):
             start = time.perf_counter()
             runs[way]()
             if number > 0:  # the first round warms up
                 times[way].append(time.perf_counter() - start)
-    plain = times["plain"]
+    pairs = zip(times["plain"], times["plain again"], strict=True)
+    plain = [sum(pair) / 2 for pair in pairs]
     return {
         way: statistics.median(t / p for t, p in zip(times[way], plain, strict=True))
         for way in ways

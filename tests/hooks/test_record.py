@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import AttentionInterface
 
 from tests.tiny import QUESTION, picture, tiny_vlm
@@ -195,3 +196,39 @@ def test_refusals() -> None:
         "A compiled model runs without asking for its attention functions, so nothing could be "
         "heard. Record the model as it was before torch.compile (model._orig_mod)."
     )
+
+
+def keys_only(module, query, key, value, attention_mask, scaling=None, **options):
+    """A backend as flash kernels are: causal by itself, given a mask of keys or none."""
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    hidden = torch.ones(n_queries, n_keys).triu(n_keys - n_queries + 1).bool()[None, None]
+    if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
+        hidden = torch.zeros_like(hidden)
+    if attention_mask is not None:
+        assert attention_mask.ndim == 2
+        hidden = hidden | ~attention_mask.bool()[:, None, None]
+    scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
+    probs = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
+    return (probs @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), probs
+
+
+def test_a_mask_of_keys_hides_padding_and_what_is_behind(monkeypatch) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, "keys_only", keys_only)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "keys_only", flash_attention_mask)
+    model, inputs = tiny_vlm("llava").model, inputs_of("llava", 2)
+    try:
+        model.set_attn_implementation({"": "sdpa", "text_config": "keys_only"})
+        with torch.no_grad(), record(model, towers=["language"]) as recording:
+            model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+    finally:
+        model.set_attn_implementation("sdpa")
+    with torch.no_grad(), record(model, towers=["language"]) as plain:
+        model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+    assert inputs["attention_mask"].sum(1).unique().numel() == 2  # one of them is padded
+    for call, expected in zip(recording.calls, plain.calls, strict=True):
+        seen = expected.visible()
+        assert torch.equal(call.visible().expand_as(seen), seen)
+        torch.testing.assert_close(
+            call.probs(), expected.probs(), atol=1e-5, rtol=0, equal_nan=True
+        )

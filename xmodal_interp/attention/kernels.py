@@ -42,7 +42,7 @@ def softmax_rows(
 
 def fused_average(
     q: Float[Tensor, "sample head query d_head"],
-    k: Float[Tensor, "sample head key d_head"],
+    k: Float[Tensor, "sample kv_head key d_head"],
     values: Float[Tensor, "key value"],
     visible: Bool[Tensor, "#sample #head query key"] | None,
     *,
@@ -58,8 +58,9 @@ def fused_average(
     n_values = values.shape[1]
     padded = functional.pad(values, (0, q.shape[-1] - n_values))
     v = padded.expand(*k.shape[:2], *padded.shape)
+    grouped = q.shape[1] != k.shape[1]
     out = functional.scaled_dot_product_attention(
-        q.float(), k.float(), v, attn_mask=visible, is_causal=causal, scale=scaling
+        q.float(), k.float(), v, visible, is_causal=causal, scale=scaling, enable_gqa=grouped
     )[..., :n_values]
     return out if visible is None else out.masked_fill(~visible.any(-1, keepdim=True), torch.nan)
 

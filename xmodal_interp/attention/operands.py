@@ -76,6 +76,7 @@ def fused_entropy(
 ) -> Float[Tensor, "sample head query"]:
     """Entropy of the rows of a fusible call on the CPU, nats."""
     q, k, seen, causal = _fused(call, head, row)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     return kernels.fused_entropy(q, k, seen, causal=causal, scaling=call.scaling)
 
 
@@ -87,10 +88,13 @@ def chunk(call: AttentionCall, n_heads: int) -> int:
 def _fused(
     call: AttentionCall, head: Tensor, row: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """Operands of the fused kernel: the causal flag for the whole square, else a mask."""
+    """Operands of the fused kernel: the causal flag for the whole square, else a mask.
+
+    Keys are repeated for their group of heads only where some heads were chosen.
+    """
     q, k = _queries_and_keys(call)
-    q = q if _is_all(head, call.n_heads) else q[:, head]
-    k = k[:, head // (call.n_heads // call.n_kv_heads)]
+    if not _is_all(head, call.n_heads):
+        q, k = q[:, head], k[:, head // (call.n_heads // call.n_kv_heads)]
     whole = call.rows is None and _is_all(row, call.n_queries)
     if call.mask is None and call.sliding_window is None:
         if not call.causal:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.attention.masks import hidden_below
+from xmodal_interp.attention.masks import hidden_below, visible_rows
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks.modules import Identity, attention_modules
 from xmodal_interp.hooks.rotary import RotaryPositions
@@ -131,7 +131,7 @@ class _Recorder:
         self.counts: dict[nn.Module, int] = {}
         self.kept: list[tuple[AttentionCall, _Cache, int]] = []
         self.caches: dict[nn.Module, _Cache] = {}
-        self.masks: dict[int, tuple[Tensor, Tensor]] = {}
+        self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self.shares: UpdateShares | None = None
 
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
@@ -179,7 +179,7 @@ class _Recorder:
     def _keep(self, identity: Identity, module: nn.Module, raw: RawCall) -> None:
         number = self.counts.get(module, 0)
         self.counts[module] = number + 1
-        call = as_attention_call(raw, identity, number, self._mask(raw.mask))
+        call = as_attention_call(raw, identity, number, self._mask(raw))
         if self.choice.reduce is not None:
             self.recording.results.append(self.choice.reduce(call))
             return
@@ -199,16 +199,18 @@ class _Recorder:
             self.recording.calls.append(replace(call, k=cache.k[:, :, :n_keys], v=v))
         self.kept.clear()
 
-    def _mask(self, mask: Tensor | None) -> Tensor | None:
+    def _mask(self, raw: RawCall) -> Tensor | None:
         """Layers share one mask tensor: it is read once.
 
-        An additive mask that only hides becomes boolean.
+        An additive mask that only hides becomes boolean, a mask of keys gets a row per query.
         """
-        if mask is None:
+        if raw.mask is None:
             return None
-        if id(mask) not in self.masks:
-            self.masks[id(mask)] = (mask, _simplify(mask))
-        return self.masks[id(mask)][1]
+        key = (id(raw.mask), raw.query.shape[2], raw.options.get("sliding_window"))
+        if key not in self.masks:
+            whole = _simplify(raw.mask) if raw.mask.ndim > 2 else _rows_of_keys(raw)
+            self.masks[key] = (raw.mask, whole)
+        return self.masks[key][1]
 
 
 @dataclass(eq=False)
@@ -249,7 +251,7 @@ def as_attention_call(
         v=raw.value.detach(),
         mask=mask,
         bias=options.get("position_bias"),
-        causal=raw.causal,
+        causal=raw.causal and mask is None,
         offset=0 if raw.causal and aligned_left else n_keys - n_queries,
         scaling=raw.scaling,
         softcap=options.get("softcap"),
@@ -272,6 +274,18 @@ def _segments(call: RawCall) -> Iterator[RawCall]:
             key=call.key[:, :, part],
             value=call.value[:, :, part],
         )
+
+
+def _rows_of_keys(raw: RawCall) -> Tensor:
+    """A mask of keys and what the backend hides by itself, as one mask; queries come last."""
+    assert raw.mask is not None
+    n_queries, n_keys = raw.query.shape[2], raw.key.shape[2]
+    rows = torch.arange(n_queries, device=raw.mask.device)
+    window = raw.options.get("sliding_window") if raw.causal else None
+    seen = visible_rows(
+        None, rows, rows + n_keys - n_queries, n_keys, causal=raw.causal, sliding_window=window
+    )
+    return seen & raw.mask[:, None, None, -n_keys:].bool()
 
 
 def _simplify(mask: Tensor) -> Tensor:

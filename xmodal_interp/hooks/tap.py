@@ -51,9 +51,11 @@ class RawCall:
     def causal(self) -> bool:
         """Whether the backend hides later keys by itself.
 
-        Eager functions never do, they are given a mask.
+        Eager functions never do, they are given a mask; a mask of keys only (``[sample, key]``, as
+        flash kernels take it) hides padding and leaves that to the backend.
         """
-        if self.mask is not None or self.query.shape[2] == 1 or self.backend == "eager":
+        complete = self.mask is not None and self.mask.ndim > 2
+        if complete or self.query.shape[2] == 1 or self.backend == "eager":
             return False
         flag = self.options.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if flag is None else flag)
