@@ -1,11 +1,11 @@
-"""Text that reaches the image by cross-attention, through the same tap: a Mllama.
+r"""Text that reaches the image by cross-attention, through the same tap: a Mllama.
 
 Without weights of its own the recipe builds a tiny random Mllama, so its maps mean nothing; give it
-a checkpoint to see some that do.
+a checkpoint to see some that do:
 
-python recipes/cross_attention.py
-python recipes/cross_attention.py --model meta-llama/Llama-3.2-11B-Vision-Instruct --image cat.png \
-    --prompt "Where is the cat?" --phrase cat
+    python recipes/cross_attention.py
+    python recipes/cross_attention.py --model meta-llama/Llama-3.2-11B-Vision-Instruct \
+        --image cat.png --prompt "Where is the cat?" --phrase cat
 """
 
 from __future__ import annotations

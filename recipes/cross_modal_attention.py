@@ -1,8 +1,10 @@
-"""How does text look at an image? The blocks, the maps, the heads, before and after training.
+r"""How does text look at an image? The blocks, the maps, the heads, before and after training.
 
-python recipes/cross_modal_attention.py                      # the shipped LLaVA on a generated
-scene python recipes/cross_modal_attention.py --model llava-hf/llava-1.5-7b-hf --image cat.png \
-    --prompt "What color is the cat?" --phrase cat
+The shipped LLaVA on a generated scene; or any model on your picture:
+
+    python recipes/cross_modal_attention.py
+    python recipes/cross_modal_attention.py --model llava-hf/llava-1.5-7b-hf --image cat.png \
+        --prompt "What color is the cat?" --phrase cat
 """
 
 from __future__ import annotations

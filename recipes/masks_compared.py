@@ -1,11 +1,12 @@
-"""What may attend to what: a language model, a vision transformer, two VLMs, as they really run.
+r"""What may attend to what: a language model, a vision transformer, two VLMs, as they really run.
 
 It is often said that a LLaVA-like model lets image tokens see each other both ways. It does not:
 its language model is causal throughout, image included. Here each mask is measured on a running
 model.
 
-python recipes/masks_compared.py
-python recipes/masks_compared.py --model llava-hf/llava-1.5-7b-hf --image cat.png --prompt "A cat?"
+    python recipes/masks_compared.py
+    python recipes/masks_compared.py --model llava-hf/llava-1.5-7b-hf --image cat.png \
+        --prompt "A cat?"
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Where does a phrase of the question look, layer by layer and head by head? For a Qwen2-VL.
+r"""Where does a phrase of the question look, layer by layer and head by head? For a Qwen2-VL.
 
-python recipes/qwen2_vl_visualizer.py                       # the shipped Qwen2-VL (needs
-torchvision) python recipes/qwen2_vl_visualizer.py --model Qwen/Qwen2-VL-7B-Instruct --image cat.png
-\
-    --prompt "Where is the red cat on the image?" --phrase "red cat" --save-path cat.png
+The shipped one, which needs torchvision, on a generated scene; or any other on your picture:
+
+    python recipes/qwen2_vl_visualizer.py
+    python recipes/qwen2_vl_visualizer.py --model Qwen/Qwen2-VL-7B-Instruct --image cat.png \
+        --prompt "Where is the red cat on the image?" --phrase "red cat" --save-path cat.png
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train one of the two shipped models from nothing. Interrupt it whenever you like.
 
-The same command goes on.
+The same command goes on from the last evaluation:
 
-python recipes/train_shapes_model.py llava runs/llava --export checkpoints/llava
+    python recipes/train_shapes_model.py llava runs/llava --export checkpoints/llava
 """
 
 from __future__ import annotations

@@ -73,10 +73,7 @@ def fused_entropy(
     causal: bool,
     scaling: float,
 ) -> Float[Tensor, "sample head query"]:
-    """Entropy of every row in nats: ``H = logsumexp - scaling q .
-
-    (probs k)``, both from one fused call.
-    """
+    """Entropy of every row in nats, ``logsumexp - scaling q . (probs k)``, from one fused call."""
     q, k = q.float(), k.float()
     mask = None
     if visible is not None:
