@@ -130,7 +130,8 @@ def capture_batch(
     about = provenance(vlm, layers, max_new_tokens, keep)
     samples = [_sample(vlm, i, ready, new, streams, keep, about) for i in range(len(ready))]
     rotary = recording.rotary.whole() if recording.rotary else None
-    if rotary is None:
+    n_read = inputs["input_ids"].shape[1] + max(new.shape[1] - 1, 0)
+    if rotary is None or rotary.shape[-1] != n_read:  # told otherwise than token by token
         return samples
     of_samples = rotary.expand(-1, len(samples), -1).unbind(1)
     return [

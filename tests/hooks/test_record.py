@@ -136,11 +136,12 @@ def test_recordings_nest() -> None:
 
 def test_other_threads_are_not_heard() -> None:
     model, inputs = tiny_vlm("llava").model, inputs_of("llava")
-    with record(model) as recording:
+    with record(model, norms=True) as recording:
         thread = threading.Thread(target=lambda: model(**inputs))
         thread.start()
         thread.join()
     assert recording.calls == []
+    assert recording.rotary.whole() is None
 
 
 def test_reduce_keeps_results_instead_of_calls() -> None:

@@ -8,6 +8,7 @@ family; hooks on them listen.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import pairwise
@@ -37,6 +38,7 @@ class RotaryPositions:
             ),
             None,
         )
+        self.thread = threading.get_ident()  # hooks sit on the model, so they fire for others too
         self.heard: list[Tensor] = []
 
     def listen(self, stack: ExitStack) -> None:
@@ -46,6 +48,8 @@ class RotaryPositions:
             stack.callback(hook.remove)
 
     def _enter(self, module: nn.Module, args: Any, options: dict[str, Any]) -> None:  # noqa: ARG002
+        if threading.get_ident() != self.thread:
+            return
         told = options.get("position_ids", args[1] if len(args) > 1 else None)
         if isinstance(told, Tensor) and not told.is_floating_point() and told.ndim in (2, 3):
             self.heard.append(told.detach().clone() if told.ndim == 3 else told.detach()[None])

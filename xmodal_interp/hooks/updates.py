@@ -7,6 +7,7 @@ module returns: in the spirit of GlobEnc (Modarressi et al. 2022, arXiv 2205.032
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -24,6 +25,7 @@ class UpdateShares:
 
     def __init__(self, model: nn.Module, known: dict[nn.Module, Identity]) -> None:
         self.blocks = {module: block_of(model, identity) for module, identity in known.items()}
+        self.thread = threading.get_ident()  # hooks sit on the model, so they fire for others too
         self.inputs: dict[nn.Module, Tensor] = {}
 
     def listen(self, stack: ExitStack) -> None:
@@ -32,7 +34,8 @@ class UpdateShares:
             stack.callback(block.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
 
     def _enter(self, block: nn.Module, args: Any, options: dict[str, Any]) -> None:
-        self.inputs[block] = args[0] if args else options["hidden_states"]
+        if threading.get_ident() == self.thread:
+            self.inputs[block] = args[0] if args else options["hidden_states"]
 
     def of(self, module: nn.Module, output: Any, calls: Sequence[AttentionCall]) -> list[Tensor]:
         """The shares ``[sample, query]`` of the calls that one run of an attention module made.
