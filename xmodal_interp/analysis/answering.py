@@ -59,7 +59,7 @@ def answer_accuracy(
             "prompt": [item.get("prompt", item.get("question")) for item in items],
             "answer": answers,
             "predicted": predicted,
-            "correct": [_plain(a) == _plain(p) for a, p in zip(answers, predicted, strict=True)],
+            "correct": [same_answer(a, p) for a, p in zip(answers, predicted, strict=True)],
         }
     )
     return stamped(
@@ -69,6 +69,11 @@ def answer_accuracy(
         provenance=[origin(vlm)],
         n_samples=len(items),
     )
+
+
+def same_answer(known: str, given: str) -> bool:
+    """Whether two answers are the same but for case and white space."""
+    return _plain(known) == _plain(given)
 
 
 def _plain(answer: str) -> str:

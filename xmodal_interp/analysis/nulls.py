@@ -74,8 +74,7 @@ def received(
     """Probability that each key receives, summed over the queries that see anything."""
     seeing = queries[call.n_visible(queries)[0].gt(0).all(0).to(queries.device)]
     rows = call if len(seeing) == call.n_queries else call.select_rows(seeing)
-    ones = torch.ones(1, len(seeing), device=device_of(call))
-    return torch.cat([rows.propagate(ones, [head]) for head in heads])
+    return rows.received(torch.ones(1, len(seeing), device=device_of(call)), list(heads))[0]
 
 
 def cells_of(

@@ -277,13 +277,16 @@ class AttentionCall:
         sample takes several vectors at once. Rows where ``vector`` is zero are not computed.
         """
         head = self._head_index(heads)
-        needed = vector.ne(0).any(0).nonzero()[:, 0]
-        out = torch.zeros(vector.shape[0], self.n_keys, device=vector.device)
-        for chunk in needed.split(operands.chunk(self, len(head))):
-            out += torch.einsum(
-                "sq,shqk->sk", vector[:, chunk], operands.exact_rows(self, head, chunk)
-            ) / len(head)
-        return out
+        return operands.weighted_rows(self, head, vector, "sq,shqk->sk") / len(head)
+
+    def received(
+        self, vector: Float[Tensor, "sample query"], heads: Positions | None = None
+    ) -> Float[Tensor, "sample head key"]:
+        """``vector @ probs`` of every head: with ones, what each key receives from all queries.
+
+        Rows where ``vector`` is zero are not computed.
+        """
+        return operands.weighted_rows(self, self._head_index(heads), vector, "sq,shqk->shk")
 
     @property
     def query_positions(self) -> Int[Tensor, " query"]:

@@ -54,6 +54,22 @@ def exact_rows(
     )
 
 
+def weighted_rows(
+    call: AttentionCall,
+    head: Int[Tensor, " head"],
+    vector: Float[Tensor, "sample query"],
+    contraction: str,
+) -> Float[Tensor, "sample *head key"]:
+    """Rows of probabilities, weighted and summed as an einsum says; rows of weight 0 cost nothing."""
+    needed = vector.ne(0).any(0).nonzero()[:, 0]
+    n_samples = max(vector.shape[0], call.n_samples)
+    heads = [len(head)] if "h" in contraction.partition("->")[2] else []
+    out = torch.zeros(n_samples, *heads, call.n_keys, device=vector.device)
+    for part in needed.split(chunk(call, len(head))):
+        out += torch.einsum(contraction, vector[:, part], exact_rows(call, head, part))
+    return out
+
+
 def fusible(call: AttentionCall) -> bool:
     """Whether the fused kernel will do: it knows masks, but no soft-cap, sinks or bias."""
     plain = call.q is not None and call.softcap is None and call.sinks is None and call.bias is None

@@ -1,8 +1,9 @@
 """Run the demo: answers, store, tables, pictures, report.
 
 1. Draw held-out scenes and ask one question of every kind about each.
-2. Let the shipped model answer all of them.
-3. Capture the colour questions into a store, and the same ones on the untrained model.
+2. Let the shipped model answer the colour questions and capture them into a store, some of them
+   on the untrained model too.
+3. Let it answer the others.
 4. Which head points at the asked thing? How much of the attention is on the image? Which head
    breaks which kind of question? Where in the image and in the text does attention go by position
    alone?
@@ -33,6 +34,7 @@ from xmodal_interp.analysis import (
     raster_bias,
     raster_profile,
 )
+from xmodal_interp.analysis.answering import same_answer
 from xmodal_interp.capturing import Keep, capture, capture_batch
 from xmodal_interp.dataset import capture_dataset
 from xmodal_interp.demo.material import held_out_scenes, of_kind, questions_about
@@ -85,19 +87,21 @@ def run_demo(folder: Path, *, n_scenes: int = 200) -> Findings:
     items = questions_about(held_out_scenes(n_scenes))
     tables: dict[str, pd.DataFrame] = {}
     with _steps() as step:
-        step("answering held-out questions")
-        answers = answer_accuracy(vlm, _asked(items), batch_size=_BATCH)
-        tables["accuracy"] = _accuracy(answers)
         step("capturing attention")
         store = _store(vlm, items, folder)
+        samples = list(store)
+        step("answering more held-out questions")
+        tables["accuracy"] = _accuracy(
+            samples, answer_accuracy(vlm, _asked(items), batch_size=_BATCH)
+        )
         step("capturing the untrained model")
         before = VLM(untrained("llava"), vlm.processor)
         first = _captured(before, of_kind(items, "color")[: n_scenes // 3])
         step("measuring where heads point")
-        tables |= _pointing(store, first)
-        tables |= _ratio(store, first)
+        tables |= _pointing(samples, first)
+        tables |= _ratio(samples, first)
         step("measuring blocks, positions and sinks")
-        tables |= _positions(vlm, store, items)
+        tables |= _positions(vlm, samples, items)
         step("removing heads, one by one")
         tables |= _removals(vlm, items)
         step("drawing")
@@ -134,13 +138,13 @@ def _steps() -> Iterator[Any]:
 
 
 def _asked(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every scene is asked two of the short questions, in turn; some are described."""
-    short = KINDS[:-1]
+    """Beside its colour question, every scene is asked one other, in turn; some are described."""
+    others = [kind for kind in KINDS if kind not in ("color", "description")]
     asked = [
         item
-        for place, kind in enumerate(short)
+        for place, kind in enumerate(others)
         for item in of_kind(items, kind)
-        if (_number(item) - place) % len(short) in (0, 2)
+        if _number(item) % len(others) == place
     ]
     return [*asked, *of_kind(items, "description")[:_DESCRIBED]]
 
@@ -149,8 +153,11 @@ def _number(item: dict[str, Any]) -> int:
     return int(item["name"].split("-")[1])
 
 
-def _accuracy(answers: pd.DataFrame) -> pd.DataFrame:
-    table = answers.groupby("question_kind", sort=False)["correct"].agg(["mean", "size"])
+def _accuracy(samples: list[Sample], answers: pd.DataFrame) -> pd.DataFrame:
+    """By kind of question; those about colours were answered while they were captured."""
+    captured = [same_answer(sample.labels["answer"], sample.answer) for sample in samples]
+    correct = pd.concat([pd.DataFrame({"question_kind": "color", "correct": captured}), answers])
+    table = correct.groupby("question_kind", sort=False)["correct"].agg(["mean", "size"])
     return table.rename(columns={"mean": "accuracy", "size": "n"}).reset_index()
 
 
@@ -180,8 +187,8 @@ def _captured(vlm: VLM, items: list[dict[str, Any]]) -> list[Sample]:
     return samples
 
 
-def _pointing(store: Store, first: list[Sample]) -> dict[str, pd.DataFrame]:
-    trained, random = pointing_hits(store), pointing_hits(first)
+def _pointing(samples: list[Sample], first: list[Sample]) -> dict[str, pd.DataFrame]:
+    trained, random = pointing_hits(samples), pointing_hits(first)
     return {
         "pointing": _rates(trained),
         "pointing_untrained": _rates(random),
@@ -194,22 +201,24 @@ def _rates(hits: pd.DataFrame) -> pd.DataFrame:
     return hits.groupby(["layer", "head"]).mean(numeric_only=True).reset_index()
 
 
-def _ratio(store: Store, first: list[Sample]) -> dict[str, pd.DataFrame]:
+def _ratio(samples: list[Sample], first: list[Sample]) -> dict[str, pd.DataFrame]:
     values = ["ratio", "null", "lift", "sink_free_lift"]
 
-    def by_layer(samples: Store | list[Sample]) -> pd.DataFrame:
-        table = cross_modal_ratio(samples, queries="last", by=("layer",))
+    def by_layer(these: list[Sample]) -> pd.DataFrame:
+        table = cross_modal_ratio(these, queries="last", by=("layer",))
         return table.groupby("layer")[values].mean().reset_index()
 
     untrained_table = by_layer(first[:_MEASURED])
-    table = by_layer(store[:_MEASURED]).merge(
+    table = by_layer(samples[:_MEASURED]).merge(
         untrained_table, on="layer", suffixes=("", "_untrained")
     )
     return {"ratio": table}
 
 
-def _positions(vlm: VLM, store: Store, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
-    few = store[:16]
+def _positions(
+    vlm: VLM, samples: list[Sample], items: list[dict[str, Any]]
+) -> dict[str, pd.DataFrame]:
+    few = samples[:16]
     full = _full(vlm, of_kind(items, "color")[:4])
     blank = [_like(item, item["image"].copy()) for item in of_kind(items, "color")[:16]]
     for item in blank:
@@ -238,7 +247,7 @@ def _removals(vlm: VLM, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
     others = [item for kind in KINDS[:-1] for item in of_kind(items, kind)[half : 2 * half]]
     pruning = head_pruning(vlm, asked, batch_size=_BATCH, progress=False)
     curve = pruning_curve(
-        vlm, others, pruning, steps=5, n_random=2, batch_size=_BATCH, progress=False
+        vlm, others, pruning, steps=4, n_random=2, batch_size=_BATCH, progress=False
     )
     return {"pruning": pruning, "pruning_curve": curve}
 
