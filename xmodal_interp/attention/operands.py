@@ -60,7 +60,7 @@ def weighted_rows(
     vector: Float[Tensor, "sample query"],
     contraction: str,
 ) -> Float[Tensor, "sample *head key"]:
-    """Rows of probabilities, weighted and summed as an einsum says; rows of weight 0 cost nothing."""
+    """Rows of probabilities, weighted and summed as an einsum says; weight 0 costs nothing."""
     needed = vector.ne(0).any(0).nonzero()[:, 0]
     n_samples = max(vector.shape[0], call.n_samples)
     heads = [len(head)] if "h" in contraction.partition("->")[2] else []
