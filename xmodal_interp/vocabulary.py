@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-Tower = Literal["vision", "connector", "language"]
+Tower = Literal["vision", "audio", "connector", "language"]
 AttentionKind = Literal["self", "cross"]
 TokenKind = Literal["image", "video", "text", "special", "padding"]
 Role = Literal["system", "user", "generated", "template"]
 
-TOWERS: tuple[Tower, ...] = ("vision", "connector", "language")
+TOWERS: tuple[Tower, ...] = ("vision", "audio", "connector", "language")
 TOKEN_KINDS: tuple[TokenKind, ...] = ("image", "video", "text", "special", "padding")
 ROLES: tuple[Role, ...] = ("system", "user", "generated", "template")
 

@@ -159,22 +159,24 @@ def test_reduce_keeps_results_instead_of_calls() -> None:
 
 
 def test_attention_that_is_not_heard_is_an_error() -> None:
-    """A pooling head that calls torch's own attention, as SigLIP has one."""
+    """It is named so, but what it does is nothing that could be heard."""
 
-    class HeadAttention(torch.nn.Module):
+    class BareAttention(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.projection = torch.nn.Linear(4, 4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.scaled_dot_product_attention(x, x, self.projection(x))
+            scores = (x @ self.projection(x).transpose(-1, -2)).exp()
+            return scores / scores.sum(-1, keepdim=True) @ x
 
-    model = torch.nn.Sequential(HeadAttention())
+    model = torch.nn.Sequential(BareAttention())
     with pytest.raises(CaptureError) as error, record(model):
         model(torch.randn(1, 1, 3, 4))
     assert str(error.value) == (
-        "Every attention layer that runs must be seen. These ran without passing transformers' "
-        "attention interface: 0. Leave out their tower with towers=, if you don't need it."
+        "Every attention layer that runs must be seen. These ran, and neither asked transformers' "
+        "attention interface nor called a softmax: 0. Leave out their tower with towers=, if you "
+        "don't need it."
     )
 
 
@@ -194,8 +196,9 @@ def test_refusals() -> None:
     with pytest.raises(CaptureError) as compiled, record(torch.compile(model, backend="eager")):
         pass
     assert str(compiled.value) == (
-        "A compiled model runs without asking for its attention functions, so nothing could be "
-        "heard. Record the model as it was before torch.compile (model._orig_mod)."
+        "Compiled code runs without asking for its attention functions, so nothing could be heard. "
+        "This model is compiled. Record the model as it was before torch.compile "
+        "(model._orig_mod)."
     )
 
 

@@ -148,11 +148,11 @@ def test_no_store(tmp_path):
 def test_another_version_or_format(store_path, of):
     path = store_path / of
     written = path.read_text()
-    path.write_text(json.dumps({**json.loads(written), "version": 2}))
+    path.write_text(json.dumps({**json.loads(written), "version": 3}))
     with pytest.raises(StoreError) as refusal:
         open_store(store_path)[0]
     assert str(refusal.value) == (
-        f"This release reads version 1 of the store format. {path} is of version 2; open it with "
+        f"This release reads version 2 of the store format. {path} is of version 3; open it with "
         "the release that wrote it, or capture again."
     )
     path.write_text(json.dumps({**json.loads(written), "format": "zarr"}))

@@ -56,6 +56,7 @@ class AttentionCall:
             k.
         update_share: ``[sample, query]``, 0 to 1: the norm of the attention's output over that norm
             plus the norm of the residual stream it is added to, if it was asked for.
+        note: What to know of a call that is not as the others; empty for most.
     """
 
     tower: Tower
@@ -77,6 +78,7 @@ class AttentionCall:
     rows: Int[Tensor, " query"] | None = None
     dense: Float[Tensor, "sample head query key"] | None = None
     update_share: Float[Tensor, "sample query"] | None = None
+    note: str = ""
 
     @property
     def _queries(self) -> Tensor:

@@ -65,3 +65,14 @@ def additive_rows(
     chosen = mask[..., rows, :].float()
     finite = torch.where(chosen > hidden_below(mask.dtype), chosen, 0.0)
     return finite if bool(finite.any()) else None
+
+
+def simplified(mask: Tensor) -> Tensor:
+    """The mask as booleans (True is visible) if it only hides; one that adds scores stays."""
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        return mask != 0
+    hidden = mask <= hidden_below(mask.dtype)
+    only_hides = bool((hidden | (mask == 0)).all())
+    return ~hidden if only_hides else mask.detach()

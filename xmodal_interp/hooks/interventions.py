@@ -30,7 +30,8 @@ from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, LayerError, PositionError
 from xmodal_interp.hooks.heads import layers_of, listed, n_heads_of
 from xmodal_interp.hooks.modules import Identity, attention_modules
-from xmodal_interp.hooks.recorder import as_attention_call, refuse_compiled
+from xmodal_interp.hooks.reading import as_attention_call
+from xmodal_interp.hooks.refusals import refuse_compiled
 from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tap import RawCall, tap
 from xmodal_interp.models import VLM

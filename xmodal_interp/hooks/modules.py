@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _ATTENTION = re.compile(r"Attention|Attn")
-_CROSS = re.compile(r"cross", re.IGNORECASE)
+_WITHOUT_MATRIX = re.compile(
+    r"LinearAttention|DeltaNet|Mamba|ShortConv|RepMixer|DeformableAttention|RGLRU|RecurrentBlock"
+)
+_CROSS = re.compile(r"cross|encoder_attn|enc_?dec", re.IGNORECASE)
 _CONNECTOR = re.compile(
     r"q_?former|perceiver|resampler|connector|projector|abstractor|merger", re.IGNORECASE
 )
 _VISION = re.compile(r"vision|visual|image|vit", re.IGNORECASE)
+_AUDIO = re.compile(r"audio|speech", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,24 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
     return {module: names.identity(path, module) for path, module in found.items()}
 
 
+def layers_without_matrix(model: nn.Module) -> tuple[Identity, ...]:
+    """Layers that mix tokens without a softmax: linear attention, state spaces, convolutions."""
+    names = _Names(model)
+    found = {p: m for p, m in model.named_modules() if _WITHOUT_MATRIX.search(type(m).__name__)}
+    outermost = {
+        path: module
+        for path, module in found.items()
+        if not any(path.startswith(f"{other}.") for other in found)
+    }
+    return tuple(names.identity(path, module) for path, module in outermost.items())
+
+
+def identity_of(model: nn.Module, module: nn.Module) -> Identity | None:
+    """What a module that proved to be attention is called; None if the model does not have it."""
+    path = next((path for path, each in model.named_modules() if each is module), None)
+    return None if path is None else _Names(model).identity(path, module)
+
+
 def block_of(model: nn.Module, identity: Identity) -> nn.Module | None:
     """The block of a layer stack that an attention module is in: ``layers.3``; None if in none."""
     match = re.match(r".*\.\d+(?=\.|$)", identity.module)
@@ -78,6 +100,7 @@ def _is_attention(module: nn.Module) -> bool:
     name = type(module).__name__
     return (
         bool(_ATTENTION.search(name))
+        and not _WITHOUT_MATRIX.search(name)
         and not isinstance(module, PreTrainedModel)
         and bool(list(module.children()))
     )
@@ -133,6 +156,8 @@ class _Names:
                 return tower
         if _CONNECTOR.search(path):
             return "connector"
+        if _AUDIO.search(path):
+            return "audio"
         if getattr(self.model, "main_input_name", "") == "pixel_values" and not hasattr(
             self.root, "text_config"
         ):
@@ -141,17 +166,16 @@ class _Names:
 
     @staticmethod
     def _kind(path: str, module: nn.Module) -> AttentionKind:
-        if getattr(module, "is_cross_attention", False):
-            return "cross"
-        return (
-            "cross"
-            if _CROSS.search(type(module).__name__) or _CROSS.search(path.rpartition(".")[2])
-            else "self"
-        )
+        """By what it is called within its block: ``crossattention.self``, ``encoder_attn``."""
+        within = re.sub(r".*\.\d+\.", "", path).split(".")[-2:]
+        names = (type(module).__name__, *within)
+        named = any(_CROSS.search(name) for name in names)
+        return "cross" if named or getattr(module, "is_cross_attention", False) else "self"
 
 
 _PARTS: tuple[tuple[str, Tower], ...] = (
     ("vision_config", "vision"),
+    ("audio_config", "audio"),
     ("qformer_config", "connector"),
     ("perceiver_config", "connector"),
     ("text_config", "language"),

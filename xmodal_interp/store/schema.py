@@ -59,7 +59,7 @@ from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.sample import CallKey
 
 FORMAT = "xmodal_interp.store"
-VERSION = 1
+VERSION = 2
 STAMP: dict[str, Any] = {"format": FORMAT, "version": VERSION}
 
 MANIFEST, NAMES, FAILURES = "manifest.json", "names.jsonl", "failures.jsonl"
@@ -71,7 +71,7 @@ UNFINISHED, LOCK = ".writing-", ".lock"
 GRID_ARRAYS = ("places", "boxes", "patch_places")
 GRID_NUMBERS = ("width", "height", "rows", "cols", "patch_rows", "patch_cols")
 
-_SCALARS = ("tower", "kind", "layer", "call", "module", "scaling", "causal", "offset")
+_SCALARS = ("tower", "kind", "layer", "call", "module", "scaling", "causal", "offset", "note")
 _OPTIONAL_SCALARS = ("softcap", "sliding_window")
 _OWN = ("q", "k", "v", "sinks", "rows", "dense", "update_share")
 _SHARED = ("mask", "bias")

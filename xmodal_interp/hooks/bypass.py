@@ -1,0 +1,207 @@
+"""Attention that does not ask the interface for its function, heard all the same.
+
+Three ways lead past the interface:
+
+1. ``torch.nn.MultiheadAttention``: queries and keys follow from its arguments and its own weights.
+2. ``scaled_dot_product_attention`` called directly: it is given queries and keys.
+3. A softmax written out: its result, the probabilities, is kept; what its scores are made of (a
+   relative position, chunks of keys) is not known, so the call says so.
+
+A module is listened to in the second and third way until a module of its class has asked the
+interface: from then on its operations run undisturbed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from xmodal_interp.attention.masks import hidden_below
+from xmodal_interp.hooks.heads import n_heads_of
+from xmodal_interp.hooks.tap import RawCall
+
+_SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
+_FAR_BELOW = 1e3  # the least of a row's scores under its best one that only a mask can lead to
+
+DENSE_NOTE = "probabilities as the module computed them: queries and keys do not carry its scores"
+CHUNKED_NOTE = f"{DENSE_NOTE}; keys are counted within the chunk that each query sees"
+
+
+@dataclass(frozen=True, eq=False)
+class DenseCall:
+    """Probabilities that a module computed by a softmax of its own.
+
+    Rows that see nothing are NaN.
+    """
+
+    probs: Float[Tensor, "sample head query key"]
+    visible: Bool[Tensor, "sample head query key"] | None
+    note: str
+
+
+Heard = RawCall | DenseCall
+
+
+class Bypass(TorchFunctionMode):
+    """Listens to the torch functions that a module calls, from ``begin`` to ``end``."""
+
+    def __init__(self, module: Callable[[], nn.Module | None], hear: Callable[[Heard], None]):
+        super().__init__()
+        self.module, self.hear = module, hear
+
+    def begin(self) -> None:
+        """Start to listen, in this thread."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        """Stop."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the function as it is; then look at what it was given."""
+        options = options or {}
+        output = function(*args, **options)
+        module = self.module()
+        if module is None:
+            return output
+        if function is functional.scaled_dot_product_attention:
+            self.hear(_of_kernel(module, args, options))
+        elif function in _SOFTMAX and isinstance(output, Tensor):
+            scores = args[0] if args else options["input"]
+            if _along_last(output, args, options):
+                self.hear(_of_softmax(module, scores, output))
+        return output
+
+
+def multihead_call(module: nn.MultiheadAttention, args: Any, options: Mapping[str, Any]) -> RawCall:
+    """The queries and keys of torch's own attention module, projected as it does.
+
+    Args:
+        module: The module.
+        args: Its positional arguments: query, key, value, ``key_padding_mask``, ...
+        options: Its keyword arguments.
+    """
+    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
+    given = {**dict(zip(names, args, strict=False)), **options}
+    query, key, value = (given[name].detach() for name in names[:3])
+    if query.ndim == 2:
+        query, key, value = (t[:, None] for t in (query, key, value))
+    if not (module.batch_first and given["query"].ndim == 3):
+        query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+    with torch.no_grad():
+        q, k, v = _projected(module, query, key, value)
+    mask = _multihead_mask(module, given, q.shape[0], k.shape[2])
+    if mask is not None:
+        mask = mask.expand(-1, -1, q.shape[2], -1)
+    return RawCall(module, q, k, v, mask, "sdpa", {"is_causal": False})
+
+
+def _projected(
+    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
+) -> list[Tensor]:
+    weights = (
+        module.in_proj_weight.chunk(3)
+        if module.in_proj_weight is not None
+        else (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    )
+    biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    flat = [
+        functional.linear(x, weight, bias)
+        for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    ]
+    for place, more in ((1, module.bias_k), (2, module.bias_v)):
+        if more is not None:
+            flat[place] = torch.cat([flat[place], more.expand(len(query), -1, -1)], 1)
+    if module.add_zero_attn:
+        flat[1:] = [functional.pad(t, (0, 0, 0, 1)) for t in flat[1:]]
+    return [t.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for t in flat]
+
+
+def _multihead_mask(
+    module: nn.MultiheadAttention, given: Mapping[str, Any], n_samples: int, n_keys: int
+) -> Tensor | None:
+    """Both masks as one, True (or 0) where visible; ``torch.nn`` says True where hidden."""
+    parts: list[Tensor] = []
+    hidden, padding = given.get("attn_mask"), given.get("key_padding_mask")
+    if hidden is not None:
+        whole = hidden[None] if hidden.ndim == 2 else hidden
+        parts.append(whole.unflatten(0, (-1, 1 if len(whole) == 1 else module.num_heads)))
+    if padding is not None:
+        parts.append(padding.view(n_samples, 1, 1, -1))
+    if not parts:
+        return None
+    missing = n_keys - parts[0].shape[-1]  # keys that the module adds itself are always visible
+    if all(part.dtype == torch.bool for part in parts):
+        seen = [functional.pad(~part, (0, missing), value=True) for part in parts]
+        return seen[0] if len(seen) == 1 else seen[0] & seen[1]
+    added = [
+        functional.pad(
+            torch.zeros(part.shape, device=part.device).masked_fill(part, -torch.inf)
+            if part.dtype == torch.bool
+            else part,
+            (0, missing),
+        )
+        for part in parts
+    ]
+    return added[0] if len(added) == 1 else added[0] + added[1]
+
+
+def _of_kernel(module: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any]) -> RawCall:
+    """The arguments of ``scaled_dot_product_attention``, by their names there."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, args, strict=False)), **options}
+    q, k, v = (_four_axes(given[name], module) for name in names[:3])
+    mask = given.get("attn_mask")
+    if mask is not None:
+        mask = _four_axes(mask, module) if mask.ndim > 2 else mask[None, None]
+        mask = mask.expand(*mask.shape[:2], q.shape[2], k.shape[2])
+    causal = bool(given.get("is_causal"))
+    return RawCall(
+        module, q, k, v, mask, "sdpa", {"scaling": given.get("scale"), "is_causal": causal}
+    )
+
+
+def _of_softmax(module: nn.Module, scores: Tensor, output: Tensor) -> DenseCall:
+    given = scores.detach()
+    lowest = hidden_below(given.dtype) if given.is_floating_point() else -torch.inf
+    best = given.amax(-1, keepdim=True)
+    hidden = (given <= lowest) | (given < best - _FAR_BELOW)
+    visible = None if not hidden.any() else ~hidden
+    probs = output.detach().float()
+    if visible is not None:
+        probs = probs.masked_fill(~visible.any(-1, keepdim=True), torch.nan)
+    note = CHUNKED_NOTE if output.ndim == 5 else DENSE_NOTE
+    return DenseCall(
+        _four_axes(probs, module).clone(),
+        None if visible is None else _four_axes(visible, module),
+        note,
+    )
+
+
+def _four_axes(t: Tensor, module: nn.Module) -> Tensor:
+    """``[sample, head, query, ...]``: heads folded into the batch come apart, chunks are joined."""
+    if t.ndim == 5:  # [sample, head, chunk, query, ...]
+        return t.flatten(2, 3)
+    if t.ndim == 3:  # [sample x head, query, ...]
+        n_heads = n_heads_of(module) or 1
+        n_folded = n_heads if t.shape[0] % n_heads == 0 else 1
+        return t.view(-1, n_folded, *t.shape[1:])
+    return t[None, None] if t.ndim == 2 else t
+
+
+def _along_last(output: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+    dim = options.get("dim", args[1] if len(args) > 1 else None)
+    return output.ndim > 2 and dim in (-1, output.ndim - 1)
