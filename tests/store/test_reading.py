@@ -182,7 +182,7 @@ def test_another_version_of_one_file(store_path, file, monkeypatch):
     with pytest.raises(StoreError) as refusal:
         open_store(store_path)[0].call(0)
     assert str(refusal.value) == (
-        f"This release reads version 1 of the store format. {path} is of version 9; open it with "
+        f"This release reads version 2 of the store format. {path} is of version 9; open it with "
         "the release that wrote it, or capture again."
     )
 
