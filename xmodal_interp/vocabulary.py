@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-Tower = Literal["vision", "audio", "connector", "language"]
+Tower = Literal["vision", "audio", "other", "connector", "language"]
 AttentionKind = Literal["self", "cross"]
 TokenKind = Literal["image", "video", "text", "special", "padding"]
 Role = Literal["system", "user", "generated", "template"]
 
-TOWERS: tuple[Tower, ...] = ("vision", "audio", "connector", "language")
+TOWERS: tuple[Tower, ...] = ("vision", "audio", "other", "connector", "language")
 TOKEN_KINDS: tuple[TokenKind, ...] = ("image", "video", "text", "special", "padding")
 ROLES: tuple[Role, ...] = ("system", "user", "generated", "template")
 

@@ -25,11 +25,12 @@ _ATTENTION = re.compile(r"Attention|Attn")
 _WITHOUT_MATRIX = re.compile(
     r"LinearAttention|DeltaNet|Mamba|ShortConv|RepMixer|DeformableAttention|RGLRU|RecurrentBlock"
 )
-_CROSS = re.compile(r"cross|encoder_attn|enc_?dec", re.IGNORECASE)
+_CROSS = re.compile(r"cross|x_attn|encoder_attn|enc(oder)?_?dec(oder)?", re.IGNORECASE)
+_LATENTS = re.compile(r"perceiver|resampler|pooling", re.IGNORECASE)  # their queries are learned
 _CONNECTOR = re.compile(
-    r"q_?former|perceiver|resampler|connector|projector|abstractor|merger", re.IGNORECASE
+    r"q_?former|perceiver|resampler|connector|projector|projection|abstractor|merger", re.IGNORECASE
 )
-_VISION = re.compile(r"vision|visual|image|vit", re.IGNORECASE)
+_VISION = re.compile(r"vision|visual|image|vit|vq_?model", re.IGNORECASE)
 _AUDIO = re.compile(r"audio|speech", re.IGNORECASE)
 
 
@@ -144,15 +145,11 @@ class _Names:
         inside = path[len(owner) :] if owner is not None else path
         if _CONNECTOR.search(inside):
             return "connector"
-        config = None if owner is None else self.parts[owner]
+        config = self.root if owner is None else self.parts[owner]
         for attribute, tower in _PARTS:
             part = getattr(self.root, attribute, None)
-            if (
-                config is not None
-                and part is not None
-                and type(config) is type(part)
-                and config is not self.root
-            ):
+            mixed = attribute == "encoder" and hasattr(part, "text_config")
+            if type(config) is type(part) and config is not self.root and not mixed:
                 return tower
         if _CONNECTOR.search(path):
             return "connector"
@@ -164,19 +161,26 @@ class _Names:
             return "vision"
         return "vision" if _VISION.search(path) else "language"
 
-    @staticmethod
-    def _kind(path: str, module: nn.Module) -> AttentionKind:
-        """By what it is called within its block: ``crossattention.self``, ``encoder_attn``."""
+    def _kind(self, path: str, module: nn.Module) -> AttentionKind:
+        """By what it is called within its block, as ``crossattention.self``, ``encoder_attn``.
+
+        Learned queries (of a resampler, of a pooling head) are no tokens: they attend across.
+        """
         within = re.sub(r".*\.\d+\.", "", path).split(".")[-2:]
-        names = (type(module).__name__, *within)
-        named = any(_CROSS.search(name) for name in names)
-        return "cross" if named or getattr(module, "is_cross_attention", False) else "self"
+        holder = type(self.model.get_submodule(path.rpartition(".")[0])).__name__
+        named = any(_CROSS.search(name) for name in (type(module).__name__, *within))
+        latent = _LATENTS.search(f"{path} {type(module).__name__} {holder}")
+        says_so = getattr(module, "is_cross_attention", False)
+        return "cross" if named or latent or says_so else "self"
 
 
 _PARTS: tuple[tuple[str, Tower], ...] = (
     ("vision_config", "vision"),
     ("audio_config", "audio"),
+    ("protein_encoder_config", "other"),
     ("qformer_config", "connector"),
     ("perceiver_config", "connector"),
     ("text_config", "language"),
+    ("encoder", "vision"),
+    ("decoder", "language"),
 )
