@@ -10,7 +10,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, SiglipVisionC
 from transformers import SiglipVisionModel as Siglip
 
 from xmodal_interp.hooks import record
-from xmodal_interp.hooks.bypass import CHUNKED_NOTE, DENSE_NOTE
+from xmodal_interp.hooks.bypass import CHUNKED_NOTE, DENSE_NOTE, KERNEL_NOTE
 
 HEADS, WIDTH = 2, 8
 
@@ -55,7 +55,7 @@ def test_torchs_own_module(options, kind, batch_first) -> None:
     assert torch.equal(plain, heard)
     (call,) = recording.calls
     torch.testing.assert_close(call.probs(), weights, atol=1e-6, rtol=0)
-    assert call.note == ""
+    assert call.note == KERNEL_NOTE
 
 
 class DirectAttention(nn.Module):
@@ -106,7 +106,7 @@ def test_kernel_and_softmax_of_a_modules_own(way, folded) -> None:
         probs = expected(3 * module.projection(x), x, scale)
     torch.testing.assert_close(call.probs(), probs, atol=1e-6, rtol=0)
     assert call.visible()[0, 0].equal(torch.ones(5, 5).tril().bool())
-    assert call.note == ("" if way == "kernel" else DENSE_NOTE)
+    assert call.note == (KERNEL_NOTE if way == "kernel" else DENSE_NOTE)
     assert (call.q is None) == (way != "kernel")
 
 
@@ -144,8 +144,8 @@ def test_the_pooling_head_of_siglip() -> None:
         with record(model) as recording:
             heard = model(pixels).pooler_output
     assert torch.equal(plain, heard)
-    shapes = [(c.layer, c.n_samples, c.n_queries, c.n_keys) for c in recording.calls]
-    assert shapes == [(0, 2, 16, 16), (1, 2, 16, 16), (2, 2, 1, 16)]
+    shapes = [(c.kind, c.layer, c.n_samples, c.n_queries, c.n_keys) for c in recording.calls]
+    assert shapes == [("self", 0, 2, 16, 16), ("self", 1, 2, 16, 16), ("cross", 0, 2, 1, 16)]
 
 
 def test_a_model_that_never_asks_gives_its_own_probabilities() -> None:

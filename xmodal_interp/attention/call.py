@@ -49,7 +49,8 @@ class AttentionCall:
         offset: Key index of query 0: what came before it is the cache.
         scaling: Factor of ``q k^T``.
         softcap: Scores are squashed to ``softcap * tanh(scores / softcap)``.
-        sinks: ``[head]`` learned scores that take part in the softmax and are then dropped.
+        sinks: ``[head]`` learned scores that take part in the softmax and are then dropped; or
+            ``[sample, head, query]``, where they follow from the query.
         sliding_window: With no mask: a query sees this many keys, its own included.
         rows: Query positions that are held, ascending; None means all.
         dense: ``[sample, head, query, key]`` probabilities, where they were kept instead of q and
@@ -73,7 +74,7 @@ class AttentionCall:
     causal: bool = False
     offset: int = 0
     softcap: float | None = None
-    sinks: Float[Tensor, " head"] | None = None
+    sinks: Float[Tensor, " head"] | Float[Tensor, "sample head query"] | None = None
     sliding_window: int | None = None
     rows: Int[Tensor, " query"] | None = None
     dense: Float[Tensor, "sample head query key"] | None = None
@@ -142,6 +143,7 @@ class AttentionCall:
             v=one(self.v),
             mask=one(self.mask),
             bias=one(self.bias),
+            sinks=self.sinks if self.sinks is None or self.sinks.ndim == 1 else one(self.sinks),
             dense=None if self.dense is None else self.dense[index : index + 1],
             update_share=one(self.update_share),
         )
@@ -152,11 +154,13 @@ class AttentionCall:
         The tensors are copies, so the rest can be freed.
         """
         index = self._row_index(positions)
+        per_query = self.sinks is not None and self.sinks.ndim == 3
         return replace(
             self,
             q=None if self.q is None else self.q[:, :, index].clone(),
             mask=None if self.mask is None else self.mask[..., index, :].clone(),
             bias=None if self.bias is None else self.bias[..., index, :].clone(),
+            sinks=self.sinks[:, :, index] if per_query and self.sinks is not None else self.sinks,
             dense=None if self.dense is None else self.dense[:, :, index].clone(),
             update_share=None if self.update_share is None else self.update_share[:, index],
             rows=self.query_positions[index],

@@ -21,7 +21,7 @@ def softmax_rows(
     scaling: float,
     additive: Float[Tensor, "#sample #head query key"] | None = None,
     softcap: float | None = None,
-    sinks: Float[Tensor, " head"] | None = None,
+    sinks: Float[Tensor, "#sample head #query"] | None = None,
 ) -> Float[Tensor, "sample head query key"]:
     """``softmax(scaling q k^T + additive)`` over the visible keys.
 
@@ -35,7 +35,7 @@ def softmax_rows(
     scores = scores.masked_fill_(~visible, -torch.inf)
     if sinks is None:
         return scores.softmax(-1)
-    column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+    column = sinks.float()[..., None].expand(*scores.shape[:3], 1)
     probs = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
     return probs.masked_fill(~visible.any(-1, keepdim=True), torch.nan)
 

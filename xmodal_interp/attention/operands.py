@@ -50,7 +50,7 @@ def exact_rows(
         scaling=call.scaling,
         additive=additive,
         softcap=call.softcap,
-        sinks=None if call.sinks is None else call.sinks[head],
+        sinks=_sinks(call, head, row),
     )
 
 
@@ -126,6 +126,17 @@ def _queries_and_keys(call: AttentionCall) -> tuple[Tensor, Tensor]:
             f"A call holds q and k, or dense probabilities; {call.name} holds neither."
         )
     return call.q, call.k
+
+
+def _sinks(
+    call: AttentionCall, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
+) -> Float[Tensor, "sample head query"] | None:
+    """Sinks of some heads and rows; sample and query axes have length 1 where nothing differs."""
+    if call.sinks is None:
+        return None
+    if call.sinks.ndim == 1:
+        return call.sinks[head][None, :, None]
+    return call.sinks[:, head][:, :, row]
 
 
 def _of_heads(t: Tensor, head: Int[Tensor, " head"]) -> Tensor:

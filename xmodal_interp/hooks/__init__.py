@@ -6,5 +6,5 @@ from xmodal_interp.hooks.interventions import intervene as intervene
 from xmodal_interp.hooks.knockout import knock_out_attention as knock_out_attention
 from xmodal_interp.hooks.modules import Identity as Identity
 from xmodal_interp.hooks.modules import attention_modules as attention_modules
-from xmodal_interp.hooks.recorder import Recording as Recording
 from xmodal_interp.hooks.recorder import record as record
+from xmodal_interp.hooks.recording import Recording as Recording

@@ -14,7 +14,7 @@ interface: from then on its operations run undisturbed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from xmodal_interp.hooks.tap import RawCall
 _SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
 _FAR_BELOW = 1e3  # the least of a row's scores under its best one that only a mask can lead to
 
+KERNEL_NOTE = "heard beside transformers' attention interface"
 DENSE_NOTE = "probabilities as the module computed them: queries and keys do not carry its scores"
 CHUNKED_NOTE = f"{DENSE_NOTE}; keys are counted within the chunk that each query sees"
 
@@ -78,7 +79,12 @@ class Bypass(TorchFunctionMode):
         if module is None:
             return output
         if function is functional.scaled_dot_product_attention:
-            self.hear(_of_kernel(module, args, options))
+            self.hear(
+                replace(
+                    _of_kernel(module, args, options),
+                    output=_four_axes(output, module).transpose(1, 2),
+                )
+            )
         elif function in _SOFTMAX and isinstance(output, Tensor):
             scores = args[0] if args else options["input"]
             if _along_last(output, args, options):
@@ -106,7 +112,7 @@ def multihead_call(module: nn.MultiheadAttention, args: Any, options: Mapping[st
     mask = _multihead_mask(module, given, q.shape[0], k.shape[2])
     if mask is not None:
         mask = mask.expand(-1, -1, q.shape[2], -1)
-    return RawCall(module, q, k, v, mask, "sdpa", {"is_causal": False})
+    return RawCall(module, q, k, v, mask, "sdpa", {"is_causal": False}, note=KERNEL_NOTE)
 
 
 def _projected(
@@ -168,10 +174,8 @@ def _of_kernel(module: nn.Module, args: tuple[Any, ...], options: Mapping[str, A
     if mask is not None:
         mask = _four_axes(mask, module) if mask.ndim > 2 else mask[None, None]
         mask = mask.expand(*mask.shape[:2], q.shape[2], k.shape[2])
-    causal = bool(given.get("is_causal"))
-    return RawCall(
-        module, q, k, v, mask, "sdpa", {"scaling": given.get("scale"), "is_causal": causal}
-    )
+    kept = {"scaling": given.get("scale"), "is_causal": bool(given.get("is_causal"))}
+    return RawCall(module, q, k, v, mask, "sdpa", kept, note=KERNEL_NOTE)
 
 
 def _of_softmax(module: nn.Module, scores: Tensor, output: Tensor) -> DenseCall:

@@ -22,6 +22,10 @@ def as_attention_call(
     sinks = options.get("s_aux") if options.get("s_aux") is not None else options.get("sinks")
     if sinks is None and isinstance(getattr(raw.module, "sinks", None), Tensor):
         sinks = raw.module.sinks
+    if (
+        sinks is not None and sinks.ndim == 4
+    ):  # [sample, head, query, 1]: they follow from the query
+        sinks = sinks[..., 0]
     n_queries, n_keys = raw.query.shape[2], raw.key.shape[2]
     aligned_left = raw.backend == "sdpa" or n_queries == n_keys
     return AttentionCall(
@@ -41,6 +45,7 @@ def as_attention_call(
         softcap=options.get("softcap"),
         sinks=None if sinks is None else sinks.detach(),
         sliding_window=options.get("sliding_window") if raw.causal else None,
+        note=raw.note,
     )
 
 

@@ -33,33 +33,12 @@ from xmodal_interp.hooks.modules import (
     layers_without_matrix,
 )
 from xmodal_interp.hooks.reading import as_attention_call, segments, whole_mask
+from xmodal_interp.hooks.recording import Choice, Recording
 from xmodal_interp.hooks.refusals import check_choice, refuse_compiled
 from xmodal_interp.hooks.rotary import RotaryPositions
 from xmodal_interp.hooks.tap import RawCall, tap
 from xmodal_interp.hooks.updates import UpdateShares
 from xmodal_interp.vocabulary import TOWERS, Tower
-
-
-@dataclass(eq=False)
-class Recording:
-    """What was heard.
-
-    Attributes:
-        calls: Every call, in the order the model made them; there when the block has ended.
-        results: What ``reduce`` returned for each call, if it was given (``calls`` is then empty).
-        modules: Every attention module that is listened to.
-        without_matrix: Layers that mix tokens without a softmax, so without a matrix of
-            probabilities: linear attention, state spaces, convolutions.
-        unseen: Names of modules that ran without a call that could be heard.
-        rotary: What the rotary embedding of the language tower was told of positions.
-    """
-
-    modules: tuple[Identity, ...]
-    without_matrix: tuple[Identity, ...] = ()
-    calls: list[AttentionCall] = field(default_factory=list)
-    results: list[Any] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)
-    rotary: RotaryPositions | None = None
 
 
 @contextmanager
@@ -89,16 +68,23 @@ def record(
         CaptureError: Attention ran that could not be heard, or the model is compiled. Raised at the
             end of the block, unless the block itself failed.
     """
-    refuse_compiled(model)
-    known = attention_modules(model)
-    check_choice(towers, layers, known.values())
     if norms and reduce is not None:
         raise InputError("norms are known after a call, reduce is called during it: choose one.")
-    recorder = _Recorder(model, known, _Choice(tuple(towers), layers, values, reduce))
+    with listening(model, Choice(tuple(towers), layers, values, norms, reduce)) as recording:
+        yield recording
+
+
+@contextmanager
+def listening(model: nn.Module, choice: Choice) -> Iterator[Recording]:
+    """:func:`record` with all of its choices in one object."""
+    refuse_compiled(model)
+    known = attention_modules(model)
+    check_choice(choice.towers, choice.layers, known.values())
+    recorder = _Recorder(model, known, choice)
     with ExitStack() as stack:
         recorder.recording.rotary = RotaryPositions(model, known)
         recorder.recording.rotary.listen(stack)
-        if norms:
+        if choice.norms:
             recorder.shares = UpdateShares(model, known)
             recorder.shares.listen(stack)
         for module in known:
@@ -117,23 +103,10 @@ def record(
         )
 
 
-@dataclass(frozen=True)
-class _Choice:
-    towers: tuple[Tower, ...]
-    layers: Sequence[int] | None
-    values: bool
-    reduce: Callable[[AttentionCall], Any] | None
-
-    def wants(self, identity: Identity) -> bool:
-        return identity.tower in self.towers and (
-            self.layers is None or identity.layer in self.layers
-        )
-
-
 class _Recorder:
     """Hooks and tap listener in one; its state lives as long as one ``with`` block."""
 
-    def __init__(self, model: nn.Module, known: dict[nn.Module, Identity], choice: _Choice) -> None:
+    def __init__(self, model: nn.Module, known: dict[nn.Module, Identity], choice: Choice) -> None:
         self.model, self.known, self.choice = model, known, choice
         self.thread = threading.get_ident()  # hooks sit on the model, so they fire for others too
         self.recording = Recording(tuple(known.values()), layers_without_matrix(model))
@@ -187,7 +160,6 @@ class _Recorder:
             return output
         run = self.running[-1] if self.running else None
         if run is not None:
-            run.inside -= 1
             run.n_heard += 1
             self.asking.add(type(run.module))
         module = call.module if run is None or call.module in self.known else run.module
@@ -195,7 +167,10 @@ class _Recorder:
             self._take_in(module)
         if module in self.known:
             for part in segments(call):
-                self._keep(module, part)
+                whole = part is call
+                self._keep(module, replace(part, output=output.detach() if whole else None))
+        if run is not None:
+            run.inside -= 1
         return output
 
     def _elsewhere(self) -> bool:
@@ -222,6 +197,8 @@ class _Recorder:
             if isinstance(heard, DenseCall)
             else as_attention_call(heard, identity, number, self._mask(heard))
         )
+        if self.choice.inspect is not None:
+            self.choice.inspect(heard, call)
         if self.choice.reduce is not None:
             self.recording.results.append(self.choice.reduce(call))
         elif isinstance(heard, DenseCall):

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -30,7 +30,9 @@ class RawCall:
 
     ``query`` is ``[sample, head, query, d_head]``, ``key`` and ``value`` ``[sample, kv_head, key,
     d_head]``; ``backend`` is the name the model asked for, such as ``"sdpa"``; ``options`` holds
-    every further keyword.
+    every further keyword; ``eager`` is the function that the modeling code would use by itself, if
+    it named one; ``output`` ``[sample, query, head, d_head]`` is there after the call; ``note``
+    says how a call was heard that did not ask the interface.
     """
 
     module: nn.Module
@@ -40,6 +42,9 @@ class RawCall:
     mask: Tensor | None
     backend: str
     options: dict[str, Any]
+    eager: AttentionFunction | None = None
+    output: Tensor | None = None
+    note: str = ""
 
     @property
     def scaling(self) -> float:
@@ -117,18 +122,23 @@ _original_getitem = AttentionInterface.__getitem__
 def _get_interface(
     self: AttentionInterface, attn_implementation: str, default: AttentionFunction
 ) -> AttentionFunction:
-    return _wrap(_original_get_interface(self, attn_implementation, default), attn_implementation)
+    given = _original_get_interface(self, attn_implementation, default)
+    return _wrap(given, attn_implementation, default)
 
 
 def _getitem(self: AttentionInterface, key: str) -> AttentionFunction:
     return _wrap(_original_getitem(self, key), key)  # type: ignore[no-untyped-call]
 
 
-def _wrap(function: AttentionFunction, backend: str | None) -> AttentionFunction:
+def _wrap(
+    function: AttentionFunction, backend: str | None, eager: AttentionFunction | None = None
+) -> AttentionFunction:
     listeners = _listeners.get()
-    if not listeners or isinstance(function, _Wrapped):
+    if not listeners:
         return function
-    return _Wrapped(function, backend or "eager", listeners)
+    if isinstance(function, _Wrapped):  # ``get_interface`` looks the function up as an item
+        return replace(function, eager=eager)
+    return _Wrapped(function, backend or "eager", eager, listeners)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +147,7 @@ class _Wrapped:
 
     function: AttentionFunction
     backend: str
+    eager: AttentionFunction | None
     listeners: tuple[Listener, ...]
 
     def __call__(
@@ -148,8 +159,7 @@ class _Wrapped:
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        given = RawCall(module, query, key, value, attention_mask, self.backend, options)
-        call = given
+        call = RawCall(module, query, key, value, attention_mask, self.backend, options, self.eager)
         for listener in self.listeners:
             call = listener.before(call)
         output, *rest = self.function(
