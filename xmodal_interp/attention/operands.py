@@ -130,7 +130,7 @@ def _queries_and_keys(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def _sinks(
     call: AttentionCall, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
-) -> Float[Tensor, "sample head query"] | None:
+) -> Float[Tensor, "sample head #query"] | None:
     """Sinks of some heads and rows; sample and query axes have length 1 where nothing differs."""
     if call.sinks is None:
         return None

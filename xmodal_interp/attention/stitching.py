@@ -1,4 +1,15 @@
-"""Prefill and decode steps of one layer, put together to one call with a row per token."""
+"""Prefill and decode steps of one layer, put together to one call with a row per token.
+
+The keys of a step stand in the cache as the cache likes it:
+
+* a growing cache holds the keys of all positions so far;
+* a static one has room for all positions from the start, hidden until they are written;
+* a sliding one, growing or static, holds the keys of the last positions only.
+
+So a step's first key is either position 0, or as many positions back as it has keys. Which of the
+two is seen by comparing its keys with those of the steps before; if they are neither, that is an
+error. Keys beyond a window are hidden in the whole call, as they were in the step.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +18,10 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from xmodal_interp.attention.call import AttentionCall
-from xmodal_interp.attention.masks import visible_rows
+from xmodal_interp.attention.masks import additive_rows
 from xmodal_interp.errors import CaptureError
 
 
@@ -22,69 +34,23 @@ def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
             are left out.
 
     Raises:
-        CaptureError: Keys that don't grow step by step, or that changed when they were read again.
+        CaptureError: Keys that are no cache of the steps before, or that changed when they were
+            read again.
     """
-    first, last = calls[0], calls[-1]
     if len(calls) == 1:
-        return first
-    if first.q is None or last.k is None or first.k is None:
-        raise CaptureError("Only calls that hold queries and keys can be stitched.")
+        return _without_room(calls[0])
     if reread(calls):
         return _last_reading(calls, n_positions)
     if any(call.kind == "cross" for call in calls):
-        return _stitch_cross(calls)
-    growing = all(a.n_keys + b.n_queries == b.n_keys for a, b in pairwise(calls))
-    if not growing:
-        raise CaptureError(
-            "Decode steps are stitched where each step's keys are those before plus its own. "
-            f"{first.name} had "
-            f"{', '.join(str(c.n_keys) for c in calls[:5])}, ... keys (a static or sliding cache). "
-            "Generate with the default cache."
-        )
-    q = torch.cat([call.q for call in calls if call.q is not None], 2)[:, :, :n_positions]
-    n_queries = q.shape[2]
-    k = last.k[:, :, :n_queries]
-    v = None if last.v is None else last.v[:, :, :n_queries]
-    shares = [call.update_share for call in calls if call.update_share is not None]
-    share = torch.cat(shares, 1)[:, :n_queries] if shares else None
-    simple = (
-        first.mask is None
-        and first.causal
-        and first.offset == 0
-        and first.n_queries == first.n_keys
-    )
-    if (
-        simple
-        and first.sliding_window is None
-        and all(c.mask is None and c.bias is None for c in calls)
-    ):
-        return replace(first, q=q, k=k, v=v, update_share=share)
-    mask = torch.zeros(
-        1,
-        first.mask.shape[1] if first.mask is not None else 1,
-        n_queries,
-        n_queries,
-        dtype=torch.bool,
-        device=q.device,
-    )
-    start = 0
-    for call in calls:
-        rows = torch.arange(call.n_queries, device=q.device)
-        seen = visible_rows(
-            call.mask,
-            rows,
-            rows + call.offset,
-            call.n_keys,
-            causal=call.causal,
-            sliding_window=call.sliding_window,
-        )
-        stop = min(start + call.n_queries, n_queries)
-        mask[:, :, start:stop, : min(call.n_keys, n_queries)] = seen[
-            :, :, : stop - start, :n_queries
-        ]
-        start = stop
-    whole = replace(first, q=q, k=k, v=v, mask=mask, update_share=share)
-    return replace(whole, causal=False, offset=0, sliding_window=None)
+        return _joined_rows(calls)
+    steps = _within(calls, n_positions)
+    if _plain(steps):
+        last = steps[-1]
+        n = sum(step.n_queries for step in steps)
+        v = None if last.v is None else last.v[:, :, :n]
+        k = None if last.k is None else last.k[:, :, :n]
+        return replace(steps[0], q=_rows(steps, "q"), k=k, v=v, update_share=_shares(steps))
+    return _placed(steps)
 
 
 def reread(calls: Sequence[AttentionCall]) -> bool:
@@ -92,26 +58,202 @@ def reread(calls: Sequence[AttentionCall]) -> bool:
     return len(calls) > 1 and all(a.n_queries + 1 == b.n_queries for a, b in pairwise(calls))
 
 
+def _within(calls: Sequence[AttentionCall], n_positions: int) -> list[AttentionCall]:
+    """The steps up to ``n_positions``; the last one may be cut."""
+    steps, start = [], 0
+    for call in calls:
+        stop = min(start + call.n_queries, n_positions)
+        if stop <= start:
+            break
+        whole = stop - start == call.n_queries
+        steps.append(call if whole else _cut(call, stop - start))
+        start = stop
+    return steps
+
+
+def _cut(call: AttentionCall, n_queries: int) -> AttentionCall:
+    chosen = call.select_rows(torch.arange(n_queries, device=call.query_positions.device))
+    return replace(chosen, rows=None)
+
+
+def _without_room(call: AttentionCall) -> AttentionCall:
+    """A prompt whose keys are those of its queries; the room of a static cache is left out."""
+    n = call.n_queries
+    if call.kind == "cross" or call.n_keys <= n or call.k is None or call.rows is not None:
+        return call
+    if bool(call.visible()[..., n:].any()):
+        return call
+    return replace(
+        call,
+        k=call.k[:, :, :n],
+        v=None if call.v is None else call.v[:, :, :n],
+        mask=None if call.mask is None else call.mask[..., :n],
+        bias=None if call.bias is None else call.bias[..., :n],
+    )
+
+
+def _plain(steps: Sequence[AttentionCall]) -> bool:
+    """Whether the prompt was read causally by the flag alone, and nothing but keys was added."""
+    first = steps[0]
+    growing = all(_begins(a, b) for a, b in pairwise(steps))
+    alone = all(
+        s.q is not None and s.mask is None and s.bias is None and s.sliding_window is None
+        for s in steps
+    )
+    per_query = first.sinks is not None and first.sinks.ndim == 3
+    whole = first.causal and first.offset == 0 and first.n_queries == first.n_keys
+    return growing and alone and whole and not per_query
+
+
+def _begins(step: AttentionCall, later: AttentionCall) -> bool:
+    """Whether the keys of the next step are those of this one and its own."""
+    if step.k is None or later.k is None or step.n_keys + later.n_queries != later.n_keys:
+        return False
+    same_memory = step.k.data_ptr() == later.k.data_ptr()
+    return same_memory or torch.equal(step.k, later.k[:, :, : step.n_keys])
+
+
+def _placed(steps: Sequence[AttentionCall]) -> AttentionCall:
+    """Each step's rows at its own positions, hidden from all keys that it did not hold."""
+    first, n = steps[0], sum(step.n_queries for step in steps)
+    offsets, k, v = _keys(steps)
+    visible = [step.visible() for step in steps]
+    n_heads = max(seen.shape[1] for seen in visible)
+    n_samples = max(seen.shape[0] for seen in visible)
+    mask = torch.zeros(n_samples, n_heads, n, n, dtype=torch.bool, device=_device(first))
+    added = [_added(step) for step in steps]
+    bias = _room([part for part in added if part is not None], n)
+    dense = _room([step.dense for step in steps if step.dense is not None], n)
+    start = 0
+    for step, seen, part, offset in zip(steps, visible, added, offsets, strict=True):
+        stop = start + step.n_queries
+        columns = slice(offset, min(offset + step.n_keys, n))
+        width = columns.stop - columns.start
+        mask[:, :, start:stop, columns] = seen[..., :width]
+        if bias is not None and part is not None:
+            bias[:, :, start:stop, columns] = part[..., :width]
+        if dense is not None and step.dense is not None:
+            dense[:, :, start:stop, columns] = step.dense[..., :width]
+        start = stop
+    return replace(
+        first,
+        q=_rows(steps, "q"),
+        k=k,
+        v=v,
+        mask=mask,
+        bias=bias,
+        dense=dense,
+        sinks=_sinks(steps),
+        update_share=_shares(steps),
+        causal=False,
+        offset=0,
+        sliding_window=None,
+    )
+
+
+def _device(call: AttentionCall) -> torch.device:
+    return call.query_positions.device
+
+
+def _room(parts: Sequence[Tensor], n: int) -> Tensor | None:
+    """Zeros for all rows and columns, as wide in samples and heads as the widest part."""
+    if not parts:
+        return None
+    shape = [max(part.shape[axis] for part in parts) for axis in (0, 1)]
+    return torch.zeros(*shape, n, n, dtype=parts[0].dtype, device=parts[0].device)
+
+
+def _added(step: AttentionCall) -> Tensor | None:
+    """What is added to the scores of a step: its bias, and what an additive mask adds."""
+    rows = torch.arange(step.n_queries, device=_device(step))
+    of_mask = additive_rows(step.mask, rows)
+    if of_mask is None or step.bias is None:
+        return step.bias if of_mask is None else of_mask
+    return step.bias + of_mask
+
+
+def _keys(steps: Sequence[AttentionCall]) -> tuple[list[int], Tensor | None, Tensor | None]:
+    """Where the keys of each step begin, and the keys (and values) of all positions in order."""
+    first = steps[0]
+    if first.k is None:
+        return [0] * len(steps), None, None
+    keys, values = [first.k[:, :, : first.n_queries]], []
+    if first.v is not None:
+        values.append(first.v[:, :, : first.n_queries])
+    offsets, start = [0], first.n_queries
+    for step in steps[1:]:
+        assert step.k is not None
+        offset = _offset(step, keys, start)
+        new = slice(start - offset, start - offset + step.n_queries)
+        keys.append(step.k[:, :, new])
+        if step.v is not None:
+            values.append(step.v[:, :, new])
+        offsets.append(offset)
+        start += step.n_queries
+    return offsets, torch.cat(keys, 2), torch.cat(values, 2) if values else None
+
+
+def _offset(step: AttentionCall, keys: list[Tensor], start: int) -> int:
+    """The position of a step's first key, by what its keys are."""
+    assert step.k is not None
+    known = torch.cat(keys, 2) if len(keys) > 1 else keys[0]
+    keys[:] = [known]
+    seen = step.visible().any(2).any(1).any(0)  # of any query, head and sample
+    for offset in dict.fromkeys((0, start + step.n_queries - step.n_keys)):
+        if offset < 0 or start + step.n_queries - offset > step.n_keys:
+            continue
+        earlier = seen[: start - offset].nonzero()[:, 0]
+        if torch.equal(step.k[:, :, earlier], known[:, :, earlier + offset]):
+            return offset
+    raise CaptureError(
+        "Decode steps are stitched where a step's keys are those of the positions before, all or "
+        f"the last ones, plus its own. {step.name} has {step.n_keys} keys that are neither, after "
+        f"{start} positions. Generate with the default cache."
+    )
+
+
 def _last_reading(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
     """The call that reads all positions; what is behind them belongs to other samples' answers."""
     first, last = calls[0], calls[min(n_positions - calls[0].n_queries, len(calls) - 1)]
     held = [call.k for call in (first, last) if call.k is not None]
-    before, after = (keys[:, :, : first.n_keys].float() for keys in held)
-    if not torch.allclose(after, before, rtol=1e-2, atol=1e-3):
-        raise CaptureError(
-            "Without a cache the prompt is read again for every token, and must be read alike. The "
-            f"keys of {first.name} changed: some models are given their image in the first step "
-            "only. Generate with the cache."
-        )
+    if held:
+        seen = first.visible([first.n_queries - 1])[:, :, 0].any(1).expand(first.n_samples, -1)
+        before, after = (k[:, :, : first.n_keys].transpose(1, 2)[seen].float() for k in held)
+        if not torch.allclose(after, before, rtol=1e-2, atol=1e-3):
+            raise CaptureError(
+                "Without a cache the prompt is read again for every token, and must be read alike. "
+                f"The keys of {first.name} changed: some models are given their image in the first "
+                "step only. Generate with the cache."
+            )
     return replace(last, call=first.call)
 
 
-def _stitch_cross(calls: Sequence[AttentionCall]) -> AttentionCall:
+def _joined_rows(calls: Sequence[AttentionCall]) -> AttentionCall:
     """Cross-attention keys don't grow: the rows follow one another."""
-    first = calls[0]
-    q = torch.cat([call.q for call in calls if call.q is not None], 2)
     masks = [call.visible().expand(-1, -1, call.n_queries, -1) for call in calls]
-    shares = [call.update_share for call in calls if call.update_share is not None]
-    share = torch.cat(shares, 1) if shares else None
-    whole = replace(first, q=q, mask=torch.cat(masks, 2), update_share=share)
+    dense = None if calls[0].dense is None else _rows(calls, "dense")
+    whole = replace(
+        calls[0],
+        q=_rows(calls, "q"),
+        mask=torch.cat(masks, 2),
+        dense=dense,
+        bias=_rows(calls, "bias"),
+        sinks=_sinks(calls),
+        update_share=_shares(calls),
+    )
     return replace(whole, causal=False, offset=0)
+
+
+def _rows(calls: Sequence[AttentionCall], name: str) -> Tensor | None:
+    parts = [t for call in calls if (t := getattr(call, name)) is not None]
+    return torch.cat(parts, 2) if parts else None
+
+
+def _sinks(calls: Sequence[AttentionCall]) -> Tensor | None:
+    first = calls[0].sinks
+    return first if first is None or first.ndim == 1 else _rows(calls, "sinks")
+
+
+def _shares(calls: Sequence[AttentionCall]) -> Tensor | None:
+    parts = [call.update_share for call in calls if call.update_share is not None]
+    return torch.cat(parts, 1) if parts else None

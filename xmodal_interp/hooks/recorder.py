@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks.bypass import Bypass, DenseCall, Heard, multihead_call
-from xmodal_interp.hooks.key_cache import KeyCache, own_copy
+from xmodal_interp.hooks.key_cache import KeyCache, own_copy, seen_keys
 from xmodal_interp.hooks.modules import (
     Identity,
     attention_modules,
@@ -205,9 +205,11 @@ class _Recorder:
             self.kept.append((call, None, 0))
         else:
             cache = self.caches.get(module)
-            if cache is None or not cache.grow(heard):
+            mask = self._mask(heard)
+            if cache is None or not cache.grow(heard, mask):
                 values = own_copy(heard.value) if self.choice.values else None
-                cache = self.caches[module] = KeyCache(own_copy(heard.key), values)
+                cache = KeyCache(own_copy(heard.key), values, seen_keys(mask))
+                self.caches[module] = cache
             without_keys = replace(call, q=own_copy(heard.query), k=None, v=None)
             self.kept.append((without_keys, cache, heard.key.shape[2]))
 

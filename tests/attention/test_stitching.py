@@ -1,0 +1,144 @@
+"""Whatever the cache, the rows of a generation are those of one reading of the whole sequence."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from tests.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.attention import AttentionCall, stitch
+from xmodal_interp.errors import CaptureError
+from xmodal_interp.hooks import record
+
+STEPS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+def llava_over(text: str, **options) -> LlavaForConditionalGeneration:
+    """The tiny LLaVA with another language model: one with windows, soft-caps or sinks."""
+    known = tiny_vlm("llava").model.config
+    small = {
+        "model_type": text,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": known.text_config.vocab_size,
+        "pad_token_id": 0,
+        **options,
+    }
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=known.vision_config.to_dict(),
+        text_config=small,
+        image_token_id=known.image_token_id,
+        image_seq_length=144,
+        vision_feature_layer=known.vision_feature_layer,
+        vision_feature_select_strategy=known.vision_feature_select_strategy,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "q_proj.weight" in name:
+                weight.mul_(20)
+    return model
+
+
+BACKBONES = {
+    "llama": {},
+    "mistral": {"sliding_window": 40},
+    "gemma2": {"sliding_window": 40, "query_pre_attn_scalar": 8},
+    "gpt_oss": {"sliding_window": 40, "num_local_experts": 2, "num_experts_per_tok": 1},
+}
+CACHES = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "none": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("cache", list(CACHES))
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+def test_any_cache_gives_the_rows_of_one_reading(backbone, cache, batch) -> None:
+    model = llava_over(backbone, **BACKBONES[backbone])
+    questions = [QUESTION, "how many ?"][:batch]
+    inputs = tiny_vlm("llava").prepare([[picture(seed=i)] for i in range(batch)], questions)[0]
+    with torch.no_grad(), record(model, towers=["language"], values=True) as recording:
+        ids = model.generate(**inputs, **STEPS, **CACHES[cache])
+    read = {**inputs, "input_ids": ids[:, :-1]}
+    n_new = ids.shape[1] - 1 - inputs["attention_mask"].shape[1]
+    ones = torch.ones(batch, n_new, dtype=inputs["attention_mask"].dtype)
+    read["attention_mask"] = torch.cat([inputs["attention_mask"], ones], 1)
+    with torch.no_grad(), record(model, towers=["language"], values=True) as whole:
+        model(**read, use_cache=False)
+    for layer, expected in enumerate(whole.calls):
+        steps = [call for call in recording.calls if call.layer == layer]
+        assert len(steps) == STEPS["max_new_tokens"]
+        stitched = stitch(steps, ids.shape[1] - 1)
+        real = expected.visible().any(-1).expand(batch, 4, -1)
+        padded = ~read["attention_mask"].bool()[:, None, :].expand(batch, 4, -1)
+        gap = (stitched.probs() - expected.probs()).abs().amax(-1)[real & ~padded]
+        assert gap.max() < 2e-5
+        assert expected.probs()[real.expand(batch, 4, -1) & ~padded].max() > 0.3
+        rows = (real & ~padded)[:, :1, :, None].expand(-1, 1, -1, stitched.n_keys)
+        same = stitched.visible().expand_as(rows)[rows] == expected.visible().expand_as(rows)[rows]
+        assert same.all()
+        of_values = (real & ~padded)[:, :2, :, None].expand_as(expected.v)
+        torch.testing.assert_close(
+            stitched.v[of_values], expected.v[of_values], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_a_static_cache_is_kept_once() -> None:
+    model, inputs = llava_over("llama"), tiny_vlm("llava").prepare([[picture()]], [QUESTION])[0]
+    with torch.no_grad(), record(model, towers=["language"]) as recording:
+        model.generate(**inputs, **STEPS, **CACHES["static"])
+    places = {call.k.untyped_storage().data_ptr() for call in recording.calls if call.layer == 0}
+    assert len(places) == 2  # the prompt's own keys, then the room that steps write into
+
+
+def step(q: torch.Tensor, k: torch.Tensor, **options) -> AttentionCall:
+    return AttentionCall("language", "self", 0, "layers.0.attn", 0, q, k, 1.0, **options)
+
+
+def test_bias_sinks_and_additive_masks_are_stitched_with_their_rows() -> None:
+    torch.manual_seed(1)
+    q, k = torch.randn(1, 2, 4, 3), torch.randn(1, 2, 4, 3)
+    bias, sinks, mask = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4), torch.randn(1, 1, 4, 4)
+    mask = mask.masked_fill(torch.ones(4, 4).triu(1).bool(), torch.finfo(torch.float32).min)
+    whole = step(q, k, bias=bias, sinks=sinks, mask=mask)
+    parts = [
+        step(
+            q[:, :, a:b],
+            k[:, :, :b],
+            bias=bias[:, :, a:b, :b],
+            sinks=sinks[:, :, a:b],
+            mask=mask[:, :, a:b, :b],
+        )
+        for a, b in ((0, 2), (2, 3), (3, 4))
+    ]
+    torch.testing.assert_close(stitch(parts, 4).probs(), whole.probs())
+    torch.testing.assert_close(stitch(parts, 3).probs(), whole.probs()[:, :, :3, :3])
+
+
+def test_probabilities_are_stitched_too() -> None:
+    probs = torch.rand(1, 2, 3, 3).tril()
+    parts = [
+        dataclasses.replace(step(None, None), dense=probs[:, :, a:b, :b])
+        for a, b in ((0, 2), (2, 3))
+    ]
+    torch.testing.assert_close(stitch(parts, 3).probs(), probs)
+
+
+def test_keys_that_are_no_cache_are_refused() -> None:
+    q, k = torch.randn(1, 1, 3, 2), torch.randn(1, 1, 3, 2)
+    with pytest.raises(CaptureError) as error:
+        stitch([step(q, k, causal=True), step(q[:, :, :1], torch.randn(1, 1, 4, 2))], 4)
+    assert str(error.value) == (
+        "Decode steps are stitched where a step's keys are those of the positions before, all or "
+        "the last ones, plus its own. language self-attention, layer 0, call 0 has 4 keys that are "
+        "neither, after 3 positions. Generate with the default cache."
+    )
