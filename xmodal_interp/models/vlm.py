@@ -5,7 +5,8 @@ The pair that turns an image and a question into labelled positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any, cast
 import pandas as pd
 import torch
 from PIL import Image, UnidentifiedImageError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from xmodal_interp.errors import InputError
-from xmodal_interp.models.family import Family, family_of
-from xmodal_interp.models.geometry import ImageGrid
-from xmodal_interp.models.tokens import Placeholders, Span, grid_table, message_spans, token_table
+from xmodal_interp.models.alignment import Alignment, counted_alignment, reported_alignment
+from xmodal_interp.models.family import Family
+from xmodal_interp.models.geometry import ImageGrid, unplaced
+from xmodal_interp.models.records import family_of
+from xmodal_interp.models.rendering import Rendered, rendered, spans_in
+from xmodal_interp.models.tokens import Placeholders, grid_table, token_table, with_places
 
 ImageLike = Image.Image | str | PathLike[str]
 
@@ -29,7 +33,8 @@ class Prompt:
     """One sample, ready for the model.
 
     Attributes:
-        text: The rendered prompt, before the processor expanded its image placeholders.
+        text: The rendered prompt, as the processor laid it out, before it expanded its image
+            placeholders.
         question: What the user asked.
         images: The images, in order.
         grids: The grid of each image.
@@ -44,6 +49,17 @@ class Prompt:
     grids: tuple[ImageGrid, ...]
     tokens: pd.DataFrame
     cross_keys: pd.DataFrame | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """What one sample was made of, before its positions are labelled."""
+
+    question: str
+    images: tuple[Image.Image, ...]
+    prompt: Rendered
+    replacements: Sequence[Mapping[str, Any]] | None
+    grids: tuple[ImageGrid, ...] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,99 +108,141 @@ class VLM:
                 chat template.
         """
         opened = [tuple(open_image(image) for image in of_sample) for of_sample in images]
-        rendered = [
-            self._render(question, len(of), system)
+        prompts = [
+            rendered(
+                self.processor,
+                question,
+                self.placeholder,
+                len(of),
+                system=system,
+                in_front=self.family.in_front,
+            )
             for question, of in zip(questions, opened, strict=True)
         ]
-        texts = [text for text, _ in rendered]
+        texts = [prompt.text for prompt in prompts]
         nested = [list(of) for of in opened if of]
-        inputs = self.processor(
-            images=nested or None,
-            text=texts,
-            return_tensors="pt",
-            **({"padding": True, "padding_side": "left"} if len(texts) > 1 else {}),
-            **({"add_special_tokens": False} if self._begins_itself(texts[0]) else {}),
-        )
+        inputs = self.processor(images=nested or None, text=texts, **self._options(texts))
+        replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
         grids = self._grids(inputs, opened)
-        prompts = [
-            self._prompt(i, inputs, questions[i], opened[i], grids[i], *rendered[i])
-            for i in range(len(questions))
+        ids = inputs["input_ids"]
+        attended = inputs.get("attention_mask", torch.ones_like(ids))
+        labelled = [
+            self._prompt(_Made(*made), ids[i], attended[i])
+            for i, made in enumerate(
+                zip(questions, opened, prompts, replacements, grids, strict=True)
+            )
         ]
         device = self.model.device
         moved = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
         }
-        return self._cast(moved), prompts
+        return self._cast(moved), labelled
 
     def generate(self, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
         """Token ids of prompt and answer, ``[sample, position]``, greedy unless told otherwise."""
         output = self.model.generate(**inputs, **{"do_sample": False, **options})  # type: ignore[operator]
         return cast("torch.Tensor", output)
 
-    def _render(self, question: str, n_images: int, system: str | None) -> tuple[str, list[Span]]:
-        if not question.strip():
-            raise InputError("A prompt must not be empty; got only white space.")
-        placeholder = self.tokenizer.convert_ids_to_tokens(
-            self.family.image_token_id(self.model.config)
-        )
-        if placeholder in question:
-            return question, [Span("user", 0, len(question))]
-        if getattr(self.processor, "chat_template", None) is None:
-            raise InputError(
-                f"{type(self.processor).__name__} has no chat template, so a bare question cannot "
-                "be rendered. Write the "
-                f"whole prompt, with {placeholder} where each image goes; got {question!r}."
-            )
-        content = [
-            *({"type": "image"} for _ in range(n_images)),
-            {"type": "text", "text": question},
-        ]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        return text, [*message_spans(text, messages), *_placeholder_spans(text, placeholder)]
+    @property
+    def placeholder(self) -> str | None:
+        """What a prompt has where an image goes; None where prompts have nothing there."""
+        token = getattr(self.processor, self.family.placeholder, None)
+        token_id = self.family.image_token_id(self.model.config)
+        if token is None and token_id is not None:
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+        return None if token is None else str(getattr(token, "content", token))
 
     def _begins_itself(self, text: str) -> bool:
         """Chat templates usually write the beginning-of-sequence token themselves."""
         begin = self.tokenizer.bos_token
         return begin is not None and text.startswith(begin)
 
+    def _options(self, texts: Sequence[str]) -> dict[str, Any]:
+        """How the processor is called, beside texts and images."""
+        options: dict[str, Any] = {"return_tensors": "pt"}
+        if len(texts) > 1:
+            options |= {"padding": True, "padding_side": "left"}
+        if self._begins_itself(texts[0]):
+            options |= {"add_special_tokens": False}
+        if _reports_replacements(self.processor):
+            options |= {"return_text_replacement_offsets": True}
+        return options
+
     def _grids(
         self, inputs: Any, opened: Sequence[tuple[Image.Image, ...]]
-    ) -> list[tuple[ImageGrid, ...]]:
+    ) -> list[tuple[ImageGrid, ...] | None]:
+        """The grids of each sample; None where the family has no rule."""
+        rule = self.family.geometry
         flat = [image for of_sample in opened for image in of_sample]
-        grids = iter(
-            self.family.geometry(self.processor, self.model.config, inputs, flat) if flat else []
-        )
+        if rule is None and flat:
+            return [None] * len(opened)
+        grids = iter([] if rule is None else rule(self.processor, self.model.config, inputs, flat))
         return [tuple(next(grids) for _ in of_sample) for of_sample in opened]
 
-    def _prompt(
-        self,
-        index: int,
-        inputs: Any,
-        question: str,
-        images: tuple[Image.Image, ...],
-        grids: tuple[ImageGrid, ...],
-        text: str,
-        spans: list[Span],
-    ) -> Prompt:
-        config, family = self.model.config, self.family
+    def _prompt(self, made: _Made, ids: torch.Tensor, attended: torch.Tensor) -> Prompt:
+        """The labelled positions of one sample."""
+        family, seen = self.family, attended.bool().tolist()
+        alignment = self._aligned(made, [t for t, s in zip(ids.tolist(), seen, strict=True) if s])
+        spans = spans_in(alignment.text, made.prompt)
         table = token_table(
-            inputs["input_ids"][index].tolist(),
-            inputs["attention_mask"][index].bool().tolist(),
-            text,
-            self.tokenizer,
-            Placeholders(
-                family.image_token_id(config) if family.in_sequence else None,
-                family.video_token_id(config),
-            ),
-            grids,
-            spans,
+            ids.tolist(), seen, alignment, self.tokenizer, self._placeholders(), spans
         )
+        grids = made.grids
+        if grids is None:
+            grids = self._unplaced(table, made.images)
+        if family.in_sequence:
+            table = with_places(table, grids)
         return Prompt(
-            text, question, images, grids, table, None if family.in_sequence else grid_table(grids)
+            alignment.text,
+            made.question,
+            made.images,
+            grids,
+            table,
+            None if family.in_sequence else grid_table(grids),
+        )
+
+    def _placeholders(self) -> Placeholders:
+        family, config = self.family, self.model.config
+        return Placeholders(
+            family.image_token_id(config) if family.in_sequence else None,
+            family.video_token_id(config),
+        )
+
+    def _aligned(self, made: _Made, ids: Sequence[int]) -> Alignment:
+        texts = self._laid_out(made)
+        if made.replacements is not None:
+            return reported_alignment(ids, texts, self.tokenizer, made.replacements)
+        in_sequence = self.family.in_sequence
+        counts: list[int | None] = [None] * len(made.images)
+        if made.grids is not None:
+            counts = [grid.n_tokens for grid in made.grids]
+        return counted_alignment(
+            ids,
+            texts,
+            self.tokenizer,
+            self._placeholders().image,
+            counts if in_sequence else [],
+        )
+
+    def _laid_out(self, made: _Made) -> Iterator[str]:
+        """What the processor may have expanded: the prompt, or what it makes of it before."""
+        text = made.prompt.text
+        yield text
+        if self.placeholder is not None:
+            yield re.sub(rf"({re.escape(self.placeholder)})(?=[^\s<])", r"\1 ", text)
+        if hasattr(self.processor, "prepare_inputs_layout"):
+            images = [list(made.images)] if made.images else None
+            yield self.processor.prepare_inputs_layout(images=images, text=[text])[1][0]
+
+    def _unplaced(
+        self, table: pd.DataFrame, images: Sequence[Image.Image]
+    ) -> tuple[ImageGrid, ...]:
+        """Grids without places, that say why there are none."""
+        reason = self.family.reason or f"There is no rule for {self.family.model_type!r}."
+        counts = [int(table["image"].eq(i).sum()) for i in range(len(images))]
+        return tuple(
+            unplaced(image.size, n, reason) for image, n in zip(images, counts, strict=True)
         )
 
     def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -219,9 +277,7 @@ def open_image(image: ImageLike) -> Image.Image:
         ) from error
 
 
-def _placeholder_spans(text: str, placeholder: str) -> list[Span]:
-    spans, start = [], text.find(placeholder)
-    while start >= 0:
-        spans.append(Span("user", start, start + len(placeholder)))
-        start = text.find(placeholder, start + len(placeholder))
-    return spans
+def _reports_replacements(processor: Any) -> bool:
+    """Whether a processor expands its placeholders in the way that can be reported."""
+    own = getattr(type(processor), "replace_image_token", None)
+    return own is not None and own is not ProcessorMixin.replace_image_token

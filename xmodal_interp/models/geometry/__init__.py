@@ -1,0 +1,21 @@
+"""Where image tokens stand.
+
+Rules from processor outputs to rows, columns and boxes in the original image.
+
+A rule replays what the image processor did (resize, crop, tiling, merging) from the processor's own
+settings and outputs, and returns one :class:`ImageGrid` per image. Several families share a rule;
+nothing is ever guessed from a token count.
+"""
+
+from xmodal_interp.models.geometry.cross import aspect_ratio_tiles as aspect_ratio_tiles
+from xmodal_interp.models.geometry.fixed import fixed_grid as fixed_grid
+from xmodal_interp.models.geometry.fixed import pooled_grid as pooled_grid
+from xmodal_interp.models.geometry.grid import NOWHERE as NOWHERE
+from xmodal_interp.models.geometry.grid import ImageGrid as ImageGrid
+from xmodal_interp.models.geometry.grid import Rule as Rule
+from xmodal_interp.models.geometry.grid import View as View
+from xmodal_interp.models.geometry.grid import place_on_grid as place_on_grid
+from xmodal_interp.models.geometry.grid import raster as raster
+from xmodal_interp.models.geometry.grid import unplaced as unplaced
+from xmodal_interp.models.geometry.merged import merged_patches as merged_patches
+from xmodal_interp.models.geometry.video import VideoGrid as VideoGrid
