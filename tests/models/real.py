@@ -68,8 +68,8 @@ def inputs(
     built, made = real(model_type)
     text = prompt(model_type, len(images), question)
     ready = made.tokenizer.bos_token is not None and text.startswith(made.tokenizer.bos_token)
-    options = {"add_special_tokens": False} if ready else {}
-    returned = made(images=[list(images)], text=[text], return_tensors="pt", **options)
+    options = {**RECORDS[model_type].call, **({"add_special_tokens": False} if ready else {})}
+    returned = made(images=list(images), text=[text], return_tensors="pt", **options)
     if built.config.is_encoder_decoder:
         returned["decoder_input_ids"] = torch.tensor([[made.tokenizer.bos_token_id]])
     return dict(returned)
@@ -115,4 +115,6 @@ def _with_ids(settings: Any, text: Any) -> Any:
     """The settings with every :class:`Token` replaced by its id."""
     if isinstance(settings, Mapping):
         return {name: _with_ids(value, text) for name, value in settings.items()}
-    return text.convert_tokens_to_ids(settings) if isinstance(settings, Token) else settings
+    if isinstance(settings, list):
+        return [_with_ids(setting, text) for setting in settings]
+    return text.convert_tokens_to_ids(str(settings)) if isinstance(settings, Token) else settings

@@ -30,6 +30,7 @@ class Record:
             transformers registers none.
         videos: Settings of the video processor, likewise.
         processor: Settings of the processor itself.
+        call: Settings that this processor takes only when called.
         config: Settings of the model's configuration over those of the generic tiny one, nested as
             the configuration is. A :class:`Token` stands for its id.
         processor_class: Where transformers registers none: the class that checkpoints name.
@@ -48,6 +49,7 @@ class Record:
     images: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     videos: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     processor: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+    call: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     config: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     processor_class: str | None = None
     tokenizer_class: str | None = None

@@ -1,0 +1,165 @@
+"""Types whose image becomes one grid of a fixed size, whatever its shape."""
+
+from tests.models.records.record import Record, Token
+
+_SQUARE = {"height": 64, "width": 64}
+_VIT = {"image_size": 64, "patch_size": 8}
+_CLIP_CROP = {"size": {"shortest_edge": 64}, "crop_size": _SQUARE}
+_JANUS_VQ = {
+    "base_channels": 32,
+    "latent_channels": 32,
+    "num_patches": 8,
+    "projection_dim": 32,
+    "image_token_embed_dim": 32,
+    "num_embeddings": 64,
+}
+
+RECORDS: tuple[Record, ...] = (
+    Record(
+        "gemma3",
+        note="Resized to image_processor.size without regard to its shape; features pooled to "
+        "mm_tokens_per_image. With do_pan_and_scan also crops along the longer side, each resized "
+        "to size (pan_and_scan_min_crop_size, _max_num_crops, _min_ratio_to_activate).",
+        image="<start_of_image>",
+        named={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+        images={"size": _SQUARE},
+        processor={"image_seq_length": 16},
+        config={
+            "vision_config": _VIT,
+            "mm_tokens_per_image": 16,
+            "boi_token_index": Token("<start_of_image>"),
+            "eoi_token_index": Token("<end_of_image>"),
+            "image_token_index": Token("<image_soft_token>"),
+        },
+    ),
+    Record(
+        "paligemma",
+        note="Resized to image_processor.size without regard to its shape; the image tokens stand "
+        "before the beginning-of-sequence token, and a line break ends the prompt.",
+        named={"image_token": "<image>"},
+        images={"size": _SQUARE, "image_seq_length": 64},
+        config={
+            "vision_config": {**_VIT, "projection_dim": 32},
+            "text_config": {"num_image_tokens": 64},
+            "image_token_index": Token("<image>"),
+            "projection_dim": 32,
+        },
+        template=False,
+    ),
+    Record(
+        "deepseek_vl",
+        note="Longer side resized to image_processor.size, the shorter padded with the mean colour "
+        "on both sides (do_pad).",
+        named={"image_token": "<image_placeholder>"},
+        image="<image_placeholder>",
+        images={"size": _SQUARE},
+        processor={"num_image_tokens": 64},
+        config={"vision_config": _VIT, "image_token_id": Token("<image_placeholder>")},
+    ),
+    Record(
+        "deepseek_vl_hybrid",
+        note="As deepseek_vl, twice: image_processor.size and high_res_size; both towers give the "
+        "same grid.",
+        named={"image_token": "<image_placeholder>"},
+        image="<image_placeholder>",
+        images={"size": _SQUARE, "high_res_size": {"height": 128, "width": 128}},
+        processor={"num_image_tokens": 64},
+        config={
+            "vision_config": _VIT,
+            "high_res_vision_config": {
+                "image_size": 128,
+                "patch_size": 8,
+                "output_channels": 32,
+                "mlp_dim": 48,
+                "window_size": 4,
+                "global_attn_indexes": [1],
+            },
+            "image_token_id": Token("<image_placeholder>"),
+        },
+    ),
+    Record(
+        "janus",
+        note="As deepseek_vl.",
+        image="<image_placeholder>",
+        named={
+            "image_token": "<image_placeholder>",
+            "boi_token": "<begin_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+        images={"size": _SQUARE},
+        processor={"num_image_tokens": 64},
+        config={
+            "vision_config": {**_VIT, "num_image_tokens": 64, "projection_dim": 32},
+            "vq_config": _JANUS_VQ,
+            "image_token_id": Token("<image_placeholder>"),
+        },
+    ),
+    Record(
+        "chameleon",
+        note="Shorter side resized to size.shortest_edge, centre crop of crop_size; a VQ-VAE turns "
+        "each crop into image_seq_length codes, replaced in input_ids by the model.",
+        tokens=(
+            "<racm3:break>",
+            "<eoss>",
+            "<sep>",
+            *(f"IMGIMG{''.join(chr(65 + int(d)) for d in str(code))}Z" for code in range(64)),
+        ),
+        named={"image_token": "<image>"},
+        images=_CLIP_CROP,
+        processor={"image_seq_length": 64},
+        template=False,
+    ),
+    Record(
+        "florence2",
+        note="Resized to image_processor.size without regard to its shape (DaViT, four stages).",
+        named={"image_token": "<image>"},
+        images={"size": _SQUARE, "do_center_crop": False},
+        template=False,
+        image="",
+        several=False,
+    ),
+    Record(
+        "vipllava",
+        note="Shorter side resized to size.shortest_edge, centre crop of crop_size (CLIP).",
+        tokens=("<image>",),
+        images=_CLIP_CROP,
+        processor={
+            "patch_size": 8,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+        config={
+            "vision_config": _VIT,
+            "vision_feature_layers": [-2, -1],
+            "image_token_index": Token("<image>"),
+        },
+    ),
+    Record(
+        "got_ocr2",
+        note="Resized to image_processor.size without regard to its shape; with crop_to_patches "
+        "tiled as internvl.",
+        image="",
+        tokens=("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"),
+        images={"size": _SQUARE},
+        call={"num_image_tokens": 16},
+        config={
+            "vision_config": {
+                "image_size": 64,
+                "patch_size": 4,
+                "output_channels": 16,
+                "mlp_dim": 48,
+                "window_size": 4,
+                "global_attn_indexes": [1],
+            },
+            "image_token_index": Token("<imgpad>"),
+            "image_seq_length": 16,
+        },
+        begins=False,
+        template=False,
+        several=False,
+    ),
+)
