@@ -72,7 +72,7 @@ def inputs(
     returned = made(images=list(images), text=[text], return_tensors="pt", **options)
     if built.config.is_encoder_decoder:
         returned["decoder_input_ids"] = torch.tensor([[made.tokenizer.bos_token_id]])
-    return dict(returned)
+    return dict(returned.to(built.dtype))
 
 
 def prompt(model_type: str, n_images: int, question: str) -> str:

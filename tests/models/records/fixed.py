@@ -5,6 +5,10 @@ from tests.models.records.record import Record, Token
 _SQUARE = {"height": 64, "width": 64}
 _VIT = {"image_size": 64, "patch_size": 8}
 _CLIP_CROP = {"size": {"shortest_edge": 64}, "crop_size": _SQUARE}
+# A code's number is spelled in letters: A for 0 to J for 9, Z ends it.
+_CHAMELEON_CODES = tuple(
+    f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z" for code in range(64)
+)
 _JANUS_VQ = {
     "base_channels": 32,
     "latent_channels": 32,
@@ -102,22 +106,44 @@ RECORDS: tuple[Record, ...] = (
         "chameleon",
         note="Shorter side resized to size.shortest_edge, centre crop of crop_size; a VQ-VAE turns "
         "each crop into image_seq_length codes, replaced in input_ids by the model.",
-        tokens=(
-            "<racm3:break>",
-            "<eoss>",
-            "<sep>",
-            *(f"IMGIMG{''.join(chr(65 + int(d)) for d in str(code))}Z" for code in range(64)),
-        ),
-        named={"image_token": "<image>"},
+        tokens=("<racm3:break>", "<eoss>", *_CHAMELEON_CODES),
+        named={"image_token": "<image>", "sep_token": "<sep>"},
         images=_CLIP_CROP,
         processor={"image_seq_length": 64},
+        config={
+            "vocabulary_map": {token: Token(token) for token in ("<image>", *_CHAMELEON_CODES)},
+            "vq_config": {
+                "resolution": 64,
+                "base_channels": 32,
+                "latent_channels": 32,
+                "num_embeddings": len(_CHAMELEON_CODES),
+                "channel_multiplier": [1, 1, 1, 1],
+                "num_res_blocks": 1,
+            },
+        },
         template=False,
     ),
     Record(
         "florence2",
-        note="Resized to image_processor.size without regard to its shape (DaViT, four stages).",
+        note="Resized to image_processor.size without regard to its shape ; DaViT: a square "
+        "of 32 px is a token, and the mean of all comes first.",
         named={"image_token": "<image>"},
-        images={"size": _SQUARE, "do_center_crop": False},
+        images={
+            "size": {"height": 128, "width": 128},
+            "do_center_crop": False,
+            "image_seq_length": 17,
+        },
+        config={
+            "vision_config": {
+                "depths": [1, 1, 1, 1],
+                "embed_dim": [16, 16, 16, 16],
+                "num_heads": [2, 2, 2, 2],
+                "num_groups": [2, 2, 2, 2],
+                "window_size": 4,
+                "projection_dim": 32,
+            },
+            "image_token_id": Token("<image>"),
+        },
         template=False,
         image="",
         several=False,
@@ -142,7 +168,7 @@ RECORDS: tuple[Record, ...] = (
         "got_ocr2",
         note="Resized to image_processor.size without regard to its shape; with crop_to_patches "
         "tiled as internvl.",
-        image="",
+        image="<img><imgpad></img>",
         tokens=("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"),
         images={"size": _SQUARE},
         call={"num_image_tokens": 16},

@@ -13,7 +13,6 @@ RECORDS: tuple[Record, ...] = (
         "blip-2",
         note=_NOTE + "the Q-Former's queries are the image tokens, before the text.",
         image="",
-        named={"image_token": "<image>"},
         images={"size": _SQUARE},
         processor={"num_query_tokens": 8},
         config={
@@ -30,7 +29,6 @@ RECORDS: tuple[Record, ...] = (
         "instructblip",
         note=_NOTE + "the Q-Former, which reads the question too, gives the image tokens.",
         image="",
-        named={"image_token": "<image>"},
         images={"size": _SQUARE},
         processor={"num_query_tokens": 8},
         config={
