@@ -10,6 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -105,8 +106,10 @@ def _part(part: str, record: Record) -> Any:
     registered, settings = {
         "image_processor": (IMAGE_PROCESSOR_MAPPING_NAMES, record.images),
         "video_processor": (VIDEO_PROCESSOR_MAPPING_NAMES, record.videos),
+        "feature_extractor": (FEATURE_EXTRACTOR_MAPPING_NAMES, record.audio),
     }[part]
-    name = settings.get("@") or registered[record.model_type]["torchvision"]
+    name = settings.get("@") or registered[record.model_type]
+    name = name["torchvision"] if isinstance(name, Mapping) else name
     kind = getattr(transformers, name)
     return kind(**{name: value for name, value in settings.items() if name != "@"})
 

@@ -29,6 +29,7 @@ class Record:
         images: Settings of the image processor; ``{"@": "ClassName"}`` chooses the class where
             transformers registers none.
         videos: Settings of the video processor, likewise.
+        audio: Settings of the audio feature extractor, likewise.
         processor: Settings of the processor itself.
         call: Settings that this processor takes only when called.
         config: Settings of the model's configuration over those of the generic tiny one, nested as
@@ -48,6 +49,7 @@ class Record:
     named: Mapping[str, str] = field(default_factory=lambda: EMPTY)
     images: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     videos: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+    audio: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     processor: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     call: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     config: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
