@@ -33,11 +33,11 @@ def real(model_type: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     record = RECORDS[model_type]
     if record.unbuildable:
         raise LookupError(f"{model_type!r} cannot be built: {record.unbuildable}")
-    made = processor(record)
-    return model(record, made), made
+    made = build_processor(record)
+    return build_model(record, made), made
 
 
-def processor(record: Record) -> Any:
+def build_processor(record: Record) -> Any:
     """The processor of a record: the class that transformers registers, its parts from scratch."""
     name = record.processor_class or PROCESSOR_MAPPING_NAMES[record.model_type]
     kind = getattr(transformers, name)
@@ -46,7 +46,7 @@ def processor(record: Record) -> Any:
     return kind(**parts, **record.processor, **template)
 
 
-def model(record: Record, made: Any) -> PreTrainedModel:
+def build_model(record: Record, made: Any) -> PreTrainedModel:
     """A tiny random model whose settings agree with a processor's."""
     text = made.tokenizer
     ids = {
@@ -59,18 +59,37 @@ def model(record: Record, made: Any) -> PreTrainedModel:
     name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[record.model_type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return getattr(transformers, name)(config).eval()
+        built = getattr(transformers, name)(config).eval()
+        for weight in built.parameters():
+            if not weight.any():  # gates and projections that training opens
+                torch.nn.init.normal_(weight, std=0.1)
+    return built
 
 
 def inputs(
-    model_type: str, images: Sequence[Image.Image], question: str = "where is the red circle?"
+    model_type: str,
+    images: Sequence[Image.Image],
+    question: str = "where is the red circle?",
+    *,
+    processor: Any = None,
 ) -> dict[str, Any]:
-    """What the model's forward pass takes, for one prompt about some images."""
-    built, made = real(model_type)
+    """What the model's forward pass takes, for one prompt about some images.
+
+    Args:
+        model_type: A type with a record.
+        images: Shown in the order given.
+        question: Put behind the images, by the chat template where there is one.
+        processor: To be used instead of the type's own.
+    """
+    record = RECORDS[model_type]
+    built, own = real(model_type)
+    made = own if processor is None else processor
     text = prompt(model_type, len(images), question)
-    ready = made.tokenizer.bos_token is not None and text.startswith(made.tokenizer.bos_token)
-    options = {**RECORDS[model_type].call, **({"add_special_tokens": False} if ready else {})}
-    returned = made(images=list(images), text=[text], return_tensors="pt", **options)
+    begun = made.tokenizer.bos_token is not None and text.startswith(made.tokenizer.bos_token)
+    options = {**record.call, **({"add_special_tokens": False} if begun else {})}
+    clip = record.n_frames
+    shown = list(images) if clip is None else [[image] * clip for image in images]
+    returned = made(images=shown, text=[text], return_tensors="pt", **options)
     if built.config.is_encoder_decoder:
         returned["decoder_input_ids"] = torch.tensor([[made.tokenizer.bos_token_id]])
     return dict(returned.to(built.dtype))

@@ -15,6 +15,10 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "num_heads", "attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_hidden_size", "patch_embed_hidden_size", "projection_dim"), 32),
+    **dict.fromkeys(("d_ff", "mlp_dim", "dense_intermediate_size"), 48),
+    **dict.fromkeys(("layers", "num_decoder_layers"), 2),
+    "d_kv": 8,
     "num_key_value_heads": 2,
     "head_dim": 8,
 }

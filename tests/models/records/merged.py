@@ -62,6 +62,14 @@ _EXPERTS = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 8,
+}
 _OMNI_NAMED = {
     "image_token": "<|IMAGE|>",
     "audio_token": "<|AUDIO|>",
@@ -72,6 +80,14 @@ _OMNI_NAMED = {
     "audio_eos_token": "<|audio_eos|>",
 }
 _AUDIO = {"d_model": 32, "output_dim": 32, "num_mel_bins": 16, "max_source_positions": 100}
+_GLM_NOTE = (
+    "Resized to multiples of patch_size * merge_size; size.shortest_edge and size.longest_edge are "
+    "areas times the frames of a temporal patch (2 for an image)."
+)
+_PIXTRAL_NOTE = (
+    "Longest side at most size.longest_edge, both rounded up to multiples of patch_size * "
+    "spatial_merge_size; a break token ends each row, an end token the last."
+)
 _QWEN_NOTE = (
     "Resized to multiples of patch_size * merge_size between size.shortest_edge and "
     "size.longest_edge, which are areas in px; image_grid_thw counts patches."
@@ -132,10 +148,10 @@ RECORDS: tuple[Record, ...] = (
     *(
         Record(
             model_type,
-            note="Resized to multiples of patch_size * merge_size; size.shortest_edge and "
-            "size.longest_edge are areas times the frames of a temporal patch (2 for an image).",
+            note=_GLM_NOTE,
             image=_GLM_IMAGE,
             tokens=_GLM_TOKENS,
+            processor_class=processor_class,
             images=_GLM_PATCHES,
             videos=_GLM_PATCHES,
             config={
@@ -145,12 +161,15 @@ RECORDS: tuple[Record, ...] = (
             },
             begins=False,
         )
-        for model_type in ("glm4v", "glm46v")
+        for model_type, processor_class in (
+            ("glm4v", None),
+            ("glm46v", None),
+            ("glmga", "Glm46VProcessor"),
+        )
     ),
     Record(
         "mistral3",
-        note="Longest side at most size.longest_edge, both rounded up to multiples of patch_size * "
-        "spatial_merge_size; [IMG_BREAK] ends each row, [IMG_END] the last.",
+        note=_PIXTRAL_NOTE,
         image="[IMG]",
         tokens=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
         images={"size": {"longest_edge": 96}, "patch_size": 8},
@@ -189,7 +208,7 @@ RECORDS: tuple[Record, ...] = (
         for model_type, text in (
             ("qwen3_5", _HYBRID_TEXT),
             ("qwen3_5_moe", {**_HYBRID_TEXT, **_EXPERTS}),
-            ("qwen4_exp", {**_HYBRID_TEXT, **_EXPERTS}),
+            ("qwen4_exp", {**_HYBRID_TEXT, **_EXPERTS, **_INDEXER}),
         )
     ),
     Record(
@@ -291,6 +310,141 @@ RECORDS: tuple[Record, ...] = (
             "vision_config": {"patch_size": 8},
             "image_token_id": Token("<|image_pad|>"),
             "video_token_id": Token("<|video_pad|>"),
+        },
+        begins=False,
+    ),
+    Record(
+        "glm4v_moe",
+        note=_GLM_NOTE,
+        image=_GLM_IMAGE,
+        tokens=_GLM_TOKENS,
+        images={"@": "Glm4vImageProcessor", **_GLM_PATCHES},
+        videos={"@": "Glm4vVideoProcessor", **_GLM_PATCHES},
+        config={
+            **_GLM_IDS,
+            "vision_config": {**_VISION, "image_size": 96},
+            "text_config": {
+                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]},
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+            },
+        },
+        begins=False,
+    ),
+    Record(
+        "glm_ocr",
+        note=_GLM_NOTE,
+        image=_GLM_IMAGE,
+        tokens=_GLM_TOKENS,
+        processor_class="Glm46VProcessor",
+        images={"@": "Glm46VImageProcessor", **_GLM_PATCHES},
+        videos={"@": "Glm46VVideoProcessor", **_GLM_PATCHES},
+        config={
+            **_GLM_IDS,
+            "vision_config": {**_VISION, "image_size": 96},
+            "text_config": _MROPE,
+        },
+        begins=False,
+    ),
+    Record(
+        "exaone4_5",
+        note=_QWEN_NOTE,
+        image=_QWEN_IMAGE,
+        tokens=_QWEN_TOKENS,
+        images=_PATCHES,
+        videos=_PATCHES,
+        config={
+            **_QWEN_IDS,
+            "vision_config": {**_VISION, "window_size": 32, "fullatt_block_indexes": [1]},
+            "text_config": {"sliding_window": 64, "sliding_window_pattern": 2},
+        },
+    ),
+    Record(
+        "hyperclovax_vision_v2",
+        note=_QWEN_NOTE,
+        image=_QWEN_IMAGE,
+        tokens=_QWEN_TOKENS,
+        images=_PATCHES,
+        videos=_PATCHES,
+        config={
+            **_QWEN_IDS,
+            "vision_config": {**_VISION, "window_size": 32, "fullatt_block_indexes": [1]},
+        },
+        begins=False,
+    ),
+    Record(
+        "cosmos3_omni",
+        note=_QWEN_NOTE,
+        image=_QWEN_IMAGE,
+        tokens=_QWEN_TOKENS,
+        processor_class="Qwen3VLProcessor",
+        images=_PATCHES,
+        videos=_PATCHES,
+        config={
+            **_QWEN_IDS,
+            "vision_config": {**_QWEN3_VISION, "deepstack_visual_indexes": [0]},
+            "text_config": _MROPE,
+        },
+        begins=False,
+    ),
+    Record(
+        "cosmos3_edge",
+        note=_QWEN_NOTE,
+        image=_QWEN_IMAGE,
+        tokens=_QWEN_TOKENS,
+        images={**_PATCHES, "temporal_patch_size": 1},
+        videos={**_PATCHES, "temporal_patch_size": 1},
+        config={
+            **_QWEN_IDS,
+            "vision_config": {"patch_size": 8, "spatial_merge_size": 2, "num_patches": 64},
+            "text_config": _MROPE,
+            "projector_hidden_size": 32,
+        },
+        call={"return_mm_token_type_ids": True},
+    ),
+    Record(
+        "cohere_compass",
+        note=_QWEN_NOTE,
+        image="<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
+        tokens=("<|VISION_START|>", "<|VISION_END|>", "<|IMAGE_PAD|>", "<|VIDEO_PAD|>"),
+        images=_PATCHES,
+        videos=_PATCHES,
+        config={
+            "vision_config": {**_QWEN3_VISION, "deepstack_visual_indexes": [0]},
+            "text_config": {
+                "layer_types": ["sliding_attention", "full_attention"],
+                "sliding_window": 64,
+                "rope_parameters": {
+                    kind: {
+                        "rope_type": "default",
+                        "rope_theta": 1e4,
+                        "mrope_section": [2, 1, 1],
+                    }
+                    for kind in ("sliding_attention", "full_attention")
+                },
+            },
+            "image_token_id": Token("<|IMAGE_PAD|>"),
+            "video_token_id": Token("<|VIDEO_PAD|>"),
+            "vision_start_token_id": Token("<|VISION_START|>"),
+            "vision_end_token_id": Token("<|VISION_END|>"),
+        },
+    ),
+    Record(
+        "lighton_ocr",
+        note=_PIXTRAL_NOTE,
+        image="<|image_pad|>",
+        named={
+            "image_token": "<|image_pad|>",
+            "image_break_token": "<|vision_pad|>",
+            "image_end_token": "<|vision_end|>",
+        },
+        images={"size": {"longest_edge": 96}, "patch_size": 8},
+        processor={"patch_size": 8, "spatial_merge_size": 2},
+        config={
+            "vision_config": {"image_size": 96, "patch_size": 8},
+            "image_token_id": Token("<|image_pad|>"),
+            "spatial_merge_size": 2,
         },
         begins=False,
     ),

@@ -78,4 +78,38 @@ RECORDS: tuple[Record, ...] = (
         template=False,
         several=False,
     ),
+    Record(
+        "aria",
+        note="Longer side resized to max_image_size, padded right and below (pixel_mask); with "
+        "split_image also tiles. Queries attend to the patches, their number by "
+        "processor.size_conversion.",
+        named={"image_token": "<image>"},
+        images={"max_image_size": 490},
+        processor={"size_conversion": {490: 8}},
+        call={"max_image_size": 490},
+        config={
+            "vision_config": {"image_size": 490, "patch_size": 70},
+            "text_config": {"moe_num_experts": 4},
+            "projector_patch_to_query_dict": {49: 8},
+            "max_value_projector_patch_to_query_dict": 8,
+            "image_token_index": Token("<image>"),
+        },
+    ),
+    Record(
+        "instructblipvideo",
+        note=_NOTE + "frames of a video (video_processor), each with its own queries.",
+        image="",
+        videos={"size": _SQUARE},
+        n_frames=4,
+        processor={"num_query_tokens": 8},
+        config={
+            "vision_config": _VIT,
+            "qformer_config": _QFORMER,
+            "text_config": _OPT,
+            "num_query_tokens": 8,
+            "video_token_index": Token("<video>"),
+        },
+        template=False,
+        several=False,
+    ),
 )

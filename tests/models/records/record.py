@@ -25,6 +25,8 @@ class Record:
         note: What the processor does with an image, and which settings say so.
         image: What a user writes into a prompt for one image; empty where nothing is written.
         tokens: Special tokens of the tokenizer, besides padding, beginning, end and unknown.
+        words: Tokens that the tokenizer treats as ordinary words of its vocabulary; where there are
+            any, a space leads every text.
         named: Special tokens that the tokenizer offers as attributes: attribute to token.
         images: Settings of the image processor; ``{"@": "ClassName"}`` chooses the class where
             transformers registers none.
@@ -35,9 +37,9 @@ class Record:
         config: Settings of the model's configuration over those of the generic tiny one, nested as
             the configuration is. A :class:`Token` stands for its id.
         processor_class: Where transformers registers none: the class that checkpoints name.
-        tokenizer_class: A tokenizer class that the processor insists on; else any fast one.
         template: Whether users get a chat template.
         begins: Whether the tokenizer puts the beginning-of-sequence token before every text.
+        n_frames: Where the processor takes clips for images: how many frames one has.
         several: Whether one prompt may hold several images.
         unbuildable: Why there is no real processor, or no model that runs on its output.
     """
@@ -46,6 +48,7 @@ class Record:
     note: str = ""
     image: str = "<image>"
     tokens: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     named: Mapping[str, str] = field(default_factory=lambda: EMPTY)
     images: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     videos: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
@@ -54,8 +57,8 @@ class Record:
     call: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     config: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     processor_class: str | None = None
-    tokenizer_class: str | None = None
     template: bool = True
     begins: bool = True
+    n_frames: int | None = None
     several: bool = True
     unbuildable: str | None = None
