@@ -29,7 +29,9 @@ def real(model_type: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         LookupError: The type has no record, or the record says why nothing can be built.
     """
     if model_type not in RECORDS:
-        raise LookupError(f"A type needs a record in tests/models/records; {model_type!r} has none.")
+        raise LookupError(
+            f"A type needs a record in tests/models/records; {model_type!r} has none."
+        )
     record = RECORDS[model_type]
     if record.unbuildable:
         raise LookupError(f"{model_type!r} cannot be built: {record.unbuildable}")
@@ -112,7 +114,9 @@ def chat_template(record: Record) -> str:
         "{% if not loop.first %}\n{% endif %}{{ message['role'] }}: "
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
         "{% for part in message['content'] %}{% if not loop.first %} {% endif %}"
-        "{% if part['type'] == 'image' %}" + record.image + "{% else %}{{ part['text'] }}{% endif %}"
+        "{% if part['type'] == 'image' %}"
+        + record.image
+        + "{% else %}{{ part['text'] }}{% endif %}"
         "{% endfor %}{% endif %}"
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}\nassistant:{% endif %}"

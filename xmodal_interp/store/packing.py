@@ -107,14 +107,15 @@ def _grid_numbers(grid: ImageGrid) -> dict[str, Any]:
 def grid_bytes(grids: Sequence[ImageGrid]) -> bytes:
     """An npz file with the arrays ``INDEX.places``, ``INDEX.boxes``, ``INDEX.patch_places``.
 
-    Tiled images also have ``INDEX.tiles``, and ``INDEX.thumbnail.places`` and
+    Those of ``OPTIONAL_GRID_ARRAYS`` only where the grid has them, and ``INDEX.thumbnail.places`` and
     ``INDEX.thumbnail.patch_places`` if there is a thumbnail.
     """
     arrays: dict[str, np.ndarray] = {}
     for i, grid in enumerate(grids):
         arrays |= {f"{i}.{name}": getattr(grid, name) for name in schema.GRID_ARRAYS}
-        if grid.tiles is not None:
-            arrays[f"{i}.tiles"] = grid.tiles
+        for name in schema.OPTIONAL_GRID_ARRAYS:
+            if getattr(grid, name) is not None:
+                arrays[f"{i}.{name}"] = getattr(grid, name)
         if grid.thumbnail is not None:
             small = grid.thumbnail
             arrays |= {f"{i}.thumbnail.{name}": getattr(small, name) for name in schema.VIEW_ARRAYS}
@@ -141,9 +142,9 @@ def _grid_from(numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray], at:
         thumbnail = View(**{**numbers["thumbnail"], **small})
     own: dict[str, Any] = {name: numbers[name] for name in schema.GRID_NUMBERS}
     own |= {name: arrays[at + name] for name in schema.GRID_ARRAYS}
+    own |= {name: arrays.get(at + name) for name in schema.OPTIONAL_GRID_ARRAYS}
     return ImageGrid(
         **own,
-        tiles=arrays.get(f"{at}tiles"),
         thumbnail=thumbnail,
         reason=numbers.get("reason"),
     )

@@ -10,7 +10,8 @@ A store is a folder::
         tokens.parquet          one row per position
         cross_keys.parquet      one row per key of cross-attention; MAY be absent
         grids.npz               places and boxes of each image's tokens; absent without images;
-                                ``tiles`` and those of a ``thumbnail`` only where there are any
+                                ``tiles``, ``patch_boxes`` and those of a ``thumbnail`` only where
+                                there are any
         TOWER-KIND-LAYER.safetensors    the tensors of one layer
         shared.safetensors      masks and position biases; absent if there are none
         image-INDEX.png         the images, RGB; MAY be absent
@@ -71,6 +72,7 @@ UNFINISHED, LOCK = ".writing-", ".lock"
 
 GRID_ARRAYS = ("places", "boxes", "patch_places")
 GRID_NUMBERS = ("width", "height", "rows", "cols", "patch_rows", "patch_cols")
+OPTIONAL_GRID_ARRAYS = ("tiles", "patch_boxes")
 VIEW_ARRAYS = ("places", "patch_places")
 VIEW_NUMBERS = ("rows", "cols", "patch_rows", "patch_cols")
 

@@ -7,6 +7,7 @@ settings and outputs, and returns one :class:`ImageGrid` per image. Several fami
 nothing is ever guessed from a token count.
 """
 
+from xmodal_interp.models.geometry.anyres import anyres_tiles as anyres_tiles
 from xmodal_interp.models.geometry.cross import aspect_ratio_tiles as aspect_ratio_tiles
 from xmodal_interp.models.geometry.fixed import fixed_grid as fixed_grid
 from xmodal_interp.models.geometry.fixed import pooled_grid as pooled_grid
@@ -18,4 +19,11 @@ from xmodal_interp.models.geometry.grid import place_on_grid as place_on_grid
 from xmodal_interp.models.geometry.grid import raster as raster
 from xmodal_interp.models.geometry.grid import unplaced as unplaced
 from xmodal_interp.models.geometry.merged import merged_patches as merged_patches
+from xmodal_interp.models.geometry.tiles import split_tiles as split_tiles
+from xmodal_interp.models.geometry.tiling import best_canvas as best_canvas
+from xmodal_interp.models.geometry.tiling import covering_canvas as covering_canvas
+from xmodal_interp.models.geometry.tiling import crops as crops
+from xmodal_interp.models.geometry.tiling import largest_canvas as largest_canvas
+from xmodal_interp.models.geometry.tiling import longest_edge as longest_edge
+from xmodal_interp.models.geometry.tiling import padded_canvas as padded_canvas
 from xmodal_interp.models.geometry.video import VideoGrid as VideoGrid

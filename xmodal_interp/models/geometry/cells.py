@@ -142,6 +142,7 @@ def image_grid(
         main_patches,
         tiles=token.tiles if (token.tiles != NOWHERE).any() else None,
         thumbnail=thumbnail,
+        patch_boxes=outside_is_nowhere(patch, width, height).boxes,
     )
 
 

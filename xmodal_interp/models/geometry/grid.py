@@ -66,6 +66,8 @@ class ImageGrid:
         tiles: Which tile each token is of, 0-based in reading order; ``NOWHERE`` for tokens of no
             tile. None where the image is not tiled.
         thumbnail: The view of the whole image beside the tiles, if there is one.
+        patch_boxes: ``(x0, y0, x1, y1)`` of each vision-tower position in pixels of the original
+            image, NaN without a place. None where the patches fill the same box as the tokens.
         reason: Why the tokens have no places, where the family has no rule for them.
     """
 
@@ -80,6 +82,7 @@ class ImageGrid:
     patch_places: Int[np.ndarray, "patch 2"]
     tiles: Int[np.ndarray, " token"] | None = None
     thumbnail: View | None = None
+    patch_boxes: Float[np.ndarray, "patch 4"] | None = None
     reason: str | None = None
 
     @property
@@ -131,8 +134,8 @@ class ImageGrid:
             raise GeometryError(f"Image {number} has no grid. {self.reason}")
         raise GeometryError(
             f"Image {number} has {len(of.places)} tokens ({of.rows} x {of.cols}) and "
-            f"{len(of.patch_places)} vision positions ({of.patch_rows} x {of.patch_cols}); got values of shape "
-            f"{values.shape}."
+            f"{len(of.patch_places)} vision positions ({of.patch_rows} x {of.patch_cols}); "
+            f"got values of shape {values.shape}."
         )
 
 

@@ -20,10 +20,11 @@ def setting(processor: Any, name: str, default: Any = None) -> Any:
 
     A processor's own defaults for images go before those of its image processor.
     """
-    own = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {})
-    defaults: Mapping[str, Any] = own.get("images_kwargs", {})
-    if name in defaults:
-        return defaults[name]
+    registered = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {})
+    written = getattr(processor, "images_kwargs", None)
+    for defaults in (registered.get("images_kwargs"), written):
+        if isinstance(defaults, Mapping) and name in defaults:
+            return defaults[name]
     value = getattr(processor.image_processor, name, None)
     return default if value is None else value
 
