@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ from torch import nn
 
 from tests.models.real import prompt as written
 from tests.models.real import real
+from tests.models.records import RECORDS
 from xmodal_interp.models import VLM
 from xmodal_interp.models.vlm import Prompt
 
 QUESTION = "where is the red circle?"
+INTO_LAYERS = {"granite4_vision"}
+"""Types that add the image's features inside of the language model, not to its input."""
 
 
 class _SeenError(Exception):
@@ -28,15 +32,28 @@ class _SeenError(Exception):
 def vlm_of(model_type: str) -> VLM:
     """The real processor with a model whose vision tower does not mix positions."""
     model, processor = real(model_type)
-    language = model.get_decoder()
-    inside = set(language.modules())
+    processor = copy.copy(processor)
+    processor.images_kwargs = {
+        **(getattr(processor, "images_kwargs", None) or {}),
+        **RECORDS[model_type].call,
+    }
+    language = language_of(model)
+    inside = set(language.modules()) if model_type not in INTO_LAYERS else set()
     for module in model.modules():
         if module not in inside and _mixes(module):
             module.register_forward_hook(_nothing)
     for weight in model.parameters():
-        if weight.ndim > 1 and not weight.any():  # some projectors start with nothing
+        if weight.ndim > 1 and weight.abs().max() < 1e-6:  # some layers start with nothing
             nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
     return VLM(model, processor)
+
+
+def language_of(model: nn.Module) -> nn.Module:
+    """What reads the image tokens among the text tokens."""
+    if not model.config.is_encoder_decoder:
+        return model.get_decoder()
+    encoder = model.get_encoder()
+    return getattr(encoder, "text_model", encoder)
 
 
 def _mixes(module: nn.Module) -> bool:
@@ -68,11 +85,14 @@ def embeddings(vlm: VLM, images: list[Image.Image], **options: Any) -> tuple[np.
         seen.append(found.detach())
         raise _SeenError
 
-    with torch.no_grad(), _hook(vlm.model.get_decoder(), look):
-        try:
-            vlm.model(**inputs, use_cache=False)
-        except _SeenError:
-            pass
+    if vlm.model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
+    if vlm.family.model_type in INTO_LAYERS:
+        with torch.no_grad():
+            output = vlm.model(**inputs, use_cache=False, output_hidden_states=True)
+        return output.hidden_states[-1][0].float().numpy(), prompt
+    with torch.no_grad(), _hook(language_of(vlm.model), look), suppress(_SeenError):
+        vlm.model(**inputs, use_cache=False)
     return seen[0][0].float().numpy(), prompt
 
 

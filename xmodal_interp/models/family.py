@@ -6,7 +6,6 @@ One :class:`Family` record per transformers model type; the records are in ``rec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from xmodal_interp.models import geometry
@@ -29,6 +28,7 @@ class Family:
             image by cross-attention, whose keys the rule places.
         video_token: Attribute that holds the id of the video placeholder, if there is one.
         placeholder: Attribute of the processor that holds what a prompt has where an image goes.
+        flat_images: Whether the processor takes a plain list of images, not one list per prompt.
         in_front: Whether the processor puts images before the prompt by itself, so that a bare
             question is a whole prompt.
         reason: Why image tokens have no place in the image, or why there is no rule for it.
@@ -40,6 +40,7 @@ class Family:
     in_sequence: bool = True
     video_token: str | None = None
     placeholder: str = "image_token"
+    flat_images: bool = False
     in_front: bool = False
     reason: str | None = None
 
@@ -48,8 +49,7 @@ class Family:
         """Name of the geometry rule, ``"none"`` without one."""
         if self.geometry is None:
             return "none"
-        rule = self.geometry.func if isinstance(self.geometry, partial) else self.geometry
-        return str(getattr(rule, "__name__", type(rule).__name__))
+        return str(getattr(self.geometry, "__name__", type(self.geometry).__name__))
 
     def image_token_id(self, config: PretrainedConfig) -> int | None:
         """The id of image tokens, or None where the configuration knows none."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -120,8 +120,9 @@ class VLM:
             for question, of in zip(questions, opened, strict=True)
         ]
         texts = [prompt.text for prompt in prompts]
-        nested = [list(of) for of in opened if of]
-        inputs = self.processor(images=nested or None, text=texts, **self._options(texts))
+        nested: list[Any] = [list(of) for of in opened if of]
+        given = [image for of in nested for image in of] if self.family.flat_images else nested
+        inputs = self.processor(images=given or None, text=texts, **self._options(texts))
         replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
         grids = self._grids(inputs, opened)
         ids = inputs["input_ids"]
@@ -177,7 +178,8 @@ class VLM:
         flat = [image for of_sample in opened for image in of_sample]
         if rule is None and flat:
             return [None] * len(opened)
-        grids = iter([] if rule is None else rule(self.processor, self.model.config, inputs, flat))
+        made = [] if rule is None else rule(self.processor, self.model.config, inputs, flat)
+        grids = (replace(grid, reason=self.family.reason) for grid in made)
         return [tuple(next(grids) for _ in of_sample) for of_sample in opened]
 
     def _prompt(self, made: _Made, ids: torch.Tensor, attended: torch.Tensor) -> Prompt:

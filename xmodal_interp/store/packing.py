@@ -107,7 +107,7 @@ def _grid_numbers(grid: ImageGrid) -> dict[str, Any]:
 def grid_bytes(grids: Sequence[ImageGrid]) -> bytes:
     """An npz file with the arrays ``INDEX.places``, ``INDEX.boxes``, ``INDEX.patch_places``.
 
-    Those of ``OPTIONAL_GRID_ARRAYS`` only where the grid has them, and ``INDEX.thumbnail.places`` and
+    Those of ``OPTIONAL_GRID_ARRAYS`` only where the grid has them, ``INDEX.thumbnail.places`` and
     ``INDEX.thumbnail.patch_places`` if there is a thumbnail.
     """
     arrays: dict[str, np.ndarray] = {}

@@ -37,7 +37,7 @@ def anyres_tiles(
     patches = config.vision_config.image_size // config.vision_config.patch_size
     side = int(patches * Fraction(getattr(config, "downsample_rate", None) or 1))
     limit = getattr(config, "vision_aspect_ratio", None)
-    largest = None if limit is None else int(limit.strip("anyres_max_"))
+    largest = None if limit is None else int(limit.removeprefix("anyres_max_"))
     has_class = bool(getattr(processor, "num_additional_image_tokens", 0))
     grids = []
     for image, whole in zip(images, _read_whole(inputs, len(images)), strict=True):

@@ -95,6 +95,16 @@ def joined(parts: Sequence[Cells]) -> Cells:
     )
 
 
+def shifted(cells: Cells, share: float) -> Cells:
+    """Boxes moved up and left by a share of their own size.
+
+    A convolution with an odd kernel and a stride looks around the first of the inputs that it
+    steps over, not around their middle: half an input less than half a cell further up and left.
+    """
+    size = cells.boxes[:, 2:] - cells.boxes[:, :2]
+    return replace(cells, boxes=cells.boxes - share * np.concatenate([size, size], axis=1))
+
+
 def with_breaks(cells: Cells, cols: int) -> Cells:
     """A token without a place behind each row of ``cols`` cells."""
     lines = [cells[np.arange(start, start + cols)] for start in range(0, len(cells), cols)]
@@ -130,7 +140,7 @@ def image_grid(
     main, small = _split(token)
     main_patches, small_patches = _split(patch)
     thumbnail = None
-    if token.of_thumbnail.any():
+    if token.of_thumbnail.any() or patch.of_thumbnail.any():
         thumbnail = View(*_extent(small), small, *_extent(small_patches), small_patches)
     return ImageGrid(
         width,

@@ -62,6 +62,25 @@ def shown(processor: Any, image: Image.Image, width: int, height: int) -> Box:
     return x0, y0, x0 + width / scale_x, y0 + height / scale_y
 
 
+def fitted(processor: Any, image: Image.Image, width: int, height: int) -> Box:
+    """What is shown where the longer side is resized, and the shorter one padded on both ends.
+
+    Raises:
+        GeometryError: The processor does not pad to these pixels.
+    """
+    if not setting(processor, "do_pad", default=True):
+        raise GeometryError(
+            "An image that is fitted into a square must be padded to it. "
+            f"{type(processor.image_processor).__name__} has do_pad=False."
+        )
+    smallest = setting(processor, "min_size", 1)
+    scale = width / max(image.size)
+    new_w, new_h = (max(round(length * scale), smallest) for length in image.size)
+    per_x, per_y = image.width / new_w, image.height / new_h
+    x0, y0 = -((width - new_w) // 2) * per_x, -((height - new_h) // 2) * per_y
+    return x0, y0, x0 + width * per_x, y0 + height * per_y
+
+
 def _pads_to_square(settings: Any) -> bool:
     return hasattr(settings, "pad_to_square")
 
