@@ -17,7 +17,7 @@ from tests.models.real import prompt as written
 from tests.models.real import real
 from tests.models.records import RECORDS
 from xmodal_interp.models import VLM
-from xmodal_interp.models.vlm import Prompt
+from xmodal_interp.models.labelling import Prompt
 
 QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}
@@ -70,12 +70,17 @@ def _nothing(_module: nn.Module, _given: Any, output: Any) -> Any:
     return torch.zeros_like(output)
 
 
-def embeddings(vlm: VLM, images: list[Image.Image], **options: Any) -> tuple[np.ndarray, Prompt]:
+def embeddings(vlm: VLM, images: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
     """What the language model is given at each position, ``[position, d]``, and the positions."""
     question = QUESTION
     if vlm.processor.chat_template is None and not vlm.family.in_front:
         question = written(vlm.family.model_type, len(images), QUESTION)
-    inputs, (prompt,) = vlm.prepare([images], [question], **options)
+    inputs, (prompt,) = vlm.prepare([images], [question])
+    return language_inputs(vlm, inputs), prompt
+
+
+def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
+    """What the language model is given at each position of one sample, ``[position, d]``."""
     seen: list[torch.Tensor] = []
 
     def look(_module: nn.Module, given: tuple, named: dict) -> None:
@@ -87,13 +92,14 @@ def embeddings(vlm: VLM, images: list[Image.Image], **options: Any) -> tuple[np.
 
     if vlm.model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
-    if vlm.family.model_type in INTO_LAYERS:
-        with torch.no_grad():
+    with torch.no_grad():
+        if vlm.family.model_type in INTO_LAYERS:
             output = vlm.model(**inputs, use_cache=False, output_hidden_states=True)
-        return output.hidden_states[-1][0].float().numpy(), prompt
-    with torch.no_grad(), _hook(language_of(vlm.model), look), suppress(_SeenError):
-        vlm.model(**inputs, use_cache=False)
-    return seen[0][0].float().numpy(), prompt
+            seen.append(output.hidden_states[-1])
+        else:
+            with _hook(language_of(vlm.model), look), suppress(_SeenError):
+                vlm.model(**inputs, use_cache=False)
+    return seen[0][0].float().numpy()
 
 
 @contextmanager

@@ -8,6 +8,10 @@ from tests.models.painting import embeddings, vlm_of
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models import FAMILIES
 
+pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+
 
 def test_every_type_has_a_record() -> None:
     assert len(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) == 97

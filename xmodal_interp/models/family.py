@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xmodal_interp.models import geometry
+from xmodal_interp.models.geometry import Rule, VideoRule
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,6 +26,7 @@ class Family:
             ``reason`` says why.
         in_sequence: Whether image tokens stand among the text tokens. If not, text reaches the
             image by cross-attention, whose keys the rule places.
+        video: The rule that places video tokens on frames, if there is one.
         video_token: Attribute that holds the id of the video placeholder, if there is one.
         placeholder: Attribute of the processor that holds what a prompt has where an image goes.
         flat_images: Whether the processor takes a plain list of images, not one list per prompt.
@@ -36,8 +37,9 @@ class Family:
 
     model_type: str
     image_token: str | None = "image_token_id"
-    geometry: geometry.Rule | None = None
+    geometry: Rule | None = None
     in_sequence: bool = True
+    video: VideoRule | None = None
     video_token: str | None = None
     placeholder: str = "image_token"
     flat_images: bool = False

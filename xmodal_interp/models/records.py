@@ -41,14 +41,27 @@ _FITTED = geometry.FixedGrid(show=geometry.fitted)
 
 _RECORDS: tuple[Family, ...] = (
     # patches merged into blocks, the image's aspect kept
-    *(Family(name, geometry=geometry.merged_patches, video_token=_VIDEO) for name in _MERGED),
+    *(
+        Family(
+            name,
+            geometry=geometry.merged_patches,
+            video=geometry.MergedFrames(in_model=name == "ernie4_5_vl_moe"),
+            video_token=_VIDEO,
+        )
+        for name in _MERGED
+    ),
     Family("mistral3", geometry=geometry.sized_patches),
     Family("mistral_large4", geometry=geometry.sized_patches),
     Family("lighton_ocr", geometry=geometry.sized_patches),
     # one grid for every image
     Family("llava", geometry=geometry.fixed_grid),
     Family("vipllava", geometry=geometry.fixed_grid),
-    Family("video_llava", geometry=geometry.fixed_grid, video_token=_VIDEO),
+    Family(
+        "video_llava",
+        geometry=geometry.fixed_grid,
+        video=geometry.SingleFrames(before=1),
+        video_token=_VIDEO,
+    ),
     Family("paligemma", geometry=geometry.fixed_grid, in_front=True),
     Family("deepseek_vl", geometry=_FITTED),
     Family("deepseek_vl_hybrid", geometry=_FITTED),
@@ -63,12 +76,26 @@ _RECORDS: tuple[Family, ...] = (
     ),
     # tiles with a thumbnail
     Family("llava_next", geometry=geometry.anyres_tiles),
-    Family("llava_onevision", geometry=geometry.anyres_tiles, video_token=_VIDEO),
-    Family("llava_next_video", geometry=geometry.anyres_tiles, video_token=_VIDEO),
+    Family(
+        "llava_onevision",
+        geometry=geometry.anyres_tiles,
+        video=geometry.SingleFrames(merge=2, behind=1),
+        video_token=_VIDEO,
+    ),
+    Family(
+        "llava_next_video",
+        geometry=geometry.anyres_tiles,
+        video=geometry.SingleFrames(merge="spatial_pool_stride"),
+        video_token=_VIDEO,
+    ),
     Family("granite4_vision", geometry=geometry.anyres_tiles),
     Family("idefics3", geometry=_SPLIT_SQUARES),
     Family("smolvlm", geometry=_SPLIT_SQUARES),
-    Family("internvl", geometry=_BEST_CANVAS, video_token="image_token_id"),
+    Family(
+        "internvl",
+        geometry=_BEST_CANVAS,
+        video=geometry.SingleFrames(merge="downsample_ratio"),
+    ),
     Family("qianfan_ocr", geometry=_BEST_CANVAS, placeholder="image_placeholder_token"),
     Family("aya_vision", geometry=_SHUFFLED),
     Family("cohere2_vision", geometry=_SHUFFLED),
@@ -99,6 +126,7 @@ _RECORDS: tuple[Family, ...] = (
             thumbnail="first",
             thumbnail_of_one=True,
         ),
+        video=geometry.SingleFrames(merge="projector_pooling_ratio"),
         video_token=_VIDEO,
     ),
     # learned queries between tower and text

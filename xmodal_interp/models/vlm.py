@@ -5,61 +5,21 @@ The pair that turns an image and a question into labelled positions.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
 from typing import Any, cast
 
-import pandas as pd
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from xmodal_interp.errors import InputError
-from xmodal_interp.models.alignment import Alignment, counted_alignment, reported_alignment
+from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.family import Family
-from xmodal_interp.models.geometry import ImageGrid, unplaced
+from xmodal_interp.models.geometry import ImageGrid, VideoGrid
+from xmodal_interp.models.labelling import Labeller, Made, Prompt
+from xmodal_interp.models.opening import ImageLike, Video, flat, open_image
 from xmodal_interp.models.records import family_of
-from xmodal_interp.models.rendering import Rendered, rendered, spans_in
-from xmodal_interp.models.tokens import Placeholders, grid_table, token_table, with_places
-
-ImageLike = Image.Image | str | PathLike[str]
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """One sample, ready for the model.
-
-    Attributes:
-        text: The rendered prompt, as the processor laid it out, before it expanded its image
-            placeholders.
-        question: What the user asked.
-        images: The images, in order.
-        grids: The grid of each image.
-        tokens: One row per position, padding included.
-        cross_keys: One row per cross-attention key, for families whose images are not in the
-            sequence.
-    """
-
-    text: str
-    question: str
-    images: tuple[Image.Image, ...]
-    grids: tuple[ImageGrid, ...]
-    tokens: pd.DataFrame
-    cross_keys: pd.DataFrame | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Made:
-    """What one sample was made of, before its positions are labelled."""
-
-    question: str
-    images: tuple[Image.Image, ...]
-    prompt: Rendered
-    replacements: Sequence[Mapping[str, Any]] | None
-    grids: tuple[ImageGrid, ...] | None
+from xmodal_interp.models.rendering import rendered
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +53,7 @@ class VLM:
         questions: Sequence[str],
         *,
         system: str | None = None,
+        videos: Sequence[Sequence[Video]] | None = None,
     ) -> tuple[dict[str, Any], list[Prompt]]:
         """Model inputs for a batch, and the labelled positions of each sample.
 
@@ -102,12 +63,18 @@ class VLM:
                 is taken as the whole prompt; any other is put into the chat template behind its
                 images.
             system: A system message, for the chat template.
+            videos: For each sample, its videos in order. Their questions must be whole prompts,
+                with the processor's video placeholder where each goes.
 
         Raises:
+            GeometryError: The processor's ids are not what the prompt and the family's rule lead
+                to, or the family has no rule for videos.
             InputError: An empty question, an image that cannot be read, or a processor without a
                 chat template.
         """
         opened = [tuple(open_image(image) for image in of_sample) for of_sample in images]
+        shown = [tuple(video.opened() for video in of_sample) for of_sample in videos or ()]
+        shown = shown or [()] * len(opened)
         prompts = [
             rendered(
                 self.processor,
@@ -120,17 +87,23 @@ class VLM:
             for question, of in zip(questions, opened, strict=True)
         ]
         texts = [prompt.text for prompt in prompts]
-        nested: list[Any] = [list(of) for of in opened if of]
-        given = [image for of in nested for image in of] if self.family.flat_images else nested
-        inputs = self.processor(images=given or None, text=texts, **self._options(texts))
+        if flat(shown) and self.family.video is None:
+            raise GeometryError(
+                "Videos need a rule that places their tokens. There is none for the model type "
+                f"{self.family.model_type!r}."
+            )
+        inputs = self.processor(
+            images=self._given(opened), text=texts, **self._options(texts), **_videos(shown)
+        )
         replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
-        grids = self._grids(inputs, opened)
+        grids, video_grids = self._grids(inputs, opened), self._video_grids(inputs, shown)
         ids = inputs["input_ids"]
         attended = inputs.get("attention_mask", torch.ones_like(ids))
+        labeller = Labeller(self.processor, self.family, self.model.config, self.placeholder)
         labelled = [
-            self._prompt(_Made(*made), ids[i], attended[i])
+            labeller.prompt(Made(*made), ids[i].tolist(), attended[i].bool().tolist())
             for i, made in enumerate(
-                zip(questions, opened, prompts, replacements, grids, strict=True)
+                zip(questions, opened, prompts, replacements, grids, video_grids, strict=True)
             )
         ]
         device = self.model.device
@@ -154,6 +127,11 @@ class VLM:
             token = self.tokenizer.convert_ids_to_tokens(token_id)
         return None if token is None else str(getattr(token, "content", token))
 
+    def _given(self, opened: Sequence[tuple[Image.Image, ...]]) -> list[Any] | None:
+        """Images as the processor wants them."""
+        nested = [list(of_sample) for of_sample in opened if of_sample]
+        return (flat(nested) if self.family.flat_images else nested) or None
+
     def _begins_itself(self, text: str) -> bool:
         """Chat templates usually write the beginning-of-sequence token themselves."""
         begin = self.tokenizer.bos_token
@@ -173,79 +151,26 @@ class VLM:
     def _grids(
         self, inputs: Any, opened: Sequence[tuple[Image.Image, ...]]
     ) -> list[tuple[ImageGrid, ...] | None]:
-        """The grids of each sample; None where the family has no rule."""
-        rule = self.family.geometry
-        flat = [image for of_sample in opened for image in of_sample]
-        if rule is None and flat:
+        """The grids of each sample's images; None where the family has no rule."""
+        rule, images = self.family.geometry, flat(opened)
+        if rule is None and images:
             return [None] * len(opened)
-        made = [] if rule is None else rule(self.processor, self.model.config, inputs, flat)
+        made: list[ImageGrid] = []
+        if rule is not None and images:
+            made = rule(self.processor, self.model.config, inputs, images)
         grids = (replace(grid, reason=self.family.reason) for grid in made)
         return [tuple(next(grids) for _ in of_sample) for of_sample in opened]
 
-    def _prompt(self, made: _Made, ids: torch.Tensor, attended: torch.Tensor) -> Prompt:
-        """The labelled positions of one sample."""
-        family, seen = self.family, attended.bool().tolist()
-        alignment = self._aligned(made, [t for t, s in zip(ids.tolist(), seen, strict=True) if s])
-        spans = spans_in(alignment.text, made.prompt)
-        table = token_table(
-            ids.tolist(), seen, alignment, self.tokenizer, self._placeholders(), spans
-        )
-        grids = made.grids
-        if grids is None:
-            grids = self._unplaced(table, made.images)
-        if family.in_sequence:
-            table = with_places(table, grids)
-        return Prompt(
-            alignment.text,
-            made.question,
-            made.images,
-            grids,
-            table,
-            None if family.in_sequence else grid_table(grids),
-        )
-
-    def _placeholders(self) -> Placeholders:
-        family, config = self.family, self.model.config
-        return Placeholders(
-            family.image_token_id(config) if family.in_sequence else None,
-            family.video_token_id(config),
-        )
-
-    def _aligned(self, made: _Made, ids: Sequence[int]) -> Alignment:
-        texts = self._laid_out(made)
-        if made.replacements is not None:
-            return reported_alignment(ids, texts, self.tokenizer, made.replacements)
-        in_sequence = self.family.in_sequence
-        counts: list[int | None] = [None] * len(made.images)
-        if made.grids is not None:
-            counts = [grid.n_tokens for grid in made.grids]
-        return counted_alignment(
-            ids,
-            texts,
-            self.tokenizer,
-            self._placeholders().image,
-            counts if in_sequence else [],
-        )
-
-    def _laid_out(self, made: _Made) -> Iterator[str]:
-        """What the processor may have expanded: the prompt, or what it makes of it before."""
-        text = made.prompt.text
-        yield text
-        if self.placeholder is not None:
-            yield re.sub(rf"({re.escape(self.placeholder)})(?=[^\s<])", r"\1 ", text)
-        if hasattr(self.processor, "prepare_inputs_layout"):
-            images = [list(made.images)] if made.images else None
-            yield self.processor.prepare_inputs_layout(images=images, text=[text])[1][0]
-
-    def _unplaced(
-        self, table: pd.DataFrame, images: Sequence[Image.Image]
-    ) -> tuple[ImageGrid, ...]:
-        """Grids without places, that say why there are none."""
-        reason = self.family.reason or f"There is no rule for {self.family.model_type!r}."
-        counts = [int(table["image"].eq(i).sum()) for i in range(len(images))]
-        return tuple(
-            unplaced(image.size, n, reason) for image, n in zip(images, counts, strict=True)
-        )
+    def _video_grids(
+        self, inputs: Any, videos: Sequence[tuple[Video, ...]]
+    ) -> list[tuple[VideoGrid, ...]]:
+        """The grids of each sample's videos."""
+        rule, every = self.family.video, flat(videos)
+        made: list[VideoGrid] = []
+        if every and rule is not None:
+            made = rule(self.processor, self.model.config, inputs, every)
+        grids = iter(made)
+        return [tuple(next(grids) for _ in of_sample) for of_sample in videos]
 
     def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Pixels in the model's precision; ids and masks as they are."""
@@ -257,26 +182,18 @@ class VLM:
         }
 
 
-def open_image(image: ImageLike) -> Image.Image:
-    """An RGB image from a path or a PIL image.
-
-    Raises:
-        InputError: There is no such file, or it is no image.
-    """
-    if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
-    path = Path(image)
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(
-            f"An image must be a file that exists, or a PIL image; there is no {str(path)!r}."
-        ) from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise InputError(
-            f"An image file must be readable by Pillow; {str(path)!r} is not: {error}."
-        ) from error
+def _videos(videos: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
+    """How the processor is given videos: as they are, nothing sampled."""
+    every = flat(videos)
+    if not every:
+        return {}
+    return {
+        "videos": [video.pixels() for video in every],
+        "videos_kwargs": {
+            "video_metadata": [video.metadata() for video in every],
+            "do_sample_frames": False,
+        },
+    }
 
 
 def _reports_replacements(processor: Any) -> bool:

@@ -30,4 +30,7 @@ from xmodal_interp.models.geometry.tiling import crops as crops
 from xmodal_interp.models.geometry.tiling import largest_canvas as largest_canvas
 from xmodal_interp.models.geometry.tiling import longest_edge as longest_edge
 from xmodal_interp.models.geometry.tiling import padded_canvas as padded_canvas
+from xmodal_interp.models.geometry.video import MergedFrames as MergedFrames
+from xmodal_interp.models.geometry.video import SingleFrames as SingleFrames
 from xmodal_interp.models.geometry.video import VideoGrid as VideoGrid
+from xmodal_interp.models.geometry.video import VideoRule as VideoRule

@@ -8,9 +8,13 @@ from typing import Any
 from xmodal_interp.errors import GeometryError
 
 
-def patch_side(config: Any) -> int:
-    """The side of the vision tower's square patches, px."""
-    side = vision_of(config).patch_size
+def patch_side(config: Any, processor: Any = None) -> int:
+    """The side of the vision tower's square patches, px.
+
+    Towers of timm don't say in their configuration; there the processor does.
+    """
+    vision = vision_of(config)
+    side = vision.patch_size if hasattr(vision, "patch_size") else processor.patch_size
     return int(side[0] if isinstance(side, (list, tuple)) else side)
 
 

@@ -38,8 +38,16 @@ def shown(processor: Any, image: Image.Image, width: int, height: int) -> Box:
     Raises:
         GeometryError: The settings do not lead to these pixels.
     """
-    settings = processor.image_processor
-    w, h = map(float, image.size)
+    return shown_by(processor.image_processor, image.size, width, height)
+
+
+def shown_by(settings: Any, size: tuple[int, int], width: int, height: int) -> Box:
+    """The same for a picture of ``size`` (width, height) by the settings of its processor.
+
+    Raises:
+        GeometryError: The settings do not lead to these pixels.
+    """
+    w, h = map(float, size)
     x0, y0 = 0.0, 0.0
     if getattr(settings, "do_pad", False) and _pads_to_square(settings):
         side = max(w, h)

@@ -53,7 +53,7 @@ class SplitTiles:
     ) -> list[ImageGrid]:
         """One grid per image."""
         height, width = inputs["pixel_values"].shape[-2:]
-        side = patch_side(config)
+        side = patch_side(config, processor)
         rows, cols = height // side, width // side
         block = block_of(config, self.merge, rows, cols)
         grids = []
