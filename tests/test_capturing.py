@@ -16,7 +16,7 @@ from xmodal_interp.errors import (
     UnsupportedModelError,
 )
 from xmodal_interp.models import VLM, load
-from xmodal_interp.models.family import family_of
+from xmodal_interp.models.records import family_of
 from xmodal_interp.shapes.architectures import untrained
 from xmodal_interp.shapes.processors import build_processor
 

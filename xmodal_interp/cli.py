@@ -224,7 +224,7 @@ def info(
     n_weights = sum(weight.numel() for weight in vlm.model.parameters())
     out.print(
         f"{vlm.name}: {type(vlm.model).__name__}, {n_weights / 1e6:.1f}M weights, "
-        f"{config._attn_implementation}, geometry {vlm.family.geometry.__name__}",
+        f"{config._attn_implementation}, geometry {vlm.family.rule}",
         highlight=False,
     )
     _show(table, len(table))

@@ -26,7 +26,7 @@ from xmodal_interp.errors import (
     NotRecordedError,
     PhraseError,
 )
-from xmodal_interp.models import ImageGrid, place_on_grid
+from xmodal_interp.models import ImageGrid
 from xmodal_interp.vocabulary import TOKEN_KINDS, AttentionKind, Tower
 
 CallKey = tuple[Tower, AttentionKind, int, int]
@@ -237,34 +237,30 @@ class Sample:
             )
         return self.call(layer, tower=tower, kind=kind, call=call).probs(heads, query, key)[0]
 
-    def grid(self, values: Any, image: int = 0) -> Float[np.ndarray, "row col"]:
+    def grid(
+        self, values: Any, image: int = 0, *, view: str = "image"
+    ) -> Float[np.ndarray, "row col"]:
         """One value per token of an image as a grid, NaN where the image has no token.
 
         Args:
-            values: ``[token]`` in sequence order, class tokens included.
+            values: ``[token]`` in sequence order, class tokens, line breaks and the tokens of a
+                thumbnail included.
             image: Which image.
+            view: ``"image"``, or the ``"thumbnail"`` that some models read beside its tiles.
 
         Raises:
-            GeometryError: The number of values is not the number of the image's tokens.
+            GeometryError: The number of values is not the number of the image's tokens, the image
+                has no such view, or its tokens have no known places.
         """
         if not 0 <= image < len(self.grids):
             raise GeometryError(
                 f"The sample has {len(self.grids)} images; there is no image {image}."
             )
-        grid = self.grids[image]
         flat = np.asarray(
             values.detach().float().cpu() if isinstance(values, Tensor) else values,
             dtype=np.float64,
         )
-        if flat.shape == (len(grid.places),):
-            return place_on_grid(flat, grid.places, grid.rows, grid.cols)
-        if flat.shape == (len(grid.patch_places),):
-            return place_on_grid(flat, grid.patch_places, grid.patch_rows, grid.patch_cols)
-        raise GeometryError(
-            f"Image {image} has {len(grid.places)} tokens ({grid.rows} x {grid.cols}) and "
-            f"{len(grid.patch_places)} vision "
-            f"positions ({grid.patch_rows} x {grid.patch_cols}); got values of shape {flat.shape}."
-        )
+        return self.grids[image].arranged(flat, view, number=image)
 
     def groups(self) -> dict[str, Bool[np.ndarray, " position"]]:
         """Key groups of the language tower.

@@ -23,6 +23,8 @@ ROLES: tuple[Role, ...] = ("system", "user", "generated", "template")
 TOKEN_COLUMNS: tuple[str, ...] = (
     *("token", "kind", "role", "image", "row", "col"),
     *("x0", "y0", "x1", "y1", "start", "end"),
+    *("view", "tile", "video", "frame"),
 )
 """Columns of a token table: text, meaning, place on the grid, box in pixels of the original image,
-character span."""
+character span; for tiled images whether the place is in the ``image`` or in its ``thumbnail``, and
+the tile; for videos which, and which of its frames (after temporal merging)."""

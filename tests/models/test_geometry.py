@@ -83,7 +83,6 @@ def test_counts_that_do_not_agree_are_refused() -> None:
     with pytest.raises(GeometryError) as error:
         VLM(untrained("llava"), processor).prepare([[Image.new("RGB", (96, 96))]], ["how many ?"])
     assert str(error.value) == (
-        "The processor must expand each image placeholder to the tokens of its grid, and nothing "
-        "else. Expected were 150 positions, 144 of them image tokens (12 x 12); the processor "
-        "returned 151 and 145."
+        "A rule must give each image as many tokens as it has in the sequence. For image 0 it "
+        "gives 144 (12 x 12); the sequence has 145."
     )

@@ -64,8 +64,9 @@ def sample(name: str = "one", calls: Iterable[AttentionCall] = (), **changes: An
         token=["<image>"] * 2 + ["is", "it", "\u00e9t\u00e9"], kind=["image"] * 2 + ["text"] * 3
     )
     tokens["image"] = [0, 0, None, None, None]
-    strings = dict.fromkeys(("token", "kind", "role"), "string")
-    integers = dict.fromkeys(("image", "row", "col", "start", "end"), "Int64")
+    strings = dict.fromkeys(("token", "kind", "role", "view"), "string")
+    numbers = ("image", "row", "col", "start", "end", "tile", "video", "frame")
+    integers = dict.fromkeys(numbers, "Int64")
     floats = dict.fromkeys(("x0", "y0", "x1", "y1"), "float64")
     grid = ImageGrid(
         width=8,

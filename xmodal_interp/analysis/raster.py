@@ -37,6 +37,7 @@ from xmodal_interp.analysis.selecting import (
     calls_of,
     heads_of,
     image_keys,
+    image_places,
     queries_of,
     refuse_cross_attention,
 )
@@ -211,7 +212,7 @@ def _cells(
 ) -> pd.DataFrame:
     refuse_cross_attention(sample, "The raster of an image")
     tokens = image_keys(sample, image).nonzero()[:, 0]
-    places = sample.tokens[["row", "col"]].iloc[tokens.tolist()]
+    places = image_places(sample.tokens).iloc[tokens.tolist()]
     placed = places["row"].notna().to_numpy(dtype=bool)
     tokens, places = tokens[torch.tensor(placed)], places[placed].astype("int64")
     rows = queries_of(sample, queries)

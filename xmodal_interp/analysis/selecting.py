@@ -125,11 +125,13 @@ def image_keys(
 def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -> pd.DataFrame:
     """Every position's ``token, token_kind, image, row, col``; in the vision tower, of one image.
 
+    Tokens of a thumbnail have no place beside those of the image.
+
     Raises:
         GeometryError: The image has not as many places as the tower has positions.
     """
     if tower == "language":
-        table = sample.tokens[["token", "kind", "image", "row", "col"]]
+        table = sample.tokens[["token", "kind", "image"]].join(image_places(sample.tokens))
         return table.rename(columns={"kind": "token_kind"}).reset_index(drop=True)
     places = pd.DataFrame(sample.grids[image].patch_places, columns=["row", "col"], dtype="Int64")
     if len(places) != n_positions:
@@ -144,6 +146,15 @@ def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -
     table = table.assign(token=None, token_kind=kinds, image=image)
     columns = ["token", "token_kind", "image", "row", "col"]
     return table[columns].astype({"token": "string", "image": "Int64"})
+
+
+def image_places(tokens: pd.DataFrame) -> pd.DataFrame:
+    """``row, col`` of each token in the grid of its image.
+
+    Those of a thumbnail are in a grid of their own; here they have no place.
+    """
+    small = tokens["view"].eq("thumbnail").fillna(value=False).astype(bool)
+    return tokens[["row", "col"]].mask(small)
 
 
 def refuse_cross_attention(sample: Sample, question: str) -> None:

@@ -1,13 +1,16 @@
 """Which model, and what stands at each position of its input."""
 
-from xmodal_interp.models.family import FAMILIES as FAMILIES
 from xmodal_interp.models.family import Family as Family
 from xmodal_interp.models.geometry import ImageGrid as ImageGrid
+from xmodal_interp.models.geometry import VideoGrid as VideoGrid
+from xmodal_interp.models.geometry import View as View
 from xmodal_interp.models.geometry import place_on_grid as place_on_grid
+from xmodal_interp.models.labelling import Prompt as Prompt
 from xmodal_interp.models.loading import SHIPPED as SHIPPED
 from xmodal_interp.models.loading import load as load
+from xmodal_interp.models.opening import ImageLike as ImageLike
+from xmodal_interp.models.opening import Video as Video
+from xmodal_interp.models.opening import open_image as open_image
+from xmodal_interp.models.records import FAMILIES as FAMILIES
 from xmodal_interp.models.tokens import generated_table as generated_table
 from xmodal_interp.models.vlm import VLM as VLM
-from xmodal_interp.models.vlm import ImageLike as ImageLike
-from xmodal_interp.models.vlm import Prompt as Prompt
-from xmodal_interp.models.vlm import open_image as open_image

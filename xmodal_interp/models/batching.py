@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from xmodal_interp.errors import InputError
-from xmodal_interp.models.vlm import VLM, ImageLike, Prompt
+from xmodal_interp.models.labelling import Prompt
+from xmodal_interp.models.opening import ImageLike
+from xmodal_interp.models.vlm import VLM
 
 Item = Mapping[str, Any]
 """``image`` or ``images``, ``prompt`` or ``question``, ``answer``, and optionally ``kind``."""

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from xmodal_interp.errors import InputError, UnsupportedModelError
-from xmodal_interp.models.family import family_of
+from xmodal_interp.models.records import family_of
 from xmodal_interp.models.vlm import VLM
 
 SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")

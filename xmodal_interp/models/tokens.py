@@ -1,10 +1,9 @@
 """What stands at each position: text, kind, role, image, grid cell, pixel box, character span.
 
-1. Tokenise the prompt as written, with character offsets.
-2. Expand each image placeholder to the tokens of its grid: the ids that the processor returned must
-   be just these.
-3. Put each image's rows, columns and boxes on its run.
-4. Roles come from where the messages' texts stand in the rendered prompt.
+1. Every position has its characters in the prompt, or is of an expansion (``alignment``).
+2. Image and video tokens of an expansion get the rows, columns and boxes of its grid, one for one;
+   its other tokens are markers, breaks and text of the processor's own.
+3. Roles come from where the messages' texts stand in the rendered prompt.
 """
 
 from __future__ import annotations
@@ -16,25 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.errors import GeometryError
+from xmodal_interp.models.alignment import IMAGE, VIDEO, Alignment, Position
+from xmodal_interp.models.rendering import Span
 from xmodal_interp.vocabulary import TOKEN_COLUMNS
 
 if TYPE_CHECKING:
-    from xmodal_interp.models.geometry import ImageGrid
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of the rendered prompt, in characters, and whose it is."""
-
-    role: str
-    start: int
-    end: int
+    from xmodal_interp.models.geometry import ImageGrid, VideoGrid
 
 
 @dataclass(frozen=True)
 class Placeholders:
-    """Ids that the processor expands.
+    """Ids of the tokens whose embeddings are features of images or videos.
 
     None where a family has no such token, or where images are not in the sequence.
     """
@@ -46,63 +38,152 @@ class Placeholders:
 def token_table(
     ids: Sequence[int],
     attended: Sequence[bool],
-    text: str,
+    alignment: Alignment,
     tokenizer: Any,
     placeholders: Placeholders,
-    grids: Sequence[ImageGrid],
     spans: Sequence[Span],
 ) -> pd.DataFrame:
     """One row per position of a prompt, padding included; columns are ``TOKEN_COLUMNS``.
 
+    Places are still empty; :func:`with_places` fills them in.
+
     Args:
         ids: Token ids as the model gets them.
         attended: False on padding.
-        text: The rendered prompt before the processor expanded its placeholders.
+        alignment: The positions that are attended.
         tokenizer: A fast tokenizer.
-        placeholders: Ids of image and video placeholders.
-        grids: One per image, in order; empty if images are not in the sequence.
+        placeholders: Ids of image and video tokens.
         spans: Whose text is where.
-
-    Raises:
-        GeometryError: The ids are not the prompt's own tokens with each image placeholder expanded
-            to its grid.
     """
     pieces = tokenizer.convert_ids_to_tokens(list(ids))
     special = set(tokenizer.all_special_ids)
-    offsets = _offsets(ids, attended, text, tokenizer, placeholders, grids)
-    kinds = [
-        _kind(token, placeholders, special) if seen else "padding"
-        for token, seen in zip(ids, attended, strict=True)
-    ]
-    roles = {span: _role(*span, spans) for span in set(offsets)}
-    columns: dict[str, Any] = {
-        "token": [
-            text[start:end] if end > start and token not in special else piece
-            for piece, token, (start, end) in zip(pieces, ids, offsets, strict=True)
-        ],
-        "kind": kinds,
-        "role": [None if k == "padding" else roles[o] for k, o in zip(kinds, offsets, strict=True)],
-        "start": [start for start, _ in offsets],
-        "end": [end for _, end in offsets],
+    added = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    placed = iter(alignment.positions)
+    nothing = Position(-1, -1, None, None)
+    positions = [next(placed) if seen else nothing for seen in attended]
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("token", "kind", "role", "image", "video", "start", "end")
     }
-    if placeholders.image is not None:
-        columns |= _places(np.array(kinds) == "image", grids)
+    number = _numbers(alignment.expansions)
+    for token, piece, seen, at in zip(ids, pieces, attended, positions, strict=True):
+        modality = None if at.expansion is None else alignment.expansions[at.expansion]
+        markers = special if modality is None else added
+        kind = _kind(token, placeholders, markers, modality) if seen else "padding"
+        written = at.written or alignment.text[at.start : at.end]
+        outside = modality is None and at.end > at.start
+        written_here = outside or (kind == "text" and at.written is not None)
+        columns["token"].append(written if written_here and token not in special else piece)
+        columns["kind"].append(kind)
+        columns["role"].append(_role(kind, modality, at, spans))
+        of = np.nan if at.expansion is None else number[at.expansion]
+        columns["image"].append(of if kind == IMAGE else np.nan)
+        columns["video"].append(of if kind == VIDEO else np.nan)
+        columns["start"].append(at.start)
+        columns["end"].append(at.end)
     return _table(columns, len(ids))
 
 
-def _kind(token: int, placeholders: Placeholders, special: set[int]) -> str:
-    if token == placeholders.image:
-        return "image"
-    if token == placeholders.video:
-        return "video"
+def _numbers(expansions: Sequence[str]) -> list[int]:
+    """Which image, or which video, each expansion is."""
+    return [list(expansions[:i]).count(modality) for i, modality in enumerate(expansions)]
+
+
+def _kind(token: int, placeholders: Placeholders, special: set[int], modality: str | None) -> str:
+    if token in (placeholders.image, placeholders.video):
+        in_video = modality == VIDEO or (modality is None and token == placeholders.video)
+        return VIDEO if in_video or token != placeholders.image else IMAGE
     return "special" if token in special else "text"
+
+
+def _role(kind: str, modality: str | None, at: Position, spans: Sequence[Span]) -> str | None:
+    """A token belongs to the message that its span touches.
+
+    What no message wrote is the template's, markers and text in an expansion too.
+    """
+    if kind == "padding":
+        return None
+    if at.end <= at.start or (modality is not None and kind not in (IMAGE, VIDEO)):
+        return "template"
+    touched = (span.role for span in spans if at.start < span.end and at.end > span.start)
+    return next(touched, "template")
+
+
+def with_places(
+    table: pd.DataFrame, grids: Sequence[ImageGrid], videos: Sequence[VideoGrid] = ()
+) -> pd.DataFrame:
+    """The table with row, column, box, tile, view and frame of its image and video tokens.
+
+    Raises:
+        GeometryError: An image or video does not have as many tokens as its grid.
+    """
+    n = len(table)
+    columns = {name: np.full(n, np.nan) for name in _PLACES}
+    view = np.full(n, None, dtype=object)
+    for kind, all_of in ((IMAGE, grids), (VIDEO, videos)):
+        number = table[kind].to_numpy(dtype=float, na_value=np.nan)
+        is_kind = table["kind"].eq(kind).to_numpy(dtype=bool)
+        stray = int((is_kind & ~np.isin(number, np.arange(len(all_of)))).sum())
+        if stray:
+            raise GeometryError(
+                f"Each {kind} token must be of one of the {kind}s given. There are {len(all_of)}, "
+                f"and {stray} {kind} tokens beside theirs."
+            )
+        for index, grid in enumerate(all_of):
+            _fill(columns, view, np.flatnonzero(is_kind & (number == index)), grid, kind, index)
+    kept = {name: table[name].array for name in TOKEN_COLUMNS if name not in (*_PLACES, "view")}
+    return _table({**kept, **columns, "view": view}, n)
+
+
+_PLACES = ("row", "col", "tile", "frame", "x0", "y0", "x1", "y1")
+
+
+def _fill(
+    columns: dict[str, np.ndarray],
+    view: np.ndarray,
+    positions: np.ndarray,
+    grid: Any,
+    kind: str,
+    index: int,
+) -> None:
+    """Put a grid's places on the positions of its tokens."""
+    if grid.n_tokens != len(positions):
+        raise GeometryError(
+            f"A rule must give each {kind} as many tokens as it has in the sequence. For {kind} "
+            f"{index} it gives {grid.n_tokens} ({grid.rows} x {grid.cols}); the sequence has "
+            f"{len(positions)}."
+        )
+    for name, values in _columns_of(grid, kind).items():
+        if name == "view":
+            view[positions] = values
+        else:
+            columns[name][positions] = values
+
+
+def _columns_of(grid: Any, kind: str) -> dict[str, np.ndarray]:
+    """Columns of a grid's tokens in sequence order; NaN (None for the view) without a place."""
+    boxes = dict(zip(("x0", "y0", "x1", "y1"), grid.boxes.T, strict=True))
+    if kind == VIDEO:
+        frame, row, col = _missing(grid.places).T
+        return {"frame": frame, "row": row, "col": col, **boxes}
+    row, col = _missing(grid.places_by_view).T
+    tile = np.full(len(row), np.nan) if grid.tiles is None else _missing(grid.tiles)
+    names = np.where(grid.in_thumbnail, "thumbnail", "image").astype(object)
+    names[np.isnan(row)] = None
+    return {"row": row, "col": col, "tile": tile, "view": names, **boxes}
+
+
+def _missing(numbers: np.ndarray) -> np.ndarray:
+    """Numbers with NaN for ``NOWHERE``."""
+    return np.where(numbers < 0, np.nan, numbers.astype(float))
 
 
 def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
     """One row per image token of all grids in order: the keys of a cross-attention."""
-    n_tokens = sum(grid.n_tokens for grid in grids)
-    places = _places(np.ones(n_tokens, dtype=bool), grids)
-    return _table({"kind": ["image"] * n_tokens, "start": -1, "end": -1, **places}, n_tokens)
+    counts = [grid.n_tokens for grid in grids]
+    n = sum(counts)
+    image = np.repeat(np.arange(len(grids)), counts)
+    bare = _table({"kind": [IMAGE] * n, "image": image, "start": -1, "end": -1}, n)
+    return with_places(bare, grids)
 
 
 def generated_table(
@@ -136,100 +217,7 @@ def generated_table(
     return table, text + (separator + decoded if decoded else "")
 
 
-def message_spans(text: str, messages: Sequence[dict[str, Any]]) -> list[Span]:
-    """Where the texts of the messages stand in the rendered prompt.
-
-    A message reaches from its first part to its last.
-    """
-    spans, cursor = [], 0
-    for message in messages:
-        content = message["content"]
-        parts = (
-            [content]
-            if isinstance(content, str)
-            else [p["text"] for p in content if p["type"] == "text"]
-        )
-        for part in parts:
-            start = text.find(part.strip(), cursor)
-            if start < 0:
-                raise InputError(
-                    f"A chat template must render every message text as it is. The text {part!r} "
-                    "is not in the rendered "
-                    f"prompt {text!r}."
-                )
-            cursor = start + len(part.strip())
-            spans.append(Span(message["role"], start, cursor))
-    return spans
-
-
-def _offsets(
-    ids: Sequence[int],
-    attended: Sequence[bool],
-    text: str,
-    tokenizer: Any,
-    placeholders: Placeholders,
-    grids: Sequence[ImageGrid],
-) -> list[tuple[int, int]]:
-    """Character span of each position in the unexpanded text.
-
-    An expanded run has the span of its placeholder.
-    """
-    real = [token for token, seen in zip(ids, attended, strict=True) if seen]
-    own = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-    if own["input_ids"][:1] != real[:1]:
-        own = tokenizer(text, return_offsets_mapping=True)
-    counts = iter([grid.n_tokens for grid in grids])
-    expected: list[int] = []
-    spans: list[tuple[int, int]] = []
-    for token, span in zip(own["input_ids"], own["offset_mapping"], strict=True):
-        repeats = next(counts, 1) if token == placeholders.image else 1
-        expected += [token] * repeats
-        spans += [tuple(span)] * repeats
-    if expected != real:
-        raise GeometryError(
-            "The processor must expand each image placeholder to the tokens of its grid, and "
-            "nothing else. Expected were "
-            f"{len(expected)} positions, {sum(token == placeholders.image for token in expected)} "
-            "of them image tokens "
-            f"({', '.join(f'{g.rows} x {g.cols}' for g in grids) or 'no grid'}); the processor "
-            f"returned {len(real)} and "
-            f"{sum(token == placeholders.image for token in real)}."
-        )
-    placed = iter(spans)
-    return [next(placed) if seen else (-1, -1) for seen in attended]
-
-
-def _role(start: int, end: int, spans: Sequence[Span]) -> str:
-    """A token belongs to the message that its span touches.
-
-    What no message wrote is the template's.
-    """
-    if end <= start:
-        return "template"
-    return next((span.role for span in spans if start < span.end and end > span.start), "template")
-
-
-def _places(is_image: np.ndarray, grids: Sequence[ImageGrid]) -> dict[str, np.ndarray]:
-    """Image, row, column and box of image tokens, in order; NaN everywhere else."""
-    expected = sum(grid.n_tokens for grid in grids)
-    if expected != is_image.sum():
-        raise GeometryError(
-            f"Image tokens and grids must agree. The sequence has {is_image.sum()} image tokens; "
-            f"the grids ({', '.join(f'{g.rows} x {g.cols}' for g in grids) or 'none'}) have "
-            f"{expected}."
-        )
-    names = ("image", "row", "col", "x0", "y0", "x1", "y1")
-    cells = np.full((len(is_image), len(names)), np.nan)
-    if grids:
-        image = np.repeat(np.arange(len(grids)), [grid.n_tokens for grid in grids])
-        places = np.concatenate([grid.places for grid in grids]).astype(float)
-        places[places[:, 0] < 0] = np.nan
-        boxes = np.concatenate([grid.boxes for grid in grids])
-        cells[is_image] = np.column_stack([image, places, boxes])
-    return dict(zip(names, cells.T, strict=True))
-
-
-_INTEGERS = ("image", "row", "col", "start", "end")
+_INTEGERS = ("image", "video", "tile", "frame", "row", "col", "start", "end")
 _FLOATS = ("x0", "y0", "x1", "y1")
 
 
@@ -240,7 +228,11 @@ def _table(columns: dict[str, Any], n_rows: int, start: int = 0) -> pd.DataFrame
         if name in _FLOATS:
             typed[name] = np.broadcast_to(columns.get(name, np.nan), n_rows).astype(float)
         elif name in _INTEGERS:
-            values = np.broadcast_to(np.asarray(columns.get(name, np.nan), dtype=float), n_rows)
+            given = columns.get(name, np.nan)
+            if isinstance(given, pd.arrays.IntegerArray):
+                typed[name] = given
+                continue
+            values = np.broadcast_to(np.asarray(given, dtype=float), n_rows)
             missing = np.isnan(values)
             typed[name] = pd.arrays.IntegerArray(
                 np.where(missing, 0, values).astype(np.int64), missing

@@ -6,44 +6,20 @@ The pair that turns an image and a question into labelled positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import pandas as pd
 import torch
-from PIL import Image, UnidentifiedImageError
-from transformers import PreTrainedModel
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
 
-from xmodal_interp.errors import InputError
-from xmodal_interp.models.family import Family, family_of
-from xmodal_interp.models.geometry import ImageGrid
-from xmodal_interp.models.tokens import Placeholders, Span, grid_table, message_spans, token_table
-
-ImageLike = Image.Image | str | PathLike[str]
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """One sample, ready for the model.
-
-    Attributes:
-        text: The rendered prompt, before the processor expanded its image placeholders.
-        question: What the user asked.
-        images: The images, in order.
-        grids: The grid of each image.
-        tokens: One row per position, padding included.
-        cross_keys: One row per cross-attention key, for families whose images are not in the
-            sequence.
-    """
-
-    text: str
-    question: str
-    images: tuple[Image.Image, ...]
-    grids: tuple[ImageGrid, ...]
-    tokens: pd.DataFrame
-    cross_keys: pd.DataFrame | None
+from xmodal_interp.errors import GeometryError
+from xmodal_interp.models.family import Family
+from xmodal_interp.models.geometry import ImageGrid, VideoGrid
+from xmodal_interp.models.labelling import Labeller, Made, Prompt
+from xmodal_interp.models.opening import ImageLike, Video, flat, open_image
+from xmodal_interp.models.records import family_of
+from xmodal_interp.models.rendering import rendered
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +53,7 @@ class VLM:
         questions: Sequence[str],
         *,
         system: str | None = None,
+        videos: Sequence[Sequence[Video]] | None = None,
     ) -> tuple[dict[str, Any], list[Prompt]]:
         """Model inputs for a batch, and the labelled positions of each sample.
 
@@ -86,106 +63,114 @@ class VLM:
                 is taken as the whole prompt; any other is put into the chat template behind its
                 images.
             system: A system message, for the chat template.
+            videos: For each sample, its videos in order. Their questions must be whole prompts,
+                with the processor's video placeholder where each goes.
 
         Raises:
+            GeometryError: The processor's ids are not what the prompt and the family's rule lead
+                to, or the family has no rule for videos.
             InputError: An empty question, an image that cannot be read, or a processor without a
                 chat template.
         """
         opened = [tuple(open_image(image) for image in of_sample) for of_sample in images]
-        rendered = [
-            self._render(question, len(of), system)
+        shown = [tuple(video.opened() for video in of_sample) for of_sample in videos or ()]
+        shown = shown or [()] * len(opened)
+        prompts = [
+            rendered(
+                self.processor,
+                question,
+                self.placeholder,
+                len(of),
+                system=system,
+                in_front=self.family.in_front,
+            )
             for question, of in zip(questions, opened, strict=True)
         ]
-        texts = [text for text, _ in rendered]
-        nested = [list(of) for of in opened if of]
+        texts = [prompt.text for prompt in prompts]
+        if flat(shown) and self.family.video is None:
+            raise GeometryError(
+                "Videos need a rule that places their tokens. There is none for the model type "
+                f"{self.family.model_type!r}."
+            )
         inputs = self.processor(
-            images=nested or None,
-            text=texts,
-            return_tensors="pt",
-            **({"padding": True, "padding_side": "left"} if len(texts) > 1 else {}),
-            **({"add_special_tokens": False} if self._begins_itself(texts[0]) else {}),
+            images=self._given(opened), text=texts, **self._options(texts), **_videos(shown)
         )
-        grids = self._grids(inputs, opened)
-        prompts = [
-            self._prompt(i, inputs, questions[i], opened[i], grids[i], *rendered[i])
-            for i in range(len(questions))
+        replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
+        grids, video_grids = self._grids(inputs, opened), self._video_grids(inputs, shown)
+        ids = inputs["input_ids"]
+        attended = inputs.get("attention_mask", torch.ones_like(ids))
+        labeller = Labeller(self.processor, self.family, self.model.config, self.placeholder)
+        labelled = [
+            labeller.prompt(Made(*made), ids[i].tolist(), attended[i].bool().tolist())
+            for i, made in enumerate(
+                zip(questions, opened, prompts, replacements, grids, video_grids, strict=True)
+            )
         ]
         device = self.model.device
         moved = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
         }
-        return self._cast(moved), prompts
+        return self._cast(moved), labelled
 
     def generate(self, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
         """Token ids of prompt and answer, ``[sample, position]``, greedy unless told otherwise."""
         output = self.model.generate(**inputs, **{"do_sample": False, **options})  # type: ignore[operator]
         return cast("torch.Tensor", output)
 
-    def _render(self, question: str, n_images: int, system: str | None) -> tuple[str, list[Span]]:
-        if not question.strip():
-            raise InputError("A prompt must not be empty; got only white space.")
-        placeholder = self.tokenizer.convert_ids_to_tokens(
-            self.family.image_token_id(self.model.config)
-        )
-        if placeholder in question:
-            return question, [Span("user", 0, len(question))]
-        if getattr(self.processor, "chat_template", None) is None:
-            raise InputError(
-                f"{type(self.processor).__name__} has no chat template, so a bare question cannot "
-                "be rendered. Write the "
-                f"whole prompt, with {placeholder} where each image goes; got {question!r}."
-            )
-        content = [
-            *({"type": "image"} for _ in range(n_images)),
-            {"type": "text", "text": question},
-        ]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        return text, [*message_spans(text, messages), *_placeholder_spans(text, placeholder)]
+    @property
+    def placeholder(self) -> str | None:
+        """What a prompt has where an image goes; None where prompts have nothing there."""
+        token = getattr(self.processor, self.family.placeholder, None)
+        token_id = self.family.image_token_id(self.model.config)
+        if token is None and token_id is not None:
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+        return None if token is None else str(getattr(token, "content", token))
+
+    def _given(self, opened: Sequence[tuple[Image.Image, ...]]) -> list[Any] | None:
+        """Images as the processor wants them."""
+        nested = [list(of_sample) for of_sample in opened if of_sample]
+        return (flat(nested) if self.family.flat_images else nested) or None
 
     def _begins_itself(self, text: str) -> bool:
         """Chat templates usually write the beginning-of-sequence token themselves."""
         begin = self.tokenizer.bos_token
         return begin is not None and text.startswith(begin)
 
+    def _options(self, texts: Sequence[str]) -> dict[str, Any]:
+        """How the processor is called, beside texts and images."""
+        options: dict[str, Any] = {"return_tensors": "pt"}
+        if len(texts) > 1:
+            options |= {"padding": True, "padding_side": "left"}
+        if self._begins_itself(texts[0]):
+            options |= {"add_special_tokens": False}
+        if _reports_replacements(self.processor):
+            options |= {"return_text_replacement_offsets": True}
+        return options
+
     def _grids(
         self, inputs: Any, opened: Sequence[tuple[Image.Image, ...]]
-    ) -> list[tuple[ImageGrid, ...]]:
-        flat = [image for of_sample in opened for image in of_sample]
-        grids = iter(
-            self.family.geometry(self.processor, self.model.config, inputs, flat) if flat else []
-        )
+    ) -> list[tuple[ImageGrid, ...] | None]:
+        """The grids of each sample's images; None where the family has no rule."""
+        rule, images = self.family.geometry, flat(opened)
+        if rule is None and images:
+            return [None] * len(opened)
+        made: list[ImageGrid] = []
+        if rule is not None and images:
+            made = rule(self.processor, self.model.config, inputs, images)
+        grids = (replace(grid, reason=self.family.reason) for grid in made)
         return [tuple(next(grids) for _ in of_sample) for of_sample in opened]
 
-    def _prompt(
-        self,
-        index: int,
-        inputs: Any,
-        question: str,
-        images: tuple[Image.Image, ...],
-        grids: tuple[ImageGrid, ...],
-        text: str,
-        spans: list[Span],
-    ) -> Prompt:
-        config, family = self.model.config, self.family
-        table = token_table(
-            inputs["input_ids"][index].tolist(),
-            inputs["attention_mask"][index].bool().tolist(),
-            text,
-            self.tokenizer,
-            Placeholders(
-                family.image_token_id(config) if family.in_sequence else None,
-                family.video_token_id(config),
-            ),
-            grids,
-            spans,
-        )
-        return Prompt(
-            text, question, images, grids, table, None if family.in_sequence else grid_table(grids)
-        )
+    def _video_grids(
+        self, inputs: Any, videos: Sequence[tuple[Video, ...]]
+    ) -> list[tuple[VideoGrid, ...]]:
+        """The grids of each sample's videos."""
+        rule, every = self.family.video, flat(videos)
+        made: list[VideoGrid] = []
+        if every and rule is not None:
+            made = rule(self.processor, self.model.config, inputs, every)
+        grids = iter(made)
+        return [tuple(next(grids) for _ in of_sample) for of_sample in videos]
 
     def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Pixels in the model's precision; ids and masks as they are."""
@@ -197,31 +182,21 @@ class VLM:
         }
 
 
-def open_image(image: ImageLike) -> Image.Image:
-    """An RGB image from a path or a PIL image.
-
-    Raises:
-        InputError: There is no such file, or it is no image.
-    """
-    if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
-    path = Path(image)
-    try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(
-            f"An image must be a file that exists, or a PIL image; there is no {str(path)!r}."
-        ) from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise InputError(
-            f"An image file must be readable by Pillow; {str(path)!r} is not: {error}."
-        ) from error
+def _videos(videos: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
+    """How the processor is given videos: as they are, nothing sampled."""
+    every = flat(videos)
+    if not every:
+        return {}
+    return {
+        "videos": [video.pixels() for video in every],
+        "videos_kwargs": {
+            "video_metadata": [video.metadata() for video in every],
+            "do_sample_frames": False,
+        },
+    }
 
 
-def _placeholder_spans(text: str, placeholder: str) -> list[Span]:
-    spans, start = [], text.find(placeholder)
-    while start >= 0:
-        spans.append(Span("user", start, start + len(placeholder)))
-        start = text.find(placeholder, start + len(placeholder))
-    return spans
+def _reports_replacements(processor: Any) -> bool:
+    """Whether a processor expands its placeholders in the way that can be reported."""
+    own = getattr(type(processor), "replace_image_token", None)
+    return own is not None and own is not ProcessorMixin.replace_image_token

@@ -98,7 +98,7 @@ def read_table(path: Path) -> pd.DataFrame:
     return table
 
 
-def read_grids(path: Path, numbers: Sequence[Mapping[str, int]]) -> tuple[ImageGrid, ...]:
+def read_grids(path: Path, numbers: Sequence[Mapping[str, Any]]) -> tuple[ImageGrid, ...]:
     """The grids of a sample's images, from their arrays and their numbers.
 
     Raises:

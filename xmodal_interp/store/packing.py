@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.models import ImageGrid
+from xmodal_interp.models import ImageGrid, View
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import schema
 
@@ -35,7 +35,7 @@ def sample_record(sample: Sample, shared: schema.SharedTensors, *, images: bool)
         "n_prompt": sample.n_prompt,
         "labels": sample.labels,
         "provenance": sample.provenance,
-        "grids": [{n: int(getattr(g, n)) for n in schema.GRID_NUMBERS} for g in sample.grids],
+        "grids": [_grid_numbers(grid) for grid in sample.grids],
         "images": [
             {
                 "file": f"image-{i}.png" if images else None,
@@ -94,13 +94,31 @@ def table_from(content: bytes) -> tuple[pd.DataFrame, dict[str, str]]:
     return arrow.to_pandas(), stamp
 
 
+def _grid_numbers(grid: ImageGrid) -> dict[str, Any]:
+    numbers: dict[str, Any] = {name: int(getattr(grid, name)) for name in schema.GRID_NUMBERS}
+    if grid.thumbnail is not None:
+        small = grid.thumbnail
+        numbers["thumbnail"] = {name: int(getattr(small, name)) for name in schema.VIEW_NUMBERS}
+    if grid.reason is not None:
+        numbers["reason"] = grid.reason
+    return numbers
+
+
 def grid_bytes(grids: Sequence[ImageGrid]) -> bytes:
-    """An npz file with the arrays ``INDEX.places``, ``INDEX.boxes``, ``INDEX.patch_places``."""
-    arrays = {
-        f"{i}.{name}": getattr(grid, name)
-        for i, grid in enumerate(grids)
-        for name in schema.GRID_ARRAYS
-    }
+    """An npz file with the arrays ``INDEX.places``, ``INDEX.boxes``, ``INDEX.patch_places``.
+
+    Those of ``OPTIONAL_GRID_ARRAYS`` only where the grid has them, ``INDEX.thumbnail.places`` and
+    ``INDEX.thumbnail.patch_places`` if there is a thumbnail.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for i, grid in enumerate(grids):
+        arrays |= {f"{i}.{name}": getattr(grid, name) for name in schema.GRID_ARRAYS}
+        for name in schema.OPTIONAL_GRID_ARRAYS:
+            if getattr(grid, name) is not None:
+                arrays[f"{i}.{name}"] = getattr(grid, name)
+        if grid.thumbnail is not None:
+            small = grid.thumbnail
+            arrays |= {f"{i}.thumbnail.{name}": getattr(small, name) for name in schema.VIEW_ARRAYS}
     sink = io.BytesIO()
     stamp = {name: np.array([value]) for name, value in schema.STAMP.items()}
     np.savez_compressed(sink, allow_pickle=False, **stamp, **arrays)
@@ -108,17 +126,28 @@ def grid_bytes(grids: Sequence[ImageGrid]) -> bytes:
 
 
 def grids_from(
-    content: bytes, numbers: Sequence[Mapping[str, int]]
+    content: bytes, numbers: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[ImageGrid, ...], dict[str, Any]]:
     """The grids of an npz file, and what the file says of its format."""
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        own = [
-            {name: arrays[f"{i}.{name}"] for name in schema.GRID_ARRAYS}
-            for i in range(len(numbers))
-        ]
+        grids = tuple(_grid_from(each, arrays, f"{i}.") for i, each in enumerate(numbers))
         stamp = {name: arrays[name][0].item() for name in schema.STAMP if name in arrays}
-    fields: list[dict[str, Any]] = [{**a, **b} for a, b in zip(numbers, own, strict=True)]
-    return tuple(ImageGrid(**each) for each in fields), stamp
+    return grids, stamp
+
+
+def _grid_from(numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray], at: str) -> ImageGrid:
+    thumbnail = None
+    if "thumbnail" in numbers:
+        small = {name: arrays[f"{at}thumbnail.{name}"] for name in schema.VIEW_ARRAYS}
+        thumbnail = View(**{**numbers["thumbnail"], **small})
+    own: dict[str, Any] = {name: numbers[name] for name in schema.GRID_NUMBERS}
+    own |= {name: arrays[at + name] for name in schema.GRID_ARRAYS}
+    own |= {name: arrays.get(at + name) for name in schema.OPTIONAL_GRID_ARRAYS}
+    return ImageGrid(
+        **own,
+        thumbnail=thumbnail,
+        reason=numbers.get("reason"),
+    )
 
 
 def image_bytes(image: Image.Image) -> bytes:

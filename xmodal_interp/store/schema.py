@@ -9,7 +9,9 @@ A store is a folder::
         sample.json             texts, labels, provenance, grids, calls, checksums
         tokens.parquet          one row per position
         cross_keys.parquet      one row per key of cross-attention; MAY be absent
-        grids.npz               places and boxes of each image's tokens; absent without images
+        grids.npz               places and boxes of each image's tokens; absent without images;
+                                ``tiles``, ``patch_boxes`` and those of a ``thumbnail`` only where
+                                there are any
         TOWER-KIND-LAYER.safetensors    the tensors of one layer
         shared.safetensors      masks and position biases; absent if there are none
         image-INDEX.png         the images, RGB; MAY be absent
@@ -70,6 +72,9 @@ UNFINISHED, LOCK = ".writing-", ".lock"
 
 GRID_ARRAYS = ("places", "boxes", "patch_places")
 GRID_NUMBERS = ("width", "height", "rows", "cols", "patch_rows", "patch_cols")
+OPTIONAL_GRID_ARRAYS = ("tiles", "patch_boxes")
+VIEW_ARRAYS = ("places", "patch_places")
+VIEW_NUMBERS = ("rows", "cols", "patch_rows", "patch_cols")
 
 _SCALARS = ("tower", "kind", "layer", "call", "module", "scaling", "causal", "offset", "note")
 _OPTIONAL_SCALARS = ("softcap", "sliding_window")

@@ -1,0 +1,128 @@
+"""Which image token hears of a change in the picture: the one whose input to the model changes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from tests.models.real import prompt as written
+from tests.models.real import real
+from tests.models.records import RECORDS
+from xmodal_interp.models import VLM
+from xmodal_interp.models.labelling import Prompt
+
+QUESTION = "where is the red circle?"
+INTO_LAYERS = {"granite4_vision"}
+"""Types that add the image's features inside of the language model, not to its input."""
+
+
+class _SeenError(Exception):
+    """The inputs of the language model are known; the rest need not run."""
+
+
+@functools.cache
+def vlm_of(model_type: str) -> VLM:
+    """The real processor with a model whose vision tower does not mix positions."""
+    model, processor = real(model_type)
+    processor = copy.copy(processor)
+    processor.images_kwargs = {
+        **(getattr(processor, "images_kwargs", None) or {}),
+        **RECORDS[model_type].call,
+    }
+    language = language_of(model)
+    inside = set(language.modules()) if model_type not in INTO_LAYERS else set()
+    for module in model.modules():
+        if module not in inside and _mixes(module):
+            module.register_forward_hook(_nothing)
+    for weight in model.parameters():
+        if weight.ndim > 1 and weight.abs().max() < 1e-6:  # some layers start with nothing
+            nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    return VLM(model, processor)
+
+
+def language_of(model: nn.Module) -> nn.Module:
+    """What reads the image tokens among the text tokens."""
+    if not model.config.is_encoder_decoder:
+        return model.get_decoder()
+    encoder = model.get_encoder()
+    return getattr(encoder, "text_model", encoder)
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Whether a module is attention that adds to a residual stream."""
+    name = type(module).__name__
+    return name.endswith("Attention") and not any(
+        type(child).__name__.endswith("Attention") for child in module.children()
+    )
+
+
+def _nothing(_module: nn.Module, _given: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
+
+
+def embeddings(vlm: VLM, images: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
+    """What the language model is given at each position, ``[position, d]``, and the positions."""
+    question = QUESTION
+    if vlm.processor.chat_template is None and not vlm.family.in_front:
+        question = written(vlm.family.model_type, len(images), QUESTION)
+    inputs, (prompt,) = vlm.prepare([images], [question])
+    return language_inputs(vlm, inputs), prompt
+
+
+def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
+    """What the language model is given at each position of one sample, ``[position, d]``."""
+    seen: list[torch.Tensor] = []
+
+    def look(_module: nn.Module, given: tuple, named: dict) -> None:
+        found = named.get("inputs_embeds")
+        if found is None:
+            found = next(each for each in given if torch.is_tensor(each) and each.ndim == 3)
+        seen.append(found.detach())
+        raise _SeenError
+
+    if vlm.model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
+    with torch.no_grad():
+        if vlm.family.model_type in INTO_LAYERS:
+            output = vlm.model(**inputs, use_cache=False, output_hidden_states=True)
+            seen.append(output.hidden_states[-1])
+        else:
+            with _hook(language_of(vlm.model), look), suppress(_SeenError):
+                vlm.model(**inputs, use_cache=False)
+    return seen[0][0].float().numpy()
+
+
+@contextmanager
+def _hook(module: nn.Module, look: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def painted(image: Image.Image, box: np.ndarray) -> Image.Image | None:
+    """The image with a box filled; None if less than a pixel of it is in the image."""
+    x0, y0, x1, y1 = np.round(box).astype(int)
+    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, image.width), min(y1, image.height)
+    if x1 <= x0 or y1 <= y0:
+        return None
+    pixels = np.array(image)
+    pixels[y0:y1, x0:x1] = 255
+    return Image.fromarray(pixels)
+
+
+def changes(vlm: VLM, image: Image.Image, box: np.ndarray, plain: np.ndarray) -> np.ndarray:
+    """How much each position's input changes when a box is painted, ``[position]``."""
+    other, _ = embeddings(vlm, [painted(image, box)])
+    return np.linalg.norm(other - plain, axis=1)

@@ -1,0 +1,146 @@
+"""Real processors, made offline, each with a tiny random model that runs on what it returns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
+
+from tests.models.records import RECORDS, Record, Token
+from tests.models.shrinking import tiny_config
+from tests.models.tokenizing import tokenizer
+
+
+@functools.cache
+def real(model_type: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A tiny random model of a type, and the real processor that it takes its inputs from.
+
+    Raises:
+        LookupError: The type has no record, or the record says why nothing can be built.
+    """
+    if model_type not in RECORDS:
+        raise LookupError(
+            f"A type needs a record in tests/models/records; {model_type!r} has none."
+        )
+    record = RECORDS[model_type]
+    if record.unbuildable:
+        raise LookupError(f"{model_type!r} cannot be built: {record.unbuildable}")
+    made = build_processor(record)
+    return build_model(record, made), made
+
+
+def build_processor(record: Record) -> Any:
+    """The processor of a record: the class that transformers registers, its parts from scratch."""
+    name = record.processor_class or PROCESSOR_MAPPING_NAMES[record.model_type]
+    kind = getattr(transformers, name)
+    parts = {part: _part(part, record) for part in kind.get_attributes()}
+    template = {"chat_template": chat_template(record)} if record.template else {}
+    return kind(**parts, **record.processor, **template)
+
+
+def build_model(record: Record, made: Any) -> PreTrainedModel:
+    """A tiny random model whose settings agree with a processor's."""
+    text = made.tokenizer
+    ids = {
+        "vocab_size": len(text),
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": text.eos_token_id,
+        "pad_token_id": text.pad_token_id,
+    }
+    config = tiny_config(record.model_type, _with_ids(record.config, text), ids)
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[record.model_type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        built = getattr(transformers, name)(config).eval()
+        for weight in built.parameters():
+            if not weight.any():  # gates and projections that training opens
+                torch.nn.init.normal_(weight, std=0.1)
+    return built
+
+
+def inputs(
+    model_type: str,
+    images: Sequence[Image.Image],
+    question: str = "where is the red circle?",
+    *,
+    processor: Any = None,
+) -> dict[str, Any]:
+    """What the model's forward pass takes, for one prompt about some images.
+
+    Args:
+        model_type: A type with a record.
+        images: Shown in the order given.
+        question: Put behind the images, by the chat template where there is one.
+        processor: To be used instead of the type's own.
+    """
+    record = RECORDS[model_type]
+    built, own = real(model_type)
+    made = own if processor is None else processor
+    text = prompt(model_type, len(images), question)
+    begun = made.tokenizer.bos_token is not None and text.startswith(made.tokenizer.bos_token)
+    options = {**record.call, **({"add_special_tokens": False} if begun else {})}
+    clip = record.n_frames
+    shown = list(images) if clip is None else [[image] * clip for image in images]
+    returned = made(images=shown, text=[text], return_tensors="pt", **options)
+    if built.config.is_encoder_decoder:
+        returned["decoder_input_ids"] = torch.tensor([[made.tokenizer.bos_token_id]])
+    return dict(returned.to(built.dtype))
+
+
+def prompt(model_type: str, n_images: int, question: str) -> str:
+    """The text that a user gives to the processor: by the chat template, where there is one."""
+    record = RECORDS[model_type]
+    if not record.template:
+        return record.image * n_images + question
+    content = [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    return str(real(model_type)[1].apply_chat_template(messages, add_generation_prompt=True))
+
+
+def chat_template(record: Record) -> str:
+    """``user: IMAGE question assistant:``, images and texts in the order given."""
+    return (
+        ("{{ bos_token }}" if record.begins else "") + "{% for message in messages %}"
+        "{% if not loop.first %}\n{% endif %}{{ message['role'] }}: "
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}{% if not loop.first %} {% endif %}"
+        "{% if part['type'] == 'image' %}"
+        + record.image
+        + "{% else %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}\nassistant:{% endif %}"
+    )
+
+
+def _part(part: str, record: Record) -> Any:
+    if "tokenizer" in part:
+        return tokenizer(record)
+    registered, settings = {
+        "image_processor": (IMAGE_PROCESSOR_MAPPING_NAMES, record.images),
+        "video_processor": (VIDEO_PROCESSOR_MAPPING_NAMES, record.videos),
+        "feature_extractor": (FEATURE_EXTRACTOR_MAPPING_NAMES, record.audio),
+    }[part]
+    name = settings.get("@") or registered[record.model_type]
+    name = name["torchvision"] if isinstance(name, Mapping) else name
+    kind = getattr(transformers, name)
+    return kind(**{name: value for name, value in settings.items() if name != "@"})
+
+
+def _with_ids(settings: Any, text: Any) -> Any:
+    """The settings with every :class:`Token` replaced by its id."""
+    if isinstance(settings, Mapping):
+        return {name: _with_ids(value, text) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [_with_ids(setting, text) for setting in settings]
+    return text.convert_tokens_to_ids(str(settings)) if isinstance(settings, Token) else settings

@@ -1,0 +1,92 @@
+"""Types whose image tokens do not stand for a placeholder that a user writes."""
+
+from tests.models.records.record import Record, Token
+
+_SQUARE = {"height": 64, "width": 64}
+_VIT = {"image_size": 64, "patch_size": 8}
+
+RECORDS: tuple[Record, ...] = (
+    Record(
+        "mllama",
+        note="Resized with its shape kept onto the best canvas of image_processor.size tiles "
+        "(max_image_tiles), padded right and below, cut; text reads the tiles by cross-attention.",
+        image="<|image|>",
+        tokens=("<|image|>", "<|python_tag|>"),
+        images={"size": {"height": 48, "width": 48}, "max_image_tiles": 4},
+        config={
+            "vision_config": {
+                "image_size": 48,
+                "patch_size": 8,
+                "num_global_layers": 1,
+                "intermediate_layers_indices": [0, 1],
+                "vision_output_dim": 96,
+                "max_num_tiles": 4,
+            },
+            "text_config": {"cross_attention_layers": [1]},
+            "image_token_index": Token("<|image|>"),
+        },
+    ),
+    Record(
+        "git",
+        note="Shorter side resized to size.shortest_edge, centre crop of crop_size; the patches "
+        "(and CLS) stand before the text inside the model, not in input_ids.",
+        image="",
+        images={"size": {"shortest_edge": 64}, "crop_size": _SQUARE},
+        config={"vision_config": _VIT},
+        template=False,
+        several=False,
+    ),
+    Record(
+        "blip",
+        note="Resized to image_processor.size without regard to its shape; text reads the patches "
+        "(and CLS) by cross-attention.",
+        image="",
+        images={"size": _SQUARE},
+        config={"vision_config": _VIT, "image_text_hidden_size": 32},
+        template=False,
+        several=False,
+    ),
+    Record(
+        "pix2struct",
+        note="Resized, shape kept, to at most max_patches patches of patch_size px; each flattened "
+        "patch begins with its row and column, from 1. With is_vqa the question is drawn above.",
+        image="",
+        images={"patch_size": {"height": 8, "width": 8}, "max_patches": 64},
+        call={"max_patches": 64},
+        config={"vision_config": {"patch_size": 8, "patch_embed_hidden_size": 192, "seq_len": 64}},
+        template=False,
+        several=False,
+    ),
+    Record(
+        "kosmos-2.5",
+        note="As pix2struct; latent queries attend to the patches and stand between <image> and "
+        "</image>.",
+        image="",
+        named={"image_token": "<image_slot>", "boi_token": "<image>", "eoi_token": "</image>"},
+        processor_class="Kosmos2_5Processor",
+        images={"patch_size": {"height": 8, "width": 8}, "max_patches": 64},
+        processor={"num_image_tokens": 8},
+        call={"max_patches": 64},
+        config={
+            "vision_config": {"patch_size": 8, "patch_embed_hidden_size": 192},
+            "text_config": {"embed_dim": 32, "layers": 2},
+            "latent_query_num": 8,
+        },
+        template=False,
+        several=False,
+    ),
+    Record(
+        "fuyu",
+        note="Shrunk, shape kept, if larger than image_processor.size, padded right and below; raw "
+        "patches of patch_size px, a newline token ends each row.",
+        image="",
+        words=("|SPEAKER|", "|NEWLINE|", "<0x04>"),
+        images={
+            "size": {"height": 96, "width": 128},
+            "patch_size": {"height": 16, "width": 16},
+        },
+        config={"image_size": 96, "patch_size": 16, "image_token_id": Token("|SPEAKER|")},
+        template=False,
+        several=False,
+    ),
+)

@@ -1,0 +1,140 @@
+"""Characters and meaning of every position, whatever the processor puts between prompt and ids."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.models.painting import vlm_of
+from tests.tiny import QUESTION, tiny_vlm
+from xmodal_interp.errors import GeometryError
+from xmodal_interp.models.alignment import counted_alignment, reported_alignment, shifted
+from xmodal_interp.models.labelling import Prompt
+from xmodal_interp.sample import Sample
+
+pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+WIDE = Image.new("RGB", (160, 96), (40, 40, 40))
+MARKED = ("idefics3", "gemma3", "mistral3", "llama4", "internvl", "idefics2", "cohere2_vision")
+
+
+def sample_of(prompt: Prompt) -> Sample:
+    return Sample(
+        "one",
+        prompt.tokens,
+        prompt.text,
+        prompt.question,
+        "",
+        len(prompt.tokens),
+        prompt.grids,
+        prompt.images,
+        {},
+    )
+
+
+@pytest.mark.parametrize("model_type", [*MARKED, "llava_next", "qwen3_vl", "paligemma", "blip-2"])
+def test_own_text_is_found_where_it_stands(model_type: str) -> None:
+    vlm = vlm_of(model_type)
+    question = "where is the red circle?"
+    prompt = vlm.prepare([[WIDE]], [question])[1][0]
+    sample = sample_of(prompt)
+    found = sample.find("red circle")
+    tokens = prompt.tokens.iloc[found]
+    assert "".join(tokens["token"]).strip() == "red circle"
+    assert tokens["kind"].eq("text").all()
+    assert tokens["role"].eq("user").all()
+    written = prompt.tokens[prompt.tokens["kind"].eq("text") & prompt.tokens["role"].eq("user")]
+    text = "".join(prompt.text[a:b] for a, b in zip(written["start"], written["end"], strict=True))
+    assert question.replace(" ", "") in text.replace(" ", "")
+
+
+@pytest.mark.parametrize("model_type", MARKED)
+def test_what_the_processor_adds_is_the_templates(model_type: str) -> None:
+    prompt = vlm_of(model_type).prepare([[WIDE]], ["where is the red circle?"])[1][0]
+    tokens = prompt.tokens
+    images = np.flatnonzero(tokens["kind"].eq("image"))
+    inside = tokens.iloc[images[0] : images[-1] + 1]
+    placeholder = tokens[["start", "end"]].iloc[images[0]]
+    assert (inside[["start", "end"]] == placeholder).all(axis=None)
+    added = inside[inside["kind"].ne("image")]
+    assert added["role"].eq("template").all()
+    assert added[["row", "col", "x0", "image", "view"]].isna().all(axis=None)
+    assert set(added["kind"]) <= {"special", "text"}
+
+
+def test_markers_and_breaks_by_name() -> None:
+    tokens = vlm_of("mistral3").prepare([[WIDE]], [QUESTION])[1][0].tokens
+    special = tokens[tokens["kind"].eq("special")]["token"].tolist()
+    rows = int(tokens["row"].max()) + 1
+    assert special.count("[IMG_BREAK]") == rows - 1
+    assert special.count("[IMG_END]") == 1
+    tokens = vlm_of("idefics3").prepare([[WIDE]], [QUESTION])[1][0].tokens
+    marker = int(np.flatnonzero(tokens["token"].eq("<row_1_col_2>"))[0])
+    assert tokens["tile"].iloc[marker + 1] == 1
+    assert tokens["kind"].iloc[marker] == "special"
+
+
+def test_tiles_and_thumbnail_in_the_table() -> None:
+    prompt = vlm_of("idefics3").prepare([[WIDE]], [QUESTION])[1][0]
+    (grid,), tokens = prompt.grids, prompt.tokens
+    image = tokens[tokens["kind"].eq("image")]
+    assert image["view"].eq("thumbnail").sum() == 4
+    assert image["tile"][image["view"].eq("thumbnail")].isna().all()
+    assert image["tile"].max() + 1 == grid.rows // 2 * (grid.cols // 2)
+    values = np.arange(len(image), dtype=float)
+    sample = sample_of(prompt)
+    assert sample.grid(values).shape == (grid.rows, grid.cols)
+    assert sample.grid(values, view="thumbnail").tolist() == [
+        [len(image) - 4, len(image) - 3],
+        [len(image) - 2, len(image) - 1],
+    ]
+    with pytest.raises(GeometryError) as refusal:
+        sample.grid(values, view="left")
+    assert str(refusal.value) == (
+        "A view must be one that the image has. Image 0 has 'image' and 'thumbnail'; got 'left'."
+    )
+
+
+def test_two_samples_of_one_batch_are_each_what_they_are_alone() -> None:
+    vlm = vlm_of("internvl")
+    tall = Image.new("RGB", (70, 150))
+    together = vlm.prepare([[WIDE], [tall, WIDE]], [QUESTION, "what ?"])[1]
+    alone = [
+        vlm.prepare([of], [q])[1][0] for of, q in (([WIDE], QUESTION), ([tall, WIDE], "what ?"))
+    ]
+    for one, other in zip(together, alone, strict=True):
+        read = one.tokens[one.tokens["kind"].ne("padding")].reset_index(drop=True)
+        assert read.equals(other.tokens.reset_index(drop=True))
+
+
+def test_ids_that_do_not_follow_are_refused() -> None:
+    tokenizer = tiny_vlm("llava").tokenizer
+    ids = tokenizer("where is the red circle")["input_ids"]
+    replacement = {
+        "type": "image",
+        "span": (0, 7),
+        "new_span": (0, 14),
+        "text": "<image>",
+        "replacement": "<image><image>",
+    }
+    with pytest.raises(GeometryError) as refusal:
+        reported_alignment(ids, ["<image> where"], tokenizer, [replacement])
+    assert str(refusal.value) == (
+        "The replacements that a processor reports must lead to the ids that it returns. It "
+        f"reports 1, returned {len(ids)} ids, and its text with the replacements has 3 tokens, not "
+        "the same ones."
+    )
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    with pytest.raises(GeometryError) as refusal:
+        counted_alignment([image] * 3, ["<image>"], tokenizer, image, [2])
+    assert str(refusal.value) == (
+        "The processor must expand each image placeholder to the tokens of its image, with special "
+        "tokens at most between them. 1 images were to have 2 tokens; the processor returned 3 "
+        "positions, 3 of them image tokens."
+    )
+
+
+def test_text_is_found_in_what_the_processor_laid_out() -> None:
+    assert shifted([0, 3, 5], "what ?", "<image><bos>what ?\n") == [12, 15, 17]
+    with pytest.raises(GeometryError, match="A processor may add to a prompt, but must keep its"):
+        shifted([0], "what ?", "<image>when ?")

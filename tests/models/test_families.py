@@ -1,0 +1,56 @@
+"""Every type has a record, and every record a rule or a reason."""
+
+import pytest
+from PIL import Image
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from tests.models.painting import embeddings, vlm_of
+from xmodal_interp.errors import GeometryError
+from xmodal_interp.models import FAMILIES
+
+pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+
+
+def test_every_type_has_a_record() -> None:
+    assert len(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) == 97
+    assert set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_a_record_has_a_rule_or_a_reason(model_type: str) -> None:
+    family = FAMILIES[model_type]
+    assert family.model_type == model_type
+    assert family.geometry is not None or (family.reason or "").endswith(".")
+    assert (family.rule == "none") == (family.geometry is None)
+
+
+@pytest.mark.parametrize("model_type", ["blip-2", "instructblip", "idefics2"])
+def test_queries_have_no_place_and_patches_have(model_type: str) -> None:
+    vlm = vlm_of(model_type)
+    _, prompt = embeddings(vlm, [Image.new("RGB", (120, 70))])
+    (grid,) = prompt.grids
+    image = prompt.tokens[prompt.tokens["kind"] == "image"]
+    assert len(image) == grid.n_tokens == 8
+    assert image["image"].eq(0).all()
+    assert image[["row", "col", "x0", "view", "tile"]].isna().all(axis=None)
+    assert grid.arranged(grid.patch_places[:, 0].astype(float)).shape[0] == grid.patch_rows > 0
+    with pytest.raises(GeometryError) as refusal:
+        grid.arranged(image["start"].to_numpy(float))
+    assert str(refusal.value) == (
+        "Image 0 has no grid. Its image tokens are learned queries, each of which looks at all of "
+        "the image: they have no row and column of their own."
+    )
+
+
+def test_a_type_without_a_rule_still_labels_its_tokens() -> None:
+    vlm = vlm_of("aria")
+    _, prompt = embeddings(vlm, [Image.new("RGB", (120, 70)), Image.new("RGB", (70, 120))])
+    assert [grid.n_tokens for grid in prompt.grids] == [
+        prompt.tokens["image"].eq(i).sum() for i in range(2)
+    ]
+    assert prompt.grids[0].n_tokens > 0
+    assert prompt.tokens.loc[prompt.tokens["kind"] == "image", "row"].isna().all()
+    with pytest.raises(GeometryError, match=r"^Image 1 has no grid. Its image tokens are learned"):
+        prompt.grids[1].arranged(prompt.grids[1].places[:, 0].astype(float), number=1)

@@ -1,0 +1,69 @@
+"""Every real processor saves and loads, and the tiny model beside it runs on what it returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from tests.models.real import inputs, real
+from tests.models.records import RECORDS
+from tests.tiny import picture
+
+SIZES = ((96, 96), (120, 64), (70, 110))  # width, height; px
+BUILT = [name for name, record in RECORDS.items() if not record.unbuildable]
+SEVERAL = [name for name in BUILT if RECORDS[name].several]
+# transformers hands tensors to numpy in a way that numpy is about to drop
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.mark.parametrize("model_type", BUILT)
+def test_loads_as_it_was_saved(model_type: str, tmp_path: Path) -> None:
+    _, made = real(model_type)
+    made.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is type(made)
+    before = inputs(model_type, [picture(*SIZES[1])])
+    after = inputs(model_type, [picture(*SIZES[1])], processor=loaded)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model_type", BUILT)
+def test_runs_on_images_of_any_shape(model_type: str) -> None:
+    model, _ = real(model_type)
+    for width, height in SIZES:
+        with torch.no_grad():
+            output = model(**inputs(model_type, [picture(width, height)]))
+        assert torch.isfinite(output.logits).all()
+
+
+@pytest.mark.parametrize("model_type", BUILT)
+def test_sees_the_image(model_type: str) -> None:
+    model, _ = real(model_type)
+    logits = []
+    for seed in (0, 1):
+        with torch.no_grad():
+            logits.append(model(**inputs(model_type, [picture(96, 96, seed)])).logits)
+    assert not torch.equal(*logits)
+
+
+@pytest.mark.parametrize("model_type", SEVERAL)
+def test_runs_on_two_images(model_type: str) -> None:
+    model, _ = real(model_type)
+    first, second = picture(*SIZES[0]), picture(*SIZES[1], seed=1)
+    one = inputs(model_type, [first])["input_ids"]
+    both = inputs(model_type, [first, second])
+    assert both["input_ids"].shape[1] > one.shape[1]
+    with torch.no_grad():
+        assert torch.isfinite(model(**both).logits).all()
+
+
+@pytest.mark.parametrize("model_type", [name for name in RECORDS if name not in BUILT])
+def test_says_why_it_cannot_be_built(model_type: str) -> None:
+    with pytest.raises(LookupError) as refusal:
+        real(model_type)
+    assert RECORDS[model_type].unbuildable in str(refusal.value)

@@ -1,0 +1,82 @@
+"""Frames of videos: paint a token's box in the frames that it stands for, and it hears of it."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.models.painting import language_inputs, painted, vlm_of
+from tests.tiny import QUESTION, tiny_vlm
+from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.models import VLM, Video
+from xmodal_interp.models.labelling import Prompt
+
+pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+SIZE, N_FRAMES, FPS = (120, 70), 4, 2.0
+MERGED = {  # how many frames a frame of tokens stands for
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "ernie4_5_vl_moe"), 2),
+    **dict.fromkeys(("glm4v", "glm46v", "qwen2_5_omni_thinker"), 2),
+    **dict.fromkeys(("video_llama_3", "internvl", "llava_onevision", "llava_next_video"), 1),
+    **dict.fromkeys(("video_llava", "perception_lm"), 1),
+}
+
+
+def read(vlm: VLM, frames: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
+    token = str(vlm.processor.video_token)
+    if vlm.family.model_type.startswith("glm"):
+        token = f"<|begin_of_video|>{token}<|end_of_video|>"
+    video = Video(tuple(frames), fps=FPS)
+    inputs, (prompt,) = vlm.prepare([[]], [f"user: {token} what ?"], videos=[[video]])
+    return language_inputs(vlm, inputs), prompt
+
+
+@pytest.mark.parametrize("model_type", MERGED)
+def test_a_painted_box_is_heard_of_in_its_frame(model_type: str) -> None:
+    vlm = vlm_of(model_type)
+    frames = [Image.new("RGB", SIZE, (40 + i, 40, 40)) for i in range(N_FRAMES)]
+    plain, prompt = read(vlm, frames)
+    (grid,), tokens, merged = prompt.video_grids, prompt.tokens, MERGED[model_type]
+    assert grid.frames == N_FRAMES // merged
+    assert grid.times.tolist() == [i * merged / FPS for i in range(grid.frames)]
+    of_video = np.flatnonzero(tokens["kind"].eq("video"))
+    assert len(of_video) == grid.n_tokens
+    assert tokens["video"].iloc[of_video].eq(0).all()
+    assert tokens["image"].isna().all()
+    placed = of_video[tokens["frame"].iloc[of_video].notna()]
+    assert len(placed) == grid.frames * grid.rows * grid.cols
+    n_painted = 0
+    for token in placed[:: max(1, len(placed) // 8)]:
+        frame, box = int(tokens["frame"][token]), tokens.loc[token, ["x0", "y0", "x1", "y1"]]
+        x0, y0, x1, y1 = box
+        if not (x0 >= -1 and y0 >= -1 and x1 <= SIZE[0] + 1 and y1 <= SIZE[1] + 1):
+            continue
+        other = [
+            painted(each, box.to_numpy(float)) if i // merged == frame else each
+            for i, each in enumerate(frames)
+        ]
+        change = np.linalg.norm(read(vlm, other)[0] - plain, axis=1)
+        assert placed[change[placed].argmax()] == token
+        n_painted += 1
+    assert n_painted > 3
+
+
+def test_refusals() -> None:
+    vlm = tiny_vlm("llava")
+    with pytest.raises(InputError) as refusal:
+        vlm.prepare([[]], ["what ?"], videos=[[Video(())]])
+    assert str(refusal.value) == (
+        "A video must have frames, all of one size. Got 0 frames of no size."
+    )
+    with pytest.raises(InputError, match="Got 2 frames of 8 x 8, 8 x 9"):
+        Video((Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9)))).opened()
+
+
+def test_a_family_without_a_rule_for_videos_says_so() -> None:
+    vlm = vlm_of("smolvlm")
+    video = Video((Image.new("RGB", (32, 32)),) * 2, fps=1.0)
+    with pytest.raises(GeometryError) as refusal:
+        vlm.prepare([[]], [f"{vlm.processor.video_token} {QUESTION}"], videos=[[video]])
+    assert str(refusal.value) == (
+        "Videos need a rule that places their tokens. There is none for the model type 'smolvlm'."
+    )

@@ -1,0 +1,64 @@
+"""Images that text reaches by cross-attention: their tokens are keys beside the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from xmodal_interp.errors import GeometryError
+from xmodal_interp.models.geometry.cells import image_grid, joined, nowhere, rectangle
+from xmodal_interp.models.geometry.grid import ImageGrid, raster
+
+
+def aspect_ratio_tiles(
+    _processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+) -> list[ImageGrid]:
+    """The image fills a canvas of square tiles from the top left (Mllama).
+
+    Each image has ``max_num_tiles`` times (class token, then patches) keys; unused tiles and class
+    tokens have no place. Cells on the padding of the canvas have a place, and no box.
+    """
+    vision = config.vision_config
+    tile, patch, max_tiles = vision.image_size, vision.patch_size, vision.max_num_tiles
+    supported = [tuple(pair) for pair in vision.supported_aspect_ratios]
+    ratio_ids = np.asarray(inputs["aspect_ratio_ids"]).reshape(-1)
+    ratio_ids = ratio_ids[ratio_ids > 0]
+    if len(ratio_ids) != len(images):
+        raise GeometryError(
+            f"There must be one aspect_ratio_id per image; there are {len(images)} images, "
+            f"{len(ratio_ids)} ids."
+        )
+    side = tile // patch
+    grids = []
+    for image, ratio_id in zip(images, ratio_ids.tolist(), strict=True):
+        tile_rows, tile_cols = supported[ratio_id - 1]
+        scale_x, scale_y = _scale_on_canvas(image, tile_rows * tile, tile_cols * tile, tile)
+        width, height = tile / scale_x, tile / scale_y
+        parts = []
+        for number, (row, col) in enumerate(raster(tile_rows, tile_cols).tolist()):
+            box = (col * width, row * height, (col + 1) * width, (row + 1) * height)
+            at = (row * side, col * side)
+            parts += [nowhere(1), rectangle(side, side, box, at=at, tile=number)]
+        unused = nowhere((max_tiles - tile_rows * tile_cols) * (side * side + 1))
+        keys = joined([*parts, unused])
+        grids.append(image_grid(image.size, [keys], [keys]))
+    return grids
+
+
+def _scale_on_canvas(
+    image: Image.Image, canvas_height: int, canvas_width: int, tile: int
+) -> tuple[float, float]:
+    """How far an image is stretched, in x and y, to fit its canvas without losing its aspect."""
+    width, height = image.size
+    target_width, target_height = (
+        np.clip(width, tile, canvas_width),
+        np.clip(height, tile, canvas_height),
+    )
+    if target_width / width < target_height / height:
+        new = target_width, min(int(height * target_width / width) or 1, target_height)
+    else:
+        new = min(int(width * target_height / height) or 1, target_width), target_height
+    return float(new[0] / width), float(new[1] / height)

@@ -1,0 +1,166 @@
+"""What a rule returns: the tokens of one image with their rows, columns and boxes.
+
+A tiled image has two views: the image itself in full detail, from the tiles side by side, and often
+a thumbnail of all of it. Each view has rows and columns of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+
+from xmodal_interp.errors import GeometryError
+
+NOWHERE = -1
+"""The row and column of a token without a place: class tokens, line breaks, padding tiles; also the
+tile of a token that is of no tile."""
+
+IMAGE, THUMBNAIL = "image", "thumbnail"
+VIEWS: tuple[str, ...] = (IMAGE, THUMBNAIL)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The thumbnail of a tiled image: rows and columns of its own, for the same tokens.
+
+    Attributes:
+        rows: Rows of its tokens.
+        cols: Columns of its tokens.
+        places: Row and column of each token of the image; ``NOWHERE`` for those not of this view.
+        patch_rows: Rows of its vision-tower patches.
+        patch_cols: Columns of them.
+        patch_places: Row and column of each vision-tower position of the image; ``NOWHERE`` for
+            those not of this view.
+    """
+
+    rows: int
+    cols: int
+    places: Int[np.ndarray, "token 2"]
+    patch_rows: int
+    patch_cols: int
+    patch_places: Int[np.ndarray, "patch 2"]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageGrid:
+    """The tokens of one image, in sequence order.
+
+    Attributes:
+        width: Width of the original image, px.
+        height: Height of the original image, px.
+        rows: Rows of the grid of tokens; of the tiles side by side, where there are several.
+        cols: Columns of the grid of tokens.
+        places: Row and column of each token; ``NOWHERE`` for tokens without one, and for those of
+            the thumbnail, whose rows and columns are in ``thumbnail``.
+        boxes: ``(x0, y0, x1, y1)`` of each token in pixels of the original image, those of the
+            thumbnail included; NaN without a place.
+        patch_rows: Rows of the grid of vision-tower patches.
+        patch_cols: Columns of it.
+        patch_places: Row and column of each vision-tower position, tile by tile as the tower reads
+            them; ``NOWHERE`` for a class token.
+        tiles: Which tile each token is of, 0-based in reading order; ``NOWHERE`` for tokens of no
+            tile. None where the image is not tiled.
+        thumbnail: The view of the whole image beside the tiles, if there is one.
+        patch_boxes: ``(x0, y0, x1, y1)`` of each vision-tower position in pixels of the original
+            image, NaN without a place. None where the patches fill the same box as the tokens.
+        reason: Why the tokens have no places, where the family has no rule for them.
+    """
+
+    width: int
+    height: int
+    rows: int
+    cols: int
+    places: Int[np.ndarray, "token 2"]
+    boxes: Float[np.ndarray, "token 4"]
+    patch_rows: int
+    patch_cols: int
+    patch_places: Int[np.ndarray, "patch 2"]
+    tiles: Int[np.ndarray, " token"] | None = None
+    thumbnail: View | None = None
+    patch_boxes: Float[np.ndarray, "patch 4"] | None = None
+    reason: str | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens this image takes: class tokens, line breaks and thumbnail included."""
+        return len(self.places)
+
+    @property
+    def places_by_view(self) -> Int[np.ndarray, "token 2"]:
+        """Row and column of each token in the view that it is of."""
+        if self.thumbnail is None:
+            return self.places
+        return np.where(self.in_thumbnail[:, None], self.thumbnail.places, self.places)
+
+    @property
+    def in_thumbnail(self) -> np.ndarray:
+        """Whether each token is of the thumbnail, ``[token]``."""
+        if self.thumbnail is None:
+            return np.zeros(len(self.places), dtype=bool)
+        inside: np.ndarray = self.thumbnail.places[:, 0] >= 0
+        return inside
+
+    def arranged(
+        self, values: Float[np.ndarray, " token"], view: str = IMAGE, *, number: int = 0
+    ) -> Float[np.ndarray, "row col"]:
+        """One value per token, or per vision-tower position, on the cells of a view.
+
+        Args:
+            values: In sequence order, tokens without a place included.
+            view: ``"image"`` or ``"thumbnail"``.
+            number: Which image it is, for messages.
+
+        Raises:
+            GeometryError: The tokens have no places, there is no such view, or the number of values
+                is neither that of the tokens nor that of the vision positions.
+        """
+        if view not in VIEWS or (view == THUMBNAIL and self.thumbnail is None):
+            known = VIEWS if self.thumbnail is not None else (IMAGE,)
+            raise GeometryError(
+                f"A view must be one that the image has. Image {number} has "
+                f"{' and '.join(map(repr, known))}; got {view!r}."
+            )
+        of: Any = self if view == IMAGE or self.thumbnail is None else self.thumbnail
+        if values.shape == (len(of.places),) and of.rows:
+            return place_on_grid(values, of.places, of.rows, of.cols)
+        if values.shape == (len(of.patch_places),) and of.patch_rows:
+            return place_on_grid(values, of.patch_places, of.patch_rows, of.patch_cols)
+        if self.reason is not None:
+            raise GeometryError(f"Image {number} has no grid. {self.reason}")
+        raise GeometryError(
+            f"Image {number} has {len(of.places)} tokens ({of.rows} x {of.cols}) and "
+            f"{len(of.patch_places)} vision positions ({of.patch_rows} x {of.patch_cols}); "
+            f"got values of shape {values.shape}."
+        )
+
+
+Rule = Callable[[Any, Any, Mapping[str, Any], Sequence[Image.Image]], list[ImageGrid]]
+"""``(processor, config, inputs, images) -> grids``: one grid per image, in order."""
+
+
+def unplaced(size: tuple[int, int], n_tokens: int, reason: str) -> ImageGrid:
+    """The grid of an image whose tokens have no known places, and why."""
+    nothing = np.full((n_tokens, 2), NOWHERE)
+    none = np.empty((0, 2), dtype=int)
+    boxes = np.full((n_tokens, 4), np.nan)
+    return ImageGrid(*size, 0, 0, nothing, boxes, 0, 0, none, reason=reason)
+
+
+def place_on_grid(
+    values: Float[np.ndarray, " token"], places: Int[np.ndarray, "token 2"], rows: int, cols: int
+) -> Float[np.ndarray, "row col"]:
+    """Values on their cells; NaN on cells without a token."""
+    out = np.full((rows, cols), np.nan)
+    placed = places[:, 0] >= 0
+    out[tuple(places[placed].T)] = values[placed]
+    return out
+
+
+def raster(rows: int, cols: int) -> Int[np.ndarray, "token 2"]:
+    """Row and column of every cell, row by row."""
+    return np.stack(np.divmod(np.arange(rows * cols), cols), axis=1)

@@ -1,0 +1,38 @@
+"""Every image keeps its aspect, and the processor tells the size that it was resized to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from xmodal_interp.errors import GeometryError
+from xmodal_interp.models.geometry.cells import image_grid, rectangle
+from xmodal_interp.models.geometry.grid import ImageGrid
+from xmodal_interp.models.geometry.patches import patch_side
+from xmodal_interp.models.geometry.tiling import whole
+
+
+def sized_patches(
+    _processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+) -> list[ImageGrid]:
+    """Rows of tokens, each from a block of patches; the tower reads patch row by row (Pixtral).
+
+    The sides are rounded up to whole blocks, each for itself, so that the boxes fill the image
+    exactly. What stands between the rows in the sequence are no image tokens.
+    """
+    sizes = np.asarray(inputs["image_sizes"]).reshape(-1, 2).tolist()
+    if len(sizes) != len(images):
+        raise GeometryError(
+            f"The processor must return one of image_sizes per image. There are {len(images)} "
+            f"images and {len(sizes)} sizes."
+        )
+    side, merge = patch_side(config), config.spatial_merge_size
+    grids = []
+    for image, (height, width) in zip(images, sizes, strict=True):
+        rows, cols = height // side, width // side
+        tokens = rectangle(rows // merge, cols // merge, whole(image))
+        grids.append(image_grid(image.size, [tokens], [rectangle(rows, cols, whole(image))]))
+    return grids

@@ -1,0 +1,142 @@
+"""From what the processor returned for a sample to its labelled positions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+from xmodal_interp.models.alignment import Alignment, counted_alignment, reported_alignment
+from xmodal_interp.models.family import Family
+from xmodal_interp.models.geometry import ImageGrid, VideoGrid, unplaced
+from xmodal_interp.models.rendering import Rendered, spans_in
+from xmodal_interp.models.tokens import Placeholders, grid_table, token_table, with_places
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One sample, ready for the model.
+
+    Attributes:
+        text: The rendered prompt, as the processor laid it out, before it expanded its
+            placeholders.
+        question: What the user asked.
+        images: The images, in order.
+        grids: The grid of each image.
+        tokens: One row per position, padding included.
+        cross_keys: One row per cross-attention key, for families whose images are not in the
+            sequence.
+        video_grids: The grid of each video.
+    """
+
+    text: str
+    question: str
+    images: tuple[Image.Image, ...]
+    grids: tuple[ImageGrid, ...]
+    tokens: pd.DataFrame
+    cross_keys: pd.DataFrame | None
+    video_grids: tuple[VideoGrid, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What one sample was made of, before its positions are labelled.
+
+    Attributes:
+        question: What the user asked.
+        images: The images, in order.
+        prompt: The prompt that the processor got.
+        replacements: What the processor reports to have replaced; None where it doesn't.
+        grids: The grid of each image; None where the family has no rule.
+        video_grids: The grid of each video.
+    """
+
+    question: str
+    images: tuple[Image.Image, ...]
+    prompt: Rendered
+    replacements: Sequence[Mapping[str, Any]] | None
+    grids: tuple[ImageGrid, ...] | None
+    video_grids: tuple[VideoGrid, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Labeller:
+    """What labelling needs beside the sample.
+
+    Attributes:
+        processor: The processor.
+        family: The record of the model's type.
+        config: The model's configuration.
+        placeholder: What a prompt has where an image goes; None where it has nothing there.
+    """
+
+    processor: Any
+    family: Family
+    config: Any
+    placeholder: str | None
+
+    def prompt(self, made: Made, ids: Sequence[int], attended: Sequence[bool]) -> Prompt:
+        """The labelled positions of a sample.
+
+        Args:
+            made: What it was made of.
+            ids: Token ids as the model gets them, padding included.
+            attended: False on padding.
+
+        Raises:
+            GeometryError: The ids are not what the prompt and the grids lead to.
+        """
+        tokens = [token for token, seen in zip(ids, attended, strict=True) if seen]
+        alignment = self._aligned(made, tokens)
+        spans = spans_in(alignment.text, made.prompt)
+        table = token_table(
+            ids, attended, alignment, self.processor.tokenizer, self._placeholders(), spans
+        )
+        grids = self._unplaced(table, made.images) if made.grids is None else made.grids
+        crossed = None if self.family.in_sequence else grid_table(grids)
+        if crossed is None:
+            table = with_places(table, grids, made.video_grids)
+        text, images = alignment.text, made.images
+        return Prompt(text, made.question, images, grids, table, crossed, made.video_grids)
+
+    def _placeholders(self) -> Placeholders:
+        family = self.family
+        return Placeholders(
+            family.image_token_id(self.config) if family.in_sequence else None,
+            family.video_token_id(self.config),
+        )
+
+    def _aligned(self, made: Made, ids: Sequence[int]) -> Alignment:
+        texts, tokenizer = self._laid_out(made), self.processor.tokenizer
+        if made.replacements is not None:
+            return reported_alignment(ids, texts, tokenizer, made.replacements)
+        counts: list[int | None] = []
+        if self.family.in_sequence:
+            counts = [None] * len(made.images)
+        if self.family.in_sequence and made.grids is not None:
+            counts = [grid.n_tokens for grid in made.grids]
+        return counted_alignment(ids, texts, tokenizer, self._placeholders().image, counts)
+
+    def _laid_out(self, made: Made) -> Iterator[str]:
+        """What the processor may have expanded: the prompt, or what it makes of it before."""
+        text = made.prompt.text
+        yield text
+        if self.placeholder is not None:
+            yield re.sub(rf"({re.escape(self.placeholder)})(?=[^\s<])", r"\1 ", text)
+        if hasattr(self.processor, "prepare_inputs_layout"):
+            images = [list(made.images)] if made.images else None
+            yield self.processor.prepare_inputs_layout(images=images, text=[text])[1][0]
+
+    def _unplaced(
+        self, table: pd.DataFrame, images: Sequence[Image.Image]
+    ) -> tuple[ImageGrid, ...]:
+        """Grids without places, that say why there are none."""
+        reason = self.family.reason or f"There is no rule for {self.family.model_type!r}."
+        counts = [int(table["image"].eq(i).sum()) for i in range(len(images))]
+        return tuple(
+            unplaced(image.size, n, reason) for image, n in zip(images, counts, strict=True)
+        )

@@ -1,0 +1,99 @@
+"""Pictures and videos as users give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from xmodal_interp.errors import InputError
+
+ImageLike = Image.Image | str | PathLike[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """Frames that a model is to see, all of them: none are left out, and none are sampled.
+
+    Attributes:
+        frames: The frames in order, all of one size.
+        fps: How many of them there are per second; None if that is not known.
+    """
+
+    frames: tuple[ImageLike, ...]
+    fps: float | None = None
+
+    def opened(self) -> Video:
+        """The same with the frames read.
+
+        Raises:
+            InputError: There are no frames, they differ in size, or one cannot be read.
+        """
+        frames = tuple(open_image(frame) for frame in self.frames)
+        sizes = {frame.size for frame in frames}
+        if len(sizes) != 1:
+            raise InputError(
+                f"A video must have frames, all of one size. Got {len(frames)} frames of "
+                f"{', '.join(f'{w} x {h}' for w, h in sorted(sizes)) or 'no size'}."
+            )
+        return Video(frames, self.fps)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the frames, px; they must be open."""
+        first = self.frames[0]
+        if not isinstance(first, Image.Image):
+            raise InputError("A video's size is known when its frames are open; call opened().")
+        return first.size
+
+    def pixels(self) -> np.ndarray:
+        """``[frame, row, col, 3]``, bytes."""
+        return np.stack([np.asarray(open_image(frame)) for frame in self.frames])
+
+    def metadata(self) -> dict[str, Any]:
+        """What processors want to be told of it."""
+        width, height = self.size
+        known = {} if self.fps is None else {"fps": self.fps, "duration": len(self) / self.fps}
+        return {
+            "total_num_frames": len(self),
+            "frames_indices": list(range(len(self))),
+            "width": width,
+            "height": height,
+            **known,
+        }
+
+    def __len__(self) -> int:
+        """How many frames."""
+        return len(self.frames)
+
+
+def flat(nested: Sequence[Sequence[Any]]) -> list[Any]:
+    """What is in the lists of all samples, in order."""
+    return [each for of_sample in nested for each in of_sample]
+
+
+def open_image(image: ImageLike) -> Image.Image:
+    """An RGB image from a path or a PIL image.
+
+    Raises:
+        InputError: There is no such file, or it is no image.
+    """
+    if isinstance(image, Image.Image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    path = Path(image)
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(
+            f"An image must be a file that exists, or a PIL image; there is no {str(path)!r}."
+        ) from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise InputError(
+            f"An image file must be readable by Pillow; {str(path)!r} is not: {error}."
+        ) from error

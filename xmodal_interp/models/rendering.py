@@ -1,0 +1,125 @@
+"""From a question to the prompt that the processor gets, and whose each stretch of it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xmodal_interp.errors import InputError
+from xmodal_interp.models.alignment import shifted
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of the rendered prompt, in characters, and whose it is."""
+
+    role: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as the processor gets it.
+
+    Attributes:
+        text: Its characters, placeholders not expanded.
+        spans: Whose text is where.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+def rendered(
+    processor: Any,
+    question: str,
+    placeholder: str | None,
+    n_images: int,
+    *,
+    system: str | None = None,
+    in_front: bool = False,
+) -> Rendered:
+    """The prompt of a question about some images.
+
+    Args:
+        processor: Its chat template is used.
+        question: One that holds the placeholder is the whole prompt; any other is put into the chat
+            template behind its images.
+        placeholder: What a prompt has where an image goes.
+        n_images: How many images there are.
+        system: A system message, for the chat template.
+        in_front: Whether the processor puts the images in front by itself: without a chat template,
+            the question is the prompt.
+
+    Raises:
+        InputError: An empty question, or a processor without a chat template.
+    """
+    if not question.strip():
+        raise InputError("A prompt must not be empty; got only white space.")
+    templated = getattr(processor, "chat_template", None) is not None
+    if (placeholder is not None and placeholder in question) or (in_front and not templated):
+        return Rendered(question, (Span("user", 0, len(question)),))
+    if not templated:
+        where = "" if placeholder is None else f", with {placeholder} where each image goes"
+        raise InputError(
+            f"{type(processor).__name__} has no chat template, so a bare question cannot be "
+            f"rendered. Write the whole prompt{where}; got {question!r}."
+        )
+    content = [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": question}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    spans = message_spans(text, messages)
+    return Rendered(text, (*spans, *_placeholder_spans(text, placeholder)))
+
+
+def spans_in(text: str, prompt: Rendered) -> list[Span]:
+    """The spans of a prompt in the text that the processor made of it before expanding.
+
+    Raises:
+        GeometryError: Some of the prompt is gone.
+    """
+    starts = shifted([span.start for span in prompt.spans], prompt.text, text)
+    lasts = shifted([span.end - 1 for span in prompt.spans], prompt.text, text)
+    return [
+        Span(span.role, start, last + 1)
+        for span, start, last in zip(prompt.spans, starts, lasts, strict=True)
+    ]
+
+
+def message_spans(text: str, messages: Sequence[dict[str, Any]]) -> list[Span]:
+    """Where the texts of the messages stand in the rendered prompt.
+
+    A message reaches from its first part to its last.
+    """
+    spans, cursor = [], 0
+    for message in messages:
+        content = message["content"]
+        parts = (
+            [content]
+            if isinstance(content, str)
+            else [p["text"] for p in content if p["type"] == "text"]
+        )
+        for part in parts:
+            start = text.find(part.strip(), cursor)
+            if start < 0:
+                raise InputError(
+                    f"A chat template must render every message text as it is. The text {part!r} "
+                    "is not in the rendered "
+                    f"prompt {text!r}."
+                )
+            cursor = start + len(part.strip())
+            spans.append(Span(message["role"], start, cursor))
+    return spans
+
+
+def _placeholder_spans(text: str, placeholder: str | None) -> list[Span]:
+    spans: list[Span] = []
+    start = -1 if placeholder is None else text.find(placeholder)
+    while placeholder is not None and start >= 0:
+        spans.append(Span("user", start, start + len(placeholder)))
+        start = text.find(placeholder, start + len(placeholder))
+    return spans
