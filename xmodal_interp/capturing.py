@@ -21,12 +21,15 @@ import torch
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall, reread, stitch
-from xmodal_interp.errors import CaptureError, InputError
+from xmodal_interp.by_image import calls_by_image
+from xmodal_interp.errors import InputError
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.rotary import AXES
-from xmodal_interp.models import VLM, ImageLike, Prompt, generated_table
+from xmodal_interp.models import VLM, ImageLike, Prompt, generated_table, window_orders
 from xmodal_interp.sample import CallKey, Sample
-from xmodal_interp.vocabulary import TOWERS, Tower
+from xmodal_interp.vocabulary import TOWERS, AttentionKind, Tower
+
+_Layer = tuple[Tower, AttentionKind, int]
 
 
 @dataclass(frozen=True)
@@ -121,14 +124,15 @@ def capture_batch(
         else:
             vlm.model(**inputs, use_cache=False)
             new = inputs["input_ids"][:, :0]
-    streams: dict[tuple[str, str, int], list[AttentionCall]] = defaultdict(list)
+    streams: dict[_Layer, list[AttentionCall]] = defaultdict(list)
     for call in recording.calls:
         streams[call.tower, call.kind, call.layer].append(call)
     layers: dict[str, list[int]] = defaultdict(list)
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
-    samples = [_sample(vlm, i, ready, new, streams, keep, about) for i in range(len(ready))]
+    seen = _towers(streams, ready, window_orders(vlm.model, inputs))
+    samples = [_sample(vlm, i, ready, new, streams, seen, keep, about) for i in range(len(ready))]
     rotary = recording.rotary.whole() if recording.rotary else None
     n_read = inputs["input_ids"].shape[1] + max(new.shape[1] - 1, 0)
     if rotary is None or rotary.shape[-1] != n_read:  # told otherwise than token by token
@@ -167,7 +171,8 @@ def _sample(
     index: int,
     ready: Sequence[Prompt],
     new: Tensor,
-    streams: Mapping[tuple[str, str, int], Sequence[AttentionCall]],
+    streams: Mapping[_Layer, Sequence[AttentionCall]],
+    seen: Mapping[_Layer, Sequence[AttentionCall]],
     keep: Keep,
     about: dict[str, Any],
 ) -> Sample:
@@ -180,20 +185,16 @@ def _sample(
     added, text = generated_table(fed, ids, vlm.tokenizer, n_prompt, prompt.text)
     tokens = pd.concat([prompt.tokens, added]) if len(added) else prompt.tokens
     n_images = [len(p.images) for p in ready]
-    n_readings = max(
-        (len(of) for key, of in streams.items() if key[0] == "language" and reread(of)), default=1
-    )
+    mine = slice(sum(n_images[:index]), max(sum(n_images[: index + 1]), 1))
     calls: dict[CallKey, AttentionCall] = {}
     for (tower, kind, layer), stream in streams.items():
         if tower == "language":
             whole = stitch([call.select_sample(index) for call in stream], len(tokens))
-            calls[tower, kind, layer, 0] = whole  # type: ignore[index]
+            calls[tower, kind, layer, 0] = whole
         else:
-            once = stream
-            if n_readings > 1 and len(stream) in (n_readings, n_readings * sum(n_images)):
-                once = stream[: len(stream) // n_readings]
-            for number, call in enumerate(_of_images(once, n_images, index)):
-                calls[tower, kind, layer, number] = replace(call, call=number)  # type: ignore[index]
+            of_images = seen[tower, kind, layer]
+            for number, call in enumerate(of_images[mine] if len(of_images) > 1 else of_images):
+                calls[tower, kind, layer, number] = replace(call, call=number)
     sample = Sample(
         name=f"sample-{index}",
         tokens=tokens,
@@ -211,6 +212,25 @@ def _sample(
     return _dense(sample) if keep.probabilities else sample
 
 
+def _towers(
+    streams: Mapping[_Layer, Sequence[AttentionCall]],
+    ready: Sequence[Prompt],
+    orders: Sequence[Tensor] | None,
+) -> dict[_Layer, list[AttentionCall]]:
+    """The calls of every layer outside of the language tower, one per image of the batch."""
+    grids = [grid for prompt in ready for grid in prompt.grids]
+    n_readings = max(
+        (len(of) for key, of in streams.items() if key[0] == "language" and reread(of)), default=1
+    )
+    towers: dict[_Layer, list[AttentionCall]] = {}
+    for key, stream in streams.items():
+        if key[0] != "language":
+            again = n_readings > 1 and len(stream) % n_readings == 0
+            once = stream[: len(stream) // n_readings] if again else stream
+            towers[key] = calls_by_image(once, grids, orders if key[0] == "vision" else None)
+    return towers
+
+
 def _placed(tokens: pd.DataFrame, rotary: Tensor) -> pd.DataFrame:
     """The tokens with the positions that the rotary embedding was told; padding has none."""
     shown = tokens["kind"].ne("padding").to_numpy(dtype=bool)
@@ -219,24 +239,6 @@ def _placed(tokens: pd.DataFrame, rotary: Tensor) -> pd.DataFrame:
         for axis, told in zip(AXES, rotary.long(), strict=True)
     }
     return tokens.assign(**columns)
-
-
-def _of_images(
-    stream: Sequence[AttentionCall], n_images: Sequence[int], index: int
-) -> list[AttentionCall]:
-    """The calls of one sample's images: one call per image, or one call over a batch of images."""
-    before, mine, total = sum(n_images[:index]), n_images[index], sum(n_images)
-    if len(stream) == total:
-        return list(stream[before : before + mine])
-    if len(stream) == 1 and stream[0].n_samples == total:
-        return [stream[0].select_sample(before + i) for i in range(mine)]
-    if len(stream) == 1 and stream[0].n_samples == len(n_images):
-        return [stream[0].select_sample(index)]
-    raise CaptureError(
-        f"Vision calls must be one per image. {stream[0].name}: {len(stream)} calls, the first "
-        f"over {stream[0].n_samples} "
-        f"samples, for {total} images. Capture the samples one by one, or leave the tower out."
-    )
 
 
 def _text_rows(sample: Sample) -> Sample:

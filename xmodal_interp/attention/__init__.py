@@ -3,5 +3,9 @@
 from xmodal_interp.attention.call import AttentionCall as AttentionCall
 from xmodal_interp.attention.positions import Positions as Positions
 from xmodal_interp.attention.positions import resolve as resolve
+from xmodal_interp.attention.segmenting import joined as joined
+from xmodal_interp.attention.segmenting import part_of as part_of
+from xmodal_interp.attention.segmenting import pieces_of as pieces_of
+from xmodal_interp.attention.segmenting import reordered as reordered
 from xmodal_interp.attention.stitching import reread as reread
 from xmodal_interp.attention.stitching import stitch as stitch

@@ -57,6 +57,8 @@ class AttentionCall:
             k.
         update_share: ``[sample, query]``, 0 to 1: the norm of the attention's output over that norm
             plus the norm of the residual stream it is added to, if it was asked for.
+        segments: ``[key]``, with no mask: the piece of the image (tile, window) that each position
+            is in; a query sees the keys of its own piece.
         note: What to know of a call that is not as the others; empty for most.
     """
 
@@ -79,6 +81,7 @@ class AttentionCall:
     rows: Int[Tensor, " query"] | None = None
     dense: Float[Tensor, "sample head query key"] | None = None
     update_share: Float[Tensor, "sample query"] | None = None
+    segments: Int[Tensor, " key"] | None = None
     note: str = ""
 
     @property

@@ -22,6 +22,7 @@ def visible_rows(
     *,
     causal: bool,
     sliding_window: int | None = None,
+    segments: Int[Tensor, " key"] | None = None,
 ) -> Bool[Tensor, "sample head query key"]:
     """Visibility of every key for some queries.
 
@@ -35,6 +36,7 @@ def visible_rows(
         n_keys: Number of keys.
         causal: With no mask: keys behind the query are hidden.
         sliding_window: With no mask: keys this far back or farther are hidden.
+        segments: With no mask: keys of another segment than the query's are hidden.
     """
     if mask is not None:
         chosen = mask[..., rows, :]
@@ -45,6 +47,8 @@ def visible_rows(
         seen &= keys <= positions[:, None]
     if sliding_window is not None:
         seen &= keys > positions[:, None] - sliding_window
+    if segments is not None:
+        seen &= segments == segments[positions][:, None]
     return seen[None, None]
 
 

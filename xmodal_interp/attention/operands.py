@@ -27,6 +27,7 @@ def visible(
         call.n_keys,
         causal=call.causal,
         sliding_window=call.sliding_window,
+        segments=call.segments,
     )
 
 
@@ -112,7 +113,7 @@ def _fused(
     if not _is_all(head, call.n_heads):
         q, k = q[:, head], k[:, head // (call.n_heads // call.n_kv_heads)]
     whole = call.rows is None and _is_all(row, call.n_queries)
-    if call.mask is None and call.sliding_window is None:
+    if call.mask is None and call.sliding_window is None and call.segments is None:
         if not call.causal:
             return q if whole else q[:, :, row], k, None, False
         if whole and call.n_queries == call.n_keys and call.offset == 0:

@@ -9,8 +9,9 @@ and kind in the order of ``named_modules``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -57,26 +58,34 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
             "no module whose class is "
             "named Attention."
         )
-    names = _Names(model)
-    return {module: names.identity(path, module) for path, module in found.items()}
+    identities = _Names(model).identities(found)
+    return {module: identities[path] for path, module in found.items()}
 
 
 def layers_without_matrix(model: nn.Module) -> tuple[Identity, ...]:
     """Layers that mix tokens without a softmax: linear attention, state spaces, convolutions."""
-    names = _Names(model)
     found = {p: m for p, m in model.named_modules() if _WITHOUT_MATRIX.search(type(m).__name__)}
     outermost = {
         path: module
         for path, module in found.items()
         if not any(path.startswith(f"{other}.") for other in found)
     }
-    return tuple(names.identity(path, module) for path, module in outermost.items())
+    return tuple(_Names(model).identities(outermost).values())
 
 
-def identity_of(model: nn.Module, module: nn.Module) -> Identity | None:
-    """What a module that proved to be attention is called; None if the model does not have it."""
+def identity_of(
+    model: nn.Module, module: nn.Module, known: Collection[Identity]
+) -> Identity | None:
+    """What a module that proved to be attention is called; None if the model does not have it.
+
+    Its layer is counted behind the known ones, if there is one of its number already.
+    """
     path = next((path for path, each in model.named_modules() if each is module), None)
-    return None if path is None else _Names(model).identity(path, module)
+    if path is None:
+        return None
+    alone = _Names(model).identities({path: module})[path]
+    layers = {each.layer for each in known if (each.tower, each.kind) == (alone.tower, alone.kind)}
+    return replace(alone, layer=max(layers) + 1) if alone.layer in layers else alone
 
 
 def block_of(model: nn.Module, identity: Identity) -> nn.Module | None:
@@ -118,19 +127,31 @@ class _Names:
             for path, module in model.named_modules()
             if isinstance(module, PreTrainedModel)
         }
-        self.offsets: dict[tuple[Tower, AttentionKind, str], int] = {}
-        self.next: dict[tuple[Tower, AttentionKind], int] = {}
 
-    def identity(self, path: str, module: nn.Module) -> Identity:
-        tower, kind = self._tower(path), self._kind(path, module)
+    def identities(self, found: Mapping[str, nn.Module]) -> dict[str, Identity]:
+        """Block by block; where one block has several modules of a kind, each is a layer."""
+        places = {path: self._place(path, module) for path, module in found.items()}
+        per_block: dict[tuple[Any, ...], int] = {}
+        for place, count in Counter(places.values()).items():
+            per_block[place[:3]] = max(per_block.get(place[:3], 1), count)
+        offsets: dict[tuple[Any, ...], int] = {}
+        ends: dict[tuple[Any, ...], int] = {}
+        ranks: Counter[tuple[Any, ...]] = Counter()
+        identities = {}
+        for path, place in places.items():
+            tower, kind, _, index = place
+            offset = offsets.setdefault(place[:3], ends.get((tower, kind), 0))
+            layer = offset + index * per_block[place[:3]] + ranks[place]
+            ranks[place] += 1
+            ends[tower, kind] = max(ends.get((tower, kind), 0), layer + 1)
+            identities[path] = Identity(path, tower, kind, layer)
+        return identities
+
+    def _place(self, path: str, module: nn.Module) -> tuple[Tower, AttentionKind, str, int]:
+        """Tower, kind, container of blocks, and which of its blocks."""
         match = re.match(r"(.*)\.(\d+)(?:\.|$)", path)
         container, index = (match[1], int(match[2])) if match else (path, 0)
-        key = (tower, kind, container)
-        if key not in self.offsets:
-            self.offsets[key] = self.next.get((tower, kind), 0)
-        layer = self.offsets[key] + index
-        self.next[tower, kind] = max(self.next.get((tower, kind), 0), layer + 1)
-        return Identity(path, tower, kind, layer)
+        return self._tower(path), self._kind(path, module), container, index
 
     def _tower(self, path: str) -> Tower:
         """By the innermost sub-model's configuration; then by name.

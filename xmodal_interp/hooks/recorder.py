@@ -179,7 +179,7 @@ class _Recorder:
 
     def _take_in(self, module: nn.Module) -> None:
         """A module that asked for attention, though its class is not named so."""
-        identity = identity_of(self.model, module)
+        identity = identity_of(self.model, module, self.known.values())
         if identity is None:
             self.recording.unseen.append(f"{type(module).__name__} (not a module of this model)")
         else:

@@ -78,7 +78,7 @@ VIEW_NUMBERS = ("rows", "cols", "patch_rows", "patch_cols")
 
 _SCALARS = ("tower", "kind", "layer", "call", "module", "scaling", "causal", "offset", "note")
 _OPTIONAL_SCALARS = ("softcap", "sliding_window")
-_OWN = ("q", "k", "v", "sinks", "rows", "dense", "update_share")
+_OWN = ("q", "k", "v", "sinks", "rows", "dense", "update_share", "segments")
 _SHARED = ("mask", "bias")
 _FORBIDDEN = set('/\\:*?"<>|')
 _MAX_NAME_BYTES = 200  # file systems allow 255, and the folder it is written in has a prefix

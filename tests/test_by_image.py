@@ -1,0 +1,88 @@
+"""Each image gets its own vision attention, however the tower cut and packed the images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import xmodal_interp as xi
+from tests.models.real import real
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.by_image import calls_by_image
+from xmodal_interp.errors import CaptureError
+
+QUESTIONS = ["where is the red circle?", "how many?"]
+TYPES = [
+    *("llava", "qwen2_vl", "qwen2_5_vl", "mistral3", "llava_next", "llava_onevision", "idefics2"),
+    *("idefics3", "internvl", "gemma3", "llama4", "granite4_vision", "blip-2", "mllama"),
+]
+
+
+def noise(width: int, height: int, seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+PICTURES = [noise(64, 48, 0), noise(48, 80, 1)]
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_an_image_has_the_same_attention_in_a_batch(model_type) -> None:
+    vlm = xi.VLM(*real(model_type))
+    alone = [xi.capture(vlm, p, q) for p, q in zip(PICTURES, QUESTIONS, strict=True)]
+    together = xi.capture_batch(vlm, [[picture] for picture in PICTURES], QUESTIONS)
+    for one, other in zip(alone, together, strict=True):
+        keys = [key for key in one.calls if key[0] in ("vision", "connector")]
+        assert keys == [key for key in other.calls if key[0] in ("vision", "connector")]
+        assert {key[3] for key in keys} == {0}
+        for key in keys:
+            ours, theirs = other.calls[key], one.calls[key]
+            assert ours.n_samples == theirs.n_samples == 1
+            assert torch.equal(ours.visible().expand_as(theirs.visible()), theirs.visible())
+            torch.testing.assert_close(
+                ours.probs(), theirs.probs(), atol=1e-5, rtol=0, equal_nan=True
+            )
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "mistral3", "llava_next"])
+def test_images_of_one_prompt_come_apart(model_type) -> None:
+    vlm = xi.VLM(*real(model_type))
+    sample = xi.capture(vlm, PICTURES, QUESTIONS[0])
+    for number, picture in enumerate(PICTURES):
+        alone = xi.capture(vlm, picture, QUESTIONS[0]).probs(0, tower="vision")
+        mine = sample.probs(0, tower="vision", call=number)
+        torch.testing.assert_close(mine, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "exaone4_5", "llava_next"])
+def test_positions_of_the_tower_are_where_the_grid_says(model_type) -> None:
+    """Paint one patch: in the first layer, only the query that stands for it changes."""
+    vlm = xi.VLM(*real(model_type))
+    size = vlm.prepare([[noise(64, 48, 2)]], QUESTIONS[:1])[1][0].grids[0]
+    plain = Image.new("RGB", (size.patch_cols * 8, size.patch_rows * 8), (90, 90, 90))
+    grid = vlm.prepare([[plain]], QUESTIONS[:1])[1][0].grids[0]
+    before = xi.capture(vlm, plain, QUESTIONS[0]).call(0, tower="vision").q
+    step = plain.width / grid.patch_cols, plain.height / grid.patch_rows
+    for row, col in [(0, 0), (1, grid.patch_cols - 1), (grid.patch_rows - 1, 2)]:
+        painted = plain.copy()
+        box = [round(s * n) for n in (0, 1) for s in step]
+        shift = round(col * step[0]), round(row * step[1])
+        painted.paste((250, 20, 20), tuple(b + s for b, s in zip(box, shift * 2, strict=True)))
+        after = xi.capture(vlm, painted, QUESTIONS[0]).call(0, tower="vision").q
+        change = (after - before).norm(dim=-1).sum(1)[0]
+        placed = grid.patch_places[:, 0] >= 0  # a thumbnail sees it too, and so does a class token
+        best = np.flatnonzero(placed)[int(change[torch.from_numpy(placed)].argmax())]
+        assert tuple(grid.patch_places[best]) == (row, col)
+
+
+def test_pieces_that_fit_no_image_are_refused() -> None:
+    grids = xi.capture(xi.VLM(*real("llava")), PICTURES, QUESTIONS[0]).grids
+    q = torch.randn(3, 1, 7, 2)
+    with pytest.raises(CaptureError) as error:
+        calls_by_image([AttentionCall("vision", "self", 0, "attn", 0, q, q, 1.0)], grids)
+    assert str(error.value) == (
+        "The calls of a tower must be those of its images: pieces that add up to the patches of "
+        "each, or as many alike for each. vision self-attention, layer 0, call 0: 3 pieces of 7, "
+        "7, 7, ... keys, for 2 images of 65, 65, ... patches. Capture the samples one by one, or "
+        "leave the tower out."
+    )

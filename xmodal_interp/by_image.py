@@ -1,0 +1,86 @@
+"""The calls of a vision tower (or a connector), image by image.
+
+A tower may run once per image, once over a batch of images, tiles or windows, or over several
+images in one packed row. Pieces are counted in the order that they come; each image has as many
+positions as its grid has patches, or the same multiple of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from xmodal_interp.attention import AttentionCall, joined, part_of, pieces_of, reordered
+from xmodal_interp.errors import CaptureError
+from xmodal_interp.models import ImageGrid
+
+
+def calls_by_image(
+    stream: Sequence[AttentionCall],
+    grids: Sequence[ImageGrid],
+    orders: Sequence[Tensor] | None = None,
+) -> list[AttentionCall]:
+    """One call per image, of one layer; ``call`` is the image.
+
+    Args:
+        stream: The layer's calls, in order.
+        grids: The grids of all images of the batch, in order.
+        orders: For each image ``[patch]``, which patch stands at each position of the tower, if not
+            in order.
+
+    Raises:
+        CaptureError: Pieces that cannot be shared out among several images.
+    """
+    pieces = [piece for call in stream for piece in pieces_of(call)]
+    shares = _shares(pieces, grids)
+    calls = []
+    for number, share in enumerate(shares):
+        call = joined(share)
+        if grids:
+            call = _without_padding(call, len(grids[number].patch_places))
+        if orders and call.n_queries == call.n_keys == len(orders[number]):
+            call = reordered(call, torch.argsort(orders[number]))
+        calls.append(replace(call, call=number))
+    return calls
+
+
+def _without_padding(call: AttentionCall, n_patches: int) -> AttentionCall:
+    """The positions that anything sees, if they are the image's: images of a batch are padded."""
+    if call.mask is None or not call.n_queries == call.n_keys > n_patches:
+        return call
+    seen = call.visible().any(2).any(1)[0].nonzero()[:, 0]
+    return reordered(call, seen) if len(seen) == n_patches else call
+
+
+def _shares(
+    pieces: Sequence[AttentionCall], grids: Sequence[ImageGrid]
+) -> list[Sequence[AttentionCall]]:
+    """The pieces of each image."""
+    if len(grids) <= 1:  # a video, if there is no image
+        return [pieces]
+    ends = list(accumulate(piece.n_keys for piece in pieces))
+    wanted = list(accumulate(len(grid.patch_places) for grid in grids))
+    if wanted and wanted[-1] and ends[-1] % wanted[-1] == 0:
+        factor = ends[-1] // wanted[-1]
+        bounds = [0, *(end * factor for end in wanted)]
+        if len(pieces) == 1 and pieces[0].n_queries == pieces[0].n_keys:
+            return [[part_of(pieces[0], *bound)] for bound in pairwise(bounds)]
+        if set(bounds[1:]) <= set(ends):
+            cuts = [0, *(ends.index(end) + 1 for end in bounds[1:])]
+            return [pieces[start:stop] for start, stop in pairwise(cuts)]
+    each, rest = divmod(len(pieces), len(grids))
+    alike = [p.n_keys for p in pieces] == [p.n_keys for p in pieces[:each]] * len(grids)
+    if rest == 0 and each > 0 and alike:
+        return [pieces[i * each : (i + 1) * each] for i in range(len(grids))]
+    keys = ", ".join(str(piece.n_keys) for piece in pieces[:5])
+    patches = ", ".join(str(len(grid.patch_places)) for grid in grids[:5])
+    raise CaptureError(
+        "The calls of a tower must be those of its images: pieces that add up to the patches of "
+        f"each, or as many alike for each. {pieces[0].name}: {len(pieces)} pieces of {keys}, ... "
+        f"keys, for {len(grids)} images of {patches}, ... patches. Capture the samples one by one, "
+        "or leave the tower out."
+    )
