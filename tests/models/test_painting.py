@@ -7,9 +7,11 @@ of its own pixels only.
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from tests.models.painting import changes, embeddings, painted, vlm_of
+from tests.models.painting import QUESTION, changes, embeddings, painted, textured, vlm_of
+from xmodal_interp.models import FAMILIES, VLM, ImageGrid
 
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
@@ -31,6 +33,10 @@ PAINTED = (
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
     *("glm4v", "glm46v", "ernie4_5_vl_moe", "paddleocr_vl", "video_llama_3"),
     *("mistral3", "lighton_ocr"),
+    *("glm4v_moe", "glm_ocr", "glmga", "glm5_next", "cohere_compass", "cosmos3_edge"),
+    *("cosmos3_omni", "dots3_note", "exaone4_5", "hyperclovax_vision_v2", "kimi_k25", "lfm3_vl"),
+    *("minimax_m3_vl", "muse_glimmer", "muse_spark", "qwen4_exp", "mistral_large4"),
+    *("gemma4", "gemma4_unified", "diffusion_gemma", "qianfan_ocr"),
     *("llava_next", "llava_onevision", "llava_next_video"),
     *("idefics3", "smolvlm", "internvl", "aya_vision", "cohere2_vision", "ovis2", "llama4"),
     *("got_ocr2", "florence2", "granite4_vision", "perception_lm"),
@@ -48,7 +54,7 @@ def fits(box: np.ndarray, size: tuple[int, int]) -> bool:
 @pytest.mark.parametrize("model_type", PAINTED)
 def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple[int, int]) -> None:
     vlm = vlm_of(model_type)
-    image = Image.new("RGB", size, (40, 40, 40))
+    image = textured(*size)
     plain, prompt = embeddings(vlm, [image])
     tokens = prompt.tokens
     assert len(tokens) == len(plain)
@@ -63,3 +69,29 @@ def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple
             n_painted += 1
     assert n_painted >= 2
     assert prompt.grids[0].n_tokens == tokens["kind"].eq("image").sum()
+
+
+BY_PATCH = sorted(
+    name
+    for name, family in FAMILIES.items()
+    if family.rule in ("MergedPatches", "PositionedPatches")
+)
+
+
+@pytest.mark.parametrize("model_type", BY_PATCH)
+def test_patches_are_in_the_order_in_which_the_tower_reads_them(model_type: str) -> None:
+    vlm, image = vlm_of(model_type), textured(70, 150)
+    plain, grid = patches_of(vlm, image)
+    assert len(plain) == len(grid.patch_places)
+    assert grid.patch_boxes is not None
+    inside = [i for i, box in enumerate(grid.patch_boxes) if fits(box, image.size)]
+    for patch in inside[:: max(1, len(inside) // 8)]:
+        other, _ = patches_of(vlm, painted(image, grid.patch_boxes[patch]))
+        assert (other - plain).abs().flatten(1).mean(1).argmax() == patch
+
+
+def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
+    """The pixels of each patch, ``[patch, value]``, and the grid."""
+    inputs, (prompt,) = vlm.prepare([[image]], [QUESTION])
+    pixels = inputs["pixel_values"]
+    return (pixels[0] if pixels.ndim == 3 else pixels), prompt.grids[0]
