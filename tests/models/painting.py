@@ -22,6 +22,8 @@ from xmodal_interp.models.labelling import Prompt
 QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}
 """Types that add the image's features inside of the language model, not to its input."""
+OVERLAPPING = {"florence2", "got_ocr2"}
+"""Types whose convolutions also look at half of the neighbours: there the middle is painted."""
 
 
 class _SeenError(Exception):
@@ -61,7 +63,9 @@ def language_of(model: nn.Module) -> nn.Module:
 
 
 def _mixes(module: nn.Module) -> bool:
-    """Whether a module is attention that adds to a residual stream."""
+    """Whether a module is attention or a depthwise convolution that adds to a residual stream."""
+    if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+        return True
     name = type(module).__name__
     return name.endswith("Attention") and not any(
         type(child).__name__.endswith("Attention") for child in module.children()
@@ -124,7 +128,7 @@ def textured(width: int, height: int) -> Image.Image:
 def painted(image: Image.Image, box: np.ndarray) -> Image.Image | None:
     """The image with a box filled; None if less than a pixel of it is in the image.
 
-    A larger box is filled but for a pixel at its edge, which resizing would carry to its neighbours.
+    A larger box is filled but for a pixel at its edge, which resizing would carry to the next one.
     """
     x0, y0, x1, y1 = np.round(box).astype(int)
     if x1 - x0 > 6 and y1 - y0 > 6:
@@ -139,5 +143,8 @@ def painted(image: Image.Image, box: np.ndarray) -> Image.Image | None:
 
 def changes(vlm: VLM, image: Image.Image, box: np.ndarray, plain: np.ndarray) -> np.ndarray:
     """How much each position's input changes when a box is painted, ``[position]``."""
+    if vlm.family.model_type in OVERLAPPING:
+        quarter = (box[2:] - box[:2]) / 4
+        box = box + np.concatenate([quarter, -quarter])
     other, _ = embeddings(vlm, [painted(image, box)])
     return np.linalg.norm(other - plain, axis=1)

@@ -1,8 +1,8 @@
 """Boxes are where the pixels are, for every family with a rule: paint a token's box, and of all
 image tokens it is this one whose input to the language model changes most.
 
-The vision towers are tiny and random, with their attention switched off, so that each token hears
-of its own pixels only.
+The vision towers are tiny and random, with all switched off that mixes positions in a residual
+stream (attention, depthwise convolutions), so that each token hears of its own pixels only.
 """
 
 import numpy as np
@@ -95,3 +95,10 @@ def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
     inputs, (prompt,) = vlm.prepare([[image]], [QUESTION])
     pixels = inputs["pixel_values"]
     return (pixels[0] if pixels.ndim == 3 else pixels), prompt.grids[0]
+
+
+def test_every_rule_is_painted() -> None:
+    """Queries have no boxes (test_families), and Mllama's are painted in test_geometry."""
+    ruled = {name for name, family in FAMILIES.items() if family.geometry is not None}
+    assert ruled - set(PAINTED) == {"blip-2", "instructblip", "idefics2", "mllama"}
+    assert set(PAINTED) <= ruled
