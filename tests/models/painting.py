@@ -22,6 +22,8 @@ from xmodal_interp.models.labelling import Prompt
 QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}
 """Types that add the image's features inside of the language model, not to its input."""
+OVERLAPPING = {"florence2", "got_ocr2"}
+"""Types whose convolutions also look at half of the neighbours: there the middle is painted."""
 
 
 class _SeenError(Exception):
@@ -35,8 +37,11 @@ def vlm_of(model_type: str) -> VLM:
     processor = copy.copy(processor)
     processor.images_kwargs = {
         **(getattr(processor, "images_kwargs", None) or {}),
-        **RECORDS[model_type].call,
+        **{k: v for k, v in RECORDS[model_type].call.items() if not k.startswith("return_")},
     }
+    for name, value in RECORDS[model_type].call.items():
+        if name.startswith("return_"):
+            setattr(processor, name, value)
     language = language_of(model)
     inside = set(language.modules()) if model_type not in INTO_LAYERS else set()
     for module in model.modules():
@@ -51,13 +56,16 @@ def vlm_of(model_type: str) -> VLM:
 def language_of(model: nn.Module) -> nn.Module:
     """What reads the image tokens among the text tokens."""
     if not model.config.is_encoder_decoder:
-        return model.get_decoder()
+        before = getattr(getattr(model.base_model, "encoder", None), "language_model", None)
+        return model.get_decoder() if before is None else before
     encoder = model.get_encoder()
     return getattr(encoder, "text_model", encoder)
 
 
 def _mixes(module: nn.Module) -> bool:
-    """Whether a module is attention that adds to a residual stream."""
+    """Whether a module is attention or a depthwise convolution that adds to a residual stream."""
+    if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+        return True
     name = type(module).__name__
     return name.endswith("Attention") and not any(
         type(child).__name__.endswith("Attention") for child in module.children()
@@ -111,9 +119,20 @@ def _hook(module: nn.Module, look: Any) -> Iterator[None]:
         handle.remove()
 
 
+def textured(width: int, height: int) -> Image.Image:
+    """A picture with no even ground: there, norms would make much of the least of changes."""
+    noise = np.random.default_rng(0).integers(0, 120, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
 def painted(image: Image.Image, box: np.ndarray) -> Image.Image | None:
-    """The image with a box filled; None if less than a pixel of it is in the image."""
+    """The image with a box filled; None if less than a pixel of it is in the image.
+
+    A larger box is filled but for a pixel at its edge, which resizing would carry to the next one.
+    """
     x0, y0, x1, y1 = np.round(box).astype(int)
+    if x1 - x0 > 6 and y1 - y0 > 6:
+        x0, y0, x1, y1 = x0 + 1, y0 + 1, x1 - 1, y1 - 1
     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, image.width), min(y1, image.height)
     if x1 <= x0 or y1 <= y0:
         return None
@@ -124,5 +143,8 @@ def painted(image: Image.Image, box: np.ndarray) -> Image.Image | None:
 
 def changes(vlm: VLM, image: Image.Image, box: np.ndarray, plain: np.ndarray) -> np.ndarray:
     """How much each position's input changes when a box is painted, ``[position]``."""
+    if vlm.family.model_type in OVERLAPPING:
+        quarter = (box[2:] - box[:2]) / 4
+        box = box + np.concatenate([quarter, -quarter])
     other, _ = embeddings(vlm, [painted(image, box)])
     return np.linalg.norm(other - plain, axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,8 +34,8 @@ def real(model_type: str) -> tuple[PreTrainedModel, ProcessorMixin]:
             f"A type needs a record in tests/models/records; {model_type!r} has none."
         )
     record = RECORDS[model_type]
-    if record.unbuildable:
-        raise LookupError(f"{model_type!r} cannot be built: {record.unbuildable}")
+    if record.obstacle:
+        raise LookupError(f"{model_type!r} cannot be built: {record.obstacle}")
     made = build_processor(record)
     return build_model(record, made), made
 
@@ -43,7 +44,11 @@ def build_processor(record: Record) -> Any:
     """The processor of a record: the class that transformers registers, its parts from scratch."""
     name = record.processor_class or PROCESSOR_MAPPING_NAMES[record.model_type]
     kind = getattr(transformers, name)
-    parts = {part: _part(part, record) for part in kind.get_attributes()}
+    optional = inspect.signature(kind.__init__).parameters
+    parts = {
+        part: _part(part, record, required=optional[part].default is not None)
+        for part in kind.get_attributes()
+    }
     template = {"chat_template": chat_template(record)} if record.template else {}
     return kind(**parts, **record.processor, **template)
 
@@ -53,6 +58,8 @@ def build_model(record: Record, made: Any) -> PreTrainedModel:
     text = made.tokenizer
     ids = {
         "vocab_size": len(text),
+        "vocab_size_per_layer_input": len(text),
+        "unpadded_vocab_size": len(text),
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
         "pad_token_id": text.pad_token_id,
@@ -62,10 +69,18 @@ def build_model(record: Record, made: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         built = getattr(transformers, name)(config).eval()
-        for weight in built.parameters():
-            if not weight.any():  # gates and projections that training opens
-                torch.nn.init.normal_(weight, std=0.1)
+        _spread(built)
     return built
+
+
+@torch.no_grad()
+def _spread(built: PreTrainedModel) -> None:
+    """Weights under which an image reaches the answer: none vanishing, no gate shut."""
+    for weight in built.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+        else:
+            weight.add_(torch.randn_like(weight), alpha=0.1)
 
 
 def inputs(
@@ -90,11 +105,15 @@ def inputs(
     begun = made.tokenizer.bos_token is not None and text.startswith(made.tokenizer.bos_token)
     options = {**record.call, **({"add_special_tokens": False} if begun else {})}
     clip = record.n_frames
-    shown = list(images) if clip is None else [[image] * clip for image in images]
-    returned = made(images=shown, text=[text], return_tensors="pt", **options)
+    shown: list[Any] = list(images) if clip is None else [[image] * clip for image in images]
+    if record.nested:
+        shown = [shown]
+    asked = {"text": [text]} if record.asks else {}
+    returned = made(images=shown, **asked, return_tensors="pt", **options)
     if built.config.is_encoder_decoder:
         returned["decoder_input_ids"] = torch.tensor([[made.tokenizer.bos_token_id]])
-    return dict(returned.to(built.dtype))
+    beside = {name: torch.tensor(value) for name, value in record.beside.items()}
+    return {**returned.to(built.dtype), **beside}
 
 
 def prompt(model_type: str, n_images: int, question: str) -> str:
@@ -123,7 +142,7 @@ def chat_template(record: Record) -> str:
     )
 
 
-def _part(part: str, record: Record) -> Any:
+def _part(part: str, record: Record, *, required: bool) -> Any:
     if "tokenizer" in part:
         return tokenizer(record)
     registered, settings = {
@@ -131,7 +150,9 @@ def _part(part: str, record: Record) -> Any:
         "video_processor": (VIDEO_PROCESSOR_MAPPING_NAMES, record.videos),
         "feature_extractor": (FEATURE_EXTRACTOR_MAPPING_NAMES, record.audio),
     }[part]
-    name = settings.get("@") or registered[record.model_type]
+    name = settings.get("@") or registered.get(record.model_type)
+    if name is None and not required:
+        return None
     name = name["torchvision"] if isinstance(name, Mapping) else name
     kind = getattr(transformers, name)
     return kind(**{name: value for name, value in settings.items() if name != "@"})

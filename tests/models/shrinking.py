@@ -17,12 +17,22 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_hidden_size", "patch_embed_hidden_size", "projection_dim"), 32),
     **dict.fromkeys(("d_ff", "mlp_dim", "dense_intermediate_size"), 48),
-    **dict.fromkeys(("layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("layers", "n_layers", "num_decoder_layers"), 2),
     "d_kv": 8,
+    **dict.fromkeys(("n_routed_experts", "num_local_experts", "num_experts"), 4),
+    **dict.fromkeys(("text_hidden_size", "out_hidden_size", "projector_hidden_size"), 32),
+    **dict.fromkeys(("projection_hidden_size", "adapter_in_dim", "adapter_out_dim"), 32),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "moe_intermediate_size"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "index_head_dim"), 8),
+    "num_experts_per_tok": 2,
+    "index_n_heads": 2,
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-DEPENDENT = ("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layers", "rope_scaling")
+DEPENDENT = (
+    *("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layers"),
+    *("rope_scaling", "per_layer_config"),
+)
 
 
 def tiny_config(

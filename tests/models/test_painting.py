@@ -1,15 +1,17 @@
 """Boxes are where the pixels are, for every family with a rule: paint a token's box, and of all
 image tokens it is this one whose input to the language model changes most.
 
-The vision towers are tiny and random, with their attention switched off, so that each token hears
-of its own pixels only.
+The vision towers are tiny and random, with all switched off that mixes positions in a residual
+stream (attention, depthwise convolutions), so that each token hears of its own pixels only.
 """
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from tests.models.painting import changes, embeddings, painted, vlm_of
+from tests.models.painting import QUESTION, changes, embeddings, painted, textured, vlm_of
+from xmodal_interp.models import FAMILIES, VLM, ImageGrid
 
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
@@ -31,6 +33,10 @@ PAINTED = (
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
     *("glm4v", "glm46v", "ernie4_5_vl_moe", "paddleocr_vl", "video_llama_3"),
     *("mistral3", "lighton_ocr"),
+    *("glm4v_moe", "glm_ocr", "glmga", "glm5_next", "cohere_compass", "cosmos3_edge"),
+    *("cosmos3_omni", "dots3_note", "exaone4_5", "hyperclovax_vision_v2", "kimi_k25", "lfm3_vl"),
+    *("minimax_m3_vl", "muse_glimmer", "muse_spark", "qwen4_exp", "mistral_large4"),
+    *("gemma4", "gemma4_unified", "diffusion_gemma", "qianfan_ocr"),
     *("llava_next", "llava_onevision", "llava_next_video"),
     *("idefics3", "smolvlm", "internvl", "aya_vision", "cohere2_vision", "ovis2", "llama4"),
     *("got_ocr2", "florence2", "granite4_vision", "perception_lm"),
@@ -38,11 +44,17 @@ PAINTED = (
 N_TOKENS = 4  # of each view
 
 
+def fits(box: np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether a box shows no padding, and at least a pixel."""
+    within = (box[:2] >= -1).all() and box[2] <= size[0] + 1 and box[3] <= size[1] + 1
+    return bool(within) and painted(Image.new("RGB", size), box) is not None
+
+
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("model_type", PAINTED)
 def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple[int, int]) -> None:
     vlm = vlm_of(model_type)
-    image = Image.new("RGB", size, (40, 40, 40))
+    image = textured(*size)
     plain, prompt = embeddings(vlm, [image])
     tokens = prompt.tokens
     assert len(tokens) == len(plain)
@@ -50,14 +62,43 @@ def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple
     n_painted = 0
     for view in tokens["view"].dropna().unique():
         of_view = np.flatnonzero(tokens["view"].eq(view).fillna(value=False))
-        for token in of_view[:: max(1, len(of_view) // N_TOKENS)]:
-            x0, y0, x1, y1 = boxes[token]
-            if not (x0 >= -1 and y0 >= -1 and x1 <= size[0] + 1 and y1 <= size[1] + 1):
-                continue  # on padding, in part or whole
-            if painted(image, boxes[token]) is None:
-                continue  # less than a pixel
+        inside = [token for token in of_view if fits(boxes[token], size)]
+        for token in inside[:: max(1, len(inside) // N_TOKENS)]:
             change = changes(vlm, image, boxes[token], plain)
             assert of_view[change[of_view].argmax()] == token, (view, token)
             n_painted += 1
     assert n_painted >= 2
     assert prompt.grids[0].n_tokens == tokens["kind"].eq("image").sum()
+
+
+BY_PATCH = sorted(
+    name
+    for name, family in FAMILIES.items()
+    if family.rule in ("MergedPatches", "PositionedPatches")
+)
+
+
+@pytest.mark.parametrize("model_type", BY_PATCH)
+def test_patches_are_in_the_order_in_which_the_tower_reads_them(model_type: str) -> None:
+    vlm, image = vlm_of(model_type), textured(70, 150)
+    plain, grid = patches_of(vlm, image)
+    assert len(plain) == len(grid.patch_places)
+    assert grid.patch_boxes is not None
+    inside = [i for i, box in enumerate(grid.patch_boxes) if fits(box, image.size)]
+    for patch in inside[:: max(1, len(inside) // 8)]:
+        other, _ = patches_of(vlm, painted(image, grid.patch_boxes[patch]))
+        assert (other - plain).abs().flatten(1).mean(1).argmax() == patch
+
+
+def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
+    """The pixels of each patch, ``[patch, value]``, and the grid."""
+    inputs, (prompt,) = vlm.prepare([[image]], [QUESTION])
+    pixels = inputs["pixel_values"]
+    return (pixels[0] if pixels.ndim == 3 else pixels), prompt.grids[0]
+
+
+def test_every_rule_is_painted() -> None:
+    """Queries have no boxes (test_families), and Mllama's are painted in test_geometry."""
+    ruled = {name for name, family in FAMILIES.items() if family.geometry is not None}
+    assert ruled - set(PAINTED) == {"blip-2", "instructblip", "idefics2", "mllama"}
+    assert set(PAINTED) <= ruled

@@ -1,5 +1,6 @@
 """What comes back from a store is what was written, bit for bit."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,11 +15,13 @@ from tests.store.made import (
     N,
     assert_same,
     assert_same_bits,
+    assert_same_fields,
     call,
     items,
     sample,
     shipped,
 )
+from xmodal_interp.models import View
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, StoreWriter, open_store, schema
 
@@ -173,3 +176,24 @@ def test_every_file_says_its_format_and_version(tmp_path):
                     content = f"{arrays['format']} version {arrays['version']}".encode()
             assert schema.FORMAT.encode() in content, path
             assert b"version" in content, path
+
+
+def test_tiles_a_thumbnail_and_a_reason(tmp_path):
+    whole = sample().grids[0]
+    small = np.array([[-1, -1], [0, 0]])
+    patches = np.array([[-1, -1], [-1, -1], [0, 0]])
+    tiled = dataclasses.replace(
+        whole,
+        tiles=np.array([0, -1]),
+        thumbnail=View(1, 1, small, 1, 1, patches),
+        patch_boxes=np.array([[np.nan] * 4, [0.0, 0, 4, 4], [4, 0, 8, 4]]),
+    )
+    unplaced = dataclasses.replace(whole, reason="Its tokens are queries.")
+    one = sample(grids=(tiled, unplaced), images=sample().images * 2)
+    found = written(tmp_path, [one])["one"]
+    for field in ("tiles", "patch_boxes"):
+        np.testing.assert_array_equal(getattr(found.grids[0], field), getattr(tiled, field))
+        assert getattr(found.grids[1], field) is None
+    assert_same_fields(vars(found.grids[0].thumbnail), vars(tiled.thumbnail))
+    assert found.grids[1].thumbnail is None
+    assert (found.grids[0].reason, found.grids[1].reason) == (None, "Its tokens are queries.")

@@ -98,12 +98,14 @@ def place_of(sample: Sample, image: int = 0) -> Place:
 def of_patches(place: Place) -> Place:
     """The same image with the patches of the vision tower for tokens."""
     grid = place.grid
-    left, right, bottom, top = extent(grid)
-    width, height = (right - left) / grid.patch_cols, (bottom - top) / grid.patch_rows
-    row, col = grid.patch_places.T.astype(float)
-    x, y = left + col * width, top + row * height
-    boxes = np.column_stack([x, y, x + width, y + height])
-    boxes[row < 0] = np.nan
+    boxes = grid.patch_boxes
+    if boxes is None:
+        left, right, bottom, top = extent(grid)
+        width, height = (right - left) / grid.patch_cols, (bottom - top) / grid.patch_rows
+        row, col = grid.patch_places.T.astype(float)
+        x, y = left + col * width, top + row * height
+        boxes = np.column_stack([x, y, x + width, y + height])
+        boxes[row < 0] = np.nan
     finer = replace(
         grid, rows=grid.patch_rows, cols=grid.patch_cols, places=grid.patch_places, boxes=boxes
     )

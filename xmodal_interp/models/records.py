@@ -25,10 +25,10 @@ _NO_RULE = "No rule has been written yet for what its image tokens are: {}."
 _MERGED = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
-    *("glm4v", "glm4v_moe", "glm46v", "glm5_next", "glm_ocr", "glmga"),
-    *("ernie4_5_vl_moe", "paddleocr_vl", "video_llama_3", "cohere_compass", "cosmos3_edge"),
-    *("cosmos3_omni", "dots3_note", "exaone4_5", "hyperclovax_vision_v2", "kimi_k25", "lfm3_vl"),
-    *("minimax_m3_vl", "muse_glimmer", "muse_spark"),
+    *("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga"),
+    *("ernie4_5_vl_moe", "video_llama_3", "cohere_compass", "cosmos3_edge"),
+    *("cosmos3_omni", "dots3_note", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl"),
+    "minimax_m3_vl",
 )
 
 _SPLIT_SQUARES = geometry.SplitTiles(geometry.longest_edge, merge="scale_factor")
@@ -50,9 +50,23 @@ _RECORDS: tuple[Family, ...] = (
         )
         for name in _MERGED
     ),
+    Family("glm5_next", geometry=geometry.MergedPatches(geometry.within_tokens)),
+    Family("kimi_k25", geometry=geometry.MergedPatches(geometry.within_patches, by_rows=True)),
+    *(
+        Family(
+            name,
+            geometry=geometry.MergedPatches(by_rows=True),
+            video=geometry.MergedFrames(),
+            video_token=_VIDEO,
+        )
+        for name in ("paddleocr_vl", "muse_glimmer", "muse_spark")
+    ),
     Family("mistral3", geometry=geometry.sized_patches),
     Family("mistral_large4", geometry=geometry.sized_patches),
     Family("lighton_ocr", geometry=geometry.sized_patches),
+    Family("gemma4", geometry=geometry.PositionedPatches()),
+    Family("gemma4_unified", geometry=geometry.PositionedPatches(merged=True)),
+    Family("diffusion_gemma", geometry=geometry.PositionedPatches()),
     # one grid for every image
     Family("llava", geometry=geometry.fixed_grid),
     Family("vipllava", geometry=geometry.fixed_grid),
@@ -162,9 +176,6 @@ _REASONS: dict[str, str] = {
     "hunyuan_vl": _NO_RULE.format("rows of patches with begin, break and end tokens among them"),
     "inkling2": _NO_RULE.format("patches that a convolution joins"),
     "inkling_mm_model": _NO_RULE.format("patches that several layers join"),
-    "gemma4": _NO_RULE.format("patches pooled by their positions"),
-    "gemma4_unified": _NO_RULE.format("patches pooled by their positions"),
-    "diffusion_gemma": _NO_RULE.format("patches pooled by their positions"),
     "gemma3n": _NO_RULE.format("features of a convolutional tower, whose grid no setting tells"),
     "fast_vlm": _NO_RULE.format("features of a convolutional tower"),
     "chameleon": _NO_RULE.format("codes of a VQ-VAE, which stand in the vocabulary"),

@@ -1,12 +1,25 @@
 """One record per model type: what its tiny offline copy is made of."""
 
-from tests.models.records import elsewhere, fixed, merged, queries, tiled
+from tests.models.records import (
+    elsewhere,
+    fixed,
+    fixed_others,
+    merged,
+    merged_glm,
+    merged_others,
+    native,
+    queries,
+    tiled,
+    tiled_others,
+)
 from tests.models.records.record import Record, Token
 
+_KINDS = (
+    *(elsewhere, fixed, fixed_others, merged),
+    *(merged_glm, merged_others, native, queries, tiled, tiled_others),
+)
 RECORDS: dict[str, Record] = {
-    record.model_type: record
-    for family in (elsewhere, fixed, merged, queries, tiled)
-    for record in family.RECORDS
+    record.model_type: record for kind in _KINDS for record in kind.RECORDS
 }
 
 __all__ = ["RECORDS", "Record", "Token"]

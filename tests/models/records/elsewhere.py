@@ -89,4 +89,70 @@ RECORDS: tuple[Record, ...] = (
         template=False,
         several=False,
     ),
+    Record(
+        "idefics",
+        note="Resized to a square of image_size without regard to its shape; text reads the "
+        "patches (and CLS), or the perceiver's queries, by gated cross-attention.",
+        image="<fake_token_around_image><image><fake_token_around_image>",
+        tokens=("<fake_token_around_image>", "<end_of_utterance>"),
+        named={"image_token": "<image>"},
+        images={"image_size": 64},
+        nested=True,
+        config={"vision_config": _VIT, "additional_vocab_size": 0},
+        template=False,
+    ),
+    Record(
+        "pp_formulanet",
+        note="Margins cropped, thumbnailed and padded to image_processor.size on both sides; there "
+        "is no prompt, the answer is written from the picture by cross-attention.",
+        image="",
+        images={"size": _SQUARE, "do_crop_margin": False},
+        asks=False,
+        config={
+            "vision_config": {
+                "image_size": 64,
+                "patch_size": 4,
+                "output_channels": 16,
+                "window_size": 4,
+                "global_attn_indexes": [1],
+                "post_conv_in_channels": 16,
+                "post_conv_mid_channels": 16,
+                "post_conv_out_channels": 32,
+                "decoder_hidden_size": 32,
+            },
+        },
+        template=False,
+        several=False,
+    ),
+    Record(
+        "vision-encoder-decoder",
+        note="Resized to image_processor.size without regard to its shape (a ViT, with TrOCR's "
+        "processor); there is no prompt, the answer is written by cross-attention.",
+        image="",
+        processor_class="TrOCRProcessor",
+        asks=False,
+        images={"@": "ViTImageProcessor", "size": _SQUARE},
+        config={
+            "encoder": _VIT,
+            "decoder_start_token_id": Token("<s>"),
+            "pad_token_id": Token("<pad>"),
+        },
+        template=False,
+        several=False,
+    ),
+    Record(
+        "udop",
+        note="Resized to image_processor.size without regard to its shape; patches are joined with "
+        "the words whose box they hold.",
+        unbuildable="not made yet: its processor reads words and their boxes in place of a prompt, "
+        "with a tokenizer class of its own.",
+    ),
+    Record(
+        "evolla",
+        unbuildable="it reads proteins, not images: its processor takes no picture.",
+    ),
+    Record(
+        "mistral4",
+        unbuildable="it reads text only: transformers registers no processor for it.",
+    ),
 )

@@ -5,18 +5,6 @@ from tests.models.records.record import Record, Token
 _SQUARE = {"height": 64, "width": 64}
 _VIT = {"image_size": 64, "patch_size": 8}
 _CLIP_CROP = {"size": {"shortest_edge": 64}, "crop_size": _SQUARE}
-# A code's number is spelled in letters: A for 0 to J for 9, Z ends it.
-_CHAMELEON_CODES = tuple(
-    f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z" for code in range(64)
-)
-_JANUS_VQ = {
-    "base_channels": 32,
-    "latent_channels": 32,
-    "num_patches": 8,
-    "projection_dim": 32,
-    "image_token_embed_dim": 32,
-    "num_embeddings": 64,
-}
 
 RECORDS: tuple[Record, ...] = (
     Record(
@@ -86,69 +74,6 @@ RECORDS: tuple[Record, ...] = (
         },
     ),
     Record(
-        "janus",
-        note="As deepseek_vl.",
-        image="<image_placeholder>",
-        named={
-            "image_token": "<image_placeholder>",
-            "boi_token": "<begin_of_image>",
-            "eoi_token": "<end_of_image>",
-        },
-        images={"size": _SQUARE},
-        processor={"num_image_tokens": 64},
-        config={
-            "vision_config": {**_VIT, "num_image_tokens": 64, "projection_dim": 32},
-            "vq_config": _JANUS_VQ,
-            "image_token_id": Token("<image_placeholder>"),
-        },
-    ),
-    Record(
-        "chameleon",
-        note="Shorter side resized to size.shortest_edge, centre crop of crop_size; a VQ-VAE turns "
-        "each crop into image_seq_length codes, replaced in input_ids by the model.",
-        tokens=("<racm3:break>", "<eoss>", *_CHAMELEON_CODES),
-        named={"image_token": "<image>", "sep_token": "<sep>"},
-        images=_CLIP_CROP,
-        processor={"image_seq_length": 64},
-        config={
-            "vocabulary_map": {token: Token(token) for token in ("<image>", *_CHAMELEON_CODES)},
-            "vq_config": {
-                "resolution": 64,
-                "base_channels": 32,
-                "latent_channels": 32,
-                "num_embeddings": len(_CHAMELEON_CODES),
-                "channel_multiplier": [1, 1, 1, 1],
-                "num_res_blocks": 1,
-            },
-        },
-        template=False,
-    ),
-    Record(
-        "florence2",
-        note="Resized to image_processor.size without regard to its shape ; DaViT: a square "
-        "of 32 px is a token, and the mean of all comes first.",
-        named={"image_token": "<image>"},
-        images={
-            "size": {"height": 128, "width": 128},
-            "do_center_crop": False,
-            "image_seq_length": 17,
-        },
-        config={
-            "vision_config": {
-                "depths": [1, 1, 1, 1],
-                "embed_dim": [16, 16, 16, 16],
-                "num_heads": [2, 2, 2, 2],
-                "num_groups": [2, 2, 2, 2],
-                "window_size": 4,
-                "projection_dim": 32,
-            },
-            "image_token_id": Token("<image>"),
-        },
-        template=False,
-        image="",
-        several=False,
-    ),
-    Record(
         "vipllava",
         note="Shorter side resized to size.shortest_edge, centre crop of crop_size (CLIP).",
         tokens=("<image>",),
@@ -163,30 +88,6 @@ RECORDS: tuple[Record, ...] = (
             "vision_feature_layers": [-2, -1],
             "image_token_index": Token("<image>"),
         },
-    ),
-    Record(
-        "got_ocr2",
-        note="Resized to image_processor.size without regard to its shape; with crop_to_patches "
-        "tiled as internvl.",
-        image="<img><imgpad></img>",
-        tokens=("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"),
-        images={"size": _SQUARE},
-        call={"num_image_tokens": 16},
-        config={
-            "vision_config": {
-                "image_size": 64,
-                "patch_size": 4,
-                "output_channels": 16,
-                "mlp_dim": 48,
-                "window_size": 4,
-                "global_attn_indexes": [1],
-            },
-            "image_token_index": Token("<imgpad>"),
-            "image_seq_length": 16,
-        },
-        begins=False,
-        template=False,
-        several=False,
     ),
     Record(
         "llava",
@@ -216,35 +117,6 @@ RECORDS: tuple[Record, ...] = (
             "image_token_index": Token("<image>"),
             "video_token_index": Token("<video>"),
         },
-    ),
-    Record(
-        "fast_vlm",
-        note="Longer side resized, padded to a square with the mean colour (llava's processor with "
-        "do_pad); a FastViT of timm makes a grid of 1 / 64 of the side.",
-        tokens=("<image>",),
-        processor_class="LlavaProcessor",
-        images={
-            "@": "CLIPImageProcessor",
-            "size": {"shortest_edge": 128},
-            "crop_size": {"height": 128, "width": 128},
-        },
-        processor={
-            "patch_size": 64,
-            "vision_feature_select_strategy": "full",
-            "num_additional_image_tokens": 0,
-        },
-        config={
-            "vision_config": {
-                "hidden_size": 64,
-                "model_args": {
-                    "inference_mode": True,
-                    "layers": (1, 1, 1, 1, 1),
-                    "embed_dims": (16, 16, 16, 32, 32),
-                },
-            },
-            "image_token_index": Token("<image>"),
-        },
-        begins=False,
     ),
     Record(
         "shieldgemma2",
@@ -290,40 +162,5 @@ RECORDS: tuple[Record, ...] = (
             "image_token_index": Token("<image_soft_token>"),
         },
         template=False,
-    ),
-    Record(
-        "gemma3n",
-        note="Resized to image_processor.size without regard to its shape; a MobileNet of timm "
-        "makes image_seq_length = 16 x 16 features of any size.",
-        named={
-            "image_token": "<image_soft_token>",
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-            "audio_token": "<audio_soft_token>",
-            "boa_token": "<start_of_audio>",
-            "eoa_token": "<end_of_audio>",
-        },
-        image="<image_soft_token>",
-        images={"size": _SQUARE},
-        audio={"feature_size": 32},
-        processor={"image_seq_length": 256},
-        config={
-            "image_token_id": Token("<image_soft_token>"),
-            "boi_token_id": Token("<start_of_image>"),
-            "eoi_token_id": Token("<end_of_image>"),
-            "audio_token_id": Token("<audio_soft_token>"),
-            "boa_token_id": Token("<start_of_audio>"),
-            "eoa_token_id": Token("<end_of_audio>"),
-            "text_config": {
-                "intermediate_size": 48,
-                "num_kv_shared_layers": 0,
-                "activation_sparsity_pattern": None,
-                "layer_types": ["sliding_attention", "full_attention"],
-                "hidden_size_per_layer_input": 8,
-                "laurel_rank": 8,
-            },
-            "vision_config": {"hidden_size": 2048, "model_args": {"channel_multiplier": 0.125}},
-            "audio_config": {"conf_num_hidden_layers": 1, "conf_num_attention_heads": 4},
-        },
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -34,13 +35,17 @@ class Record:
         audio: Settings of the audio feature extractor, likewise.
         processor: Settings of the processor itself.
         call: Settings that this processor takes only when called.
+        beside: What the model takes besides what its processor returns, as nested lists.
         config: Settings of the model's configuration over those of the generic tiny one, nested as
             the configuration is. A :class:`Token` stands for its id.
         processor_class: Where transformers registers none: the class that checkpoints name.
+        asks: Whether a user writes a prompt at all.
         template: Whether users get a chat template.
         begins: Whether the tokenizer puts the beginning-of-sequence token before every text.
         n_frames: Where the processor takes clips for images: how many frames one has.
+        nested: Whether the processor wants the images of each prompt in a list of their own.
         several: Whether one prompt may hold several images.
+        needs: Modules, besides those that the project installs, without which nothing is built.
         unbuildable: Why there is no real processor, or no model that runs on its output.
     """
 
@@ -55,10 +60,20 @@ class Record:
     audio: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     processor: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     call: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+    beside: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     config: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     processor_class: str | None = None
+    asks: bool = True
     template: bool = True
     begins: bool = True
     n_frames: int | None = None
+    nested: bool = False
     several: bool = True
+    needs: tuple[str, ...] = ()
     unbuildable: str | None = None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why nothing can be built here, or None."""
+        missing = [module for module in self.needs if importlib.util.find_spec(module) is None]
+        return f"it needs {', '.join(missing)}." if missing else self.unbuildable

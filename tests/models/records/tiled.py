@@ -1,10 +1,9 @@
-"""Types whose processor cuts an image into tiles."""
+"""Types whose processor cuts an image into tiles: AnyRes, and grids with a thumbnail."""
 
 from tests.models.records.record import Record, Token
 
 _ANYRES = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]  # height, width; px
 _GRID_TAGS = tuple(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7))
-_LFM_TAGS = tuple(f"<|img_row_{row}_col_{col}|>" for row in range(1, 5) for col in range(1, 5))
 _CLIP = {"image_size": 32, "patch_size": 8}
 
 RECORDS: tuple[Record, ...] = (
@@ -141,40 +140,6 @@ RECORDS: tuple[Record, ...] = (
         },
     ),
     Record(
-        "llama4",
-        note="Resized with its shape kept and padded onto the best grid of image_processor.size "
-        "tiles (max_patches), cut; a thumbnail resized without regard to its shape comes last.",
-        image="<|image|>",
-        tokens=(
-            "<|image|>",
-            "<|image_start|>",
-            "<|image_end|>",
-            "<|patch|>",
-            "<|tile_x_separator|>",
-            "<|tile_y_separator|>",
-        ),
-        images={"size": {"height": 32, "width": 32}, "max_patches": 4},
-        processor={"patch_size": 8, "pixel_shuffle_ratio": 0.5},
-        config={
-            "vision_config": {
-                **_CLIP,
-                "pixel_shuffle_ratio": 0.5,
-                "vision_output_dim": 32,
-                "projector_input_dim": 32,
-                "projector_output_dim": 32,
-                "intermediate_size": 128,
-            },
-            "text_config": {
-                "intermediate_size_mlp": 48,
-                "num_local_experts": 2,
-                "attention_chunk_size": 64,
-            },
-            "image_token_index": Token("<|patch|>"),
-            "boi_token_index": Token("<|image_start|>"),
-            "eoi_token_index": Token("<|image_end|>"),
-        },
-    ),
-    Record(
         "ovis2",
         note="As internvl with crop_to_patches, but the grid by use_covering_area_grid, and the "
         "thumbnail comes first.",
@@ -226,62 +191,6 @@ RECORDS: tuple[Record, ...] = (
         },
     ),
     Record(
-        "lfm2_vl",
-        note="A small image is resized to multiples of encoder_patch_size * downsample_factor "
-        "(min_image_tokens..max_image_tokens); a large one (max_pixels_tolerance) onto a grid of "
-        "tile_size tiles (min_tiles..max_tiles), cut, with a thumbnail resized so last.",
-        tokens=("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", *_LFM_TAGS),
-        named={"image_token": "<image>"},
-        images={
-            "min_image_tokens": 4,
-            "max_image_tokens": 16,
-            "encoder_patch_size": 8,
-            "tile_size": 48,
-            "max_tiles": 4,
-        },
-        config={
-            "vision_config": {"patch_size": 8, "num_patches": 16},
-            "text_config": {
-                "full_attn_idxs": [0],
-                "layer_types": ["full_attention", "conv"],
-                "block_multiple_of": 8,
-            },
-            "image_token_id": Token("<image>"),
-            "projector_hidden_size": 32,
-        },
-    ),
-    Record(
-        "perception_lm",
-        note="Resized with its shape kept onto the best grid of tile_size tiles (max_num_tiles), "
-        "cut; a thumbnail without regard to its shape comes first (vision_input_type).",
-        named={"image_token": "<|image|>", "video_token": "<|video|>"},
-        image="<|image|>",
-        images={"tile_size": 32, "max_num_tiles": 4},
-        videos={"size": {"height": 32, "width": 32}},
-        processor={"patch_size": 8, "pooling_ratio": 2},
-        config={
-            "vision_config": {
-                "architecture": "vit_pe_core_large_patch14_336",
-                "do_pooling": True,
-                "num_features": 32,
-                "model_args": {
-                    "embed_dim": 32,
-                    "img_size": (32, 32),
-                    "patch_size": 8,
-                    "num_heads": 4,
-                    "depth": 2,
-                    "global_pool": "",
-                    "use_post_transformer_norm": False,
-                    "init_values": 0.1,
-                    "ref_feat_shape": (4, 4),
-                },
-            },
-            "projector_pooling_ratio": 2,
-            "image_token_id": Token("<|image|>"),
-            "video_token_id": Token("<|video|>"),
-        },
-    ),
-    Record(
         "granite4_vision",
         note="As llava_next, each grid shrunk by processor.downsample_rate through window "
         "Q-Formers; several vision layers are injected.",
@@ -322,5 +231,22 @@ RECORDS: tuple[Record, ...] = (
             },
             "image_token_id": Token("<image>"),
         },
+    ),
+    Record(
+        "qianfan_ocr",
+        note="As internvl; users write <image>, which the processor turns into its own tokens.",
+        named={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+        },
+        images={"size": {"height": 32, "width": 32}, "max_patches": 6},
+        processor={"image_seq_length": 4},
+        config={
+            "vision_config": {"image_size": [32, 32], "patch_size": [8, 8]},
+            "image_token_id": Token("<IMG_CONTEXT>"),
+            "image_seq_length": 4,
+        },
+        begins=False,
     ),
 )

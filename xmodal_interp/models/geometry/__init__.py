@@ -18,10 +18,14 @@ from xmodal_interp.models.geometry.grid import View as View
 from xmodal_interp.models.geometry.grid import place_on_grid as place_on_grid
 from xmodal_interp.models.geometry.grid import raster as raster
 from xmodal_interp.models.geometry.grid import unplaced as unplaced
+from xmodal_interp.models.geometry.merged import MergedPatches as MergedPatches
 from xmodal_interp.models.geometry.merged import merged_patches as merged_patches
+from xmodal_interp.models.geometry.merged import within_patches as within_patches
+from xmodal_interp.models.geometry.merged import within_tokens as within_tokens
 from xmodal_interp.models.geometry.queries import QueryTokens as QueryTokens
 from xmodal_interp.models.geometry.queries import resampled_patches as resampled_patches
 from xmodal_interp.models.geometry.replaying import fitted as fitted
+from xmodal_interp.models.geometry.sized import PositionedPatches as PositionedPatches
 from xmodal_interp.models.geometry.sized import sized_patches as sized_patches
 from xmodal_interp.models.geometry.tiles import SplitTiles as SplitTiles
 from xmodal_interp.models.geometry.tiling import best_canvas as best_canvas

@@ -2,37 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import floor
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.cells import image_grid, in_blocks, rectangle
+from xmodal_interp.models.geometry.cells import Box, image_grid, in_blocks, rectangle
 from xmodal_interp.models.geometry.grid import ImageGrid
+from xmodal_interp.models.geometry.replaying import setting
+from xmodal_interp.models.geometry.tiling import own_function, whole
+
+Content = Callable[[Any, Image.Image, int, int], tuple[int, int]]
+"""``(processor, image, width, height) -> width, height``: which of the pixels are the image's."""
 
 
-def merged_patches(
-    processor: Any, _config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
-) -> list[ImageGrid]:
-    """The image is resized to whole blocks; the processor tells the grid of patches.
+@dataclass(frozen=True)
+class MergedPatches:
+    """Squares of patches give one token each; the processor tells the grid of patches.
 
-    Its sides are rounded to multiples of a block, each for itself, so that the boxes fill the image
-    exactly. The vision tower reads the patches block by block.
+    The vision tower reads the patches square by square. Unless the processor pads, it rounds the
+    sides of the image to whole squares, each for itself, so that the boxes fill the image exactly.
+
+    Attributes:
+        content: Which part of the pixels, from the top left, is the image, where the rest is
+            padding. None where there is none.
+        by_rows: Whether the vision tower reads its patches row by row instead.
     """
-    grid_thw = inputs.get("image_grid_thw")
-    if grid_thw is None or len(grid_thw) != len(images):
-        raise GeometryError(
-            "The processor must return one row of image_grid_thw per image. There are "
-            f"{len(images)} images and "
-            f"{0 if grid_thw is None else len(grid_thw)} rows."
-        )
-    merge = processor.image_processor.merge_size
-    grids = []
-    for image, (_, rows, cols) in zip(images, np.asarray(grid_thw).tolist(), strict=True):
-        box = (0.0, 0.0, float(image.width), float(image.height))
-        tokens = rectangle(rows // merge, cols // merge, box)
-        patches = in_blocks(rectangle(rows, cols, box), cols, merge)
-        grids.append(image_grid(image.size, [tokens], [patches]))
-    return grids
+
+    content: Content | None = None
+    by_rows: bool = False
+
+    def __call__(
+        self, processor: Any, _config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+    ) -> list[ImageGrid]:
+        """One grid per image."""
+        grid_thw = inputs.get("image_grid_thw")
+        if grid_thw is None or len(grid_thw) != len(images):
+            raise GeometryError(
+                "The processor must return one row of image_grid_thw per image. There are "
+                f"{len(images)} images and "
+                f"{0 if grid_thw is None else len(grid_thw)} rows."
+            )
+        merge = processor.image_processor.merge_size
+        grids = []
+        for image, (_, rows, cols) in zip(images, np.asarray(grid_thw).tolist(), strict=True):
+            box = self._box(processor, image, rows, cols)
+            patches = rectangle(rows, cols, box)
+            grids.append(
+                image_grid(
+                    image.size,
+                    [rectangle(rows // merge, cols // merge, box)],
+                    [patches if self.by_rows else in_blocks(patches, cols, merge)],
+                )
+            )
+        return grids
+
+    def _box(self, processor: Any, image: Image.Image, rows: int, cols: int) -> Box:
+        """What all of the patches show."""
+        if self.content is None:
+            return whole(image)
+        side = processor.image_processor.patch_size
+        width, height = cols * side, rows * side
+        content_w, content_h = self.content(processor, image, width, height)
+        return 0.0, 0.0, image.width * width / content_w, image.height * height / content_h
+
+
+merged_patches = MergedPatches()
+
+
+def within_patches(
+    processor: Any, image: Image.Image, _width: int, _height: int
+) -> tuple[int, int]:
+    """An image that is only ever made smaller, to a number of patches, then padded (Kimi)."""
+    (height, width), _ = own_function(processor, "navit_resize")(
+        height=image.height,
+        width=image.width,
+        patch_size=setting(processor, "patch_size"),
+        merge_kernel_size=setting(processor, "merge_size"),
+        max_patches=setting(processor, "max_patches"),
+        max_size_per_side=setting(processor, "size")["max_height"],
+    )
+    return width, height
+
+
+def within_tokens(processor: Any, image: Image.Image, width: int, height: int) -> tuple[int, int]:
+    """An image that is made larger only where it has too few tokens, then padded (GLM-5)."""
+    settings = processor.image_processor
+    scale = min(height / image.height, width / image.width)
+    side = settings.patch_size * settings.merge_size * settings.patch_expand_factor
+    if image.height * image.width >= settings.min_image_tokens * side**2:
+        scale = min(1.0, scale)
+    return (
+        max(1, min(width, floor(image.width * scale))),
+        max(1, min(height, floor(image.height * scale))),
+    )

@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.cells import image_grid, rectangle
+from xmodal_interp.models.geometry.cells import image_grid, nowhere, rectangle
 from xmodal_interp.models.geometry.grid import ImageGrid
 from xmodal_interp.models.geometry.patches import patch_side
 from xmodal_interp.models.geometry.tiling import whole
+
+
+@dataclass(frozen=True)
+class PositionedPatches:
+    """Patches that come with their column and row; squares of them give a token (Gemma 4).
+
+    The sides are rounded down to whole squares, each for itself, so that the boxes fill the image
+    exactly. The tower also reads padding, whose patches have no place.
+
+    Attributes:
+        merged: Whether the processor has merged the squares, so that each patch gives a token.
+    """
+
+    merged: bool = False
+
+    def __call__(
+        self, processor: Any, _config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+    ) -> list[ImageGrid]:
+        """One grid per image."""
+        block = 1 if self.merged else processor.image_processor.pooling_kernel_size
+        grids = []
+        for image, positions in zip(images, np.asarray(inputs["image_position_ids"]), strict=True):
+            cols, rows = (positions.max(0) + 1).tolist()
+            tokens = rectangle(rows // block, cols // block, whole(image))
+            padding = nowhere(len(positions) - rows * cols)
+            patches = rectangle(rows, cols, whole(image))
+            grids.append(image_grid(image.size, [tokens], [patches, padding]))
+        return grids
 
 
 def sized_patches(
