@@ -10,6 +10,14 @@ import torch
 torch.set_num_threads(2)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-types",
+        action="store_true",
+        help="test every model type of transformers for images and text, not a third of them",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

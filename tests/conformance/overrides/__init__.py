@@ -1,0 +1,11 @@
+"""What the generic rules cannot know, type by type, as data: a short record where one is needed."""
+
+from tests.conformance.overrides.dual_encoders import DUAL_ENCODERS
+from tests.conformance.overrides.images import IMAGES
+from tests.conformance.overrides.other_ways import OTHER_WAYS
+from tests.conformance.overrides.packed import PACKED
+from tests.conformance.overrides.record import Record
+
+RECORDS: dict[str, Record] = IMAGES | PACKED | OTHER_WAYS
+
+__all__ = ["DUAL_ENCODERS", "RECORDS", "Record"]

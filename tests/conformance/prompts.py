@@ -1,0 +1,95 @@
+"""Token ids beside the images: one function per way of joining the two, named in the records."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tests.conformance.overrides import Record
+from tests.conformance.pictures import Pixels
+from tests.conformance.shrinking import FIRST_WORD, VOCABULARY
+
+Inputs = dict[str, Any]
+IMAGE_TOKEN = ("image_token_id", "image_token_index", "image_patch_id")
+BEFORE_IMAGE = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
+AFTER_IMAGE = ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index")
+TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+def placeholders(model: PreTrainedModel, record: Record, images: Pixels) -> Inputs:
+    """A token in the prompt for each feature of an image; types of tokens where they are taken."""
+    counts = _image_tokens(model, record, images)
+    before, after = _first(model.config, BEFORE_IMAGE), _first(model.config, AFTER_IMAGE)
+    token = record.image_token or _first(model.config, IMAGE_TOKEN)[0]
+    runs = iter([before + [token] * count + after for count in counts])
+    rows = []
+    for row, n in enumerate(record.images_per_row):
+        images_of_row = [i for _ in range(n) for i in next(runs)]
+        rows.append(words(2) + images_of_row + words(1 + 4 * row))
+    inputs = padded(rows) | images
+    takes = inspect.signature(model.forward).parameters
+    types = (inputs["input_ids"] == token).long()
+    return inputs | {name: types for name in TYPES if name in takes}
+
+
+def beside(_model: PreTrainedModel, record: Record, images: Pixels) -> Inputs:
+    """Words alone: the image comes in by another way."""
+    return padded([words(5 + 3 * row) for row in range(len(record.images_per_row))]) | images
+
+
+def caption(model: PreTrainedModel, record: Record, images: Pixels) -> Inputs:
+    """The same, padded on the right, as encoders of text have it."""
+    inputs = beside(model, record, images)
+    return inputs | {name: inputs[name].flip(1) for name in ("input_ids", "attention_mask")}
+
+
+def words_only(_model: PreTrainedModel, record: Record, _images: Pixels) -> Inputs:
+    """Words, and no image at all."""
+    return padded([words(5 + 3 * row) for row in range(len(record.images_per_row))])
+
+
+def none(_model: PreTrainedModel, _record: Record, images: Pixels) -> Inputs:
+    """No prompt: an encoder for the image, a decoder for the text."""
+    return dict(images)
+
+
+def words(n: int) -> list[int]:
+    """Random words."""
+    return torch.randint(FIRST_WORD, VOCABULARY, (n,)).tolist()
+
+
+def padded(rows: Sequence[list[int]]) -> Inputs:
+    """Rows in one tensor ``[row, position]``, padded on the left, with the mask of what is real."""
+    length = max(map(len, rows))
+    gaps = [[0] * (length - len(row)) for row in rows]
+    return {
+        "input_ids": torch.tensor([gap + row for gap, row in zip(gaps, rows, strict=True)]),
+        "attention_mask": torch.tensor(
+            [gap + [1] * len(row) for gap, row in zip(gaps, rows, strict=True)]
+        ),
+    }
+
+
+@torch.no_grad()
+def _image_tokens(model: PreTrainedModel, record: Record, images: Pixels) -> list[int]:
+    """How many tokens each image becomes: the record says it, or the model."""
+    n_images = sum(record.images_per_row)
+    told = record.tokens_per_image
+    if told is not None:
+        return [told] * n_images if isinstance(told, int) else list(told)
+    ask = getattr(model, "get_image_features", None) or model.base_model.get_image_features
+    features = ask(**images)
+    features = getattr(features, "pooler_output", features)
+    if isinstance(features, Tensor):
+        return [features.numel() // features.shape[-1] // n_images] * n_images
+    return [part.numel() // part.shape[-1] for part in features]
+
+
+def _first(config: PreTrainedConfig, names: Sequence[str]) -> list[int]:
+    found = [getattr(config, name, None) for name in names]
+    return [token for token in found if token is not None][:1]

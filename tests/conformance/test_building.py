@@ -1,0 +1,141 @@
+"""Tiny models of all types build, run and generate, and each attention prefers some keys."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessorList
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from tests.conformance.building import Tiny, representatives, tiny, types
+from tests.conformance.overrides import DUAL_ENCODERS, RECORDS, Record
+from tests.conformance.spying import spy
+from tests.conformance.weights import DYNAMICS
+
+SHARP = 0.1  # of the way from uniform to a single key
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "built" in metafunc.fixturenames:
+        everything = metafunc.config.getoption("all_types")
+        names = [*types(), *DUAL_ENCODERS] if everything else [*representatives(), "clip", "vilt"]
+        metafunc.parametrize("built", names, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def built(request: pytest.FixtureRequest) -> tuple[str, Tiny]:
+    return request.param, tiny(request.param)
+
+
+def record_of(name: str) -> Record:
+    return (RECORDS if name in types() else DUAL_ENCODERS).get(name, Record())
+
+
+def outputs(tiny_model: Tiny, inputs: dict[str, Any]) -> list[Tensor]:
+    with torch.no_grad():
+        found = tiny_model.model(**inputs)
+    return [v for v in found.values() if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def test_every_attention_has_a_choice_and_makes_it(built: tuple[str, Tiny]) -> None:
+    name, model = built
+    with spy(model.model) as heard:
+        found = outputs(model, model.inputs)
+    assert found
+    assert not any(output.isnan().any() for output in found)
+    assert heard
+    assert [call for call in heard if call.n_keys < 2] == []
+    judged = [call for call in heard if call.module not in record_of(name).even]
+    assert [call for call in judged if call.sharpness < SHARP] == []
+
+
+def test_what_is_seen_changes_the_output(built: tuple[str, Tiny]) -> None:
+    name, model = built
+    seen = {
+        k: v for k, v in model.inputs.items() if isinstance(v, Tensor) and v.dtype.is_floating_point
+    }
+    if not seen:
+        assert record_of(name).prompt == "words_only"
+        seen = {"input_ids": model.inputs["input_ids"]}
+    # Each row sees what another saw; where there is one row for all, it is turned around.
+    other = {k: v.roll(1, 0) if len(v) > 1 else v.flip(-1) for k, v in seen.items()}
+    before = outputs(model, model.inputs)
+    after = outputs(model, model.inputs | other)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_every_attention_reaches_the_output(built: tuple[str, Tiny]) -> None:
+    """No gate is shut: turning an attention's result around is seen in what the model returns."""
+    name, model = built
+    with spy(model.model) as heard:
+        before = outputs(model, model.inputs)
+    without_effect = []
+    for module in dict.fromkeys(call.module for call in heard):
+        handle = model.model.get_submodule(module).register_forward_hook(turned_around)
+        try:
+            after = outputs(model, model.inputs)
+        finally:
+            handle.remove()
+        if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+            without_effect.append(module)
+    idle = record_of(name).idle
+    assert [module for module in without_effect if not module.endswith(idle)] == []
+    assert bool(without_effect) == bool(idle)
+
+
+def turned_around(_module: nn.Module, _args: Any, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return -0.5 * output
+    return tuple(turned_around(_module, _args, part) for part in output[:1]) + output[1:]
+
+
+def test_three_steps_of_generation(built: tuple[str, Tiny]) -> None:
+    _, model = built
+    if not model.generates:
+        assert model.generate_inputs == {}
+        return
+    steps = []
+
+    def count(_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        steps.append(scores.shape)
+        return scores
+
+    with torch.no_grad():
+        model.model.generate(**model.generate_inputs, logits_processor=LogitsProcessorList([count]))
+    assert len(steps) == 3
+
+
+def test_no_weight_is_trivial(built: tuple[str, Tiny]) -> None:
+    _, model = built
+    parameters = dict(model.model.named_parameters())
+    assert all(weight.dtype == torch.float32 for weight in parameters.values())
+    flat = [
+        name
+        for name, weight in parameters.items()
+        if not DYNAMICS.search(name) and weight.numel() >= 8 and weight.std() < 0.01
+    ]
+    assert flat == []
+
+
+def test_all_types_come_from_transformers() -> None:
+    assert types() == list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    assert set(RECORDS) <= set(types())
+    assert set(representatives()) < set(types())
+    assert len(representatives()) == len(types()) // 3
+
+
+def test_the_seed_decides_weights_and_inputs() -> None:
+    first, again, other = tiny("llava"), tiny("llava"), tiny("llava", seed=1)
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name])
+    for name, value in first.inputs.items():
+        assert torch.equal(value, again.inputs[name])
+    assert not torch.equal(first.inputs["pixel_values"], other.inputs["pixel_values"])
+    head = first.model.lm_head.weight
+    assert not torch.equal(head, other.model.lm_head.weight)
+
+
+def test_the_backend_is_the_one_asked_for() -> None:
+    model = tiny("llava", attn_implementation="eager").model
+    assert model.config.text_config._attn_implementation == "eager"

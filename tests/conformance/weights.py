@@ -1,0 +1,58 @@
+"""Random weights under which every attention layer matters and none is near uniform.
+
+Libraries initialise for training: tiny weights, zero biases, closed gates. Here every tensor is
+drawn anew, so that values stay of order one from layer to layer:
+
+* matrices and kernels with a deviation of ``1 / sqrt(fan in)``, larger for queries and keys;
+* embeddings and position tables of order one;
+* norms around what they were, biases around zero, both with a spread;
+* gates and layer scales that were shut, or nearly so, opened.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+SHARPER = 2.5  # deviation of query and key projections: scores of a deviation of about two or three
+SPREAD = 0.2
+OPEN = 0.8
+QUERY_OR_KEY = re.compile(
+    r"(^|[._])(q|k|qk|qkv|query|key|query_key_value|in|kv)(_[ab])?(_proj\w*|_b|_a)?(\.|$)"
+)
+QUERY_OR_KEY_NORM = re.compile(r"(^|[._])(q|k|query|key)_?(layer)?_?norm\b")
+GATE = re.compile(r"gate|gamma|layer_?scale|lambda|alpha|\bls\d|scale")
+# What sets the time constants of state-space and linear attention; random values would explode.
+DYNAMICS = re.compile(r"A_log|dt_bias|\.D$|inv_freq|dt_")
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int) -> None:
+    """Draw all weights of a model anew, in place; each from its name and the seed alone."""
+    embeddings = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    for name, weight in model.named_parameters():
+        if DYNAMICS.search(name) or not weight.is_floating_point():
+            continue
+        draw = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+        noise = torch.randn(weight.shape, generator=draw)
+        weight.copy_(_drawn(name, weight, noise, is_embedding=name in embeddings))
+
+
+def _drawn(name: str, old: Tensor, noise: Tensor, *, is_embedding: bool) -> Tensor:
+    if (old.numel() and bool((old == old.flatten()[0]).all())) or old.ndim < 2:
+        level = float(old.float().mean()) if old.numel() else 0.0
+        shut = abs(level) < 0.5 and GATE.search(name) and not name.endswith("bias")
+        sharper = 1.0 if QUERY_OR_KEY_NORM.search(name) and not name.endswith("bias") else 0.0
+        return (OPEN if shut else level) + sharper + SPREAD * noise
+    if is_embedding or "position" in name or "pos_emb" in name or "token" in name:
+        return 0.7 * noise
+    fan_in = old[0].numel() if old.ndim != 3 else min(old.shape[1:])
+    gain = SHARPER if QUERY_OR_KEY.search(name) else 1.0
+    return noise * gain / fan_in**0.5
