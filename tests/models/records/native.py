@@ -120,14 +120,6 @@ RECORDS: tuple[Record, ...] = (
         processor={"patch_size": 8, "spatial_merge_size": 2},
         config={
             "vision_config": {"image_size": 96, "patch_size": 8},
-            "text_config": {
-                "mlp_layer_types": ["dense", "sparse"],
-                "indexer_types": ["full", "full"],
-                "kv_source_layers": [0, 1],
-                "no_rope_layers": [1, 0],
-                "index_topk": 16,
-                "num_key_value_heads": 4,
-            },
             "image_token_index": Token("[IMG]"),
             "spatial_merge_size": 2,
         },
