@@ -152,8 +152,8 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "inkling_mm_model",
-        note="Resized by rescale_image_frac where given, cut into cells of image_processor.size, "
-        "padded; a token for each cell.",
+        note="Scaled by rescale_image_frac where given, cut into cells of image_processor.size, "
+        "cells at the right and below padded; a token for each cell.",
         image="<|content_image|><|unused_200054|>",
         tokens=(
             "<|unused_200054|>",
@@ -221,7 +221,7 @@ RECORDS: tuple[Record, ...] = (
     *(
         Record(
             model_type,
-            note="Resized, shape kept, to patch_size * patch_size * max_soft_tokens * "
+            note="Scaled up or down, shape kept, to patch_size * patch_size * max_soft_tokens * "
             "pooling_kernel_size ** 2 px at most, sides multiples of patch_size * "
             "pooling_kernel_size; patches carry their position (image_position_ids).",
             image="<|image|>",
