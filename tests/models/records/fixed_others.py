@@ -113,6 +113,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "fast_vlm",
+        needs=("timm",),
         note="Longer side resized, padded to a square with the mean colour (llava's processor with "
         "do_pad); a FastViT of timm makes a grid of 1 / 64 of the side.",
         tokens=("<image>",),
@@ -142,6 +143,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "gemma3n",
+        needs=("timm",),
         note="Resized to image_processor.size without regard to its shape; a MobileNet of timm "
         "makes image_seq_length features of any size.",
         named={

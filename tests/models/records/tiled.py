@@ -61,6 +61,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "smolvlm",
+        needs=("num2words",),
         note="As idefics3.",
         tokens=("<image>", "<fake_token_around_image>", "<global-img>", *_GRID_TAGS),
         named={

@@ -78,6 +78,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "perception_lm",
+        needs=("timm",),
         note="Resized, without regard to its shape, onto the best grid of tile_size tiles "
         "(max_num_tiles), cut; a thumbnail, resized likewise, comes first (vision_input_type).",
         named={"image_token": "<|image|>", "video_token": "<|video|>"},
