@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -63,6 +63,31 @@ def test_what_is_seen_changes_the_output(built: tuple[str, Tiny]) -> None:
     before = outputs(model, model.inputs)
     after = outputs(model, model.inputs | other)
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_every_attention_reaches_the_output(built: tuple[str, Tiny]) -> None:
+    """No gate is shut: turning an attention's result around is seen in what the model returns."""
+    name, model = built
+    with spy(model.model) as heard:
+        before = outputs(model, model.inputs)
+    without_effect = []
+    for module in dict.fromkeys(call.module for call in heard):
+        handle = model.model.get_submodule(module).register_forward_hook(turned_around)
+        try:
+            after = outputs(model, model.inputs)
+        finally:
+            handle.remove()
+        if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+            without_effect.append(module)
+    idle = record_of(name).idle
+    assert [module for module in without_effect if not module.endswith(idle)] == []
+    assert bool(without_effect) == bool(idle)
+
+
+def turned_around(_module: nn.Module, _args: Any, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return -0.5 * output
+    return tuple(turned_around(_module, _args, part) for part in output[:1]) + output[1:]
 
 
 def test_three_steps_of_generation(built: tuple[str, Tiny]) -> None:

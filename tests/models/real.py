@@ -10,16 +10,20 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import CONFIG_MAPPING, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
+from tests.conformance.overrides import RECORDS as CONFORMANCE
+from tests.conformance.shrinking import tiny_config
+from tests.conformance.weights import randomize
 from tests.models.records import RECORDS, Record, Token
-from tests.models.shrinking import tiny_config
 from tests.models.tokenizing import tokenizer
+
+VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size")
 
 
 @functools.cache
@@ -56,31 +60,16 @@ def build_processor(record: Record) -> Any:
 def build_model(record: Record, made: Any) -> PreTrainedModel:
     """A tiny random model whose settings agree with a processor's."""
     text = made.tokenizer
-    ids = {
-        "vocab_size": len(text),
-        "vocab_size_per_layer_input": len(text),
-        "unpadded_vocab_size": len(text),
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": text.eos_token_id,
-        "pad_token_id": text.pad_token_id,
-    }
-    config = tiny_config(record.model_type, _with_ids(record.config, text), ids)
+    kind = CONFIG_MAPPING[record.model_type]
+    known = CONFORMANCE[record.model_type].config if record.model_type in CONFORMANCE else {}
+    over = _merged(_vocabularies(kind().to_dict(), len(text)), known)
+    config = tiny_config(kind, _merged(over, _with_ids(record.config, text)))
     name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[record.model_type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         built = getattr(transformers, name)(config).eval()
-        _spread(built)
+        randomize(built, seed=0)
     return built
-
-
-@torch.no_grad()
-def _spread(built: PreTrainedModel) -> None:
-    """Weights under which an image reaches the answer: none vanishing, no gate shut."""
-    for weight in built.parameters():
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
-        else:
-            weight.add_(torch.randn_like(weight), alpha=0.1)
 
 
 def inputs(
@@ -165,3 +154,24 @@ def _with_ids(settings: Any, text: Any) -> Any:
     if isinstance(settings, list):
         return [_with_ids(setting, text) for setting in settings]
     return text.convert_tokens_to_ids(str(settings)) if isinstance(settings, Token) else settings
+
+
+def _vocabularies(settings: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The size of the vocabulary, at every place of a configuration where one is kept."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in VOCABULARIES:
+            found[name] = size
+        elif isinstance(value, dict) and "model_type" in value:
+            found[name] = _vocabularies(value, size)
+    return found
+
+
+def _merged(settings: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with others put over them, dictionary into dictionary."""
+    result = dict(settings)
+    for name, value in over.items():
+        inner = result.get(name)
+        nested = isinstance(value, Mapping) and isinstance(inner, Mapping)
+        result[name] = _merged(inner, value) if nested else value
+    return result

@@ -82,7 +82,12 @@ DUAL_ENCODERS: dict[str, Record] = {
         tokens_per_image=(4, 8),
         extras=("image_types",),
     ),
-    "modernvbert": Record(model_class="ModernVBertModel", pixels="nested", tokens_per_image=1),
+    "modernvbert": Record(
+        model_class="ModernVBertModel",
+        pixels="nested",
+        tokens_per_image=1,
+        idle=("vision_model.head.attention",),
+    ),
     "lxmert": Record(
         {"l_layers": 1, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 12},
         model_class="LxmertModel",

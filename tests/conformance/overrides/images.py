@@ -2,11 +2,19 @@
 
 from tests.conformance.overrides.record import Record
 
+# Computed, and then left alone: the pooling head of SigLIP, and the last layer of an image tower
+# whose features are those of the layer before.
+POOLING_HEAD = "head.attention"
+LAST_LAYER = "_tower.encoder.layers.1.self_attn"
 ANYRES = {"image_grid_pinpoints": [[16, 32], [32, 16]]}
 # Image tokens of a vector-quantising encoder are words of the vocabulary.
 CODES = 16
 
 IMAGES: dict[str, Record] = {
+    "video_llava": Record(idle=(LAST_LAYER,)),
+    "llava": Record(idle=(LAST_LAYER,)),
+    "deepseek_vl": Record(idle=(POOLING_HEAD,)),
+    "cohere2_vision": Record(idle=(POOLING_HEAD,)),
     "aria": Record(
         {"projector_patch_to_query_dict": {16: 5}, "max_value_projector_patch_to_query_dict": 5}
     ),
@@ -44,6 +52,7 @@ IMAGES: dict[str, Record] = {
             },
         },
         pixels="two_resolutions",
+        idle=(POOLING_HEAD,),
     ),
     "diffusion_gemma": Record(
         {
@@ -90,7 +99,7 @@ IMAGES: dict[str, Record] = {
         },
         side=128,
     ),
-    "gemma3": Record({"mm_tokens_per_image": 4}),
+    "gemma3": Record({"mm_tokens_per_image": 4}, idle=(POOLING_HEAD,)),
     "gemma3n": Record(
         {
             "vision_soft_tokens_per_image": 16,
@@ -124,8 +133,8 @@ IMAGES: dict[str, Record] = {
         | {
             "downsample_rate": "2/4",
             "deepstack_layer_map": [[1, 0]],
-            "spatial_target_layers": [0, 1, 2, 3],
-            "text_config": {"num_hidden_layers": 4},
+            "spatial_target_layers": [1, 2, 3, 4],
+            "text_config": {"num_hidden_layers": 5},
             "vision_config": {"hidden_size": 128},
         },
         pixels="tiled",
@@ -151,13 +160,13 @@ IMAGES: dict[str, Record] = {
             }
         }
     ),
-    "lfm2_vl": Record(pixels="padded_patches"),
+    "lfm2_vl": Record(pixels="padded_patches", idle=(POOLING_HEAD,)),
     "lighton_ocr": Record(pixels="sized"),
     "llama4": Record(
         {"vision_config": {"intermediate_size": 128, "vision_output_dim": 32}}, tokens_per_image=4
     ),
-    "llava_next": Record(ANYRES, pixels="tiled"),
-    "llava_next_video": Record(ANYRES, pixels="tiled"),
+    "llava_next": Record(ANYRES, pixels="tiled", idle=(LAST_LAYER,)),
+    "llava_next_video": Record(ANYRES, pixels="tiled", idle=(LAST_LAYER,)),
     "llava_onevision": Record(ANYRES, pixels="tiled"),
     "mistral3": Record(pixels="sized"),
     "mistral_large4": Record(pixels="sized"),
@@ -189,7 +198,7 @@ IMAGES: dict[str, Record] = {
         pixels="nested",
         side=56,
     ),
-    "shieldgemma2": Record({"mm_tokens_per_image": 4}),
+    "shieldgemma2": Record({"mm_tokens_per_image": 4}, idle=(POOLING_HEAD,)),
     "smolvlm": Record(pixels="nested"),
     "step3p7": Record(
         {

@@ -65,6 +65,7 @@ OTHER_WAYS: dict[str, Record] = {
         extras=("robot",),
         image_token=8,
         tokens_per_image=16,
+        idle=("vlm.language_model.layers.1.self_attn",),
     ),
     "pix2struct": Record(
         {"vision_config": {"seq_len": 32}},
@@ -85,7 +86,11 @@ OTHER_WAYS: dict[str, Record] = {
         prompt="none",
         extras=("decoder_words",),
     ),
-    "t5gemma2": Record({"encoder": {"mm_tokens_per_image": 4}}, extras=("decoder_words",)),
+    "t5gemma2": Record(
+        {"encoder": {"mm_tokens_per_image": 4}},
+        extras=("decoder_words",),
+        idle=("vision_tower.head.attention",),
+    ),
     "udop": Record(
         {"max_2d_position_embeddings": 64},
         prompt="beside",

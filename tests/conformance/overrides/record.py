@@ -26,6 +26,7 @@ class Record:
             doesn't say it.
         generate: What ``generate`` takes besides the inputs.
         even: Modules whose attention is uniform by construction, since their keys are equal.
+        idle: Ends of names of modules that attend, but whose result the architecture drops.
         generates: Whether it can generate text from these inputs.
     """
 
@@ -39,6 +40,7 @@ class Record:
     tokens_per_image: int | tuple[int, ...] | None = None
     generate: Mapping[str, Any] = field(default_factory=dict)
     even: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
     generates: bool = True
     model_type: str | None = None
     model_class: str | None = None

@@ -71,6 +71,10 @@ RECORDS: tuple[Record, ...] = (
         config={
             "vision_config": {
                 "depths": [1, 1, 1, 1],
+                "patch_size": [7, 3, 3, 3],
+                "patch_stride": [4, 2, 2, 2],
+                "patch_padding": [3, 1, 1, 1],
+                "patch_prenorm": [False, True, True, True],
                 "embed_dim": [16, 16, 16, 16],
                 "num_heads": [2, 2, 2, 2],
                 "num_groups": [2, 2, 2, 2],
@@ -109,6 +113,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "fast_vlm",
+        needs=("timm",),
         note="Longer side resized, padded to a square with the mean colour (llava's processor with "
         "do_pad); a FastViT of timm makes a grid of 1 / 64 of the side.",
         tokens=("<image>",),
@@ -138,8 +143,9 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "gemma3n",
+        needs=("timm",),
         note="Resized to image_processor.size without regard to its shape; a MobileNet of timm "
-        "makes image_seq_length = 16 x 16 features of any size.",
+        "makes image_seq_length features of any size.",
         named={
             "image_token": "<image_soft_token>",
             "boi_token": "<start_of_image>",
@@ -151,7 +157,7 @@ RECORDS: tuple[Record, ...] = (
         image="<image_soft_token>",
         images={"size": _SQUARE},
         audio={"feature_size": 32},
-        processor={"image_seq_length": 256},
+        processor={"image_seq_length": 16},
         config={
             "image_token_id": Token("<image_soft_token>"),
             "boi_token_id": Token("<start_of_image>"),
@@ -159,16 +165,6 @@ RECORDS: tuple[Record, ...] = (
             "audio_token_id": Token("<audio_soft_token>"),
             "boa_token_id": Token("<start_of_audio>"),
             "eoa_token_id": Token("<end_of_audio>"),
-            "text_config": {
-                "intermediate_size": 48,
-                "num_kv_shared_layers": 0,
-                "activation_sparsity_pattern": None,
-                "layer_types": ["sliding_attention", "full_attention"],
-                "hidden_size_per_layer_input": 8,
-                "laurel_rank": 8,
-            },
-            "vision_config": {"hidden_size": 2048, "model_args": {"channel_multiplier": 0.125}},
-            "audio_config": {"conf_num_hidden_layers": 1, "conf_num_attention_heads": 4},
         },
     ),
     Record(
@@ -235,10 +231,12 @@ RECORDS: tuple[Record, ...] = (
             "vlm_config": {
                 "vision_config": {**_VIT, "projection_dim": 32},
                 "text_config": {"num_image_tokens": 64},
-                "image_token_index": Token("<image>"),
+                "image_token_id": Token("<image>"),
                 "projection_dim": 32,
             },
             "chunk_size": 4,
+            "max_state_dim": 32,
+            "max_action_dim": 32,
         },
         call={"state": [[0.5] * 32]},
         beside={"noise": [[[0.5] * 32] * 4], "timestep": [0.5]},

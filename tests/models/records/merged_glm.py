@@ -14,7 +14,6 @@ _VISION = {
     "temporal_patch_size": 2,
     "out_hidden_size": 32,
 }
-_MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
 _GLM_TOKENS = (
     "<|begin_of_image|>",
     "<|end_of_image|>",
@@ -51,7 +50,7 @@ RECORDS: tuple[Record, ...] = (
             config={
                 **_GLM_IDS,
                 "vision_config": {**_VISION, "image_size": 96},
-                "text_config": _MROPE,
+                "text_config": {"head_dim": 8},
             },
             begins=False,
         )
@@ -71,12 +70,6 @@ RECORDS: tuple[Record, ...] = (
         config={
             **_GLM_IDS,
             "vision_config": {**_VISION, "image_size": 96},
-            "text_config": {
-                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]},
-                "n_routed_experts": 4,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": 16,
-            },
         },
         begins=False,
     ),
@@ -91,7 +84,6 @@ RECORDS: tuple[Record, ...] = (
         config={
             **_GLM_IDS,
             "vision_config": {**_VISION, "image_size": 96},
-            "text_config": _MROPE,
         },
         begins=False,
     ),

@@ -178,21 +178,7 @@ RECORDS: tuple[Record, ...] = (
         images={**_PATCHES, "temporal_patch_size": 1},
         videos={**_PATCHES, "temporal_patch_size": 1},
         config={
-            "vision_config": {"patch_size": 8, "mlp_layer_types": ["dense", "sparse"]},
-            "text_config": {
-                "mlp_layer_types": ["dense", "sparse"],
-                "layer_types": ["sliding_attention", "indexed_attention"],
-                "num_key_value_heads": 4,
-                "index_topk": 16,
-                "swa_num_attention_heads": 4,
-                "swa_num_key_value_heads": 4,
-                "swa_kv_lora_rank": 16,
-                "swa_q_lora_rank": 16,
-                "swa_head_dim": 16,
-                "swa_v_head_dim": 8,
-                "swa_qk_nope_head_dim": 8,
-                "swa_qk_rope_head_dim": 8,
-            },
+            "vision_config": {"patch_size": 8},
             "audio_config": {
                 "num_key_value_heads": 4,
                 "adapter_input_size": 32,
@@ -216,9 +202,7 @@ RECORDS: tuple[Record, ...] = (
             "vision_config": {
                 "patch_size": 8,
                 "spatial_merge_size": 2,
-                "layer_types": ["conv", "full_attention"],
             },
-            "text_config": {"layer_types": ["conv", "full_attention"]},
         },
     ),
     *(

@@ -120,14 +120,6 @@ RECORDS: tuple[Record, ...] = (
         processor={"patch_size": 8, "spatial_merge_size": 2},
         config={
             "vision_config": {"image_size": 96, "patch_size": 8},
-            "text_config": {
-                "mlp_layer_types": ["dense", "sparse"],
-                "indexer_types": ["full", "full"],
-                "kv_source_layers": [0, 1],
-                "no_rope_layers": [1, 0],
-                "index_topk": 16,
-                "num_key_value_heads": 4,
-            },
             "image_token_index": Token("[IMG]"),
             "spatial_merge_size": 2,
         },
@@ -160,8 +152,8 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "inkling_mm_model",
-        note="Resized by rescale_image_frac where given, cut into cells of image_processor.size, "
-        "padded; a token for each cell.",
+        note="Scaled by rescale_image_frac where given, cut into cells of image_processor.size, "
+        "cells at the right and below padded; a token for each cell.",
         image="<|content_image|><|unused_200054|>",
         tokens=(
             "<|unused_200054|>",
@@ -229,7 +221,7 @@ RECORDS: tuple[Record, ...] = (
     *(
         Record(
             model_type,
-            note="Resized, shape kept, to patch_size * patch_size * max_soft_tokens * "
+            note="Scaled up or down, shape kept, to patch_size * patch_size * max_soft_tokens * "
             "pooling_kernel_size ** 2 px at most, sides multiples of patch_size * "
             "pooling_kernel_size; patches carry their position (image_position_ids).",
             image="<|image|>",

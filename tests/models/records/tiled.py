@@ -61,6 +61,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "smolvlm",
+        needs=("num2words",),
         note="As idefics3.",
         tokens=("<image>", "<fake_token_around_image>", "<global-img>", *_GRID_TAGS),
         named={
@@ -121,9 +122,10 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "cohere2_vision",
-        note="Resized onto the grid of tiles that loses least, cut; a thumbnail comes last where "
-        "there is more than one tile. image_processor.patch_size is the side of a tile's grid of "
-        "tokens, not px.",
+        note="Resized, without regard to its shape, onto the grid of image_processor.size tiles "
+        "that has to be scaled up least (or down least); cut. A thumbnail comes last where there "
+        "is more than one tile. image_processor.patch_size is the side of a tile's grid of tokens, "
+        "not px.",
         named={
             "image_token": "<|IMG_PATCH|>",
             "boi_token": "<|START_OF_IMG|>",
@@ -216,8 +218,9 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "granite_docling",
-        note="Resized onto the grid of image_processor.size tiles that fits best (min_patches.."
-        "max_patches), cut; written as idefics3, a thumbnail last.",
+        note="Resized, without regard to its shape, onto the grid of image_processor.size tiles "
+        "(min_patches..max_patches) of nearest aspect ratio, cut; written as idefics3, a thumbnail "
+        "last.",
         tokens=("<image>", "<fake_token_around_image>", "<global-img>", *_GRID_TAGS),
         images={"size": {"height": 32, "width": 32}, "max_patches": 6},
         processor={"image_seq_len": 4},

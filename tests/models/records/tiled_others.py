@@ -18,8 +18,9 @@ _CLIP = {"image_size": 32, "patch_size": 8}
 RECORDS: tuple[Record, ...] = (
     Record(
         "llama4",
-        note="Resized with its shape kept and padded onto the best grid of image_processor.size "
-        "tiles (max_patches), cut; a thumbnail resized without regard to its shape comes last.",
+        note="Resized with its shape kept, padded right and below onto the best grid of "
+        "image_processor.size tiles (max_patches), cut; where there are several, a thumbnail "
+        "resized without regard to its shape comes last.",
         image="<|image|>",
         tokens=(
             "<|image|>",
@@ -77,8 +78,9 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "perception_lm",
-        note="Resized with its shape kept onto the best grid of tile_size tiles (max_num_tiles), "
-        "cut; a thumbnail without regard to its shape comes first (vision_input_type).",
+        needs=("timm",),
+        note="Resized, without regard to its shape, onto the best grid of tile_size tiles "
+        "(max_num_tiles), cut; a thumbnail, resized likewise, comes first (vision_input_type).",
         named={"image_token": "<|image|>", "video_token": "<|video|>"},
         image="<|image|>",
         images={"tile_size": 32, "max_num_tiles": 4},
@@ -108,8 +110,9 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "deepseek_ocr2",
-        note="Resized onto the best grid of tile_size tiles (min_patches..max_patches) where the "
-        "image is larger than a tile, cut; the whole, padded to a square of size, comes last.",
+        note="Where larger than tile_size: resized, without regard to its shape, onto the grid "
+        "of such tiles (min_patches..max_patches) of nearest aspect ratio, cut. The whole, padded "
+        "to a square of size, comes after the tiles, then one separator token.",
         tokens=("<image>",),
         images={"size": {"height": 128, "width": 128}, "tile_size": 96},
         processor={"patch_size": 2, "downsample_ratio": 4},
@@ -130,7 +133,8 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "unlimited_ocr",
-        note="As deepseek_ocr2, with a newline token after each row of the joined tiles.",
+        note="As deepseek_ocr2, but the tiles are joined to one grid, and a newline token ends "
+        "each of its rows and each row of the whole.",
         tokens=("<image>",),
         images={"size": {"height": 64, "width": 64}, "tile_size": 32},
         processor={"patch_size": 4, "downsample_ratio": 4},
