@@ -40,20 +40,10 @@ def calls_by_image(
     calls = []
     for number, share in enumerate(shares):
         call = joined(share)
-        if grids:
-            call = _without_padding(call, len(grids[number].patch_places))
         if orders and call.n_queries == call.n_keys == len(orders[number]):
             call = reordered(call, torch.argsort(orders[number]))
         calls.append(replace(call, call=number))
     return calls
-
-
-def _without_padding(call: AttentionCall, n_patches: int) -> AttentionCall:
-    """The positions that anything sees, if they are the image's: images of a batch are padded."""
-    if call.mask is None or not call.n_queries == call.n_keys > n_patches:
-        return call
-    seen = call.visible().any(2).any(1)[0].nonzero()[:, 0]
-    return reordered(call, seen) if len(seen) == n_patches else call
 
 
 def _shares(
