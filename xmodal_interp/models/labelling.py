@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -14,7 +15,14 @@ from xmodal_interp.models.alignment import Alignment, counted_alignment, reporte
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid, unplaced
 from xmodal_interp.models.rendering import Rendered, spans_in
-from xmodal_interp.models.tokens import Placeholders, grid_table, token_table, with_places
+from xmodal_interp.models.tokens import (
+    Columns,
+    Placeholders,
+    grid_table,
+    token_columns,
+    token_table,
+    with_places,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +35,7 @@ class Prompt:
         question: What the user asked.
         images: The images, in order.
         grids: The grid of each image.
-        tokens: One row per position, padding included.
+        columns: What stands at each position, padding included: ``tokens``, before it is a table.
         cross_keys: One row per cross-attention key, for families whose images are not in the
             sequence.
         video_grids: The grid of each video.
@@ -37,9 +45,14 @@ class Prompt:
     question: str
     images: tuple[Image.Image, ...]
     grids: tuple[ImageGrid, ...]
-    tokens: pd.DataFrame
+    columns: Columns
     cross_keys: pd.DataFrame | None
     video_grids: tuple[VideoGrid, ...] = ()
+
+    @cached_property
+    def tokens(self) -> pd.DataFrame:
+        """One row per position; made when first asked for: many prompts are never looked at."""
+        return token_table(self.columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,15 +106,15 @@ class Labeller:
         tokens = [token for token, seen in zip(ids, attended, strict=True) if seen]
         alignment = self._aligned(made, tokens)
         spans = spans_in(alignment.text, made.prompt)
-        table = token_table(
+        columns = token_columns(
             ids, attended, alignment, self.processor.tokenizer, self._placeholders(), spans
         )
-        grids = self._unplaced(table, made.images) if made.grids is None else made.grids
+        grids = self._unplaced(columns, made.images) if made.grids is None else made.grids
         crossed = None if self.family.in_sequence else grid_table(grids)
         if crossed is None:
-            table = with_places(table, grids, made.video_grids)
+            columns = with_places(columns, grids, made.video_grids)
         text, images = alignment.text, made.images
-        return Prompt(text, made.question, images, grids, table, crossed, made.video_grids)
+        return Prompt(text, made.question, images, grids, columns, crossed, made.video_grids)
 
     def _placeholders(self) -> Placeholders:
         family = self.family
@@ -131,12 +144,10 @@ class Labeller:
             images = [list(made.images)] if made.images else None
             yield self.processor.prepare_inputs_layout(images=images, text=[text])[1][0]
 
-    def _unplaced(
-        self, table: pd.DataFrame, images: Sequence[Image.Image]
-    ) -> tuple[ImageGrid, ...]:
+    def _unplaced(self, columns: Columns, images: Sequence[Image.Image]) -> tuple[ImageGrid, ...]:
         """Grids without places, that say why there are none."""
         reason = self.family.reason or f"There is no rule for {self.family.model_type!r}."
-        counts = [int(table["image"].eq(i).sum()) for i in range(len(images))]
+        counts = [columns["image"].count(i) for i in range(len(images))]
         return tuple(
             unplaced(image.size, n, reason) for image, n in zip(images, counts, strict=True)
         )

@@ -35,17 +35,21 @@ class Placeholders:
     video: int | None = None
 
 
-def token_table(
+Columns = dict[str, Any]
+"""Columns of a token table, one entry per position, before they are typed."""
+
+
+def token_columns(
     ids: Sequence[int],
     attended: Sequence[bool],
     alignment: Alignment,
     tokenizer: Any,
     placeholders: Placeholders,
     spans: Sequence[Span],
-) -> pd.DataFrame:
-    """One row per position of a prompt, padding included; columns are ``TOKEN_COLUMNS``.
+) -> Columns:
+    """What stands at each position of a prompt, padding included: columns of the token table.
 
-    Places are still empty; :func:`with_places` fills them in.
+    Places are still missing; :func:`with_places` adds them.
 
     Args:
         ids: Token ids as the model gets them.
@@ -80,7 +84,7 @@ def token_table(
         columns["video"].append(of if kind == VIDEO else np.nan)
         columns["start"].append(at.start)
         columns["end"].append(at.end)
-    return _table(columns, len(ids))
+    return columns
 
 
 def _numbers(expansions: Sequence[str]) -> list[int]:
@@ -109,19 +113,18 @@ def _role(kind: str, modality: str | None, at: Position, spans: Sequence[Span]) 
 
 
 def with_places(
-    table: pd.DataFrame, grids: Sequence[ImageGrid], videos: Sequence[VideoGrid] = ()
-) -> pd.DataFrame:
-    """The table with row, column, box, tile, view and frame of its image and video tokens.
+    columns: Columns, grids: Sequence[ImageGrid], videos: Sequence[VideoGrid] = ()
+) -> Columns:
+    """The columns, with row, column, box, tile, view and frame of image and video tokens.
 
     Raises:
         GeometryError: An image or video does not have as many tokens as its grid.
     """
-    n = len(table)
-    columns = {name: np.full(n, np.nan) for name in _PLACES}
-    view = np.full(n, None, dtype=object)
+    kinds = np.asarray(columns["kind"])
+    places = {name: np.full(len(kinds), np.nan) for name in _PLACES}
+    view = np.full(len(kinds), None, dtype=object)
     for kind, all_of in ((IMAGE, grids), (VIDEO, videos)):
-        number = table[kind].to_numpy(dtype=float, na_value=np.nan)
-        is_kind = table["kind"].eq(kind).to_numpy(dtype=bool)
+        number, is_kind = np.asarray(columns[kind], dtype=float), kinds == kind
         stray = int((is_kind & ~np.isin(number, np.arange(len(all_of)))).sum())
         if stray:
             raise GeometryError(
@@ -129,9 +132,13 @@ def with_places(
                 f"and {stray} {kind} tokens beside theirs."
             )
         for index, grid in enumerate(all_of):
-            _fill(columns, view, np.flatnonzero(is_kind & (number == index)), grid, kind, index)
-    kept = {name: table[name].array for name in TOKEN_COLUMNS if name not in (*_PLACES, "view")}
-    return _table({**kept, **columns, "view": view}, n)
+            _fill(places, view, np.flatnonzero(is_kind & (number == index)), grid, kind, index)
+    return {**columns, **places, "view": view}
+
+
+def token_table(columns: Columns) -> pd.DataFrame:
+    """One row per position; the columns are ``TOKEN_COLUMNS``."""
+    return _table(columns, len(columns["token"]))
 
 
 _PLACES = ("row", "col", "tile", "frame", "x0", "y0", "x1", "y1")
@@ -181,9 +188,9 @@ def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
     """One row per image token of all grids in order: the keys of a cross-attention."""
     counts = [grid.n_tokens for grid in grids]
     n = sum(counts)
-    image = np.repeat(np.arange(len(grids)), counts)
-    bare = _table({"kind": [IMAGE] * n, "image": image, "start": -1, "end": -1}, n)
-    return with_places(bare, grids)
+    image, none = np.repeat(np.arange(len(grids)), counts), np.full(n, np.nan)
+    bare = {"kind": [IMAGE] * n, "image": image, "video": none, "start": -1, "end": -1}
+    return _table(with_places(bare, grids), n)
 
 
 def generated_table(
@@ -221,18 +228,14 @@ _INTEGERS = ("image", "video", "tile", "frame", "row", "col", "start", "end")
 _FLOATS = ("x0", "y0", "x1", "y1")
 
 
-def _table(columns: dict[str, Any], n_rows: int, start: int = 0) -> pd.DataFrame:
+def _table(columns: Columns, n_rows: int, start: int = 0) -> pd.DataFrame:
     """Columns in the order of the vocabulary, each with its type; the missing ones are empty."""
     typed: dict[str, Any] = {}
     for name in TOKEN_COLUMNS:
         if name in _FLOATS:
             typed[name] = np.broadcast_to(columns.get(name, np.nan), n_rows).astype(float)
         elif name in _INTEGERS:
-            given = columns.get(name, np.nan)
-            if isinstance(given, pd.arrays.IntegerArray):
-                typed[name] = given
-                continue
-            values = np.broadcast_to(np.asarray(given, dtype=float), n_rows)
+            values = np.broadcast_to(np.asarray(columns.get(name, np.nan), dtype=float), n_rows)
             missing = np.isnan(values)
             typed[name] = pd.arrays.IntegerArray(
                 np.where(missing, 0, values).astype(np.int64), missing
