@@ -181,8 +181,8 @@ def test_models_that_cannot_be_labelled_are_refused(tmp_path) -> None:
     assert str(unknown.value) == (
         "Labelling tokens needs a family record. There is none for the model type 'bert'; the 97 "
         "that are known are in xmodal_interp.models.FAMILIES. Write one "
-        "(xmodal_interp.models.Family) and pass it as VLM(model, processor, family=...), or record the bare attention with "
-        "xi.record(model)."
+        "(xmodal_interp.models.Family) and pass it as VLM(model, processor, family=...), "
+        "or record the bare attention with xi.record(model)."
     )
 
 
