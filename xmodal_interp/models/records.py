@@ -224,16 +224,16 @@ def family_of(config: Any) -> Family:
     model_type = getattr(config, "model_type", None)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    known = ", ".join(sorted(FAMILIES))
     if getattr(config, "vision_config", None) is None:
         raise UnsupportedModelError(
             f"A vision-language model has a vision_config. The model type {model_type!r} has none: "
             "it reads text only. "
-            f"Record its attention with xi.record(model), or load one of: {known}."
+            "Record its attention with xi.record(model), or load one of the "
+            f"{len(FAMILIES)} types in xmodal_interp.models.FAMILIES."
         )
     raise UnsupportedModelError(
         f"Labelling tokens needs a family record. There is none for the model type {model_type!r}; "
-        f"known are {known}. "
+        f"the {len(FAMILIES)} that are known are in xmodal_interp.models.FAMILIES. "
         "Write one (xmodal_interp.models.Family) and pass it as VLM(model, processor, family=...), "
         "or record the bare "
         "attention with xi.record(model)."
