@@ -138,6 +138,7 @@ IMAGES: dict[str, Record] = {
         {"vision_config": {"n_layers": 4}, "audio_config": {"n_mel_bins": 4, "mel_vocab_size": 8}},
         pixels="patch_clips",
     ),
+    "internvl": Record({"vision_config": {"image_size": [16, 16], "patch_size": [4, 4]}}),
     "janus": Record(
         {
             "vq_config": {
@@ -189,6 +190,7 @@ IMAGES: dict[str, Record] = {
         pixels="nested",
         side=56,
     ),
+    "qianfan_ocr": Record({"vision_config": {"image_size": [16, 16], "patch_size": [4, 4]}}),
     "shieldgemma2": Record({"mm_tokens_per_image": 4}),
     "smolvlm": Record(pixels="nested"),
     "step3p7": Record(
