@@ -118,7 +118,7 @@ def _spied_errors(recording: Recording, spied: Sequence[Heard]) -> Iterator[floa
             continue
         ours = call.probs()
         theirs = queue.pop(0)[..., : call.n_keys].reshape(ours.shape)
-        gap = (ours - theirs).abs()[~ours.isnan()]
+        gap = (ours - theirs).abs()[call.visible().any(-1).expand(ours.shape[:-1])]
         yield float(gap.max()) if len(gap) else 0.0
 
 
