@@ -25,6 +25,7 @@ from xmodal_interp.capturing import capture as capture
 from xmodal_interp.capturing import capture_batch as capture_batch
 from xmodal_interp.dataset import capture_dataset as capture_dataset
 from xmodal_interp.hooks import ablate_heads as ablate_heads
+from xmodal_interp.hooks import doctor as doctor
 from xmodal_interp.hooks import intervene as intervene
 from xmodal_interp.hooks import knock_out_attention as knock_out_attention
 from xmodal_interp.hooks import mean_head_outputs as mean_head_outputs

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
-# These weigh something else than positions: experts, or the states of earlier layers.
-NOT_ATTENTION = re.compile(r"router|gate$|indexer|hyper|mixer$|AttentionResidual", re.IGNORECASE)
+# These weigh something else than positions: experts, the states of earlier layers, sampling points.
+NOT_ATTENTION = re.compile(
+    r"router|gate$|indexer|hyper_?(connection|head)|mixer$|AttentionResidual|deformable",
+    re.IGNORECASE,
+)
 SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch._C._nn.__dict__.get("softmax")}
 
 
@@ -29,14 +32,19 @@ class Heard:
 
     Attributes:
         module: Dotted name of the module that made it.
-        n_keys: Keys.
+        probs: What it weighed its values with; heads and samples may be one axis.
         sharpness: Mean distance of its rows from the uniform distribution over the keys they see,
             in total variation, 0 to 1; rows that see a single key are left out.
     """
 
     module: str
-    n_keys: int
+    probs: Tensor
     sharpness: float
+
+    @property
+    def n_keys(self) -> int:
+        """Keys."""
+        return self.probs.shape[-1]
 
 
 @contextmanager
@@ -98,7 +106,7 @@ class _Spy(TorchFunctionMode):
         distance = 0.5 * ((probs - 1 / n_seen.clamp(min=1)) * seen).abs().sum(-1)
         rows = distance[n_seen[..., 0] > 1]
         sharpness = float(rows.mean()) if rows.numel() else 0.0
-        self.heard.append(Heard(self.open[-1] if self.open else "", probs.shape[-1], sharpness))
+        self.heard.append(Heard(self.open[-1] if self.open else "", probs, sharpness))
 
 
 def _probs(

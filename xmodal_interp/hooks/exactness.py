@@ -23,6 +23,10 @@ from xmodal_interp.hooks.bypass import Heard
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.hooks.tap import RawCall
 
+LAYER_COLUMNS = (
+    *("tower", "kind", "layer", "module"),
+    *("calls", "output_error", "eager_error", "note"),
+)
 _BYTES = 64 * 2**20  # of float32 probabilities at a time
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -60,17 +64,18 @@ class Exactness:
             return  # the module's own probabilities: there is nothing to recompute
         rows = _rows(call)
         probs = call.probs(queries=rows)
+        seeing = call.visible(rows).any(-1).expand(probs.shape[:-1])
         errors = self.errors[call.module]
         if heard.output is not None:
-            errors["output"].append(_output_error(heard, heard.output, probs, rows))
+            errors["output"].append(_output_error(heard, heard.output[:, rows], probs, seeing))
         try:
             expected = _eager_probs(heard, call, rows)
         except (RuntimeError, TypeError) as error:  # of modeling code that can't be run as it is
             self.notes[call.module] = f"eager attention fails: {error}"
             return
         if expected is not None:
-            gap = (expected.float() - probs).abs()
-            errors["eager"].append(float(gap[~probs.isnan()].max()))
+            gap = (expected.float() - probs).abs()[seeing]
+            errors["eager"].append(float(gap.max()) if len(gap) else 0.0)
 
     def by_layer(self, modules: Sequence[Identity]) -> pd.DataFrame:
         """The largest errors of each layer; NaN where nothing could be compared."""
@@ -89,7 +94,7 @@ class Exactness:
                     "note": self.notes.get(each.module, "did not run"),
                 }
             )
-        return pd.DataFrame(records)
+        return pd.DataFrame(records, columns=list(LAYER_COLUMNS))
 
 
 def _rows(call: AttentionCall) -> list[int]:
@@ -99,12 +104,12 @@ def _rows(call: AttentionCall) -> list[int]:
     return list(range(0, call.n_queries, step))
 
 
-def _output_error(heard: RawCall, output: Tensor, probs: Tensor, rows: list[int]) -> float:
+def _output_error(heard: RawCall, output: Tensor, probs: Tensor, seeing: Tensor) -> float:
+    """Of the rows that see a key; a probability that is NaN there is an error that is NaN."""
     groups = heard.query.shape[1] // heard.value.shape[1]
     values = heard.value.float().repeat_interleave(groups, 1)
-    seeing = ~probs.isnan().any(-1)
-    ours = (probs.nan_to_num() @ values)[seeing]
-    theirs = output.float().transpose(1, 2)[:, :, rows][seeing]
+    ours = (probs @ values)[seeing]
+    theirs = output.float().transpose(1, 2)[seeing]
     return float((ours - theirs).abs().max() / values.abs().max()) if len(ours) else 0.0
 
 

@@ -69,7 +69,11 @@ def whole_mask(raw: RawCall) -> Tensor | None:
     """The mask of a call with a row per query; boolean, if it only hides."""
     if raw.mask is None:
         return None
-    return simplified(raw.mask) if raw.mask.ndim > 2 else _rows_of_keys(raw, raw.mask)
+    if raw.mask.ndim == 2:
+        return _rows_of_keys(raw, raw.mask)
+    mask = simplified(raw.mask)
+    one_row_for_all = mask.ndim == 4 and mask.shape[2] == 1
+    return mask.expand(-1, -1, raw.query.shape[2], -1) if one_row_for_all else mask
 
 
 def _rows_of_keys(raw: RawCall, mask: Tensor) -> Tensor:

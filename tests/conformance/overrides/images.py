@@ -147,6 +147,7 @@ IMAGES: dict[str, Record] = {
         {"vision_config": {"n_layers": 4}, "audio_config": {"n_mel_bins": 4, "mel_vocab_size": 8}},
         pixels="patch_clips",
     ),
+    "internvl": Record({"vision_config": {"image_size": [16, 16], "patch_size": [4, 4]}}),
     "janus": Record(
         {
             "vq_config": {
@@ -198,6 +199,7 @@ IMAGES: dict[str, Record] = {
         pixels="nested",
         side=56,
     ),
+    "qianfan_ocr": Record({"vision_config": {"image_size": [16, 16], "patch_size": [4, 4]}}),
     "shieldgemma2": Record({"mm_tokens_per_image": 4}, idle=(POOLING_HEAD,)),
     "smolvlm": Record(pixels="nested"),
     "step3p7": Record(

@@ -1,0 +1,141 @@
+"""What recording makes of one tiny model: everything the suite judges, and the matrix lists.
+
+Each model runs its forward, and its generation, three times: alone, spied on, recorded; each time
+from the same random numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from tests.conformance.building import Tiny
+from tests.conformance.spying import Heard, spy
+from xmodal_interp.hooks.exactness import Exactness
+from xmodal_interp.hooks.recorder import listening
+from xmodal_interp.hooks.recording import Choice, Recording
+
+WORST = pytest.StashKey[dict[str, float]]()  # of each model, for the summary of a test run
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One way to run a model, recorded.
+
+    Attributes:
+        same: Whether every tensor that came out is, bit for bit, what the model gives alone.
+        spied: How many softmax attentions each module ran, heard below the modules.
+        recording: What was recorded.
+        exactness: How exact it is by its own measure.
+        spied_errors: The largest difference of each call to the probabilities that were spied.
+    """
+
+    same: bool
+    spied: Counter[str]
+    recording: Recording
+    exactness: Exactness
+    spied_errors: tuple[float, ...]
+
+    @property
+    def heard(self) -> Counter[str]:
+        """How many calls of each module were recorded."""
+        return Counter(call.module for call in self.recording.calls)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A forward, and a generation if the model can generate."""
+
+    forward: Run
+    generation: Run | None
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Both, or the one there is."""
+        return (self.forward,) if self.generation is None else (self.forward, self.generation)
+
+    @property
+    def error(self) -> float:
+        """The largest of all errors below."""
+        errors = (self.spied_error, self.output_error, self.eager_error)
+        return _worst(error for error in errors if error == error)
+
+    @property
+    def spied_error(self) -> float:
+        """The largest error against the probabilities that really ran, over all calls."""
+        return _worst(error for run in self.runs for error in run.spied_errors)
+
+    @property
+    def output_error(self) -> float:
+        """The largest error of ``P V``; NaN where there was nothing to compare."""
+        return _worst(error for run in self.runs for error in run.exactness.output_errors)
+
+    @property
+    def eager_error(self) -> float:
+        """The largest error against eager attention; NaN where there was nothing to compare."""
+        return _worst(error for run in self.runs for error in run.exactness.eager_errors)
+
+
+def measured(tiny: Tiny) -> Measured:
+    """Run a tiny model in all ways."""
+    forward = _run(tiny.model, lambda: tiny.model(**tiny.inputs))
+    if not tiny.generates:
+        return Measured(forward, None)
+    return Measured(forward, _run(tiny.model, lambda: tiny.model.generate(**tiny.generate_inputs)))
+
+
+def _run(model: torch.nn.Module, call: Callable[[], Any]) -> Run:
+    alone, _ = _once(call, nullcontext())
+    _, spied = _once(call, spy(model))
+    exactness = Exactness()
+    listener = listening(model, Choice(values=True, inspect=exactness.look))
+    tensors, recording = _once(call, listener)
+    return Run(
+        same=_same(alone, tensors),
+        spied=Counter(each.module for each in spied),
+        recording=recording,
+        exactness=exactness,
+        spied_errors=tuple(_spied_errors(recording, spied)),
+    )
+
+
+def _spied_errors(recording: Recording, spied: Sequence[Heard]) -> Iterator[float]:
+    """Calls of one module come in the same order; a sink's column is the last."""
+    of_module: dict[str, list[Tensor]] = defaultdict(list)
+    for each in spied:
+        of_module[each.module].append(each.probs)
+    for call in recording.calls:
+        queue = of_module[call.module]
+        if not queue:  # that it was not spied is another test's finding
+            continue
+        ours = call.probs()
+        theirs = queue.pop(0)[..., : call.n_keys].reshape(ours.shape)
+        gap = (ours - theirs).abs()[call.visible().any(-1).expand(ours.shape[:-1])]
+        yield float(gap.max()) if len(gap) else 0.0
+
+
+def _once(call: Callable[[], Any], around: AbstractContextManager[Any]) -> tuple[list[Tensor], Any]:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), around as heard:
+        torch.manual_seed(0)
+        output = call()
+    leaves = _pytree.tree_leaves(output if isinstance(output, Tensor) else dict(output))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], heard
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) > 0 and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _worst(errors: Iterable[float]) -> float:
+    return max(errors, default=float("nan"))

@@ -1,0 +1,224 @@
+"""The doctor passes what is right, and each of its checks fails when what it checks is broken."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+import xmodal_interp as xi
+from tests.hooks.test_record import n_hooks
+from tests.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.errors import CaptureError, GeometryError, InputError
+from xmodal_interp.hooks import recorder
+from xmodal_interp.hooks.checkup import COLUMNS, Checkup
+from xmodal_interp.hooks.exactness import LAYER_COLUMNS
+
+TOKENS = "image tokens are as many as predicted"
+OUTPUTS = "outputs are those without recording"
+GENERATED = "generated tokens are those without recording"
+HEARD = "every attention layer that ran is heard"
+BACKEND = "probabilities give the backend's output"
+EAGER = "probabilities are those of eager attention"
+TAP = "a key hidden through the tap changes the output"
+
+
+def failed(checkup: Checkup) -> list[str]:
+    return checkup.table.loc[checkup.table["verdict"] == "fail", "check"].tolist()
+
+
+def check_of(checkup: Checkup, name: str):
+    return checkup.table.set_index("check").loc[name]
+
+
+@pytest.mark.parametrize(("name", "n_layers"), [("llava", 7), ("qwen2_vl", 6)])
+def test_the_shipped_models_are_well(name: str, n_layers: int) -> None:
+    checkup = xi.doctor(xi.load(name), picture(), "where is the red circle ?")
+    assert checkup.ok
+    table = checkup.table
+    assert tuple(table.columns) == COLUMNS
+    assert table["check"].tolist() == [TOKENS, OUTPUTS, GENERATED, HEARD, BACKEND, EAGER, TAP]
+    assert table["verdict"].eq("pass").all()
+    assert check_of(checkup, OUTPUTS)["value"] == 0
+    assert check_of(checkup, HEARD)["value"] == n_layers
+    assert tuple(checkup.layers.columns) == LAYER_COLUMNS
+    assert len(checkup.layers) == n_layers
+    assert checkup.layers[["output_error", "eager_error"]].max(axis=None) < 1e-5
+    assert checkup.summary == "7 checks passed: recordings of this model can be trusted."
+    assert repr(checkup).endswith(checkup.summary)
+
+
+def test_a_bare_model_is_checked_with_inputs_of_its_own() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    checkup = xi.doctor(
+        MistralForCausalLM(config).eval(), inputs={"input_ids": torch.arange(12).view(2, 6)}
+    )
+    assert checkup.ok
+    assert checkup.table["check"].tolist() == [OUTPUTS, HEARD, BACKEND, EAGER, TAP]
+
+
+def test_a_tower_that_does_not_run_is_named() -> None:
+    ids = torch.arange(10, 16)[None]
+    checkup = xi.doctor(tiny_vlm("llava").model, inputs={"input_ids": ids})
+    assert checkup.ok
+    note = check_of(checkup, HEARD)["note"]
+    assert note.startswith("did not run: model.vision_tower.encoder.layers.0.self_attn, ")
+    assert checkup.layers.loc[checkup.layers["tower"] == "vision", "note"].eq("did not run").all()
+
+
+def test_wrong_numbers_are_found(monkeypatch) -> None:
+    right = recorder.as_attention_call
+
+    def twice_as_sharp(*args):
+        call = right(*args)
+        return dataclasses.replace(call, scaling=2 * call.scaling)
+
+    monkeypatch.setattr(recorder, "as_attention_call", twice_as_sharp)
+    checkup = xi.doctor(tiny_vlm("llava"), picture(), QUESTION)
+    assert failed(checkup) == [BACKEND, EAGER]
+    assert check_of(checkup, EAGER)["value"] > 0.1
+    assert checkup.summary == (
+        "5 checks passed, 2 failed (probabilities give the backend's output; probabilities are "
+        "those of eager attention): do not trust recordings of this model."
+    )
+
+
+def test_a_lost_mask_is_found(monkeypatch) -> None:
+    right = recorder.as_attention_call
+
+    def unmasked(*args):
+        return dataclasses.replace(right(*args), mask=None, causal=False)
+
+    monkeypatch.setattr(recorder, "as_attention_call", unmasked)
+    checkup = xi.doctor(tiny_vlm("llava"), picture(), QUESTION)
+    assert BACKEND in failed(checkup)
+    layers = checkup.layers
+    assert layers.loc[layers["tower"] == "language", "output_error"].min() > 1e-3
+    assert layers.loc[layers["tower"] == "vision", "output_error"].max() < 1e-5  # it has no mask
+
+
+def test_numbers_that_are_none_are_found(monkeypatch) -> None:
+    """One NaN among good errors."""
+    right = recorder.as_attention_call
+
+    def undefined(raw, identity, *args):
+        call = right(raw, identity, *args)
+        broken = (identity.tower, identity.layer) == ("language", 1)
+        return dataclasses.replace(call, q=call.q * torch.nan) if broken else call
+
+    monkeypatch.setattr(recorder, "as_attention_call", undefined)
+    assert failed(xi.doctor(tiny_vlm("llava"), picture(), QUESTION)) == [BACKEND, EAGER]
+
+
+def test_attention_that_is_not_heard_is_found() -> None:
+    class BareAttention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scores = (x @ self.projection(x).transpose(-1, -2)).exp()
+            return scores / scores.sum(-1, keepdim=True) @ x
+
+    checkup = xi.doctor(torch.nn.Sequential(BareAttention()), inputs={"input": torch.ones(1, 3, 4)})
+    assert failed(checkup) == [HEARD]
+    assert "called a softmax: 0." in check_of(checkup, HEARD)["note"]
+    assert len(checkup.layers) == 0
+
+
+def test_a_listener_that_changes_the_output_is_found(monkeypatch) -> None:
+    right = recorder._Recorder.after
+
+    def louder(self, call, output):
+        right(self, call, output)
+        return output * 1.5
+
+    monkeypatch.setattr(recorder._Recorder, "after", louder)
+    checkup = xi.doctor(tiny_vlm("llava"), picture(), QUESTION)
+    assert OUTPUTS in failed(checkup)
+    assert check_of(checkup, OUTPUTS)["value"] > 0.01
+
+
+def test_answers_that_change_are_found(monkeypatch) -> None:
+    """The forward alone is right, one of several in a row is not."""
+    vlm = xi.load()
+    generate, answers = type(vlm).generate, []
+
+    def another(self, inputs, **options):
+        ids = generate(self, inputs, **options)
+        ids[:, -1] += len(answers)
+        answers.append(ids)
+        return ids
+
+    monkeypatch.setattr(type(vlm), "generate", another)
+    checkup = xi.doctor(vlm, picture(), QUESTION)
+    assert failed(checkup) == [GENERATED]
+    assert check_of(checkup, GENERATED)["value"] == 1
+
+
+def test_a_tap_that_the_model_does_not_read_is_found(monkeypatch) -> None:
+    monkeypatch.setattr(
+        "xmodal_interp.hooks.knockout.KnockOut.before", lambda _self, call, _site: call
+    )
+    assert failed(xi.doctor(tiny_vlm("llava"), picture(), QUESTION)) == [TAP]
+
+
+def test_image_tokens_that_do_not_fit_are_found(monkeypatch) -> None:
+    def refuse(*_args, **_options):
+        raise GeometryError("144 tokens, 196 predicted.")
+
+    monkeypatch.setattr(xi.VLM, "prepare", refuse)
+    checkup = xi.doctor(tiny_vlm("llava"))
+    assert failed(checkup) == [TOKENS]
+    assert check_of(checkup, TOKENS)["note"] == "144 tokens, 196 predicted."
+
+
+def test_everything_is_as_it_was() -> None:
+    vlm = tiny_vlm("llava")
+    model = vlm.model
+    model.train()
+    model.model.vision_tower.eval()
+    try:
+        modes = [module.training for module in model.modules()]
+        config, hooks, state = model.config.to_json_string(), n_hooks(model), torch.get_rng_state()
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        assert xi.doctor(vlm, picture(), QUESTION).ok
+        assert [module.training for module in model.modules()] == modes
+        assert torch.equal(torch.get_rng_state(), state)
+        assert model.config.to_json_string() == config
+        assert n_hooks(model) == hooks
+        assert all(torch.equal(weights[name], w) for name, w in model.state_dict().items())
+        assert all(weight.grad is None for weight in model.parameters())
+    finally:
+        model.eval()
+
+
+def test_refusals() -> None:
+    vlm = tiny_vlm("llava")
+    with pytest.raises(InputError) as none:
+        xi.doctor(vlm.model)
+    assert str(none.value) == (
+        "A bare model needs inputs: doctor(model, inputs=dict(input_ids=...)). None came; only a "
+        "VLM (a model with its processor) makes its own."
+    )
+    with pytest.raises(InputError) as both:
+        xi.doctor(vlm, inputs={})
+    assert str(both.value) == (
+        "A VLM makes its inputs from an image and a prompt. inputs= came too; check the bare model "
+        "with them: doctor(vlm.model, inputs=...)."
+    )
+    with pytest.raises(CaptureError) as compiled:
+        xi.doctor(torch.compile(vlm.model, backend="eager"), inputs={})
+    assert str(compiled.value) == (
+        "Compiled code runs without asking for its attention functions, so nothing could be heard. "
+        "This model is compiled. Record the model as it was before torch.compile "
+        "(model._orig_mod)."
+    )

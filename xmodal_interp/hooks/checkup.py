@@ -1,0 +1,275 @@
+"""The contract of a recording, checked on the user's own model and input.
+
+1. Are there as many image tokens as the geometry of the model's family predicts?
+2. Is the model's output the same with and without recording, also while it generates?
+3. Is every attention layer that runs heard?
+4. Do the recomputed probabilities, applied to the values, give what the backend returned; are they
+   those of the modeling code's eager function, where it names one?
+5. Does a key that is hidden through the tap change the output: is the tap where the model reads?
+
+All is measured in one process, in evaluation mode; the model is left as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from PIL import Image
+from torch import nn
+
+from xmodal_interp.errors import CaptureError, GeometryError, InputError
+from xmodal_interp.hooks.comparing import difference, evaluating, seeded, tensors_of
+from xmodal_interp.hooks.exactness import Exactness, tolerance
+from xmodal_interp.hooks.interventions import intervene
+from xmodal_interp.hooks.knockout import knock_out_attention
+from xmodal_interp.hooks.recorder import listening
+from xmodal_interp.hooks.recording import Choice, Recording
+from xmodal_interp.hooks.refusals import refuse_compiled
+from xmodal_interp.models import VLM, ImageLike
+
+COLUMNS = ("check", "verdict", "value", "limit", "note")
+_NEW_TOKENS = 4
+_UNKNOWN = float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkup:
+    """What :func:`doctor` found.
+
+    Attributes:
+        table: One row per check: ``check``, ``verdict`` (``pass``, ``fail`` or ``skipped``),
+            ``value`` (what was measured; NaN where nothing could be), ``limit`` (what passes, such
+            as ``"at most 1e-05"``) and ``note``.
+        layers: One row per attention layer: ``tower, kind, layer, module, calls, output_error,
+            eager_error, note``; NaN where it could not be measured.
+    """
+
+    table: pd.DataFrame
+    layers: pd.DataFrame
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return not self.table["verdict"].eq("fail").any()
+
+    @property
+    def summary(self) -> str:
+        """The verdict, in one line."""
+        counts = self.table["verdict"].value_counts()
+        n_passed, n_skipped = int(counts.get("pass", 0)), int(counts.get("skipped", 0))
+        skipped = f", {n_skipped} skipped" if n_skipped else ""
+        if self.ok:
+            return f"{n_passed} checks passed{skipped}: recordings of this model can be trusted."
+        failed = self.table.loc[self.table["verdict"].eq("fail"), "check"]
+        return (
+            f"{n_passed} checks passed{skipped}, {len(failed)} failed ({'; '.join(failed)}): do "
+            "not trust recordings of this model."
+        )
+
+    def __repr__(self) -> str:
+        """The table and the verdict."""
+        return f"{self.table.to_string(index=False)}\n{self.summary}"
+
+
+@dataclass(eq=False)
+class _Findings:
+    """The rows of the table so far."""
+
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def judge(self, check: str, value: float, limit: str, note: str = "", *, passed: bool) -> None:
+        self.rows.append((check, "pass" if passed else "fail", value, limit, note))
+
+    def skip(self, check: str, note: str, value: float = _UNKNOWN) -> None:
+        self.rows.append((check, "skipped", value, "", note))
+
+    def checkup(self, layers: pd.DataFrame) -> Checkup:
+        return Checkup(pd.DataFrame(self.rows, columns=list(COLUMNS)), layers)
+
+
+def doctor(
+    model: VLM | nn.Module,
+    image: ImageLike | None = None,
+    prompt: str = "What is in the image?",
+    *,
+    inputs: Mapping[str, Any] | None = None,
+) -> Checkup:
+    """Check on a model and an input of yours that recordings can be trusted.
+
+    It takes a few forwards of the model, and two generations of four tokens for a VLM. The model,
+    its configuration and the state of the random numbers are left as they were.
+
+    Args:
+        model: A VLM; or any transformers model, and then its ``inputs``.
+        image: An image for a VLM, a plain one with many edges if not given.
+        prompt: A question for a VLM.
+        inputs: Arguments of a bare model.
+
+    Returns:
+        A table of checks, a table of layers, a verdict (``ok``, ``summary``).
+
+    Raises:
+        InputError: A bare model without inputs, or a VLM with them.
+        CaptureError: A compiled model.
+    """
+    findings, exactness = _Findings(), Exactness()
+    bare = model.model if isinstance(model, VLM) else model
+    refuse_compiled(bare)
+    if isinstance(model, VLM):
+        if inputs is not None:
+            raise InputError(
+                "A VLM makes its inputs from an image and a prompt. inputs= came too; check the "
+                "bare model with them: doctor(vlm.model, inputs=...)."
+            )
+        given = _prepared(model, image, prompt, findings)
+        if given is None:
+            return findings.checkup(exactness.by_layer(()))
+    elif inputs is None:
+        raise InputError(
+            "A bare model needs inputs: doctor(model, inputs=dict(input_ids=...)). None came; only "
+            "a VLM (a model with its processor) makes its own."
+        )
+    else:
+        given = dict(inputs)
+    with evaluating(bare), torch.no_grad():
+        recording = _same_outputs(bare, given, exactness, findings)
+        if isinstance(model, VLM) and bare.can_generate():  # type: ignore[operator]
+            _same_answers(model, given, findings)
+        if recording is not None:
+            _seen(recording, findings)
+            _exact(exactness, bare, findings)
+            _tapped(bare, given, recording, findings)
+    return findings.checkup(exactness.by_layer(recording.modules if recording else ()))
+
+
+def _prepared(
+    vlm: VLM, image: ImageLike | None, prompt: str, findings: _Findings
+) -> dict[str, Any] | None:
+    picture = _checkers() if image is None else image
+    check = "image tokens are as many as predicted"
+    try:
+        inputs, (ready,) = vlm.prepare([[picture]], [prompt])
+    except GeometryError as error:
+        findings.judge(check, _UNKNOWN, "", str(error), passed=False)
+        return None
+    n_tokens = int(ready.tokens["kind"].eq("image").sum())
+    if vlm.family.geometry is None or not vlm.family.in_sequence:
+        why = vlm.family.reason or "images are read by cross-attention, they are no tokens"
+        findings.skip(check, why, n_tokens)
+        return inputs
+    expected = sum(grid.n_tokens for grid in ready.grids)
+    findings.judge(check, n_tokens, f"exactly {expected}", passed=n_tokens == expected)
+    return inputs
+
+
+def _same_outputs(
+    model: nn.Module, inputs: Mapping[str, Any], exactness: Exactness, findings: _Findings
+) -> Recording | None:
+    """Plain forwards differ by as much as the model itself is random; a recorded one by no more."""
+    first, again = (tensors_of(seeded(lambda: model(**inputs))) for _ in range(2))
+    own = difference(first, again)
+    try:
+        with listening(model, Choice(values=True, inspect=exactness.look)) as recording:
+            heard = tensors_of(seeded(lambda: model(**inputs)))
+    except CaptureError as error:
+        findings.judge(
+            "every attention layer that ran is heard", _UNKNOWN, "", str(error), passed=False
+        )
+        return None
+    value = difference(first, heard)
+    note = "" if own == 0 else "two plain forwards of the model differ as much"
+    check = "outputs are those without recording"
+    findings.judge(check, value, f"at most {own:.2g}", note, passed=value <= own)
+    return recording
+
+
+def _same_answers(vlm: VLM, inputs: dict[str, Any], findings: _Findings) -> None:
+    options = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
+    plain = seeded(lambda: vlm.generate(inputs, **options))
+    check = "generated tokens are those without recording"
+    try:
+        with listening(vlm.model, Choice(reduce=lambda _: None)):
+            heard = seeded(lambda: vlm.generate(inputs, **options))
+    except CaptureError as error:
+        findings.judge(check, _UNKNOWN, "", str(error), passed=False)
+        return
+    n_changed = int((plain != heard).sum()) if plain.shape == heard.shape else heard.numel()
+    note = f"tokens of {_NEW_TOKENS} that changed"
+    findings.judge(check, n_changed, "exactly 0", note, passed=n_changed == 0)
+
+
+def _seen(recording: Recording, findings: _Findings) -> None:
+    ran = {call.module for call in recording.calls}
+    idle = [identity.module for identity in recording.modules if identity.module not in ran]
+    note = f"did not run: {_listed(idle)}" if idle else ""
+    check = "every attention layer that ran is heard"
+    findings.judge(check, len(ran), f"exactly {len(ran)}", note, passed=True)
+    if recording.without_matrix:
+        names = _listed([identity.module for identity in recording.without_matrix])
+        check = "layers without a softmax have no matrix"
+        findings.skip(check, names, len(recording.without_matrix))
+
+
+def _exact(exactness: Exactness, model: nn.Module, findings: _Findings) -> None:
+    limit = tolerance(next(iter(model.parameters())).dtype)
+    for check, errors in (
+        ("probabilities give the backend's output", exactness.output_errors),
+        ("probabilities are those of eager attention", exactness.eager_errors),
+    ):
+        compared = f"{len(errors)} of {exactness.n_calls} calls could be compared"
+        if not errors:
+            findings.skip(check, compared)
+            continue
+        worst = _UNKNOWN if any(map(math.isnan, errors)) else max(errors)
+        note = compared if len(errors) < exactness.n_calls else ""
+        findings.judge(check, worst, f"at most {limit:.0e}", note, passed=worst <= limit)
+
+
+def _tapped(
+    model: nn.Module, inputs: Mapping[str, Any], recording: Recording, findings: _Findings
+) -> None:
+    """Hide one key from the last query of every layer that the tap can edit."""
+    check = "a key hidden through the tap changes the output"
+    asked = [call for call in recording.calls if not call.note]
+    towers = [c for c in asked if c.kind == "self" and c.n_keys > 1 and c.n_queries == c.n_keys]
+    chosen = [c for c in towers if c.tower == "language"] or towers
+    if not chosen:
+        findings.skip(check, "no self-attention layer asks transformers' interface")
+        return
+    tower, last = chosen[-1].tower, chosen[-1].n_queries - 1
+    layers = sorted({c.layer for c in chosen if c.tower == tower and c.n_queries == last + 1})
+    visible = chosen[-1].visible([last])[:, :, 0].all(1).all(0).nonzero()[:, 0]
+    keys = [int(key) for key in visible if key < last][:1]
+    if not keys:
+        findings.skip(check, "the last query sees one key only")
+        return
+    cut = knock_out_attention([last], keys, layers=layers, tower=tower)
+    plain = tensors_of(seeded(lambda: model(**inputs)))
+    try:
+        with intervene(model, cut):
+            changed = difference(plain, tensors_of(seeded(lambda: model(**inputs))))
+    except CaptureError as error:
+        findings.skip(check, str(error))
+        return
+    note = f"{tower} layers, query {last}, key {keys[0]}"
+    findings.judge(check, changed, "more than 0", note, passed=changed > 0)
+
+
+def _checkers() -> Image.Image:
+    """A picture with edges everywhere, so that no patch is like all others."""
+    side, cell = 224, 16
+    picture = Image.new("RGB", (side, side))
+    for place in range((side // cell) ** 2):
+        row, col = divmod(place, side // cell)
+        color = ((37 * row) % 256, (61 * col) % 256, (29 * (row + col)) % 256)
+        picture.paste(color, (col * cell, row * cell, (col + 1) * cell, (row + 1) * cell))
+    return picture
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
