@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from xmodal_interp.attention.masks import hidden_below
+from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.heads import n_heads_of
 from xmodal_interp.hooks.tap import RawCall
 
@@ -99,7 +100,17 @@ def multihead_call(module: nn.MultiheadAttention, args: Any, options: Mapping[st
         module: The module.
         args: Its positional arguments: query, key, value, ``key_padding_mask``, ...
         options: Its keyword arguments.
+
+    Raises:
+        CaptureError: Its weights are offloaded and were put away when it had run.
     """
+    if module.out_proj.weight.is_meta:
+        raise CaptureError(
+            "The queries and keys of torch.nn.MultiheadAttention follow from its weights, which "
+            "must be in memory when it has run. Here they are offloaded by themselves. Keep the "
+            "module that holds it whole (preload_module_classes=[...] of accelerate), or leave out "
+            "its tower with towers=."
+        )
     names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
     given = {**dict(zip(names, args, strict=False)), **options}
     query, key, value = (given[name].detach() for name in names[:3])

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, LayerError, PositionError
+from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
 from xmodal_interp.hooks.heads import layers_of, listed, n_heads_of
 from xmodal_interp.hooks.modules import Identity, attention_modules
 from xmodal_interp.hooks.reading import as_attention_call
-from xmodal_interp.hooks.refusals import refuse_compiled
 from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tap import RawCall, tap
 from xmodal_interp.models import VLM
@@ -120,6 +120,7 @@ def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Iterator[
     known = attention_modules(bare)
     editors = [_Editor(intervention, known) for intervention in interventions]
     with ExitStack() as stack:
+        refuse_when_compiled_code_runs(bare, known, stack)
         for editor in editors:
             for module in editor.heads:
                 stack.callback(module.register_forward_pre_hook(editor.open).remove)

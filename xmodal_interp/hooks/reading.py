@@ -26,6 +26,7 @@ def as_attention_call(
         sinks is not None and sinks.ndim == 4
     ):  # [sample, head, query, 1]: they follow from the query
         sinks = sinks[..., 0]
+    bias = options.get("position_bias")
     n_queries, n_keys = raw.query.shape[2], raw.key.shape[2]
     aligned_left = raw.backend == "sdpa" or n_queries == n_keys
     return AttentionCall(
@@ -38,12 +39,12 @@ def as_attention_call(
         k=raw.key.detach(),
         v=raw.value.detach(),
         mask=mask,
-        bias=options.get("position_bias"),
+        bias=None if bias is None else bias.detach(),
         causal=raw.causal and mask is None,
         offset=0 if raw.causal and aligned_left else n_keys - n_queries,
         scaling=raw.scaling,
         softcap=options.get("softcap"),
-        sinks=None if sinks is None else sinks.detach(),
+        sinks=None if sinks is None else sinks.detach().clone(),  # a weight: training changes it
         sliding_window=options.get("sliding_window") if raw.causal else None,
         note=raw.note,
     )
@@ -69,9 +70,10 @@ def whole_mask(raw: RawCall) -> Tensor | None:
     """The mask of a call with a row per query; boolean, if it only hides."""
     if raw.mask is None:
         return None
-    if raw.mask.ndim == 2:
-        return _rows_of_keys(raw, raw.mask)
-    mask = simplified(raw.mask)
+    given = raw.mask.detach()
+    if given.ndim == 2:
+        return _rows_of_keys(raw, given)
+    mask = simplified(given)
     one_row_for_all = mask.ndim == 4 and mask.shape[2] == 1
     return mask.expand(-1, -1, raw.query.shape[2], -1) if one_row_for_all else mask
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks.bypass import Bypass, DenseCall, Heard, multihead_call
+from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
 from xmodal_interp.hooks.key_cache import KeyCache, own_copy, seen_keys
 from xmodal_interp.hooks.modules import (
     Identity,
@@ -34,7 +35,7 @@ from xmodal_interp.hooks.modules import (
 )
 from xmodal_interp.hooks.reading import as_attention_call, segments, whole_mask
 from xmodal_interp.hooks.recording import Choice, Recording
-from xmodal_interp.hooks.refusals import check_choice, refuse_compiled
+from xmodal_interp.hooks.refusals import check_choice
 from xmodal_interp.hooks.rotary import RotaryPositions
 from xmodal_interp.hooks.tap import RawCall, tap
 from xmodal_interp.hooks.updates import UpdateShares
@@ -65,8 +66,8 @@ def record(
             must not keep the call: its tensors are the model's own.
 
     Raises:
-        CaptureError: Attention ran that could not be heard, or the model is compiled. Raised at the
-            end of the block, unless the block itself failed.
+        CaptureError: Attention ran that could not be heard (raised at the end of the block, unless
+            the block itself failed), or the model is compiled, or called from compiled code.
     """
     if norms and reduce is not None:
         raise InputError("norms are known after a call, reduce is called during it: choose one.")
@@ -82,6 +83,7 @@ def listening(model: nn.Module, choice: Choice) -> Iterator[Recording]:
     check_choice(choice.towers, choice.layers, known.values())
     recorder = _Recorder(model, known, choice)
     with ExitStack() as stack:
+        refuse_when_compiled_code_runs(model, known, stack)
         recorder.recording.rotary = RotaryPositions(model, known)
         recorder.recording.rotary.listen(stack)
         if choice.norms:
@@ -135,12 +137,13 @@ class _Recorder:
             run.bypass.end()
         if output is None:  # it failed
             return
-        if isinstance(module, nn.MultiheadAttention) and run.n_heard == 0:
+        wanted = self.choice.wants(self.known[module])
+        if wanted and isinstance(module, nn.MultiheadAttention) and run.n_heard == 0:
             run.aside.append(multihead_call(module, args, options))
         if run.n_heard == 0:
             for heard in run.aside:
                 self._keep(module, heard)
-            if not run.aside and self.known[module].tower in self.choice.towers:
+            if wanted and not run.aside:
                 self.recording.unseen.append(self.known[module].module)
         new = self.kept[run.start :]
         if self.shares is not None and new:
@@ -200,7 +203,9 @@ class _Recorder:
         if self.choice.inspect is not None:
             self.choice.inspect(heard, call)
         if self.choice.reduce is not None:
-            self.recording.results.append(self.choice.reduce(call))
+            device = (heard.probs if isinstance(heard, DenseCall) else heard.query).device.type
+            with torch.autocast(device, enabled=False):  # the model's own, not of what is read off
+                self.recording.results.append(self.choice.reduce(call))
         elif isinstance(heard, DenseCall):
             self.kept.append((call, None, 0))
         else:

@@ -1,29 +1,12 @@
-"""What a recording, or an intervention, can't be asked for."""
+"""What a recording can't be asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import nn
-
-from xmodal_interp.errors import CaptureError, InputError
+from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.vocabulary import TOWERS, Tower
-
-
-def refuse_compiled(model: nn.Module) -> None:
-    """Raise CaptureError for a model of which all or a part is compiled by ``torch.compile``."""
-    for path, module in model.named_modules():
-        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or getattr(
-            module, "_compiled_call_impl", None
-        ):
-            part = f"{path} ({type(module).__name__}) is" if path else "This model is"
-            raise CaptureError(
-                "Compiled code runs without asking for its attention functions, so nothing could "
-                f"be heard. {part} compiled. Record the model as it was before torch.compile "
-                "(model._orig_mod)."
-            )
 
 
 def check_choice(

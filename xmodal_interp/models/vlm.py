@@ -14,12 +14,14 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from xmodal_interp.errors import GeometryError
+from xmodal_interp.models.decoding import GREEDY, check_decoding
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
 from xmodal_interp.models.labelling import Labeller, Made, Prompt
 from xmodal_interp.models.opening import ImageLike, Video, flat, open_image
 from xmodal_interp.models.records import family_of
 from xmodal_interp.models.rendering import rendered
+from xmodal_interp.models.wrapping import input_device, refuse_virtual_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,8 @@ class VLM:
     """A model, its processor and its family record.
 
     Raises:
-        UnsupportedModelError: The model type has no family record, or reads text only.
+        UnsupportedModelError: The model type has no family record, or reads text only; or the model
+            has a PEFT adapter that adds positions without a token.
     """
 
     model: PreTrainedModel
@@ -35,6 +38,7 @@ class VLM:
     family: Family = None  # type: ignore[assignment]  # filled from the model type
 
     def __post_init__(self) -> None:
+        refuse_virtual_tokens(self.model)
         object.__setattr__(self, "family", self.family or family_of(self.model.config))
 
     @property
@@ -106,7 +110,7 @@ class VLM:
                 zip(questions, opened, prompts, replacements, grids, video_grids, strict=True)
             )
         ]
-        device = self.model.device
+        device = input_device(self.model)
         moved = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
@@ -114,8 +118,13 @@ class VLM:
         return self._cast(moved), labelled
 
     def generate(self, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
-        """Token ids of prompt and answer, ``[sample, position]``, greedy unless told otherwise."""
-        output = self.model.generate(**inputs, **{"do_sample": False, **options})  # type: ignore[operator]
+        """Token ids of prompt and answer, ``[sample, position]``, greedy unless told otherwise.
+
+        Raises:
+            InputError: Options with which the model does not read each sample once, token by token.
+        """
+        check_decoding(self.model, options)
+        output = self.model.generate(**inputs, **{**GREEDY, **options})  # type: ignore[operator]
         return cast("torch.Tensor", output)
 
     @property

@@ -1,0 +1,108 @@
+"""Compiled code is refused: before the block if the model shows it, else when it comes to run.
+
+``torch.compile`` makes code that asks for no attention function and calls no hook that came after
+it, so it would be heard in part or not at all, without a word. What it was made of can't be told
+from the outside: a compiled function may call the model, and ``generate`` compiles by itself for
+a static cache. So, for the time of a block, every attention module is given a ``forward`` of its
+own: the same one, but torch's guards see another and trace the code again, hooks included, and
+the hooks can tell that they are traced.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from xmodal_interp.errors import CaptureError
+
+_RULE = "Compiled code runs without asking for its attention functions, so nothing could be heard. "
+_lock = threading.Lock()
+_shadowed: dict[nn.Module, tuple[int, Any]] = {}  # blocks that are open, and the forward before
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise CaptureError for a model of which all or a part is compiled by ``torch.compile``."""
+    for path, module in model.named_modules():
+        named = f"{path} ({type(module).__name__})" if path else "this model"
+        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+            subject, before = named, "torch.compile (model._orig_mod)"
+        elif getattr(module, "_compiled_call_impl", None):
+            subject, before = named, "model.compile()"
+        elif _is_compiled(vars(module).get("forward")):
+            subject, before = (
+                f"the forward of {named}",
+                "its forward was replaced (del model.forward)",
+            )
+        else:
+            continue
+        subject = subject if subject is named and path else subject[0].upper() + subject[1:]
+        raise CaptureError(
+            f"{_RULE}{subject} is compiled. Record the model as it was before {before}."
+        )
+
+
+def refuse_when_compiled_code_runs(
+    model: nn.Module, known: Iterable[nn.Module], stack: ExitStack
+) -> None:
+    """Raise CaptureError from inside the model where compiled code reaches it.
+
+    A graph that must be whole (``fullgraph=True``) raises torch's own error with the same reason.
+
+    Args:
+        model: The model; call this before other hooks are put on it.
+        known: Its attention modules.
+        stack: It takes everything off again.
+    """
+    thread = threading.get_ident()
+
+    @torch.compiler.disable(reason=_RUNNING)  # type: ignore[untyped-decorator]
+    def refuse() -> None:
+        if threading.get_ident() == thread:
+            raise CaptureError(_RUNNING)
+
+    def look(module: nn.Module, args: Any) -> None:  # noqa: ARG001
+        if torch.compiler.is_compiling():
+            refuse()
+
+    for module in dict.fromkeys((model, *known)):
+        stack.callback(module.register_forward_pre_hook(look, prepend=True).remove)
+    for module in known:
+        _shadow(module)
+        stack.callback(_unshadow, module)
+
+
+_RUNNING = (
+    f"{_RULE}The model was called from compiled code. Call it as it was before torch.compile; "
+    "generate compiles by itself for a static cache, unless it is told disable_compile=True."
+)
+
+
+def _is_compiled(forward: Any) -> bool:
+    return hasattr(forward, "_torchdynamo_orig_callable") and not getattr(
+        forward, "_torchdynamo_disable", False
+    )
+
+
+def _shadow(module: nn.Module) -> None:
+    with _lock:
+        n_open, before = _shadowed.get(module, (0, vars(module).get("forward")))
+        _shadowed[module] = (n_open + 1, before)
+        if n_open == 0:
+            module.forward = partial(module.forward)
+
+
+def _unshadow(module: nn.Module) -> None:
+    with _lock:
+        n_open, before = _shadowed.pop(module)
+        if n_open > 1:
+            _shadowed[module] = (n_open - 1, before)
+        elif before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -1,0 +1,49 @@
+"""How a model may generate while it is captured: each sample is read once, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from xmodal_interp.errors import InputError
+
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+"""What holds unless told otherwise, whatever the checkpoint's own generation settings are."""
+
+_PLAIN: dict[str, tuple[Any, str]] = {
+    "num_beams": (1, "reads several answers at once and drops all but one"),
+    "num_return_sequences": (1, "gives several answers to one prompt"),
+    "guidance_scale": (1, "reads each step twice, with and without the prompt"),
+    "assistant_model": (None, "reads tokens of another model and drops those it rejects"),
+    "prompt_lookup_num_tokens": (
+        None,
+        "reads tokens of the prompt again and drops those it rejects",
+    ),
+    "assistant_early_exit": (
+        None,
+        "reads tokens of its own first layers and drops those it rejects",
+    ),
+    "custom_generate": (None, "may read tokens in any way"),
+    "return_dict_in_generate": (False, "returns more than ids"),
+}
+
+
+def check_decoding(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Raise InputError for options of ``generate`` that don't give one answer, read in order.
+
+    Args:
+        model: Its ``generation_config`` counts where the options say nothing.
+        options: Arguments of ``model.generate``.
+    """
+    settings = options.get("generation_config") or model.generation_config
+    for name, (plain, what) in _PLAIN.items():
+        given = {**GREEDY, **options}.get(name, getattr(settings, name, plain))
+        if given is not None and given != plain:
+            shown = type(given).__name__ if name == "assistant_model" else repr(given)
+            raise InputError(
+                "A sample is one answer, read once and in order, so that each row of attention is "
+                f"a token of it. {name}={shown} {what}. Generate greedily or by sampling; for "
+                "anything else record the calls as they come with xi.record(model)."
+            )
