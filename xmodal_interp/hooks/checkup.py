@@ -24,12 +24,12 @@ from torch import nn
 
 from xmodal_interp.errors import CaptureError, GeometryError, InputError
 from xmodal_interp.hooks.comparing import difference, evaluating, seeded, tensors_of
+from xmodal_interp.hooks.compiled import refuse_compiled
 from xmodal_interp.hooks.exactness import Exactness, tolerance
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.hooks.knockout import knock_out_attention
 from xmodal_interp.hooks.recorder import listening
 from xmodal_interp.hooks.recording import Choice, Recording
-from xmodal_interp.hooks.refusals import refuse_compiled
 from xmodal_interp.models import VLM, ImageLike
 
 COLUMNS = ("check", "verdict", "value", "limit", "note")
