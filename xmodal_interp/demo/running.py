@@ -247,7 +247,7 @@ def _removals(vlm: VLM, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
     others = [item for kind in KINDS[:-1] for item in of_kind(items, kind)[half : 2 * half]]
     pruning = head_pruning(vlm, asked, batch_size=_BATCH, progress=False)
     curve = pruning_curve(
-        vlm, others, pruning, steps=4, n_random=2, batch_size=_BATCH, progress=False
+        vlm, others, pruning, steps=5, n_random=2, batch_size=_BATCH, progress=False
     )
     return {"pruning": pruning, "pruning_curve": curve}
 
