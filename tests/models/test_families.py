@@ -5,7 +5,7 @@ from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests.models.painting import embeddings, vlm_of
-from xmodal_interp.errors import GeometryError
+from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
@@ -54,3 +54,9 @@ def test_a_type_without_a_rule_still_labels_its_tokens() -> None:
     assert prompt.tokens.loc[prompt.tokens["kind"] == "image", "row"].isna().all()
     with pytest.raises(GeometryError, match=r"^Image 1 has no grid. Its image tokens are learned"):
         prompt.grids[1].arranged(prompt.grids[1].places[:, 0].astype(float), number=1)
+
+
+@pytest.mark.parametrize("model_type", ["pix2struct", "pp_formulanet", "vision-encoder-decoder"])
+def test_a_type_that_reads_no_text_says_so(model_type: str) -> None:
+    with pytest.raises(InputError, match="this model type reads images only. Record its attention"):
+        vlm_of(model_type).prepare([[Image.new("RGB", (64, 48))]], ["what is it?"])

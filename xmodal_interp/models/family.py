@@ -32,6 +32,7 @@ class Family:
         flat_images: Whether the processor takes a plain list of images, not one list per prompt.
         in_front: Whether the processor puts images before the prompt by itself, so that a bare
             question is a whole prompt.
+        token_types: Whether the model wants ``mm_token_type_ids``; processors return it when asked.
         reason: Why image tokens have no place in the image, or why there is no rule for it.
     """
 
@@ -44,6 +45,7 @@ class Family:
     placeholder: str = "image_token"
     flat_images: bool = False
     in_front: bool = False
+    token_types: bool = False
     reason: str | None = None
 
     @property

@@ -46,6 +46,7 @@ _RECORDS: tuple[Family, ...] = (
             name,
             geometry=geometry.merged_patches,
             video=geometry.MergedFrames(in_model=name == "ernie4_5_vl_moe"),
+            token_types=name == "cosmos3_edge",
             video_token=_VIDEO,
         )
         for name in _MERGED

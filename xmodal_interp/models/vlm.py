@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from xmodal_interp.errors import GeometryError
+from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models.decoding import GREEDY, check_decoding
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
@@ -101,6 +101,12 @@ class VLM:
         )
         replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
         grids, video_grids = self._grids(inputs, opened), self._video_grids(inputs, shown)
+        if "input_ids" not in inputs:
+            raise InputError(
+                "Labelling needs the token ids of a text prompt. "
+                f"{type(self.processor).__name__} returned {', '.join(inputs)}: this model type "
+                "reads images only. Record its attention with xi.record(model)."
+            )
         ids = inputs["input_ids"]
         attended = inputs.get("attention_mask", torch.ones_like(ids))
         labeller = Labeller(self.processor, self.family, self.model.config, self.placeholder)
@@ -155,6 +161,8 @@ class VLM:
             options |= {"add_special_tokens": False}
         if _reports_replacements(self.processor):
             options |= {"return_text_replacement_offsets": True}
+        if self.family.token_types:
+            options |= {"return_mm_token_type_ids": True}
         return options
 
     def _grids(
