@@ -6,6 +6,8 @@ from typer.testing import CliRunner
 
 from tests.tiny import picture
 from xmodal_interp.cli import app
+from xmodal_interp.hooks.knockout import KnockOut
+from xmodal_interp.models import support
 
 run = CliRunner().invoke
 
@@ -60,10 +62,38 @@ def test_check_finds_damage(store) -> None:
     assert bad.exit_code == 1
 
 
+def test_doctor_of_the_shipped_model_and_of_a_picture(store) -> None:
+    plain = run(app, ["doctor"])
+    assert plain.exit_code == 0, plain.output
+    assert "PASS 7 checks passed: recordings of this model can be trusted." in plain.output
+    scene = str(store.parent / "scene.png")
+    asked = run(app, ["doctor", "llava", scene, "where is the red circle ?"])
+    assert asked.exit_code == 0, asked.output
+
+
+def test_doctor_fails_with_exit_code_1(monkeypatch) -> None:
+    monkeypatch.setattr(KnockOut, "before", lambda _self, call, _site: call)
+    result = run(app, ["doctor"])
+    assert result.exit_code == 1
+    assert (
+        "FAIL 6 checks passed, 1 failed (a key hidden through the tap changes the output): do not "
+        "trust recordings of this model." in result.output
+    )
+
+
+def test_families_are_listed_and_written() -> None:
+    listed = run(app, ["families"])
+    assert listed.exit_code == 0
+    assert "97 model types, measured with torch " in listed.output
+    page = run(app, ["families", "--markdown"])
+    assert page.output == support.markdown()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["info", "no/such-model"], "could not be loaded"),
+        (["doctor", "no/such-model"], "could not be loaded"),
         (
             ["analyze", "nowhere", "sink-rate"],
             "A store is a folder that capture_dataset has written",

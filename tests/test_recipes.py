@@ -47,3 +47,14 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     assert (tmp_path / "layers.png").exists()
+
+
+def test_the_family_of_the_readme_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (ROOT / "README.md").read_text().split("<!-- family -->\n```python\n")[1].split("```")[0]
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(code, names)
+    checkup = names["checkup"]
+    assert names["vlm"].family.model_type == names["vlm"].model.config.model_type == "my_vlm"
+    assert checkup.ok, checkup
+    assert checkup.table["verdict"].eq("pass").all()

@@ -10,40 +10,22 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
-from rich.console import Console
-from rich.table import Table
-from typer.core import TyperGroup
 
 from xmodal_interp import analysis, figures
 from xmodal_interp.capturing import Keep
 from xmodal_interp.dataset import capture_dataset
 from xmodal_interp.demo import run_demo
-from xmodal_interp.errors import InputError, XmodalError
+from xmodal_interp.errors import InputError
 from xmodal_interp.hooks import attention_modules
+from xmodal_interp.hooks import doctor as checked
 from xmodal_interp.items import read_items
-from xmodal_interp.models import SHIPPED, load
+from xmodal_interp.models import SHIPPED, load, support
+from xmodal_interp.printing import Group, err, out, show, write
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, check_store, open_store
 
-out, err = Console(), Console(stderr=True)
-
-
-class _Group(TyperGroup):
-    """Refusals in one line, without a traceback: exit code 1. Wrong usage is 2, as ever."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except XmodalError as error:
-            err.print(f"[bold red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            err.print("stopped; what was written before is whole")
-            raise typer.Exit(130) from None
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -175,9 +157,9 @@ def analyze(
             raise
         raise InputError(f"{name} takes no --queries.") from None
     if path is None:
-        _show(table, rows)
+        show(table, rows)
     else:
-        _write(table, path)
+        write(table, path)
         out.print(f"{len(table)} rows written to {path}")
 
 
@@ -227,7 +209,7 @@ def info(
         f"{config._attn_implementation}, geometry {vlm.family.rule}",
         highlight=False,
     )
-    _show(table, len(table))
+    show(table)
 
 
 @app.command()
@@ -236,10 +218,61 @@ def check(store: Folder) -> None:
     table = check_store(store)
     bad = table[~table["ok"]]
     if len(bad):
-        _show(bad, len(bad))
+        show(bad)
         err.print(f"{len(bad)} of {len(table)} files are damaged or missing")
         raise typer.Exit(1)
     out.print(f"{len(table)} files, all as they were written")
+
+
+@app.command()
+def doctor(
+    name: Annotated[
+        str, typer.Argument(help=f"Hub id, folder, or shipped: {', '.join(SHIPPED)}")
+    ] = "llava",
+    image: Annotated[Path | None, typer.Argument(help="An image; a plain one if none")] = None,
+    prompt: Annotated[str, typer.Argument(help="A question")] = "What is in the image?",
+    dtype: Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16, float16")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help="For accelerate, such as auto")] = None,
+) -> None:
+    """Check that a model's attention can be trusted as it is recorded; exit code 1 if not.
+
+    Are there as many image tokens as predicted, do outputs and generated tokens stay the same, is
+    every layer heard, are the probabilities those of the model, does the tap sit where the model
+    reads? Each check shows what was measured and what passes; then each layer, with its errors.
+
+    Try it on your own picture: `xmodal doctor Qwen/Qwen2-VL-2B-Instruct cat.png "Where is it?"`
+    """
+    options: dict[str, Any] = {} if name in SHIPPED else {"dtype": dtype}
+    if device_map is not None:
+        options["device_map"] = device_map
+    checkup = checked(load(name, **options), image, prompt)
+    show(checkup.table)
+    if len(checkup.layers):
+        show(checkup.layers)
+    out.print(
+        f"[bold]{'PASS' if checkup.ok else 'FAIL'}[/] {checkup.summary}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if not checkup.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def families(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a page of docs")] = False,
+) -> None:
+    """List every model type: layers by tower, exactness, where image tokens stand, processor.
+
+    Measured on tiny models; `xmodal doctor NAME` tells it of a model of your own.
+    """
+    if markdown:
+        typer.echo(support.markdown(), nl=False)
+        return
+    table = support.families()
+    show(table)
+    made = ", ".join(f"{library} {version}" for library, version in table.attrs.items())
+    out.print(f"{len(table)} model types, measured with {made}", highlight=False)
 
 
 def _sample(store: Store, which: str) -> Sample:
@@ -260,33 +293,6 @@ def _show_store(store: Store) -> None:
     names: Iterable[str] = about if isinstance(about, dict) else ()
     for name in names:
         out.print(f"  {name}: {about[name]}", highlight=False, soft_wrap=True)
-
-
-def _show(table: pd.DataFrame, rows: int) -> None:
-    shown = Table(box=None, header_style="bold")
-    for column, dtype in table.dtypes.items():
-        right = pd.api.types.is_numeric_dtype(dtype)
-        shown.add_column(str(column), justify="right" if right else "left")
-    for row in table.head(rows).itertuples(index=False):
-        shown.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
-    out.print(shown)
-    if len(table) > rows:
-        out.print(
-            f"... {len(table) - rows} more rows; --rows {len(table)} shows all, --path FILE writes "
-            "them"
-        )
-
-
-def _write(table: pd.DataFrame, path: Path) -> None:
-    writers: dict[str, Callable[[pd.DataFrame], object]] = {
-        ".csv": lambda t: t.to_csv(path, index=False),
-        ".parquet": lambda t: t.to_parquet(path, index=False),
-        ".json": lambda t: t.to_json(path, orient="records", indent=1),
-    }
-    if path.suffix not in writers:
-        raise InputError(f"--path must end in {', '.join(writers)}; got {path.name!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writers[path.suffix](table)
 
 
 if __name__ == "__main__":

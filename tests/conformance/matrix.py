@@ -1,0 +1,85 @@
+"""The stored half of the support matrix, measured: ``python -m tests.conformance.matrix``.
+
+Writes ``xmodal_interp/models/support.json`` and ``docs/families.md`` anew from tiny models of all
+types; nothing in either is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from tests.conformance.building import tiny, types
+from tests.conformance.known import NOT_SQUARE, WRONG
+from tests.conformance.measuring import Measured, measured
+from tests.models.records import RECORDS
+from xmodal_interp.hooks import Identity
+from xmodal_interp.models import support
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "xmodal_interp" / "models" / "support.json"
+DOCUMENT = ROOT / "docs" / "families.md"
+
+
+def row_of(model_type: str, found: Measured) -> dict[str, Any]:
+    """What the matrix keeps of one type."""
+    recordings = [run.recording for run in found.runs]
+    calls = [call for recording in recordings for call in recording.calls]
+    ran = {call.module for call in calls}
+    dense = {call.module for call in calls if call.dense is not None}
+    modules = {each.module: each for r in recordings for each in r.modules}.values()
+    return {
+        "layers": _by_role(modules),
+        "without_matrix": _by_role(recordings[0].without_matrix),
+        "as_probabilities": _by_role(each for each in modules if each.module in dense),
+        "idle": _by_role(each for each in modules if each.module not in ran),
+        "outputs_same": found.forward.same,
+        "worst_error": float(f"{found.error:.0e}"),
+        "generation": None if found.generation is None else found.generation.same,
+        "processor": _processor(model_type),
+        "notes": sorted(
+            {f"known fault: {why}" for (name, _), why in WRONG.items() if name == model_type}
+            | {f"not square: {why}" for why in NOT_SQUARE.get(model_type, {}).values()}
+        ),
+    }
+
+
+def measured_again(model_type: str) -> dict[str, Any]:
+    """The row of a type, from a run of its tiny model."""
+    return row_of(model_type, measured(tiny(model_type)))
+
+
+def versions() -> dict[str, str]:
+    """What the table is measured with; a build for another device is the same version."""
+    return {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
+
+
+def main() -> None:
+    """Measure all types and write both files."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    rows = {name: measured_again(name) for name in types()}
+    whole = {"versions": versions(), "types": rows}
+    TABLE.write_text(json.dumps(whole, indent=1) + "\n")
+    DOCUMENT.write_text(support.markdown())
+
+
+def _by_role(modules: Iterable[Identity]) -> dict[str, int]:
+    return dict(Counter(f"{each.tower}.{each.kind}" for each in modules))
+
+
+def _processor(model_type: str) -> str | None:
+    record = RECORDS.get(model_type)
+    given = record.processor_class if record is not None else None
+    return given or PROCESSOR_MAPPING_NAMES.get(model_type)
+
+
+if __name__ == "__main__":
+    main()

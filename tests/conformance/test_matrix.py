@@ -1,0 +1,69 @@
+"""The support matrix is what these versions measure, and its page is the one that is written."""
+
+import json
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tests.conformance.building import representatives, types
+from tests.conformance.matrix import DOCUMENT, TABLE, measured_again, versions
+from xmodal_interp.models import FAMILIES, support
+
+STALE = "is stale: run python -m tests.conformance.matrix"
+STORED = json.loads(TABLE.read_text())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "measured_type" in metafunc.fixturenames:
+        everything = metafunc.config.getoption("all_types")
+        metafunc.parametrize("measured_type", types() if everything else representatives())
+
+
+def test_all_types_and_the_versions_are_there() -> None:
+    assert set(STORED["types"]) == set(types()), f"{TABLE.name} {STALE}"
+    assert STORED["versions"] == versions(), f"{TABLE.name} {STALE}"
+
+
+def test_a_row_is_what_is_measured(measured_type: str) -> None:
+    again, stored = measured_again(measured_type), STORED["types"][measured_type]
+    assert without_error(again) == without_error(stored), f"{TABLE.name} {STALE}"
+    assert again["outputs_same"] is True
+    assert again["generation"] is not False
+    assert max(again["worst_error"], stored["worst_error"]) < 1e-5
+
+
+def test_the_page_is_the_one_that_is_written() -> None:
+    assert DOCUMENT.read_text() == support.markdown(), f"{DOCUMENT.name} {STALE}"
+
+
+def test_the_table_has_a_row_per_type_and_rules_of_today() -> None:
+    table = support.families()
+    assert table["model_type"].tolist() == sorted(types())
+    assert table.attrs == versions()
+    llava = table.set_index("model_type").loc["llava"]
+    assert llava.to_dict() == {
+        "layers": "vision.self: 2, language.self: 2",
+        "without_matrix": "",
+        "as_probabilities": "",
+        "worst_error": pytest.approx(5e-7, abs=5e-7),
+        "generation": "same",
+        "geometry": "fixed_grid",
+        "processor": "LlavaProcessor",
+        "note": "",
+    }
+    for row in table.itertuples():
+        assert row.geometry == FAMILIES[row.model_type].rule
+        assert row.geometry != "none" or row.note
+
+
+def test_rules_are_read_when_the_table_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(support.FAMILIES, "llava", FAMILIES["aria"])
+    table: pd.DataFrame = support.families().set_index("model_type")
+    assert table.loc["llava", "geometry"] == "none"
+    assert table.loc["llava", "note"] == FAMILIES["aria"].reason.rstrip(".")
+
+
+def without_error(row: dict[str, Any]) -> dict[str, Any]:
+    """The last digits of an error are those of one processor."""
+    return {name: value for name, value in row.items() if name != "worst_error"}

@@ -1,0 +1,100 @@
+"""The support matrix: what was measured of each model type, and where its image tokens stand.
+
+The measurements are in ``support.json``, with the versions they were made with; rules and reasons
+are those of the family records, read when the table is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import pandas as pd
+
+from xmodal_interp.models.records import FAMILIES
+
+COLUMNS = (
+    *("model_type", "layers", "without_matrix", "as_probabilities", "worst_error", "generation"),
+    *("geometry", "processor", "note"),
+)
+_INTRODUCTION = """\
+# Model types
+
+Measured on tiny random models in float32 (torch {torch}, transformers {transformers}), with every
+softmax attention that runs listened to from below; no pretrained checkpoint was tried. The outputs
+of {n_same} of {n} types are, bit for bit, those without recording. This page is written by
+`python -m tests.conformance.matrix`; `xmodal families` prints it.
+
+* **layers**: attention modules by tower and kind in the tiny model.
+* **without matrix**: layers that mix tokens without a softmax (linear attention, state spaces,
+  convolutions): there is no matrix to record.
+* **as probabilities**: layers of which the probabilities themselves are kept, since queries and
+  keys do not carry their scores.
+* **worst error**: the largest difference between recorded and real probabilities, and between
+  `P V` and the backend's output relative to the largest value.
+* **generation**: whether a cached generation was recorded with the same ids; `-`: this model did
+  not generate from these inputs.
+* **geometry**: the rule that gives image tokens their row, column and box, or `none`; the note
+  says why.
+"""
+
+
+def families() -> pd.DataFrame:
+    """One row per model type of images and text that transformers registers.
+
+    Returns:
+        ``model_type``; ``layers``, ``without_matrix``, ``as_probabilities`` (counts by
+        ``tower.kind``, empty for none); ``worst_error`` of a probability (0 to 1); ``generation``
+        (``same``, ``differs`` or ``-``); ``geometry`` (name of a rule, or ``none``);
+        ``processor`` (a class of transformers, or ``-``); ``note``. The versions are in ``attrs``.
+    """
+    stored = _stored()
+    rows = [_row(name, about) for name, about in sorted(stored["types"].items())]
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table.attrs = dict(stored["versions"])
+    return table
+
+
+def markdown() -> str:
+    """The same as a page of documentation."""
+    _stored.cache_clear()
+    table, stored = families(), _stored()
+    n_same = sum(about["outputs_same"] for about in stored["types"].values())
+    lines = [
+        _INTRODUCTION.format(n=len(table), n_same=n_same, **stored["versions"]),
+        "| " + " | ".join(column.replace("_", " ") for column in COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    for row in table.itertuples(index=False):
+        cells = (f"{cell:.0e}" if isinstance(cell, float) else str(cell) for cell in row)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@cache
+def _stored() -> dict[str, Any]:
+    path = files("xmodal_interp") / "models" / "support.json"
+    stored: dict[str, Any] = json.loads(path.read_text())
+    return stored
+
+
+def _row(name: str, about: dict[str, Any]) -> tuple[Any, ...]:
+    family = FAMILIES[name]
+    idle = f"did not run here: {_counts(about['idle'])}" if about["idle"] else ""
+    notes = (family.reason or "", idle, *about["notes"])
+    same = {True: "same", False: "differs", None: "-"}[about["generation"]]
+    return (
+        name,
+        *(_counts(about[part]) for part in ("layers", "without_matrix", "as_probabilities")),
+        about["worst_error"],
+        same,
+        family.rule,
+        about["processor"] or "-",
+        "; ".join(note.rstrip(".") for note in notes if note),
+    )
+
+
+def _counts(by_role: dict[str, int]) -> str:
+    return ", ".join(f"{role}: {n}" for role, n in by_role.items())
