@@ -8,10 +8,10 @@ from torch import nn
 from tests.hooks.conditions import STEPS, assert_complete_and_exact, of
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.capturing import capture
-from xmodal_interp.errors import UnsupportedModelError
+from xmodal_interp.errors import InputError, UnsupportedModelError
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.doctor import doctor
-from xmodal_interp.models import VLM
+from xmodal_interp.models import VLM, load
 from xmodal_interp.store.identity import model_digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -70,6 +70,21 @@ def test_a_disabled_adapter_is_not_there() -> None:
         base(**inputs)
     for ours, theirs in zip(recording.calls, without.calls, strict=True):
         assert torch.equal(ours.q, theirs.q)
+
+
+def test_an_adapter_is_loaded_with_its_base(tmp_path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError) as error:
+        load(tmp_path)
+    assert str(error.value) == (
+        f"A model is loaded whole. {str(tmp_path)!r} holds a PEFT adapter only. Load its base "
+        "model and pass VLM(PeftModel.from_pretrained(base.model, folder), base.processor)."
+    )
+    base, processor = of("llava")[0], tiny_vlm("llava").processor
+    again = VLM(peft.PeftModel.from_pretrained(base, tmp_path).eval(), processor)
+    plain = capture(VLM(model, processor), picture(), QUESTION)
+    assert torch.equal(capture(again, picture(), QUESTION).call(3).q, plain.call(3).q)
 
 
 def test_another_adapter_is_another_model_to_a_store() -> None:
