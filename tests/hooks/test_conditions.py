@@ -18,6 +18,7 @@ from tests.hooks.conditions import (
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.capturing import capture
+from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.exactness import Exactness, tolerance
 from xmodal_interp.hooks.recorder import listening
@@ -154,3 +155,15 @@ def test_data_parallel_without_devices_is_the_model_itself() -> None:
     with torch.no_grad(), record(nn.DataParallel(model)) as recording:
         nn.DataParallel(model)(**inputs)
     assert len(recording.calls) == 7
+
+
+def test_copies_of_data_parallel_are_refused() -> None:
+    """As they are made for several devices; their hooks are those of the model."""
+    model, _ = of("llava")
+    attention = model.model.language_model.layers[0].self_attn
+    with pytest.raises(CaptureError) as error, record(model):
+        attention._replicate_for_data_parallel()(torch.zeros(1, 1, 128))
+    assert str(error.value) == (
+        "A recording hears one model in one thread. nn.DataParallel runs copies of it in threads "
+        "of their own. Record the model itself (parallel.module), or one process per device."
+    )
