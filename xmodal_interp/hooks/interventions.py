@@ -152,7 +152,8 @@ class _Editor:
             self.ran.add(module)
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
-        if threading.get_ident() == self.thread:
+        opened = bool(self.running) and self.running[-1] is module
+        if threading.get_ident() == self.thread and opened:  # not if it was refused
             self.running.pop()
 
     def before(self, call: RawCall) -> RawCall:

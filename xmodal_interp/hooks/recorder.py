@@ -35,7 +35,7 @@ from xmodal_interp.hooks.modules import (
 )
 from xmodal_interp.hooks.reading import as_attention_call, segments, whole_mask
 from xmodal_interp.hooks.recording import Choice, Recording
-from xmodal_interp.hooks.refusals import check_choice
+from xmodal_interp.hooks.refusals import check_choice, refuse_replica
 from xmodal_interp.hooks.rotary import RotaryPositions
 from xmodal_interp.hooks.tap import RawCall, tap
 from xmodal_interp.hooks.updates import UpdateShares
@@ -121,6 +121,7 @@ class _Recorder:
         self.shares: UpdateShares | None = None
 
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+        refuse_replica(module)
         if self._elsewhere():
             return
         run = _Run(module, len(self.kept))
@@ -130,7 +131,8 @@ class _Recorder:
             run.bypass.begin()
 
     def close(self, module: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
-        if self._elsewhere():
+        opened = bool(self.running) and self.running[-1].module is module
+        if self._elsewhere() or not opened:  # closed though it was refused, so never opened
             return
         run = self.running.pop()
         if run.bypass is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from xmodal_interp.errors import InputError
+from torch import nn
+
+from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.vocabulary import TOWERS, Tower
 
@@ -27,3 +29,13 @@ def check_choice(
                 f"{max(there, default=-1)}; "
                 f"got {', '.join(map(str, missing))}."
             )
+
+
+def refuse_replica(module: nn.Module) -> None:
+    """Raise CaptureError in a copy that ``nn.DataParallel`` made for one of its devices."""
+    if getattr(module, "_is_replica", False):
+        raise CaptureError(
+            "A recording hears one model in one thread. nn.DataParallel runs copies of it in "
+            "threads of their own. Record the model itself (parallel.module), or one process per "
+            "device."
+        )

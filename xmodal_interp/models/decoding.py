@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from xmodal_interp.errors import InputError
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
@@ -30,7 +28,7 @@ _PLAIN: dict[str, tuple[Any, str]] = {
 }
 
 
-def check_decoding(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
+def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
     """Raise InputError for options of ``generate`` that don't give one answer, read in order.
 
     Args:

@@ -42,6 +42,12 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
         for key in ("revision", "trust_remote_code", "token", "cache_dir")
         if key in options
     }
+    adapter = Path(source) / "adapter_config.json"
+    if adapter.is_file() and not adapter.with_name("config.json").is_file():
+        raise InputError(
+            f"A model is loaded whole. {source!r} holds a PEFT adapter only. Load its base model "
+            "and pass VLM(PeftModel.from_pretrained(base.model, folder), base.processor)."
+        )
     try:
         config = AutoConfig.from_pretrained(source, **shared)
     except OSError as error:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import ProcessorMixin
 
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models.decoding import GREEDY, check_decoding
@@ -28,12 +28,17 @@ from xmodal_interp.models.wrapping import input_device, refuse_virtual_tokens
 class VLM:
     """A model, its processor and its family record.
 
+    Attributes:
+        model: A model of transformers, or PEFT's wrapping of one.
+        processor: Its processor.
+        family: What is known of its type; found by the type if not given.
+
     Raises:
         UnsupportedModelError: The model type has no family record, or reads text only; or the model
             has a PEFT adapter that adds positions without a token.
     """
 
-    model: PreTrainedModel
+    model: Any
     processor: Any
     family: Family = None  # type: ignore[assignment]  # filled from the model type
 
@@ -130,7 +135,7 @@ class VLM:
             InputError: Options with which the model does not read each sample once, token by token.
         """
         check_decoding(self.model, options)
-        output = self.model.generate(**inputs, **{**GREEDY, **options})  # type: ignore[operator]
+        output = self.model.generate(**inputs, **{**GREEDY, **options})
         return cast("torch.Tensor", output)
 
     @property
