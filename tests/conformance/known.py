@@ -17,19 +17,7 @@ NOT_SQUARE: dict[str, dict[str, str]] = {
 # and what the refusal names first.
 REFUSED: dict[str, str] = {
     "groupvit": "vision_model.encoder.stages.0.downsample.assign",
-    "lxmert": "encoder.layer.0.attention.output",
 }
 
-_ONE_NAME_FOR_TWO = "two attentions of one block have the same name"
-_STATES = "mixtures of the states of earlier layers are taken for attention"
-_NAMES = "test_each_module_has_a_name_of_its_own"
 # What a test finds wrong in the package, and why. What is mended fails until it is taken out here.
-WRONG: dict[tuple[str, str], str] = {
-    ("florence2", _NAMES): _ONE_NAME_FOR_TWO,
-    ("x_clip", _NAMES): _ONE_NAME_FOR_TWO,
-    ("grounding_dino", _NAMES): _ONE_NAME_FOR_TWO,
-    ("inkling2", _NAMES): _STATES,
-    ("inkling2", "test_every_softmax_attention_is_heard_as_often_as_it_ran"): _STATES,
-    ("inkling2", "test_probabilities_are_those_that_ran"): _STATES,
-    ("inkling2", "test_self_attention_is_square_and_cross_attention_is_not"): _STATES,
-}
+WRONG: dict[tuple[str, str], str] = {}

@@ -78,7 +78,6 @@ def test_reduced_calls_are_in_full_precision_under_autocast() -> None:
         assert torch.equal(probs, call.probs())
 
 
-@pytest.mark.xfail(strict=True, reason="the kernels of a call heed the autocast around them")
 def test_a_call_is_read_in_full_precision_under_autocast() -> None:
     model, inputs = of("llava")
     with torch.no_grad(), record(model, towers=["language"], layers=[0]) as recording:

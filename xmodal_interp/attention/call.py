@@ -201,11 +201,8 @@ class AttentionCall:
 
     def n_visible(self, queries: Positions | None = None) -> Int[Tensor, "sample head query"]:
         """How many keys each query may attend to."""
-        row = self._row_index(queries)
-        return torch.cat(
-            [operands.visible(self, chunk).sum(-1) for chunk in row.split(operands.chunk(self, 1))],
-            2,
-        )
+        parts = self._row_index(queries).split(operands.chunk(self, 1))
+        return torch.cat([operands.visible(self, part).sum(-1) for part in parts], 2)
 
     def mass(
         self,
@@ -237,15 +234,7 @@ class AttentionCall:
         queries: Positions | None = None,
     ) -> Float[Tensor, "sample head query value"]:
         """``probs @ values``, without the matrix of probabilities."""
-        head, row = self._head_index(heads), self._row_index(queries)
-        if operands.fusible(self):
-            parts = values.split(self._queries.shape[-1], 1)
-            return torch.cat([operands.fused_average(self, head, row, part) for part in parts], -1)
-        parts = [
-            operands.exact_rows(self, head, chunk) @ values
-            for chunk in row.split(operands.chunk(self, len(head)))
-        ]
-        return torch.cat(parts, 2)
+        return operands.average(self, self._head_index(heads), self._row_index(queries), values)
 
     def null_mass(
         self,
@@ -257,25 +246,13 @@ class AttentionCall:
         Sample and head axes may have length 1.
         """
         values = groups.to(device=self._queries.device, dtype=torch.float32).T
-        row = self._row_index(queries)
-        parts = []
-        for chunk in row.split(operands.chunk(self, 1)):
-            seen = operands.visible(self, chunk).float()
-            parts.append((seen @ values) / seen.sum(-1, keepdim=True))
-        return torch.cat(parts, 2)
+        return operands.null_average(self, self._row_index(queries), values)
 
     def entropy(
         self, heads: Positions | None = None, queries: Positions | None = None
     ) -> Float[Tensor, "sample head query"]:
         """``-sum p ln p`` of every row, in nats."""
-        head, row = self._head_index(heads), self._row_index(queries)
-        if operands.fusible(self) and self._queries.device.type == "cpu":
-            return operands.fused_entropy(self, head, row)
-        parts = [
-            torch.special.entr(operands.exact_rows(self, head, chunk)).sum(-1)
-            for chunk in row.split(operands.chunk(self, len(head)))
-        ]
-        return torch.cat(parts, 2)
+        return operands.entropy(self, self._head_index(heads), self._row_index(queries))
 
     def propagate(
         self, vector: Float[Tensor, "sample query"], heads: Positions | None = None

@@ -44,15 +44,16 @@ def exact_rows(
     if call.bias is not None:
         bias = _of_heads(call.bias, head)[..., row, :].float()
         additive = bias if additive is None else additive + bias
-    return kernels.softmax_rows(
-        q[:, head][:, :, row],
-        k[:, head // (call.n_heads // call.n_kv_heads)],
-        _of_heads(visible(call, row), head),
-        scaling=call.scaling,
-        additive=additive,
-        softcap=call.softcap,
-        sinks=_sinks(call, head, row),
-    )
+    with _full_precision(call):
+        return kernels.softmax_rows(
+            q[:, head][:, :, row],
+            k[:, head // (call.n_heads // call.n_kv_heads)],
+            _of_heads(visible(call, row), head),
+            scaling=call.scaling,
+            additive=additive,
+            softcap=call.softcap,
+            sinks=_sinks(call, head, row),
+        )
 
 
 def weighted_rows(
@@ -66,8 +67,9 @@ def weighted_rows(
     n_samples = max(vector.shape[0], call.n_samples)
     heads = [len(head)] if "h" in contraction.partition("->")[2] else []
     out = torch.zeros(n_samples, *heads, call.n_keys, device=vector.device)
-    for part in needed.split(chunk(call, len(head))):
-        out += torch.einsum(contraction, vector[:, part], exact_rows(call, head, part))
+    with _full_precision(call):
+        for part in needed.split(chunk(call, len(head))):
+            out += torch.einsum(contraction, vector[:, part], exact_rows(call, head, part))
     return out
 
 
@@ -77,29 +79,60 @@ def fusible(call: AttentionCall) -> bool:
     return plain and (call.mask is None or call.mask.dtype == torch.bool)
 
 
-def fused_average(
+def average(
     call: AttentionCall,
     head: Int[Tensor, " head"],
     row: Int[Tensor, " query"],
     values: Float[Tensor, "key value"],
 ) -> Float[Tensor, "sample head query value"]:
-    """``probs @ values`` of a fusible call; at most ``d_head`` values."""
-    q, k, seen, causal = _fused(call, head, row)
-    return kernels.fused_average(q, k, values, seen, causal=causal, scaling=call.scaling)
+    """``probs @ values``: by the fused kernel, ``d_head`` values at a time, where that will do."""
+    with _full_precision(call):
+        if fusible(call):
+            q, k, seen, causal = _fused(call, head, row)
+            return torch.cat(
+                [
+                    kernels.fused_average(q, k, part, seen, causal=causal, scaling=call.scaling)
+                    for part in values.split(q.shape[-1], 1)
+                ],
+                -1,
+            )
+        parts = row.split(chunk(call, len(head)))
+        return torch.cat([exact_rows(call, head, part) @ values for part in parts], 2)
 
 
-def fused_entropy(
+def null_average(
+    call: AttentionCall, row: Int[Tensor, " query"], values: Float[Tensor, "key value"]
+) -> Float[Tensor, "sample head query value"]:
+    """What ``average`` would be under uniform attention over the visible keys."""
+    parts = []
+    with _full_precision(call):
+        for part in row.split(chunk(call, 1)):
+            seen = visible(call, part).float()
+            parts.append((seen @ values) / seen.sum(-1, keepdim=True))
+    return torch.cat(parts, 2)
+
+
+def entropy(
     call: AttentionCall, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
 ) -> Float[Tensor, "sample head query"]:
-    """Entropy of the rows of a fusible call on the CPU, nats."""
-    q, k, seen, causal = _fused(call, head, row)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return kernels.fused_entropy(q, k, seen, causal=causal, scaling=call.scaling)
+    """Entropy of the rows, nats; by the fused kernel on the CPU."""
+    with _full_precision(call):
+        if fusible(call) and row.device.type == "cpu":
+            q, k, seen, causal = _fused(call, head, row)
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            return kernels.fused_entropy(q, k, seen, causal=causal, scaling=call.scaling)
+        parts = row.split(chunk(call, len(head)))
+        return torch.cat([torch.special.entr(exact_rows(call, head, p)).sum(-1) for p in parts], 2)
 
 
 def chunk(call: AttentionCall, n_heads: int) -> int:
     """Rows per chunk, so that a chunk of float32 scores stays around 32 MB."""
     return max(1, kernels.CHUNK_BYTES // (4 * call.n_keys * n_heads * call.n_samples))
+
+
+def _full_precision(call: AttentionCall) -> torch.autocast:
+    """The numbers are float32, also inside of somebody's autocast."""
+    return torch.autocast(call.query_positions.device.type, enabled=False)
 
 
 def _fused(

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _ATTENTION = re.compile(r"Attention|Attn")
+_NO_ATTENTION = re.compile(  # what follows one, and mixtures of the states of earlier layers
+    r"AttentionOutput$|AttentionResidual"
+)
 _WITHOUT_MATRIX = re.compile(
     r"LinearAttention|DeltaNet|Mamba|ShortConv|RepMixer|DeformableAttention|RGLRU|RecurrentBlock"
 )
@@ -111,6 +114,7 @@ def _is_attention(module: nn.Module) -> bool:
     return (
         bool(_ATTENTION.search(name))
         and not _WITHOUT_MATRIX.search(name)
+        and not _NO_ATTENTION.search(name)
         and not isinstance(module, PreTrainedModel)
         and bool(list(module.children()))
     )
@@ -189,7 +193,7 @@ class _Names:
         """
         within = re.sub(r".*\.\d+\.", "", path).split(".")[-2:]
         holder = type(self.model.get_submodule(path.rpartition(".")[0])).__name__
-        named = any(_CROSS.search(name) for name in (type(module).__name__, *within))
+        named = any(_CROSS.search(name) for name in (type(module).__name__, holder, *within))
         latent = _LATENTS.search(f"{path} {type(module).__name__} {holder}")
         says_so = getattr(module, "is_cross_attention", False)
         return "cross" if named or latent or says_so else "self"
