@@ -270,9 +270,9 @@ def families(
         typer.echo(support.markdown(), nl=False)
         return
     table = support.families()
-    show(table)
+    show(table[["model_type", "layers", "worst_error", "geometry"]])
     made = ", ".join(f"{library} {version}" for library, version in table.attrs.items())
-    out.print(f"{len(table)} model types, measured with {made}", highlight=False)
+    out.print(f"{len(table)} types, measured with {made}; more: --markdown", highlight=False)
 
 
 def _sample(store: Store, which: str) -> Sample:

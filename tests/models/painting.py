@@ -33,8 +33,8 @@ class _SeenError(Exception):
 @functools.cache
 def vlm_of(model_type: str) -> VLM:
     """The real processor with a model whose vision tower does not mix positions."""
-    model, processor = real(model_type)
-    processor = copy.copy(processor)
+    known, processor = real(model_type)
+    model, processor = _plain(type(known)(copy.deepcopy(known.config))), copy.copy(processor)
     processor.images_kwargs = {
         **(getattr(processor, "images_kwargs", None) or {}),
         **{k: v for k, v in RECORDS[model_type].call.items() if not k.startswith("return_")},
@@ -47,10 +47,19 @@ def vlm_of(model_type: str) -> VLM:
     for module in model.modules():
         if module not in inside and _mixes(module):
             module.register_forward_hook(_nothing)
-    for weight in model.parameters():
-        if weight.ndim > 1 and weight.abs().max() < 1e-6:  # some layers start with nothing
-            nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
     return VLM(model, processor)
+
+
+@torch.no_grad()
+def _plain(model: nn.Module) -> nn.Module:
+    """Weights under which what is next to a position does not drown what stands at it."""
+    made = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=made)
+        else:
+            weight.add_(torch.randn(weight.shape, generator=made), alpha=0.1)
+    return model.eval()
 
 
 def language_of(model: nn.Module) -> nn.Module:

@@ -206,7 +206,7 @@ def test_another_version(tmp_path):
     StoreWriter(tmp_path, SETTINGS).close()
     path = tmp_path / schema.MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 3}))
-    with pytest.raises(StoreError, match=r"reads version 1 .* is of version 3"):
+    with pytest.raises(StoreError, match=r"reads version 2 .* is of version 3"):
         StoreWriter(tmp_path, SETTINGS)
 
 
