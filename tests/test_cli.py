@@ -84,7 +84,7 @@ def test_doctor_fails_with_exit_code_1(monkeypatch) -> None:
 def test_families_are_listed_and_written() -> None:
     listed = run(app, ["families"])
     assert listed.exit_code == 0
-    assert "97 model types, measured with torch " in listed.output
+    assert "97 types, measured with torch " in listed.output
     page = run(app, ["families", "--markdown"])
     assert page.output == support.markdown()
 
