@@ -91,3 +91,15 @@ def test_pieces_that_fit_no_image_are_refused() -> None:
         "7, 7, ... keys, for 2 images of 65, 65, ... patches. Capture the samples one by one, or "
         "leave the tower out."
     )
+
+
+def test_images_that_see_each_other_are_refused() -> None:
+    grids = xi.capture(xi.VLM(*real("llava")), PICTURES, QUESTIONS[0]).grids
+    q = torch.randn(1, 1, 130, 2)
+    with pytest.raises(CaptureError) as error:
+        calls_by_image([AttentionCall("vision", "self", 0, "attn", 0, q, q, 1.0)], grids)
+    assert str(error.value) == (
+        "Images in one packed row can be told apart where each sees itself only. In vision "
+        "self-attention, layer 0, call 0, positions 0 to 64 see others too. Capture the samples "
+        "one by one, or leave the tower out."
+    )

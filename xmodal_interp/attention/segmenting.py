@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from xmodal_interp.attention.call import AttentionCall
+from xmodal_interp.errors import CaptureError
 
 
 def pieces_of(call: AttentionCall) -> list[AttentionCall]:
@@ -52,9 +53,18 @@ def joined(pieces: Sequence[AttentionCall]) -> AttentionCall:
 def part_of(call: AttentionCall, start: int, stop: int) -> AttentionCall:
     """Positions ``start`` to ``stop`` of a self-attention, as queries and as keys.
 
-    Nothing else may be seen by them: that is what makes them a part.
+    Raises:
+        CaptureError: They see something else too, so that they are no part.
     """
-    return reordered(call, torch.arange(start, stop))
+    rows = torch.arange(start, stop, device=call.query_positions.device)
+    seen = call.visible(rows)
+    if bool(seen[..., :start].any() | seen[..., stop:].any()):
+        raise CaptureError(
+            "Images in one packed row can be told apart where each sees itself only. In "
+            f"{call.name}, positions {start} to {stop - 1} see others too. Capture the samples one "
+            "by one, or leave the tower out."
+        )
+    return reordered(call, rows)
 
 
 def reordered(call: AttentionCall, index: Int[Tensor, " position"]) -> AttentionCall:
