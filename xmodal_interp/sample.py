@@ -147,6 +147,11 @@ class Sample:
             )
         start, end = spans[index]
         touched = (self.tokens["start"] < end) & (self.tokens["end"] > start)
+        if not touched.any():
+            raise PhraseError(
+                f"{phrase!r} is in the text, but no token is known to stand for it: this sample's "
+                "tokens could not be matched with its prompt. Give positions instead."
+            )
         return np.flatnonzero(touched.to_numpy(dtype=bool, na_value=False))
 
     def _in_placeholder(self, start: int, end: int) -> bool:

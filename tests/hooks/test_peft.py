@@ -4,13 +4,12 @@ import peft
 import pytest
 import torch
 from torch import nn
-from xmodal_interp.hooks.doctor import doctor
 
 from tests.hooks.conditions import STEPS, assert_complete_and_exact, of
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.capturing import capture
 from xmodal_interp.errors import InputError, UnsupportedModelError
-from xmodal_interp.hooks import record
+from xmodal_interp.hooks import doctor, record
 from xmodal_interp.models import VLM, load
 from xmodal_interp.store.identity import model_digests
 

@@ -4,8 +4,10 @@ import pytest
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+import xmodal_interp as xi
 from tests.models.painting import embeddings, vlm_of
-from xmodal_interp.errors import GeometryError, InputError
+from tests.models.real import real
+from xmodal_interp.errors import GeometryError, InputError, PhraseError
 from xmodal_interp.models import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
@@ -60,3 +62,26 @@ def test_a_type_without_a_rule_still_labels_its_tokens() -> None:
 def test_a_type_that_reads_no_text_says_so(model_type: str) -> None:
     with pytest.raises(InputError, match="this model type reads images only"):
         vlm_of(model_type).prepare([[Image.new("RGB", (64, 48))]], ["what is it?"])
+
+
+@pytest.mark.parametrize("model_type", ["idefics", "nemotron_h_omni"])
+def test_without_a_rule_tokens_are_labelled_by_kind(model_type: str) -> None:
+    vlm = xi.VLM(*real(model_type))
+    sample = xi.capture(vlm, Image.new("RGB", (64, 48)), "where is the red circle?")
+    image = sample.tokens[sample.tokens["kind"] == "image"]
+    assert image["image"].eq(0).all()
+    assert image[["row", "col", "x0"]].isna().all(axis=None)
+    assert {"text", "special"} & set(sample.tokens["kind"])
+    with pytest.raises(PhraseError, match="no token is known to stand for it"):
+        sample.find("red circle")
+    with pytest.raises(GeometryError):
+        sample.grid(image["start"].to_numpy(float))
+
+
+def test_a_processor_that_makes_several_prompts_of_one_is_refused() -> None:
+    with pytest.raises(InputError) as error:
+        vlm_of("shieldgemma2").prepare([[Image.new("RGB", (64, 48))]], ["is it harmful?"])
+    assert str(error.value) == (
+        "Labelling needs one row of tokens per prompt. ShieldGemma2Processor returned 3 rows for 1 "
+        "prompts. Record the attention with xi.record(model)."
+    )

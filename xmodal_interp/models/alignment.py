@@ -55,6 +55,11 @@ class Alignment:
     expansions: tuple[str, ...]
 
 
+def unaligned(ids: Sequence[int], text: str) -> Alignment:
+    """Positions of which nothing is known but their ids."""
+    return Alignment(text, (Position(-1, -1, None, None),) * len(ids), ())
+
+
 def reported_alignment(
     ids: Sequence[int],
     texts: Iterable[str],

@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
-from xmodal_interp.models.alignment import Alignment, counted_alignment, reported_alignment
+from xmodal_interp.errors import GeometryError
+from xmodal_interp.models.alignment import (
+    Alignment,
+    counted_alignment,
+    reported_alignment,
+    unaligned,
+)
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid, unplaced
 from xmodal_interp.models.rendering import Rendered, spans_in
@@ -95,6 +102,9 @@ class Labeller:
     def prompt(self, made: Made, ids: Sequence[int], attended: Sequence[bool]) -> Prompt:
         """The labelled positions of a sample.
 
+        Where the family has no rule, and the ids cannot be matched with the prompt either, they are
+        labelled by kind alone: no position has characters of the prompt.
+
         Args:
             made: What it was made of.
             ids: Token ids as the model gets them, padding included.
@@ -104,11 +114,18 @@ class Labeller:
             GeometryError: The ids are not what the prompt and the grids lead to.
         """
         tokens = [token for token, seen in zip(ids, attended, strict=True) if seen]
-        alignment = self._aligned(made, tokens)
+        try:
+            alignment = self._aligned(made, tokens)
+        except GeometryError:
+            if made.grids is not None or len(made.images) > 1:
+                raise
+            alignment = unaligned(tokens, made.prompt.text)
         spans = spans_in(alignment.text, made.prompt)
         columns = token_columns(
             ids, attended, alignment, self.processor.tokenizer, self._placeholders(), spans
         )
+        if made.grids is None and len(made.images) == 1:
+            columns["image"] = [0 if kind == "image" else np.nan for kind in columns["kind"]]
         grids = self._unplaced(columns, made.images) if made.grids is None else made.grids
         crossed = None if self.family.in_sequence else grid_table(grids)
         if crossed is None:

@@ -113,6 +113,12 @@ class VLM:
                 "reads images only. Record its attention with xi.record(model)."
             )
         ids = inputs["input_ids"]
+        if len(ids) != len(texts):
+            raise InputError(
+                "Labelling needs one row of tokens per prompt. "
+                f"{type(self.processor).__name__} returned {len(ids)} rows for {len(texts)} "
+                "prompts. Record the attention with xi.record(model)."
+            )
         attended = inputs.get("attention_mask", torch.ones_like(ids))
         labeller = Labeller(self.processor, self.family, self.model.config, self.placeholder)
         labelled = [
