@@ -62,7 +62,7 @@ def test_a_layer_reads_its_own_file(store_path, opened_files):
     assert found.layers() == [0, 1, 2]
     assert len(found.calls) == 3
     assert ("language", "self", 7, 0) not in found.calls
-    repr(found), repr(open_store(store_path)), found.groups(), found.find("it")
+    repr(found), repr(open_store(store_path)), found.groups(), found.where("text")
     assert opened_files == []
     held = found.call(1)
     assert opened_files == ["language-self-001.safetensors", schema.SHARED]
