@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -108,7 +109,8 @@ def tiny_config(
         overrides: Values by field name that win over the rules; for a sub-config, a dictionary of
             the same kind. ``model_type`` in it puts a config of another type there, None none.
     """
-    return _shrunk(config_class(), overrides or {}, {}, dict(TOKENS))
+    own = copy.deepcopy(dict(overrides or {}))  # some configs write into what they are given
+    return _shrunk(config_class(), own, {}, dict(TOKENS))
 
 
 def kept_layers(held: Mapping[str, Any]) -> list[int]:

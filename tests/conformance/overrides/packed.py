@@ -38,8 +38,8 @@ PACKED: dict[str, Record] = {
     "glm4v": Record(MULTIMODAL_ROPE),
     "glm4v_moe": Record({"text_config": {"head_dim": 16, "rope_parameters": MROPE}}),
     "glm5_next": Record({"text_config": {"index_kpool": 2, "rope_parameters": MROPE}}),
-    "glm_ocr": Record({"text_config": {"head_dim": 16, "rope_parameters": MROPE}}),
-    "glmga": Record({"text_config": {"head_dim": 16, "rope_parameters": MROPE}}),
+    "glm_ocr": Record({"text_config": {"head_dim": 8, "rope_parameters": MROPE}}),
+    "glmga": Record({"text_config": {"head_dim": 8, "rope_parameters": MROPE}}),
     "hunyuan_vl": Record(
         {
             "text_config": {"head_dim": 8, "rope_parameters": MROPE},
