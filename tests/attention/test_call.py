@@ -113,6 +113,13 @@ def test_a_row_goes_through_a_layer_without_its_matrix() -> None:
     )
 
 
+def test_what_keys_receive_is_the_sum_of_their_column() -> None:
+    call = make(causal=True)
+    weights = torch.rand(2, S)
+    expected = (weights[:, None, :, None] * call.probs()).sum(2)[:, [3, 0]]
+    torch.testing.assert_close(call.received(weights, [3, 0]), expected, atol=1e-5, rtol=0)
+
+
 def test_chosen_rows_are_the_same_rows() -> None:
     call = make(mask=LEFT_PADDED)
     part = call.select_rows(torch.tensor([9, 20, S - 1]))
