@@ -1,29 +1,15 @@
 """Types that merge patches as the Qwen-VL kind does, with tokens and bounds of their own."""
 
+from tests.models.records.qwen_like import (
+    MROPE,
+    PATCHES,
+    QWEN3_VISION,
+    QWEN_IDS,
+    QWEN_IMAGE,
+    QWEN_TOKENS,
+)
 from tests.models.records.record import Record, Token
 
-_QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-_QWEN_IDS = {
-    "image_token_id": Token("<|image_pad|>"),
-    "video_token_id": Token("<|video_pad|>"),
-    "vision_start_token_id": Token("<|vision_start|>"),
-    "vision_end_token_id": Token("<|vision_end|>"),
-}
-_QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-_PATCHES = {
-    "patch_size": 8,
-    "merge_size": 2,
-    "temporal_patch_size": 2,
-    "size": {"shortest_edge": 32 * 32, "longest_edge": 96 * 96},
-}
-_VISION = {
-    "patch_size": 8,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "out_hidden_size": 32,
-}
-_MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
-_QWEN3_VISION = {**_VISION, "num_position_embeddings": 64}
 _MUSE_TOKENS = (
     "<|patch|>",
     "<|image_start|>",
@@ -54,8 +40,8 @@ RECORDS: tuple[Record, ...] = (
             "video_start_token": "<|VIDEO_START|>",
             "video_end_token": "<|VIDEO_END|>",
         },
-        images={**_PATCHES, "temporal_patch_size": 1},
-        videos={**_PATCHES, "draw_on_frames": False},
+        images={**PATCHES, "temporal_patch_size": 1},
+        videos={**PATCHES, "draw_on_frames": False},
         config={
             "vision_config": {"patch_size": 8, "spatial_merge_size": 2},
             "text_config": {
@@ -80,10 +66,10 @@ RECORDS: tuple[Record, ...] = (
         image="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
         named={"image_token": "<|IMAGE_PLACEHOLDER|>"},
         tokens=("<|IMAGE_START|>", "<|IMAGE_END|>"),
-        images={**_PATCHES, "temporal_patch_size": 1},
+        images={**PATCHES, "temporal_patch_size": 1},
         config={
             "vision_config": {"patch_size": 8, "spatial_merge_size": 2, "image_size": 96},
-            "text_config": _MROPE,
+            "text_config": MROPE,
             "image_token_id": Token("<|IMAGE_PLACEHOLDER|>"),
             "vision_start_token_id": Token("<|IMAGE_START|>"),
             "vision_end_token_id": Token("<|IMAGE_END|>"),
@@ -94,10 +80,10 @@ RECORDS: tuple[Record, ...] = (
         note=_QWEN_NOTE,
         image="<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
         tokens=("<|VISION_START|>", "<|VISION_END|>", "<|IMAGE_PAD|>", "<|VIDEO_PAD|>"),
-        images=_PATCHES,
-        videos=_PATCHES,
+        images=PATCHES,
+        videos=PATCHES,
         config={
-            "vision_config": {**_QWEN3_VISION, "deepstack_visual_indexes": [0]},
+            "vision_config": {**QWEN3_VISION, "deepstack_visual_indexes": [0]},
             "text_config": {
                 "layer_types": ["sliding_attention", "full_attention"],
                 "sliding_window": 64,
@@ -152,8 +138,8 @@ RECORDS: tuple[Record, ...] = (
             "]<]start of image[>[",
             "]<]end of image[>[",
         ),
-        images=_PATCHES,
-        videos=_PATCHES,
+        images=PATCHES,
+        videos=PATCHES,
         config={
             "vision_config": {"patch_size": 8, "image_size": 96},
             "text_config": {
@@ -175,8 +161,8 @@ RECORDS: tuple[Record, ...] = (
         note=_QWEN_NOTE,
         image="<|imgpad|>",
         tokens=("<|imgpad|>", "<|video_pad|>", "<|audio_comp_pad|>"),
-        images={**_PATCHES, "temporal_patch_size": 1},
-        videos={**_PATCHES, "temporal_patch_size": 1},
+        images={**PATCHES, "temporal_patch_size": 1},
+        videos={**PATCHES, "temporal_patch_size": 1},
         config={
             "vision_config": {"patch_size": 8},
             "audio_config": {
@@ -193,12 +179,12 @@ RECORDS: tuple[Record, ...] = (
     Record(
         "lfm3_vl",
         note=_QWEN_NOTE,
-        image=_QWEN_IMAGE,
-        tokens=_QWEN_TOKENS,
-        images=_PATCHES,
-        videos=_PATCHES,
+        image=QWEN_IMAGE,
+        tokens=QWEN_TOKENS,
+        images=PATCHES,
+        videos=PATCHES,
         config={
-            **_QWEN_IDS,
+            **QWEN_IDS,
             "vision_config": {
                 "patch_size": 8,
                 "spatial_merge_size": 2,

@@ -1,13 +1,8 @@
 """Types that keep the shape of the image, each with a grid of its own making."""
 
+from tests.models.records.qwen_like import PATCHES
 from tests.models.records.record import Record, Token
 
-_PATCHES = {
-    "patch_size": 8,
-    "merge_size": 2,
-    "temporal_patch_size": 2,
-    "size": {"shortest_edge": 32 * 32, "longest_edge": 96 * 96},
-}
 _GEMMA4_NAMED = {
     "image_token": "<|image|>",
     "boi_token": "<|image_start|>",
@@ -54,8 +49,8 @@ RECORDS: tuple[Record, ...] = (
         "(image_merge_sizes).",
         image="<|image_pad|>",
         tokens=("<|image_pad|>", "<|video_pad|>"),
-        images={**_PATCHES, "temporal_patch_size": 1, "merge_size": 1},
-        videos={**_PATCHES, "temporal_patch_size": 1},
+        images={**PATCHES, "temporal_patch_size": 1, "merge_size": 1},
+        videos={**PATCHES, "temporal_patch_size": 1},
         config={
             "vision_config": {"patch_size": 8},
             "image_token_id": Token("<|image_pad|>"),
@@ -92,7 +87,7 @@ RECORDS: tuple[Record, ...] = (
             "image_end_token": "<img_end>",
             "image_newline_token": "<img_newline>",
         },
-        images={**_PATCHES, "temporal_patch_size": 1},
+        images={**PATCHES, "temporal_patch_size": 1},
         config={
             "vision_config": {
                 "patch_size": 8,
