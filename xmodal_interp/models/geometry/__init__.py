@@ -8,6 +8,9 @@ nothing is ever guessed from a token count.
 """
 
 from xmodal_interp.models.geometry.anyres import anyres_tiles as anyres_tiles
+from xmodal_interp.models.geometry.convolved import code_grid as code_grid
+from xmodal_interp.models.geometry.convolved import code_rows as code_rows
+from xmodal_interp.models.geometry.convolved import fused_stages as fused_stages
 from xmodal_interp.models.geometry.cross import aspect_ratio_tiles as aspect_ratio_tiles
 from xmodal_interp.models.geometry.fixed import FixedGrid as FixedGrid
 from xmodal_interp.models.geometry.fixed import fixed_grid as fixed_grid
@@ -22,10 +25,17 @@ from xmodal_interp.models.geometry.merged import MergedPatches as MergedPatches
 from xmodal_interp.models.geometry.merged import merged_patches as merged_patches
 from xmodal_interp.models.geometry.merged import within_patches as within_patches
 from xmodal_interp.models.geometry.merged import within_tokens as within_tokens
+from xmodal_interp.models.geometry.padded import PaddedSquares as PaddedSquares
+from xmodal_interp.models.geometry.padded import scaled as scaled
+from xmodal_interp.models.geometry.padded import shrunk as shrunk
 from xmodal_interp.models.geometry.queries import QueryTokens as QueryTokens
+from xmodal_interp.models.geometry.queries import query_crops as query_crops
 from xmodal_interp.models.geometry.queries import resampled_patches as resampled_patches
+from xmodal_interp.models.geometry.replaying import at_the_top as at_the_top
 from xmodal_interp.models.geometry.replaying import fitted as fitted
+from xmodal_interp.models.geometry.replaying import shown_in_frames as shown_in_frames
 from xmodal_interp.models.geometry.sized import PositionedPatches as PositionedPatches
+from xmodal_interp.models.geometry.sized import counted_patches as counted_patches
 from xmodal_interp.models.geometry.sized import sized_patches as sized_patches
 from xmodal_interp.models.geometry.tiles import SplitTiles as SplitTiles
 from xmodal_interp.models.geometry.tiling import best_canvas as best_canvas
