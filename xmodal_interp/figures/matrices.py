@@ -73,7 +73,7 @@ def attention_matrix(
     scale = scale_of(show, [values], power=0.0)
     side = max(legible_side(matrix.rows, *_SIDES), legible_side(matrix.columns, *_SIDES))
     right = NAMES + side + 0.1
-    zoomed = None if place is None else _zoomed(sample, matrix, place, values)
+    zoomed = None if place is None else _zoomed(sample, matrix, place, values, mean=show == "lift")
     width = 0.0 if zoomed is None else _wide(zoomed[0].shape[1])
     height = 0.0 if zoomed is None else _tall(len(zoomed[1]))
     title = f"{about(sample)}\n{layer_name(matrix.call)}, {heads_name(matrix.call, head)}"
@@ -94,7 +94,7 @@ def attention_matrix(
 
 
 def _zoomed(
-    sample: Sample, matrix: Matrix, place: Place, values: np.ndarray
+    sample: Sample, matrix: Matrix, place: Place, values: np.ndarray, *, mean: bool
 ) -> tuple[np.ndarray, Labels]:
     """The block of text after the image against its tokens in raster order."""
     rows = np.flatnonzero(np.isin(matrix.call.query_positions.cpu(), sample.text_after_image()))
@@ -102,7 +102,8 @@ def _zoomed(
         raise InputError(
             f"zoom shows the text after the image; sample {sample.name!r} has none that was kept."
         )
-    return values[np.ix_(rows, place.keys[_raster(place)])], matrix.rows.take(rows)
+    block = place.on_cells(values[np.ix_(rows, place.keys)], mean=mean)
+    return block[:, _raster(place)], matrix.rows.take(rows)
 
 
 def _draw_legend_image(
@@ -182,8 +183,9 @@ def _draw_block(
     axes.set_xticks(middles[::step], [str(row) for row in of_row[starts][::step]])
     for r in range(1, len(rows)):
         axes.axhline(r, color="white", linewidth=0.4)
+    cells = "tokens" if place.shares is None else "patches"
     axes.set_xlabel(
-        f"tokens of image {place.number}, by its rows ({place.grid.rows} x {place.grid.cols})"
+        f"{cells} of image {place.number}, by its rows ({place.grid.rows} x {place.grid.cols})"
     )
     return axes
 

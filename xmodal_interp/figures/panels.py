@@ -135,7 +135,7 @@ def _draw(axes: Axes, place: Place, panel: Panel, look: Look) -> None:
                 color=HIDDEN,
             )
         placement.draw_uncovered(axes, place)
-    if panel.left_out is not None:
+    if panel.left_out is not None and place.shares is None:
         placement.draw_marks(axes, place, np.flatnonzero(panel.left_out))
     placement.draw_boxes(axes, place, panel.outlined)
     if look.boxes is not None:

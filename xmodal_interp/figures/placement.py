@@ -17,6 +17,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from xmodal_interp.analysis.composing import are_queries, query_patches
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.figures.scales import Scale
 from xmodal_interp.figures.style import SMALL, bare, plain
@@ -47,6 +48,7 @@ class Place:
         kind: By which attention text reaches it.
         keys: Key positions of its tokens, in the order of ``grid.places``.
         unit: What one cell is.
+        shares: ``[key, cell]``, where cells are not keys: what part of each key is from each cell.
     """
 
     number: int
@@ -56,17 +58,36 @@ class Place:
     kind: AttentionKind
     keys: np.ndarray
     unit: str = "image token"
+    shares: np.ndarray | None = None
+
+    def on_cells(self, values: np.ndarray, *, mean: bool = False) -> np.ndarray:
+        """One value per cell from one per key, ``[..., key]``; NaN where no key has one.
+
+        Args:
+            values: Amounts on keys, shared out to the cells that are in them.
+            mean: Whether a cell's value is the mean over the keys that it is in, as of a lift.
+        """
+        if self.shares is None:
+            return values
+        held = ~np.isnan(values)
+        amounts = np.where(held, values, 0.0) @ self.shares
+        parts = held.astype(float) @ self.shares
+        with np.errstate(invalid="ignore"):
+            return np.where(parts > 0, amounts / parts if mean else amounts, np.nan)
 
     def on_grid(self, values: np.ndarray) -> np.ndarray:
-        """One value per token as ``[row, col]``, NaN where the image has no token."""
+        """One value per cell as ``[row, col]``, NaN where the image has no cell."""
         return place_on_grid(values, self.grid.places, self.grid.rows, self.grid.cols)
 
 
 def place_of(sample: Sample, image: int = 0) -> Place:
     """An image of a sample with its keys.
 
+    Where its tokens are learned queries, the cells are the patches that are in them.
+
     Raises:
         InputError: The sample has no images, or not this one, or its pixels are not at hand.
+        NotRecordedError: Its tokens are learned queries, and the connector's layers were not kept.
     """
     n_images = len(sample.grids)
     if n_images == 0:
@@ -85,7 +106,7 @@ def place_of(sample: Sample, image: int = 0) -> Place:
     crossed = sample.cross_keys is not None
     table = sample.cross_keys if sample.cross_keys is not None else sample.tokens
     keys = np.flatnonzero(table["image"].eq(image).fillna(value=False).to_numpy(dtype=bool))
-    return Place(
+    place = Place(
         image,
         sample.images[image],
         sample.grids[image],
@@ -93,10 +114,16 @@ def place_of(sample: Sample, image: int = 0) -> Place:
         "cross" if crossed else "self",
         keys,
     )
+    if not are_queries(place.grid):
+        return place
+    shares = query_patches(sample, image).double().numpy()
+    return replace(of_patches(place), keys=keys, shares=shares, unit="patch, through the connector")
 
 
 def of_patches(place: Place) -> Place:
     """The same image with the patches of the vision tower for tokens."""
+    if place.shares is not None:
+        return replace(place, keys=np.arange(len(place.grid.places)), shares=None, unit="patch")
     grid = place.grid
     boxes = grid.patch_boxes
     if boxes is None:

@@ -17,7 +17,7 @@ from xmodal_interp.models.family import Family
 _VIDEO = "video_token_id"
 _QUERIES = (
     "Its image tokens are learned queries, each of which looks at all of the image: they have no "
-    "row and column of their own."
+    "row and column of their own; xi.on_patches puts what is on them on the patches they look at."
 )
 _NO_RULE = "No rule has been written yet for what its image tokens are: {}."
 
