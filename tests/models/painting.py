@@ -25,6 +25,9 @@ INTO_LAYERS = {"granite4_vision"}
 OVERLAPPING = {"florence2", "got_ocr2"}
 """Types whose convolutions also look at half of the neighbours: there the middle is painted."""
 
+POOLING = {"molmo2": "image_pooling_2d"}
+"""Where types have an attention by which a token pools patches of its own only: it stays on."""
+
 
 class _SeenError(Exception):
     """The inputs of the language model are known; the rest need not run."""
@@ -44,8 +47,9 @@ def vlm_of(model_type: str) -> VLM:
             setattr(processor, name, value)
     language = language_of(model)
     inside = set(language.modules()) if model_type not in INTO_LAYERS else set()
-    for module in model.modules():
-        if module not in inside and _mixes(module):
+    pooling = POOLING.get(model_type)
+    for name, module in model.named_modules():
+        if module not in inside and _mixes(module) and name.rpartition(".")[-1] != pooling:
             module.register_forward_hook(_nothing)
     return VLM(model, processor)
 

@@ -40,6 +40,8 @@ PAINTED = (
     *("llava_next", "llava_onevision", "llava_next_video"),
     *("idefics3", "smolvlm", "internvl", "aya_vision", "cohere2_vision", "ovis2", "llama4"),
     *("got_ocr2", "florence2", "granite4_vision", "perception_lm"),
+    *("lfm2_vl", "granite_docling", "hunyuan_vl", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
+    "molmo2",
 )
 N_TOKENS = 4  # of each view
 

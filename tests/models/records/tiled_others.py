@@ -64,6 +64,7 @@ RECORDS: tuple[Record, ...] = (
             "encoder_patch_size": 8,
             "tile_size": 48,
             "max_tiles": 4,
+            "max_pixels_tolerance": 2.3,
         },
         config={
             "vision_config": {"patch_size": 8, "num_patches": 16},
@@ -164,7 +165,7 @@ RECORDS: tuple[Record, ...] = (
             "cut into slices (max_slice_nums) after it, each resized, shape kept; tokens are four "
             "or sixteen patches (downsample_mode).",
             named=_MINICPM_NAMED,
-            images={"scale_resolution": 64, "patch_size": 4, "max_slice_nums": 4},
+            images={"scale_resolution": 96, "patch_size": 4, "max_slice_nums": 4},
             videos={"scale_resolution": 64, "patch_size": 4, "max_slice_nums": 1},
             config={
                 "vision_config": {"image_size": 64, "patch_size": 4, "insert_layer_id": 0},
@@ -197,17 +198,17 @@ RECORDS: tuple[Record, ...] = (
             *("<frame_start>", "<frame_end>", "<|image|>", "<|video|>"),
         ),
         images={
-            "size": {"height": 48, "width": 48},
+            "size": {"height": 104, "width": 104},
             "patch_size": 8,
-            "overlap_margins": [1, 1],
+            "overlap_margins": [2, 1],
             "max_crops": 4,
         },
-        videos={"size": {"height": 48, "width": 48}, "patch_size": 8},
+        videos={"size": {"height": 104, "width": 104}, "patch_size": 8},
         config={
             "vision_config": {
-                "image_size": [48, 48],
+                "image_size": [104, 104],
                 "patch_size": 8,
-                "num_position_embeddings": 36,
+                "num_position_embeddings": 169,
             },
             "adapter_config": {"vision_feature_layer": [-1, -2], "text_hidden_size": 32},
             "text_config": {"rope_scaling_layers": None, "additional_vocab_size": 8},
