@@ -22,8 +22,8 @@ from xmodal_interp.models.labelling import Prompt
 QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}
 """Types that add the image's features inside of the language model, not to its input."""
-OVERLAPPING = {"florence2", "got_ocr2"}
-"""Types whose convolutions also look at half of the neighbours: there the middle is painted."""
+OVERLAPPING = {"florence2": 1 / 4, "got_ocr2": 1 / 4, "step3p7": 1 / 4, "unlimited_ocr": 3 / 8}
+"""Types whose convolutions also look at neighbours: what is left unpainted on each side."""
 
 POOLING = {"molmo2": "image_pooling_2d"}
 """Where types have an attention by which a token pools patches of its own only: it stays on."""
@@ -156,8 +156,7 @@ def painted(image: Image.Image, box: np.ndarray) -> Image.Image | None:
 
 def changes(vlm: VLM, image: Image.Image, box: np.ndarray, plain: np.ndarray) -> np.ndarray:
     """How much each position's input changes when a box is painted, ``[position]``."""
-    if vlm.family.model_type in OVERLAPPING:
-        quarter = (box[2:] - box[:2]) / 4
-        box = box + np.concatenate([quarter, -quarter])
+    edge = (box[2:] - box[:2]) * OVERLAPPING.get(vlm.family.model_type, 0)
+    box = box + np.concatenate([edge, -edge])
     other, _ = embeddings(vlm, [painted(image, box)])
     return np.linalg.norm(other - plain, axis=1)

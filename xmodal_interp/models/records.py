@@ -169,6 +169,18 @@ _RECORDS: tuple[Family, ...] = (
     ),
     *(Family(name, geometry=_SLICES) for name in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")),
     Family("molmo2", geometry=geometry.overlapping_crops),
+    Family("step3p7", geometry=geometry.SeparateTiles(geometry.windows, geometry.squared)),
+    Family(
+        "unlimited_ocr",
+        geometry=geometry.SeparateTiles(
+            geometry.large_pages,
+            geometry.fitted_or_squeezed,
+            encoded=True,
+            class_token=True,
+            by_rows=True,
+            behind=1,
+        ),
+    ),
     # learned queries between tower and text
     *(
         Family(
@@ -179,6 +191,13 @@ _RECORDS: tuple[Family, ...] = (
         )
         for name in ("blip-2", "instructblip")
     ),
+    Family(
+        "deepseek_ocr2",
+        geometry=geometry.SeparateTiles(
+            geometry.large_pages, geometry.fitted, encoded=True, queries=True, behind=1
+        ),
+        reason=_QUERIES,
+    ),
     Family("idefics2", geometry=geometry.resampled_patches, reason=_QUERIES),
     # keys of a cross-attention
     Family("mllama", "image_token_index", geometry.aspect_ratio_tiles, in_sequence=False),
@@ -188,10 +207,7 @@ _RECORDS: tuple[Family, ...] = (
 _REASONS: dict[str, str] = {
     "aria": _QUERIES,
     "shieldgemma2": "Its processor writes the prompt itself, one for each policy.",
-    "deepseek_ocr2": _QUERIES,
     "instructblipvideo": _QUERIES,
-    "step3p7": _NO_RULE.format("windows of an image that are cut into crops"),
-    "unlimited_ocr": _NO_RULE.format("tiles of an image whose rows are interleaved"),
     "nemotron_h_omni": _NO_RULE.format("patches with a grid of its own"),
     "inkling2": _NO_RULE.format("patches that a convolution joins"),
     "inkling_mm_model": _NO_RULE.format("patches that several layers join"),

@@ -137,17 +137,17 @@ RECORDS: tuple[Record, ...] = (
         note="As deepseek_ocr2, but the tiles are joined to one grid, and a newline token ends "
         "each of its rows and each row of the whole.",
         tokens=("<image>",),
-        images={"size": {"height": 64, "width": 64}, "tile_size": 32},
-        processor={"patch_size": 4, "downsample_ratio": 4},
+        images={"size": {"height": 128, "width": 128}, "tile_size": 96, "max_patches": 4},
+        processor={"patch_size": 8, "downsample_ratio": 4},
         config={
             "vision_config": {
                 "sam_config": {
-                    "image_size": 64,
-                    "patch_size": 4,
-                    "output_channels": 16,
+                    "image_size": 128,
+                    "patch_size": 8,
+                    "output_channels": 64,
                     "window_size": 4,
                     "global_attn_indexes": [1],
-                    "downsample_channels": [16, 32],
+                    "downsample_channels": [64, 32],
                 },
                 "encoder_config": {"image_size": 16, "patch_size": 4},
             },
@@ -235,9 +235,9 @@ RECORDS: tuple[Record, ...] = (
             "<patch_end>",
             "<patch_newline>",
         ),
-        images={"size": {"height": 64, "width": 64}, "patch_size": 32, "vision_patch_size": 4},
+        images={"size": {"height": 96, "width": 96}, "patch_size": 48, "vision_patch_size": 4},
         config={
-            "vision_config": {"image_size": 64, "patch_size": 4},
+            "vision_config": {"image_size": 96, "patch_size": 4},
             "text_config": {
                 "mlp_layer_types": ["dense", "sparse"],
                 "layer_types": ["sliding_attention", "full_attention"],

@@ -26,6 +26,11 @@ from xmodal_interp.models.geometry.overlapping import overlapping_crops as overl
 from xmodal_interp.models.geometry.queries import QueryTokens as QueryTokens
 from xmodal_interp.models.geometry.queries import resampled_patches as resampled_patches
 from xmodal_interp.models.geometry.replaying import fitted as fitted
+from xmodal_interp.models.geometry.separate import SeparateTiles as SeparateTiles
+from xmodal_interp.models.geometry.separate import fitted_or_squeezed as fitted_or_squeezed
+from xmodal_interp.models.geometry.separate import large_pages as large_pages
+from xmodal_interp.models.geometry.separate import squared as squared
+from xmodal_interp.models.geometry.separate import windows as windows
 from xmodal_interp.models.geometry.sized import PositionedPatches as PositionedPatches
 from xmodal_interp.models.geometry.sized import sized_patches as sized_patches
 from xmodal_interp.models.geometry.sized_tiles import SizedTiles as SizedTiles
