@@ -22,8 +22,11 @@ from xmodal_interp.models.labelling import Prompt
 QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}
 """Types that add the image's features inside of the language model, not to its input."""
-OVERLAPPING = {"florence2", "got_ocr2"}
-"""Types whose convolutions also look at half of the neighbours: there the middle is painted."""
+OVERLAPPING = {"florence2": 1 / 4, "got_ocr2": 1 / 4, "step3p7": 1 / 4, "unlimited_ocr": 3 / 8}
+"""Types whose convolutions also look at neighbours: what is left unpainted on each side."""
+
+POOLING = {"molmo2": "image_pooling_2d"}
+"""Where types have an attention by which a token pools patches of its own only: it stays on."""
 
 
 class _SeenError(Exception):
@@ -44,8 +47,9 @@ def vlm_of(model_type: str) -> VLM:
             setattr(processor, name, value)
     language = language_of(model)
     inside = set(language.modules()) if model_type not in INTO_LAYERS else set()
-    for module in model.modules():
-        if module not in inside and _mixes(module):
+    pooling = POOLING.get(model_type)
+    for name, module in model.named_modules():
+        if module not in inside and _mixes(module) and name.rpartition(".")[-1] != pooling:
             module.register_forward_hook(_nothing)
     return VLM(model, processor)
 
@@ -152,8 +156,7 @@ def painted(image: Image.Image, box: np.ndarray) -> Image.Image | None:
 
 def changes(vlm: VLM, image: Image.Image, box: np.ndarray, plain: np.ndarray) -> np.ndarray:
     """How much each position's input changes when a box is painted, ``[position]``."""
-    if vlm.family.model_type in OVERLAPPING:
-        quarter = (box[2:] - box[:2]) / 4
-        box = box + np.concatenate([quarter, -quarter])
+    edge = (box[2:] - box[:2]) * OVERLAPPING.get(vlm.family.model_type, 0)
+    box = box + np.concatenate([edge, -edge])
     other, _ = embeddings(vlm, [painted(image, box)])
     return np.linalg.norm(other - plain, axis=1)

@@ -40,6 +40,8 @@ PAINTED = (
     *("llava_next", "llava_onevision", "llava_next_video"),
     *("idefics3", "smolvlm", "internvl", "aya_vision", "cohere2_vision", "ovis2", "llama4"),
     *("got_ocr2", "florence2", "granite4_vision", "perception_lm"),
+    *("lfm2_vl", "granite_docling", "hunyuan_vl", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
+    *("molmo2", "step3p7", "unlimited_ocr"),
 )
 N_TOKENS = 4  # of each view
 
@@ -100,5 +102,7 @@ def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
 def test_every_rule_is_painted() -> None:
     """Queries have no boxes (test_families), and Mllama's are painted in test_geometry."""
     ruled = {name for name, family in FAMILIES.items() if family.geometry is not None}
-    assert ruled - set(PAINTED) == {"blip-2", "instructblip", "idefics2", "mllama"}
+    assert ruled - set(PAINTED) == {
+        *("blip-2", "instructblip", "idefics2", "deepseek_ocr2", "mllama")
+    }
     assert set(PAINTED) <= ruled

@@ -37,6 +37,12 @@ _BEST_CANVAS = geometry.SplitTiles(
 )
 _SHUFFLED = geometry.SplitTiles(geometry.best_canvas, merge="downsample_factor")
 _CROPS = geometry.SplitTiles(geometry.crops, merge="mm_tokens_per_image", thumbnail="first")
+_SLICES = geometry.SizedTiles(
+    geometry.slices,
+    sizes="target_sizes",
+    block=geometry.slice_block,
+    thumbnail="first",
+)
 _FITTED = geometry.FixedGrid(show=geometry.fitted)
 
 _RECORDS: tuple[Family, ...] = (
@@ -62,6 +68,7 @@ _RECORDS: tuple[Family, ...] = (
         )
         for name in ("paddleocr_vl", "muse_glimmer", "muse_spark")
     ),
+    Family("hunyuan_vl", geometry=geometry.MergedPatches(by_rows=True, framed=True)),
     Family("mistral3", geometry=geometry.sized_patches),
     Family("mistral_large4", geometry=geometry.sized_patches),
     Family("lighton_ocr", geometry=geometry.sized_patches),
@@ -144,6 +151,36 @@ _RECORDS: tuple[Family, ...] = (
         video=geometry.SingleFrames(merge="projector_pooling_ratio"),
         video_token=_VIDEO,
     ),
+    Family(
+        "granite_docling",
+        geometry=geometry.SplitTiles(
+            geometry.page_canvas, merge="vision_config.scale_factor", halved_with="tile_fine_mask"
+        ),
+    ),
+    Family(
+        "lfm2_vl",
+        geometry=geometry.SizedTiles(
+            geometry.large_on_canvas,
+            sizes="spatial_shapes",
+            block=lambda _, config: config.downsample_factor,
+            thumbnail="last",
+            padded=True,
+        ),
+    ),
+    *(Family(name, geometry=_SLICES) for name in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")),
+    Family("molmo2", geometry=geometry.overlapping_crops),
+    Family("step3p7", geometry=geometry.SeparateTiles(geometry.windows, geometry.squared)),
+    Family(
+        "unlimited_ocr",
+        geometry=geometry.SeparateTiles(
+            geometry.large_pages,
+            geometry.fitted_or_squeezed,
+            encoded=True,
+            class_token=True,
+            by_rows=True,
+            behind=1,
+        ),
+    ),
     # learned queries between tower and text
     *(
         Family(
@@ -154,6 +191,13 @@ _RECORDS: tuple[Family, ...] = (
         )
         for name in ("blip-2", "instructblip")
     ),
+    Family(
+        "deepseek_ocr2",
+        geometry=geometry.SeparateTiles(
+            geometry.large_pages, geometry.fitted, encoded=True, queries=True, behind=1
+        ),
+        reason=_QUERIES,
+    ),
     Family("idefics2", geometry=geometry.resampled_patches, reason=_QUERIES),
     # keys of a cross-attention
     Family("mllama", "image_token_index", geometry.aspect_ratio_tiles, in_sequence=False),
@@ -163,18 +207,8 @@ _RECORDS: tuple[Family, ...] = (
 _REASONS: dict[str, str] = {
     "aria": _QUERIES,
     "shieldgemma2": "Its processor writes the prompt itself, one for each policy.",
-    "deepseek_ocr2": _QUERIES,
     "instructblipvideo": _QUERIES,
-    "minicpm_ocr": _NO_RULE.format("slices of an image, each with an aspect of its own"),
-    "minicpmv4_6": _NO_RULE.format("slices of an image, each with an aspect of its own"),
-    "minicpmv4_7": _NO_RULE.format("slices of an image, each with an aspect of its own"),
-    "molmo2": _NO_RULE.format("crops of an image that overlap"),
-    "step3p7": _NO_RULE.format("windows of an image that are cut into crops"),
-    "granite_docling": _NO_RULE.format("tiles of an image with fine and coarse features"),
-    "unlimited_ocr": _NO_RULE.format("tiles of an image whose rows are interleaved"),
-    "lfm2_vl": _NO_RULE.format("tiles of an image with a thumbnail of another shape"),
     "nemotron_h_omni": _NO_RULE.format("patches with a grid of its own"),
-    "hunyuan_vl": _NO_RULE.format("rows of patches with begin, break and end tokens among them"),
     "inkling2": _NO_RULE.format("patches that a convolution joins"),
     "inkling_mm_model": _NO_RULE.format("patches that several layers join"),
     "gemma3n": _NO_RULE.format("features of a convolutional tower, whose grid no setting tells"),
