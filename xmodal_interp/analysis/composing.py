@@ -136,6 +136,12 @@ def _calls(sample: Sample, image: int) -> list[AttentionCall]:
         for layer in sample.provenance.get("layers", {}).get(f"connector.{kind}", [])
     }
     missing = sorted(wanted - {key[1:3] for key in keys})
+    if not wanted and not keys:
+        raise GeometryError(
+            "Query tokens are composed through the attention of a connector. This model has none: "
+            "its queries are positions of the vision tower, beside the patches; ask "
+            "xi.attention_rollout(sample, positions, tower='vision')."
+        )
     if missing or not keys:
         named = ", ".join(f"{kind} {layer}" for kind, layer in missing) or "all"
         raise NotRecordedError(
