@@ -27,15 +27,14 @@ INTO_LAYERS = {"granite4_vision"}
 SHARED = {"gemma3n": "timm_model.blocks.3"}
 """A coarser stage that is fused in, each of whose features is that of several tokens."""
 OVERLAPPING = {
-    "florence2",
-    "got_ocr2",
-    "pp_chart2table",
-    "fast_vlm",
-    "gemma3n",
-    "chameleon",
-    "emu3",
+    **dict.fromkeys(("florence2", "got_ocr2", "pp_chart2table", "step3p7"), 1 / 4),
+    **dict.fromkeys(("fast_vlm", "gemma3n", "chameleon", "emu3"), 1 / 4),
+    "unlimited_ocr": 3 / 8,
 }
-"""Types whose convolutions also look at half of the neighbours: there the middle is painted."""
+"""Types whose convolutions also look at neighbours: what is left unpainted on each side."""
+
+POOLING = {"molmo2": "image_pooling_2d"}
+"""Where types have an attention by which a token pools patches of its own only: it stays on."""
 
 
 class _SeenError(Exception):
@@ -56,9 +55,10 @@ def vlm_of(model_type: str) -> VLM:
             setattr(processor, name, value)
     language = language_of(model)
     inside = set(language.modules()) if model_type not in INTO_LAYERS else set()
+    pooling, shared = POOLING.get(model_type), SHARED.get(model_type)
     for name, module in model.named_modules():
-        shared = name.endswith(SHARED.get(model_type, "/"))
-        if module not in inside and (shared or _mixes(module)):
+        mixes = _mixes(module) and name.rpartition(".")[-1] != pooling
+        if module not in inside and (mixes or (shared is not None and name.endswith(shared))):
             module.register_forward_hook(_nothing)
         elif isinstance(module, nn.GroupNorm):  # its statistics are those of the whole image
             module.register_forward_hook(_as_given)
@@ -245,8 +245,7 @@ def painted(image: Image.Image, box: np.ndarray) -> Image.Image | None:
 
 def changes(vlm: VLM, image: Image.Image, box: np.ndarray, plain: np.ndarray) -> np.ndarray:
     """How much each position's input changes when a box is painted, ``[position]``."""
-    if vlm.family.model_type in OVERLAPPING:
-        quarter = (box[2:] - box[:2]) / 4
-        box = box + np.concatenate([quarter, -quarter])
+    edge = (box[2:] - box[:2]) * OVERLAPPING.get(vlm.family.model_type, 0)
+    box = box + np.concatenate([edge, -edge])
     other, _ = embeddings(vlm, [painted(image, box)])
     return np.linalg.norm(other - plain, axis=1)

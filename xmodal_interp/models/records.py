@@ -17,9 +17,8 @@ from xmodal_interp.models.family import Family
 _VIDEO = "video_token_id"
 _QUERIES = (
     "Its image tokens are learned queries, each of which looks at all of the image: they have no "
-    "row and column of their own."
+    "row and column of their own; xi.on_patches puts what is on them on the patches they look at."
 )
-_NO_RULE = "No rule has been written yet for what its image tokens are: {}."
 
 
 _MERGED = (
@@ -37,6 +36,12 @@ _BEST_CANVAS = geometry.SplitTiles(
 )
 _SHUFFLED = geometry.SplitTiles(geometry.best_canvas, merge="downsample_factor")
 _CROPS = geometry.SplitTiles(geometry.crops, merge="mm_tokens_per_image", thumbnail="first")
+_SLICES = geometry.SizedTiles(
+    geometry.slices,
+    sizes="target_sizes",
+    block=geometry.slice_block,
+    thumbnail="first",
+)
 _FITTED = geometry.FixedGrid(show=geometry.fitted)
 
 _RECORDS: tuple[Family, ...] = (
@@ -63,6 +68,7 @@ _RECORDS: tuple[Family, ...] = (
         for name in ("paddleocr_vl", "muse_glimmer", "muse_spark")
     ),
     Family("nemotron_h_omni", geometry=geometry.counted_patches),
+    Family("hunyuan_vl", geometry=geometry.MergedPatches(by_rows=True, framed=True)),
     Family("mistral3", geometry=geometry.sized_patches),
     Family("mistral_large4", geometry=geometry.sized_patches),
     Family("lighton_ocr", geometry=geometry.sized_patches),
@@ -170,6 +176,36 @@ _RECORDS: tuple[Family, ...] = (
         video=geometry.SingleFrames(merge="projector_pooling_ratio"),
         video_token=_VIDEO,
     ),
+    Family(
+        "granite_docling",
+        geometry=geometry.SplitTiles(
+            geometry.page_canvas, merge="vision_config.scale_factor", halved_with="tile_fine_mask"
+        ),
+    ),
+    Family(
+        "lfm2_vl",
+        geometry=geometry.SizedTiles(
+            geometry.large_on_canvas,
+            sizes="spatial_shapes",
+            block=lambda _, config: config.downsample_factor,
+            thumbnail="last",
+            padded=True,
+        ),
+    ),
+    *(Family(name, geometry=_SLICES) for name in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")),
+    Family("molmo2", geometry=geometry.overlapping_crops),
+    Family("step3p7", geometry=geometry.SeparateTiles(geometry.windows, geometry.squared)),
+    Family(
+        "unlimited_ocr",
+        geometry=geometry.SeparateTiles(
+            geometry.large_pages,
+            geometry.fitted_or_squeezed,
+            encoded=True,
+            class_token=True,
+            by_rows=True,
+            behind=1,
+        ),
+    ),
     # learned queries between tower and text
     *(
         Family(
@@ -189,25 +225,20 @@ _RECORDS: tuple[Family, ...] = (
         in_front=True,
         reason=_QUERIES,
     ),
+    Family(
+        "deepseek_ocr2",
+        geometry=geometry.SeparateTiles(
+            geometry.large_pages, geometry.fitted, encoded=True, queries=True, behind=1
+        ),
+        reason="Its image tokens are learned queries behind the cells of each view in the vision "
+        "tower: they have no row and column of their own. What they take of the cells is told by "
+        "xi.attention_rollout(..., tower='vision').",
+    ),
     Family("idefics2", geometry=geometry.resampled_patches, reason=_QUERIES),
     Family("aria", geometry=geometry.query_crops, reason=_QUERIES),
     # keys of a cross-attention
     Family("mllama", "image_token_index", geometry.aspect_ratio_tiles, in_sequence=False),
 )
-
-# What has no rule, and why.
-_REASONS: dict[str, str] = {
-    "deepseek_ocr2": _QUERIES,
-    "minicpm_ocr": _NO_RULE.format("slices of an image, each with an aspect of its own"),
-    "minicpmv4_6": _NO_RULE.format("slices of an image, each with an aspect of its own"),
-    "minicpmv4_7": _NO_RULE.format("slices of an image, each with an aspect of its own"),
-    "molmo2": _NO_RULE.format("crops of an image that overlap"),
-    "step3p7": _NO_RULE.format("windows of an image that are cut into crops"),
-    "granite_docling": _NO_RULE.format("tiles of an image with fine and coarse features"),
-    "unlimited_ocr": _NO_RULE.format("tiles of an image whose rows are interleaved"),
-    "lfm2_vl": _NO_RULE.format("tiles of an image with a thumbnail of another shape"),
-    "hunyuan_vl": _NO_RULE.format("rows of patches with begin, break and end tokens among them"),
-}
 
 # Images are not among the tokens of the prompt.
 _NOT_PLACEHOLDERS: dict[str, str] = {
@@ -229,7 +260,6 @@ _NOT_PLACEHOLDERS: dict[str, str] = {
 
 _RECORDS = (
     *_RECORDS,
-    *(Family(name, reason=reason) for name, reason in _REASONS.items()),
     *(
         Family(name, image_token=None, in_front=True, reason=reason)
         for name, reason in _NOT_PLACEHOLDERS.items()

@@ -25,6 +25,7 @@ from xmodal_interp.models.geometry.merged import MergedPatches as MergedPatches
 from xmodal_interp.models.geometry.merged import merged_patches as merged_patches
 from xmodal_interp.models.geometry.merged import within_patches as within_patches
 from xmodal_interp.models.geometry.merged import within_tokens as within_tokens
+from xmodal_interp.models.geometry.overlapping import overlapping_crops as overlapping_crops
 from xmodal_interp.models.geometry.padded import PaddedSquares as PaddedSquares
 from xmodal_interp.models.geometry.padded import scaled as scaled
 from xmodal_interp.models.geometry.padded import shrunk as shrunk
@@ -34,9 +35,18 @@ from xmodal_interp.models.geometry.queries import resampled_patches as resampled
 from xmodal_interp.models.geometry.replaying import at_the_top as at_the_top
 from xmodal_interp.models.geometry.replaying import fitted as fitted
 from xmodal_interp.models.geometry.replaying import shown_in_frames as shown_in_frames
+from xmodal_interp.models.geometry.separate import SeparateTiles as SeparateTiles
+from xmodal_interp.models.geometry.separate import fitted_or_squeezed as fitted_or_squeezed
+from xmodal_interp.models.geometry.separate import large_pages as large_pages
+from xmodal_interp.models.geometry.separate import squared as squared
+from xmodal_interp.models.geometry.separate import windows as windows
 from xmodal_interp.models.geometry.sized import PositionedPatches as PositionedPatches
 from xmodal_interp.models.geometry.sized import counted_patches as counted_patches
 from xmodal_interp.models.geometry.sized import sized_patches as sized_patches
+from xmodal_interp.models.geometry.sized_tiles import SizedTiles as SizedTiles
+from xmodal_interp.models.geometry.sized_tiles import large_on_canvas as large_on_canvas
+from xmodal_interp.models.geometry.sized_tiles import slice_block as slice_block
+from xmodal_interp.models.geometry.sized_tiles import slices as slices
 from xmodal_interp.models.geometry.tiles import SplitTiles as SplitTiles
 from xmodal_interp.models.geometry.tiling import best_canvas as best_canvas
 from xmodal_interp.models.geometry.tiling import covering_canvas as covering_canvas
@@ -44,6 +54,7 @@ from xmodal_interp.models.geometry.tiling import crops as crops
 from xmodal_interp.models.geometry.tiling import largest_canvas as largest_canvas
 from xmodal_interp.models.geometry.tiling import longest_edge as longest_edge
 from xmodal_interp.models.geometry.tiling import padded_canvas as padded_canvas
+from xmodal_interp.models.geometry.tiling import page_canvas as page_canvas
 from xmodal_interp.models.geometry.video import MergedFrames as MergedFrames
 from xmodal_interp.models.geometry.video import SingleFrames as SingleFrames
 from xmodal_interp.models.geometry.video import VideoGrid as VideoGrid

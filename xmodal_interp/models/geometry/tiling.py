@@ -101,6 +101,15 @@ def covering_canvas(processor: Any, image: Image.Image) -> Tiling | None:
     return even(int(rows), int(cols), whole(image))
 
 
+def page_canvas(processor: Any, image: Image.Image) -> Tiling:
+    """Like :func:`best_canvas`; onto more tiles where a wide page would be small (Docling)."""
+    names = ("size", "crop_to_patches", "min_patches", "max_patches")
+    spread = ("dense_max_patches", "dense_max_scale", "dense_min_aspect", "dense_max_aspect")
+    settings = {name: setting(processor, name) for name in (*names, *spread)}
+    rows, cols = processor.image_processor.get_tile_grid(image.height, image.width, settings)
+    return even(rows, cols, whole(image))
+
+
 def longest_edge(processor: Any, image: Image.Image) -> Tiling | None:
     """Resized to a longest edge, and that up to whole tiles on both sides (Idefics3, SmolVLM)."""
     if not setting(processor, "do_image_splitting", default=False):
