@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -243,9 +243,23 @@ def painted(image: Image.Image, box: np.ndarray) -> Image.Image | None:
     return Image.fromarray(pixels)
 
 
-def changes(vlm: VLM, image: Image.Image, box: np.ndarray, plain: np.ndarray) -> np.ndarray:
-    """How much each position's input changes when a box is painted, ``[position]``."""
+def changes(
+    vlm: VLM,
+    image: Image.Image,
+    box: np.ndarray,
+    plain: np.ndarray,
+    before: Sequence[Image.Image] = (),
+) -> np.ndarray:
+    """How much each position's input changes when a box is painted, ``[position]``.
+
+    Args:
+        vlm: Its tower does not mix positions.
+        image: What is painted.
+        box: Where.
+        plain: The inputs with nothing painted.
+        before: Other images before it.
+    """
     edge = (box[2:] - box[:2]) * OVERLAPPING.get(vlm.family.model_type, 0)
     box = box + np.concatenate([edge, -edge])
-    other, _ = embeddings(vlm, [painted(image, box)])
+    other, _ = embeddings(vlm, [*before, painted(image, box)])
     return np.linalg.norm(other - plain, axis=1)

@@ -5,6 +5,7 @@ The vision towers are tiny and random, with all switched off that mixes position
 stream (attention, depthwise convolutions), so that each token hears of its own pixels only.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -102,20 +103,39 @@ def test_so_it_is_with_other_options(
     assert painted_boxes(with_options(vlm_of(model_type), options), size) >= 2
 
 
-def painted_boxes(vlm: VLM, size: tuple[int, int]) -> int:
-    """How many boxes were painted; of each its own token must have heard."""
-    image = textured(*size)
-    plain, prompt = embeddings(vlm, [image])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("chameleon", "emu3", "fast_vlm", "gemma3n", "inkling2", "inkling_mm_model", "llava"),
+        *("nemotron_h_omni", "pi0", "pp_chart2table", "qwen2_vl", "mistral3", "internvl"),
+    ],
+)
+def test_a_box_in_the_second_image_is_heard_of_by_its_token(model_type: str) -> None:
+    assert painted_boxes(vlm_of(model_type), (70, 150), before=[textured(96, 64)]) >= 2
+
+
+def painted_boxes(vlm: VLM, size: tuple[int, int], before: Sequence[Image.Image] = ()) -> int:
+    """How many boxes were painted; of each its own token must have heard.
+
+    Args:
+        vlm: Its tower does not mix positions.
+        size: Width and height of the image.
+        before: Other images before it.
+    """
+    image, number = textured(*size), len(before)
+    plain, prompt = embeddings(vlm, [*before, image])
     tokens = prompt.tokens
     assert len(tokens) == len(plain)
-    assert prompt.grids[0].n_tokens == tokens["kind"].eq("image").sum()
+    for index, grid in enumerate(prompt.grids):
+        assert grid.n_tokens == (tokens["kind"].eq("image") & tokens["image"].eq(index)).sum()
     boxes = tokens[["x0", "y0", "x1", "y1"]].to_numpy()
     n_painted = 0
     for view in tokens["view"].dropna().unique():
         of_view = np.flatnonzero(tokens["view"].eq(view).fillna(value=False))
-        inside = [token for token in of_view if fits(boxes[token], size)]
+        own = of_view[tokens["image"].iloc[of_view].eq(number)]
+        inside = [token for token in own if fits(boxes[token], size)]
         for token in inside[:: max(1, len(inside) // N_TOKENS)]:
-            change = changes(vlm, image, boxes[token], plain)
+            change = changes(vlm, image, boxes[token], plain, before)
             assert of_view[change[of_view].argmax()] == token, (view, token)
             n_painted += 1
     return n_painted
