@@ -75,6 +75,14 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("inkling_mm_model", {"rescale_image_frac": 0.8}),
     ("inkling_mm_model", {"rescale_image_frac": 2.0, "rescale_image_max_upscaled_long_edge": 240}),
     ("fuyu", {"size": {"height": 64, "width": 64}}),
+    ("llava", {"do_pad": True}),
+    ("deepseek_vl", {"min_size": 40}),
+    *(("lfm2_vl", {name: False}) for name in ("do_image_splitting", "use_thumbnail")),
+    ("granite_docling", {"crop_to_patches": False}),
+    ("granite_docling", {"fine_route": True}),
+    ("unlimited_ocr", {"crop_to_patches": False}),
+    *(("minicpmv4_6", {name: False}) for name in ("slice_mode", "use_image_id")),
+    ("qianfan_ocr", {"crop_to_patches": False}),
 )
 """Settings other than those of the records, which a user may turn on."""
 QUERYING = ("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria")
