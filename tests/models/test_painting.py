@@ -2,7 +2,8 @@
 image tokens it is this one whose input to the language model changes most.
 
 The vision towers are tiny and random, with all switched off that mixes positions in a residual
-stream (attention, depthwise convolutions), so that each token hears of its own pixels only.
+stream (attention), and with convolutions narrowed to the middle of their kernels where these
+overlap, so that each token hears of its own pixels only.
 """
 
 from collections.abc import Sequence
@@ -101,7 +102,7 @@ def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple
     assert painted_boxes(vlm_of(model_type), size) >= 2
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("size", SIZES[1:], ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize(
     ("model_type", "options"), OPTIONS, ids=[f"{name}-{'-'.join(to)}" for name, to in OPTIONS]
 )
