@@ -15,6 +15,8 @@ QUESTIONS = ["where is the red circle?", "how many?"]
 TYPES = [
     *("llava", "qwen2_vl", "qwen2_5_vl", "mistral3", "llava_next", "llava_onevision", "idefics2"),
     *("idefics3", "internvl", "gemma3", "llama4", "granite4_vision", "blip-2", "mllama"),
+    *("lfm2_vl", "granite_docling", "molmo2", "minicpmv4_6", "step3p7", "hunyuan_vl"),
+    *("unlimited_ocr", "deepseek_ocr2"),
 ]
 
 
@@ -49,7 +51,23 @@ def test_an_image_has_the_same_attention_in_a_batch(model_type) -> None:
             )
 
 
-@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "mistral3", "llava_next"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "llava",
+        "qwen2_5_vl",
+        "mistral3",
+        "llava_next",
+        "lfm2_vl",
+        "granite_docling",
+        "molmo2",
+        "minicpmv4_6",
+        "step3p7",
+        "hunyuan_vl",
+        "unlimited_ocr",
+        "deepseek_ocr2",
+    ],
+)
 def test_images_of_one_prompt_come_apart(model_type) -> None:
     vlm = xi.VLM(*real(model_type))
     sample = xi.capture(vlm, PICTURES, QUESTIONS[0])

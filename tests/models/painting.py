@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -22,7 +22,10 @@ from xmodal_interp.models.labelling import Prompt
 QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}
 """Types that add the image's features inside of the language model, not to its input."""
-OVERLAPPING = {"florence2": 1 / 4, "got_ocr2": 1 / 4, "step3p7": 1 / 4, "unlimited_ocr": 3 / 8}
+OVERLAPPING = {
+    **dict.fromkeys(("florence2", "got_ocr2", "step3p7"), 1 / 4),
+    **dict.fromkeys(("unlimited_ocr", "deepseek_ocr2"), 3 / 8),
+}
 """Types whose convolutions also look at neighbours: what is left unpainted on each side."""
 
 POOLING = {"molmo2": "image_pooling_2d"}
@@ -154,9 +157,28 @@ def painted(image: Image.Image, box: np.ndarray) -> Image.Image | None:
     return Image.fromarray(pixels)
 
 
-def changes(vlm: VLM, image: Image.Image, box: np.ndarray, plain: np.ndarray) -> np.ndarray:
-    """How much each position's input changes when a box is painted, ``[position]``."""
-    edge = (box[2:] - box[:2]) * OVERLAPPING.get(vlm.family.model_type, 0)
-    box = box + np.concatenate([edge, -edge])
-    other, _ = embeddings(vlm, [painted(image, box)])
+def changes(
+    vlm: VLM,
+    image: Image.Image,
+    box: np.ndarray,
+    plain: np.ndarray,
+    before: Sequence[Image.Image] = (),
+) -> np.ndarray:
+    """How much each position's input changes when a box is painted, ``[position]``.
+
+    Args:
+        vlm: A model with its processor.
+        image: What is painted.
+        box: Where.
+        plain: The inputs when nothing is painted.
+        before: Images before it in the prompt.
+    """
+    box = middle_of(vlm.family.model_type, box)
+    other, _ = embeddings(vlm, [*before, painted(image, box)])
     return np.linalg.norm(other - plain, axis=1)
+
+
+def middle_of(model_type: str, box: np.ndarray) -> np.ndarray:
+    """What is painted of a box: its middle, where a type's convolutions look at neighbours too."""
+    edge = (box[2:] - box[:2]) * OVERLAPPING.get(model_type, 0)
+    return box + np.concatenate([edge, -edge])
