@@ -42,7 +42,8 @@ def test_queries_have_no_place_and_patches_have(model_type: str) -> None:
         grid.arranged(image["start"].to_numpy(float))
     assert str(refusal.value) == (
         "Image 0 has no grid. Its image tokens are learned queries, each of which looks at all of "
-        "the image: they have no row and column of their own."
+        "the image: they have no row and column of their own; xi.on_patches puts what is on them "
+        "on the patches they look at."
     )
 
 

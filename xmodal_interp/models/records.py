@@ -17,7 +17,7 @@ from xmodal_interp.models.family import Family
 _VIDEO = "video_token_id"
 _QUERIES = (
     "Its image tokens are learned queries, each of which looks at all of the image: they have no "
-    "row and column of their own."
+    "row and column of their own; xi.on_patches puts what is on them on the patches they look at."
 )
 _NO_RULE = "No rule has been written yet for what its image tokens are: {}."
 
@@ -196,7 +196,9 @@ _RECORDS: tuple[Family, ...] = (
         geometry=geometry.SeparateTiles(
             geometry.large_pages, geometry.fitted, encoded=True, queries=True, behind=1
         ),
-        reason=_QUERIES,
+        reason="Its image tokens are learned queries behind the cells of each view in the vision "
+        "tower: they have no row and column of their own. What they take of the cells is told by "
+        "xi.attention_rollout(..., tower='vision').",
     ),
     Family("idefics2", geometry=geometry.resampled_patches, reason=_QUERIES),
     # keys of a cross-attention
