@@ -2,7 +2,8 @@
 
 A tower may run once per image, once over a batch of images, tiles or windows, or over several
 images in one packed row. Pieces are counted in the order that they come; each image has as many
-positions as its grid has patches, or the same multiple of it.
+positions as its grid has patches, or the same multiple or part of it. A tower may also read all
+images whole, and then the tiles of all in a second call.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def calls_by_image(
     stream: Sequence[AttentionCall],
     grids: Sequence[ImageGrid],
     orders: Sequence[Tensor] | None = None,
+    tiles: Sequence[int] | None = None,
 ) -> list[AttentionCall]:
     """One call per image, of one layer; ``call`` is the image.
 
@@ -31,12 +33,15 @@ def calls_by_image(
         grids: The grids of all images of the batch, in order.
         orders: For each image ``[patch]``, which patch stands at each position of the tower, if not
             in order.
+        tiles: How many tiles of each image come in a second call, behind all images; None if each
+            image is read as one.
 
     Raises:
         CaptureError: Pieces that cannot be shared out among several images.
     """
-    pieces = [piece for call in stream for piece in pieces_of(call)]
-    shares = _shares(pieces, grids)
+    shares = None if tiles is None else _behind_wholes(stream, tiles)
+    if shares is None:
+        shares = _shares([piece for call in stream for piece in pieces_of(call)], grids)
     calls = []
     for number, share in enumerate(shares):
         call = joined(share)
@@ -44,6 +49,27 @@ def calls_by_image(
             call = reordered(call, torch.argsort(orders[number]))
         calls.append(replace(call, call=number))
     return calls
+
+
+def _behind_wholes(
+    stream: Sequence[AttentionCall], tiles: Sequence[int]
+) -> list[Sequence[AttentionCall]] | None:
+    """The pieces of each image, from a call over all images and one over all tiles.
+
+    Each image, and each tile, may have several pieces: windows. None if these are no such calls.
+    """
+    if len(stream) != 2 or len(tiles) <= 1 or not any(tiles):
+        return None
+    counts = [call.n_samples for call in stream]
+    if counts[0] % len(tiles) or counts[1] % sum(tiles):
+        return None
+    per_image, per_tile = counts[0] // len(tiles), counts[1] // sum(tiles)
+    wholes, parts = (pieces_of(call) for call in stream)
+    ends = [0, *accumulate(n * per_tile for n in tiles)]
+    return [
+        [*wholes[i * per_image : (i + 1) * per_image], *parts[start:stop]]
+        for i, (start, stop) in enumerate(pairwise(ends))
+    ]
 
 
 def _shares(
@@ -54,9 +80,8 @@ def _shares(
         return [pieces]
     ends = list(accumulate(piece.n_keys for piece in pieces))
     wanted = list(accumulate(len(grid.patch_places) for grid in grids))
-    if wanted and wanted[-1] and ends[-1] % wanted[-1] == 0:
-        factor = ends[-1] // wanted[-1]
-        bounds = [0, *(end * factor for end in wanted)]
+    bounds = _bounds(wanted, ends[-1])
+    if bounds:
         if len(pieces) == 1 and pieces[0].n_queries == pieces[0].n_keys:
             return [[part_of(pieces[0], *bound)] for bound in pairwise(bounds)]
         if set(bounds[1:]) <= set(ends):
@@ -74,3 +99,18 @@ def _shares(
         f"keys, for {len(grids)} images of {patches}, ... patches. Capture the samples one by one, "
         "or leave the tower out."
     )
+
+
+def _bounds(wanted: Sequence[int], n_positions: int) -> list[int]:
+    """Where each image begins, and the end, if all have the same positions per patch; else none.
+
+    Args:
+        wanted: The patches of all images up to each.
+        n_positions: The positions of all.
+    """
+    n_patches = wanted[-1]
+    if not n_patches or any(end * n_positions % n_patches for end in wanted):
+        return []
+    if n_positions % n_patches and n_patches % n_positions:
+        return []
+    return [0, *(end * n_positions // n_patches for end in wanted)]

@@ -25,7 +25,14 @@ from xmodal_interp.by_image import calls_by_image
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.rotary import AXES
-from xmodal_interp.models import VLM, ImageLike, Prompt, generated_table, window_orders
+from xmodal_interp.models import (
+    VLM,
+    ImageLike,
+    Prompt,
+    generated_table,
+    tiles_behind,
+    window_orders,
+)
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.vocabulary import TOWERS, AttentionKind, Tower
 
@@ -131,7 +138,7 @@ def capture_batch(
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
-    seen = _towers(streams, ready, window_orders(vlm.model, inputs))
+    seen = _towers(streams, ready, window_orders(vlm.model, inputs), tiles_behind(inputs))
     samples = [_sample(vlm, i, ready, new, streams, seen, keep, about) for i in range(len(ready))]
     rotary = recording.rotary.whole() if recording.rotary else None
     n_read = inputs["input_ids"].shape[1] + max(new.shape[1] - 1, 0)
@@ -216,6 +223,7 @@ def _towers(
     streams: Mapping[_Layer, Sequence[AttentionCall]],
     ready: Sequence[Prompt],
     orders: Sequence[Tensor] | None,
+    tiles: Sequence[int] | None,
 ) -> dict[_Layer, list[AttentionCall]]:
     """The calls of every layer outside of the language tower, one per image of the batch."""
     grids = [grid for prompt in ready for grid in prompt.grids]
@@ -227,7 +235,7 @@ def _towers(
         if key[0] != "language":
             again = n_readings > 1 and len(stream) % n_readings == 0
             once = stream[: len(stream) // n_readings] if again else stream
-            towers[key] = calls_by_image(once, grids, orders if key[0] == "vision" else None)
+            towers[key] = calls_by_image(once, grids, orders if key[0] == "vision" else None, tiles)
     return towers
 
 

@@ -168,8 +168,8 @@ def test_slices_of_different_shapes_are_refused() -> None:
         )
     assert str(refusal.value) == (
         "All tiles of an image must have the same rows and columns, so that it has rows and "
-        "columns itself. target_sizes says 12 x 12, 24 x 24. Have the image processor resize all of "
-        "them alike."
+        "columns itself. target_sizes says 12 x 12, 24 x 24. Have the image processor resize all "
+        "of them alike."
     )
 
 
