@@ -5,8 +5,9 @@ One :class:`Family` record per transformers model type; the records are in ``rec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xmodal_interp.models.geometry import Rule, VideoRule
 
@@ -21,7 +22,8 @@ class Family:
     Attributes:
         model_type: ``config.model_type`` in transformers.
         image_token: Attribute of the configuration that holds the id of the tokens whose embeddings
-            are the image's features; None where images are not among the text tokens.
+            are the image's features, through attributes and keys of others where it has dots; None
+            where images are not among the text tokens.
         geometry: The rule that places image tokens on images. None where there is none; then
             ``reason`` says why.
         in_sequence: Whether image tokens stand among the text tokens. If not, text reaches the
@@ -32,6 +34,8 @@ class Family:
         flat_images: Whether the processor takes a plain list of images, not one list per prompt.
         in_front: Whether the processor puts images before the prompt by itself, so that a bare
             question is a whole prompt.
+        writes_prompt: Whether the processor writes the prompt itself, from the text of a policy
+            that the images are held against: the question is that policy.
         token_types: Whether the model wants ``mm_token_type_ids``; processors return it when asked.
         reason: Why image tokens have no place in the image, or why there is no rule for it.
     """
@@ -45,6 +49,7 @@ class Family:
     placeholder: str = "image_token"
     flat_images: bool = False
     in_front: bool = False
+    writes_prompt: bool = False
     token_types: bool = False
     reason: str | None = None
 
@@ -65,5 +70,7 @@ class Family:
 
 
 def _id(config: PretrainedConfig, name: str | None) -> int | None:
-    value = None if name is None else getattr(config, name, None)
+    value: Any = config
+    for part in (name or "").split("."):
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
     return None if value is None else int(value)

@@ -155,6 +155,9 @@ class Labeller:
         """What the processor may have expanded: the prompt, or what it makes of it before."""
         text = made.prompt.text
         yield text
+        for end in ("\n", getattr(self.processor.tokenizer, "sep_token", None)):
+            if end is not None:
+                yield text + end
         if self.placeholder is not None:
             yield re.sub(rf"({re.escape(self.placeholder)})(?=[^\s<])", r"\1 ", text)
         if hasattr(self.processor, "prepare_inputs_layout"):

@@ -40,6 +40,7 @@ def rendered(
     *,
     system: str | None = None,
     in_front: bool = False,
+    answer: bool = True,
 ) -> Rendered:
     """The prompt of a question about some images.
 
@@ -52,6 +53,7 @@ def rendered(
         system: A system message, for the chat template.
         in_front: Whether the processor puts the images in front by itself: without a chat template,
             the question is the prompt.
+        answer: Whether the prompt ends with what opens the answer.
 
     Raises:
         InputError: An empty question, or a processor without a chat template.
@@ -71,7 +73,7 @@ def rendered(
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    text = processor.apply_chat_template(messages, add_generation_prompt=answer)
     spans = message_spans(text, messages)
     return Rendered(text, (*spans, *_placeholder_spans(text, placeholder)))
 

@@ -92,6 +92,7 @@ class VLM:
                 len(of),
                 system=system,
                 in_front=self.family.in_front,
+                answer=not self.family.writes_prompt,
             )
             for question, of in zip(questions, opened, strict=True)
         ]
@@ -102,7 +103,11 @@ class VLM:
                 f"{self.family.model_type!r}."
             )
         inputs = self.processor(
-            images=self._given(opened), text=texts, **self._options(texts), **_videos(shown)
+            images=self._given(opened),
+            text=texts,
+            **self._options(texts),
+            **(_policy(questions) if self.family.writes_prompt else {}),
+            **_videos(shown),
         )
         replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
         grids, video_grids = self._grids(inputs, opened), self._video_grids(inputs, shown)
@@ -204,7 +209,7 @@ class VLM:
         """Pixels in the model's precision; ids and masks as they are."""
         return {
             name: value.to(self.model.dtype)
-            if name.startswith("pixel_values") and value.is_floating_point()
+            if name.startswith(("pixel_values", "image_patches")) and value.is_floating_point()
             else value
             for name, value in inputs.items()
         }
@@ -222,6 +227,20 @@ def _videos(videos: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
             "do_sample_frames": False,
         },
     }
+
+
+def _policy(questions: Sequence[str]) -> dict[str, Any]:
+    """How a processor that writes the prompts itself is told what to write.
+
+    Raises:
+        InputError: The questions differ; the processor holds each image against each policy.
+    """
+    if len(set(questions)) > 1:
+        raise InputError(
+            "A processor that writes the prompts itself holds all images of a batch against the "
+            f"same policy. Got {len(set(questions))} questions; give each a batch of its own."
+        )
+    return {"policies": ["question"], "custom_policies": {"question": questions[0]}}
 
 
 def _reports_replacements(processor: Any) -> bool:
