@@ -148,7 +148,7 @@ def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
 
 
 def test_every_rule_is_painted() -> None:
-    """Queries have no boxes (patches: test_towers, test_split); Mllama's are painted in test_geometry."""
+    """Queries have no boxes (patches: test_towers, test_split); Mllama: test_geometry."""
     ruled = {name for name, family in FAMILIES.items() if family.geometry is not None}
     assert ruled - set(PAINTED) == {*QUERYING, "deepseek_ocr2", "mllama"}
     assert set(PAINTED) <= ruled

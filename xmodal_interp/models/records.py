@@ -62,7 +62,7 @@ _RECORDS: tuple[Family, ...] = (
         Family(
             name,
             geometry=geometry.MergedPatches(by_rows=True),
-            video=geometry.MergedFrames(),
+            video=geometry.MergedFrames(by_rows=True),
             video_token=_VIDEO,
         )
         for name in ("paddleocr_vl", "muse_glimmer", "muse_spark")
@@ -95,6 +95,7 @@ _RECORDS: tuple[Family, ...] = (
         geometry=geometry.fixed_grid,
         video=geometry.SingleFrames(before=1),
         video_token=_VIDEO,
+        video_tower="video_tower",
     ),
     Family("paligemma", geometry=geometry.fixed_grid, in_front=True),
     Family(
@@ -136,7 +137,8 @@ _RECORDS: tuple[Family, ...] = (
     Family(
         "internvl",
         geometry=_BEST_CANVAS,
-        video=geometry.SingleFrames(merge="downsample_ratio"),
+        video=geometry.SingleFrames(merge="downsample_ratio", class_token=True),
+        in_order=True,
     ),
     Family("qianfan_ocr", geometry=_BEST_CANVAS, placeholder="image_placeholder_token"),
     Family("aya_vision", geometry=_SHUFFLED),
@@ -171,9 +173,13 @@ _RECORDS: tuple[Family, ...] = (
             geometry.largest_canvas,
             merge="projector_pooling_ratio",
             thumbnail="first",
+            class_token="first",
+            class_token_if="vision_use_cls_token",
             thumbnail_of_one=True,
         ),
-        video=geometry.SingleFrames(merge="projector_pooling_ratio"),
+        video=geometry.SingleFrames(
+            merge="projector_pooling_ratio", class_token="vision_use_cls_token"
+        ),
         video_token=_VIDEO,
     ),
     Family(
