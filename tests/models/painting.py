@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -23,13 +25,15 @@ QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}
 """Types that add the image's features inside of the language model, not to its input."""
 OVERLAPPING = {
-    **dict.fromkeys(("florence2", "got_ocr2", "step3p7"), 1 / 4),
+    **dict.fromkeys(("florence2", "got_ocr2", "step3p7", "pp_chart2table", "fast_vlm"), 1 / 4),
+    **dict.fromkeys(("gemma3n", "chameleon", "emu3"), 1 / 4),
     **dict.fromkeys(("unlimited_ocr", "deepseek_ocr2"), 3 / 8),
 }
 """Types whose convolutions also look at neighbours: what is left unpainted on each side."""
-
 POOLING = {"molmo2": "image_pooling_2d"}
 """Where types have an attention by which a token pools patches of its own only: it stays on."""
+SHARED = {"gemma3n": "timm_model.blocks.3"}
+"""A coarser stage that is fused in, each of whose features is that of several tokens."""
 
 
 class _SeenError(Exception):
@@ -43,7 +47,7 @@ def vlm_of(model_type: str) -> VLM:
     model, processor = _plain(type(known)(copy.deepcopy(known.config))), copy.copy(processor)
     processor.images_kwargs = {
         **(getattr(processor, "images_kwargs", None) or {}),
-        **{k: v for k, v in RECORDS[model_type].call.items() if not k.startswith("return_")},
+        **{k: v for k, v in RECORDS[model_type].call.items() if _of_images(k, model)},
     }
     for name, value in RECORDS[model_type].call.items():
         if name.startswith("return_"):
@@ -52,9 +56,34 @@ def vlm_of(model_type: str) -> VLM:
     inside = set(language.modules()) if model_type not in INTO_LAYERS else set()
     pooling = POOLING.get(model_type)
     for name, module in model.named_modules():
-        if module not in inside and _mixes(module) and name.rpartition(".")[-1] != pooling:
+        mixes = _mixes(module) and name.rpartition(".")[-1] != pooling
+        shared = name.endswith(SHARED.get(model_type, "/"))
+        if module not in inside and (shared or mixes):
             module.register_forward_hook(_nothing)
-    return VLM(model, processor)
+        elif isinstance(module, nn.GroupNorm):  # its statistics are those of the whole image
+            module.register_forward_hook(_as_given)
+    vlm = VLM(model, processor)
+    _order_codes(vlm)
+    return vlm
+
+
+def with_options(vlm: VLM, options: Mapping[str, Any]) -> VLM:
+    """The same with other settings of the image processor, as one that is loaded with them."""
+    processor = copy.copy(vlm.processor)
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.images_kwargs = {**processor.images_kwargs, **options}
+    for name, value in options.items():
+        setattr(processor.image_processor, name, value)
+    return dataclasses.replace(vlm, processor=processor)
+
+
+def _of_images(name: str, model: nn.Module) -> bool:
+    """Whether a setting of a call is about images, not about what is returned or given beside."""
+    return not name.startswith("return_") and name not in _taken(model)
+
+
+def _taken(model: nn.Module) -> Mapping[str, Any]:
+    return inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()
@@ -66,32 +95,70 @@ def _plain(model: nn.Module) -> nn.Module:
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=made)
         else:
             weight.add_(torch.randn(weight.shape, generator=made), alpha=0.1)
+    for module in model.modules():
+        if (
+            isinstance(module, (nn.Conv2d, nn.Conv3d))
+            and module.kernel_size[-1] > module.stride[-1]
+        ):
+            _narrow(module)
     return model.eval()
+
+
+def _narrow(convolution: nn.Conv2d | nn.Conv3d) -> None:
+    """Let the middle of kernels that overlap prevail, and keep how much they pass on."""
+    rows, cols = (torch.arange(n) - (n - 1) / 2 for n in convolution.kernel_size[-2:])
+    before = convolution.weight.norm()
+    convolution.weight *= torch.exp(-3 * (rows[:, None] ** 2 + cols**2))
+    convolution.weight *= before / convolution.weight.norm()
+
+
+@torch.no_grad()
+def _order_codes(vlm: VLM) -> None:
+    """Put codes, and the words for them, on a line from dark to bright, where a VQ-VAE makes them.
+
+    Then the more a feature changes, the further off is the word that it becomes.
+    """
+    vocabulary = getattr(vlm.model.base_model, "vocabulary_mapping", None)
+    if vocabulary is None:
+        return
+    (codes,) = (m for m in vlm.model.modules() if type(m).__name__.endswith("VectorQuantizer"))
+    seen: list[torch.Tensor] = []
+    with _hook(codes, lambda _module, given, _named: seen.append(given[0])):
+        embeddings(vlm, [textured(96, 96)])
+        embeddings(vlm, [Image.new("RGB", (96, 96), "white")])
+    dark, bright = (features.movedim(-3, -1).flatten(0, -2).mean(0) for features in seen)
+    steps = torch.linspace(-0.5, 1.5, len(codes.embedding.weight))[:, None]
+    codes.embedding.weight.copy_(dark + steps * (bright - dark))
+    words = vlm.model.get_input_embeddings().weight
+    words[[vocabulary.img2bpe[code] for code in range(len(steps))]] = steps * words[0]
 
 
 def language_of(model: nn.Module) -> nn.Module:
     """What reads the image tokens among the text tokens."""
     if not model.config.is_encoder_decoder:
-        before = getattr(getattr(model.base_model, "encoder", None), "language_model", None)
-        return model.get_decoder() if before is None else before
+        inner = (getattr(model.base_model, name, None) for name in ("encoder", "vlm"))
+        inside = (getattr(each, "language_model", None) for each in inner)
+        found = next((each for each in inside if each is not None), None) or model.get_decoder()
+        return found.layers[0] if hasattr(found, "vqmodel") else found
     encoder = model.get_encoder()
     return getattr(encoder, "text_model", encoder)
 
 
 def _mixes(module: nn.Module) -> bool:
-    """Whether a module is attention or a depthwise convolution that adds to a residual stream."""
-    if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
-        return True
-    name = type(module).__name__
-    return name.endswith("Attention") and not any(
-        type(child).__name__.endswith("Attention") for child in module.children()
-    )
+    """Whether a module is attention that adds to a residual stream."""
+    names = [type(each).__name__ for each in (module, *module.children())]
+    named, *inside = [name.endswith(("Attention", "Attention2d")) for name in names]
+    return named and not any(inside)
 
 
 def _nothing(_module: nn.Module, _given: Any, output: Any) -> Any:
     if isinstance(output, tuple):
         return (torch.zeros_like(output[0]), *output[1:])
     return torch.zeros_like(output)
+
+
+def _as_given(_module: nn.Module, given: Any, _output: Any) -> torch.Tensor:
+    return given[0]
 
 
 def embeddings(vlm: VLM, images: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
@@ -114,6 +181,10 @@ def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
         seen.append(found.detach())
         raise _SeenError
 
+    record = RECORDS[vlm.family.model_type]
+    beside = {name: value for name, value in record.call.items() if name in _taken(vlm.model)}
+    for name, value in {**record.beside, **beside}.items():
+        inputs.setdefault(name, torch.tensor(value))
     if vlm.model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
     with torch.no_grad():
@@ -124,6 +195,21 @@ def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
             with _hook(language_of(vlm.model), look), suppress(_SeenError):
                 vlm.model(**inputs, use_cache=False)
     return seen[0][0].float().numpy()
+
+
+TOWERS = ("vision_tower", "vision_model")
+
+
+def tower_outputs(vlm: VLM, images: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
+    """What the vision tower makes of one sample, ``[position, d]``, and its positions."""
+    (tower,) = (m for name, m in vlm.model.named_modules() if name.split(".")[-1] in TOWERS)
+    seen: list[torch.Tensor] = []
+    handle = tower.register_forward_hook(lambda _module, _given, output: seen.append(output))
+    try:
+        _, prompt = embeddings(vlm, images)
+    finally:
+        handle.remove()
+    return seen[0].last_hidden_state.flatten(0, -2).float().numpy(), prompt
 
 
 @contextmanager

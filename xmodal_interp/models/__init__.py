@@ -11,6 +11,7 @@ from xmodal_interp.models.loading import load as load
 from xmodal_interp.models.opening import ImageLike as ImageLike
 from xmodal_interp.models.opening import Video as Video
 from xmodal_interp.models.opening import open_image as open_image
+from xmodal_interp.models.opening import open_video as open_video
 from xmodal_interp.models.records import FAMILIES as FAMILIES
 from xmodal_interp.models.tokens import generated_table as generated_table
 from xmodal_interp.models.vlm import VLM as VLM

@@ -19,7 +19,6 @@ _QUERIES = (
     "Its image tokens are learned queries, each of which looks at all of the image: they have no "
     "row and column of their own; xi.on_patches puts what is on them on the patches they look at."
 )
-_NO_RULE = "No rule has been written yet for what its image tokens are: {}."
 
 
 _MERGED = (
@@ -63,18 +62,31 @@ _RECORDS: tuple[Family, ...] = (
         Family(
             name,
             geometry=geometry.MergedPatches(by_rows=True),
-            video=geometry.MergedFrames(),
+            video=geometry.MergedFrames(by_rows=True),
             video_token=_VIDEO,
         )
         for name in ("paddleocr_vl", "muse_glimmer", "muse_spark")
     ),
     Family("hunyuan_vl", geometry=geometry.MergedPatches(by_rows=True, framed=True)),
+    Family("nemotron_h_omni", geometry=geometry.counted_patches),
     Family("mistral3", geometry=geometry.sized_patches),
     Family("mistral_large4", geometry=geometry.sized_patches),
     Family("lighton_ocr", geometry=geometry.sized_patches),
     Family("gemma4", geometry=geometry.PositionedPatches()),
     Family("gemma4_unified", geometry=geometry.PositionedPatches(merged=True)),
     Family("diffusion_gemma", geometry=geometry.PositionedPatches()),
+    # squares of pixels, the last of them padded
+    Family("fuyu", geometry=geometry.PaddedSquares("patch_size", geometry.shrunk), in_front=True),
+    Family("inkling2", geometry=geometry.PaddedSquares(merged=True)),
+    Family(
+        "inkling_mm_model",
+        geometry=geometry.PaddedSquares(resized=geometry.scaled, spare_column=True),
+    ),
+    # what convolutions make of an image
+    Family("chameleon", "vocabulary_map.<image>", geometry=geometry.code_grid),
+    Family("emu3", "vocabulary_map.<image>", geometry=geometry.code_rows),
+    Family("gemma3n", geometry=geometry.fused_stages),
+    Family("fast_vlm", geometry=geometry.FixedGrid(shift=31.5 / 64)),
     # one grid for every image
     Family("llava", geometry=geometry.fixed_grid),
     Family("vipllava", geometry=geometry.fixed_grid),
@@ -83,15 +95,24 @@ _RECORDS: tuple[Family, ...] = (
         geometry=geometry.fixed_grid,
         video=geometry.SingleFrames(before=1),
         video_token=_VIDEO,
+        video_tower="video_tower",
     ),
     Family("paligemma", geometry=geometry.fixed_grid, in_front=True),
+    Family(
+        "pi0",
+        "vlm_config.image_token_id",
+        geometry=geometry.FixedGrid(show=geometry.at_the_top),
+        in_front=True,
+    ),
     Family("deepseek_vl", geometry=_FITTED),
     Family("deepseek_vl_hybrid", geometry=_FITTED),
     Family("janus", geometry=_FITTED),
     Family(
         "florence2",
         geometry=geometry.FixedGrid(
-            cell=lambda config: prod(config.vision_config.patch_stride), before=1, shift=15.5 / 32
+            cell=lambda config, _processor: prod(config.vision_config.patch_stride),
+            before=1,
+            shift=15.5 / 32,
         ),
         in_front=True,
         flat_images=True,
@@ -116,7 +137,8 @@ _RECORDS: tuple[Family, ...] = (
     Family(
         "internvl",
         geometry=_BEST_CANVAS,
-        video=geometry.SingleFrames(merge="downsample_ratio"),
+        video=geometry.SingleFrames(merge="downsample_ratio", class_token=True),
+        in_order=True,
     ),
     Family("qianfan_ocr", geometry=_BEST_CANVAS, placeholder="image_placeholder_token"),
     Family("aya_vision", geometry=_SHUFFLED),
@@ -126,8 +148,13 @@ _RECORDS: tuple[Family, ...] = (
         geometry=geometry.SplitTiles(geometry.best_canvas, merge=4, shift=1.5 / 4),
         flat_images=True,
     ),
+    Family(
+        "pp_chart2table",
+        geometry=geometry.SplitTiles(geometry.best_canvas, merge=4, shift=1.5 / 4),
+    ),
     Family("gemma3", geometry=_CROPS),
     Family("t5gemma2", geometry=_CROPS),
+    Family("shieldgemma2", geometry=_CROPS, writes_prompt=True),
     Family(
         "ovis2",
         geometry=geometry.SplitTiles(
@@ -146,9 +173,13 @@ _RECORDS: tuple[Family, ...] = (
             geometry.largest_canvas,
             merge="projector_pooling_ratio",
             thumbnail="first",
+            class_token="first",
+            class_token_if="vision_use_cls_token",
             thumbnail_of_one=True,
         ),
-        video=geometry.SingleFrames(merge="projector_pooling_ratio"),
+        video=geometry.SingleFrames(
+            merge="projector_pooling_ratio", class_token="vision_use_cls_token"
+        ),
         video_token=_VIDEO,
     ),
     Family(
@@ -200,27 +231,20 @@ _RECORDS: tuple[Family, ...] = (
         "tower: they have no row and column of their own. What they take of the cells is told by "
         "xi.attention_rollout(..., tower='vision').",
     ),
+    Family(
+        "instructblipvideo",
+        "video_token_id",
+        geometry=geometry.QueryTokens(
+            "num_query_tokens", class_token=True, show=geometry.shown_in_frames
+        ),
+        in_front=True,
+        reason=_QUERIES,
+    ),
     Family("idefics2", geometry=geometry.resampled_patches, reason=_QUERIES),
+    Family("aria", geometry=geometry.query_crops, reason=_QUERIES),
     # keys of a cross-attention
     Family("mllama", "image_token_index", geometry.aspect_ratio_tiles, in_sequence=False),
 )
-
-# What has no rule, and why.
-_REASONS: dict[str, str] = {
-    "aria": _QUERIES,
-    "shieldgemma2": "Its processor writes the prompt itself, one for each policy.",
-    "instructblipvideo": _QUERIES,
-    "nemotron_h_omni": _NO_RULE.format("patches with a grid of its own"),
-    "inkling2": _NO_RULE.format("patches that a convolution joins"),
-    "inkling_mm_model": _NO_RULE.format("patches that several layers join"),
-    "gemma3n": _NO_RULE.format("features of a convolutional tower, whose grid no setting tells"),
-    "fast_vlm": _NO_RULE.format("features of a convolutional tower"),
-    "chameleon": _NO_RULE.format("codes of a VQ-VAE, which stand in the vocabulary"),
-    "emu3": _NO_RULE.format("codes of a VQ-VAE, which stand in the vocabulary"),
-    "fuyu": _NO_RULE.format("patches that are projected without a vision tower"),
-    "pi0": _NO_RULE.format("images of several cameras, read beside the robot's state"),
-    "pp_chart2table": _NO_RULE.format("a page that is padded by the processor"),
-}
 
 # Images are not among the tokens of the prompt.
 _NOT_PLACEHOLDERS: dict[str, str] = {
@@ -242,7 +266,6 @@ _NOT_PLACEHOLDERS: dict[str, str] = {
 
 _RECORDS = (
     *_RECORDS,
-    *(Family(name, reason=reason) for name, reason in _REASONS.items()),
     *(
         Family(name, image_token=None, in_front=True, reason=reason)
         for name, reason in _NOT_PLACEHOLDERS.items()
