@@ -5,6 +5,7 @@ The vision towers are tiny and random, with all switched off that mixes position
 stream (attention, depthwise convolutions), so that each token hears of its own pixels only.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,14 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("inkling_mm_model", {"rescale_image_frac": 0.8}),
     ("inkling_mm_model", {"rescale_image_frac": 2.0, "rescale_image_max_upscaled_long_edge": 240}),
     ("fuyu", {"size": {"height": 64, "width": 64}}),
+    ("llava", {"do_pad": True}),
+    ("deepseek_vl", {"min_size": 40}),
+    *(("lfm2_vl", {name: False}) for name in ("do_image_splitting", "use_thumbnail")),
+    ("granite_docling", {"crop_to_patches": False}),
+    ("granite_docling", {"fine_route": True}),
+    ("unlimited_ocr", {"crop_to_patches": False}),
+    *(("minicpmv4_6", {name: False}) for name in ("slice_mode", "use_image_id")),
+    ("qianfan_ocr", {"crop_to_patches": False}),
 )
 """Settings other than those of the records, which a user may turn on."""
 QUERYING = ("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria")
@@ -102,20 +111,39 @@ def test_so_it_is_with_other_options(
     assert painted_boxes(with_options(vlm_of(model_type), options), size) >= 2
 
 
-def painted_boxes(vlm: VLM, size: tuple[int, int]) -> int:
-    """How many boxes were painted; of each its own token must have heard."""
-    image = textured(*size)
-    plain, prompt = embeddings(vlm, [image])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("chameleon", "emu3", "fast_vlm", "gemma3n", "inkling2", "inkling_mm_model", "llava"),
+        *("nemotron_h_omni", "pi0", "pp_chart2table", "qwen2_vl", "mistral3", "internvl"),
+    ],
+)
+def test_a_box_in_the_second_image_is_heard_of_by_its_token(model_type: str) -> None:
+    assert painted_boxes(vlm_of(model_type), (70, 150), before=[textured(96, 64)]) >= 2
+
+
+def painted_boxes(vlm: VLM, size: tuple[int, int], before: Sequence[Image.Image] = ()) -> int:
+    """How many boxes were painted; of each its own token must have heard.
+
+    Args:
+        vlm: Its tower does not mix positions.
+        size: Width and height of the image.
+        before: Other images before it.
+    """
+    image, number = textured(*size), len(before)
+    plain, prompt = embeddings(vlm, [*before, image])
     tokens = prompt.tokens
     assert len(tokens) == len(plain)
-    assert prompt.grids[0].n_tokens == tokens["kind"].eq("image").sum()
+    for index, grid in enumerate(prompt.grids):
+        assert grid.n_tokens == (tokens["kind"].eq("image") & tokens["image"].eq(index)).sum()
     boxes = tokens[["x0", "y0", "x1", "y1"]].to_numpy()
     n_painted = 0
     for view in tokens["view"].dropna().unique():
         of_view = np.flatnonzero(tokens["view"].eq(view).fillna(value=False))
-        inside = [token for token in of_view if fits(boxes[token], size)]
+        own = of_view[tokens["image"].iloc[of_view].eq(number)]
+        inside = [token for token in own if fits(boxes[token], size)]
         for token in inside[:: max(1, len(inside) // N_TOKENS)]:
-            change = changes(vlm, image, boxes[token], plain)
+            change = changes(vlm, image, boxes[token], plain, before)
             assert of_view[change[of_view].argmax()] == token, (view, token)
             n_painted += 1
     return n_painted

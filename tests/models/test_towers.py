@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.models.painting import painted, textured, tower_outputs, vlm_of, with_options
+from tests.models.painting import TOWERS, painted, textured, tower_outputs, vlm_of, with_options
 from tests.models.records import RECORDS
 from tests.models.test_painting import QUERYING, fits
 from xmodal_interp.models import VLM
@@ -67,3 +67,21 @@ def _of_thumbnail(grid: Any) -> np.ndarray:
     if grid.thumbnail is None:
         return np.zeros(len(grid.patch_places), bool)
     return grid.thumbnail.patch_places[:, 0] >= 0
+
+
+@pytest.mark.parametrize("model_type", ["idefics2", "aria"])
+def test_what_is_hidden_in_the_tower_has_no_place(model_type: str) -> None:
+    vlm = vlm_of(model_type)
+    tower = next(m for n, m in vlm.model.named_modules() if n.split(".")[-1] in TOWERS)
+    given: list[np.ndarray] = []
+    handle = tower.register_forward_pre_hook(
+        lambda _module, _args, named: given.append(named["patch_attention_mask"].numpy()),
+        with_kwargs=True,
+    )
+    try:
+        _, prompt = tower_outputs(vlm, [textured(171, 101), textured(75, 150)])
+    finally:
+        handle.remove()
+    placed = np.concatenate([grid.patch_places[:, 0] >= 0 for grid in prompt.grids])
+    assert placed.tolist() == given[0].ravel().tolist()
+    assert 0 < placed.sum() < len(placed)

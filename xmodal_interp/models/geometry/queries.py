@@ -63,7 +63,8 @@ def resampled_patches(
 ) -> list[ImageGrid]:
     """A perceiver reads each image, or its four quarters and all of it (Idefics2).
 
-    The mask tells how many of the padded pixels are an image's. Patches on padding have no place.
+    The mask tells how many of the padded pixels are an image's. Patches have no place where they
+    are padding, in part or in whole: they are hidden from all others.
     """
     n_tokens = config.perceiver_config.resampler_n_latents
     masks = np.asarray(inputs["pixel_attention_mask"]).astype(bool)
@@ -90,7 +91,8 @@ def query_crops(
 ) -> list[ImageGrid]:
     """So many queries look at each image, or at each of its tiles, as it has patches (Aria).
 
-    An image, or a tile, lies at the top left of its pixels. Patches on padding have no place.
+    An image, or a tile, lies at the top left of its pixels. Patches have no place where they are
+    padding in whole: they are hidden from all others.
 
     Raises:
         GeometryError: The configuration knows no number of queries for this number of patches.
@@ -109,7 +111,7 @@ def query_crops(
     grids = []
     for image in images:
         tower = [
-            _padded(next(each), box, side, at, tile)
+            _padded(next(each), box, side, at, tile, in_part=True)
             for box, at, tile in _crops(split_canvas(processor, image), image)
         ]
         tokens = [_queries(known[n_patches], part) for part in tower]
@@ -139,7 +141,13 @@ def _quarters(image: Image.Image) -> Tiling:
 
 
 def _padded(
-    mask: np.ndarray, box: Box, side: int, at: tuple[int, int] = (0, 0), tile: int = NOWHERE
+    mask: np.ndarray,
+    box: Box,
+    side: int,
+    at: tuple[int, int] = (0, 0),
+    tile: int = NOWHERE,
+    *,
+    in_part: bool = False,
 ) -> Cells:
     """The patches of one picture, those on its padding without a place.
 
@@ -149,6 +157,7 @@ def _padded(
         side: The side of a patch, px.
         at: Row and column of the picture among others of its size, side by side.
         tile: Its number among them.
+        in_part: Whether patches that are padding in part have a place.
     """
     height, width = mask.shape
     rows, cols = height // side, width // side
@@ -156,7 +165,8 @@ def _padded(
     x0, y0, x1, y1 = box
     right, bottom = x0 + (x1 - x0) * width / seen_w, y0 + (y1 - y0) * height / seen_h
     everything = squares((x0, y0, right, bottom), width, height, side)
-    seen_rows, seen_cols = -(-seen_h // side), -(-seen_w // side)
+    part = (side - 1) * in_part
+    seen_rows, seen_cols = (seen_h + part) // side, (seen_w + part) // side
     row, col = everything.places.T
     seen = everything[(row < seen_rows) & (col < seen_cols)]
     seen = replace(
