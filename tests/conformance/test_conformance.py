@@ -21,6 +21,7 @@ from tests.conformance.known import NO_VIDEO, NOT_SQUARE, WRONG
 from tests.conformance.measuring import WORST, Measured, measured
 from tests.conformance.overrides import CLIPS, DUAL_ENCODERS
 from tests.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.hooks import record
 from xmodal_interp.hooks.bypass import CHUNKED_NOTE
 
 LIMIT = 1e-5  # of a probability, in float32
