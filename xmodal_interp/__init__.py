@@ -34,6 +34,7 @@ from xmodal_interp.hooks import mean_head_outputs as mean_head_outputs
 from xmodal_interp.hooks import record as record
 from xmodal_interp.models import VLM as VLM
 from xmodal_interp.models import Family as Family
+from xmodal_interp.models import Video as Video
 from xmodal_interp.models import load as load
 from xmodal_interp.sample import Sample as Sample
 from xmodal_interp.store import Store as Store

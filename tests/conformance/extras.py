@@ -9,6 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.conformance.prompts import padded, words
+from tests.conformance.sounds import sounds as sounds
+from tests.conformance.sounds import sounds_by_frequency as sounds_by_frequency
+from tests.conformance.sounds import sounds_in_samples as sounds_in_samples
 
 Inputs = dict[str, Any]
 

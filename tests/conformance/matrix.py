@@ -10,6 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import transformers
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from tests.conformance.building import tiny, types
-from tests.conformance.known import NOT_SQUARE, WRONG
+from tests.conformance.known import NO_VIDEO, NOT_SQUARE, WRONG
 from tests.conformance.measuring import Measured, measured
+from tests.conformance.overrides import CLIPS
 from tests.models.records import RECORDS
 from xmodal_interp.hooks import Identity
 from xmodal_interp.models import support
@@ -41,7 +43,7 @@ def row_of(model_type: str, found: Measured) -> dict[str, Any]:
         "without_matrix": _by_role(recordings[0].without_matrix),
         "as_probabilities": _by_role(each for each in modules if each.module in dense),
         "idle": _by_role(each for each in modules if each.module not in ran),
-        "outputs_same": found.forward.same,
+        "outputs_same": all(run.same for run in (found.forward, *found.others)),
         "worst_error": float(f"{found.error:.0e}"),
         "generation": None if found.generation is None else found.generation.same,
         "processor": _processor(model_type),
@@ -53,8 +55,12 @@ def row_of(model_type: str, found: Measured) -> dict[str, Any]:
 
 
 def measured_again(model_type: str) -> dict[str, Any]:
-    """The row of a type, from a run of its tiny model."""
-    return row_of(model_type, measured(tiny(model_type)))
+    """The row of a type, from runs of its tiny model: with images, and videos if it takes them."""
+    found = measured(tiny(model_type))
+    if model_type in CLIPS and model_type not in NO_VIDEO:
+        videos = measured(tiny(model_type, video=True))
+        found = replace(found, others=(*found.others, *videos.runs))
+    return row_of(model_type, found)
 
 
 def versions() -> dict[str, str]:

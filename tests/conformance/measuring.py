@@ -52,15 +52,17 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A forward, and a generation if the model can generate."""
+    """A forward, a generation if the model can generate, and what else it offers."""
 
     forward: Run
     generation: Run | None
+    others: tuple[Run, ...] = ()
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """Both, or the one there is."""
-        return (self.forward,) if self.generation is None else (self.forward, self.generation)
+        """All of them."""
+        generation = () if self.generation is None else (self.generation,)
+        return (self.forward, *generation, *self.others)
 
     @property
     def error(self) -> float:
@@ -87,9 +89,11 @@ class Measured:
 def measured(tiny: Tiny) -> Measured:
     """Run a tiny model in all ways."""
     forward = _run(tiny.model, lambda: tiny.model(**tiny.inputs))
+    others = tuple(_run(tiny.model, call) for call in tiny.others)
     if not tiny.generates:
-        return Measured(forward, None)
-    return Measured(forward, _run(tiny.model, lambda: tiny.model.generate(**tiny.generate_inputs)))
+        return Measured(forward, None, others)
+    generation = _run(tiny.model, lambda: tiny.model.generate(**tiny.generate_inputs))
+    return Measured(forward, generation, others)
 
 
 def _run(model: torch.nn.Module, call: Callable[[], Any]) -> Run:

@@ -24,8 +24,8 @@ TYPES = ("token_type_ids", "mm_token_type_ids")
 def placeholders(model: PreTrainedModel, record: Record, images: Pixels) -> Inputs:
     """A token in the prompt for each feature of an image; types of tokens where they are taken."""
     counts = _image_tokens(model, record, images)
-    before, after = _first(model.config, BEFORE_IMAGE), _first(model.config, AFTER_IMAGE)
-    token = record.image_token or _first(model.config, IMAGE_TOKEN)[0]
+    before, after = first_of(model.config, BEFORE_IMAGE), first_of(model.config, AFTER_IMAGE)
+    token = record.image_token or first_of(model.config, IMAGE_TOKEN)[0]
     runs = iter([before + [token] * count + after for count in counts])
     rows = []
     for row, n in enumerate(record.images_per_row):
@@ -75,21 +75,28 @@ def padded(rows: Sequence[list[int]]) -> Inputs:
     }
 
 
-@torch.no_grad()
 def _image_tokens(model: PreTrainedModel, record: Record, images: Pixels) -> list[int]:
     """How many tokens each image becomes: the record says it, or the model."""
     n_images = sum(record.images_per_row)
     told = record.tokens_per_image
     if told is not None:
         return [told] * n_images if isinstance(told, int) else list(told)
-    ask = getattr(model, "get_image_features", None) or model.base_model.get_image_features
-    features = ask(**images)
+    return n_tokens_of(model, "image", images, n_images)
+
+
+@torch.no_grad()
+def n_tokens_of(model: PreTrainedModel, kind: str, given: Pixels, n: int) -> list[int]:
+    """How many tokens each of ``n`` images or videos becomes, by the model's own features."""
+    name = f"get_{kind}_features"
+    ask = getattr(model, name, None) or getattr(model.base_model, name)
+    features = ask(**given)
     features = getattr(features, "pooler_output", features)
     if isinstance(features, Tensor):
-        return [features.numel() // features.shape[-1] // n_images] * n_images
+        return [features.numel() // features.shape[-1] // n] * n
     return [part.numel() // part.shape[-1] for part in features]
 
 
-def _first(config: PreTrainedConfig, names: Sequence[str]) -> list[int]:
+def first_of(config: PreTrainedConfig, names: Sequence[str]) -> list[int]:
+    """The first of these tokens that a configuration knows, if any."""
     found = [getattr(config, name, None) for name in names]
     return [token for token in found if token is not None][:1]

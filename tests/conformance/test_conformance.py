@@ -6,21 +6,27 @@ looked at while the recorder was written: dual encoders, other text models insid
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from fnmatch import fnmatchcase
 
 import pytest
 import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests.attention.test_stitching import BACKBONES, llava_over
 from tests.conformance.building import STEPS, Tiny, representatives, tiny, types
-from tests.conformance.known import NOT_SQUARE, WRONG
+from tests.conformance.known import NO_VIDEO, NOT_SQUARE, WRONG
 from tests.conformance.measuring import WORST, Measured, measured
-from tests.conformance.overrides import DUAL_ENCODERS
+from tests.conformance.overrides import CLIPS, DUAL_ENCODERS
 from tests.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.hooks import record
+from xmodal_interp.hooks.bypass import CHUNKED_NOTE
 
 LIMIT = 1e-5  # of a probability, in float32
 SOME_DUAL_ENCODERS = ["clip", "siglip", "blip_itm", "bridgetower", "groupvit"]
+WITH_VIDEO = {f"{name} with video": name for name in CLIPS if name not in NO_VIDEO}
 OVER = {f"llava over {text}": text for text in ("gpt_oss", "gemma2")}
 Found = tuple[str, Measured]
 
@@ -29,14 +35,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "found" in metafunc.fixturenames:
         everything = metafunc.config.getoption("all_types")
         names = [*types(), *DUAL_ENCODERS] if everything else representatives() + SOME_DUAL_ENCODERS
-        metafunc.parametrize("found", [*names, *OVER], indirect=True, scope="module")
+        videos = WITH_VIDEO if everything else some_with_video()
+        metafunc.parametrize("found", [*names, *videos, *OVER], indirect=True, scope="module")
+
+
+def some_with_video() -> list[str]:
+    """The first type of each way to read videos."""
+    ways = {CLIPS[name]: shown for shown, name in reversed(WITH_VIDEO.items())}
+    return list(ways.values())
 
 
 @pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest) -> Found:
     name = request.param
-    model = _llava_over(OVER[name]) if name in OVER else tiny(name)
-    return name, measured(model)
+    if name in OVER:
+        return name, measured(_llava_over(OVER[name]))
+    return name, measured(tiny(WITH_VIDEO.get(name, name), video=name in WITH_VIDEO))
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +97,47 @@ def test_probabilities_give_the_output_and_are_those_of_eager(found: Found) -> N
     assert [error for error in errors if not error < LIMIT] == []
     eager = [error for run in model.runs for error in run.exactness.eager_errors]
     assert [error for error in eager if not error < LIMIT] == []
+
+
+def test_all_types_that_take_videos_are_tried() -> None:
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    takes = {
+        name
+        for name in types()
+        if "pixel_values_videos"
+        in inspect.signature(getattr(transformers, mapping[name]).forward).parameters
+    }
+    assert set(CLIPS) == takes
+    assert set(NO_VIDEO) <= takes
+
+
+def run_with_video(name: str) -> None:
+    made = tiny(name, video=True)
+    made.model(**made.inputs)
+
+
+@pytest.mark.parametrize("name", NO_VIDEO)
+def test_some_types_fail_on_videos_by_themselves(name: str) -> None:
+    with pytest.raises((RuntimeError, TypeError), match=NO_VIDEO[name]):
+        run_with_video(name)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_sounds_in_chunks_are_heard_as_probabilities(name: str) -> None:
+    """A chunk of queries sees the keys around it: five axes, joined to four, and said so."""
+    model = tiny(name)
+    with record(model.model, towers=["audio"]) as recording, torch.no_grad():
+        model.model(**model.inputs)
+    assert len(recording.calls) == 2
+    for call in recording.calls:
+        assert call.note == CHUNKED_NOTE
+        assert (call.n_queries, call.n_keys) == (12, 8)  # three chunks of 4; 4 keys before each
+        probs, visible = call.probs(), call.visible().expand(2, -1, -1, -1)
+        seeing = visible.any(-1).expand(probs.shape[:-1])
+        assert seeing.any()
+        torch.testing.assert_close(probs[seeing].sum(-1), torch.ones(int(seeing.sum())))
+        assert probs[seeing][~visible.expand(probs.shape)[seeing]].max() < 1e-6
+        assert not visible[1, 0, -1].any()  # the shorter sound ends before
 
 
 def test_each_module_has_a_name_of_its_own(found: Found) -> None:

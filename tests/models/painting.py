@@ -24,17 +24,16 @@ from xmodal_interp.models.labelling import Prompt
 QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}
 """Types that add the image's features inside of the language model, not to its input."""
-SHARED = {"gemma3n": "timm_model.blocks.3"}
-"""A coarser stage that is fused in, each of whose features is that of several tokens."""
 OVERLAPPING = {
-    **dict.fromkeys(("florence2", "got_ocr2", "pp_chart2table", "step3p7"), 1 / 4),
-    **dict.fromkeys(("fast_vlm", "gemma3n", "chameleon", "emu3"), 1 / 4),
-    "unlimited_ocr": 3 / 8,
+    **dict.fromkeys(("florence2", "got_ocr2", "step3p7", "pp_chart2table", "fast_vlm"), 1 / 4),
+    **dict.fromkeys(("gemma3n", "chameleon", "emu3"), 1 / 4),
+    **dict.fromkeys(("unlimited_ocr", "deepseek_ocr2"), 3 / 8),
 }
 """Types whose convolutions also look at neighbours: what is left unpainted on each side."""
-
 POOLING = {"molmo2": "image_pooling_2d"}
 """Where types have an attention by which a token pools patches of its own only: it stays on."""
+SHARED = {"gemma3n": "timm_model.blocks.3"}
+"""A coarser stage that is fused in, each of whose features is that of several tokens."""
 
 
 class _SeenError(Exception):
@@ -55,10 +54,11 @@ def vlm_of(model_type: str) -> VLM:
             setattr(processor, name, value)
     language = language_of(model)
     inside = set(language.modules()) if model_type not in INTO_LAYERS else set()
-    pooling, shared = POOLING.get(model_type), SHARED.get(model_type)
+    pooling = POOLING.get(model_type)
     for name, module in model.named_modules():
         mixes = _mixes(module) and name.rpartition(".")[-1] != pooling
-        if module not in inside and (mixes or (shared is not None and name.endswith(shared))):
+        shared = name.endswith(SHARED.get(model_type, "/"))
+        if module not in inside and (shared or mixes):
             module.register_forward_hook(_nothing)
         elif isinstance(module, nn.GroupNorm):  # its statistics are those of the whole image
             module.register_forward_hook(_as_given)
@@ -253,13 +253,18 @@ def changes(
     """How much each position's input changes when a box is painted, ``[position]``.
 
     Args:
-        vlm: Its tower does not mix positions.
+        vlm: A model with its processor.
         image: What is painted.
         box: Where.
-        plain: The inputs with nothing painted.
-        before: Other images before it.
+        plain: The inputs when nothing is painted.
+        before: Images before it in the prompt.
     """
-    edge = (box[2:] - box[:2]) * OVERLAPPING.get(vlm.family.model_type, 0)
-    box = box + np.concatenate([edge, -edge])
+    box = middle_of(vlm.family.model_type, box)
     other, _ = embeddings(vlm, [*before, painted(image, box)])
     return np.linalg.norm(other - plain, axis=1)
+
+
+def middle_of(model_type: str, box: np.ndarray) -> np.ndarray:
+    """What is painted of a box: its middle, where a type's convolutions look at neighbours too."""
+    edge = (box[2:] - box[:2]) * OVERLAPPING.get(model_type, 0)
+    return box + np.concatenate([edge, -edge])

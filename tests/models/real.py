@@ -116,7 +116,7 @@ def prompt(model_type: str, n_images: int, question: str) -> str:
 
 
 def chat_template(record: Record) -> str:
-    """``user: IMAGE question assistant:``, images and texts in the order given."""
+    """``user: IMAGE question assistant:``, images, videos and texts in the order given."""
     return (
         ("{{ bos_token }}" if record.begins else "") + "{% for message in messages %}"
         "{% if not loop.first %}\n{% endif %}{{ message['role'] }}: "
@@ -124,6 +124,8 @@ def chat_template(record: Record) -> str:
         "{% for part in message['content'] %}{% if not loop.first %} {% endif %}"
         "{% if part['type'] == 'image' %}"
         + record.image
+        + "{% elif part['type'] == 'video' %}"
+        + record.clip
         + "{% else %}{{ part['text'] }}{% endif %}"
         "{% endfor %}{% endif %}"
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"

@@ -52,10 +52,10 @@ PAINTED = (
     *("llava_next", "llava_onevision", "llava_next_video"),
     *("idefics3", "smolvlm", "internvl", "aya_vision", "cohere2_vision", "ovis2", "llama4"),
     *("got_ocr2", "florence2", "granite4_vision", "perception_lm"),
-    *("fuyu", "inkling2", "inkling_mm_model", "nemotron_h_omni", "pi0", "pp_chart2table"),
-    *("chameleon", "emu3", "fast_vlm", "gemma3n", "shieldgemma2"),
     *("lfm2_vl", "granite_docling", "hunyuan_vl", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
     *("molmo2", "step3p7", "unlimited_ocr"),
+    *("fuyu", "inkling2", "inkling_mm_model", "nemotron_h_omni", "pi0", "pp_chart2table"),
+    *("chameleon", "emu3", "fast_vlm", "gemma3n", "shieldgemma2"),
 )
 PAN_AND_SCAN = {
     "do_pan_and_scan": True,
@@ -177,7 +177,7 @@ def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
 
 
 def test_every_rule_is_painted() -> None:
-    """Queries have no boxes (their patches: test_towers); Mllama's are painted in test_geometry."""
+    """Queries have no boxes (patches: test_towers, test_split); Mllama: test_geometry."""
     ruled = {name for name, family in FAMILIES.items() if family.geometry is not None}
     assert ruled - set(PAINTED) == {*QUERYING, "deepseek_ocr2", "mllama"}
     assert set(PAINTED) <= ruled

@@ -30,6 +30,7 @@ from xmodal_interp.hooks.tap import RawCall
 
 _SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
 _FAR_BELOW = 1e3  # the least of a row's scores under its best one that only a mask can lead to
+_NO_SCORE = -1e8  # the best score of a row that only a mask can lead to: Gemma 4 hides by -1e9
 
 KERNEL_NOTE = "heard beside transformers' attention interface"
 DENSE_NOTE = "probabilities as the module computed them: queries and keys do not carry its scores"
@@ -193,7 +194,7 @@ def _of_softmax(module: nn.Module, scores: Tensor, output: Tensor) -> DenseCall:
     given = scores.detach()
     lowest = hidden_below(given.dtype) if given.is_floating_point() else -torch.inf
     best = given.amax(-1, keepdim=True)
-    hidden = (given <= lowest) | (given < best - _FAR_BELOW)
+    hidden = (given <= lowest) | (given < best - _FAR_BELOW) | (best < _NO_SCORE)
     visible = None if not hidden.any() else ~hidden
     probs = output.detach().float()
     if visible is not None:

@@ -30,6 +30,10 @@ class Family:
             image by cross-attention, whose keys the rule places.
         video: The rule that places video tokens on frames, if there is one.
         video_token: Attribute that holds the id of the video placeholder, if there is one.
+        video_tower: Name of the module that reads videos only, where there is one; the others then
+            read images.
+        in_order: Whether images and videos are read together in the order of the prompt, not all
+            images of a batch and then all of its videos.
         placeholder: Attribute of the processor that holds what a prompt has where an image goes.
         flat_images: Whether the processor takes a plain list of images, not one list per prompt.
         in_front: Whether the processor puts images before the prompt by itself, so that a bare
@@ -46,6 +50,8 @@ class Family:
     in_sequence: bool = True
     video: VideoRule | None = None
     video_token: str | None = None
+    video_tower: str | None = None
+    in_order: bool = False
     placeholder: str = "image_token"
     flat_images: bool = False
     in_front: bool = False

@@ -21,6 +21,7 @@ from xmodal_interp.models.alignment import (
 )
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid, unplaced
+from xmodal_interp.models.opening import Video
 from xmodal_interp.models.rendering import Rendered, spans_in
 from xmodal_interp.models.tokens import (
     Columns,
@@ -46,6 +47,7 @@ class Prompt:
         cross_keys: One row per cross-attention key, for families whose images are not in the
             sequence.
         video_grids: The grid of each video.
+        videos: The videos, in order.
     """
 
     text: str
@@ -55,6 +57,7 @@ class Prompt:
     columns: Columns
     cross_keys: pd.DataFrame | None
     video_grids: tuple[VideoGrid, ...] = ()
+    videos: tuple[Video, ...] = ()
 
     @cached_property
     def tokens(self) -> pd.DataFrame:
@@ -73,6 +76,7 @@ class Made:
         replacements: What the processor reports to have replaced; None where it doesn't.
         grids: The grid of each image; None where the family has no rule.
         video_grids: The grid of each video.
+        videos: The videos, in order.
     """
 
     question: str
@@ -81,6 +85,7 @@ class Made:
     replacements: Sequence[Mapping[str, Any]] | None
     grids: tuple[ImageGrid, ...] | None
     video_grids: tuple[VideoGrid, ...]
+    videos: tuple[Video, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +135,16 @@ class Labeller:
         crossed = None if self.family.in_sequence else grid_table(grids)
         if crossed is None:
             columns = with_places(columns, grids, made.video_grids)
-        text, images = alignment.text, made.images
-        return Prompt(text, made.question, images, grids, columns, crossed, made.video_grids)
+        return Prompt(
+            alignment.text,
+            made.question,
+            made.images,
+            grids,
+            columns,
+            crossed,
+            made.video_grids,
+            made.videos,
+        )
 
     def _placeholders(self) -> Placeholders:
         family = self.family

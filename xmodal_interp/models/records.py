@@ -62,13 +62,13 @@ _RECORDS: tuple[Family, ...] = (
         Family(
             name,
             geometry=geometry.MergedPatches(by_rows=True),
-            video=geometry.MergedFrames(),
+            video=geometry.MergedFrames(by_rows=True),
             video_token=_VIDEO,
         )
         for name in ("paddleocr_vl", "muse_glimmer", "muse_spark")
     ),
-    Family("nemotron_h_omni", geometry=geometry.counted_patches),
     Family("hunyuan_vl", geometry=geometry.MergedPatches(by_rows=True, framed=True)),
+    Family("nemotron_h_omni", geometry=geometry.counted_patches),
     Family("mistral3", geometry=geometry.sized_patches),
     Family("mistral_large4", geometry=geometry.sized_patches),
     Family("lighton_ocr", geometry=geometry.sized_patches),
@@ -95,6 +95,7 @@ _RECORDS: tuple[Family, ...] = (
         geometry=geometry.fixed_grid,
         video=geometry.SingleFrames(before=1),
         video_token=_VIDEO,
+        video_tower="video_tower",
     ),
     Family("paligemma", geometry=geometry.fixed_grid, in_front=True),
     Family(
@@ -136,7 +137,8 @@ _RECORDS: tuple[Family, ...] = (
     Family(
         "internvl",
         geometry=_BEST_CANVAS,
-        video=geometry.SingleFrames(merge="downsample_ratio"),
+        video=geometry.SingleFrames(merge="downsample_ratio", class_token=True),
+        in_order=True,
     ),
     Family("qianfan_ocr", geometry=_BEST_CANVAS, placeholder="image_placeholder_token"),
     Family("aya_vision", geometry=_SHUFFLED),
@@ -171,9 +173,13 @@ _RECORDS: tuple[Family, ...] = (
             geometry.largest_canvas,
             merge="projector_pooling_ratio",
             thumbnail="first",
+            class_token="first",
+            class_token_if="vision_use_cls_token",
             thumbnail_of_one=True,
         ),
-        video=geometry.SingleFrames(merge="projector_pooling_ratio"),
+        video=geometry.SingleFrames(
+            merge="projector_pooling_ratio", class_token="vision_use_cls_token"
+        ),
         video_token=_VIDEO,
     ),
     Family(
@@ -217,15 +223,6 @@ _RECORDS: tuple[Family, ...] = (
         for name in ("blip-2", "instructblip")
     ),
     Family(
-        "instructblipvideo",
-        "video_token_id",
-        geometry=geometry.QueryTokens(
-            "num_query_tokens", class_token=True, show=geometry.shown_in_frames
-        ),
-        in_front=True,
-        reason=_QUERIES,
-    ),
-    Family(
         "deepseek_ocr2",
         geometry=geometry.SeparateTiles(
             geometry.large_pages, geometry.fitted, encoded=True, queries=True, behind=1
@@ -233,6 +230,15 @@ _RECORDS: tuple[Family, ...] = (
         reason="Its image tokens are learned queries behind the cells of each view in the vision "
         "tower: they have no row and column of their own. What they take of the cells is told by "
         "xi.attention_rollout(..., tower='vision').",
+    ),
+    Family(
+        "instructblipvideo",
+        "video_token_id",
+        geometry=geometry.QueryTokens(
+            "num_query_tokens", class_token=True, show=geometry.shown_in_frames
+        ),
+        in_front=True,
+        reason=_QUERIES,
     ),
     Family("idefics2", geometry=geometry.resampled_patches, reason=_QUERIES),
     Family("aria", geometry=geometry.query_crops, reason=_QUERIES),

@@ -18,7 +18,7 @@ from xmodal_interp.models.decoding import GREEDY, check_decoding
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
 from xmodal_interp.models.labelling import Labeller, Made, Prompt
-from xmodal_interp.models.opening import ImageLike, Video, flat, open_image
+from xmodal_interp.models.opening import ImageLike, Video, flat, open_image, open_video
 from xmodal_interp.models.records import family_of
 from xmodal_interp.models.rendering import rendered
 from xmodal_interp.models.wrapping import input_device, refuse_virtual_tokens
@@ -68,40 +68,41 @@ class VLM:
 
         Args:
             images: For each sample, its images in order.
-            questions: For each sample, its question. One that already holds the image placeholder
-                is taken as the whole prompt; any other is put into the chat template behind its
-                images.
+            questions: For each sample, its question. One that already holds the image or video
+                placeholder is taken as the whole prompt; any other is put into the chat template
+                behind its images and its videos.
             system: A system message, for the chat template.
-            videos: For each sample, its videos in order. Their questions must be whole prompts,
-                with the processor's video placeholder where each goes.
+            videos: For each sample, its videos in order.
 
         Raises:
             GeometryError: The processor's ids are not what the prompt and the family's rule lead
                 to, or the family has no rule for videos.
-            InputError: An empty question, an image that cannot be read, or a processor without a
-                chat template.
+            InputError: An empty question, an image that cannot be read, something that is no video,
+                a processor without a chat template, or one that leaves videos out.
         """
         opened = [tuple(open_image(image) for image in of_sample) for of_sample in images]
-        shown = [tuple(video.opened() for video in of_sample) for of_sample in videos or ()]
+        shown = [tuple(open_video(video) for video in of_sample) for of_sample in videos or ()]
         shown = shown or [()] * len(opened)
+        if flat(shown) and self.family.video is None:
+            raise GeometryError(
+                "Videos need a rule that places their tokens. There is none for the model type "
+                f"{self.family.model_type!r}."
+            )
         prompts = [
             rendered(
                 self.processor,
                 question,
                 self.placeholder,
                 len(of),
+                video_placeholder=self.video_placeholder,
+                n_videos=len(clips),
                 system=system,
                 in_front=self.family.in_front,
                 answer=not self.family.writes_prompt,
             )
-            for question, of in zip(questions, opened, strict=True)
+            for question, of, clips in zip(questions, opened, shown, strict=True)
         ]
         texts = [prompt.text for prompt in prompts]
-        if flat(shown) and self.family.video is None:
-            raise GeometryError(
-                "Videos need a rule that places their tokens. There is none for the model type "
-                f"{self.family.model_type!r}."
-            )
         inputs = self.processor(
             images=self._given(opened),
             text=texts,
@@ -129,7 +130,9 @@ class VLM:
         labelled = [
             labeller.prompt(Made(*made), ids[i].tolist(), attended[i].bool().tolist())
             for i, made in enumerate(
-                zip(questions, opened, prompts, replacements, grids, video_grids, strict=True)
+                zip(
+                    questions, opened, prompts, replacements, grids, video_grids, shown, strict=True
+                )
             )
         ]
         device = input_device(self.model)
@@ -156,6 +159,14 @@ class VLM:
         token_id = self.family.image_token_id(self.model.config)
         if token is None and token_id is not None:
             token = self.tokenizer.convert_ids_to_tokens(token_id)
+        return None if token is None else str(getattr(token, "content", token))
+
+    @property
+    def video_placeholder(self) -> str | None:
+        """What a prompt has where a video goes; None where the family has no rule for videos."""
+        if self.family.video is None:
+            return None
+        token = getattr(self.processor, "video_token", None)
         return None if token is None else str(getattr(token, "content", token))
 
     def _given(self, opened: Sequence[tuple[Image.Image, ...]]) -> list[Any] | None:

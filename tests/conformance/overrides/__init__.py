@@ -1,5 +1,6 @@
 """What the generic rules cannot know, type by type, as data: a short record where one is needed."""
 
+from tests.conformance.overrides.clips import CLIPS, Clip
 from tests.conformance.overrides.dual_encoders import DUAL_ENCODERS
 from tests.conformance.overrides.images import IMAGES
 from tests.conformance.overrides.other_ways import OTHER_WAYS
@@ -8,4 +9,4 @@ from tests.conformance.overrides.record import Record
 
 RECORDS: dict[str, Record] = IMAGES | PACKED | OTHER_WAYS
 
-__all__ = ["DUAL_ENCODERS", "RECORDS", "Record"]
+__all__ = ["CLIPS", "DUAL_ENCODERS", "RECORDS", "Clip", "Record"]

@@ -85,6 +85,7 @@ IMAGES: dict[str, Record] = {
             | {f"<|visual token {i:06d}|>": 40 + i for i in range(CODES)},
         },
         pixels="sized",
+        methods=("words_to_images",),
     ),
     "fast_vlm": Record(
         {
@@ -114,12 +115,33 @@ IMAGES: dict[str, Record] = {
                 "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
                 "intermediate_size": 48,
             },
+            "audio_soft_tokens_per_image": 12,
+            "audio_config": {
+                "input_feat_size": 16,
+                "vocab_size": 8,
+                "vocab_offset": 120,
+                "conf_attention_chunk_size": 4,
+                "conf_attention_context_left": 5,
+                "conf_reduction_factor": 1,
+                "sscp_conv_channel_size": (8, 4),
+            },
         },
         side=64,
+        extras=("sounds",),
     ),
     "gemma4": Record(
-        {"text_config": {"global_head_dim": 16}, "vision_config": {"position_embedding_size": 64}},
+        {
+            "text_config": {"global_head_dim": 16},
+            "vision_config": {"position_embedding_size": 64},
+            "audio_config": {
+                "model_type": "gemma4_audio",
+                "attention_chunk_size": 4,
+                "attention_context_left": 5,
+                "output_proj_dims": 32,
+            },
+        },
         pixels="placed",
+        extras=("sounds",),
     ),
     "gemma4_unified": Record(
         {
@@ -159,7 +181,8 @@ IMAGES: dict[str, Record] = {
                 "projection_dim": 32,
                 "image_token_embed_dim": 32,
             }
-        }
+        },
+        methods=("images_to_codes", "codes_to_images"),
     ),
     "lfm2_vl": Record(pixels="padded_patches", idle=(POOLING_HEAD,)),
     "lighton_ocr": Record(pixels="sized"),

@@ -5,6 +5,8 @@ from tests.conformance.overrides.record import Record
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 MULTIMODAL_ROPE = {"text_config": {"rope_parameters": MROPE}}
 WINDOWS = {"window_size": 16, "fullatt_block_indexes": [1], "depth": 2}
+# MiniCPM-V's windows of patches look at each other behind a layer of the tower.
+MERGED_IN_TOWER = {"image_token_id": 8, "video_token_id": 9, "insert_layer_id": 0}
 
 PACKED: dict[str, Record] = {
     "cohere_compass": Record({"text_config": {"rope_parameters": {"full_attention": MROPE}}}),
@@ -20,8 +22,15 @@ PACKED: dict[str, Record] = {
                 "swa_head_dim": 16,
                 "swa_qk_nope_head_dim": 8,
                 "swa_v_head_dim": 8,
-            }
-        }
+            },
+            "audio_config": {
+                "feature_size": 16,
+                "adapter_input_size": 32,
+                "adapter_out_dim": 32,
+                "downsample_hidden_size": 8,
+            },
+        },
+        extras=("sounds_in_samples",),
     ),
     "ernie4_5_vl_moe": Record(
         {
@@ -49,9 +58,9 @@ PACKED: dict[str, Record] = {
     "hyperclovax_vision_v2": Record({"vision_config": WINDOWS}),
     "inkling2": Record(pixels="packed_merged"),
     "kimi_k25": Record(pixels="packed_images"),
-    "minicpm_ocr": Record({"image_token_id": 8}, pixels="packed_rows"),
-    "minicpmv4_6": Record({"image_token_id": 8}, pixels="packed_rows"),
-    "minicpmv4_7": Record({"image_token_id": 8}, pixels="packed_rows"),
+    "minicpm_ocr": Record(MERGED_IN_TOWER | {"downsample_mode": "16x"}, pixels="packed_rows"),
+    "minicpmv4_6": Record(MERGED_IN_TOWER, pixels="packed_rows"),
+    "minicpmv4_7": Record(MERGED_IN_TOWER, pixels="packed_rows"),
     "minimax_m3_vl": Record(
         {"merged_hidden_size": 128, "text_config": {"index_block_size": 4, "index_topk_blocks": 2}}
     ),
@@ -65,10 +74,19 @@ PACKED: dict[str, Record] = {
     "nemotron_h_omni": Record(
         {
             "image_token_id": 8,
+            "audio_token_id": 9,
             "vision_config": {"max_img_size": 32},
             "text_config": {"n_groups": 1, "expand": 1},
+            "audio_config": {
+                "model_type": "parakeet_encoder",
+                "num_mel_bins": 16,
+                "subsampling_conv_channels": 8,
+                "projection_hidden_size": 48,
+                "projection_bias": False,
+            },
         },
         pixels="packed_flat",
+        extras=("sounds",),
     ),
     "paddleocr_vl": Record(MULTIMODAL_ROPE, pixels="packed_images"),
     "qwen2_5_omni_thinker": Record(
@@ -76,14 +94,21 @@ PACKED: dict[str, Record] = {
             "text_config": {"rope_parameters": MROPE},
             "vision_start_token_id": 20,
             "vision_config": WINDOWS,
-        }
+            "audio_config": {"num_mel_bins": 16, "n_window": 8},
+        },
+        extras=("sounds_by_frequency",),
     ),
     "qwen2_5_vl": Record(MULTIMODAL_ROPE | {"vision_config": WINDOWS}),
     "qwen2_vl": Record(MULTIMODAL_ROPE),
     "qwen3_5": Record(MULTIMODAL_ROPE),
     "qwen3_5_moe": Record(MULTIMODAL_ROPE),
     "qwen3_omni_moe_thinker": Record(
-        {"text_config": {"rope_parameters": MROPE}, "vision_start_token_id": 20}
+        {
+            "text_config": {"rope_parameters": MROPE},
+            "vision_start_token_id": 20,
+            "audio_config": {"num_mel_bins": 16, "downsample_hidden_size": 8},
+        },
+        extras=("sounds_by_frequency",),
     ),
     "qwen3_vl": Record(MULTIMODAL_ROPE),
     "qwen3_vl_moe": Record(

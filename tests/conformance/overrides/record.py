@@ -19,6 +19,7 @@ class Record:
             forward tells packed patches from square images.
         prompt: Name of the way it joins text and image, in ``prompts``.
         extras: Names of what else it takes, in ``extras``.
+        methods: Names of what else it offers that attends, in ``methods``.
         images_per_row: How many images each row of the batch holds.
         side: Side of an image in pixels, where the config doesn't say it.
         image_token: The placeholder, where the config doesn't say it.
@@ -34,6 +35,7 @@ class Record:
     pixels: str | None = None
     prompt: str = "placeholders"
     extras: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
     images_per_row: tuple[int, ...] = (1, 1)
     side: int | None = None
     image_token: int | None = None

@@ -81,6 +81,7 @@ RECORDS: tuple[Record, ...] = (
         "whose aspect ratio is nearest (min_patches..max_patches), cut; a thumbnail comes last. "
         "Then pixel shuffle by config.downsample_ratio.",
         image="<IMG_CONTEXT>",
+        video="<video>",
         named={
             "start_image_token": "<img>",
             "end_image_token": "</img>",

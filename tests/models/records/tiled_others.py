@@ -165,10 +165,10 @@ RECORDS: tuple[Record, ...] = (
             "cut into slices (max_slice_nums) after it, each resized, shape kept; tokens are four "
             "or sixteen patches (downsample_mode).",
             named=_MINICPM_NAMED,
-            images={"scale_resolution": 96, "patch_size": 4, "max_slice_nums": 4},
-            videos={"scale_resolution": 64, "patch_size": 4, "max_slice_nums": 1},
+            images={"scale_resolution": 96, "patch_size": 8, "max_slice_nums": 4},
+            videos={"scale_resolution": 64, "patch_size": 8, "max_slice_nums": 1},
             config={
-                "vision_config": {"image_size": 64, "patch_size": 4, "insert_layer_id": 0},
+                "vision_config": {"image_size": 64, "patch_size": 8, "insert_layer_id": 0},
                 "text_config": {
                     "linear_key_head_dim": 8,
                     "linear_value_head_dim": 8,
@@ -179,7 +179,7 @@ RECORDS: tuple[Record, ...] = (
                 },
                 "insert_layer_id": 0,
                 "image_size": 64,
-                "patch_size": 4,
+                "patch_size": 8,
                 "image_token_id": Token("<image>"),
                 "video_token_id": Token("<video>"),
             },

@@ -65,9 +65,9 @@ class SizedTiles:
         for image, tiling, count in zip(images, tilings, counts, strict=True):
             own = shapes[start : start + count]
             start += count
+            tower = self._arranged(tiling, own, image)
             merged = [(rows // block, cols // block) for rows, cols in own]
             tokens = self._arranged(tiling, merged, image)
-            tower = self._arranged(tiling, own, image)
             if length is not None:
                 tower = [part for view in tower for part in (view, nowhere(length - len(view)))]
             grids.append(image_grid(image.size, tokens, tower))
