@@ -20,7 +20,6 @@ _QUERIES = (
     "row and column of their own; xi.on_patches puts what is on them on the patches they look at."
 )
 
-
 _MERGED = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
@@ -37,10 +36,7 @@ _BEST_CANVAS = geometry.SplitTiles(
 _SHUFFLED = geometry.SplitTiles(geometry.best_canvas, merge="downsample_factor")
 _CROPS = geometry.SplitTiles(geometry.crops, merge="mm_tokens_per_image", thumbnail="first")
 _SLICES = geometry.SizedTiles(
-    geometry.slices,
-    sizes="target_sizes",
-    block=geometry.slice_block,
-    thumbnail="first",
+    geometry.slices, sizes="target_sizes", block=geometry.slice_block, thumbnail="first"
 )
 _FITTED = geometry.FixedGrid(show=geometry.fitted)
 
@@ -264,15 +260,10 @@ _NOT_PLACEHOLDERS: dict[str, str] = {
     "the picture, and that may be any model.",
 }
 
-_RECORDS = (
-    *_RECORDS,
-    *(
-        Family(name, image_token=None, in_front=True, reason=reason)
-        for name, reason in _NOT_PLACEHOLDERS.items()
-    ),
-)
-
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS} | {
+    name: Family(name, image_token=None, in_front=True, reason=reason)
+    for name, reason in _NOT_PLACEHOLDERS.items()
+}
 
 
 def family_of(config: Any) -> Family:
