@@ -1,8 +1,10 @@
 """Every type has a record, and every record a rule or a reason."""
 
+import copy
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -107,3 +109,12 @@ def test_a_processor_that_writes_prompts_is_told_the_policy() -> None:
         "A processor that writes the prompts itself holds all images of a batch against the same "
         "policy. Got 2 questions; give each a batch of its own."
     )
+
+
+def test_patches_without_a_tower_are_given_in_the_models_precision() -> None:
+    vlm = vlm_of("fuyu")
+    half = replace(vlm, model=copy.deepcopy(vlm.model).to(torch.bfloat16))
+    inputs, _ = half.prepare([[Image.new("RGB", (64, 48))]], ["what ?"])
+    assert inputs["image_patches"].dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.isfinite(half.model(**inputs).logits).all()

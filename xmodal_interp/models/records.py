@@ -15,10 +15,11 @@ from xmodal_interp.models import geometry
 from xmodal_interp.models.family import Family
 
 _VIDEO = "video_token_id"
-_QUERIES = (
+_LEARNED = (
     "Its image tokens are learned queries, each of which looks at all of the image: they have no "
-    "row and column of their own; xi.on_patches puts what is on them on the patches they look at."
+    "row and column of their own"
 )
+_QUERIES = f"{_LEARNED}; xi.on_patches puts what is on them on the patches they look at."
 
 _MERGED = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
@@ -249,8 +250,8 @@ _NOT_PLACEHOLDERS: dict[str, str] = {
     "git": "The model puts the patches before the text in its forward pass: its positions are more "
     "than the ids that it is given.",
     "idefics": "Its text reaches the images by cross-attention; a prompt has a mark for each only.",
-    "kosmos-2": _QUERIES + " Their ids are those of ordinary words; a mask tells where they stand.",
-    "kosmos-2.5": _QUERIES + " A mask tells where they stand in the sequence.",
+    "kosmos-2": f"{_LEARNED}. Their ids are those of ordinary words; a mask tells where they are.",
+    "kosmos-2.5": f"{_LEARNED}. A mask tells where they stand in the sequence.",
     "mistral4": "It reads text only.",
     "pix2struct": "Its text decoder reaches the patches by cross-attention; any question is "
     "drawn into the picture.",
