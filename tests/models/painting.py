@@ -9,20 +9,23 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import nn
 
 from tests.models.real import prompt as written
-from tests.models.real import real
-from tests.models.records import RECORDS
-from xmodal_interp.models import VLM
+from tests.models.real import real, settled
+from xmodal_interp.models import FAMILIES, VLM
 from xmodal_interp.models.labelling import Prompt
 
 QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}
 """Types that add the image's features inside of the language model, not to its input."""
-OVERLAPPING = {"florence2", "got_ocr2"}
+READ_BY = {"git": "git.encoder", "idefics": "model.gated_cross_attn_layers.0.cross_attn"}
+"""Where a model that reads the image's features has no module of its own for its language part."""
+FEATURES = ("encoder_hidden_states", "key_value_states", "inputs_embeds")
+OVERLAPPING = {"florence2", "got_ocr2", "pp_formulanet"}
 """Types whose convolutions also look at half of the neighbours: there the middle is painted."""
 
 
@@ -33,15 +36,8 @@ class _SeenError(Exception):
 @functools.cache
 def vlm_of(model_type: str) -> VLM:
     """The real processor with a model whose vision tower does not mix positions."""
-    known, processor = real(model_type)
-    model, processor = _plain(type(known)(copy.deepcopy(known.config))), copy.copy(processor)
-    processor.images_kwargs = {
-        **(getattr(processor, "images_kwargs", None) or {}),
-        **{k: v for k, v in RECORDS[model_type].call.items() if not k.startswith("return_")},
-    }
-    for name, value in RECORDS[model_type].call.items():
-        if name.startswith("return_"):
-            setattr(processor, name, value)
+    known, _ = real(model_type)
+    model, processor = _plain(type(known)(copy.deepcopy(known.config))), settled(model_type)
     language = language_of(model)
     inside = set(language.modules()) if model_type not in INTO_LAYERS else set()
     for module in model.modules():
@@ -63,7 +59,11 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 def language_of(model: nn.Module) -> nn.Module:
-    """What reads the image tokens among the text tokens."""
+    """What reads the image tokens, among the text tokens or beside them."""
+    if model.config.model_type in READ_BY:
+        return model.get_submodule(READ_BY[model.config.model_type])
+    if not FAMILIES[model.config.model_type].in_sequence:
+        return model.get_decoder()
     if not model.config.is_encoder_decoder:
         before = getattr(getattr(model.base_model, "encoder", None), "language_model", None)
         return model.get_decoder() if before is None else before
@@ -88,12 +88,22 @@ def _nothing(_module: nn.Module, _given: Any, output: Any) -> Any:
 
 
 def embeddings(vlm: VLM, images: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
-    """What the language model is given at each position, ``[position, d]``, and the positions."""
-    question = QUESTION
-    if vlm.processor.chat_template is None and not vlm.family.in_front:
+    """What the language model is given at each position, ``[position, d]``, and the positions.
+
+    Where text reaches the image by cross-attention: at each key.
+    """
+    question = QUESTION if vlm.family.reads_text else ""
+    if vlm.processor.chat_template is None and not vlm.family.in_front and question:
         question = written(vlm.family.model_type, len(images), QUESTION)
     inputs, (prompt,) = vlm.prepare([images], [question])
     return language_inputs(vlm, inputs), prompt
+
+
+def places_of(prompt: Prompt) -> pd.DataFrame:
+    """What stands at each position that :func:`embeddings` gives."""
+    if prompt.cross_keys is not None:
+        return prompt.cross_keys
+    return prompt.tokens[: prompt.n_encoder or len(prompt.tokens)]
 
 
 def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
@@ -101,14 +111,12 @@ def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
     seen: list[torch.Tensor] = []
 
     def look(_module: nn.Module, given: tuple, named: dict) -> None:
-        found = named.get("inputs_embeds")
+        found = next((named[name] for name in FEATURES if named.get(name) is not None), None)
         if found is None:
             found = next(each for each in given if torch.is_tensor(each) and each.ndim == 3)
         seen.append(found.detach())
         raise _SeenError
 
-    if vlm.model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
     with torch.no_grad():
         if vlm.family.model_type in INTO_LAYERS:
             output = vlm.model(**inputs, use_cache=False, output_hidden_states=True)

@@ -10,7 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.models.painting import QUESTION, changes, embeddings, painted, textured, vlm_of
+from tests.models.painting import (
+    QUESTION,
+    changes,
+    embeddings,
+    painted,
+    places_of,
+    textured,
+    vlm_of,
+)
 from xmodal_interp.models import FAMILIES, VLM, ImageGrid
 
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
@@ -40,6 +48,7 @@ PAINTED = (
     *("llava_next", "llava_onevision", "llava_next_video"),
     *("idefics3", "smolvlm", "internvl", "aya_vision", "cohere2_vision", "ovis2", "llama4"),
     *("got_ocr2", "florence2", "granite4_vision", "perception_lm"),
+    *("blip", "git", "idefics", "pix2struct", "pp_formulanet", "vision-encoder-decoder"),
 )
 N_TOKENS = 4  # of each view
 
@@ -56,7 +65,7 @@ def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple
     vlm = vlm_of(model_type)
     image = textured(*size)
     plain, prompt = embeddings(vlm, [image])
-    tokens = prompt.tokens
+    tokens = places_of(prompt)
     assert len(tokens) == len(plain)
     boxes = tokens[["x0", "y0", "x1", "y1"]].to_numpy()
     n_painted = 0
@@ -74,7 +83,7 @@ def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple
 BY_PATCH = sorted(
     name
     for name, family in FAMILIES.items()
-    if family.rule in ("MergedPatches", "PositionedPatches")
+    if family.rule in ("MergedPatches", "PositionedPatches", "FlattenedPatches")
 )
 
 
@@ -93,6 +102,8 @@ def test_patches_are_in_the_order_in_which_the_tower_reads_them(model_type: str)
 def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
     """The pixels of each patch, ``[patch, value]``, and the grid."""
     inputs, (prompt,) = vlm.prepare([[image]], [QUESTION])
+    if "flattened_patches" in inputs:
+        return inputs["flattened_patches"][0, :, 2:], prompt.grids[0]
     pixels = inputs["pixel_values"]
     return (pixels[0] if pixels.ndim == 3 else pixels), prompt.grids[0]
 
@@ -100,5 +111,6 @@ def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
 def test_every_rule_is_painted() -> None:
     """Queries have no boxes (test_families), and Mllama's are painted in test_geometry."""
     ruled = {name for name, family in FAMILIES.items() if family.geometry is not None}
-    assert ruled - set(PAINTED) == {"blip-2", "instructblip", "idefics2", "mllama"}
+    queries = {"blip-2", "instructblip", "idefics2", "kosmos-2", "kosmos-2.5"}
+    assert ruled - set(PAINTED) == {*queries, "mllama"}
     assert set(PAINTED) <= ruled

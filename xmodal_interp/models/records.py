@@ -37,6 +37,21 @@ _BEST_CANVAS = geometry.SplitTiles(
 )
 _SHUFFLED = geometry.SplitTiles(geometry.best_canvas, merge="downsample_factor")
 _CROPS = geometry.SplitTiles(geometry.crops, merge="mm_tokens_per_image", thumbnail="first")
+_HEADED = geometry.FixedGrid(before=1, tower_before=1)  # by a class token
+_ENCODERS: dict[str, geometry.Rule] = {
+    **dict.fromkeys(("vit", "beit", "dinov2"), _HEADED),
+    "deit": geometry.FixedGrid(before=2, tower_before=2),  # class and distillation tokens
+    **dict.fromkeys(
+        ("swin", "donut-swin"),
+        geometry.FixedGrid(
+            cell=lambda config, *_: (
+                config.encoder.patch_size * 2 ** (len(config.encoder.depths) - 1)
+            ),
+            show=geometry.framed,
+            tower_before=None,
+        ),
+    ),
+}
 _FITTED = geometry.FixedGrid(show=geometry.fitted)
 
 _RECORDS: tuple[Family, ...] = (
@@ -157,6 +172,68 @@ _RECORDS: tuple[Family, ...] = (
     Family("idefics2", geometry=geometry.resampled_patches, reason=_QUERIES),
     # keys of a cross-attention
     Family("mllama", "image_token_index", geometry.aspect_ratio_tiles, in_sequence=False),
+    Family("blip", None, _HEADED, in_sequence=False, in_front=True, rewritten=True),
+    Family(
+        "idefics",
+        None,
+        geometry.Chosen(
+            lambda config: config.use_resampler,
+            {
+                False: _HEADED,
+                True: geometry.QueryTokens(
+                    "perceiver_config.resampler_n_latents", class_token=True, reason=_QUERIES
+                ),
+            },
+        ),
+        in_sequence=False,
+        placeholder=None,
+        image_mark="<image>",
+        in_front=True,
+    ),
+    Family("pix2struct", None, geometry.FlattenedPatches(), in_sequence=False, in_front=True),
+    Family(
+        "pp_formulanet",
+        None,
+        geometry.FixedGrid(
+            cell=lambda config, *_: config.vision_config.patch_size * 4,
+            show=geometry.framed,
+            shift=1.5 / 4,
+            tower_before=None,
+        ),
+        in_sequence=False,
+        reads_text=False,
+    ),
+    Family(
+        "vision-encoder-decoder",
+        None,
+        geometry.Chosen(
+            lambda config: config.encoder.model_type,
+            _ENCODERS,
+            "Its encoder may be any model; no rule is known for one of the type {!r}.",
+        ),
+        in_sequence=False,
+        reads_text=False,
+    ),
+    # image tokens that are not told by an id
+    Family("git", None, _HEADED, prepended=True, in_front=True),
+    Family(
+        "kosmos-2",
+        None,
+        geometry.QueryTokens("latent_query_num", class_token=True),
+        placeholder=None,
+        image_mask="image_embeds_position_mask",
+        in_front=True,
+        reason=_QUERIES,
+    ),
+    Family(
+        "kosmos-2.5",
+        None,
+        geometry.FlattenedPatches("latent_query_num"),
+        placeholder=None,
+        image_mask="image_embeds_position_mask",
+        in_front=True,
+        reason=_QUERIES,
+    ),
 )
 
 # What has no rule, and why.
@@ -188,25 +265,17 @@ _REASONS: dict[str, str] = {
 
 # Images are not among the tokens of the prompt.
 _NOT_PLACEHOLDERS: dict[str, str] = {
-    "blip": "Its text decoder reaches the patches by cross-attention; prompts have no image token.",
     "evolla": "It reads proteins, and reaches them by cross-attention: there is no image.",
-    "git": "The model puts the patches before the text in its forward pass: its positions are more "
-    "than the ids that it is given.",
-    "idefics": "Its text reaches the images by cross-attention; a prompt has a mark for each only.",
-    "kosmos-2": _QUERIES + " Their ids are those of ordinary words; a mask tells where they stand.",
-    "kosmos-2.5": _QUERIES + " A mask tells where they stand in the sequence.",
     "mistral4": "It reads text only.",
-    "pix2struct": "Its text decoder reaches the patches by cross-attention; any question is "
-    "drawn into the picture.",
-    "pp_formulanet": "Its text decoder reaches the features of the picture by cross-attention.",
-    "udop": "It joins the patches to the words that a reader found on the page, by their boxes.",
-    "vision-encoder-decoder": "Its decoder reaches by cross-attention what the encoder makes of "
-    "the picture, and that may be any model.",
+    "udop": "It joins the patches to the words that a reader found on the page, by their boxes; "
+    "its processor wants these words, not a prompt alone.",
 }
+
+_IN_FRONT = {"fuyu", "pi0", "instructblipvideo"}
 
 _RECORDS = (
     *_RECORDS,
-    *(Family(name, reason=reason) for name, reason in _REASONS.items()),
+    *(Family(name, reason=reason, in_front=name in _IN_FRONT) for name, reason in _REASONS.items()),
     *(
         Family(name, image_token=None, in_front=True, reason=reason)
         for name, reason in _NOT_PLACEHOLDERS.items()

@@ -51,7 +51,10 @@ def block_side(rows: int, cols: int, n_tokens: int) -> int:
 
 
 def vision_of(config: Any) -> Any:
-    """The configuration of the vision tower; of encoder-decoder models, it is in the encoder's."""
+    """The configuration of the vision tower; of encoder-decoder models, it is in the encoder's.
+
+    Where the encoder reads images only, it is the encoder's own.
+    """
     if getattr(config, "vision_config", None) is not None:
         return config.vision_config
-    return config.encoder.vision_config
+    return getattr(config.encoder, "vision_config", config.encoder)
