@@ -10,8 +10,10 @@ from xmodal_interp.analysis import block_statistics as block_statistics
 from xmodal_interp.analysis import cross_modal_ratio as cross_modal_ratio
 from xmodal_interp.analysis import cross_modal_summary as cross_modal_summary
 from xmodal_interp.analysis import head_pruning as head_pruning
+from xmodal_interp.analysis import on_patches as on_patches
 from xmodal_interp.analysis import positional_bias as positional_bias
 from xmodal_interp.analysis import pruning_curve as pruning_curve
+from xmodal_interp.analysis import query_patches as query_patches
 from xmodal_interp.analysis import raster_bias as raster_bias
 from xmodal_interp.analysis import raster_map as raster_map
 from xmodal_interp.analysis import raster_profile as raster_profile
@@ -32,6 +34,7 @@ from xmodal_interp.hooks import mean_head_outputs as mean_head_outputs
 from xmodal_interp.hooks import record as record
 from xmodal_interp.models import VLM as VLM
 from xmodal_interp.models import Family as Family
+from xmodal_interp.models import Video as Video
 from xmodal_interp.models import load as load
 from xmodal_interp.sample import Sample as Sample
 from xmodal_interp.store import Store as Store

@@ -1,42 +1,172 @@
-"""The calls of a vision tower (or a connector), image by image.
+"""The calls of a vision tower (or a connector), image by image and video by video.
 
-A tower may run once per image, once over a batch of images, tiles or windows, or over several
-images in one packed row. Pieces are counted in the order that they come; each image has as many
-positions as its grid has patches, or the same multiple of it.
+A tower may run once per image, once over a batch of images, frames, tiles or windows, or over
+several images in one packed row. Pieces are counted in the order that they come; each image or
+video has as many positions as its grid has patches, or the same multiple or part of it. A tower may
+also read all images whole, and then the tiles of all in a second call.
+
+Models read all images of a batch, then all of its videos, but for those whose family says
+otherwise. However that is, the calls of a sample are numbered by its images, then by its videos.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from xmodal_interp.attention import AttentionCall, joined, part_of, pieces_of, reordered
+from xmodal_interp.attention import AttentionCall, joined, part_of, pieces_of, reordered, reread
 from xmodal_interp.errors import CaptureError
-from xmodal_interp.models import ImageGrid
+from xmodal_interp.models import Family, ImageGrid, Prompt, VideoGrid
+from xmodal_interp.vocabulary import AttentionKind, Tower
+
+Layer = tuple[Tower, AttentionKind, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Visual:
+    """An image or a video of a batch.
+
+    Attributes:
+        sample: Which sample it is of.
+        number: Its number among the images of the sample, then its videos.
+        grid: Where its tokens and patches are.
+        position: Its first position in the prompt; 0 where it is not in the sequence.
+    """
+
+    sample: int
+    number: int
+    grid: ImageGrid | VideoGrid
+    position: int
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video."""
+        return isinstance(self.grid, VideoGrid)
+
+
+def visuals_of(prompts: Sequence[Prompt], *, in_order: bool) -> list[Visual]:
+    """What a model reads, in the order that it does.
+
+    Args:
+        prompts: The prompts of a batch.
+        in_order: Whether as the prompts have it, or all images, then all videos.
+    """
+    visuals = []
+    for sample, prompt in enumerate(prompts):
+        grids: tuple[ImageGrid | VideoGrid, ...] = (*prompt.grids, *prompt.video_grids)
+        for number, grid in enumerate(grids):
+            kind = "image" if number < len(prompt.grids) else "video"
+            of_kind = number if kind == "image" else number - len(prompt.grids)
+            starts = (i for i, of in enumerate(prompt.columns[kind]) if of == of_kind)
+            visuals.append(Visual(sample, number, grid, next(starts, 0)))
+    if in_order:
+        return sorted(visuals, key=lambda each: (each.sample, each.position))
+    return sorted(visuals, key=lambda each: each.is_video)
+
+
+def towers_by_image(
+    calls: Sequence[AttentionCall],
+    prompts: Sequence[Prompt],
+    family: Family,
+    orders: Sequence[Tensor] | None = None,
+    tiles: Sequence[int] | None = None,
+) -> dict[Layer, list[dict[int, AttentionCall]]]:
+    """The calls of every layer outside of the language tower, shared out among the samples.
+
+    Args:
+        calls: All calls of a batch, in order; what a tower reads again for each new token counts
+            once.
+        prompts: The prompts of the batch.
+        family: What is known of the model's type.
+        orders: For each image, then each video, ``[patch]``, which patch stands at each position of
+            the vision tower, if not in order.
+        tiles: How many tiles of each image are read behind all images, if they are.
+
+    Returns:
+        For each layer and sample, its calls by the numbers of its images, then of its videos.
+        Where there are none, what ran is call 0 of each sample.
+
+    Raises:
+        CaptureError: Pieces that cannot be shared out.
+    """
+    visuals = visuals_of(prompts, in_order=family.in_order)
+    towers: dict[Layer, list[dict[int, AttentionCall]]] = {}
+    for key, stream in _layers(_first_reading(calls)).items():
+        if key[0] == "language":
+            continue
+        read = _read_by(stream[0].module, visuals, family)
+        in_tower = orders if key[0] == "vision" else None
+        shares = calls_by_image(stream, [each.grid for each in read], in_tower, tiles)
+        towers[key] = [{} for _ in prompts]
+        for visual, call in zip(read, shares, strict=bool(read)):
+            towers[key][visual.sample][visual.number] = replace(call, call=visual.number)
+        if not read:
+            towers[key] = [{0: shares[0]} for _ in prompts]
+    return towers
+
+
+def _first_reading(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
+    """The calls before a tower reads again what it read before the language model did.
+
+    Without a cache, a language model reads the whole prompt again for each new token, and the
+    towers with it, unless their features are kept.
+    """
+    if not any(key[0] == "language" and reread(of) for key, of in _layers(calls).items()):
+        return calls
+    heard: set[Layer] = set()
+    language_has_begun = False
+    for number, call in enumerate(calls):
+        key = call.tower, call.kind, call.layer
+        if call.tower == "language":
+            language_has_begun = True
+        elif language_has_begun and key in heard:
+            return calls[:number]
+        heard.add(key)
+    return calls
+
+
+def _layers(calls: Sequence[AttentionCall]) -> dict[Layer, list[AttentionCall]]:
+    """The calls of each layer, in order."""
+    layers: dict[Layer, list[AttentionCall]] = {}
+    for call in calls:
+        layers.setdefault((call.tower, call.kind, call.layer), []).append(call)
+    return layers
+
+
+def _read_by(module: str, visuals: list[Visual], family: Family) -> list[Visual]:
+    """Which of the images and videos a module reads."""
+    if family.video_tower is None:
+        return visuals
+    of_videos = family.video_tower in module.split(".")
+    return [each for each in visuals if each.is_video == of_videos]
 
 
 def calls_by_image(
     stream: Sequence[AttentionCall],
-    grids: Sequence[ImageGrid],
+    grids: Sequence[ImageGrid | VideoGrid],
     orders: Sequence[Tensor] | None = None,
+    tiles: Sequence[int] | None = None,
 ) -> list[AttentionCall]:
-    """One call per image, of one layer; ``call`` is the image.
+    """One call per image or video, of one layer; ``call`` is its place in the order.
 
     Args:
         stream: The layer's calls, in order.
-        grids: The grids of all images of the batch, in order.
-        orders: For each image ``[patch]``, which patch stands at each position of the tower, if not
-            in order.
+        grids: The grids of all images and videos of the batch, in the order that they are read.
+        orders: For each of them ``[patch]``, which patch stands at each position of the tower, if
+            not in order.
+        tiles: How many tiles of each image come in a second call, behind all images; None if each
+            image is read as one.
 
     Raises:
-        CaptureError: Pieces that cannot be shared out among several images.
+        CaptureError: Pieces that cannot be shared out among several.
     """
-    pieces = [piece for call in stream for piece in pieces_of(call)]
-    shares = _shares(pieces, grids)
+    shares = None if tiles is None else _behind_wholes(stream, tiles)
+    if shares is None:
+        shares = _shares([piece for call in stream for piece in pieces_of(call)], grids)
     calls = []
     for number, share in enumerate(shares):
         call = joined(share)
@@ -46,22 +176,45 @@ def calls_by_image(
     return calls
 
 
+def _behind_wholes(
+    stream: Sequence[AttentionCall], tiles: Sequence[int]
+) -> list[Sequence[AttentionCall]] | None:
+    """The pieces of each image, from a call over all images and one over all tiles.
+
+    Each image, and each tile, may have several pieces: windows. None if these are no such calls.
+    """
+    if len(stream) != 2 or len(tiles) <= 1 or not any(tiles):
+        return None
+    counts = [call.n_samples for call in stream]
+    if counts[0] % len(tiles) or counts[1] % sum(tiles):
+        return None
+    per_image, per_tile = counts[0] // len(tiles), counts[1] // sum(tiles)
+    wholes, parts = (pieces_of(call) for call in stream)
+    ends = [0, *accumulate(n * per_tile for n in tiles)]
+    return [
+        [*wholes[i * per_image : (i + 1) * per_image], *parts[start:stop]]
+        for i, (start, stop) in enumerate(pairwise(ends))
+    ]
+
+
 def _shares(
-    pieces: Sequence[AttentionCall], grids: Sequence[ImageGrid]
+    pieces: Sequence[AttentionCall], grids: Sequence[ImageGrid | VideoGrid]
 ) -> list[Sequence[AttentionCall]]:
-    """The pieces of each image."""
-    if len(grids) <= 1:  # a video, if there is no image
+    """The pieces of each image or video."""
+    if len(grids) <= 1:
         return [pieces]
     ends = list(accumulate(piece.n_keys for piece in pieces))
     wanted = list(accumulate(len(grid.patch_places) for grid in grids))
-    if wanted and wanted[-1] and ends[-1] % wanted[-1] == 0:
-        factor = ends[-1] // wanted[-1]
-        bounds = [0, *(end * factor for end in wanted)]
+    bounds = _bounds(wanted, ends[-1])
+    if bounds:
         if len(pieces) == 1 and pieces[0].n_queries == pieces[0].n_keys:
             return [[part_of(pieces[0], *bound)] for bound in pairwise(bounds)]
         if set(bounds[1:]) <= set(ends):
             cuts = [0, *(ends.index(end) + 1 for end in bounds[1:])]
             return [pieces[start:stop] for start, stop in pairwise(cuts)]
+    tokens = [0, *accumulate(grid.n_tokens for grid in grids)]
+    if len(pieces) == tokens[-1] and all(piece.n_queries == 1 for piece in pieces):
+        return [pieces[start:stop] for start, stop in pairwise(tokens)]  # each pools its patches
     each, rest = divmod(len(pieces), len(grids))
     alike = [p.n_keys for p in pieces] == [p.n_keys for p in pieces[:each]] * len(grids)
     if rest == 0 and each > 0 and alike:
@@ -74,3 +227,18 @@ def _shares(
         f"keys, for {len(grids)} images of {patches}, ... patches. Capture the samples one by one, "
         "or leave the tower out."
     )
+
+
+def _bounds(wanted: Sequence[int], n_positions: int) -> list[int]:
+    """Where each image begins, and the end, if all have the same positions per patch; else none.
+
+    Args:
+        wanted: The patches of all images up to each.
+        n_positions: The positions of all.
+    """
+    n_patches = wanted[-1]
+    if not n_patches or any(end * n_positions % n_patches for end in wanted):
+        return []
+    if n_positions % n_patches and n_patches % n_positions:
+        return []
+    return [0, *(end * n_positions // n_patches for end in wanted)]

@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.attention import AttentionCall, reread
-from xmodal_interp.by_image import calls_by_image
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.by_image import Layer, towers_by_image
 from xmodal_interp.by_position import Stacks, call_by_position, stacks_of
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks import record
@@ -30,23 +30,23 @@ from xmodal_interp.models import (
     VLM,
     ImageLike,
     Prompt,
+    Video,
     check_whole,
     generated_table,
     prompt_ids,
+    tiles_behind,
     window_orders,
 )
 from xmodal_interp.sample import CallKey, Sample
-from xmodal_interp.vocabulary import TOWERS, AttentionKind, Tower
-
-_Layer = tuple[Tower, AttentionKind, int]
+from xmodal_interp.vocabulary import TOWERS, Tower
 
 
 @dataclass(frozen=True, eq=False)
 class _Heard:
     """The calls of a batch: as they came, those of the towers by image, and the model's stacks."""
 
-    streams: Mapping[_Layer, Sequence[AttentionCall]]
-    by_image: Mapping[_Layer, Sequence[AttentionCall]]
+    streams: Mapping[Layer, Sequence[AttentionCall]]
+    by_image: Mapping[Layer, Sequence[Mapping[int, AttentionCall]]]
     stacks: Stacks
 
 
@@ -61,7 +61,7 @@ class Keep:
         norms: Keep the share of attention in each token's update, for ``attention_rollout`` with
             ``alpha="norm"``.
         queries: Which query rows of language layers: ``"all"``, or ``"text"`` (text after the image
-            and what is generated).
+            or video, and what is generated).
         probabilities: Keep dense float16 probabilities instead of queries and keys: larger, and
             rounded to 11 bits, but they need nothing else to be read.
     """
@@ -83,12 +83,13 @@ def capture(
     image: ImageLike | Sequence[ImageLike],
     prompt: str,
     *,
+    videos: Video | Sequence[Video] = (),
     max_new_tokens: int = 0,
     keep: Keep | None = None,
     system: str | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> Sample:
-    """Run a model on one image (or several) and a question, and keep its attention.
+    """Run a model on images or videos and a question, and keep its attention.
 
     The model runs as it is, with its own attention backend and cache; its outputs are bit for bit
     those without capture.
@@ -96,22 +97,27 @@ def capture(
     Args:
         vlm: Model and processor.
         image: Path or PIL image, or a list of them in order; an empty list asks about no image.
-        prompt: The question; it is put into the model's chat template, unless it holds the image
-            placeholder itself.
+        prompt: The question; it is put into the model's chat template behind images and videos,
+            unless it holds their placeholders itself.
+        videos: A :class:`Video`, its frames in order, or a list of them.
         max_new_tokens: How many tokens to generate, greedily; 0 runs the prompt only.
         keep: What to keep; queries and keys of all layers if not given.
         system: A system message.
         generation: Further arguments of ``model.generate``.
 
     Raises:
-        InputError: An unreadable image, an empty prompt, or a model that needs more than these.
+        InputError: An unreadable image, something that is no video, an empty prompt, or a model
+            that needs more than these.
+        GeometryError: Videos for a model type without a rule that places their tokens.
         CaptureError: Attention ran that could not be heard.
     """
     images: list[ImageLike] = [*image] if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]
+    clips: list[Video] = [*videos] if isinstance(videos, (list, tuple)) else [videos]  # type: ignore[list-item]
     return capture_batch(
         vlm,
         [images],
         [prompt],
+        videos=[clips],
         max_new_tokens=max_new_tokens,
         keep=keep,
         system=system,
@@ -124,6 +130,7 @@ def capture_batch(
     images: Sequence[Sequence[ImageLike]],
     prompts: Sequence[str],
     *,
+    videos: Sequence[Sequence[Video]] | None = None,
     max_new_tokens: int = 0,
     keep: Keep | None = None,
     system: str | None = None,
@@ -131,7 +138,7 @@ def capture_batch(
 ) -> list[Sample]:
     """``capture`` for several samples in one padded batch; the samples come back apart."""
     keep = keep or Keep()
-    inputs, ready = vlm.prepare(images, prompts, system=system)
+    inputs, ready = vlm.prepare(images, prompts, system=system, videos=videos)
     check_whole(vlm.model, inputs)
     listening = record(
         vlm.model, towers=keep.towers, layers=keep.layers, values=keep.values, norms=keep.norms
@@ -143,14 +150,15 @@ def capture_batch(
         else:
             vlm.model(**inputs, use_cache=False)
             new = prompt_ids(inputs)[:, :0]
-    streams: dict[_Layer, list[AttentionCall]] = defaultdict(list)
+    streams: dict[Layer, list[AttentionCall]] = defaultdict(list)
     for call in recording.calls:
         streams[call.tower, call.kind, call.layer].append(call)
     layers: dict[str, list[int]] = defaultdict(list)
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
-    by_image = _towers(streams, ready, window_orders(vlm.model, inputs))
+    orders, tiles = window_orders(vlm.model, inputs), tiles_behind(inputs)
+    by_image = towers_by_image(recording.calls, ready, vlm.family, orders, tiles)
     heard = _Heard(streams, by_image, stacks_of(vlm.model, recording.modules))
     samples = [_sample(vlm, i, ready, new, heard, keep, about) for i in range(len(ready))]
     rotary = recording.rotary.whole() if recording.rotary else None
@@ -203,8 +211,6 @@ def _sample(
     ]  # the last token that generate returns was never read by the model
     added, text = generated_table(fed, ids, vlm.tokenizer, n_prompt, prompt.text)
     tokens = pd.concat([prompt.tokens, added]) if len(added) else prompt.tokens
-    n_images = [len(p.images) for p in ready]
-    mine = slice(sum(n_images[:index]), max(sum(n_images[: index + 1]), 1))
     calls: dict[CallKey, AttentionCall] = {}
     for (tower, kind, layer), stream in heard.streams.items():
         if tower == "language":
@@ -212,9 +218,8 @@ def _sample(
             whole = call_by_position(own, len(tokens), prompt.n_encoder, heard.stacks)
             calls[tower, kind, layer, 0] = whole
         else:
-            of_images = heard.by_image[tower, kind, layer]
-            for number, call in enumerate(of_images[mine] if len(of_images) > 1 else of_images):
-                calls[tower, kind, layer, number] = replace(call, call=number)
+            for number, call in sorted(heard.by_image[tower, kind, layer][index].items()):
+                calls[tower, kind, layer, number] = call
     sample = Sample(
         name=f"sample-{index}",
         tokens=tokens,
@@ -227,28 +232,11 @@ def _sample(
         calls=calls,
         cross_keys=prompt.cross_keys,
         provenance=about,
+        video_grids=prompt.video_grids,
+        videos=prompt.videos,
     )
     sample = sample if keep.queries == "all" else _text_rows(sample)
     return _dense(sample) if keep.probabilities else sample
-
-
-def _towers(
-    streams: Mapping[_Layer, Sequence[AttentionCall]],
-    ready: Sequence[Prompt],
-    orders: Sequence[Tensor] | None,
-) -> dict[_Layer, list[AttentionCall]]:
-    """The calls of every layer outside of the language tower, one per image of the batch."""
-    grids = [grid for prompt in ready for grid in prompt.grids]
-    n_readings = max(
-        (len(of) for key, of in streams.items() if key[0] == "language" and reread(of)), default=1
-    )
-    towers: dict[_Layer, list[AttentionCall]] = {}
-    for key, stream in streams.items():
-        if key[0] != "language":
-            again = n_readings > 1 and len(stream) % n_readings == 0
-            once = stream[: len(stream) // n_readings] if again else stream
-            towers[key] = calls_by_image(once, grids, orders if key[0] == "vision" else None)
-    return towers
 
 
 def _placed(tokens: pd.DataFrame, rotary: Tensor) -> pd.DataFrame:
@@ -262,7 +250,7 @@ def _placed(tokens: pd.DataFrame, rotary: Tensor) -> pd.DataFrame:
 
 
 def _text_rows(sample: Sample) -> Sample:
-    """The sample with the query rows of text behind the image only.
+    """The sample with the query rows of text behind images and videos only.
 
     Vision and connector calls stay whole.
     """

@@ -20,12 +20,15 @@ from tqdm import tqdm
 from xmodal_interp.capturing import Keep, capture_batch, provenance
 from xmodal_interp.errors import InputError, StoreError, XmodalError
 from xmodal_interp.items import Item, checked, name_of, opened_images
-from xmodal_interp.models import VLM
+from xmodal_interp.models import VLM, Video
 from xmodal_interp.store import Store, StoreWriter, open_store
 from xmodal_interp.store.identity import model_digests
 
 _REFUSALS = (XmodalError, RuntimeError, ValueError)
 """What a model or its processor raises on an input it cannot take, memory that is full included."""
+
+_Ready = tuple[Item, tuple[list[Image.Image], list[Video]]]
+"""An item, and its images and videos."""
 
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +55,8 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
     Args:
         vlm: Model and processor.
         items: Dicts, or a ``datasets.Dataset``: ``image`` (a path or PIL image, or a list of them)
-            or ``images``; ``prompt`` or ``question``; ``name`` or ``id``, else the item is called
+            or ``images``, a :class:`Video` in ``video`` (or a list of them in ``videos``), or both;
+            ``prompt`` or ``question``; ``name`` or ``id``, else the item is called
             by its place in the order (``item-000003``). All other entries must be JSON-able and
             become the sample's labels.
         path: The store's folder: new or empty, or a store made with the same settings.
@@ -119,7 +123,7 @@ class _Run:
     seen: dict[str, int] = field(default_factory=dict)
 
     def work(self, items: Iterable[Mapping[str, Any]], batch_size: int) -> None:
-        batch: list[tuple[Item, list[Image.Image]]] = []
+        batch: list[_Ready] = []
         for ready in self._missing(items):
             batch.append(ready)
             if len(batch) == batch_size:
@@ -128,9 +132,7 @@ class _Run:
         if batch:
             self._capture(batch)
 
-    def _missing(
-        self, items: Iterable[Mapping[str, Any]]
-    ) -> Iterator[tuple[Item, list[Image.Image]]]:
+    def _missing(self, items: Iterable[Mapping[str, Any]]) -> Iterator[_Ready]:
         """Items that the store lacks, with their images opened."""
         for number, raw in enumerate(items):
             self.n_items += 1
@@ -163,12 +165,13 @@ class _Run:
         self.bar.update()
         return True
 
-    def _capture(self, batch: Sequence[tuple[Item, list[Image.Image]]]) -> None:
+    def _capture(self, batch: Sequence[_Ready]) -> None:
         try:
             samples = capture_batch(
                 self.vlm,
-                [images for _, images in batch],
+                [images for _, (images, _) in batch],
                 [item.prompt for item, _ in batch],
+                videos=[videos for _, (_, videos) in batch],
                 max_new_tokens=self.max_new_tokens,
                 keep=self.keep,
                 system=self.system,
@@ -188,6 +191,7 @@ class _Run:
         for (item, _), sample in zip(batch, samples, strict=True):
             about = {
                 "images": item.sources,
+                **({"videos": item.frame_sources} if item.videos else {}),
                 "item": item.digest,
                 "system": self.system,
                 "batch_size": len(batch),

@@ -1,4 +1,4 @@
-"""One item of a data set: its name, its images, what is asked of them, and what else it says."""
+"""One item of a data set: its name, its images and videos, what is asked, and what else it says."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import pandas as pd
 from PIL import Image
 
 from xmodal_interp.errors import InputError
-from xmodal_interp.models import ImageLike, open_image
+from xmodal_interp.models import ImageLike, Video, open_image
 from xmodal_interp.store import check_name, digest_of, json_text
 
 _NAMES, _IMAGES, _PROMPTS = ("name", "id"), ("image", "images"), ("prompt", "question")
+_VIDEOS = ("video", "videos")
+_KEYS = (*_NAMES, *_IMAGES, *_PROMPTS, *_VIDEOS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class Item:
         images: Its images, not opened yet.
         prompt: What to ask.
         labels: All its other entries, as JSON has them.
+        videos: Its videos, their frames not read yet.
     """
 
     number: int
@@ -37,6 +40,7 @@ class Item:
     images: tuple[ImageLike, ...]
     prompt: str
     labels: dict[str, Any]
+    videos: tuple[Video, ...] = ()
 
     @property
     def title(self) -> str:
@@ -46,21 +50,30 @@ class Item:
     @property
     def digest(self) -> str:
         """Tells the item from another of its name. Files are known by their names: data moves."""
-        pictures = [
-            hashlib.sha256(f"{image.size}{image.mode}".encode() + image.tobytes()).hexdigest()
-            if isinstance(image, Image.Image)
-            else Path(image).name
-            for image in self.images
-        ]
-        return digest_of([self.prompt, self.labels, pictures])
+        pictures = [_known_by(image) for image in self.images]
+        clips = [[video.fps, *map(_known_by, video.frames)] for video in self.videos]
+        return digest_of([self.prompt, self.labels, pictures, *([clips] if clips else [])])
 
     @property
     def sources(self) -> list[str | None]:
         """Where its images are, if they are files."""
-        return [
-            None if isinstance(image, Image.Image) else str(Path(image).resolve())
-            for image in self.images
-        ]
+        return [_source(image) for image in self.images]
+
+    @property
+    def frame_sources(self) -> list[list[str | None]]:
+        """Where the frames of each of its videos are, if they are files."""
+        return [[_source(frame) for frame in video.frames] for video in self.videos]
+
+
+def _known_by(picture: ImageLike) -> str:
+    """The digest of a picture in memory, the name of a file."""
+    if not isinstance(picture, Image.Image):
+        return Path(picture).name
+    return hashlib.sha256(f"{picture.size}{picture.mode}".encode() + picture.tobytes()).hexdigest()
+
+
+def _source(picture: ImageLike) -> str | None:
+    return None if isinstance(picture, Image.Image) else str(Path(picture).resolve())
 
 
 def name_of(number: int, raw: Any, seen: dict[str, int]) -> str:
@@ -100,21 +113,35 @@ def checked(number: int, name: str, raw: Mapping[str, Any]) -> Item:
         InputError: An entry that is missing or cannot be used.
     """
     title = f"Item {number} ({name!r})"
-    picture, prompt = _one_of(raw, _IMAGES, title), _one_of(raw, _PROMPTS, title)
+    videos = _videos_of(raw, title)
+    given = any(raw.get(key) is not None for key in _IMAGES)
+    picture = _one_of(raw, _IMAGES, title) if given or not videos else ()
+    prompt = _one_of(raw, _PROMPTS, title)
     images = tuple(picture) if isinstance(picture, (list, tuple)) else (picture,)
     wrong = [type(i).__name__ for i in images if not isinstance(i, (Image.Image, str, PathLike))]
     if wrong:
         raise InputError(f"An image is a path or a PIL image. {title} has a {', a '.join(wrong)}.")
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"A prompt is a text that is not empty. {title} has {prompt!r}.")
-    rest = {k: v for k, v in raw.items() if k not in (*_IMAGES, *_PROMPTS, *_NAMES)}
+    rest = {k: v for k, v in raw.items() if k not in _KEYS}
     if raw.get("name") is not None and "id" in raw:
         rest["id"] = raw["id"]
     try:
         labels = json.loads(json_text(rest))
     except InputError as error:
         raise InputError(f"{title}: {error}") from error
-    return Item(number, name, images, prompt, labels)
+    return Item(number, name, images, prompt, labels, videos)
+
+
+def _videos_of(raw: Mapping[str, Any], title: str) -> tuple[Video, ...]:
+    if not any(raw.get(key) is not None for key in _VIDEOS):
+        return ()
+    given = _one_of(raw, _VIDEOS, title)
+    videos = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    wrong = [type(video).__name__ for video in videos if not isinstance(video, Video)]
+    if wrong:
+        raise InputError(f"A video is a Video of frames. {title} has a {', a '.join(wrong)}.")
+    return videos
 
 
 def _one_of(raw: Mapping[str, Any], keys: tuple[str, str], title: str) -> Any:
@@ -128,21 +155,23 @@ def _one_of(raw: Mapping[str, Any], keys: tuple[str, str], title: str) -> Any:
     return raw[there[0]]
 
 
-def opened_images(item: Item) -> list[Image.Image]:
-    """The images of an item, read.
+def opened_images(item: Item) -> tuple[list[Image.Image], list[Video]]:
+    """The images of an item, and its videos, read.
 
     Raises:
         InputError: One that is not there, or cannot be read.
     """
     try:
         opened = [open_image(image) for image in item.images]
-        for image in opened:
+        videos = [video.opened() for video in item.videos]
+        frames = [open_image(frame) for video in videos for frame in video.frames]
+        for image in (*opened, *frames):
             image.load()
     except InputError as error:
         raise InputError(f"{item.title}: {error}") from error
     except (OSError, SyntaxError) as error:  # a PIL image that was opened, and is cut off
         raise InputError(f"{item.title} has an image that cannot be read: {error}.") from error
-    return opened
+    return opened, videos
 
 
 def read_items(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ mapping, which for a store reads a layer when it is asked for.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,8 +25,9 @@ from xmodal_interp.errors import (
     NotRecordedError,
     PhraseError,
 )
-from xmodal_interp.models import ImageGrid
-from xmodal_interp.vocabulary import TOKEN_KINDS, AttentionKind, Tower
+from xmodal_interp.models import ImageGrid, Video, VideoGrid
+from xmodal_interp.phrases import span_of
+from xmodal_interp.vocabulary import TOKEN_KINDS, VISUAL_KINDS, AttentionKind, Tower
 
 CallKey = tuple[Tower, AttentionKind, int, int]
 """Tower, kind, layer, call: what a call is kept under."""
@@ -38,14 +38,13 @@ Selector = str | Positions
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A prompt, its images, the model's answer, and its attention.
+    """A prompt, its images and videos, the model's answer, and its attention.
 
     Attributes:
         name: Name of the sample, unique in a store.
-        tokens: One row per position that the model has read, prompt and answer: ``token, kind,
-            role, image, row, col, x0, y0, x1, y1, start, end``; where the model has a rotary
-            embedding also ``rope_t, rope_h, rope_w``, the positions that it was told (time, row,
-            column; all the same where it has one axis).
+        tokens: One row per position that the model has read, prompt and answer: ``TOKEN_COLUMNS``;
+            where the model has a rotary embedding also ``rope_t, rope_h, rope_w``, the positions
+            that it was told (time, row, column; all the same where it has one axis).
         text: The rendered prompt and the answer; ``start`` and ``end`` count its characters.
         question: What was asked.
         answer: What the model generated, without special tokens; empty if nothing was generated.
@@ -57,6 +56,8 @@ class Sample:
         cross_keys: For cross-attention families: one row per image key.
         labels: Whatever the caller wanted kept with the sample (the true answer, a box, a split).
         provenance: Model, revision, versions, backend, dtype, settings.
+        video_grids: The grid of each video.
+        videos: The videos; a stored sample reads their frames when they are first asked for.
     """
 
     name: str
@@ -71,6 +72,8 @@ class Sample:
     cross_keys: pd.DataFrame | None = None
     labels: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    video_grids: tuple[VideoGrid, ...] = ()
+    videos: tuple[Video, ...] = ()
 
     def __repr__(self) -> str:
         """A line that tells what is in it."""
@@ -89,31 +92,40 @@ class Sample:
 
     @property
     def last(self) -> int:
-        """The last position of the prompt: the one that predicts the first word of the answer."""
+        """The last position of the prompt, which predicts the first word of the answer."""
         return self.n_prompt - 1
 
     def where(
-        self, kind: str | None = None, *, role: str | None = None, image: int | None = None
+        self,
+        kind: str | None = None,
+        *,
+        role: str | None = None,
+        image: int | None = None,
+        video: int | None = None,
+        frame: int | None = None,
     ) -> Int[np.ndarray, " position"]:
-        """Positions of a token kind, role or image, ascending; may be empty."""
+        """Positions of a token kind, role, image, video or frame, ascending; may be empty."""
         if kind is not None and kind not in TOKEN_KINDS:
             raise InputError(f"A token kind is one of {', '.join(TOKEN_KINDS)}; got {kind!r}.")
         chosen = np.ones(len(self.tokens), dtype=bool)
-        for column, value in (("kind", kind), ("role", role), ("image", image)):
+        wanted = {"kind": kind, "role": role, "image": image, "video": video, "frame": frame}
+        for column, value in wanted.items():
             if value is not None:
                 chosen &= self.tokens[column].eq(value).fillna(value=False).to_numpy(dtype=bool)
         return np.flatnonzero(chosen)
 
-    def text_after_image(self) -> Int[np.ndarray, " position"]:
-        """Text positions of prompt and answer that come after the last image.
+    @property
+    def visual(self) -> Int[np.ndarray, " position"]:
+        """Positions of image and video tokens, ascending; may be empty."""
+        return np.flatnonzero(self.tokens["kind"].isin(VISUAL_KINDS))
 
-        The ones that can see all of it.
+    def text_after_image(self) -> Int[np.ndarray, " position"]:
+        """Text positions of prompt and answer after the last image or video, which can see all.
 
         Special tokens and padding are left out. For cross-attention families, all text.
         """
         text = self.where("text")
-        images = self.where("image")
-        return text if len(images) == 0 else text[text > images.max()]
+        return text if len(self.visual) == 0 else text[text > self.visual.max()]
 
     def find(self, phrase: str, occurrence: int | None = None) -> Int[np.ndarray, " position"]:
         """Positions whose characters a phrase covers, by offsets.
@@ -128,24 +140,7 @@ class Sample:
             PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` was
                 not given.
         """
-        found = re.finditer(_as_pattern(phrase), self.text, re.IGNORECASE) if phrase.strip() else ()
-        spans = [match.span() for match in found if not self._in_placeholder(*match.span())]
-        if not spans:
-            raise PhraseError(
-                f"A phrase must occur in the sample's text. {phrase!r} is not in {self.text!r}."
-            )
-        if occurrence is None and len(spans) > 1:
-            raise PhraseError(
-                f"A phrase must be unique, or one occurrence chosen. {phrase!r} occurs "
-                f"{len(spans)} times in {self.text!r}; "
-                f"pass occurrence=0 to {len(spans) - 1}."
-            )
-        index = occurrence or 0
-        if not -len(spans) <= index < len(spans):
-            raise PhraseError(
-                f"{phrase!r} occurs {len(spans)} times; there is no occurrence {index}."
-            )
-        start, end = spans[index]
+        start, end = span_of(phrase, self.text, occurrence, hidden=self._in_placeholder)
         touched = (self.tokens["start"] < end) & (self.tokens["end"] > start)
         if not touched.any():
             raise PhraseError(
@@ -155,9 +150,9 @@ class Sample:
         return np.flatnonzero(touched.to_numpy(dtype=bool, na_value=False))
 
     def _in_placeholder(self, start: int, end: int) -> bool:
-        """Whether these characters lie inside of an image placeholder or another special token."""
+        """Whether these characters lie inside of a placeholder or another special token."""
         inside = (self.tokens["start"] <= start) & (self.tokens["end"] >= end)
-        return bool((inside & self.tokens["kind"].isin(["image", "video", "special"])).any())
+        return bool((inside & self.tokens["kind"].isin([*VISUAL_KINDS, "special"])).any())
 
     def positions(self, selector: Selector) -> Int[Tensor, " position"]:
         """A phrase, an index, a slice or a list of either as positions.
@@ -177,7 +172,7 @@ class Sample:
     def call(
         self, layer: int, *, tower: Tower = "language", kind: AttentionKind = "self", call: int = 0
     ) -> AttentionCall:
-        """One attention call. In the vision tower, ``call`` is the image.
+        """One attention call. In the vision tower, ``call`` is the image; videos come behind.
 
         Args:
             layer: Layer index; negative ones count from the last layer of the model.
@@ -243,50 +238,57 @@ class Sample:
         return self.call(layer, tower=tower, kind=kind, call=call).probs(heads, query, key)[0]
 
     def grid(
-        self, values: Any, image: int = 0, *, view: str = "image"
-    ) -> Float[np.ndarray, "row col"]:
-        """One value per token of an image as a grid, NaN where the image has no token.
+        self,
+        values: Any,
+        image: int = 0,
+        *,
+        view: str = "image",
+        video: int | None = None,
+        frame: int | None = None,
+    ) -> Float[np.ndarray, "*frame row col"]:
+        """One value per token of an image or a video as a grid, NaN where there is no token.
 
         Args:
             values: ``[token]`` in sequence order, class tokens, line breaks and the tokens of a
                 thumbnail included.
-            image: Which image.
+            image: Which image, where no video is given.
             view: ``"image"``, or the ``"thumbnail"`` that some models read beside its tiles.
+            video: Which video.
+            frame: Which of the video's frames of tokens; all if not given.
+
+        Returns:
+            ``[row, col]``; of a video, all frames, ``[frame, row, col]``.
 
         Raises:
-            GeometryError: The number of values is not the number of the image's tokens, the image
-                has no such view, or its tokens have no known places.
+            GeometryError: The number of values is not that of the tokens, they have no known
+                places, or there is no such image, view, video or frame.
         """
-        if not 0 <= image < len(self.grids):
-            raise GeometryError(
-                f"The sample has {len(self.grids)} images; there is no image {image}."
-            )
         flat = np.asarray(
             values.detach().float().cpu() if isinstance(values, Tensor) else values,
             dtype=np.float64,
         )
+        if video is not None:
+            _check_number(video, len(self.video_grids), "video")
+            frames = self.video_grids[video].arranged(flat, number=video)
+            _check_number(frame or 0, len(frames), "frame")
+            return frames if frame is None else frames[frame]
+        _check_number(image, len(self.grids), "image")
         return self.grids[image].arranged(flat, view, number=image)
 
     def groups(self) -> dict[str, Bool[np.ndarray, " position"]]:
         """Key groups of the language tower.
 
-        ``image 0``, ``image 1``, ..., ``text``, ``special``, ``padding``; each key in one.
+        ``image 0``, ..., ``video 0``, ..., ``text``, ``special``, ``padding``; each key in one.
         """
         kinds = self.tokens["kind"]
         groups = {
-            f"image {i}": self._is(self.where("image", image=i))
-            for i in range(len(self.grids))
-            if (kinds == "image").any()
+            f"{kind} {i}": (kinds.eq(kind) & self.tokens[kind].eq(i)).to_numpy(bool, na_value=False)
+            for kind, grids in (("image", self.grids), ("video", self.video_grids))
+            for i in range(len(grids))
+            if kinds.eq(kind).any()
         }
-        for kind in ("video", "text", "special", "padding"):
-            if (kinds == kind).any():
-                groups[kind] = self._is(self.where(kind))
-        return groups
-
-    def _is(self, positions: np.ndarray) -> Bool[np.ndarray, " position"]:
-        mask = np.zeros(len(self.tokens), dtype=bool)
-        mask[positions] = True
-        return mask
+        others = {kind: kinds.eq(kind).to_numpy(bool) for kind in ("text", "special", "padding")}
+        return groups | {kind: members for kind, members in others.items() if members.any()}
 
 
 def samples_of(samples: Sample | Sequence[Sample]) -> Sequence[Sample]:
@@ -294,7 +296,6 @@ def samples_of(samples: Sample | Sequence[Sample]) -> Sequence[Sample]:
     return [samples] if isinstance(samples, Sample) else samples
 
 
-def _as_pattern(phrase: str) -> str:
-    """The phrase with any white space between its words, and no word continued at either end."""
-    words = r"\s+".join(re.escape(word) for word in phrase.split())
-    return rf"(?<!\w){words}(?!\w)"
+def _check_number(number: int, n: int, what: str) -> None:
+    if not 0 <= number < n:
+        raise GeometryError(f"The sample has {n} {what}s; there is no {what} {number}.")

@@ -18,6 +18,7 @@ Role = Literal["system", "user", "generated", "template"]
 
 TOWERS: tuple[Tower, ...] = ("vision", "audio", "other", "connector", "language")
 TOKEN_KINDS: tuple[TokenKind, ...] = ("image", "video", "text", "special", "padding")
+VISUAL_KINDS: tuple[TokenKind, ...] = ("image", "video")
 ROLES: tuple[Role, ...] = ("system", "user", "generated", "template")
 
 TOKEN_COLUMNS: tuple[str, ...] = (

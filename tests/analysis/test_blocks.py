@@ -88,7 +88,7 @@ def test_summary_of_a_causal_layer() -> None:
     table = cross_modal_summary(sample)
     assert list(table) == [
         *("sample", "tower", "kind", "layer", "tv_mean", "vt_mean", "vv_mean", "tt_mean"),
-        *("most_attended_patch", "image", "row", "col", "cross_modal_ratio"),
+        *("most_attended_patch", "image", "row", "col", "video", "frame", "cross_modal_ratio"),
     ]
     row = table.iloc[0]
     assert row["layer"] == 1

@@ -39,7 +39,7 @@ def test_two_layers_by_eye() -> None:
     assert table["rollout"].tolist() == pytest.approx([0.625, 0.375])
     assert list(table) == [
         *("sample", "tower", "kind", "query", "key", "query_token"),
-        *("token", "token_kind", "image", "row", "col", "rollout"),
+        *("token", "token_kind", "image", "row", "col", "video", "frame", "rollout"),
     ]
     assert table[["query_token", "token", "token_kind"]].to_numpy().tolist() == [
         ["t1", "b0", "special"],

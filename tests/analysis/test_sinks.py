@@ -15,7 +15,7 @@ def test_three_positions_by_eye() -> None:
     table = attention_sinks(sample_of("btt", [dense_call(matrix)]), min_queries=1)
     assert list(table) == [
         *("sample", "tower", "kind", "layer", "head", "key"),
-        *("token", "token_kind", "image", "row", "col"),
+        *("token", "token_kind", "image", "row", "col", "video", "frame"),
         *("received", "null", "lift", "sink", "n_queries"),
     ]
     assert table["key"].tolist() == [0, 1]  # 2 receives a tenth of one query

@@ -13,11 +13,5 @@ NOT_SQUARE: dict[str, dict[str, str]] = {
     "pi0": {"*.self_attn": "actions read the cache of image and words"},
     "t5gemma2": {"*decoder.layers.*.self_attn": "the encoder's keys stand behind the decoder's"},
 }
-# Attention with a softmax over something else than keys, or modules taken for attention: refused,
-# and what the refusal names first.
-REFUSED: dict[str, str] = {
-    "groupvit": "vision_model.encoder.stages.0.downsample.assign",
-}
-
 # What a test finds wrong in the package, and why. What is mended fails until it is taken out here.
 WRONG: dict[tuple[str, str], str] = {}

@@ -75,9 +75,12 @@ def build_model(record: Record, made: Any) -> PreTrainedModel:
 
 def settled(model_type: str) -> ProcessorMixin:
     """The processor with the settings that it takes only when called, as settings of its own."""
-    made = copy.copy(real(model_type)[1])
+    model, made = real(model_type)
+    made, taken = copy.copy(made), inspect.signature(model.forward).parameters
     of_images = dict(getattr(made, "images_kwargs", None) or {})
     for name, value in RECORDS[model_type].call.items():
+        if name in taken:  # it is for the model
+            continue
         if name.startswith("return_") or hasattr(made, name):
             setattr(made, name, value)
         else:
@@ -130,7 +133,7 @@ def prompt(model_type: str, n_images: int, question: str) -> str:
 
 
 def chat_template(record: Record) -> str:
-    """``user: IMAGE question assistant:``, images and texts in the order given."""
+    """``user: IMAGE question assistant:``, images, videos and texts in the order given."""
     return (
         ("{{ bos_token }}" if record.begins else "") + "{% for message in messages %}"
         "{% if not loop.first %}\n{% endif %}{{ message['role'] }}: "
@@ -138,6 +141,8 @@ def chat_template(record: Record) -> str:
         "{% for part in message['content'] %}{% if not loop.first %} {% endif %}"
         "{% if part['type'] == 'image' %}"
         + record.image
+        + "{% elif part['type'] == 'video' %}"
+        + record.clip
         + "{% else %}{{ part['text'] }}{% endif %}"
         "{% endfor %}{% endif %}"
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"

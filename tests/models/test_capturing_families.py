@@ -29,13 +29,15 @@ BUILT = [
     name for name, record in RECORDS.items() if not record.obstacle and record.n_frames is None
 ]  # those with n_frames read clips, not pictures
 REFUSED = {
-    "shieldgemma2": "Labelling needs one row of tokens per prompt.",
     "pi0": "PI0ForConditionalGeneration also needs state",
     "diffusion_gemma": "A sample is one answer, read once and in order",
 }
 SOME = ("mllama", "git", "blip", "kosmos-2", "florence2", "t5gemma2", "vision-encoder-decoder")
 """The first of each way to read an image that is not simply among the tokens."""
-OTHER_PATCHES = {"deepseek_vl_hybrid", "florence2", "granite4_vision", "perception_lm"}
+OTHER_PATCHES = {
+    *("deepseek_vl_hybrid", "florence2", "granite4_vision", "perception_lm", "fast_vlm"),
+    *("deepseek_ocr2", "unlimited_ocr", "minicpmv4_6", "minicpmv4_7"),
+}
 """Types with a second tower, or stages of a tower, whose positions are not the grid's patches."""
 
 

@@ -1,5 +1,7 @@
 """Every type has a record, and every record a rule or a reason."""
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -29,7 +31,7 @@ def test_a_record_has_a_rule_or_a_reason(model_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type", ["blip-2", "instructblip", "idefics2", "kosmos-2", "kosmos-2.5"]
+    "model_type", ["blip-2", "instructblip", "idefics2", "aria", "kosmos-2", "kosmos-2.5"]
 )
 def test_queries_have_no_place_and_patches_have(model_type: str) -> None:
     vlm = vlm_of(model_type)
@@ -44,12 +46,14 @@ def test_queries_have_no_place_and_patches_have(model_type: str) -> None:
         grid.arranged(image["start"].to_numpy(float))
     assert str(refusal.value) == (
         "Image 0 has no grid. Its image tokens are learned queries, each of which looks at all of "
-        "the image: they have no row and column of their own."
+        "the image: they have no row and column of their own; xi.on_patches puts what is on them "
+        "on the patches they look at."
     )
 
 
 def test_a_type_without_a_rule_still_labels_its_tokens() -> None:
     vlm = vlm_of("aria")
+    vlm = replace(vlm, family=replace(vlm.family, geometry=None))
     _, prompt = embeddings(vlm, [Image.new("RGB", (120, 70)), Image.new("RGB", (70, 120))])
     assert [grid.n_tokens for grid in prompt.grids] == [
         prompt.tokens["image"].eq(i).sum() for i in range(2)
@@ -70,9 +74,11 @@ def test_a_type_that_reads_no_text_says_so(model_type: str) -> None:
     )
 
 
-@pytest.mark.parametrize("model_type", ["nemotron_h_omni"])
-def test_without_a_rule_tokens_are_labelled_by_kind(model_type: str) -> None:
-    vlm = xi.VLM(*real(model_type))
+def test_without_a_rule_tokens_are_labelled_by_kind() -> None:
+    unruled = replace(
+        FAMILIES["idefics"], geometry=None, image_mark=None, reason="No rule is known."
+    )
+    vlm = xi.VLM(*real("idefics"), unruled)
     sample = xi.capture(vlm, Image.new("RGB", (64, 48)), "where is the red circle?")
     image = sample.tokens[sample.tokens["kind"] == "image"]
     assert image["image"].eq(0).all()
@@ -85,9 +91,28 @@ def test_without_a_rule_tokens_are_labelled_by_kind(model_type: str) -> None:
 
 
 def test_a_processor_that_makes_several_prompts_of_one_is_refused() -> None:
+    vlm = vlm_of("shieldgemma2")
+    vlm = replace(vlm, family=replace(vlm.family, writes_prompt=False))
     with pytest.raises(InputError) as error:
-        vlm_of("shieldgemma2").prepare([[Image.new("RGB", (64, 48))]], ["is it harmful?"])
+        vlm.prepare([[Image.new("RGB", (64, 48))]], ["is it harmful?"])
     assert str(error.value) == (
         "Labelling needs one row of tokens per prompt. ShieldGemma2Processor returned 3 rows for 1 "
         "prompts. Record the attention with xi.record(model)."
+    )
+
+
+def test_a_processor_that_writes_prompts_is_told_the_policy() -> None:
+    vlm = vlm_of("shieldgemma2")
+    images = [[Image.new("RGB", (64, 48))], [Image.new("RGB", (48, 64))]]
+    inputs, prompts = vlm.prepare(images, ["it shall not show a red circle"] * 2)
+    assert len(inputs["input_ids"]) == 2
+    for prompt in prompts:
+        users = prompt.tokens[prompt.tokens["role"].eq("user") & prompt.tokens["kind"].eq("text")]
+        assert "".join(users["token"]).strip() == "it shall not show a red circle"
+        assert prompt.grids[0].n_tokens == prompt.tokens["kind"].eq("image").sum() == 16
+    with pytest.raises(InputError) as error:
+        vlm.prepare(images, ["it shall not show a circle", "it shall not show a square"])
+    assert str(error.value) == (
+        "A processor that writes the prompts itself holds all images of a batch against the same "
+        "policy. Got 2 questions; give each a batch of its own."
     )

@@ -5,6 +5,8 @@ The vision towers are tiny and random, with all switched off that mixes position
 stream (attention, depthwise convolutions), so that each token hears of its own pixels only.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tests.models.painting import (
     places_of,
     textured,
     vlm_of,
+    with_options,
 )
 from xmodal_interp.models import FAMILIES, VLM, ImageGrid
 
@@ -49,6 +52,35 @@ PAINTED = (
     *("idefics3", "smolvlm", "internvl", "aya_vision", "cohere2_vision", "ovis2", "llama4"),
     *("got_ocr2", "florence2", "granite4_vision", "perception_lm"),
     *("blip", "git", "idefics", "pix2struct", "pp_formulanet", "vision-encoder-decoder"),
+    *("lfm2_vl", "granite_docling", "hunyuan_vl", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
+    *("molmo2", "step3p7", "unlimited_ocr"),
+    *("fuyu", "inkling2", "inkling_mm_model", "nemotron_h_omni", "pi0", "pp_chart2table"),
+    *("chameleon", "emu3", "fast_vlm", "gemma3n", "shieldgemma2"),
+)
+PAN_AND_SCAN = {
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 24,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+    "pan_and_scan_max_num_crops": 3,
+}
+OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("gemma3", PAN_AND_SCAN),
+    ("t5gemma2", PAN_AND_SCAN),
+    ("got_ocr2", {"crop_to_patches": True, "min_patches": 2, "max_patches": 6}),
+    *((name, {"do_image_splitting": False}) for name in ("idefics3", "smolvlm")),
+    *((name, {"crop_to_patches": False}) for name in ("internvl", "aya_vision", "ovis2")),
+    ("cohere2_vision", {"crop_to_patches": False}),
+    ("ovis2", {"crop_to_patches": True, "use_covering_area_grid": False}),
+    ("llama4", {"resize_to_max_canvas": True}),
+    ("perception_lm", {"vision_input_type": "vanilla"}),
+    ("inkling_mm_model", {"rescale_image_frac": 0.8}),
+    ("inkling_mm_model", {"rescale_image_frac": 2.0, "rescale_image_max_upscaled_long_edge": 240}),
+    ("fuyu", {"size": {"height": 64, "width": 64}}),
+)
+"""Settings other than those of the records, which a user may turn on."""
+QUERYING = (
+    *("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria"),
+    *("kosmos-2", "kosmos-2.5"),
 )
 N_TOKENS = 4  # of each view
 
@@ -62,11 +94,26 @@ def fits(box: np.ndarray, size: tuple[int, int]) -> bool:
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("model_type", PAINTED)
 def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple[int, int]) -> None:
-    vlm = vlm_of(model_type)
+    assert painted_boxes(vlm_of(model_type), size) >= 2
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize(
+    ("model_type", "options"), OPTIONS, ids=[f"{name}-{'-'.join(to)}" for name, to in OPTIONS]
+)
+def test_so_it_is_with_other_options(
+    model_type: str, options: dict[str, Any], size: tuple[int, int]
+) -> None:
+    assert painted_boxes(with_options(vlm_of(model_type), options), size) >= 2
+
+
+def painted_boxes(vlm: VLM, size: tuple[int, int]) -> int:
+    """How many boxes were painted; of each its own token must have heard."""
     image = textured(*size)
     plain, prompt = embeddings(vlm, [image])
     tokens = places_of(prompt)
     assert len(tokens) == len(plain)
+    assert prompt.grids[0].n_tokens == tokens["kind"].eq("image").sum()
     boxes = tokens[["x0", "y0", "x1", "y1"]].to_numpy()
     n_painted = 0
     for view in tokens["view"].dropna().unique():
@@ -76,8 +123,7 @@ def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple
             change = changes(vlm, image, boxes[token], plain)
             assert of_view[change[of_view].argmax()] == token, (view, token)
             n_painted += 1
-    assert n_painted >= 2
-    assert prompt.grids[0].n_tokens == tokens["kind"].eq("image").sum()
+    return n_painted
 
 
 BY_PATCH = sorted(
@@ -109,8 +155,7 @@ def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
 
 
 def test_every_rule_is_painted() -> None:
-    """Queries have no boxes (test_families), and Mllama's are painted in test_geometry."""
+    """Queries have no boxes (patches: test_towers, test_split); Mllama: test_geometry."""
     ruled = {name for name, family in FAMILIES.items() if family.geometry is not None}
-    queries = {"blip-2", "instructblip", "idefics2", "kosmos-2", "kosmos-2.5"}
-    assert ruled - set(PAINTED) == {*queries, "mllama"}
+    assert ruled - set(PAINTED) == {*QUERYING, "deepseek_ocr2", "mllama"}
     assert set(PAINTED) <= ruled

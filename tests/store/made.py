@@ -108,6 +108,11 @@ def assert_same(found: Sample, expected: Sample) -> None:
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     for one, other in zip(found.grids, expected.grids, strict=True):
         assert_same_fields(vars(one), vars(other))
+    for one, other in zip(found.video_grids, expected.video_grids, strict=True):
+        assert_same_fields(vars(one), vars(other))
+    for one, other in zip(found.videos, expected.videos, strict=True):
+        assert one.fps == other.fps
+        np.testing.assert_array_equal(one.pixels(), other.pixels())
     assert list(found.calls) == list(expected.calls)
     for key, other in expected.calls.items():
         assert_same_fields(vars(found.calls[key]), vars(other))

@@ -26,6 +26,7 @@ from xmodal_interp.analysis.selecting import Layers, calls_of, heads_of, refuse_
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
+from xmodal_interp.vocabulary import VISUAL_KINDS
 
 SEGMENTS = ("system", "image", "instruction", "output")
 
@@ -95,7 +96,7 @@ def _allocation(sample: Sample, layers: Layers, heads: Positions | None) -> pd.D
 def _segments(sample: Sample) -> np.ndarray:
     """The segment of each position; empty for padding."""
     tokens = sample.tokens
-    image = tokens["kind"].isin(["image", "video"]).to_numpy(dtype=bool)
+    image = tokens["kind"].isin(VISUAL_KINDS).to_numpy(dtype=bool)
     if not image.any():
         raise InputError(
             f"Allocation is between image and text. Sample {sample.name!r} has no image tokens "

@@ -1,7 +1,8 @@
 """The four blocks of attention between image (V) and text (T): who looks at whom, and how much.
 
-A block is named query kind - key kind, so that ``T-V`` is text looking at the image. Text is every
-token that is neither image, video nor padding; the two key kinds share out each row. Per block,
+A block is named query kind - key kind, so that ``T-V`` is text looking at the image. Tokens of
+videos are image tokens here. Text is every token that is neither image, video nor padding; the two
+key kinds share out each row. Per block,
 layer and head:
 
 * ``mass``: probability per query, summed over the block's keys, averaged over the queries that see
@@ -39,6 +40,7 @@ from xmodal_interp.analysis.selecting import (
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
+from xmodal_interp.vocabulary import VISUAL_KINDS
 
 SHORT = {"image": "V", "text": "T"}
 _COLUMNS = ("tower", "kind", "layer", "head", "block", "query_kind", "key_kind")
@@ -90,8 +92,8 @@ def cross_modal_summary(
     Returns:
         One row per sample: ``sample, tower, kind, layer``, then
         ``tv_mean, vt_mean, vv_mean, tt_mean`` (probability per visible cell, the query's kind
-        first; NaN where nothing is visible), ``most_attended_patch`` (index among the image
-        tokens), ``image, row, col`` (where it is), ``cross_modal_ratio``.
+        first; NaN where nothing is visible), ``most_attended_patch`` (index among the image and
+        video tokens), ``image, row, col, video, frame`` (where it is), ``cross_modal_ratio``.
 
     Raises:
         InputError: No image, no text behind it, or an image that is not in the sequence.
@@ -101,7 +103,7 @@ def cross_modal_summary(
         blocks = _blocks(sample, layer, heads)
         means = blocks.groupby("block")["mean"].mean()
         call = next(calls_of(sample, layer))
-        tokens = sample.where("image")
+        tokens = sample.visual
         chosen = heads_of(call, heads)
         attended = received(call, queries_of(sample, "text"), chosen)[:, tokens].mean(0)
         best = int(attended.argmax())
@@ -116,6 +118,8 @@ def cross_modal_summary(
             "image": place["image"],
             "row": place["row"],
             "col": place["col"],
+            "video": place["video"],
+            "frame": place["frame"],
             "cross_modal_ratio": ratio.iloc[0],
         }
         about = {"tower": "language", "kind": "self", "layer": call.layer}
@@ -129,7 +133,7 @@ def _blocks(sample: Sample, layers: Layers, heads: Positions | None) -> pd.DataF
     refuse_cross_attention(sample, "A block of attention")
     kinds = sample.tokens["kind"]
     of_kind = {
-        "image": torch.tensor(kinds.isin(["image", "video"]).to_numpy(dtype=bool)),
+        "image": torch.tensor(kinds.isin(VISUAL_KINDS).to_numpy(dtype=bool)),
         "text": torch.tensor(kinds.isin(["text", "special"]).to_numpy(dtype=bool)),
     }
     if not of_kind["image"].any():

@@ -37,7 +37,7 @@ from xmodal_interp.analysis.sinks import THRESHOLD, sink_keys
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import AttentionKind
+from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind
 
 DIRECTION = "text->image"
 BY = ("layer", "head")
@@ -74,7 +74,7 @@ def cross_modal_ratio(
             position of the prompt), or positions or a phrase.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
-        image: Which image; all together if not given.
+        image: Which image; all images and videos together if not given.
         kind: ``"self"``; or ``"cross"`` for families where text reaches the images by
             cross-attention: there every key is an image key, so that the share of one of several
             images is asked for.
@@ -220,7 +220,7 @@ def _check_kind(sample: Sample, image: int | None, kind: AttentionKind) -> None:
 
 def _refuse_image_queries(sample: Sample, queries: Int[Tensor, " query"]) -> None:
     kinds = sample.tokens["kind"].iloc[queries.tolist()]
-    images = kinds.index[kinds.isin(["image", "video"])].tolist()
+    images = kinds.index[kinds.isin(VISUAL_KINDS)].tolist()
     if images:
         raise InputError(
             f"The ratio is {DIRECTION}: queries are text. Positions {images[:6]} of sample "

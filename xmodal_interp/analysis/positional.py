@@ -58,7 +58,7 @@ def positional_bias(
     Args:
         samples: One sample or many; all get the same bins.
         blocks: Query kind and key kind, out of ``text->text``, ``text->image``, ``image->image``.
-            Special tokens are in none.
+            Tokens of videos count as the image's, special tokens are in none.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
         n_bins: Bins of equal width cover the longest sample; a shorter one has fewer, single
@@ -95,8 +95,10 @@ def positional_bias(
         for call in calls_of(sample, layers):
             for block in blocks:
                 query_kind, key_kind = block.split("->")
-                queries = torch.tensor(sample.where(query_kind))
-                keys = torch.tensor(sample.where(key_kind))
+                queries, keys = (
+                    torch.tensor(sample.visual if kind == "image" else sample.where(kind))
+                    for kind in (query_kind, key_kind)
+                )
                 table = _profile(call, heads_of(call, heads), queries, keys, bins, rope)
                 head = table.pop("head")
                 part = keyed(table, layer=call.layer, head=head, block=block)

@@ -84,14 +84,14 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         layers: Start and stop as of a slice, None for open: ``(0, -1)`` leaves the last layer out,
             as LLaVA does in its vision tower.
         tower: ``"language"`` or ``"vision"``.
-        image: In the vision tower: which image.
+        image: In the vision tower: which image; videos are numbered behind the images.
 
     Returns:
         One row per sample, query and key: ``sample, tower, kind, query, key``, then
-        ``query_token``, ``token, token_kind, image, row, col`` of the key, and ``rollout`` (the
-        keys of a query sum to 1). With a baseline also ``null`` and ``log2_ratio`` (log2 of rollout
-        over null; minus infinity where nothing arrives, NaN where nothing can). Queries that see
-        nothing, such as padding, are left out.
+        ``query_token``, ``token, token_kind, image, row, col, video, frame`` of the key, and
+        ``rollout`` (the keys of a query sum to 1). With a baseline also ``null`` and ``log2_ratio``
+        (log2 of rollout over null; minus infinity where nothing arrives, NaN where nothing can).
+        Queries that see nothing, such as padding, are left out.
 
     Raises:
         InputError: An option outside its range, or an image that is not in the sequence.

@@ -19,10 +19,13 @@ from xmodal_interp.errors import (
     PositionError,
 )
 from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import AttentionKind, Tower
+from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind, Tower
 
 Layers = int | Sequence[int] | None
 """Layers, negative ones counted from the last; None means all that are held."""
+
+POSITION_COLUMNS = ("token", "token_kind", "image", "row", "col", "video", "frame")
+"""What tables say of a position beside its number; the last two are of videos only."""
 
 CHUNK_BYTES = 8 * 2**20  # of float32 probabilities at a time; what follows takes a few times that
 
@@ -81,6 +84,8 @@ def heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
 def queries_of(sample: Sample, queries: Selector) -> Int[Tensor, " query"]:
     """Queries of ``"text"`` that sees all images, the ``"last"`` prompt position, or a selector.
 
+    Videos count as images.
+
     Raises:
         InputError: No text comes after the image.
     """
@@ -101,7 +106,7 @@ def queries_of(sample: Sample, queries: Selector) -> Int[Tensor, " query"]:
 def image_keys(
     sample: Sample, image: int | None, kind: AttentionKind = "self"
 ) -> Bool[Tensor, " key"]:
-    """True on the keys that are tokens of an image, or of any image.
+    """True on the keys that are tokens of an image, or of any image or video.
 
     Raises:
         InputError: There is no such token.
@@ -109,7 +114,7 @@ def image_keys(
     table = (
         sample.cross_keys if kind == "cross" and sample.cross_keys is not None else sample.tokens
     )
-    chosen = table["kind"].eq("image")
+    chosen = table["kind"].isin(VISUAL_KINDS)
     if image is not None:
         chosen &= table["image"].eq(image)
     keys = chosen.fillna(value=False).to_numpy(dtype=bool)
@@ -123,29 +128,37 @@ def image_keys(
 
 
 def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -> pd.DataFrame:
-    """Every position's ``token, token_kind, image, row, col``; in the vision tower, of one image.
+    """What stands at every position; in the vision tower, of one image (videos are behind those).
 
     Tokens of a thumbnail have no place beside those of the image.
+
+    Returns:
+        ``token, token_kind, image, row, col, video, frame``, a row per position.
 
     Raises:
         GeometryError: The image has not as many places as the tower has positions.
     """
     if tower == "language":
-        table = sample.tokens[["token", "kind", "image"]].join(image_places(sample.tokens))
-        return table.rename(columns={"kind": "token_kind"}).reset_index(drop=True)
-    places = pd.DataFrame(sample.grids[image].patch_places, columns=["row", "col"], dtype="Int64")
+        table = sample.tokens[["token", "kind", "image", "video", "frame"]]
+        table = table.join(image_places(sample.tokens)).rename(columns={"kind": "token_kind"})
+        return table[list(POSITION_COLUMNS)].reset_index(drop=True)
+    video = image - len(sample.grids)
+    kind, number = ("image", image) if video < 0 else ("video", video)
+    grid = sample.grids[image] if video < 0 else sample.video_grids[video]
+    axes = ["row", "col"] if video < 0 else ["frame", "row", "col"]
+    places = pd.DataFrame(grid.patch_places, columns=axes, dtype="Int64")
     if len(places) != n_positions:
         raise GeometryError(
-            f"The grid of an image has a place for each position of the tower. Image {image} of "
-            f"sample {sample.name!r} has {len(places)} places, the {tower} tower has {n_positions} "
-            "positions."
+            f"The grid of an image has a place for each position of the tower. {kind.capitalize()} "
+            f"{number} of sample {sample.name!r} has {len(places)} places, the {tower} tower has "
+            f"{n_positions} positions."
         )
     nowhere = places["row"] < 0
-    kinds = nowhere.map({True: "special", False: "image"}).astype("string")
-    table = places.mask(nowhere)
-    table = table.assign(token=None, token_kind=kinds, image=image)
-    columns = ["token", "token_kind", "image", "row", "col"]
-    return table[columns].astype({"token": "string", "image": "Int64"})
+    kinds = nowhere.map({True: "special", False: kind}).astype("string")
+    table = places.mask(nowhere).reindex(columns=list(POSITION_COLUMNS))
+    table = table.assign(token=None, token_kind=kinds, **{kind: number})
+    integers = dict.fromkeys(("image", "row", "col", "video", "frame"), "Int64")
+    return table.astype({"token": "string", **integers})
 
 
 def image_places(tokens: pd.DataFrame) -> pd.DataFrame:

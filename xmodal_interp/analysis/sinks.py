@@ -20,6 +20,7 @@ from torch import Tensor
 from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import received
 from xmodal_interp.analysis.selecting import (
+    POSITION_COLUMNS,
     Layers,
     calls_of,
     first_position,
@@ -60,8 +61,9 @@ def attention_sinks(
     Returns:
         One row per sample, layer, head and key, for the first position and for every key that is a
         sink of some head of the layer: ``sample, tower, kind, layer, head, key, token, token_kind,
-        image, row, col``, then ``received`` (mean probability), ``null`` (the same under uniform
-        attention over the visible keys), ``lift`` (their ratio), ``sink``, ``n_queries``.
+        image, row, col, video, frame``, then ``received`` (mean probability), ``null`` (the same
+        under uniform attention over the visible keys), ``lift`` (their ratio), ``sink``,
+        ``n_queries``.
 
     Raises:
         InputError: A threshold outside 0 to 1.
@@ -88,8 +90,8 @@ def attention_sinks(
             table = long_table({"head": chosen, "key": keys.tolist()}, values)
             tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
         whole = stacked(tables)
-        about = sample.tokens[["token", "kind", "image", "row", "col"]]
-        named = about.rename(columns={"kind": "token_kind"}).iloc[whole["key"]]
+        about = sample.tokens.rename(columns={"kind": "token_kind"})[list(POSITION_COLUMNS)]
+        named = about.iloc[whole["key"]]
         named.index = whole.index
         keys = ["tower", "kind", "layer", "head", "key"]
         return pd.concat([whole[keys], named, whole.drop(columns=keys)], axis=1)

@@ -16,7 +16,7 @@ from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tap import RawCall
 from xmodal_interp.models import VLM
 from xmodal_interp.models.batching import Batch, Item, batches_of
-from xmodal_interp.vocabulary import AttentionKind, Tower
+from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind, Tower
 
 PositionClass = Literal["all", "image", "text"]
 POSITION_CLASSES: tuple[PositionClass, ...] = ("all", "image", "text")
@@ -59,8 +59,8 @@ def mean_head_outputs(
     Args:
         vlm: Model and processor.
         items: Dicts with ``image`` and ``prompt``.
-        positions: ``"image"``, ``"text"`` (all that is neither image nor padding) or ``"all"``;
-            towers other than the language tower have ``"all"`` only.
+        positions: ``"image"``, ``"text"`` (all that is neither image, video nor padding) or
+            ``"all"``; towers other than the language tower have ``"all"`` only.
         tower: Part of the model.
         kind: Kind of attention.
         batch_size: The largest number of prompts per forward.
@@ -115,7 +115,7 @@ def class_masks(
     n_positions = batch.inputs["input_ids"].shape[1]
     masks = torch.full((len(batch.index), n_positions), answers and positions != "image")
     for mask, prompt in zip(masks, batch.prompts, strict=True):
-        image = prompt.tokens["kind"].eq("image").to_numpy(dtype=bool)
+        image = prompt.tokens["kind"].isin(VISUAL_KINDS).to_numpy(dtype=bool)
         padding = prompt.tokens["kind"].eq("padding").to_numpy(dtype=bool)
         of_class = {"image": image, "text": ~image & ~padding, "all": ~padding}[positions]
         mask[: len(of_class)] = torch.from_numpy(of_class)

@@ -21,6 +21,7 @@ from xmodal_interp.models.alignment import (
 )
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid, unplaced
+from xmodal_interp.models.opening import Video
 from xmodal_interp.models.rendering import Rendered, spans_in
 from xmodal_interp.models.sequences import Read
 from xmodal_interp.models.tokens import (
@@ -48,6 +49,7 @@ class Prompt:
         cross_keys: One row per cross-attention key, for families whose images are not in the
             sequence.
         video_grids: The grid of each video.
+        videos: The videos, in order.
         n_encoder: How many of the positions an encoder reads, before those of the decoder.
     """
 
@@ -58,6 +60,7 @@ class Prompt:
     columns: Columns
     cross_keys: pd.DataFrame | None
     video_grids: tuple[VideoGrid, ...] = ()
+    videos: tuple[Video, ...] = ()
     n_encoder: int = 0
 
     @cached_property
@@ -77,6 +80,7 @@ class Made:
         replacements: What the processor reports to have replaced; None where it doesn't.
         grids: The grid of each image; None where the family has no rule.
         video_grids: The grid of each video.
+        videos: The videos, in order.
     """
 
     question: str
@@ -85,6 +89,7 @@ class Made:
     replacements: Sequence[Mapping[str, Any]] | None
     grids: tuple[ImageGrid, ...] | None
     video_grids: tuple[VideoGrid, ...]
+    videos: tuple[Video, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +156,7 @@ class Labeller:
             columns,
             crossed,
             made.video_grids,
+            made.videos,
             read.n_encoder,
         )
 
@@ -199,6 +205,9 @@ class Labeller:
         yield text
         if self._by_place:
             yield f" {text}"
+        for end in ("\n", getattr(self.processor.tokenizer, "sep_token", None)):
+            if end is not None:
+                yield text + end
         if self.placeholder is not None:
             yield re.sub(rf"({re.escape(self.placeholder)})(?=[^\s<])", r"\1 ", text)
         if hasattr(self.processor, "prepare_inputs_layout"):

@@ -16,17 +16,32 @@ from xmodal_interp.errors import InputError
 ImageLike = Image.Image | str | PathLike[str]
 
 
+_NOT_FRAMES = (
+    "A video is given as its frames, xi.Video([frame, ...], fps=...), each a path or a PIL image: "
+    "no file is decoded here. Got {}. Decode it first, and choose the frames that the model is to "
+    "see."
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Video:
     """Frames that a model is to see, all of them: none are left out, and none are sampled.
 
     Attributes:
-        frames: The frames in order, all of one size.
+        frames: The frames in order, all of one size: paths or PIL images.
         fps: How many of them there are per second; None if that is not known.
+
+    Raises:
+        InputError: A video file in the place of frames.
     """
 
-    frames: tuple[ImageLike, ...]
+    frames: Sequence[ImageLike]
     fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.frames, (str, PathLike)):
+            raise InputError(_NOT_FRAMES.format(repr(str(self.frames))))
+        object.__setattr__(self, "frames", tuple(self.frames))
 
     def opened(self) -> Video:
         """The same with the frames read.
@@ -70,6 +85,19 @@ class Video:
     def __len__(self) -> int:
         """How many frames."""
         return len(self.frames)
+
+
+def open_video(video: Any) -> Video:
+    """A video with its frames read.
+
+    Raises:
+        InputError: It is no :class:`Video`, or has frames that cannot be read.
+    """
+    if not isinstance(video, Video):
+        is_path = isinstance(video, (str, PathLike))
+        got = repr(str(video)) if is_path else f"an object of {type(video).__name__}"
+        raise InputError(_NOT_FRAMES.format(got))
+    return video.opened()
 
 
 def flat(nested: Sequence[Sequence[Any]]) -> list[Any]:

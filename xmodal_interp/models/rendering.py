@@ -33,48 +33,70 @@ class Rendered:
     spans: tuple[Span, ...]
 
 
-def rendered(
+def rendered(  # noqa: PLR0913  what prompts and families differ in
     processor: Any,
     question: str,
     placeholder: str | None,
     n_images: int,
     *,
+    video_placeholder: str | None = None,
+    n_videos: int = 0,
     system: str | None = None,
     in_front: bool = False,
+    answer: bool = True,
 ) -> Rendered:
-    """The prompt of a question about some images.
+    """The prompt of a question about some images and videos.
 
     Args:
         processor: Its chat template is used.
-        question: One that holds the placeholder is the whole prompt; any other is put into the chat
-            template behind its images.
+        question: One that holds a placeholder is the whole prompt; any other is put into the chat
+            template behind its images, and these before its videos.
         placeholder: What a prompt has where an image goes.
         n_images: How many images there are.
+        video_placeholder: What a prompt has where a video goes.
+        n_videos: How many videos there are.
         system: A system message, for the chat template.
         in_front: Whether the processor puts the images in front by itself: without a chat template,
             the question is the prompt.
+        answer: Whether the prompt ends with what opens the answer.
 
     Raises:
-        InputError: An empty question, or a processor without a chat template.
+        InputError: An empty question, a processor without a chat template, or a prompt that has not
+            one placeholder per video.
     """
     if not question.strip():
         raise InputError("A prompt must not be empty; got only white space.")
     templated = getattr(processor, "chat_template", None) is not None
-    if (placeholder is not None and placeholder in question) or (in_front and not templated):
+    known = [each for each in (placeholder, video_placeholder) if each is not None]
+    if any(each in question for each in known) or (in_front and not templated):
+        _check_videos(question, video_placeholder, n_videos, "The prompt")
         return Rendered(question, (Span("user", 0, len(question)),))
     if not templated:
         where = "" if placeholder is None else f", with {placeholder} where each image goes"
+        if n_videos:
+            where += f", with {video_placeholder} where each video goes"
         raise InputError(
             f"{type(processor).__name__} has no chat template, so a bare question cannot be "
             f"rendered. Write the whole prompt{where}; got {question!r}."
         )
-    content = [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": question}]
+    parts = ["image"] * n_images + ["video"] * n_videos
+    content = [*({"type": part} for part in parts), {"type": "text", "text": question}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    text = processor.apply_chat_template(messages, add_generation_prompt=answer)
+    _check_videos(text, video_placeholder, n_videos, "The chat template's prompt")
     spans = message_spans(text, messages)
-    return Rendered(text, (*spans, *_placeholder_spans(text, placeholder)))
+    return Rendered(text, (*spans, *(s for each in known for s in _placeholder_spans(text, each))))
+
+
+def _check_videos(text: str, placeholder: str | None, n_videos: int, whose: str) -> None:
+    found = 0 if placeholder is None else text.count(placeholder)
+    if found != n_videos:
+        raise InputError(
+            f"A prompt must have {placeholder or 'a placeholder'} where each video goes. {whose} "
+            f"has {found} of them for {n_videos} videos: {text!r}."
+        )
 
 
 def closed_up(prompt: str, mark: str) -> str:
@@ -138,10 +160,10 @@ def message_spans(text: str, messages: Sequence[dict[str, Any]]) -> list[Span]:
     return spans
 
 
-def _placeholder_spans(text: str, placeholder: str | None) -> list[Span]:
+def _placeholder_spans(text: str, placeholder: str) -> list[Span]:
     spans: list[Span] = []
-    start = -1 if placeholder is None else text.find(placeholder)
-    while placeholder is not None and start >= 0:
+    start = text.find(placeholder)
+    while start >= 0:
         spans.append(Span("user", start, start + len(placeholder)))
         start = text.find(placeholder, start + len(placeholder))
     return spans

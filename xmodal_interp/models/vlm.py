@@ -11,16 +11,16 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
-from transformers import ProcessorMixin
 
 from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.models import calling
 from xmodal_interp.models.decoding import GREEDY, check_decoding
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
 from xmodal_interp.models.labelling import Labeller, Made, Prompt
-from xmodal_interp.models.opening import ImageLike, Video, flat, open_image
+from xmodal_interp.models.opening import ImageLike, Video, flat, open_image, open_video
 from xmodal_interp.models.records import family_of
-from xmodal_interp.models.rendering import Rendered, closed_up, interleaved, rendered
+from xmodal_interp.models.rendering import Rendered, closed_up, rendered
 from xmodal_interp.models.sequences import (
     as_generated,
     as_given,
@@ -83,35 +83,37 @@ class VLM:
 
         Args:
             images: For each sample, its images in order.
-            questions: For each sample, its question. One that already holds the image placeholder
-                is taken as the whole prompt; any other is put into the chat template behind its
-                images. It may be empty where the model's decoder begins by itself, and must be
-                where the model reads no text.
+            questions: For each sample, its question. One that already holds the image or video
+                placeholder is taken as the whole prompt; any other is put into the chat template
+                behind its images and its videos. It may be empty where the model's decoder begins
+                by itself, and must be where the model reads no text.
             system: A system message, for the chat template.
-            videos: For each sample, its videos in order. Their questions must be whole prompts,
-                with the processor's video placeholder where each goes.
+            videos: For each sample, its videos in order.
 
         Raises:
             GeometryError: The processor's ids are not what the prompt and the family's rule lead
                 to, or the family has no rule for videos.
-            InputError: An empty question, an image that cannot be read, or a processor without a
-                chat template.
+            InputError: An empty question, an image that cannot be read, something that is no video,
+                a processor without a chat template, or one that leaves videos out.
         """
         opened = [tuple(open_image(image) for image in of_sample) for of_sample in images]
-        shown = [tuple(video.opened() for video in of_sample) for of_sample in videos or ()]
+        shown = [tuple(open_video(video) for video in of_sample) for of_sample in videos or ()]
         shown = shown or [()] * len(opened)
-        prompts = [
-            self._rendered(question, len(of), system)
-            for question, of in zip(questions, opened, strict=True)
-        ]
-        texts = [prompt.text for prompt in prompts]
         if flat(shown) and self.family.video is None:
             raise GeometryError(
                 "Videos need a rule that places their tokens. There is none for the model type "
                 f"{self.family.model_type!r}."
             )
+        prompts = [
+            self._rendered(question, len(of), len(clips), system)
+            for question, of, clips in zip(questions, opened, shown, strict=True)
+        ]
+        texts = [prompt.text for prompt in prompts]
         inputs = self.processor(
-            **self._given(texts, opened), **self._options(texts), **_videos(shown)
+            **calling.texts_and_images(self.family, texts, opened),
+            **calling.options(self.processor, self.family, texts),
+            **(calling.policy(questions) if self.family.writes_prompt else {}),
+            **calling.videos(shown),
         )
         replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
         grids, video_grids = self._grids(inputs, opened), self._video_grids(inputs, shown)
@@ -131,9 +133,11 @@ class VLM:
             )
         labeller = Labeller(self.processor, self.family, self.model.config, self.placeholder)
         labelled = [
-            labeller.prompt(Made(*made), read_at(self.family, begun, i, _n_tokens(made[-2])))
+            labeller.prompt(Made(*made), read_at(self.family, begun, i, _n_tokens(made[4])))
             for i, made in enumerate(
-                zip(questions, opened, prompts, replacements, grids, video_grids, strict=True)
+                zip(
+                    questions, opened, prompts, replacements, grids, video_grids, shown, strict=True
+                )
             )
         ]
         if self.family.rewritten:
@@ -167,7 +171,17 @@ class VLM:
             token = self.tokenizer.convert_ids_to_tokens(token_id)
         return None if token is None else str(getattr(token, "content", token))
 
-    def _rendered(self, question: str, n_images: int, system: str | None) -> Rendered:
+    @property
+    def video_placeholder(self) -> str | None:
+        """What a prompt has where a video goes; None where the family has no rule for videos."""
+        if self.family.video is None:
+            return None
+        token = getattr(self.processor, "video_token", None)
+        return None if token is None else str(getattr(token, "content", token))
+
+    def _rendered(
+        self, question: str, n_images: int, n_videos: int, system: str | None
+    ) -> Rendered:
         """The prompt of a question; none at all where the model's decoder begins by itself."""
         if self.model.config.is_encoder_decoder and not (self.family.in_sequence or question):
             return Rendered("", ())
@@ -182,39 +196,12 @@ class VLM:
             question if mark is None else closed_up(question, mark),
             self.placeholder,
             n_images,
+            video_placeholder=self.video_placeholder,
+            n_videos=n_videos,
             system=system,
             in_front=self.family.in_front,
+            answer=not self.family.writes_prompt,
         )
-
-    def _given(
-        self, texts: Sequence[str], opened: Sequence[tuple[Image.Image, ...]]
-    ) -> dict[str, Any]:
-        """Texts and images as the processor wants them."""
-        if self.family.image_mark is not None:
-            pairs = zip(texts, opened, strict=True)
-            mark = self.family.image_mark
-            return {"text": [interleaved(text, mark, of_sample) for text, of_sample in pairs]}
-        nested = [list(of_sample) for of_sample in opened if of_sample]
-        images = (flat(nested) if self.family.flat_images else nested) or None
-        return {"images": images, "text": list(texts)} if any(texts) else {"images": images}
-
-    def _begins_itself(self, text: str) -> bool:
-        """Chat templates usually write the beginning-of-sequence token themselves."""
-        begin = self.tokenizer.bos_token
-        return begin is not None and text.startswith(begin)
-
-    def _options(self, texts: Sequence[str]) -> dict[str, Any]:
-        """How the processor is called, beside texts and images."""
-        options: dict[str, Any] = {"return_tensors": "pt"}
-        if len(texts) > 1:
-            options |= {"padding": True, "padding_side": "left"}
-        if self._begins_itself(texts[0]):
-            options |= {"add_special_tokens": False}
-        if _reports_replacements(self.processor):
-            options |= {"return_text_replacement_offsets": True}
-        if self.family.token_types:
-            options |= {"return_mm_token_type_ids": True}
-        return options
 
     def _grids(
         self, inputs: Any, opened: Sequence[tuple[Image.Image, ...]]
@@ -244,7 +231,7 @@ class VLM:
         """Pixels in the model's precision; ids and masks as they are."""
         return {
             name: value.to(self.model.dtype)
-            if name.startswith("pixel_values") and value.is_floating_point()
+            if name.startswith(("pixel_values", "image_patches")) and value.is_floating_point()
             else value
             for name, value in inputs.items()
         }
@@ -252,23 +239,3 @@ class VLM:
 
 def _n_tokens(grids: Sequence[ImageGrid] | None) -> int:
     return sum(grid.n_tokens for grid in grids or ())
-
-
-def _videos(videos: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
-    """How the processor is given videos: as they are, nothing sampled."""
-    every = flat(videos)
-    if not every:
-        return {}
-    return {
-        "videos": [video.pixels() for video in every],
-        "videos_kwargs": {
-            "video_metadata": [video.metadata() for video in every],
-            "do_sample_frames": False,
-        },
-    }
-
-
-def _reports_replacements(processor: Any) -> bool:
-    """Whether a processor expands its placeholders in the way that can be reported."""
-    own = getattr(type(processor), "replace_image_token", None)
-    return own is not None and own is not ProcessorMixin.replace_image_token

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xmodal_interp.errors import StoreError
-from xmodal_interp.models import ImageGrid
+from xmodal_interp.models import ImageGrid, VideoGrid
 from xmodal_interp.store import packing, schema
 
 _T = TypeVar("_T")
@@ -105,6 +105,17 @@ def read_grids(path: Path, numbers: Sequence[Mapping[str, Any]]) -> tuple[ImageG
         StoreError: The file is missing, damaged or of another version.
     """
     grids, stamp = _whole(path, lambda: packing.grids_from(path.read_bytes(), numbers))
+    schema.check_stamp(stamp, path)
+    return grids
+
+
+def read_video_grids(path: Path, numbers: Sequence[Mapping[str, Any]]) -> tuple[VideoGrid, ...]:
+    """The grids of a sample's videos, likewise.
+
+    Raises:
+        StoreError: The file is missing, damaged or of another version.
+    """
+    grids, stamp = _whole(path, lambda: packing.video_grids_from(path.read_bytes(), numbers))
     schema.check_stamp(stamp, path)
     return grids
 

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.models import ImageGrid, View
+from xmodal_interp.models import ImageGrid, Video, VideoGrid, View, open_image
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import schema
 
@@ -26,6 +26,7 @@ _TEXT_STAMP = {name: str(value) for name, value in schema.STAMP.items()}
 def sample_record(sample: Sample, shared: schema.SharedTensors, *, images: bool) -> dict[str, Any]:
     """``sample.json`` but for its checksums; masks and biases go to the shared tensors."""
     sources = sample.provenance.get("images") or [None] * len(sample.images)
+    frames = sample.provenance.get("videos") or [[None] * len(each) for each in sample.videos]
     return {
         **schema.STAMP,
         "name": sample.name,
@@ -36,18 +37,44 @@ def sample_record(sample: Sample, shared: schema.SharedTensors, *, images: bool)
         "labels": sample.labels,
         "provenance": sample.provenance,
         "grids": [_grid_numbers(grid) for grid in sample.grids],
-        "images": [
+        "images": _pictures("image", sample.images, sources, stored=images),
+        "video_grids": [
+            {name: int(getattr(grid, name)) for name in schema.VIDEO_NUMBERS}
+            for grid in sample.video_grids
+        ],
+        "videos": [
             {
-                "file": f"image-{i}.png" if images else None,
-                "source": source,
-                "width": image.width,
-                "height": image.height,
+                "fps": video.fps,
+                "frames": _pictures(f"video-{i}", _frames(video), of_frames, stored=images),
             }
-            for i, (image, source) in enumerate(zip(sample.images, sources, strict=True))
+            for i, (video, of_frames) in enumerate(zip(sample.videos, frames, strict=True))
         ],
         "calls": [schema.call_record(call, shared) for call in sample.calls.values()],
         "shared": shared.records,
     }
+
+
+def _pictures(
+    kind: str,
+    pictures: Sequence[Image.Image],
+    sources: Sequence[str | None],
+    *,
+    stored: bool,
+) -> list[dict[str, Any]]:
+    """Where each picture is, and its size."""
+    return [
+        {
+            "file": f"{kind}-{i}.png" if stored else None,
+            "source": source,
+            "width": picture.width,
+            "height": picture.height,
+        }
+        for i, (picture, source) in enumerate(zip(pictures, sources, strict=True))
+    ]
+
+
+def _frames(video: Video) -> tuple[Image.Image, ...]:
+    return tuple(open_image(frame) for frame in video.frames)
 
 
 def sample_files(
@@ -59,9 +86,13 @@ def sample_files(
         yield schema.CROSS_KEYS, table_bytes(sample.cross_keys)
     if sample.grids:
         yield schema.GRIDS, grid_bytes(sample.grids)
+    if sample.video_grids:
+        yield schema.VIDEO_GRIDS, video_grid_bytes(sample.video_grids)
     if images:
-        for i, image in enumerate(sample.images):
-            yield f"image-{i}.png", image_bytes(image)
+        shown = {"image": sample.images}
+        shown |= {f"video-{i}": _frames(video) for i, video in enumerate(sample.videos)}
+        for kind, pictures in shown.items():
+            yield from ((f"{kind}-{i}.png", image_bytes(each)) for i, each in enumerate(pictures))
     layers: dict[str, list[Any]] = defaultdict(list)
     for key in sample.calls:
         layers[schema.layer_file(*key[:3])].append(key)
@@ -119,6 +150,21 @@ def grid_bytes(grids: Sequence[ImageGrid]) -> bytes:
         if grid.thumbnail is not None:
             small = grid.thumbnail
             arrays |= {f"{i}.thumbnail.{name}": getattr(small, name) for name in schema.VIEW_ARRAYS}
+    return _npz_bytes(arrays)
+
+
+def video_grid_bytes(grids: Sequence[VideoGrid]) -> bytes:
+    """An npz file with the arrays ``INDEX.NAME`` of ``VIDEO_ARRAYS``."""
+    return _npz_bytes(
+        {
+            f"{i}.{name}": getattr(grid, name)
+            for i, grid in enumerate(grids)
+            for name in schema.VIDEO_ARRAYS
+        }
+    )
+
+
+def _npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
     sink = io.BytesIO()
     stamp = {name: np.array([value]) for name, value in schema.STAMP.items()}
     np.savez_compressed(sink, allow_pickle=False, **stamp, **arrays)
@@ -131,8 +177,26 @@ def grids_from(
     """The grids of an npz file, and what the file says of its format."""
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         grids = tuple(_grid_from(each, arrays, f"{i}.") for i, each in enumerate(numbers))
-        stamp = {name: arrays[name][0].item() for name in schema.STAMP if name in arrays}
-    return grids, stamp
+        return grids, _stamp_of(arrays)
+
+
+def video_grids_from(
+    content: bytes, numbers: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[VideoGrid, ...], dict[str, Any]]:
+    """The video grids of an npz file, and what the file says of its format."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        grids = tuple(
+            VideoGrid(
+                **{name: each[name] for name in schema.VIDEO_NUMBERS},
+                **{name: arrays[f"{i}.{name}"] for name in schema.VIDEO_ARRAYS},
+            )
+            for i, each in enumerate(numbers)
+        )
+        return grids, _stamp_of(arrays)
+
+
+def _stamp_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {name: arrays[name][0].item() for name in schema.STAMP if name in arrays}
 
 
 def _grid_from(numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray], at: str) -> ImageGrid:

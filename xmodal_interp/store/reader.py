@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError, NotRecordedError, StoreError
-from xmodal_interp.models import open_image
+from xmodal_interp.models import Video, open_image
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.store import files, schema
 
@@ -189,6 +189,7 @@ def read_sample(folder: Path) -> Sample:
     record = files.read_record(folder)
     tokens = files.read_table(folder / schema.TOKENS)
     has_cross_keys = schema.CROSS_KEYS in record["files"]
+    of_videos = record.get("video_grids")  # stores written before there were videos lack it
     return Sample(
         name=record["name"],
         tokens=tokens,
@@ -202,6 +203,10 @@ def read_sample(folder: Path) -> Sample:
         cross_keys=files.read_table(folder / schema.CROSS_KEYS) if has_cross_keys else None,
         labels=record["labels"],
         provenance=record["provenance"],
+        video_grids=files.read_video_grids(folder / schema.VIDEO_GRIDS, of_videos)
+        if of_videos
+        else (),
+        videos=_videos(folder, record.get("videos", [])),
     )
 
 
@@ -215,6 +220,12 @@ def _images(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[StoredI
     return tuple(
         StoredImage(path, (r["width"], r["height"])) for path, r in zip(paths, records, strict=True)
     )
+
+
+def _videos(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[Video, ...]:
+    """Videos whose frames are at hand; none if those of one are not."""
+    videos = [Video(_images(folder, r["frames"]), r["fps"]) for r in records]
+    return tuple(videos) if all(len(video) for video in videos) else ()
 
 
 def _brief(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The format of a store, version 1, and the functions between samples and its files.
+"""The format of a store, version 2, and the functions between samples and its files.
 
 A store is a folder::
 
@@ -12,9 +12,11 @@ A store is a folder::
         grids.npz               places and boxes of each image's tokens; absent without images;
                                 ``tiles``, ``patch_boxes`` and those of a ``thumbnail`` only where
                                 there are any
+        video_grids.npz         the same of each video; absent without videos
         TOWER-KIND-LAYER.safetensors    the tensors of one layer
         shared.safetensors      masks and position biases; absent if there are none
         image-INDEX.png         the images, RGB; MAY be absent
+        video-INDEX-FRAME.png   the frames of the videos, RGB; MAY be absent
 
 1. Every file MUST carry the format's name and version: JSON as the members ``format`` and
    ``version`` (in ``.jsonl`` on the first line, alone), safetensors and Parquet in their metadata,
@@ -40,6 +42,7 @@ A store is a folder::
    Boolean ones are packed 8 to a byte, most significant bit first (``packed`` with their
    ``shape``); additive ones are stored as they are.
 8. JSON MUST be strict (no NaN). Nothing is ever pickled.
+9. ``sample.json`` MAY lack ``video_grids`` and ``videos``: then there are no videos.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ STAMP: dict[str, Any] = {"format": FORMAT, "version": VERSION}
 
 MANIFEST, NAMES, FAILURES = "manifest.json", "names.jsonl", "failures.jsonl"
 SAMPLES, SAMPLE = "samples", "sample.json"
-TOKENS, CROSS_KEYS, GRIDS = "tokens.parquet", "cross_keys.parquet", "grids.npz"
+TOKENS, CROSS_KEYS = "tokens.parquet", "cross_keys.parquet"
+GRIDS, VIDEO_GRIDS = "grids.npz", "video_grids.npz"
 SHARED = "shared.safetensors"
 UNFINISHED, LOCK = ".writing-", ".lock"
 
@@ -75,6 +79,11 @@ GRID_NUMBERS = ("width", "height", "rows", "cols", "patch_rows", "patch_cols")
 OPTIONAL_GRID_ARRAYS = ("tiles", "patch_boxes")
 VIEW_ARRAYS = ("places", "patch_places")
 VIEW_NUMBERS = ("rows", "cols", "patch_rows", "patch_cols")
+VIDEO_ARRAYS = ("places", "boxes", "times", "patch_places")
+VIDEO_NUMBERS = (
+    *("width", "height", "frames", "rows", "cols"),
+    *("patch_frames", "patch_rows", "patch_cols"),
+)
 
 _SCALARS = ("tower", "kind", "layer", "call", "module", "scaling", "causal", "offset", "note")
 _OPTIONAL_SCALARS = ("softcap", "sliding_window")

@@ -25,6 +25,7 @@ class Record:
         model_type: The key of transformers' mapping of image-text-to-text models.
         note: What the processor does with an image, and which settings say so.
         image: What a user writes into a prompt for one image; empty where nothing is written.
+        video: What a user writes for one video, where it is not the same with video for image.
         tokens: Special tokens of the tokenizer, besides padding, beginning, end and unknown.
         words: Tokens that the tokenizer treats as ordinary words of its vocabulary; where there are
             any, a space leads every text.
@@ -52,6 +53,7 @@ class Record:
     model_type: str
     note: str = ""
     image: str = "<image>"
+    video: str | None = None
     tokens: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
     named: Mapping[str, str] = field(default_factory=lambda: EMPTY)
@@ -71,6 +73,13 @@ class Record:
     several: bool = True
     needs: tuple[str, ...] = ()
     unbuildable: str | None = None
+
+    @property
+    def clip(self) -> str:
+        """What a user writes into a prompt for one video."""
+        if self.video is not None:
+            return self.video
+        return self.image.replace("image", "video").replace("IMAGE", "VIDEO")
 
     @property
     def obstacle(self) -> str | None:

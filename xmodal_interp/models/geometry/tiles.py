@@ -37,16 +37,21 @@ class SplitTiles:
             the configuration that holds it, its inverse, or the number of tokens of a tile.
         thumbnail: Where the thumbnail stands.
         class_token: Where the vision tower has a class token in each tile.
+        class_token_if: Attribute of the configuration that says whether it has one; if there is
+            none, it has.
         thumbnail_of_one: Whether a single tile comes with a thumbnail, too.
         shift: How far up and left of its square of patches a token looks, in squares.
+        halved_with: An input with which the processor says that squares have half the side.
     """
 
     layout: Layout
     merge: str | int
     thumbnail: End = "last"
     class_token: End | None = None
+    class_token_if: str | None = None
     thumbnail_of_one: bool = False
     shift: float = 0.0
+    halved_with: str | None = None
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
@@ -56,6 +61,10 @@ class SplitTiles:
         side = patch_side(config, processor)
         rows, cols = height // side, width // side
         block = block_of(config, self.merge, rows, cols)
+        if self.halved_with is not None and self.halved_with in inputs:
+            block //= 2
+        has_class = self.class_token_if is None or bool(getattr(config, self.class_token_if))
+        end = self.class_token if has_class else None
         grids = []
         for image in images:
             tiling = self.layout(processor, image)
@@ -64,7 +73,7 @@ class SplitTiles:
                 for part in self._arranged(tiling, rows // block, cols // block, image)
             ]
             patches = self._arranged(tiling, rows, cols, image)
-            tower = [_with_class(part, self.class_token) for part in patches]
+            tower = [_with_class(part, end) for part in patches]
             grids.append(image_grid(image.size, tokens, tower))
         return grids
 
@@ -74,12 +83,12 @@ class SplitTiles:
         """The cells of each tile, and of the thumbnail, in sequence order."""
         if tiling is None or (len(tiling.boxes) == 1 and not self.thumbnail_of_one):
             return [rectangle(rows, cols, whole(image) if tiling is None else tiling.boxes[0])]
-        parts = _on_tiles(tiling, rows, cols)
+        parts = on_tiles(tiling, rows, cols)
         small = [rectangle(rows, cols, whole(image), thumbnail=True)]
         return [*small, *parts] if self.thumbnail == "first" else [*parts, *small]
 
 
-def _on_tiles(tiling: Tiling, rows: int, cols: int) -> list[Cells]:
+def on_tiles(tiling: Tiling, rows: int, cols: int) -> list[Cells]:
     """The cells of each tile, in the rows and columns of the whole image."""
     return [
         rectangle(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.cells import Box, Cells, joined, nowhere, rectangle
+from xmodal_interp.models.geometry.cells import Box, Cells, in_blocks, joined, nowhere, rectangle
 from xmodal_interp.models.geometry.grid import NOWHERE
 from xmodal_interp.models.geometry.patches import block_of, patch_side
 from xmodal_interp.models.geometry.replaying import shown_by
@@ -31,6 +31,11 @@ class VideoGrid:
         boxes: ``(x0, y0, x1, y1)`` of each token in pixels of the original frames, NaN without a
             place.
         times: When each frame of tokens begins, in seconds; NaN where the pace is not known.
+        patch_frames: How many frames the vision tower reads.
+        patch_rows: Rows of its patches in a frame.
+        patch_cols: Columns of its patches in a frame.
+        patch_places: Frame, row and column of each position of the vision tower, in its order;
+            ``NOWHERE`` for a class token.
     """
 
     width: int
@@ -41,11 +46,45 @@ class VideoGrid:
     places: Int[np.ndarray, "token 3"]
     boxes: Float[np.ndarray, "token 4"]
     times: Float[np.ndarray, " frame"]
+    patch_frames: int
+    patch_rows: int
+    patch_cols: int
+    patch_places: Int[np.ndarray, "patch 3"]
 
     @property
     def n_tokens(self) -> int:
         """Tokens this video takes."""
         return len(self.places)
+
+    def arranged(
+        self, values: Float[np.ndarray, " token"], *, number: int = 0
+    ) -> Float[np.ndarray, "frame row col"]:
+        """One value per token, or per vision-tower position, on the cells of each frame.
+
+        Args:
+            values: In sequence order, tokens without a place included.
+            number: Which video it is, for messages.
+
+        Returns:
+            NaN on cells without a token.
+
+        Raises:
+            GeometryError: The number of values is neither that of the tokens nor that of the vision
+                positions.
+        """
+        tokens = (self.frames, self.rows, self.cols)
+        patches = (self.patch_frames, self.patch_rows, self.patch_cols)
+        for places, shape in ((self.places, tokens), (self.patch_places, patches)):
+            if values.shape == (len(places),):
+                out = np.full(shape, np.nan)
+                placed = places[:, 0] >= 0
+                out[tuple(places[placed].T)] = values[placed]
+                return out
+        raise GeometryError(
+            f"Video {number} has {len(self.places)} tokens ({_times(tokens)}) and "
+            f"{len(self.patch_places)} vision positions ({_times(patches)}); "
+            f"got values of shape {values.shape}."
+        )
 
 
 VideoRule = Callable[[Any, Any, Mapping[str, Any], Sequence[Video]], list[VideoGrid]]
@@ -59,9 +98,11 @@ class MergedFrames:
     Attributes:
         in_model: Whether the model merges frames, after the processor; else the processor has done
             so, and tells how many are left.
+        by_rows: Whether the vision tower reads its patches row by row, not block by block.
     """
 
     in_model: bool = False
+    by_rows: bool = False
 
     def __call__(
         self, processor: Any, _config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
@@ -69,12 +110,14 @@ class MergedFrames:
         """One grid per video."""
         grid_thw = np.asarray(inputs["video_grid_thw"]).tolist()
         settings = processor.video_processor
+        merge = settings.merge_size
         grids = []
         for video, (n, patch_rows, patch_cols) in zip(videos, grid_thw, strict=True):
             together = settings.temporal_patch_size if self.in_model else 1
-            rows, cols = patch_rows // settings.merge_size, patch_cols // settings.merge_size
-            cells = rectangle(rows, cols, _whole(video))
-            grids.append(_grid(video, [cells] * (n // together), rows, cols))
+            tokens = rectangle(patch_rows // merge, patch_cols // merge, _whole(video))
+            patches = rectangle(patch_rows, patch_cols, _whole(video))
+            patches = patches if self.by_rows else in_blocks(patches, patch_cols, merge)
+            grids.append(_grid(video, [tokens] * (n // together), [patches] * n))
         return grids
 
 
@@ -86,11 +129,14 @@ class SingleFrames:
         merge: The side of the square of patches that gives a token, as for tiles.
         before: Tokens without a place before each frame's: a class token.
         behind: Tokens without a place behind the last frame's: a newline token.
+        class_token: Whether the vision tower has a class token before the patches of each frame, or
+            the attribute of the configuration that says so; None where the processor does.
     """
 
     merge: str | int = 1
     before: int = 0
     behind: int = 0
+    class_token: bool | str | None = None
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
@@ -106,36 +152,58 @@ class SingleFrames:
         patch_rows, patch_cols = height // side, width // side
         block = block_of(config, self.merge, patch_rows, patch_cols)
         rows, cols = -(-patch_rows // block), -(-patch_cols // block)
+        first = self._class_tokens(processor, config)
         grids = []
         for video in videos:
             box = shown_by(processor.video_processor, video.size, width, height)
-            cells = joined([nowhere(self.before), rectangle(rows, cols, box)])
-            frames = [cells] * len(video)
-            grids.append(_grid(video, frames, rows, cols, behind=self.behind))
+            tokens = joined([nowhere(self.before), rectangle(rows, cols, box)])
+            patches = joined([nowhere(first), rectangle(patch_rows, patch_cols, box)])
+            n = len(video)
+            grids.append(_grid(video, [tokens] * n, [patches] * n, behind=self.behind))
         return grids
+
+    def _class_tokens(self, processor: Any, config: Any) -> int:
+        if self.class_token is None:
+            return int(getattr(processor, "num_additional_image_tokens", None) or 0)
+        told = self.class_token
+        return int(getattr(config, told) if isinstance(told, str) else told)
 
 
 def _grid(
-    video: Video, frames: Sequence[Cells], rows: int, cols: int, *, behind: int = 0
+    video: Video, frames: Sequence[Cells], tower: Sequence[Cells], *, behind: int = 0
 ) -> VideoGrid:
-    """The grid of a video whose frames of tokens have these cells."""
+    """The grid of a video, from the cells of its frames of tokens and of its tower's frames."""
     if not frames:
         raise GeometryError("A video must have at least one frame of tokens; it has none.")
-    cells = joined([*frames, nowhere(behind)])
-    frame = np.concatenate([np.full(len(each), i) for i, each in enumerate(frames)])
-    frame = np.concatenate([frame, np.full(behind, NOWHERE)])
-    frame = np.where(cells.places[:, 0] < 0, NOWHERE, frame)
+    places, patch_places = _numbered([*frames, nowhere(behind)]), _numbered(tower)
     together = -(-len(video) // len(frames))
     pace = np.nan if video.fps is None else 1 / video.fps
     return VideoGrid(
         *video.size,
-        len(frames),
-        rows,
-        cols,
-        np.column_stack([frame, cells.places]),
-        cells.boxes,
+        *_extent(places),
+        places,
+        joined([*frames, nowhere(behind)]).boxes,
         np.arange(len(frames)) * together * pace,
+        *_extent(patch_places),
+        patch_places,
     )
+
+
+def _numbered(frames: Sequence[Cells]) -> Int[np.ndarray, "token 3"]:
+    """Frame, row and column of the cells of all frames."""
+    places = joined(frames).places
+    frame = np.repeat(np.arange(len(frames)), [len(each) for each in frames])
+    return np.column_stack([np.where(places[:, 0] < 0, NOWHERE, frame), places])
+
+
+def _extent(places: Int[np.ndarray, "token 3"]) -> tuple[int, int, int]:
+    """Frames, rows and columns that these places fill."""
+    frames, rows, cols = (places.max(0) + 1).tolist()
+    return frames, rows, cols
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _whole(video: Video) -> Box:

@@ -1,0 +1,83 @@
+"""Videos in a store: grids and frames come back as they were; stores without them still open."""
+
+import json
+
+import numpy as np
+import pytest
+
+import xmodal_interp as xi
+from tests.store.made import SETTINGS, assert_same, sample
+from tests.test_capturing_videos import QUESTION, clip, noise, vlm_of
+from xmodal_interp.errors import InputError, StoreError
+from xmodal_interp.items import checked
+from xmodal_interp.store import StoreWriter, check_store, open_store, schema
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def captured(**options) -> xi.Sample:
+    videos = [clip(4, 0), clip(2, 1, 64, 64)]
+    return xi.capture(vlm_of("qwen2_vl"), noise(64, 48, 1), QUESTION, videos=videos, **options)
+
+
+def test_a_sample_with_videos_comes_back(tmp_path) -> None:
+    before = captured(max_new_tokens=2)
+    with StoreWriter(tmp_path, SETTINGS) as writer:
+        writer.write(before)
+    after = open_store(tmp_path)[0]
+    assert_same(after, before)
+    assert [len(video) for video in after.videos] == [4, 2]
+    assert after.grid(np.arange(after.video_grids[1].n_tokens), video=1).shape == (1, 4, 4)
+    assert set(after.groups()) == set(before.groups())
+    assert check_store(tmp_path)["ok"].all()
+
+
+def test_without_images_the_frames_are_where_they_came_from(tmp_path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for i, path in enumerate(paths):
+        noise(64, 64, i).save(path)
+    items = [{"video": xi.Video(paths, fps=1.0), "prompt": QUESTION, "name": "a"}]
+    options = {"images": False, "progress": False}
+    store = xi.capture_dataset(vlm_of("qwen2_vl"), items, tmp_path / "store", **options)
+    (video,) = store["a"].videos
+    np.testing.assert_array_equal(np.asarray(video.frames[1]), np.asarray(noise(64, 64, 1)))
+    assert not list((tmp_path / "store").rglob("*.png"))
+    again = xi.capture_dataset(vlm_of("qwen2_vl"), items, tmp_path / "store", **options)
+    assert len(again) == 1
+    slower = [{**items[0], "video": xi.Video(paths, fps=2.0)}]
+    with pytest.raises(StoreError, match="An item keeps its name from run to run"):
+        xi.capture_dataset(vlm_of("qwen2_vl"), slower, tmp_path / "store", **options)
+
+
+def test_a_sample_without_videos_has_neither_file_nor_arrays(tmp_path) -> None:
+    with StoreWriter(tmp_path, SETTINGS) as writer:
+        writer.write(sample())
+    folder = tmp_path / schema.SAMPLES / "one"
+    assert not (folder / schema.VIDEO_GRIDS).exists()
+    record = json.loads((folder / schema.SAMPLE).read_text())
+    assert record.pop("video_grids") == record.pop("videos") == []
+    del record["digest"]  # as a store that was written before there were videos has it
+    record["digest"] = schema.digest_of(record)
+    (folder / schema.SAMPLE).write_text(schema.json_text(record))
+    old = open_store(tmp_path)[0]
+    assert old.video_grids == old.videos == ()
+    assert_same(old, sample())
+
+
+def test_a_damaged_file_of_grids_is_named(tmp_path) -> None:
+    with StoreWriter(tmp_path, SETTINGS) as writer:
+        writer.write(captured())
+    path = next(tmp_path.rglob(schema.VIDEO_GRIDS))
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(StoreError, match=r"video_grids\.npz of sample 'sample-0' in .* is damaged"):
+        open_store(tmp_path)[0]
+
+
+def test_what_is_no_video_is_refused() -> None:
+    with pytest.raises(InputError) as refusal:
+        checked(3, "x", {"video": "clip.mp4", "prompt": "?"})
+    assert str(refusal.value) == "A video is a Video of frames. Item 3 ('x') has a str."
+    video = clip(2, 0)
+    item = checked(0, "x", {"videos": [video], "prompt": "?", "n": 3})
+    assert (item.images, item.videos, item.labels) == ((), (video,), {"n": 3})
+    assert item.digest != checked(0, "x", {"images": [], "prompt": "?", "n": 3}).digest

@@ -1,0 +1,218 @@
+"""Videos through capture: labelled, put back together, generated from, with real processors."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import xmodal_interp as xi
+from tests.models.real import real
+from tests.models.test_videos import MERGED
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.models import open_video
+
+pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+QUESTION = "where is the red circle?"
+TYPES = list(MERGED)
+EITHER = {"glm4v", "glm46v"}
+"""Types whose videos take image tokens, so that the model refuses both in one batch."""
+BOTH = [name for name in TYPES if name not in EITHER]
+ONLY_CACHED = {"ernie4_5_vl_moe"}
+"""Types that cannot generate without a cache, recorded or not."""
+STEPS = {"max_new_tokens": 4, "generation": {"min_new_tokens": 4}}
+
+
+def noise(width: int, height: int, seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def clip(n_frames: int, seed: int, width: int = 96, height: int = 64) -> xi.Video:
+    return xi.Video([noise(width, height, 10 * seed + i) for i in range(n_frames)], fps=2.0)
+
+
+def vlm_of(model_type: str) -> xi.VLM:
+    return xi.VLM(*real(model_type))
+
+
+def close(one: AttentionCall, other: AttentionCall) -> None:
+    torch.testing.assert_close(one.probs(), other.probs(), atol=1e-5, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_question_about_a_video(model_type: str) -> None:
+    vlm, video = vlm_of(model_type), clip(4, 0)
+    sample = xi.capture(vlm, [], QUESTION, videos=video, **STEPS)
+    (grid,) = sample.video_grids
+    tokens = sample.tokens
+    assert len(sample.where("video", video=0)) == grid.n_tokens
+    assert sample.grids == sample.images == ()
+    assert sample.videos[0].fps == 2.0
+    in_second = sample.where("video", frame=1)
+    assert len(in_second) == grid.rows * grid.cols
+    assert tokens["frame"].iloc[in_second].eq(1).all()
+    asked = sample.find("where is the red circle")
+    assert set(asked) <= set(sample.text_after_image())
+    assert sample.text_after_image().min() > sample.where("video").max()
+    assert next(iter(sample.groups())) == "video 0"
+    assert sum(group.astype(int) for group in sample.groups().values()).tolist() == [1] * len(
+        sample
+    )
+    frames = sample.grid(sample.probs(-1)[0, -1, sample.where("video")], video=0)
+    assert frames.shape == (grid.frames, grid.rows, grid.cols)
+    assert np.array_equal(
+        sample.grid(np.arange(grid.n_tokens), video=0, frame=1),
+        sample.grid(np.arange(grid.n_tokens), video=0)[1],
+    )
+    placed = tokens.iloc[sample.where("video")].reset_index(drop=True)
+    cells = sample.grid(placed.index, video=0).astype(int)
+    read = placed.iloc[cells.ravel()][["frame", "row", "col"]].to_numpy(int)
+    assert read.tolist() == np.argwhere(cells >= 0).tolist()
+    tower = {key[2]: key for key in sample.calls if key[:2] == ("vision", "self")}
+    for layer in tower:
+        call = sample.call(layer, tower="vision")
+        assert call.n_queries == len(grid.patch_places)
+        seen = sample.grid(call.probs()[0, 0, -1], video=0)
+        assert seen.shape == (grid.patch_frames, grid.patch_rows, grid.patch_cols)
+    assert tower
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_answer_is_that_of_plain_generation(model_type: str) -> None:
+    vlm, video = vlm_of(model_type), clip(4, 0)
+    inputs, _ = vlm.prepare([[]], [QUESTION], videos=[[video]])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    ids = vlm.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    cached = xi.capture(vlm, [], QUESTION, videos=video, **STEPS)
+    assert cached.answer == vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    options = {"min_new_tokens": 4, "use_cache": False}
+    if model_type in ONLY_CACHED:
+        with pytest.raises(IndexError):
+            vlm.model.generate(**inputs, max_new_tokens=4, **options)
+        return
+    read_again = xi.capture(vlm, [], QUESTION, videos=video, max_new_tokens=4, generation=options)
+    assert read_again.answer == cached.answer
+    assert set(read_again.calls) == set(cached.calls)
+    for key, call in cached.calls.items():
+        close(read_again.calls[key], call)
+
+
+@pytest.mark.parametrize("model_type", BOTH)
+def test_images_and_videos_come_apart(model_type: str) -> None:
+    """The tower sees each as it does alone; calls are numbered by images, then by videos."""
+    vlm = vlm_of(model_type)
+    pictures, videos = [noise(64, 48, 1)], [clip(4, 0), clip(4, 1)]
+    together = xi.capture(vlm, pictures, QUESTION, videos=videos)
+    n_tokens = [len(together.where("video", video=i)) for i in (0, 1)]
+    assert n_tokens == [grid.n_tokens for grid in together.video_grids]
+    alone = [
+        xi.capture(vlm, pictures, QUESTION),
+        *(xi.capture(vlm, [], QUESTION, videos=video) for video in videos),
+    ]
+    n_compared = 0
+    for number, sample in enumerate(alone):
+        keys = [key for key in sample.calls if key[0] == "vision"]
+        assert {key[3] for key in keys} == {0}
+        mine = [key for key in together.calls if key[0] == "vision" and key[3] == number]
+        assert [key[:3] for key in mine] == [key[:3] for key in keys]
+        for key in keys:
+            close(together.calls[*key[:3], number], sample.calls[key])
+            n_compared += 1
+    assert n_compared >= 3
+
+
+@pytest.mark.parametrize("model_type", BOTH)
+def test_a_padded_batch_with_images_and_videos(model_type: str) -> None:
+    vlm = vlm_of(model_type)
+    images, videos = [[noise(64, 48, 1)], []], [[clip(4, 0)], [clip(4, 1)]]
+    questions = [QUESTION, "how many?"]
+    together = xi.capture_batch(vlm, images, questions, videos=videos, **STEPS)
+    for i, sample in enumerate(together):
+        alone = xi.capture(vlm, images[i], questions[i], videos=videos[i], **STEPS)
+        pad = len(sample.where("padding"))
+        assert sample.answer == alone.answer
+        assert sample.tokens["token"][pad:].tolist() == alone.tokens["token"].tolist()
+        assert set(sample.calls) == set(alone.calls)
+        for key, call in alone.calls.items():
+            ours = sample.calls[key].probs()
+            ours = ours[:, :, pad:, pad:] if key[0] == "language" else ours
+            torch.testing.assert_close(ours, call.probs(), atol=5e-5, rtol=0, equal_nan=True)
+    assert len(together[1].where("padding")) > 0
+
+
+@pytest.mark.parametrize("model_type", EITHER)
+def test_types_that_read_either_refuse_both(model_type: str) -> None:
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        xi.capture(vlm_of(model_type), noise(64, 48, 1), QUESTION, videos=clip(4, 0))
+
+
+def test_a_prompt_of_ones_own_may_have_the_video_first() -> None:
+    """InternVL reads what the prompt has in its order; calls are numbered by images first."""
+    vlm, image, video = vlm_of("internvl"), noise(64, 48, 1), clip(4, 0)
+    sample = xi.capture(vlm, image, "user: <video> <IMG_CONTEXT> which ?", videos=video)
+    assert sample.where("video").max() < sample.where("image").min()
+    alone = xi.capture(vlm, image, QUESTION), xi.capture(vlm, [], QUESTION, videos=video)
+    for number, other in enumerate(alone):
+        close(sample.call(0, tower="vision", call=number), other.call(0, tower="vision"))
+
+
+def test_only_text_behind_the_video_is_kept() -> None:
+    vlm, video = vlm_of("qwen2_vl"), clip(4, 0)
+    sample = xi.capture(vlm, [], QUESTION, videos=video, keep=xi.Keep(queries="text"))
+    rows = sample.call(0).query_positions.numpy()
+    assert rows.tolist() == sample.text_after_image().tolist()
+    assert rows.min() > sample.where("video").max()
+
+
+def test_refusals() -> None:
+    vlm = vlm_of("qwen2_vl")
+    refusal = (
+        "A video is given as its frames, xi.Video([frame, ...], fps=...), each a path or a PIL "
+        "image: no file is decoded here. Got {}. Decode it first, and choose the frames that the "
+        "model is to see."
+    )
+    with pytest.raises(InputError) as path:
+        open_video("clip.mp4")
+    assert str(path.value) == refusal.format("'clip.mp4'")
+    with pytest.raises(InputError) as frames:
+        xi.Video("other.mp4")
+    assert str(frames.value) == refusal.format("'other.mp4'")
+    with pytest.raises(InputError) as image:
+        open_video(noise(8, 8, 0))
+    assert str(image.value) == refusal.format("an object of Image")
+    with pytest.raises(InputError) as placeholder:
+        xi.capture(vlm, [], "<|video_pad|> what ?", videos=[clip(2, 0), clip(2, 1)])
+    assert str(placeholder.value) == (
+        "A prompt must have <|video_pad|> where each video goes. The prompt has 1 of them for 2 "
+        "videos: '<|video_pad|> what ?'."
+    )
+    sample = xi.capture(vlm, [], QUESTION, videos=clip(2, 0))
+    with pytest.raises(GeometryError) as image_grid:
+        sample.grid(np.zeros(24))
+    assert str(image_grid.value) == "The sample has 0 images; there is no image 0."
+    with pytest.raises(GeometryError) as frame:
+        sample.grid(np.zeros(24), video=0, frame=1)
+    assert str(frame.value) == "The sample has 1 frames; there is no frame 1."
+    with pytest.raises(GeometryError) as count:
+        sample.grid(np.zeros(7), video=0)
+    assert str(count.value) == (
+        "Video 0 has 24 tokens (1 x 4 x 6) and 96 vision positions (1 x 8 x 12); got values of "
+        "shape (7,)."
+    )
+
+
+def test_a_chat_template_without_videos_is_refused() -> None:
+    vlm = xi.VLM(*real("qwen2_vl"))
+    processor = copy.copy(vlm.processor)
+    processor.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
+    with pytest.raises(InputError) as refusal:
+        xi.capture(xi.VLM(vlm.model, processor), [], QUESTION, videos=clip(2, 0))
+    assert str(refusal.value) == (
+        "A prompt must have <|video_pad|> where each video goes. The chat template's prompt has 0 "
+        f"of them for 1 videos: {QUESTION!r}."
+    )
