@@ -212,6 +212,9 @@ def _shares(
         if set(bounds[1:]) <= set(ends):
             cuts = [0, *(ends.index(end) + 1 for end in bounds[1:])]
             return [pieces[start:stop] for start, stop in pairwise(cuts)]
+    tokens = [0, *accumulate(grid.n_tokens for grid in grids)]
+    if len(pieces) == tokens[-1] and all(piece.n_queries == 1 for piece in pieces):
+        return [pieces[start:stop] for start, stop in pairwise(tokens)]  # each pools its patches
     each, rest = divmod(len(pieces), len(grids))
     alike = [p.n_keys for p in pieces] == [p.n_keys for p in pieces[:each]] * len(grids)
     if rest == 0 and each > 0 and alike:

@@ -11,22 +11,26 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import nn
 
 from tests.models.real import prompt as written
-from tests.models.real import real
+from tests.models.real import real, settled
 from tests.models.records import RECORDS
-from xmodal_interp.models import VLM
+from xmodal_interp.models import FAMILIES, VLM
 from xmodal_interp.models.labelling import Prompt
 
 QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}
 """Types that add the image's features inside of the language model, not to its input."""
+READ_BY = {"git": "git.encoder", "idefics": "model.gated_cross_attn_layers.0.cross_attn"}
+"""Where a model that reads the image's features has no module of its own for its language part."""
+FEATURES = ("encoder_hidden_states", "key_value_states", "inputs_embeds", "image_embeds")
 OVERLAPPING = {
     **dict.fromkeys(("florence2", "got_ocr2", "step3p7", "pp_chart2table", "fast_vlm"), 1 / 4),
-    **dict.fromkeys(("gemma3n", "chameleon", "emu3"), 1 / 4),
+    **dict.fromkeys(("gemma3n", "chameleon", "emu3", "pp_formulanet"), 1 / 4),
     **dict.fromkeys(("unlimited_ocr", "deepseek_ocr2"), 3 / 8),
 }
 """Types whose convolutions also look at neighbours: what is left unpainted on each side."""
@@ -43,15 +47,8 @@ class _SeenError(Exception):
 @functools.cache
 def vlm_of(model_type: str) -> VLM:
     """The real processor with a model whose vision tower does not mix positions."""
-    known, processor = real(model_type)
-    model, processor = _plain(type(known)(copy.deepcopy(known.config))), copy.copy(processor)
-    processor.images_kwargs = {
-        **(getattr(processor, "images_kwargs", None) or {}),
-        **{k: v for k, v in RECORDS[model_type].call.items() if _of_images(k, model)},
-    }
-    for name, value in RECORDS[model_type].call.items():
-        if name.startswith("return_"):
-            setattr(processor, name, value)
+    known, _ = real(model_type)
+    model, processor = _plain(type(known)(copy.deepcopy(known.config))), settled(model_type)
     language = language_of(model)
     inside = set(language.modules()) if model_type not in INTO_LAYERS else set()
     pooling = POOLING.get(model_type)
@@ -75,11 +72,6 @@ def with_options(vlm: VLM, options: Mapping[str, Any]) -> VLM:
     for name, value in options.items():
         setattr(processor.image_processor, name, value)
     return dataclasses.replace(vlm, processor=processor)
-
-
-def _of_images(name: str, model: nn.Module) -> bool:
-    """Whether a setting of a call is about images, not about what is returned or given beside."""
-    return not name.startswith("return_") and name not in _taken(model)
 
 
 def _taken(model: nn.Module) -> Mapping[str, Any]:
@@ -134,7 +126,11 @@ def _order_codes(vlm: VLM) -> None:
 
 
 def language_of(model: nn.Module) -> nn.Module:
-    """What reads the image tokens among the text tokens."""
+    """What reads the image tokens, among the text tokens or beside them."""
+    if model.config.model_type in READ_BY:
+        return model.get_submodule(READ_BY[model.config.model_type])
+    if not FAMILIES[model.config.model_type].in_sequence:
+        return model.get_decoder()
     if not model.config.is_encoder_decoder:
         inner = (getattr(model.base_model, name, None) for name in ("encoder", "vlm"))
         inside = (getattr(each, "language_model", None) for each in inner)
@@ -162,12 +158,22 @@ def _as_given(_module: nn.Module, given: Any, _output: Any) -> torch.Tensor:
 
 
 def embeddings(vlm: VLM, images: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
-    """What the language model is given at each position, ``[position, d]``, and the positions."""
-    question = QUESTION
-    if vlm.processor.chat_template is None and not vlm.family.in_front:
+    """What the language model is given at each position, ``[position, d]``, and the positions.
+
+    Where text reaches the image by cross-attention: at each key.
+    """
+    question = QUESTION if vlm.family.reads_text else ""
+    if vlm.processor.chat_template is None and not vlm.family.in_front and question:
         question = written(vlm.family.model_type, len(images), QUESTION)
     inputs, (prompt,) = vlm.prepare([images], [question])
     return language_inputs(vlm, inputs), prompt
+
+
+def places_of(prompt: Prompt) -> pd.DataFrame:
+    """What stands at each position that :func:`embeddings` gives."""
+    if prompt.cross_keys is not None:
+        return prompt.cross_keys
+    return prompt.tokens[: prompt.n_encoder or len(prompt.tokens)]
 
 
 def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
@@ -175,7 +181,7 @@ def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
     seen: list[torch.Tensor] = []
 
     def look(_module: nn.Module, given: tuple, named: dict) -> None:
-        found = named.get("inputs_embeds")
+        found = next((named[name] for name in FEATURES if named.get(name) is not None), None)
         if found is None:
             found = next(each for each in given if torch.is_tensor(each) and each.ndim == 3)
         seen.append(found.detach())
@@ -185,8 +191,6 @@ def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
     beside = {name: value for name, value in record.call.items() if name in _taken(vlm.model)}
     for name, value in {**record.beside, **beside}.items():
         inputs.setdefault(name, torch.tensor(value))
-    if vlm.model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
     with torch.no_grad():
         if vlm.family.model_type in INTO_LAYERS:
             output = vlm.model(**inputs, use_cache=False, output_hidden_states=True)

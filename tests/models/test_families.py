@@ -32,10 +32,12 @@ def test_a_record_has_a_rule_or_a_reason(model_type: str) -> None:
     assert (family.rule == "none") == (family.geometry is None)
 
 
-@pytest.mark.parametrize("model_type", ["blip-2", "instructblip", "idefics2", "aria"])
+@pytest.mark.parametrize(
+    "model_type", ["blip-2", "instructblip", "idefics2", "aria", "kosmos-2", "kosmos-2.5"]
+)
 def test_queries_have_no_place_and_patches_have(model_type: str) -> None:
     vlm = vlm_of(model_type)
-    _, prompt = embeddings(vlm, [Image.new("RGB", (120, 70))])
+    _, (prompt,) = vlm.prepare([[Image.new("RGB", (120, 70))]], ["where is the red circle?"])
     (grid,) = prompt.grids
     image = prompt.tokens[prompt.tokens["kind"] == "image"]
     assert len(image) == grid.n_tokens == 8
@@ -64,14 +66,21 @@ def test_a_type_without_a_rule_still_labels_its_tokens() -> None:
         prompt.grids[1].arranged(prompt.grids[1].places[:, 0].astype(float), number=1)
 
 
-@pytest.mark.parametrize("model_type", ["pix2struct", "pp_formulanet", "vision-encoder-decoder"])
+@pytest.mark.parametrize("model_type", ["pp_formulanet", "vision-encoder-decoder"])
 def test_a_type_that_reads_no_text_says_so(model_type: str) -> None:
-    with pytest.raises(InputError, match="this model type reads images only"):
+    with pytest.raises(InputError) as error:
         vlm_of(model_type).prepare([[Image.new("RGB", (64, 48))]], ["what is it?"])
+    assert str(error.value) == (
+        f"A {model_type} model writes about an image, and reads no prompt but its decoder's start "
+        "token. Give an empty prompt, ''; got 'what is it?'."
+    )
 
 
 def test_without_a_rule_tokens_are_labelled_by_kind() -> None:
-    vlm = xi.VLM(*real("idefics"))
+    unruled = replace(
+        FAMILIES["idefics"], geometry=None, image_mark=None, reason="No rule is known."
+    )
+    vlm = xi.VLM(*real("idefics"), unruled)
     sample = xi.capture(vlm, Image.new("RGB", (64, 48)), "where is the red circle?")
     image = sample.tokens[sample.tokens["kind"] == "image"]
     assert image["image"].eq(0).all()

@@ -60,7 +60,7 @@ def test_a_painted_box_is_seen_by_its_own_token(family: str, size: tuple[int, in
             else grid.patch_places
         )
         if family == "mllama":
-            places = places.reshape(-1, 37, 2)[:, 1:].reshape(-1, 2)  # the class token of each tile
+            places = places.reshape(-1, 40, 2)[:, 1:37].reshape(-1, 2)  # class token, padding
         merge = grid.patch_rows // grid.rows
         row, col = places[change.argmax()] // merge
         assert (row, col) == tuple(grid.places[token])

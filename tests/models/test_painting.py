@@ -19,6 +19,7 @@ from tests.models.painting import (
     changes,
     embeddings,
     painted,
+    places_of,
     textured,
     vlm_of,
     with_options,
@@ -52,6 +53,7 @@ PAINTED = (
     *("llava_next", "llava_onevision", "llava_next_video"),
     *("idefics3", "smolvlm", "internvl", "aya_vision", "cohere2_vision", "ovis2", "llama4"),
     *("got_ocr2", "florence2", "granite4_vision", "perception_lm"),
+    *("blip", "git", "idefics", "pix2struct", "pp_formulanet", "vision-encoder-decoder"),
     *("lfm2_vl", "granite_docling", "hunyuan_vl", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
     *("molmo2", "step3p7", "unlimited_ocr"),
     *("fuyu", "inkling2", "inkling_mm_model", "nemotron_h_omni", "pi0", "pp_chart2table"),
@@ -86,7 +88,10 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qianfan_ocr", {"crop_to_patches": False}),
 )
 """Settings other than those of the records, which a user may turn on."""
-QUERYING = ("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria")
+QUERYING = (
+    *("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria"),
+    *("kosmos-2", "kosmos-2.5"),
+)
 N_TOKENS = 4  # of each view
 
 
@@ -133,7 +138,7 @@ def painted_boxes(vlm: VLM, size: tuple[int, int], before: Sequence[Image.Image]
     """
     image, number = textured(*size), len(before)
     plain, prompt = embeddings(vlm, [*before, image])
-    tokens = prompt.tokens
+    tokens = places_of(prompt)
     assert len(tokens) == len(plain)
     for index, grid in enumerate(prompt.grids):
         assert grid.n_tokens == (tokens["kind"].eq("image") & tokens["image"].eq(index)).sum()
@@ -153,7 +158,7 @@ def painted_boxes(vlm: VLM, size: tuple[int, int], before: Sequence[Image.Image]
 BY_PATCH = sorted(
     name
     for name, family in FAMILIES.items()
-    if family.rule in ("MergedPatches", "PositionedPatches")
+    if family.rule in ("MergedPatches", "PositionedPatches", "FlattenedPatches")
 )
 
 
@@ -172,6 +177,8 @@ def test_patches_are_in_the_order_in_which_the_tower_reads_them(model_type: str)
 def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
     """The pixels of each patch, ``[patch, value]``, and the grid."""
     inputs, (prompt,) = vlm.prepare([[image]], [QUESTION])
+    if "flattened_patches" in inputs:
+        return inputs["flattened_patches"][0, :, 2:], prompt.grids[0]
     pixels = inputs["pixel_values"]
     return (pixels[0] if pixels.ndim == 3 else pixels), prompt.grids[0]
 

@@ -154,6 +154,7 @@ def counted_alignment(
     tokenizer: Any,
     image_id: int | None,
     counts: Sequence[int | None],
+    markers: set[int] | None = None,
 ) -> Alignment:
     """Positions for processors that report no replacements.
 
@@ -164,11 +165,13 @@ def counted_alignment(
         image_id: Id of the placeholder and of the image's tokens; None where images are not in the
             sequence.
         counts: How many image tokens each image has, None where no rule says so.
+        markers: Ids of the tokens that a processor may put around and among them; the special ones
+            if not given.
 
     Raises:
         GeometryError: The ids are not the prompt's own tokens with each placeholder expanded.
     """
-    special = _special(tokenizer)
+    special = _special(tokenizer) if markers is None else markers
     for text in texts:
         for adding in (False, True):
             own = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adding)

@@ -30,16 +30,24 @@ class Family:
             image by cross-attention, whose keys the rule places.
         video: The rule that places video tokens on frames, if there is one.
         video_token: Attribute that holds the id of the video placeholder, if there is one.
+        placeholder: Attribute of the processor that holds what a prompt has where an image goes;
+            None where it has nothing there.
         video_tower: Name of the module that reads videos only, where there is one; the others then
             read images.
         in_order: Whether images and videos are read together in the order of the prompt, not all
             images of a batch and then all of its videos.
-        placeholder: Attribute of the processor that holds what a prompt has where an image goes.
         flat_images: Whether the processor takes a plain list of images, not one list per prompt.
         in_front: Whether the processor puts images before the prompt by itself, so that a bare
             question is a whole prompt.
         writes_prompt: Whether the processor writes the prompt itself, from the text of a policy
             that the images are held against: the question is that policy.
+        image_mask: The model's input that says by a 1 where image tokens stand, if their ids don't.
+        prepended: Whether the model itself puts the image's features in front of the ids.
+        image_mark: What a prompt has where an image goes, for processors that take texts and images
+            in one list.
+        reads_text: Whether the model reads a prompt. If not, its decoder's start token is all.
+        rewritten: Whether ``generate`` leaves out the last id of a prompt, and puts the text
+            model's beginning-of-sequence token in place of the first.
         token_types: Whether the model wants ``mm_token_type_ids``; processors return it when asked.
         reason: Why image tokens have no place in the image, or why there is no rule for it.
     """
@@ -52,10 +60,15 @@ class Family:
     video_token: str | None = None
     video_tower: str | None = None
     in_order: bool = False
-    placeholder: str = "image_token"
+    placeholder: str | None = "image_token"
     flat_images: bool = False
     in_front: bool = False
     writes_prompt: bool = False
+    image_mask: str | None = None
+    prepended: bool = False
+    image_mark: str | None = None
+    reads_text: bool = True
+    rewritten: bool = False
     token_types: bool = False
     reason: str | None = None
 

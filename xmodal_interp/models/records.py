@@ -12,14 +12,10 @@ from typing import Any
 
 from xmodal_interp.errors import UnsupportedModelError
 from xmodal_interp.models import geometry
+from xmodal_interp.models.beside import BESIDE, QUERIES
 from xmodal_interp.models.family import Family
 
 _VIDEO = "video_token_id"
-_LEARNED = (
-    "Its image tokens are learned queries, each of which looks at all of the image: they have no "
-    "row and column of their own"
-)
-_QUERIES = f"{_LEARNED}; xi.on_patches puts what is on them on the patches they look at."
 
 _MERGED = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
@@ -215,7 +211,7 @@ _RECORDS: tuple[Family, ...] = (
             name,
             geometry=geometry.QueryTokens("num_query_tokens", class_token=True),
             in_front=True,
-            reason=_QUERIES,
+            reason=QUERIES,
         )
         for name in ("blip-2", "instructblip")
     ),
@@ -235,30 +231,19 @@ _RECORDS: tuple[Family, ...] = (
             "num_query_tokens", class_token=True, show=geometry.shown_in_frames
         ),
         in_front=True,
-        reason=_QUERIES,
+        reason=QUERIES,
     ),
-    Family("idefics2", geometry=geometry.resampled_patches, reason=_QUERIES),
-    Family("aria", geometry=geometry.query_crops, reason=_QUERIES),
-    # keys of a cross-attention
-    Family("mllama", "image_token_index", geometry.aspect_ratio_tiles, in_sequence=False),
+    Family("idefics2", geometry=geometry.resampled_patches, reason=QUERIES),
+    Family("aria", geometry=geometry.query_crops, reason=QUERIES),
+    *BESIDE,
 )
 
 # Images are not among the tokens of the prompt.
 _NOT_PLACEHOLDERS: dict[str, str] = {
-    "blip": "Its text decoder reaches the patches by cross-attention; prompts have no image token.",
     "evolla": "It reads proteins, and reaches them by cross-attention: there is no image.",
-    "git": "The model puts the patches before the text in its forward pass: its positions are more "
-    "than the ids that it is given.",
-    "idefics": "Its text reaches the images by cross-attention; a prompt has a mark for each only.",
-    "kosmos-2": f"{_LEARNED}. Their ids are those of ordinary words; a mask tells where they are.",
-    "kosmos-2.5": f"{_LEARNED}. A mask tells where they stand in the sequence.",
     "mistral4": "It reads text only.",
-    "pix2struct": "Its text decoder reaches the patches by cross-attention; any question is "
-    "drawn into the picture.",
-    "pp_formulanet": "Its text decoder reaches the features of the picture by cross-attention.",
-    "udop": "It joins the patches to the words that a reader found on the page, by their boxes.",
-    "vision-encoder-decoder": "Its decoder reaches by cross-attention what the encoder makes of "
-    "the picture, and that may be any model.",
+    "udop": "It joins the patches to the words that a reader found on the page, by their boxes; "
+    "its processor wants these words, not a prompt alone.",
 }
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS} | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,27 @@ def _check_videos(text: str, placeholder: str | None, n_videos: int, whose: str)
             f"A prompt must have {placeholder or 'a placeholder'} where each video goes. {whose} "
             f"has {found} of them for {n_videos} videos: {text!r}."
         )
+
+
+def closed_up(prompt: str, mark: str) -> str:
+    """The prompt without spaces around the marks of its images, nor at its ends."""
+    return re.sub(rf" *{re.escape(mark)} *", mark, prompt).strip(" ")
+
+
+def interleaved(prompt: str, mark: str, images: Sequence[Any]) -> list[Any]:
+    """Texts and images in the order of the prompt; where it marks none, the images come first.
+
+    Raises:
+        InputError: It does not mark as many images as there are.
+    """
+    texts = prompt.split(mark) if mark in prompt else [""] * len(images) + [prompt]
+    if len(texts) != len(images) + 1:
+        raise InputError(
+            f"A prompt must have {mark} once for each image, or not at all. There are "
+            f"{len(images)} images; the prompt is {prompt!r}."
+        )
+    parts = [part for pair in zip(texts, images, strict=False) for part in pair]
+    return [part for part in (*parts, texts[-1]) if part != ""]
 
 
 def spans_in(text: str, prompt: Rendered) -> list[Span]:

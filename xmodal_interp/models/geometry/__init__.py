@@ -8,12 +8,15 @@ nothing is ever guessed from a token count.
 """
 
 from xmodal_interp.models.geometry.anyres import anyres_tiles as anyres_tiles
+from xmodal_interp.models.geometry.choosing import Chosen as Chosen
 from xmodal_interp.models.geometry.convolved import code_grid as code_grid
 from xmodal_interp.models.geometry.convolved import code_rows as code_rows
 from xmodal_interp.models.geometry.convolved import fused_stages as fused_stages
 from xmodal_interp.models.geometry.cross import aspect_ratio_tiles as aspect_ratio_tiles
 from xmodal_interp.models.geometry.fixed import FixedGrid as FixedGrid
 from xmodal_interp.models.geometry.fixed import fixed_grid as fixed_grid
+from xmodal_interp.models.geometry.flattened import FlattenedPatches as FlattenedPatches
+from xmodal_interp.models.geometry.framed import framed as framed
 from xmodal_interp.models.geometry.grid import NOWHERE as NOWHERE
 from xmodal_interp.models.geometry.grid import ImageGrid as ImageGrid
 from xmodal_interp.models.geometry.grid import Rule as Rule

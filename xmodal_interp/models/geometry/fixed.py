@@ -35,12 +35,15 @@ class FixedGrid:
         show: What the resized image shows.
         before: How many tokens without a place the model puts before those of the grid.
         shift: How far up and left of its square a token looks, in squares.
+        tower_before: How many positions without a place the vision tower has before the patches;
+            None where it reads them window by window, so that no position has one patch.
     """
 
     cell: Callable[[Any, Any], int] = patch_side
     show: Show = shown
     before: int = 0
     shift: float = 0.0
+    tower_before: int | None = 0
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
@@ -52,7 +55,8 @@ class FixedGrid:
         for image in images:
             cells = squares(self.show(processor, image, width, height), width, height, side)
             cells = shifted(cells, self.shift)
-            grids.append(image_grid(image.size, [nowhere(self.before), cells], [cells]))
+            tower = [] if self.tower_before is None else [nowhere(self.tower_before), cells]
+            grids.append(image_grid(image.size, [nowhere(self.before), cells], tower))
         return grids
 
 

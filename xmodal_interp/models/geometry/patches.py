@@ -53,9 +53,10 @@ def block_side(rows: int, cols: int, n_tokens: int) -> int:
 def vision_of(config: Any) -> Any:
     """The configuration of the vision tower.
 
-    That of an encoder-decoder model is in the encoder's; that of a model with a vision-language
-    model inside is in the inner one's.
+    That of an encoder-decoder model is in the encoder's, or is the encoder's own; that of a model
+    with a vision-language model inside is in the inner one's.
     """
-    owners = (config, getattr(config, "encoder", None), getattr(config, "vlm_config", None))
+    encoder = getattr(config, "encoder", None)
+    owners = (config, encoder, getattr(config, "vlm_config", None))
     found = (getattr(owner, "vision_config", None) for owner in owners)
-    return next(vision for vision in found if vision is not None)
+    return next((vision for vision in found if vision is not None), encoder)

@@ -37,11 +37,13 @@ class QueryTokens:
         n_tokens: Attribute of the configuration that says how many queries an image has.
         class_token: Whether the vision tower has a class token before the patches.
         show: What the resized image shows.
+        reason: Why the tokens have no place, where the family's record does not say so.
     """
 
     n_tokens: str
     class_token: bool = False
     show: Show = shown
+    reason: str | None = None
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
@@ -54,7 +56,8 @@ class QueryTokens:
             box = self.show(processor, image, width, height)
             patches = squares(box, width, height, patch_side(config))
             tower = joined([nowhere(1), patches]) if self.class_token else patches
-            grids.append(image_grid(image.size, [nowhere(n_tokens)], [tower]))
+            grid = image_grid(image.size, [nowhere(n_tokens)], [tower])
+            grids.append(replace(grid, reason=self.reason))
         return grids
 
 
