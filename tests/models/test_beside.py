@@ -11,9 +11,11 @@ import xmodal_interp as xi
 from tests.models.real import real, settled
 from tests.models.test_capturing_families import asked
 from tests.tiny import picture
+from xmodal_interp.analysis.teacher_forcing import METRICS, answer_scores
 from xmodal_interp.capturing import capture_batch
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import VLM, geometry
+from xmodal_interp.models.batching import batches_of
 
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
@@ -186,3 +188,22 @@ def test_encoder_and_decoder_share_one_axis(model_type: str) -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(row.sum(-1), torch.ones(len(row)))
         assert whole[:, :n].isnan().all()
+
+
+@pytest.mark.parametrize("model_type", ["florence2", "pix2struct", "vision-encoder-decoder"])
+def test_an_answer_is_put_behind_the_decoders_prompt(model_type: str) -> None:
+    vlm = vlm_of(model_type)
+    question = asked(vlm, 1)
+    item = {"image": picture(), "prompt": question, "answer": "red"}
+    (plain,) = batches_of(vlm, [item], batch_size=1, answers=False)
+    (batch,) = batches_of(vlm, [item], batch_size=1)
+    given, longer = (each.inputs["decoder_input_ids"] for each in (plain, batch))
+    assert longer[0].tolist() == [*given[0].tolist(), *batch.answers[0]]
+    for name in set(plain.inputs) - {"decoder_input_ids", "decoder_attention_mask"}:
+        assert torch.equal(plain.inputs[name], batch.inputs[name])
+    n = len(batch.answers[0])
+    with torch.no_grad():
+        logits = vlm.model(**batch.inputs).logits[0, -n - 1 : -1].log_softmax(-1)
+    expected = logits[range(n), list(batch.answers[0])].double().mean().item()
+    scores = dict(zip(METRICS, answer_scores(vlm, batch)[:, 0], strict=True))
+    assert scores["log_prob"] == pytest.approx(expected, abs=1e-5)
