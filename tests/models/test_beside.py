@@ -6,6 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import (
+    DonutImageProcessor,
+    DonutProcessor,
+    DonutSwinConfig,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+)
 
 import xmodal_interp as xi
 from tests.models.real import real, settled
@@ -130,6 +137,25 @@ def test_an_encoder_without_a_rule_is_named() -> None:
     assert sample.cross_keys is None
     with pytest.raises(GeometryError, match=r"^Image 0 has no grid. No rule for 'vit'.$"):
         sample.grid(sample.probs(0, kind="cross")[0, 0])
+
+
+def test_the_patches_of_an_encoder_may_be_merged_stage_by_stage() -> None:
+    known = vlm_of("vision-encoder-decoder")
+    encoder = DonutSwinConfig(
+        image_size=[96, 64], embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4
+    )
+    config = VisionEncoderDecoderConfig(
+        encoder=encoder.to_dict(),
+        decoder=known.model.config.decoder.to_dict(),
+        decoder_start_token_id=1,
+        pad_token_id=0,
+    )
+    pages = DonutImageProcessor(size={"height": 96, "width": 64})
+    vlm = VLM(VisionEncoderDecoderModel(config).eval(), DonutProcessor(pages, known.tokenizer))
+    sample = xi.capture(vlm, picture(120, 100), "", max_new_tokens=2)
+    assert (sample.grids[0].rows, sample.grids[0].cols) == (12, 8)  # of 4 x 4 px, 2 x 2 merged
+    assert sample.call(0, kind="cross").n_keys == len(sample.cross_keys) == 96
+    assert sample.cross_keys["x0"].isna().any()  # those on padding
 
 
 def test_images_stand_where_the_prompt_marks_them() -> None:

@@ -1,4 +1,4 @@
-"""Pages in a frame, by the processors themselves: paint a cell's box, and its pixels change most."""
+"""Pages in a frame, by the processors themselves: a cell whose box is painted changes most."""
 
 from types import SimpleNamespace
 from typing import Any
