@@ -102,6 +102,17 @@ def test_positions_of_the_tower_are_where_the_grid_says(model_type) -> None:
         assert tuple(grid.patch_places[best]) == (row, col)
 
 
+def test_a_piece_for_each_token_goes_to_its_image() -> None:
+    grids = xi.capture(xi.VLM(*real("llava")), PICTURES, QUESTIONS[0]).grids
+    counts = [grid.n_tokens for grid in grids]
+    q, k = torch.randn(sum(counts), 1, 1, 2), torch.randn(sum(counts), 1, 4, 2)
+    whole = AttentionCall("connector", "cross", 0, "attn", 0, q, k, 1.0)
+    first, second = calls_by_image([whole], grids)
+    assert [first.n_queries, second.n_queries] == counts
+    assert first.q is not None
+    assert torch.equal(first.q[0, 0], q[: counts[0], 0, 0])
+
+
 def test_pieces_that_fit_no_image_are_refused() -> None:
     grids = xi.capture(xi.VLM(*real("llava")), PICTURES, QUESTIONS[0]).grids
     q = torch.randn(3, 1, 7, 2)

@@ -6,14 +6,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import (
+    DonutImageProcessor,
+    DonutProcessor,
+    DonutSwinConfig,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+)
 
 import xmodal_interp as xi
 from tests.models.real import real, settled
 from tests.models.test_capturing_families import asked
 from tests.tiny import picture
+from xmodal_interp.analysis.teacher_forcing import METRICS, answer_scores
 from xmodal_interp.capturing import capture_batch
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import VLM, geometry
+from xmodal_interp.models.batching import batches_of
 
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
@@ -130,6 +139,25 @@ def test_an_encoder_without_a_rule_is_named() -> None:
         sample.grid(sample.probs(0, kind="cross")[0, 0])
 
 
+def test_the_patches_of_an_encoder_may_be_merged_stage_by_stage() -> None:
+    known = vlm_of("vision-encoder-decoder")
+    encoder = DonutSwinConfig(
+        image_size=[96, 64], embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4
+    )
+    config = VisionEncoderDecoderConfig(
+        encoder=encoder.to_dict(),
+        decoder=known.model.config.decoder.to_dict(),
+        decoder_start_token_id=1,
+        pad_token_id=0,
+    )
+    pages = DonutImageProcessor(size={"height": 96, "width": 64})
+    vlm = VLM(VisionEncoderDecoderModel(config).eval(), DonutProcessor(pages, known.tokenizer))
+    sample = xi.capture(vlm, picture(120, 100), "", max_new_tokens=2)
+    assert (sample.grids[0].rows, sample.grids[0].cols) == (12, 8)  # of 4 x 4 px, 2 x 2 merged
+    assert sample.call(0, kind="cross").n_keys == len(sample.cross_keys) == 96
+    assert sample.cross_keys["x0"].isna().any()  # those on padding
+
+
 def test_images_stand_where_the_prompt_marks_them() -> None:
     vlm = vlm_of("idefics")
     images = [picture(), picture(120, 64, 1)]
@@ -186,3 +214,22 @@ def test_encoder_and_decoder_share_one_axis(model_type: str) -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(row.sum(-1), torch.ones(len(row)))
         assert whole[:, :n].isnan().all()
+
+
+@pytest.mark.parametrize("model_type", ["florence2", "pix2struct", "vision-encoder-decoder"])
+def test_an_answer_is_put_behind_the_decoders_prompt(model_type: str) -> None:
+    vlm = vlm_of(model_type)
+    question = asked(vlm, 1)
+    item = {"image": picture(), "prompt": question, "answer": "red"}
+    (plain,) = batches_of(vlm, [item], batch_size=1, answers=False)
+    (batch,) = batches_of(vlm, [item], batch_size=1)
+    given, longer = (each.inputs["decoder_input_ids"] for each in (plain, batch))
+    assert longer[0].tolist() == [*given[0].tolist(), *batch.answers[0]]
+    for name in set(plain.inputs) - {"decoder_input_ids", "decoder_attention_mask"}:
+        assert torch.equal(plain.inputs[name], batch.inputs[name])
+    n = len(batch.answers[0])
+    with torch.no_grad():
+        logits = vlm.model(**batch.inputs).logits[0, -n - 1 : -1].log_softmax(-1)
+    expected = logits[range(n), list(batch.answers[0])].double().mean().item()
+    scores = dict(zip(METRICS, answer_scores(vlm, batch)[:, 0], strict=True))
+    assert scores["log_prob"] == pytest.approx(expected, abs=1e-5)
