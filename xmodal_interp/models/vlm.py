@@ -105,6 +105,7 @@ class VLM:
         inputs = self.processor(
             images=self._given(opened), text=texts, **self._options(texts), **_videos(shown)
         )
+        inputs.pop("video_metadata", None)
         replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
         grids, video_grids = self._grids(inputs, opened), self._video_grids(inputs, shown)
         if "input_ids" not in inputs:
@@ -231,6 +232,7 @@ def _videos(videos: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
         "videos_kwargs": {
             "video_metadata": [video.metadata() for video in every],
             "do_sample_frames": False,
+            "return_metadata": True,  # some write the times of frames into the prompt
         },
     }
 
