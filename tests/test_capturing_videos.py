@@ -9,7 +9,6 @@ from PIL import Image
 
 import xmodal_interp as xi
 from tests.models.real import real
-from tests.models.test_videos import MERGED
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import open_video
@@ -18,7 +17,11 @@ pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 QUESTION = "where is the red circle?"
-TYPES = list(MERGED)
+TYPES = [
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_5_omni_thinker", "exaone4_5"),
+    *("ernie4_5_vl_moe", "glm4v", "glm46v", "video_llama_3", "internvl", "muse_glimmer"),
+    *("llava_onevision", "llava_next_video", "video_llava", "perception_lm"),
+]
 EITHER = {"glm4v", "glm46v"}
 """Types whose videos take image tokens, so that the model refuses both in one batch."""
 BOTH = [name for name in TYPES if name not in EITHER]
@@ -216,3 +219,47 @@ def test_a_chat_template_without_videos_is_refused() -> None:
         "A prompt must have <|video_pad|> where each video goes. The chat template's prompt has 0 "
         f"of them for 1 videos: {QUESTION!r}."
     )
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_positions_of_the_tower_are_where_the_grid_says(model_type: str) -> None:
+    """Paint one patch of one frame: in the first layer, its query changes more than any other."""
+    vlm = vlm_of(model_type)
+    (grid,) = vlm.prepare([[]], [QUESTION], videos=[[clip(4, 0)]])[1][0].video_grids
+    size = grid.patch_cols * 8, grid.patch_rows * 8
+    plain = [Image.new("RGB", size, (90, 90, 90))] * 4
+    (grid,) = vlm.prepare([[]], [QUESTION], videos=[[xi.Video(plain, fps=2.0)]])[1][0].video_grids
+    together = 4 // grid.patch_frames
+    before = xi.capture(vlm, [], QUESTION, videos=xi.Video(plain, fps=2.0))
+    first = before.layers("vision")[0]
+    width, height = size[0] // grid.patch_cols, size[1] // grid.patch_rows
+    for frame, row, col in [(0, 0, 0), (1, 1, grid.patch_cols - 1)]:
+        painted = [image.copy() for image in plain]
+        for image in painted[frame * together : (frame + 1) * together]:
+            x, y = col * width, row * height
+            image.paste((250, 20, 20), (x, y, x + width, y + height))
+        after = xi.capture(vlm, [], QUESTION, videos=xi.Video(painted, fps=2.0))
+        queries = (each.call(first, tower="vision").q for each in (after, before))
+        change = torch.sub(*queries).norm(dim=-1).sum(1)[0]
+        change[torch.from_numpy(grid.patch_places[:, 0] < 0)] = 0  # a class token hears of all
+        assert tuple(grid.patch_places[int(change.argmax())]) == (frame, row, col)
+
+
+def test_tokens_that_a_processor_leaves_out_have_no_place() -> None:
+    """VideoLLaMA3 keeps the first frame, and of the others what has changed."""
+    vlm = vlm_of("video_llama_3")
+    still = [Image.new("RGB", (96, 64), (90, 90, 90)) for _ in range(3)]
+    still[2].paste((250, 20, 20), (64, 0, 96, 32))
+    moving = clip(2, 0)
+    sample = xi.capture(vlm, [], QUESTION, videos=[xi.Video(still, fps=2.0), moving])
+    first, second = sample.video_grids
+    n_cells = first.rows * first.cols
+    assert n_cells < first.n_tokens < 3 * n_cells
+    assert second.n_tokens == 2 * second.rows * second.cols
+    shown = ~np.isnan(sample.grid(np.ones(first.n_tokens), video=0))
+    assert shown[0].all()
+    assert shown[1].sum() == 1  # a frame keeps one token at least
+    changed = sample.tokens.iloc[sample.where("video", video=0, frame=2)]
+    assert len(changed) == shown[2].sum() < n_cells
+    assert (changed["x1"] > 64).all()
+    assert sample.call(0, tower="vision").n_queries == len(first.patch_places) > 4 * n_cells

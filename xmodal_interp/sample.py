@@ -108,8 +108,8 @@ class Sample:
         if kind is not None and kind not in TOKEN_KINDS:
             raise InputError(f"A token kind is one of {', '.join(TOKEN_KINDS)}; got {kind!r}.")
         chosen = np.ones(len(self.tokens), dtype=bool)
-        wanted = {"kind": kind, "role": role, "image": image, "video": video, "frame": frame}
-        for column, value in wanted.items():
+        asked = {"kind": kind, "role": role, "image": image, "video": video, "frame": frame}
+        for column, value in asked.items():
             if value is not None:
                 chosen &= self.tokens[column].eq(value).fillna(value=False).to_numpy(dtype=bool)
         return np.flatnonzero(chosen)
@@ -125,12 +125,10 @@ class Sample:
         Special tokens and padding are left out. For cross-attention families, all text.
         """
         text = self.where("text")
-        return text if len(self.visual) == 0 else text[text > self.visual.max()]
+        return text[text > self.visual.max(initial=-1)]
 
     def find(self, phrase: str, occurrence: int | None = None) -> Int[np.ndarray, " position"]:
-        """Positions whose characters a phrase covers, by offsets.
-
-        Upper and lower case are alike, whole words only.
+        """Positions whose characters a phrase covers: whole words, upper and lower case alike.
 
         Args:
             phrase: As it stands in the question or in the answer.

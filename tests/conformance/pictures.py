@@ -120,6 +120,11 @@ def packed_rows(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
     return {"pixel_values": pixels, "target_sizes": sizes}
 
 
+def packed_rows_to_merge(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
+    """The same, sixteen patches to a token: four of them are merged inside of the tower."""
+    return packed_rows(config, n_images, side) | {"downsample_mode": "16x"}
+
+
 def pooled(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
     """A crop per image as flat patches, and which patches each token pools (-1: none)."""
     patch = first(vision_of(config).patch_size)

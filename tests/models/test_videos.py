@@ -17,17 +17,18 @@ SIZE, N_FRAMES, FPS = (120, 70), 4, 2.0
 MERGED = {  # how many frames a frame of tokens stands for
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "ernie4_5_vl_moe"), 2),
     **dict.fromkeys(("glm4v", "glm46v", "qwen2_5_omni_thinker"), 2),
+    **dict.fromkeys(("qwen3_vl_moe", "qwen3_5_moe", "qwen4_exp", "qwen3_omni_moe_thinker"), 2),
+    **dict.fromkeys(("glm4v_moe", "glm_ocr", "glmga", "cohere_compass", "cosmos3_omni"), 2),
+    **dict.fromkeys(("exaone4_5", "hyperclovax_vision_v2", "lfm3_vl"), 2),
+    **dict.fromkeys(("muse_glimmer", "muse_spark"), 2),
+    **dict.fromkeys(("cosmos3_edge", "dots3_note"), 1),
     **dict.fromkeys(("video_llama_3", "internvl", "llava_onevision", "llava_next_video"), 1),
     **dict.fromkeys(("video_llava", "perception_lm"), 1),
 }
 
 
 def read(vlm: VLM, frames: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
-    token = str(vlm.processor.video_token)
-    if vlm.family.model_type.startswith("glm"):
-        token = f"<|begin_of_video|>{token}<|end_of_video|>"
-    video = Video(tuple(frames), fps=FPS)
-    inputs, (prompt,) = vlm.prepare([[]], [f"user: {token} what ?"], videos=[[video]])
+    inputs, (prompt,) = vlm.prepare([[]], [QUESTION], videos=[[Video(frames, fps=FPS)]])
     return language_inputs(vlm, inputs), prompt
 
 

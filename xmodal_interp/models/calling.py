@@ -52,6 +52,7 @@ def videos(shown: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
         "videos_kwargs": {
             "video_metadata": [video.metadata() for video in every],
             "do_sample_frames": False,
+            "return_metadata": True,  # some write the times of frames into the prompt
         },
     }
 

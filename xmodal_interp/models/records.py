@@ -58,10 +58,11 @@ _RECORDS: tuple[Family, ...] = (
             video=geometry.MergedFrames(by_rows=True),
             video_token=_VIDEO,
         )
-        for name in ("paddleocr_vl", "muse_glimmer", "muse_spark")
+        for name in ("muse_glimmer", "muse_spark")
     ),
     Family("hunyuan_vl", geometry=geometry.MergedPatches(by_rows=True, framed=True)),
     Family("nemotron_h_omni", geometry=geometry.counted_patches),
+    Family("paddleocr_vl", geometry=geometry.MergedPatches(by_rows=True)),
     Family("mistral3", geometry=geometry.sized_patches),
     Family("mistral_large4", geometry=geometry.sized_patches),
     Family("lighton_ocr", geometry=geometry.sized_patches),

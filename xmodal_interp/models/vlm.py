@@ -115,6 +115,7 @@ class VLM:
             **(calling.policy(questions) if self.family.writes_prompt else {}),
             **calling.videos(shown),
         )
+        inputs.pop("video_metadata", None)
         replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
         grids, video_grids = self._grids(inputs, opened), self._video_grids(inputs, shown)
         begun = with_start(self.model, inputs, len(texts))

@@ -58,7 +58,7 @@ PACKED: dict[str, Record] = {
     "hyperclovax_vision_v2": Record({"vision_config": WINDOWS}),
     "inkling2": Record(pixels="packed_merged"),
     "kimi_k25": Record(pixels="packed_images"),
-    "minicpm_ocr": Record(MERGED_IN_TOWER | {"downsample_mode": "16x"}, pixels="packed_rows"),
+    "minicpm_ocr": Record(MERGED_IN_TOWER, pixels="packed_rows_to_merge"),
     "minicpmv4_6": Record(MERGED_IN_TOWER, pixels="packed_rows"),
     "minicpmv4_7": Record(MERGED_IN_TOWER, pixels="packed_rows"),
     "minimax_m3_vl": Record(

@@ -159,6 +159,7 @@ RECORDS: tuple[Record, ...] = (
         audio={"feature_size": 32},
         processor={"image_seq_length": 16},
         config={
+            "audio_config": {"vocab_offset": 262144},
             "image_token_id": Token("<image_soft_token>"),
             "boi_token_id": Token("<start_of_image>"),
             "eoi_token_id": Token("<end_of_image>"),

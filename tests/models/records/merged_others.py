@@ -160,6 +160,7 @@ RECORDS: tuple[Record, ...] = (
         "dots3_note",
         note=_QWEN_NOTE,
         image="<|imgpad|>",
+        video="<|video_pad|>",
         tokens=("<|imgpad|>", "<|video_pad|>", "<|audio_comp_pad|>"),
         images={**PATCHES, "temporal_patch_size": 1},
         videos={**PATCHES, "temporal_patch_size": 1},
@@ -196,6 +197,7 @@ RECORDS: tuple[Record, ...] = (
             model_type,
             note="Resized to multiples of patch_size * merge_size, at most max_image_tokens.",
             image="<|patch|>",
+            video="<|video|>",
             tokens=_MUSE_TOKENS,
             images={
                 "patch_size": 8,

@@ -95,6 +95,9 @@ VideoRule = Callable[[Any, Any, Mapping[str, Any], Sequence[Video]], list[VideoG
 class MergedFrames:
     """Frames that are resized to whole blocks of patches and merged in time (Qwen2-VL and kin).
 
+    Where the processor leaves out tokens that look as in the frame before (VideoLLaMA3), it tells
+    which are left.
+
     Attributes:
         in_model: Whether the model merges frames, after the processor; else the processor has done
             so, and tells how many are left.
@@ -111,13 +114,22 @@ class MergedFrames:
         grid_thw = np.asarray(inputs["video_grid_thw"]).tolist()
         settings = processor.video_processor
         merge = settings.merge_size
+        told = inputs.get("video_compression_mask")
+        left = None if told is None else np.asarray(told)
         grids = []
         for video, (n, patch_rows, patch_cols) in zip(videos, grid_thw, strict=True):
             together = settings.temporal_patch_size if self.in_model else 1
             tokens = rectangle(patch_rows // merge, patch_cols // merge, _whole(video))
             patches = rectangle(patch_rows, patch_cols, _whole(video))
             patches = patches if self.by_rows else in_blocks(patches, patch_cols, merge)
-            grids.append(_grid(video, [tokens] * (n // together), [patches] * n))
+            frames = [tokens] * (n // together)
+            if left is not None:
+                of_video, left = (
+                    left[: len(tokens) * len(frames)],
+                    left[len(tokens) * len(frames) :],
+                )
+                frames = [tokens[kept] for kept in of_video.reshape(len(frames), -1)]
+            grids.append(_grid(video, frames, [patches] * n))
         return grids
 
 
