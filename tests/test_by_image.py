@@ -15,6 +15,7 @@ QUESTIONS = ["where is the red circle?", "how many?"]
 TYPES = [
     *("llava", "qwen2_vl", "qwen2_5_vl", "mistral3", "llava_next", "llava_onevision", "idefics2"),
     *("idefics3", "internvl", "gemma3", "llama4", "granite4_vision", "blip-2", "mllama"),
+    *("lfm2_vl", "granite_docling", "molmo2", "minicpmv4_6", "step3p7", "hunyuan_vl"),
 ]
 
 
@@ -49,7 +50,13 @@ def test_an_image_has_the_same_attention_in_a_batch(model_type) -> None:
             )
 
 
-@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "mistral3", "llava_next"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("llava", "qwen2_5_vl", "mistral3", "llava_next"),
+        *("lfm2_vl", "minicpmv4_6", "molmo2", "hunyuan_vl"),
+    ],
+)
 def test_images_of_one_prompt_come_apart(model_type) -> None:
     vlm = xi.VLM(*real(model_type))
     sample = xi.capture(vlm, PICTURES, QUESTIONS[0])
@@ -57,6 +64,21 @@ def test_images_of_one_prompt_come_apart(model_type) -> None:
         alone = xi.capture(vlm, picture, QUESTIONS[0]).probs(0, tower="vision")
         mine = sample.probs(0, tower="vision", call=number)
         torch.testing.assert_close(mine, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", ["step3p7", "unlimited_ocr"])
+def test_tiles_of_several_images_come_behind_all_of_them(model_type) -> None:
+    vlm, pictures = xi.VLM(*real(model_type)), [noise(130, 64, 0), noise(64, 200, 1)]
+    sample = xi.capture(vlm, pictures, QUESTIONS[0])
+    assert len({len(grid.patch_places) for grid in sample.grids}) == 2
+    for number, picture in enumerate(pictures):
+        alone = xi.capture(vlm, picture, QUESTIONS[0])
+        keys = [key for key in alone.calls if key[0] == "vision"]
+        assert len(keys) >= 2
+        for tower, kind, layer, _ in keys:
+            mine = sample.calls[tower, kind, layer, number].probs()
+            theirs = alone.calls[tower, kind, layer, 0].probs()
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "exaone4_5", "llava_next"])
@@ -78,6 +100,17 @@ def test_positions_of_the_tower_are_where_the_grid_says(model_type) -> None:
         placed = grid.patch_places[:, 0] >= 0  # a thumbnail sees it too, and so does a class token
         best = np.flatnonzero(placed)[int(change[torch.from_numpy(placed)].argmax())]
         assert tuple(grid.patch_places[best]) == (row, col)
+
+
+def test_a_piece_for_each_token_goes_to_its_image() -> None:
+    grids = xi.capture(xi.VLM(*real("llava")), PICTURES, QUESTIONS[0]).grids
+    counts = [grid.n_tokens for grid in grids]
+    q, k = torch.randn(sum(counts), 1, 1, 2), torch.randn(sum(counts), 1, 4, 2)
+    whole = AttentionCall("connector", "cross", 0, "attn", 0, q, k, 1.0)
+    first, second = calls_by_image([whole], grids)
+    assert [first.n_queries, second.n_queries] == counts
+    assert first.q is not None
+    assert torch.equal(first.q[0, 0], q[: counts[0], 0, 0])
 
 
 def test_pieces_that_fit_no_image_are_refused() -> None:

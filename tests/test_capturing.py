@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.models.real import real
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.capturing import Keep, capture, capture_batch
 from xmodal_interp.errors import (
@@ -235,3 +236,10 @@ def test_rotary_positions_are_those_of_the_model() -> None:
     times = padded.tokens["rope_t"]
     np.testing.assert_array_equal(times.notna(), shown)
     assert times[shown].iloc[0] == 0
+
+
+def test_rotary_positions_with_other_axes_are_left_out() -> None:
+    """HunYuan-VL has four: none of its numbers is taken for a time, a row or a column."""
+    sample = capture(VLM(*real("hunyuan_vl")), picture(), QUESTION, **STEPS)
+    assert "row" in sample.tokens.columns
+    assert not {"rope_t", "rope_h", "rope_w"} & set(sample.tokens.columns)

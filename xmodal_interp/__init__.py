@@ -10,8 +10,10 @@ from xmodal_interp.analysis import block_statistics as block_statistics
 from xmodal_interp.analysis import cross_modal_ratio as cross_modal_ratio
 from xmodal_interp.analysis import cross_modal_summary as cross_modal_summary
 from xmodal_interp.analysis import head_pruning as head_pruning
+from xmodal_interp.analysis import on_patches as on_patches
 from xmodal_interp.analysis import positional_bias as positional_bias
 from xmodal_interp.analysis import pruning_curve as pruning_curve
+from xmodal_interp.analysis import query_patches as query_patches
 from xmodal_interp.analysis import raster_bias as raster_bias
 from xmodal_interp.analysis import raster_map as raster_map
 from xmodal_interp.analysis import raster_profile as raster_profile

@@ -2,7 +2,8 @@
 
 A tower may run once per image, once over a batch of images, frames, tiles or windows, or over
 several images in one packed row. Pieces are counted in the order that they come; each image or
-video has as many positions as its grid has patches, or the same multiple of it.
+video has as many positions as its grid has patches, or the same multiple or part of it. A tower may
+also read all images whole, and then the tiles of all in a second call.
 
 Models read all images of a batch, then all of its videos, but for those whose family says
 otherwise. However that is, the calls of a sample are numbered by its images, then by its videos.
@@ -72,6 +73,7 @@ def towers_by_image(
     prompts: Sequence[Prompt],
     family: Family,
     orders: Sequence[Tensor] | None = None,
+    tiles: Sequence[int] | None = None,
 ) -> dict[Layer, list[dict[int, AttentionCall]]]:
     """The calls of every layer outside of the language tower, shared out among the samples.
 
@@ -82,6 +84,7 @@ def towers_by_image(
         family: What is known of the model's type.
         orders: For each image, then each video, ``[patch]``, which patch stands at each position of
             the vision tower, if not in order.
+        tiles: How many tiles of each image are read behind all images, if they are.
 
     Returns:
         For each layer and sample, its calls by the numbers of its images, then of its videos.
@@ -96,9 +99,8 @@ def towers_by_image(
         if key[0] == "language":
             continue
         read = _read_by(stream[0].module, visuals, family)
-        shares = calls_by_image(
-            stream, [each.grid for each in read], orders if key[0] == "vision" else None
-        )
+        in_tower = orders if key[0] == "vision" else None
+        shares = calls_by_image(stream, [each.grid for each in read], in_tower, tiles)
         towers[key] = [{} for _ in prompts]
         for visual, call in zip(read, shares, strict=bool(read)):
             towers[key][visual.sample][visual.number] = replace(call, call=visual.number)
@@ -147,6 +149,7 @@ def calls_by_image(
     stream: Sequence[AttentionCall],
     grids: Sequence[ImageGrid | VideoGrid],
     orders: Sequence[Tensor] | None = None,
+    tiles: Sequence[int] | None = None,
 ) -> list[AttentionCall]:
     """One call per image or video, of one layer; ``call`` is its place in the order.
 
@@ -155,12 +158,15 @@ def calls_by_image(
         grids: The grids of all images and videos of the batch, in the order that they are read.
         orders: For each of them ``[patch]``, which patch stands at each position of the tower, if
             not in order.
+        tiles: How many tiles of each image come in a second call, behind all images; None if each
+            image is read as one.
 
     Raises:
         CaptureError: Pieces that cannot be shared out among several.
     """
-    pieces = [piece for call in stream for piece in pieces_of(call)]
-    shares = _shares(pieces, grids)
+    shares = None if tiles is None else _behind_wholes(stream, tiles)
+    if shares is None:
+        shares = _shares([piece for call in stream for piece in pieces_of(call)], grids)
     calls = []
     for number, share in enumerate(shares):
         call = joined(share)
@@ -168,6 +174,27 @@ def calls_by_image(
             call = reordered(call, torch.argsort(orders[number]))
         calls.append(replace(call, call=number))
     return calls
+
+
+def _behind_wholes(
+    stream: Sequence[AttentionCall], tiles: Sequence[int]
+) -> list[Sequence[AttentionCall]] | None:
+    """The pieces of each image, from a call over all images and one over all tiles.
+
+    Each image, and each tile, may have several pieces: windows. None if these are no such calls.
+    """
+    if len(stream) != 2 or len(tiles) <= 1 or not any(tiles):
+        return None
+    counts = [call.n_samples for call in stream]
+    if counts[0] % len(tiles) or counts[1] % sum(tiles):
+        return None
+    per_image, per_tile = counts[0] // len(tiles), counts[1] // sum(tiles)
+    wholes, parts = (pieces_of(call) for call in stream)
+    ends = [0, *accumulate(n * per_tile for n in tiles)]
+    return [
+        [*wholes[i * per_image : (i + 1) * per_image], *parts[start:stop]]
+        for i, (start, stop) in enumerate(pairwise(ends))
+    ]
 
 
 def _shares(
@@ -178,14 +205,16 @@ def _shares(
         return [pieces]
     ends = list(accumulate(piece.n_keys for piece in pieces))
     wanted = list(accumulate(len(grid.patch_places) for grid in grids))
-    if wanted and wanted[-1] and ends[-1] % wanted[-1] == 0:
-        factor = ends[-1] // wanted[-1]
-        bounds = [0, *(end * factor for end in wanted)]
+    bounds = _bounds(wanted, ends[-1])
+    if bounds:
         if len(pieces) == 1 and pieces[0].n_queries == pieces[0].n_keys:
             return [[part_of(pieces[0], *bound)] for bound in pairwise(bounds)]
         if set(bounds[1:]) <= set(ends):
             cuts = [0, *(ends.index(end) + 1 for end in bounds[1:])]
             return [pieces[start:stop] for start, stop in pairwise(cuts)]
+    tokens = [0, *accumulate(grid.n_tokens for grid in grids)]
+    if len(pieces) == tokens[-1] and all(piece.n_queries == 1 for piece in pieces):
+        return [pieces[start:stop] for start, stop in pairwise(tokens)]  # each pools its patches
     each, rest = divmod(len(pieces), len(grids))
     alike = [p.n_keys for p in pieces] == [p.n_keys for p in pieces[:each]] * len(grids)
     if rest == 0 and each > 0 and alike:
@@ -198,3 +227,18 @@ def _shares(
         f"keys, for {len(grids)} images of {patches}, ... patches. Capture the samples one by one, "
         "or leave the tower out."
     )
+
+
+def _bounds(wanted: Sequence[int], n_positions: int) -> list[int]:
+    """Where each image begins, and the end, if all have the same positions per patch; else none.
+
+    Args:
+        wanted: The patches of all images up to each.
+        n_positions: The positions of all.
+    """
+    n_patches = wanted[-1]
+    if not n_patches or any(end * n_positions % n_patches for end in wanted):
+        return []
+    if n_positions % n_patches and n_patches % n_positions:
+        return []
+    return [0, *(end * n_positions // n_patches for end in wanted)]

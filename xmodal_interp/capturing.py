@@ -20,14 +20,34 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.attention import AttentionCall, stitch
+from xmodal_interp.attention import AttentionCall
 from xmodal_interp.by_image import Layer, towers_by_image
+from xmodal_interp.by_position import Stacks, call_by_position, stacks_of
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.rotary import AXES
-from xmodal_interp.models import VLM, ImageLike, Prompt, Video, generated_table, window_orders
+from xmodal_interp.models import (
+    VLM,
+    ImageLike,
+    Prompt,
+    Video,
+    check_whole,
+    generated_table,
+    prompt_ids,
+    tiles_behind,
+    window_orders,
+)
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.vocabulary import TOWERS, Tower
+
+
+@dataclass(frozen=True, eq=False)
+class _Heard:
+    """The calls of a batch: as they came, those of the towers by image, and the model's stacks."""
+
+    streams: Mapping[Layer, Sequence[AttentionCall]]
+    by_image: Mapping[Layer, Sequence[Mapping[int, AttentionCall]]]
+    stacks: Stacks
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,8 @@ def capture(
         generation: Further arguments of ``model.generate``.
 
     Raises:
-        InputError: An unreadable image, something that is no video, or an empty prompt.
+        InputError: An unreadable image, something that is no video, an empty prompt, or a model
+            that needs more than these.
         GeometryError: Videos for a model type without a rule that places their tokens.
         CaptureError: Attention ran that could not be heard.
     """
@@ -118,16 +139,17 @@ def capture_batch(
     """``capture`` for several samples in one padded batch; the samples come back apart."""
     keep = keep or Keep()
     inputs, ready = vlm.prepare(images, prompts, system=system, videos=videos)
+    check_whole(vlm.model, inputs)
     listening = record(
         vlm.model, towers=keep.towers, layers=keep.layers, values=keep.values, norms=keep.norms
     )
     with torch.no_grad(), listening as recording:
         if max_new_tokens > 0:
             output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **(generation or {}))
-            new = output[:, inputs["input_ids"].shape[1] :]
+            new = output[:, prompt_ids(inputs).shape[1] :]
         else:
             vlm.model(**inputs, use_cache=False)
-            new = inputs["input_ids"][:, :0]
+            new = prompt_ids(inputs)[:, :0]
     streams: dict[Layer, list[AttentionCall]] = defaultdict(list)
     for call in recording.calls:
         streams[call.tower, call.kind, call.layer].append(call)
@@ -135,11 +157,13 @@ def capture_batch(
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
-    seen = towers_by_image(recording.calls, ready, vlm.family, window_orders(vlm.model, inputs))
-    samples = [_sample(vlm, i, ready, new, streams, seen, keep, about) for i in range(len(ready))]
+    orders, tiles = window_orders(vlm.model, inputs), tiles_behind(inputs)
+    by_image = towers_by_image(recording.calls, ready, vlm.family, orders, tiles)
+    heard = _Heard(streams, by_image, stacks_of(vlm.model, recording.modules))
+    samples = [_sample(vlm, i, ready, new, heard, keep, about) for i in range(len(ready))]
     rotary = recording.rotary.whole() if recording.rotary else None
-    n_read = inputs["input_ids"].shape[1] + max(new.shape[1] - 1, 0)
-    if rotary is None or rotary.shape[-1] != n_read:  # told otherwise than token by token
+    n_read = len(ready[0].tokens) + max(new.shape[1] - 1, 0)
+    if rotary is None or rotary.shape[::2] != (len(AXES), n_read):  # not token by token, by axes
         return samples
     of_samples = rotary.expand(-1, len(samples), -1).unbind(1)
     return [
@@ -175,8 +199,7 @@ def _sample(
     index: int,
     ready: Sequence[Prompt],
     new: Tensor,
-    streams: Mapping[Layer, Sequence[AttentionCall]],
-    seen: Mapping[Layer, Sequence[Mapping[int, AttentionCall]]],
+    heard: _Heard,
     keep: Keep,
     about: dict[str, Any],
 ) -> Sample:
@@ -189,12 +212,13 @@ def _sample(
     added, text = generated_table(fed, ids, vlm.tokenizer, n_prompt, prompt.text)
     tokens = pd.concat([prompt.tokens, added]) if len(added) else prompt.tokens
     calls: dict[CallKey, AttentionCall] = {}
-    for (tower, kind, layer), stream in streams.items():
+    for (tower, kind, layer), stream in heard.streams.items():
         if tower == "language":
-            whole = stitch([call.select_sample(index) for call in stream], len(tokens))
+            own = [call.select_sample(index) for call in stream]
+            whole = call_by_position(own, len(tokens), prompt.n_encoder, heard.stacks)
             calls[tower, kind, layer, 0] = whole
         else:
-            for number, call in sorted(seen[tower, kind, layer][index].items()):
+            for number, call in sorted(heard.by_image[tower, kind, layer][index].items()):
                 calls[tower, kind, layer, number] = call
     sample = Sample(
         name=f"sample-{index}",
@@ -254,6 +278,5 @@ def _dense(sample: Sample) -> Sample:
 
 def _until_end(ids: list[int], vlm: VLM) -> list[int]:
     """Generated ids up to the first end-of-sequence token, without it."""
-    ends = vlm.model.generation_config.eos_token_id
-    stop = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    stop = vlm.end_ids
     return next((ids[:i] for i, token in enumerate(ids) if token in stop), ids)

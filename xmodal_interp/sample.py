@@ -125,7 +125,7 @@ class Sample:
         Special tokens and padding are left out. For cross-attention families, all text.
         """
         text = self.where("text")
-        return text[text > self.visual.max(initial=-1)]
+        return text[text > int(self.visual.max(initial=-1))]
 
     def find(self, phrase: str, occurrence: int | None = None) -> Int[np.ndarray, " position"]:
         """Positions whose characters a phrase covers: whole words, upper and lower case alike.

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from tests.analysis.fakes import captured, dense_call, grid, random_call, sample_of, uniform_call
+from tests.models.real import real
 from tests.replicas import attention_distance as slow_distance
 from tests.replicas import entropy
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.analysis import attention_distance, attention_entropy
 from xmodal_interp.capturing import capture
 from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.models import VLM
 from xmodal_interp.sample import Sample
 
 
@@ -134,6 +136,34 @@ def test_of_a_model() -> None:
     described = attention_entropy(sample, tower="vision")
     assert described["image"].unique().tolist() == [0, 1]
     assert described["relative_entropy"].between(0, 1).all()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tower", "size", "px"),
+    [
+        ("blip-2", "vision", (128, 128), 128 / 8),  # its tokens have no place, its patches have
+        ("molmo2", "vision", (96, 96), 96 / 13),  # an odd number, two by two
+        ("step3p7", "vision", (80, 40), 40 / 12),  # the thumbnail has more tokens than the tiles
+        ("step3p7", "language", (80, 40), 40 / 3),
+    ],
+)
+def test_distance_in_px_is_that_of_the_cells_of_the_image(
+    model_type: str, tower: str, size: tuple[int, int], px: float
+) -> None:
+    vlm = VLM(*real(model_type))
+    table = attention_distance(capture(vlm, picture(*size), "where?"), tower=tower)
+    assert table["distance_grid"].gt(0).all()
+    np.testing.assert_allclose(table["distance_px"], table["distance_grid"] * px)
+
+
+def test_distance_between_queries_is_refused() -> None:
+    sample = capture(VLM(*real("blip-2")), picture(), "where?")
+    with pytest.raises(GeometryError) as error:
+        attention_distance(sample, tower="language")
+    assert str(error.value) == (
+        "A distance is between places on an image. Image 0 of sample 'sample-0' has none in the "
+        f"language tower. {sample.grids[0].reason}"
+    )
 
 
 def test_refusals() -> None:

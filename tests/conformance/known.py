@@ -19,12 +19,6 @@ NOT_SQUARE: dict[str, dict[str, str]] = {
     "pi0": {"*.self_attn": "actions read the cache of image and words"},
     "t5gemma2": {"*decoder.layers.*.self_attn": "the encoder's keys stand behind the decoder's"},
 }
-# Attention with a softmax over something else than keys, or modules taken for attention: refused,
-# and what the refusal names first.
-REFUSED: dict[str, str] = {
-    "groupvit": "vision_model.encoder.stages.0.downsample.assign",
-}
-
 # Types that take videos, and fail on them in this version of transformers, recorded or not: how.
 NO_VIDEO: dict[str, str] = {
     "kimi_k25": "split_with_sizes expects split_sizes to sum exactly to",

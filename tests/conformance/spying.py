@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
-# These weigh something else than positions: experts, the states of earlier layers, sampling points.
+# These weigh something else than keys: experts, the states of earlier layers, sampling points, or
+# (in GroupViT) the queries, of which each key chooses one.
 NOT_ATTENTION = re.compile(
-    r"router|gate$|indexer|hyper_?(connection|head)|mixer$|AttentionResidual|deformable",
+    r"router|gate$|indexer|hyper_?(connection|head)|mixer$|AttentionResidual|deformable|AssignAttention",
     re.IGNORECASE,
 )
 SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch._C._nn.__dict__.get("softmax")}

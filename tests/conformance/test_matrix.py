@@ -58,10 +58,10 @@ def test_the_table_has_a_row_per_type_and_rules_of_today() -> None:
 
 
 def test_rules_are_read_when_the_table_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(support.FAMILIES, "llava", FAMILIES["aria"])
+    monkeypatch.setitem(support.FAMILIES, "llava", FAMILIES["git"])
     table: pd.DataFrame = support.families().set_index("model_type")
     assert table.loc["llava", "geometry"] == "none"
-    assert table.loc["llava", "note"] == FAMILIES["aria"].reason.rstrip(".")
+    assert table.loc["llava", "note"] == FAMILIES["git"].reason.rstrip(".")
 
 
 def without_error(row: dict[str, Any]) -> dict[str, Any]:

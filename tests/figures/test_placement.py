@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from tests.analysis import fakes
 from tests.figures.made import fake, sample_of
 from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.figures import placement
+from xmodal_interp.figures import drawing
 from xmodal_interp.figures.placement import extent, of_patches, place_of, uncovered
 from xmodal_interp.figures.scales import scale_of
 
@@ -29,9 +29,9 @@ def test_every_token_is_drawn_inside_its_box(family: str) -> None:
     place = place_of(sample_of(family))
     values = np.arange(len(place.keys), dtype=float)
     axes = Figure().add_subplot()
-    placement.draw_image(axes, place)
+    drawing.draw_image(axes, place)
     scale = scale_of("probability", [values])
-    drawn = placement.draw_map(axes, place, place.on_grid(values), scale, smooth=False)
+    drawn = drawing.draw_map(axes, place, place.on_grid(values), scale, smooth=False)
     left, right, bottom, top = drawn.get_extent()
     cells = drawn.get_array()
     assert cells is not None
@@ -69,9 +69,9 @@ def test_patches_are_finer_than_merged_tokens() -> None:
 def test_names_of_boxes_stay_inside_and_off_each_other() -> None:
     place = place_of(sample_of("qwen2_vl"))
     axes = Figure(figsize=(3, 2)).add_axes((0, 0, 1, 1))
-    placement.draw_image(axes, place)
+    drawing.draw_image(axes, place)
     boxes = {"yellow circle": (90.0, 2, 110, 20), "yellow square": (95.0, 24, 115, 40)}
-    placement.draw_boxes(axes, place, boxes)
+    drawing.draw_boxes(axes, place, boxes)
     axes.figure.draw_without_rendering()
     first, second = (text.get_window_extent() for text in axes.texts)
     assert not first.overlaps(second)

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import nn
 
 from tests.models.real import prompt as written
-from tests.models.real import real
+from tests.models.real import real, settled
 from tests.models.records import RECORDS
-from xmodal_interp.models import VLM
+from xmodal_interp.models import FAMILIES, VLM
 from xmodal_interp.models.labelling import Prompt
 
 QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}
 """Types that add the image's features inside of the language model, not to its input."""
-OVERLAPPING = {"florence2", "got_ocr2"}
-"""Types whose convolutions also look at half of the neighbours: there the middle is painted."""
+READ_BY = {"git": "git.encoder", "idefics": "model.gated_cross_attn_layers.0.cross_attn"}
+"""Where a model that reads the image's features has no module of its own for its language part."""
+FEATURES = ("encoder_hidden_states", "key_value_states", "inputs_embeds", "image_embeds")
+OVERLAPPING = {
+    **dict.fromkeys(("florence2", "got_ocr2", "step3p7", "pp_chart2table", "fast_vlm"), 1 / 4),
+    **dict.fromkeys(("gemma3n", "chameleon", "emu3", "pp_formulanet"), 1 / 4),
+    **dict.fromkeys(("unlimited_ocr", "deepseek_ocr2"), 3 / 8),
+}
+"""Types whose convolutions also look at neighbours: what is left unpainted on each side."""
+POOLING = {"molmo2": "image_pooling_2d"}
+"""Where types have an attention by which a token pools patches of its own only: it stays on."""
+SHARED = {"gemma3n": "timm_model.blocks.3"}
+"""A coarser stage that is fused in, each of whose features is that of several tokens."""
 
 
 class _SeenError(Exception):
@@ -33,21 +47,35 @@ class _SeenError(Exception):
 @functools.cache
 def vlm_of(model_type: str) -> VLM:
     """The real processor with a model whose vision tower does not mix positions."""
-    known, processor = real(model_type)
-    model, processor = _plain(type(known)(copy.deepcopy(known.config))), copy.copy(processor)
-    processor.images_kwargs = {
-        **(getattr(processor, "images_kwargs", None) or {}),
-        **{k: v for k, v in RECORDS[model_type].call.items() if not k.startswith("return_")},
-    }
-    for name, value in RECORDS[model_type].call.items():
-        if name.startswith("return_"):
-            setattr(processor, name, value)
+    known, _ = real(model_type)
+    model, processor = _plain(type(known)(copy.deepcopy(known.config))), settled(model_type)
     language = language_of(model)
     inside = set(language.modules()) if model_type not in INTO_LAYERS else set()
-    for module in model.modules():
-        if module not in inside and _mixes(module):
+    pooling = POOLING.get(model_type)
+    for name, module in model.named_modules():
+        mixes = _mixes(module) and name.rpartition(".")[-1] != pooling
+        shared = name.endswith(SHARED.get(model_type, "/"))
+        if module not in inside and (shared or mixes):
             module.register_forward_hook(_nothing)
-    return VLM(model, processor)
+        elif isinstance(module, nn.GroupNorm):  # its statistics are those of the whole image
+            module.register_forward_hook(_as_given)
+    vlm = VLM(model, processor)
+    _order_codes(vlm)
+    return vlm
+
+
+def with_options(vlm: VLM, options: Mapping[str, Any]) -> VLM:
+    """The same with other settings of the image processor, as one that is loaded with them."""
+    processor = copy.copy(vlm.processor)
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.images_kwargs = {**processor.images_kwargs, **options}
+    for name, value in options.items():
+        setattr(processor.image_processor, name, value)
+    return dataclasses.replace(vlm, processor=processor)
+
+
+def _taken(model: nn.Module) -> Mapping[str, Any]:
+    return inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()
@@ -59,26 +87,64 @@ def _plain(model: nn.Module) -> nn.Module:
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=made)
         else:
             weight.add_(torch.randn(weight.shape, generator=made), alpha=0.1)
+    for module in model.modules():
+        if (
+            isinstance(module, (nn.Conv2d, nn.Conv3d))
+            and module.kernel_size[-1] > module.stride[-1]
+        ):
+            _narrow(module)
     return model.eval()
 
 
+def _narrow(convolution: nn.Conv2d | nn.Conv3d) -> None:
+    """Let the middle of kernels that overlap prevail, and keep how much they pass on."""
+    rows, cols = (torch.arange(n) - (n - 1) / 2 for n in convolution.kernel_size[-2:])
+    before = convolution.weight.norm()
+    convolution.weight *= torch.exp(-3 * (rows[:, None] ** 2 + cols**2))
+    convolution.weight *= before / convolution.weight.norm()
+
+
+@torch.no_grad()
+def _order_codes(vlm: VLM) -> None:
+    """Put codes, and the words for them, on a line from dark to bright, where a VQ-VAE makes them.
+
+    Then the more a feature changes, the further off is the word that it becomes.
+    """
+    vocabulary = getattr(vlm.model.base_model, "vocabulary_mapping", None)
+    if vocabulary is None:
+        return
+    (codes,) = (m for m in vlm.model.modules() if type(m).__name__.endswith("VectorQuantizer"))
+    seen: list[torch.Tensor] = []
+    with _hook(codes, lambda _module, given, _named: seen.append(given[0])):
+        embeddings(vlm, [textured(96, 96)])
+        embeddings(vlm, [Image.new("RGB", (96, 96), "white")])
+    dark, bright = (features.movedim(-3, -1).flatten(0, -2).mean(0) for features in seen)
+    steps = torch.linspace(-0.5, 1.5, len(codes.embedding.weight))[:, None]
+    codes.embedding.weight.copy_(dark + steps * (bright - dark))
+    words = vlm.model.get_input_embeddings().weight
+    words[[vocabulary.img2bpe[code] for code in range(len(steps))]] = steps * words[0]
+
+
 def language_of(model: nn.Module) -> nn.Module:
-    """What reads the image tokens among the text tokens."""
+    """What reads the image tokens, among the text tokens or beside them."""
+    if model.config.model_type in READ_BY:
+        return model.get_submodule(READ_BY[model.config.model_type])
+    if not FAMILIES[model.config.model_type].in_sequence:
+        return model.get_decoder()
     if not model.config.is_encoder_decoder:
-        before = getattr(getattr(model.base_model, "encoder", None), "language_model", None)
-        return model.get_decoder() if before is None else before
+        inner = (getattr(model.base_model, name, None) for name in ("encoder", "vlm"))
+        inside = (getattr(each, "language_model", None) for each in inner)
+        found = next((each for each in inside if each is not None), None) or model.get_decoder()
+        return found.layers[0] if hasattr(found, "vqmodel") else found
     encoder = model.get_encoder()
     return getattr(encoder, "text_model", encoder)
 
 
 def _mixes(module: nn.Module) -> bool:
-    """Whether a module is attention or a depthwise convolution that adds to a residual stream."""
-    if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
-        return True
-    name = type(module).__name__
-    return name.endswith("Attention") and not any(
-        type(child).__name__.endswith("Attention") for child in module.children()
-    )
+    """Whether a module is attention that adds to a residual stream."""
+    names = [type(each).__name__ for each in (module, *module.children())]
+    named, *inside = [name.endswith(("Attention", "Attention2d")) for name in names]
+    return named and not any(inside)
 
 
 def _nothing(_module: nn.Module, _given: Any, output: Any) -> Any:
@@ -87,13 +153,27 @@ def _nothing(_module: nn.Module, _given: Any, output: Any) -> Any:
     return torch.zeros_like(output)
 
 
+def _as_given(_module: nn.Module, given: Any, _output: Any) -> torch.Tensor:
+    return given[0]
+
+
 def embeddings(vlm: VLM, images: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
-    """What the language model is given at each position, ``[position, d]``, and the positions."""
-    question = QUESTION
-    if vlm.processor.chat_template is None and not vlm.family.in_front:
+    """What the language model is given at each position, ``[position, d]``, and the positions.
+
+    Where text reaches the image by cross-attention: at each key.
+    """
+    question = QUESTION if vlm.family.reads_text else ""
+    if vlm.processor.chat_template is None and not vlm.family.in_front and question:
         question = written(vlm.family.model_type, len(images), QUESTION)
     inputs, (prompt,) = vlm.prepare([images], [question])
     return language_inputs(vlm, inputs), prompt
+
+
+def places_of(prompt: Prompt) -> pd.DataFrame:
+    """What stands at each position that :func:`embeddings` gives."""
+    if prompt.cross_keys is not None:
+        return prompt.cross_keys
+    return prompt.tokens[: prompt.n_encoder or len(prompt.tokens)]
 
 
 def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
@@ -101,14 +181,16 @@ def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
     seen: list[torch.Tensor] = []
 
     def look(_module: nn.Module, given: tuple, named: dict) -> None:
-        found = named.get("inputs_embeds")
+        found = next((named[name] for name in FEATURES if named.get(name) is not None), None)
         if found is None:
             found = next(each for each in given if torch.is_tensor(each) and each.ndim == 3)
         seen.append(found.detach())
         raise _SeenError
 
-    if vlm.model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
+    record = RECORDS[vlm.family.model_type]
+    beside = {name: value for name, value in record.call.items() if name in _taken(vlm.model)}
+    for name, value in {**record.beside, **beside}.items():
+        inputs.setdefault(name, torch.tensor(value))
     with torch.no_grad():
         if vlm.family.model_type in INTO_LAYERS:
             output = vlm.model(**inputs, use_cache=False, output_hidden_states=True)
@@ -117,6 +199,21 @@ def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
             with _hook(language_of(vlm.model), look), suppress(_SeenError):
                 vlm.model(**inputs, use_cache=False)
     return seen[0][0].float().numpy()
+
+
+TOWERS = ("vision_tower", "vision_model")
+
+
+def tower_outputs(vlm: VLM, images: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
+    """What the vision tower makes of one sample, ``[position, d]``, and its positions."""
+    (tower,) = (m for name, m in vlm.model.named_modules() if name.split(".")[-1] in TOWERS)
+    seen: list[torch.Tensor] = []
+    handle = tower.register_forward_hook(lambda _module, _given, output: seen.append(output))
+    try:
+        _, prompt = embeddings(vlm, images)
+    finally:
+        handle.remove()
+    return seen[0].last_hidden_state.flatten(0, -2).float().numpy(), prompt
 
 
 @contextmanager
@@ -150,10 +247,28 @@ def painted(image: Image.Image, box: np.ndarray) -> Image.Image | None:
     return Image.fromarray(pixels)
 
 
-def changes(vlm: VLM, image: Image.Image, box: np.ndarray, plain: np.ndarray) -> np.ndarray:
-    """How much each position's input changes when a box is painted, ``[position]``."""
-    if vlm.family.model_type in OVERLAPPING:
-        quarter = (box[2:] - box[:2]) / 4
-        box = box + np.concatenate([quarter, -quarter])
-    other, _ = embeddings(vlm, [painted(image, box)])
+def changes(
+    vlm: VLM,
+    image: Image.Image,
+    box: np.ndarray,
+    plain: np.ndarray,
+    before: Sequence[Image.Image] = (),
+) -> np.ndarray:
+    """How much each position's input changes when a box is painted, ``[position]``.
+
+    Args:
+        vlm: A model with its processor.
+        image: What is painted.
+        box: Where.
+        plain: The inputs when nothing is painted.
+        before: Images before it in the prompt.
+    """
+    box = middle_of(vlm.family.model_type, box)
+    other, _ = embeddings(vlm, [*before, painted(image, box)])
     return np.linalg.norm(other - plain, axis=1)
+
+
+def middle_of(model_type: str, box: np.ndarray) -> np.ndarray:
+    """What is painted of a box: its middle, where a type's convolutions look at neighbours too."""
+    edge = (box[2:] - box[:2]) * OVERLAPPING.get(model_type, 0)
+    return box + np.concatenate([edge, -edge])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,22 @@ def build_model(record: Record, made: Any) -> PreTrainedModel:
         built = getattr(transformers, name)(config).eval()
         randomize(built, seed=0)
     return built
+
+
+def settled(model_type: str) -> ProcessorMixin:
+    """The processor with the settings that it takes only when called, as settings of its own."""
+    model, made = real(model_type)
+    made, taken = copy.copy(made), inspect.signature(model.forward).parameters
+    of_images = dict(getattr(made, "images_kwargs", None) or {})
+    for name, value in RECORDS[model_type].call.items():
+        if name in taken:  # it is for the model
+            continue
+        if name.startswith("return_") or hasattr(made, name):
+            setattr(made, name, value)
+        else:
+            of_images[name] = value
+    made.images_kwargs = of_images
+    return made
 
 
 def inputs(

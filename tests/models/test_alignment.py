@@ -32,7 +32,14 @@ def sample_of(prompt: Prompt) -> Sample:
     )
 
 
-@pytest.mark.parametrize("model_type", [*MARKED, "llava_next", "qwen3_vl", "paligemma", "blip-2"])
+ALIGNED = (
+    *(*MARKED, "llava_next", "qwen3_vl", "paligemma", "blip-2"),
+    # a space in front taken off, a line break or a separator added, unnamed markers, no placeholder
+    *("fuyu", "pi0", "nemotron_h_omni", "pp_chart2table", "shieldgemma2"),
+)
+
+
+@pytest.mark.parametrize("model_type", ALIGNED)
 def test_own_text_is_found_where_it_stands(model_type: str) -> None:
     vlm = vlm_of(model_type)
     question = "where is the red circle?"
@@ -132,6 +139,19 @@ def test_ids_that_do_not_follow_are_refused() -> None:
         "tokens at most between them. 1 images were to have 2 tokens; the processor returned 3 "
         "positions, 3 of them image tokens."
     )
+
+
+def test_a_prompt_that_holds_every_image_token_is_taken_as_it_is() -> None:
+    tokenizer = tiny_vlm("llava").tokenizer
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    text = "<image><image>where<image>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    alignment = counted_alignment(ids, [text], tokenizer, image, [2, 1])
+    assert [p.expansion for p in alignment.positions] == [0, 0, None, 1]
+    spans = [(p.start, p.end) for p in alignment.positions]
+    assert spans == [(0, 7), (7, 14), (14, 19), (19, 26)]
+    with pytest.raises(GeometryError, match="2 images were to have 3, 1 tokens"):
+        counted_alignment(ids, [text], tokenizer, image, [3, 1])
 
 
 def test_text_is_found_in_what_the_processor_laid_out() -> None:

@@ -1,6 +1,10 @@
 """Every type has a record, and every record a rule or a reason."""
 
+import copy
+from dataclasses import replace
+
 import pytest
+import torch
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -28,10 +32,12 @@ def test_a_record_has_a_rule_or_a_reason(model_type: str) -> None:
     assert (family.rule == "none") == (family.geometry is None)
 
 
-@pytest.mark.parametrize("model_type", ["blip-2", "instructblip", "idefics2"])
+@pytest.mark.parametrize(
+    "model_type", ["blip-2", "instructblip", "idefics2", "aria", "kosmos-2", "kosmos-2.5"]
+)
 def test_queries_have_no_place_and_patches_have(model_type: str) -> None:
     vlm = vlm_of(model_type)
-    _, prompt = embeddings(vlm, [Image.new("RGB", (120, 70))])
+    _, (prompt,) = vlm.prepare([[Image.new("RGB", (120, 70))]], ["where is the red circle?"])
     (grid,) = prompt.grids
     image = prompt.tokens[prompt.tokens["kind"] == "image"]
     assert len(image) == grid.n_tokens == 8
@@ -42,12 +48,14 @@ def test_queries_have_no_place_and_patches_have(model_type: str) -> None:
         grid.arranged(image["start"].to_numpy(float))
     assert str(refusal.value) == (
         "Image 0 has no grid. Its image tokens are learned queries, each of which looks at all of "
-        "the image: they have no row and column of their own."
+        "the image: they have no row and column of their own; xi.on_patches puts what is on them "
+        "on the patches they look at."
     )
 
 
 def test_a_type_without_a_rule_still_labels_its_tokens() -> None:
     vlm = vlm_of("aria")
+    vlm = replace(vlm, family=replace(vlm.family, geometry=None))
     _, prompt = embeddings(vlm, [Image.new("RGB", (120, 70)), Image.new("RGB", (70, 120))])
     assert [grid.n_tokens for grid in prompt.grids] == [
         prompt.tokens["image"].eq(i).sum() for i in range(2)
@@ -58,15 +66,21 @@ def test_a_type_without_a_rule_still_labels_its_tokens() -> None:
         prompt.grids[1].arranged(prompt.grids[1].places[:, 0].astype(float), number=1)
 
 
-@pytest.mark.parametrize("model_type", ["pix2struct", "pp_formulanet", "vision-encoder-decoder"])
+@pytest.mark.parametrize("model_type", ["pp_formulanet", "vision-encoder-decoder"])
 def test_a_type_that_reads_no_text_says_so(model_type: str) -> None:
-    with pytest.raises(InputError, match="this model type reads images only"):
+    with pytest.raises(InputError) as error:
         vlm_of(model_type).prepare([[Image.new("RGB", (64, 48))]], ["what is it?"])
+    assert str(error.value) == (
+        f"A {model_type} model writes about an image, and reads no prompt but its decoder's start "
+        "token. Give an empty prompt, ''; got 'what is it?'."
+    )
 
 
-@pytest.mark.parametrize("model_type", ["idefics", "nemotron_h_omni"])
-def test_without_a_rule_tokens_are_labelled_by_kind(model_type: str) -> None:
-    vlm = xi.VLM(*real(model_type))
+def test_without_a_rule_tokens_are_labelled_by_kind() -> None:
+    unruled = replace(
+        FAMILIES["idefics"], geometry=None, image_mark=None, reason="No rule is known."
+    )
+    vlm = xi.VLM(*real("idefics"), unruled)
     sample = xi.capture(vlm, Image.new("RGB", (64, 48)), "where is the red circle?")
     image = sample.tokens[sample.tokens["kind"] == "image"]
     assert image["image"].eq(0).all()
@@ -79,9 +93,37 @@ def test_without_a_rule_tokens_are_labelled_by_kind(model_type: str) -> None:
 
 
 def test_a_processor_that_makes_several_prompts_of_one_is_refused() -> None:
+    vlm = vlm_of("shieldgemma2")
+    vlm = replace(vlm, family=replace(vlm.family, writes_prompt=False))
     with pytest.raises(InputError) as error:
-        vlm_of("shieldgemma2").prepare([[Image.new("RGB", (64, 48))]], ["is it harmful?"])
+        vlm.prepare([[Image.new("RGB", (64, 48))]], ["is it harmful?"])
     assert str(error.value) == (
         "Labelling needs one row of tokens per prompt. ShieldGemma2Processor returned 3 rows for 1 "
         "prompts. Record the attention with xi.record(model)."
     )
+
+
+def test_a_processor_that_writes_prompts_is_told_the_policy() -> None:
+    vlm = vlm_of("shieldgemma2")
+    images = [[Image.new("RGB", (64, 48))], [Image.new("RGB", (48, 64))]]
+    inputs, prompts = vlm.prepare(images, ["it shall not show a red circle"] * 2)
+    assert len(inputs["input_ids"]) == 2
+    for prompt in prompts:
+        users = prompt.tokens[prompt.tokens["role"].eq("user") & prompt.tokens["kind"].eq("text")]
+        assert "".join(users["token"]).strip() == "it shall not show a red circle"
+        assert prompt.grids[0].n_tokens == prompt.tokens["kind"].eq("image").sum() == 16
+    with pytest.raises(InputError) as error:
+        vlm.prepare(images, ["it shall not show a circle", "it shall not show a square"])
+    assert str(error.value) == (
+        "A processor that writes the prompts itself holds all images of a batch against the same "
+        "policy. Got 2 questions; give each a batch of its own."
+    )
+
+
+def test_patches_without_a_tower_are_given_in_the_models_precision() -> None:
+    vlm = vlm_of("fuyu")
+    half = replace(vlm, model=copy.deepcopy(vlm.model).to(torch.bfloat16))
+    inputs, _ = half.prepare([[Image.new("RGB", (64, 48))]], ["what ?"])
+    assert inputs["image_patches"].dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.isfinite(half.model(**inputs).logits).all()

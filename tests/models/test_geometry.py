@@ -1,13 +1,26 @@
 """Boxes are where the pixels are: paint a token's box, and only that token's input changes."""
 
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.models.painting import vlm_of
 from tests.tiny import QUESTION, tiny_vlm
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models import VLM
+from xmodal_interp.models.geometry import (
+    Rule,
+    at_the_top,
+    code_rows,
+    counted_patches,
+    fused_stages,
+    query_crops,
+)
+from xmodal_interp.models.geometry.cells import at_top_left, rectangle
 from xmodal_interp.shapes.architectures import untrained
 from xmodal_interp.shapes.processors import build_processor
 
@@ -47,7 +60,7 @@ def test_a_painted_box_is_seen_by_its_own_token(family: str, size: tuple[int, in
             else grid.patch_places
         )
         if family == "mllama":
-            places = places.reshape(-1, 37, 2)[:, 1:].reshape(-1, 2)  # the class token of each tile
+            places = places.reshape(-1, 40, 2)[:, 1:37].reshape(-1, 2)  # class token, padding
         merge = grid.patch_rows // grid.rows
         row, col = places[change.argmax()] // merge
         assert (row, col) == tuple(grid.places[token])
@@ -86,3 +99,56 @@ def test_counts_that_do_not_agree_are_refused() -> None:
         "A rule must give each image as many tokens as it has in the sequence. For image 0 it "
         "gives 144 (12 x 12); the sequence has 145."
     )
+
+
+def test_cells_at_the_top_left_of_a_larger_grid() -> None:
+    cells = at_top_left(rectangle(2, 2, (0.0, 0.0, 4.0, 2.0)), 2, 3, 3)
+    nowhere = [-1, -1]
+    assert cells.places.tolist() == [[0, 0], [0, 1], nowhere, [1, 0], [1, 1], *[nowhere] * 4]
+    assert cells.boxes[4].tolist() == [2.0, 1.0, 4.0, 2.0]
+    assert np.isnan(cells.boxes[2]).all()
+
+
+def test_queries_of_an_unknown_number_of_patches_are_refused() -> None:
+    vlm = vlm_of("aria")
+    config = SimpleNamespace(
+        vision_config=vlm.model.config.vision_config, projector_patch_to_query_dict={4: 1, 9: 2}
+    )
+    inputs = {"pixel_mask": torch.ones(1, 490, 490)}
+    with pytest.raises(GeometryError) as error:
+        query_crops(vlm.processor, config, inputs, [Image.new("RGB", (96, 96))])
+    assert str(error.value) == (
+        "The configuration must tell how many queries an image of so many patches has. There are "
+        "49 patches; projector_patch_to_query_dict knows 4, 9."
+    )
+
+
+def test_a_size_that_does_not_fit_into_a_square_is_refused() -> None:
+    processor = copy.copy(vlm_of("pi0").processor)
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.image_processor.size = {"height": 64, "width": 64}
+    with pytest.raises(GeometryError) as error:
+        at_the_top(processor, Image.new("RGB", (96, 96)), 64, 64)
+    assert str(error.value) == (
+        "An image that is resized into a square needs a size with max_height and max_width. "
+        "PI0ImageProcessor has {'height': 64, 'width': 64}."
+    )
+
+
+def test_a_mobilenet_pools_as_configured_or_as_it_does_by_default() -> None:
+    processor = vlm_of("gemma3n").processor
+    inputs = {"pixel_values": torch.empty(1, 3, 64, 64)}
+    for stated, side in (({"msfa_output_resolution": 4}, 4), (None, 16)):
+        config = SimpleNamespace(vision_config=SimpleNamespace(model_args=stated))
+        (grid,) = fused_stages(processor, config, inputs, [Image.new("RGB", (96, 48))])
+        assert (grid.rows, grid.cols, grid.n_tokens) == (side, side, side * side)
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"), [(code_rows, "image_sizes"), (counted_patches, "image_grid_hw")]
+)
+def test_as_many_grids_as_images(rule: Rule, name: str) -> None:
+    images = [Image.new("RGB", (96, 96))] * 2
+    inputs = {name: torch.tensor([[8, 8]]), "pixel_values": torch.empty(1, 3, 8, 8)}
+    with pytest.raises(GeometryError, match=rf"one (row )?of {name} per image. There are 2 images"):
+        rule(None, None, inputs, images)

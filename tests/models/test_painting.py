@@ -2,15 +2,28 @@
 image tokens it is this one whose input to the language model changes most.
 
 The vision towers are tiny and random, with all switched off that mixes positions in a residual
-stream (attention, depthwise convolutions), so that each token hears of its own pixels only.
+stream (attention), and with convolutions narrowed to the middle of their kernels where these
+overlap, so that each token hears of its own pixels only.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.models.painting import QUESTION, changes, embeddings, painted, textured, vlm_of
+from tests.models.painting import (
+    QUESTION,
+    changes,
+    embeddings,
+    painted,
+    places_of,
+    textured,
+    vlm_of,
+    with_options,
+)
 from xmodal_interp.models import FAMILIES, VLM, ImageGrid
 
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
@@ -40,6 +53,44 @@ PAINTED = (
     *("llava_next", "llava_onevision", "llava_next_video"),
     *("idefics3", "smolvlm", "internvl", "aya_vision", "cohere2_vision", "ovis2", "llama4"),
     *("got_ocr2", "florence2", "granite4_vision", "perception_lm"),
+    *("blip", "git", "idefics", "pix2struct", "pp_formulanet", "vision-encoder-decoder"),
+    *("lfm2_vl", "granite_docling", "hunyuan_vl", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
+    *("molmo2", "step3p7", "unlimited_ocr"),
+    *("fuyu", "inkling2", "inkling_mm_model", "nemotron_h_omni", "pi0", "pp_chart2table"),
+    *("chameleon", "emu3", "fast_vlm", "gemma3n", "shieldgemma2"),
+)
+PAN_AND_SCAN = {
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 24,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+    "pan_and_scan_max_num_crops": 3,
+}
+OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("gemma3", PAN_AND_SCAN),
+    ("t5gemma2", PAN_AND_SCAN),
+    ("got_ocr2", {"crop_to_patches": True, "min_patches": 2, "max_patches": 6}),
+    *((name, {"do_image_splitting": False}) for name in ("idefics3", "smolvlm")),
+    *((name, {"crop_to_patches": False}) for name in ("internvl", "aya_vision", "ovis2")),
+    ("cohere2_vision", {"crop_to_patches": False}),
+    ("ovis2", {"crop_to_patches": True, "use_covering_area_grid": False}),
+    ("llama4", {"resize_to_max_canvas": True}),
+    ("perception_lm", {"vision_input_type": "vanilla"}),
+    ("inkling_mm_model", {"rescale_image_frac": 0.8}),
+    ("inkling_mm_model", {"rescale_image_frac": 2.0, "rescale_image_max_upscaled_long_edge": 240}),
+    ("fuyu", {"size": {"height": 64, "width": 64}}),
+    ("llava", {"do_pad": True}),
+    ("deepseek_vl", {"min_size": 40}),
+    *(("lfm2_vl", {name: False}) for name in ("do_image_splitting", "use_thumbnail")),
+    ("granite_docling", {"crop_to_patches": False}),
+    ("granite_docling", {"fine_route": True}),
+    ("unlimited_ocr", {"crop_to_patches": False}),
+    *(("minicpmv4_6", {name: False}) for name in ("slice_mode", "use_image_id")),
+    ("qianfan_ocr", {"crop_to_patches": False}),
+)
+"""Settings other than those of the records, which a user may turn on."""
+QUERYING = (
+    *("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria"),
+    *("kosmos-2", "kosmos-2.5"),
 )
 N_TOKENS = 4  # of each view
 
@@ -53,28 +104,61 @@ def fits(box: np.ndarray, size: tuple[int, int]) -> bool:
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("model_type", PAINTED)
 def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple[int, int]) -> None:
-    vlm = vlm_of(model_type)
-    image = textured(*size)
-    plain, prompt = embeddings(vlm, [image])
-    tokens = prompt.tokens
+    assert painted_boxes(vlm_of(model_type), size) >= 2
+
+
+@pytest.mark.parametrize("size", SIZES[1:], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize(
+    ("model_type", "options"), OPTIONS, ids=[f"{name}-{'-'.join(to)}" for name, to in OPTIONS]
+)
+def test_so_it_is_with_other_options(
+    model_type: str, options: dict[str, Any], size: tuple[int, int]
+) -> None:
+    assert painted_boxes(with_options(vlm_of(model_type), options), size) >= 2
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("chameleon", "emu3", "fast_vlm", "gemma3n", "inkling2", "inkling_mm_model", "llava"),
+        *("nemotron_h_omni", "pi0", "pp_chart2table", "qwen2_vl", "mistral3", "internvl"),
+    ],
+)
+def test_a_box_in_the_second_image_is_heard_of_by_its_token(model_type: str) -> None:
+    assert painted_boxes(vlm_of(model_type), (70, 150), before=[textured(96, 64)]) >= 2
+
+
+def painted_boxes(vlm: VLM, size: tuple[int, int], before: Sequence[Image.Image] = ()) -> int:
+    """How many boxes were painted; of each its own token must have heard.
+
+    Args:
+        vlm: Its tower does not mix positions.
+        size: Width and height of the image.
+        before: Other images before it.
+    """
+    image, number = textured(*size), len(before)
+    plain, prompt = embeddings(vlm, [*before, image])
+    tokens = places_of(prompt)
     assert len(tokens) == len(plain)
+    for index, grid in enumerate(prompt.grids):
+        assert grid.n_tokens == (tokens["kind"].eq("image") & tokens["image"].eq(index)).sum()
     boxes = tokens[["x0", "y0", "x1", "y1"]].to_numpy()
     n_painted = 0
     for view in tokens["view"].dropna().unique():
         of_view = np.flatnonzero(tokens["view"].eq(view).fillna(value=False))
-        inside = [token for token in of_view if fits(boxes[token], size)]
+        own = of_view[tokens["image"].iloc[of_view].eq(number)]
+        inside = [token for token in own if fits(boxes[token], size)]
         for token in inside[:: max(1, len(inside) // N_TOKENS)]:
-            change = changes(vlm, image, boxes[token], plain)
+            change = changes(vlm, image, boxes[token], plain, before)
             assert of_view[change[of_view].argmax()] == token, (view, token)
             n_painted += 1
-    assert n_painted >= 2
-    assert prompt.grids[0].n_tokens == tokens["kind"].eq("image").sum()
+    return n_painted
 
 
 BY_PATCH = sorted(
     name
     for name, family in FAMILIES.items()
-    if family.rule in ("MergedPatches", "PositionedPatches")
+    if family.rule in ("MergedPatches", "PositionedPatches", "FlattenedPatches")
 )
 
 
@@ -93,12 +177,14 @@ def test_patches_are_in_the_order_in_which_the_tower_reads_them(model_type: str)
 def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
     """The pixels of each patch, ``[patch, value]``, and the grid."""
     inputs, (prompt,) = vlm.prepare([[image]], [QUESTION])
+    if "flattened_patches" in inputs:
+        return inputs["flattened_patches"][0, :, 2:], prompt.grids[0]
     pixels = inputs["pixel_values"]
     return (pixels[0] if pixels.ndim == 3 else pixels), prompt.grids[0]
 
 
 def test_every_rule_is_painted() -> None:
-    """Queries have no boxes (test_families), and Mllama's are painted in test_geometry."""
+    """Queries have no boxes (patches: test_towers, test_split); Mllama: test_geometry."""
     ruled = {name for name, family in FAMILIES.items() if family.geometry is not None}
-    assert ruled - set(PAINTED) == {"blip-2", "instructblip", "idefics2", "mllama"}
+    assert ruled - set(PAINTED) == {*QUERYING, "deepseek_ocr2", "mllama"}
     assert set(PAINTED) <= ruled

@@ -4,6 +4,8 @@ from xmodal_interp.analysis.allocation import attention_allocation as attention_
 from xmodal_interp.analysis.answering import answer_accuracy as answer_accuracy
 from xmodal_interp.analysis.blocks import block_statistics as block_statistics
 from xmodal_interp.analysis.blocks import cross_modal_summary as cross_modal_summary
+from xmodal_interp.analysis.composing import on_patches as on_patches
+from xmodal_interp.analysis.composing import query_patches as query_patches
 from xmodal_interp.analysis.cross_modal import cross_modal_ratio as cross_modal_ratio
 from xmodal_interp.analysis.cross_modal import token_ratio as token_ratio
 from xmodal_interp.analysis.cumulative import pruning_curve as pruning_curve

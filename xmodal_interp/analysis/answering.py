@@ -10,7 +10,7 @@ import torch
 from xmodal_interp.analysis.frames import stamped
 from xmodal_interp.analysis.teacher_forcing import origin
 from xmodal_interp.errors import InputError
-from xmodal_interp.models import VLM
+from xmodal_interp.models import VLM, prompt_ids
 from xmodal_interp.models.batching import Item, batches_of
 
 
@@ -48,7 +48,7 @@ def answer_accuracy(
     for batch in batches_of(vlm, items, batch_size=batch_size, answers=False):
         with torch.no_grad():
             output = vlm.generate(batch.inputs, max_new_tokens=max_new_tokens)
-        new = output[:, batch.inputs["input_ids"].shape[1] :]
+        new = output[:, prompt_ids(batch.inputs).shape[1] :]
         texts = vlm.tokenizer.batch_decode(new, skip_special_tokens=True)
         for index, text in zip(batch.index, texts, strict=True):
             predicted[index] = text.strip()

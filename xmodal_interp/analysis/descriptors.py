@@ -116,7 +116,7 @@ def attention_distance(
 
     Raises:
         InputError: The connector, whose positions have no place.
-        GeometryError: A grid that does not fit the positions of the tower.
+        GeometryError: A grid that does not fit the positions of the tower, or without places.
     """
     if tower == "connector":
         raise InputError(
@@ -172,19 +172,35 @@ def _places(
 ) -> tuple[Int[Tensor, " patch"], Float[Tensor, "patch 2"], Float[Tensor, "2"]]:
     """Positions of an image's patches, their row and column, height and width of a cell in px."""
     grid = sample.grids[image]
-    height, width = (np.nanmedian(grid.boxes[:, i + 2] - grid.boxes[:, i]) for i in (1, 0))
+    positions, places, boxes = (
+        np.arange(len(grid.patch_places)),
+        grid.patch_places,
+        grid.patch_boxes,
+    )
     if tower == "language":
-        positions, places = sample.where("image", image=image), grid.places
-    else:
-        positions, places = np.arange(len(grid.patch_places)), grid.patch_places
-        height *= grid.rows / grid.patch_rows
-        width *= grid.cols / grid.patch_cols
+        positions, places, boxes = sample.where("image", image=image), grid.places, grid.boxes
     placed = places[:, 0] >= 0
+    if not placed.any():
+        raise GeometryError(
+            f"A distance is between places on an image. Image {image} of sample {sample.name!r} "
+            f"has none in the {tower} tower. {grid.reason or ''}".rstrip()
+        )
+    if boxes is not None:
+        size = _cell_px(boxes[placed])
+    else:  # the patches fill the same box as the tokens
+        fewer = np.array([grid.rows / grid.patch_rows, grid.cols / grid.patch_cols])
+        size = _cell_px(grid.boxes[grid.places[:, 0] >= 0]) * fewer
     return (
         torch.tensor(positions[placed]),
         torch.tensor(places[placed]).double(),
-        torch.tensor([height, width], dtype=torch.float64),
+        torch.tensor(size, dtype=torch.float64),
     )
+
+
+def _cell_px(boxes: Float[np.ndarray, "cell 4"]) -> Float[np.ndarray, "2"]:
+    """Height and width of a cell."""
+    width, height = np.nanmedian(boxes[:, 2:] - boxes[:, :2], axis=0)
+    return np.array([height, width])
 
 
 def _check_places(sample: Sample, call: AttentionCall, image: int, tower: Tower) -> None:

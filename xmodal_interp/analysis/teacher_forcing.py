@@ -34,7 +34,7 @@ from xmodal_interp.hooks.ablation import AblationMode, ablate_heads
 from xmodal_interp.hooks.calibration import HeadMeans, PositionClass, class_masks, means_over
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.hooks.replaying import BlockOutputs, remember_blocks, replay
-from xmodal_interp.models import VLM
+from xmodal_interp.models import VLM, prompt_ids
 from xmodal_interp.models.batching import Batch
 from xmodal_interp.vocabulary import Tower
 
@@ -123,7 +123,7 @@ def answer_scores(vlm: VLM, batch: Batch) -> Float[np.ndarray, "metric item"]:
     takes = inspect.signature(vlm.model.forward).parameters
     options = {"logits_to_keep": longest + 1} if "logits_to_keep" in takes else {}
     logits = vlm.model(**batch.inputs, use_cache=False, **options).logits
-    gold = batch.inputs["input_ids"][:, -longest:]
+    gold = prompt_ids(batch.inputs)[:, -longest:]
     lengths = torch.tensor([len(ids) for ids in batch.answers], device=gold.device)
     return _scores(logits[:, -longest - 1 : -1].float(), gold, lengths).cpu().double().numpy()
 

@@ -9,3 +9,5 @@ from xmodal_interp.attention.segmenting import pieces_of as pieces_of
 from xmodal_interp.attention.segmenting import reordered as reordered
 from xmodal_interp.attention.stitching import reread as reread
 from xmodal_interp.attention.stitching import stitch as stitch
+from xmodal_interp.attention.two_stacks import decoder_layer as decoder_layer
+from xmodal_interp.attention.two_stacks import encoder_layer as encoder_layer

@@ -121,11 +121,11 @@ def _placed(steps: Sequence[AttentionCall]) -> AttentionCall:
     n_heads = max(seen.shape[1] for seen in visible)
     n_samples = max(seen.shape[0] for seen in visible)
     mask = torch.zeros(n_samples, n_heads, n, n, dtype=torch.bool, device=_device(first))
-    added = [_added(step) for step in steps]
-    bias = _room([part for part in added if part is not None], n)
+    biases = [added(step) for step in steps]
+    bias = _room([part for part in biases if part is not None], n)
     dense = _room([step.dense for step in steps if step.dense is not None], n)
     start = 0
-    for step, seen, part, offset in zip(steps, visible, added, offsets, strict=True):
+    for step, seen, part, offset in zip(steps, visible, biases, offsets, strict=True):
         stop = start + step.n_queries
         columns = slice(offset, min(offset + step.n_keys, n))
         width = columns.stop - columns.start
@@ -163,7 +163,7 @@ def _room(parts: Sequence[Tensor], n: int) -> Tensor | None:
     return torch.zeros(*shape, n, n, dtype=parts[0].dtype, device=parts[0].device)
 
 
-def _added(step: AttentionCall) -> Tensor | None:
+def added(step: AttentionCall) -> Tensor | None:
     """What is added to the scores of a step: its bias, and what an additive mask adds."""
     rows = torch.arange(step.n_queries, device=_device(step))
     of_mask = additive_rows(step.mask, rows)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from xmodal_interp.analysis.composing import are_queries, query_patches
 from xmodal_interp.analysis.selecting import image_keys
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
@@ -20,22 +22,47 @@ Box = Sequence[float]
 Criterion = Literal["overlap", "centre"]
 
 
-def placed_tokens(
-    sample: Sample, image: int, kind: AttentionKind = "self"
-) -> tuple[Int[Tensor, " token"], Float[Tensor, "token 4"]]:
-    """Keys of an image's tokens that have a place on it (class tokens have none), and their boxes.
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """What of an image has a box: its tokens, or the patches that are in them.
+
+    Attributes:
+        keys: Key positions of the image's tokens.
+        boxes: Of each cell, px of the original image.
+        shares: What part of each token is from each cell, where cells are no tokens.
+    """
+
+    keys: Int[Tensor, " key"]
+    boxes: Float[Tensor, "cell 4"]
+    shares: Float[Tensor, "key cell"] | None = None
+
+    def amounts(self, on_keys: Float[Tensor, "*axis key"]) -> Float[Tensor, "*axis cell"]:
+        """Amounts on the cells, from amounts on the keys."""
+        return on_keys if self.shares is None else on_keys @ self.shares.to(on_keys)
+
+
+def placed_cells(sample: Sample, image: int, kind: AttentionKind = "self") -> Cells:
+    """An image's tokens that have a place on it (class tokens have none).
+
+    Where all of them are learned queries: the patches that are in them.
 
     Raises:
         InputError: There is no such token.
+        NotRecordedError: The tokens are learned queries, and the connector was not kept.
     """
     keys = image_keys(sample, image, kind).nonzero()[:, 0]
     table = sample.cross_keys if kind == "cross" else sample.tokens
     if table is None:
         raise InputError(f"Sample {sample.name!r} has no cross-attention keys; pass kind='self'.")
+    grid = sample.grids[image]
+    if are_queries(grid) and grid.patch_boxes is not None:
+        boxes = torch.tensor(grid.patch_boxes)
+        placed = ~boxes.isnan().any(1)
+        return Cells(keys, boxes[placed], query_patches(sample, image)[:, placed])
     corners = table[["x0", "y0", "x1", "y1"]].to_numpy(dtype="float64")
     boxes = torch.tensor(corners)[keys]
     placed = ~boxes.isnan().any(1)
-    return keys[placed], boxes[placed]
+    return Cells(keys[placed], boxes[placed])
 
 
 def overlap_shares(tokens: Float[Tensor, "token 4"], box: Box) -> Float[Tensor, " token"]:

@@ -195,12 +195,15 @@ def _values(grid: ImageGrid, maps: Maps, index: int, seed: int) -> Float[np.ndar
     if isinstance(maps, str):
         if maps == "random":
             return np.random.default_rng((seed, index)).random(grid.n_tokens)
+        _all_placed(grid, index, "'centre'")
         middle = np.array([(grid.rows - 1) / 2, (grid.cols - 1) / 2])
         offsets = (grid.places - middle) / np.array([grid.rows, grid.cols])
         distances: np.ndarray = np.hypot(offsets[:, 0], offsets[:, 1])
         return -distances
     given = np.asarray(maps[index], dtype=float)
     on_grid = given.shape == (grid.rows, grid.cols)
+    if on_grid:
+        _all_placed(grid, index, "a map of rows and columns")
     values = given[grid.places[:, 0], grid.places[:, 1]] if on_grid else given
     if values.shape != (grid.n_tokens,) or np.isnan(values).any():
         raise InputError(
@@ -209,6 +212,16 @@ def _values(grid: ImageGrid, maps: Maps, index: int, seed: int) -> Float[np.ndar
             f"{given.shape} with {int(np.isnan(given).sum())} NaN."
         )
     return values
+
+
+def _all_placed(grid: ImageGrid, index: int, what: str) -> None:
+    stray = int((grid.places[:, 0] < 0).sum())
+    if stray:
+        raise InputError(
+            f"To rank tokens by {what}, each must have a row and a column. Of item {index}, "
+            f"{stray} of {grid.n_tokens} image tokens have none among those of the image; give a "
+            "value for each token."
+        )
 
 
 def _first(

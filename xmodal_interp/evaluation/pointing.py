@@ -5,7 +5,8 @@ a labelled box ``B``, both in pixels of the original image:
 
 * hit: the peak ``argmax_t m_t`` lies in the box (Zhang et al. 2018, arXiv:1608.00507): the centre
   of its token box does (``"centre"``), or its token box overlaps it (``"overlap"``). Tokens are
-  coarse, so ``"centre"`` misses small things that a head does look at.
+  coarse, so ``"centre"`` misses small things that a head does look at. Where tokens are learned
+  queries, the patches that are in them stand for tokens.
 * energy: ``sum_t m_t |b_t & B| / |b_t|`` over ``sum_t m_t`` (the energy-based pointing game of Wang
   et al. 2020, arXiv:1910.01279), tokens on the rim counted in part: uniform attention has the box's
   share of the image as its energy.
@@ -38,7 +39,7 @@ from xmodal_interp.evaluation.boxes import (
     Box,
     Criterion,
     overlap_shares,
-    placed_tokens,
+    placed_cells,
     tokens_inside,
 )
 from xmodal_interp.sample import Sample, Selector, samples_of
@@ -164,7 +165,8 @@ def pointing_hits(
             if isinstance(other_boxes, str)
             else other_boxes[number]
         )
-        keys, tokens = placed_tokens(sample, image, kind)
+        cells = placed_cells(sample, image, kind)
+        tokens = cells.boxes
         shares = overlap_shares(tokens, box)
         inside = tokens_inside(tokens, box, criterion)
         if not inside.any():
@@ -178,13 +180,13 @@ def pointing_hits(
         rows = queries_of(sample, asked.tolist() if isinstance(asked, np.ndarray) else asked)
         tables = []
         for call in calls_of(sample, layers, kind=kind):
-            probs = call.probs(queries=rows, keys=keys)[0].mean(1).cpu()  # [head, token]
+            probs = call.probs(queries=rows, keys=cells.keys)[0].mean(1).cpu()  # [head, token]
             if not probs.sum() > 0:
                 raise InputError(
                     f"Queries must see the image. In sample {sample.name!r}, positions "
                     f"{rows.tolist()} have no probability on image {image}."
                 )
-            values = _scores(probs.double(), inside, shares, elsewhere)
+            values = _scores(cells.amounts(probs.double()), inside, shares, elsewhere)
             table = long_table({"head": range(len(probs))}, values)
             tables.append(keyed(table, tower="language", kind=kind, layer=call.layer))
         return stacked(tables)

@@ -8,9 +8,10 @@ import numpy as np
 
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import GeometryError
+from xmodal_interp.figures.drawing import LIGHT
 from xmodal_interp.figures.looks import Look, Options
 from xmodal_interp.figures.panels import Panel, note_on, panel_figure
-from xmodal_interp.figures.placement import LIGHT, place_of
+from xmodal_interp.figures.placement import place_of
 from xmodal_interp.figures.readings import query_positions, reading
 from xmodal_interp.figures.scales import difference_scale, label_of, ratio_scale
 from xmodal_interp.figures.style import FigurePath, Picture, readable, saved, styled

@@ -12,7 +12,8 @@ from jaxtyping import Bool
 from xmodal_interp.analysis.sinks import sink_keys
 from xmodal_interp.attention import AttentionCall, Positions, resolve
 from xmodal_interp.errors import InputError
-from xmodal_interp.figures.placement import DARK, LIGHT, Boxes, Place
+from xmodal_interp.figures.drawing import DARK, LIGHT
+from xmodal_interp.figures.placement import Boxes, Place
 from xmodal_interp.figures.scales import Scale, Show, check_show, scale_of
 
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import InputError
+from xmodal_interp.figures.drawing import draw_image, draw_rows
 from xmodal_interp.figures.labelling import (
     NAMES,
     Labels,
@@ -22,7 +23,7 @@ from xmodal_interp.figures.labelling import (
     widened,
 )
 from xmodal_interp.figures.layout import BAR, Sheet, sheet
-from xmodal_interp.figures.placement import Place, draw_image, draw_rows, place_of
+from xmodal_interp.figures.placement import Place, place_of
 from xmodal_interp.figures.readings import flat, query_groups, reading
 from xmodal_interp.figures.scales import Scale, Show, check_show, scale_of
 from xmodal_interp.figures.sources import Matrix, View, matrix_of
@@ -73,7 +74,7 @@ def attention_matrix(
     scale = scale_of(show, [values], power=0.0)
     side = max(legible_side(matrix.rows, *_SIDES), legible_side(matrix.columns, *_SIDES))
     right = NAMES + side + 0.1
-    zoomed = None if place is None else _zoomed(sample, matrix, place, values)
+    zoomed = None if place is None else _zoomed(sample, matrix, place, values, mean=show == "lift")
     width = 0.0 if zoomed is None else _wide(zoomed[0].shape[1])
     height = 0.0 if zoomed is None else _tall(len(zoomed[1]))
     title = f"{about(sample)}\n{layer_name(matrix.call)}, {heads_name(matrix.call, head)}"
@@ -88,13 +89,13 @@ def attention_matrix(
     if zoomed is not None and place is not None:
         block, rows = zoomed
         drawn = _draw_block(page, (right + NAMES, 0.3, width, height), block, rows, place, scale)
-        drawn.set_title("text after the image \u2192 image tokens")
+        drawn.set_title("text after the image \u2192 image " + place.cells)
         _draw_legend_image(page, place, right + NAMES, height + 0.95, (width, body - NAMES))
     return saved(page.picture, path)
 
 
 def _zoomed(
-    sample: Sample, matrix: Matrix, place: Place, values: np.ndarray
+    sample: Sample, matrix: Matrix, place: Place, values: np.ndarray, *, mean: bool
 ) -> tuple[np.ndarray, Labels]:
     """The block of text after the image against its tokens in raster order."""
     rows = np.flatnonzero(np.isin(matrix.call.query_positions.cpu(), sample.text_after_image()))
@@ -102,7 +103,8 @@ def _zoomed(
         raise InputError(
             f"zoom shows the text after the image; sample {sample.name!r} has none that was kept."
         )
-    return values[np.ix_(rows, place.keys[_raster(place)])], matrix.rows.take(rows)
+    block = place.on_cells(values[np.ix_(rows, place.keys)], mean=mean)
+    return block[:, _raster(place)], matrix.rows.take(rows)
 
 
 def _draw_legend_image(
@@ -115,7 +117,7 @@ def _draw_legend_image(
         axes = page.axes(left, top, height * aspect, height)
         draw_image(axes, place)
         draw_rows(axes, place)
-        axes.set_ylabel("row of tokens")
+        axes.set_ylabel("row of " + place.cells)
 
 
 @styled
@@ -182,9 +184,8 @@ def _draw_block(
     axes.set_xticks(middles[::step], [str(row) for row in of_row[starts][::step]])
     for r in range(1, len(rows)):
         axes.axhline(r, color="white", linewidth=0.4)
-    axes.set_xlabel(
-        f"tokens of image {place.number}, by its rows ({place.grid.rows} x {place.grid.cols})"
-    )
+    size = f"{place.grid.rows} x {place.grid.cols}"
+    axes.set_xlabel(f"{place.cells} of image {place.number}, by its rows ({size})")
     return axes
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from matplotlib.axes import Axes
 
-from xmodal_interp.figures import placement
+from xmodal_interp.figures import drawing
+from xmodal_interp.figures.drawing import DARK, LIGHT
 from xmodal_interp.figures.layout import BAR, MARGIN, sheet
 from xmodal_interp.figures.looks import Look
-from xmodal_interp.figures.placement import DARK, LIGHT, Place
+from xmodal_interp.figures.placement import Box, Boxes, Place, uncovered
 from xmodal_interp.figures.scales import Scale
 from xmodal_interp.figures.style import HIDDEN, SMALL, Picture
 
@@ -38,7 +39,7 @@ class Panel:
     values: np.ndarray | None = None
     scale: Scale | None = None
     left_out: np.ndarray | None = None
-    outlined: Sequence[placement.Box] = ()
+    outlined: Sequence[Box] = ()
 
     def under(self, scale: Scale) -> Panel:
         """The panel with its colours."""
@@ -92,7 +93,7 @@ def note_on(place: Place, rows: Sequence[Sequence[Panel]], look: Look) -> str:
         if look.smooth
         else f"one cell per {place.unit} (nearest)"
     ]
-    if placement.uncovered(place):
+    if uncovered(place):
         parts.append(f"hatched: no {place.unit} there")
     marked = [int(panel.left_out.sum()) for panel in panels if panel.left_out is not None]
     if any(marked):
@@ -121,10 +122,10 @@ def _panel_size(place: Place, n_cols: int) -> tuple[float, float]:
 
 def _draw(axes: Axes, place: Place, panel: Panel, look: Look) -> None:
     ground = None if panel.scale is None else LIGHT if panel.scale.diverging else DARK
-    placement.draw_image(axes, place, ground)
+    drawing.draw_image(axes, place, ground)
     if panel.values is not None and panel.scale is not None:
         grid = place.on_grid(panel.values)
-        placement.draw_map(axes, place, grid, panel.scale, smooth=look.smooth)
+        drawing.draw_map(axes, place, grid, panel.scale, smooth=look.smooth)
         if np.isnan(panel.values).all():
             axes.text(
                 *(0.5, 0.5, "hidden by the mask"),
@@ -134,16 +135,16 @@ def _draw(axes: Axes, place: Place, panel: Panel, look: Look) -> None:
                 size=SMALL,
                 color=HIDDEN,
             )
-        placement.draw_uncovered(axes, place)
-    if panel.left_out is not None:
-        placement.draw_marks(axes, place, np.flatnonzero(panel.left_out))
-    placement.draw_boxes(axes, place, panel.outlined)
+        drawing.draw_uncovered(axes, place)
+    if panel.left_out is not None and place.shares is None:
+        drawing.draw_marks(axes, place, np.flatnonzero(panel.left_out))
+    drawing.draw_boxes(axes, place, panel.outlined)
     if look.boxes is not None:
         names = look.boxes if panel.values is None else _without_names(look.boxes)
-        placement.draw_boxes(axes, place, names)
+        drawing.draw_boxes(axes, place, names)
     axes.set_title(panel.title)
 
 
-def _without_names(boxes: placement.Boxes) -> placement.Boxes:
+def _without_names(boxes: Boxes) -> Boxes:
     """Names are written once, on the image itself."""
     return list(boxes.values()) if isinstance(boxes, Mapping) else boxes

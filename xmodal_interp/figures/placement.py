@@ -11,15 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from matplotlib import patheffects
-from matplotlib.axes import Axes
-from matplotlib.image import AxesImage
-from matplotlib.patches import Rectangle
 from PIL import Image
 
+from xmodal_interp.analysis.composing import are_queries, query_patches
 from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.figures.scales import Scale
-from xmodal_interp.figures.style import SMALL, bare, plain
 from xmodal_interp.models import ImageGrid, place_on_grid
 from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import AttentionKind
@@ -29,10 +24,6 @@ Box = tuple[float, float, float, float]
 
 Boxes = Sequence[Box] | Mapping[str, Box]
 """Boxes to draw, with names if they have some."""
-
-_LONGEST = 1024  # px: larger images are drawn smaller, in the same coordinates
-DARK, LIGHT = (0, 100), (215, 245)
-"""Grey levels between which an image is drawn as a ground for colours."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +38,7 @@ class Place:
         kind: By which attention text reaches it.
         keys: Key positions of its tokens, in the order of ``grid.places``.
         unit: What one cell is.
+        shares: ``[key, cell]``, where cells are not keys: what part of each key is from each cell.
     """
 
     number: int
@@ -56,17 +48,41 @@ class Place:
     kind: AttentionKind
     keys: np.ndarray
     unit: str = "image token"
+    shares: np.ndarray | None = None
+
+    @property
+    def cells(self) -> str:
+        """What its cells are called."""
+        return "patches" if self.unit.startswith("patch") else "tokens"
+
+    def on_cells(self, values: np.ndarray, *, mean: bool = False) -> np.ndarray:
+        """One value per cell from one per key, ``[..., key]``; NaN where no key has one.
+
+        Args:
+            values: Amounts on keys, shared out to the cells that are in them.
+            mean: Whether a cell's value is the mean over the keys that it is in, as of a lift.
+        """
+        if self.shares is None:
+            return values
+        held = ~np.isnan(values)
+        amounts = np.where(held, values, 0.0) @ self.shares
+        parts = held.astype(float) @ self.shares
+        with np.errstate(invalid="ignore"):
+            return np.where(parts > 0, amounts / parts if mean else amounts, np.nan)
 
     def on_grid(self, values: np.ndarray) -> np.ndarray:
-        """One value per token as ``[row, col]``, NaN where the image has no token."""
+        """One value per cell as ``[row, col]``, NaN where the image has no cell."""
         return place_on_grid(values, self.grid.places, self.grid.rows, self.grid.cols)
 
 
 def place_of(sample: Sample, image: int = 0) -> Place:
     """An image of a sample with its keys.
 
+    Where its tokens are learned queries, the cells are the patches that are in them.
+
     Raises:
         InputError: The sample has no images, or not this one, or its pixels are not at hand.
+        NotRecordedError: Its tokens are learned queries, and the connector's layers were not kept.
     """
     n_images = len(sample.grids)
     if n_images == 0:
@@ -85,7 +101,7 @@ def place_of(sample: Sample, image: int = 0) -> Place:
     crossed = sample.cross_keys is not None
     table = sample.cross_keys if sample.cross_keys is not None else sample.tokens
     keys = np.flatnonzero(table["image"].eq(image).fillna(value=False).to_numpy(dtype=bool))
-    return Place(
+    place = Place(
         image,
         sample.images[image],
         sample.grids[image],
@@ -93,10 +109,16 @@ def place_of(sample: Sample, image: int = 0) -> Place:
         "cross" if crossed else "self",
         keys,
     )
+    if not are_queries(place.grid):
+        return place
+    shares = query_patches(sample, image).double().numpy()
+    return replace(of_patches(place), keys=keys, shares=shares, unit="patch, through the connector")
 
 
 def of_patches(place: Place) -> Place:
     """The same image with the patches of the vision tower for tokens."""
+    if place.shares is not None:
+        return replace(place, keys=np.arange(len(place.grid.places)), shares=None, unit="patch")
     grid = place.grid
     boxes = grid.patch_boxes
     if boxes is None:
@@ -135,42 +157,6 @@ def extent(grid: ImageGrid) -> tuple[float, float, float, float]:
     return x, x + grid.cols * float(width), y + grid.rows * float(height), y
 
 
-def draw_image(axes: Axes, place: Place, ground: tuple[int, int] | None = None) -> None:
-    """The image in its own pixel coordinates, as it is or in greys, as a ground for colours."""
-    picture = place.image
-    if max(picture.size) > _LONGEST:
-        picture = picture.copy()
-        picture.thumbnail((_LONGEST, _LONGEST))
-    width, height = place.grid.width, place.grid.height
-    corners = (0.0, float(width), float(height), 0.0)
-    if ground is None:
-        axes.imshow(np.asarray(picture), extent=corners, zorder=0)
-    else:
-        grays = np.asarray(picture.convert("L"), dtype=float)
-        low, high = np.percentile(grays, [0.5, 99.5])
-        contrast = np.clip((grays - low) / max(high - low, 1.0), 0, 1)
-        pixels = ground[0] + contrast * (ground[1] - ground[0])
-        axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=corners, zorder=0)
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    bare(axes)
-
-
-def draw_map(
-    axes: Axes, place: Place, grid: np.ndarray, scale: Scale, *, smooth: bool
-) -> AxesImage:
-    """Values ``[row, col]`` over their tokens; NaN is see-through."""
-    drawn = axes.imshow(
-        scale.drawn(grid),
-        extent=extent(place.grid),
-        norm=scale.norm,
-        cmap=scale.cmap,
-        interpolation="bilinear" if smooth else "nearest",
-        zorder=1,
-    )
-    axes.set(xlim=(0, place.grid.width), ylim=(place.grid.height, 0))
-    return drawn
-
-
 def uncovered(place: Place) -> list[Box]:
     """Parts of the image that no token covers: cropped borders, cells without a token."""
     grid = place.grid
@@ -186,96 +172,3 @@ def uncovered(place: Place) -> list[Box]:
     x, y = left + empty[:, 1] * width, top + empty[:, 0] * height
     borders += list(zip(x, y, x + width, y + height, strict=True))
     return [box for box in borders if box[2] - box[0] > 1e-6 and box[3] - box[1] > 1e-6]
-
-
-def draw_uncovered(axes: Axes, place: Place) -> None:
-    """Dim what no token covers."""
-    for x0, y0, x1, y1 in uncovered(place):
-        axes.add_patch(
-            Rectangle(
-                (x0, y0),
-                x1 - x0,
-                y1 - y0,
-                hatch="////",
-                facecolor=(0.6, 0.6, 0.6, 0.75),
-                edgecolor="#4d4d4d",
-                linewidth=0.0,
-                zorder=2,
-            )
-        )
-
-
-def draw_rows(axes: Axes, place: Place) -> None:
-    """Lines between the rows of the grid, and the rows' numbers at the left."""
-    left, right, bottom, top = extent(place.grid)
-    edges = np.linspace(top, bottom, place.grid.rows + 1)
-    axes.hlines(edges, left, right, color="white", linewidth=0.5, zorder=3)
-    step = max(1, round(place.grid.rows / 12))
-    middles = {row: (edges[row] + edges[row + 1]) / 2 for row in range(0, place.grid.rows, step)}
-    inside = {row: y for row, y in middles.items() if 0 <= y <= place.grid.height}
-    axes.set_yticks(list(inside.values()), [str(row) for row in inside])
-    axes.set(xlim=(0, place.grid.width), ylim=(place.grid.height, 0))
-    axes.tick_params(length=0)
-
-
-def draw_marks(axes: Axes, place: Place, tokens: np.ndarray) -> None:
-    """A cross on each token (index into the image's tokens) that was left out."""
-    x0, y0, x1, y1 = place.grid.boxes[tokens].T
-    axes.plot(
-        *((x0 + x1) / 2, (y0 + y1) / 2, "x"),
-        color="white",
-        markersize=4,
-        markeredgewidth=1.2,
-        zorder=3,
-        path_effects=_halo(2.4),
-    )
-
-
-def draw_boxes(axes: Axes, place: Place, boxes: Boxes) -> None:
-    """Outlines, with their names if they have some, to be seen on any ground."""
-    items = list(boxes.items()) if isinstance(boxes, Mapping) else []
-    for x0, y0, x1, y1 in boxes.values() if isinstance(boxes, Mapping) else boxes:
-        outline = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white")
-        outline.set(linewidth=1.0, zorder=4, path_effects=_halo(2.2))
-        axes.add_patch(outline)
-    for (name, _), (x, y, below) in zip(items, _name_places(axes, place, items), strict=True):
-        axes.annotate(
-            plain(name),
-            (x, y),
-            (0, -2.5 if below else 2.5),
-            textcoords="offset points",
-            ha="center",
-            va="top" if below else "bottom",
-            color="white",
-            size=SMALL,
-            zorder=5,
-            path_effects=_halo(2.0),
-        )
-
-
-def _name_places(
-    axes: Axes, place: Place, items: Sequence[tuple[str, Box]]
-) -> list[tuple[float, float, bool]]:
-    """Where names go, in pixels: above or below their box, inside the image, off each other."""
-    inches = axes.get_position().width * axes.figure.get_figwidth()  # type: ignore[union-attr]
-    unit = place.grid.width / inches / 72  # pixels of the image per point
-    tall = (1.3 * SMALL + 4) * unit
-    taken: list[Box] = []
-    found = []
-    for name, (x0, y0, x1, y1) in items:
-        half = min(0.31 * SMALL * unit * len(name), place.grid.width / 2)
-        x = float(np.clip((x0 + x1) / 2, half, place.grid.width - half))
-        spots = [(y0 - tall, y0), (y1, y1 + tall)]
-        clash = [
-            sum(a < x + half and c > x - half and b < bottom and d > top for a, b, c, d in taken)
-            + 2 * (top < 0 or bottom > place.grid.height)
-            for top, bottom in spots
-        ]
-        below = bool(clash[1] < clash[0])
-        taken.append((x - half, spots[below][0], x + half, spots[below][1]))
-        found.append((x, y1 if below else y0, below))
-    return found
-
-
-def _halo(width: float) -> list[patheffects.AbstractPathEffect]:
-    return [patheffects.withStroke(linewidth=width, foreground="black")]

@@ -5,6 +5,7 @@
 2. Leave out what is hidden: a cell that no chosen query can see is NaN, never 0.
 3. Average over the chosen heads and queries, over visible cells only.
 4. Turn into a share of the image's attention, or a lift, if that is to be shown.
+5. Where tokens are learned queries, put it on the patches that are in them.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Reading:
         heads: Sequence[int] | None = None,
         queries: Sequence[int] | None = None,
         left_out: Bool[np.ndarray, " token"] | None = None,
-    ) -> Float[np.ndarray, " token"]:
-        """One value per token, NaN where it is hidden from every query or left out.
+    ) -> Float[np.ndarray, " cell"]:
+        """One value per cell of the place, NaN where it is hidden from every query or left out.
 
         Args:
             show: What the values are.
@@ -71,7 +72,7 @@ class Reading:
             means = np.where(counts > 0, cells.sum((0, 1)) / np.maximum(counts, 1), np.nan)
             if show == "share":
                 means /= np.nansum(means)
-        return means
+        return self.place.on_cells(means, mean=show == "lift")
 
 
 def reading(

@@ -28,6 +28,7 @@ _NO_ATTENTION = re.compile(  # what follows one, and mixtures of the states of e
 )
 _WITHOUT_MATRIX = re.compile(
     r"LinearAttention|DeltaNet|Mamba|ShortConv|RepMixer|DeformableAttention|RGLRU|RecurrentBlock"
+    r"|AssignAttention"  # each key chooses among the queries
 )
 _CROSS = re.compile(r"cross|x_attn|encoder_attn|enc(oder)?_?dec(oder)?", re.IGNORECASE)
 _LATENTS = re.compile(r"perceiver|resampler|pooling", re.IGNORECASE)  # their queries are learned
@@ -66,7 +67,10 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
 
 
 def layers_without_matrix(model: nn.Module) -> tuple[Identity, ...]:
-    """Layers that mix tokens without a softmax: linear attention, state spaces, convolutions."""
+    """Layers that mix tokens without a softmax over keys.
+
+    Linear attention, state spaces, convolutions, assignment to groups.
+    """
     found = {p: m for p, m in model.named_modules() if _WITHOUT_MATRIX.search(type(m).__name__)}
     outermost = {
         path: module

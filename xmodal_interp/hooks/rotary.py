@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from xmodal_interp.hooks.modules import Identity
 
 AXES = ("t", "h", "w")
-"""Time, row and column; the same number three times where a model has one axis."""
+"""Time, row and column; the same number three times where a model has one axis.
+
+Models with more axes (HunYuan-VL has a fourth, and another order) are not listened to."""
 
 
 class RotaryPositions:
@@ -51,7 +53,9 @@ class RotaryPositions:
         if threading.get_ident() != self.thread:
             return
         told = options.get("position_ids", args[1] if len(args) > 1 else None)
-        if isinstance(told, Tensor) and not told.is_floating_point() and told.ndim in (2, 3):
+        if not isinstance(told, Tensor) or told.is_floating_point():
+            return
+        if told.ndim == 2 or (told.ndim == 3 and len(told) in (1, len(AXES))):
             self.heard.append(told.detach().clone() if told.ndim == 3 else told.detach()[None])
 
     def whole(self) -> Int[Tensor, "axis sample position"] | None:

@@ -5,10 +5,11 @@ text of its own among them.
 
 1. Processors that report their replacements (spans of the placeholders, and the text put in their
    place): the expanded text is written out and tokenized with offsets; its ids must be those that
-   the processor returned. Offsets are taken back to the unexpanded text: a token of an expansion
-   has the span of its placeholder.
+   the processor returned, but for a space in front that some take off. Offsets are taken back to
+   the unexpanded text: a token of an expansion has the span of its placeholder.
 2. The others: the prompt is tokenized as it stands, and behind each placeholder the image and
-   special tokens that the processor put in are skipped.
+   special tokens that the processor put in are skipped. Prompts that hold every image token
+   already (their chat template writes them) are taken as they are.
 """
 
 from __future__ import annotations
@@ -85,8 +86,9 @@ def reported_alignment(
             continue
         for special in (False, True):
             own = tokenizer(expanded, return_offsets_mapping=True, add_special_tokens=special)
-            if list(own["input_ids"]) == list(ids):
-                spans = own["offset_mapping"]
+            extra = _extra_in_front(own["input_ids"], ids, tokenizer)
+            if extra is not None:
+                spans = own["offset_mapping"][extra:]
                 positions = tuple(_position(expanded, a, b, replacements) for a, b in spans)
                 return Alignment(text, positions, tuple(each["type"] for each in replacements))
             lengths.append(len(own["input_ids"]))
@@ -95,6 +97,17 @@ def reported_alignment(
         f"reports {len(replacements)}, returned {len(ids)} ids, and its text with the replacements "
         f"has {' or '.join(map(str, sorted(set(lengths)))) or 'no'} tokens, not the same ones."
     )
+
+
+def _extra_in_front(own: Sequence[int], ids: Sequence[int], tokenizer: Any) -> int | None:
+    """How many more tokens there are than the processor returned; None if they are others.
+
+    Some processors take off the space that a tokenizer puts in front of every text.
+    """
+    extra = len(own) - len(ids)
+    if not 0 <= extra <= 1 or list(own[extra:]) != list(ids):
+        return None
+    return None if tokenizer.decode(list(own[:extra])).strip() else extra
 
 
 def _expanded(text: str, replacements: Sequence[Mapping[str, Any]]) -> str | None:
@@ -141,6 +154,7 @@ def counted_alignment(
     tokenizer: Any,
     image_id: int | None,
     counts: Sequence[int | None],
+    markers: set[int] | None = None,
 ) -> Alignment:
     """Positions for processors that report no replacements.
 
@@ -151,11 +165,13 @@ def counted_alignment(
         image_id: Id of the placeholder and of the image's tokens; None where images are not in the
             sequence.
         counts: How many image tokens each image has, None where no rule says so.
+        markers: Ids of the tokens that a processor may put around and among them; the special ones
+            if not given.
 
     Raises:
         GeometryError: The ids are not the prompt's own tokens with each placeholder expanded.
     """
-    special = set(tokenizer.all_special_ids)
+    special = _special(tokenizer) if markers is None else markers
     for text in texts:
         for adding in (False, True):
             own = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adding)
@@ -175,6 +191,12 @@ def counted_alignment(
     )
 
 
+def _special(tokenizer: Any) -> set[int]:
+    """Ids of special tokens, those included that were added without a name."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(token for token, each in added.items() if each.special)}
+
+
 def _matched(
     ids: list[int],
     own: Sequence[tuple[int, tuple[int, int]]],
@@ -183,6 +205,9 @@ def _matched(
     counts: Sequence[int | None],
 ) -> list[Position] | None:
     """The prompt's own tokens found in the ids, expansions skipped; None if they do not fit."""
+    written_out = _written_out(own, image_id, counts)
+    if written_out is not None:
+        return written_out if ids == [token for token, _ in own] else None
     positions: list[Position] = []
     n_expansions = 0
     for number, (token, (start, end)) in enumerate(own):
@@ -199,6 +224,21 @@ def _matched(
         positions += [Position(start, end, None, n_expansions)] * length
         n_expansions += 1
     return positions if len(positions) == len(ids) else None
+
+
+def _written_out(
+    own: Sequence[tuple[int, tuple[int, int]]], image_id: int | None, counts: Sequence[int | None]
+) -> list[Position] | None:
+    """The prompt's own tokens, if it holds as many image tokens as all images have; else None."""
+    images = [number for number, n in enumerate(counts) for _ in range(n or 0)]
+    n_own = sum(token == image_id for token, _ in own)
+    if n_own != len(images) or n_own == len(counts):
+        return None
+    number = iter(images)
+    return [
+        Position(start, end, None, next(number) if token == image_id else None)
+        for token, (start, end) in own
+    ]
 
 
 def _expansion_length(

@@ -22,6 +22,7 @@ from torch import Tensor
 from xmodal_interp.errors import InputError
 from xmodal_interp.models.labelling import Prompt
 from xmodal_interp.models.opening import ImageLike
+from xmodal_interp.models.sequences import DECODER_IDS, DECODER_MASK, prompt_ids
 from xmodal_interp.models.vlm import VLM
 
 Item = Mapping[str, Any]
@@ -33,7 +34,8 @@ class Batch:
     """Items of one shape.
 
     Attributes:
-        inputs: Arguments of the model; ``input_ids`` are ``[item, position]``.
+        inputs: Arguments of the model; ``input_ids`` are ``[item, position]``; where a decoder
+            has a prompt of its own, the answers are behind its ``decoder_input_ids``.
         index: Which items these are.
         prompts: The labelled positions of each prompt, answer not included.
         answers: Token ids of each answer; empty where only prompts were asked for.
@@ -118,15 +120,19 @@ def _entry(index: int, item: Item, *names: str) -> Any:
 
 
 def _with_answer(inputs: dict[str, Any], ids: Sequence[int]) -> dict[str, Any]:
-    given = inputs["input_ids"]
+    """The inputs with an answer behind the prompt; behind that of the decoder, if there is one."""
+    given = prompt_ids(inputs)
+    decoded = DECODER_IDS in inputs
     longer = {
         name: torch.cat([value, value[:, -1:].repeat_interleave(len(ids), 1)], 1)
-        if isinstance(value, Tensor) and value.shape[:2] == given.shape
+        if isinstance(value, Tensor)
+        and value.shape[:2] == given.shape
+        and (name in (DECODER_IDS, DECODER_MASK) or not decoded)
         else value
         for name, value in inputs.items()
     }
     added = torch.tensor([list(ids)], dtype=given.dtype, device=given.device)
-    return {**longer, "input_ids": torch.cat([given, added], 1)}
+    return {**longer, DECODER_IDS if decoded else "input_ids": torch.cat([given, added], 1)}
 
 
 def _shape(inputs: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -5,8 +5,9 @@ One :class:`Family` record per transformers model type; the records are in ``rec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xmodal_interp.models.geometry import Rule, VideoRule
 
@@ -21,21 +22,32 @@ class Family:
     Attributes:
         model_type: ``config.model_type`` in transformers.
         image_token: Attribute of the configuration that holds the id of the tokens whose embeddings
-            are the image's features; None where images are not among the text tokens.
+            are the image's features, through attributes and keys of others where it has dots; None
+            where images are not among the text tokens.
         geometry: The rule that places image tokens on images. None where there is none; then
             ``reason`` says why.
         in_sequence: Whether image tokens stand among the text tokens. If not, text reaches the
             image by cross-attention, whose keys the rule places.
         video: The rule that places video tokens on frames, if there is one.
         video_token: Attribute that holds the id of the video placeholder, if there is one.
+        placeholder: Attribute of the processor that holds what a prompt has where an image goes;
+            None where it has nothing there.
         video_tower: Name of the module that reads videos only, where there is one; the others then
             read images.
         in_order: Whether images and videos are read together in the order of the prompt, not all
             images of a batch and then all of its videos.
-        placeholder: Attribute of the processor that holds what a prompt has where an image goes.
         flat_images: Whether the processor takes a plain list of images, not one list per prompt.
         in_front: Whether the processor puts images before the prompt by itself, so that a bare
             question is a whole prompt.
+        writes_prompt: Whether the processor writes the prompt itself, from the text of a policy
+            that the images are held against: the question is that policy.
+        image_mask: The model's input that says by a 1 where image tokens stand, if their ids don't.
+        prepended: Whether the model itself puts the image's features in front of the ids.
+        image_mark: What a prompt has where an image goes, for processors that take texts and images
+            in one list.
+        reads_text: Whether the model reads a prompt. If not, its decoder's start token is all.
+        rewritten: Whether ``generate`` leaves out the last id of a prompt, and puts the text
+            model's beginning-of-sequence token in place of the first.
         token_types: Whether the model wants ``mm_token_type_ids``; processors return it when asked.
         reason: Why image tokens have no place in the image, or why there is no rule for it.
     """
@@ -48,9 +60,15 @@ class Family:
     video_token: str | None = None
     video_tower: str | None = None
     in_order: bool = False
-    placeholder: str = "image_token"
+    placeholder: str | None = "image_token"
     flat_images: bool = False
     in_front: bool = False
+    writes_prompt: bool = False
+    image_mask: str | None = None
+    prepended: bool = False
+    image_mark: str | None = None
+    reads_text: bool = True
+    rewritten: bool = False
     token_types: bool = False
     reason: str | None = None
 
@@ -71,5 +89,7 @@ class Family:
 
 
 def _id(config: PretrainedConfig, name: str | None) -> int | None:
-    value = None if name is None else getattr(config, name, None)
+    value: Any = config
+    for part in (name or "").split("."):
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
     return None if value is None else int(value)

@@ -23,7 +23,9 @@ from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid, unplaced
 from xmodal_interp.models.opening import Video
 from xmodal_interp.models.rendering import Rendered, spans_in
+from xmodal_interp.models.sequences import Read
 from xmodal_interp.models.tokens import (
+    FEATURE,
     Columns,
     Placeholders,
     grid_table,
@@ -48,6 +50,7 @@ class Prompt:
             sequence.
         video_grids: The grid of each video.
         videos: The videos, in order.
+        n_encoder: How many of the positions an encoder reads, before those of the decoder.
     """
 
     text: str
@@ -58,6 +61,7 @@ class Prompt:
     cross_keys: pd.DataFrame | None
     video_grids: tuple[VideoGrid, ...] = ()
     videos: tuple[Video, ...] = ()
+    n_encoder: int = 0
 
     @cached_property
     def tokens(self) -> pd.DataFrame:
@@ -104,7 +108,7 @@ class Labeller:
     config: Any
     placeholder: str | None
 
-    def prompt(self, made: Made, ids: Sequence[int], attended: Sequence[bool]) -> Prompt:
+    def prompt(self, made: Made, read: Read) -> Prompt:
         """The labelled positions of a sample.
 
         Where the family has no rule, and the ids cannot be matched with the prompt either, they are
@@ -112,13 +116,12 @@ class Labeller:
 
         Args:
             made: What it was made of.
-            ids: Token ids as the model gets them, padding included.
-            attended: False on padding.
+            read: What the model reads.
 
         Raises:
             GeometryError: The ids are not what the prompt and the grids lead to.
         """
-        tokens = [token for token, seen in zip(ids, attended, strict=True) if seen]
+        tokens = [token for token, ours in zip(read.ids, read.aligned, strict=True) if ours]
         try:
             alignment = self._aligned(made, tokens)
         except GeometryError:
@@ -127,14 +130,24 @@ class Labeller:
             alignment = unaligned(tokens, made.prompt.text)
         spans = spans_in(alignment.text, made.prompt)
         columns = token_columns(
-            ids, attended, alignment, self.processor.tokenizer, self._placeholders(), spans
+            read.ids,
+            read.attended,
+            alignment,
+            self.processor.tokenizer,
+            self._placeholders(),
+            spans,
+            read.aligned,
         )
+        if self.family.rewritten:
+            columns = self._rewritten(columns)
         if made.grids is None and len(made.images) == 1:
             columns["image"] = [0 if kind == "image" else np.nan for kind in columns["kind"]]
         grids = self._unplaced(columns, made.images) if made.grids is None else made.grids
-        crossed = None if self.family.in_sequence else grid_table(grids)
-        if crossed is None:
+        crossed = None
+        if self.family.in_sequence:
             columns = with_places(columns, grids, made.video_grids)
+        elif any(grid.n_tokens for grid in grids):
+            crossed = grid_table(grids)
         return Prompt(
             alignment.text,
             made.question,
@@ -144,30 +157,57 @@ class Labeller:
             crossed,
             made.video_grids,
             made.videos,
+            read.n_encoder,
         )
+
+    def _rewritten(self, columns: Columns) -> Columns:
+        """The columns without the last position, and with the token that is put first."""
+        shorter = {name: list(values)[:-1] for name, values in columns.items()}
+        if shorter["kind"][0] != "padding":
+            begin = self.config.text_config.bos_token_id
+            shorter["token"][0] = self.processor.tokenizer.convert_ids_to_tokens(begin)
+        return shorter
 
     def _placeholders(self) -> Placeholders:
         family = self.family
+        by_id = family.image_token_id(self.config) if family.in_sequence else None
         return Placeholders(
-            family.image_token_id(self.config) if family.in_sequence else None,
+            FEATURE if self._by_place else by_id,
             family.video_token_id(self.config),
         )
+
+    @property
+    def _by_place(self) -> bool:
+        """Whether image tokens are known by where they stand, not by their ids."""
+        return self.family.prepended or self.family.image_mask is not None
 
     def _aligned(self, made: Made, ids: Sequence[int]) -> Alignment:
         texts, tokenizer = self._laid_out(made), self.processor.tokenizer
         if made.replacements is not None:
             return reported_alignment(ids, texts, tokenizer, made.replacements)
+        mark = self.family.image_mark
+        markers = None
+        if self._by_place or mark is not None:
+            markers = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        image_id = self._placeholders().image
         counts: list[int | None] = []
-        if self.family.in_sequence:
-            counts = [None] * len(made.images)
-        if self.family.in_sequence and made.grids is not None:
+        if mark is not None:
+            image_id, counts = tokenizer.convert_tokens_to_ids(mark), [1] * len(made.images)
+        elif self.family.in_sequence and made.grids is not None:
             counts = [grid.n_tokens for grid in made.grids]
-        return counted_alignment(ids, texts, tokenizer, self._placeholders().image, counts)
+        elif self.family.in_sequence:
+            counts = [None] * len(made.images)
+        return counted_alignment(ids, texts, tokenizer, image_id, counts, markers)
 
     def _laid_out(self, made: Made) -> Iterator[str]:
         """What the processor may have expanded: the prompt, or what it makes of it before."""
         text = made.prompt.text
         yield text
+        if self._by_place:
+            yield f" {text}"
+        for end in ("\n", getattr(self.processor.tokenizer, "sep_token", None)):
+            if end is not None:
+                yield text + end
         if self.placeholder is not None:
             yield re.sub(rf"({re.escape(self.placeholder)})(?=[^\s<])", r"\1 ", text)
         if hasattr(self.processor, "prepare_inputs_layout"):

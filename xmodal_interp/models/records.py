@@ -12,15 +12,10 @@ from typing import Any
 
 from xmodal_interp.errors import UnsupportedModelError
 from xmodal_interp.models import geometry
+from xmodal_interp.models.beside import BESIDE, QUERIES
 from xmodal_interp.models.family import Family
 
 _VIDEO = "video_token_id"
-_QUERIES = (
-    "Its image tokens are learned queries, each of which looks at all of the image: they have no "
-    "row and column of their own."
-)
-_NO_RULE = "No rule has been written yet for what its image tokens are: {}."
-
 
 _MERGED = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
@@ -37,6 +32,9 @@ _BEST_CANVAS = geometry.SplitTiles(
 )
 _SHUFFLED = geometry.SplitTiles(geometry.best_canvas, merge="downsample_factor")
 _CROPS = geometry.SplitTiles(geometry.crops, merge="mm_tokens_per_image", thumbnail="first")
+_SLICES = geometry.SizedTiles(
+    geometry.slices, sizes="target_sizes", block=geometry.slice_block, thumbnail="first"
+)
 _FITTED = geometry.FixedGrid(show=geometry.fitted)
 
 _RECORDS: tuple[Family, ...] = (
@@ -63,12 +61,26 @@ _RECORDS: tuple[Family, ...] = (
         for name in ("muse_glimmer", "muse_spark")
     ),
     Family("paddleocr_vl", geometry=geometry.MergedPatches(by_rows=True)),
+    Family("hunyuan_vl", geometry=geometry.MergedPatches(by_rows=True, framed=True)),
+    Family("nemotron_h_omni", geometry=geometry.counted_patches),
     Family("mistral3", geometry=geometry.sized_patches),
     Family("mistral_large4", geometry=geometry.sized_patches),
     Family("lighton_ocr", geometry=geometry.sized_patches),
     Family("gemma4", geometry=geometry.PositionedPatches()),
     Family("gemma4_unified", geometry=geometry.PositionedPatches(merged=True)),
     Family("diffusion_gemma", geometry=geometry.PositionedPatches()),
+    # squares of pixels, the last of them padded
+    Family("fuyu", geometry=geometry.PaddedSquares("patch_size", geometry.shrunk), in_front=True),
+    Family("inkling2", geometry=geometry.PaddedSquares(merged=True)),
+    Family(
+        "inkling_mm_model",
+        geometry=geometry.PaddedSquares(resized=geometry.scaled, spare_column=True),
+    ),
+    # what convolutions make of an image
+    Family("chameleon", "vocabulary_map.<image>", geometry=geometry.code_grid),
+    Family("emu3", "vocabulary_map.<image>", geometry=geometry.code_rows),
+    Family("gemma3n", geometry=geometry.fused_stages),
+    Family("fast_vlm", geometry=geometry.FixedGrid(shift=31.5 / 64)),
     # one grid for every image
     Family("llava", geometry=geometry.fixed_grid),
     Family("vipllava", geometry=geometry.fixed_grid),
@@ -80,13 +92,21 @@ _RECORDS: tuple[Family, ...] = (
         video_tower="video_tower",
     ),
     Family("paligemma", geometry=geometry.fixed_grid, in_front=True),
+    Family(
+        "pi0",
+        "vlm_config.image_token_id",
+        geometry=geometry.FixedGrid(show=geometry.at_the_top),
+        in_front=True,
+    ),
     Family("deepseek_vl", geometry=_FITTED),
     Family("deepseek_vl_hybrid", geometry=_FITTED),
     Family("janus", geometry=_FITTED),
     Family(
         "florence2",
         geometry=geometry.FixedGrid(
-            cell=lambda config: prod(config.vision_config.patch_stride), before=1, shift=15.5 / 32
+            cell=lambda config, _processor: prod(config.vision_config.patch_stride),
+            before=1,
+            shift=15.5 / 32,
         ),
         in_front=True,
         flat_images=True,
@@ -122,8 +142,13 @@ _RECORDS: tuple[Family, ...] = (
         geometry=geometry.SplitTiles(geometry.best_canvas, merge=4, shift=1.5 / 4),
         flat_images=True,
     ),
+    Family(
+        "pp_chart2table",
+        geometry=geometry.SplitTiles(geometry.best_canvas, merge=4, shift=1.5 / 4),
+    ),
     Family("gemma3", geometry=_CROPS),
     Family("t5gemma2", geometry=_CROPS),
+    Family("shieldgemma2", geometry=_CROPS, writes_prompt=True),
     Family(
         "ovis2",
         geometry=geometry.SplitTiles(
@@ -151,76 +176,81 @@ _RECORDS: tuple[Family, ...] = (
         ),
         video_token=_VIDEO,
     ),
+    Family(
+        "granite_docling",
+        geometry=geometry.SplitTiles(
+            geometry.page_canvas, merge="vision_config.scale_factor", halved_with="tile_fine_mask"
+        ),
+    ),
+    Family(
+        "lfm2_vl",
+        geometry=geometry.SizedTiles(
+            geometry.large_on_canvas,
+            sizes="spatial_shapes",
+            block=lambda _, config: config.downsample_factor,
+            thumbnail="last",
+            padded=True,
+        ),
+    ),
+    *(Family(name, geometry=_SLICES) for name in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")),
+    Family("molmo2", geometry=geometry.overlapping_crops),
+    Family("step3p7", geometry=geometry.SeparateTiles(geometry.windows, geometry.squared)),
+    Family(
+        "unlimited_ocr",
+        geometry=geometry.SeparateTiles(
+            geometry.large_pages,
+            geometry.fitted_or_squeezed,
+            encoded=True,
+            class_token=True,
+            by_rows=True,
+            behind=1,
+        ),
+    ),
     # learned queries between tower and text
     *(
         Family(
             name,
             geometry=geometry.QueryTokens("num_query_tokens", class_token=True),
             in_front=True,
-            reason=_QUERIES,
+            reason=QUERIES,
         )
         for name in ("blip-2", "instructblip")
     ),
-    Family("idefics2", geometry=geometry.resampled_patches, reason=_QUERIES),
-    # keys of a cross-attention
-    Family("mllama", "image_token_index", geometry.aspect_ratio_tiles, in_sequence=False),
+    Family(
+        "deepseek_ocr2",
+        geometry=geometry.SeparateTiles(
+            geometry.large_pages, geometry.fitted, encoded=True, queries=True, behind=1
+        ),
+        reason="Its image tokens are learned queries behind the cells of each view in the vision "
+        "tower: they have no row and column of their own. What they take of the cells is told by "
+        "xi.attention_rollout(..., tower='vision').",
+    ),
+    Family(
+        "instructblipvideo",
+        "video_token_id",
+        geometry=geometry.QueryTokens(
+            "num_query_tokens", class_token=True, show=geometry.shown_in_frames
+        ),
+        in_front=True,
+        reason=QUERIES,
+    ),
+    Family("idefics2", geometry=geometry.resampled_patches, reason=QUERIES),
+    Family("aria", geometry=geometry.query_crops, reason=QUERIES),
+    *BESIDE,
 )
-
-# What has no rule, and why.
-_REASONS: dict[str, str] = {
-    "aria": _QUERIES,
-    "shieldgemma2": "Its processor writes the prompt itself, one for each policy.",
-    "deepseek_ocr2": _QUERIES,
-    "instructblipvideo": _QUERIES,
-    "minicpm_ocr": _NO_RULE.format("slices of an image, each with an aspect of its own"),
-    "minicpmv4_6": _NO_RULE.format("slices of an image, each with an aspect of its own"),
-    "minicpmv4_7": _NO_RULE.format("slices of an image, each with an aspect of its own"),
-    "molmo2": _NO_RULE.format("crops of an image that overlap"),
-    "step3p7": _NO_RULE.format("windows of an image that are cut into crops"),
-    "granite_docling": _NO_RULE.format("tiles of an image with fine and coarse features"),
-    "unlimited_ocr": _NO_RULE.format("tiles of an image whose rows are interleaved"),
-    "lfm2_vl": _NO_RULE.format("tiles of an image with a thumbnail of another shape"),
-    "nemotron_h_omni": _NO_RULE.format("patches with a grid of its own"),
-    "hunyuan_vl": _NO_RULE.format("rows of patches with begin, break and end tokens among them"),
-    "inkling2": _NO_RULE.format("patches that a convolution joins"),
-    "inkling_mm_model": _NO_RULE.format("patches that several layers join"),
-    "gemma3n": _NO_RULE.format("features of a convolutional tower, whose grid no setting tells"),
-    "fast_vlm": _NO_RULE.format("features of a convolutional tower"),
-    "chameleon": _NO_RULE.format("codes of a VQ-VAE, which stand in the vocabulary"),
-    "emu3": _NO_RULE.format("codes of a VQ-VAE, which stand in the vocabulary"),
-    "fuyu": _NO_RULE.format("patches that are projected without a vision tower"),
-    "pi0": _NO_RULE.format("images of several cameras, read beside the robot's state"),
-    "pp_chart2table": _NO_RULE.format("a page that is padded by the processor"),
-}
 
 # Images are not among the tokens of the prompt.
 _NOT_PLACEHOLDERS: dict[str, str] = {
-    "blip": "Its text decoder reaches the patches by cross-attention; prompts have no image token.",
     "evolla": "It reads proteins, and reaches them by cross-attention: there is no image.",
-    "git": "The model puts the patches before the text in its forward pass: its positions are more "
-    "than the ids that it is given.",
-    "idefics": "Its text reaches the images by cross-attention; a prompt has a mark for each only.",
-    "kosmos-2": _QUERIES + " Their ids are those of ordinary words; a mask tells where they stand.",
-    "kosmos-2.5": _QUERIES + " A mask tells where they stand in the sequence.",
     "mistral4": "It reads text only.",
-    "pix2struct": "Its text decoder reaches the patches by cross-attention; any question is "
-    "drawn into the picture.",
-    "pp_formulanet": "Its text decoder reaches the features of the picture by cross-attention.",
-    "udop": "It joins the patches to the words that a reader found on the page, by their boxes.",
-    "vision-encoder-decoder": "Its decoder reaches by cross-attention what the encoder makes of "
-    "the picture, and that may be any model.",
+    "udop": "It joins the patches to the words that a reader found on the page, by their boxes; "
+    "its processor wants these words, not a prompt alone.",
 }
 
-_RECORDS = (
-    *_RECORDS,
-    *(Family(name, reason=reason) for name, reason in _REASONS.items()),
-    *(
-        Family(name, image_token=None, in_front=True, reason=reason)
-        for name, reason in _NOT_PLACEHOLDERS.items()
-    ),
-)
-
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS} | {
+    name: Family(name, image_token=None, in_front=True, reason=reason)
+    for name, reason in _NOT_PLACEHOLDERS.items()
+}
 
 
 def family_of(config: Any) -> Family:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class Rendered:
     spans: tuple[Span, ...]
 
 
-def rendered(
+def rendered(  # noqa: PLR0913  what prompts and families differ in
     processor: Any,
     question: str,
     placeholder: str | None,
@@ -42,6 +43,7 @@ def rendered(
     n_videos: int = 0,
     system: str | None = None,
     in_front: bool = False,
+    answer: bool = True,
 ) -> Rendered:
     """The prompt of a question about some images and videos.
 
@@ -56,6 +58,7 @@ def rendered(
         system: A system message, for the chat template.
         in_front: Whether the processor puts the images in front by itself: without a chat template,
             the question is the prompt.
+        answer: Whether the prompt ends with what opens the answer.
 
     Raises:
         InputError: An empty question, a processor without a chat template, or a prompt that has not
@@ -81,7 +84,7 @@ def rendered(
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    text = processor.apply_chat_template(messages, add_generation_prompt=answer)
     _check_videos(text, video_placeholder, n_videos, "The chat template's prompt")
     spans = message_spans(text, messages)
     return Rendered(text, (*spans, *(s for each in known for s in _placeholder_spans(text, each))))
@@ -94,6 +97,27 @@ def _check_videos(text: str, placeholder: str | None, n_videos: int, whose: str)
             f"A prompt must have {placeholder or 'a placeholder'} where each video goes. {whose} "
             f"has {found} of them for {n_videos} videos: {text!r}."
         )
+
+
+def closed_up(prompt: str, mark: str) -> str:
+    """The prompt without spaces around the marks of its images, nor at its ends."""
+    return re.sub(rf" *{re.escape(mark)} *", mark, prompt).strip(" ")
+
+
+def interleaved(prompt: str, mark: str, images: Sequence[Any]) -> list[Any]:
+    """Texts and images in the order of the prompt; where it marks none, the images come first.
+
+    Raises:
+        InputError: It does not mark as many images as there are.
+    """
+    texts = prompt.split(mark) if mark in prompt else [""] * len(images) + [prompt]
+    if len(texts) != len(images) + 1:
+        raise InputError(
+            f"A prompt must have {mark} once for each image, or not at all. There are "
+            f"{len(images)} images; the prompt is {prompt!r}."
+        )
+    parts = [part for pair in zip(texts, images, strict=False) for part in pair]
+    return [part for part in (*parts, texts[-1]) if part != ""]
 
 
 def spans_in(text: str, prompt: Rendered) -> list[Span]:

@@ -35,6 +35,10 @@ class Placeholders:
     video: int | None = None
 
 
+FEATURE = -1
+"""In place of an id, where an image's feature stands that has no id of its own."""
+
+
 Columns = dict[str, Any]
 """Columns of a token table, one entry per position, before they are typed."""
 
@@ -46,6 +50,7 @@ def token_columns(
     tokenizer: Any,
     placeholders: Placeholders,
     spans: Sequence[Span],
+    aligned: Sequence[bool] | None = None,
 ) -> Columns:
     """What stands at each position of a prompt, padding included: columns of the token table.
 
@@ -54,17 +59,19 @@ def token_columns(
     Args:
         ids: Token ids as the model gets them.
         attended: False on padding.
-        alignment: The positions that are attended.
+        alignment: The positions that are attended, or those in ``aligned``.
         tokenizer: A fast tokenizer.
         placeholders: Ids of image and video tokens.
         spans: Whose text is where.
+        aligned: Which positions the alignment is of, if not of all that are attended.
     """
-    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    pieces = _pieces(tokenizer, ids)
     special = set(tokenizer.all_special_ids)
     added = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
     placed = iter(alignment.positions)
     nothing = Position(-1, -1, None, None)
-    positions = [next(placed) if seen else nothing for seen in attended]
+    of_prompt = attended if aligned is None else aligned
+    positions = [next(placed) if written else nothing for written in of_prompt]
     columns: dict[str, list[Any]] = {
         name: [] for name in ("token", "kind", "role", "image", "video", "start", "end")
     }
@@ -85,6 +92,14 @@ def token_columns(
         columns["start"].append(at.start)
         columns["end"].append(at.end)
     return columns
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The vocabulary's entry for each id."""
+    known: list[str] = tokenizer.convert_ids_to_tokens([max(token, 0) for token in ids])
+    return [
+        "<image>" if token == FEATURE else piece for token, piece in zip(ids, known, strict=True)
+    ]
 
 
 def _numbers(expansions: Sequence[str]) -> list[int]:

@@ -11,16 +11,23 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
-from transformers import ProcessorMixin
 
 from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.models import calling
 from xmodal_interp.models.decoding import GREEDY, check_decoding
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
 from xmodal_interp.models.labelling import Labeller, Made, Prompt
 from xmodal_interp.models.opening import ImageLike, Video, flat, open_image, open_video
 from xmodal_interp.models.records import family_of
-from xmodal_interp.models.rendering import rendered
+from xmodal_interp.models.rendering import Rendered, closed_up, rendered
+from xmodal_interp.models.sequences import (
+    as_generated,
+    as_given,
+    prompt_ids,
+    read_at,
+    with_start,
+)
 from xmodal_interp.models.wrapping import input_device, refuse_virtual_tokens
 
 
@@ -56,6 +63,14 @@ class VLM:
         """The processor's tokenizer."""
         return self.processor.tokenizer
 
+    @property
+    def end_ids(self) -> set[int | None]:
+        """The ids that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        if self.family.rewritten:
+            ends = self.model.config.text_config.sep_token_id
+        return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+
     def prepare(
         self,
         images: Sequence[Sequence[ImageLike]],
@@ -70,7 +85,8 @@ class VLM:
             images: For each sample, its images in order.
             questions: For each sample, its question. One that already holds the image or video
                 placeholder is taken as the whole prompt; any other is put into the chat template
-                behind its images and its videos.
+                behind its images and its videos. It may be empty where the model's decoder begins
+                by itself, and must be where the model reads no text.
             system: A system message, for the chat template.
             videos: For each sample, its videos in order.
 
@@ -89,52 +105,48 @@ class VLM:
                 f"{self.family.model_type!r}."
             )
         prompts = [
-            rendered(
-                self.processor,
-                question,
-                self.placeholder,
-                len(of),
-                video_placeholder=self.video_placeholder,
-                n_videos=len(clips),
-                system=system,
-                in_front=self.family.in_front,
-            )
+            self._rendered(question, len(of), len(clips), system)
             for question, of, clips in zip(questions, opened, shown, strict=True)
         ]
         texts = [prompt.text for prompt in prompts]
         inputs = self.processor(
-            images=self._given(opened), text=texts, **self._options(texts), **_videos(shown)
+            **calling.texts_and_images(self.family, texts, opened),
+            **calling.options(self.processor, self.family, texts),
+            **(calling.policy(questions) if self.family.writes_prompt else {}),
+            **calling.videos(shown),
         )
         inputs.pop("video_metadata", None)
         replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
         grids, video_grids = self._grids(inputs, opened), self._video_grids(inputs, shown)
-        if "input_ids" not in inputs:
+        begun = with_start(self.model, inputs, len(texts))
+        ids = prompt_ids(begun)
+        if ids is None:
             raise InputError(
-                "Labelling needs the token ids of a text prompt. "
-                f"{type(self.processor).__name__} returned {', '.join(inputs)}: this model type "
-                "reads images only. Record its attention with xi.record(model)."
+                "Labelling needs the token ids of a prompt. "
+                f"{type(self.processor).__name__} returned {', '.join(inputs)}, and the model has "
+                "no decoder that begins by itself. Record its attention with xi.record(model)."
             )
-        ids = inputs["input_ids"]
         if len(ids) != len(texts):
             raise InputError(
                 "Labelling needs one row of tokens per prompt. "
                 f"{type(self.processor).__name__} returned {len(ids)} rows for {len(texts)} "
                 "prompts. Record the attention with xi.record(model)."
             )
-        attended = inputs.get("attention_mask", torch.ones_like(ids))
         labeller = Labeller(self.processor, self.family, self.model.config, self.placeholder)
         labelled = [
-            labeller.prompt(Made(*made), ids[i].tolist(), attended[i].bool().tolist())
+            labeller.prompt(Made(*made), read_at(self.family, begun, i, _n_tokens(made[4])))
             for i, made in enumerate(
                 zip(
                     questions, opened, prompts, replacements, grids, video_grids, shown, strict=True
                 )
             )
         ]
+        if self.family.rewritten:
+            begun = as_generated(self.model.config, begun)
         device = input_device(self.model)
         moved = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in inputs.items()
+            for name, value in begun.items()
         }
         return self._cast(moved), labelled
 
@@ -145,12 +157,15 @@ class VLM:
             InputError: Options with which the model does not read each sample once, token by token.
         """
         check_decoding(self.model, options)
+        inputs = as_given(inputs) if self.family.rewritten else inputs
         output = self.model.generate(**inputs, **{**GREEDY, **options})
         return cast("torch.Tensor", output)
 
     @property
     def placeholder(self) -> str | None:
         """What a prompt has where an image goes; None where prompts have nothing there."""
+        if self.family.placeholder is None:
+            return self.family.image_mark
         token = getattr(self.processor, self.family.placeholder, None)
         token_id = self.family.image_token_id(self.model.config)
         if token is None and token_id is not None:
@@ -165,28 +180,29 @@ class VLM:
         token = getattr(self.processor, "video_token", None)
         return None if token is None else str(getattr(token, "content", token))
 
-    def _given(self, opened: Sequence[tuple[Image.Image, ...]]) -> list[Any] | None:
-        """Images as the processor wants them."""
-        nested = [list(of_sample) for of_sample in opened if of_sample]
-        return (flat(nested) if self.family.flat_images else nested) or None
-
-    def _begins_itself(self, text: str) -> bool:
-        """Chat templates usually write the beginning-of-sequence token themselves."""
-        begin = self.tokenizer.bos_token
-        return begin is not None and text.startswith(begin)
-
-    def _options(self, texts: Sequence[str]) -> dict[str, Any]:
-        """How the processor is called, beside texts and images."""
-        options: dict[str, Any] = {"return_tensors": "pt"}
-        if len(texts) > 1:
-            options |= {"padding": True, "padding_side": "left"}
-        if self._begins_itself(texts[0]):
-            options |= {"add_special_tokens": False}
-        if _reports_replacements(self.processor):
-            options |= {"return_text_replacement_offsets": True}
-        if self.family.token_types:
-            options |= {"return_mm_token_type_ids": True}
-        return options
+    def _rendered(
+        self, question: str, n_images: int, n_videos: int, system: str | None
+    ) -> Rendered:
+        """The prompt of a question; none at all where the model's decoder begins by itself."""
+        if self.model.config.is_encoder_decoder and not (self.family.in_sequence or question):
+            return Rendered("", ())
+        if not self.family.reads_text:
+            raise InputError(
+                f"A {self.family.model_type} model writes about an image, and reads no prompt but "
+                f"its decoder's start token. Give an empty prompt, ''; got {question!r}."
+            )
+        mark = self.family.image_mark
+        return rendered(
+            self.processor,
+            question if mark is None else closed_up(question, mark),
+            self.placeholder,
+            n_images,
+            video_placeholder=self.video_placeholder,
+            n_videos=n_videos,
+            system=system,
+            in_front=self.family.in_front,
+            answer=not self.family.writes_prompt,
+        )
 
     def _grids(
         self, inputs: Any, opened: Sequence[tuple[Image.Image, ...]]
@@ -198,7 +214,7 @@ class VLM:
         made: list[ImageGrid] = []
         if rule is not None and images:
             made = rule(self.processor, self.model.config, inputs, images)
-        grids = (replace(grid, reason=self.family.reason) for grid in made)
+        grids = (replace(grid, reason=grid.reason or self.family.reason) for grid in made)
         return [tuple(next(grids) for _ in of_sample) for of_sample in opened]
 
     def _video_grids(
@@ -216,28 +232,11 @@ class VLM:
         """Pixels in the model's precision; ids and masks as they are."""
         return {
             name: value.to(self.model.dtype)
-            if name.startswith("pixel_values") and value.is_floating_point()
+            if name.startswith(("pixel_values", "image_patches")) and value.is_floating_point()
             else value
             for name, value in inputs.items()
         }
 
 
-def _videos(videos: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
-    """How the processor is given videos: as they are, nothing sampled."""
-    every = flat(videos)
-    if not every:
-        return {}
-    return {
-        "videos": [video.pixels() for video in every],
-        "videos_kwargs": {
-            "video_metadata": [video.metadata() for video in every],
-            "do_sample_frames": False,
-            "return_metadata": True,  # some write the times of frames into the prompt
-        },
-    }
-
-
-def _reports_replacements(processor: Any) -> bool:
-    """Whether a processor expands its placeholders in the way that can be reported."""
-    own = getattr(type(processor), "replace_image_token", None)
-    return own is not None and own is not ProcessorMixin.replace_image_token
+def _n_tokens(grids: Sequence[ImageGrid] | None) -> int:
+    return sum(grid.n_tokens for grid in grids or ())

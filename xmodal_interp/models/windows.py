@@ -1,4 +1,4 @@
-"""In which order a vision tower with windowed attention reads patches."""
+"""In which order a vision tower reads the patches of an image, and the tiles of several."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor] |
         blocks, _ = get_vision_window_index(grid[None], merge, *sizes)
         orders.append((blocks[:, None] * merge**2 + torch.arange(merge**2)).flatten())
     return orders
+
+
+def tiles_behind(inputs: Mapping[str, Any]) -> list[int] | None:
+    """How many tiles of each image the vision tower reads in a second call, behind all images.
+
+    None if it reads each image as one. A tower that does not is given the number of its tiles
+    (Step-3.7, DeepSeek-OCR 2).
+    """
+    counts = inputs.get("num_local_patches")
+    return None if counts is None else [int(count) for count in counts]

@@ -73,6 +73,7 @@ RECORDS: tuple[Record, ...] = (
             "latent_query_num": 8,
         },
         template=False,
+        begins=False,
         several=False,
     ),
     Record(

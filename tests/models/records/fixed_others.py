@@ -120,8 +120,8 @@ RECORDS: tuple[Record, ...] = (
         processor_class="LlavaProcessor",
         images={
             "@": "CLIPImageProcessor",
-            "size": {"shortest_edge": 128},
-            "crop_size": {"height": 128, "width": 128},
+            "size": {"shortest_edge": 256},
+            "crop_size": {"height": 256, "width": 256},
         },
         processor={
             "patch_size": 64,
@@ -242,5 +242,6 @@ RECORDS: tuple[Record, ...] = (
         call={"state": [[0.5] * 32]},
         beside={"noise": [[[0.5] * 32] * 4], "timestep": [0.5]},
         template=False,
+        begins=False,
     ),
 )

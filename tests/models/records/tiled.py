@@ -223,12 +223,12 @@ RECORDS: tuple[Record, ...] = (
         "(min_patches..max_patches) of nearest aspect ratio, cut; written as idefics3, a thumbnail "
         "last.",
         tokens=("<image>", "<fake_token_around_image>", "<global-img>", *_GRID_TAGS),
-        images={"size": {"height": 32, "width": 32}, "max_patches": 6},
-        processor={"image_seq_len": 4},
+        images={"size": {"height": 72, "width": 72}, "max_patches": 6},
+        processor={"image_seq_len": 9},
         config={
             "vision_config": {
-                "image_size": 32,
-                "patch_size": 8,
+                "image_size": 72,
+                "patch_size": 12,
                 "scale_factor": 2,
                 "deepstack_visual_indexes": [0],
                 "out_hidden_size": 32,

@@ -64,6 +64,7 @@ RECORDS: tuple[Record, ...] = (
             "encoder_patch_size": 8,
             "tile_size": 48,
             "max_tiles": 4,
+            "max_pixels_tolerance": 2.3,
         },
         config={
             "vision_config": {"patch_size": 8, "num_patches": 16},
@@ -136,17 +137,17 @@ RECORDS: tuple[Record, ...] = (
         note="As deepseek_ocr2, but the tiles are joined to one grid, and a newline token ends "
         "each of its rows and each row of the whole.",
         tokens=("<image>",),
-        images={"size": {"height": 64, "width": 64}, "tile_size": 32},
-        processor={"patch_size": 4, "downsample_ratio": 4},
+        images={"size": {"height": 128, "width": 128}, "tile_size": 96, "max_patches": 4},
+        processor={"patch_size": 8, "downsample_ratio": 4},
         config={
             "vision_config": {
                 "sam_config": {
-                    "image_size": 64,
-                    "patch_size": 4,
-                    "output_channels": 16,
+                    "image_size": 128,
+                    "patch_size": 8,
+                    "output_channels": 64,
                     "window_size": 4,
                     "global_attn_indexes": [1],
-                    "downsample_channels": [16, 32],
+                    "downsample_channels": [64, 32],
                 },
                 "encoder_config": {"image_size": 16, "patch_size": 4},
             },
@@ -164,10 +165,10 @@ RECORDS: tuple[Record, ...] = (
             "cut into slices (max_slice_nums) after it, each resized, shape kept; tokens are four "
             "or sixteen patches (downsample_mode).",
             named=_MINICPM_NAMED,
-            images={"scale_resolution": 64, "patch_size": 4, "max_slice_nums": 4},
-            videos={"scale_resolution": 64, "patch_size": 4, "max_slice_nums": 1},
+            images={"scale_resolution": 96, "patch_size": 8, "max_slice_nums": 4},
+            videos={"scale_resolution": 64, "patch_size": 8, "max_slice_nums": 1},
             config={
-                "vision_config": {"image_size": 64, "patch_size": 4, "insert_layer_id": 0},
+                "vision_config": {"image_size": 64, "patch_size": 8, "insert_layer_id": 0},
                 "text_config": {
                     "linear_key_head_dim": 8,
                     "linear_value_head_dim": 8,
@@ -178,7 +179,7 @@ RECORDS: tuple[Record, ...] = (
                 },
                 "insert_layer_id": 0,
                 "image_size": 64,
-                "patch_size": 4,
+                "patch_size": 8,
                 "image_token_id": Token("<image>"),
                 "video_token_id": Token("<video>"),
             },
@@ -197,17 +198,17 @@ RECORDS: tuple[Record, ...] = (
             *("<frame_start>", "<frame_end>", "<|image|>", "<|video|>"),
         ),
         images={
-            "size": {"height": 48, "width": 48},
+            "size": {"height": 104, "width": 104},
             "patch_size": 8,
-            "overlap_margins": [1, 1],
+            "overlap_margins": [2, 1],
             "max_crops": 4,
         },
-        videos={"size": {"height": 48, "width": 48}, "patch_size": 8},
+        videos={"size": {"height": 104, "width": 104}, "patch_size": 8},
         config={
             "vision_config": {
-                "image_size": [48, 48],
+                "image_size": [104, 104],
                 "patch_size": 8,
-                "num_position_embeddings": 36,
+                "num_position_embeddings": 169,
             },
             "adapter_config": {"vision_feature_layer": [-1, -2], "text_hidden_size": 32},
             "text_config": {"rope_scaling_layers": None, "additional_vocab_size": 8},
@@ -234,9 +235,9 @@ RECORDS: tuple[Record, ...] = (
             "<patch_end>",
             "<patch_newline>",
         ),
-        images={"size": {"height": 64, "width": 64}, "patch_size": 32, "vision_patch_size": 4},
+        images={"size": {"height": 96, "width": 96}, "patch_size": 48, "vision_patch_size": 4},
         config={
-            "vision_config": {"image_size": 64, "patch_size": 4},
+            "vision_config": {"image_size": 96, "patch_size": 4},
             "text_config": {
                 "mlp_layer_types": ["dense", "sparse"],
                 "layer_types": ["sliding_attention", "full_attention"],

@@ -117,6 +117,14 @@ def in_blocks(cells: Cells, cols: int, merge: int) -> Cells:
     return cells[index.swapaxes(1, 2).reshape(-1)]
 
 
+def at_top_left(cells: Cells, cols: int, all_rows: int, all_cols: int) -> Cells:
+    """Rows of ``cols`` cells at the top left of a larger grid, whose other cells have no place."""
+    index = np.arange(len(cells)) // cols * all_cols + np.arange(len(cells)) % cols
+    order = np.full(all_rows * all_cols, len(cells))
+    order[index] = np.arange(len(cells))
+    return joined([cells, nowhere(1)])[order]
+
+
 def outside_is_nowhere(cells: Cells, width: int, height: int) -> Cells:
     """Cells that show nothing of an image of this size (they lie on padding) lose their box."""
     x0, y0, x1, y1 = cells.boxes.T

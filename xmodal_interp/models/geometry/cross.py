@@ -12,6 +12,8 @@ from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import image_grid, joined, nowhere, rectangle
 from xmodal_interp.models.geometry.grid import ImageGrid, raster
 
+_TOWER_MULTIPLE = 8  # the tower pads each tile's positions to it: a constant, not a setting
+
 
 def aspect_ratio_tiles(
     _processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
@@ -19,7 +21,8 @@ def aspect_ratio_tiles(
     """The image fills a canvas of square tiles from the top left (Mllama).
 
     Each image has ``max_num_tiles`` times (class token, then patches) keys; unused tiles and class
-    tokens have no place. Cells on the padding of the canvas have a place, and no box.
+    tokens have no place. Cells on the padding of the canvas have a place, and no box. The tower
+    reads each tile with padding behind it.
     """
     vision = config.vision_config
     tile, patch, max_tiles = vision.image_size, vision.patch_size, vision.max_num_tiles
@@ -37,14 +40,15 @@ def aspect_ratio_tiles(
         tile_rows, tile_cols = supported[ratio_id - 1]
         scale_x, scale_y = _scale_on_canvas(image, tile_rows * tile, tile_cols * tile, tile)
         width, height = tile / scale_x, tile / scale_y
-        parts = []
+        tiles = []
         for number, (row, col) in enumerate(raster(tile_rows, tile_cols).tolist()):
             box = (col * width, row * height, (col + 1) * width, (row + 1) * height)
             at = (row * side, col * side)
-            parts += [nowhere(1), rectangle(side, side, box, at=at, tile=number)]
-        unused = nowhere((max_tiles - tile_rows * tile_cols) * (side * side + 1))
-        keys = joined([*parts, unused])
-        grids.append(image_grid(image.size, [keys], [keys]))
+            tiles.append(joined([nowhere(1), rectangle(side, side, box, at=at, tile=number)]))
+        tiles += [nowhere(side * side + 1)] * (max_tiles - len(tiles))
+        padding = nowhere(-len(tiles[0]) % _TOWER_MULTIPLE)
+        tower = [part for tile in tiles for part in (tile, padding)]
+        grids.append(image_grid(image.size, tiles, tower))
     return grids
 
 

@@ -30,28 +30,33 @@ class FixedGrid:
     """Every image is resized, and cropped or padded, to the same size, then cut into squares.
 
     Attributes:
-        cell: The side of a token's square, px of the resized image, from the configuration.
+        cell: The side of a token's square, px of the resized image, from the configuration and the
+            processor.
         show: What the resized image shows.
         before: How many tokens without a place the model puts before those of the grid.
         shift: How far up and left of its square a token looks, in squares.
+        tower_before: How many positions without a place the vision tower has before the patches;
+            None where it reads them window by window, so that no position has one patch.
     """
 
-    cell: Callable[[Any], int] = patch_side
+    cell: Callable[[Any, Any], int] = patch_side
     show: Show = shown
     before: int = 0
     shift: float = 0.0
+    tower_before: int | None = 0
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
         """One grid per image."""
         height, width = inputs["pixel_values"].shape[-2:]
-        side = self.cell(config)
+        side = self.cell(config, processor)
         grids = []
         for image in images:
             cells = squares(self.show(processor, image, width, height), width, height, side)
             cells = shifted(cells, self.shift)
-            grids.append(image_grid(image.size, [nowhere(self.before), cells], [cells]))
+            tower = [] if self.tower_before is None else [nowhere(self.tower_before), cells]
+            grids.append(image_grid(image.size, [nowhere(self.before), cells], tower))
         return grids
 
 

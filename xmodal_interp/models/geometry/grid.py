@@ -62,7 +62,8 @@ class ImageGrid:
         patch_rows: Rows of the grid of vision-tower patches.
         patch_cols: Columns of it.
         patch_places: Row and column of each vision-tower position, tile by tile as the tower reads
-            them; ``NOWHERE`` for a class token.
+            them; ``NOWHERE`` for a class token, a learned query, padding, and for a patch of an
+            overlap that no token reads.
         tiles: Which tile each token is of, 0-based in reading order; ``NOWHERE`` for tokens of no
             tile. None where the image is not tiled.
         thumbnail: The view of the whole image beside the tiles, if there is one.

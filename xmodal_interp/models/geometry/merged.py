@@ -11,7 +11,15 @@ import numpy as np
 from PIL import Image
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.cells import Box, image_grid, in_blocks, rectangle
+from xmodal_interp.models.geometry.cells import (
+    Box,
+    image_grid,
+    in_blocks,
+    joined,
+    nowhere,
+    rectangle,
+    with_breaks,
+)
 from xmodal_interp.models.geometry.grid import ImageGrid
 from xmodal_interp.models.geometry.replaying import setting
 from xmodal_interp.models.geometry.tiling import own_function, whole
@@ -31,10 +39,13 @@ class MergedPatches:
         content: Which part of the pixels, from the top left, is the image, where the rest is
             padding. None where there is none.
         by_rows: Whether the vision tower reads its patches row by row instead.
+        framed: Whether a token without a place stands before all others, one behind each row, and
+            one behind all.
     """
 
     content: Content | None = None
     by_rows: bool = False
+    framed: bool = False
 
     def __call__(
         self, processor: Any, _config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
@@ -52,10 +63,13 @@ class MergedPatches:
         for image, (_, rows, cols) in zip(images, np.asarray(grid_thw).tolist(), strict=True):
             box = self._box(processor, image, rows, cols)
             patches = rectangle(rows, cols, box)
+            tokens = rectangle(rows // merge, cols // merge, box)
+            if self.framed:
+                tokens = joined([nowhere(1), with_breaks(tokens, cols // merge), nowhere(1)])
             grids.append(
                 image_grid(
                     image.size,
-                    [rectangle(rows // merge, cols // merge, box)],
+                    [tokens],
                     [patches if self.by_rows else in_blocks(patches, cols, merge)],
                 )
             )

@@ -51,7 +51,12 @@ def block_side(rows: int, cols: int, n_tokens: int) -> int:
 
 
 def vision_of(config: Any) -> Any:
-    """The configuration of the vision tower; of encoder-decoder models, it is in the encoder's."""
-    if getattr(config, "vision_config", None) is not None:
-        return config.vision_config
-    return config.encoder.vision_config
+    """The configuration of the vision tower.
+
+    That of an encoder-decoder model is in the encoder's, or is the encoder's own; that of a model
+    with a vision-language model inside is in the inner one's.
+    """
+    encoder = getattr(config, "encoder", None)
+    owners = (config, encoder, getattr(config, "vlm_config", None))
+    found = (getattr(owner, "vision_config", None) for owner in owners)
+    return next((vision for vision in found if vision is not None), encoder)

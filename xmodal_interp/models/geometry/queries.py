@@ -5,20 +5,28 @@ Where a query looks is a question for its cross-attention to the patches, which 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from xmodal_interp.models.geometry.cells import Box, Cells, image_grid, joined, nowhere
+from xmodal_interp.errors import GeometryError
+from xmodal_interp.models.geometry.cells import (
+    Box,
+    Cells,
+    at_top_left,
+    image_grid,
+    joined,
+    nowhere,
+)
 from xmodal_interp.models.geometry.fixed import Show, squares
-from xmodal_interp.models.geometry.grid import ImageGrid
+from xmodal_interp.models.geometry.grid import NOWHERE, ImageGrid
 from xmodal_interp.models.geometry.patches import patch_side
 from xmodal_interp.models.geometry.replaying import setting, shown
-from xmodal_interp.models.geometry.tiling import whole
+from xmodal_interp.models.geometry.tiling import Tiling, split_canvas, whole
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,13 @@ class QueryTokens:
         n_tokens: Attribute of the configuration that says how many queries an image has.
         class_token: Whether the vision tower has a class token before the patches.
         show: What the resized image shows.
+        reason: Why the tokens have no place, where the family's record does not say so.
     """
 
     n_tokens: str
     class_token: bool = False
     show: Show = shown
+    reason: str | None = None
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
@@ -46,7 +56,8 @@ class QueryTokens:
             box = self.show(processor, image, width, height)
             patches = squares(box, width, height, patch_side(config))
             tower = joined([nowhere(1), patches]) if self.class_token else patches
-            grids.append(image_grid(image.size, [nowhere(n_tokens)], [tower]))
+            grid = image_grid(image.size, [nowhere(n_tokens)], [tower])
+            grids.append(replace(grid, reason=self.reason))
         return grids
 
 
@@ -55,7 +66,8 @@ def resampled_patches(
 ) -> list[ImageGrid]:
     """A perceiver reads each image, or its four quarters and all of it (Idefics2).
 
-    The mask tells how many of the padded pixels are an image's. Patches on padding have no place.
+    The mask tells how many of the padded pixels are an image's. Patches have no place where they
+    are padding, in part or in whole: they are hidden from all others.
     """
     n_tokens = config.perceiver_config.resampler_n_latents
     masks = np.asarray(inputs["pixel_attention_mask"]).astype(bool)
@@ -65,40 +77,104 @@ def resampled_patches(
     splits = setting(processor, "do_image_splitting", default=False)
     grids = []
     for image in images:
-        boxes = _quarters(image) if splits else ()
+        tiling = _quarters(image) if splits else None
         tower = [
-            _padded(next(real), box, side, number)
-            for number, box in enumerate((*boxes, whole(image)))
+            _padded(next(real), box, side, at, tile) for box, at, tile in _crops(tiling, image)
         ]
-        grids.append(image_grid(image.size, [nowhere(n_tokens * len(tower))], tower))
+        if splits:
+            all_of_it = _padded(next(real), whole(image), side)
+            tower.append(replace(all_of_it, of_thumbnail=all_of_it.places[:, 0] >= 0))
+        tokens = [_queries(n_tokens, part) for part in tower]
+        grids.append(image_grid(image.size, tokens, tower))
     return grids
 
 
-def _quarters(image: Image.Image) -> tuple[Box, ...]:
+def query_crops(
+    processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+) -> list[ImageGrid]:
+    """So many queries look at each image, or at each of its tiles, as it has patches (Aria).
+
+    An image, or a tile, lies at the top left of its pixels. Patches have no place where they are
+    padding in whole: they are hidden from all others.
+
+    Raises:
+        GeometryError: The configuration knows no number of queries for this number of patches.
+    """
+    masks = np.asarray(inputs["pixel_mask"]).astype(bool)
+    side = patch_side(config)
+    n_patches = (masks.shape[-2] // side) * (masks.shape[-1] // side)
+    known = config.projector_patch_to_query_dict
+    if n_patches not in known:
+        raise GeometryError(
+            "The configuration must tell how many queries an image of so many patches has. There "
+            f"are {n_patches} patches; projector_patch_to_query_dict knows "
+            f"{', '.join(map(str, known))}."
+        )
+    each = iter(masks)
+    grids = []
+    for image in images:
+        tower = [
+            _padded(next(each), box, side, at, tile, in_part=True)
+            for box, at, tile in _crops(split_canvas(processor, image), image)
+        ]
+        tokens = [_queries(known[n_patches], part) for part in tower]
+        grids.append(image_grid(image.size, tokens, tower))
+    return grids
+
+
+def _queries(n_tokens: int, patches: Cells) -> Cells:
+    """The queries that look at some patches: without a place, but of the tile that these are of."""
+    return replace(nowhere(n_tokens), tiles=np.full(n_tokens, patches.tiles.max(initial=NOWHERE)))
+
+
+def _crops(tiling: Tiling | None, image: Image.Image) -> Iterator[tuple[Box, tuple[int, int], int]]:
+    """What each crop shows, its row and column among the others, and its number."""
+    if tiling is None:
+        yield whole(image), (0, 0), NOWHERE
+        return
+    for number, box in enumerate(tiling.boxes):
+        yield box, divmod(number, tiling.cols), number
+
+
+def _quarters(image: Image.Image) -> Tiling:
     middle_x, middle_y = float(image.width // 2), float(image.height // 2)
     xs, ys = (0.0, middle_x, float(image.width)), (0.0, middle_y, float(image.height))
-    return tuple((xs[c], ys[r], xs[c + 1], ys[r + 1]) for r in range(2) for c in range(2))
+    boxes = tuple((xs[c], ys[r], xs[c + 1], ys[r + 1]) for r in range(2) for c in range(2))
+    return Tiling(2, 2, boxes)
 
 
-def _padded(mask: np.ndarray, box: Box, side: int, number: int) -> Cells:
+def _padded(
+    mask: np.ndarray,
+    box: Box,
+    side: int,
+    at: tuple[int, int] = (0, 0),
+    tile: int = NOWHERE,
+    *,
+    in_part: bool = False,
+) -> Cells:
     """The patches of one picture, those on its padding without a place.
 
     Args:
         mask: Which pixels are the picture's, ``[height, width]``: those at the top left.
-        box: What it shows.
+        box: What these show.
         side: The side of a patch, px.
-        number: Which of the pictures of an image: four quarters side by side, then all of it. Alone
-            it is all of the image.
+        at: Row and column of the picture among others of its size, side by side.
+        tile: Its number among them.
+        in_part: Whether patches that are padding in part have a place.
     """
     height, width = mask.shape
     rows, cols = height // side, width // side
     seen_h, seen_w = int(mask.any(1).sum()), int(mask.any(0).sum())
-    seen = squares(box, seen_w, seen_h, side)
-    seen_rows, seen_cols = seen_h // side, seen_w // side
-    out = nowhere(rows * cols)
-    index = (np.arange(seen_rows)[:, None] * cols + np.arange(seen_cols)).ravel()
-    at = np.array([number // 2 * rows, number % 2 * cols]) if number < 4 else np.zeros(2, int)
-    out.places[index] = seen.places + at
-    out.boxes[index] = seen.boxes
-    out.of_thumbnail[index] = number == 4
-    return out
+    x0, y0, x1, y1 = box
+    right, bottom = x0 + (x1 - x0) * width / seen_w, y0 + (y1 - y0) * height / seen_h
+    everything = squares((x0, y0, right, bottom), width, height, side)
+    part = (side - 1) * in_part
+    seen_rows, seen_cols = (seen_h + part) // side, (seen_w + part) // side
+    row, col = everything.places.T
+    seen = everything[(row < seen_rows) & (col < seen_cols)]
+    seen = replace(
+        seen,
+        places=seen.places + np.array(at) * (rows, cols),
+        tiles=np.full(len(seen), tile),
+    )
+    return at_top_left(seen, min(seen_cols, cols), rows, cols)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
+from transformers.image_utils import get_image_size_for_max_height_width
 
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import Box
@@ -87,6 +88,29 @@ def fitted(processor: Any, image: Image.Image, width: int, height: int) -> Box:
     per_x, per_y = image.width / new_w, image.height / new_h
     x0, y0 = -((width - new_w) // 2) * per_x, -((height - new_h) // 2) * per_y
     return x0, y0, x0 + width * per_x, y0 + height * per_y
+
+
+def at_the_top(processor: Any, image: Image.Image, width: int, height: int) -> Box:
+    """What is shown where an image is resized into a square, and padded right and below.
+
+    Raises:
+        GeometryError: The processor is told another way of resizing.
+    """
+    size = setting(processor, "size")
+    if not (size.get("max_height") and size.get("max_width")):
+        raise GeometryError(
+            "An image that is resized into a square needs a size with max_height and max_width. "
+            f"{type(processor.image_processor).__name__} has {dict(size)}."
+        )
+    new_h, new_w = get_image_size_for_max_height_width(
+        (image.height, image.width), size["max_height"], size["max_width"]
+    )
+    return 0.0, 0.0, image.width * width / new_w, image.height * height / new_h
+
+
+def shown_in_frames(processor: Any, image: Image.Image, width: int, height: int) -> Box:
+    """What is shown where a processor of videos is given the images, as frames."""
+    return shown_by(processor.video_processor, image.size, width, height)
 
 
 def _pads_to_square(settings: Any) -> bool:

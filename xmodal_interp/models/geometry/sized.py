@@ -12,7 +12,7 @@ from PIL import Image
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import image_grid, nowhere, rectangle
 from xmodal_interp.models.geometry.grid import ImageGrid
-from xmodal_interp.models.geometry.patches import patch_side
+from xmodal_interp.models.geometry.patches import patch_side, vision_of
 from xmodal_interp.models.geometry.tiling import whole
 
 
@@ -64,4 +64,27 @@ def sized_patches(
         rows, cols = height // side, width // side
         tokens = rectangle(rows // merge, cols // merge, whole(image))
         grids.append(image_grid(image.size, [tokens], [rectangle(rows, cols, whole(image))]))
+    return grids
+
+
+def counted_patches(
+    _processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+) -> list[ImageGrid]:
+    """Rows of tokens, each from a block of patches, whose rows and columns are told (Nemotron).
+
+    The sides are rounded to whole blocks, each for itself. The tower reads class tokens and
+    registers before the patches, and these row by row.
+    """
+    counts = np.asarray(inputs["image_grid_hw"]).reshape(-1, 2).tolist()
+    if len(counts) != len(images):
+        raise GeometryError(
+            f"The processor must return one row of image_grid_hw per image. There are "
+            f"{len(images)} images and {len(counts)} rows."
+        )
+    merge, before = round(1 / config.downsample_ratio), vision_of(config).num_summary_tokens
+    grids = []
+    for image, (rows, cols) in zip(images, counts, strict=True):
+        tokens = rectangle(rows // merge, cols // merge, whole(image))
+        tower = [nowhere(before), rectangle(rows, cols, whole(image))]
+        grids.append(image_grid(image.size, [tokens], tower))
     return grids

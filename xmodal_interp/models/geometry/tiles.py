@@ -41,6 +41,7 @@ class SplitTiles:
             none, it has.
         thumbnail_of_one: Whether a single tile comes with a thumbnail, too.
         shift: How far up and left of its square of patches a token looks, in squares.
+        halved_with: An input with which the processor says that squares have half the side.
     """
 
     layout: Layout
@@ -50,6 +51,7 @@ class SplitTiles:
     class_token_if: str | None = None
     thumbnail_of_one: bool = False
     shift: float = 0.0
+    halved_with: str | None = None
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
@@ -59,6 +61,8 @@ class SplitTiles:
         side = patch_side(config, processor)
         rows, cols = height // side, width // side
         block = block_of(config, self.merge, rows, cols)
+        if self.halved_with is not None and self.halved_with in inputs:
+            block //= 2
         has_class = self.class_token_if is None or bool(getattr(config, self.class_token_if))
         end = self.class_token if has_class else None
         grids = []
@@ -79,12 +83,12 @@ class SplitTiles:
         """The cells of each tile, and of the thumbnail, in sequence order."""
         if tiling is None or (len(tiling.boxes) == 1 and not self.thumbnail_of_one):
             return [rectangle(rows, cols, whole(image) if tiling is None else tiling.boxes[0])]
-        parts = _on_tiles(tiling, rows, cols)
+        parts = on_tiles(tiling, rows, cols)
         small = [rectangle(rows, cols, whole(image), thumbnail=True)]
         return [*small, *parts] if self.thumbnail == "first" else [*parts, *small]
 
 
-def _on_tiles(tiling: Tiling, rows: int, cols: int) -> list[Cells]:
+def on_tiles(tiling: Tiling, rows: int, cols: int) -> list[Cells]:
     """The cells of each tile, in the rows and columns of the whole image."""
     return [
         rectangle(

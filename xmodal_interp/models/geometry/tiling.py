@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers.image_utils import ChannelDimension
 
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import Box
@@ -99,6 +101,15 @@ def covering_canvas(processor: Any, image: Image.Image) -> Tiling | None:
     return even(int(rows), int(cols), whole(image))
 
 
+def page_canvas(processor: Any, image: Image.Image) -> Tiling:
+    """Like :func:`best_canvas`; onto more tiles where a wide page would be small (Docling)."""
+    names = ("size", "crop_to_patches", "min_patches", "max_patches")
+    spread = ("dense_max_patches", "dense_max_scale", "dense_min_aspect", "dense_max_aspect")
+    settings = {name: setting(processor, name) for name in (*names, *spread)}
+    rows, cols = processor.image_processor.get_tile_grid(image.height, image.width, settings)
+    return even(rows, cols, whole(image))
+
+
 def longest_edge(processor: Any, image: Image.Image) -> Tiling | None:
     """Resized to a longest edge, and that up to whole tiles on both sides (Idefics3, SmolVLM)."""
     if not setting(processor, "do_image_splitting", default=False):
@@ -186,6 +197,30 @@ def crops(processor: Any, image: Image.Image) -> Tiling | None:
         return Tiling(1, n, tuple(boxes))
     boxes = [(0.0, float(a), float(width), float(b)) for a, b in zip(starts, ends, strict=True)]
     return Tiling(n, 1, tuple(boxes))
+
+
+def split_canvas(processor: Any, image: Image.Image) -> Tiling | None:
+    """Resized with its shape kept, to the middle of the canvas that suits it best (Aria).
+
+    The last tiles of a row or column are smaller where the canvas is no whole number of tiles.
+    """
+    if not setting(processor, "split_image", default=False):
+        return None
+    tile = setting(processor, "max_image_size")
+    size = (image.height, image.width)
+    canvas_h, canvas_w = own_function(processor, "select_best_resolution")(
+        size, setting(processor, "split_resolutions")
+    )
+    new_h, new_w = own_function(processor, "get_patch_output_size")(
+        torch.empty(1, *size, device="meta"), (canvas_h, canvas_w), ChannelDimension.FIRST
+    )
+    left, top = (canvas_w - new_w) // 2, (canvas_h - new_h) // 2
+    xs = [(x - left) * image.width / new_w for x in (*range(0, canvas_w, tile), canvas_w)]
+    ys = [(y - top) * image.height / new_h for y in (*range(0, canvas_h, tile), canvas_h)]
+    boxes = tuple(
+        (x0, y0, x1, y1) for y0, y1 in itertools.pairwise(ys) for x0, x1 in itertools.pairwise(xs)
+    )
+    return Tiling(len(ys) - 1, len(xs) - 1, boxes)
 
 
 def largest_canvas(processor: Any, image: Image.Image) -> Tiling | None:

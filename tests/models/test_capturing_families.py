@@ -1,0 +1,182 @@
+"""``xi.capture`` from picture and question to sample, by the real processor of every type.
+
+A third of the types by default, all of them with ``--all-types``. The models are tiny and random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import xmodal_interp as xi
+from tests.models.real import prompt, real, settled
+from tests.models.records import RECORDS
+from tests.tiny import picture
+from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.models import FAMILIES, VLM, prompt_ids
+from xmodal_interp.sample import Sample
+
+pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+N_NEW = 3
+SIZES = ((96, 96), (120, 64))  # width, height; px
+BUILT = [
+    name for name, record in RECORDS.items() if not record.obstacle and record.n_frames is None
+]  # those with n_frames read clips, not pictures
+REFUSED = {
+    "pi0": "PI0ForConditionalGeneration also needs state",
+    "diffusion_gemma": "A sample is one answer, read once and in order",
+}
+SOME = ("mllama", "git", "blip", "kosmos-2", "florence2", "t5gemma2", "vision-encoder-decoder")
+"""The first of each way to read an image that is not simply among the tokens."""
+OTHER_PATCHES = {
+    *("deepseek_vl_hybrid", "florence2", "granite4_vision", "perception_lm", "fast_vlm"),
+    *("deepseek_ocr2", "unlimited_ocr", "minicpmv4_6", "minicpmv4_7"),
+}
+"""Types with a second tower, or stages of a tower, whose positions are not the grid's patches."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A sample, and what it was made with."""
+
+    vlm: VLM
+    question: str
+    sample: Sample
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    everything = metafunc.config.getoption("all_types")
+    names = [name for name in BUILT if name not in REFUSED]
+    chosen = names if everything else [n for n in names if n in SOME or n in names[::3]]
+    if "captured" in metafunc.fixturenames:
+        metafunc.parametrize("captured", chosen, indirect=True, scope="module")
+    if "pair" in metafunc.fixturenames:
+        ruled = [name for name in chosen if FAMILIES[name].geometry and RECORDS[name].several]
+        metafunc.parametrize("pair", ruled, indirect=True, scope="module")
+
+
+def asked(vlm: VLM, n_images: int) -> str:
+    """What a user would write: a bare question where that will do, else the whole prompt."""
+    name, bare = vlm.family.model_type, "where is the red circle?"
+    if not vlm.family.reads_text:
+        return ""
+    templated = getattr(vlm.processor, "chat_template", None) is not None
+    return bare if templated or vlm.family.in_front else prompt(name, n_images, bare)
+
+
+def captured_from(name: str, n_images: int) -> Captured:
+    vlm = VLM(real(name)[0], settled(name))
+    images = [picture(*size, seed) for seed, size in enumerate(SIZES)][:n_images]
+    question = asked(vlm, n_images)
+    return Captured(vlm, question, xi.capture(vlm, images, question, max_new_tokens=N_NEW))
+
+
+@pytest.fixture(scope="module")
+def captured(request: pytest.FixtureRequest) -> Captured:
+    return captured_from(request.param, 1)
+
+
+@pytest.fixture(scope="module")
+def pair(request: pytest.FixtureRequest) -> Captured:
+    return captured_from(request.param, 2)
+
+
+def of_language(sample: Sample, kind: str) -> list[Any]:
+    return [call for key, call in sample.calls.items() if key[:2] == ("language", kind)]
+
+
+def check_rows(sample: Sample) -> None:
+    """Every call of the language tower has a row for each position, and keys that are known."""
+    n = len(sample.tokens)
+    selves, crosses = of_language(sample, "self"), of_language(sample, "cross")
+    assert selves
+    n_keys = n if sample.cross_keys is None else len(sample.cross_keys)
+    assert {(call.n_queries, call.n_keys) for call in selves} == {(n, n)}
+    assert {(call.n_queries, call.n_keys) for call in crosses} <= {(n, n_keys)}
+
+
+def check_images(sample: Sample) -> None:
+    """Each image has as many tokens, or keys, as its grid."""
+    crossed = sample.cross_keys is not None
+    kinds = sample.cross_keys if crossed else sample.tokens
+    of_images = kinds.loc[kinds["kind"] == "image", "image"]
+    assert [int(of_images.eq(i).sum()) for i in range(len(sample.grids))] == [
+        grid.n_tokens for grid in sample.grids
+    ]
+    assert all(grid.n_tokens > 0 for grid in sample.grids)
+
+
+def test_a_row_for_each_position(captured: Captured) -> None:
+    check_rows(captured.sample)
+
+
+def test_as_many_image_tokens_as_the_grid_has(captured: Captured) -> None:
+    check_images(captured.sample)
+
+
+def test_probabilities_are_probabilities(captured: Captured) -> None:
+    sample = captured.sample
+    text = sample.where("text")
+    assert len(text) > 0
+    n_seeing = torch.zeros(len(text))
+    for call in of_language(sample, "self") + of_language(sample, "cross"):
+        seeing = call.visible(text.tolist()).any(-1).any(1)[0].expand(len(text))
+        probs = call.probs(queries=text.tolist())[0][:, seeing]
+        assert torch.isfinite(probs).all()
+        assert (probs.sum(-1) < 1 + 1e-3).all()
+        assert (probs.sum(-1) > 1 - 1e-3).all() or call.sinks is not None  # these take their share
+        n_seeing += seeing
+    assert (n_seeing > 0).all()
+
+
+def test_the_answer_is_that_of_plain_generation(captured: Captured) -> None:
+    vlm, sample = captured.vlm, captured.sample
+    inputs, _ = vlm.prepare([sample.images], [captured.question])
+    with torch.no_grad():
+        output = vlm.generate(inputs, max_new_tokens=N_NEW)
+    new = output[0, prompt_ids(inputs).shape[1] :].tolist()
+    until = next((i for i, token in enumerate(new) if token in vlm.end_ids), len(new))
+    assert vlm.tokenizer.decode(new[:until], skip_special_tokens=True).strip() == sample.answer
+    read = min(until, len(new) - 1)
+    assert len(sample.tokens) == sample.n_prompt + read
+    assert sample.tokens["role"].eq("generated").sum() == read
+
+
+def test_what_the_tower_sees_fits_the_grid(captured: Captured) -> None:
+    sample = captured.sample
+    calls = [(k, c) for k, c in sample.calls.items() if k[:2] == ("vision", "self")]
+    fitting = 0
+    for (_, _, _, number), call in calls:
+        grid = sample.grids[number]
+        values = np.arange(call.n_keys, dtype=float)
+        if call.n_keys == len(grid.patch_places) and grid.patch_rows:
+            cells = sample.grid(values, image=number)
+            assert cells.shape == (grid.patch_rows, grid.patch_cols)
+            fitting += 1
+        elif call.n_keys != grid.n_tokens:
+            with pytest.raises(GeometryError):
+                sample.grid(values, image=number)
+    name = captured.vlm.family.model_type
+    known = any(len(grid.patch_places) for grid in sample.grids)
+    assert not calls or not known or fitting == len(calls) or name in OTHER_PATCHES
+
+
+def test_two_images_have_rows_and_grids_of_their_own(pair: Captured) -> None:
+    check_rows(pair.sample)
+    check_images(pair.sample)
+    assert len(pair.sample.grids) == 2
+    vision = [key for key in pair.sample.calls if key[:2] == ("vision", "self")]
+    assert {key[3] for key in vision} in ({0, 1}, set())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_a_sample_is_refused(name: str) -> None:
+    vlm = VLM(*real(name))
+    with pytest.raises(InputError, match=REFUSED[name]):
+        xi.capture(vlm, picture(), asked(vlm, 1), max_new_tokens=0 if name == "pi0" else N_NEW)

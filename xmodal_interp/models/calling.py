@@ -1,0 +1,77 @@
+"""How a processor is called: texts and images as its kind takes them, and its options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+from transformers import ProcessorMixin
+
+from xmodal_interp.errors import InputError
+from xmodal_interp.models.family import Family
+from xmodal_interp.models.opening import Video, flat
+from xmodal_interp.models.rendering import interleaved
+
+
+def texts_and_images(
+    family: Family, texts: Sequence[str], opened: Sequence[tuple[Image.Image, ...]]
+) -> dict[str, Any]:
+    """Texts and images, each in a list, or in one; no texts where there is none."""
+    mark = family.image_mark
+    if mark is not None:
+        pairs = zip(texts, opened, strict=True)
+        return {"text": [interleaved(text, mark, of_sample) for text, of_sample in pairs]}
+    nested = [list(of_sample) for of_sample in opened if of_sample]
+    images = (flat(nested) if family.flat_images else nested) or None
+    return {"images": images, "text": list(texts)} if any(texts) else {"images": images}
+
+
+def options(processor: Any, family: Family, texts: Sequence[str]) -> dict[str, Any]:
+    """The options beside texts and images."""
+    chosen: dict[str, Any] = {"return_tensors": "pt"}
+    if len(texts) > 1:
+        chosen |= {"padding": True, "padding_side": "left"}
+    begin = processor.tokenizer.bos_token
+    if begin is not None and texts[0].startswith(begin):  # most chat templates write it themselves
+        chosen |= {"add_special_tokens": False}
+    if _reports_replacements(processor):
+        chosen |= {"return_text_replacement_offsets": True}
+    if family.token_types:
+        chosen |= {"return_mm_token_type_ids": True}
+    return chosen
+
+
+def videos(shown: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
+    """How the processor is given videos: as they are, nothing sampled."""
+    every = flat(shown)
+    if not every:
+        return {}
+    return {
+        "videos": [video.pixels() for video in every],
+        "videos_kwargs": {
+            "video_metadata": [video.metadata() for video in every],
+            "do_sample_frames": False,
+            "return_metadata": True,  # some write the times of frames into the prompt
+        },
+    }
+
+
+def policy(questions: Sequence[str]) -> dict[str, Any]:
+    """How a processor that writes the prompts itself is told what to write.
+
+    Raises:
+        InputError: The questions differ; the processor holds each image against each policy.
+    """
+    if len(set(questions)) > 1:
+        raise InputError(
+            "A processor that writes the prompts itself holds all images of a batch against the "
+            f"same policy. Got {len(set(questions))} questions; give each a batch of its own."
+        )
+    return {"policies": ["question"], "custom_policies": {"question": questions[0]}}
+
+
+def _reports_replacements(processor: Any) -> bool:
+    """Whether a processor expands its placeholders in the way that can be reported."""
+    own = getattr(type(processor), "replace_image_token", None)
+    return own is not None and own is not ProcessorMixin.replace_image_token

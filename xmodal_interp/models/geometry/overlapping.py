@@ -1,0 +1,102 @@
+"""Crops that overlap, so that each patch that counts has others around it (Molmo 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from xmodal_interp.errors import GeometryError
+from xmodal_interp.models.geometry.cells import Cells, image_grid, joined, rectangle
+from xmodal_interp.models.geometry.grid import NOWHERE, ImageGrid, raster
+from xmodal_interp.models.geometry.replaying import setting
+from xmodal_interp.models.geometry.tiling import own_function, whole
+
+
+def overlapping_crops(
+    processor: Any, _config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+) -> list[ImageGrid]:
+    """A thumbnail, then the image row by row, from crops that overlap; tokens pool patches.
+
+    The image is resized, without regard to its shape, to whole windows and a margin; each crop is a
+    window with its margins. Where crops overlap, the processor says which of them is read
+    (``image_token_pooling``); the tower's patches that no token reads have no place. A token at the
+    end of an odd row or column is smaller. One that reads patches of two crops is of no tile.
+
+    Raises:
+        GeometryError: The settings do not lead to as many crops as the processor returned.
+    """
+    pooled = np.asarray(inputs["image_token_pooling"])
+    shapes = np.asarray(inputs["image_grids"]).tolist()
+    counts = np.asarray(inputs["image_num_crops"]).tolist()
+    grids, first_token, first_patch = [], 0, 0
+    for image, shape, count in zip(images, shapes, counts, strict=True):
+        crops = _crops(processor, image)
+        if len(crops) != count:
+            raise GeometryError(
+                "The processor's settings must lead to the crops it returned. Replayed were "
+                f"{len(crops)}, the whole image among them; returned {count}."
+            )
+        patches = joined(crops)
+        n_tokens = shape[0] * shape[1] + shape[2] * shape[3]
+        read = pooled[first_token : first_token + n_tokens]
+        read = np.where(read < 0, NOWHERE, read - first_patch)
+        first_token, first_patch = first_token + n_tokens, first_patch + len(patches)
+        unread = ~np.isin(np.arange(len(patches)), read)
+        tower = replace(
+            patches,
+            places=np.where(unread[:, None], NOWHERE, patches.places),
+            boxes=np.where(unread[:, None], np.nan, patches.boxes),
+            of_thumbnail=patches.of_thumbnail & ~unread,
+        )
+        grids.append(image_grid(image.size, [_pooled(patches, read, shape)], [tower]))
+    return grids
+
+
+def _crops(processor: Any, image: Image.Image) -> list[Cells]:
+    """The patches of the whole image, then of each crop, all with their places."""
+    side, crop = setting(processor, "patch_size"), setting(processor, "size")["height"]
+    margins = setting(processor, "overlap_margins")
+    tile_rows, tile_cols, height, width = own_function(processor, "compute_crop_geometry")(
+        image.height,
+        image.width,
+        max_crops=setting(processor, "max_crops"),
+        overlap_margins=margins,
+        crop_size=crop,
+        patch_size=side,
+    )
+    n = crop // side
+    step = n - sum(margins)
+    per_x, per_y = image.width / width * side, image.height / height * side
+    crops = [rectangle(n, n, whole(image), thumbnail=True)]
+    for tile, (row, col) in enumerate((raster(tile_rows, tile_cols) * step).tolist()):
+        box = (col * per_x, row * per_y, (col + n) * per_x, (row + n) * per_y)
+        crops.append(rectangle(n, n, box, at=(row, col), tile=tile))
+    return crops
+
+
+def _pooled(patches: Cells, read: Int[np.ndarray, "token patch"], shape: Sequence[int]) -> Cells:
+    """The cells of tokens, from the patches that each of them reads; ``NOWHERE`` is none.
+
+    Args:
+        patches: All patches of the image.
+        read: Which of them each token reads.
+        shape: Rows and columns of the thumbnail's tokens, then of the image's.
+    """
+    none = (read < 0)[..., None]
+    boxes, tiles = patches.boxes[read], patches.tiles[read]
+    start = np.where(none, np.inf, boxes[..., :2]).min(1)
+    end = np.where(none, -np.inf, boxes[..., 2:]).max(1)
+    low = np.where(read < 0, len(patches), tiles).min(1)
+    high = np.where(read < 0, NOWHERE, tiles).max(1)
+    small_rows, small_cols, rows, cols = shape
+    return Cells(
+        np.concatenate([raster(small_rows, small_cols), raster(rows, cols)]),
+        np.concatenate([start, end], axis=1),
+        np.where(low == high, high, NOWHERE),
+        np.arange(len(read)) < small_rows * small_cols,
+    )

@@ -1,0 +1,139 @@
+"""Tiles and a thumbnail, each with rows and columns of its own, which the processor tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from xmodal_interp.errors import GeometryError
+from xmodal_interp.models.geometry.cells import Cells, image_grid, nowhere, rectangle
+from xmodal_interp.models.geometry.grid import ImageGrid
+from xmodal_interp.models.geometry.replaying import setting
+from xmodal_interp.models.geometry.tiles import End, on_tiles
+from xmodal_interp.models.geometry.tiling import Layout, Tiling, even, whole
+
+Shape = tuple[int, int]
+"""Rows and columns."""
+
+
+@dataclass(frozen=True)
+class SizedTiles:
+    """Tiles of one size, row by row, and a thumbnail of another before or behind them.
+
+    The sides of the image are rounded to whole squares of patches, for the tiles and for the
+    thumbnail, each side for itself, so that both fill it exactly. The vision tower reads the
+    patches of each row by row.
+
+    Attributes:
+        layout: How an image is cut.
+        sizes: The input that has rows and columns of patches of each tile and thumbnail, in order.
+        block: The side of the square of patches that gives a token, by processor and configuration.
+        thumbnail: Where the thumbnail stands.
+        padded: Whether the tower reads all of them at one length, with padding behind the patches.
+    """
+
+    layout: Layout
+    sizes: str
+    block: Callable[[Any, Any], int]
+    thumbnail: End
+    padded: bool = False
+
+    def __call__(
+        self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+    ) -> list[ImageGrid]:
+        """One grid per image.
+
+        Raises:
+            GeometryError: The sizes are not those of the images' tiles, or differ among the tiles
+                of an image.
+        """
+        tilings = [self.layout(processor, image) for image in images]
+        counts = [self._count(processor, tiling) for tiling in tilings]
+        shapes = [(rows, cols) for rows, cols in np.asarray(inputs[self.sizes]).tolist()]
+        if sum(counts) != len(shapes):
+            raise GeometryError(
+                f"The processor must return {self.sizes} for each tile and thumbnail. Its settings "
+                f"lead to {sum(counts)} of them; it returned {len(shapes)}."
+            )
+        block = self.block(processor, config)
+        length = inputs["pixel_values"].shape[1] if self.padded else None
+        grids, start = [], 0
+        for image, tiling, count in zip(images, tilings, counts, strict=True):
+            own = shapes[start : start + count]
+            start += count
+            tower = self._arranged(tiling, own, image)
+            merged = [(rows // block, cols // block) for rows, cols in own]
+            tokens = self._arranged(tiling, merged, image)
+            if length is not None:
+                tower = [part for view in tower for part in (view, nowhere(length - len(view)))]
+            grids.append(image_grid(image.size, tokens, tower))
+        return grids
+
+    def _count(self, processor: Any, tiling: Tiling | None) -> int:
+        """Of how many tiles, the thumbnail among them, an image is made."""
+        if tiling is None or len(tiling.boxes) == 1:
+            return 1
+        return len(tiling.boxes) + bool(setting(processor, "use_thumbnail", default=True))
+
+    def _arranged(
+        self, tiling: Tiling | None, shapes: Sequence[Shape], image: Image.Image
+    ) -> list[Cells]:
+        """The cells of each tile, and of the thumbnail, in sequence order."""
+        if tiling is None or len(shapes) == 1:
+            return [rectangle(*shapes[0], whole(image))]
+        n_tiles = len(tiling.boxes)
+        first = len(shapes) - n_tiles if self.thumbnail == "first" else 0
+        of_tiles = set(shapes[first : first + n_tiles])
+        if len(of_tiles) > 1:
+            known = ", ".join(f"{rows} x {cols}" for rows, cols in sorted(of_tiles))
+            raise GeometryError(
+                "All tiles of an image must have the same rows and columns, so that it has rows "
+                f"and columns itself. {self.sizes} says {known}. Have the image processor resize "
+                "all of them alike."
+            )
+        parts = on_tiles(tiling, *of_tiles.pop())
+        small = [
+            rectangle(*shape, whole(image), thumbnail=True)
+            for shape in (*shapes[:first], *shapes[first + n_tiles :])
+        ]
+        return [*small, *parts] if self.thumbnail == "first" else [*parts, *small]
+
+
+def large_on_canvas(processor: Any, image: Image.Image) -> Tiling | None:
+    """An image with too many tokens, resized onto the canvas of nearest aspect (LFM2-VL)."""
+    settings = processor.image_processor
+    fewest, most = setting(processor, "min_tiles"), setting(processor, "max_tiles")
+    if not setting(processor, "do_image_splitting", default=False) or fewest == most == 1:
+        return None
+    names = ("max_image_tokens", "encoder_patch_size", "downsample_factor", "max_pixels_tolerance")
+    limits = {name: setting(processor, name) for name in names}
+    if not settings._is_image_too_large(height=image.height, width=image.width, **limits):
+        return None
+    cols, rows, *_ = settings._get_grid_layout(
+        image.height, image.width, fewest, most, setting(processor, "tile_size")
+    )
+    return even(rows, cols, whole(image))
+
+
+def slices(processor: Any, image: Image.Image) -> Tiling | None:
+    """An image of more pixels than a slice has, cut to slices of nearly that many (MiniCPM-V)."""
+    if not setting(processor, "slice_mode", default=False):
+        return None
+    grid = processor.image_processor.get_sliced_grid(
+        (image.height, image.width),
+        setting(processor, "max_slice_nums"),
+        setting(processor, "scale_resolution"),
+    )
+    if grid is None:
+        return None
+    rows, cols = grid
+    return even(rows, cols, whole(image))
+
+
+def slice_block(processor: Any, _config: Any) -> int:
+    """The side of the square of patches that gives a token of a slice (MiniCPM-V)."""
+    return 2 if setting(processor, "downsample_mode") == "4x" else 4
