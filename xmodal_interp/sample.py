@@ -117,7 +117,7 @@ class Sample:
     @property
     def visual(self) -> Int[np.ndarray, " position"]:
         """Positions of image and video tokens, ascending; may be empty."""
-        return np.flatnonzero(self.tokens["kind"].isin(VISUAL_KINDS))
+        return np.flatnonzero(self.tokens["kind"].isin(VISUAL_KINDS).to_numpy(dtype=bool))
 
     def text_after_image(self) -> Int[np.ndarray, " position"]:
         """Text positions of prompt and answer after the last image or video, which can see all.
@@ -125,7 +125,7 @@ class Sample:
         Special tokens and padding are left out. For cross-attention families, all text.
         """
         text = self.where("text")
-        return text[text > self.visual.max(initial=-1)]
+        return text[text > int(self.visual.max(initial=-1))]
 
     def find(self, phrase: str, occurrence: int | None = None) -> Int[np.ndarray, " position"]:
         """Positions whose characters a phrase covers: whole words, upper and lower case alike.

@@ -49,19 +49,21 @@ def test_the_table_has_a_row_per_type_and_rules_of_today() -> None:
         "worst_error": pytest.approx(5e-7, abs=5e-7),
         "generation": "same",
         "geometry": "fixed_grid",
+        "videos": "",
         "processor": "LlavaProcessor",
         "note": "",
     }
     for row in table.itertuples():
         assert row.geometry == FAMILIES[row.model_type].rule
         assert row.geometry != "none" or row.note
+        assert bool(row.videos) == (FAMILIES[row.model_type].video is not None)
 
 
 def test_rules_are_read_when_the_table_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(support.FAMILIES, "llava", FAMILIES["git"])
+    monkeypatch.setitem(support.FAMILIES, "llava", FAMILIES["evolla"])
     table: pd.DataFrame = support.families().set_index("model_type")
     assert table.loc["llava", "geometry"] == "none"
-    assert table.loc["llava", "note"] == FAMILIES["git"].reason.rstrip(".")
+    assert table.loc["llava", "note"] == FAMILIES["evolla"].reason.rstrip(".")
 
 
 def without_error(row: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from tests.models.real import real
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.errors import InputError
+from xmodal_interp.models import VLM
 from xmodal_interp.models.batching import answer_ids, batches_of
 
 ITEMS = [
@@ -82,3 +84,13 @@ def test_answers_with_several_words() -> None:
     vlm = tiny_vlm("llava")
     ids = answer_ids(vlm, "user: where ? assistant:", "top left")
     assert vlm.tokenizer.convert_ids_to_tokens(list(ids)) == ["top", "left"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("model_type", ["git", "florence2"])
+def test_positions_that_are_no_ids_are_not_chosen(model_type: str) -> None:
+    vlm = VLM(*real(model_type))
+    item = {"image": picture(), "prompt": "where is it?", "answer": "here"}
+    (batch,) = batches_of(vlm, [item], batch_size=1)
+    with pytest.raises(InputError, match=r"needs a position for each id\. Here prompts have \d+"):
+        _ = batch.n_ids

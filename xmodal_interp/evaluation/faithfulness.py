@@ -179,7 +179,7 @@ def _orders(
     batch: Batch, maps: Maps, seed: int
 ) -> tuple[Bool[Tensor, "item position"], list[np.ndarray]]:
     """Where the image tokens are, and for each item their order, the most salient first."""
-    image = torch.zeros(batch.inputs["input_ids"].shape, dtype=torch.bool)
+    image = torch.zeros(len(batch.index), batch.n_ids, dtype=torch.bool)
     orders = []
     for row, index, prompt in zip(image, batch.index, batch.prompts, strict=True):
         if len(prompt.grids) != 1:

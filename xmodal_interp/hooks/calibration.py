@@ -112,13 +112,12 @@ def class_masks(
         positions: The class.
         answers: Whether answers count, as text.
     """
-    n_positions = batch.inputs["input_ids"].shape[1]
-    masks = torch.full((len(batch.index), n_positions), answers and positions != "image")
+    masks = torch.full((len(batch.index), batch.n_ids), answers and positions != "image")
     for mask, prompt in zip(masks, batch.prompts, strict=True):
         image = prompt.tokens["kind"].isin(VISUAL_KINDS).to_numpy(dtype=bool)
         padding = prompt.tokens["kind"].eq("padding").to_numpy(dtype=bool)
         of_class = {"image": image, "text": ~image & ~padding, "all": ~padding}[positions]
-        mask[: len(of_class)] = torch.from_numpy(of_class)
+        mask[: len(of_class)] = torch.tensor(of_class)
     return masks
 
 

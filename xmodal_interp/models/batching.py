@@ -46,6 +46,25 @@ class Batch:
     prompts: tuple[Prompt, ...]
     answers: tuple[tuple[int, ...], ...]
 
+    @property
+    def n_ids(self) -> int:
+        """Positions of the ``input_ids``.
+
+        Raises:
+            InputError: They are not the positions of the prompts: the model puts image features
+                in front of the ids, or a decoder has positions behind those of an encoder.
+        """
+        n = int(self.inputs["input_ids"].shape[1])
+        longest = max(len(prompt.columns["token"]) for prompt in self.prompts)
+        if longest > n:
+            raise InputError(
+                "Choosing positions of a batch needs a position for each id. Here prompts have "
+                f"{longest} positions for {n} ids: the model puts features in front of the ids, "
+                "or reads the prompt with an encoder. Ablation by zero or by uniform attention "
+                "asks for no positions."
+            )
+        return n
+
 
 def batches_of(
     vlm: VLM, items: Iterable[Item], *, batch_size: int, answers: bool = True

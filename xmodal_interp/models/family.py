@@ -75,9 +75,12 @@ class Family:
     @property
     def rule(self) -> str:
         """Name of the geometry rule, ``"none"`` without one."""
-        if self.geometry is None:
-            return "none"
-        return str(getattr(self.geometry, "__name__", type(self.geometry).__name__))
+        return _name(self.geometry) or "none"
+
+    @property
+    def video_rule(self) -> str:
+        """Name of the rule that places video tokens, empty without one."""
+        return _name(self.video)
 
     def image_token_id(self, config: PretrainedConfig) -> int | None:
         """The id of image tokens, or None where the configuration knows none."""
@@ -86,6 +89,10 @@ class Family:
     def video_token_id(self, config: PretrainedConfig) -> int | None:
         """The id of video tokens, or None."""
         return _id(config, self.video_token)
+
+
+def _name(rule: Rule | VideoRule | None) -> str:
+    return "" if rule is None else str(getattr(rule, "__name__", type(rule).__name__))
 
 
 def _id(config: PretrainedConfig, name: str | None) -> int | None:

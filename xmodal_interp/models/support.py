@@ -17,7 +17,7 @@ from xmodal_interp.models.records import FAMILIES
 
 COLUMNS = (
     *("model_type", "layers", "without_matrix", "as_probabilities", "worst_error", "generation"),
-    *("geometry", "processor", "note"),
+    *("geometry", "videos", "processor", "note"),
 )
 _INTRODUCTION = """\
 # Model types
@@ -38,6 +38,7 @@ of {n_same} of {n} types are, bit for bit, those without recording. This page is
   not generate from these inputs.
 * **geometry**: the rule that gives image tokens their row, column and box, or `none`; the note
   says why.
+* **videos**: the rule that gives video tokens their frame, row, column and box, if there is one.
 """
 
 
@@ -48,7 +49,7 @@ def families() -> pd.DataFrame:
         ``model_type``; ``layers``, ``without_matrix``, ``as_probabilities`` (counts by
         ``tower.kind``, empty for none); ``worst_error`` of a probability (0 to 1); ``generation``
         (``same``, ``differs`` or ``-``); ``geometry`` (name of a rule, or ``none``);
-        ``processor`` (a class of transformers, or ``-``); ``note``. The versions are in ``attrs``.
+        ``videos`` (name of a rule, or empty); ``processor`` (a class of transformers, or ``-``); ``note``. The versions are in ``attrs``.
     """
     stored = _stored()
     rows = [_row(name, about) for name, about in sorted(stored["types"].items())]
@@ -91,6 +92,7 @@ def _row(name: str, about: dict[str, Any]) -> tuple[Any, ...]:
         about["worst_error"],
         same,
         family.rule,
+        family.video_rule,
         about["processor"] or "-",
         "; ".join(note.rstrip(".") for note in notes if note),
     )
