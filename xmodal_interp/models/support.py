@@ -49,7 +49,8 @@ def families() -> pd.DataFrame:
         ``model_type``; ``layers``, ``without_matrix``, ``as_probabilities`` (counts by
         ``tower.kind``, empty for none); ``worst_error`` of a probability (0 to 1); ``generation``
         (``same``, ``differs`` or ``-``); ``geometry`` (name of a rule, or ``none``);
-        ``videos`` (name of a rule, or empty); ``processor`` (a class of transformers, or ``-``); ``note``. The versions are in ``attrs``.
+        ``videos`` (name of a rule, or empty); ``processor`` (a class of transformers, or ``-``);
+        ``note``. The versions are in ``attrs``.
     """
     stored = _stored()
     rows = [_row(name, about) for name, about in sorted(stored["types"].items())]
