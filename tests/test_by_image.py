@@ -1,12 +1,14 @@
 """Each image gets its own vision attention, however the tower cut and packed the images."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import xmodal_interp as xi
-from tests.models.real import real
+from tests.models.real import real, settled
 from xmodal_interp.attention import AttentionCall, reordered
 from xmodal_interp.by_image import calls_by_image
 from xmodal_interp.errors import CaptureError
@@ -136,3 +138,34 @@ def test_images_that_see_each_other_are_refused() -> None:
         "self-attention, layer 0, call 0, positions 0 to 64 see others too. Capture the samples "
         "one by one, or leave the tower out."
     )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("side", [4, 8, 5], ids=["4", "8", "5, padded"])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_windows_of_a_picture_are_put_back_in_its_order(side: int, *, tiled: bool) -> None:
+    """In the order of the image, what a patch sees is the square window around it."""
+    known = real("got_ocr2")[0]
+    config = copy.deepcopy(known.config)
+    config.vision_config.window_size = side
+    processor = settled("got_ocr2")
+    n_views = 1
+    if tiled:
+        options = {"crop_to_patches": True, "min_patches": 2, "max_patches": 2}
+        processor.images_kwargs = {**processor.images_kwargs, **options}
+        n_views = 3
+    model = type(known)(config).eval()
+    prompt = "<img><imgpad></img>where is it?"
+    sample = xi.capture(xi.VLM(model, processor), noise(128, 64, 0), prompt)
+    probs = sample.probs(0, tower="vision").mean(0)
+    n = 16 * 16
+    assert probs.shape == (n_views * n, n_views * n)
+    row, col = torch.arange(n) // 16, torch.arange(n) % 16
+    window = (row // side) * 4 + col // side
+    alike = torch.block_diag(*[window[:, None] == window[None]] * n_views).bool()
+    assert probs[~alike].max() == 0.0
+    assert probs[alike].min() > 0.0
+    whole = torch.ones(n, dtype=torch.bool) if 16 % side == 0 else (row < 15) & (col < 15)
+    sums = probs.sum(1).view(n_views, n)
+    assert torch.allclose(sums[:, whole], torch.ones(()), atol=1e-5)
+    assert (sums[:, ~whole] < 0.99).all()

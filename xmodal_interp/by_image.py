@@ -11,7 +11,7 @@ otherwise. However that is, the calls of a sample are numbered by its images, th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -74,6 +74,7 @@ def towers_by_image(
     family: Family,
     orders: Sequence[Tensor] | None = None,
     tiles: Sequence[int] | None = None,
+    windows: Mapping[str, int] | None = None,
 ) -> dict[Layer, list[dict[int, AttentionCall]]]:
     """The calls of every layer outside of the language tower, shared out among the samples.
 
@@ -85,6 +86,7 @@ def towers_by_image(
         orders: For each image, then each video, ``[patch]``, which patch stands at each position of
             the vision tower, if not in order.
         tiles: How many tiles of each image are read behind all images, if they are.
+        windows: Blocks that cut pictures into square windows, and the side of these in patches.
 
     Returns:
         For each layer and sample, its calls by the numbers of its images, then of its videos.
@@ -101,12 +103,41 @@ def towers_by_image(
         read = _read_by(stream[0].module, visuals, family)
         in_tower = orders if key[0] == "vision" else None
         shares = calls_by_image(stream, [each.grid for each in read], in_tower, tiles)
+        side = (windows or {}).get(stream[0].module.rpartition(".")[0])
+        if side is not None and read:
+            pairs = zip(shares, read, strict=True)
+            shares = [_without_windows(call, each.grid, side) for call, each in pairs]
         towers[key] = [{} for _ in prompts]
         for visual, call in zip(read, shares, strict=bool(read)):
             towers[key][visual.sample][visual.number] = replace(call, call=visual.number)
         if not read:
             towers[key] = [{0: shares[0]} for _ in prompts]
     return towers
+
+
+def _without_windows(call: AttentionCall, grid: ImageGrid | VideoGrid, side: int) -> AttentionCall:
+    """A call over windows with its positions in the order of the grid's patches.
+
+    What windows are padded with is left out, which probabilities allow, and queries and keys do
+    not. A call that is about other patches than the grid's stays as it is.
+
+    Args:
+        call: The windows of each picture row by row, one picture after the other.
+        grid: Its pictures are of one size.
+        side: Of a window, patches.
+    """
+    view = (isinstance(grid, ImageGrid) and grid.thumbnail) or grid
+    rows, cols = view.patch_rows, view.patch_cols
+    n_views, rest = divmod(len(grid.patch_places), max(rows * cols, 1))
+    n_across = -(-cols // side)
+    n_padded = -(-rows // side) * n_across * side**2
+    padded = n_padded != rows * cols
+    if rest or call.n_keys != n_views * n_padded or (padded and call.dense is None):
+        return call
+    row, col = torch.arange(rows * cols) // max(cols, 1), torch.arange(rows * cols) % max(cols, 1)
+    window = row // side * n_across + col // side
+    place = window * side**2 + row % side * side + col % side
+    return reordered(call, torch.cat([place + n * n_padded for n in range(n_views)]))
 
 
 def _first_reading(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:

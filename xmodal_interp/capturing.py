@@ -34,6 +34,7 @@ from xmodal_interp.models import (
     check_whole,
     generated_table,
     prompt_ids,
+    square_windows,
     tiles_behind,
     window_orders,
 )
@@ -158,7 +159,8 @@ def capture_batch(
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
     orders, tiles = window_orders(vlm.model, inputs), tiles_behind(inputs)
-    by_image = towers_by_image(recording.calls, ready, vlm.family, orders, tiles)
+    windows = square_windows(vlm.model)
+    by_image = towers_by_image(recording.calls, ready, vlm.family, orders, tiles, windows)
     heard = _Heard(streams, by_image, stacks_of(vlm.model, recording.modules))
     samples = [_sample(vlm, i, ready, new, heard, keep, about) for i in range(len(ready))]
     rotary = recording.rotary.whole() if recording.rotary else None

@@ -33,6 +33,19 @@ def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor] |
     return orders
 
 
+def square_windows(model: nn.Module) -> dict[str, int]:
+    """Blocks of a vision tower that cut each picture into square windows: path, side in patches.
+
+    Such a block has a method for it (as in SAM), found by its name; windows go row by row, and the
+    last of a row or column are padded.
+    """
+    return {
+        path: int(side)
+        for path, block in model.named_modules()
+        if hasattr(block, "window_partition") and (side := getattr(block, "window_size", 0))
+    }
+
+
 def tiles_behind(inputs: Mapping[str, Any]) -> list[int] | None:
     """How many tiles of each image the vision tower reads in a second call, behind all images.
 
