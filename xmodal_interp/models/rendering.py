@@ -33,61 +33,65 @@ class Rendered:
     spans: tuple[Span, ...]
 
 
-def rendered(  # noqa: PLR0913  what prompts and families differ in
-    processor: Any,
-    question: str,
-    placeholder: str | None,
-    n_images: int,
-    *,
-    video_placeholder: str | None = None,
-    n_videos: int = 0,
-    system: str | None = None,
-    in_front: bool = False,
-    answer: bool = True,
-) -> Rendered:
-    """The prompt of a question about some images and videos.
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """How the prompts of a model are written.
 
-    Args:
+    Attributes:
         processor: Its chat template is used.
-        question: One that holds a placeholder is the whole prompt; any other is put into the chat
-            template behind its images, and these before its videos.
-        placeholder: What a prompt has where an image goes.
-        n_images: How many images there are.
-        video_placeholder: What a prompt has where a video goes.
-        n_videos: How many videos there are.
-        system: A system message, for the chat template.
+        image: What a prompt has where an image goes; None where it has nothing there.
+        video: What a prompt has where a video goes, likewise.
         in_front: Whether the processor puts the images in front by itself: without a chat template,
             the question is the prompt.
-        answer: Whether the prompt ends with what opens the answer.
-
-    Raises:
-        InputError: An empty question, a processor without a chat template, or a prompt that has not
-            one placeholder per video.
+        answer: Whether a prompt ends with what opens the answer.
     """
-    if not question.strip():
-        raise InputError("A prompt must not be empty; got only white space.")
-    templated = getattr(processor, "chat_template", None) is not None
-    known = [each for each in (placeholder, video_placeholder) if each is not None]
-    if any(each in question for each in known) or (in_front and not templated):
-        _check_videos(question, video_placeholder, n_videos, "The prompt")
-        return Rendered(question, (Span("user", 0, len(question)),))
-    if not templated:
-        where = "" if placeholder is None else f", with {placeholder} where each image goes"
-        if n_videos:
-            where += f", with {video_placeholder} where each video goes"
-        raise InputError(
-            f"{type(processor).__name__} has no chat template, so a bare question cannot be "
-            f"rendered. Write the whole prompt{where}; got {question!r}."
-        )
-    parts = ["image"] * n_images + ["video"] * n_videos
-    content = [*({"type": part} for part in parts), {"type": "text", "text": question}]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    text = processor.apply_chat_template(messages, add_generation_prompt=answer)
-    _check_videos(text, video_placeholder, n_videos, "The chat template's prompt")
-    spans = message_spans(text, messages)
-    return Rendered(text, (*spans, *(s for each in known for s in _placeholder_spans(text, each))))
+
+    processor: Any
+    image: str | None
+    video: str | None = None
+    in_front: bool = False
+    answer: bool = True
+
+    def prompt(
+        self, question: str, n_images: int, n_videos: int = 0, *, system: str | None = None
+    ) -> Rendered:
+        """The prompt of a question about some images and videos.
+
+        Args:
+            question: One that holds a placeholder is the whole prompt; any other is put into the
+                chat template behind its images, and these before its videos.
+            n_images: How many images there are.
+            n_videos: How many videos there are.
+            system: A system message, for the chat template.
+
+        Raises:
+            InputError: An empty question, a processor without a chat template, or a prompt that has
+                not one placeholder per video.
+        """
+        if not question.strip():
+            raise InputError("A prompt must not be empty; got only white space.")
+        templated = getattr(self.processor, "chat_template", None) is not None
+        known = [each for each in (self.image, self.video) if each is not None]
+        if any(each in question for each in known) or (self.in_front and not templated):
+            _check_videos(question, self.video, n_videos, "The prompt")
+            return Rendered(question, (Span("user", 0, len(question)),))
+        if not templated:
+            where = "" if self.image is None else f", with {self.image} where each image goes"
+            if n_videos:
+                where += f", with {self.video} where each video goes"
+            raise InputError(
+                f"{type(self.processor).__name__} has no chat template, so a bare question cannot "
+                f"be rendered. Write the whole prompt{where}; got {question!r}."
+            )
+        parts = ["image"] * n_images + ["video"] * n_videos
+        content = [*({"type": part} for part in parts), {"type": "text", "text": question}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=self.answer)
+        _check_videos(text, self.video, n_videos, "The chat template's prompt")
+        marks = (span for each in known for span in _placeholder_spans(text, each))
+        return Rendered(text, (*message_spans(text, messages), *marks))
 
 
 def _check_videos(text: str, placeholder: str | None, n_videos: int, whose: str) -> None:

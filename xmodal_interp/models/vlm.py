@@ -20,7 +20,7 @@ from xmodal_interp.models.geometry import ImageGrid, VideoGrid
 from xmodal_interp.models.labelling import Labeller, Made, Prompt
 from xmodal_interp.models.opening import ImageLike, Video, flat, open_image, open_video
 from xmodal_interp.models.records import family_of
-from xmodal_interp.models.rendering import Rendered, closed_up, rendered
+from xmodal_interp.models.rendering import Rendered, Writer, closed_up
 from xmodal_interp.models.sequences import (
     as_generated,
     as_given,
@@ -192,17 +192,15 @@ class VLM:
                 f"its decoder's start token. Give an empty prompt, ''; got {question!r}."
             )
         mark = self.family.image_mark
-        return rendered(
+        writer = Writer(
             self.processor,
-            question if mark is None else closed_up(question, mark),
             self.placeholder,
-            n_images,
-            video_placeholder=self.video_placeholder,
-            n_videos=n_videos,
-            system=system,
+            self.video_placeholder,
             in_front=self.family.in_front,
             answer=not self.family.writes_prompt,
         )
+        whole = question if mark is None else closed_up(question, mark)
+        return writer.prompt(whole, n_images, n_videos, system=system)
 
     def _grids(
         self, inputs: Any, opened: Sequence[tuple[Image.Image, ...]]
