@@ -10,7 +10,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xmodal_interp.attention import AttentionCall, decoder_layer, encoder_layer, stitch
+from xmodal_interp.attention import (
+    AttentionCall,
+    decoder_layer,
+    encoder_layer,
+    stitch,
+    with_keys,
+)
 from xmodal_interp.hooks.modules import Identity
 
 
@@ -53,3 +59,22 @@ def call_by_position(
     if stream[0].module in stacks.encoder:
         return encoder_layer(stream, n_encoder, n_positions)
     return decoder_layer(stream, n_encoder, n_positions, merged=stacks.merged)
+
+
+def without_padding_keys(call: AttentionCall, n_keys: int | None) -> AttentionCall:
+    """A cross-attention with the keys of a sample's own images.
+
+    Samples of a batch with fewer images than others have keys behind their own, which are hidden;
+    but for rows before any image, to which some models show all keys, and drop what comes of it.
+
+    Args:
+        call: A call of one sample.
+        n_keys: How many keys its images have, if text reaches them by cross-attention.
+    """
+    if call.kind != "cross" or n_keys is None or call.n_keys <= n_keys:
+        return call
+    visible = call.visible()
+    reading = visible[..., n_keys:].any(-1) & ~visible.all(-1)
+    if bool(reading.any()):
+        return call
+    return with_keys(call, 0, n_keys)

@@ -22,7 +22,12 @@ from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.by_image import Layer, towers_by_image
-from xmodal_interp.by_position import Stacks, call_by_position, stacks_of
+from xmodal_interp.by_position import (
+    Stacks,
+    call_by_position,
+    stacks_of,
+    without_padding_keys,
+)
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.rotary import AXES
@@ -213,12 +218,13 @@ def _sample(
     ]  # the last token that generate returns was never read by the model
     added, text = generated_table(fed, ids, vlm.tokenizer, n_prompt, prompt.text)
     tokens = pd.concat([prompt.tokens, added]) if len(added) else prompt.tokens
+    n_cross_keys = None if prompt.cross_keys is None else len(prompt.cross_keys)
     calls: dict[CallKey, AttentionCall] = {}
     for (tower, kind, layer), stream in heard.streams.items():
         if tower == "language":
             own = [call.select_sample(index) for call in stream]
             whole = call_by_position(own, len(tokens), prompt.n_encoder, heard.stacks)
-            calls[tower, kind, layer, 0] = whole
+            calls[tower, kind, layer, 0] = without_padding_keys(whole, n_cross_keys)
         else:
             for number, call in sorted(heard.by_image[tower, kind, layer][index].items()):
                 calls[tower, kind, layer, number] = call

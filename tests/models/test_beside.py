@@ -233,3 +233,21 @@ def test_an_answer_is_put_behind_the_decoders_prompt(model_type: str) -> None:
     expected = logits[range(n), list(batch.answers[0])].double().mean().item()
     scores = dict(zip(METRICS, answer_scores(vlm, batch)[:, 0], strict=True))
     assert scores["log_prob"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["idefics", "mllama"])
+def test_samples_with_fewer_images_have_the_keys_of_their_own(model_type: str) -> None:
+    vlm = vlm_of(model_type)
+    one, two = [picture(96, 64, 0)], [picture(96, 64, 0), picture(64, 96, 1)]
+    questions = ["where is it?", "which one is it?"]
+    keep = xi.Keep(towers=("language",))
+    samples = xi.capture_batch(vlm, [one, two], questions, keep=keep)
+    for sample, images, question in zip(samples, (one, two), questions, strict=True):
+        alone = xi.capture(vlm, images, question, keep=keep)
+        assert sample.cross_keys is not None
+        layer = sample.layers(kind="cross")[-1]
+        text = sample.text_after_image()
+        ours = sample.probs(layer, queries=text, kind="cross")
+        theirs = alone.probs(layer, queries=alone.text_after_image(), kind="cross")
+        assert ours.shape[-1] == len(sample.cross_keys) == len(alone.cross_keys)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, equal_nan=True)

@@ -11,3 +11,4 @@ from xmodal_interp.attention.stitching import reread as reread
 from xmodal_interp.attention.stitching import stitch as stitch
 from xmodal_interp.attention.two_stacks import decoder_layer as decoder_layer
 from xmodal_interp.attention.two_stacks import encoder_layer as encoder_layer
+from xmodal_interp.attention.two_stacks import with_keys as with_keys

@@ -53,15 +53,19 @@ def decoder_layer(
         return _laid_out(stitch(calls, n_own), own, encoder, n_positions)
     if not merged:
         return _laid_out(stitch(calls, n_own), own, own, n_positions)
-    alone = [_with_keys(call, 0, call.n_keys - n_encoder) for call in calls]
-    across = [_with_keys(call, call.n_keys - n_encoder, call.n_keys) for call in calls]
+    alone = [with_keys(call, 0, call.n_keys - n_encoder) for call in calls]
+    across = [with_keys(call, call.n_keys - n_encoder, call.n_keys) for call in calls]
     of_itself = stitch(alone, n_own)
     of_encoder = stitch([replace(call, kind="cross") for call in across], n_own)
     return _laid_out(_side_by_side(of_encoder, of_itself), own, slice(0, n_positions), n_positions)
 
 
-def _with_keys(call: AttentionCall, start: int, stop: int) -> AttentionCall:
-    """Some of a call's keys, with the mask written out."""
+def with_keys(call: AttentionCall, start: int, stop: int) -> AttentionCall:
+    """A call with some of its keys only, the mask written out.
+
+    Probabilities that are recomputed are those among these keys: the others must be hidden, or
+    come back beside them.
+    """
     bias = added(call)
     return replace(
         call,
