@@ -8,6 +8,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import xmodal_interp as xi
 from tests.hooks.test_record import n_hooks
+from tests.models.real import real
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.errors import CaptureError, GeometryError, InputError
 from xmodal_interp.hooks import recorder
@@ -222,3 +223,9 @@ def test_refusals() -> None:
         "This model is compiled. Record the model as it was before torch.compile "
         "(model._orig_mod)."
     )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_model_that_needs_more_than_a_prompt_says_what() -> None:
+    with pytest.raises(InputError, match="PI0ForConditionalGeneration also needs state"):
+        xi.doctor(xi.VLM(*real("pi0")), picture(), "pick it up")

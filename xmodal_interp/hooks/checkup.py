@@ -30,7 +30,7 @@ from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.hooks.knockout import knock_out_attention
 from xmodal_interp.hooks.recorder import listening
 from xmodal_interp.hooks.recording import Choice, Recording
-from xmodal_interp.models import VLM, ImageLike
+from xmodal_interp.models import VLM, ImageLike, check_whole
 
 COLUMNS = ("check", "verdict", "value", "limit", "note")
 _NEW_TOKENS = 4
@@ -157,6 +157,7 @@ def _prepared(
     except GeometryError as error:
         findings.judge(check, _UNKNOWN, "", str(error), passed=False)
         return None
+    check_whole(vlm.model, inputs)
     n_tokens = int(ready.tokens["kind"].eq("image").sum())
     if vlm.family.geometry is None or not vlm.family.in_sequence:
         why = vlm.family.reason or "images are read by cross-attention, they are no tokens"

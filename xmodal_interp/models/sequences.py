@@ -114,7 +114,7 @@ def check_whole(model: Any, inputs: Mapping[str, Any]) -> None:
         raise InputError(
             "A sample is what a model makes of images and a prompt. "
             f"{type(model).__name__} also needs {' and '.join(missing)}. Call it with everything "
-            "it needs inside of xi.record(model)."
+            "it needs inside of xi.record(model), or give xi.doctor these inputs."
         )
 
 
