@@ -2,8 +2,7 @@
 
 A block is named query kind - key kind, so that ``T-V`` is text looking at the image. Tokens of
 videos are image tokens here. Text is every token that is neither image, video nor padding; the two
-key kinds share out each row. Per block,
-layer and head:
+key kinds share out each row. Per block, layer and head:
 
 * ``mass``: probability per query, summed over the block's keys, averaged over the queries that see
   any of them;
