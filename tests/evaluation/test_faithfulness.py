@@ -1,5 +1,7 @@
 """Tokens taken away in the order of a map, and brought back in it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from xmodal_interp.analysis.teacher_forcing import answer_scores
 from xmodal_interp.errors import CaptureError, InputError, UnsupportedModelError
 from xmodal_interp.evaluation.boxes import overlap_shares
 from xmodal_interp.evaluation.faithfulness import (
+    _values,
     area,
     curve_areas,
     deletion_curve,
@@ -156,3 +159,15 @@ def test_embeddings_are_replaced_in_whole_forwards_only() -> None:
         f"were positions [1, {n - 1}]; the language model got embeddings of [1, {n}]."
     )
     assert not vlm.model.get_decoder()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("maps", ["centre", "rows and columns"])
+def test_tokens_without_a_place_are_not_ranked_by_one(maps: str) -> None:
+    """Index -1 of a row or column would be the last one."""
+    (grid,) = tiny_vlm("llava").prepare([[picture()]], ["what ?"])[1][0].grids
+    headed = np.concatenate([[[-1, -1]], grid.places])
+    boxes = np.concatenate([np.full((1, 4), np.nan), grid.boxes])
+    stray = dataclasses.replace(grid, places=headed, boxes=boxes)
+    given = "centre" if maps == "centre" else [np.ones((grid.rows, grid.cols))]
+    with pytest.raises(InputError, match=f"1 of {len(headed)} image tokens have none"):
+        _values(stray, given, 0, seed=0)
