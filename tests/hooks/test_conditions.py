@@ -149,6 +149,40 @@ def test_two_threads_record_at_once(models) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("begins", [True, False], ids=["pre-hooks", "hooks"])
+def test_a_block_ends_while_another_thread_runs_the_model(begins) -> None:
+    """Its hooks are about to be called there, and are taken off: torch tells them less then."""
+    model, inputs = of("llava")
+    ended, inside = threading.Event(), threading.Event()
+    found: list[Tensor] = []
+
+    def wait(*_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert ended.wait(30)
+
+    def work() -> None:
+        with torch.no_grad():
+            found.append(first(model(**inputs)))
+
+    block = model.model.language_model.layers[1]
+    sites = [block, block.self_attn, model.model.language_model.rotary_emb]
+    for site in sites:
+        put = site.register_forward_pre_hook if begins else site.register_forward_hook
+        thread = threading.Thread(target=work)
+        inside.clear()
+        ended.clear()
+        with put(wait):
+            with torch.no_grad(), record(model, norms=True) as recording:
+                alone = first(model(**inputs))
+                thread.start()
+                assert inside.wait(30)
+            ended.set()
+            thread.join()
+        assert torch.equal(found.pop(), alone)
+        assert_complete_and_exact(recording.calls, model)
+
+
 def test_data_parallel_without_devices_is_the_model_itself() -> None:
     model, inputs = of("llava")
     with torch.no_grad(), record(nn.DataParallel(model)) as recording:

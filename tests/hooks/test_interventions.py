@@ -171,6 +171,16 @@ REFUSALS = {
         InputError,
         "mode must be one of zero, uniform, mean; got 'median'.",
     ),
+    "pairs": (
+        lambda: inspect.unwrap(ablate_heads)([(1, 6)]),
+        InputError,
+        "heads are listed by layer, such as {3: [0, 5]}; got [(1, 6)].",
+    ),
+    "one head": (
+        lambda: inspect.unwrap(ablate_heads)({1: 6}),
+        InputError,
+        "heads are listed by layer, such as {3: [0, 5]}; got {1: 6}.",
+    ),
     "means": (
         lambda: ablate_heads({0: [0]}, "mean"),
         InputError,

@@ -15,7 +15,7 @@ mean       The head's output becomes its mean over a data set (:func:`mean_head_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -119,7 +119,8 @@ def ablate_heads(
         means: For ``mode="mean"``: what :func:`mean_head_outputs` returned.
 
     Raises:
-        InputError: An unknown mode, means without their mode or of another tower, or the reverse.
+        InputError: Heads not by layer, an unknown mode, means without their mode or of another
+            tower, or the reverse.
         PositionError: A negative position.
     """
     if mode not in ABLATION_MODES:
@@ -134,6 +135,9 @@ def ablate_heads(
             f"Means must be of the heads that are ablated: {tower} {kind}-attention; got means of "
             f"{means.tower} {means.kind}-attention."
         )
+    by_layer = isinstance(heads, Mapping)
+    if not by_layer or not all(isinstance(each, Iterable) for each in heads.values()):
+        raise InputError(f"heads are listed by layer, such as {{3: [0, 5]}}; got {heads!r}.")
     selection = None if queries is None else Selection(queries)
     return HeadAblation(dict(heads), mode, tower, kind, selection, means)
 

@@ -16,7 +16,6 @@ To add one, write a frozen dataclass with the functions of :class:`Intervention`
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from xmodal_interp.errors import CaptureError, LayerError, PositionError
 from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
 from xmodal_interp.hooks.heads import layers_of, listed, n_heads_of
 from xmodal_interp.hooks.modules import Identity, attention_modules
+from xmodal_interp.hooks.own_thread import in_this_thread
 from xmodal_interp.hooks.reading import as_attention_call
 from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tap import RawCall, tap
@@ -122,9 +122,10 @@ def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Iterator[
     with ExitStack() as stack:
         refuse_when_compiled_code_runs(bare, known, stack)
         for editor in editors:
+            enter, leave = in_this_thread(editor.open), in_this_thread(editor.close)
             for module in editor.heads:
-                stack.callback(module.register_forward_pre_hook(editor.open).remove)
-                stack.callback(module.register_forward_hook(editor.close, always_call=True).remove)
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
             stack.enter_context(tap(editor))
         yield
     for editor in editors:
@@ -139,7 +140,6 @@ class _Editor:
         modules = layers_of(known, intervention.tower, intervention.kind)
         wanted = intervention.heads_in({n: n_heads_of(module) for n, module in modules.items()})
         self.heads = {modules[layer]: tuple(heads) for layer, heads in wanted.items()}
-        self.thread = threading.get_ident()  # hooks sit on the model, so they fire for others too
         self.running: list[nn.Module] = []
         self.ran: set[nn.Module] = set()
         self.length: dict[nn.Module, int] = {}  # of the sequence that a module is at
@@ -147,13 +147,11 @@ class _Editor:
         self.site: Site | None = None
 
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
-        if threading.get_ident() == self.thread:
-            self.running.append(module)
-            self.ran.add(module)
+        self.running.append(module)
+        self.ran.add(module)
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
-        opened = bool(self.running) and self.running[-1] is module
-        if threading.get_ident() == self.thread and opened:  # not if it was refused
+        if self.running and self.running[-1] is module:  # not if it was refused
             self.running.pop()
 
     def before(self, call: RawCall) -> RawCall:

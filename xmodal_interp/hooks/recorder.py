@@ -13,7 +13,6 @@ the older call becomes a view.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,6 +32,7 @@ from xmodal_interp.hooks.modules import (
     identity_of,
     layers_without_matrix,
 )
+from xmodal_interp.hooks.own_thread import in_this_thread
 from xmodal_interp.hooks.reading import as_attention_call, segments, whole_mask
 from xmodal_interp.hooks.recording import Choice, Recording
 from xmodal_interp.hooks.refusals import check_choice, refuse_replica
@@ -89,9 +89,11 @@ def listening(model: nn.Module, choice: Choice) -> Iterator[Recording]:
         if choice.norms:
             recorder.shares = UpdateShares(model, known)
             recorder.shares.listen(stack)
+        enter, leave = in_this_thread(recorder.open), in_this_thread(recorder.close)
         for module in known:
-            stack.callback(module.register_forward_pre_hook(recorder.open).remove)
-            hook = module.register_forward_hook(recorder.close, with_kwargs=True, always_call=True)
+            stack.callback(module.register_forward_pre_hook(refuse_replica).remove)
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            hook = module.register_forward_hook(leave, with_kwargs=True, always_call=True)
             stack.callback(hook.remove)
         stack.enter_context(tap(recorder))
         stack.callback(recorder.finish)
@@ -110,7 +112,6 @@ class _Recorder:
 
     def __init__(self, model: nn.Module, known: dict[nn.Module, Identity], choice: Choice) -> None:
         self.model, self.known, self.choice = model, known, choice
-        self.thread = threading.get_ident()  # hooks sit on the model, so they fire for others too
         self.recording = Recording(tuple(known.values()), layers_without_matrix(model))
         self.running: list[_Run] = []
         self.asking: set[type[nn.Module]] = set()  # classes that ask the interface
@@ -121,8 +122,7 @@ class _Recorder:
         self.shares: UpdateShares | None = None
 
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
-        refuse_replica(module)
-        if self._elsewhere():
+        if _recomputing():
             return
         run = _Run(module, len(self.kept))
         self.running.append(run)
@@ -132,7 +132,7 @@ class _Recorder:
 
     def close(self, module: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
         opened = bool(self.running) and self.running[-1].module is module
-        if self._elsewhere() or not opened:  # closed though it was refused, so never opened
+        if _recomputing() or not opened:  # closed though it was refused, so never opened
             return
         run = self.running.pop()
         if run.bypass is not None:
@@ -177,10 +177,6 @@ class _Recorder:
         if run is not None:
             run.inside -= 1
         return output
-
-    def _elsewhere(self) -> bool:
-        """Another thread runs the model, or a checkpointed block is run again for its gradient."""
-        return threading.get_ident() != self.thread or _recomputing()
 
     def _take_in(self, module: nn.Module) -> None:
         """A module that asked for attention, though its class is not named so."""

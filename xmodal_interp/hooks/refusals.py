@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -31,7 +32,7 @@ def check_choice(
             )
 
 
-def refuse_replica(module: nn.Module) -> None:
+def refuse_replica(module: nn.Module, args: Any = ()) -> None:  # noqa: ARG001
     """Raise CaptureError in a copy that ``nn.DataParallel`` made for one of its devices."""
     if getattr(module, "_is_replica", False):
         raise CaptureError(

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from xmodal_interp.hooks.modules import attention_modules, block_of
+from xmodal_interp.hooks.own_thread import in_this_thread
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 
@@ -68,7 +69,7 @@ def remember_blocks(model: nn.Module) -> Iterator[BlockOutputs]:
 
     with ExitStack() as stack:
         for block in dict.fromkeys(blocks.values()):
-            stack.callback(block.register_forward_hook(keep).remove)
+            stack.callback(block.register_forward_hook(in_this_thread(keep)).remove)
         yield memory
 
 

@@ -8,7 +8,6 @@ family; hooks on them listen.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import pairwise
@@ -19,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from xmodal_interp.hooks.modules import Identity
+from xmodal_interp.hooks.own_thread import in_this_thread
 
 AXES = ("t", "h", "w")
 """Time, row and column; the same number three times where a model has one axis.
@@ -40,18 +40,16 @@ class RotaryPositions:
             ),
             None,
         )
-        self.thread = threading.get_ident()  # hooks sit on the model, so they fire for others too
         self.heard: list[Tensor] = []
 
     def listen(self, stack: ExitStack) -> None:
         """Put a hook on the module, until the stack is closed."""
         if self.module is not None:
-            hook = self.module.register_forward_pre_hook(self._enter, with_kwargs=True)
+            enter = in_this_thread(self._enter)
+            hook = self.module.register_forward_pre_hook(enter, with_kwargs=True)
             stack.callback(hook.remove)
 
     def _enter(self, module: nn.Module, args: Any, options: dict[str, Any]) -> None:  # noqa: ARG002
-        if threading.get_ident() != self.thread:
-            return
         told = options.get("position_ids", args[1] if len(args) > 1 else None)
         if not isinstance(told, Tensor) or told.is_floating_point():
             return

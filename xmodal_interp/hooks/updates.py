@@ -7,7 +7,6 @@ module returns: in the spirit of GlobEnc (Modarressi et al. 2022, arXiv 2205.032
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.modules import Identity, block_of
+from xmodal_interp.hooks.own_thread import in_this_thread
 
 
 class UpdateShares:
@@ -25,17 +25,16 @@ class UpdateShares:
 
     def __init__(self, model: nn.Module, known: dict[nn.Module, Identity]) -> None:
         self.blocks = {module: block_of(model, identity) for module, identity in known.items()}
-        self.thread = threading.get_ident()  # hooks sit on the model, so they fire for others too
         self.inputs: dict[nn.Module, Tensor] = {}
 
     def listen(self, stack: ExitStack) -> None:
         """Put hooks on the blocks, until the stack is closed."""
+        enter = in_this_thread(self._enter)
         for block in {block for block in self.blocks.values() if block is not None}:
-            stack.callback(block.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+            stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
 
     def _enter(self, block: nn.Module, args: Any, options: dict[str, Any]) -> None:
-        if threading.get_ident() == self.thread:
-            self.inputs[block] = args[0] if args else options["hidden_states"]
+        self.inputs[block] = args[0] if args else options["hidden_states"]
 
     def of(self, module: nn.Module, output: Any, calls: Sequence[AttentionCall]) -> list[Tensor]:
         """The shares ``[sample, query]`` of the calls that one run of an attention module made.
