@@ -94,3 +94,16 @@ def test_positions_that_are_no_ids_are_not_chosen(model_type: str) -> None:
     (batch,) = batches_of(vlm, [item], batch_size=1)
     with pytest.raises(InputError, match=r"needs a position for each id\. Here prompts have \d+"):
         _ = batch.n_ids
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "idefics2", "mllama", "lfm2_vl", "qwen2_vl"])
+def test_a_batch_may_hold_samples_with_no_image(name: str) -> None:
+    vlm = VLM(*real(name))
+    images, questions = [[picture()], [], [picture(seed=1)]], [QUESTION, "how many ?", QUESTION]
+    _, prompts = vlm.prepare(images, questions)
+    for of, question, prompt in zip(images, questions, prompts, strict=True):
+        alone = vlm.prepare([of], [question])[1][0]
+        kinds = alone.columns["kind"]
+        n_padded = len(prompt.columns["kind"]) - len(kinds)
+        assert prompt.columns["kind"] == ["padding"] * n_padded + kinds
+        assert len(prompt.grids) == len(of)

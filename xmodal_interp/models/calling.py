@@ -17,13 +17,17 @@ from xmodal_interp.models.rendering import interleaved
 def texts_and_images(
     family: Family, texts: Sequence[str], opened: Sequence[tuple[Image.Image, ...]]
 ) -> dict[str, Any]:
-    """Texts and images, each in a list, or in one; no texts where there is none."""
+    """Texts and images, each in a list, or in one; no texts where there is none.
+
+    Of some samples with images and some without, these have an empty list, unless the processor
+    puts the images in front by itself.
+    """
     mark = family.image_mark
     if mark is not None:
         pairs = zip(texts, opened, strict=True)
         return {"text": [interleaved(text, mark, of_sample) for text, of_sample in pairs]}
-    nested = [list(of_sample) for of_sample in opened if of_sample]
-    images = (flat(nested) if family.flat_images else nested) or None
+    nested = [list(of_sample) for of_sample in opened if of_sample or not family.in_front]
+    images = (flat(nested) if family.flat_images else nested) if any(opened) else None
     return {"images": images, "text": list(texts)} if any(texts) else {"images": images}
 
 
