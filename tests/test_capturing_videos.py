@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
 )
 QUESTION = "where is the red circle?"
 TYPES = [
+    *("gemma4", "gemma4_unified"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_5_omni_thinker", "exaone4_5"),
     *("ernie4_5_vl_moe", "glm4v", "glm46v", "video_llama_3", "internvl", "muse_glimmer"),
     *("llava_onevision", "llava_next_video", "video_llava", "perception_lm"),
@@ -25,6 +26,9 @@ TYPES = [
 EITHER = {"glm4v", "glm46v"}
 """Types whose videos take image tokens, so that the model refuses both in one batch."""
 BOTH = [name for name in TYPES if name not in EITHER]
+WITHOUT_TOWER = {"gemma4_unified"}
+"""Types that project patches right into the language model."""
+WITH_TOWER = [name for name in TYPES if name not in WITHOUT_TOWER]
 ONLY_CACHED = {"ernie4_5_vl_moe"}
 """Types that cannot generate without a cache, recorded or not."""
 STEPS = {"max_new_tokens": 4, "generation": {"min_new_tokens": 4}}
@@ -82,7 +86,7 @@ def test_a_question_about_a_video(model_type: str) -> None:
         assert call.n_queries == len(grid.patch_places)
         seen = sample.grid(call.probs()[0, 0, -1], video=0)
         assert seen.shape == (grid.patch_frames, grid.patch_rows, grid.patch_cols)
-    assert tower
+    assert bool(tower) == (model_type in WITH_TOWER)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -120,13 +124,13 @@ def test_images_and_videos_come_apart(model_type: str) -> None:
     n_compared = 0
     for number, sample in enumerate(alone):
         keys = [key for key in sample.calls if key[0] == "vision"]
-        assert {key[3] for key in keys} == {0}
+        assert {key[3] for key in keys} == ({0} if model_type in WITH_TOWER else set())
         mine = [key for key in together.calls if key[0] == "vision" and key[3] == number]
         assert [key[:3] for key in mine] == [key[:3] for key in keys]
         for key in keys:
             close(together.calls[*key[:3], number], sample.calls[key])
             n_compared += 1
-    assert n_compared >= 3
+    assert n_compared >= 3 or model_type in WITHOUT_TOWER
 
 
 @pytest.mark.parametrize("model_type", BOTH)
@@ -221,7 +225,7 @@ def test_a_chat_template_without_videos_is_refused() -> None:
     )
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", WITH_TOWER)
 def test_positions_of_the_tower_are_where_the_grid_says(model_type: str) -> None:
     """Paint one patch of one frame: in the first layer, its query changes more than any other."""
     vlm = vlm_of(model_type)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.models.painting import language_inputs, painted, vlm_of
+from tests.models.painting import language_inputs, painted, textured, vlm_of
 from tests.tiny import QUESTION, tiny_vlm
 from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.models import VLM, Video
+from xmodal_interp.models import FAMILIES, VLM, Video
 from xmodal_interp.models.labelling import Prompt
 
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
 )
 SIZE, N_FRAMES, FPS = (120, 70), 4, 2.0
 MERGED = {  # how many frames a frame of tokens stands for
+    **dict.fromkeys(("gemma4", "gemma4_unified"), 1),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "ernie4_5_vl_moe"), 2),
     **dict.fromkeys(("glm4v", "glm46v", "qwen2_5_omni_thinker"), 2),
     **dict.fromkeys(("qwen3_vl_moe", "qwen3_5_moe", "qwen4_exp", "qwen3_omni_moe_thinker"), 2),
@@ -25,6 +26,8 @@ MERGED = {  # how many frames a frame of tokens stands for
     **dict.fromkeys(("video_llama_3", "internvl", "llava_onevision", "llava_next_video"), 1),
     **dict.fromkeys(("video_llava", "perception_lm"), 1),
 }
+TEXTURED = {"gemma4_unified"}
+"""Types that norm the pixels of each patch: on even ground, all changes are alike to them."""
 
 
 def read(vlm: VLM, frames: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
@@ -36,6 +39,8 @@ def read(vlm: VLM, frames: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
 def test_a_painted_box_is_heard_of_in_its_frame(model_type: str) -> None:
     vlm = vlm_of(model_type)
     frames = [Image.new("RGB", SIZE, (40 + i, 40, 40)) for i in range(N_FRAMES)]
+    if model_type in TEXTURED:
+        frames = [textured(*SIZE) for _ in frames]
     plain, prompt = read(vlm, frames)
     (grid,), tokens, merged = prompt.video_grids, prompt.tokens, MERGED[model_type]
     assert grid.frames == N_FRAMES // merged
@@ -80,4 +85,17 @@ def test_a_family_without_a_rule_for_videos_says_so() -> None:
         vlm.prepare([[]], [f"{vlm.processor.video_token} {QUESTION}"], videos=[[video]])
     assert str(refusal.value) == (
         "Videos need a rule that places their tokens. There is none for the model type 'smolvlm'."
+    )
+
+
+def test_frames_that_a_processor_leaves_out_are_refused() -> None:
+    """They are those of the user's video, or nothing is placed."""
+    vlm = vlm_of("gemma4")
+    video = Video((Image.new("RGB", SIZE),) * 3)
+    inputs = {"num_frames_per_video": [2], "video_position_ids": np.zeros((2, 630, 2), int)}
+    with pytest.raises(GeometryError) as refusal:
+        FAMILIES["gemma4"].video(vlm.processor, vlm.model.config, inputs, [video])
+    assert str(refusal.value) == (
+        "The processor must return the frames that it was given. It got videos of 3 frames, and "
+        "returned 2."
     )

@@ -66,8 +66,15 @@ _RECORDS: tuple[Family, ...] = (
     Family("mistral3", geometry=geometry.sized_patches),
     Family("mistral_large4", geometry=geometry.sized_patches),
     Family("lighton_ocr", geometry=geometry.sized_patches),
-    Family("gemma4", geometry=geometry.PositionedPatches()),
-    Family("gemma4_unified", geometry=geometry.PositionedPatches(merged=True)),
+    *(
+        Family(
+            name,
+            geometry=geometry.PositionedPatches(merged=merged),
+            video=geometry.PositionedFrames(merged=merged),
+            video_token=_VIDEO,
+        )
+        for name, merged in (("gemma4", False), ("gemma4_unified", True))
+    ),
     Family("diffusion_gemma", geometry=geometry.PositionedPatches()),
     # squares of pixels, the last of them padded
     Family("fuyu", geometry=geometry.PaddedSquares("patch_size", geometry.shrunk), in_front=True),
