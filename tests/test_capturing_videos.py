@@ -18,13 +18,16 @@ pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
 )
 QUESTION = "where is the red circle?"
 TYPES = [
-    *("gemma4", "gemma4_unified"),
+    *("gemma4", "gemma4_unified", "smolvlm"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_5_omni_thinker", "exaone4_5"),
     *("ernie4_5_vl_moe", "glm4v", "glm46v", "video_llama_3", "internvl", "muse_glimmer"),
     *("llava_onevision", "llava_next_video", "video_llava", "perception_lm"),
 ]
-EITHER = {"glm4v", "glm46v"}
-"""Types whose videos take image tokens, so that the model refuses both in one batch."""
+EITHER = {
+    **dict.fromkeys(("glm4v", "glm46v"), "Image features and image tokens do not match"),
+    "smolvlm": "Image features and image tokens do not match",
+}
+"""Types whose videos take image tokens, so that the model refuses both in one batch, and how."""
 BOTH = [name for name in TYPES if name not in EITHER]
 WITHOUT_TOWER = {"gemma4_unified"}
 """Types that project patches right into the language model."""
@@ -133,10 +136,12 @@ def test_images_and_videos_come_apart(model_type: str) -> None:
     assert n_compared >= 3 or model_type in WITHOUT_TOWER
 
 
-@pytest.mark.parametrize("model_type", BOTH)
+@pytest.mark.parametrize("model_type", TYPES)
 def test_a_padded_batch_with_images_and_videos(model_type: str) -> None:
     vlm = vlm_of(model_type)
     images, videos = [[noise(64, 48, 1)], []], [[clip(4, 0)], [clip(4, 1)]]
+    if model_type in EITHER:
+        images = [[], []]
     questions = [QUESTION, "how many?"]
     together = xi.capture_batch(vlm, images, questions, videos=videos, **STEPS)
     for i, sample in enumerate(together):
@@ -154,7 +159,7 @@ def test_a_padded_batch_with_images_and_videos(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", EITHER)
 def test_types_that_read_either_refuse_both(model_type: str) -> None:
-    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+    with pytest.raises(ValueError, match=EITHER[model_type]):
         xi.capture(vlm_of(model_type), noise(64, 48, 1), QUESTION, videos=clip(4, 0))
 
 
@@ -166,6 +171,22 @@ def test_a_prompt_of_ones_own_may_have_the_video_first() -> None:
     alone = xi.capture(vlm, image, QUESTION), xi.capture(vlm, [], QUESTION, videos=video)
     for number, other in enumerate(alone):
         close(sample.call(0, tower="vision", call=number), other.call(0, tower="vision"))
+
+
+@pytest.mark.parametrize("model_type", ["smolvlm", "gemma4"])
+def test_videos_of_other_lengths_and_shapes_come_apart(model_type: str) -> None:
+    """What shorter ones are padded with is no part of them."""
+    vlm, videos = vlm_of(model_type), [clip(3, 0), clip(1, 1, 64, 96)]
+    together = xi.capture(vlm, [], QUESTION, videos=videos)
+    for number, video in enumerate(videos):
+        alone = xi.capture(vlm, [], QUESTION, videos=video)
+        grid, own = together.video_grids[number], alone.video_grids[0]
+        assert grid.frames == len(grid.times) == len(video)
+        assert np.array_equal(grid.places, own.places)
+        assert np.array_equal(grid.boxes, own.boxes)
+        for layer in alone.layers("vision"):
+            ours = together.call(layer, tower="vision", call=number)
+            close(ours, alone.call(layer, tower="vision"))
 
 
 def test_only_text_behind_the_video_is_kept() -> None:

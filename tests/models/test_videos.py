@@ -1,5 +1,7 @@
 """Frames of videos: paint a token's box in the frames that it stands for, and it hears of it."""
 
+import copy
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
 )
 SIZE, N_FRAMES, FPS = (120, 70), 4, 2.0
 MERGED = {  # how many frames a frame of tokens stands for
-    **dict.fromkeys(("gemma4", "gemma4_unified"), 1),
+    **dict.fromkeys(("gemma4", "gemma4_unified", "smolvlm"), 1),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "ernie4_5_vl_moe"), 2),
     **dict.fromkeys(("glm4v", "glm46v", "qwen2_5_omni_thinker"), 2),
     **dict.fromkeys(("qwen3_vl_moe", "qwen3_5_moe", "qwen4_exp", "qwen3_omni_moe_thinker"), 2),
@@ -79,12 +81,13 @@ def test_refusals() -> None:
 
 
 def test_a_family_without_a_rule_for_videos_says_so() -> None:
-    vlm = vlm_of("smolvlm")
+    vlm = vlm_of("diffusion_gemma")  # its processor takes videos, its model leaves them unread
     video = Video((Image.new("RGB", (32, 32)),) * 2, fps=1.0)
     with pytest.raises(GeometryError) as refusal:
         vlm.prepare([[]], [f"{vlm.processor.video_token} {QUESTION}"], videos=[[video]])
     assert str(refusal.value) == (
-        "Videos need a rule that places their tokens. There is none for the model type 'smolvlm'."
+        "Videos need a rule that places their tokens. There is none for the model type "
+        "'diffusion_gemma'."
     )
 
 
@@ -98,4 +101,19 @@ def test_frames_that_a_processor_leaves_out_are_refused() -> None:
     assert str(refusal.value) == (
         "The processor must return the frames that it was given. It got videos of 3 frames, and "
         "returned 2."
+    )
+
+
+def test_frames_of_other_pixels_than_the_settings_say_are_refused() -> None:
+    """SmolVLM pads what it does not resize to the largest of the videos."""
+    vlm = vlm_of("smolvlm")
+    processor = copy.copy(vlm.processor)
+    processor.video_processor = copy.copy(processor.video_processor)
+    processor.video_processor.do_resize = False
+    videos = [[Video((Image.new("RGB", size),) * 2, fps=1.0) for size in ((32, 32), (32, 16))]]
+    with pytest.raises(GeometryError) as refusal:
+        VLM(vlm.model, processor).prepare([[]], [QUESTION], videos=videos)
+    assert str(refusal.value) == (
+        "The processor's settings must lead to the pixels it returned. Replayed were 32 x 16, "
+        "returned 32 x 32."
     )

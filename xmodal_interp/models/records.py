@@ -134,7 +134,11 @@ _RECORDS: tuple[Family, ...] = (
     ),
     Family("granite4_vision", geometry=geometry.anyres_tiles),
     Family("idefics3", geometry=_SPLIT_SQUARES),
-    Family("smolvlm", geometry=_SPLIT_SQUARES),
+    Family(
+        "smolvlm",
+        geometry=_SPLIT_SQUARES,
+        video=geometry.SingleFrames(merge="scale_factor", show=geometry.squeezed),
+    ),
     Family(
         "internvl",
         geometry=_BEST_CANVAS,

@@ -63,3 +63,4 @@ from xmodal_interp.models.geometry.video import SingleFrames as SingleFrames
 from xmodal_interp.models.geometry.video import VideoGrid as VideoGrid
 from xmodal_interp.models.geometry.video import VideoRule as VideoRule
 from xmodal_interp.models.geometry.video_frames import PositionedFrames as PositionedFrames
+from xmodal_interp.models.geometry.video_frames import squeezed as squeezed

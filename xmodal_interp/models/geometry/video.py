@@ -133,9 +133,15 @@ class MergedFrames:
         return grids
 
 
+FrameShow = Callable[[Any, tuple[int, int], int, int], Box]
+"""``(settings, size, width, height) -> box``: what of a frame of ``size`` its pixels show."""
+
+
 @dataclass(frozen=True)
 class SingleFrames:
     """Each frame is resized to one size and gives a grid of its own.
+
+    Frames that a processor puts behind those of the shorter videos of a batch are not read.
 
     Attributes:
         merge: The side of the square of patches that gives a token, as for tiles.
@@ -143,12 +149,14 @@ class SingleFrames:
         behind: Tokens without a place behind the last frame's: a newline token.
         class_token: Whether the vision tower has a class token before the patches of each frame, or
             the attribute of the configuration that says so; None where the processor does.
+        show: What of a frame is seen, by the settings of the video processor.
     """
 
     merge: str | int = 1
     before: int = 0
     behind: int = 0
     class_token: bool | str | None = None
+    show: FrameShow = shown_by
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
@@ -167,7 +175,7 @@ class SingleFrames:
         first = self._class_tokens(processor, config)
         grids = []
         for video in videos:
-            box = shown_by(processor.video_processor, video.size, width, height)
+            box = self.show(processor.video_processor, video.size, width, height)
             tokens = joined([nowhere(self.before), rectangle(rows, cols, box)])
             patches = joined([nowhere(first), rectangle(patch_rows, patch_cols, box)])
             n = len(video)

@@ -1,4 +1,4 @@
-"""Videos whose frames come as patches with their column and row beside them (Gemma 4)."""
+"""Frames with patches that tell their places (Gemma 4), or that are made square (SmolVLM)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.cells import joined, nowhere, rectangle
+from xmodal_interp.models.geometry.cells import Box, joined, nowhere, rectangle
 from xmodal_interp.models.geometry.video import VideoGrid, video_grid, whole
 from xmodal_interp.models.opening import Video
 
@@ -52,3 +52,25 @@ class PositionedFrames:
             tower = joined([rectangle(rows, cols, whole(video)), padding])
             grids.append(video_grid(video, [tokens] * len(video), [tower] * len(video)))
         return grids
+
+
+def squeezed(settings: Any, size: tuple[int, int], width: int, height: int) -> Box:
+    """What is shown where a frame of ``size`` is made square without regard to its shape: all.
+
+    Args:
+        settings: The video processor.
+        size: Width and height of the frame, px.
+        width: Width of the pixels that were returned.
+        height: Height of them.
+
+    Raises:
+        GeometryError: The settings do not lead to these pixels.
+    """
+    side = settings.max_image_size["longest_edge"]
+    expected = (side, side) if settings.do_resize else size
+    if expected != (width, height):
+        raise GeometryError(
+            "The processor's settings must lead to the pixels it returned. Replayed were "
+            f"{expected[0]} x {expected[1]}, returned {width} x {height}."
+        )
+    return 0.0, 0.0, float(size[0]), float(size[1])
