@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
 SIZE, N_FRAMES, FPS = (120, 70), 4, 2.0
 MERGED = {  # how many frames a frame of tokens stands for
     **dict.fromkeys(("gemma4", "gemma4_unified", "smolvlm"), 1),
+    "glm5_next": 2,
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "ernie4_5_vl_moe"), 2),
     **dict.fromkeys(("glm4v", "glm46v", "qwen2_5_omni_thinker"), 2),
     **dict.fromkeys(("qwen3_vl_moe", "qwen3_5_moe", "qwen4_exp", "qwen3_omni_moe_thinker"), 2),

@@ -49,7 +49,12 @@ _RECORDS: tuple[Family, ...] = (
         )
         for name in _MERGED
     ),
-    Family("glm5_next", geometry=geometry.MergedPatches(geometry.within_tokens)),
+    Family(
+        "glm5_next",
+        geometry=geometry.MergedPatches(geometry.within_tokens),
+        video=geometry.MergedFrames(content=geometry.within_video_tokens),
+        video_token=_VIDEO,
+    ),
     Family("kimi_k25", geometry=geometry.MergedPatches(geometry.within_patches, by_rows=True)),
     *(
         Family(

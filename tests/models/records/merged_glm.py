@@ -32,6 +32,13 @@ _GLM_IDS = {
     "video_end_token_id": Token("<|end_of_video|>"),
 }
 _GLM_PATCHES = {**_PATCHES, "size": {"shortest_edge": 2 * 32 * 32, "longest_edge": 2 * 96 * 96}}
+_GLM5_PATCHES = {
+    "patch_size": 8,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_image_tokens": 4,
+    "max_image_tokens": 36,
+}
 _GLM_NOTE = (
     "Resized to multiples of patch_size * merge_size; size.shortest_edge and size.longest_edge are "
     "areas times the frames of a temporal patch (2 for an image)."
@@ -92,13 +99,8 @@ RECORDS: tuple[Record, ...] = (
         note="As glm4v, but the bounds are min_image_tokens and max_image_tokens.",
         image=_GLM_IMAGE,
         tokens=_GLM_TOKENS,
-        images={
-            "patch_size": 8,
-            "merge_size": 2,
-            "temporal_patch_size": 2,
-            "min_image_tokens": 4,
-            "max_image_tokens": 36,
-        },
+        images=_GLM5_PATCHES,
+        videos={**_GLM5_PATCHES, "max_image_tokens": 72},
         config={
             **_GLM_IDS,
             "vision_config": {**_VISION, "image_size": 96, "projection_intermediate_size": 48},
@@ -110,6 +112,7 @@ RECORDS: tuple[Record, ...] = (
                 "linear_head_dim": 8,
                 "linear_num_heads": 4,
                 "index_topk": 16,
+                "index_n_heads": 16,  # with few, scores tie at 0, and chance chooses
                 "index_kpool": 4,
                 "qk_rope_head_dim": 0,
                 "head_dim": 0,

@@ -64,3 +64,4 @@ from xmodal_interp.models.geometry.video import VideoGrid as VideoGrid
 from xmodal_interp.models.geometry.video import VideoRule as VideoRule
 from xmodal_interp.models.geometry.video_frames import PositionedFrames as PositionedFrames
 from xmodal_interp.models.geometry.video_frames import squeezed as squeezed
+from xmodal_interp.models.geometry.video_frames import within_video_tokens as within_video_tokens

@@ -106,11 +106,27 @@ def within_patches(
 def within_tokens(processor: Any, image: Image.Image, width: int, height: int) -> tuple[int, int]:
     """An image that is made larger only where it has too few tokens, then padded (GLM-5)."""
     settings = processor.image_processor
-    scale = min(height / image.height, width / image.width)
+    return size_within_tokens(settings, image.size, settings.temporal_patch_size, width, height)
+
+
+def size_within_tokens(
+    settings: Any, size: tuple[int, int], n_frames: int, width: int, height: int
+) -> tuple[int, int]:
+    """Width and height of a picture in the padded pixels, px.
+
+    It is made larger only where all of its frames have too few tokens.
+
+    Args:
+        settings: The processor of images or of videos.
+        size: Width and height of the picture, px.
+        n_frames: How many frames there are; an image counts as those that give a token.
+        width: Width of the padded pixels.
+        height: Height of them.
+    """
+    w, h = size
+    scale = min(height / h, width / w)
     side = settings.patch_size * settings.merge_size * settings.patch_expand_factor
-    if image.height * image.width >= settings.min_image_tokens * side**2:
+    fewest = settings.min_image_tokens * settings.temporal_patch_size * side**2
+    if n_frames * h * w >= fewest:
         scale = min(1.0, scale)
-    return (
-        max(1, min(width, floor(image.width * scale))),
-        max(1, min(height, floor(image.height * scale))),
-    )
+    return max(1, min(width, floor(w * scale))), max(1, min(height, floor(h * scale)))

@@ -91,6 +91,10 @@ VideoRule = Callable[[Any, Any, Mapping[str, Any], Sequence[Video]], list[VideoG
 """``(processor, config, inputs, videos) -> grids``: one grid per video, in order."""
 
 
+FrameContent = Callable[[Any, Video, int, int], tuple[int, int]]
+"""``(settings, video, width, height) -> width, height``: which of its pixels are a frame's."""
+
+
 @dataclass(frozen=True)
 class MergedFrames:
     """Frames that are resized to whole blocks of patches and merged in time (Qwen2-VL and kin).
@@ -102,10 +106,13 @@ class MergedFrames:
         in_model: Whether the model merges frames, after the processor; else the processor has done
             so, and tells how many are left.
         by_rows: Whether the vision tower reads its patches row by row, not block by block.
+        content: Which part of the pixels, from the top left, is the frame, where the rest is
+            padding. None where there is none.
     """
 
     in_model: bool = False
     by_rows: bool = False
+    content: FrameContent | None = None
 
     def __call__(
         self, processor: Any, _config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
@@ -119,8 +126,9 @@ class MergedFrames:
         grids = []
         for video, (n, patch_rows, patch_cols) in zip(videos, grid_thw, strict=True):
             together = settings.temporal_patch_size if self.in_model else 1
-            tokens = rectangle(patch_rows // merge, patch_cols // merge, whole(video))
-            patches = rectangle(patch_rows, patch_cols, whole(video))
+            box = self._box(settings, video, patch_rows, patch_cols)
+            tokens = rectangle(patch_rows // merge, patch_cols // merge, box)
+            patches = rectangle(patch_rows, patch_cols, box)
             patches = patches if self.by_rows else in_blocks(patches, patch_cols, merge)
             frames = [tokens] * (n // together)
             if left is not None:
@@ -131,6 +139,15 @@ class MergedFrames:
                 frames = [tokens[kept] for kept in of_video.reshape(len(frames), -1)]
             grids.append(video_grid(video, frames, [patches] * n))
         return grids
+
+    def _box(self, settings: Any, video: Video, rows: int, cols: int) -> Box:
+        """What all of the patches show."""
+        x0, y0, x1, y1 = whole(video)
+        if self.content is None:
+            return x0, y0, x1, y1
+        width, height = cols * settings.patch_size, rows * settings.patch_size
+        content_w, content_h = self.content(settings, video, width, height)
+        return x0, y0, x1 * width / content_w, y1 * height / content_h
 
 
 FrameShow = Callable[[Any, tuple[int, int], int, int], Box]

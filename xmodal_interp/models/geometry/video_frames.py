@@ -1,4 +1,7 @@
-"""Frames with patches that tell their places (Gemma 4), or that are made square (SmolVLM)."""
+"""What some processors do with frames, and others don't.
+
+They tell the places of their patches (Gemma 4), make them square (SmolVLM) or pad them (GLM-5).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import Box, joined, nowhere, rectangle
+from xmodal_interp.models.geometry.merged import size_within_tokens
 from xmodal_interp.models.geometry.video import VideoGrid, video_grid, whole
 from xmodal_interp.models.opening import Video
 
@@ -74,3 +78,8 @@ def squeezed(settings: Any, size: tuple[int, int], width: int, height: int) -> B
             f"{expected[0]} x {expected[1]}, returned {width} x {height}."
         )
     return 0.0, 0.0, float(size[0]), float(size[1])
+
+
+def within_video_tokens(settings: Any, video: Video, width: int, height: int) -> tuple[int, int]:
+    """Frames that are made larger only where all of them have too few tokens, then padded."""
+    return size_within_tokens(settings, video.size, len(video), width, height)
