@@ -27,6 +27,7 @@ _MERGED = (
 )
 
 _SPLIT_SQUARES = geometry.SplitTiles(geometry.longest_edge, merge="scale_factor")
+_SQUEEZED = geometry.SingleFrames(merge="scale_factor", show=geometry.squeezed)
 _BEST_CANVAS = geometry.SplitTiles(
     geometry.best_canvas, merge="downsample_ratio", class_token="first"
 )
@@ -35,6 +36,7 @@ _CROPS = geometry.SplitTiles(geometry.crops, merge="mm_tokens_per_image", thumbn
 _SLICES = geometry.SizedTiles(
     geometry.slices, sizes="target_sizes", block=geometry.slice_block, thumbnail="first"
 )
+_PLACED = geometry.PositionedPatches()
 _FITTED = geometry.FixedGrid(show=geometry.fitted)
 
 _RECORDS: tuple[Family, ...] = (
@@ -71,16 +73,14 @@ _RECORDS: tuple[Family, ...] = (
     Family("mistral3", geometry=geometry.sized_patches),
     Family("mistral_large4", geometry=geometry.sized_patches),
     Family("lighton_ocr", geometry=geometry.sized_patches),
-    *(
-        Family(
-            name,
-            geometry=geometry.PositionedPatches(merged=merged),
-            video=geometry.PositionedFrames(merged=merged),
-            video_token=_VIDEO,
-        )
-        for name, merged in (("gemma4", False), ("gemma4_unified", True))
+    Family("gemma4", geometry=_PLACED, video=geometry.PositionedFrames(), video_token=_VIDEO),
+    Family(
+        "gemma4_unified",
+        geometry=geometry.PositionedPatches(merged=True),
+        video=geometry.PositionedFrames(merged=True),
+        video_token=_VIDEO,
     ),
-    Family("diffusion_gemma", geometry=geometry.PositionedPatches()),
+    Family("diffusion_gemma", geometry=_PLACED),
     # squares of pixels, the last of them padded
     Family("fuyu", geometry=geometry.PaddedSquares("patch_size", geometry.shrunk), in_front=True),
     Family("inkling2", geometry=geometry.PaddedSquares(merged=True)),
@@ -139,11 +139,7 @@ _RECORDS: tuple[Family, ...] = (
     ),
     Family("granite4_vision", geometry=geometry.anyres_tiles),
     Family("idefics3", geometry=_SPLIT_SQUARES),
-    Family(
-        "smolvlm",
-        geometry=_SPLIT_SQUARES,
-        video=geometry.SingleFrames(merge="scale_factor", show=geometry.squeezed),
-    ),
+    Family("smolvlm", geometry=_SPLIT_SQUARES, video=_SQUEEZED),
     Family(
         "internvl",
         geometry=_BEST_CANVAS,
