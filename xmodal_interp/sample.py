@@ -6,7 +6,7 @@ mapping, which for a store reads a layer when it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -287,11 +287,6 @@ class Sample:
         }
         others = {kind: kinds.eq(kind).to_numpy(bool) for kind in ("text", "special", "padding")}
         return groups | {kind: members for kind, members in others.items() if members.any()}
-
-
-def samples_of(samples: Sample | Sequence[Sample]) -> Sequence[Sample]:
-    """One sample or many, always as a sequence; a store is one."""
-    return [samples] if isinstance(samples, Sample) else samples
 
 
 def _check_number(number: int, n: int, what: str) -> None:
