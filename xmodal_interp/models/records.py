@@ -193,7 +193,12 @@ _RECORDS: tuple[Family, ...] = (
         ),
     ),
     *(Family(name, geometry=_SLICES) for name in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")),
-    Family("molmo2", geometry=geometry.overlapping_crops),
+    Family(
+        "molmo2",
+        geometry=geometry.overlapping_crops,
+        video=geometry.pooled_frames,
+        video_token=_VIDEO,
+    ),
     Family("step3p7", geometry=geometry.SeparateTiles(geometry.windows, geometry.squared)),
     Family(
         "unlimited_ocr",

@@ -119,8 +119,8 @@ class MergedFrames:
         grids = []
         for video, (n, patch_rows, patch_cols) in zip(videos, grid_thw, strict=True):
             together = settings.temporal_patch_size if self.in_model else 1
-            tokens = rectangle(patch_rows // merge, patch_cols // merge, _whole(video))
-            patches = rectangle(patch_rows, patch_cols, _whole(video))
+            tokens = rectangle(patch_rows // merge, patch_cols // merge, whole(video))
+            patches = rectangle(patch_rows, patch_cols, whole(video))
             patches = patches if self.by_rows else in_blocks(patches, patch_cols, merge)
             frames = [tokens] * (n // together)
             if left is not None:
@@ -129,7 +129,7 @@ class MergedFrames:
                     left[len(tokens) * len(frames) :],
                 )
                 frames = [tokens[kept] for kept in of_video.reshape(len(frames), -1)]
-            grids.append(_grid(video, frames, [patches] * n))
+            grids.append(video_grid(video, frames, [patches] * n))
         return grids
 
 
@@ -171,7 +171,7 @@ class SingleFrames:
             tokens = joined([nowhere(self.before), rectangle(rows, cols, box)])
             patches = joined([nowhere(first), rectangle(patch_rows, patch_cols, box)])
             n = len(video)
-            grids.append(_grid(video, [tokens] * n, [patches] * n, behind=self.behind))
+            grids.append(video_grid(video, [tokens] * n, [patches] * n, behind=self.behind))
         return grids
 
     def _class_tokens(self, processor: Any, config: Any) -> int:
@@ -181,10 +181,20 @@ class SingleFrames:
         return int(getattr(config, told) if isinstance(told, str) else told)
 
 
-def _grid(
+def video_grid(
     video: Video, frames: Sequence[Cells], tower: Sequence[Cells], *, behind: int = 0
 ) -> VideoGrid:
-    """The grid of a video, from the cells of its frames of tokens and of its tower's frames."""
+    """The grid of a video.
+
+    Args:
+        video: Its frames, open.
+        frames: The cells of each frame of tokens.
+        tower: The cells of each frame that the vision tower reads.
+        behind: Tokens without a place behind the last frame's.
+
+    Raises:
+        GeometryError: There is no frame of tokens.
+    """
     if not frames:
         raise GeometryError("A video must have at least one frame of tokens; it has none.")
     places, patch_places = _numbered([*frames, nowhere(behind)]), _numbered(tower)
@@ -218,6 +228,7 @@ def _times(sizes: tuple[int, ...]) -> str:
     return " x ".join(map(str, sizes))
 
 
-def _whole(video: Video) -> Box:
+def whole(video: Video) -> Box:
+    """What a frame shows: all of it, in pixels."""
     width, height = video.size
     return 0.0, 0.0, float(width), float(height)
