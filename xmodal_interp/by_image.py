@@ -126,7 +126,7 @@ def _without_windows(call: AttentionCall, grid: ImageGrid | VideoGrid, side: int
         grid: Its pictures are of one size.
         side: Of a window, patches.
     """
-    view = (isinstance(grid, ImageGrid) and grid.thumbnail) or grid
+    view = grid.thumbnail or grid
     rows, cols = view.patch_rows, view.patch_cols
     n_views, rest = divmod(len(grid.patch_places), max(rows * cols, 1))
     n_across = -(-cols // side)

@@ -192,7 +192,10 @@ _RECORDS: tuple[Family, ...] = (
             padded=True,
         ),
     ),
-    *(Family(name, geometry=_SLICES) for name in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")),
+    *(
+        Family(name, geometry=_SLICES, video=geometry.sliced_frames, video_token=_VIDEO)
+        for name in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")
+    ),
     Family(
         "molmo2",
         geometry=geometry.overlapping_crops,

@@ -8,12 +8,21 @@ from typing import Any
 import numpy as np
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.cells import rectangle
+from xmodal_interp.models.geometry.cells import Cells, joined, rectangle
 from xmodal_interp.models.geometry.grid import NOWHERE, raster
 from xmodal_interp.models.geometry.overlapping import pooled_cells
 from xmodal_interp.models.geometry.replaying import video_setting
+from xmodal_interp.models.geometry.sized_tiles import (
+    Shape,
+    frame_slice_block,
+    frame_slices,
+    sized_views,
+)
+from xmodal_interp.models.geometry.tiling import Tiling
 from xmodal_interp.models.geometry.video import VideoGrid, video_grid, whole
 from xmodal_interp.models.opening import Video
+
+_SIZES = "target_sizes_videos"
 
 
 def pooled_frames(
@@ -38,7 +47,11 @@ def pooled_frames(
     grids, first_token, first_patch = [], 0, 0
     shapes = np.asarray(inputs["video_grids"]).tolist()
     for video, (n_frames, rows, cols) in zip(videos, shapes, strict=True):
-        check_frames(video, n_frames)
+        if n_frames != len(video):
+            raise GeometryError(
+                "A processor must return each frame of a video once. It returned "
+                f"{n_frames} for a video of {len(video)}."
+            )
         patches, places = rectangle(n, n, whole(video)), raster(rows, cols)
         frames = []
         for _ in range(n_frames):
@@ -51,14 +64,47 @@ def pooled_frames(
     return grids
 
 
-def check_frames(video: Video, n_frames: int) -> None:
-    """Check that a processor made its pictures of a video's own frames, one of each.
+def sliced_frames(
+    processor: Any, _config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
+) -> list[VideoGrid]:
+    """Each frame is read whole, and cut into slices behind that if it is large (MiniCPM-V).
+
+    Where it is cut, the whole frame is its thumbnail.
 
     Raises:
-        GeometryError: It did not.
+        GeometryError: The processor puts several frames into one picture or does not resize them;
+            or the sizes it returned are not those of the frames and their slices.
     """
-    if n_frames != len(video):
+    for name, wanted in {"stack_frames": 1, "do_resize": True}.items():
+        told = video_setting(processor, name, wanted)
+        if told != wanted:
+            raise GeometryError(
+                "Each frame of a video must be resized by itself to be placed. The video processor "
+                f"has {name}={told}; set it to {wanted}."
+            )
+    tilings = [frame_slices(processor, video) for video in videos]
+    counts = [1 if tiling is None else 1 + len(tiling.boxes) for tiling in tilings]
+    shapes = [(rows, cols) for rows, cols in np.asarray(inputs[_SIZES]).tolist()]
+    n_expected = sum(count * len(video) for count, video in zip(counts, videos, strict=True))
+    if n_expected != len(shapes):
         raise GeometryError(
-            "A processor must return each frame of a video once. It returned "
-            f"{n_frames} for a video of {len(video)}."
+            f"The processor must return {_SIZES} for each frame and slice. Its settings "
+            f"lead to {n_expected} of them; it returned {len(shapes)}."
         )
+    block = frame_slice_block(processor)
+    grids, start = [], 0
+    for video, tiling, count in zip(videos, tilings, counts, strict=True):
+        frames, tower = [], []
+        for _ in range(len(video)):
+            own = shapes[start : start + count]
+            start += count
+            merged = [(rows // block, cols // block) for rows, cols in own]
+            frames.append(_frame(video, tiling, merged))
+            tower.append(_frame(video, tiling, own))
+        grids.append(video_grid(video, frames, tower))
+    return grids
+
+
+def _frame(video: Video, tiling: Tiling | None, shapes: Sequence[Shape]) -> Cells:
+    """The cells of a frame: of all of it, then of its slices."""
+    return joined(sized_views(tiling, shapes, whole(video), "first", told_by=_SIZES))
