@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import xmodal_interp as xi
@@ -116,18 +117,21 @@ def test_slices_of_frames_through_capture(model_type: str) -> None:
         assert read["view"].eq(view).all()
         cells = np.argwhere(np.isfinite(arranged))
         assert read[["frame", "row", "col"]].to_numpy(int).tolist() == cells.tolist()
-    call = before.call(0, tower="vision", call=1)
-    assert call.n_queries == len(grid.patch_places)
+    merged = {key[:2] for key in before.calls} & {("connector", "self")}
+    full = [("vision", "self"), *merged]  # before patches are merged, and where they are
+    assert all(before.calls[*key, 0, 1].n_queries == len(grid.patch_places) for key in full)
     width, height = SIZE[0] / grid.patch_cols, SIZE[1] / grid.patch_rows
     for frame, row, col in [(0, 1, 2), (2, grid.patch_rows - 1, grid.patch_cols // 2)]:
         box = np.array([col, row, col + 1, row + 1]) * np.array([width, height] * 2)
         other = [painted(each, box) if i == frame else each for i, each in enumerate(frames)]
         after = xi.capture(vlm, image, QUESTION, videos=Video(other, 2.0))
-        change = (after.call(0, tower="vision", call=1).q - call.q).norm(dim=-1).sum(1)[0]
-        in_slices = after.grid(change, video=0)
-        assert np.unravel_index(in_slices.argmax(), in_slices.shape) == (frame, row, col)
-        in_whole = after.grid(change, video=0, view="thumbnail")
-        assert in_whole.reshape(3, -1).max(1).argmax() == frame
+        for key in full:
+            queries = (each.calls[*key, 0, 1].q for each in (after, before))
+            change = torch.sub(*queries).norm(dim=-1).sum(1)[0]
+            in_slices = after.grid(change, video=0)
+            assert np.unravel_index(in_slices.argmax(), in_slices.shape) == (frame, row, col)
+            in_whole = after.grid(change, video=0, view="thumbnail")
+            assert in_whole.reshape(3, -1).max(1).argmax() == frame
     with pytest.raises(GeometryError) as refusal:
         before.grid(tokens.index, video=0, view="slice")
     assert str(refusal.value) == (
