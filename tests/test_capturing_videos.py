@@ -24,8 +24,8 @@ TYPES = [
     *("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
 ]
 EITHER = {
-    **dict.fromkeys(("glm4v", "glm46v"), "Image features and image tokens do not match"),
     "molmo2": "pixel_values and pixel_values_videos are provided at the same time",
+    **dict.fromkeys(("glm4v", "glm46v"), "Image features and image tokens do not match"),
 }
 """Types whose videos take image tokens, so that the model refuses both in one batch, and how."""
 BOTH = [name for name in TYPES if name not in EITHER]
