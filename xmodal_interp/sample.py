@@ -250,7 +250,7 @@ class Sample:
             values: ``[token]`` in sequence order, class tokens, line breaks and the tokens of a
                 thumbnail included.
             image: Which image, where no video is given.
-            view: ``"image"``, or the ``"thumbnail"`` that some models read beside its tiles.
+            view: ``"image"``, or the ``"thumbnail"`` that some models read beside tiles.
             video: Which video.
             frame: Which of the video's frames of tokens; all if not given.
 
@@ -267,7 +267,7 @@ class Sample:
         )
         if video is not None:
             _check_number(video, len(self.video_grids), "video")
-            frames = self.video_grids[video].arranged(flat, number=video)
+            frames = self.video_grids[video].arranged(flat, view, number=video)
             _check_number(frame or 0, len(frames), "frame")
             return frames if frame is None else frames[frame]
         _check_number(image, len(self.grids), "image")
