@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so 
 
 import pytest
 import torch
+from jaxtyping import config as jaxtyping_config
 
 torch.set_num_threads(2)
 
@@ -16,6 +17,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="test every model type of transformers for images and text, not a third of them",
     )
+
+
+@pytest.fixture
+def any_type():
+    """The type checks of tests would refuse what users may well pass."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

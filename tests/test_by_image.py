@@ -104,6 +104,26 @@ def test_positions_of_the_tower_are_where_the_grid_says(model_type) -> None:
         assert tuple(grid.patch_places[best]) == (row, col)
 
 
+@pytest.mark.parametrize("model_type", ["minicpmv4_6", "minicpmv4_7"])
+def test_windows_that_are_merged_are_in_the_order_of_the_image(model_type) -> None:
+    vlm = xi.VLM(*real(model_type))
+    before = xi.capture(vlm, PICTURES, QUESTIONS[0])
+    for number, grid in enumerate(before.grids):
+        view = grid.thumbnail or grid
+        step = np.divide(PICTURES[number].size, (view.patch_cols, view.patch_rows))
+        for row, col in [(1, 3), (2, 1)]:
+            painted = [picture.copy() for picture in PICTURES]
+            box = np.round([*(step * (col, row)), *(step * (col + 1, row + 1))]).astype(int)
+            painted[number].paste((250, 20, 20), tuple(box.tolist()))
+            after = xi.capture(vlm, painted, QUESTIONS[0])
+            queries = (each.call(0, tower="connector", call=number).q for each in (after, before))
+            change = torch.sub(*queries).norm(dim=-1).sum(1)[0]
+            assert len(change) == len(grid.patch_places)
+            of_view = "image" if grid.thumbnail is None else "thumbnail"
+            arranged = after.grid(change, number, view=of_view)
+            assert np.unravel_index(arranged.argmax(), arranged.shape) == (row, col)
+
+
 def test_a_piece_for_each_token_goes_to_its_image() -> None:
     grids = xi.capture(xi.VLM(*real("llava")), PICTURES, QUESTIONS[0]).grids
     counts = [grid.n_tokens for grid in grids]

@@ -161,6 +161,57 @@ def test_bad_input_is_refused_with_the_reason(tmp_path) -> None:
         capture(vlm, picture(), QUESTION).grid(np.zeros(144), 1)
 
 
+WRONG = {
+    "array": (
+        {"image": np.zeros((8, 8, 3), np.uint8)},
+        "An image must be a path or a PIL image, such as PIL.Image.fromarray makes of an array of "
+        "bytes [row, col, 3]; got an object of ndarray.",
+    ),
+    "nothing": (
+        {"image": None},
+        "An image must be a path or a PIL image, such as PIL.Image.fromarray makes of an array of "
+        "bytes [row, col, 3]; got an object of NoneType.",
+    ),
+    "messages": (
+        {"prompt": [{"role": "user"}]},
+        "A prompt must be one text; got [{'role': 'user'}].",
+    ),
+    "name": (
+        {"vlm": "llava"},
+        "A model comes with its processor: xi.load(name) or xi.VLM(model, processor). Got an "
+        "object of str.",
+    ),
+    "tokens": ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more; got -1."),
+}
+
+
+@pytest.mark.usefixtures("any_type")
+@pytest.mark.parametrize("wrong", WRONG)
+def test_arguments_of_another_type(wrong: str) -> None:
+    given, message = WRONG[wrong]
+    asked = {"vlm": tiny_vlm("llava"), "image": picture(), "prompt": QUESTION, **given}
+    with pytest.raises(InputError) as refusal:
+        capture(**asked)
+    assert str(refusal.value) == message
+
+
+def test_a_file_is_turned_as_its_camera_says(tmp_path) -> None:
+    turned = Image.new("RGB", (40, 20), "red")
+    exif = turned.getexif()
+    exif[274] = 6  # stored lying on its side
+    turned.save(tmp_path / "photo.jpg", exif=exif)
+    sample = capture(tiny_vlm("llava"), tmp_path / "photo.jpg", QUESTION)
+    assert sample.images[0].size == (20, 40)
+    assert sample.tokens["y0"].min() == pytest.approx(10)  # the square in the middle of its height
+    assert sample.tokens["y1"].max() == pytest.approx(30)
+
+
+def test_a_vlm_is_printed_in_a_line() -> None:
+    assert repr(tiny_vlm("llava")) == (
+        "VLM(LlavaForConditionalGeneration, LlavaProcessor; llava, torch.float32, cpu)"
+    )
+
+
 def test_models_that_cannot_be_labelled_are_refused(tmp_path) -> None:
     from transformers import BertConfig, GPT2Config, LlamaForCausalLM
 
@@ -169,6 +220,12 @@ def test_models_that_cannot_be_labelled_are_refused(tmp_path) -> None:
     assert str(text_only.value).startswith(
         "A vision-language model has a vision_config. The model type 'llama' has none: it reads "
         "text"
+    )
+    with pytest.raises(InputError) as processor:
+        VLM(untrained("llava"), build_processor("llava").tokenizer)
+    assert str(processor.value) == (
+        "A processor has a tokenizer beside what reads images; AutoProcessor loads both. Got "
+        "TokenizersBackend."
     )
     GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="'gpt2' has none: it reads text only"):

@@ -5,9 +5,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.tiny import picture
+from xmodal_interp import block_statistics
 from xmodal_interp.cli import app
 from xmodal_interp.hooks.knockout import KnockOut
 from xmodal_interp.models import support
+from xmodal_interp.store import open_store
 
 run = CliRunner().invoke
 
@@ -33,6 +35,25 @@ def test_analyze_prints_and_writes(store, tmp_path) -> None:
     assert len(pd.read_parquet(path)) == 32
 
 
+def test_printed_tables_can_be_read(store) -> None:
+    """At 80 columns, where every cell is whole; what all rows share is said once."""
+    printed = run(app, ["analyze", str(store), "block-statistics", "--rows", "1000"]).output
+    table = block_statistics(open_store(store))
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "\u2026" not in printed
+    assert lines[:3] == ["sample: counted", "tower: language", "kind: self"]
+    heads = [line.split() for line in lines if line.split()[:2] == ["layer", "head"]]
+    shown = {name for head in heads for name in head}
+    assert shown | {"sample", "tower", "kind", "visible"} == set(table.columns)
+    assert (
+        sum(line.split()[:1] == ["3"] for line in lines) == len(heads) * table["layer"].eq(3).sum()
+    )
+    row = next(line.split() for line in lines if line.split()[:3] == ["0", "0", "T-V"])
+    there = table.query("layer == 0 and head == 0 and block == 'T-V'").iloc[0]
+    assert dict(zip(heads[0], row, strict=True))["mass"] == f"{there['mass']:.4g}"
+
+
 def test_plot_writes_a_picture(store, tmp_path) -> None:
     path = tmp_path / "layers.png"
     options = ["--queries", "shapes", "--path", str(path)]
@@ -42,7 +63,11 @@ def test_plot_writes_a_picture(store, tmp_path) -> None:
 
 
 def test_info_of_a_store_and_of_a_model(store) -> None:
-    assert run(app, ["info", str(store)]).exit_code == 0
+    held = run(app, ["info", str(store)])
+    assert held.exit_code == 0
+    assert f"{store.name}: 1 samples, " in held.output.replace("\n", "")
+    assert "model_class" in held.output
+    assert "{" not in held.output
     model = run(app, ["info", "llava"])
     assert model.exit_code == 0
     assert "LlavaForConditionalGeneration" in model.output
@@ -108,6 +133,14 @@ def test_refusals_are_one_line_with_exit_code_1(arguments, words) -> None:
     assert result.output.startswith("error:")
     assert words in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_figure_in_no_known_format_is_refused(store) -> None:
+    path = store / "a.foo"
+    result = run(app, ["plot", str(store), "overlay", "--queries", "shapes", "--path", str(path)])
+    assert result.exit_code == 1
+    assert result.output.startswith("error: A figure is written as ")
+    assert not path.exists()
 
 
 def test_wrong_usage_is_exit_code_2() -> None:

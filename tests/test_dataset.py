@@ -4,9 +4,9 @@ import logging
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from jaxtyping import config as jaxtyping_config
 
 import xmodal_interp as xi
 from tests.store.made import assert_same, items, shipped
@@ -14,14 +14,6 @@ from xmodal_interp import dataset
 from xmodal_interp.dataset import capture_dataset
 from xmodal_interp.errors import CaptureError, InputError, NotRecordedError, StoreError
 from xmodal_interp.store import check_store, open_store, schema, writer
-
-
-@pytest.fixture
-def any_type():
-    """The type checks of tests would refuse what users may well pass."""
-    jaxtyping_config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
@@ -80,6 +72,15 @@ def test_a_datasets_dataset(tmp_path):
     store = run(tmp_path, made)
     assert [each.labels["answer"] for each in store] == [each["answer"] for each in asked]
     assert store[1].images[0].tobytes() == asked[1]["image"].tobytes()
+
+
+def test_rows_of_a_table(tmp_path):
+    asked = items(2)
+    store = run(tmp_path, pd.DataFrame(asked).assign(kind=["colour", None]))
+    assert [each.labels for each in store] == [
+        {"answer": asked[0]["answer"], "kind": "colour"},
+        {"answer": asked[1]["answer"]},
+    ]
 
 
 def test_going_on(tmp_path, captured, caplog, capsys):

@@ -72,7 +72,7 @@ def towers_by_image(
     calls: Sequence[AttentionCall],
     prompts: Sequence[Prompt],
     family: Family,
-    orders: Sequence[Tensor] | None = None,
+    orders: Mapping[str, Sequence[Tensor]] | None = None,
     tiles: Sequence[int] | None = None,
     windows: Mapping[str, int] | None = None,
 ) -> dict[Layer, list[dict[int, AttentionCall]]]:
@@ -83,8 +83,8 @@ def towers_by_image(
             once.
         prompts: The prompts of the batch.
         family: What is known of the model's type.
-        orders: For each image, then each video, ``[patch]``, which patch stands at each position of
-            the vision tower, if not in order.
+        orders: Modules that read patches in another order: for each picture of the images, then of
+            the videos, ``[patch]``, which patch stands at each position.
         tiles: How many tiles of each image are read behind all images, if they are.
         windows: Blocks that cut pictures into square windows, and the side of these in patches.
 
@@ -101,9 +101,11 @@ def towers_by_image(
         if key[0] == "language":
             continue
         read = _read_by(stream[0].module, visuals, family)
-        in_tower = orders if key[0] == "vision" else None
-        shares = calls_by_image(stream, [each.grid for each in read], in_tower, tiles)
-        side = (windows or {}).get(stream[0].module.rpartition(".")[0])
+        grids, module = [each.grid for each in read], stream[0].module
+        told = next((of for at, of in (orders or {}).items() if module.startswith(f"{at}.")), None)
+        in_module = None if told is None else _orders_of(grids, told)
+        shares = calls_by_image(stream, grids, in_module, tiles)
+        side = (windows or {}).get(module.rpartition(".")[0])
         if side is not None and read:
             pairs = zip(shares, read, strict=True)
             shares = [_without_windows(call, each.grid, side) for call, each in pairs]
@@ -113,6 +115,20 @@ def towers_by_image(
         if not read:
             towers[key] = [{0: shares[0]} for _ in prompts]
     return towers
+
+
+def _orders_of(
+    grids: Sequence[ImageGrid | VideoGrid], orders: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """The orders of images and videos, from those of the pictures that each is made of."""
+    counts = [len(grid.patch_places) for grid in grids]
+    if sum(counts) != sum(map(len, orders)):
+        return orders
+    starts = accumulate(map(len, orders), initial=0)
+    whole = torch.cat([order + start for order, start in zip(orders, starts, strict=False)])
+    starts = accumulate(counts, initial=0)
+    parts = whole.split(counts)
+    return [part - start for part, start in zip(parts, starts, strict=False)]
 
 
 def _without_windows(call: AttentionCall, grid: ImageGrid | VideoGrid, side: int) -> AttentionCall:
@@ -126,7 +142,7 @@ def _without_windows(call: AttentionCall, grid: ImageGrid | VideoGrid, side: int
         grid: Its pictures are of one size.
         side: Of a window, patches.
     """
-    view = (isinstance(grid, ImageGrid) and grid.thumbnail) or grid
+    view = grid.thumbnail or grid
     rows, cols = view.patch_rows, view.patch_cols
     n_views, rest = divmod(len(grid.patch_places), max(rows * cols, 1))
     n_across = -(-cols // side)

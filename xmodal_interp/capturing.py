@@ -36,6 +36,7 @@ from xmodal_interp.models import (
     ImageLike,
     Prompt,
     Video,
+    check_vlm,
     check_whole,
     generated_table,
     prompt_ids,
@@ -143,6 +144,9 @@ def capture_batch(
     generation: Mapping[str, Any] | None = None,
 ) -> list[Sample]:
     """``capture`` for several samples in one padded batch; the samples come back apart."""
+    check_vlm(vlm)
+    if max_new_tokens < 0:
+        raise InputError(f"max_new_tokens must be 0 or more; got {max_new_tokens}.")
     keep = keep or Keep()
     inputs, ready = vlm.prepare(images, prompts, system=system, videos=videos)
     check_whole(vlm.model, inputs)

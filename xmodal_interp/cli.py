@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from xmodal_interp.hooks import attention_modules
 from xmodal_interp.hooks import doctor as checked
 from xmodal_interp.items import read_items
 from xmodal_interp.models import SHIPPED, load, support
-from xmodal_interp.printing import Group, err, out, show, write
+from xmodal_interp.printing import Group, err, out, show, show_long, show_store, write
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, check_store, open_store
 
@@ -135,7 +135,7 @@ def capture(
         batch_size=batch_size,
         keep=keep,
     )
-    _show_store(written)
+    show_store(written)
 
 
 @app.command()
@@ -157,7 +157,7 @@ def analyze(
             raise
         raise InputError(f"{name} takes no --queries.") from None
     if path is None:
-        show(table, rows)
+        show_long(table, rows)
     else:
         write(table, path)
         out.print(f"{len(table)} rows written to {path}")
@@ -194,7 +194,7 @@ def info(
 ) -> None:
     """Tell what a store holds, or what attention a model has."""
     if (Path(what) / "manifest.json").exists():
-        _show_store(open_store(what))
+        show_store(open_store(what))
         return
     vlm = load(what)
     modules = attention_modules(vlm.model).values()
@@ -285,14 +285,6 @@ def _sample(store: Store, which: str) -> Sample:
             f"Names are {shown}."
         )
     return store[int(which)]
-
-
-def _show_store(store: Store) -> None:
-    about = store.manifest
-    out.print(repr(store), highlight=False, soft_wrap=True)
-    names: Iterable[str] = about if isinstance(about, dict) else ()
-    for name in names:
-        out.print(f"  {name}: {about[name]}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal
 
+import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
 from xmodal_interp.capturing import Keep, capture_batch, provenance
 from xmodal_interp.errors import InputError, StoreError, XmodalError
 from xmodal_interp.items import Item, checked, name_of, opened_images
-from xmodal_interp.models import VLM, Video
+from xmodal_interp.models import VLM, Video, check_vlm
+from xmodal_interp.models.batching import Items, listed
 from xmodal_interp.store import Store, StoreWriter, open_store
 from xmodal_interp.store.identity import model_digests
 
@@ -35,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three have defaults
     vlm: VLM,
-    items: Iterable[Mapping[str, Any]],
+    items: Items,
     path: str | PathLike[str],
     *,
     max_new_tokens: int = 0,
@@ -54,11 +56,11 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
 
     Args:
         vlm: Model and processor.
-        items: Dicts, or a ``datasets.Dataset``: ``image`` (a path or PIL image, or a list of them)
-            or ``images``, a :class:`Video` in ``video`` (or a list of them in ``videos``), or both;
-            ``prompt`` or ``question``; ``name`` or ``id``, else the item is called
-            by its place in the order (``item-000003``). All other entries must be JSON-able and
-            become the sample's labels.
+        items: Dicts, a ``datasets.Dataset``, or a table with a row for each: ``image`` (a path or
+            PIL image, or a list of them) or ``images``, a :class:`Video` in ``video`` (or a list of
+            them in ``videos``), or both; ``prompt`` or ``question``; ``name`` or ``id``, else the
+            item is called by its place in the order (``item-000003``). All other
+            entries must be JSON-able and become the sample's labels.
         path: The store's folder: new or empty, or a store made with the same settings.
         max_new_tokens: How many tokens to generate, greedily; 0 runs the prompts only.
         batch_size: How many samples to run at once. Not a setting: a run may go on with another.
@@ -77,9 +79,11 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
         StoreError: A store made with another model or other settings; an item that is not the one
             stored under its name; a full disk. What was written before is safe.
     """
+    check_vlm(vlm)
     _check_options(items, batch_size, on_error)
     keep = keep or Keep()
     settings = run_settings(vlm, keep, max_new_tokens, system=system, images=images)
+    items = listed(items) if isinstance(items, pd.DataFrame) else items
     n_items = len(items) if isinstance(items, Sized) else None
     with (
         StoreWriter(path, settings, images=images) as writer,

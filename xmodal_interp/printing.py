@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
 from xmodal_interp.errors import InputError, XmodalError
+from xmodal_interp.store import Store
 
 out, err = Console(), Console(stderr=True)
 
@@ -33,25 +35,70 @@ class Group(TyperGroup):
             raise typer.Exit(130) from None
 
 
-def show(table: pd.DataFrame, rows: int | None = None) -> None:
-    """Print a table.
-
-    Args:
-        table: Any table.
-        rows: How many rows at most; all if not given.
-    """
+def show(table: pd.DataFrame) -> None:
+    """Print a table; cells that are too wide for the terminal are folded."""
     shown = Table(box=None, header_style="bold")
     for column, dtype in table.dtypes.items():
         right = pd.api.types.is_numeric_dtype(dtype)
         shown.add_column(str(column), justify="right" if right else "left")
-    for row in table.head(len(table) if rows is None else rows).itertuples(index=False):
+    for row in table.itertuples(index=False):
         shown.add_row(*(_cell(value) for value in row))
     out.print(shown)
-    if rows is not None and len(table) > rows:
+
+
+def show_long(table: pd.DataFrame, rows: int) -> None:
+    """Print the first rows of a long table of an analysis, so that every cell can be read.
+
+    What all rows have in common is said above it. Columns that don't fit side by side come in
+    parts below each other, each behind the columns that say what a row is for: those before the
+    first fraction.
+
+    Args:
+        table: The table.
+        rows: How many rows at most.
+    """
+    same = [name for name in table if len(table[name].unique()) == 1]
+    for name in same:
+        if not table[name].isna().all():
+            out.print(f"{name}: {_cell(table[name].iloc[0])}", highlight=False)
+    differing = table.drop(columns=same).head(rows)
+    for part in _side_by_side(differing, out.width) if differing.columns.size else ():
+        show(differing[part])
+    if len(table) > rows:
         out.print(
             f"... {len(table) - rows} more rows; --rows {len(table)} shows all, --path FILE writes "
             "them"
         )
+
+
+def _side_by_side(table: pd.DataFrame, width: int) -> list[list[str]]:
+    """The columns in parts that are at most so wide, if the keys leave room for any other."""
+    widths = {
+        str(name): 2 + max(cell_len(str(name)), *(cell_len(_cell(value)) for value in table[name]))
+        for name in table
+    }
+    fractions = [pd.api.types.is_float_dtype(dtype) for dtype in table.dtypes]
+    n_keys = fractions.index(True) if any(fractions) else 0
+    names = list(widths)
+    keys, values = names[:n_keys], names[n_keys:]
+    parts, left = [[*keys]], width - sum(widths[name] for name in keys)
+    room = left
+    for name in values:
+        if widths[name] > room and len(parts[-1]) > len(keys):
+            parts.append([*keys])
+            room = left
+        parts[-1].append(name)
+        room -= widths[name]
+    return parts
+
+
+def show_store(store: Store) -> None:
+    """Print how large a store is, and the settings that its samples were made with."""
+    n_bytes = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    out.print(f"{store.path}: {len(store)} samples, {n_bytes / 1e6:.1f} MB", highlight=False)
+    about = {**store.manifest, **store.manifest["settings"]}
+    rows = [(name, _listed(value)) for name, value in about.items() if name != "settings"]
+    show(pd.DataFrame(rows, columns=["setting", "value"]))
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
@@ -72,6 +119,15 @@ def write(table: pd.DataFrame, path: Path) -> None:
 
 
 def _cell(value: object) -> str:
-    if not isinstance(value, float):
-        return escape(str(value))
-    return "-" if pd.isna(value) else f"{value:.4g}"
+    if value is pd.NA or (isinstance(value, float) and pd.isna(value)):
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+
+
+def _listed(value: object) -> str:
+    """A setting as one reads it: lists with commas, names before what they stand for."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_listed(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_listed, value))
+    return {None: "-", True: "yes", False: "no"}.get(value, str(value))  # type: ignore[call-overload, no-any-return]

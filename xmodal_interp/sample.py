@@ -6,7 +6,7 @@ mapping, which for a store reads a layer when it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,7 +250,7 @@ class Sample:
             values: ``[token]`` in sequence order, class tokens, line breaks and the tokens of a
                 thumbnail included.
             image: Which image, where no video is given.
-            view: ``"image"``, or the ``"thumbnail"`` that some models read beside its tiles.
+            view: ``"image"``, or the ``"thumbnail"`` that some models read beside tiles.
             video: Which video.
             frame: Which of the video's frames of tokens; all if not given.
 
@@ -267,7 +267,7 @@ class Sample:
         )
         if video is not None:
             _check_number(video, len(self.video_grids), "video")
-            frames = self.video_grids[video].arranged(flat, number=video)
+            frames = self.video_grids[video].arranged(flat, view, number=video)
             _check_number(frame or 0, len(frames), "frame")
             return frames if frame is None else frames[frame]
         _check_number(image, len(self.grids), "image")
@@ -287,11 +287,6 @@ class Sample:
         }
         others = {kind: kinds.eq(kind).to_numpy(bool) for kind in ("text", "special", "padding")}
         return groups | {kind: members for kind, members in others.items() if members.any()}
-
-
-def samples_of(samples: Sample | Sequence[Sample]) -> Sequence[Sample]:
-    """One sample or many, always as a sequence; a store is one."""
-    return [samples] if isinstance(samples, Sample) else samples
 
 
 def _check_number(number: int, n: int, what: str) -> None:

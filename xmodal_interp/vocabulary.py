@@ -27,5 +27,6 @@ TOKEN_COLUMNS: tuple[str, ...] = (
     *("view", "tile", "video", "frame"),
 )
 """Columns of a token table: text, meaning, place on the grid, box in pixels of the original image,
-character span; for tiled images whether the place is in the ``image`` or in its ``thumbnail``, and
-the tile; for videos which, and which of its frames (after temporal merging)."""
+character span; whether the place is in the ``image`` (of a video: the frame) or in its
+``thumbnail``, and the tile, where there are any; for videos which, and which of its frames (after
+temporal merging)."""

@@ -124,6 +124,14 @@ def test_a_failure_inside_the_model_is_the_failure_one_sees() -> None:
         model(no_such_input=1)
 
 
+def test_a_vlm_is_recorded_as_its_model() -> None:
+    vlm = tiny_vlm("llava")
+    inputs, _ = vlm.prepare([[picture()]], [QUESTION])
+    with torch.no_grad(), record(vlm, towers=["language"]) as recording:
+        vlm.model(**inputs)
+    assert len(recording.calls) == 4
+
+
 def test_recordings_nest() -> None:
     model, inputs = tiny_vlm("llava").model, inputs_of("llava")
     with torch.no_grad(), record(model) as outer:
@@ -180,6 +188,7 @@ def test_attention_that_is_not_heard_is_an_error() -> None:
     )
 
 
+@pytest.mark.usefixtures("any_type")
 def test_refusals() -> None:
     model = tiny_vlm("llava").model
     with pytest.raises(InputError) as error, record(model, towers=["language"], layers=[4]):
@@ -192,6 +201,18 @@ def test_refusals() -> None:
     assert str(none.value) == (
         "To listen to attention, a model needs attention modules. Linear has no module whose class "
         "is named Attention."
+    )
+    with pytest.raises(InputError) as tower, record(model, towers="language"):
+        pass
+    assert str(tower.value) == "towers is a list, such as ['language']; got 'language'."
+    with pytest.raises(InputError) as layer, record(model, layers=3):
+        pass
+    assert str(layer.value) == "layers is a list, such as [0, 3]; got 3."
+    with pytest.raises(InputError) as name, record("llava"):
+        pass
+    assert str(name.value) == (
+        "A model is a VLM or a module of torch, such as xi.load(name) or from_pretrained give; got "
+        "an object of str."
     )
     with pytest.raises(CaptureError) as compiled, record(torch.compile(model, backend="eager")):
         pass

@@ -1,13 +1,17 @@
 """Items of one shape share a batch, and an item's inputs do not depend on its company."""
 
+import inspect
+
+import pandas as pd
 import pytest
 import torch
 
 from tests.models.real import real
 from tests.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.analysis.teacher_forcing import answer_scores
 from xmodal_interp.errors import InputError
-from xmodal_interp.models import VLM
-from xmodal_interp.models.batching import answer_ids, batches_of
+from xmodal_interp.models import VLM, Video
+from xmodal_interp.models.batching import answer_ids, batches_of, listed
 
 ITEMS = [
     {"image": picture(seed=0), "prompt": QUESTION, "answer": "red"},
@@ -62,6 +66,10 @@ def test_answers_stand_behind_the_prompts(family: str) -> None:
             "An item must have 'image' or 'images'. Item 0 has none; its entries are prompt.",
         ),
         (
+            [ITEMS[0], "red"],
+            "An item is a dict with image, prompt and answer. Item 1 is a str.",
+        ),
+        (
             [{**ITEMS[0], "answer": " "}],
             "An answer must be text that tokenizes behind its prompt without changing it. Got the "
             "answer ' ' behind '<bos>user: <image> What color is the red circle? assistant:'.",
@@ -70,8 +78,35 @@ def test_answers_stand_behind_the_prompts(family: str) -> None:
 )
 def test_refusals(items: list, message: str) -> None:
     with pytest.raises(InputError) as refusal:
-        batches_of(tiny_vlm("llava"), items, batch_size=2)
+        inspect.unwrap(batches_of)(tiny_vlm("llava"), items, batch_size=2)
     assert str(refusal.value) == message
+
+
+def test_rows_of_a_table_are_items() -> None:
+    named = [{"image": item.get("image"), **item} for item in ITEMS]
+    found = listed(pd.DataFrame(named))
+    assert found == ITEMS
+    batches, expected = (
+        batches_of(tiny_vlm("llava"), items, batch_size=4) for items in (pd.DataFrame(named), ITEMS)
+    )
+    for one, other in zip(batches, expected, strict=True):
+        assert one.index == other.index
+        assert torch.equal(one.inputs["input_ids"], other.inputs["input_ids"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("also", [{}, {"image": picture(seed=5)}], ids=["alone", "and an image"])
+def test_videos_of_items_are_read(also: dict) -> None:
+    """And heard of: other frames give other scores."""
+    vlm = VLM(*real("qwen2_vl"))
+    clips = [Video([picture(seed=s + i) for i in range(4)], fps=2.0) for s in (0, 9, 0)]
+    items = [{"video": clip, "prompt": "what is it?", "answer": "this", **also} for clip in clips]
+    (batch,) = batches_of(vlm, items, batch_size=4)
+    assert [len(prompt.videos) for prompt in batch.prompts] == [1, 1, 1]
+    assert [len(prompt.grids) for prompt in batch.prompts] == [len(also)] * 3
+    log_prob = answer_scores(vlm, batch)[1]
+    assert log_prob[0] == pytest.approx(log_prob[2], abs=1e-6)
+    assert abs(log_prob[0] - log_prob[1]) > 1e-4
 
 
 def test_batch_size() -> None:

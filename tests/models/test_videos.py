@@ -27,7 +27,8 @@ MERGED = {  # how many frames a frame of tokens stands for
     **dict.fromkeys(("muse_glimmer", "muse_spark"), 2),
     **dict.fromkeys(("cosmos3_edge", "dots3_note"), 1),
     **dict.fromkeys(("video_llama_3", "internvl", "llava_onevision", "llava_next_video"), 1),
-    **dict.fromkeys(("video_llava", "perception_lm"), 1),
+    **dict.fromkeys(("video_llava", "perception_lm", "molmo2"), 1),
+    **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), 1),
 }
 TEXTURED = {"gemma4_unified"}
 """Types that norm the pixels of each patch: on even ground, all changes are alike to them."""

@@ -1,12 +1,13 @@
 """Videos in a store: grids and frames come back as they were; stores without them still open."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 
 import xmodal_interp as xi
-from tests.store.made import SETTINGS, assert_same, sample
+from tests.store.made import SETTINGS, assert_same, assert_same_fields, sample
 from tests.test_capturing_videos import QUESTION, clip, noise, vlm_of
 from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.items import checked
@@ -29,6 +30,23 @@ def test_a_sample_with_videos_comes_back(tmp_path) -> None:
     assert [len(video) for video in after.videos] == [4, 2]
     assert after.grid(np.arange(after.video_grids[1].n_tokens), video=1).shape == (1, 4, 4)
     assert set(after.groups()) == set(before.groups())
+    assert check_store(tmp_path)["ok"].all()
+
+
+def test_slices_of_frames_come_back(tmp_path) -> None:
+    vlm = vlm_of("minicpm_ocr")
+    processor = copy.copy(vlm.processor)
+    processor.video_processor = copy.copy(processor.video_processor)
+    processor.video_processor.max_slice_nums = 2
+    before = xi.capture(xi.VLM(vlm.model, processor), [], QUESTION, videos=clip(2, 0))
+    with StoreWriter(tmp_path, SETTINGS) as writer:
+        writer.write(before)
+    ((grid,), (other,)) = (open_store(tmp_path)[0].video_grids, before.video_grids)
+    found, expected = dict(vars(grid)), dict(vars(other))
+    small, of_other = found.pop("thumbnail"), expected.pop("thumbnail")
+    assert_same_fields(found, expected)
+    assert_same_fields(vars(small), vars(of_other))
+    assert found["tiles"].max() == 1
     assert check_store(tmp_path)["ok"].all()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pandas as pd
 import torch
 
@@ -11,11 +9,11 @@ from xmodal_interp.analysis.frames import stamped
 from xmodal_interp.analysis.teacher_forcing import origin
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import VLM, prompt_ids
-from xmodal_interp.models.batching import Item, batches_of
+from xmodal_interp.models.batching import Items, batches_of, listed
 
 
 def answer_accuracy(
-    vlm: VLM, items: Sequence[Item], *, batch_size: int = 32, max_new_tokens: int = 20
+    vlm: VLM, items: Items, *, batch_size: int = 32, max_new_tokens: int = 20
 ) -> pd.DataFrame:
     """Generate an answer to every question, greedily, and compare it with the known one.
 
@@ -37,7 +35,7 @@ def answer_accuracy(
     Raises:
         InputError: No items, or one without image, prompt or answer.
     """
-    items = list(items)
+    items = listed(items)
     predicted, answers = [""] * len(items), [str(item.get("answer", "")) for item in items]
     if "" in answers:
         index = answers.index("")

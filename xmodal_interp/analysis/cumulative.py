@@ -25,7 +25,7 @@ from xmodal_interp.analysis.teacher_forcing import (
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.ablation import AblationMode
 from xmodal_interp.models import VLM
-from xmodal_interp.models.batching import Item, batches_of
+from xmodal_interp.models.batching import Items, batches_of, listed
 from xmodal_interp.vocabulary import Tower
 
 Order = Literal["increasing", "decreasing", "random"]
@@ -35,7 +35,7 @@ _KEPT = 0.95  # of the accuracy of the whole model
 
 def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a default
     vlm: VLM,
-    items: Sequence[Item],
+    items: Items,
     ranking: pd.DataFrame | Literal["random"],
     *,
     by: str = "log_prob_drop",
@@ -102,6 +102,7 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
                 {"order": order, "draw": draw, "n_removed": n_removed, "share_removed": share}
             )
             removals.append(_by_layer(removable[:n_removed]))
+    items = listed(items)
     batches = batches_of(vlm, items, batch_size=batch_size)
     ablation = ablation_of(vlm, batches, mode, tower)
     scores = removal_scores(vlm, batches, removals, ablation, progress=progress).mean(2)

@@ -8,6 +8,7 @@ differ in more than their date and item) and ``n_samples``. All of it can be wri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pandas as pd
 from torch import Tensor
 
 from xmodal_interp.errors import InputError
-from xmodal_interp.sample import Sample, samples_of
+from xmodal_interp.sample import Sample
 
 Cells = np.ndarray | Tensor | float
 """Values with one axis per key, or what broadcasts to that."""
@@ -88,6 +89,20 @@ def over_samples(
         provenance=provenance,
         n_samples=len(tables),
     )
+
+
+def samples_of(samples: Sample | Sequence[Sample]) -> Sequence[Sample]:
+    """One sample or many, always as a sequence; a store is one.
+
+    Raises:
+        InputError: A text, such as the path of a store that was not opened.
+    """
+    if isinstance(samples, (str, PathLike)):
+        raise InputError(
+            "An analysis takes a sample, a list of samples or an open store (xi.open_store(path)); "
+            f"got {samples!r}."
+        )
+    return [samples] if isinstance(samples, Sample) else samples
 
 
 def note_origin(provenance: list[Mapping[str, Any]], sample: Sample) -> None:

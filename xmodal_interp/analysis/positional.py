@@ -25,7 +25,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import Columns, keyed, long_table, over_samples, stacked
+from xmodal_interp.analysis.frames import (
+    Columns,
+    keyed,
+    long_table,
+    over_samples,
+    samples_of,
+    stacked,
+)
 from xmodal_interp.analysis.nulls import cells_of
 from xmodal_interp.analysis.selecting import (
     Layers,
@@ -38,7 +45,7 @@ from xmodal_interp.analysis.selecting import (
 )
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
-from xmodal_interp.sample import Sample, Selector, samples_of
+from xmodal_interp.sample import Sample, Selector
 
 BLOCKS = ("text->text", "text->image", "image->image")
 AXES = ("distance", "key", "rope_distance")

@@ -28,7 +28,7 @@ from xmodal_interp.analysis.teacher_forcing import (
 from xmodal_interp.hooks.ablation import AblationMode
 from xmodal_interp.hooks.heads import checked_heads, head_counts
 from xmodal_interp.models import VLM
-from xmodal_interp.models.batching import Item, batches_of, images_of
+from xmodal_interp.models.batching import Item, Items, batches_of, listed, visuals_of
 from xmodal_interp.vocabulary import Tower
 
 ALL_KINDS = "all"
@@ -36,7 +36,7 @@ ALL_KINDS = "all"
 
 def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
     vlm: VLM,
-    items: Sequence[Item],
+    items: Items,
     *,
     mode: AblationMode = "uniform",
     layers: Sequence[int] | None = None,
@@ -51,8 +51,8 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
 
     Args:
         vlm: Model and processor.
-        items: Dicts with ``image`` (or several), ``prompt``, ``answer``, and optionally ``kind``,
-            by which the table is split too.
+        items: Dicts with ``image`` or ``video`` (or several), ``prompt``, ``answer``, and
+            optionally ``kind``, by which the table is split too.
         mode: What takes the head's place: ``"uniform"``, ``"zero"`` or ``"mean"``; see
             ``ablate_heads``. Means are taken on the items' own prompts, image and text positions
             apart.
@@ -78,13 +78,13 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
         InputError: No items, or one without image, prompt or answer.
     """
     chosen = chosen_heads(vlm, tower, layers, heads)
-    items = list(items)
+    items = listed(items)
     batches = batches_of(vlm, items, batch_size=batch_size)
     removals: list[Removal] = [{}, *({layer: [head]} for layer, head in chosen)]
     ablation = ablation_of(vlm, batches, mode, tower)
     scores = removal_scores(vlm, batches, removals, ablation, progress=progress)
     drops = scores[:1] - scores[1:]
-    clusters = cluster_numbers([_image_of(*pair) for pair in enumerate(items)])
+    clusters = cluster_numbers([_shown(*pair) for pair in enumerate(items)])
     tables = []
     for kind, of_kind in _of_kinds(items).items():
         table = pd.DataFrame(chosen, columns=["layer", "head"])
@@ -150,10 +150,10 @@ def _of_kinds(items: Sequence[Item]) -> dict[str, np.ndarray]:
     return {kind: np.array(of_kind) for kind, of_kind in found.items()}
 
 
-def _image_of(index: int, item: Item) -> Hashable:
-    """What tells whether two items share an image: its path, else its pixels."""
-    images = images_of(index, item)
+def _shown(index: int, item: Item) -> Hashable:
+    """What tells whether two items share images and videos: their paths, else their pixels."""
+    images, videos = visuals_of(index, item)
     return tuple(
         str(one) if isinstance(one, (str, PathLike)) else hash((one.size, one.tobytes()))
-        for one in images
+        for one in (*images, *(frame for video in videos for frame in video.frames))
     )

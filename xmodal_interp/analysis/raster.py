@@ -30,7 +30,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import keyed, long_table, note_origin, stacked, stamped
+from xmodal_interp.analysis.frames import (
+    keyed,
+    long_table,
+    note_origin,
+    samples_of,
+    stacked,
+    stamped,
+)
 from xmodal_interp.analysis.nulls import received
 from xmodal_interp.analysis.selecting import (
     Layers,
@@ -43,7 +50,7 @@ from xmodal_interp.analysis.selecting import (
 )
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.sample import Sample, Selector, samples_of
+from xmodal_interp.sample import Sample, Selector
 
 HEAD_KEYS = ["tower", "kind", "layer", "head"]
 CELL_KEYS = [*HEAD_KEYS, "row", "col"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,13 @@ def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " posi
     """Positions of any spelling as an index tensor; negative ones count from the end.
 
     Raises:
-        PositionError: A position outside ``[-length, length)``.
+        PositionError: A position outside ``[-length, length)``, or a text.
     """
     if isinstance(positions, slice):
         return torch.arange(length)[positions]
-    values = [positions] if isinstance(positions, int) else positions
+    values: Any = [positions] if isinstance(positions, int) else positions
+    if isinstance(values, str):
+        raise PositionError(f"A {label} is a number, a list of them, or a slice; got {values!r}.")
     index = values.cpu() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
     index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
     outside = index[(index < -length) | (index >= length)]

@@ -31,14 +31,14 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.embeddings import check_in_sequence, mean_embeddings
 from xmodal_interp.hooks.replaying import remember_blocks, replay
 from xmodal_interp.models import VLM, ImageGrid
-from xmodal_interp.models.batching import Batch, Item, batches_of
+from xmodal_interp.models.batching import Batch, Items, batches_of, listed
 
 Maps = Sequence[np.ndarray] | Literal["random", "centre"]
 
 
 def deletion_curve(
     vlm: VLM,
-    items: Sequence[Item],
+    items: Items,
     maps: Maps,
     *,
     steps: int = 11,
@@ -71,7 +71,7 @@ def deletion_curve(
 
 def insertion_curve(
     vlm: VLM,
-    items: Sequence[Item],
+    items: Items,
     maps: Maps,
     *,
     steps: int = 11,
@@ -120,7 +120,7 @@ def area(scores: Float[np.ndarray, " step"]) -> float:
 
 def _curve(
     vlm: VLM,
-    items: Sequence[Item],
+    items: Items,
     maps: Maps,
     analysis: str,
     steps: int,
@@ -131,7 +131,7 @@ def _curve(
     if steps < 2:
         raise InputError(f"A curve has at least 2 steps, none and all tokens; got {steps}.")
     check_in_sequence(vlm)
-    items = list(items)
+    items = listed(items)
     if not isinstance(maps, str) and len(maps) != len(items):
         raise InputError(f"maps must be one per item; got {len(maps)} for {len(items)} items.")
     shares = np.linspace(0, 1, steps)

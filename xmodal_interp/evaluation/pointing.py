@@ -31,7 +31,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked, stamped
+from xmodal_interp.analysis.frames import (
+    keyed,
+    long_table,
+    over_samples,
+    samples_of,
+    stacked,
+    stamped,
+)
 from xmodal_interp.analysis.resampling import mean_intervals
 from xmodal_interp.analysis.selecting import Layers, calls_of, queries_of
 from xmodal_interp.errors import InputError
@@ -42,7 +49,7 @@ from xmodal_interp.evaluation.boxes import (
     placed_cells,
     tokens_inside,
 )
-from xmodal_interp.sample import Sample, Selector, samples_of
+from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import AttentionKind
 
 Queries = Selector | np.ndarray | Callable[[Sample], Selector | np.ndarray]

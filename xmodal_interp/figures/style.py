@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
+from xmodal_interp.errors import InputError
+
 FigurePath = str | PathLike[str] | None
 """Where to save a figure; the ending (png, pdf, svg) chooses the format. None saves nothing."""
 
@@ -101,9 +103,18 @@ def styled(function: Callable[_Arguments, _Made]) -> Callable[_Arguments, _Made]
 
 
 def saved(picture: Picture, path: FigurePath) -> Picture:
-    """The figure, written to ``path`` if there is one; its folder is made."""
+    """The figure, written to ``path`` if there is one; its folder is made.
+
+    Raises:
+        InputError: The file's name ends in no format that matplotlib writes.
+    """
     if path is not None:
         target = Path(path)
+        known = picture.canvas.get_supported_filetypes()
+        if target.suffix and target.suffix[1:].lower() not in known:
+            raise InputError(
+                f"A figure is written as {', '.join(known)}; {str(path)!r} ends otherwise."
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         picture.savefig(target)
     return picture

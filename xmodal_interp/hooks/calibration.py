@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from xmodal_interp.hooks.interventions import Site, intervene
 from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tap import RawCall
 from xmodal_interp.models import VLM
-from xmodal_interp.models.batching import Batch, Item, batches_of
+from xmodal_interp.models.batching import Batch, Items, batches_of
 from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind, Tower
 
 PositionClass = Literal["all", "image", "text"]
@@ -45,7 +45,7 @@ class HeadMeans:
 
 def mean_head_outputs(
     vlm: VLM,
-    items: Iterable[Item],
+    items: Items,
     *,
     positions: PositionClass = "text",
     tower: Tower = "language",

@@ -28,6 +28,7 @@ from xmodal_interp.hooks.compiled import refuse_compiled
 from xmodal_interp.hooks.exactness import Exactness, tolerance
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.hooks.knockout import knock_out_attention
+from xmodal_interp.hooks.modules import module_of
 from xmodal_interp.hooks.recorder import listening
 from xmodal_interp.hooks.recording import Choice, Recording
 from xmodal_interp.models import VLM, ImageLike, check_whole
@@ -118,7 +119,7 @@ def doctor(
         CaptureError: A compiled model.
     """
     findings, exactness = _Findings(), Exactness()
-    bare = model.model if isinstance(model, VLM) else model
+    bare = module_of(model)
     refuse_compiled(bare)
     if isinstance(model, VLM):
         if inputs is not None:

@@ -29,7 +29,7 @@ from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, LayerError, PositionError
 from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
 from xmodal_interp.hooks.heads import layers_of, listed, n_heads_of
-from xmodal_interp.hooks.modules import Identity, attention_modules
+from xmodal_interp.hooks.modules import Identity, attention_modules, module_of
 from xmodal_interp.hooks.own_thread import in_this_thread
 from xmodal_interp.hooks.reading import as_attention_call
 from xmodal_interp.hooks.selection import Selection
@@ -115,7 +115,7 @@ def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Iterator[
             a call cannot be edited as asked for.
         PositionError: A position was never reached, at the end of the block.
     """
-    bare = model.model if isinstance(model, VLM) else model
+    bare = module_of(model)
     refuse_compiled(bare)
     known = attention_modules(bare)
     editors = [_Editor(intervention, known) for intervention in interventions]

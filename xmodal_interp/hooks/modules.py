@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from xmodal_interp.errors import UnsupportedModelError
+from xmodal_interp.errors import InputError, UnsupportedModelError
+from xmodal_interp.models import VLM
 
 if TYPE_CHECKING:
     from xmodal_interp.vocabulary import AttentionKind, Tower
@@ -64,6 +65,21 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
         )
     identities = _Names(model).identities(found)
     return {module: identities[path] for path, module in found.items()}
+
+
+def module_of(model: Any) -> nn.Module:
+    """The module of a VLM, or a module itself.
+
+    Raises:
+        InputError: Something else.
+    """
+    bare = model.model if isinstance(model, VLM) else model
+    if not isinstance(bare, nn.Module):
+        raise InputError(
+            "A model is a VLM or a module of torch, such as xi.load(name) or from_pretrained give; "
+            f"got an object of {type(bare).__name__}."
+        )
+    return bare
 
 
 def layers_without_matrix(model: nn.Module) -> tuple[Identity, ...]:

@@ -31,6 +31,7 @@ from xmodal_interp.hooks.modules import (
     attention_modules,
     identity_of,
     layers_without_matrix,
+    module_of,
 )
 from xmodal_interp.hooks.own_thread import in_this_thread
 from xmodal_interp.hooks.reading import as_attention_call, segments, whole_mask
@@ -39,12 +40,13 @@ from xmodal_interp.hooks.refusals import check_choice, refuse_replica
 from xmodal_interp.hooks.rotary import RotaryPositions
 from xmodal_interp.hooks.tap import RawCall, tap
 from xmodal_interp.hooks.updates import UpdateShares
+from xmodal_interp.models import VLM
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 
 @contextmanager
 def record(
-    model: nn.Module,
+    model: VLM | nn.Module,
     *,
     towers: Sequence[Tower] = TOWERS,
     layers: Sequence[int] | None = None,
@@ -57,7 +59,7 @@ def record(
     Its outputs don't change by a bit.
 
     Args:
-        model: The model; its attention backend stays as it is.
+        model: A VLM or any transformers model; its attention backend stays as it is.
         towers: Which towers to keep.
         layers: Which layers to keep (per tower and kind), all if not given.
         values: Keep V too.
@@ -71,7 +73,7 @@ def record(
     """
     if norms and reduce is not None:
         raise InputError("norms are known after a call, reduce is called during it: choose one.")
-    with listening(model, Choice(tuple(towers), layers, values, norms, reduce)) as recording:
+    with listening(module_of(model), Choice(towers, layers, values, norms, reduce)) as recording:
         yield recording
 
 

@@ -43,7 +43,7 @@ class Choice:
     call by its proper names.
     """
 
-    towers: tuple[Tower, ...] = TOWERS
+    towers: Sequence[Tower] = TOWERS
     layers: Sequence[int] | None = None
     values: bool = False
     norms: bool = False

@@ -15,7 +15,11 @@ from xmodal_interp.vocabulary import TOWERS, Tower
 def check_choice(
     towers: Sequence[Tower], layers: Sequence[int] | None, known: Iterable[Identity]
 ) -> None:
-    """Raise InputError for a tower or a layer that there is not."""
+    """Raise InputError for what is no list, a tower or a layer that there is not."""
+    if isinstance(towers, str):
+        raise InputError(f"towers is a list, such as ['language']; got {towers!r}.")
+    if isinstance(layers, int):
+        raise InputError(f"layers is a list, such as [0, 3]; got {layers!r}.")
     unknown = [tower for tower in towers if tower not in TOWERS]
     if unknown:
         raise InputError(

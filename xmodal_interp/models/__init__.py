@@ -17,6 +17,7 @@ from xmodal_interp.models.sequences import check_whole as check_whole
 from xmodal_interp.models.sequences import prompt_ids as prompt_ids
 from xmodal_interp.models.tokens import generated_table as generated_table
 from xmodal_interp.models.vlm import VLM as VLM
+from xmodal_interp.models.vlm import check_vlm as check_vlm
 from xmodal_interp.models.windows import square_windows as square_windows
 from xmodal_interp.models.windows import tiles_behind as tiles_behind
 from xmodal_interp.models.windows import window_orders as window_orders

@@ -14,19 +14,25 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from xmodal_interp.errors import InputError
 from xmodal_interp.models.labelling import Prompt
-from xmodal_interp.models.opening import ImageLike
+from xmodal_interp.models.opening import ImageLike, Video
 from xmodal_interp.models.sequences import DECODER_IDS, DECODER_MASK, prompt_ids
-from xmodal_interp.models.vlm import VLM
+from xmodal_interp.models.vlm import VLM, check_vlm
 
 Item = Mapping[str, Any]
-"""``image`` or ``images``, ``prompt`` or ``question``, ``answer``, and optionally ``kind``."""
+"""``image`` or ``images``, ``video`` or ``videos`` (one of the two at least), ``prompt`` or
+``question``, ``answer``, and optionally ``kind``."""
+
+Items = Iterable[Item] | pd.DataFrame
+"""Dicts one after the other, or a table with a row for each item."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,28 +72,28 @@ class Batch:
         return n
 
 
-def batches_of(
-    vlm: VLM, items: Iterable[Item], *, batch_size: int, answers: bool = True
-) -> list[Batch]:
+def batches_of(vlm: VLM, items: Items, *, batch_size: int, answers: bool = True) -> list[Batch]:
     """Prepare items for the model.
 
     Args:
         vlm: Model and processor.
-        items: Dicts with ``image`` (or a list of them), ``prompt`` and ``answer``.
+        items: Dicts with ``image`` or ``video`` (or lists of them), ``prompt`` and ``answer``.
         batch_size: The largest number of items per batch.
         answers: Whether to put the answers behind the prompts (teacher forcing).
 
     Raises:
-        InputError: No items, an item without image, prompt or answer, or an answer that does not
-            tokenize behind its prompt.
+        InputError: No items, one that is no dict or has no image or video, prompt or answer, or an
+            answer that does not tokenize behind its prompt.
     """
+    check_vlm(vlm)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}.")
     shapes: dict[Any, list[tuple[int, dict[str, Any], Prompt, tuple[int, ...]]]] = defaultdict(list)
-    for index, item in enumerate(items):
-        images, question = images_of(index, item), str(_entry(index, item, "prompt", "question"))
+    for index, item in enumerate(listed(items)):
+        images, videos = visuals_of(index, item)
+        question = _entry(index, item, "prompt", "question")
         answer = str(_entry(index, item, "answer")) if answers else ""
-        inputs, (prompt,) = vlm.prepare([images], [question])
+        inputs, (prompt,) = vlm.prepare([images], [question], videos=[videos])
         ids = answer_ids(vlm, prompt.text, answer) if answers else ()
         inputs = _with_answer(inputs, ids)
         shapes[_shape(inputs)].append((index, inputs, prompt, ids))
@@ -118,24 +124,55 @@ def answer_ids(vlm: VLM, text: str, answer: str) -> tuple[int, ...]:
     return tuple(whole[len(before) :])
 
 
-def images_of(index: int, item: Item) -> list[ImageLike]:
-    """The images of an item, not opened yet; ``index`` is for the message.
+def listed(items: Items) -> list[Item]:
+    """All items; of a table, its rows, without the cells that are empty.
 
     Raises:
-        InputError: It has no ``image`` and no ``images``.
+        InputError: One that is no dict.
     """
-    given = _entry(index, item, "image", "images")
+    if isinstance(items, pd.DataFrame):
+        return [
+            {str(name): value for name, value in row.dropna().items()}
+            for _, row in items.iterrows()
+        ]
+    found = list(items)
+    for index, item in enumerate(found):
+        if not isinstance(item, Mapping):
+            raise InputError(
+                "An item is a dict with image, prompt and answer. "
+                f"Item {index} is a {type(item).__name__}."
+            )
+    return found
+
+
+def visuals_of(index: int, item: Item) -> tuple[list[ImageLike], list[Video]]:
+    """The images and the videos of an item, not opened yet; ``index`` is for the message.
+
+    Raises:
+        InputError: It has none.
+    """
+    videos = _several(_found(item, "video", "videos"))
+    find = _found if videos else partial(_entry, index)
+    return _several(find(item, "image", "images")), videos
+
+
+def _several(given: Any) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
+def _found(item: Item, *names: str) -> Any:
+    """The entry that goes by one of these names, an empty one if there is none."""
+    return next((item[name] for name in names if item.get(name) is not None), ())
+
+
 def _entry(index: int, item: Item, *names: str) -> Any:
-    for name in names:
-        if item.get(name) is not None:
-            return item[name]
-    raise InputError(
-        f"An item must have {' or '.join(map(repr, names))}. Item {index} has none; its entries "
-        f"are {', '.join(map(str, item)) or 'none'}."
-    )
+    found = _found(item, *names)
+    if isinstance(found, tuple) and not found:
+        raise InputError(
+            f"An item must have {' or '.join(map(repr, names))}. Item {index} has none; its "
+            f"entries are {', '.join(map(str, item)) or 'none'}."
+        )
+    return found
 
 
 def _with_answer(inputs: dict[str, Any], ids: Sequence[int]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from xmodal_interp.errors import InputError
 
@@ -106,17 +106,22 @@ def flat(nested: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def open_image(image: ImageLike) -> Image.Image:
-    """An RGB image from a path or a PIL image.
+    """An RGB image from a path or a PIL image; a file is turned as its camera says (EXIF).
 
     Raises:
-        InputError: There is no such file, or it is no image.
+        InputError: Something else, no such file, or a file that is no image.
     """
     if isinstance(image, Image.Image):
         return image if image.mode == "RGB" else image.convert("RGB")
+    if not isinstance(image, (str, PathLike)):
+        raise InputError(
+            "An image must be a path or a PIL image, such as PIL.Image.fromarray makes of an array "
+            f"of bytes [row, col, 3]; got an object of {type(image).__name__}."
+        )
     path = Path(image)
     try:
         with Image.open(path) as opened:
-            return opened.convert("RGB")
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except FileNotFoundError:
         raise InputError(
             f"An image must be a file that exists, or a PIL image; there is no {str(path)!r}."

@@ -204,8 +204,16 @@ _RECORDS: tuple[Family, ...] = (
             padded=True,
         ),
     ),
-    *(Family(name, geometry=_SLICES) for name in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")),
-    Family("molmo2", geometry=geometry.overlapping_crops),
+    *(
+        Family(name, geometry=_SLICES, video=geometry.sliced_frames, video_token=_VIDEO)
+        for name in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")
+    ),
+    Family(
+        "molmo2",
+        geometry=geometry.overlapping_crops,
+        video=geometry.pooled_frames,
+        video_token=_VIDEO,
+    ),
     Family("step3p7", geometry=geometry.SeparateTiles(geometry.windows, geometry.squared)),
     Family(
         "unlimited_ocr",

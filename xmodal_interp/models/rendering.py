@@ -65,9 +65,11 @@ class Writer:
             system: A system message, for the chat template.
 
         Raises:
-            InputError: An empty question, a processor without a chat template, or a prompt that has
-                not one placeholder per video.
+            InputError: An empty question or one that is no text, a processor without a chat
+                template, or a prompt that has not one placeholder per video.
         """
+        if not isinstance(question, str):
+            raise InputError(f"A prompt must be one text; got {question!r}.")
         if not question.strip():
             raise InputError("A prompt must not be empty; got only white space.")
         templated = getattr(self.processor, "chat_template", None) is not None

@@ -184,14 +184,12 @@ def _fill(
 def _columns_of(grid: Any, kind: str) -> dict[str, np.ndarray]:
     """Columns of a grid's tokens in sequence order; NaN (None for the view) without a place."""
     boxes = dict(zip(("x0", "y0", "x1", "y1"), grid.boxes.T, strict=True))
-    if kind == VIDEO:
-        frame, row, col = _missing(grid.places).T
-        return {"frame": frame, "row": row, "col": col, **boxes}
-    row, col = _missing(grid.places_by_view).T
+    *frames, row, col = _missing(grid.places_by_view).T
     tile = np.full(len(row), np.nan) if grid.tiles is None else _missing(grid.tiles)
-    names = np.where(grid.in_thumbnail, "thumbnail", "image").astype(object)
-    names[np.isnan(row)] = None
-    return {"row": row, "col": col, "tile": tile, "view": names, **boxes}
+    view = np.where(grid.in_thumbnail, "thumbnail", "image").astype(object)
+    view[np.isnan(row)] = None
+    columns = {"row": row, "col": col, "tile": tile, "view": view, **boxes}
+    return columns | {"frame": frames[0]} if kind == VIDEO else columns
 
 
 def _missing(numbers: np.ndarray) -> np.ndarray:

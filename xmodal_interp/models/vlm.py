@@ -41,6 +41,7 @@ class VLM:
         family: What is known of its type; found by the type if not given.
 
     Raises:
+        InputError: What was given as the processor has no tokenizer.
         UnsupportedModelError: The model type has no family record, or reads text only; or the model
             has a PEFT adapter that adds positions without a token.
     """
@@ -52,6 +53,18 @@ class VLM:
     def __post_init__(self) -> None:
         refuse_virtual_tokens(self.model)
         object.__setattr__(self, "family", self.family or family_of(self.model.config))
+        if not hasattr(self.processor, "tokenizer"):
+            raise InputError(
+                "A processor has a tokenizer beside what reads images; AutoProcessor loads both. "
+                f"Got {type(self.processor).__name__}."
+            )
+
+    def __repr__(self) -> str:
+        """The classes, not their contents: a model prints every module."""
+        return (
+            f"VLM({type(self.model).__name__}, {type(self.processor).__name__}; "
+            f"{self.family.model_type}, {self.model.dtype}, {self.model.device})"
+        )
 
     @property
     def name(self) -> str:
@@ -238,3 +251,12 @@ class VLM:
 
 def _n_tokens(grids: Sequence[ImageGrid] | None) -> int:
     return sum(grid.n_tokens for grid in grids or ())
+
+
+def check_vlm(vlm: Any) -> None:
+    """Raise InputError for something else than a VLM, such as a model alone."""
+    if not isinstance(vlm, VLM):
+        raise InputError(
+            "A model comes with its processor: xi.load(name) or xi.VLM(model, processor). Got an "
+            f"object of {type(vlm).__name__}."
+        )

@@ -10,27 +10,41 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 
-def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor] | None:
-    """For each image ``[patch]``, which patch stands at each position of the vision tower.
+def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """Modules that read patches in another order than the processor returned them.
 
-    Images come first, then videos, whose patches are those of all frames.
+    A vision tower that does so has a method to permute its input (Qwen2.5-VL), a module in it that
+    merges windows one to find them (MiniCPM-V); each is found by its name.
 
-    None if the tower reads patches in the order that the processor returned them. A tower that does
-    not has a method to permute its input (Qwen2.5-VL), found by its name.
+    Returns:
+        By the path of the module: for each picture ``[patch]``, which patch stands at each
+        position. The pictures are the images, then the videos, each whole or view by view.
     """
-    if not any(hasattr(module, "permute_input_for_window_attn") for module in model.modules()):
-        return None
-    given = [inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")]
-    grids = [grid for of_kind in given if of_kind is not None for grid in of_kind.cpu()]
-    if not grids:
-        return None
+    orders: dict[str, list[Tensor]] = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "permute_input_for_window_attn"):
+            orders[path] = _in_tower(model, inputs)
+        elif hasattr(module, "get_window_index") and hasattr(module, "window_kernel_size"):
+            sizes = _each_of(inputs, "target_sizes", "target_sizes_videos")
+            found: Any = module
+            orders[path] = [found.get_window_index(size[None])[0] for size in sizes]
+    return {path: of_pictures for path, of_pictures in orders.items() if of_pictures}
+
+
+def _in_tower(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     vision: Any = getattr(model.config, "vision_config", None)
-    merge, sizes = vision.spatial_merge_size, (vision.window_size, vision.patch_size)
     orders = []
-    for grid in grids:
+    for grid in _each_of(inputs, "image_grid_thw", "video_grid_thw"):
+        merge, sizes = vision.spatial_merge_size, (vision.window_size, vision.patch_size)
         blocks, _ = get_vision_window_index(grid[None], merge, *sizes)
         orders.append((blocks[:, None] * merge**2 + torch.arange(merge**2)).flatten())
     return orders
+
+
+def _each_of(inputs: Mapping[str, Any], *names: str) -> list[Tensor]:
+    """The rows of those inputs that are given, one behind the other."""
+    given = (inputs.get(name) for name in names)
+    return [row for of_kind in given if of_kind is not None for row in of_kind.cpu()]
 
 
 def square_windows(model: nn.Module) -> dict[str, int]:

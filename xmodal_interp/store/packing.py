@@ -38,10 +38,7 @@ def sample_record(sample: Sample, shared: schema.SharedTensors, *, images: bool)
         "provenance": sample.provenance,
         "grids": [_grid_numbers(grid) for grid in sample.grids],
         "images": _pictures("image", sample.images, sources, stored=images),
-        "video_grids": [
-            {name: int(getattr(grid, name)) for name in schema.VIDEO_NUMBERS}
-            for grid in sample.video_grids
-        ],
+        "video_grids": [_grid_numbers(grid) for grid in sample.video_grids],
         "videos": [
             {
                 "fps": video.fps,
@@ -87,7 +84,7 @@ def sample_files(
     if sample.grids:
         yield schema.GRIDS, grid_bytes(sample.grids)
     if sample.video_grids:
-        yield schema.VIDEO_GRIDS, video_grid_bytes(sample.video_grids)
+        yield schema.VIDEO_GRIDS, grid_bytes(sample.video_grids)
     if images:
         shown = {"image": sample.images}
         shown |= {f"video-{i}": _frames(video) for i, video in enumerate(sample.videos)}
@@ -125,43 +122,41 @@ def table_from(content: bytes) -> tuple[pd.DataFrame, dict[str, str]]:
     return arrow.to_pandas(), stamp
 
 
-def _grid_numbers(grid: ImageGrid) -> dict[str, Any]:
-    numbers: dict[str, Any] = {name: int(getattr(grid, name)) for name in schema.GRID_NUMBERS}
+def _grid_numbers(grid: ImageGrid | VideoGrid) -> dict[str, Any]:
+    names = schema.VIDEO_NUMBERS if isinstance(grid, VideoGrid) else schema.GRID_NUMBERS
+    numbers: dict[str, Any] = {name: int(getattr(grid, name)) for name in names}
     if grid.thumbnail is not None:
         small = grid.thumbnail
         numbers["thumbnail"] = {name: int(getattr(small, name)) for name in schema.VIEW_NUMBERS}
-    if grid.reason is not None:
+    if isinstance(grid, ImageGrid) and grid.reason is not None:
         numbers["reason"] = grid.reason
     return numbers
 
 
-def grid_bytes(grids: Sequence[ImageGrid]) -> bytes:
-    """An npz file with the arrays ``INDEX.places``, ``INDEX.boxes``, ``INDEX.patch_places``.
+def grid_bytes(grids: Sequence[ImageGrid | VideoGrid]) -> bytes:
+    """An npz file with the arrays ``INDEX.NAME`` of ``GRID_ARRAYS``, or of ``VIDEO_ARRAYS``.
 
-    Those of ``OPTIONAL_GRID_ARRAYS`` only where the grid has them, ``INDEX.thumbnail.places`` and
-    ``INDEX.thumbnail.patch_places`` if there is a thumbnail.
+    Those of ``OPTIONAL_GRID_ARRAYS`` and ``OPTIONAL_VIDEO_ARRAYS`` only where the grid has them,
+    ``INDEX.thumbnail.places`` and ``INDEX.thumbnail.patch_places`` if there is a thumbnail.
     """
     arrays: dict[str, np.ndarray] = {}
     for i, grid in enumerate(grids):
-        arrays |= {f"{i}.{name}": getattr(grid, name) for name in schema.GRID_ARRAYS}
-        for name in schema.OPTIONAL_GRID_ARRAYS:
-            if getattr(grid, name) is not None:
-                arrays[f"{i}.{name}"] = getattr(grid, name)
+        always, optional = _array_names(type(grid))
+        present = [name for name in optional if getattr(grid, name) is not None]
+        arrays |= {f"{i}.{name}": getattr(grid, name) for name in (*always, *present)}
         if grid.thumbnail is not None:
             small = grid.thumbnail
             arrays |= {f"{i}.thumbnail.{name}": getattr(small, name) for name in schema.VIEW_ARRAYS}
     return _npz_bytes(arrays)
 
 
-def video_grid_bytes(grids: Sequence[VideoGrid]) -> bytes:
-    """An npz file with the arrays ``INDEX.NAME`` of ``VIDEO_ARRAYS``."""
-    return _npz_bytes(
-        {
-            f"{i}.{name}": getattr(grid, name)
-            for i, grid in enumerate(grids)
-            for name in schema.VIDEO_ARRAYS
-        }
-    )
+def _array_names(
+    kind: type[ImageGrid] | type[VideoGrid],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Arrays that a grid always has, and those that it may have."""
+    if kind is VideoGrid:
+        return schema.VIDEO_ARRAYS, schema.OPTIONAL_VIDEO_ARRAYS
+    return schema.GRID_ARRAYS, schema.OPTIONAL_GRID_ARRAYS
 
 
 def _npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -176,7 +171,10 @@ def grids_from(
 ) -> tuple[tuple[ImageGrid, ...], dict[str, Any]]:
     """The grids of an npz file, and what the file says of its format."""
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        grids = tuple(_grid_from(each, arrays, f"{i}.") for i, each in enumerate(numbers))
+        grids = tuple(
+            ImageGrid(**_fields(ImageGrid, each, arrays, f"{i}."), reason=each.get("reason"))
+            for i, each in enumerate(numbers)
+        )
         return grids, _stamp_of(arrays)
 
 
@@ -186,11 +184,7 @@ def video_grids_from(
     """The video grids of an npz file, and what the file says of its format."""
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         grids = tuple(
-            VideoGrid(
-                **{name: each[name] for name in schema.VIDEO_NUMBERS},
-                **{name: arrays[f"{i}.{name}"] for name in schema.VIDEO_ARRAYS},
-            )
-            for i, each in enumerate(numbers)
+            VideoGrid(**_fields(VideoGrid, each, arrays, f"{i}.")) for i, each in enumerate(numbers)
         )
         return grids, _stamp_of(arrays)
 
@@ -199,19 +193,22 @@ def _stamp_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {name: arrays[name][0].item() for name in schema.STAMP if name in arrays}
 
 
-def _grid_from(numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray], at: str) -> ImageGrid:
-    thumbnail = None
+def _fields(
+    kind: type[ImageGrid] | type[VideoGrid],
+    numbers: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    at: str,
+) -> dict[str, Any]:
+    """What a grid is made of; the names of its arrays begin with ``at``."""
+    always, optional = _array_names(kind)
+    named = schema.VIDEO_NUMBERS if kind is VideoGrid else schema.GRID_NUMBERS
+    own: dict[str, Any] = {name: numbers[name] for name in named}
+    own |= {name: arrays[at + name] for name in always}
+    own |= {name: arrays.get(at + name) for name in optional}
     if "thumbnail" in numbers:
         small = {name: arrays[f"{at}thumbnail.{name}"] for name in schema.VIEW_ARRAYS}
-        thumbnail = View(**{**numbers["thumbnail"], **small})
-    own: dict[str, Any] = {name: numbers[name] for name in schema.GRID_NUMBERS}
-    own |= {name: arrays[at + name] for name in schema.GRID_ARRAYS}
-    own |= {name: arrays.get(at + name) for name in schema.OPTIONAL_GRID_ARRAYS}
-    return ImageGrid(
-        **own,
-        thumbnail=thumbnail,
-        reason=numbers.get("reason"),
-    )
+        own["thumbnail"] = View(**{**numbers["thumbnail"], **small})
+    return own
 
 
 def image_bytes(image: Image.Image) -> bytes:

@@ -12,7 +12,7 @@ A store is a folder::
         grids.npz               places and boxes of each image's tokens; absent without images;
                                 ``tiles``, ``patch_boxes`` and those of a ``thumbnail`` only where
                                 there are any
-        video_grids.npz         the same of each video; absent without videos
+        video_grids.npz         the same of each video, and ``times``; absent without videos
         TOWER-KIND-LAYER.safetensors    the tensors of one layer
         shared.safetensors      masks and position biases; absent if there are none
         image-INDEX.png         the images, RGB; MAY be absent
@@ -80,6 +80,7 @@ OPTIONAL_GRID_ARRAYS = ("tiles", "patch_boxes")
 VIEW_ARRAYS = ("places", "patch_places")
 VIEW_NUMBERS = ("rows", "cols", "patch_rows", "patch_cols")
 VIDEO_ARRAYS = ("places", "boxes", "times", "patch_places")
+OPTIONAL_VIDEO_ARRAYS = ("tiles",)
 VIDEO_NUMBERS = (
     *("width", "height", "frames", "rows", "cols"),
     *("patch_frames", "patch_rows", "patch_cols"),

@@ -62,6 +62,8 @@ from xmodal_interp.models.geometry.video import MergedFrames as MergedFrames
 from xmodal_interp.models.geometry.video import SingleFrames as SingleFrames
 from xmodal_interp.models.geometry.video import VideoGrid as VideoGrid
 from xmodal_interp.models.geometry.video import VideoRule as VideoRule
+from xmodal_interp.models.geometry.video_crops import pooled_frames as pooled_frames
+from xmodal_interp.models.geometry.video_crops import sliced_frames as sliced_frames
 from xmodal_interp.models.geometry.video_frames import PositionedFrames as PositionedFrames
 from xmodal_interp.models.geometry.video_frames import squeezed as squeezed
 from xmodal_interp.models.geometry.video_frames import within_video_tokens as within_video_tokens

@@ -26,28 +26,71 @@ VIEWS: tuple[str, ...] = (IMAGE, THUMBNAIL)
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The thumbnail of a tiled image: rows and columns of its own, for the same tokens.
+    """The thumbnail of a tiled image or video: rows and columns of its own, for the same tokens.
 
     Attributes:
         rows: Rows of its tokens.
         cols: Columns of its tokens.
-        places: Row and column of each token of the image; ``NOWHERE`` for those not of this view.
+        places: Row and column of each token of the image, of a video frame, row and column;
+            ``NOWHERE`` for those not of this view.
         patch_rows: Rows of its vision-tower patches.
         patch_cols: Columns of them.
-        patch_places: Row and column of each vision-tower position of the image; ``NOWHERE`` for
-            those not of this view.
+        patch_places: The same of each vision-tower position; ``NOWHERE`` for those not of this
+            view.
     """
 
     rows: int
     cols: int
-    places: Int[np.ndarray, "token 2"]
+    places: Int[np.ndarray, "token axis"]
     patch_rows: int
     patch_cols: int
-    patch_places: Int[np.ndarray, "patch 2"]
+    patch_places: Int[np.ndarray, "patch axis"]
+
+
+class Viewed:
+    """What images and videos have in common: tokens of the tiles, and of a thumbnail."""
+
+    places: Int[np.ndarray, "token axis"]
+    thumbnail: View | None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens it takes: class tokens, line breaks and thumbnail included."""
+        return len(self.places)
+
+    @property
+    def places_by_view(self) -> Int[np.ndarray, "token axis"]:
+        """The place of each token in the view that it is of."""
+        if self.thumbnail is None:
+            return self.places
+        return np.where(self.in_thumbnail[:, None], self.thumbnail.places, self.places)
+
+    @property
+    def in_thumbnail(self) -> np.ndarray:
+        """Whether each token is of the thumbnail, ``[token]``."""
+        if self.thumbnail is None:
+            return np.zeros(len(self.places), dtype=bool)
+        inside: np.ndarray = self.thumbnail.places[:, 0] >= 0
+        return inside
+
+    def of_view(self, view: str, what: str) -> Any:
+        """Itself, or its thumbnail: what has the rows, columns and places of a view.
+
+        Raises:
+            GeometryError: It has no such view.
+        """
+        if view not in VIEWS or (view == THUMBNAIL and self.thumbnail is None):
+            known = VIEWS if self.thumbnail is not None else (IMAGE,)
+            kind = what.partition(" ")[0].lower()
+            raise GeometryError(
+                f"A view must be one that the {kind} has. {what} has "
+                f"{' and '.join(map(repr, known))}; got {view!r}."
+            )
+        return self if view == IMAGE else self.thumbnail
 
 
 @dataclass(frozen=True, eq=False)
-class ImageGrid:
+class ImageGrid(Viewed):
     """The tokens of one image, in sequence order.
 
     Attributes:
@@ -86,26 +129,6 @@ class ImageGrid:
     patch_boxes: Float[np.ndarray, "patch 4"] | None = None
     reason: str | None = None
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens this image takes: class tokens, line breaks and thumbnail included."""
-        return len(self.places)
-
-    @property
-    def places_by_view(self) -> Int[np.ndarray, "token 2"]:
-        """Row and column of each token in the view that it is of."""
-        if self.thumbnail is None:
-            return self.places
-        return np.where(self.in_thumbnail[:, None], self.thumbnail.places, self.places)
-
-    @property
-    def in_thumbnail(self) -> np.ndarray:
-        """Whether each token is of the thumbnail, ``[token]``."""
-        if self.thumbnail is None:
-            return np.zeros(len(self.places), dtype=bool)
-        inside: np.ndarray = self.thumbnail.places[:, 0] >= 0
-        return inside
-
     def arranged(
         self, values: Float[np.ndarray, " token"], view: str = IMAGE, *, number: int = 0
     ) -> Float[np.ndarray, "row col"]:
@@ -120,13 +143,7 @@ class ImageGrid:
             GeometryError: The tokens have no places, there is no such view, or the number of values
                 is neither that of the tokens nor that of the vision positions.
         """
-        if view not in VIEWS or (view == THUMBNAIL and self.thumbnail is None):
-            known = VIEWS if self.thumbnail is not None else (IMAGE,)
-            raise GeometryError(
-                f"A view must be one that the image has. Image {number} has "
-                f"{' and '.join(map(repr, known))}; got {view!r}."
-            )
-        of: Any = self if view == IMAGE or self.thumbnail is None else self.thumbnail
+        of = self.of_view(view, f"Image {number}")
         if values.shape == (len(of.places),) and of.rows:
             return place_on_grid(values, of.places, of.rows, of.cols)
         if values.shape == (len(of.patch_places),) and of.patch_rows:

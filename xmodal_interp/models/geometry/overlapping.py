@@ -30,7 +30,7 @@ def overlapping_crops(
     Raises:
         GeometryError: The settings do not lead to as many crops as the processor returned.
     """
-    pooled = np.asarray(inputs["image_token_pooling"])
+    pooling = np.asarray(inputs["image_token_pooling"])
     shapes = np.asarray(inputs["image_grids"]).tolist()
     counts = np.asarray(inputs["image_num_crops"]).tolist()
     grids, first_token, first_patch = [], 0, 0
@@ -43,7 +43,7 @@ def overlapping_crops(
             )
         patches = joined(crops)
         n_tokens = shape[0] * shape[1] + shape[2] * shape[3]
-        read = pooled[first_token : first_token + n_tokens]
+        read = pooling[first_token : first_token + n_tokens]
         read = np.where(read < 0, NOWHERE, read - first_patch)
         first_token, first_patch = first_token + n_tokens, first_patch + len(patches)
         unread = ~np.isin(np.arange(len(patches)), read)
@@ -53,7 +53,11 @@ def overlapping_crops(
             boxes=np.where(unread[:, None], np.nan, patches.boxes),
             of_thumbnail=patches.of_thumbnail & ~unread,
         )
-        grids.append(image_grid(image.size, [_pooled(patches, read, shape)], [tower]))
+        small_rows, small_cols, rows, cols = shape
+        places = np.concatenate([raster(small_rows, small_cols), raster(rows, cols)])
+        of_thumbnail = np.arange(n_tokens) < small_rows * small_cols
+        tokens = replace(pooled_cells(patches, read, places), of_thumbnail=of_thumbnail)
+        grids.append(image_grid(image.size, [tokens], [tower]))
     return grids
 
 
@@ -79,13 +83,18 @@ def _crops(processor: Any, image: Image.Image) -> list[Cells]:
     return crops
 
 
-def _pooled(patches: Cells, read: Int[np.ndarray, "token patch"], shape: Sequence[int]) -> Cells:
+def pooled_cells(
+    patches: Cells, read: Int[np.ndarray, "token patch"], places: Int[np.ndarray, "token 2"]
+) -> Cells:
     """The cells of tokens, from the patches that each of them reads; ``NOWHERE`` is none.
 
     Args:
-        patches: All patches of the image.
+        patches: All patches.
         read: Which of them each token reads.
-        shape: Rows and columns of the thumbnail's tokens, then of the image's.
+        places: Row and column of each token.
+
+    Returns:
+        Cells about the patches that are read; of a tile where all of these are of the same.
     """
     none = (read < 0)[..., None]
     boxes, tiles = patches.boxes[read], patches.tiles[read]
@@ -93,10 +102,9 @@ def _pooled(patches: Cells, read: Int[np.ndarray, "token patch"], shape: Sequenc
     end = np.where(none, -np.inf, boxes[..., 2:]).max(1)
     low = np.where(read < 0, len(patches), tiles).min(1)
     high = np.where(read < 0, NOWHERE, tiles).max(1)
-    small_rows, small_cols, rows, cols = shape
     return Cells(
-        np.concatenate([raster(small_rows, small_cols), raster(rows, cols)]),
+        places,
         np.concatenate([start, end], axis=1),
         np.where(low == high, high, NOWHERE),
-        np.arange(len(read)) < small_rows * small_cols,
+        np.zeros(len(read), dtype=bool),
     )

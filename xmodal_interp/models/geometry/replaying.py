@@ -21,12 +21,21 @@ def setting(processor: Any, name: str, default: Any = None) -> Any:
 
     A processor's own defaults for images go before those of its image processor.
     """
+    return _setting(processor, "image", name, default)
+
+
+def video_setting(processor: Any, name: str, default: Any = None) -> Any:
+    """A setting of the video processor, likewise."""
+    return _setting(processor, "video", name, default)
+
+
+def _setting(processor: Any, part: str, name: str, default: Any) -> Any:
     registered = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {})
-    written = getattr(processor, "images_kwargs", None)
-    for defaults in (registered.get("images_kwargs"), written):
+    written = getattr(processor, f"{part}s_kwargs", None)
+    for defaults in (registered.get(f"{part}s_kwargs"), written):
         if isinstance(defaults, Mapping) and name in defaults:
             return defaults[name]
-    value = getattr(processor.image_processor, name, None)
+    value = getattr(getattr(processor, f"{part}_processor"), name, None)
     return default if value is None else value
 
 

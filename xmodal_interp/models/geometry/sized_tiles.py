@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.cells import Cells, image_grid, nowhere, rectangle
+from xmodal_interp.models.geometry.cells import Box, Cells, image_grid, nowhere, rectangle
 from xmodal_interp.models.geometry.grid import ImageGrid
-from xmodal_interp.models.geometry.replaying import setting
+from xmodal_interp.models.geometry.replaying import setting, video_setting
 from xmodal_interp.models.geometry.tiles import End, on_tiles
 from xmodal_interp.models.geometry.tiling import Layout, Tiling, even, whole
+from xmodal_interp.models.opening import Video
 
 Shape = tuple[int, int]
 """Rows and columns."""
@@ -65,13 +67,18 @@ class SizedTiles:
         for image, tiling, count in zip(images, tilings, counts, strict=True):
             own = shapes[start : start + count]
             start += count
-            tower = self._arranged(tiling, own, image)
+            tower = self._views(tiling, own, image)
             merged = [(rows // block, cols // block) for rows, cols in own]
-            tokens = self._arranged(tiling, merged, image)
+            tokens = self._views(tiling, merged, image)
             if length is not None:
                 tower = [part for view in tower for part in (view, nowhere(length - len(view)))]
             grids.append(image_grid(image.size, tokens, tower))
         return grids
+
+    def _views(
+        self, tiling: Tiling | None, shapes: Sequence[Shape], image: Image.Image
+    ) -> list[Cells]:
+        return sized_views(tiling, shapes, whole(image), self.thumbnail, told_by=self.sizes)
 
     def _count(self, processor: Any, tiling: Tiling | None) -> int:
         """Of how many tiles, the thumbnail among them, an image is made."""
@@ -79,28 +86,40 @@ class SizedTiles:
             return 1
         return len(tiling.boxes) + bool(setting(processor, "use_thumbnail", default=True))
 
-    def _arranged(
-        self, tiling: Tiling | None, shapes: Sequence[Shape], image: Image.Image
-    ) -> list[Cells]:
-        """The cells of each tile, and of the thumbnail, in sequence order."""
-        if tiling is None or len(shapes) == 1:
-            return [rectangle(*shapes[0], whole(image))]
-        n_tiles = len(tiling.boxes)
-        first = len(shapes) - n_tiles if self.thumbnail == "first" else 0
-        of_tiles = set(shapes[first : first + n_tiles])
-        if len(of_tiles) > 1:
-            known = ", ".join(f"{rows} x {cols}" for rows, cols in sorted(of_tiles))
-            raise GeometryError(
-                "All tiles of an image must have the same rows and columns, so that it has rows "
-                f"and columns itself. {self.sizes} says {known}. Have the image processor resize "
-                "all of them alike."
-            )
-        parts = on_tiles(tiling, *of_tiles.pop())
-        small = [
-            rectangle(*shape, whole(image), thumbnail=True)
-            for shape in (*shapes[:first], *shapes[first + n_tiles :])
-        ]
-        return [*small, *parts] if self.thumbnail == "first" else [*parts, *small]
+
+def sized_views(
+    tiling: Tiling | None, shapes: Sequence[Shape], box: Box, thumbnail: End, *, told_by: str
+) -> list[Cells]:
+    """The cells of each tile of a picture, and of its thumbnail, in sequence order.
+
+    Args:
+        tiling: How the picture is cut; None where it is read whole.
+        shapes: Rows and columns of each tile and of the thumbnail, in that order.
+        box: The whole picture, px.
+        thumbnail: Where the thumbnail stands.
+        told_by: The input that has the shapes, for messages.
+
+    Raises:
+        GeometryError: The tiles differ in rows or columns.
+    """
+    if tiling is None or len(shapes) == 1:
+        return [rectangle(*shapes[0], box)]
+    n_tiles = len(tiling.boxes)
+    first = len(shapes) - n_tiles if thumbnail == "first" else 0
+    of_tiles = set(shapes[first : first + n_tiles])
+    if len(of_tiles) > 1:
+        known = ", ".join(f"{rows} x {cols}" for rows, cols in sorted(of_tiles))
+        raise GeometryError(
+            "All tiles of an image must have the same rows and columns, so that it has rows "
+            f"and columns itself. {told_by} says {known}. Have the image processor resize "
+            "all of them alike."
+        )
+    parts = on_tiles(tiling, *of_tiles.pop())
+    small = [
+        rectangle(*shape, box, thumbnail=True)
+        for shape in (*shapes[:first], *shapes[first + n_tiles :])
+    ]
+    return [*small, *parts] if thumbnail == "first" else [*parts, *small]
 
 
 def large_on_canvas(processor: Any, image: Image.Image) -> Tiling | None:
@@ -121,19 +140,35 @@ def large_on_canvas(processor: Any, image: Image.Image) -> Tiling | None:
 
 def slices(processor: Any, image: Image.Image) -> Tiling | None:
     """An image of more pixels than a slice has, cut to slices of nearly that many (MiniCPM-V)."""
-    if not setting(processor, "slice_mode", default=False):
+    return _sliced(processor.image_processor, partial(setting, processor), image.size)
+
+
+def frame_slices(processor: Any, video: Video) -> Tiling | None:
+    """The same of the frames of a video, by the settings of the video processor."""
+    return _sliced(processor.video_processor, partial(video_setting, processor), video.size)
+
+
+def _sliced(own: Any, told: Callable[..., Any], size: tuple[int, int]) -> Tiling | None:
+    """How a picture is cut by a processor's own function, with the settings that it is told."""
+    if not told("slice_mode", default=False):
         return None
-    grid = processor.image_processor.get_sliced_grid(
-        (image.height, image.width),
-        setting(processor, "max_slice_nums"),
-        setting(processor, "scale_resolution"),
-    )
+    width, height = size
+    grid = own.get_sliced_grid((height, width), told("max_slice_nums"), told("scale_resolution"))
     if grid is None:
         return None
     rows, cols = grid
-    return even(rows, cols, whole(image))
+    return even(rows, cols, (0.0, 0.0, float(width), float(height)))
 
 
 def slice_block(processor: Any, _config: Any) -> int:
     """The side of the square of patches that gives a token of a slice (MiniCPM-V)."""
-    return 2 if setting(processor, "downsample_mode") == "4x" else 4
+    return _merged(setting(processor, "downsample_mode"))
+
+
+def frame_slice_block(processor: Any) -> int:
+    """The same in the frames of a video."""
+    return _merged(video_setting(processor, "downsample_mode"))
+
+
+def _merged(downsample_mode: str) -> int:
+    return 2 if downsample_mode == "4x" else 4

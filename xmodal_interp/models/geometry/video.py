@@ -11,23 +11,24 @@ from jaxtyping import Float, Int
 
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import Box, Cells, in_blocks, joined, nowhere, rectangle
-from xmodal_interp.models.geometry.grid import NOWHERE
+from xmodal_interp.models.geometry.grid import IMAGE, NOWHERE, View, Viewed
 from xmodal_interp.models.geometry.patches import block_of, patch_side
 from xmodal_interp.models.geometry.replaying import shown_by
 from xmodal_interp.models.opening import Video
 
 
 @dataclass(frozen=True, eq=False)
-class VideoGrid:
+class VideoGrid(Viewed):
     """The tokens of one video, in sequence order.
 
     Attributes:
         width: Width of the original frames, px.
         height: Height of the original frames, px.
         frames: How many frames of tokens there are; one may stand for several of the video's.
-        rows: Rows of tokens of a frame.
+        rows: Rows of tokens of a frame; of its tiles side by side, where there are several.
         cols: Columns of tokens of a frame.
-        places: Frame, row and column of each token; ``NOWHERE`` for tokens without a place.
+        places: Frame, row and column of each token; ``NOWHERE`` for tokens without a place, and for
+            those of thumbnails, whose places are in ``thumbnail``.
         boxes: ``(x0, y0, x1, y1)`` of each token in pixels of the original frames, NaN without a
             place.
         times: When each frame of tokens begins, in seconds; NaN where the pace is not known.
@@ -36,6 +37,9 @@ class VideoGrid:
         patch_cols: Columns of its patches in a frame.
         patch_places: Frame, row and column of each position of the vision tower, in its order;
             ``NOWHERE`` for a class token.
+        tiles: Which tile of its frame each token is of, 0-based in reading order; ``NOWHERE`` for
+            tokens of no tile. None where frames are not tiled.
+        thumbnail: The view of whole frames beside their tiles, if there is one.
     """
 
     width: int
@@ -50,31 +54,31 @@ class VideoGrid:
     patch_rows: int
     patch_cols: int
     patch_places: Int[np.ndarray, "patch 3"]
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens this video takes."""
-        return len(self.places)
+    tiles: Int[np.ndarray, " token"] | None = None
+    thumbnail: View | None = None
 
     def arranged(
-        self, values: Float[np.ndarray, " token"], *, number: int = 0
+        self, values: Float[np.ndarray, " token"], view: str = IMAGE, *, number: int = 0
     ) -> Float[np.ndarray, "frame row col"]:
         """One value per token, or per vision-tower position, on the cells of each frame.
 
         Args:
             values: In sequence order, tokens without a place included.
+            view: ``"image"``: the frames; ``"thumbnail"``: those of their tokens that show a frame
+                whole, beside its tiles.
             number: Which video it is, for messages.
 
         Returns:
             NaN on cells without a token.
 
         Raises:
-            GeometryError: The number of values is neither that of the tokens nor that of the vision
-                positions.
+            GeometryError: There is no such view, or the number of values is neither that of the
+                tokens nor that of the vision positions.
         """
-        tokens = (self.frames, self.rows, self.cols)
-        patches = (self.patch_frames, self.patch_rows, self.patch_cols)
-        for places, shape in ((self.places, tokens), (self.patch_places, patches)):
+        of = self.of_view(view, f"Video {number}")
+        tokens = (self.frames, of.rows, of.cols)
+        patches = (self.patch_frames, of.patch_rows, of.patch_cols)
+        for places, shape in ((of.places, tokens), (of.patch_places, patches)):
             if values.shape == (len(places),):
                 out = np.full(shape, np.nan)
                 placed = places[:, 0] >= 0
@@ -222,25 +226,37 @@ def video_grid(
     """
     if not frames:
         raise GeometryError("A video must have at least one frame of tokens; it has none.")
-    places, patch_places = _numbered([*frames, nowhere(behind)]), _numbered(tower)
+    token, patch = joined([*frames, nowhere(behind)]), joined(tower)
+    main, small = _by_view([*frames, nowhere(behind)])
+    main_patches, small_patches = _by_view(tower)
+    thumbnail = None
+    if token.of_thumbnail.any() or patch.of_thumbnail.any():
+        shape, patch_shape = _extent(small)[1:], _extent(small_patches)[1:]
+        thumbnail = View(*shape, small, *patch_shape, small_patches)
     together = -(-len(video) // len(frames))
     pace = np.nan if video.fps is None else 1 / video.fps
     return VideoGrid(
         *video.size,
-        *_extent(places),
-        places,
-        joined([*frames, nowhere(behind)]).boxes,
+        *_extent(main),
+        main,
+        token.boxes,
         np.arange(len(frames)) * together * pace,
-        *_extent(patch_places),
-        patch_places,
+        *_extent(main_patches),
+        main_patches,
+        tiles=token.tiles if (token.tiles != NOWHERE).any() else None,
+        thumbnail=thumbnail,
     )
 
 
-def _numbered(frames: Sequence[Cells]) -> Int[np.ndarray, "token 3"]:
-    """Frame, row and column of the cells of all frames."""
-    places = joined(frames).places
+def _by_view(
+    frames: Sequence[Cells],
+) -> tuple[Int[np.ndarray, "token 3"], Int[np.ndarray, "token 3"]]:
+    """Frame, row and column of the cells of all frames: in the frames, and in thumbnails."""
+    cells = joined(frames)
     frame = np.repeat(np.arange(len(frames)), [len(each) for each in frames])
-    return np.column_stack([np.where(places[:, 0] < 0, NOWHERE, frame), places])
+    places = np.column_stack([np.where(cells.places[:, 0] < 0, NOWHERE, frame), cells.places])
+    small = cells.of_thumbnail[:, None]
+    return np.where(small, NOWHERE, places), np.where(small, places, NOWHERE)
 
 
 def _extent(places: Int[np.ndarray, "token 3"]) -> tuple[int, int, int]:
