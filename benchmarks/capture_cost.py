@@ -248,7 +248,7 @@ def main(
             "kept, MB",
             "peak - plain - kept, MB",
         ):
-            table.add_column(column, justify="left" if column == "way" else "right")
+            table.add_column(column, justify="left" if column == "way" else "right", min_width=8)
         plain_peak = 0.0
         for way in ways:
             peak, kept = peak_memory(way, n_tokens)
@@ -259,7 +259,7 @@ def main(
             layers = f"{layer_ratio(way, n_tokens, rounds):.3f}" if listens else ""
             times = (f"{wall[way]:.3f}", f"{processor[way]:.3f}", layers, inside)
             table.add_row(way, *times, f"{peak:.0f}", f"{kept:.0f}", extra)
-        Console().print(table)
+        Console(width=120).print(table)
 
 
 if __name__ == "__main__":
