@@ -8,6 +8,7 @@ from tests.tiny import picture
 from xmodal_interp import block_statistics
 from xmodal_interp.cli import app
 from xmodal_interp.hooks.knockout import KnockOut
+from xmodal_interp.menu import ANALYSES, FIGURES
 from xmodal_interp.models import support
 from xmodal_interp.store import open_store
 
@@ -125,6 +126,14 @@ def test_families_are_listed_and_written() -> None:
         ),
         (["capture", "x", "--prompt", "what ?"], "--image with --prompt, or --items"),
         (["capture", "x", "--items", "none.csv"], "Items come from a file that exists"),
+        (
+            ["capture", "x", "--items", "none.csv", "--image", "a.png"],
+            "--items goes without --image, --prompt and --name.",
+        ),
+        (
+            ["capture", "x", "--image", "a.png", "--prompt", "?", "--dtype", "float17"],
+            "dtype is 'auto' or one of torch's types by name, such as 'bfloat16'; got 'float17'.",
+        ),
     ],
 )
 def test_refusals_are_one_line_with_exit_code_1(arguments, words) -> None:
@@ -139,9 +148,96 @@ def test_a_figure_in_no_known_format_is_refused(store) -> None:
     path = store / "a.foo"
     result = run(app, ["plot", str(store), "overlay", "--queries", "shapes", "--path", str(path)])
     assert result.exit_code == 1
-    assert result.output.startswith("error: A figure is written as ")
+    assert result.output.startswith("error: A figure is written to a file that ends in ")
     assert not path.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["analyze", "block-statistics", "--queries", "shapes"], "takes no --queries"),
+        (["plot", "layer-overlays", "--queries", "shapes", "--layer", "9"], "takes no --layer"),
+        (["plot", "token-head-grid", "--head", "9"], "takes no --head"),
+        (["plot", "overlay"], "needs --queries"),
+        (["plot", "attention-matrix", "--head", "99"], "99"),
+        (["plot", "mask-structure", "--head", "99"], "99"),
+    ],
+)
+def test_options_are_used_or_refused(store, tmp_path, arguments, words) -> None:
+    command, name, *options = arguments
+    path = tmp_path / ("a.png" if command == "plot" else "a.csv")
+    result = run(app, [command, str(store), name, *options, "--path", str(path)])
+    assert result.exit_code == 1
+    assert words in result.output
+    assert not path.exists()
+
+
+def test_an_error_within_an_analysis_is_not_blamed_on_the_options(store, monkeypatch) -> None:
+    def broken(store, queries=None):
+        return len(store) + queries  # a number and a text
+
+    monkeypatch.setitem(ANALYSES, "token-ratio", broken)
+    result = run(app, ["analyze", str(store), "token-ratio", "--queries", "shapes"])
+    assert isinstance(result.exception, TypeError)
+
+
+def test_help_lists_every_name_with_its_options(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command, offer in (("analyze", ANALYSES), ("plot", FIGURES)):
+        lines = run(app, [command, "--help"]).output.splitlines()
+        for name in offer:
+            assert sum(f"• {name}: " in line for line in lines) == 1
+    assert any("--queries --layer --head" in line for line in lines)
+
+
+def test_a_store_goes_on_with_one_image_at_a_time(tmp_path) -> None:
+    picture().save(tmp_path / "scene.png")
+    store = str(tmp_path / "store")
+    options = ["--image", str(tmp_path / "scene.png"), "--layers", "1", "--max-new-tokens", "1"]
+    for name, prompt in (("a", "how many shapes ?"), ("b", "what color is the circle ?")):
+        result = run(app, ["capture", store, "--prompt", prompt, "--name", name, *options])
+        assert result.exit_code == 0, result.output
+    assert open_store(store).names == ("a", "b")
+    told = " ".join(run(app, ["info", store]).output.split())
+    assert "layers 1," in told
+    assert "max_new_tokens 1 " in told
+
+
+def test_the_shipped_models_take_a_dtype(tmp_path) -> None:
+    picture().save(tmp_path / "scene.png")
+    options = ["--image", str(tmp_path / "scene.png"), "--prompt", "what ?"]
+    run(app, ["capture", str(tmp_path / "store"), *options, "--dtype", "bfloat16"])
+    assert open_store(tmp_path / "store")[0].provenance["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.csv", b"", "must be readable as CSV in UTF-8"),
+        ("cut.jsonl", b'{"image": "a', "must be readable as JSONL in UTF-8"),
+        ("latin.csv", b"image,prompt\na.png,\xe9\n", "must be readable as CSV in UTF-8"),
+        ("rows.csv", b"image,prompt\n", "At least one item is needed; rows.csv has none."),
+    ],
+)
+def test_items_that_cannot_be_read(tmp_path, name, content, words) -> None:
+    (tmp_path / name).write_bytes(content)
+    result = run(app, ["capture", str(tmp_path / "store"), "--items", str(tmp_path / name)])
+    assert result.exit_code == 1
+    assert words in result.output
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_picture_that_cannot_be_written(store, tmp_path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for path in (tmp_path / "file" / "a.png", tmp_path / "no_ending", tmp_path):
+        options = ["--queries", "shapes", "--path", str(path)]
+        result = run(app, ["plot", str(store), "overlay", *options])
+        assert result.exit_code == 1
+        assert "A figure " in result.output
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
 def test_wrong_usage_is_exit_code_2() -> None:
-    assert run(app, ["analyze", "x", "no-such-analysis"]).exit_code == 2
+    result = run(app, ["analyze", "x", "no-such-analysis"])
+    assert result.exit_code == 2
+    assert "cross-modal-ratio" in result.output

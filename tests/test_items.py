@@ -49,13 +49,13 @@ UNUSABLE = {
     "no dict": ("a.png", "An item is a dict with image and prompt. Item 0 is a str."),
     "no image": (
         {"prompt": "?", "picture": 1},
-        "An item has either image or images. Item 0 ('item-000000') has neither; its entries are "
+        "An item must have 'image' or 'images'. Item 0 ('item-000000') has none; its entries are "
         "prompt, picture.",
     ),
     "two prompts": (
         {"image": PICTURE, "prompt": "?", "question": "?", "name": "x"},
-        "An item has either prompt or question. Item 0 ('x') has both; its entries are image, "
-        "prompt, question, name.",
+        "An item must have 'prompt' or 'question', not both. Item 0 ('x') has both; its entries "
+        "are image, prompt, question, name.",
     ),
     "wrong image": (
         {"image": np.zeros((4, 4, 3)), "prompt": "?"},
@@ -98,8 +98,8 @@ def test_two_items_of_one_name(tmp_path):
     with pytest.raises(InputError) as refusal:
         run(tmp_path, [{**each, "name": name} for each, name in zip(items(2), "xX", strict=True)])
     assert str(refusal.value) == (
-        "Items have names of their own, also where case is ignored. Item 1 ('X') is called as item "
-        "0 is."
+        "Items must have different names, also where case is ignored. Item 1 ('X') has the name of "
+        "item 0."
     )
     assert open_store(tmp_path).names == ("x",)
 

@@ -1,42 +1,82 @@
 """xmodal_interp: how a vision-language model looks at an image."""
 
-from xmodal_interp.analysis import answer_accuracy as answer_accuracy
-from xmodal_interp.analysis import attention_allocation as attention_allocation
-from xmodal_interp.analysis import attention_distance as attention_distance
-from xmodal_interp.analysis import attention_entropy as attention_entropy
-from xmodal_interp.analysis import attention_rollout as attention_rollout
-from xmodal_interp.analysis import attention_sinks as attention_sinks
-from xmodal_interp.analysis import block_statistics as block_statistics
-from xmodal_interp.analysis import cross_modal_ratio as cross_modal_ratio
-from xmodal_interp.analysis import cross_modal_summary as cross_modal_summary
-from xmodal_interp.analysis import head_pruning as head_pruning
-from xmodal_interp.analysis import on_patches as on_patches
-from xmodal_interp.analysis import positional_bias as positional_bias
-from xmodal_interp.analysis import pruning_curve as pruning_curve
-from xmodal_interp.analysis import query_patches as query_patches
-from xmodal_interp.analysis import raster_bias as raster_bias
-from xmodal_interp.analysis import raster_map as raster_map
-from xmodal_interp.analysis import raster_profile as raster_profile
-from xmodal_interp.analysis import recency_index as recency_index
-from xmodal_interp.analysis import rollout_matrix as rollout_matrix
-from xmodal_interp.analysis import sink_rate as sink_rate
-from xmodal_interp.analysis import token_ratio as token_ratio
-from xmodal_interp.attention import AttentionCall as AttentionCall
-from xmodal_interp.capturing import Keep as Keep
-from xmodal_interp.capturing import capture as capture
-from xmodal_interp.capturing import capture_batch as capture_batch
-from xmodal_interp.dataset import capture_dataset as capture_dataset
-from xmodal_interp.hooks import ablate_heads as ablate_heads
-from xmodal_interp.hooks import doctor as doctor
-from xmodal_interp.hooks import intervene as intervene
-from xmodal_interp.hooks import knock_out_attention as knock_out_attention
-from xmodal_interp.hooks import mean_head_outputs as mean_head_outputs
-from xmodal_interp.hooks import record as record
-from xmodal_interp.models import VLM as VLM
-from xmodal_interp.models import Family as Family
-from xmodal_interp.models import Video as Video
-from xmodal_interp.models import load as load
-from xmodal_interp.sample import Sample as Sample
-from xmodal_interp.store import Store as Store
-from xmodal_interp.store import check_store as check_store
-from xmodal_interp.store import open_store as open_store
+from xmodal_interp.analysis import (
+    answer_accuracy,
+    attention_allocation,
+    attention_distance,
+    attention_entropy,
+    attention_rollout,
+    attention_sinks,
+    block_statistics,
+    cross_modal_ratio,
+    cross_modal_summary,
+    head_pruning,
+    on_patches,
+    positional_bias,
+    pruning_curve,
+    query_patches,
+    raster_bias,
+    raster_map,
+    raster_profile,
+    recency_index,
+    rollout_matrix,
+    sink_rate,
+    token_ratio,
+)
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.capturing import Keep, capture, capture_batch
+from xmodal_interp.dataset import capture_dataset
+from xmodal_interp.hooks import (
+    ablate_heads,
+    doctor,
+    intervene,
+    knock_out_attention,
+    mean_head_outputs,
+    record,
+)
+from xmodal_interp.models import VLM, Family, Video, load
+from xmodal_interp.sample import Sample
+from xmodal_interp.store import Store, check_store, open_store
+
+__all__ = [
+    "VLM",
+    "AttentionCall",
+    "Family",
+    "Keep",
+    "Sample",
+    "Store",
+    "Video",
+    "ablate_heads",
+    "answer_accuracy",
+    "attention_allocation",
+    "attention_distance",
+    "attention_entropy",
+    "attention_rollout",
+    "attention_sinks",
+    "block_statistics",
+    "capture",
+    "capture_batch",
+    "capture_dataset",
+    "check_store",
+    "cross_modal_ratio",
+    "cross_modal_summary",
+    "doctor",
+    "head_pruning",
+    "intervene",
+    "knock_out_attention",
+    "load",
+    "mean_head_outputs",
+    "on_patches",
+    "open_store",
+    "positional_bias",
+    "pruning_curve",
+    "query_patches",
+    "raster_bias",
+    "raster_map",
+    "raster_profile",
+    "recency_index",
+    "record",
+    "rollout_matrix",
+    "sink_rate",
+    "token_ratio",
+]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import typer
 
-from xmodal_interp import analysis, figures
 from xmodal_interp.capturing import Keep
 from xmodal_interp.dataset import capture_dataset
 from xmodal_interp.demo import run_demo
@@ -19,7 +16,8 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.hooks import attention_modules
 from xmodal_interp.hooks import doctor as checked
 from xmodal_interp.items import read_items
-from xmodal_interp.models import SHIPPED, load, support
+from xmodal_interp.menu import ANALYSES, FIGURES, Offer, described, options_of
+from xmodal_interp.models import SHIPPED, VLM, load, support
 from xmodal_interp.printing import Group, err, out, show, show_long, show_store, write
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, check_store, open_store
@@ -39,40 +37,31 @@ app = typer.Typer(
     ),
 )
 
-Folder = Annotated[Path, typer.Argument(help="The folder of a store")]
+
+def _one_of(offer: Offer, metavar: str) -> Any:
+    """An argument that is one of the names: they are listed below the options of the command."""
+
+    def known(name: str) -> str:
+        if name not in offer:
+            raise typer.BadParameter(f"must be one of {', '.join(offer)}; got {name!r}.")
+        return name
+
+    return typer.Argument(
+        help="One of the list below",
+        metavar=metavar,
+        callback=known,
+        autocompletion=lambda: list(offer),
+    )
+
+
+Folder = Annotated[Path, typer.Argument(help="The folder of a store", metavar="STORE")]
 Model = Annotated[str, typer.Option(help=f"Hub id, folder, or shipped: {', '.join(SHIPPED)}")]
-
-ANALYSES: dict[str, Callable[..., pd.DataFrame]] = {
-    "cross-modal-ratio": analysis.cross_modal_ratio,
-    "token-ratio": analysis.token_ratio,
-    "block-statistics": analysis.block_statistics,
-    "cross-modal-summary": analysis.cross_modal_summary,
-    "attention-allocation": analysis.attention_allocation,
-    "attention-rollout": analysis.attention_rollout,
-    "positional-bias": analysis.positional_bias,
-    "recency-index": analysis.recency_index,
-    "attention-sinks": analysis.attention_sinks,
-    "sink-rate": analysis.sink_rate,
-    "raster-bias": analysis.raster_bias,
-    "raster-profile": analysis.raster_profile,
-    "attention-entropy": analysis.attention_entropy,
-    "attention-distance": analysis.attention_distance,
-}
-AnalysisName = StrEnum("AnalysisName", {name: name for name in ANALYSES})  # type: ignore[misc]
-
-PLOTS: dict[str, Callable[..., Any]] = {
-    "overlay": figures.overlay,
-    "overlays": figures.overlays,
-    "head-overlays": figures.head_overlays,
-    "layer-overlays": figures.layer_overlays,
-    "token-head-grid": figures.token_head_grid,
-    "attention-matrix": figures.attention_matrix,
-    "token-patch-matrix": figures.token_patch_matrix,
-    "mask-structure": figures.mask_structure,
-}
-PlotName = StrEnum("PlotName", {name: name for name in PLOTS})  # type: ignore[misc]
-_WITHOUT_LAYER = {"layer-overlays"}
-_WITH_QUERIES = {"overlay", "overlays", "head-overlays", "layer-overlays", "token-head-grid"}
+Dtype = Annotated[
+    str, typer.Option(help="Weights: auto (as they are stored), float32, bfloat16, float16")
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Passed to from_pretrained, such as auto or cuda")
+]
 
 
 @app.command()
@@ -92,70 +81,70 @@ def demo(
 
 @app.command()
 def capture(
-    store: Annotated[Path, typer.Argument(help="The store to write, or to go on with")],
+    store: Annotated[
+        Path, typer.Argument(help="Folder of the store: new, or one to continue", metavar="STORE")
+    ],
     model: Model = "llava",
-    image: Annotated[list[Path] | None, typer.Option(help="An image; again for more")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image; repeat the option for several")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="The question about it")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the sample in the store")] = None,
     items: Annotated[
         Path | None, typer.Option(help="A CSV or JSONL file with columns image, prompt, ...")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once")] = 1,
-    layers: Annotated[list[int] | None, typer.Option(help="Layers to keep; all if none")] = None,
-    text_rows: Annotated[bool, typer.Option("--text-rows", help="Keep text queries only")] = False,
+    layers: Annotated[
+        list[int] | None, typer.Option(help="Layer to keep; repeat for several; all if not given")
+    ] = None,
+    text_rows: Annotated[
+        bool,
+        typer.Option("--text-rows", help="Keep only the query rows of text after the image"),
+    ] = False,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Keep dense float16 probabilities, not Q and K")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16, float16")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help="For accelerate, such as auto")] = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
 ) -> None:
     """Run a model on images and questions, and keep its attention in a store.
 
     Call it again with the same store and settings: only what is missing is captured.
     """
-    if items is not None:
-        todo = read_items(items)
-    elif image and prompt is not None:
-        todo = [{"image": [str(path) for path in image], "prompt": prompt}]
-    else:
-        raise InputError("There must be something to capture: --image with --prompt, or --items.")
-    options: dict[str, Any] = {} if model in SHIPPED else {"dtype": dtype}
-    if device_map is not None:
-        options["device_map"] = device_map
-    keep = Keep(
-        layers=None if not layers else tuple(layers),
-        queries="text" if text_rows else "all",
-        probabilities=probabilities,
-    )
     written = capture_dataset(
-        load(model, **options),
-        todo,
+        _loaded(model, dtype, device_map),
+        _asked(items, image, prompt, name),
         store,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        keep=keep,
+        keep=Keep(
+            layers=None if not layers else tuple(layers),
+            queries="text" if text_rows else "all",
+            probabilities=probabilities,
+        ),
     )
     show_store(written)
 
 
-@app.command()
+@app.command(epilog="Analyses:\n\n" + described(ANALYSES, ("queries",)))
 def analyze(
     store: Folder,
-    name: Annotated[AnalysisName, typer.Argument(help="Which analysis")],
+    name: Annotated[str, _one_of(ANALYSES, "ANALYSIS")],
     path: Annotated[
         Path | None, typer.Option(help="Write the table here: .csv, .parquet or .json")
     ] = None,
-    queries: Annotated[str | None, typer.Option(help="A phrase of the text, or last")] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose attention: a phrase, `last` (last prompt token) or `text` (after the image)"
+        ),
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to print")] = 20,
 ) -> None:
     """Ask one question of every sample of a store; print the table, or write it."""
-    options = {} if queries is None else {"queries": queries}
-    try:
-        table = ANALYSES[name](open_store(store), **options)
-    except TypeError:
-        if not options:
-            raise
-        raise InputError(f"{name} takes no --queries.") from None
+    function = ANALYSES[name]
+    table = function(open_store(store), **options_of(function, name, {"queries": queries}))
     if path is None:
         show_long(table, rows)
     else:
@@ -163,34 +152,34 @@ def analyze(
         out.print(f"{len(table)} rows written to {path}")
 
 
-@app.command()
+@app.command(epilog="Figures:\n\n" + described(FIGURES, ("queries", "layer", "head")))
 def plot(
     store: Folder,
-    name: Annotated[PlotName, typer.Argument(help="Which figure")],
+    name: Annotated[str, _one_of(FIGURES, "FIGURE")],
     path: Annotated[Path, typer.Option(help="Where to write it: .png, .pdf, .svg")],
     sample: Annotated[str, typer.Option(help="Name or number of the sample")] = "0",
-    queries: Annotated[str | None, typer.Option(help="A phrase of the question or answer")] = None,
-    layer: Annotated[int, typer.Option(help="Layer; negative counts from the last")] = -1,
+    queries: Annotated[
+        str | None, typer.Option(help="Whose attention: a phrase of the question or answer")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Layer; negative counts from the last; mostly the last")
+    ] = None,
     head: Annotated[int | None, typer.Option(help="Head; the mean of all if not given")] = None,
 ) -> None:
     """Draw one figure of one sample."""
+    function = FIGURES[name]
+    options = options_of(function, name, {"queries": queries, "layer": layer, "head": head})
     chosen = _sample(open_store(store), sample)
-    options: dict[str, Any] = {} if name in _WITHOUT_LAYER else {"layer": layer}
-    if head is not None and name not in {"head-overlays", "token-head-grid", "mask-structure"}:
-        options["head"] = head
-    if name in _WITH_QUERIES:
-        if queries is None and name not in {"overlays", "token-head-grid"}:
-            raise InputError(f"{name} shows where a phrase looks: give it with --queries.")
-        options["queries"] = queries
-    elif queries is not None:
-        raise InputError(f"{name} takes no --queries.")
-    PLOTS[name](chosen, **options, path=path)
+    function(chosen, **options, path=path)
     out.print(f"{chosen.name}: {chosen.question!r} -> {chosen.answer!r}; written to {path}")
 
 
 @app.command()
 def info(
-    what: Annotated[str, typer.Argument(help="A store, a model's folder or Hub id, or shipped")],
+    what: Annotated[
+        str,
+        typer.Argument(help="Folder of a store, folder or Hub id of a model, or a shipped model"),
+    ],
 ) -> None:
     """Tell what a store holds, or what attention a model has."""
     if (Path(what) / "manifest.json").exists():
@@ -229,23 +218,21 @@ def doctor(
     name: Annotated[
         str, typer.Argument(help=f"Hub id, folder, or shipped: {', '.join(SHIPPED)}")
     ] = "llava",
-    image: Annotated[Path | None, typer.Argument(help="An image; a plain one if none")] = None,
+    image: Annotated[Path | None, typer.Argument(help="An image; a plain one if not given")] = None,
     prompt: Annotated[str, typer.Argument(help="A question")] = "What is in the image?",
-    dtype: Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16, float16")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help="For accelerate, such as auto")] = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
 ) -> None:
-    """Check that a model's attention can be trusted as it is recorded; exit code 1 if not.
+    """Check whether recordings of a model's attention can be trusted; exit code 1 if not.
 
     Are there as many image tokens as predicted, do outputs and generated tokens stay the same, is
-    every layer heard, are the probabilities those of the model, does the tap sit where the model
-    reads? Each check shows what was measured and what passes; then each layer, with its errors.
+    every layer recorded, are the probabilities the model's own, does hiding a key through the tap
+    change the output? Each check shows what was measured and what passes; then each layer, with its
+    errors.
 
     Try it on your own picture: `xmodal doctor Qwen/Qwen2-VL-2B-Instruct cat.png "Where is it?"`
     """
-    options: dict[str, Any] = {} if name in SHIPPED else {"dtype": dtype}
-    if device_map is not None:
-        options["device_map"] = device_map
-    checkup = checked(load(name, **options), image, prompt)
+    checkup = checked(_loaded(name, dtype, device_map), image, prompt)
     show(checkup.table)
     if len(checkup.layers):
         show(checkup.layers)
@@ -260,7 +247,9 @@ def doctor(
 
 @app.command()
 def families(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As a page of docs")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as a Markdown page")
+    ] = False,
 ) -> None:
     """List every model type: layers by tower, exactness, where image tokens stand, processor.
 
@@ -273,6 +262,28 @@ def families(
     show(table[["model_type", "layers", "worst_error", "geometry"]])
     made = ", ".join(f"{library} {version}" for library, version in table.attrs.items())
     out.print(f"{len(table)} types, measured with {made}; more: --markdown", highlight=False)
+
+
+def _loaded(name: str, dtype: str, device_map: str | None) -> VLM:
+    options: dict[str, Any] = {}
+    if dtype != "auto" or name not in SHIPPED:  # those are kept as float16, computed as trained
+        options["dtype"] = dtype
+    if device_map is not None:
+        options["device_map"] = device_map
+    return load(name, **options)
+
+
+def _asked(
+    items: Path | None, images: list[Path] | None, prompt: str | None, name: str | None
+) -> list[dict[str, Any]]:
+    """The items of a file, or the one that the options tell."""
+    if items is not None:
+        if images or prompt is not None or name is not None:
+            raise InputError("--items goes without --image, --prompt and --name.")
+        return read_items(items)
+    if not images or prompt is None:
+        raise InputError("There must be something to capture: --image with --prompt, or --items.")
+    return [{"image": [str(path) for path in images], "prompt": prompt, "name": name}]
 
 
 def _sample(store: Store, which: str) -> Sample:

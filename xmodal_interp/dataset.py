@@ -22,7 +22,7 @@ from xmodal_interp.capturing import Keep, capture_batch, provenance
 from xmodal_interp.errors import InputError, StoreError, XmodalError
 from xmodal_interp.items import Item, checked, name_of, opened_images
 from xmodal_interp.models import VLM, Video, check_vlm
-from xmodal_interp.models.batching import Items, listed
+from xmodal_interp.models.entries import Items, listed
 from xmodal_interp.store import Store, StoreWriter, open_store
 from xmodal_interp.store.identity import model_digests
 

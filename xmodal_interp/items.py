@@ -15,11 +15,11 @@ from PIL import Image
 
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import ImageLike, Video, open_image
+from xmodal_interp.models.entries import IMAGES, PROMPT, VIDEOS, entry, visuals_of
 from xmodal_interp.store import check_name, digest_of, json_text
 
-_NAMES, _IMAGES, _PROMPTS = ("name", "id"), ("image", "images"), ("prompt", "question")
-_VIDEOS = ("video", "videos")
-_KEYS = (*_NAMES, *_IMAGES, *_PROMPTS, *_VIDEOS)
+_NAMES = ("name", "id")
+_KEYS = (*_NAMES, *IMAGES, *VIDEOS, *PROMPT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +100,8 @@ def name_of(number: int, raw: Any, seen: dict[str, int]) -> str:
     first = seen.setdefault(name.casefold(), number)
     if first != number:
         raise InputError(
-            "Items have names of their own, also where case is ignored. "
-            f"Item {number} ({name!r}) is called as item {first} is."
+            "Items must have different names, also where case is ignored. "
+            f"Item {number} ({name!r}) has the name of item {first}."
         )
     return name
 
@@ -113,14 +113,14 @@ def checked(number: int, name: str, raw: Mapping[str, Any]) -> Item:
         InputError: An entry that is missing or cannot be used.
     """
     title = f"Item {number} ({name!r})"
-    videos = _videos_of(raw, title)
-    given = any(raw.get(key) is not None for key in _IMAGES)
-    picture = _one_of(raw, _IMAGES, title) if given or not videos else ()
-    prompt = _one_of(raw, _PROMPTS, title)
-    images = tuple(picture) if isinstance(picture, (list, tuple)) else (picture,)
+    images, videos = visuals_of(raw, title=title)
+    prompt = entry(raw, *PROMPT, title=title)
     wrong = [type(i).__name__ for i in images if not isinstance(i, (Image.Image, str, PathLike))]
     if wrong:
         raise InputError(f"An image is a path or a PIL image. {title} has a {', a '.join(wrong)}.")
+    wrong = [type(video).__name__ for video in videos if not isinstance(video, Video)]
+    if wrong:
+        raise InputError(f"A video is a Video of frames. {title} has a {', a '.join(wrong)}.")
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"A prompt is a text that is not empty. {title} has {prompt!r}.")
     rest = {k: v for k, v in raw.items() if k not in _KEYS}
@@ -130,29 +130,7 @@ def checked(number: int, name: str, raw: Mapping[str, Any]) -> Item:
         labels = json.loads(json_text(rest))
     except InputError as error:
         raise InputError(f"{title}: {error}") from error
-    return Item(number, name, images, prompt, labels, videos)
-
-
-def _videos_of(raw: Mapping[str, Any], title: str) -> tuple[Video, ...]:
-    if not any(raw.get(key) is not None for key in _VIDEOS):
-        return ()
-    given = _one_of(raw, _VIDEOS, title)
-    videos = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-    wrong = [type(video).__name__ for video in videos if not isinstance(video, Video)]
-    if wrong:
-        raise InputError(f"A video is a Video of frames. {title} has a {', a '.join(wrong)}.")
-    return videos
-
-
-def _one_of(raw: Mapping[str, Any], keys: tuple[str, str], title: str) -> Any:
-    """The entry that goes by one of two keys."""
-    there = [key for key in keys if raw.get(key) is not None]
-    if len(there) != 1:
-        raise InputError(
-            f"An item has either {keys[0]} or {keys[1]}. {title} has "
-            f"{'both' if there else 'neither'}; its entries are {', '.join(map(str, raw))}."
-        )
-    return raw[there[0]]
+    return Item(number, name, tuple(images), prompt, labels, tuple(videos))
 
 
 def opened_images(item: Item) -> tuple[list[Image.Image], list[Video]]:
@@ -178,18 +156,27 @@ def read_items(path: Path) -> list[dict[str, Any]]:
     """Items of a CSV or JSONL file with columns ``image`` and ``prompt``, images relative to it.
 
     Raises:
-        InputError: No such file, another ending, or a column that is missing.
+        InputError: No such file, another ending, what cannot be read, a column that is missing, or
+            no rows.
     """
     if not path.exists():
         raise InputError(f"Items come from a file that exists; there is no {str(path)!r}.")
     if path.suffix not in (".csv", ".jsonl"):
         raise InputError(f"Items come from a .csv or .jsonl file; got {path.name!r}.")
-    table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
+    try:
+        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
+    except (ValueError, OSError) as error:  # empty, cut off, or in other letters than UTF-8
+        raise InputError(
+            f"Items must be readable as {path.suffix[1:].upper()} in UTF-8; {path.name} is not: "
+            f"{error}"
+        ) from error
     if not {"image", "prompt"} <= set(table.columns):
         raise InputError(
             f"Items must have the columns image and prompt; {path.name} has "
             f"{', '.join(map(str, table.columns))}."
         )
+    if table.empty:
+        raise InputError(f"At least one item is needed; {path.name} has none.")
     records = [{str(k): v for k, v in record.items()} for record in table.to_dict("records")]
     for record in records:
         given = record["image"] if isinstance(record["image"], list) else [record["image"]]

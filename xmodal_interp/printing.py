@@ -105,7 +105,7 @@ def write(table: pd.DataFrame, path: Path) -> None:
     """Write a table in the format that the file's name says.
 
     Raises:
-        InputError: Another ending than .csv, .parquet, .json.
+        InputError: Another ending than .csv, .parquet, .json, or no file can be written there.
     """
     writers: dict[str, Callable[[pd.DataFrame], object]] = {
         ".csv": lambda t: t.to_csv(path, index=False),
@@ -114,8 +114,11 @@ def write(table: pd.DataFrame, path: Path) -> None:
     }
     if path.suffix not in writers:
         raise InputError(f"--path must end in {', '.join(writers)}; got {path.name!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writers[path.suffix](table)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writers[path.suffix](table)
+    except OSError as error:
+        raise InputError(f"A table could not be written to {str(path)!r}: {error}.") from error
 
 
 def _cell(value: object) -> str:
@@ -130,4 +133,6 @@ def _listed(value: object) -> str:
         return ", ".join(f"{name} {_listed(each)}" for name, each in value.items())
     if isinstance(value, list):
         return ", ".join(map(_listed, value))
-    return {None: "-", True: "yes", False: "no"}.get(value, str(value))  # type: ignore[call-overload, no-any-return]
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)

@@ -23,8 +23,12 @@ def test_rows_are_in_the_order_of_the_axes() -> None:
 
 def test_provenance_is_told_once_if_only_the_date_and_the_item_differ() -> None:
     samples = [
-        sample_of("t", [], provenance={"model": model, "created": "today", "item": item})
-        for model, item in (("m", "a"), ("m", "b"), ("n", "a"))
+        sample_of("t", [], provenance={"model": model, "item": item, **of_sample})
+        for model, item, of_sample in (
+            ("m", "a", {"created": "today", "batch_size": 2}),
+            ("m", "b", {"created": "today", "batch_size": 1, "videos": [["a.png"]]}),
+            ("n", "a", {"created": "tomorrow"}),
+        )
     ]
     table = over_samples(
         samples,

@@ -233,6 +233,24 @@ REFUSALS = {
         InputError,
         "An item must have 'answer'. Item 0 has none; its entries are image, prompt.",
     ),
+    "an answer that is None": (
+        lambda vlm: answer_accuracy(vlm, [ITEMS[0], {**ITEMS[0], "answer": None}]),
+        InputError,
+        "An item must have 'answer'. Item 1 has none; its entries are ...",
+    ),
+    "an empty answer": (
+        lambda vlm: answer_accuracy(vlm, [{**ITEMS[0], "answer": ""}]),
+        InputError,
+        "A known answer is text that is not empty. Item 0 has ''.",
+    ),
+    "an image by two names": (
+        lambda vlm: answer_accuracy(
+            vlm, [{"image": picture(), "images": [picture()], "prompt": "what ?", "answer": "red"}]
+        ),
+        InputError,
+        "An item must have 'image' or 'images', not both. Item 0 has both; its entries are image, "
+        "images, prompt, answer.",
+    ),
 }
 
 

@@ -167,7 +167,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             lambda: figures.side_by_side({}),
-            "A comparison needs at least one sample or call; got none.",
+            "A comparison needs at least one sample or call, by title, such as {'before': sample}; "
+            "got none.",
         ),
         (
             lambda: figures.side_by_side(

@@ -217,7 +217,7 @@ def test_refusals() -> None:
     )
     with pytest.raises(InputError) as layers:
         figures.layer_overlays(sample, 9, [])
-    assert str(layers.value) == ("Layers side by side need at least one layer; the list is empty.")
+    assert str(layers.value) == ("layers is a list of at least one layer, such as [0, -1]; got [].")
     with pytest.raises(InputError) as show:
         check_show("weight")
     assert str(show.value) == "show must be one of probability, share, lift; got 'weight'."

@@ -9,7 +9,8 @@ from xmodal_interp.analysis.frames import stamped
 from xmodal_interp.analysis.teacher_forcing import origin
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import VLM, prompt_ids
-from xmodal_interp.models.batching import Items, batches_of, listed
+from xmodal_interp.models.batching import batches_of
+from xmodal_interp.models.entries import PROMPT, Items, entry, listed
 
 
 def answer_accuracy(
@@ -36,13 +37,13 @@ def answer_accuracy(
         InputError: No items, or one without image, prompt or answer.
     """
     items = listed(items)
-    predicted, answers = [""] * len(items), [str(item.get("answer", "")) for item in items]
-    if "" in answers:
-        index = answers.index("")
+    answers = [str(entry(item, "answer", title=f"Item {i}")) for i, item in enumerate(items)]
+    blank = [index for index, answer in enumerate(answers) if not answer.strip()]
+    if blank:
         raise InputError(
-            f"An item must have 'answer'. Item {index} has none; its entries are "
-            f"{', '.join(map(str, items[index]))}."
+            f"A known answer is text that is not empty. Item {blank[0]} has {answers[blank[0]]!r}."
         )
+    predicted = [""] * len(items)
     for batch in batches_of(vlm, items, batch_size=batch_size, answers=False):
         with torch.no_grad():
             output = vlm.generate(batch.inputs, max_new_tokens=max_new_tokens)
@@ -54,7 +55,7 @@ def answer_accuracy(
         {
             "item": range(len(items)),
             "question_kind": pd.array([item.get("kind") for item in items], dtype="string"),
-            "prompt": [item.get("prompt", item.get("question")) for item in items],
+            "prompt": [entry(item, *PROMPT, title=f"Item {i}") for i, item in enumerate(items)],
             "answer": answers,
             "predicted": predicted,
             "correct": [same_answer(a, p) for a, p in zip(answers, predicted, strict=True)],

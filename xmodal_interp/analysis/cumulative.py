@@ -25,7 +25,8 @@ from xmodal_interp.analysis.teacher_forcing import (
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.ablation import AblationMode
 from xmodal_interp.models import VLM
-from xmodal_interp.models.batching import Items, batches_of, listed
+from xmodal_interp.models.batching import batches_of
+from xmodal_interp.models.entries import Items, listed
 from xmodal_interp.vocabulary import Tower
 
 Order = Literal["increasing", "decreasing", "random"]

@@ -24,7 +24,8 @@ Cells = np.ndarray | Tensor | float
 Columns = dict[str, np.ndarray]
 """A part of a table, before many parts become one frame: a frame for each would take the time."""
 
-_OF_SAMPLE = ("created", "item", "images")  # provenance that is another one for every sample
+_OF_SAMPLE = ("created", "item", "images", "videos", "batch_size")
+"""Provenance that may be another one for every sample of a run."""
 
 
 def long_table(axes: Mapping[str, Sequence[Any]], values: Mapping[str, Cells]) -> Columns:

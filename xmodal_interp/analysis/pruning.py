@@ -28,7 +28,8 @@ from xmodal_interp.analysis.teacher_forcing import (
 from xmodal_interp.hooks.ablation import AblationMode
 from xmodal_interp.hooks.heads import checked_heads, head_counts
 from xmodal_interp.models import VLM
-from xmodal_interp.models.batching import Item, Items, batches_of, listed, visuals_of
+from xmodal_interp.models.batching import batches_of
+from xmodal_interp.models.entries import ItemDict, Items, listed, visuals_of
 from xmodal_interp.vocabulary import Tower
 
 ALL_KINDS = "all"
@@ -141,7 +142,7 @@ def chosen_heads(
     return [(layer, head) for layer in sorted(found) for head in sorted(set(found[layer]))]
 
 
-def _of_kinds(items: Sequence[Item]) -> dict[str, np.ndarray]:
+def _of_kinds(items: Sequence[ItemDict]) -> dict[str, np.ndarray]:
     """Which items are of each question kind; all of them first."""
     found: dict[str, list[int]] = {ALL_KINDS: list(range(len(items)))}
     for index, item in enumerate(items):
@@ -150,9 +151,9 @@ def _of_kinds(items: Sequence[Item]) -> dict[str, np.ndarray]:
     return {kind: np.array(of_kind) for kind, of_kind in found.items()}
 
 
-def _shown(index: int, item: Item) -> Hashable:
+def _shown(index: int, item: ItemDict) -> Hashable:
     """What tells whether two items share images and videos: their paths, else their pixels."""
-    images, videos = visuals_of(index, item)
+    images, videos = visuals_of(item, title=f"Item {index}")
     return tuple(
         str(one) if isinstance(one, (str, PathLike)) else hash((one.size, one.tobytes()))
         for one in (*images, *(frame for video in videos for frame in video.frames))

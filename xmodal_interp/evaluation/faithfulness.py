@@ -31,7 +31,8 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.embeddings import check_in_sequence, mean_embeddings
 from xmodal_interp.hooks.replaying import remember_blocks, replay
 from xmodal_interp.models import VLM, ImageGrid
-from xmodal_interp.models.batching import Batch, Items, batches_of, listed
+from xmodal_interp.models.batching import Batch, batches_of
+from xmodal_interp.models.entries import Items, listed
 
 Maps = Sequence[np.ndarray] | Literal["random", "centre"]
 

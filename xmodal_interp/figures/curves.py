@@ -35,11 +35,12 @@ def layer_curves(
         path: Where to save the figure.
 
     Raises:
-        InputError: A column that the table lacks, or several rows for one layer (and entry).
+        InputError: A column that the table lacks or that holds no numbers, or several rows for one
+            layer (and entry).
     """
     keys = ["layer", *([by] if by else [])]
-    needed = [*keys, value, *([null] if isinstance(null, str) else []), *(interval or ())]
-    columns_of(table, needed, "A curve by layer")
+    drawn = ["layer", value, *([null] if isinstance(null, str) else []), *(interval or ())]
+    columns_of(table, [*keys, *drawn[1:]], "A curve by layer", numbers=drawn)
     one_row_each(table, keys, value, "A curve by layer")
     lines = (
         list(table.sort_values("layer").groupby(by))
@@ -96,9 +97,10 @@ def pruning_curve_plot(
         path: Where to save the figure.
 
     Raises:
-        InputError: A column that the table lacks.
+        InputError: A column that the table lacks or that holds no numbers.
     """
-    columns_of(table, [by, x, value, *(interval or ())], "A pruning curve")
+    drawn = [x, value, *(interval or ())]
+    columns_of(table, [by, *drawn], "A pruning curve", numbers=drawn)
     names = list(dict.fromkeys(table[by]))
     draws = {name: int(table[table[by] == name].groupby(x).size().max()) for name in names}
     texts = {n: f"{n}, mean and range of {k}" if k > 1 else str(n) for n, k in draws.items()}

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from xmodal_interp.figures.scales import Scale
 from xmodal_interp.figures.style import SMALL, group_color, readable
@@ -26,6 +26,8 @@ NAMES = 1.2
 _PITCH = 0.115  # inches between two names that can both be read
 _BROAD = 0.75  # inches that the name of a run takes if it is written along the axis
 _MOST_FOR_NAMES = 0.65  # share of an axis that tokens with names of their own may take
+_LEAST_FOR_LINES = 0.09  # inches of both neighbours of a line; lines hide what is narrower
+_BELOW_NAMES = 0.68  # inches between a matrix and the legend of its groups
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,17 @@ def draw_matrix(
     )
     for spine in axes.spines.values():
         spine.set_visible(True)
-    _label(axes, rows, y, inches[1], upright=True)
-    _label(axes, columns, x, inches[0], upright=False)
+    named = _label(axes, rows, y, inches[1], upright=True)
+    named |= _label(axes, columns, x, inches[0], upright=False)
+    unnamed = [name for name in dict.fromkeys(rows.groups + columns.groups) if name not in named]
+    if any(unnamed):
+        axes.legend(
+            handles=[Patch(color=group_color(name), label=name) for name in unnamed if name],
+            loc="upper center",
+            bbox_to_anchor=(0.5, -_BELOW_NAMES / inches[1]),
+            ncols=len(unnamed),
+            borderaxespad=0,
+        )
     return drawn
 
 
@@ -181,19 +192,26 @@ def widened(labels: Labels, inches: float) -> int:
     return int(labels.widths(inches).max(initial=1))
 
 
-def _label(axes: Axes, labels: Labels, edges: np.ndarray, inches: float, *, upright: bool) -> None:
-    """Names, a strip in the colours of the groups, and lines between runs."""
+def _label(
+    axes: Axes, labels: Labels, edges: np.ndarray, inches: float, *, upright: bool
+) -> set[str]:
+    """Names, a strip in the colours of the groups, and lines between runs.
+
+    Returns:
+        The groups that are named at one of their runs, or by their tokens.
+    """
     scale = inches / max(edges[-1], 1)
     legible = bool((np.diff(edges)[[bool(n) for n in labels.names]] * scale >= 0.95 * _PITCH).all())
-    ticks: list[
-        tuple[float, str, str, bool]
-    ] = []  # place, text, group, whether it runs along the axis
+    # Place, text, group, whether the text runs along the axis.
+    ticks: list[tuple[float, str, str, bool]] = []
+    before = 0.0  # inches of the run before
     for run in labels.runs():
         start, stop = float(edges[run.start]), float(edges[run.stop])
+        narrower, before = min(before, (stop - start) * scale), (stop - start) * scale
         if not run.group:
             continue
         _strip(axes, start, stop, run.group, upright=upright)
-        if run.start:
+        if narrower >= _LEAST_FOR_LINES:
             line = axes.axhline if upright else axes.axvline
             line(start, color="white", linewidth=1.4)
             line(start, color="black", linewidth=0.6)
@@ -215,6 +233,7 @@ def _label(axes: Axes, labels: Labels, edges: np.ndarray, inches: float, *, upri
         turned = upright == along and not (short and not upright)
         label.set(color=group_color(group), size=SMALL, rotation=90 if turned else 0)
         label.set(multialignment="center", **({"va": "center"} if upright else {"ha": "center"}))
+    return {group for _, _, group, _ in ticks}
 
 
 def _strip(axes: Axes, start: float, stop: float, group: str, *, upright: bool) -> None:

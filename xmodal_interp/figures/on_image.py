@@ -146,8 +146,10 @@ def layer_overlays(
     chosen, place = Look(**look), place_of(sample, image)
     positions = query_positions(sample, place, queries)
     wanted = sample.layers(kind=place.kind) if layers is None else layers
-    if not wanted:
-        raise InputError("Layers side by side need at least one layer; the list is empty.")
+    if not isinstance(wanted, Sequence) or isinstance(wanted, str) or not wanted:
+        raise InputError(
+            f"layers is a list of at least one layer, such as [0, -1]; got {layers!r}."
+        )
     reads = [reading(sample, place, positions, layer, head) for layer in wanted]
     panels = [_panel(chosen, read, f"layer {read.call.layer}") for read in reads]
     what = f"{named(sample, positions)}, layer by layer, {heads_name(reads[0].call, head)}"

@@ -84,6 +84,10 @@ def place_of(sample: Sample, image: int = 0) -> Place:
         InputError: The sample has no images, or not this one, or its pixels are not at hand.
         NotRecordedError: Its tokens are learned queries, and the connector's layers were not kept.
     """
+    if not isinstance(sample, Sample):
+        raise InputError(
+            f"A figure shows one sample, such as store[0]; got a {type(sample).__name__}."
+        )
     n_images = len(sample.grids)
     if n_images == 0:
         raise InputError(

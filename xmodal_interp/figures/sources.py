@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from xmodal_interp.attention import AttentionCall, Positions
+from xmodal_interp.attention import AttentionCall, Positions, resolve
 from xmodal_interp.errors import InputError
 from xmodal_interp.figures.labelling import Labels, labels_of, plain_labels
 from xmodal_interp.sample import Sample
@@ -45,11 +45,37 @@ class View:
     query_names: Sequence[str] | None = None
     key_names: Sequence[str] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, (Sample, AttentionCall)):
+            raise InputError(
+                "A matrix is that of one sample, such as store[0], or of one attention call; got a "
+                f"{type(self.source).__name__}."
+            )
+
     def found(self) -> AttentionCall:
         """The call."""
         if isinstance(self.source, AttentionCall):
             return self.source
         return self.source.call(self.layer, tower=self.tower, kind=self.kind, call=self.call)
+
+
+def views_of(
+    sources: Mapping[str, Sample | AttentionCall | View], layer: int = -1
+) -> dict[str, View]:
+    """What to draw side by side, by title; ``layer`` is for those that are no views yet.
+
+    Raises:
+        InputError: No mapping, an empty one, or something in it that has no matrix.
+    """
+    if not isinstance(sources, Mapping) or not sources:
+        raise InputError(
+            "A comparison needs at least one sample or call, by title, such as {'before': sample}; "
+            f"got {'none' if isinstance(sources, Mapping) else f'a {type(sources).__name__}'}."
+        )
+    return {
+        title: source if isinstance(source, View) else View(source, layer)
+        for title, source in sources.items()
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +125,8 @@ def visible_cells(view: View) -> Bool[np.ndarray, "query key"]:
     """What the mask lets each query see, read from the call.
 
     Raises:
-        InputError: The matrix is too large, or heads see different keys and none was chosen.
+        InputError: The matrix is too large, or the chosen heads see different keys.
+        PositionError: A head that there is not.
     """
     call = view.found()
     if call.n_queries * call.n_keys > MOST_CELLS:
@@ -109,10 +136,9 @@ def visible_cells(view: View) -> Bool[np.ndarray, "query key"]:
             "token_patch_matrix or an overlay."
         )
     seen = call.visible()[0]
-    if seen.shape[0] == 1:
-        return np.asarray(seen[0].cpu().numpy(), dtype=bool)
-    if isinstance(view.head, int):
-        return np.asarray(seen[view.head].cpu().numpy(), dtype=bool)
+    if view.head is not None:
+        heads = resolve(view.head, call.n_heads, "head").to(seen.device)
+        seen = seen if seen.shape[0] == 1 else seen[heads]
     if bool((seen != seen[:1]).any()):
         raise InputError(
             f"Heads that see different keys are drawn one at a time. Those of {call.name} do; "

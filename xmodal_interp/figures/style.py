@@ -106,17 +106,21 @@ def saved(picture: Picture, path: FigurePath) -> Picture:
     """The figure, written to ``path`` if there is one; its folder is made.
 
     Raises:
-        InputError: The file's name ends in no format that matplotlib writes.
+        InputError: The file's name ends in no format that matplotlib writes, or no file can be
+            written there.
     """
     if path is not None:
         target = Path(path)
         known = picture.canvas.get_supported_filetypes()
-        if target.suffix and target.suffix[1:].lower() not in known:
+        if target.suffix[1:].lower() not in known:
             raise InputError(
-                f"A figure is written as {', '.join(known)}; {str(path)!r} ends otherwise."
+                f"A figure is written to a file that ends in {', '.join(known)}; got {str(path)!r}."
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        picture.savefig(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture.savefig(target)
+        except OSError as error:
+            raise InputError(f"A figure could not be written to {str(path)!r}: {error}.") from error
     return picture
 
 

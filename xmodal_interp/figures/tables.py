@@ -9,13 +9,16 @@ import pandas as pd
 from xmodal_interp.errors import InputError
 
 
-def columns_of(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
-    """Refuse a table that lacks a column or has no rows.
+def columns_of(
+    table: pd.DataFrame, columns: Sequence[str], what: str, numbers: Sequence[str] = ()
+) -> None:
+    """Refuse a table that lacks a column, has no rows, or text where numbers are drawn.
 
     Args:
         table: The table.
         columns: What it must have.
         what: The figure, for the message.
+        numbers: Which of the columns must hold numbers.
     """
     missing = [name for name in columns if name not in table.columns]
     if missing:
@@ -25,6 +28,11 @@ def columns_of(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
         )
     if not len(table):
         raise InputError(f"{what} needs at least one row; the table has none.")
+    text = [name for name in numbers if not pd.api.types.is_numeric_dtype(table[name])]
+    if text:
+        raise InputError(
+            f"{what} draws numbers. The column {text[0]} holds {table[text[0]].dtype}."
+        )
 
 
 def one_row_each(table: pd.DataFrame, keys: Sequence[str], value: str, what: str) -> None:

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Literal
 
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.errors import InputError
 from xmodal_interp.figures.labelling import NAMES, draw_matrix, widened
 from xmodal_interp.figures.layout import BAR, sheet
 from xmodal_interp.figures.scales import check_show, scale_of
-from xmodal_interp.figures.sources import View, matrix_of
+from xmodal_interp.figures.sources import View, matrix_of, views_of
 from xmodal_interp.figures.style import FigurePath, Picture, plain, saved, styled
 from xmodal_interp.figures.wording import heads_name, layer_name
 from xmodal_interp.sample import Sample
@@ -39,9 +38,7 @@ def side_by_side(
         path: Where to save the figure.
     """
     check_show(show, ("probability", "lift"))
-    if not sources:
-        raise InputError("A comparison needs at least one sample or call; got none.")
-    views = [s if isinstance(s, View) else View(s) for s in sources.values()]
+    views = list(views_of(sources).values())
     matrices = [matrix_of(view) for view in views]
     values = [m.probs if show == "probability" else m.lift for m in matrices]
     scales = (

@@ -11,18 +11,16 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.patches import Patch
 
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.errors import InputError
 from xmodal_interp.figures.labelling import NAMES, Labels, draw_matrix, widened
 from xmodal_interp.figures.layout import Sheet, sheet
 from xmodal_interp.figures.scales import Scale
-from xmodal_interp.figures.sources import View, axis_labels, visible_cells
+from xmodal_interp.figures.sources import View, axis_labels, views_of, visible_cells
 from xmodal_interp.figures.style import (
     HIDDEN,
     SMALL,
     FigurePath,
     Picture,
     group_color,
-    plain,
     saved,
     styled,
     wrapped,
@@ -92,21 +90,21 @@ def mask_comparison(
         layer: For samples: which layer of the language tower.
         path: Where to save the figure.
     """
-    if not sources:
-        raise InputError("A comparison needs at least one sample or call; got none.")
-    views = {
-        name: source if isinstance(source, View) else View(source, layer)
-        for name, source in sources.items()
-    }
+    views = views_of(sources, layer)
     step = NAMES + _SMALL_SIDE + 0.15
-    body = 0.3 + _SMALL_SIDE + NAMES + 0.55
+    titles = [
+        wrapped(f"{name}\n{layer_name(view.found())}", _SMALL_SIDE + 0.2)
+        for name, view in views.items()
+    ]
+    top = 0.1 + 0.2 * max(title.count("\n") + 1 for title in titles)
+    body = top + _SMALL_SIDE + NAMES + 0.55
     note = _note(list(views.values()), _SMALL_SIDE)
     page = sheet(step * len(views) + 0.15, body, "Who may attend to whom, measured", note)
-    for i, (name, view) in enumerate(views.items()):
-        axes = _draw(page, view, step * i + NAMES, 0.3, _SMALL_SIDE)
-        axes.set_title(f"{plain(name)}: {layer_name(view.found())}")
+    for i, (title, view) in enumerate(zip(titles, views.values(), strict=True)):
+        axes = _draw(page, view, step * i + NAMES, top, _SMALL_SIDE)
+        axes.set_title(title)
         words = wrapped(measured(view), _SMALL_SIDE + 0.2, SMALL)
-        page.text(step * i + NAMES, 0.5 + _SMALL_SIDE + NAMES, words, "left", SMALL)
+        page.text(step * i + NAMES, top + 0.2 + _SMALL_SIDE + NAMES, words, "left", SMALL)
     return saved(page.picture, path)
 
 

@@ -12,27 +12,18 @@ the backend's fast path.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from xmodal_interp.errors import InputError
+from xmodal_interp.models.entries import PROMPT, Items, entry, listed, visuals_of
 from xmodal_interp.models.labelling import Prompt
-from xmodal_interp.models.opening import ImageLike, Video
 from xmodal_interp.models.sequences import DECODER_IDS, DECODER_MASK, prompt_ids
 from xmodal_interp.models.vlm import VLM, check_vlm
-
-Item = Mapping[str, Any]
-"""``image`` or ``images``, ``video`` or ``videos`` (one of the two at least), ``prompt`` or
-``question``, ``answer``, and optionally ``kind``."""
-
-Items = Iterable[Item] | pd.DataFrame
-"""Dicts one after the other, or a table with a row for each item."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +81,10 @@ def batches_of(vlm: VLM, items: Items, *, batch_size: int, answers: bool = True)
         raise InputError(f"batch_size must be at least 1; got {batch_size}.")
     shapes: dict[Any, list[tuple[int, dict[str, Any], Prompt, tuple[int, ...]]]] = defaultdict(list)
     for index, item in enumerate(listed(items)):
-        images, videos = visuals_of(index, item)
-        question = _entry(index, item, "prompt", "question")
-        answer = str(_entry(index, item, "answer")) if answers else ""
+        title = f"Item {index}"
+        images, videos = visuals_of(item, title=title)
+        question = entry(item, *PROMPT, title=title)
+        answer = str(entry(item, "answer", title=title)) if answers else ""
         inputs, (prompt,) = vlm.prepare([images], [question], videos=[videos])
         ids = answer_ids(vlm, prompt.text, answer) if answers else ()
         inputs = _with_answer(inputs, ids)
@@ -122,57 +114,6 @@ def answer_ids(vlm: VLM, text: str, answer: str) -> tuple[int, ...]:
             f"answer {answer!r} behind {text!r}."
         )
     return tuple(whole[len(before) :])
-
-
-def listed(items: Items) -> list[Item]:
-    """All items; of a table, its rows, without the cells that are empty.
-
-    Raises:
-        InputError: One that is no dict.
-    """
-    if isinstance(items, pd.DataFrame):
-        return [
-            {str(name): value for name, value in row.dropna().items()}
-            for _, row in items.iterrows()
-        ]
-    found = list(items)
-    for index, item in enumerate(found):
-        if not isinstance(item, Mapping):
-            raise InputError(
-                "An item is a dict with image, prompt and answer. "
-                f"Item {index} is a {type(item).__name__}."
-            )
-    return found
-
-
-def visuals_of(index: int, item: Item) -> tuple[list[ImageLike], list[Video]]:
-    """The images and the videos of an item, not opened yet; ``index`` is for the message.
-
-    Raises:
-        InputError: It has none.
-    """
-    videos = _several(_found(item, "video", "videos"))
-    find = _found if videos else partial(_entry, index)
-    return _several(find(item, "image", "images")), videos
-
-
-def _several(given: Any) -> list[Any]:
-    return list(given) if isinstance(given, (list, tuple)) else [given]
-
-
-def _found(item: Item, *names: str) -> Any:
-    """The entry that goes by one of these names, an empty one if there is none."""
-    return next((item[name] for name in names if item.get(name) is not None), ())
-
-
-def _entry(index: int, item: Item, *names: str) -> Any:
-    found = _found(item, *names)
-    if isinstance(found, tuple) and not found:
-        raise InputError(
-            f"An item must have {' or '.join(map(repr, names))}. Item {index} has none; its "
-            f"entries are {', '.join(map(str, item)) or 'none'}."
-        )
-    return found
 
 
 def _with_answer(inputs: dict[str, Any], ids: Sequence[int]) -> dict[str, Any]:

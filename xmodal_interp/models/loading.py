@@ -6,11 +6,12 @@ A Hub id, a folder, or nothing for the tiny model that is shipped in the package
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
@@ -31,7 +32,7 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
             ``attn_implementation=...``, ``revision=...``.
 
     Raises:
-        InputError: There is no such model.
+        InputError: There is no such model, or it cannot be loaded with these options.
         UnsupportedModelError: A model type without a family record, or one that reads text only.
     """
     source = str(
@@ -61,13 +62,28 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
             f"transformers does not know the model type of {source!r}: {error}"
         ) from error
     family = family_of(config)
-    if name is None or str(name) in SHIPPED:
+    shipped = name is None or str(name) in SHIPPED
+    if shipped:
         options.setdefault("dtype", "float32")  # kept as float16, computed as trained
-        with _quiet():
+    _check_dtype(options.get("dtype"))
+    try:
+        with _quiet() if shipped else nullcontext():
             model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
-    else:
-        model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
+    except (OSError, RuntimeError) as error:  # weights missing or of other shapes, no such device
+        raise InputError(
+            f"The weights of {source!r} could not be loaded with "
+            f"{', '.join(f'{key}={value!r}' for key, value in options.items())}: {error}"
+        ) from error
     return VLM(model, AutoProcessor.from_pretrained(source, **shared), family)
+
+
+def _check_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, str) or dtype == "auto":
+        return
+    if not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
+        raise InputError(
+            f"dtype is 'auto' or one of torch's types by name, such as 'bfloat16'; got {dtype!r}."
+        )
 
 
 @contextmanager

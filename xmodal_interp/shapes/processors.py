@@ -118,18 +118,24 @@ def build_processor(family: str) -> Any:
         image_processor=Qwen2VLImageProcessorPil(**geometry, **pixels, **norm),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**geometry, **pixels, **norm),
-        chat_template=_chat_template(VISION_START + IMAGE_TOKEN[family] + VISION_END),
+        chat_template=_chat_template(
+            VISION_START + IMAGE_TOKEN[family] + VISION_END, VISION_START + VIDEO_TOKEN + VISION_END
+        ),
     )
 
 
-def _chat_template(image: str) -> str:
-    """``<bos>user: IMAGE question assistant: answer<eos>``, images and texts in the order given."""
+def _chat_template(image: str, video: str = "") -> str:
+    """``<bos>user: IMAGE question assistant: answer<eos>``, all parts in the order given."""
+    shown = "{% elif part['type'] == 'video' %}" + video if video else ""
     return (
         "{{ bos_token }}{% for message in messages %}"
         "{% if not loop.first %} {% endif %}{{ message['role'] }}: "
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
         "{% for part in message['content'] %}{% if not loop.first %} {% endif %}"
-        "{% if part['type'] == 'image' %}" + image + "{% else %}{{ part['text'] }}{% endif %}"
+        "{% if part['type'] == 'image' %}"
+        + image
+        + shown
+        + "{% else %}{{ part['text'] }}{% endif %}"
         "{% endfor %}{% endif %}"
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %} assistant:{% endif %}"

@@ -1,0 +1,84 @@
+"""What the command line offers by name: analyses and figures, and the options that each takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from xmodal_interp import analysis, figures
+from xmodal_interp.errors import InputError
+
+Offer = Mapping[str, Callable[..., Any]]
+"""Functions by the names that they have on the command line."""
+
+ANALYSES: Offer = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        analysis.cross_modal_ratio,
+        analysis.token_ratio,
+        analysis.block_statistics,
+        analysis.cross_modal_summary,
+        analysis.attention_allocation,
+        analysis.attention_rollout,
+        analysis.positional_bias,
+        analysis.recency_index,
+        analysis.attention_sinks,
+        analysis.sink_rate,
+        analysis.raster_bias,
+        analysis.raster_profile,
+        analysis.attention_entropy,
+        analysis.attention_distance,
+    )
+}
+FIGURES: Offer = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        figures.overlay,
+        figures.overlays,
+        figures.head_overlays,
+        figures.layer_overlays,
+        figures.token_head_grid,
+        figures.attention_matrix,
+        figures.token_patch_matrix,
+        figures.mask_structure,
+    )
+}
+
+
+def options_of(
+    function: Callable[..., Any], name: str, given: Mapping[str, object]
+) -> dict[str, Any]:
+    """The options that were given, if the function takes them all and needs no other.
+
+    Args:
+        function: An analysis or a figure; its first parameter is the store or the sample.
+        name: Its name on the command line.
+        given: Option to value; None where it was not given.
+
+    Raises:
+        InputError: An option that the function does not take, or one that it needs.
+    """
+    _, *others = inspect.signature(function).parameters.values()
+    options = {option: value for option, value in given.items() if value is not None}
+    for option in options:
+        if option not in {parameter.name for parameter in others}:
+            raise InputError(f"{name} takes no --{option}.")
+    for parameter in others:
+        needed = (
+            parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        )
+        if needed and parameter.name not in options:
+            raise InputError(f"{name} needs --{parameter.name}.")
+    return options
+
+
+def described(offer: Offer, options: tuple[str, ...]) -> str:
+    """A Markdown list: each name, what the function does, and which of the options it takes."""
+    lines = []
+    for name, function in offer.items():
+        doc = (inspect.getdoc(function) or "").splitlines()[0]
+        parameters = inspect.signature(function).parameters
+        taken = " ".join(f"`--{option}`" for option in options if option in parameters)
+        lines.append(f"* `{name}`: {doc}{' ' if taken else ''}{taken}")
+    return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""What the entries of an item are called: an image, a question about it, its known answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from xmodal_interp.errors import InputError
+from xmodal_interp.models.opening import ImageLike, Video
+
+ItemDict = Mapping[str, Any]
+"""``image`` or ``images``, ``video`` or ``videos`` (one of the two at least), ``prompt`` or
+``question``, ``answer``, and optionally ``kind``. An entry that is None counts as missing."""
+
+Items = Iterable[ItemDict] | pd.DataFrame
+"""Dicts one after the other, or a table with a row for each item."""
+
+IMAGES, VIDEOS, PROMPT = ("image", "images"), ("video", "videos"), ("prompt", "question")
+
+
+def listed(items: Items) -> list[ItemDict]:
+    """All items; of a table, its rows, without the cells that are empty.
+
+    Raises:
+        InputError: One that is no dict.
+    """
+    if isinstance(items, pd.DataFrame):
+        return [
+            {str(name): value for name, value in row.dropna().items()}
+            for _, row in items.iterrows()
+        ]
+    found = list(items)
+    for index, item in enumerate(found):
+        if not isinstance(item, Mapping):
+            raise InputError(
+                "An item is a dict with image, prompt and answer. "
+                f"Item {index} is a {type(item).__name__}."
+            )
+    return found
+
+
+def entry(item: ItemDict, *names: str, title: str) -> Any:
+    """The entry that goes by one of these names; ``title`` is the item's, for the message.
+
+    Raises:
+        InputError: There is none, or several.
+    """
+    there = _names_in(item, names)
+    if len(there) != 1:
+        raise InputError(
+            f"An item must have {' or '.join(map(repr, names))}{', not both' if there else ''}. "
+            f"{title} has {'both' if there else 'none'}; its entries are "
+            f"{', '.join(map(str, item)) or 'none'}."
+        )
+    return item[there[0]]
+
+
+def visuals_of(item: ItemDict, *, title: str) -> tuple[list[ImageLike], list[Video]]:
+    """The images and the videos of an item, not opened yet.
+
+    Raises:
+        InputError: It has neither, or one of them by two names.
+    """
+    videos = _several(entry(item, *VIDEOS, title=title)) if _names_in(item, VIDEOS) else []
+    images = (
+        []
+        if videos and not _names_in(item, IMAGES)
+        else _several(entry(item, *IMAGES, title=title))
+    )
+    return images, videos
+
+
+def _names_in(item: ItemDict, names: Iterable[str]) -> list[str]:
+    return [name for name in names if item.get(name) is not None]
+
+
+def _several(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [given]
