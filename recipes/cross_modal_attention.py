@@ -17,8 +17,9 @@ import typer
 
 import xmodal_interp as xi
 from xmodal_interp import figures
+from xmodal_interp.models import SHIPPED
 from xmodal_interp.shapes import sample_scene
-from xmodal_interp.shapes.architectures import FAMILIES, untrained
+from xmodal_interp.shapes.architectures import untrained
 
 
 def main(
@@ -33,6 +34,8 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     vlm = xi.load(model)
     scene = sample_scene(np.random.default_rng(7))
+    if (prompt is None) != (phrase is None) or (image is not None and prompt is None):
+        raise typer.BadParameter("--image goes with --prompt, and --prompt with --phrase.")
     picture = scene.image() if image is None else image
     prompt = prompt or f"What color is the {scene.things[0].shape}?"
     phrase = phrase or scene.things[0].shape
@@ -61,7 +64,7 @@ def main(
     figures.layer_overlays(sample, phrase, path=folder / "layers.png")
     figures.rollout_overlay(tables["rollout"], sample, path=folder / "rollout.png")
     figures.head_grid(tables["ratio"], "lift", path=folder / "ratio_heads.png")
-    if model in FAMILIES:
+    if model in SHIPPED:
         before = xi.capture(xi.VLM(untrained(model), vlm.processor), picture, prompt)
         figures.before_after(before, sample, phrase, layer, path=folder / "before_after.png")
     typer.echo(f"{len(list(folder.iterdir()))} files in {folder}")

@@ -31,6 +31,8 @@ def main(
     ),
 ) -> None:
     """Draw the layers, the heads of the last one, and the token x image matrix."""
+    if (prompt is None) != (phrase is None) or (image is not None and prompt is None):
+        raise typer.BadParameter("--image goes with --prompt, and --prompt with --phrase.")
     save_path.parent.mkdir(parents=True, exist_ok=True)
     scene = sample_scene(np.random.default_rng(11), width=128, height=72)
     name = scene.things[0].name

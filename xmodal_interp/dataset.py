@@ -26,9 +26,6 @@ from xmodal_interp.models.entries import Items, listed
 from xmodal_interp.store import Store, StoreWriter, open_store
 from xmodal_interp.store.identity import model_digests
 
-_REFUSALS = (XmodalError, RuntimeError, ValueError)
-"""What a model or its processor raises on an input it cannot take, memory that is full included."""
-
 _Ready = tuple[Item, tuple[list[Image.Image], list[Video]]]
 """An item, and its images and videos."""
 
@@ -180,7 +177,7 @@ class _Run:
                 keep=self.keep,
                 system=self.system,
             )
-        except _REFUSALS as error:
+        except Exception as error:  # whatever a model raises on an input it cannot take
             if not self.skips:
                 error.add_note(f"Raised by {', '.join(item.title for item, _ in batch)}.")
                 raise
