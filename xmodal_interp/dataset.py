@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from xmodal_interp.capturing import Keep, capture_batch, provenance
-from xmodal_interp.errors import InputError, StoreError, XmodalError
+from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.items import Item, checked, name_of, opened_images
 from xmodal_interp.models import VLM, Video, check_vlm
 from xmodal_interp.models.entries import Items, listed

@@ -204,14 +204,15 @@ def _label(
     legible = bool((np.diff(edges)[[bool(n) for n in labels.names]] * scale >= 0.95 * _PITCH).all())
     # Place, text, group, whether the text runs along the axis.
     ticks: list[tuple[float, str, str, bool]] = []
-    before = 0.0  # inches of the run before
+    before = Run("", 0, 0)
     for run in labels.runs():
         start, stop = float(edges[run.start]), float(edges[run.stop])
-        narrower, before = min(before, (stop - start) * scale), (stop - start) * scale
+        both = [(each, (edges[each.stop] - edges[each.start]) * scale) for each in (before, run)]
+        before = run
         if not run.group:
             continue
         _strip(axes, start, stop, run.group, upright=upright)
-        if narrower >= _LEAST_FOR_LINES:
+        if _parted(both):
             line = axes.axhline if upright else axes.axvline
             line(start, color="white", linewidth=1.4)
             line(start, color="black", linewidth=0.6)
@@ -234,6 +235,12 @@ def _label(
         label.set(color=group_color(group), size=SMALL, rotation=90 if turned else 0)
         label.set(multialignment="center", **({"va": "center"} if upright else {"ha": "center"}))
     return {group for _, _, group, _ in ticks}
+
+
+def _parted(neighbours: Sequence[tuple[Run, float]]) -> bool:
+    """Whether a line between two runs, with their inches, shows more than it hides."""
+    ends_image = any(run.group.startswith("image") and wide >= 0.5 for run, wide in neighbours)
+    return all(wide > 0 and (ends_image or wide >= _LEAST_FOR_LINES) for _, wide in neighbours)
 
 
 def _strip(axes: Axes, start: float, stop: float, group: str, *, upright: bool) -> None:
