@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import xmodal_interp as xi
 from tests.analysis import fakes
@@ -14,7 +15,8 @@ from xmodal_interp import figures
 from xmodal_interp.capturing import Keep
 from xmodal_interp.errors import InputError
 from xmodal_interp.figures import sources
-from xmodal_interp.figures.labelling import Labels, labels_of
+from xmodal_interp.figures.labelling import Labels, draw_matrix, labels_of
+from xmodal_interp.figures.scales import scale_of
 from xmodal_interp.figures.visibility import measured, visible_shares
 
 
@@ -52,6 +54,19 @@ def test_text_is_named_token_by_token_and_images_once() -> None:
     mass = sample.probs(-1)[:, 146:155].mean(0)[:, 2:146].sum(1).mean()
     assert f"text \u2192 image 0: {mass:.0%} of attention" in blocks
     assert "hidden" in blocks
+
+
+def test_many_short_runs_are_not_hidden_by_lines_and_are_named_in_a_legend() -> None:
+    groups = ("special", *["image 0"] * 100, *["text", "special"] * 40)
+    labels = Labels(tuple("" if name == "image 0" else "word" for name in groups), groups)
+    page = Figure((3, 3))
+    axes = page.add_axes((0.3, 0.3, 0.6, 0.6))
+    values = np.ones((len(groups), len(groups)))
+    draw_matrix(axes, values, labels, labels, scale_of("probability", [values]), (1.8, 1.8))
+    assert len(axes.lines) == 8  # two for each end of the image, along both axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["special", "text"]
 
 
 def test_zoom_is_the_block_of_text_and_image() -> None:
@@ -127,9 +142,9 @@ def test_masks_side_by_side_with_their_measures() -> None:
         }
     )
     assert titles(figure) == [
-        "VLM: language layer 0",
-        "ViT: vision layer 2",
-        "cross: language cross-attention layer 1",
+        "VLM\nlanguage layer 0",
+        "ViT\nvision layer 2",
+        "cross\nlanguage cross-attention layer 1",
     ]
     assert "visible: 100.0% of all cells\nvisible keys after the query: image 0: 100%" in words(
         figure

@@ -171,6 +171,9 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as empty:
         figures.head_grid(HEADS.head(0), "drop")
     assert str(empty.value) == "A grid of heads needs at least one row; the table has none."
+    with pytest.raises(InputError) as text:
+        figures.layer_curves(HEADS.query("head == 0").assign(drop="T-V"), "drop")
+    assert str(text.value) == "A curve by layer draws numbers. The column drop holds str."
     with pytest.raises(InputError) as nothing:
         figures.head_grid(HEADS.assign(drop=np.nan), "drop")
     assert str(nothing.value) == ("A grid of heads needs a number; the column 'drop' has only NaN.")
