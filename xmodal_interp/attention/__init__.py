@@ -2,6 +2,8 @@
 
 from xmodal_interp.attention.call import AttentionCall as AttentionCall
 from xmodal_interp.attention.positions import Positions as Positions
+from xmodal_interp.attention.positions import number as number
+from xmodal_interp.attention.positions import numbers as numbers
 from xmodal_interp.attention.positions import resolve as resolve
 from xmodal_interp.attention.segmenting import joined as joined
 from xmodal_interp.attention.segmenting import part_of as part_of

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from xmodal_interp.attention import AttentionCall, Positions
+from xmodal_interp.attention import AttentionCall, Positions, resolve
 from xmodal_interp.errors import InputError
 from xmodal_interp.figures.labelling import Labels, labels_of, plain_labels
 from xmodal_interp.sample import Sample
@@ -37,7 +38,7 @@ class View:
     """
 
     source: Sample | AttentionCall
-    layer: int = -1
+    layer: SupportsIndex = -1
     head: Positions | None = None
     tower: Tower = "language"
     kind: AttentionKind = "self"
@@ -111,8 +112,9 @@ def visible_cells(view: View) -> Bool[np.ndarray, "query key"]:
     seen = call.visible()[0]
     if seen.shape[0] == 1:
         return np.asarray(seen[0].cpu().numpy(), dtype=bool)
-    if isinstance(view.head, int):
-        return np.asarray(seen[view.head].cpu().numpy(), dtype=bool)
+    one = [] if view.head is None else resolve(view.head, call.n_heads, "head").tolist()
+    if len(one) == 1:
+        return np.asarray(seen[one[0]].cpu().numpy(), dtype=bool)
     if bool((seen != seen[:1]).any()):
         raise InputError(
             f"Heads that see different keys are drawn one at a time. Those of {call.name} do; "
