@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Any, SupportsIndex
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.attention import AttentionCall
+from xmodal_interp.attention import AttentionCall, number, numbers
 from xmodal_interp.by_image import Layer, towers_by_image
 from xmodal_interp.by_position import (
     Stacks,
@@ -74,7 +75,7 @@ class Keep:
     """
 
     towers: tuple[Tower, ...] = TOWERS
-    layers: tuple[int, ...] | None = None
+    layers: Sequence[SupportsIndex] | np.ndarray | None = None
     values: bool = False
     norms: bool = False
     queries: str = "all"
@@ -83,9 +84,12 @@ class Keep:
     def __post_init__(self) -> None:
         if self.queries not in ("all", "text"):
             raise InputError(f"queries must be 'all' or 'text'; got {self.queries!r}.")
+        if self.layers is not None:  # provenance says it in JSON's own types
+            chosen = tuple(number(layer, "layer") for layer in numbers(self.layers, "layer"))
+            object.__setattr__(self, "layers", chosen)
 
 
-def capture(
+def capture(  # noqa: PLR0913  # the settings of a run; all but three have defaults
     vlm: VLM,
     image: ImageLike | Sequence[ImageLike],
     prompt: str,
@@ -95,6 +99,7 @@ def capture(
     keep: Keep | None = None,
     system: str | None = None,
     generation: Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> Sample:
     """Run a model on images or videos and a question, and keep its attention.
 
@@ -111,6 +116,7 @@ def capture(
         keep: What to keep; queries and keys of all layers if not given.
         system: A system message.
         generation: Further arguments of ``model.generate``.
+        name: What to call the sample in tables and stores; ``"sample-0"`` if not given.
 
     Raises:
         InputError: An unreadable image, something that is no video, an empty prompt, or a model
@@ -120,7 +126,7 @@ def capture(
     """
     images: list[ImageLike] = [*image] if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]
     clips: list[Video] = [*videos] if isinstance(videos, (list, tuple)) else [videos]  # type: ignore[list-item]
-    return capture_batch(
+    sample = capture_batch(
         vlm,
         [images],
         [prompt],
@@ -130,6 +136,7 @@ def capture(
         system=system,
         generation=generation,
     )[0]
+    return sample if name is None else replace(sample, name=name)
 
 
 def capture_batch(
@@ -262,10 +269,7 @@ def _placed(tokens: pd.DataFrame, rotary: Tensor) -> pd.DataFrame:
 
 
 def _text_rows(sample: Sample) -> Sample:
-    """The sample with the query rows of text behind images and videos only.
-
-    Vision and connector calls stay whole.
-    """
+    """The sample with the query rows of text behind images and videos only, in language calls."""
     wanted = torch.from_numpy(sample.text_after_image())
     calls = {
         key: call.select_rows(wanted[wanted < call.n_queries].to(call.q.device))

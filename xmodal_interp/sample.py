@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from xmodal_interp.attention import AttentionCall, Positions, resolve
+from xmodal_interp.attention import AttentionCall, Positions, number, resolve
 from xmodal_interp.errors import (
     GeometryError,
     InputError,
@@ -168,7 +168,12 @@ class Sample:
         return sorted({key[2] for key in self.calls if key[0] == tower and key[1] == kind})
 
     def call(
-        self, layer: int, *, tower: Tower = "language", kind: AttentionKind = "self", call: int = 0
+        self,
+        layer: SupportsIndex,
+        *,
+        tower: Tower = "language",
+        kind: AttentionKind = "self",
+        call: SupportsIndex = 0,
     ) -> AttentionCall:
         """One attention call. In the vision tower, ``call`` is the image; videos come behind.
 
@@ -185,8 +190,9 @@ class Sample:
         held = self.layers(tower, kind)
         exists = self.provenance.get("layers", {}).get(f"{tower}.{kind}", [])
         known = exists or held
-        index = known[layer] if layer < 0 and -layer <= len(known) else layer
-        key: CallKey = (tower, kind, index, call)
+        asked = number(layer, "layer")
+        index = known[asked] if -len(known) <= asked < 0 else asked
+        key: CallKey = (tower, kind, index, number(call, "call"))
         if key in self.calls:
             return self.calls[key]
         if index in exists:
@@ -204,14 +210,14 @@ class Sample:
 
     def probs(
         self,
-        layer: int = -1,
+        layer: SupportsIndex = -1,
         heads: Positions | None = None,
         queries: Selector | None = None,
         keys: Selector | None = None,
         *,
         tower: Tower = "language",
         kind: AttentionKind = "self",
-        call: int = 0,
+        call: SupportsIndex = 0,
     ) -> Float[Tensor, "head query key"]:
         """Exact attention probabilities, float32; rows that see nothing are NaN.
 

@@ -169,6 +169,18 @@ def test_rows_are_averaged_over_what_by_leaves_out() -> None:
     )
 
 
+def test_too_few_rows_tell_no_sink() -> None:
+    call = random_call(24)
+    for n_kept, known in ((7, False), (8, True)):
+        rows = call.select_rows(torch.arange(24 - n_kept, 24))
+        sample = sample_of("b" + "v" * 12 + "t" * 11, [rows], [grid(3, 4)])
+        table = cross_modal_ratio(sample, queries=[22, 23])
+        columns = ["sink_free_ratio", "sink_free_lift", "n_sinks"]
+        assert table[columns].notna().all(axis=None) == known
+        assert table[columns].isna().all(axis=None) != known
+        assert table["ratio"].notna().all()
+
+
 def test_one_image_of_several_and_the_last_position() -> None:
     sample = sample_of("b vv s vv tt", [random_call(8)], [grid(1, 2), grid(2, 1)])
     both = cross_modal_ratio(sample, queries="last")

@@ -191,3 +191,12 @@ def test_refusals() -> None:
         "The grid of an image has a place for each position of the tower. Image 0 of sample 'fake' "
         "has 4 places, vision self-attention, layer 0, call 0 has 5 keys."
     )
+
+
+def test_distance_in_the_sequence_needs_the_image_in_it() -> None:
+    with pytest.raises(InputError) as caught:
+        attention_distance(captured("mllama"), tower="language")
+    assert str(caught.value).startswith(
+        "A distance between the image tokens of the sequence is about image and text tokens in one "
+        "sequence. In sample 'sample-0' the image is outside it: text reaches it by cross-attention"
+    )

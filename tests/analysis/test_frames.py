@@ -42,6 +42,18 @@ def test_provenance_is_told_once_if_only_the_date_and_the_item_differ() -> None:
     ]
 
 
+def test_samples_of_one_name_are_numbered_in_the_order_given() -> None:
+    names = ["a", "b", "a", "a (2)", "a"]
+    table = over_samples(
+        [sample_of("t", [], name=name) for name in names],
+        lambda _: stacked([long_table({"head": [0]}, {"share": 0.5})]),
+        analysis="something",
+        parameters={},
+    )
+    assert table["sample"].tolist() == ["a", "b", "a (2)", "a (2) (2)", "a (3)"]
+    assert table.attrs["numbered"] == {"a (2)": "a", "a (2) (2)": "a (2)", "a (3)": "a"}
+
+
 def test_attributes_are_json() -> None:
     parameters = {
         "queries": torch.tensor([1, 2]),

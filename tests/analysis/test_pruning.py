@@ -169,7 +169,23 @@ def test_every_layer_keeps_heads() -> None:
         progress=False,
     )
     assert curve["n_removed"].tolist() == [0, 1, 2]
-    assert curve["share_removed"].tolist() == [0, 0.25, 0.5]
+    assert curve["share_removed"].tolist() == [0, 1 / 32, 2 / 32]  # of all heads, not of these
+
+
+def test_a_curve_is_of_the_tower_of_its_ranking() -> None:
+    vlm, options = tiny_vlm("llava"), {"orders": ["increasing"], "steps": 2, "progress": False}
+    ranking = head_pruning(vlm, ITEMS[:1], tower="vision", layers=[1], **QUIET)
+    curve = pruning_curve(vlm, ITEMS[:1], ranking, **options)
+    assert curve["tower"].unique().tolist() == ["vision"]
+    assert curve.attrs["parameters"]["tower"] == "vision"
+    assert curve["share_removed"].tolist() == [0, 4 / 12]
+    removal = ablate_heads({1: range(4)}, "uniform", tower="vision")
+    inputs, (prompt,) = vlm.prepare([[ITEMS[0]["image"]]], [ITEMS[0]["prompt"]])
+    with torch.no_grad(), intervene(vlm, removal):
+        logits = vlm.model(**inputs).logits[0, -1]
+    (first, *rest) = answer_ids(vlm, prompt.text, ITEMS[0]["answer"])
+    assert not rest
+    assert curve["log_prob"][1] == pytest.approx(float(logits.log_softmax(-1)[first]), abs=2e-5)
 
 
 def test_generated_answers_are_compared() -> None:
@@ -188,7 +204,28 @@ def test_generated_answers_are_compared() -> None:
         assert answer_accuracy(vlm, items)["predicted"].tolist() != table["predicted"].tolist()
 
 
+RANKING = pd.DataFrame(
+    {"tower": "vision", "kind": "self", "layer": 0, "head": [0, 1], "log_prob_drop": [1.0, 2.0]}
+)
 REFUSALS = {
+    "tower": (
+        lambda vlm: pruning_curve(vlm, ITEMS, RANKING, tower="language"),
+        InputError,
+        "A ranking is of the heads that are removed: one tower's, of self-attention. The tower of "
+        "this one is 'vision', asked for was 'language'; choose its rows, or another tower=.",
+    ),
+    "towers": (
+        lambda vlm: pruning_curve(vlm, ITEMS, RANKING.assign(tower=["vision", "language"])),
+        InputError,
+        "A ranking is of the heads that are removed: one tower's, of self-attention. The tower of "
+        "this one is 'vision' and 'language'; choose its rows, or another tower=.",
+    ),
+    "kind": (
+        lambda vlm: pruning_curve(vlm, ITEMS, RANKING.assign(kind="cross")),
+        InputError,
+        "A ranking is of the heads that are removed: one tower's, of self-attention. The kind of "
+        "this one is 'cross', asked for was 'self'; choose its rows, or another tower=.",
+    ),
     "layer": (
         lambda vlm: head_pruning(vlm, ITEMS, layers=[9], **QUIET),
         LayerError,

@@ -1,13 +1,19 @@
 """Bias over the image grid: profiles, slopes, and the control."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from tests.analysis.fakes import dense_call, grid, random_call, sample_of, shipped, uniform_call
+from tests.models.real import real
+from tests.tiny import QUESTION, picture
 from xmodal_interp.analysis import raster_bias, raster_map, raster_profile
+from xmodal_interp.capturing import capture
 from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.models import VLM
 from xmodal_interp.sample import Sample
 
 
@@ -134,4 +140,29 @@ def test_refusals() -> None:
         "The raster of an image is about image and text tokens in one sequence. In sample 'fake' "
         "the image is outside it: text reaches it by cross-attention (layers not kept), where "
         "every key is an image key."
+    )
+
+
+def test_refuses_samples_of_which_other_layers_were_kept() -> None:
+    calls = [random_call(7, layer=layer) for layer in range(2)]
+    both = sample_of("b vvvv tt", calls, [grid(2, 2)])
+    one = sample_of("b vvvv tt", calls[1:], [grid(2, 2)], name="one")
+    with pytest.raises(GeometryError) as caught:
+        raster_map([both, one])
+    assert str(caught.value) == (
+        "Maps are averaged and compared over one grid, the same layers and heads. The layers were "
+        "[0, 1] so far, those of sample 'one' are [1]; choose layers= that all have."
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("analysis", [raster_bias, raster_map, raster_profile])
+def test_learned_queries_have_no_place(analysis: Callable[[Sample], pd.DataFrame]) -> None:
+    sample = capture(VLM(*real("blip-2")), picture(), QUESTION)
+    with pytest.raises(GeometryError) as caught:
+        analysis(sample)
+    assert str(caught.value) == (
+        "A raster is of image tokens that have a row and a column. Those of image 0 of sample "
+        "'sample-0' have none. They are learned queries: see xi.on_patches for attention on the "
+        "patches."
     )

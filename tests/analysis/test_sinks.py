@@ -67,6 +67,17 @@ def test_rate_is_the_share_of_heads() -> None:
     assert rate.attrs["analysis"] == "sink_rate"
 
 
+def test_samples_of_one_name_keep_their_rates_apart() -> None:
+    n = 12
+    on_first, even = torch.zeros(n, n), torch.ones(n, n).tril() / torch.arange(1, n + 1)[:, None]
+    on_first[:, 0] = 1.0
+    samples = [sample_of("b" + "t" * (n - 1), [dense_call(m)]) for m in (on_first, even)]
+    rate = sink_rate(samples)
+    assert rate["any"].tolist() == [1.0, 0.0]
+    assert rate["sample"].tolist() == ["fake", "fake (2)"]
+    assert rate.attrs["n_samples"] == 2
+
+
 def test_padding_is_no_first_position_and_rows_may_be_few() -> None:
     mask = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
     mask[..., :2] = False

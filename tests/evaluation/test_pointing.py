@@ -7,13 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from tests import replicas
 from tests.analysis.fakes import dense_call, grid, random_call, sample_of
 from tests.tiny import QUESTION, tiny_vlm
 from xmodal_interp.capturing import capture
 from xmodal_interp.errors import InputError
-from xmodal_interp.evaluation.pointing import best_head, pointing_game, pointing_hits
+from xmodal_interp.evaluation import best_head, pointing_game, pointing_hits
 from xmodal_interp.sample import Sample
 from xmodal_interp.shapes import sample_scene
 
@@ -139,7 +140,75 @@ def test_the_best_of_many_random_heads_is_no_better_than_chance() -> None:
     assert np.mean([row["hit"] for row in scored]) == pytest.approx(0.3, abs=0.05)
 
 
+def test_a_head_that_gives_the_image_nothing_points_nowhere() -> None:
+    probs = torch.zeros(2, 10, 10)
+    probs[0, -1, 9] = 1.0
+    probs[1, -1, 0] = 1.0
+    labels = {"box": [0, 0, 10, 10], "other_boxes": [[0, 0, 10, 10]]}
+    sample = placed(sample_of("vvvvvvvvvt", [dense_call(probs)], [grid(3, 3)]), **labels)
+    table = pointing_hits(sample)
+    for value in ("hit", "energy", "any_object", "other_object", "image_mass"):
+        assert table[value].tolist() == [0, 1]
+
+
+def layered(*layers: int, **more: object) -> Sample:
+    calls = [random_call(10, layer=layer, **more) for layer in layers]
+    return placed(sample_of("vvvvvvvvvt", calls, [grid(3, 3)]), box=[0, 0, 15, 15])
+
+
+def test_a_layer_that_does_not_see_the_image_is_unknown() -> None:
+    near = random_call(14, layer=1, sliding_window=3)
+    sample = sample_of("b vvvvvvvvv tttt", [random_call(14), near], [grid(3, 3)])
+    samples = [placed(sample, box=[0, 0, 15, 15])] * 3
+    table = pointing_game(samples, n_bootstrap=10)
+    values = ["hit", "energy", "image_mass", "hit_low", "energy_high"]
+    assert table.loc[table["layer"] == 0, values].notna().all(axis=None)
+    assert table.loc[table["layer"] == 1, values].isna().all(axis=None)
+    assert table["n"].tolist() == [3] * 4 + [0] * 4
+    chosen = best_head(pointing_hits(samples).drop(columns="picture"), "image_mass")
+    assert chosen["layer"].tolist() == [0]
+
+
+def test_questions_about_one_picture_are_resampled_together() -> None:
+    """With one picture, every resample is the sample; in memory or in a file."""
+    rng = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)) for _ in range(2)
+    ]
+
+    def asked(which: list[int], **more: object) -> pd.DataFrame:
+        samples = [replace(layered(0), images=(pictures[i].copy(),), **more) for i in which]
+        return pointing_game(samples, n_bootstrap=200)
+
+    same, several = asked([0] * 8), asked([0, 1] * 4)
+    assert same["energy_low"].to_numpy() == pytest.approx(same["energy"].to_numpy())
+    assert same["energy_high"].to_numpy() == pytest.approx(same["energy"].to_numpy())
+    assert (several["energy_low"] < several["energy"]).all()
+    assert [table.attrs["n_pictures"] for table in (same, several)] == [1, 2]
+    of_file = asked([0, 1] * 4, provenance={"images": ["scene.png"]})
+    assert of_file.attrs["n_pictures"] == 1
+    unknown = pointing_game([layered(0) for _ in range(8)], n_bootstrap=10)
+    assert unknown.attrs["n_pictures"] == 8
+
+
+def test_no_picture_is_in_both_halves() -> None:
+    hits = hits_of([[1, 0], [1, 0], [0, 1], [0, 1]])
+    hits["picture"] = np.repeat([4, 4, 4, 7], 2)
+    (row,) = best_head(hits, n_bootstrap=10).to_dict("records")
+    assert (row["head"], row["n_chosen"], row["n"]) == (0, 3, 1)
+    assert row["chosen_with"] == pytest.approx(2 / 3)
+
+
+def test_what_is_not_known_is_left_out_of_the_choice() -> None:
+    hits = hits_of([[np.nan, np.nan, 0], [np.nan, 1, 0], [1, np.nan, 1], [1, 1, 1]])
+    (row,) = best_head(hits, n_bootstrap=10).to_dict("records")
+    assert (row["head"], row["chosen_with"], row["hit"]) == (1, 1, 1)
+    assert (row["n_chosen"], row["n"]) == (1, 1)
+    assert (row["hit_low"], row["hit_high"]) == (1, 1)
+
+
 SAMPLE = by_eye([0, 0.3, 0.4, 0, 0.1, 0, 0, 0, 0])
+BEFORE = placed(sample_of("t vvvvvvvvv t", [random_call(11)], [grid(3, 3)]), box=[0, 0, 15, 15])
 REFUSALS = {
     "no box": (
         lambda: pointing_hits(replace(SAMPLE, labels={"kind": "count"})),
@@ -164,9 +233,24 @@ REFUSALS = {
         "criterion must be one of overlap, centre; got 'near'.",
     ),
     "blind": (
-        lambda: pointing_hits(SAMPLE, queries=[0]),
-        "Queries must see the image. In sample 'fake', positions [0] have no probability on image "
-        "0.",
+        lambda: pointing_hits(BEFORE, queries=[0]),
+        "Queries must see the image. In sample 'fake', positions [0] see no token of image 0 in "
+        "any layer asked for; choose text behind the image.",
+    ),
+    "other layers": (
+        lambda: pointing_game([layered(0, 1), layered(1)]),
+        "Samples are averaged over the same layers and heads. The layers of sample 'fake' are "
+        "[0, 1], those of 'fake (2)' are [1]; choose layers= that all have.",
+    ),
+    "unknown": (
+        lambda: best_head(hits_of([[np.nan, np.nan], [np.nan, np.nan], [1, 0]])),
+        "A head is chosen by the mean of 'hit' over the first half of the samples; there no head "
+        "has a number.",
+    ),
+    "one picture": (
+        lambda: best_head(hits_of([[1, 0], [1, 0]]).assign(picture=0)),
+        "Choosing and scoring a head needs two or more pictures: one half to choose with, one to "
+        "score with. All samples show the same.",
     ),
     "columns": (
         lambda: best_head(hits_of([[1, 0], [1, 0]]), "energy"),

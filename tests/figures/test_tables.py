@@ -141,6 +141,22 @@ def test_rollout_lies_on_the_image() -> None:
     )
 
 
+def test_a_rollout_is_of_one_of_the_samples_of_a_name() -> None:
+    sample = sample_of("llava")
+    table = analysis.attention_rollout([sample, sample])
+    with pytest.raises(InputError) as several:
+        figures.rollout_overlay(table, sample)
+    assert str(several.value) == (
+        "A rollout overlay is of one sample. The table has 'sample-0', 'sample-0 (2)', all of the "
+        "name 'sample-0': choose one, as by table[table['sample'] == 'sample-0'], or give samples "
+        "names of their own."
+    )
+    second = figures.rollout_overlay(table[table["sample"] == "sample-0 (2)"], sample)
+    alone = figures.rollout_overlay(analysis.attention_rollout(sample), sample)
+    shown = [panels(figure)[0].images[1].get_array() for figure in (second, alone)]
+    np.testing.assert_array_equal(*shown)
+
+
 def test_everything_is_written_to_files(tmp_path: Path) -> None:
     figures.head_grid(HEADS, "drop", path=tmp_path / "grid.svg")
     figures.layer_curves(HEADS[HEADS["head"] == 0], "drop", path=tmp_path / "curve.pdf")

@@ -24,16 +24,17 @@ from torch import Tensor
 
 from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import null_mass
+from xmodal_interp.analysis.padding import first_position, rows_of
 from xmodal_interp.analysis.selecting import (
     Layers,
     calls_of,
-    first_position,
     heads_of,
     image_keys,
     queries_of,
     refuse_cross_attention,
+    refuse_text,
 )
-from xmodal_interp.analysis.sinks import THRESHOLD, sink_keys
+from xmodal_interp.analysis.sinks import MIN_QUERIES, THRESHOLD, sink_keys
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample, Selector
@@ -80,7 +81,9 @@ def cross_modal_ratio(
             images is asked for.
         sink_threshold: The sink-free columns leave out the first position and every key that
             receives more than this share of the attention of the queries that see it
-            (``attention_sinks``).
+            (``attention_sinks``). They are judged over the query rows that were kept: with
+            ``Keep(queries="text")`` over the text behind the image only, so that the sinks may be
+            others than of the whole sample.
         by: What a row is for: ``("layer", "head")``, ``("layer",)``, ``("head",)`` or ``()``; the
             rest is averaged over.
 
@@ -89,12 +92,14 @@ def cross_modal_ratio(
         ``ratio`` (probability mass, 0 to 1), ``null``, ``lift`` (ratio / null of each query, then
         averaged), ``sink_free_ratio``, ``sink_free_lift``, ``n_queries`` (those that see the
         image), ``n_image_tokens``, ``n_sinks`` (keys left out; an average where averaged). NaN
-        where no query sees the image.
+        where no query sees the image; the sink-free columns and ``n_sinks`` also where only some
+        rows were kept and these are fewer than 8, too few to tell a sink.
 
     Raises:
         InputError: No image, no text behind it, queries that are image tokens, or a family that has
             to be asked otherwise.
     """
+    refuse_text(by, "by", "['layer']")
     if not set(by) <= set(BY):
         raise InputError(f"by names what a row is for, out of {', '.join(BY)}; got {tuple(by)!r}.")
 
@@ -163,9 +168,16 @@ def _tokens(sample: Sample, question: _Question) -> pd.DataFrame:
     tables = []
     for call in calls_of(sample, question.layers, kind=kind):
         chosen = heads_of(call, question.heads)
-        sinks = sink_keys(call, chosen, threshold=question.sink_threshold, always=always)
+        rows = rows_of(sample, call)
+        sinks = sink_keys(call, chosen, rows, threshold=question.sink_threshold, always=always)
+        n_sinks = sinks.sum(1, keepdim=True)
         ratio, null, lift = _shares(call, chosen, query, keys, torch.zeros_like(sinks))
         free_ratio, _, free_lift = _shares(call, chosen, query, keys, sinks)
+        if call.rows is not None and len(rows) < MIN_QUERIES:
+            free_ratio, free_lift, n_sinks = (
+                torch.full_like(values, torch.nan, dtype=torch.float32)
+                for values in (free_ratio, free_lift, n_sinks)
+            )
         values = {
             "ratio": ratio,
             "null": null,
@@ -173,7 +185,7 @@ def _tokens(sample: Sample, question: _Question) -> pd.DataFrame:
             "sink_free_ratio": free_ratio,
             "sink_free_lift": free_lift,
             "n_image_tokens": keys.sum(),
-            "n_sinks": sinks.sum(1, keepdim=True),
+            "n_sinks": n_sinks,
         }
         axes = {"head": chosen, "query": query.tolist()}
         table = long_table(axes, {"token": tokens[None], **values})

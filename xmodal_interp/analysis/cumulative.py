@@ -15,6 +15,7 @@ import pandas as pd
 
 from xmodal_interp.analysis.frames import stamped
 from xmodal_interp.analysis.pruning import ALL_KINDS, chosen_heads
+from xmodal_interp.analysis.selecting import refuse_text
 from xmodal_interp.analysis.teacher_forcing import (
     METRICS,
     Removal,
@@ -45,7 +46,7 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
     steps: int = 11,
     keep_per_layer: int = 0,
     mode: AblationMode = "uniform",
-    tower: Tower = "language",
+    tower: Tower | None = None,
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = True,
@@ -58,7 +59,7 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
             made of: a ranking fits its own questions best.
         ranking: A table with ``layer``, ``head`` and an importance for each, such as
             ``head_pruning`` returns (where there is a ``question_kind``, the rows ``"all"``); or
-            ``"random"`` for random orders only.
+            ``"random"`` for random orders only. Heads that it leaves out stay.
         by: Which column is the importance.
         orders: ``"increasing"`` takes the least important head first, ``"decreasing"`` the most
             important, ``"random"`` any.
@@ -66,25 +67,30 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
         steps: How many points each curve has, none and all removed included.
         keep_per_layer: How many heads every layer keeps; those that come last in its order.
         mode: What takes a head's place.
-        tower: Part of the model.
+        tower: Part of the model; that of the ranking if not given, or else ``"language"``.
         batch_size: The largest number of questions per forward.
         seed: Seed of the random orders.
         progress: Whether to show a bar.
 
     Returns:
         One row per order, draw and step: ``tower, kind, order, draw`` (0 but for random orders),
-        ``n_removed, share_removed``, then ``accuracy`` (0 to 1), ``log_prob`` (nats per token),
-        ``margin`` (logits), and ``n``. ``.attrs["summary"]`` has for each order and draw ``auc``
-        (mean accuracy over the removed share, by trapezoids) and ``share_at_95``: the largest share
-        removed up to which accuracy stays at 95% of the base.
+        ``n_removed, share_removed`` (of all heads of the tower, ranked or not), then ``accuracy``
+        (0 to 1), ``log_prob`` (nats per token), ``margin`` (logits), and ``n``.
+        ``.attrs["summary"]`` has for each order and draw ``auc`` (mean accuracy over the removed
+        share, by trapezoids) and ``share_at_95``: the largest share of the tower's heads removed
+        up to which accuracy stays at 95% of the base.
 
     Raises:
         LayerError: The ranking names a head that does not exist.
-        InputError: An unknown order or column, or fewer than two steps.
+        InputError: An unknown order or column, fewer than two steps, or a ranking of heads of
+            another tower or of cross-attention.
     """
+    refuse_text(orders, "orders", "['increasing']")
     named = ("random",) if isinstance(ranking, str) else tuple(orders)
     _check(named, steps, n_random)
+    tower = _tower_of(ranking, tower)
     heads = _ranked(vlm, ranking, by, tower)
+    n_heads = len(chosen_heads(vlm, tower, None, None))
     rng = np.random.default_rng(seed)
     sequences: list[tuple[Order, int, list[tuple[int, int]]]] = []
     for order in named:
@@ -98,7 +104,7 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
     for order, draw, sequence in sequences:
         removable = _sparing(sequence, keep_per_layer)
         for n_removed in np.unique(np.linspace(0, len(removable), steps).round().astype(int)):
-            share = n_removed / len(heads)
+            share = n_removed / n_heads
             keys.append(
                 {"order": order, "draw": draw, "n_removed": n_removed, "share_removed": share}
             )
@@ -141,6 +147,25 @@ def _check(named: Sequence[str], steps: int, n_random: int) -> None:
         raise InputError(f"A curve has at least 2 steps, none and all removed; got {steps}.")
     if "random" in named and n_random < 1:
         raise InputError(f"Random orders need n_random of at least 1; got {n_random}.")
+
+
+def _tower_of(ranking: pd.DataFrame | str, tower: Tower | None) -> Tower:
+    """The tower that is asked for, or that a ranking is of."""
+    given: dict[str, Any] = {"tower": tower, "kind": "self"}
+    for name, wanted in given.items():
+        if isinstance(ranking, str) or name not in ranking.columns:
+            continue
+        there = ranking[name].unique().tolist()
+        if len(there) != 1 or wanted not in (None, there[0]):
+            raise InputError(
+                f"A ranking is of the heads that are removed: one tower's, of self-attention. The "
+                f"{name} of this one is {' and '.join(map(repr, there)) or 'none'}"
+                f"{'' if wanted is None else f', asked for was {wanted!r}'}; choose its rows, or "
+                f"another tower=."
+            )
+        given[name] = there[0]
+    found: Tower = given["tower"] or "language"
+    return found
 
 
 def _ranked(vlm: VLM, ranking: pd.DataFrame | str, by: str, tower: Tower) -> list[Head]:

@@ -22,12 +22,14 @@ from torch import Tensor
 
 from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import cells_of, n_visible
+from xmodal_interp.analysis.padding import rows_of
 from xmodal_interp.analysis.selecting import (
     Layers,
     calls_of,
     heads_of,
     image_calls,
     queries_of,
+    refuse_cross_attention,
     row_chunks,
 )
 from xmodal_interp.attention import AttentionCall, Positions
@@ -73,11 +75,12 @@ def attention_entropy(
         )
 
     def table_of(sample: Sample) -> pd.DataFrame:
-        rows = None if queries is None else queries_of(sample, queries)
+        asked = None if queries is None else queries_of(sample, queries)
         tables = []
         for image, call in image_calls(sample, layers, tower):
             chosen = heads_of(call, heads)
-            values = _entropy(call, chosen, call.query_positions if rows is None else rows)
+            held = rows_of(sample, call) if tower == "language" else call.query_positions
+            values = _entropy(call, chosen, held if asked is None else asked)
             number = np.nan if image is None else image
             table = long_table({"head": chosen}, {"image": number, **values})
             tables.append(keyed(table, tower=tower, kind="self", layer=call.layer))
@@ -115,7 +118,8 @@ def attention_distance(
         image, taken out before renormalising), ``n_queries``.
 
     Raises:
-        InputError: The connector, whose positions have no place.
+        InputError: The connector, whose positions have no place, or the language tower where the
+            image is not in its sequence.
         GeometryError: A grid that does not fit the positions of the tower, or without places.
     """
     if tower == "connector":
@@ -125,6 +129,8 @@ def attention_distance(
         )
 
     def table_of(sample: Sample) -> pd.DataFrame:
+        if tower == "language":
+            refuse_cross_attention(sample, "A distance between the image tokens of the sequence")
         tables = []
         for image in range(len(sample.grids)):
             positions, places, cell_px = _places(sample, image, tower)

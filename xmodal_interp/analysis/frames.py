@@ -2,7 +2,9 @@
 
 Every table's ``.attrs`` hold ``analysis`` (the name of the function), ``parameters`` (what it was
 asked), ``provenance`` (of the sample, or what several samples have in common; a list where they
-differ in more than their date and item) and ``n_samples``. All of it can be written as JSON.
+differ in more than their date and item) and ``n_samples``; where samples of one name were numbered
+also ``numbered`` (what they are called in the table, and their own name). All of it can be written
+as JSON.
 """
 
 from __future__ import annotations
@@ -67,29 +69,49 @@ def over_samples(
 ) -> pd.DataFrame:
     """The tables of all samples, one below the other, with a ``sample`` column in front.
 
-    Their ``.attrs`` say where they come from. Samples are read one at a time, so a store may be
-    larger than memory.
+    Samples of one name are numbered in the order given (``sample-0``, ``sample-0 (2)``), so that
+    each has rows of its own; ``.attrs["numbered"]`` has the names that were given so, and what the
+    samples are called. To choose names: ``capture(..., name=)``, or
+    ``dataclasses.replace(sample, name=...)``.
+
+    ``.attrs`` also say where the tables come from. Samples are read one at a time, so a store may
+    be larger than memory.
 
     Raises:
         InputError: No sample came.
     """
     tables: list[pd.DataFrame] = []
     provenance: list[Mapping[str, Any]] = []
+    names: dict[str, str] = {}
     for sample in samples_of(samples):
         table = table_of(sample)
-        table.insert(0, "sample", sample.name)
+        table.insert(0, "sample", _own_name(sample.name, names))
         tables.append(table)
         note_origin(provenance, sample)
     if not tables:
         raise InputError(f"{analysis} needs at least one sample; got none.")
     table = tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
-    return stamped(
+    stamped(
         table,
         analysis=analysis,
         parameters=parameters,
         provenance=provenance,
         n_samples=len(tables),
     )
+    numbered = {shown: name for shown, name in names.items() if shown != name}
+    if numbered:
+        table.attrs["numbered"] = numbered
+    return table
+
+
+def _own_name(name: str, names: dict[str, str]) -> str:
+    """A name that no sample before has in the table; ``names``, which it is added to, has these."""
+    own, number = name, 1
+    while own in names:
+        number += 1
+        own = f"{name} ({number})"
+    names[own] = name
+    return own
 
 
 def samples_of(samples: Sample | Sequence[Sample]) -> Sequence[Sample]:

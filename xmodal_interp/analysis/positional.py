@@ -9,9 +9,10 @@ For the visible cells ``(i, j)`` of a block, collected by distance ``d = i - j``
 the lift is 1 in every bin, while the naive mean over a column of a causal matrix falls from 0.074
 to 0.0002 over 64 positions: it measures the mask.
 
-Distances and positions are places in the sequence. Where the rotary embedding was told others on
-several axes (Qwen2-VL: time, row and column, where the tokens of an image share their time), there
-is a third profile, over the *rotary* distance: the largest of the distances along the axes.
+Distances and positions are places in the sequence, padding not counted. Where the rotary embedding
+was told others on several axes (Qwen2-VL: time, row and column, where the tokens of an image share
+their time), there is a third profile, over the *rotary* distance: the largest of the distances
+along the axes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from xmodal_interp.analysis.frames import (
     stacked,
 )
 from xmodal_interp.analysis.nulls import cells_of
+from xmodal_interp.analysis.padding import places_of
 from xmodal_interp.analysis.selecting import (
     Layers,
     calls_of,
@@ -41,6 +43,7 @@ from xmodal_interp.analysis.selecting import (
     image_keys,
     queries_of,
     refuse_cross_attention,
+    refuse_text,
     row_chunks,
 )
 from xmodal_interp.attention import AttentionCall, Positions
@@ -74,15 +77,16 @@ def positional_bias(
     Returns:
         One row per sample, layer, head, block, axis and bin:
         ``sample, tower, kind, layer, head, block, axis`` (``distance``, in positions, negative
-        where a query looks ahead; ``key``, the position; or ``rope_distance``, never negative,
-        where rotary positions have several axes), ``start, stop`` (the bin, stop
-        excluded), then ``raw``, ``null``, ``lift``, ``n_cells``. Bins without a visible cell are
-        left out. To average over samples, weight by ``n_cells``.
+        where a query looks ahead; ``key``, its place in the sequence, padding not counted; or
+        ``rope_distance``, never negative, where rotary positions have several axes),
+        ``start, stop`` (the bin, stop excluded), then ``raw``, ``null``, ``lift``, ``n_cells``.
+        Bins without a visible cell are left out. To average over samples, weight by ``n_cells``.
 
     Raises:
         InputError: An unknown block, or one that the sample cannot have.
         NotRecordedError: Query rows that were not kept.
     """
+    refuse_text(blocks, "blocks", "['text->image']")
     unknown = [block for block in blocks if block not in BLOCKS]
     if unknown or not blocks:
         raise InputError(
@@ -90,14 +94,14 @@ def positional_bias(
         )
     if n_bins < 1:
         raise InputError(f"There is at least one bin; got n_bins={n_bins}.")
-    longest = max((len(sample) for sample in samples_of(samples)), default=1)
+    longest = max((int(places_of(sample)[-1]) + 1 for sample in samples_of(samples)), default=1)
     bins = _Bins(width=-(-longest // n_bins), longest=longest)
 
     def table_of(sample: Sample) -> pd.DataFrame:
         if any("image" in block for block in blocks):
             refuse_cross_attention(sample, "A profile of text->image or image->image")
             image_keys(sample, None)
-        rope = _rotary(sample)
+        places, rope = places_of(sample), _rotary(sample)
         tables = []
         for call in calls_of(sample, layers):
             for block in blocks:
@@ -106,7 +110,7 @@ def positional_bias(
                     torch.tensor(sample.visual if kind == "image" else sample.where(kind))
                     for kind in (query_kind, key_kind)
                 )
-                table = _profile(call, heads_of(call, heads), queries, keys, bins, rope)
+                table = _profile(call, heads_of(call, heads), queries, keys, bins, places, rope)
                 head = table.pop("head")
                 part = keyed(table, layer=call.layer, head=head, block=block)
                 tables.append(keyed(part, tower="language", kind="self"))
@@ -159,7 +163,7 @@ def recency_index(
         tables = []
         for call in calls_of(sample, layers):
             chosen = heads_of(call, heads)
-            mass, null = _recent(call, chosen, chosen_queries, window)
+            mass, null = _recent(call, chosen, chosen_queries, places_of(sample), window)
             beyond = null < 1
             n_queries = beyond.sum(1)
             values = {
@@ -216,6 +220,7 @@ def _profile(
     queries: Int[Tensor, " query"],
     keys: Int[Tensor, " key"],
     bins: _Bins,
+    place_of: Int[Tensor, " position"],
     rope: Int[Tensor, "position axis"] | None,
 ) -> Columns:
     """Means per head, axis and bin over the visible cells between queries and keys."""
@@ -223,7 +228,8 @@ def _profile(
     sums: dict[str, Tensor] = {}
     for rows in row_chunks(call, queries, len(heads)):
         probs, seen, counts = cells_of(call, heads, rows, keys)
-        places = [rows[:, None] - keys, keys.expand(len(rows), -1)]
+        of_rows, of_keys = place_of[rows][:, None], place_of[keys]
+        places = [of_rows - of_keys, of_keys.expand(len(rows), -1)]
         if rope is not None:
             places.append((rope[rows][:, None] - rope[keys]).abs().amax(-1))
         every = {"n_cells": seen, "raw": probs, "null": seen / counts, "lift": probs * counts}
@@ -247,14 +253,18 @@ def _profile(
 
 
 def _recent(
-    call: AttentionCall, heads: Sequence[int], queries: Int[Tensor, " query"], window: int
+    call: AttentionCall,
+    heads: Sequence[int],
+    queries: Int[Tensor, " query"],
+    place_of: Int[Tensor, " position"],
+    window: int,
 ) -> tuple[Float[Tensor, "head query"], Float[Tensor, "head query"]]:
     """Mass on the last ``window`` keys of each query, and its null (NaN where nothing is seen)."""
     keys = torch.arange(call.n_keys)
     mass, null = [], []
     for rows in row_chunks(call, queries, len(heads)):
         probs, seen, counts = cells_of(call, heads, rows, keys)
-        distance = rows[:, None] - keys
+        distance = place_of[rows][:, None] - place_of
         near = (distance >= 0) & (distance < window)
         mass.append((probs * near).sum(-1))
         even = ((seen * near).sum(-1) / counts[..., 0]).where(seen.any(-1), torch.nan)

@@ -11,13 +11,13 @@ over samples; base and ablated run answer the same questions, so the drops are p
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from os import PathLike
 
 import numpy as np
 import pandas as pd
 
 from xmodal_interp.analysis.frames import stamped
-from xmodal_interp.analysis.resampling import LEVEL, cluster_numbers, mean_intervals
+from xmodal_interp.analysis.resampling import LEVEL, cluster_numbers, mean_intervals, shown
+from xmodal_interp.analysis.selecting import Layers
 from xmodal_interp.analysis.teacher_forcing import (
     METRICS,
     Removal,
@@ -25,6 +25,7 @@ from xmodal_interp.analysis.teacher_forcing import (
     origin,
     removal_scores,
 )
+from xmodal_interp.attention import numbers
 from xmodal_interp.hooks.ablation import AblationMode
 from xmodal_interp.hooks.heads import checked_heads, head_counts
 from xmodal_interp.models import VLM
@@ -40,8 +41,8 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
     items: Items,
     *,
     mode: AblationMode = "uniform",
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Layers = None,
+    heads: Layers = None,
     tower: Tower = "language",
     batch_size: int = 32,
     n_bootstrap: int = 1000,
@@ -123,18 +124,17 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
     return rows
 
 
-def chosen_heads(
-    vlm: VLM, tower: Tower, layers: Sequence[int] | None, heads: Sequence[int] | None
-) -> list[tuple[int, int]]:
+def chosen_heads(vlm: VLM, tower: Tower, layers: Layers, heads: Layers) -> list[tuple[int, int]]:
     """Layers and heads of a tower, counted from 0, in order.
 
     Raises:
         LayerError: One that does not exist.
     """
     counts = head_counts(vlm.model, tower)
+    named = None if heads is None else numbers(heads, "head")
     wanted = {
-        layer: range(counts.get(layer, 0)) if heads is None else heads
-        for layer in (counts if layers is None else layers)
+        layer: range(counts.get(layer, 0)) if named is None else named
+        for layer in (counts if layers is None else numbers(layers, "layer"))
     }
     found = checked_heads(wanted, counts, f"{tower} self-attention")
     if heads is None:
@@ -152,9 +152,6 @@ def _of_kinds(items: Sequence[ItemDict]) -> dict[str, np.ndarray]:
 
 
 def _shown(index: int, item: ItemDict) -> Hashable:
-    """What tells whether two items share images and videos: their paths, else their pixels."""
+    """What tells whether two items share images and videos."""
     images, videos = visuals_of(item, title=f"Item {index}")
-    return tuple(
-        str(one) if isinstance(one, (str, PathLike)) else hash((one.size, one.tobytes()))
-        for one in (*images, *(frame for video in videos for frame in video.frames))
-    )
+    return shown([*images, *(frame for video in videos for frame in video.frames)])

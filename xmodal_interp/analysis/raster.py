@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from xmodal_interp.analysis.composing import are_queries
 from xmodal_interp.analysis.frames import (
     keyed,
     long_table,
@@ -82,7 +83,8 @@ def raster_map(
 
     Raises:
         InputError: No sample, no image, no text behind it, or an image that is not in the sequence.
-        GeometryError: Grids of different shapes.
+        GeometryError: Grids of different shapes, tokens without places, or samples of which other
+            layers were kept.
     """
     table: pd.DataFrame | None = None
     provenance: list[Mapping[str, Any]] = []
@@ -221,6 +223,14 @@ def _cells(
     tokens = image_keys(sample, image).nonzero()[:, 0]
     places = image_places(sample.tokens).iloc[tokens.tolist()]
     placed = places["row"].notna().to_numpy(dtype=bool)
+    if not placed.any():
+        learned = "They are learned queries: see xi.on_patches for attention on the patches."
+        grid = sample.grids[image]
+        raise GeometryError(
+            f"A raster is of image tokens that have a row and a column. Those of image {image} of "
+            f"sample {sample.name!r} have none. "
+            f"{learned if are_queries(grid) else grid.reason or ''}".rstrip()
+        )
     tokens, places = tokens[torch.tensor(placed)], places[placed].astype("int64")
     rows = queries_of(sample, queries)
     tables = []
@@ -272,6 +282,13 @@ def _slopes(
 
 
 def _refuse_other_cells(table: pd.DataFrame, other: pd.DataFrame, sample: Sample) -> None:
+    layers = [one["layer"].unique().tolist() for one in (table, other)]
+    if layers[0] != layers[1]:
+        raise GeometryError(
+            "Maps are averaged and compared over one grid, the same layers and heads. The layers "
+            f"were {layers[0]} so far, those of sample {sample.name!r} are {layers[1]}; choose "
+            "layers= that all have."
+        )
     if not table[CELL_KEYS].equals(other[CELL_KEYS]):
         shapes = [f"{t['row'].max() + 1} x {t['col'].max() + 1}" for t in (table, other)]
         raise GeometryError(

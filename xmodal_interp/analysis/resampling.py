@@ -7,12 +7,23 @@ them, and a difference to a base run taken before, are paired.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from os import PathLike
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from xmodal_interp.models import ImageLike
+
 LEVEL = 0.95  # of every interval
+
+
+def shown(pictures: Iterable[ImageLike]) -> Hashable:
+    """What tells whether two samples show the same pictures: their paths, else their pixels."""
+    return tuple(
+        str(one) if isinstance(one, (str, PathLike)) else hash((one.size, one.tobytes()))
+        for one in pictures
+    )
 
 
 def cluster_numbers(labels: Sequence[Hashable]) -> Int[np.ndarray, " sample"]:
@@ -51,3 +62,22 @@ def mean_intervals(
     means = (weights @ values.T) / weights.sum(1, keepdims=True)  # [draw, series]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
+
+
+def known_mean_intervals(
+    values: Float[np.ndarray, "series sample"],
+    clusters: Int[np.ndarray, " sample"],
+    *,
+    n_draws: int,
+    seed: int,
+) -> tuple[Float[np.ndarray, " series"], Float[np.ndarray, " series"]]:
+    """``mean_intervals`` of each series over the samples in which it has a number (not NaN)."""
+    ends = np.full((2, len(values)), np.nan)
+    known = ~np.isnan(values)
+    for pattern in np.unique(known, axis=0):
+        same = (known == pattern).all(1)
+        if pattern.any():
+            among = cluster_numbers(clusters[pattern].tolist())
+            found = mean_intervals(values[same][:, pattern], among, n_draws=n_draws, seed=seed)
+            ends[:, same] = found
+    return ends[0], ends[1]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +20,14 @@ Fusion = Literal["mean", "max", "min"]
 
 Alpha = float | tuple[float, ...] | str
 """The share of attention in a layer: one number, one per layer, or ``"norm"``."""
+
+
+def alpha_of(given: Any) -> Any:
+    """An alpha of any spelling (numbers, a list, an array, a tensor) as ``Rule`` takes it."""
+    plain = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(plain, Iterable) and not isinstance(plain, str):
+        return tuple(alpha_of(each) for each in plain)
+    return float(plain) if isinstance(plain, Real) else plain
 
 
 @dataclass(frozen=True)
@@ -76,15 +85,25 @@ def rolled(
     calls: Sequence[AttentionCall],
     rule: Rule,
     sinks: Bool[Tensor, " key"],
+    counted: Bool[Tensor, " key"],
 ) -> Float[Tensor, "row key"]:
-    """``start @ B_L ... B_1``, from the top layer down."""
+    """``start @ B_L ... B_1``, from the top layer down.
+
+    Args:
+        start: Rows of the highest layer.
+        calls: The layers, bottom first.
+        rule: How the heads of a layer become one matrix, and how much of it is attention.
+        sinks: Keys whose attention is taken away.
+        counted: Positions that are no padding: what is discarded is a share of the entries between
+            these.
+    """
     rows = start.to(device_of(calls[-1]))
     for call, alpha in reversed(list(zip(calls, rule.alphas(calls), strict=True))):
         sinks, alpha = sinks.to(device_of(call)), alpha.to(device_of(call))
         if rule.fusion == "mean" and rule.discard == 0:
             rows = _through_mean(rows.to(sinks.device), call, alpha, sinks)
         else:
-            rows = _through_fused(rows.to(sinks.device), call, alpha, rule, sinks)
+            rows = _through_fused(rows.to(sinks.device), call, alpha, rule, sinks, counted)
     return rows.cpu()
 
 
@@ -116,10 +135,11 @@ def _through_fused(
     alpha: Float[Tensor, "#query"],
     rule: Rule,
     sinks: Bool[Tensor, " key"],
+    counted: Bool[Tensor, " key"],
 ) -> Float[Tensor, "row key"]:
     """One layer with its fused matrix, in chunks of rows, or whole where entries are discarded."""
     out = torch.zeros_like(rows)
-    for index, fused in _fused(call, rule):
+    for index, fused in _fused(call, rule, counted):
         total = fused.sum(-1)
         if sinks.any():
             others = fused.masked_fill(sinks, 0.0)
@@ -143,7 +163,7 @@ def _shares(
 
 
 def _fused(
-    call: AttentionCall, rule: Rule
+    call: AttentionCall, rule: Rule, counted: Bool[Tensor, " key"]
 ) -> Iterator[tuple[Int[Tensor, " query"], Float[Tensor, "query key"]]]:
     """The fused matrix chunk by chunk; rows that see nothing are 0."""
     every = torch.arange(call.n_queries, device=device_of(call))
@@ -153,8 +173,10 @@ def _fused(
             yield rows, _over_heads(call, rows, rule.fusion)
         return
     whole = torch.cat([_over_heads(call, rows, rule.fusion) for rows in chunks])
-    n_discarded = int(rule.discard * whole.numel())
-    lowest = whole.flatten().argsort(stable=True)[:n_discarded]
+    counted = counted.to(whole.device)
+    ranked = whole.masked_fill(~(counted[:, None] & counted), torch.inf)
+    n_discarded = int(rule.discard * int(counted.sum()) ** 2)
+    lowest = ranked.flatten().argsort(stable=True)[:n_discarded]
     whole.view(-1)[lowest] = 0.0
     yield every, whole
 

@@ -23,8 +23,10 @@ one layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
+from typing import Any, SupportsFloat
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,21 +35,24 @@ from torch.nn import functional
 
 from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import uniform
-from xmodal_interp.analysis.rolling import Fusion, Rule, rolled
+from xmodal_interp.analysis.padding import first_position, present
+from xmodal_interp.analysis.rolling import Fusion, Rule, alpha_of, rolled
 from xmodal_interp.analysis.selecting import (
     calls_of,
-    first_position,
     position_table,
     queries_of,
     refuse_cross_attention,
 )
-from xmodal_interp.attention import AttentionCall, resolve
+from xmodal_interp.attention import AttentionCall, Positions, resolve
 from xmodal_interp.errors import InputError, NotRecordedError
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import Tower
 
-Sinks = str | Collection[int]
+Sinks = Positions | Collection[int] | str
 """``"keep"``, ``"drop_first"``, or positions."""
+
+Alphas = SupportsFloat | Sequence[SupportsFloat] | np.ndarray | Tensor | str
+"""The share of attention in a layer, of any spelling."""
 
 
 def attention_rollout(  # noqa: PLR0913  the choices that published variants differ in
@@ -55,7 +60,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
     queries: Selector | None = None,
     *,
     fusion: Fusion = "mean",
-    alpha: float | Sequence[float] | str = 0.5,
+    alpha: Alphas = 0.5,
     discard: float = 0.0,
     baseline: str | None = None,
     sinks: Sinks = "keep",
@@ -75,14 +80,17 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
             output and of the residual stream (captured with ``Keep(norms=True)``). 0.5 is the
             paper's.
         discard: The lowest share of all ``S x S`` entries of each fused matrix becomes 0, invisible
-            ones included: of a causal matrix nothing that counts is discarded below one half. 0 to
-            below 1.
+            ones included (but for padding): of a causal matrix nothing that counts is discarded
+            below one half. 0 to below 1.
         baseline: ``"uniform"`` adds the rollout of attention uniform over the visible keys, with
             the same options.
         sinks: ``"keep"``; ``"drop_first"``, which takes attention to the first position away
             wherever a row sees something else; or positions to treat so.
         layers: Start and stop as of a slice, None for open: ``(0, -1)`` leaves the last layer out,
-            as LLaVA does in its vision tower.
+            as LLaVA does in its vision tower. Layers that mix positions without a matrix of
+            probabilities (convolution, recurrence, linear attention) cannot be among them: of a
+            model that has such layers, choose attention layers that follow each other. Those
+            behind the last attention layer are never counted.
         tower: ``"language"`` or ``"vision"``.
         image: In the vision tower: which image; videos are numbered behind the images.
 
@@ -94,10 +102,11 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         Queries that see nothing, such as padding, are left out.
 
     Raises:
-        InputError: An option outside its range, or an image that is not in the sequence.
+        InputError: An option outside its range, an image that is not in the sequence, or a layer
+            without a matrix of probabilities.
         NotRecordedError: Layers, rows or norms that were not kept.
     """
-    rule = Rule(fusion, alpha if isinstance(alpha, (int, float, str)) else tuple(alpha), discard)
+    rule = Rule(fusion, alpha_of(alpha), discard)
     if baseline not in (None, "uniform"):
         raise InputError(f"baseline is 'uniform' or None; got {baseline!r}.")
     if baseline is not None and discard > 0:
@@ -112,9 +121,11 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         rows = _seeing(calls, positions, _rows(sample, queries, tower, positions))
         drop = _dropped(sample, sinks, tower, len(positions))
         start = functional.one_hot(rows, len(positions)).float()
-        values = {"rollout": rolled(start, calls, rule, drop)}
+        counted = _counted(sample, tower, len(positions))
+        values = {"rollout": rolled(start, calls, rule, drop, counted)}
         if baseline is not None:
-            null = values["null"] = rolled(start, [uniform(c) for c in calls], rule, drop)
+            even = [uniform(call) for call in calls]
+            null = values["null"] = rolled(start, even, rule, drop, counted)
             values["log2_ratio"] = (values["rollout"] / null).log2()
         axes = {"query": rows.tolist(), "key": range(len(positions))}
         table = stacked([keyed(long_table(axes, values), tower=tower, kind="self")])
@@ -142,7 +153,7 @@ def rollout_matrix(
     sample: Sample,
     *,
     fusion: Fusion = "mean",
-    alpha: float | Sequence[float] | str = 0.5,
+    alpha: Alphas = 0.5,
     discard: float = 0.0,
     sinks: Sinks = "keep",
     layers: tuple[int | None, int | None] | None = None,
@@ -153,11 +164,12 @@ def rollout_matrix(
 
     Rows sum to 1; the row of a position that sees nothing is its unit vector.
     """
-    rule = Rule(fusion, alpha if isinstance(alpha, (int, float, str)) else tuple(alpha), discard)
+    rule = Rule(fusion, alpha_of(alpha), discard)
     calls = _calls(sample, layers, tower, image)
     n_positions = calls[0].n_keys
     drop = _dropped(sample, sinks, tower, n_positions)
-    return rolled(torch.eye(n_positions), calls, rule, drop)
+    counted = _counted(sample, tower, n_positions)
+    return rolled(torch.eye(n_positions), calls, rule, drop, counted)
 
 
 def _calls(
@@ -172,9 +184,17 @@ def _calls(
             "'language' or 'vision'."
         )
     held = sample.layers(tower, "self")
-    known = {*held, *sample.provenance.get("layers", {}).get(f"{tower}.self", [])}
-    n_layers = max(known, default=0) + 1
+    there = sample.provenance.get("layers", {}).get(f"{tower}.self", [])
+    n_layers = max({*held, *there}, default=0) + 1
+    given: Any = layers
+    if given is not None and np.shape(given) != (2,):
+        raise InputError(
+            "layers is the start and stop of a slice, such as (0, -1) or (2, None); got "
+            f"{layers!r}."
+        )
     chosen = range(n_layers)[slice(*(layers or (None, None)))]
+    if there:
+        _refuse_gaps(chosen, there, tower)
     if not chosen:
         raise InputError(
             f"layers is the start and stop of a slice over {n_layers} layers; got {layers}, which "
@@ -198,6 +218,21 @@ def _calls(
                 "Keep(queries='all')."
             )
     return calls
+
+
+def _refuse_gaps(chosen: range, there: Collection[int], tower: Tower) -> None:
+    """Refuse layers that mix positions without a matrix that could be multiplied."""
+    gaps = sorted(set(chosen) - set(there))
+    if gaps:
+        starts = [layer for layer in sorted(there) if layer - 1 not in there]
+        stops = [layer + 1 for layer in sorted(there) if layer + 1 not in there]
+        runs = ", ".join(f"({a}, {b})" for a, b in zip(starts, stops, strict=True))
+        raise InputError(
+            "Rollout multiplies the attention of every layer from start to stop. In the "
+            f"{tower} tower, {gaps} have none: such layers mix positions by a convolution, a "
+            "recurrence or linear attention, and what they do would be missing. Choose layers "
+            f"between them: layers= one of {runs}."
+        )
 
 
 def _rows(
@@ -239,6 +274,11 @@ def _seeing(
     return rows[seeing]
 
 
+def _counted(sample: Sample, tower: Tower, n_positions: int) -> Bool[Tensor, " position"]:
+    """True on the positions of a tower that are no padding."""
+    return present(sample) if tower == "language" else torch.ones(n_positions, dtype=torch.bool)
+
+
 def _dropped(sample: Sample, sinks: Sinks, tower: Tower, n_positions: int) -> Bool[Tensor, " key"]:
     """True on the positions whose attention is taken away."""
     drop = torch.zeros(n_positions, dtype=torch.bool)
@@ -248,5 +288,6 @@ def _dropped(sample: Sample, sinks: Sinks, tower: Tower, n_positions: int) -> Bo
         if sinks == "drop_first":
             drop[first_position(sample) if tower == "language" else 0] = True
     else:
-        drop[resolve(sorted(sinks), n_positions, "position")] = True
+        chosen: Any = sorted(sinks) if isinstance(sinks, Set) else sinks
+        drop[resolve(chosen, n_positions, "position")] = True
     return drop

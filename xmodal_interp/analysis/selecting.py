@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from xmodal_interp.attention import AttentionCall, Positions, resolve
+from xmodal_interp.attention import AttentionCall, Positions, numbers, resolve
 from xmodal_interp.errors import (
     GeometryError,
     InputError,
@@ -21,7 +22,7 @@ from xmodal_interp.errors import (
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind, Tower
 
-Layers = int | Sequence[int] | None
+Layers = SupportsIndex | Sequence[SupportsIndex] | np.ndarray | Tensor | None
 """Layers, negative ones counted from the last; None means all that are held."""
 
 POSITION_COLUMNS = ("token", "token_kind", "image", "row", "col", "video", "frame")
@@ -40,9 +41,12 @@ def calls_of(
 ) -> Iterator[AttentionCall]:
     """The chosen layers' calls, one at a time, so that a store reads one layer at a time.
 
+    Each layer comes once, in the order given, however often it was named: ``[3, -1]`` of four
+    layers is one.
+
     Raises:
         NotRecordedError: Nothing of this tower was kept.
-        LayerError: There is no such layer.
+        LayerError: There is no such layer, or none was named.
     """
     held = sample.layers(tower, kind)
     if not held:
@@ -51,9 +55,12 @@ def calls_of(
             f"Only what was kept can be asked for. Sample {sample.name!r} holds no {tower} "
             f"{kind}-attention; it holds: {', '.join(kept) or 'nothing'}."
         )
-    chosen = held if layers is None else [layers] if isinstance(layers, int) else layers
-    for layer in chosen:
-        yield sample.call(layer, tower=tower, kind=kind, call=call)
+    come: set[int] = set()
+    for layer in held if layers is None else numbers(layers, "layer"):
+        found = sample.call(layer, tower=tower, kind=kind, call=call)
+        if found.layer not in come:
+            come.add(found.layer)
+            yield found
 
 
 def image_calls(
@@ -67,10 +74,10 @@ def image_calls(
 
 
 def heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
-    """The chosen heads as non-negative numbers.
+    """The chosen heads as non-negative numbers, each once, in the order given.
 
     Raises:
-        LayerError: There is no such head.
+        LayerError: There is no such head, or none was named.
     """
     if heads is None:
         return list(range(call.n_heads))
@@ -78,7 +85,11 @@ def heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
         chosen: list[int] = resolve(heads, call.n_heads, "head").tolist()
     except PositionError as error:
         raise LayerError(f"{error} ({call.name})") from None
-    return chosen
+    if not chosen:
+        raise LayerError(
+            f"At least one head is needed; got none. Leave heads out for all. ({call.name})"
+        )
+    return list(dict.fromkeys(chosen))
 
 
 def queries_of(sample: Sample, queries: Selector) -> Int[Tensor, " query"]:
@@ -170,6 +181,16 @@ def image_places(tokens: pd.DataFrame) -> pd.DataFrame:
     return tokens[["row", "col"]].mask(small)
 
 
+def refuse_text(given: object, name: str, example: str) -> None:
+    """Refuse a text where a list of names is wanted: it would be read letter by letter.
+
+    Raises:
+        InputError: It is one.
+    """
+    if isinstance(given, str):
+        raise InputError(f"{name} is a list, such as {example}; got {given!r}.")
+
+
 def refuse_cross_attention(sample: Sample, question: str) -> None:
     """Refuse a question about image and text in one sequence where they are not in one.
 
@@ -183,11 +204,6 @@ def refuse_cross_attention(sample: Sample, question: str) -> None:
             "the image is outside it: text reaches it by cross-attention (layers "
             f"{layers or 'not kept'}), where every key is an image key."
         )
-
-
-def first_position(sample: Sample) -> int:
-    """The first position that is not padding."""
-    return int(np.flatnonzero(sample.tokens["kind"].ne("padding").to_numpy(dtype=bool))[0])
 
 
 def row_chunks(call: AttentionCall, queries: Int[Tensor, " query"], n_heads: int) -> list[Tensor]:

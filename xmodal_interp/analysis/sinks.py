@@ -10,6 +10,7 @@ threshold means something only beside its null.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import received
+from xmodal_interp.analysis.padding import first_position, places_of, rows_of
 from xmodal_interp.analysis.selecting import (
     POSITION_COLUMNS,
     Layers,
     calls_of,
-    first_position,
     heads_of,
     row_chunks,
 )
@@ -54,7 +55,8 @@ def attention_sinks(
             to 1.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
-        n_positions: Use the first so many positions only; the paper uses 64. All if not given.
+        n_positions: Use the first so many positions only, padding not counted; the paper uses 64.
+            All if not given.
         min_queries: Keys that fewer queries see are not judged: the last position always receives
             what it gives itself.
 
@@ -69,41 +71,19 @@ def attention_sinks(
         InputError: A threshold outside 0 to 1.
     """
     _check_threshold(threshold)
-
-    def table_of(sample: Sample) -> pd.DataFrame:
-        first = first_position(sample)
-        tables = []
-        for call in calls_of(sample, layers):
-            chosen = heads_of(call, heads)
-            stop = len(sample) if n_positions is None else n_positions
-            rows = call.query_positions
-            share, null, n_queries = _received(call, rows[rows < stop], chosen)
-            sink = (share > threshold) & (n_queries >= min_queries)
-            keys = torch.unique(torch.cat([sink.any(0).nonzero()[:, 0], torch.tensor([first])]))
-            values = {
-                "received": share[:, keys],
-                "null": null[:, keys],
-                "lift": share[:, keys] / null[:, keys],
-                "sink": sink[:, keys],
-                "n_queries": n_queries[:, keys].long(),
-            }
-            table = long_table({"head": chosen, "key": keys.tolist()}, values)
-            tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
-        whole = stacked(tables)
-        about = sample.tokens.rename(columns={"kind": "token_kind"})[list(POSITION_COLUMNS)]
-        named = about.iloc[whole["key"]]
-        named.index = whole.index
-        keys = ["tower", "kind", "layer", "head", "key"]
-        return pd.concat([whole[keys], named, whole.drop(columns=keys)], axis=1)
-
-    parameters = {
+    parameters: dict[str, Any] = {
         "threshold": threshold,
         "layers": layers,
         "heads": heads,
         "n_positions": n_positions,
         "min_queries": min_queries,
     }
-    return over_samples(samples, table_of, analysis="attention_sinks", parameters=parameters)
+    return over_samples(
+        samples,
+        lambda sample: _sinks(sample, **parameters),
+        analysis="attention_sinks",
+        parameters=parameters,
+    )
 
 
 def sink_rate(
@@ -122,38 +102,79 @@ def sink_rate(
         whose sink is the first position), ``any`` (share of heads with a sink anywhere),
         ``n_heads``. Their mean over samples and layers is the paper's metric.
     """
-    sinks = attention_sinks(
-        samples,
-        threshold=threshold,
-        layers=layers,
-        heads=heads,
-        n_positions=n_positions,
-        min_queries=min_queries,
-    )
-    by = ["sample", "tower", "kind", "layer"]
-    first = sinks["key"].eq(sinks.groupby(by)["key"].transform("min")) & sinks["sink"]
-    of_heads = sinks.assign(first=first).groupby([*by, "head"], sort=False)[["first", "sink"]].any()
-    grouped = of_heads.groupby(by, sort=False)
-    table = grouped.mean().rename(columns={"sink": "any"}).assign(n_heads=grouped.size())
-    table = table.reset_index()
-    table.attrs = {**sinks.attrs, "analysis": "sink_rate"}
-    return table
+    _check_threshold(threshold)
+    parameters: dict[str, Any] = {
+        "threshold": threshold,
+        "layers": layers,
+        "heads": heads,
+        "n_positions": n_positions,
+        "min_queries": min_queries,
+    }
+
+    def table_of(sample: Sample) -> pd.DataFrame:
+        sinks = _sinks(sample, **parameters)
+        first = sinks["key"].eq(first_position(sample)) & sinks["sink"]
+        by = ["tower", "kind", "layer"]
+        found = sinks.assign(first=first).groupby([*by, "head"], sort=False)[["first", "sink"]]
+        grouped = found.any().groupby(by, sort=False)
+        rates = grouped.mean().rename(columns={"sink": "any"}).assign(n_heads=grouped.size())
+        return rates.reset_index()
+
+    return over_samples(samples, table_of, analysis="sink_rate", parameters=parameters)
 
 
 def sink_keys(
     call: AttentionCall,
     heads: Sequence[int],
+    rows: Int[Tensor, " query"],
     *,
     threshold: float = THRESHOLD,
     always: int | None = None,
 ) -> Bool[Tensor, "head key"]:
-    """True on the sinks of each head, judged over all rows held, and on the key ``always``."""
+    """True on the sinks of each head, judged over some rows, and on the key ``always``."""
     _check_threshold(threshold)
-    share, _, n_queries = _received(call, call.query_positions, heads)
+    share, _, n_queries = _received(call, rows, heads)
     sink = (share > threshold) & (n_queries >= MIN_QUERIES)
     if always is not None:
         sink[:, always] = True
     return sink
+
+
+def _sinks(
+    sample: Sample,
+    *,
+    threshold: float,
+    layers: Layers,
+    heads: Positions | None,
+    n_positions: int | None,
+    min_queries: int,
+) -> pd.DataFrame:
+    """The table of ``attention_sinks`` for one sample."""
+    first, places = first_position(sample), places_of(sample)
+    tables = []
+    for call in calls_of(sample, layers):
+        chosen = heads_of(call, heads)
+        rows = rows_of(sample, call)
+        if n_positions is not None:
+            rows = rows[places.to(rows.device)[rows] < n_positions]
+        share, null, n_queries = _received(call, rows, chosen)
+        sink = (share > threshold) & (n_queries >= min_queries)
+        keys = torch.unique(torch.cat([sink.any(0).nonzero()[:, 0], torch.tensor([first])]))
+        values = {
+            "received": share[:, keys],
+            "null": null[:, keys],
+            "lift": share[:, keys] / null[:, keys],
+            "sink": sink[:, keys],
+            "n_queries": n_queries[:, keys].long(),
+        }
+        table = long_table({"head": chosen, "key": keys.tolist()}, values)
+        tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
+    whole = stacked(tables)
+    about = sample.tokens.rename(columns={"kind": "token_kind"})[list(POSITION_COLUMNS)]
+    named = about.iloc[whole["key"]]
+    named.index = whole.index
+    of_key = ["tower", "kind", "layer", "head", "key"]
+    return pd.concat([whole[of_key], named, whole.drop(columns=of_key)], axis=1)
 
 
 def _received(

@@ -1,7 +1,7 @@
 """The mathematics of one attention call, exact and memory-bounded."""
 
 from xmodal_interp.attention.call import AttentionCall
-from xmodal_interp.attention.positions import Positions, resolve
+from xmodal_interp.attention.positions import Positions, number, numbers, resolve
 from xmodal_interp.attention.segmenting import joined, part_of, pieces_of, reordered
 from xmodal_interp.attention.stitching import reread, stitch
 from xmodal_interp.attention.two_stacks import decoder_layer, encoder_layer, with_keys
@@ -12,6 +12,8 @@ __all__ = [
     "decoder_layer",
     "encoder_layer",
     "joined",
+    "number",
+    "numbers",
     "part_of",
     "pieces_of",
     "reordered",

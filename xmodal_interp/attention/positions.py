@@ -1,32 +1,43 @@
-"""Positions in any spelling (an index, a slice, a list, a mask) as an index tensor."""
+"""Positions in any spelling (an index, a slice, a list, a mask) as an index tensor.
+
+An index is whatever Python takes for one: a table's ``np.int64`` as well as an ``int``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from xmodal_interp.errors import NotRecordedError, PositionError
+from xmodal_interp.errors import LayerError, NotRecordedError, PositionError
 
-Positions = int | slice | Sequence[int] | np.ndarray | Tensor
+Positions = SupportsIndex | slice | Sequence[SupportsIndex] | np.ndarray | Tensor
 
 
 def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " position"]:
     """Positions of any spelling as an index tensor; negative ones count from the end.
 
     Raises:
-        PositionError: A position outside ``[-length, length)``, or a text.
+        PositionError: A position outside ``[-length, length)``, or no whole number.
     """
     if isinstance(positions, slice):
         return torch.arange(length)[positions]
-    values: Any = [positions] if isinstance(positions, int) else positions
-    if isinstance(values, str):
-        raise PositionError(f"A {label} is a number, a list of them, or a slice; got {values!r}.")
-    index = values.cpu() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    held = positions if isinstance(positions, Tensor) else np.atleast_1d(np.asarray(positions))
+    several = held.ndim <= 1
+    if isinstance(held, Tensor):
+        index, whole = held.cpu().reshape(-1), not held.is_floating_point()
+    else:
+        whole = held.size == 0 or held.dtype.kind in "biu"
+        index = torch.as_tensor(held.reshape(-1) if whole else [])
+    if not (whole and several):
+        raise PositionError(
+            f"A {label} is a number, a list of them, or a slice; got {positions!r}."
+        )
     index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.long()
     outside = index[(index < -length) | (index >= length)]
     if len(outside):
@@ -64,6 +75,41 @@ def index_of_kept(
             "with all."
         )
     return index
+
+
+def numbers(given: Any, label: str) -> list[Any]:
+    """One number or several, as a list.
+
+    Args:
+        given: A number, or a list, range, array or tensor of them.
+        label: What they number, such as ``"layer"``.
+
+    Raises:
+        LayerError: A text or a slice, or nothing at all.
+    """
+    if isinstance(given, (str, slice)):
+        raise LayerError(
+            f"{label}s are a number or a list of them, such as [0, 3] or range(4); got {given!r}."
+        )
+    plain = given.tolist() if isinstance(given, (np.ndarray, Tensor)) else given
+    listed = list(plain) if isinstance(plain, Iterable) else [plain]
+    if not listed:
+        raise LayerError(f"At least one {label} is needed; got none. Leave {label}s out for all.")
+    return listed
+
+
+def number(given: Any, label: str) -> int:
+    """What Python takes for an index, as an ``int``.
+
+    Raises:
+        LayerError: It is none.
+    """
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise LayerError(
+            f"A {label} is a whole number, negative ones counted from the last; got {given!r}."
+        ) from None
 
 
 def brief(values: Sequence[int]) -> str:

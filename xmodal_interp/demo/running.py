@@ -198,7 +198,12 @@ def _pointing(samples: list[Sample], first: list[Sample]) -> dict[str, pd.DataFr
 
 
 def _rates(hits: pd.DataFrame) -> pd.DataFrame:
-    return hits.groupby(["layer", "head"]).mean(numeric_only=True).reset_index()
+    return (
+        hits.drop(columns="picture")
+        .groupby(["layer", "head"])
+        .mean(numeric_only=True)
+        .reset_index()
+    )
 
 
 def _ratio(samples: list[Sample], first: list[Sample]) -> dict[str, pd.DataFrame]:

@@ -1,8 +1,9 @@
 """How good is a map, or a ranking of heads, against what is known?"""
 
+from xmodal_interp.evaluation.choosing import best_head
 from xmodal_interp.evaluation.faithfulness import curve_areas, deletion_curve, insertion_curve
 from xmodal_interp.evaluation.intervals import Interval, bootstrap_interval, holm_adjusted
-from xmodal_interp.evaluation.pointing import best_head, pointing_game, pointing_hits
+from xmodal_interp.evaluation.pointing import pointing_game, pointing_hits
 
 __all__ = [
     "Interval",

@@ -7,6 +7,7 @@ a labelled box ``B``, both in pixels of the original image:
   of its token box does (``"centre"``), or its token box overlaps it (``"overlap"``). Tokens are
   coarse, so ``"centre"`` misses small things that a head does look at. Where tokens are learned
   queries, the patches that are in them stand for tokens.
+  A map that is 0 everywhere points nowhere: its hit is 0, its energy too.
 * energy: ``sum_t m_t |b_t & B| / |b_t|`` over ``sum_t m_t`` (the energy-based pointing game of Wang
   et al. 2020, arXiv:1910.01279), tokens on the rim counted in part: uniform attention has the box's
   share of the image as its energy.
@@ -22,8 +23,8 @@ samples and scores it on the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Hashable, Sequence
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -37,9 +38,8 @@ from xmodal_interp.analysis.frames import (
     over_samples,
     samples_of,
     stacked,
-    stamped,
 )
-from xmodal_interp.analysis.resampling import mean_intervals
+from xmodal_interp.analysis.resampling import known_mean_intervals, shown
 from xmodal_interp.analysis.selecting import Layers, calls_of, queries_of
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation.boxes import (
@@ -49,11 +49,11 @@ from xmodal_interp.evaluation.boxes import (
     placed_cells,
     tokens_inside,
 )
+from xmodal_interp.evaluation.choosing import HEAD_KEYS
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import AttentionKind
 
 Queries = Selector | np.ndarray | Callable[[Sample], Selector | np.ndarray]
-_KEYS = ["tower", "kind", "layer", "head"]
 _MEANS = [
     *("hit", "energy", "any_object", "other_object"),
     *("image_mass", "hit_chance", "energy_chance"),
@@ -95,11 +95,15 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
         ``hit`` (0 to 1), ``energy`` (0 to 1), ``any_object``, ``other_object`` (0 to 1),
         ``image_mass`` (probability on the image), ``hit_chance`` (of a random token),
         ``energy_chance`` (of uniform attention); ``hit_low``, ``hit_high``, ``energy_low``,
-        ``energy_high`` (95% intervals over samples), and ``n``.
+        ``energy_high`` (95% intervals over samples; those that show the same pictures are
+        resampled together), and ``n``. All are means over the samples that have a number, ``n`` of
+        them for ``hit``; NaN in a layer in which no query of any sample can see the image.
+        ``.attrs["n_pictures"]`` is how many different pictures there were.
 
     Raises:
-        InputError: A sample without a box, a box outside the image's tokens, no image tokens, or
-            queries that cannot see the image.
+        InputError: A sample without a box, a box outside the image's tokens, no image tokens,
+            queries that cannot see the image in any layer, or samples of which other layers were
+            kept.
     """
     hits = pointing_hits(
         samples,
@@ -111,19 +115,21 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
         image=image,
         kind=kind,
     )
-    grouped = hits.groupby(_KEYS, sort=True)
+    _refuse_other_layers(hits)
+    grouped = hits.groupby(HEAD_KEYS, sort=True)
     table = grouped[_MEANS].mean().reset_index()
-    table["n"] = grouped.size().to_numpy()
-    clusters = np.arange(hits.attrs["n_samples"])
+    table["n"] = grouped["hit"].count().to_numpy()
+    pictures = next(of_head["picture"].to_numpy() for _, of_head in grouped)
     for place, value in enumerate(("hit", "energy")):
         series = np.stack([of_head[value].to_numpy(float) for _, of_head in grouped])
-        low, high = mean_intervals(series, clusters, n_draws=n_bootstrap, seed=seed)
-        table.insert(len(_KEYS) + len(_MEANS) + 2 * place, f"{value}_low", low)
-        table.insert(len(_KEYS) + len(_MEANS) + 2 * place + 1, f"{value}_high", high)
+        low, high = known_mean_intervals(series, pictures, n_draws=n_bootstrap, seed=seed)
+        table.insert(len(HEAD_KEYS) + len(_MEANS) + 2 * place, f"{value}_low", low)
+        table.insert(len(HEAD_KEYS) + len(_MEANS) + 2 * place + 1, f"{value}_high", high)
     table.attrs = {
         **hits.attrs,
         "analysis": "pointing_game",
         "parameters": {**hits.attrs["parameters"], "n_bootstrap": n_bootstrap, "seed": seed},
+        "n_pictures": len(np.unique(pictures)),
     }
     return table
 
@@ -144,7 +150,8 @@ def pointing_hits(
     Returns:
         ``sample, tower, kind, layer, head``, then ``hit`` (0 or 1), ``energy`` (0 to 1),
         ``any_object`` (0 or 1), ``other_object`` (0 to 1), ``image_mass``, ``hit_chance``,
-        ``energy_chance``.
+        ``energy_chance``, ``picture`` (samples that show the same images and videos have the same
+        number). NaN in a layer in which no query can see the image.
     """
     if criterion not in get_args(Criterion):
         raise InputError(
@@ -157,6 +164,7 @@ def pointing_hits(
                 f"{name} must have one entry per sample; got {len(given)} for {len(many)} samples."
             )
     numbers = iter(range(len(many)))
+    pictures: dict[Hashable, int] = {}
 
     def table_of(sample: Sample) -> pd.DataFrame:
         number = next(numbers)
@@ -186,17 +194,25 @@ def pointing_hits(
         asked = queries(sample) if callable(queries) else queries
         rows = queries_of(sample, asked.tolist() if isinstance(asked, np.ndarray) else asked)
         tables = []
+        blind = True
         for call in calls_of(sample, layers, kind=kind):
             probs = call.probs(queries=rows, keys=cells.keys)[0].mean(1).cpu()  # [head, token]
-            if not probs.sum() > 0:
-                raise InputError(
-                    f"Queries must see the image. In sample {sample.name!r}, positions "
-                    f"{rows.tolist()} have no probability on image {image}."
-                )
             values = _scores(cells.amounts(probs.double()), inside, shares, elsewhere)
+            if call.visible(rows)[..., cells.keys].any():
+                blind = False
+            else:
+                values = dict.fromkeys(values, np.nan)
             table = long_table({"head": range(len(probs))}, values)
             tables.append(keyed(table, tower="language", kind=kind, layer=call.layer))
-        return stacked(tables)
+        if blind:
+            raise InputError(
+                f"Queries must see the image. In sample {sample.name!r}, positions "
+                f"{rows.tolist()} see no token of image {image} in any layer asked for; choose "
+                "text behind the image."
+            )
+        whole = stacked(tables)
+        whole["picture"] = pictures.setdefault(_shown(sample, number), len(pictures))
+        return whole
 
     parameters = {
         "boxes": boxes if isinstance(boxes, str) else "given",
@@ -210,55 +226,31 @@ def pointing_hits(
     return over_samples(many, table_of, analysis="pointing_hits", parameters=parameters)
 
 
-def best_head(
-    hits: pd.DataFrame, value: str = "hit", *, n_bootstrap: int = 1000, seed: int = 0
-) -> pd.DataFrame:
-    """The head that is best on the first half of the samples, scored on the second half.
+def _shown(sample: Sample, number: int) -> Hashable:
+    """What tells whether two samples show the same; if that is not known, each its own."""
+    frames = [frame for video in sample.videos for frame in video.frames]
+    n_visuals = len(sample.grids) + len(sample.video_grids)
+    if not n_visuals or len(sample.images) + len(sample.videos) != n_visuals:
+        return number
+    files = sample.provenance.get("images") or []
+    files = files if len(files) == len(sample.images) else [None] * len(sample.images)
+    images = [file or image for file, image in zip(files, sample.images, strict=True)]
+    return shown([*images, *frames])
 
-    Args:
-        hits: What :func:`pointing_hits` returned, or any table with ``layer``, ``head`` and one row
-            for each sample and head; samples in random order.
-        value: The column to be best in. Of equal heads, the first one.
-        n_bootstrap: Resamples of the interval.
-        seed: Seed of the resamples.
 
-    Returns:
-        One row: the keys of the head, ``chosen_with`` (mean of the value in the first half, too
-        high by the choice), then ``{value}``, ``{value}_low``, ``{value}_high`` (mean and 95%
-        interval in the second half), ``n_chosen`` and ``n``.
-
-    Raises:
-        InputError: Fewer than two samples, or a table that lacks a row or a column.
-    """
-    keys = [name for name in _KEYS if name in hits.columns]
-    if not {"layer", "head", value} <= set(hits.columns):
-        raise InputError(
-            f"Choosing a head needs the columns layer, head, {value}; got "
-            f"{', '.join(hits.columns)}."
-        )
-    wide = {key: of_head[value].to_numpy(float) for key, of_head in hits.groupby(keys, sort=True)}
-    lengths = {len(values) for values in wide.values()}
-    if len(lengths) != 1 or max(lengths) < 2:
-        raise InputError(
-            "Choosing and scoring a head needs the same two or more samples for each; got "
-            f"{' or '.join(map(str, sorted(lengths))) or 'no'} rows per head."
-        )
-    values = np.stack(list(wide.values()))  # [head, sample]
-    half = (values.shape[1] + 1) // 2
-    best = int(values[:, :half].mean(1).argmax())
-    scored = values[best : best + 1, half:]
-    low, high = mean_intervals(scored, np.arange(scored.shape[1]), n_draws=n_bootstrap, seed=seed)
-    known = hits.attrs.get("provenance", [])  # one origin, or a list of several
-    row: dict[str, Any] = dict(zip(keys, list(wide)[best], strict=True))
-    row |= {"chosen_with": values[best, :half].mean(), value: scored.mean()}
-    row |= {f"{value}_low": low[0], f"{value}_high": high[0]}
-    return stamped(
-        pd.DataFrame([{**row, "n_chosen": half, "n": scored.shape[1]}]),
-        analysis="best_head",
-        parameters={"value": value, "n_bootstrap": n_bootstrap, "seed": seed},
-        provenance=known if isinstance(known, list) else [known],
-        n_samples=values.shape[1],
-    )
+def _refuse_other_layers(hits: pd.DataFrame) -> None:
+    """Refuse samples of which other layers or heads were kept than of the first."""
+    known: tuple[str, list[tuple[int, int]]] | None = None
+    for name, of_sample in hits.groupby("sample", sort=False):
+        there = list(zip(of_sample["layer"].tolist(), of_sample["head"].tolist(), strict=True))
+        known = known or (str(name), there)
+        if there != known[1]:
+            layers = [sorted({layer for layer, _ in each}) for each in (known[1], there)]
+            raise InputError(
+                "Samples are averaged over the same layers and heads. The layers of sample "
+                f"{known[0]!r} are {layers[0]}, those of {str(name)!r} are {layers[1]}; choose "
+                "layers= that all have."
+            )
 
 
 def _scores(
@@ -268,9 +260,12 @@ def _scores(
     elsewhere: Sequence[Bool[Tensor, " token"]],
 ) -> dict[str, Tensor | float]:
     peak, mass = probs.argmax(1), probs.sum(1)
-    hit = inside[peak].double()
+    points = mass > 0
+    hit = (inside[peak] & points).double()
     unknown = torch.full((1, len(probs)), torch.nan)
-    at_others = torch.stack([of[peak].double() for of in elsewhere]) if elsewhere else unknown
+    at_others = (
+        torch.stack([(of[peak] & points).double() for of in elsewhere]) if elsewhere else unknown
+    )
     return {
         "hit": hit,
         "energy": (probs @ shares) / mass.clamp(min=torch.finfo(probs.dtype).tiny),

@@ -80,7 +80,10 @@ class Look:
                 allowed = "positions" if call is None else "'sinks' or positions"
                 raise InputError(f"hide must be {allowed}; got {self.hide!r}.")
             chosen_heads = resolve(slice(None) if heads is None else heads, call.n_heads, "head")
-            found = sink_keys(call, chosen_heads.tolist()).any(0).numpy()
+            rows = call.query_positions.cpu()
+            if place.present is not None:
+                rows = rows[place.present[rows.numpy()]]
+            found = sink_keys(call, chosen_heads.tolist(), rows).any(0).numpy()
             return np.asarray(found[place.keys], dtype=bool)
         chosen = resolve(self.hide, int(place.keys.max()) + 1, "position").numpy()
         strangers = sorted(set(chosen.tolist()) - set(place.keys.tolist()))

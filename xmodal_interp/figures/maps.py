@@ -80,7 +80,7 @@ def rollout_overlay(
     """The rollout of ``attention_rollout`` on the image, a panel per query.
 
     Args:
-        table: Its table; rows of other samples are passed over.
+        table: Its table; rows of samples of another name are passed over.
         sample: The sample.
         value: ``"rollout"``; or ``"log2_ratio"``: beside the rollout of uniform attention.
         image: Which image.
@@ -88,7 +88,7 @@ def rollout_overlay(
         **look: See ``Look``.
     """
     columns_of(table, ["image", "row", "col", value], "A rollout overlay")
-    of_sample = table[table["sample"] == sample.name] if "sample" in table else table
+    of_sample = _rows_of(table, sample)
     cells = of_sample[of_sample["image"].eq(image).fillna(value=False) & of_sample["row"].notna()]
     if not len(cells):
         raise InputError(
@@ -162,6 +162,21 @@ def patch_overlays(
     return saved(
         _maps(place, maps, label_of("probability"), "amount", title, Look(**look), marks), path
     )
+
+
+def _rows_of(table: pd.DataFrame, sample: Sample) -> pd.DataFrame:
+    """The rows of a sample, which may have been numbered there as one of several of its name."""
+    if "sample" not in table:
+        return table
+    numbered = table.attrs.get("numbered", {})
+    alike = [name for name in table["sample"].unique() if numbered.get(name, name) == sample.name]
+    if len(alike) > 1:
+        raise InputError(
+            f"A rollout overlay is of one sample. The table has {', '.join(map(repr, alike))}, all "
+            f"of the name {sample.name!r}: choose one, as by table[table['sample'] == "
+            f"{alike[0]!r}], or give samples names of their own."
+        )
+    return table[table["sample"].isin(alike)]
 
 
 def _maps(

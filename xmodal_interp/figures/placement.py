@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from xmodal_interp.analysis.composing import are_queries, query_patches
+from xmodal_interp.analysis.padding import present
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import ImageGrid, place_on_grid
 from xmodal_interp.sample import Sample
@@ -39,6 +40,7 @@ class Place:
         keys: Key positions of its tokens, in the order of ``grid.places``.
         unit: What one cell is.
         shares: ``[key, cell]``, where cells are not keys: what part of each key is from each cell.
+        present: True on the positions of the sequence that are no padding, if there is a sequence.
     """
 
     number: int
@@ -49,6 +51,7 @@ class Place:
     keys: np.ndarray
     unit: str = "image token"
     shares: np.ndarray | None = None
+    present: np.ndarray | None = None
 
     @property
     def cells(self) -> str:
@@ -112,6 +115,7 @@ def place_of(sample: Sample, image: int = 0) -> Place:
         f"image {image}" if n_images > 1 else "image",
         "cross" if crossed else "self",
         keys,
+        present=present(sample).numpy(),
     )
     if not are_queries(place.grid):
         return place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class View:
     """
 
     source: Sample | AttentionCall
-    layer: int = -1
+    layer: SupportsIndex = -1
     head: Positions | None = None
     tower: Tower = "language"
     kind: AttentionKind = "self"

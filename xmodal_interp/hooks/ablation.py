@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float
@@ -41,7 +41,7 @@ ABLATION_MODES: tuple[AblationMode, ...] = ("zero", "uniform", "mean")
 class HeadAblation:
     """See :func:`ablate_heads`."""
 
-    heads: Mapping[int, Sequence[int]]
+    heads: Mapping[Any, Iterable[SupportsIndex]]
     mode: AblationMode
     tower: Tower
     kind: AttentionKind
@@ -96,7 +96,7 @@ class HeadAblation:
 
 
 def ablate_heads(
-    heads: Mapping[int, Sequence[int]],
+    heads: Mapping[Any, Iterable[SupportsIndex]],
     mode: AblationMode = "zero",
     *,
     tower: Tower = "language",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any, SupportsIndex
 
 from torch import nn
 
+from xmodal_interp.attention import number
 from xmodal_interp.errors import LayerError
 from xmodal_interp.hooks.modules import Identity, attention_modules
 from xmodal_interp.vocabulary import AttentionKind, Tower
@@ -28,9 +30,11 @@ def head_counts(model: nn.Module, tower: Tower, kind: AttentionKind = "self") ->
 
 
 def checked_heads(
-    wanted: Mapping[int, Sequence[int]], layers: Mapping[int, int | None], name: str
+    wanted: Mapping[Any, Iterable[SupportsIndex]],
+    layers: Mapping[int, int | None],
+    name: str,
 ) -> dict[int, tuple[int, ...]]:
-    """Layers and heads that exist, negative ones counted from the end.
+    """Layers and heads that exist, each once, negative ones counted from the end.
 
     Args:
         wanted: Heads by layer.
@@ -42,7 +46,8 @@ def checked_heads(
     """
     found: dict[int, tuple[int, ...]] = {}
     known = sorted(layers)
-    for layer, heads in wanted.items():
+    for given, several in wanted.items():
+        layer, heads = number(given, "layer"), [number(head, "head") for head in several]
         index = known[layer] if -len(known) <= layer < 0 else layer
         if index not in layers:
             raise LayerError(f"A layer must exist. {name} has layers {listed(known)}; got {layer}.")
@@ -53,8 +58,8 @@ def checked_heads(
                 raise LayerError(
                     f"A head must exist. {name}, layer {index}, has {there}; got {head}."
                 )
-        positive = tuple(head + (count or 0) if head < 0 else head for head in heads)
-        found[index] = (*found.get(index, ()), *positive)
+        positive = [head + (count or 0) if head < 0 else head for head in heads]
+        found[index] = tuple(dict.fromkeys((*found.get(index, ()), *positive)))
     return found
 
 

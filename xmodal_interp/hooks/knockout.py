@@ -17,7 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import SupportsIndex
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -39,8 +41,8 @@ class KnockOut:
 
     queries: Selection
     keys: Selection
-    layers: tuple[int, ...] | None
-    heads: tuple[int, ...] | None
+    layers: tuple[SupportsIndex, ...] | None
+    heads: tuple[SupportsIndex, ...] | None
     renormalise: bool
     tower: Tower
     kind: AttentionKind
@@ -110,8 +112,8 @@ def knock_out_attention(
     queries: Positions,
     keys: Positions,
     *,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Sequence[SupportsIndex] | np.ndarray | None = None,
+    heads: Sequence[SupportsIndex] | np.ndarray | None = None,
     renormalise: bool = True,
     tower: Tower = "language",
     kind: AttentionKind = "self",

@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +50,7 @@ def record(
     model: VLM | nn.Module,
     *,
     towers: Sequence[Tower] = TOWERS,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[SupportsIndex] | np.ndarray | None = None,
     values: bool = False,
     norms: bool = False,
     reduce: Callable[[AttentionCall], Any] | None = None,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex
+
+import numpy as np
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.hooks.bypass import Heard
@@ -44,7 +46,7 @@ class Choice:
     """
 
     towers: Sequence[Tower] = TOWERS
-    layers: Sequence[int] | None = None
+    layers: Sequence[SupportsIndex] | np.ndarray | None = None
     values: bool = False
     norms: bool = False
     reduce: Callable[[AttentionCall], Any] | None = None

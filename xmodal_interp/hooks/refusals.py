@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
+import numpy as np
 from torch import nn
 
+from xmodal_interp.attention import number
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 
 def check_choice(
-    towers: Sequence[Tower], layers: Sequence[int] | None, known: Iterable[Identity]
+    towers: Sequence[Tower],
+    layers: Sequence[SupportsIndex] | np.ndarray | None,
+    known: Iterable[Identity],
 ) -> None:
     """Raise InputError for what is no list, a tower or a layer that there is not."""
     if isinstance(towers, str):
         raise InputError(f"towers is a list, such as ['language']; got {towers!r}.")
-    if isinstance(layers, int):
+    given: Any = layers
+    if given is not None and np.ndim(given) == 0:
         raise InputError(f"layers is a list, such as [0, 3]; got {layers!r}.")
     unknown = [tower for tower in towers if tower not in TOWERS]
     if unknown:
@@ -27,7 +32,7 @@ def check_choice(
         )
     if layers is not None:
         there = {identity.layer for identity in known if identity.tower in towers}
-        missing = sorted(set(layers) - there)
+        missing = sorted({number(layer, "layer") for layer in layers} - there)
         if missing:
             raise InputError(
                 f"layers must exist in the model. Its {' and '.join(towers)} layers are 0 to "

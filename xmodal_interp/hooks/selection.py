@@ -6,6 +6,9 @@ cache: position 160 is touched by the decode step that reads it.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -36,8 +39,8 @@ class Selection:
         elif isinstance(positions, Tensor) and positions.dtype == torch.bool:
             self.mask = positions if positions.ndim == 2 else positions[None]
         else:
-            values = [positions] if isinstance(positions, int) else positions
-            named = [int(value) for value in values]
+            given: Any = positions
+            named = [int(value) for value in (given if np.ndim(given) else [given])]
             self.mask = torch.zeros(1, max(named, default=-1) + 1, dtype=torch.bool)
         if min(named, default=0) < 0:
             raise PositionError(

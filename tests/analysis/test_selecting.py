@@ -1,0 +1,207 @@
+"""Layers and heads are taken once, in any spelling of numbers, in every analysis."""
+
+import inspect
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import xmodal_interp as xi
+from tests.analysis.fakes import captured, grid, random_call, sample_of, shipped
+from tests.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp import evaluation, figures
+from xmodal_interp.errors import InputError, LayerError, PositionError
+from xmodal_interp.hooks.heads import checked_heads
+from xmodal_interp.sample import Sample
+
+BOX = [[20, 20, 60, 60]]
+BY_LAYER_AND_HEAD: dict[str, Callable[..., pd.DataFrame]] = {
+    "allocation": xi.attention_allocation,
+    "blocks": xi.block_statistics,
+    "distance": xi.attention_distance,
+    "entropy": xi.attention_entropy,
+    "positional": xi.positional_bias,
+    "raster bias": xi.raster_bias,
+    "raster map": xi.raster_map,
+    "raster profile": xi.raster_profile,
+    "ratio": xi.cross_modal_ratio,
+    "ratio by head": lambda sample, **asked: xi.cross_modal_ratio(sample, by=("head",), **asked),
+    "ratio by layer": lambda sample, **asked: xi.cross_modal_ratio(sample, by=("layer",), **asked),
+    "recency": xi.recency_index,
+    "sinks": xi.attention_sinks,
+    "sink rate": xi.sink_rate,
+    "tokens": xi.token_ratio,
+}
+
+
+@pytest.mark.parametrize("name", BY_LAYER_AND_HEAD)
+def test_what_is_named_twice_counts_once(name: str) -> None:
+    ask, sample = BY_LAYER_AND_HEAD[name], captured("llava")
+    last = (sample.layers("vision") if name == "distance" else sample.layers())[-1]
+    once = ask(sample, layers=[last, 0], heads=[1, 0])
+    twice = ask(sample, layers=[last, 0, -1, 0], heads=[1, 0, 1])
+    pd.testing.assert_frame_equal(once, twice)
+
+
+@pytest.mark.parametrize("name", BY_LAYER_AND_HEAD)
+def test_numbers_of_a_table_are_numbers(name: str) -> None:
+    ask, sample = BY_LAYER_AND_HEAD[name], captured("llava")
+    plain = ask(sample, layers=1, heads=2)
+    for layer, head in (
+        (np.int64(1), np.int64(2)),
+        (np.array(1), np.array(2)),
+        (torch.tensor(1), torch.tensor([2])),
+        ([np.int32(1)], [np.int32(2)]),
+    ):
+        table = ask(sample, layers=layer, heads=head)
+        pd.testing.assert_frame_equal(plain, table)
+        json.dumps(table.attrs)
+
+
+def test_pointing_takes_each_layer_once() -> None:
+    sample = shipped()
+    once = evaluation.pointing_game(sample, BOX, layers=[3], n_bootstrap=5)
+    for layers in ([3, -1], np.int64(3), np.array([3, 3])):
+        again = evaluation.pointing_game(sample, BOX, layers=layers, n_bootstrap=5)
+        pd.testing.assert_frame_equal(once, again)
+
+
+def test_heads_to_ablate_are_taken_once() -> None:
+    found = checked_heads({np.int64(3): np.array([0, 5]), -1: [5, -3, 1]}, {3: 8}, "language")
+    assert found == {3: (0, 5, 1)}
+    assert all(type(head) is int for head in found[3])
+    assert xi.ablate_heads({np.int64(3): np.array([0, 5])}).heads_in({3: 8}) == {3: (0, 5)}
+
+
+def test_positions_and_options_of_a_table_are_numbers() -> None:
+    sample = shipped()
+    last = sample.last
+    plain = xi.attention_rollout(sample, [last])["rollout"]
+    for asked in (np.int64(last), np.array(last), torch.tensor(last)):
+        assert xi.attention_rollout(sample, asked)["rollout"].tolist() == plain.tolist()
+    n_layers = len(sample.layers())
+    for alpha in (np.float32(0.5), np.full(n_layers, 0.5), torch.full((n_layers,), 0.5)):
+        table = xi.attention_rollout(sample, alpha=alpha)
+        assert table["rollout"].tolist() == pytest.approx(plain.tolist())
+        json.dumps(table.attrs)
+    dropped = [xi.attention_rollout(sample, sinks=s)["rollout"] for s in (0, np.int64(0), {0})]
+    assert dropped[0].tolist() == dropped[1].tolist() == dropped[2].tolist()
+    ratio = xi.cross_modal_ratio(sample, queries=np.int64(last))["ratio"]
+    assert ratio.tolist() == xi.cross_modal_ratio(sample, queries=last)["ratio"].tolist()
+    assert torch.equal(sample.probs(np.int64(1), np.int64(2)), sample.probs(1, 2))
+    assert sample.call(np.int64(1)) is sample.call(1)
+    assert sample.probs(1, heads=[0, 0]).shape[0] == 2  # as indexing does
+
+
+def test_what_is_kept_is_json_whatever_named_it() -> None:
+    for layers in ([1, 2], np.array([1, 2]), range(1, 3), [np.int64(1), 2]):
+        keep = xi.Keep(layers=layers, towers=("language",))
+        assert keep == xi.Keep(layers=(1, 2), towers=("language",))
+    sample = xi.capture(
+        tiny_vlm("llava"), picture(), QUESTION, keep=xi.Keep(layers=np.array([1, 2])), name="mine"
+    )
+    assert sample.name == "mine"
+    assert sample.layers() == [1, 2]
+    assert json.loads(json.dumps(list(sample.provenance["kept"]["layers"]))) == [1, 2]
+
+
+@pytest.mark.usefixtures("any_type")
+def test_figures_take_numbers_of_a_table() -> None:
+    sample = shipped()
+    figures.attention_matrix(sample, np.int64(1), np.int64(2))
+    figures.overlay(sample, [sample.last], np.int64(1), np.int64(2))
+
+
+def hybrid(layers: list[int]) -> Sample:
+    calls = [random_call(6, layer=layer) for layer in layers]
+    about = {"layers": {"language.self": [1, 2, 5]}}
+    return sample_of("b vvvv t", calls, [grid(2, 2)], provenance=about)
+
+
+SAMPLE = sample_of("b vvvv tt", [random_call(7, layer=layer) for layer in range(2)], [grid(2, 2)])
+REFUSALS = {
+    "no layers": (
+        lambda: xi.cross_modal_ratio(SAMPLE, layers=[]),
+        LayerError,
+        "At least one layer is needed; got none. Leave layers out for all.",
+    ),
+    "no heads": (
+        lambda: xi.cross_modal_ratio(SAMPLE, heads=[]),
+        LayerError,
+        "At least one head is needed; got none. Leave heads out for all. (language self-attention, "
+        "layer 0, call 0)",
+    ),
+    "slice": (
+        lambda: xi.cross_modal_ratio(SAMPLE, layers=slice(0, 2)),
+        LayerError,
+        "layers are a number or a list of them, such as [0, 3] or range(4); got slice(0, 2, None).",
+    ),
+    "layer": (
+        lambda: SAMPLE.probs("last"),
+        LayerError,
+        "A layer is a whole number, negative ones counted from the last; got 'last'.",
+    ),
+    "half a head": (
+        lambda: SAMPLE.probs(0, heads=[0.5]),
+        LayerError,
+        "A head is a number, a list of them, or a slice; got [0.5]. (language self-attention, "
+        "layer 0, call 0)",
+    ),
+    "words": (
+        lambda: SAMPLE.positions(["red", "blue"]),
+        PositionError,
+        "A position is a number, a list of them, or a slice; got ['red', 'blue'].",
+    ),
+    "by": (
+        lambda: xi.cross_modal_ratio(SAMPLE, by="layer"),
+        InputError,
+        "by is a list, such as ['layer']; got 'layer'.",
+    ),
+    "blocks": (
+        lambda: xi.positional_bias(SAMPLE, blocks="text->image"),
+        InputError,
+        "blocks is a list, such as ['text->image']; got 'text->image'.",
+    ),
+    "orders": (
+        lambda: xi.pruning_curve(tiny_vlm("llava"), [], "random", orders="random"),
+        InputError,
+        "orders is a list, such as ['increasing']; got 'random'.",
+    ),
+    "keep": (
+        lambda: xi.Keep(layers="last"),
+        LayerError,
+        "layers are a number or a list of them, such as [0, 3] or range(4); got 'last'.",
+    ),
+    "rollout's layers": (
+        lambda: inspect.unwrap(xi.attention_rollout)(SAMPLE, layers=[0, 1, 2]),
+        InputError,
+        "layers is the start and stop of a slice, such as (0, -1) or (2, None); got [0, 1, 2].",
+    ),
+    "hybrid": (
+        lambda: xi.attention_rollout(hybrid([1, 2, 5])),
+        InputError,
+        "Rollout multiplies the attention of every layer from start to stop. In the language "
+        "tower, [0, 3, 4] have none: such layers mix positions by a convolution, a recurrence or "
+        "linear attention, and what they do would be missing. Choose layers between them: layers= "
+        "one of (1, 3), (5, 6).",
+    ),
+}
+
+
+@pytest.mark.usefixtures("any_type")
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name: str) -> None:
+    ask, error, message = REFUSALS[name]
+    with pytest.raises(error) as refusal:
+        ask()
+    assert str(refusal.value) == message
+
+
+def test_rollout_through_the_attention_layers_of_a_hybrid() -> None:
+    table = xi.attention_rollout(hybrid([1, 2, 5]), layers=(1, 3))
+    alone = xi.attention_rollout(hybrid([1, 2]), layers=(1, 3))
+    assert len(table) == len(alone) == 6
+    assert table["rollout"].sum() == pytest.approx(1)

@@ -1,0 +1,95 @@
+"""The head that is honestly the best: chosen on one half of the samples, scored on the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from xmodal_interp.analysis.frames import stamped
+from xmodal_interp.analysis.resampling import cluster_numbers, known_mean_intervals
+from xmodal_interp.errors import InputError
+
+HEAD_KEYS = ["tower", "kind", "layer", "head"]
+
+
+def best_head(
+    hits: pd.DataFrame, value: str = "hit", *, n_bootstrap: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """The head that is best on the first half of the samples, scored on the second half.
+
+    Args:
+        hits: What :func:`pointing_hits` returned, or any table with ``layer``, ``head`` and one row
+            for each sample and head; samples in random order. Where it has the column
+            ``picture``, no picture is in both halves, and intervals are over pictures.
+        value: The column to be best in. Of equal heads, the first one. Samples in which a head has
+            no number (NaN) are left out of its mean; a head without any is not chosen.
+        n_bootstrap: Resamples of the interval.
+        seed: Seed of the resamples.
+
+    Returns:
+        One row: the keys of the head, ``chosen_with`` (mean of the value in the first half, too
+        high by the choice), then ``{value}``, ``{value}_low``, ``{value}_high`` (mean and 95%
+        interval in the second half), ``n_chosen`` and ``n`` (samples with a number, of each half).
+
+    Raises:
+        InputError: Fewer than two samples or pictures, a table that lacks a row or a column, or no
+            head with a number in the first half.
+    """
+    keys = [name for name in HEAD_KEYS if name in hits.columns]
+    if not {"layer", "head", value} <= set(hits.columns):
+        raise InputError(
+            f"Choosing a head needs the columns layer, head, {value}; got "
+            f"{', '.join(hits.columns)}."
+        )
+    wide = {key: of_head[value].to_numpy(float) for key, of_head in hits.groupby(keys, sort=True)}
+    lengths = {len(values) for values in wide.values()}
+    if len(lengths) != 1 or max(lengths) < 2:
+        raise InputError(
+            "Choosing and scoring a head needs the same two or more samples for each; got "
+            f"{' or '.join(map(str, sorted(lengths))) or 'no'} rows per head."
+        )
+    values = np.stack(list(wide.values()))  # [head, sample]
+    pictures = np.arange(values.shape[1])
+    if "picture" in hits.columns:
+        of_first = next(of_head["picture"] for _, of_head in hits.groupby(keys, sort=True))
+        pictures = cluster_numbers(of_first.tolist())
+    first = pictures < (pictures.max() + 2) // 2  # half of them, the middle one included
+    if first.all():
+        raise InputError(
+            "Choosing and scoring a head needs two or more pictures: one half to choose with, one "
+            "to score with. All samples show the same."
+        )
+    means = _known_means(values[:, first])
+    if np.isnan(means).all():
+        raise InputError(
+            f"A head is chosen by the mean of {value!r} over the first half of the samples; there "
+            "no head has a number."
+        )
+    best = int(np.nanargmax(means))
+    scored = values[best : best + 1, ~first]
+    low, high = known_mean_intervals(scored, pictures[~first], n_draws=n_bootstrap, seed=seed)
+    known_in = [int((~np.isnan(values[best, of])).sum()) for of in (first, ~first)]
+    known = hits.attrs.get("provenance", [])  # one origin, or a list of several
+    row: dict[str, Any] = dict(zip(keys, list(wide)[best], strict=True))
+    row |= {"chosen_with": means[best], value: _known_means(scored)[0]}
+    row |= {f"{value}_low": low[0], f"{value}_high": high[0]}
+    return stamped(
+        pd.DataFrame([{**row, "n_chosen": known_in[0], "n": known_in[1]}]),
+        analysis="best_head",
+        parameters={"value": value, "n_bootstrap": n_bootstrap, "seed": seed},
+        provenance=known if isinstance(known, list) else [known],
+        n_samples=values.shape[1],
+    )
+
+
+def _known_means(values: Float[np.ndarray, "series sample"]) -> Float[np.ndarray, " series"]:
+    """Means over the samples that have a number; NaN where none has."""
+    known = ~np.isnan(values)
+    counts = known.sum(1)
+    sums = np.where(known, values, 0.0).sum(1)
+    means = np.full(len(values), np.nan)
+    np.divide(sums, counts, out=means, where=counts > 0)
+    return means
