@@ -130,11 +130,15 @@ class Sample:
     def find(self, phrase: str, occurrence: int | None = None) -> Int[np.ndarray, " position"]:
         """Positions whose characters a phrase covers: whole words, upper and lower case alike.
 
+        In scripts without spaces between words (Chinese, Japanese, Thai, ...) any characters;
+        in Korean, whatever a word begins with: its particles may follow.
+
         Args:
             phrase: As it stands in the question or in the answer.
             occurrence: Which one, 0-based, if there are several; negative counts from the last.
 
         Raises:
+            InputError: The phrase is no text, or the occurrence no whole number.
             PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` was
                 not given.
         """
