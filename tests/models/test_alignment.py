@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.models.painting import vlm_of
 from tests.tiny import QUESTION, tiny_vlm
-from xmodal_interp.errors import GeometryError
+from xmodal_interp.errors import GeometryError, PhraseError
 from xmodal_interp.models.alignment import counted_alignment, reported_alignment, shifted
 from xmodal_interp.models.labelling import Prompt
 from xmodal_interp.sample import Sample
@@ -158,3 +158,21 @@ def test_text_is_found_in_what_the_processor_laid_out() -> None:
     assert shifted([0, 3, 5], "what ?", "<image><bos>what ?\n") == [12, 15, 17]
     with pytest.raises(GeometryError, match="A processor may add to a prompt, but must keep its"):
         shifted([0], "what ?", "<image>when ?")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_words_that_the_vocabulary_lacks_are_text(family: str) -> None:
+    lacking = ("🙂", "é", "中文", "zebra")
+    sample = sample_of(
+        tiny_vlm(family).prepare([[WIDE]], [f"the {' '.join(lacking)} <unk> cross"])[1][0]
+    )
+    for word in lacking:
+        (token,) = sample.find(word)
+        assert sample.tokens["kind"].iloc[token] == "text"
+        assert sample.tokens["role"].iloc[token] == "user"
+        assert sample.tokens["token"].iloc[token] == "<unk>"  # what the model reads
+        assert token in sample.text_after_image()
+    special = sample.tokens[sample.tokens["kind"].eq("special")]
+    assert special["token"].tolist().count("<unk>") == 1  # the one that was written so
+    with pytest.raises(PhraseError, match="'<unk>' is not in"):
+        sample.find("<unk>")
