@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.models import calling
+from xmodal_interp.models import calling, geometry
 from xmodal_interp.models.decoding import GREEDY, check_decoding
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
@@ -224,7 +224,7 @@ class VLM:
             return [None] * len(opened)
         made: list[ImageGrid] = []
         if rule is not None and images:
-            made = rule(self.processor, self.model.config, inputs, images)
+            made = geometry.applied(rule, self.processor, self.model.config, inputs, images)
         grids = (replace(grid, reason=grid.reason or self.family.reason) for grid in made)
         return [tuple(next(grids) for _ in of_sample) for of_sample in opened]
 
@@ -235,7 +235,7 @@ class VLM:
         rule, every = self.family.video, flat(videos)
         made: list[VideoGrid] = []
         if every and rule is not None:
-            made = rule(self.processor, self.model.config, inputs, every)
+            made = geometry.applied(rule, self.processor, self.model.config, inputs, every)
         grids = iter(made)
         return [tuple(next(grids) for _ in of_sample) for of_sample in videos]
 

@@ -8,6 +8,8 @@ nothing is ever guessed from a token count.
 """
 
 from xmodal_interp.models.geometry.anyres import anyres_tiles as anyres_tiles
+from xmodal_interp.models.geometry.applying import applied as applied
+from xmodal_interp.models.geometry.applying import name_of as name_of
 from xmodal_interp.models.geometry.choosing import Chosen as Chosen
 from xmodal_interp.models.geometry.convolved import code_grid as code_grid
 from xmodal_interp.models.geometry.convolved import code_rows as code_rows
