@@ -176,3 +176,29 @@ def test_words_that_the_vocabulary_lacks_are_text(family: str) -> None:
     assert special["token"].tolist().count("<unk>") == 1  # the one that was written so
     with pytest.raises(PhraseError, match="'<unk>' is not in"):
         sample.find("<unk>")
+
+
+def test_a_beginning_that_the_processor_writes_is_the_templates() -> None:
+    prompt = vlm_of("molmo2").prepare([[WIDE]], ["look at <|image|> the red circle"])[1][0]
+    sample = sample_of(prompt)
+    assert prompt.text == "<s>look at <|image|> the red circle"
+    tokens = prompt.tokens
+    assert tokens["token"].iloc[sample.find("red circle")].str.cat().strip() == "red circle"
+    assert tokens["role"].iloc[sample.find("look at")].eq("user").all()
+    begun = tokens[tokens["token"].eq("<s>")]
+    assert len(begun) > 0
+    assert begun["role"].eq("template").all()
+    assert tokens["kind"].eq("image").sum() == prompt.grids[0].n_tokens
+
+
+def test_replacements_of_another_prompt_are_refused() -> None:
+    tokenizer = tiny_vlm("llava").tokenizer
+    told = {"type": "image", "span": (4, 11), "new_span": (4, 18), "text": "<image>"}
+    with pytest.raises(GeometryError) as refusal:
+        reported_alignment(
+            [5, 6], iter(["<image> of a cat"]), tokenizer, [told | {"replacement": "<image>" * 2}]
+        )
+    assert str(refusal.value) == (
+        "A processor must replace the placeholders of the prompt that it is given. It reports to "
+        "have replaced '<image>' at 4; the prompt does not have these there: '<image> of a cat'."
+    )
