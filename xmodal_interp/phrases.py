@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeGuard
 
 from xmodal_interp.errors import InputError, PhraseError
 
@@ -53,6 +54,12 @@ def span_of(
     if not -len(spans) <= index < len(spans):
         raise PhraseError(f"{phrase!r} occurs {len(spans)} times; there is no occurrence {index}.")
     return spans[index]
+
+
+def has_phrase(selector: Any) -> TypeGuard[str | Sequence[str | int]]:
+    """Whether positions are named by a phrase, or in a list by one at least."""
+    in_list = isinstance(selector, (list, tuple)) and any(isinstance(one, str) for one in selector)
+    return isinstance(selector, str) or in_list
 
 
 def _spans(phrase: str, text: str, *, whole: bool) -> Iterator[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """Which model, and what stands at each position of its input."""
 
+from xmodal_interp.models.decoding import checked_length as checked_length
 from xmodal_interp.models.family import Family as Family
 from xmodal_interp.models.geometry import ImageGrid as ImageGrid
 from xmodal_interp.models.geometry import VideoGrid as VideoGrid
