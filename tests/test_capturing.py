@@ -117,6 +117,20 @@ def test_phrases_are_found_or_refused() -> None:
         sample.find("ircle")
 
 
+def test_a_list_of_phrases_is_all_of_their_positions() -> None:
+    sample = capture(tiny_vlm("llava"), picture(), QUESTION)
+    red, circle = sample.find("red circle").tolist()
+    assert sample.positions(["circle", "red"]).tolist() == [red, circle]
+    assert sample.positions(["circle", "red circle", -len(sample)]).tolist() == [0, red, circle]
+    assert sample.positions([circle, red]).tolist() == [circle, red]  # numbers stay as they are
+    probs = sample.probs(0, queries=("circle", "red"), keys=["red"])
+    assert torch.equal(probs, sample.probs(0, queries=[red, circle], keys=[red]))
+    with pytest.raises(PhraseError, match="'green' is not in"):
+        sample.probs(0, queries=["green", "circle"])
+    with pytest.raises(InputError, match="A phrase names text positions"):
+        sample.probs(0, tower="vision", queries=["red"])
+
+
 def test_only_what_was_kept_can_be_asked_for() -> None:
     keep = Keep(towers=("language",), layers=(1, 3), queries="text")
     sample = capture(tiny_vlm("llava"), picture(), QUESTION, keep=keep)
@@ -181,7 +195,43 @@ WRONG = {
         "A model comes with its processor: xi.load(name) or xi.VLM(model, processor). Got an "
         "object of str.",
     ),
-    "tokens": ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more; got -1."),
+    "tokens": (
+        {"max_new_tokens": -1},
+        "max_new_tokens must be a whole number, 0 or more; got -1.",
+    ),
+    "tokens in words": (
+        {"max_new_tokens": "3"},
+        "max_new_tokens must be a whole number, 0 or more; got '3'.",
+    ),
+    "half a token": (
+        {"max_new_tokens": 2.5},
+        "max_new_tokens must be a whole number, 0 or more; got 2.5.",
+    ),
+    "tokens twice": (
+        {"generation": {"max_new_tokens": 5}},
+        "The number of tokens to generate is an argument of its own, max_new_tokens=5; generation "
+        "holds the others. Got it in generation.",
+    ),
+    "generation": (
+        {"max_new_tokens": 2, "generation": "greedy"},
+        "generation must be a mapping of arguments of model.generate to their values; got "
+        "'greedy'.",
+    ),
+    "a placeholder too many": (
+        {"prompt": "<image> <image> what ?"},
+        "A prompt must have <image> where each image goes. There are 2 of them for 1 images in "
+        "'<image> <image> what ?'.",
+    ),
+    "an image too many": (
+        {"prompt": "<image> what ?", "image": [picture()] * 2},
+        "A prompt must have <image> where each image goes. There are 1 of them for 2 images in "
+        "'<image> what ?'.",
+    ),
+    "no image": (
+        {"prompt": "<image> what ?", "image": []},
+        "A prompt must have <image> where each image goes. There are 1 of them for 0 images in "
+        "'<image> what ?'.",
+    ),
 }
 
 

@@ -39,6 +39,7 @@ from xmodal_interp.models import (
     Video,
     check_vlm,
     check_whole,
+    checked_length,
     generated_table,
     prompt_ids,
     square_windows,
@@ -152,8 +153,7 @@ def capture_batch(
 ) -> list[Sample]:
     """``capture`` for several samples in one padded batch; the samples come back apart."""
     check_vlm(vlm)
-    if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens must be 0 or more; got {max_new_tokens}.")
+    max_new_tokens = checked_length(max_new_tokens, generation)
     keep = keep or Keep()
     inputs, ready = vlm.prepare(images, prompts, system=system, videos=videos)
     check_whole(vlm.model, inputs)

@@ -6,9 +6,9 @@ mapping, which for a store reads a layer when it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import numpy as np
 import pandas as pd
@@ -26,14 +26,14 @@ from xmodal_interp.errors import (
     PhraseError,
 )
 from xmodal_interp.models import ImageGrid, Video, VideoGrid
-from xmodal_interp.phrases import span_of
+from xmodal_interp.phrases import has_phrase, span_of
 from xmodal_interp.vocabulary import TOKEN_KINDS, VISUAL_KINDS, AttentionKind, Tower
 
 CallKey = tuple[Tower, AttentionKind, int, int]
 """Tower, kind, layer, call: what a call is kept under."""
 
-Selector = str | Positions
-"""Positions, or a phrase to be found in the text."""
+Selector = str | Positions | Sequence[str | int]
+"""Positions, a phrase to be found in the text, or a list of phrases (and positions)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +130,14 @@ class Sample:
     def find(self, phrase: str, occurrence: int | None = None) -> Int[np.ndarray, " position"]:
         """Positions whose characters a phrase covers: whole words, upper and lower case alike.
 
+        In scripts without spaces (Chinese, Thai, ...) any characters; Korean particles may follow.
+
         Args:
             phrase: As it stands in the question or in the answer.
             occurrence: Which one, 0-based, if there are several; negative counts from the last.
 
         Raises:
+            InputError: The phrase is no text, or the occurrence no whole number.
             PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` was
                 not given.
         """
@@ -153,7 +156,7 @@ class Sample:
         return bool((inside & self.tokens["kind"].isin([*VISUAL_KINDS, "special"])).any())
 
     def positions(self, selector: Selector) -> Int[Tensor, " position"]:
-        """A phrase, an index, a slice or a list of either as positions.
+        """A phrase, an index, a slice or a list as positions; of a list with phrases: ascending.
 
         Raises:
             PhraseError: An unknown or ambiguous phrase.
@@ -161,7 +164,9 @@ class Sample:
         """
         if isinstance(selector, str):
             return torch.from_numpy(self.find(selector))
-        return resolve(selector, len(self), "position")
+        if has_phrase(selector):
+            return torch.tensor(sorted({int(i) for each in selector for i in self.positions(each)}))
+        return resolve(cast("Positions", selector), len(self), "position")
 
     def layers(self, tower: Tower = "language", kind: AttentionKind = "self") -> list[int]:
         """The layers that are held, ascending."""
@@ -224,17 +229,17 @@ class Sample:
         Args:
             layer: Layer index; negative ones count from the last.
             heads: Heads, all if not given.
-            queries: Positions or a phrase, all if not given.
-            keys: Positions or a phrase, all if not given. The keys of cross-attention are given by
-                position only.
+            queries: Positions, a phrase or a list of phrases, all if not given.
+            keys: The same. The keys of cross-attention are given by position only.
             tower: Part of the model; positions of other towers than the language tower are its own.
             kind: ``"self"`` or ``"cross"``.
             call: Which call of the layer; in the vision tower, the image.
         """
         of_text = tower == "language"
-        query = self.positions(queries) if of_text and isinstance(queries, str) else queries
-        key = self.positions(keys) if of_text and kind == "self" and isinstance(keys, str) else keys
-        if isinstance(query, str) or isinstance(key, str):
+        query: Any = self.positions(queries) if of_text and has_phrase(queries) else queries
+        self_keys = of_text and kind == "self"
+        key: Any = self.positions(keys) if self_keys and has_phrase(keys) else keys
+        if has_phrase(query) or has_phrase(key):
             raise InputError(
                 "A phrase names text positions; give vision-tower and cross-attention positions as "
                 "numbers."

@@ -14,6 +14,8 @@ from xmodal_interp.errors import CaptureError, GeometryError, InputError
 from xmodal_interp.hooks import recorder
 from xmodal_interp.hooks.checkup import COLUMNS, Checkup
 from xmodal_interp.hooks.exactness import LAYER_COLUMNS
+from xmodal_interp.models import FAMILIES
+from xmodal_interp.models.geometry import anyres_tiles
 
 TOKENS = "image tokens are as many as predicted"
 OUTPUTS = "outputs are those without recording"
@@ -180,6 +182,56 @@ def test_image_tokens_that_do_not_fit_are_found(monkeypatch) -> None:
     checkup = xi.doctor(tiny_vlm("llava"))
     assert failed(checkup) == [TOKENS]
     assert check_of(checkup, TOKENS)["note"] == "144 tokens, 196 predicted."
+
+
+WRONG = {
+    **dict.fromkeys(("llava_next", "granite4_vision"), "has no attribute 'image_grid_pinpoints'"),
+    "idefics3": "'LlavaConfig' object has no attribute 'scale_factor'",
+    "gemma3": "'LlavaConfig' object has no attribute 'mm_tokens_per_image'",
+    "mllama": "'CLIPVisionConfig' object has no attribute 'max_num_tiles'",
+    "blip-2": "'LlavaConfig' object has no attribute 'num_query_tokens'",
+    "chameleon": "'LlavaConfig' object has no attribute 'vq_config'",
+    "florence2": "'CLIPVisionConfig' object has no attribute 'patch_stride'",
+    "internvl": "'LlavaConfig' object has no attribute 'downsample_ratio'",
+    "kosmos-2": "'LlavaConfig' object has no attribute 'latent_query_num'",
+    "mistral3": "KeyError: 'image_sizes'",
+    "inkling2": "TypeError: unsupported operand type(s) for /: 'int' and 'NoneType'",
+}
+
+
+@pytest.mark.parametrize("model_type", WRONG)
+def test_a_family_of_another_type_is_a_failed_check(model_type: str) -> None:
+    own, wrong = tiny_vlm("llava"), FAMILIES[model_type]
+    checkup = xi.doctor(xi.VLM(own.model, own.processor, family=wrong), picture(), QUESTION)
+    assert failed(checkup) == [TOKENS]
+    note = check_of(checkup, TOKENS)["note"]
+    assert note.startswith(
+        "A family's rule must be one for its model and processor. The rule "
+        f"{wrong.rule} was applied to a 'llava' model with LlavaProcessor, and ran into "
+    )
+    assert note.endswith(WRONG[model_type])
+
+
+def test_a_rule_that_does_not_fit_is_refused_with_its_cause() -> None:
+    own = tiny_vlm("llava")
+    family = dataclasses.replace(own.family, geometry=anyres_tiles)
+    with pytest.raises(GeometryError, match="The rule anyres_tiles was applied") as refusal:
+        xi.capture(xi.VLM(own.model, own.processor, family=family), picture(), QUESTION)
+    assert isinstance(refusal.value.__cause__, AttributeError)
+
+
+def test_a_rule_of_another_number_of_grids_is_a_failed_check() -> None:
+    def none_at_all(*_given) -> list:
+        return []
+
+    own = tiny_vlm("llava")
+    family = dataclasses.replace(own.family, geometry=none_at_all)
+    checkup = xi.doctor(xi.VLM(own.model, own.processor, family=family), picture(), QUESTION)
+    assert failed(checkup) == [TOKENS]
+    assert check_of(checkup, TOKENS)["note"] == (
+        "A family's rule must make a grid of each image or video. The rule none_at_all was applied "
+        "to a 'llava' model, and made 0 of 1."
+    )
 
 
 def test_everything_is_as_it_was() -> None:

@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.models.painting import vlm_of
 from tests.tiny import QUESTION, tiny_vlm
-from xmodal_interp.errors import GeometryError
+from xmodal_interp.errors import GeometryError, PhraseError
 from xmodal_interp.models.alignment import counted_alignment, reported_alignment, shifted
 from xmodal_interp.models.labelling import Prompt
 from xmodal_interp.sample import Sample
@@ -158,3 +158,47 @@ def test_text_is_found_in_what_the_processor_laid_out() -> None:
     assert shifted([0, 3, 5], "what ?", "<image><bos>what ?\n") == [12, 15, 17]
     with pytest.raises(GeometryError, match="A processor may add to a prompt, but must keep its"):
         shifted([0], "what ?", "<image>when ?")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_words_that_the_vocabulary_lacks_are_text(family: str) -> None:
+    lacking = ("🙂", "é", "中文", "zebra")
+    sample = sample_of(
+        tiny_vlm(family).prepare([[WIDE]], [f"the {' '.join(lacking)} <unk> cross"])[1][0]
+    )
+    for word in lacking:
+        (token,) = sample.find(word)
+        assert sample.tokens["kind"].iloc[token] == "text"
+        assert sample.tokens["role"].iloc[token] == "user"
+        assert sample.tokens["token"].iloc[token] == "<unk>"  # what the model reads
+        assert token in sample.text_after_image()
+    special = sample.tokens[sample.tokens["kind"].eq("special")]
+    assert special["token"].tolist().count("<unk>") == 1  # the one that was written so
+    with pytest.raises(PhraseError, match="'<unk>' is not in"):
+        sample.find("<unk>")
+
+
+def test_a_beginning_that_the_processor_writes_is_the_templates() -> None:
+    prompt = vlm_of("molmo2").prepare([[WIDE]], ["look at <|image|> the red circle"])[1][0]
+    sample = sample_of(prompt)
+    assert prompt.text == "<s>look at <|image|> the red circle"
+    tokens = prompt.tokens
+    assert tokens["token"].iloc[sample.find("red circle")].str.cat().strip() == "red circle"
+    assert tokens["role"].iloc[sample.find("look at")].eq("user").all()
+    begun = tokens[tokens["token"].eq("<s>")]
+    assert len(begun) > 0
+    assert begun["role"].eq("template").all()
+    assert tokens["kind"].eq("image").sum() == prompt.grids[0].n_tokens
+
+
+def test_replacements_of_another_prompt_are_refused() -> None:
+    tokenizer = tiny_vlm("llava").tokenizer
+    told = {"type": "image", "span": (4, 11), "new_span": (4, 18), "text": "<image>"}
+    with pytest.raises(GeometryError) as refusal:
+        reported_alignment(
+            [5, 6], iter(["<image> of a cat"]), tokenizer, [told | {"replacement": "<image>" * 2}]
+        )
+    assert str(refusal.value) == (
+        "A processor must replace the placeholders of the prompt that it is given. It reports to "
+        "have replaced '<image>' at 4; the prompt does not have these there: '<image> of a cat'."
+    )

@@ -53,6 +53,21 @@ def test_queries_have_no_place_and_patches_have(model_type: str) -> None:
     )
 
 
+def test_a_type_that_takes_frames_as_images_says_how_many() -> None:
+    vlm = vlm_of("instructblipvideo")
+    frames = [Image.new("RGB", (120, 70))] * 4
+    _, (prompt,) = vlm.prepare([frames], ["where is the red circle?"])
+    images = prompt.tokens.loc[prompt.tokens["kind"] == "image", "image"]
+    assert images.tolist() == [number for number in range(4) for _ in range(8)]
+    for n in (1, 5):
+        with pytest.raises(GeometryError) as refusal:
+            vlm.prepare([frames[:1] * n], ["where is the red circle?"])
+        assert str(refusal.value) == (
+            "The model type 'instructblipvideo' reads videos of 4 frames, and takes them as "
+            f"images. Give each prompt 4 images, the frames in order; got {n}."
+        )
+
+
 def test_a_type_without_a_rule_still_labels_its_tokens() -> None:
     vlm = vlm_of("aria")
     vlm = replace(vlm, family=replace(vlm.family, geometry=None))

@@ -1,6 +1,7 @@
 """Frames of videos: paint a token's box in the frames that it stands for, and it hears of it."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -118,4 +119,18 @@ def test_frames_of_other_pixels_than_the_settings_say_are_refused() -> None:
     assert str(refusal.value) == (
         "The processor's settings must lead to the pixels it returned. Replayed were 32 x 16, "
         "returned 32 x 32."
+    )
+
+
+def test_a_rule_of_another_type_is_refused() -> None:
+    own = vlm_of("llava_onevision")
+    vlm = dataclasses.replace(
+        own, family=dataclasses.replace(own.family, video=FAMILIES["gemma4"].video)
+    )
+    with pytest.raises(GeometryError) as refusal:
+        read(vlm, [Image.new("RGB", SIZE)] * 2)
+    assert str(refusal.value) == (
+        "A family's rule must be one for its model and processor. The rule PositionedFrames was "
+        "applied to a 'llava_onevision' model with LlavaOnevisionProcessor, and ran into "
+        "KeyError: 'num_frames_per_video'"
     )

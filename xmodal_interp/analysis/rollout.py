@@ -24,7 +24,7 @@ one layer at a time.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence, Set
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, cast
 
 import numpy as np
 import pandas as pd
@@ -45,6 +45,7 @@ from xmodal_interp.analysis.selecting import (
 )
 from xmodal_interp.attention import AttentionCall, Positions, resolve
 from xmodal_interp.errors import InputError, NotRecordedError
+from xmodal_interp.phrases import has_phrase
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import Tower
 
@@ -241,13 +242,13 @@ def _rows(
     """The positions that were asked for."""
     if tower == "language":
         return queries_of(sample, "last" if queries is None else queries)
-    if isinstance(queries, str):
+    if has_phrase(queries):
         raise InputError(
             f"A phrase names text positions; give those of the {tower} tower as numbers. Got "
             f"{queries!r}."
         )
     if queries is not None:
-        return resolve(queries, len(positions), "position")
+        return resolve(cast("Positions", queries), len(positions), "position")
     classes = positions.index[positions["token_kind"] == "special"]
     if len(classes) != 1:
         raise InputError(

@@ -8,7 +8,7 @@ dimmed and hatched.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import SupportsIndex, Unpack
 
 import numpy as np
 
@@ -146,7 +146,7 @@ def layer_overlays(
     chosen, place = Look(**look), place_of(sample, image)
     positions = query_positions(sample, place, queries)
     wanted = sample.layers(kind=place.kind) if layers is None else layers
-    if not isinstance(wanted, Sequence) or isinstance(wanted, str) or not wanted:
+    if isinstance(wanted, SupportsIndex) or not len(wanted):
         raise InputError(
             f"layers is a list of at least one layer, such as [0, -1]; got {layers!r}."
         )

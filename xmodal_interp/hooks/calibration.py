@@ -15,7 +15,8 @@ from xmodal_interp.hooks.interventions import Site, intervene
 from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tap import RawCall
 from xmodal_interp.models import VLM
-from xmodal_interp.models.batching import Batch, Items, batches_of
+from xmodal_interp.models.batching import Batch, batches_of
+from xmodal_interp.models.entries import Items
 from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind, Tower
 
 PositionClass = Literal["all", "image", "text"]

@@ -1,5 +1,6 @@
 """Which model, and what stands at each position of its input."""
 
+from xmodal_interp.models.decoding import checked_length
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid, View, place_on_grid
 from xmodal_interp.models.labelling import Prompt
@@ -24,6 +25,7 @@ __all__ = [
     "View",
     "check_vlm",
     "check_whole",
+    "checked_length",
     "generated_table",
     "load",
     "open_image",

@@ -79,8 +79,9 @@ def reported_alignment(
     Raises:
         GeometryError: None of the texts gives these ids.
     """
-    lengths = []
+    lengths, tried = [], []
     for text in texts:
+        tried.append(text)
         expanded = _expanded(text, replacements)
         if expanded is None:
             continue
@@ -92,10 +93,17 @@ def reported_alignment(
                 positions = tuple(_position(expanded, a, b, replacements) for a, b in spans)
                 return Alignment(text, positions, tuple(each["type"] for each in replacements))
             lengths.append(len(own["input_ids"]))
+    if not lengths:
+        told = (f"{each['text']!r} at {each['span'][0]}" for each in replacements)
+        raise GeometryError(
+            "A processor must replace the placeholders of the prompt that it is given. It reports "
+            f"to have replaced {', '.join(told)}; the prompt does not have these there: "
+            f"{tried[0]!r}."
+        )
     raise GeometryError(
         "The replacements that a processor reports must lead to the ids that it returns. It "
         f"reports {len(replacements)}, returned {len(ids)} ids, and its text with the replacements "
-        f"has {' or '.join(map(str, sorted(set(lengths)))) or 'no'} tokens, not the same ones."
+        f"has {' or '.join(map(str, sorted(set(lengths))))} tokens, not the same ones."
     )
 
 

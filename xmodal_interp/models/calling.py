@@ -75,6 +75,28 @@ def policy(questions: Sequence[str]) -> dict[str, Any]:
     return {"policies": ["question"], "custom_policies": {"question": questions[0]}}
 
 
+def refuse_other_numbers(
+    placeholder: str | None,
+    texts: Sequence[str],
+    opened: Sequence[tuple[Image.Image, ...]],
+    cause: Exception,
+) -> None:
+    """Say so where a processor fails because a prompt has not one placeholder per image.
+
+    It is asked only then: some prompts hold none, or all of an image's tokens.
+
+    Raises:
+        InputError: There is such a prompt.
+    """
+    for text, images in zip(texts, opened, strict=True):
+        found = 0 if placeholder is None else text.count(placeholder)
+        if placeholder is not None and found != len(images):
+            raise InputError(
+                f"A prompt must have {placeholder} where each image goes. There are {found} of "
+                f"them for {len(images)} images in {text!r}."
+            ) from cause
+
+
 def _reports_replacements(processor: Any) -> bool:
     """Whether a processor expands its placeholders in the way that can be reported."""
     own = getattr(type(processor), "replace_image_token", None)

@@ -45,3 +45,32 @@ def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
                 f"a token of it. {name}={shown} {what}. Generate greedily or by sampling; for "
                 "anything else record the calls as they come with xi.record(model)."
             )
+
+
+def checked_length(max_new_tokens: Any, generation: Any) -> int:
+    """How many tokens to generate, if that is a number, and said in one place.
+
+    Args:
+        max_new_tokens: As the user gives it.
+        generation: Further arguments of ``generate``, or None.
+
+    Raises:
+        InputError: It is no whole number or negative, the arguments are no mapping, or they give
+            the number again.
+    """
+    whole = hasattr(max_new_tokens, "__index__") and not isinstance(max_new_tokens, bool)
+    if not whole or int(max_new_tokens) < 0:
+        raise InputError(
+            f"max_new_tokens must be a whole number, 0 or more; got {max_new_tokens!r}."
+        )
+    if generation is not None and not isinstance(generation, Mapping):
+        raise InputError(
+            "generation must be a mapping of arguments of model.generate to their values; got "
+            f"{generation!r}."
+        )
+    if generation is not None and "max_new_tokens" in generation:
+        raise InputError(
+            "The number of tokens to generate is an argument of its own, max_new_tokens="
+            f"{generation['max_new_tokens']!r}; generation holds the others. Got it in generation."
+        )
+    return int(max_new_tokens)

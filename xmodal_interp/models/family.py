@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from xmodal_interp.models.geometry import Rule, VideoRule
+from xmodal_interp.models.geometry import Rule, VideoRule, name_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -75,12 +75,12 @@ class Family:
     @property
     def rule(self) -> str:
         """Name of the geometry rule, ``"none"`` without one."""
-        return _name(self.geometry) or "none"
+        return "none" if self.geometry is None else name_of(self.geometry)
 
     @property
     def video_rule(self) -> str:
         """Name of the rule that places video tokens, empty without one."""
-        return _name(self.video)
+        return "" if self.video is None else name_of(self.video)
 
     def image_token_id(self, config: PretrainedConfig) -> int | None:
         """The id of image tokens, or None where the configuration knows none."""
@@ -89,10 +89,6 @@ class Family:
     def video_token_id(self, config: PretrainedConfig) -> int | None:
         """The id of video tokens, or None."""
         return _id(config, self.video_token)
-
-
-def _name(rule: Rule | VideoRule | None) -> str:
-    return "" if rule is None else str(getattr(rule, "__name__", type(rule).__name__))
 
 
 def _id(config: PretrainedConfig, name: str | None) -> int | None:

@@ -201,11 +201,11 @@ class Labeller:
 
     def _laid_out(self, made: Made) -> Iterator[str]:
         """What the processor may have expanded: the prompt, or what it makes of it before."""
-        text = made.prompt.text
+        text, tokenizer = made.prompt.text, self.processor.tokenizer
         yield text
         if self._by_place:
             yield f" {text}"
-        for end in ("\n", getattr(self.processor.tokenizer, "sep_token", None)):
+        for end in ("\n", getattr(tokenizer, "sep_token", None)):
             if end is not None:
                 yield text + end
         if self.placeholder is not None:
@@ -213,6 +213,9 @@ class Labeller:
         if hasattr(self.processor, "prepare_inputs_layout"):
             images = [list(made.images)] if made.images else None
             yield self.processor.prepare_inputs_layout(images=images, text=[text])[1][0]
+        for begin in (tokenizer.bos_token, tokenizer.eos_token):
+            if begin is not None and not text.startswith(begin):
+                yield begin + text
 
     def _unplaced(self, columns: Columns, images: Sequence[Image.Image]) -> tuple[ImageGrid, ...]:
         """Grids without places, that say why there are none."""

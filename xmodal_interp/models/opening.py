@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from xmodal_interp.errors import InputError
 
 ImageLike = Image.Image | str | PathLike[str]
-
 
 _NOT_FRAMES = (
     "A video is given as its frames, xi.Video([frame, ...], fps=...), each a path or a PIL image: "
@@ -106,13 +105,16 @@ def flat(nested: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def open_image(image: ImageLike) -> Image.Image:
-    """An RGB image from a path or a PIL image; a file is turned as its camera says (EXIF).
+    """An RGB image from a path or a PIL image, turned as its camera says (EXIF).
+
+    Grey values of 16 bits become bytes: 65535 is white.
 
     Raises:
-        InputError: Something else, no such file, or a file that is no image.
+        InputError: Something else, no such file, a file that is no image, or grey values whose
+            range is not known.
     """
     if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return _rgb(_turned(image))
     if not isinstance(image, (str, PathLike)):
         raise InputError(
             "An image must be a path or a PIL image, such as PIL.Image.fromarray makes of an array "
@@ -121,7 +123,7 @@ def open_image(image: ImageLike) -> Image.Image:
     path = Path(image)
     try:
         with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            return _rgb(_turned(opened)).copy()
     except FileNotFoundError:
         raise InputError(
             f"An image must be a file that exists, or a PIL image; there is no {str(path)!r}."
@@ -130,3 +132,27 @@ def open_image(image: ImageLike) -> Image.Image:
         raise InputError(
             f"An image file must be readable by Pillow; {str(path)!r} is not: {error}."
         ) from error
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image upright; itself where it is, so that pixels that are not needed are not read."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The image in three bytes per pixel. Pillow alone would cut off all above 255."""
+    if image.mode == "RGB":
+        return image
+    widened = image.mode == "I" and image.format == "PPM"  # how Pillow opens those of 16 bits
+    if image.mode.startswith("I;16") or widened:
+        values = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise InputError(
+            "Grey values must be of 8 or of 16 bits, for then it is known what is black and white. "
+            f"Got an image of mode {image.mode!r}. Make bytes of it first: Image.fromarray(array) "
+            "of an array of np.uint8 [row, col], 0 to 255, or of np.uint16, 0 to 65535."
+        )
+    return image.convert("RGB")

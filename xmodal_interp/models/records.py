@@ -249,7 +249,7 @@ _RECORDS: tuple[Family, ...] = (
         "instructblipvideo",
         "video_token_id",
         geometry=geometry.QueryTokens(
-            "num_query_tokens", class_token=True, show=geometry.shown_in_frames
+            "num_query_tokens", class_token=True, show=geometry.shown_in_frames, n_frames=4
         ),
         in_front=True,
         reason=QUERIES,

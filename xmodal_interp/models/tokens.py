@@ -54,7 +54,9 @@ def token_columns(
 ) -> Columns:
     """What stands at each position of a prompt, padding included: columns of the token table.
 
-    Places are still missing; :func:`with_places` adds them.
+    Places are still missing; :func:`with_places` adds them. A word that the vocabulary lacks is
+    text, though its token, the unknown one, is among the special tokens; ``token`` says what is
+    read in its place, ``start`` and ``end`` where it stands.
 
     Args:
         ids: Token ids as the model gets them.
@@ -79,9 +81,12 @@ def token_columns(
     for token, piece, seen, at in zip(ids, pieces, attended, positions, strict=True):
         modality = None if at.expansion is None else alignment.expansions[at.expansion]
         markers = special if modality is None else added
-        kind = _kind(token, placeholders, markers, modality) if seen else "padding"
         written = at.written or alignment.text[at.start : at.end]
         outside = modality is None and at.end > at.start
+        lacking = token == tokenizer.unk_token_id and written.strip() != tokenizer.unk_token
+        if lacking and (outside or at.written is not None):
+            markers = markers - {token}
+        kind = _kind(token, placeholders, markers, modality) if seen else "padding"
         written_here = outside or (kind == "text" and at.written is not None)
         columns["token"].append(written if written_here and token not in special else piece)
         columns["kind"].append(kind)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.models import calling
+from xmodal_interp.models import calling, geometry
 from xmodal_interp.models.decoding import GREEDY, check_decoding
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
@@ -107,7 +107,8 @@ class VLM:
             GeometryError: The processor's ids are not what the prompt and the family's rule lead
                 to, or the family has no rule for videos.
             InputError: An empty question, an image that cannot be read, something that is no video,
-                a processor without a chat template, or one that leaves videos out.
+                a processor without a chat template, or one that leaves videos out, or a prompt with
+                more or fewer placeholders than images.
         """
         opened = [tuple(open_image(image) for image in of_sample) for of_sample in images]
         shown = [tuple(open_video(video) for video in of_sample) for of_sample in videos or ()]
@@ -122,12 +123,17 @@ class VLM:
             for question, of, clips in zip(questions, opened, shown, strict=True)
         ]
         texts = [prompt.text for prompt in prompts]
-        inputs = self.processor(
+        given = {
             **calling.texts_and_images(self.family, texts, opened),
             **calling.options(self.processor, self.family, texts),
             **(calling.policy(questions) if self.family.writes_prompt else {}),
             **calling.videos(shown),
-        )
+        }
+        try:
+            inputs = self.processor(**given)
+        except (ValueError, StopIteration) as error:
+            calling.refuse_other_numbers(self.placeholder, texts, opened, error)
+            raise
         inputs.pop("video_metadata", None)
         replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
         grids, video_grids = self._grids(inputs, opened), self._video_grids(inputs, shown)
@@ -224,7 +230,7 @@ class VLM:
             return [None] * len(opened)
         made: list[ImageGrid] = []
         if rule is not None and images:
-            made = rule(self.processor, self.model.config, inputs, images)
+            made = geometry.applied(rule, self.processor, self.model.config, inputs, images)
         grids = (replace(grid, reason=grid.reason or self.family.reason) for grid in made)
         return [tuple(next(grids) for _ in of_sample) for of_sample in opened]
 
@@ -235,7 +241,7 @@ class VLM:
         rule, every = self.family.video, flat(videos)
         made: list[VideoGrid] = []
         if every and rule is not None:
-            made = rule(self.processor, self.model.config, inputs, every)
+            made = geometry.applied(rule, self.processor, self.model.config, inputs, every)
         grids = iter(made)
         return [tuple(next(grids) for _ in of_sample) for of_sample in videos]
 

@@ -8,6 +8,7 @@ nothing is ever guessed from a token count.
 """
 
 from xmodal_interp.models.geometry.anyres import anyres_tiles
+from xmodal_interp.models.geometry.applying import applied, name_of
 from xmodal_interp.models.geometry.choosing import Chosen
 from xmodal_interp.models.geometry.convolved import code_grid, code_rows, fused_stages
 from xmodal_interp.models.geometry.cross import aspect_ratio_tiles
@@ -86,6 +87,7 @@ __all__ = [
     "VideoRule",
     "View",
     "anyres_tiles",
+    "applied",
     "aspect_ratio_tiles",
     "at_the_top",
     "best_canvas",
@@ -104,6 +106,7 @@ __all__ = [
     "largest_canvas",
     "longest_edge",
     "merged_patches",
+    "name_of",
     "overlapping_crops",
     "padded_canvas",
     "page_canvas",

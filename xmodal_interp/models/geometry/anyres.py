@@ -29,10 +29,11 @@ def anyres_tiles(
 
     The image is scaled onto the canvas that suits it best, in the middle of it, and the canvas is
     cut into tiles. The rows or columns of tokens that lie on padding are cut away, where there are
-    whole pairs of them: the outermost cells may reach over the edge. Where LLaVA-OneVision shrinks
-    the features (``anyres_max_N``), a token stands for a cell of the shrunk grid; the bilinear
-    filter also looks at its neighbours. Of several images in one prompt it pads each to a square
-    and reads it whole.
+    whole pairs of them: the outermost cells may reach over the edge. Of an image that is much
+    longer than wide all columns may be cut away, and the newline tokens are left; of one that is
+    much wider than long, nothing. Where LLaVA-OneVision shrinks the features (``anyres_max_N``), a
+    token stands for a cell of the shrunk grid; the bilinear filter also looks at its neighbours. Of
+    several images in one prompt it pads each to a square and reads it whole.
     """
     patches = config.vision_config.image_size // config.vision_config.patch_size
     side = int(patches * Fraction(getattr(config, "downsample_rate", None) or 1))
@@ -49,9 +50,9 @@ def anyres_tiles(
             box, (tile_rows, tile_cols) = _canvas(config, image)
             everything = (0.0, 0.0, float(image.width), float(image.height))
             canvas = _tiled(tile_rows, tile_cols, side, box)
-            fine, cols = _unpadded(canvas, tile_cols * side, image)
-            fine, cols = _shrunk(fine, cols, side, largest)
-            tokens = [rectangle(side, side, everything, thumbnail=True), with_breaks(fine, cols)]
+            fine, shape = _unpadded(canvas, (tile_rows * side, tile_cols * side), image)
+            fine, rows = _shrunk(fine, shape, side, largest)
+            tokens = [rectangle(side, side, everything, thumbnail=True), with_breaks(fine, rows)]
             all_patches = _tiled(tile_rows, tile_cols, patches, box)
             tower = [
                 rectangle(patches, patches, everything, thumbnail=True),
@@ -100,9 +101,11 @@ def _tiled(tile_rows: int, tile_cols: int, side: int, box: Box) -> Cells:
     return Cells(cells.places, cells.boxes, row * tile_cols + col, cells.of_thumbnail)
 
 
-def _unpadded(cells: Cells, cols: int, image: Image.Image) -> tuple[Cells, int]:
-    """The cells that are left when the features of padding are cut off, and their columns."""
-    rows = len(cells) // cols
+def _unpadded(
+    cells: Cells, shape: tuple[int, int], image: Image.Image
+) -> tuple[Cells, tuple[int, int]]:
+    """The cells that are left when the features of padding are cut off; their rows and columns."""
+    rows, cols = shape
     cut_rows = cut_cols = 0
     if image.width / image.height > cols / rows:
         cut_rows = (rows - int(round(image.height * (cols / image.width), 7))) // 2
@@ -113,20 +116,22 @@ def _unpadded(cells: Cells, cols: int, image: Image.Image) -> tuple[Cells, int]:
         (row >= cut_rows) & (row < rows - cut_rows) & (col >= cut_cols) & (col < cols - cut_cols)
     ]
     moved = kept.places - np.array([cut_rows, cut_cols])
-    return Cells(moved, kept.boxes, kept.tiles, kept.of_thumbnail), cols - 2 * cut_cols
+    left = Cells(moved, kept.boxes, kept.tiles, kept.of_thumbnail)
+    return left, (rows - 2 * cut_rows, cols - 2 * cut_cols)
 
 
-def _shrunk(cells: Cells, cols: int, side: int, largest: int | None) -> tuple[Cells, int]:
-    """The cells of a grid with fewer rows and columns, where there are too many tokens."""
-    rows = len(cells) // cols
+def _shrunk(
+    cells: Cells, shape: tuple[int, int], side: int, largest: int | None
+) -> tuple[Cells, int]:
+    """The cells of a grid with fewer rows and columns, where there are too many; their rows."""
+    rows, cols = shape
     ratio = 0.0 if largest is None else math.sqrt(rows * cols / (largest * side**2))
     if ratio <= 1.1:  # the threshold of LLaVA-OneVision
-        return cells, cols
+        return cells, rows
     new_rows, new_cols = int(rows // ratio), int(cols // ratio)
     box = (*cells.boxes[0, :2].tolist(), *cells.boxes[-1, 2:].tolist())
     fewer = rectangle(new_rows, new_cols, box)
     middle = (raster(new_rows, new_cols) + 0.5) * [rows / new_rows, cols / new_cols]
     row, col = middle.astype(int).T
-    return Cells(fewer.places, fewer.boxes, cells.tiles[row * cols + col], fewer.of_thumbnail), (
-        new_cols
-    )
+    tiles = cells.tiles[row * cols + col]
+    return Cells(fewer.places, fewer.boxes, tiles, fewer.of_thumbnail), new_rows

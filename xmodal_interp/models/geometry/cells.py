@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.grid import NOWHERE, ImageGrid, View, raster
 
 Box = tuple[float, float, float, float]
@@ -64,7 +65,15 @@ def rectangle(
         at: Row and column of the first cell.
         tile: Which tile they are of.
         thumbnail: Whether they are of the thumbnail.
+
+    Raises:
+        GeometryError: There is no row or no column of them.
     """
+    if rows < 1 or cols < 1:
+        raise GeometryError(
+            "An image must be large enough for a row and a column of tokens. It is resized to "
+            f"{rows} x {cols} of them; give a larger one, or one that is less long and narrow."
+        )
     places = raster(rows, cols)
     x0, y0, x1, y1 = box
     size = np.array([(x1 - x0) / cols, (y1 - y0) / rows])
@@ -105,10 +114,10 @@ def shifted(cells: Cells, share: float) -> Cells:
     return replace(cells, boxes=cells.boxes - share * np.concatenate([size, size], axis=1))
 
 
-def with_breaks(cells: Cells, cols: int) -> Cells:
-    """A token without a place behind each row of ``cols`` cells."""
-    lines = [cells[np.arange(start, start + cols)] for start in range(0, len(cells), cols)]
-    return joined([part for line in lines for part in (line, nowhere(1))])
+def with_breaks(cells: Cells, rows: int) -> Cells:
+    """A token without a place behind each of so many rows, which may be empty."""
+    lines = np.arange(len(cells)).reshape(rows, len(cells) // max(rows, 1))
+    return joined([nowhere(0), *(part for line in lines for part in (cells[line], nowhere(1)))])
 
 
 def in_blocks(cells: Cells, cols: int, merge: int) -> Cells:

@@ -66,11 +66,11 @@ def code_rows(
     all_rows, all_cols = (length // side for length in inputs["pixel_values"].shape[-2:])
     grids = []
     for image, (height, width) in zip(images, sizes, strict=True):
-        cols = width // side
-        codes = rectangle(height // side, cols, whole(image))
+        rows, cols = height // side, width // side
+        codes = rectangle(rows, cols, whole(image))
         codes = shifted(codes, _down_right(side, side))
         tower = at_top_left(codes, cols, all_rows, all_cols)
-        grids.append(image_grid(image.size, [with_breaks(codes, cols)], [tower]))
+        grids.append(image_grid(image.size, [with_breaks(codes, rows)], [tower]))
     return grids
 
 

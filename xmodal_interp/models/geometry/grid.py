@@ -150,6 +150,12 @@ class ImageGrid(Viewed):
             return place_on_grid(values, of.patch_places, of.patch_rows, of.patch_cols)
         if self.reason is not None:
             raise GeometryError(f"Image {number} has no grid. {self.reason}")
+        if values.shape == (len(of.places),) and self.thumbnail is not None:
+            raise GeometryError(
+                f"A view must have rows of tokens. Those of image {number} in the view {view!r} "
+                "were all cut off with its padding, for it is long and narrow; its thumbnail has "
+                f"{self.thumbnail.rows} x {self.thumbnail.cols}: view='thumbnail'."
+            )
         raise GeometryError(
             f"Image {number} has {len(of.places)} tokens ({of.rows} x {of.cols}) and "
             f"{len(of.patch_places)} vision positions ({of.patch_rows} x {of.patch_cols}); "

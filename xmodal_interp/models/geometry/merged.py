@@ -65,7 +65,7 @@ class MergedPatches:
             patches = rectangle(rows, cols, box)
             tokens = rectangle(rows // merge, cols // merge, box)
             if self.framed:
-                tokens = joined([nowhere(1), with_breaks(tokens, cols // merge), nowhere(1)])
+                tokens = joined([nowhere(1), with_breaks(tokens, rows // merge), nowhere(1)])
             grids.append(
                 image_grid(
                     image.size,

@@ -38,18 +38,31 @@ class QueryTokens:
         class_token: Whether the vision tower has a class token before the patches.
         show: What the resized image shows.
         reason: Why the tokens have no place, where the family's record does not say so.
+        n_frames: How many images a prompt must have, where the processor takes them as the frames
+            of one video, and puts the tokens of so many into it whatever it is given.
     """
 
     n_tokens: str
     class_token: bool = False
     show: Show = shown
     reason: str | None = None
+    n_frames: int | None = None
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image, without rows and columns of tokens."""
+        """One grid per image, without rows and columns of tokens.
+
+        Raises:
+            GeometryError: A prompt has another number of images than a video has frames.
+        """
         n_tokens = attrgetter(self.n_tokens)(config)
+        if self.n_frames is not None and inputs["pixel_values"].shape[1] != self.n_frames:
+            raise GeometryError(
+                f"The model type {config.model_type!r} reads videos of {self.n_frames} frames, and "
+                f"takes them as images. Give each prompt {self.n_frames} images, the frames in "
+                f"order; got {inputs['pixel_values'].shape[1]}."
+            )
         height, width = inputs["pixel_values"].shape[-2:]
         grids = []
         for image in images:

@@ -131,7 +131,7 @@ def _looking(cells: Cells) -> Cells:
 def _by_rows(cells: Cells) -> Cells:
     """Row by row, a token without a place behind each."""
     row, col = cells.places.T
-    return with_breaks(cells[np.lexsort((col, row))], int(col.max()) + 1)
+    return with_breaks(cells[np.lexsort((col, row))], int(row.max()) + 1)
 
 
 def windows(processor: Any, image: Image.Image) -> Tiling | None:

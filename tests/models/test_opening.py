@@ -1,0 +1,96 @@
+"""Pictures as they are given: grey values of any depth, and turned as the camera held them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import QUESTION, tiny_vlm
+from xmodal_interp.capturing import capture
+from xmodal_interp.errors import InputError
+from xmodal_interp.models import Video, open_image
+
+RAMP = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
+BYTES = np.rint(RAMP / 257)
+
+
+def grey(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    values = np.asarray(image)
+    assert (values == values[..., :1]).all()
+    return values[..., 0]
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_of_a_file_become_bytes(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"ramp.{ending}"
+    Image.fromarray(RAMP).save(path)
+    for given in (path, Image.open(path)):
+        np.testing.assert_array_equal(grey(open_image(given)), BYTES)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
+def test_sixteen_bits_in_memory_become_bytes(mode: str) -> None:
+    raw = RAMP.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
+    image = Image.frombytes(mode, (64, 64), raw)
+    assert image.mode == mode
+    np.testing.assert_array_equal(grey(open_image(image)), BYTES)
+
+
+def test_sixteen_bits_that_pillow_widens_become_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "ramp.pgm"
+    path.write_bytes(b"P5 64 64 65535\n" + RAMP.astype(">u2").tobytes())
+    with Image.open(path) as opened:
+        assert opened.mode == "I"
+        np.testing.assert_array_equal(grey(open_image(opened)), BYTES)
+    np.testing.assert_array_equal(grey(open_image(path)), BYTES)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_grey_values_of_an_unknown_range_are_refused(mode: str, tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 64).reshape(8, 8).astype({"F": np.float32, "I": np.int32}[mode])
+    image = Image.fromarray(values)
+    assert image.mode == mode
+    image.save(tmp_path / "grey.tif")
+    for given in (image, tmp_path / "grey.tif"):
+        with pytest.raises(InputError) as refusal:
+            open_image(given)
+        assert str(refusal.value) == (
+            "Grey values must be of 8 or of 16 bits, for then it is known what is black and white. "
+            f"Got an image of mode {mode!r}. Make bytes of it first: Image.fromarray(array) of an "
+            "array of np.uint8 [row, col], 0 to 255, or of np.uint16, 0 to 65535."
+        )
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """Lying on its side: 40 x 20 in the file, 20 x 40 as it was seen, its top white."""
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :10] = 255
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[274] = 6
+    image.save(tmp_path / "photo.png", exif=exif)
+    return tmp_path / "photo.png"
+
+
+def test_a_path_and_its_opened_image_are_the_same_picture(photo: Path) -> None:
+    by_path, by_image = (
+        capture(tiny_vlm("llava"), given, QUESTION) for given in (photo, Image.open(photo))
+    )
+    assert by_path.images[0].size == by_image.images[0].size == (20, 40)
+    assert np.array_equal(by_path.images[0], by_image.images[0])
+    assert by_path.tokens.equals(by_image.tokens)
+    assert by_path.probs().equal(by_image.probs())
+
+
+def test_nothing_is_turned_twice(photo: Path) -> None:
+    for given in (photo, Image.open(photo), Image.open(photo).convert("L")):
+        once = open_image(given)
+        assert once.size == (20, 40)
+        assert np.asarray(once)[0].min() == 255
+        assert np.asarray(once)[-1].max() == 0
+        assert open_image(once) is once
+        assert Video([once] * 2).opened().size == (20, 40)
+        assert Video([given] * 2).opened().pixels().shape == (2, 40, 20, 3)
