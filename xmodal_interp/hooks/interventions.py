@@ -7,9 +7,9 @@
 3. At the end of the block an intervention that never met one of its layers, or never reached one of
    its positions, is an error: an experiment must not be a silent no-op.
 
-No weight, buffer, config or module is changed, so there is nothing to restore but hooks and the
-tap, which the context manager removes on any way out. ``record`` may stand inside or outside of
-``intervene``: it records the operands as the backend was given them.
+No weight, buffer or config is changed. Hooks, the tap and a stand-in ``forward`` on attention
+modules (see :mod:`xmodal_interp.hooks.compiled`) are removed on any way out. ``record`` may stand
+inside or outside of ``intervene``: it records the operands as the backend was given them.
 
 To add one, write a frozen dataclass with the functions of :class:`Intervention`.
 """

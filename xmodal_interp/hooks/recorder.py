@@ -70,6 +70,9 @@ def record(
     Raises:
         CaptureError: Attention ran that could not be heard (raised at the end of the block, unless
             the block itself failed), or the model is compiled, or called from compiled code.
+        InputError: No model, ``norms`` together with ``reduce``, or towers or layers that are no
+            list or that the model does not have.
+        UnsupportedModelError: The model has no attention modules.
     """
     if norms and reduce is not None:
         raise InputError("norms are known after a call, reduce is called during it: choose one.")

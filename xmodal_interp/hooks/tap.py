@@ -2,9 +2,10 @@
 
 Attention modules ask ``AttentionInterface`` for the function of the backend they are configured
 with. While a tap is open, what the interface hands out is wrapped: the original function is called
-with unchanged arguments and its output is returned as it is, so the model computes bit for bit what
-it computes alone. No config is touched, and no name is registered: some models test the *name* of
-their backend, and answer differently under another one.
+with the arguments it was given, and its output returned, unless a listener edits them; without such
+a listener, the model computes bit for bit what it computes alone. No config is touched, and no name
+is registered: some models test the *name* of their backend, and answer differently under another
+one.
 
 Listeners live in a context variable: other threads are not listened to, and taps nest.
 """

@@ -37,7 +37,8 @@ A store is a folder::
 6. Each member of ``calls`` is one attention call: its scalars, the names of its ``tensors`` and, in
    ``shared``, which shared tensors are its ``mask`` and ``bias``. A layer's file MUST hold
    the tensors of that layer only, named ``CALL.NAME``, as the model made them: no rounding.
-   A call MUST hold ``q`` and ``k``, or ``dense``; it MAY hold ``v``, ``sinks`` and ``rows``.
+   A call MUST hold ``q`` and ``k``, or ``dense``; it MAY hold ``v``, ``sinks``, ``rows``,
+   ``update_share`` and ``segments``.
 7. A causal flag is a flag. A mask or bias that several calls have in common MUST be stored once.
    Boolean ones are packed 8 to a byte, most significant bit first (``packed`` with their
    ``shape``); additive ones are stored as they are.
