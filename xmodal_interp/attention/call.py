@@ -129,8 +129,8 @@ class AttentionCall:
     @property
     def n_bytes(self) -> int:
         """Memory of the tensors that are held; a mask shared with other calls counts here too."""
-        operands_held = (self.q, self.k, self.v, self.mask, self.bias, self.sinks)
-        held = (*operands_held, self.dense, self.update_share)
+        operands_held = (self.q, self.k, self.v, self.mask, self.bias, self.sinks, self.segments)
+        held = (*operands_held, self.dense, self.rows, self.update_share)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def select_sample(self, index: int) -> AttentionCall:
