@@ -185,9 +185,8 @@ def _label(axes: Axes, labels: Labels, edges: np.ndarray, inches: float, *, upri
     """Names, a strip in the colours of the groups, and lines between runs."""
     scale = inches / max(edges[-1], 1)
     legible = bool((np.diff(edges)[[bool(n) for n in labels.names]] * scale >= 0.95 * _PITCH).all())
-    ticks: list[
-        tuple[float, str, str, bool]
-    ] = []  # place, text, group, whether it runs along the axis
+    # place, text, group, whether it runs along the axis
+    ticks: list[tuple[float, str, str, bool]] = []
     for run in labels.runs():
         start, stop = float(edges[run.start]), float(edges[run.stop])
         if not run.group:

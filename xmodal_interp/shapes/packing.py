@@ -39,14 +39,8 @@ FOCUS: tuple[str, ...] = (
     *("color", "shape", *("place",) * 8),
     *("count", "existence", "description"),
 )
-_PROMPT = {
-    "color": 7,
-    "shape": 6,
-    "place": 7,
-    "count": 5,
-    "existence": 7,
-    "description": 5,
-}  # words, "assistant:" included
+# words, "assistant:" included
+_PROMPT = {"color": 7, "shape": 6, "place": 7, "count": 5, "existence": 7, "description": 5}
 _ANSWER = {"color": 1, "shape": 1, "place": 2, "count": 1, "existence": 1, "description": 15}
 IGNORE = -100  # the label of positions without a loss
 
@@ -157,9 +151,8 @@ class Packer:
         blocks = pixels.reshape(n, channels, rows, MERGE, p, cols, MERGE, p).permute(
             0, 2, 5, 3, 6, 1, 4, 7
         )
-        frames = blocks.unsqueeze(6).expand(
-            *blocks.shape[:6], 2, p, p
-        )  # a still image is a film of two equal frames
+        # a still image is a film of two equal frames
+        frames = blocks.unsqueeze(6).expand(*blocks.shape[:6], 2, p, p)
         grid = torch.tensor([[1, rows * MERGE, cols * MERGE]]).expand(n, 3)
         return {"pixel_values": frames.reshape(-1, channels * 2 * p * p), "image_grid_thw": grid}
 

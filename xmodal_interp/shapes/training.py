@@ -30,14 +30,10 @@ from xmodal_interp.shapes.processors import build_processor
 from xmodal_interp.shapes.questions import KINDS
 from xmodal_interp.shapes.scenes import sample_scene
 
+# width x height; all 144 tokens, half of the steps not square
 CANVASES = {
     "llava": ((96, 96),),
-    "qwen2_vl": (
-        (96, 96),
-        (96, 96),
-        (128, 72),
-        (72, 128),
-    ),  # width x height; all 144 tokens, half of the steps not square
+    "qwen2_vl": ((96, 96), (96, 96), (128, 72), (72, 128)),
 }
 _HELD_OUT = 2**31  # scenes of the evaluations come from seeds beyond every training step
 
