@@ -94,8 +94,7 @@ def _side_by_side(table: pd.DataFrame, width: int) -> list[list[str]]:
 
 def show_store(store: Store) -> None:
     """Print how large a store is, and the settings that its samples were made with."""
-    n_bytes = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
-    out.print(f"{store.path}: {len(store)} samples, {n_bytes / 1e6:.1f} MB", highlight=False)
+    out.print(f"{store.path}: {len(store)} samples, {store.n_bytes / 1e6:.1f} MB", highlight=False)
     about = {**store.manifest, **store.manifest["settings"]}
     rows = [(name, _listed(value)) for name, value in about.items() if name != "settings"]
     show(pd.DataFrame(rows, columns=["setting", "value"]))

@@ -220,7 +220,7 @@ def _positions(
 ) -> dict[str, pd.DataFrame]:
     few = samples[:16]
     full = _full(vlm, of_kind(items, "color")[:4])
-    blank = [_like(item, item["image"].copy()) for item in of_kind(items, "color")[:16]]
+    blank = [{**item, "image": item["image"].copy()} for item in of_kind(items, "color")[:16]]
     for item in blank:
         item["image"].paste((60, 60, 60), (0, 0, *item["image"].size))
     control = _captured(vlm, blank)
@@ -235,10 +235,6 @@ def _positions(
 
 def _full(vlm: VLM, items: list[dict[str, Any]]) -> list[Sample]:
     return [capture(vlm, item["image"], item["prompt"], max_new_tokens=2) for item in items]
-
-
-def _like(item: dict[str, Any], image: Any) -> dict[str, Any]:
-    return {**item, "image": image}
 
 
 def _removals(vlm: VLM, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
@@ -257,7 +253,7 @@ def _shown(vlm: VLM, before: VLM, items: list[dict[str, Any]]) -> dict[str, Any]
     item = of_kind(items, "place")[3]
     after = capture(vlm, item["image"], item["prompt"], max_new_tokens=4)
     first = capture(before, item["image"], item["prompt"])
-    return {"after": after, "before": first, "phrase": item["subject"], "box": item["box"]}
+    return {"after": after, "before": first, "phrase": item["subject"]}
 
 
 def _write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:

@@ -11,18 +11,18 @@ from xmodal_interp.hooks.modules import Identity, attention_modules
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 
-def head_counts(model: nn.Module, tower: Tower, kind: AttentionKind = "self") -> dict[int, int]:
-    """How many query heads each layer of a tower has, ascending.
+def head_counts(model: nn.Module, tower: Tower) -> dict[int, int]:
+    """How many query heads each self-attention layer of a tower has, ascending.
 
     Raises:
         LayerError: There is no such layer, or one that does not say how many heads it has.
     """
-    counts = layers_of(attention_modules(model), tower, kind)
+    counts = layers_of(attention_modules(model), tower, "self")
     silent = [layer for layer, module in counts.items() if n_heads_of(module) is None]
     if silent:
         raise LayerError(
             "A layer must say how many heads it has (num_heads, or num_attention_heads in its "
-            f"config); {tower} {kind}-attention, layers {listed(silent)}, does not."
+            f"config); {tower} self-attention, layers {listed(silent)}, does not."
         )
     return {layer: n_heads_of(module) or 0 for layer, module in counts.items()}
 

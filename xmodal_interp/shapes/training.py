@@ -35,6 +35,7 @@ CANVASES = {
     "llava": ((96, 96),),
     "qwen2_vl": ((96, 96), (96, 96), (128, 72), (72, 128)),
 }
+_EVALUATED = (4, 64)  # batches, and scenes in each
 _HELD_OUT = 2**31  # scenes of the evaluations come from seeds beyond every training step
 
 
@@ -157,12 +158,11 @@ class Trainer:
 
 
 @torch.no_grad()
-def packed_accuracy(
-    model: PreTrainedModel, packer: Packer, n_batches: int = 4, size: int = 64
-) -> dict[str, float]:
+def packed_accuracy(model: PreTrainedModel, packer: Packer) -> dict[str, float]:
     """Share of held-out questions answered in full, teacher-forced, by kind."""
     model.eval()
     right, asked = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    n_batches, size = _EVALUATED
     for i in range(n_batches):
         batch = _draw(packer, np.random.default_rng((_HELD_OUT, i)), size)
         logits = model.lm_head(model.model(**batch.inputs, use_cache=False).last_hidden_state)
