@@ -205,6 +205,11 @@ def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
     return _table(with_places(bare, grids), n)
 
 
+def separator_behind(text: str) -> str:
+    """What stands between a prompt and its answer: a space, if the prompt does not end in one."""
+    return "" if text.endswith((" ", "\n")) else " "
+
+
 def generated_table(
     read: Sequence[int], answer: Sequence[int], tokenizer: Any, n_before: int, text: str
 ) -> tuple[pd.DataFrame, str]:
@@ -221,7 +226,7 @@ def generated_table(
     special = set(tokenizer.all_special_ids)
     pieces = tokenizer.convert_ids_to_tokens(list(ids))
     columns: dict[str, list[Any]] = {name: [] for name in ("token", "kind", "start", "end")}
-    separator = "" if text.endswith((" ", "\n")) else " "
+    separator = separator_behind(text)
     before = ""
     for i, token in enumerate(ids):
         after = tokenizer.decode(ids[: i + 1], skip_special_tokens=True)
