@@ -89,9 +89,7 @@ class KnockOut:
             return output
         part = blocked[:, :, rows]
         probs = site.attention(call).probs(queries=rows)  # [sample, head, row, key]
-        n_groups = call.query.shape[1] // call.value.shape[1]
-        values = call.value.float().repeat_interleave(n_groups, 1)
-        lost = torch.where(part, probs, 0.0) @ values
+        lost = torch.where(part, probs, 0.0) @ call.values_by_head
         return output.index_add(1, rows, -lost.transpose(1, 2).to(output.dtype))
 
     def _blocked(self, call: RawCall, site: Site) -> Bool[Tensor, "sample head query key"]:

@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
@@ -52,6 +53,11 @@ class RawCall:
         """Factor of the scores; the backends' default is ``d_head ** -0.5``."""
         scaling = self.options.get("scaling")
         return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+    @property
+    def values_by_head(self) -> Float[Tensor, "sample head key d_value"]:
+        """``value`` in float32, repeated for the query heads that share it."""
+        return self.value.float().repeat_interleave(self.query.shape[1] // self.value.shape[1], 1)
 
     @property
     def causal(self) -> bool:
