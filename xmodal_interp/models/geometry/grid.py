@@ -170,10 +170,16 @@ def unplaced(size: tuple[int, int], n_tokens: int, reason: str) -> ImageGrid:
 
 
 def place_on_grid(
-    values: Float[np.ndarray, " token"], places: Int[np.ndarray, "token 2"], rows: int, cols: int
-) -> Float[np.ndarray, "row col"]:
-    """Values on their cells; NaN on cells without a token."""
-    out = np.full((rows, cols), np.nan)
+    values: Float[np.ndarray, " token"], places: Int[np.ndarray, "token axis"], *shape: int
+) -> Float[np.ndarray, "..."]:
+    """Values on their cells; NaN on cells without a token.
+
+    Args:
+        values: One per token.
+        places: The cell of each token: row and column, of a video frame, row and column.
+        *shape: How many rows and columns there are, or frames, rows and columns.
+    """
+    out = np.full(shape, np.nan)
     placed = places[:, 0] >= 0
     out[tuple(places[placed].T)] = values[placed]
     return out
