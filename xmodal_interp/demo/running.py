@@ -37,10 +37,10 @@ from xmodal_interp.analysis import (
 from xmodal_interp.analysis.answering import same_answer
 from xmodal_interp.capturing import Keep, capture, capture_batch
 from xmodal_interp.dataset import capture_dataset
+from xmodal_interp.demo.findings import telling
 from xmodal_interp.demo.material import held_out_scenes, of_kind, questions_about
 from xmodal_interp.demo.pictures import draw_all
 from xmodal_interp.demo.report import write_report
-from xmodal_interp.demo.telling import telling
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation import best_head, pointing_hits
 from xmodal_interp.models import VLM, load

@@ -30,7 +30,7 @@ from xmodal_interp.hooks.calibration import HeadMeans
 from xmodal_interp.hooks.heads import checked_heads
 from xmodal_interp.hooks.interventions import Site
 from xmodal_interp.hooks.selection import Selection
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.tapping import RawCall
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 AblationMode = Literal["zero", "uniform", "mean"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.hooks.bypass import Heard
 from xmodal_interp.hooks.modules import Identity
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.tapping import RawCall
 
 LAYER_COLUMNS = (
     *("tower", "kind", "layer", "module"),

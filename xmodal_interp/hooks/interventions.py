@@ -33,7 +33,7 @@ from xmodal_interp.hooks.modules import Identity, attention_modules, module_of
 from xmodal_interp.hooks.own_thread import in_this_thread
 from xmodal_interp.hooks.reading import as_attention_call
 from xmodal_interp.hooks.selection import Selection
-from xmodal_interp.hooks.tap import RawCall, tap
+from xmodal_interp.hooks.tapping import RawCall, tap
 from xmodal_interp.models import VLM
 from xmodal_interp.vocabulary import AttentionKind, Tower
 

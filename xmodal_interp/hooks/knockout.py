@@ -27,7 +27,7 @@ from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks.heads import checked_heads
 from xmodal_interp.hooks.interventions import Site
 from xmodal_interp.hooks.selection import Selection
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.tapping import RawCall
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _MASKED_BACKENDS = ("eager", "sdpa")  # they take a mask with a row per query

@@ -11,7 +11,7 @@ from torch import Tensor
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.masks import simplified, visible_rows
 from xmodal_interp.hooks.modules import Identity
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.tapping import RawCall
 
 
 def as_attention_call(

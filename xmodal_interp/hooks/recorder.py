@@ -38,7 +38,7 @@ from xmodal_interp.hooks.reading import as_attention_call, segments, whole_mask
 from xmodal_interp.hooks.recording import Choice, Recording
 from xmodal_interp.hooks.refusals import check_choice, refuse_replica
 from xmodal_interp.hooks.rotary import RotaryPositions
-from xmodal_interp.hooks.tap import RawCall, tap
+from xmodal_interp.hooks.tapping import RawCall, tap
 from xmodal_interp.hooks.updates import UpdateShares
 from xmodal_interp.models import VLM
 from xmodal_interp.vocabulary import TOWERS, Tower

@@ -16,7 +16,7 @@ from xmodal_interp.models.geometry.cross import aspect_ratio_tiles as aspect_rat
 from xmodal_interp.models.geometry.fixed import FixedGrid as FixedGrid
 from xmodal_interp.models.geometry.fixed import fixed_grid as fixed_grid
 from xmodal_interp.models.geometry.flattened import FlattenedPatches as FlattenedPatches
-from xmodal_interp.models.geometry.framed import framed as framed
+from xmodal_interp.models.geometry.framing import framed as framed
 from xmodal_interp.models.geometry.grid import NOWHERE as NOWHERE
 from xmodal_interp.models.geometry.grid import ImageGrid as ImageGrid
 from xmodal_interp.models.geometry.grid import Rule as Rule
