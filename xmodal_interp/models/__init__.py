@@ -2,8 +2,8 @@
 
 from xmodal_interp.models.family import Family as Family
 from xmodal_interp.models.geometry import ImageGrid as ImageGrid
+from xmodal_interp.models.geometry import Thumbnail as Thumbnail
 from xmodal_interp.models.geometry import VideoGrid as VideoGrid
-from xmodal_interp.models.geometry import View as View
 from xmodal_interp.models.geometry import place_on_grid as place_on_grid
 from xmodal_interp.models.labelling import Prompt as Prompt
 from xmodal_interp.models.loading import SHIPPED as SHIPPED

@@ -20,7 +20,7 @@ from xmodal_interp.models.geometry.framing import framed as framed
 from xmodal_interp.models.geometry.grid import NOWHERE as NOWHERE
 from xmodal_interp.models.geometry.grid import ImageGrid as ImageGrid
 from xmodal_interp.models.geometry.grid import Rule as Rule
-from xmodal_interp.models.geometry.grid import View as View
+from xmodal_interp.models.geometry.grid import Thumbnail as Thumbnail
 from xmodal_interp.models.geometry.grid import place_on_grid as place_on_grid
 from xmodal_interp.models.geometry.grid import raster as raster
 from xmodal_interp.models.geometry.grid import unplaced as unplaced
