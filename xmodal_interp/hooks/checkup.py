@@ -217,12 +217,12 @@ def _seen(recording: Recording, ran: set[str], findings: _Findings) -> None:
     heard = {call.module for call in recording.calls}
     every, lost = ran | heard, sorted(ran - heard)
     idle = [each.module for each in recording.modules if each.module not in every]
-    note = f"did not run: {_few(idle)}" if idle else ""
-    note = f"not heard: {_few(lost)}" if lost else note
+    note = f"did not run: {_first_few(idle)}" if idle else ""
+    note = f"not heard: {_first_few(lost)}" if lost else note
     check = "every attention layer that ran is heard"
     findings.judge(check, len(heard), f"exactly {len(every)}", note, passed=not lost)
     if recording.without_matrix:
-        names = _few([identity.module for identity in recording.without_matrix])
+        names = _first_few([identity.module for identity in recording.without_matrix])
         check = "layers without a softmax have no matrix"
         findings.skip(check, names, len(recording.without_matrix))
 
@@ -283,6 +283,6 @@ def _checkers() -> Image.Image:
     return picture
 
 
-def _few(names: list[str]) -> str:
+def _first_few(names: list[str]) -> str:
     """The first of many names."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, LayerError, PositionError
 from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
-from xmodal_interp.hooks.heads import layers_of, listed, n_heads_of
+from xmodal_interp.hooks.heads import layers_of, n_heads_of, ranged
 from xmodal_interp.hooks.modules import Identity, attention_modules, module_of
 from xmodal_interp.hooks.own_thread import in_this_thread
 from xmodal_interp.hooks.reading import as_attention_call
@@ -174,7 +174,7 @@ class _Editor:
             )
             raise CaptureError(
                 f"An intervention must meet every layer it names. {name}, layers "
-                f"{listed(missed)}, {why}."
+                f"{ranged(missed)}, {why}."
             )
         needed = max((s.n_needed for s in self.intervention.selections), default=0)
         if self.heads and needed > self.reached:
