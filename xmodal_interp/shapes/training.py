@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from xmodal_interp.shapes.architectures import untrained
-from xmodal_interp.shapes.packing import FOCUS, IGNORE, Batch, Packer, use_packed_attention
+from xmodal_interp.shapes.packing import FOCUS, IGNORE, Batch, Packer, packed_attention
 from xmodal_interp.shapes.processors import build_processor
 from xmodal_interp.shapes.questions import KINDS
 from xmodal_interp.shapes.scenes import sample_scene
@@ -67,7 +67,6 @@ class Trainer:
         canvases = CANVASES[settings.family]
         self.packers = [Packer(settings.family, *canvas) for canvas in canvases]
         self.focused = [Packer(settings.family, *canvas, FOCUS) for canvas in canvases]
-        use_packed_attention(self.model, len(self.packers[0].prefix))
         self.optimizers = _optimizers(self.model, settings)
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -78,18 +77,20 @@ class Trainer:
         ``report(step, loss)`` after every step.
         """
         losses: list[float] = []
-        while self.step < self.settings.steps:
-            losses.append(self._train_step())
-            self.step += 1
-            report(self.step, losses[-1])
-            if self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps:
-                scores = packed_accuracy(self.model, self.packers[0])
-                self.history.append(
-                    {"step": self.step, "loss": float(np.mean(losses[-50:])), **scores}
-                )
-                self.save(folder)
+        with packed_attention(self.model, len(self.packers[0].prefix)):
+            while self.step < self.settings.steps:
+                losses.append(self._train_step())
+                self.step += 1
+                report(self.step, losses[-1])
+                due = self.step % self.settings.evaluate_every == 0
+                if due or self.step == self.settings.steps:
+                    scores = packed_accuracy(self.model, self.packers[0])
+                    loss = float(np.mean(losses[-50:]))
+                    self.history.append({"step": self.step, "loss": loss, **scores})
+                    self.save(folder)
 
     def _train_step(self) -> float:
+        """One step, with whatever attention the model has; ``run`` packs it."""
         settings = self.settings
         early = self.step < settings.focus_from * settings.steps
         packers = self.packers if early else self.focused
