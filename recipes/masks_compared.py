@@ -1,4 +1,4 @@
-r"""What may attend to what: a language model, a vision transformer, two VLMs, as they really run.
+r"""What may attend to what: a language model, a vision transformer, a VLM, as they really run.
 
 It is often said that a LLaVA-like model lets image tokens see each other both ways. It does not:
 its language model is causal throughout, image included. Here each mask is measured on a running

@@ -162,7 +162,8 @@ def _first_reading(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
     Without a cache, a language model reads the whole prompt again for each new token, and the
     towers with it, unless their features are kept.
     """
-    if not any(key[0] == "language" and reread(of) for key, of in _layers(calls).items()):
+    lengths = {key: [call.n_queries for call in of] for key, of in _layers(calls).items()}
+    if not any(key[0] == "language" and reread(of) for key, of in lengths.items()):
         return calls
     heard: set[Layer] = set()
     language_has_begun = False

@@ -11,7 +11,12 @@ class XmodalError(Exception):
 
 
 class UnsupportedModelError(XmodalError, ValueError):
-    """The model is of a type that has no family record, or it has no vision part."""
+    """A model that cannot be read.
+
+    Its type has no family record, or it has no vision part, no attention modules, an adapter that
+    adds positions without a token, or text that reaches the image by cross-attention where image
+    tokens are asked for.
+    """
 
 
 class InputError(XmodalError, ValueError):
@@ -19,7 +24,7 @@ class InputError(XmodalError, ValueError):
 
 
 class CaptureError(XmodalError, RuntimeError):
-    """Attention ran that was not seen, or the model cannot be listened to."""
+    """Attention that was not seen, or that cannot be listened to, put together or edited."""
 
 
 class LayerError(XmodalError, LookupError):
@@ -39,7 +44,11 @@ class NotRecordedError(XmodalError, LookupError):
 
 
 class GeometryError(XmodalError, ValueError):
-    """Token counts and image grid do not fit together."""
+    """No places for image or video tokens.
+
+    Counts and grid do not fit together, a view or a rule for videos is missing, or maps do not fit
+    the grid they are to be drawn or compared on.
+    """
 
 
 class StoreError(XmodalError, OSError):

@@ -94,10 +94,9 @@ def _side_by_side(table: pd.DataFrame, width: int) -> list[list[str]]:
 
 def show_store(store: Store) -> None:
     """Print how large a store is, and the settings that its samples were made with."""
-    n_bytes = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
-    out.print(f"{store.path}: {len(store)} samples, {n_bytes / 1e6:.1f} MB", highlight=False)
+    out.print(f"{store.path}: {len(store)} samples, {store.n_bytes / 1e6:.1f} MB", highlight=False)
     about = {**store.manifest, **store.manifest["settings"]}
-    rows = [(name, _listed(value)) for name, value in about.items() if name != "settings"]
+    rows = [(name, _in_words(value)) for name, value in about.items() if name != "settings"]
     show(pd.DataFrame(rows, columns=["setting", "value"]))
 
 
@@ -127,12 +126,12 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 
-def _listed(value: object) -> str:
+def _in_words(value: object) -> str:
     """A setting as one reads it: lists with commas, names before what they stand for."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_listed(each)}" for name, each in value.items())
+        return ", ".join(f"{name} {_in_words(each)}" for name, each in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_listed, value))
+        return ", ".join(map(_in_words, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""The glossary in code: what axes, towers, token kinds and roles are called.
+"""The glossary in code: what axes, towers and token kinds are called.
 
 Axes, always in this order and 0-based: ``sample``, ``layer``, ``head`` (a query head), ``kv_head``,
 ``query``, ``key``, ``d_head``. ``q``, ``k``, ``v`` are what the scores are made of (projected,
@@ -14,19 +14,17 @@ from typing import Literal
 Tower = Literal["vision", "audio", "other", "connector", "language"]
 AttentionKind = Literal["self", "cross"]
 TokenKind = Literal["image", "video", "text", "special", "padding"]
-Role = Literal["system", "user", "generated", "template"]
 
 TOWERS: tuple[Tower, ...] = ("vision", "audio", "other", "connector", "language")
 TOKEN_KINDS: tuple[TokenKind, ...] = ("image", "video", "text", "special", "padding")
 VISUAL_KINDS: tuple[TokenKind, ...] = ("image", "video")
-ROLES: tuple[Role, ...] = ("system", "user", "generated", "template")
 
 TOKEN_COLUMNS: tuple[str, ...] = (
     *("token", "kind", "role", "image", "row", "col"),
     *("x0", "y0", "x1", "y1", "start", "end"),
     *("view", "tile", "video", "frame"),
 )
-"""Columns of a token table: text, meaning, place on the grid, box in pixels of the original image,
-character span; whether the place is in the ``image`` (of a video: the frame) or in its
-``thumbnail``, and the tile, where there are any; for videos which, and which of its frames (after
-temporal merging)."""
+"""Columns of a token table: text, kind, role (``system``, ``user``, ``generated`` or ``template``),
+image, place on the grid, box in pixels of the original image, character span; whether the place is
+in the ``image`` (of a video: the frame) or in its ``thumbnail``, and the tile, where there are any;
+for videos which, and which of its frames (after temporal merging)."""

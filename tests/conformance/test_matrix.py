@@ -48,7 +48,7 @@ def test_the_table_has_a_row_per_type_and_rules_of_today() -> None:
         "as_probabilities": "",
         "worst_error": pytest.approx(5e-7, abs=5e-7),
         "generation": "same",
-        "geometry": "fixed_grid",
+        "geometry": "FixedGrid",
         "videos": "",
         "processor": "LlavaProcessor",
         "note": "",

@@ -137,6 +137,21 @@ def test_attention_that_is_not_heard_is_found() -> None:
     assert len(checkup.layers) == 0
 
 
+def test_a_layer_whose_calls_are_lost_is_found(monkeypatch) -> None:
+    right = recorder._Recorder._keep
+
+    def forgetful(self, module, heard):
+        if (self.known[module].tower, self.known[module].layer) != ("language", 1):
+            right(self, module, heard)
+
+    monkeypatch.setattr(recorder._Recorder, "_keep", forgetful)
+    checkup = xi.doctor(tiny_vlm("llava"), picture(), QUESTION)
+    assert failed(checkup) == [HEARD]
+    row = check_of(checkup, HEARD)
+    assert (row["value"], row["limit"]) == (6, "exactly 7")
+    assert row["note"] == "not heard: model.language_model.layers.1.self_attn"
+
+
 def test_a_listener_that_changes_the_output_is_found(monkeypatch) -> None:
     right = recorder._Recorder.after
 

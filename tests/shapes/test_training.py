@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from xmodal_interp.models import VLM
 from xmodal_interp.shapes import sample_scene
 from xmodal_interp.shapes.architectures import untrained
-from xmodal_interp.shapes.packing import IGNORE, Packer, use_packed_attention
+from xmodal_interp.shapes.packing import IGNORE, Packer, packed_attention
 from xmodal_interp.shapes.processors import build_processor
 from xmodal_interp.shapes.questions import ask
 from xmodal_interp.shapes.training import Settings, Trainer
@@ -45,12 +46,15 @@ def test_packed_attention_is_attention_under_the_mask_of_packs(family: str) -> N
     batch = packer.pack(scenes, rng)
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch.inputs.items()}
     masked, packed = untrained(family).double(), untrained(family).double()
-    use_packed_attention(packed, len(packer.prefix))
-    states = []
-    for model in (masked, packed):
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state
-        hidden[batch.labels != IGNORE].square().sum().backward()
-        states.append(hidden.detach())
+    known, states = list(AttentionInterface()), []
+    with packed_attention(packed, len(packer.prefix)):
+        assert packed.config.text_config._attn_implementation not in known
+        for model in (masked, packed):
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state
+            hidden[batch.labels != IGNORE].square().sum().backward()
+            states.append(hidden.detach())
+    assert list(AttentionInterface()) == known
+    assert packed.config.text_config._attn_implementation == "sdpa"
     torch.testing.assert_close(states[1], states[0], atol=1e-6, rtol=0)
     for ours, theirs in zip(packed.parameters(), masked.parameters(), strict=True):
         if theirs.grad is not None:
@@ -60,21 +64,23 @@ def test_packed_attention_is_attention_under_the_mask_of_packs(family: str) -> N
 
 def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path) -> None:
     settings = Settings("llava", steps=2, batch=2, warmup=1, evaluate_every=1)
-    whole = Trainer(settings)
-    for _ in range(2):
-        whole._train_step()
-        whole.step += 1
-    first = Trainer(settings)
-    first._train_step()
-    first.step += 1
+    whole, first, second = (Trainer(settings) for _ in range(3))
+    train(whole, 2)
+    train(first, 1)
     first.save(tmp_path)
-    second = Trainer(settings)
     assert second.resume(tmp_path)
-    second._train_step()
+    train(second, 1)
     for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match="A run resumes only with its own settings"):
         Trainer(Settings("llava", steps=3)).resume(tmp_path)
+
+
+def train(trainer: Trainer, n_steps: int) -> None:
+    with packed_attention(trainer.model, len(trainer.packers[0].prefix)):
+        for _ in range(n_steps):
+            trainer._train_step()
+            trainer.step += 1
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])

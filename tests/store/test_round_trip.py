@@ -21,7 +21,7 @@ from tests.store.made import (
     sample,
     shipped,
 )
-from xmodal_interp.models import View
+from xmodal_interp.models import Thumbnail
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, StoreWriter, open_store, schema
 
@@ -185,7 +185,7 @@ def test_tiles_a_thumbnail_and_a_reason(tmp_path):
     tiled = dataclasses.replace(
         whole,
         tiles=np.array([0, -1]),
-        thumbnail=View(1, 1, small, 1, 1, patches),
+        thumbnail=Thumbnail(1, 1, small, 1, 1, patches),
         patch_boxes=np.array([[np.nan] * 4, [0.0, 0, 4, 4], [4, 0, 8, 4]]),
     )
     unplaced = dataclasses.replace(whole, reason="Its tokens are queries.")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xmodal_interp.attention import operands
 from xmodal_interp.attention.positions import Positions, index_of_kept, resolve
-from xmodal_interp.errors import LayerError, NotRecordedError, PositionError
+from xmodal_interp.errors import LayerError, PositionError
 
 if TYPE_CHECKING:
     from xmodal_interp.vocabulary import AttentionKind, Tower
@@ -88,15 +88,18 @@ class AttentionCall:
     def _queries(self) -> Tensor:
         held = self.dense if self.q is None else self.q
         if held is None:
-            raise NotRecordedError(
-                f"A call holds q and k, or dense probabilities; {self.name} holds neither."
-            )
+            raise operands.holds_neither(self)
         return held
 
     @property
     def name(self) -> str:
         """Such as ``"language self-attention, layer 3, call 0"``, for messages."""
         return f"{self.tower} {self.kind}-attention, layer {self.layer}, call {self.call}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where its queries are, and what is computed from them."""
+        return self._queries.device
 
     @property
     def n_samples(self) -> int:
@@ -110,10 +113,7 @@ class AttentionCall:
 
     @property
     def n_kv_heads(self) -> int:
-        """Key heads; with grouped queries, fewer than query heads.
-
-        Equal to ``n_heads`` for dense calls.
-        """
+        """Key heads: fewer than query heads where these are grouped; as many for dense calls."""
         return self.n_heads if self.k is None else self.k.shape[1]
 
     @property
@@ -129,8 +129,8 @@ class AttentionCall:
     @property
     def n_bytes(self) -> int:
         """Memory of the tensors that are held; a mask shared with other calls counts here too."""
-        operands_held = (self.q, self.k, self.v, self.mask, self.bias, self.sinks)
-        held = (*operands_held, self.dense, self.update_share)
+        operands_held = (self.q, self.k, self.v, self.mask, self.bias, self.sinks, self.segments)
+        held = (*operands_held, self.dense, self.rows, self.update_share)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def select_sample(self, index: int) -> AttentionCall:
@@ -219,7 +219,7 @@ class AttentionCall:
             heads: Heads, all if not given.
             queries: Query positions, all that are held if not given.
         """
-        values = groups.to(device=self._queries.device, dtype=torch.float32).T
+        values = groups.to(device=self.device, dtype=torch.float32).T
         if values.shape[0] != self.n_keys:
             raise PositionError(
                 f"Groups have one column per key. {self.name} has {self.n_keys} keys, the groups "
@@ -245,7 +245,7 @@ class AttentionCall:
 
         Sample and head axes may have length 1.
         """
-        values = groups.to(device=self._queries.device, dtype=torch.float32).T
+        values = groups.to(device=self.device, dtype=torch.float32).T
         return operands.null_average(self, self._row_index(queries), values)
 
     def entropy(
@@ -279,22 +279,21 @@ class AttentionCall:
         """Position of each query that is held."""
         if self.rows is not None:
             return self.rows
-        return torch.arange(self.n_queries, device=self._queries.device)
+        return torch.arange(self.n_queries, device=self.device)
 
     def _row_index(self, queries: Positions | None) -> Int[Tensor, " query"]:
         """Positions to rows of ``q``."""
-        device = self._queries.device
         if queries is None:
-            return torch.arange(self.n_queries, device=device)
+            return torch.arange(self.n_queries, device=self.device)
         if self.rows is None:
-            return resolve(queries, self.n_queries, "query").to(device)
+            return resolve(queries, self.n_queries, "query").to(self.device)
         n_positions = self.n_keys if self.kind == "self" else 0
-        return index_of_kept(queries, self.rows, n_positions, self.name).to(device)
+        return index_of_kept(queries, self.rows, n_positions, self.name).to(self.device)
 
     def _head_index(self, heads: Positions | None) -> Int[Tensor, " head"]:
         if heads is None:
-            return torch.arange(self.n_heads, device=self._queries.device)
+            return torch.arange(self.n_heads, device=self.device)
         try:
-            return resolve(heads, self.n_heads, "head").to(self._queries.device)
+            return resolve(heads, self.n_heads, "head").to(self.device)
         except PositionError as error:
             raise LayerError(f"{error} ({self.name})") from None

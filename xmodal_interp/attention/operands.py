@@ -132,7 +132,7 @@ def chunk(call: AttentionCall, n_heads: int) -> int:
 
 def _full_precision(call: AttentionCall) -> torch.autocast:
     """The numbers are float32, also inside of somebody's autocast."""
-    return torch.autocast(call.query_positions.device.type, enabled=False)
+    return torch.autocast(call.device.type, enabled=False)
 
 
 def _fused(
@@ -156,10 +156,15 @@ def _fused(
 
 def _queries_and_keys(call: AttentionCall) -> tuple[Tensor, Tensor]:
     if call.q is None or call.k is None:
-        raise NotRecordedError(
-            f"A call holds q and k, or dense probabilities; {call.name} holds neither."
-        )
+        raise holds_neither(call)
     return call.q, call.k
+
+
+def holds_neither(call: AttentionCall) -> NotRecordedError:
+    """What to raise for a call from which no probability follows."""
+    return NotRecordedError(
+        f"A call holds q and k, or dense probabilities; {call.name} holds neither."
+    )
 
 
 def _sinks(

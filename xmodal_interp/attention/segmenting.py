@@ -42,7 +42,7 @@ def joined(pieces: Sequence[AttentionCall]) -> AttentionCall:
         mask=None if even else _blocks(masks),
         bias=_blocks([piece.bias for piece in pieces if piece.bias is not None]),
         dense=_blocks([piece.dense for piece in pieces if piece.dense is not None]),
-        segments=rows.to(first.query_positions.device) if even else None,
+        segments=rows.to(first.device) if even else None,
         update_share=torch.cat(shares, 1) if shares else None,
         causal=False,
         offset=0,
@@ -56,7 +56,7 @@ def part_of(call: AttentionCall, start: int, stop: int) -> AttentionCall:
     Raises:
         CaptureError: They see something else too, so that they are no part.
     """
-    rows = torch.arange(start, stop, device=call.query_positions.device)
+    rows = torch.arange(start, stop, device=call.device)
     seen = call.visible(rows)
     if bool(seen[..., :start].any() | seen[..., stop:].any()):
         raise CaptureError(
@@ -69,7 +69,7 @@ def part_of(call: AttentionCall, start: int, stop: int) -> AttentionCall:
 
 def reordered(call: AttentionCall, index: Int[Tensor, " position"]) -> AttentionCall:
     """The positions of a self-attention in another order: position ``i`` becomes ``index[i]``."""
-    index = index.to(call.query_positions.device)
+    index = index.to(call.device)
 
     def both(t: Tensor | None) -> Tensor | None:
         return t if t is None else t[..., index, :][..., index]

@@ -39,7 +39,7 @@ def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
     """
     if len(calls) == 1:
         return _without_room(calls[0])
-    if reread(calls):
+    if reread([call.n_queries for call in calls]):
         return _last_reading(calls, n_positions)
     if any(call.kind == "cross" for call in calls):
         return _joined_rows(calls)
@@ -53,9 +53,13 @@ def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
     return _placed(steps)
 
 
-def reread(calls: Sequence[AttentionCall]) -> bool:
-    """Whether the whole sequence was read again at every step: generation without a cache."""
-    return len(calls) > 1 and all(a.n_queries + 1 == b.n_queries for a, b in pairwise(calls))
+def reread(lengths: Sequence[int]) -> bool:
+    """Whether the whole sequence was read again at every step: generation without a cache.
+
+    Args:
+        lengths: How many positions each step read.
+    """
+    return len(lengths) > 1 and all(a + 1 == b for a, b in pairwise(lengths))
 
 
 def _within(calls: Sequence[AttentionCall], n_positions: int) -> list[AttentionCall]:
@@ -72,7 +76,7 @@ def _within(calls: Sequence[AttentionCall], n_positions: int) -> list[AttentionC
 
 
 def _cut(call: AttentionCall, n_queries: int) -> AttentionCall:
-    chosen = call.select_rows(torch.arange(n_queries, device=call.query_positions.device))
+    chosen = call.select_rows(torch.arange(n_queries, device=call.device))
     return replace(chosen, rows=None)
 
 
@@ -120,7 +124,7 @@ def _placed(steps: Sequence[AttentionCall]) -> AttentionCall:
     visible = [step.visible() for step in steps]
     n_heads = max(seen.shape[1] for seen in visible)
     n_samples = max(seen.shape[0] for seen in visible)
-    mask = torch.zeros(n_samples, n_heads, n, n, dtype=torch.bool, device=_device(first))
+    mask = torch.zeros(n_samples, n_heads, n, n, dtype=torch.bool, device=first.device)
     biases = [added(step) for step in steps]
     bias = _room([part for part in biases if part is not None], n)
     dense = _room([step.dense for step in steps if step.dense is not None], n)
@@ -151,10 +155,6 @@ def _placed(steps: Sequence[AttentionCall]) -> AttentionCall:
     )
 
 
-def _device(call: AttentionCall) -> torch.device:
-    return call.query_positions.device
-
-
 def _room(parts: Sequence[Tensor], n: int) -> Tensor | None:
     """Zeros for all rows and columns, as wide in samples and heads as the widest part."""
     if not parts:
@@ -165,7 +165,7 @@ def _room(parts: Sequence[Tensor], n: int) -> Tensor | None:
 
 def added(step: AttentionCall) -> Tensor | None:
     """What is added to the scores of a step: its bias, and what an additive mask adds."""
-    rows = torch.arange(step.n_queries, device=_device(step))
+    rows = torch.arange(step.n_queries, device=step.device)
     of_mask = additive_rows(step.mask, rows)
     if of_mask is None or step.bias is None:
         return step.bias if of_mask is None else of_mask

@@ -37,10 +37,10 @@ from xmodal_interp.analysis import (
 from xmodal_interp.analysis.answering import same_answer
 from xmodal_interp.capturing import Keep, capture, capture_batch
 from xmodal_interp.dataset import capture_dataset
+from xmodal_interp.demo.findings import telling
 from xmodal_interp.demo.material import held_out_scenes, of_kind, questions_about
 from xmodal_interp.demo.pictures import draw_all
 from xmodal_interp.demo.report import write_report
-from xmodal_interp.demo.telling import telling
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation import best_head, pointing_hits
 from xmodal_interp.models import VLM, load
@@ -225,7 +225,7 @@ def _positions(
 ) -> dict[str, pd.DataFrame]:
     few = samples[:16]
     full = _full(vlm, of_kind(items, "color")[:4])
-    blank = [_like(item, item["image"].copy()) for item in of_kind(items, "color")[:16]]
+    blank = [{**item, "image": item["image"].copy()} for item in of_kind(items, "color")[:16]]
     for item in blank:
         item["image"].paste((60, 60, 60), (0, 0, *item["image"].size))
     control = _captured(vlm, blank)
@@ -240,10 +240,6 @@ def _positions(
 
 def _full(vlm: VLM, items: list[dict[str, Any]]) -> list[Sample]:
     return [capture(vlm, item["image"], item["prompt"], max_new_tokens=2) for item in items]
-
-
-def _like(item: dict[str, Any], image: Any) -> dict[str, Any]:
-    return {**item, "image": image}
 
 
 def _removals(vlm: VLM, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
@@ -262,7 +258,7 @@ def _shown(vlm: VLM, before: VLM, items: list[dict[str, Any]]) -> dict[str, Any]
     item = of_kind(items, "place")[3]
     after = capture(vlm, item["image"], item["prompt"], max_new_tokens=4)
     first = capture(before, item["image"], item["prompt"])
-    return {"after": after, "before": first, "phrase": item["subject"], "box": item["box"]}
+    return {"after": after, "before": first, "phrase": item["subject"]}
 
 
 def _write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:

@@ -20,6 +20,7 @@ from xmodal_interp.figures.placement import Box, Boxes, Place, uncovered
 from xmodal_interp.figures.scales import Scale
 from xmodal_interp.figures.style import HIDDEN, SMALL, Picture
 
+_MOST_IN_A_ROW = 6
 _BAR_HEIGHTS = (1.5, 2.6)  # inches: room for the label, but no longer than it has to be
 
 
@@ -106,9 +107,9 @@ def note_on(place: Place, rows: Sequence[Sequence[Panel]], look: Look) -> str:
     return "; ".join(parts).capitalize() + "."
 
 
-def in_rows(panels: Sequence[Panel], most: int = 6) -> list[Sequence[Panel]]:
-    """Panels in rows of about equal length, at most ``most``."""
-    n_rows = -(-len(panels) // most)
+def in_rows(panels: Sequence[Panel]) -> list[Sequence[Panel]]:
+    """Panels in rows of about equal length, as few rows as will do."""
+    n_rows = -(-len(panels) // _MOST_IN_A_ROW)
     length = -(-len(panels) // n_rows)
     return [panels[i : i + length] for i in range(0, len(panels), length)]
 

@@ -39,10 +39,8 @@ _LABELS = {"probability": "attention probability", "share": "share of image atte
 
 _HIDDEN_DARK = "#8a8a8a"  # where the middle of the scale is white
 
-_FAINT, _STRONG = (
-    0.0,
-    0.95,
-)  # opacity over an image of values that say nothing, and of the strongest
+# opacity over an image of values that say nothing, and of the strongest
+_FAINT, _STRONG = 0.0, 0.95
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,9 +126,8 @@ def saved(picture: Picture, path: FigurePath) -> Picture:
 
 def readable(text: str, longest: int = 16) -> str:
     """Text of a token as it can be drawn: white space made visible, cut to ``longest``."""
-    shown = text.strip(
-        " \u0120\u2581"
-    )  # the marks that byte-level and sentencepiece tokenisers put before a word
+    # the marks that byte-level and sentencepiece tokenisers put before a word
+    shown = text.strip(" \u0120\u2581")
     shown = shown.replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\u010a", "\u21b5")
     shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in shown) or "\u2423"
     return plain(shown if len(shown) <= longest else shown[: longest - 1] + "\u2026")

@@ -30,7 +30,7 @@ from xmodal_interp.hooks.calibration import HeadMeans
 from xmodal_interp.hooks.heads import checked_heads
 from xmodal_interp.hooks.interventions import Site
 from xmodal_interp.hooks.selection import Selection
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.tapping import RawCall
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 AblationMode = Literal["zero", "uniform", "mean"]
@@ -155,5 +155,4 @@ def _uniform_average(call: RawCall, site: Site) -> Float[Tensor, "sample head qu
     """Mean of V over the visible keys of each query; 0 where there are none."""
     visible = site.attention(call).visible().float()
     probs = visible / visible.sum(-1, keepdim=True).clamp(min=1)
-    n_groups = call.query.shape[1] // call.value.shape[1]
-    return probs @ call.value.float().repeat_interleave(n_groups, 1)
+    return probs @ call.values_by_head

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from xmodal_interp.attention.masks import hidden_below
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.heads import n_heads_of
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.tapping import RawCall
 
 _SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
 _FAR_BELOW = 1e3  # the least of a row's scores under its best one that only a mask can lead to

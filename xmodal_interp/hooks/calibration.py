@@ -13,7 +13,7 @@ from torch import Tensor
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.interventions import Site, intervene
 from xmodal_interp.hooks.selection import Selection
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.tapping import RawCall
 from xmodal_interp.models import VLM
 from xmodal_interp.models.batching import Batch, batches_of
 from xmodal_interp.models.entries import Items

@@ -23,7 +23,13 @@ from PIL import Image
 from torch import nn
 
 from xmodal_interp.errors import CaptureError, GeometryError, InputError
-from xmodal_interp.hooks.comparing import difference, evaluating, seeded, tensors_of
+from xmodal_interp.hooks.comparing import (
+    difference,
+    evaluating,
+    noting_what_runs,
+    seeded,
+    tensors_of,
+)
 from xmodal_interp.hooks.compiled import refuse_compiled
 from xmodal_interp.hooks.exactness import Exactness, tolerance
 from xmodal_interp.hooks.interventions import intervene
@@ -138,11 +144,12 @@ def doctor(
     else:
         given = dict(inputs)
     with evaluating(bare), torch.no_grad():
-        recording = _same_outputs(bare, given, exactness, findings)
+        with noting_what_runs(bare) as ran:
+            recording = _same_outputs(bare, given, exactness, findings)
         if isinstance(model, VLM) and bare.can_generate():  # type: ignore[operator]
             _same_answers(model, given, findings)
         if recording is not None:
-            _seen(recording, findings)
+            _seen(recording, ran, findings)
             _exact(exactness, bare, findings)
             _tapped(bare, given, recording, findings)
     return findings.checkup(exactness.by_layer(recording.modules if recording else ()))
@@ -205,14 +212,17 @@ def _same_answers(vlm: VLM, inputs: dict[str, Any], findings: _Findings) -> None
     findings.judge(check, n_changed, "exactly 0", note, passed=n_changed == 0)
 
 
-def _seen(recording: Recording, findings: _Findings) -> None:
-    ran = {call.module for call in recording.calls}
-    idle = [identity.module for identity in recording.modules if identity.module not in ran]
-    note = f"did not run: {_listed(idle)}" if idle else ""
+def _seen(recording: Recording, ran: set[str], findings: _Findings) -> None:
+    """What is heard may be more than what ran by its class: other modules ask the interface too."""
+    heard = {call.module for call in recording.calls}
+    every, lost = ran | heard, sorted(ran - heard)
+    idle = [each.module for each in recording.modules if each.module not in every]
+    note = f"did not run: {_first_few(idle)}" if idle else ""
+    note = f"not heard: {_first_few(lost)}" if lost else note
     check = "every attention layer that ran is heard"
-    findings.judge(check, len(ran), f"exactly {len(ran)}", note, passed=True)
+    findings.judge(check, len(heard), f"exactly {len(every)}", note, passed=not lost)
     if recording.without_matrix:
-        names = _listed([identity.module for identity in recording.without_matrix])
+        names = _first_few([identity.module for identity in recording.without_matrix])
         check = "layers without a softmax have no matrix"
         findings.skip(check, names, len(recording.without_matrix))
 
@@ -273,5 +283,6 @@ def _checkers() -> Image.Image:
     return picture
 
 
-def _listed(names: list[str]) -> str:
+def _first_few(names: list[str]) -> str:
+    """The first of many names."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -21,7 +21,7 @@ from torch import Tensor
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.hooks.bypass import Heard
 from xmodal_interp.hooks.modules import Identity
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.tapping import RawCall
 
 LAYER_COLUMNS = (
     *("tower", "kind", "layer", "module"),
@@ -106,8 +106,7 @@ def _rows(call: AttentionCall) -> list[int]:
 
 def _output_error(heard: RawCall, output: Tensor, probs: Tensor, seeing: Tensor) -> float:
     """Of the rows that see a key; a probability that is NaN there is an error that is NaN."""
-    groups = heard.query.shape[1] // heard.value.shape[1]
-    values = heard.value.float().repeat_interleave(groups, 1)
+    values = heard.values_by_head
     ours = (probs @ values)[seeing]
     theirs = output.float().transpose(1, 2)[seeing]
     return float((ours - theirs).abs().max() / values.abs().max()) if len(ours) else 0.0

@@ -13,18 +13,18 @@ from xmodal_interp.hooks.modules import Identity, attention_modules
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 
-def head_counts(model: nn.Module, tower: Tower, kind: AttentionKind = "self") -> dict[int, int]:
-    """How many query heads each layer of a tower has, ascending.
+def head_counts(model: nn.Module, tower: Tower) -> dict[int, int]:
+    """How many query heads each self-attention layer of a tower has, ascending.
 
     Raises:
         LayerError: There is no such layer, or one that does not say how many heads it has.
     """
-    counts = layers_of(attention_modules(model), tower, kind)
+    counts = layers_of(attention_modules(model), tower, "self")
     silent = [layer for layer, module in counts.items() if n_heads_of(module) is None]
     if silent:
         raise LayerError(
             "A layer must say how many heads it has (num_heads, or num_attention_heads in its "
-            f"config); {tower} {kind}-attention, layers {listed(silent)}, does not."
+            f"config); {tower} self-attention, layers {ranged(silent)}, does not."
         )
     return {layer: n_heads_of(module) or 0 for layer, module in counts.items()}
 
@@ -50,7 +50,7 @@ def checked_heads(
         layer, heads = number(given, "layer"), [number(head, "head") for head in several]
         index = known[layer] if -len(known) <= layer < 0 else layer
         if index not in layers:
-            raise LayerError(f"A layer must exist. {name} has layers {listed(known)}; got {layer}.")
+            raise LayerError(f"A layer must exist. {name} has layers {ranged(known)}; got {layer}.")
         count = layers[index]
         for head in heads:
             if head < 0 if count is None else not -count <= head < count:
@@ -91,7 +91,7 @@ def n_heads_of(module: nn.Module) -> int | None:
     return None
 
 
-def listed(values: Iterable[int]) -> str:
+def ranged(values: Iterable[int]) -> str:
     """Such as ``"0 to 3"``, or ``"0, 2, 3"`` where some are missing."""
     ordered = sorted(values)
     if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):

@@ -7,9 +7,9 @@
 3. At the end of the block an intervention that never met one of its layers, or never reached one of
    its positions, is an error: an experiment must not be a silent no-op.
 
-No weight, buffer, config or module is changed, so there is nothing to restore but hooks and the
-tap, which the context manager removes on any way out. ``record`` may stand inside or outside of
-``intervene``: it records the operands as the backend was given them.
+No weight, buffer or config is changed. Hooks, the tap and a stand-in ``forward`` on attention
+modules (see :mod:`xmodal_interp.hooks.compiled`) are removed on any way out. ``record`` may stand
+inside or outside of ``intervene``: it records the operands as the backend was given them.
 
 To add one, write a frozen dataclass with the functions of :class:`Intervention`.
 """
@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, LayerError, PositionError
 from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
-from xmodal_interp.hooks.heads import layers_of, listed, n_heads_of
+from xmodal_interp.hooks.heads import layers_of, n_heads_of, ranged
 from xmodal_interp.hooks.modules import Identity, attention_modules, module_of
 from xmodal_interp.hooks.own_thread import in_this_thread
 from xmodal_interp.hooks.reading import as_attention_call
 from xmodal_interp.hooks.selection import Selection
-from xmodal_interp.hooks.tap import RawCall, tap
+from xmodal_interp.hooks.tapping import RawCall, tap
 from xmodal_interp.models import VLM
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
@@ -174,7 +174,7 @@ class _Editor:
             )
             raise CaptureError(
                 f"An intervention must meet every layer it names. {name}, layers "
-                f"{listed(missed)}, {why}."
+                f"{ranged(missed)}, {why}."
             )
         needed = max((s.n_needed for s in self.intervention.selections), default=0)
         if self.heads and needed > self.reached:

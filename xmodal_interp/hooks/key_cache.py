@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.hooks.tapping import RawCall
 
 
 @dataclass(eq=False)
@@ -45,6 +46,29 @@ class KeyCache:
             now = seen_keys(mask)
             self.seen = now if before is None or now is None else before | now
         return same
+
+
+@dataclass(eq=False)
+class KeptCall:
+    """A call without its keys, and the cache that they are the beginning of.
+
+    Attributes:
+        call: The call.
+        cache: The keys of its module; None for probabilities, which have none.
+        n_keys: How many of them are its own.
+    """
+
+    call: AttentionCall
+    cache: KeyCache | None = None
+    n_keys: int = 0
+
+    def whole(self) -> AttentionCall:
+        """The call with its keys, views into the cache."""
+        if self.cache is None:
+            return self.call
+        k, v = self.cache.k, self.cache.v
+        v = None if v is None else v[:, :, : self.n_keys]
+        return replace(self.call, k=k[:, :, : self.n_keys], v=v)
 
 
 def seen_keys(mask: Tensor | None) -> Bool[Tensor, " key"] | None:

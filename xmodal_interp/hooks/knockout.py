@@ -29,7 +29,7 @@ from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks.heads import checked_heads
 from xmodal_interp.hooks.interventions import Site
 from xmodal_interp.hooks.selection import Selection
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.tapping import RawCall
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _MASKED_BACKENDS = ("eager", "sdpa")  # they take a mask with a row per query
@@ -91,9 +91,7 @@ class KnockOut:
             return output
         part = blocked[:, :, rows]
         probs = site.attention(call).probs(queries=rows)  # [sample, head, row, key]
-        n_groups = call.query.shape[1] // call.value.shape[1]
-        values = call.value.float().repeat_interleave(n_groups, 1)
-        lost = torch.where(part, probs, 0.0) @ values
+        lost = torch.where(part, probs, 0.0) @ call.values_by_head
         return output.index_add(1, rows, -lost.transpose(1, 2).to(output.dtype))
 
     def _blocked(self, call: RawCall, site: Site) -> Bool[Tensor, "sample head query key"]:

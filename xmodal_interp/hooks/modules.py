@@ -1,9 +1,10 @@
 """Which modules of a model are attention, and what each is called: tower, kind, layer.
 
 An attention module is the innermost module whose class is named so. Its tower follows from
-ownership: the configuration of the sub-model it sits in is the vision, the text or the connector
-part of the model's configuration. Its layer is the index of its block, counted through the tower
-and kind in the order of ``named_modules``.
+ownership: the configuration of the sub-model it sits in is the vision, audio, connector, text or
+another part of the model's configuration. Where it is none of these, the names on the way to the
+module say which tower it is of. Its layer is the index of its block, counted through the tower and
+kind in the order of ``named_modules``.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.masks import simplified, visible_rows
 from xmodal_interp.hooks.modules import Identity
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.tapping import RawCall
 
 
 def as_attention_call(
@@ -22,9 +22,8 @@ def as_attention_call(
     sinks = options.get("s_aux") if options.get("s_aux") is not None else options.get("sinks")
     if sinks is None and isinstance(getattr(raw.module, "sinks", None), Tensor):
         sinks = raw.module.sinks
-    if (
-        sinks is not None and sinks.ndim == 4
-    ):  # [sample, head, query, 1]: they follow from the query
+    # [sample, head, query, 1]: they follow from the query
+    if sinks is not None and sinks.ndim == 4:
         sinks = sinks[..., 0]
     bias = options.get("position_bias")
     n_queries, n_keys = raw.query.shape[2], raw.key.shape[2]

@@ -26,7 +26,7 @@ from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks.bypass import Bypass, DenseCall, Heard, multihead_call
 from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
-from xmodal_interp.hooks.key_cache import KeyCache, own_copy, seen_keys
+from xmodal_interp.hooks.key_cache import KeptCall, KeyCache, own_copy, seen_keys
 from xmodal_interp.hooks.modules import (
     Identity,
     attention_modules,
@@ -39,7 +39,7 @@ from xmodal_interp.hooks.reading import as_attention_call, segments, whole_mask
 from xmodal_interp.hooks.recording import Choice, Recording
 from xmodal_interp.hooks.refusals import check_choice, refuse_replica
 from xmodal_interp.hooks.rotary import RotaryPositions
-from xmodal_interp.hooks.tap import RawCall, tap
+from xmodal_interp.hooks.tapping import RawCall, tap
 from xmodal_interp.hooks.updates import UpdateShares
 from xmodal_interp.models import VLM
 from xmodal_interp.vocabulary import TOWERS, Tower
@@ -71,6 +71,9 @@ def record(
     Raises:
         CaptureError: Attention ran that could not be heard (raised at the end of the block, unless
             the block itself failed), or the model is compiled, or called from compiled code.
+        InputError: No model, ``norms`` together with ``reduce``, or towers or layers that are no
+            list or that the model does not have.
+        UnsupportedModelError: The model has no attention modules.
     """
     if norms and reduce is not None:
         raise InputError("norms are known after a call, reduce is called during it: choose one.")
@@ -119,7 +122,7 @@ class _Recorder:
         self.running: list[_Run] = []
         self.asking: set[type[nn.Module]] = set()  # classes that ask the interface
         self.counts: dict[nn.Module, int] = {}
-        self.kept: list[tuple[AttentionCall, KeyCache | None, int]] = []
+        self.kept: list[KeptCall] = []
         self.caches: dict[nn.Module, KeyCache] = {}
         self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
         self.shares: UpdateShares | None = None
@@ -152,11 +155,9 @@ class _Recorder:
                 self.recording.unseen.append(self.known[module].module)
         new = self.kept[run.start :]
         if self.shares is not None and new:
-            shares = self.shares.of(module, output, [call for call, _, _ in new])
-            self.kept[run.start :] = [
-                (replace(call, update_share=share), cache, n_keys)
-                for (call, cache, n_keys), share in zip(new, shares, strict=True)
-            ]
+            shares = self.shares.of(module, output, [kept.call for kept in new])
+            for kept, share in zip(new, shares, strict=True):
+                kept.call = replace(kept.call, update_share=share)
 
     def before(self, call: RawCall) -> RawCall:
         if self.running:
@@ -208,7 +209,7 @@ class _Recorder:
             with torch.autocast(device, enabled=False):  # the model's own, not of what is read off
                 self.recording.results.append(self.choice.reduce(call))
         elif isinstance(heard, DenseCall):
-            self.kept.append((call, None, 0))
+            self.kept.append(KeptCall(call))
         else:
             cache = self.caches.get(module)
             mask = self._mask(heard)
@@ -217,14 +218,11 @@ class _Recorder:
                 cache = KeyCache(own_copy(heard.key), values, seen_keys(mask))
                 self.caches[module] = cache
             without_keys = replace(call, q=own_copy(heard.query), k=None, v=None)
-            self.kept.append((without_keys, cache, heard.key.shape[2]))
+            self.kept.append(KeptCall(without_keys, cache, heard.key.shape[2]))
 
     def finish(self) -> None:
         """Hand each call its keys, as a view into the cache they are the beginning of."""
-        for call, cache, n_keys in self.kept:
-            v = None if cache is None or cache.v is None else cache.v[:, :, :n_keys]
-            k = None if cache is None else cache.k[:, :, :n_keys]
-            self.recording.calls.append(replace(call, k=k, v=v))
+        self.recording.calls += [kept.whole() for kept in self.kept]
         self.kept.clear()
 
     def _mask(self, raw: RawCall) -> Tensor | None:

@@ -41,7 +41,7 @@ def check_choice(
             )
 
 
-def refuse_replica(module: nn.Module, args: Any = ()) -> None:  # noqa: ARG001
+def refuse_replica(module: nn.Module, args: Any) -> None:  # noqa: ARG001
     """Raise CaptureError in a copy that ``nn.DataParallel`` made for one of its devices."""
     if getattr(module, "_is_replica", False):
         raise CaptureError(

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from xmodal_interp.attention import reread
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.hooks.own_thread import in_this_thread
 
@@ -60,7 +60,6 @@ class RotaryPositions:
         """The positions of everything that was read; None if no rotary module told any."""
         if not self.heard:
             return None
-        sizes = [each.shape[-1] for each in self.heard]
-        reread = len(sizes) > 1 and all(a + 1 == b for a, b in pairwise(sizes))
-        joined = self.heard[-1] if reread else torch.cat(self.heard, -1)
+        again = reread([each.shape[-1] for each in self.heard])
+        joined = self.heard[-1] if again else torch.cat(self.heard, -1)
         return joined.cpu().expand(len(AXES), -1, -1) if joined.shape[0] == 1 else joined.cpu()

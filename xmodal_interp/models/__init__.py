@@ -2,7 +2,7 @@
 
 from xmodal_interp.models.decoding import checked_length
 from xmodal_interp.models.family import Family
-from xmodal_interp.models.geometry import ImageGrid, VideoGrid, View, place_on_grid
+from xmodal_interp.models.geometry import ImageGrid, Thumbnail, VideoGrid, place_on_grid
 from xmodal_interp.models.labelling import Prompt
 from xmodal_interp.models.loading import SHIPPED, load
 from xmodal_interp.models.opening import ImageLike, Video, open_image, open_video
@@ -20,9 +20,9 @@ __all__ = [
     "ImageGrid",
     "ImageLike",
     "Prompt",
+    "Thumbnail",
     "Video",
     "VideoGrid",
-    "View",
     "check_vlm",
     "check_whole",
     "checked_length",

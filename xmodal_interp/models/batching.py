@@ -23,6 +23,7 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.models.entries import PROMPT, Items, entry, listed, visuals_of
 from xmodal_interp.models.labelling import Prompt
 from xmodal_interp.models.sequences import DECODER_IDS, DECODER_MASK, prompt_ids
+from xmodal_interp.models.tokens import separator_behind
 from xmodal_interp.models.vlm import VLM, check_vlm
 
 
@@ -104,7 +105,7 @@ def answer_ids(vlm: VLM, text: str, answer: str) -> tuple[int, ...]:
     Raises:
         InputError: The answer is empty, or changes how the prompt before it is tokenized.
     """
-    separator = "" if text.endswith((" ", "\n")) else " "
+    separator = separator_behind(text)
     before = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = vlm.tokenizer(text + separator + answer, add_special_tokens=False)["input_ids"]
     kept = list(whole[: len(before)]) == list(before) and len(whole) > len(before)

@@ -1,8 +1,8 @@
 """One record per model type: where its image tokens are, and the rule that places them.
 
 To add a family, write a record: its model type, where its configuration keeps the id of the image
-tokens, and the geometry rule that they follow, or the reason why they have no place. Nothing else
-in the package knows a model by name.
+tokens, and the geometry rule that they follow, or the reason why they have no place. Outside
+``models/`` and ``shapes/`` no code branches on a model type.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def token_columns(
     tokenizer: Any,
     placeholders: Placeholders,
     spans: Sequence[Span],
-    aligned: Sequence[bool] | None = None,
+    aligned: Sequence[bool],
 ) -> Columns:
     """What stands at each position of a prompt, padding included: columns of the token table.
 
@@ -61,19 +61,18 @@ def token_columns(
     Args:
         ids: Token ids as the model gets them.
         attended: False on padding.
-        alignment: The positions that are attended, or those in ``aligned``.
+        alignment: The positions in ``aligned``.
         tokenizer: A fast tokenizer.
         placeholders: Ids of image and video tokens.
         spans: Whose text is where.
-        aligned: Which positions the alignment is of, if not of all that are attended.
+        aligned: Which positions the alignment is of.
     """
     pieces = _pieces(tokenizer, ids)
     special = set(tokenizer.all_special_ids)
     added = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
     placed = iter(alignment.positions)
     nothing = Position(-1, -1, None, None)
-    of_prompt = attended if aligned is None else aligned
-    positions = [next(placed) if written else nothing for written in of_prompt]
+    positions = [next(placed) if written else nothing for written in aligned]
     columns: dict[str, list[Any]] = {
         name: [] for name in ("token", "kind", "role", "image", "video", "start", "end")
     }
@@ -211,6 +210,11 @@ def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
     return _table(with_places(bare, grids), n)
 
 
+def separator_behind(text: str) -> str:
+    """What stands between a prompt and its answer: a space, if the prompt does not end in one."""
+    return "" if text.endswith((" ", "\n")) else " "
+
+
 def generated_table(
     read: Sequence[int], answer: Sequence[int], tokenizer: Any, n_before: int, text: str
 ) -> tuple[pd.DataFrame, str]:
@@ -227,7 +231,7 @@ def generated_table(
     special = set(tokenizer.all_special_ids)
     pieces = tokenizer.convert_ids_to_tokens(list(ids))
     columns: dict[str, list[Any]] = {name: [] for name in ("token", "kind", "start", "end")}
-    separator = "" if text.endswith((" ", "\n")) else " "
+    separator = separator_behind(text)
     before = ""
     for i, token in enumerate(ids):
         after = tokenizer.decode(ids[: i + 1], skip_special_tokens=True)

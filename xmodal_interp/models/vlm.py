@@ -152,14 +152,19 @@ class VLM:
                 "prompts. Record the attention with xi.record(model)."
             )
         labeller = Labeller(self.processor, self.family, self.model.config, self.placeholder)
-        labelled = [
-            labeller.prompt(Made(*made), read_at(self.family, begun, i, _n_tokens(made[4])))
-            for i, made in enumerate(
-                zip(
-                    questions, opened, prompts, replacements, grids, video_grids, shown, strict=True
-                )
+        labelled = []
+        for i, question in enumerate(questions):
+            made = Made(
+                question=question,
+                images=opened[i],
+                prompt=prompts[i],
+                replacements=replacements[i],
+                grids=grids[i],
+                video_grids=video_grids[i],
+                videos=shown[i],
             )
-        ]
+            read = read_at(self.family, begun, i, _n_tokens(made.grids))
+            labelled.append(labeller.prompt(made, read))
         if self.family.rewritten:
             begun = as_generated(self.model.config, begun)
         device = input_device(self.model)

@@ -5,11 +5,13 @@ one image: ``[<bos> user: IMAGE | question answer | question answer | ...]``. A 
 question see the image and itself only, and its positions restart behind the image, so that the
 packed logits are the logits of the questions asked one by one.
 
-``use_packed_attention`` computes that mask in two parts, which takes a third less time on a CPU.
+``packed_attention`` computes that mask in two parts, which takes a third less time on a CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,14 +41,8 @@ FOCUS: tuple[str, ...] = (
     *("color", "shape", *("place",) * 8),
     *("count", "existence", "description"),
 )
-_PROMPT = {
-    "color": 7,
-    "shape": 6,
-    "place": 7,
-    "count": 5,
-    "existence": 7,
-    "description": 5,
-}  # words, "assistant:" included
+# words, "assistant:" included
+_PROMPT = {"color": 7, "shape": 6, "place": 7, "count": 5, "existence": 7, "description": 5}
 _ANSWER = {"color": 1, "shape": 1, "place": 2, "count": 1, "existence": 1, "description": 15}
 IGNORE = -100  # the label of positions without a loss
 
@@ -157,21 +153,31 @@ class Packer:
         blocks = pixels.reshape(n, channels, rows, MERGE, p, cols, MERGE, p).permute(
             0, 2, 5, 3, 6, 1, 4, 7
         )
-        frames = blocks.unsqueeze(6).expand(
-            *blocks.shape[:6], 2, p, p
-        )  # a still image is a film of two equal frames
+        # a still image is a film of two equal frames
+        frames = blocks.unsqueeze(6).expand(*blocks.shape[:6], 2, p, p)
         grid = torch.tensor([[1, rows * MERGE, cols * MERGE]]).expand(n, 3)
         return {"pixel_values": frames.reshape(-1, channels * 2 * p * p), "image_grid_thw": grid}
 
 
-def use_packed_attention(model: PreTrainedModel, prefix: int) -> None:
+@contextmanager
+def packed_attention(model: PreTrainedModel, prefix: int) -> Iterator[None]:
     """Have the language model attend as packed batches allow; ``prefix`` counts their first part.
 
-    For training only: any other input must not be given to the model meanwhile.
+    For training only: any other input must not be given to the model inside the block. At its end
+    the model has the attention that it had, and transformers knows of this one no more.
     """
-    name = f"packed_{prefix}"
+    before = {
+        "": model.config._attn_implementation,
+        "text_config": model.config.text_config._attn_implementation,
+    }
+    name = f"packed_{id(model)}"
     AttentionInterface.register(name, partial(_packed_attention, prefix=prefix))
-    model.set_attn_implementation({"": "sdpa", "text_config": name})
+    try:
+        model.set_attn_implementation({**before, "text_config": name})
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        del AttentionInterface._global_mapping[name]  # what is registered has no other way back
 
 
 def _packed_attention(

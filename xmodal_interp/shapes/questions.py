@@ -1,10 +1,10 @@
 """Questions about a scene whose answers are known, and what each is about.
 
 Six kinds: ``color``, ``shape``, ``place``, ``count``, ``existence`` and ``description``. All but
-``count`` need the model to find one thing among several, so attention to the right place matters (a
-task that mean pooling solves tells nothing about attention). Half of the existence questions are
-about a thing that is not there, most of them "hard": its colour and its shape both occur, on
-different things.
+``count`` and ``description`` need the model to find one thing among several, so attention to the
+right place matters (a task that mean pooling solves tells nothing about attention). Half of the
+existence questions are about a thing that is not there, most of them "hard": its colour and its
+shape both occur, on different things.
 """
 
 from __future__ import annotations

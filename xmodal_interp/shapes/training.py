@@ -25,20 +25,17 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from xmodal_interp.shapes.architectures import untrained
-from xmodal_interp.shapes.packing import FOCUS, IGNORE, Batch, Packer, use_packed_attention
+from xmodal_interp.shapes.packing import FOCUS, IGNORE, Batch, Packer, packed_attention
 from xmodal_interp.shapes.processors import build_processor
 from xmodal_interp.shapes.questions import KINDS
 from xmodal_interp.shapes.scenes import sample_scene
 
+# width x height; all 144 tokens, half of the steps not square
 CANVASES = {
     "llava": ((96, 96),),
-    "qwen2_vl": (
-        (96, 96),
-        (96, 96),
-        (128, 72),
-        (72, 128),
-    ),  # width x height; all 144 tokens, half of the steps not square
+    "qwen2_vl": ((96, 96), (96, 96), (128, 72), (72, 128)),
 }
+_EVALUATED = (4, 64)  # batches, and scenes in each
 _HELD_OUT = 2**31  # scenes of the evaluations come from seeds beyond every training step
 
 
@@ -70,7 +67,6 @@ class Trainer:
         canvases = CANVASES[settings.family]
         self.packers = [Packer(settings.family, *canvas) for canvas in canvases]
         self.focused = [Packer(settings.family, *canvas, FOCUS) for canvas in canvases]
-        use_packed_attention(self.model, len(self.packers[0].prefix))
         self.optimizers = _optimizers(self.model, settings)
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -81,18 +77,20 @@ class Trainer:
         ``report(step, loss)`` after every step.
         """
         losses: list[float] = []
-        while self.step < self.settings.steps:
-            losses.append(self._train_step())
-            self.step += 1
-            report(self.step, losses[-1])
-            if self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps:
-                scores = packed_accuracy(self.model, self.packers[0])
-                self.history.append(
-                    {"step": self.step, "loss": float(np.mean(losses[-50:])), **scores}
-                )
-                self.save(folder)
+        with packed_attention(self.model, len(self.packers[0].prefix)):
+            while self.step < self.settings.steps:
+                losses.append(self._train_step())
+                self.step += 1
+                report(self.step, losses[-1])
+                due = self.step % self.settings.evaluate_every == 0
+                if due or self.step == self.settings.steps:
+                    scores = packed_accuracy(self.model, self.packers[0])
+                    loss = float(np.mean(losses[-50:]))
+                    self.history.append({"step": self.step, "loss": loss, **scores})
+                    self.save(folder)
 
     def _train_step(self) -> float:
+        """One step, with whatever attention the model has; ``run`` packs it."""
         settings = self.settings
         early = self.step < settings.focus_from * settings.steps
         packers = self.packers if early else self.focused
@@ -161,12 +159,11 @@ class Trainer:
 
 
 @torch.no_grad()
-def packed_accuracy(
-    model: PreTrainedModel, packer: Packer, n_batches: int = 4, size: int = 64
-) -> dict[str, float]:
+def packed_accuracy(model: PreTrainedModel, packer: Packer) -> dict[str, float]:
     """Share of held-out questions answered in full, teacher-forced, by kind."""
     model.eval()
     right, asked = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    n_batches, size = _EVALUATED
     for i in range(n_batches):
         batch = _draw(packer, np.random.default_rng((_HELD_OUT, i)), size)
         logits = model.lm_head(model.model(**batch.inputs, use_cache=False).last_hidden_state)

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.models import ImageGrid, Video, VideoGrid, View, open_image
+from xmodal_interp.models import ImageGrid, Thumbnail, Video, VideoGrid, open_image
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import schema
 
@@ -207,7 +207,7 @@ def _fields(
     own |= {name: arrays.get(at + name) for name in optional}
     if "thumbnail" in numbers:
         small = {name: arrays[f"{at}thumbnail.{name}"] for name in schema.VIEW_ARRAYS}
-        own["thumbnail"] = View(**{**numbers["thumbnail"], **small})
+        own["thumbnail"] = Thumbnail(**{**numbers["thumbnail"], **small})
     return own
 
 

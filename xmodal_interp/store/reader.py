@@ -79,7 +79,7 @@ class Store(Sequence[Sample]):
             if index not in self._known:
                 raise NotRecordedError(
                     f"A sample is asked for by a name that the store has. {self.path} has no "
-                    f"{index!r}, but {_brief(self.names)}."
+                    f"{index!r}, but {_names_there(self.names)}."
                 )
             return self._read(index)
         if not -len(self) <= index < len(self):
@@ -228,6 +228,7 @@ def _videos(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[Video, 
     return tuple(videos) if all(len(video) for video in videos) else ()
 
 
-def _brief(names: Sequence[str]) -> str:
+def _names_there(names: Sequence[str]) -> str:
+    """The first few names of a store's samples, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{', '.join(map(repr, names[:5])) or 'no samples'}{more}"

@@ -37,7 +37,8 @@ A store is a folder::
 6. Each member of ``calls`` is one attention call: its scalars, the names of its ``tensors`` and, in
    ``shared``, which shared tensors are its ``mask`` and ``bias``. A layer's file MUST hold
    the tensors of that layer only, named ``CALL.NAME``, as the model made them: no rounding.
-   A call MUST hold ``q`` and ``k``, or ``dense``; it MAY hold ``v``, ``sinks`` and ``rows``.
+   A call MUST hold ``q`` and ``k``, or ``dense``; it MAY hold ``v``, ``sinks``, ``rows``,
+   ``update_share`` and ``segments``.
 7. A causal flag is a flag. A mask or bias that several calls have in common MUST be stored once.
    Boolean ones are packed 8 to a byte, most significant bit first (``packed`` with their
    ``shape``); additive ones are stored as they are.
@@ -212,23 +213,17 @@ def check_name(name: str) -> None:
         InputError: What is wrong with it.
     """
     size = len(name.encode(errors="replace"))
-    problem = (
-        "it is empty"
-        if not name
-        else f"it has {size} bytes"
-        if size > _MAX_NAME_BYTES
-        else "it begins with a dot or a space"
-        if name[0] in ". "
-        else "it ends with a dot or a space"
-        if name[-1] in ". "
-        else f"it contains {', '.join(map(repr, sorted(_FORBIDDEN & set(name))))}"
-        if _FORBIDDEN & set(name)
-        else "it contains characters that cannot be printed"
-        if not name.isprintable()
-        else "it is not in Unicode normal form NFC"
-        if not unicodedata.is_normalized("NFC", name)
-        else None
+    forbidden = sorted(_FORBIDDEN & set(name))
+    problems = (
+        (not name, "it is empty"),
+        (size > _MAX_NAME_BYTES, f"it has {size} bytes"),
+        (name[:1] in (".", " "), "it begins with a dot or a space"),
+        (name[-1:] in (".", " "), "it ends with a dot or a space"),
+        (bool(forbidden), f"it contains {', '.join(map(repr, forbidden))}"),
+        (not name.isprintable(), "it contains characters that cannot be printed"),
+        (not unicodedata.is_normalized("NFC", name), "it is not in Unicode normal form NFC"),
     )
+    problem = next((text for is_so, text in problems if is_so), None)
     if problem:
         raise InputError(
             f"A sample's name is the name of a folder: up to {_MAX_NAME_BYTES} bytes, printable, "

@@ -14,12 +14,12 @@ from xmodal_interp.models.geometry.convolved import code_grid, code_rows, fused_
 from xmodal_interp.models.geometry.cross import aspect_ratio_tiles
 from xmodal_interp.models.geometry.fixed import FixedGrid, fixed_grid
 from xmodal_interp.models.geometry.flattened import FlattenedPatches
-from xmodal_interp.models.geometry.framed import framed
+from xmodal_interp.models.geometry.framing import framed
 from xmodal_interp.models.geometry.grid import (
     NOWHERE,
     ImageGrid,
     Rule,
-    View,
+    Thumbnail,
     place_on_grid,
     raster,
     unplaced,
@@ -83,9 +83,9 @@ __all__ = [
     "SingleFrames",
     "SizedTiles",
     "SplitTiles",
+    "Thumbnail",
     "VideoGrid",
     "VideoRule",
-    "View",
     "anyres_tiles",
     "applied",
     "aspect_ratio_tiles",

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.grid import NOWHERE, ImageGrid, View, raster
+from xmodal_interp.models.geometry.grid import NOWHERE, ImageGrid, Thumbnail, raster
 
 Box = tuple[float, float, float, float]
 """``(x0, y0, x1, y1)`` in pixels of the original image."""
@@ -158,7 +158,7 @@ def image_grid(
     main_patches, small_patches = _split(patch)
     thumbnail = None
     if token.of_thumbnail.any() or patch.of_thumbnail.any():
-        thumbnail = View(*_extent(small), small, *_extent(small_patches), small_patches)
+        thumbnail = Thumbnail(*_extent(small), small, *_extent(small_patches), small_patches)
     return ImageGrid(
         width,
         height,

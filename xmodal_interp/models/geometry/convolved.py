@@ -10,10 +10,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import (
     at_top_left,
     image_grid,
@@ -25,6 +23,7 @@ from xmodal_interp.models.geometry.fixed import squares
 from xmodal_interp.models.geometry.grid import ImageGrid
 from xmodal_interp.models.geometry.patches import vision_of
 from xmodal_interp.models.geometry.replaying import shown
+from xmodal_interp.models.geometry.sized import told_sizes
 from xmodal_interp.models.geometry.tiling import whole
 
 _FUSED_AT = 16
@@ -56,12 +55,7 @@ def code_rows(
     The sides are rounded to whole codes, each for itself. The VQ-VAE reads all images of a batch at
     the size of the largest; what is padding has no place.
     """
-    sizes = np.asarray(inputs["image_sizes"]).reshape(-1, 2).tolist()
-    if len(sizes) != len(images):
-        raise GeometryError(
-            f"The processor must return one of image_sizes per image. There are {len(images)} "
-            f"images and {len(sizes)} sizes."
-        )
+    sizes = told_sizes(inputs, images)
     side = _code_side(config)
     all_rows, all_cols = (length // side for length in inputs["pixel_values"].shape[-2:])
     grids = []

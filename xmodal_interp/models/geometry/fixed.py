@@ -12,7 +12,6 @@ from xmodal_interp.models.geometry.cells import (
     Box,
     Cells,
     image_grid,
-    joined,
     nowhere,
     rectangle,
     shifted,
@@ -24,61 +23,66 @@ from xmodal_interp.models.geometry.replaying import shown
 Show = Callable[[Any, Image.Image, int, int], Box]
 """``(processor, image, width, height) -> box``: what an image's pixels show of it."""
 
+Count = Callable[[Any, Any], int]
+"""``(config, processor) -> number``."""
+
+
+def kept_class_token(config: Any, _processor: Any) -> int:
+    """One where the features keep the tower's class token, as a LLaVA's configuration says."""
+    return int(getattr(config, "vision_feature_select_strategy", "default") == "full")
+
+
+def counted_class_token(_config: Any, processor: Any) -> int:
+    """One where the processor counts a class token beside the patches."""
+    return int(bool(getattr(processor, "num_additional_image_tokens", 0)))
+
 
 @dataclass(frozen=True)
 class FixedGrid:
     """Every image is resized, and cropped or padded, to the same size, then cut into squares.
 
     Attributes:
-        cell: The side of a token's square, px of the resized image, from the configuration and the
-            processor.
+        cell: The side of a token's square, px of the resized image.
         show: What the resized image shows.
-        before: How many tokens without a place the model puts before those of the grid.
+        before: How many tokens without a place the model puts before those of the grid, or what
+            says so.
         shift: How far up and left of its square a token looks, in squares.
-        tower_before: How many positions without a place the vision tower has before the patches;
-            None where it reads them window by window, so that no position has one patch.
+        tower_before: How many positions without a place the vision tower has before the patches,
+            or what says so; None where it reads them window by window, so that no position has one
+            patch.
     """
 
-    cell: Callable[[Any, Any], int] = patch_side
+    cell: Count = patch_side
     show: Show = shown
-    before: int = 0
+    before: int | Count = 0
     shift: float = 0.0
-    tower_before: int | None = 0
+    tower_before: int | Count | None = 0
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
         """One grid per image."""
-        height, width = inputs["pixel_values"].shape[-2:]
+        pixels = inputs.get("pixel_values_images", inputs.get("pixel_values"))
+        height, width = pixels.shape[-2:]
         side = self.cell(config, processor)
         grids = []
         for image in images:
             cells = squares(self.show(processor, image, width, height), width, height, side)
             cells = shifted(cells, self.shift)
-            tower = [] if self.tower_before is None else [nowhere(self.tower_before), cells]
-            grids.append(image_grid(image.size, [nowhere(self.before), cells], tower))
+            tokens = [nowhere(_number(self.before, config, processor)), cells]
+            tower = []
+            if self.tower_before is not None:
+                tower = [nowhere(_number(self.tower_before, config, processor)), cells]
+            grids.append(image_grid(image.size, tokens, tower))
         return grids
 
 
-def fixed_grid(
-    processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
-) -> list[ImageGrid]:
-    """Every image is resized and cropped to the same size, then cut into patches (LLaVA).
+def _number(told: int | Count, config: Any, processor: Any) -> int:
+    return told if isinstance(told, int) else told(config, processor)
 
-    The features may keep the tower's class token, which has no place.
-    """
-    pixels = inputs.get("pixel_values_images", inputs.get("pixel_values"))
-    height, width = pixels.shape[-2:]
-    side = patch_side(config)
-    with_class = getattr(config, "vision_feature_select_strategy", "default") == "full"
-    has_class = bool(getattr(processor, "num_additional_image_tokens", 0))
-    grids = []
-    for image in images:
-        cells = squares(shown(processor, image, width, height), width, height, side)
-        headed = joined([nowhere(1), cells])
-        tokens, patches = headed if with_class else cells, headed if has_class else cells
-        grids.append(image_grid(image.size, [tokens], [patches]))
-    return grids
+
+fixed_grid = FixedGrid(before=kept_class_token, tower_before=counted_class_token)
+"""Of patches; features and tower may have a class token, as is configured (LLaVA)."""
 
 
 def squares(box: Box, width: int, height: int, side: int) -> Cells:

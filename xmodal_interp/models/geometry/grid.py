@@ -25,7 +25,7 @@ VIEWS: tuple[str, ...] = (IMAGE, THUMBNAIL)
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class Thumbnail:
     """The thumbnail of a tiled image or video: rows and columns of its own, for the same tokens.
 
     Attributes:
@@ -51,7 +51,7 @@ class Viewed:
     """What images and videos have in common: tokens of the tiles, and of a thumbnail."""
 
     places: Int[np.ndarray, "token axis"]
-    thumbnail: View | None
+    thumbnail: Thumbnail | None
 
     @property
     def n_tokens(self) -> int:
@@ -125,7 +125,7 @@ class ImageGrid(Viewed):
     patch_cols: int
     patch_places: Int[np.ndarray, "patch 2"]
     tiles: Int[np.ndarray, " token"] | None = None
-    thumbnail: View | None = None
+    thumbnail: Thumbnail | None = None
     patch_boxes: Float[np.ndarray, "patch 4"] | None = None
     reason: str | None = None
 
@@ -176,10 +176,16 @@ def unplaced(size: tuple[int, int], n_tokens: int, reason: str) -> ImageGrid:
 
 
 def place_on_grid(
-    values: Float[np.ndarray, " token"], places: Int[np.ndarray, "token 2"], rows: int, cols: int
-) -> Float[np.ndarray, "row col"]:
-    """Values on their cells; NaN on cells without a token."""
-    out = np.full((rows, cols), np.nan)
+    values: Float[np.ndarray, " token"], places: Int[np.ndarray, "token axis"], *shape: int
+) -> Float[np.ndarray, "..."]:
+    """Values on their cells; NaN on cells without a token.
+
+    Args:
+        values: One per token.
+        places: The cell of each token: row and column, of a video frame, row and column.
+        *shape: How many rows and columns there are, or frames, rows and columns.
+    """
+    out = np.full(shape, np.nan)
     placed = places[:, 0] >= 0
     out[tuple(places[placed].T)] = values[placed]
     return out

@@ -71,11 +71,8 @@ def shown_by(settings: Any, size: tuple[int, int], width: int, height: int) -> B
     left, top = 0.0, 0.0
     if getattr(settings, "do_center_crop", False):
         left, top = _crop_start(new_w, width), _crop_start(new_h, height)
-    elif (new_w, new_h) != (width, height):
-        raise GeometryError(
-            "The processor's settings must lead to the pixels it returned. Replayed were "
-            f"{new_w} x {new_h}, returned {width} x {height}."
-        )
+    else:
+        check_replayed((new_w, new_h), (width, height))
     x0, y0 = x0 + left / scale_x, y0 + top / scale_y
     return x0, y0, x0 + width / scale_x, y0 + height / scale_y
 
@@ -120,6 +117,19 @@ def at_the_top(processor: Any, image: Image.Image, width: int, height: int) -> B
 def shown_in_frames(processor: Any, image: Image.Image, width: int, height: int) -> Box:
     """What is shown where a processor of videos is given the images, as frames."""
     return shown_by(processor.video_processor, image.size, width, height)
+
+
+def check_replayed(replayed: tuple[int, int], returned: tuple[int, int]) -> None:
+    """Refuse pixels of another width and height than the settings lead to.
+
+    Raises:
+        GeometryError: They differ.
+    """
+    if replayed != returned:
+        raise GeometryError(
+            "The processor's settings must lead to the pixels it returned. Replayed were "
+            f"{replayed[0]} x {replayed[1]}, returned {returned[0]} x {returned[1]}."
+        )
 
 
 def _pads_to_square(settings: Any) -> bool:

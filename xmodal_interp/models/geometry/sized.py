@@ -52,12 +52,7 @@ def sized_patches(
     The sides are rounded up to whole blocks, each for itself, so that the boxes fill the image
     exactly. What stands between the rows in the sequence are no image tokens.
     """
-    sizes = np.asarray(inputs["image_sizes"]).reshape(-1, 2).tolist()
-    if len(sizes) != len(images):
-        raise GeometryError(
-            f"The processor must return one of image_sizes per image. There are {len(images)} "
-            f"images and {len(sizes)} sizes."
-        )
+    sizes = told_sizes(inputs, images)
     side, merge = patch_side(config), config.spatial_merge_size
     grids = []
     for image, (height, width) in zip(images, sizes, strict=True):
@@ -65,6 +60,21 @@ def sized_patches(
         tokens = rectangle(rows // merge, cols // merge, whole(image))
         grids.append(image_grid(image.size, [tokens], [rectangle(rows, cols, whole(image))]))
     return grids
+
+
+def told_sizes(inputs: Mapping[str, Any], images: Sequence[Image.Image]) -> list[tuple[int, int]]:
+    """Height and width that each image was resized to, px, as the processor tells them.
+
+    Raises:
+        GeometryError: It does not tell one size per image.
+    """
+    sizes = np.asarray(inputs["image_sizes"]).reshape(-1, 2).tolist()
+    if len(sizes) != len(images):
+        raise GeometryError(
+            f"The processor must return one of image_sizes per image. There are {len(images)} "
+            f"images and {len(sizes)} sizes."
+        )
+    return [(height, width) for height, width in sizes]
 
 
 def counted_patches(

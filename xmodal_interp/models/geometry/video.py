@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import Box, Cells, in_blocks, joined, nowhere, rectangle
-from xmodal_interp.models.geometry.grid import IMAGE, NOWHERE, View, Viewed
+from xmodal_interp.models.geometry.grid import IMAGE, NOWHERE, Thumbnail, Viewed, place_on_grid
 from xmodal_interp.models.geometry.patches import block_of, patch_side
 from xmodal_interp.models.geometry.replaying import shown_by
 from xmodal_interp.models.opening import Video
@@ -55,7 +55,7 @@ class VideoGrid(Viewed):
     patch_cols: int
     patch_places: Int[np.ndarray, "patch 3"]
     tiles: Int[np.ndarray, " token"] | None = None
-    thumbnail: View | None = None
+    thumbnail: Thumbnail | None = None
 
     def arranged(
         self, values: Float[np.ndarray, " token"], view: str = IMAGE, *, number: int = 0
@@ -80,10 +80,7 @@ class VideoGrid(Viewed):
         patches = (self.patch_frames, of.patch_rows, of.patch_cols)
         for places, shape in ((of.places, tokens), (of.patch_places, patches)):
             if values.shape == (len(places),):
-                out = np.full(shape, np.nan)
-                placed = places[:, 0] >= 0
-                out[tuple(places[placed].T)] = values[placed]
-                return out
+                return place_on_grid(values, places, *shape)
         raise GeometryError(
             f"Video {number} has {len(self.places)} tokens ({_times(tokens)}) and "
             f"{len(self.patch_places)} vision positions ({_times(patches)}); "
@@ -232,7 +229,7 @@ def video_grid(
     thumbnail = None
     if token.of_thumbnail.any() or patch.of_thumbnail.any():
         shape, patch_shape = _extent(small)[1:], _extent(small_patches)[1:]
-        thumbnail = View(*shape, small, *patch_shape, small_patches)
+        thumbnail = Thumbnail(*shape, small, *patch_shape, small_patches)
     together = -(-len(video) // len(frames))
     pace = np.nan if video.fps is None else 1 / video.fps
     return VideoGrid(

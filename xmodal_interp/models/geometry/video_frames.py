@@ -14,6 +14,7 @@ import numpy as np
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import Box, joined, nowhere, rectangle
 from xmodal_interp.models.geometry.merged import size_within_tokens
+from xmodal_interp.models.geometry.replaying import check_replayed
 from xmodal_interp.models.geometry.video import VideoGrid, video_grid, whole
 from xmodal_interp.models.opening import Video
 
@@ -71,12 +72,7 @@ def squeezed(settings: Any, size: tuple[int, int], width: int, height: int) -> B
         GeometryError: The settings do not lead to these pixels.
     """
     side = settings.max_image_size["longest_edge"]
-    expected = (side, side) if settings.do_resize else size
-    if expected != (width, height):
-        raise GeometryError(
-            "The processor's settings must lead to the pixels it returned. Replayed were "
-            f"{expected[0]} x {expected[1]}, returned {width} x {height}."
-        )
+    check_replayed((side, side) if settings.do_resize else size, (width, height))
     return 0.0, 0.0, float(size[0]), float(size[1])
 
 

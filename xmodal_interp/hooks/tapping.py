@@ -2,9 +2,10 @@
 
 Attention modules ask ``AttentionInterface`` for the function of the backend they are configured
 with. While a tap is open, what the interface hands out is wrapped: the original function is called
-with unchanged arguments and its output is returned as it is, so the model computes bit for bit what
-it computes alone. No config is touched, and no name is registered: some models test the *name* of
-their backend, and answer differently under another one.
+with the arguments it was given, and its output returned, unless a listener edits them; without such
+a listener, the model computes bit for bit what it computes alone. No config is touched, and no name
+is registered: some models test the *name* of their backend, and answer differently under another
+one.
 
 Listeners live in a context variable: other threads are not listened to, and taps nest.
 """
@@ -18,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
@@ -51,6 +53,11 @@ class RawCall:
         """Factor of the scores; the backends' default is ``d_head ** -0.5``."""
         scaling = self.options.get("scaling")
         return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+    @property
+    def values_by_head(self) -> Float[Tensor, "sample head key d_value"]:
+        """``value`` in float32, repeated for the query heads that share it."""
+        return self.value.float().repeat_interleave(self.query.shape[1] // self.value.shape[1], 1)
 
     @property
     def causal(self) -> bool:
