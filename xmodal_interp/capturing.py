@@ -154,7 +154,11 @@ def capture_batch(
     """``capture`` for several samples in one padded batch; the samples come back apart."""
     check_vlm(vlm)
     max_new_tokens = checked_length(max_new_tokens, generation)
-    keep = keep or Keep()
+    keep = Keep() if keep is None else keep
+    if not isinstance(keep, Keep):
+        raise InputError(f"keep is a Keep, such as Keep(layers=[0, 1]); got {keep!r}.")
+    if not prompts:
+        raise InputError("A batch needs at least one sample; got none.")
     inputs, ready = vlm.prepare(images, prompts, system=system, videos=videos)
     check_whole(vlm.model, inputs)
     listening = record(

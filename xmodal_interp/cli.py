@@ -235,12 +235,9 @@ def doctor(
     checkup = checked(_loaded(name, dtype, device_map), image, prompt)
     show(checkup.table)
     if len(checkup.layers):
-        show(checkup.layers)
-    out.print(
-        f"[bold]{'PASS' if checkup.ok else 'FAIL'}[/] {checkup.summary}",
-        highlight=False,
-        soft_wrap=True,
-    )
+        show_long(checkup.layers, len(checkup.layers))
+    verdict = "PASS" if checkup.ok else "FAIL"
+    out.print(f"[bold]{verdict}[/] {checkup.summary}", highlight=False, soft_wrap=True)
     if not checkup.ok:
         raise typer.Exit(1)
 

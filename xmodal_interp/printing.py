@@ -59,7 +59,7 @@ def show_long(table: pd.DataFrame, rows: int) -> None:
     """
     same = [name for name in table if len(table[name].unique()) == 1]
     for name in same:
-        if not table[name].isna().all():
+        if not (table[name].isna() | table[name].eq("")).all():
             out.print(f"{name}: {_cell(table[name].iloc[0])}", highlight=False)
     differing = table.drop(columns=same).head(rows)
     for part in _side_by_side(differing, out.width) if differing.columns.size else ():

@@ -127,6 +127,7 @@ def _calls(sample: Sample, image: int) -> list[AttentionCall]:
     """The connector's calls about an image, in the order in which they ran.
 
     Raises:
+        GeometryError: The model has no connector.
         NotRecordedError: Layers or rows are missing.
     """
     keys = [key for key in sample.calls if key[0] == "connector" and key[3] == image]

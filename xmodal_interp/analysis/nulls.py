@@ -20,12 +20,6 @@ from xmodal_interp.attention.masks import hidden_below
 D_NULL = 8  # width of the null's heads of zeros; the fused kernel takes that many values at a time
 
 
-def device_of(call: AttentionCall) -> torch.device:
-    """Where the call's tensors are."""
-    held = call.dense if call.q is None else call.q
-    return torch.device("cpu") if held is None else held.device
-
-
 def uniform(call: AttentionCall) -> AttentionCall:
     """The call with uniform attention over the same visible keys.
 
@@ -35,7 +29,7 @@ def uniform(call: AttentionCall) -> AttentionCall:
     if mask is not None and mask.dtype != torch.bool:
         mask = mask > hidden_below(mask.dtype)
     n_heads = 1 if mask is None else mask.shape[1]
-    device = device_of(call)
+    device = call.device
     return replace(
         call,
         q=torch.zeros(1, n_heads, call.n_queries, D_NULL, device=device),
@@ -74,7 +68,7 @@ def received(
     """Probability that each key receives, summed over the queries that see anything."""
     seeing = queries[call.n_visible(queries)[0].gt(0).all(0).to(queries.device)]
     rows = call if len(seeing) == call.n_queries else call.select_rows(seeing)
-    return rows.received(torch.ones(1, len(seeing), device=device_of(call)), list(heads))[0]
+    return rows.received(torch.ones(1, len(seeing), device=call.device), list(heads))[0]
 
 
 def cells_of(

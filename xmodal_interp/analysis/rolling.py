@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.nulls import device_of
 from xmodal_interp.analysis.selecting import row_chunks
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError, NotRecordedError
@@ -97,9 +96,9 @@ def rolled(
         counted: Positions that are no padding: what is discarded is a share of the entries between
             these.
     """
-    rows = start.to(device_of(calls[-1]))
+    rows = start.to(calls[-1].device)
     for call, alpha in reversed(list(zip(calls, rule.alphas(calls), strict=True))):
-        sinks, alpha = sinks.to(device_of(call)), alpha.to(device_of(call))
+        sinks, alpha = sinks.to(call.device), alpha.to(call.device)
         if rule.fusion == "mean" and rule.discard == 0:
             rows = _through_mean(rows.to(sinks.device), call, alpha, sinks)
         else:
@@ -166,7 +165,7 @@ def _fused(
     call: AttentionCall, rule: Rule, counted: Bool[Tensor, " key"]
 ) -> Iterator[tuple[Int[Tensor, " query"], Float[Tensor, "query key"]]]:
     """The fused matrix chunk by chunk; rows that see nothing are 0."""
-    every = torch.arange(call.n_queries, device=device_of(call))
+    every = torch.arange(call.n_queries, device=call.device)
     chunks = row_chunks(call, every, call.n_heads)
     if rule.discard == 0:
         for rows in chunks:

@@ -41,7 +41,7 @@ class VLM:
         family: What is known of its type; found by the type if not given.
 
     Raises:
-        InputError: What was given as the processor has no tokenizer.
+        InputError: What was given is no model of transformers, or a processor without a tokenizer.
         UnsupportedModelError: The model type has no family record, or reads text only; or the model
             has a PEFT adapter that adds positions without a token.
     """
@@ -51,6 +51,11 @@ class VLM:
     family: Family = None  # type: ignore[assignment]  # filled from the model type
 
     def __post_init__(self) -> None:
+        if not hasattr(self.model, "config"):
+            raise InputError(
+                f"A VLM wraps a transformers model; got an object of {type(self.model).__name__}. "
+                "xi.load(name) loads model and processor."
+            )
         refuse_virtual_tokens(self.model)
         object.__setattr__(self, "family", self.family or family_of(self.model.config))
         if not hasattr(self.processor, "tokenizer"):
