@@ -228,8 +228,7 @@ def _sample(
     prompt = ready[index]
     n_prompt = len(prompt.tokens)
     ids = _until_end(new[index].tolist(), vlm)
-    # the last token that generate returns was never read by the model
-    fed = ids[: max(new.shape[1] - 1, 0)]
+    fed = ids[: max(new.shape[1] - 1, 0)]  # the model never read the last token it gave
     added, text = generated_table(fed, ids, vlm.tokenizer, n_prompt, prompt.text)
     tokens = pd.concat([prompt.tokens, added]) if len(added) else prompt.tokens
     n_cross_keys = None if prompt.cross_keys is None else len(prompt.cross_keys)
