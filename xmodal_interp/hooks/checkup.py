@@ -2,7 +2,7 @@
 
 1. Are there as many image tokens as the geometry of the model's family predicts?
 2. Is the model's output the same with and without recording, also while it generates?
-3. Is every attention layer that runs heard?
+3. Is every attention layer that runs heard, whatever its class and however it computes?
 4. Do the recomputed probabilities, applied to the values, give what the backend returned; are they
    those of the modeling code's eager function, where it names one?
 5. Does a key that is hidden through the tap change the output: is the tap where the model reads?
@@ -31,6 +31,7 @@ from xmodal_interp.hooks.knockout import knock_out_attention
 from xmodal_interp.hooks.modules import module_of
 from xmodal_interp.hooks.recorder import listening
 from xmodal_interp.hooks.recording import Choice, Recording
+from xmodal_interp.hooks.unheard import unheard_attention
 from xmodal_interp.models import VLM, ImageLike, check_whole
 
 COLUMNS = ("check", "verdict", "value", "limit", "note")
@@ -142,7 +143,7 @@ def doctor(
         if isinstance(model, VLM) and bare.can_generate():  # type: ignore[operator]
             _same_answers(model, given, findings)
         if recording is not None:
-            _seen(recording, findings)
+            _seen(bare, given, recording, findings)
             _exact(exactness, bare, findings)
             _tapped(bare, given, recording, findings)
     return findings.checkup(exactness.by_layer(recording.modules if recording else ()))
@@ -205,12 +206,16 @@ def _same_answers(vlm: VLM, inputs: dict[str, Any], findings: _Findings) -> None
     findings.judge(check, n_changed, "exactly 0", note, passed=n_changed == 0)
 
 
-def _seen(recording: Recording, findings: _Findings) -> None:
+def _seen(
+    model: nn.Module, inputs: Mapping[str, Any], recording: Recording, findings: _Findings
+) -> None:
+    missed = unheard_attention(model, lambda: seeded(lambda: model(**inputs)), recording)
     ran = {call.module for call in recording.calls}
     idle = [identity.module for identity in recording.modules if identity.module not in ran]
-    note = f"did not run: {_listed(idle)}" if idle else ""
-    check = "every attention layer that ran is heard"
-    findings.judge(check, len(ran), f"exactly {len(ran)}", note, passed=True)
+    found = {"not heard": missed, "did not run": idle}
+    note = "; ".join(f"{what}: {_listed(names)}" for what, names in found.items() if names)
+    check, expected = "every attention layer that ran is heard", len(ran) + len(missed)
+    findings.judge(check, len(ran), f"exactly {expected}", note, passed=not missed)
     if recording.without_matrix:
         names = _listed([identity.module for identity in recording.without_matrix])
         check = "layers without a softmax have no matrix"

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _ATTENTION = re.compile(r"Attention|Attn")
-_NO_ATTENTION = re.compile(  # what follows one, and mixtures of the states of earlier layers
-    r"AttentionOutput$|AttentionResidual"
+_NO_ATTENTION = re.compile(  # what is before and after one, mixtures of states of earlier layers
+    r"AttentionOutput$|Attention\w*Projection$|AttentionResidual"
 )
 _WITHOUT_MATRIX = re.compile(
     r"LinearAttention|DeltaNet|Mamba|ShortConv|RepMixer|DeformableAttention|RGLRU|RecurrentBlock"
@@ -65,6 +65,18 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
         )
     identities = _Names(model).identities(found)
     return {module: identities[path] for path, module in found.items()}
+
+
+def attention_holders(
+    model: nn.Module, known: Mapping[nn.Module, Identity]
+) -> dict[nn.Module, Identity]:
+    """Modules of attention classes that hold others, with the identity of the first they hold."""
+    holders = {}
+    for path, module in model.named_modules():
+        if module not in known and _is_attention(module):
+            first = next(known[each] for each in module.modules() if each in known)
+            holders[module] = replace(first, module=path)
+    return holders
 
 
 def module_of(model: Any) -> nn.Module:
@@ -193,9 +205,12 @@ class _Names:
         config = self.root if owner is None else self.parts[owner]
         for attribute, tower in _PARTS:
             part = getattr(self.root, attribute, None)
-            mixed = attribute == "encoder" and hasattr(part, "text_config")
-            if type(config) is type(part) and config is not self.root and not mixed:
+            if type(config) is not type(part) or config is self.root:
+                continue
+            if attribute != "encoder":
                 return tower
+            if not hasattr(part, "text_config"):  # else it is mixed: its parts have names
+                return self._encoder_tower(owner)
         if _CONNECTOR.search(path):
             return "connector"
         if _AUDIO.search(path):
@@ -205,6 +220,11 @@ class _Names:
         ):
             return "vision"
         return "vision" if _VISION.search(path) else "language"
+
+    def _encoder_tower(self, owner: str | None) -> Tower:
+        """By what the encoder of an encoder-decoder reads; its decoder is of the language."""
+        reads = getattr(self.model.get_submodule(owner or ""), "main_input_name", "")
+        return _READS.get(reads, "language")
 
     def _kind(self, path: str, module: nn.Module) -> AttentionKind:
         """By what it is called within its block, as ``crossattention.self``, ``encoder_attn``.
@@ -226,6 +246,11 @@ _PARTS: tuple[tuple[str, Tower], ...] = (
     ("qformer_config", "connector"),
     ("perceiver_config", "connector"),
     ("text_config", "language"),
-    ("encoder", "vision"),
+    ("encoder", "vision"),  # or what it reads, if it is of another kind
     ("decoder", "language"),
 )
+_READS: dict[str, Tower] = {
+    "pixel_values": "vision",
+    "input_values": "audio",
+    "input_features": "audio",
+}
