@@ -71,11 +71,13 @@ def attention_holders(
     model: nn.Module, known: Mapping[nn.Module, Identity]
 ) -> dict[nn.Module, Identity]:
     """Modules of attention classes that hold others, with the identity of the first they hold."""
-    holders = {}
-    for path, module in model.named_modules():
-        if module not in known and _is_attention(module):
-            first = next(known[each] for each in module.modules() if each in known)
-            holders[module] = replace(first, module=path)
+    holders: dict[nn.Module, Identity] = {}
+    for module, identity in known.items():
+        parts = identity.module.split(".")
+        for path in (".".join(parts[:n]) for n in range(len(parts))):
+            holder = model.get_submodule(path)
+            if holder is not module and holder not in holders and _is_attention(holder):
+                holders[holder] = replace(identity, module=path)
     return holders
 
 

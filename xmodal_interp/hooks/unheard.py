@@ -29,6 +29,7 @@ _PRODUCTS = (
     *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum),
     *(Tensor.matmul, Tensor.bmm, Tensor.baddbmm, Tensor.__matmul__),
 )
+_NO_TOKENS = re.compile(r"HyperConnection|Router|Gate$")  # but streams of a residual, experts
 _MARK = "_xmodal_interp_probs"  # an attribute of tensors that hold probabilities
 
 
@@ -78,9 +79,15 @@ class _Everything(TorchFunctionMode):
             self._note()
         elif isinstance(output, Tensor):
             begins = function in SOFTMAX and along_last(output, args, options)
+            begins = begins and not self._weighs_no_tokens()
             if begins or any(t.numel() == output.numel() for t in probs):
                 setattr(output, _MARK, True)
         return output
+
+    def _weighs_no_tokens(self) -> bool:
+        modules = (each for each in callers() if isinstance(each, nn.Module))
+        owner = next((each for each in modules if each in self.paths), None)
+        return bool(_NO_TOKENS.search(type(owner).__name__))
 
     def _note(self) -> None:
         modules = (each for each in callers() if isinstance(each, nn.Module))
