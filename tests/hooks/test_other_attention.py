@@ -278,3 +278,23 @@ def test_other_encoders_are_of_what_they_read() -> None:
     for model, tower in ((sees, "vision"), (hears, "audio")):
         names = Counter((each.tower, each.kind) for each in attention_modules(model).values())
         assert names == {(tower, "self"): 1, ("language", "self"): 1, ("language", "cross"): 1}
+
+
+def test_the_kernel_of_what_weighs_no_tokens_is_left_out() -> None:
+    """As a mixture of the states of earlier layers is computed by some."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return functional.scaled_dot_product_attention(self.projection(x), x, x)
+
+    class AttentionResidual(Attention):
+        pass
+
+    model = nn.Sequential(Attention(), AttentionResidual())
+    with torch.no_grad(), record(model) as recording:
+        model(torch.randn(1, 2, 3, 4))
+    assert heard(recording) == [("language", 0, "0")]

@@ -19,6 +19,7 @@ from xmodal_interp.hooks.modules import (
     attention_modules,
     block_of,
     identity_of,
+    weighs_no_tokens,
 )
 from xmodal_interp.hooks.tap import WrappedFunction
 
@@ -77,10 +78,11 @@ class Members:
     def calling_kernel(self) -> nn.Module | None:
         """Whose attention a call of torch's kernel is.
 
-        None if the call is one of the interface's, which is heard there, or another model's.
+        None if the call is one of the interface's, which is heard there; if it is another model's;
+        or if what it weighs is no tokens.
         """
         module = self._innermost(outside=WrappedFunction)
-        return None if module is None else self.proved(module)
+        return None if module is None or weighs_no_tokens(module) else self.proved(module)
 
     def proved(self, module: nn.Module) -> nn.Module:
         """The module, known from now on.

@@ -96,6 +96,15 @@ def module_of(model: Any) -> nn.Module:
     return bare
 
 
+def weighs_no_tokens(module: nn.Module) -> bool:
+    """Whether a module's class says that what it weighs is something else, such as earlier states.
+
+    Some do so by functions that are made for attention.
+    """
+    name = type(module).__name__
+    return bool(_NO_ATTENTION.search(name) or _WITHOUT_MATRIX.search(name))
+
+
 def layers_without_matrix(model: nn.Module) -> tuple[Identity, ...]:
     """Layers that mix tokens without a softmax over keys.
 
@@ -147,8 +156,7 @@ def _is_attention(module: nn.Module) -> bool:
     name = type(module).__name__
     return (
         bool(_ATTENTION.search(name))
-        and not _WITHOUT_MATRIX.search(name)
-        and not _NO_ATTENTION.search(name)
+        and not weighs_no_tokens(module)
         and not isinstance(module, PreTrainedModel)
         and bool(list(module.children()))
     )

@@ -22,6 +22,7 @@ from torch.utils import _pytree
 
 from xmodal_interp.hooks.bypass import KERNEL, SOFTMAX, along_last
 from xmodal_interp.hooks.callers import callers
+from xmodal_interp.hooks.modules import weighs_no_tokens
 from xmodal_interp.hooks.recording import Recording
 
 _KERNELS = (KERNEL, functional.multi_head_attention_forward)
@@ -79,21 +80,23 @@ class _Everything(TorchFunctionMode):
             self._note()
         elif isinstance(output, Tensor):
             begins = function in SOFTMAX and along_last(output, args, options)
-            begins = begins and not self._weighs_no_tokens()
+            begins = begins and not self._of_no_tokens()
             if begins or any(t.numel() == output.numel() for t in probs):
                 setattr(output, _MARK, True)
         return output
 
-    def _weighs_no_tokens(self) -> bool:
+    def _running(self) -> list[nn.Module]:
         modules = (each for each in callers() if isinstance(each, nn.Module))
-        owner = next((each for each in modules if each in self.paths), None)
-        return bool(_NO_TOKENS.search(type(owner).__name__))
+        return list(dict.fromkeys(each for each in modules if each in self.paths))
+
+    def _of_no_tokens(self) -> bool:
+        running = self._running()
+        return bool(running) and bool(_NO_TOKENS.search(type(running[0]).__name__))
 
     def _note(self) -> None:
-        modules = (each for each in callers() if isinstance(each, nn.Module))
-        outer = tuple(dict.fromkeys(self.paths[each] for each in modules if each in self.paths))
-        if outer:
-            self.found.add(outer)
+        running = self._running()
+        if running and not weighs_no_tokens(running[0]):
+            self.found.add(tuple(self.paths[each] for each in running))
 
 
 def _inside(path: str, other: str) -> bool:
