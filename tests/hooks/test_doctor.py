@@ -7,6 +7,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 import xmodal_interp as xi
+from tests.hooks.test_other_attention import FastAttn, Mixer, llava_with
 from tests.hooks.test_record import n_hooks
 from tests.models.real import real
 from tests.tiny import QUESTION, picture, tiny_vlm
@@ -133,7 +134,7 @@ def test_attention_that_is_not_heard_is_found() -> None:
 
     checkup = xi.doctor(torch.nn.Sequential(BareAttention()), inputs={"input": torch.ones(1, 3, 4)})
     assert failed(checkup) == [HEARD]
-    assert "called a softmax: 0." in check_of(checkup, HEARD)["note"]
+    assert "or a softmax: 0." in check_of(checkup, HEARD)["note"]
     assert len(checkup.layers) == 0
 
 
@@ -150,6 +151,53 @@ def test_a_layer_whose_calls_are_lost_is_found(monkeypatch) -> None:
     row = check_of(checkup, HEARD)
     assert (row["value"], row["limit"]) == (6, "exactly 7")
     assert row["note"] == "not heard: model.language_model.layers.1.self_attn"
+
+
+@pytest.mark.parametrize("kind", [Mixer, FastAttn])
+@pytest.mark.parametrize("way", ["softmax", "exp"])
+@pytest.mark.parametrize("parts", [True, False], ids=["parts", "whole"])
+def test_a_layer_of_another_make_is_heard_or_found(kind, way, parts) -> None:
+    model, inputs = llava_with(lambda old: kind(old, way, parts=parts))
+    checkup = xi.doctor(model, inputs=inputs)
+    heard = kind is FastAttn and way == "softmax"
+    assert (HEARD in failed(checkup)) != heard
+    if not heard:
+        assert "model.language_model.layers.1" in check_of(checkup, HEARD)["note"]
+
+
+def test_a_block_that_mixes_no_tokens_is_not_missed() -> None:
+    """As the blocks of a hybrid model that are a multilayer perceptron."""
+
+    class Perceptron(torch.nn.Linear):
+        def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple:
+            return super().forward(hidden_states), None
+
+    model, inputs = llava_with(lambda _: Perceptron(128, 128))
+    checkup = xi.doctor(model, inputs=inputs)
+    assert checkup.ok
+    assert check_of(checkup, HEARD)["value"] == 6
+
+
+def test_the_kernel_of_a_class_that_imported_it_is_found() -> None:
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    class MHA(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return kernel(super().forward(x), x, x)
+
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(self.inner(x), x, x)
+
+    model = torch.nn.Sequential(Attention(), MHA(4, 4))
+    checkup = xi.doctor(model, inputs={"input": torch.randn(1, 2, 3, 4)})
+    assert failed(checkup) == [HEARD]
+    row = check_of(checkup, HEARD)
+    assert (row["value"], row["limit"], row["note"]) == (1, "exactly 2", "not heard: 1")
 
 
 def test_a_listener_that_changes_the_output_is_found(monkeypatch) -> None:

@@ -1,5 +1,8 @@
 """Recording changes nothing, sees everything, is exact, and always lets go."""
 
+import asyncio
+import copy
+import pickle
 import threading
 from contextlib import suppress
 
@@ -142,14 +145,72 @@ def test_recordings_nest() -> None:
     assert len(inner.calls) == 3
 
 
+def in_another_thread(run) -> None:
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+
 def test_other_threads_are_not_heard() -> None:
     model, inputs = tiny_vlm("llava").model, inputs_of("llava")
     with record(model, norms=True) as recording:
-        thread = threading.Thread(target=lambda: model(**inputs))
-        thread.start()
-        thread.join()
-    assert recording.calls == []
+        in_another_thread(lambda: model(**inputs))
+        model.model.vision_tower(inputs["pixel_values"])
+    assert {call.tower for call in recording.calls} == {"vision"}
     assert recording.rotary.whole() is None
+
+
+def test_a_model_that_ran_in_another_thread_only_is_an_error() -> None:
+    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+    with pytest.raises(CaptureError) as error, record(model):
+        in_another_thread(lambda: model(**inputs))
+    assert str(error.value) == (
+        "A block hears what runs in its own thread (or task). In this one no attention ran, while "
+        "the model ran in another. Open the block there: in the function that the thread is given, "
+        "around the call of the model."
+    )
+    with record(model) as recording:  # what others hear by themselves is theirs
+        in_another_thread(lambda: recorded(model, inputs))
+    assert recording.calls == []
+
+
+def recorded(model: torch.nn.Module, inputs: dict) -> list:
+    with torch.no_grad(), record(model) as recording:
+        model(**inputs)
+    return recording.calls
+
+
+def test_tasks_of_one_thread_record_at_once() -> None:
+    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+
+    async def task() -> list:
+        with torch.no_grad(), record(model, norms=True) as recording:
+            for _ in range(2):
+                await asyncio.sleep(0)
+                model(**inputs)
+        return recording.calls
+
+    async def together() -> list[list]:
+        return await asyncio.gather(*(task() for _ in range(3)))
+
+    for calls in asyncio.run(together()):
+        assert [call.call for call in calls] == [0] * 7 + [1] * 7
+
+
+def test_copies_of_a_model_take_nothing_with_them() -> None:
+    model, inputs = copy.deepcopy(tiny_vlm("llava").model), inputs_of("llava")
+    with torch.no_grad():
+        alone = model(**inputs).logits
+        with record(model, norms=True) as recording:
+            other = copy.deepcopy(model)
+            saved = pickle.loads(pickle.dumps(model.model.language_model.rotary_emb))
+            assert torch.equal(other(**inputs).logits, alone)
+            assert recording.calls == []
+            assert recording.rotary.whole() is None
+        assert torch.equal(other(**inputs).logits, alone)
+        assert len(recorded(other, inputs)) == 7
+    assert not any("forward" in vars(module) for module in other.modules())
+    assert type(saved) is type(model.model.language_model.rotary_emb)
 
 
 def test_reduce_keeps_results_instead_of_calls() -> None:
@@ -182,9 +243,9 @@ def test_attention_that_is_not_heard_is_an_error() -> None:
     with pytest.raises(CaptureError) as error, record(model):
         model(torch.randn(1, 1, 3, 4))
     assert str(error.value) == (
-        "Every attention layer that runs must be seen. These ran, and neither asked transformers' "
-        "attention interface nor called a softmax: 0. Leave out their tower with towers=, if you "
-        "don't need it."
+        "Some attention could not be recorded. These modules ran, but neither used transformers' "
+        "attention interface nor called scaled_dot_product_attention or a softmax: 0. Leave out "
+        "their tower with towers=, if you don't need it."
     )
 
 
@@ -194,8 +255,13 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as error, record(model, towers=["language"], layers=[4]):
         pass
     assert str(error.value) == (
-        "layers must exist in the model. Its language layers are 0 to 3; got 4."
+        "layers must exist in the model, counted from 0 (negative numbers are not taken here). Its "
+        "language layers are 0 to 3; got 4."
     )
+    with pytest.raises(InputError, match=r"here\)\. Its layers are 0 to 3; got -1\."):
+        record(model, layers=[-1]).__enter__()
+    with pytest.raises(InputError, match=r"here\)\. It has no audio layers; got 0\."):
+        record(model, towers=["audio"], layers=[0]).__enter__()
     with pytest.raises(UnsupportedModelError) as none, record(torch.nn.Linear(2, 2)):
         pass
     assert str(none.value) == (

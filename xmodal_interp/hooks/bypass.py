@@ -14,7 +14,7 @@ interface: from then on its operations run undisturbed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.heads import n_heads_of
 from xmodal_interp.hooks.tapping import RawCall
 
-_SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
+KERNEL = functional.scaled_dot_product_attention  # another stands there while a block is open
+SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
 _FAR_BELOW = 1e3  # the least of a row's scores under its best one that only a mask can lead to
 _NO_SCORE = -1e8  # the best score of a row that only a mask can lead to: Gemma 4 hides by -1e9
 
@@ -80,16 +81,11 @@ class Bypass(TorchFunctionMode):
         module = self.module()
         if module is None:
             return output
-        if function is functional.scaled_dot_product_attention:
-            self.hear(
-                replace(
-                    _of_kernel(module, args, options),
-                    output=_four_axes(output, module).transpose(1, 2),
-                )
-            )
-        elif function in _SOFTMAX and isinstance(output, Tensor):
+        if function is KERNEL:
+            self.hear(kernel_call(module, args, options, output))
+        elif function in SOFTMAX and isinstance(output, Tensor):
             scores = args[0] if args else options["input"]
-            if _along_last(output, args, options):
+            if along_last(output, args, options):
                 self.hear(_of_softmax(module, scores, output))
         return output
 
@@ -177,8 +173,10 @@ def _multihead_mask(
     return added[0] if len(added) == 1 else added[0] + added[1]
 
 
-def _of_kernel(module: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any]) -> RawCall:
-    """The arguments of ``scaled_dot_product_attention``, by their names there."""
+def kernel_call(
+    module: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any], output: Tensor
+) -> RawCall:
+    """A call of ``scaled_dot_product_attention`` by a module, by the names it has there."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, args, strict=False)), **options}
     q, k, v = (_four_axes(given[name], module) for name in names[:3])
@@ -187,7 +185,10 @@ def _of_kernel(module: nn.Module, args: tuple[Any, ...], options: Mapping[str, A
         mask = _four_axes(mask, module) if mask.ndim > 2 else mask[None, None]
         mask = mask.expand(*mask.shape[:2], q.shape[2], k.shape[2])
     kept = {"scaling": given.get("scale"), "is_causal": bool(given.get("is_causal"))}
-    return RawCall(module, q, k, v, mask, "sdpa", kept, note=KERNEL_NOTE)
+    heads_last = _four_axes(output, module).transpose(1, 2)
+    return RawCall(
+        module, q, k, v, mask, "sdpa", kept, output=heads_last.detach(), note=KERNEL_NOTE
+    )
 
 
 def _of_softmax(module: nn.Module, scores: Tensor, output: Tensor) -> DenseCall:
@@ -218,6 +219,7 @@ def _four_axes(t: Tensor, module: nn.Module) -> Tensor:
     return t[None, None] if t.ndim == 2 else t
 
 
-def _along_last(output: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+def along_last(output: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+    """Whether a softmax with these arguments is over the keys of queries: the last of many axes."""
     dim = options.get("dim", args[1] if len(args) > 1 else None)
     return output.ndim > 2 and dim in (-1, output.ndim - 1)

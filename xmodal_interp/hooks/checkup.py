@@ -2,7 +2,7 @@
 
 1. Are there as many image tokens as the geometry of the model's family predicts?
 2. Is the model's output the same with and without recording, also while it generates?
-3. Is every attention layer that runs heard?
+3. Is every attention layer that runs heard, whatever its class and however it computes?
 4. Do the recomputed probabilities, applied to the values, give what the backend returned; are they
    those of the modeling code's eager function, where it names one?
 5. Does a key that is hidden through the tap change the output: is the tap where the model reads?
@@ -26,7 +26,6 @@ from xmodal_interp.errors import CaptureError, GeometryError, InputError
 from xmodal_interp.hooks.comparing import (
     difference,
     evaluating,
-    noting_what_runs,
     seeded,
     tensors_of,
 )
@@ -37,6 +36,7 @@ from xmodal_interp.hooks.knockout import knock_out_attention
 from xmodal_interp.hooks.modules import module_of
 from xmodal_interp.hooks.recorder import listening
 from xmodal_interp.hooks.recording import Choice, Recording
+from xmodal_interp.hooks.unheard import unheard_attention
 from xmodal_interp.models import VLM, ImageLike, check_whole
 
 COLUMNS = ("check", "verdict", "value", "limit", "note")
@@ -144,12 +144,11 @@ def doctor(
     else:
         given = dict(inputs)
     with evaluating(bare), torch.no_grad():
-        with noting_what_runs(bare) as ran:
-            recording = _same_outputs(bare, given, exactness, findings)
+        recording = _same_outputs(bare, given, exactness, findings)
         if isinstance(model, VLM) and bare.can_generate():  # type: ignore[operator]
             _same_answers(model, given, findings)
         if recording is not None:
-            _seen(recording, ran, findings)
+            _seen(bare, given, recording, findings)
             _exact(exactness, bare, findings)
             _tapped(bare, given, recording, findings)
     return findings.checkup(exactness.by_layer(recording.modules if recording else ()))
@@ -212,15 +211,16 @@ def _same_answers(vlm: VLM, inputs: dict[str, Any], findings: _Findings) -> None
     findings.judge(check, n_changed, "exactly 0", note, passed=n_changed == 0)
 
 
-def _seen(recording: Recording, ran: set[str], findings: _Findings) -> None:
-    """What is heard may be more than what ran by its class: other modules ask the interface too."""
-    heard = {call.module for call in recording.calls}
-    every, lost = ran | heard, sorted(ran - heard)
-    idle = [each.module for each in recording.modules if each.module not in every]
-    note = f"did not run: {_first_few(idle)}" if idle else ""
-    note = f"not heard: {_first_few(lost)}" if lost else note
-    check = "every attention layer that ran is heard"
-    findings.judge(check, len(heard), f"exactly {len(every)}", note, passed=not lost)
+def _seen(
+    model: nn.Module, inputs: Mapping[str, Any], recording: Recording, findings: _Findings
+) -> None:
+    missed = unheard_attention(model, lambda: seeded(lambda: model(**inputs)), recording)
+    ran = {call.module for call in recording.calls}
+    idle = [identity.module for identity in recording.modules if identity.module not in ran]
+    found = {"not heard": missed, "did not run": idle}
+    note = "; ".join(f"{what}: {_first_few(names)}" for what, names in found.items() if names)
+    check, expected = "every attention layer that ran is heard", len(ran) + len(missed)
+    findings.judge(check, len(ran), f"exactly {expected}", note, passed=not missed)
     if recording.without_matrix:
         names = _first_few([identity.module for identity in recording.without_matrix])
         check = "layers without a softmax have no matrix"

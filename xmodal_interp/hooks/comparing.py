@@ -1,19 +1,13 @@
-"""Runs of one model, made to be compared: same mode, same random numbers, same tensors.
-
-What ran is told by hooks that have nothing to do with the recorder's.
-"""
+"""Two runs of one model, made to be compared: same mode, same random numbers, same tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-from xmodal_interp.hooks.modules import attention_modules
 
 _Output = TypeVar("_Output")
 
@@ -28,17 +22,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def noting_what_runs(model: nn.Module) -> Iterator[set[str]]:
-    """The names of the attention modules that run inside the block, told by their class."""
-    ran: set[str] = set()
-    with ExitStack() as stack:
-        for module, identity in attention_modules(model).items():
-            note = partial(lambda name, *_: ran.add(name), identity.module)
-            stack.callback(module.register_forward_hook(note).remove)
-        yield ran
 
 
 def seeded(call: Callable[[], _Output]) -> _Output:

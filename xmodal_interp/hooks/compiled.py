@@ -10,7 +10,9 @@ the hooks can tell that they are traced.
 
 from __future__ import annotations
 
+import copy
 import threading
+import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -20,6 +22,7 @@ import torch
 from torch import nn
 
 from xmodal_interp.errors import CaptureError
+from xmodal_interp.hooks.own_context import own_context
 
 _RULE = "Compiled code runs without asking for its attention functions, so nothing could be heard. "
 _lock = threading.Lock()
@@ -59,12 +62,11 @@ def refuse_when_compiled_code_runs(
         known: Its attention modules.
         stack: It takes everything off again.
     """
-    thread = threading.get_ident()
+    raise_here = stack.enter_context(own_context())(_raise)
 
     @torch.compiler.disable(reason=_RUNNING)  # type: ignore[untyped-decorator]
     def refuse() -> None:
-        if threading.get_ident() == thread:
-            raise CaptureError(_RUNNING)
+        raise_here()
 
     def look(module: nn.Module, args: Any) -> None:  # noqa: ARG001
         if torch.compiler.is_compiling():
@@ -83,10 +85,40 @@ _RUNNING = (
 )
 
 
+def _raise() -> None:
+    raise CaptureError(_RUNNING)
+
+
+def replaced_forward(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own: not that of its class, nor one from here."""
+    with _lock:
+        _, before = _shadowed.get(module, (0, vars(module).get("forward")))
+    return before is not None
+
+
 def _is_compiled(forward: Any) -> bool:
     return hasattr(forward, "_torchdynamo_orig_callable") and not getattr(
         forward, "_torchdynamo_disable", False
     )
+
+
+class _Shadow(partial[Any]):
+    """The forward of a module as another object; copies of the module get one of their own."""
+
+    copies: list[weakref.ref[nn.Module]]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shadow:
+        forward = copy.deepcopy(self.func, memo)
+        of = getattr(forward, "__self__", None)
+        if isinstance(of, nn.Module):  # else the module had a forward of its own before
+            self.copies.append(weakref.ref(of))
+        return _shadow_of(forward)
+
+
+def _shadow_of(forward: Any) -> _Shadow:
+    shadow = _Shadow(forward)
+    shadow.copies = []
+    return shadow
 
 
 def _shadow(module: nn.Module) -> None:
@@ -94,7 +126,7 @@ def _shadow(module: nn.Module) -> None:
         n_open, before = _shadowed.get(module, (0, vars(module).get("forward")))
         _shadowed[module] = (n_open + 1, before)
         if n_open == 0:
-            module.forward = partial(module.forward)
+            module.forward = _shadow_of(module.forward)
 
 
 def _unshadow(module: nn.Module) -> None:
@@ -103,6 +135,15 @@ def _unshadow(module: nn.Module) -> None:
         if n_open > 1:
             _shadowed[module] = (n_open - 1, before)
         elif before is None:
-            del module.forward
+            _reveal(module)
         else:
             module.forward = before
+
+
+def _reveal(module: nn.Module) -> None:
+    """Take the shadow off a module, and off the copies that were made of it."""
+    shadow = vars(module).get("forward")
+    if isinstance(shadow, _Shadow):
+        del module.forward
+        for copied in filter(None, (each() for each in shadow.copies)):
+            _reveal(copied)

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from xmodal_interp.errors import CaptureError, UnsupportedModelError
-from xmodal_interp.hooks.own_thread import in_this_thread
+from xmodal_interp.hooks.own_context import own_context
 from xmodal_interp.models import VLM
 
 
@@ -55,8 +55,7 @@ def mean_embeddings(
         return args, {**options, "inputs_embeds": changed}
 
     decoder = vlm.model.get_decoder()
-    handle = decoder.register_forward_pre_hook(in_this_thread(replace), with_kwargs=True)
-    with handle:
+    with own_context() as own, decoder.register_forward_pre_hook(own(replace), with_kwargs=True):
         yield
     if not calls:
         raise CaptureError(

@@ -30,7 +30,7 @@ from xmodal_interp.errors import CaptureError, LayerError, PositionError
 from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
 from xmodal_interp.hooks.heads import layers_of, n_heads_of, ranged
 from xmodal_interp.hooks.modules import Identity, attention_modules, module_of
-from xmodal_interp.hooks.own_thread import in_this_thread
+from xmodal_interp.hooks.own_context import own_context
 from xmodal_interp.hooks.reading import as_attention_call
 from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tapping import RawCall, tap
@@ -121,8 +121,9 @@ def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Iterator[
     editors = [_Editor(intervention, known) for intervention in interventions]
     with ExitStack() as stack:
         refuse_when_compiled_code_runs(bare, known, stack)
+        own = stack.enter_context(own_context())
         for editor in editors:
-            enter, leave = in_this_thread(editor.open), in_this_thread(editor.close)
+            enter, leave = own(editor.open), own(editor.close)
             for module in editor.heads:
                 stack.callback(module.register_forward_pre_hook(enter).remove)
                 stack.callback(module.register_forward_hook(leave, always_call=True).remove)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _ATTENTION = re.compile(r"Attention|Attn")
-_NO_ATTENTION = re.compile(  # what follows one, and mixtures of the states of earlier layers
-    r"AttentionOutput$|AttentionResidual"
+_NO_ATTENTION = re.compile(  # what is before and after one, mixtures of states of earlier layers
+    r"AttentionOutput$|Attention\w*Projection$|AttentionResidual"
 )
 _WITHOUT_MATRIX = re.compile(
     r"LinearAttention|DeltaNet|Mamba|ShortConv|RepMixer|DeformableAttention|RGLRU|RecurrentBlock"
@@ -68,6 +68,20 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
     return {module: identities[path] for path, module in found.items()}
 
 
+def attention_holders(
+    model: nn.Module, known: Mapping[nn.Module, Identity]
+) -> dict[nn.Module, Identity]:
+    """Modules of attention classes that hold others, with the identity of the first they hold."""
+    holders: dict[nn.Module, Identity] = {}
+    for module, identity in known.items():
+        parts = identity.module.split(".")
+        for path in (".".join(parts[:n]) for n in range(len(parts))):
+            holder = model.get_submodule(path)
+            if holder is not module and holder not in holders and _is_attention(holder):
+                holders[holder] = replace(identity, module=path)
+    return holders
+
+
 def module_of(model: Any) -> nn.Module:
     """The module of a VLM, or a module itself.
 
@@ -81,6 +95,15 @@ def module_of(model: Any) -> nn.Module:
             f"got an object of {type(bare).__name__}."
         )
     return bare
+
+
+def weighs_no_tokens(module: nn.Module) -> bool:
+    """Whether a module's class says that what it weighs is something else, such as earlier states.
+
+    Some do so by functions that are made for attention.
+    """
+    name = type(module).__name__
+    return bool(_NO_ATTENTION.search(name) or _WITHOUT_MATRIX.search(name))
 
 
 def layers_without_matrix(model: nn.Module) -> tuple[Identity, ...]:
@@ -134,8 +157,7 @@ def _is_attention(module: nn.Module) -> bool:
     name = type(module).__name__
     return (
         bool(_ATTENTION.search(name))
-        and not _WITHOUT_MATRIX.search(name)
-        and not _NO_ATTENTION.search(name)
+        and not weighs_no_tokens(module)
         and not isinstance(module, PreTrainedModel)
         and bool(list(module.children()))
     )
@@ -194,9 +216,12 @@ class _Names:
         config = self.root if owner is None else self.parts[owner]
         for attribute, tower in _PARTS:
             part = getattr(self.root, attribute, None)
-            mixed = attribute == "encoder" and hasattr(part, "text_config")
-            if type(config) is type(part) and config is not self.root and not mixed:
+            if type(config) is not type(part) or config is self.root:
+                continue
+            if attribute != "encoder":
                 return tower
+            if not hasattr(part, "text_config"):  # else it is mixed: its parts have names
+                return self._encoder_tower(owner)
         if _CONNECTOR.search(path):
             return "connector"
         if _AUDIO.search(path):
@@ -206,6 +231,11 @@ class _Names:
         ):
             return "vision"
         return "vision" if _VISION.search(path) else "language"
+
+    def _encoder_tower(self, owner: str | None) -> Tower:
+        """By what the encoder of an encoder-decoder reads; its decoder is of the language."""
+        reads = getattr(self.model.get_submodule(owner or ""), "main_input_name", "")
+        return _READS.get(reads, "language")
 
     def _kind(self, path: str, module: nn.Module) -> AttentionKind:
         """By what it is called within its block, as ``crossattention.self``, ``encoder_attn``.
@@ -227,6 +257,11 @@ _PARTS: tuple[tuple[str, Tower], ...] = (
     ("qformer_config", "connector"),
     ("perceiver_config", "connector"),
     ("text_config", "language"),
-    ("encoder", "vision"),
+    ("encoder", "vision"),  # or what it reads, if it is of another kind
     ("decoder", "language"),
 )
+_READS: dict[str, Tower] = {
+    "pixel_values": "vision",
+    "input_values": "audio",
+    "input_features": "audio",
+}

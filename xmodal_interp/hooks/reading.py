@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.masks import simplified, visible_rows
+from xmodal_interp.hooks.bypass import DenseCall
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.hooks.tapping import RawCall
 
@@ -46,6 +47,23 @@ def as_attention_call(
         sinks=None if sinks is None else sinks.detach().clone(),  # a weight: training changes it
         sliding_window=options.get("sliding_window") if raw.causal else None,
         note=raw.note,
+    )
+
+
+def as_dense_call(heard: DenseCall, identity: Identity, number: int) -> AttentionCall:
+    """Probabilities of a module's own by their proper names."""
+    return AttentionCall(
+        tower=identity.tower,
+        kind=identity.kind,
+        layer=identity.layer,
+        module=identity.module,
+        call=number,
+        q=None,
+        k=None,
+        scaling=1.0,
+        mask=heard.visible,
+        dense=heard.probs,
+        note=heard.note,
     )
 
 

@@ -1,7 +1,8 @@
 """The recorder: forward hooks say which attention layer is running, the tap says what it was given.
 
 1. Before an attention module runs, its hook opens it; what the tap hears belongs to the innermost
-   open module. Modules that pass by the interface are heard by :mod:`xmodal_interp.hooks.bypass`.
+   open module. Modules that pass by the interface are heard by :mod:`xmodal_interp.hooks.bypass`;
+   modules that no name tells to be attention, when they call torch's kernel.
 2. Each call becomes an :class:`AttentionCall`: operands cloned (a static cache overwrites its keys
    in place), the mask as given.
 3. After the module has run, its hook closes it; one that made no call ran unseen, and the recording
@@ -13,9 +14,9 @@ the older call becomes a view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -23,26 +24,34 @@ import torch
 from torch import Tensor, nn
 
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.errors import CaptureError, InputError
-from xmodal_interp.hooks.bypass import Bypass, DenseCall, Heard, multihead_call
-from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
-from xmodal_interp.hooks.key_cache import KeptCall, KeyCache, own_copy, seen_keys
-from xmodal_interp.hooks.modules import (
-    Identity,
-    attention_modules,
-    identity_of,
-    layers_without_matrix,
-    module_of,
+from xmodal_interp.errors import InputError
+from xmodal_interp.hooks.bypass import Bypass, DenseCall, Heard, kernel_call, multihead_call
+from xmodal_interp.hooks.compiled import (
+    refuse_compiled,
+    refuse_when_compiled_code_runs,
+    replaced_forward,
 )
-from xmodal_interp.hooks.own_thread import in_this_thread
-from xmodal_interp.hooks.reading import as_attention_call, segments, whole_mask
+from xmodal_interp.hooks.kernel import kernel_calls
+from xmodal_interp.hooks.key_cache import KeptCall, KeyCache, own_copy, seen_keys
+from xmodal_interp.hooks.members import Members
+from xmodal_interp.hooks.modules import layers_without_matrix, module_of
+from xmodal_interp.hooks.own_context import own_context
+from xmodal_interp.hooks.reading import as_attention_call, as_dense_call, segments, whole_mask
 from xmodal_interp.hooks.recording import Choice, Recording
-from xmodal_interp.hooks.refusals import check_choice, refuse_replica
+from xmodal_interp.hooks.refusals import (
+    check_choice,
+    refuse_another_thread,
+    refuse_replica,
+    refuse_unseen,
+)
 from xmodal_interp.hooks.rotary import RotaryPositions
+from xmodal_interp.hooks.runs import Run
 from xmodal_interp.hooks.tapping import RawCall, tap
 from xmodal_interp.hooks.updates import UpdateShares
 from xmodal_interp.models import VLM
 from xmodal_interp.vocabulary import TOWERS, Tower
+
+Sort = nn.Module | type[nn.Module]
 
 
 @contextmanager
@@ -57,7 +66,11 @@ def record(
 ) -> Iterator[Recording]:
     """Record the attention of any transformers model while a ``with`` block runs it.
 
-    Its outputs don't change by a bit.
+    Its outputs don't change by a bit. Heard is what runs in the thread (or asyncio task) that opens
+    the block: for a model that runs in a thread of its own, open it in that thread's function.
+    Attention of other models that run in the block is left out. In a module whose class is not
+    named attention, a call of ``scaled_dot_product_attention`` is heard, a softmax written out is
+    not; :func:`doctor` finds those.
 
     Args:
         model: A VLM or any transformers model; its attention backend stays as it is.
@@ -69,8 +82,9 @@ def record(
             must not keep the call: its tensors are the model's own.
 
     Raises:
-        CaptureError: Attention ran that could not be heard (raised at the end of the block, unless
-            the block itself failed), or the model is compiled, or called from compiled code.
+        CaptureError: Attention ran that could not be heard, or it ran in other threads only
+            (raised at the end of the block, unless the block itself failed); or the model is
+            compiled, or called from compiled code.
         InputError: No model, ``norms`` together with ``reduce``, or towers or layers that are no
             list or that the model does not have.
         UnsupportedModelError: The model has no attention modules.
@@ -85,55 +99,61 @@ def record(
 def listening(model: nn.Module, choice: Choice) -> Iterator[Recording]:
     """:func:`record` with all of its choices in one object."""
     refuse_compiled(model)
-    known = attention_modules(model)
-    check_choice(choice.towers, choice.layers, known.values())
-    recorder = _Recorder(model, known, choice)
+    members = Members(model)
+    named = {**members.known, **members.holders}
+    check_choice(choice.towers, choice.layers, members.known.values())
+    recorder = _Recorder(model, members, choice)
     with ExitStack() as stack:
-        refuse_when_compiled_code_runs(model, known, stack)
-        recorder.recording.rotary = RotaryPositions(model, known)
+        refuse_when_compiled_code_runs(model, members.known, stack)
+        recorder.recording.rotary = RotaryPositions(model, members.known)
         recorder.recording.rotary.listen(stack)
         if choice.norms:
-            recorder.shares = UpdateShares(model, known)
+            recorder.shares = UpdateShares(model, named)
             recorder.shares.listen(stack)
-        enter, leave = in_this_thread(recorder.open), in_this_thread(recorder.close)
-        for module in known:
+        own = stack.enter_context(own_context(elsewhere=recorder.note_elsewhere))
+        enter, leave = own(recorder.open), own(recorder.close)
+        for module in named:
             stack.callback(module.register_forward_pre_hook(refuse_replica).remove)
             stack.callback(module.register_forward_pre_hook(enter).remove)
             hook = module.register_forward_hook(leave, with_kwargs=True, always_call=True)
             stack.callback(hook.remove)
         stack.enter_context(tap(recorder))
+        stack.enter_context(kernel_calls(recorder.hear_kernel))
         stack.callback(recorder.finish)
         yield recorder.recording
-    if recorder.recording.unseen:
-        raise CaptureError(
-            "Every attention layer that runs must be seen. These ran, and neither asked "
-            "transformers' attention interface nor called a softmax: "
-            f"{', '.join(sorted(set(recorder.recording.unseen)))}. Leave out their tower with "
-            "towers=, if you don't need it."
-        )
+    refuse_unseen(recorder.recording.unseen)
+    if recorder.ran_elsewhere and not recorder.ran:
+        refuse_another_thread()
 
 
 class _Recorder:
     """Hooks and tap listener in one; its state lives as long as one ``with`` block."""
 
-    def __init__(self, model: nn.Module, known: dict[nn.Module, Identity], choice: Choice) -> None:
-        self.model, self.known, self.choice = model, known, choice
-        self.recording = Recording(tuple(known.values()), layers_without_matrix(model))
-        self.running: list[_Run] = []
-        self.asking: set[type[nn.Module]] = set()  # classes that ask the interface
+    def __init__(self, model: nn.Module, members: Members, choice: Choice) -> None:
+        self.members, self.choice = members, choice
+        self.recording = Recording(tuple(members.known.values()), layers_without_matrix(model))
+        self.running: list[Run] = []
+        self.ran = self.ran_elsewhere = False
+        self.sorts = {module: _sort(module) for module in (*members.known, *members.holders)}
+        self.settled: set[Sort] = set()  # that need not be heard by a softmax
+        self.hollow: set[nn.Module] = set()  # holders that ran while nothing in them did
         self.counts: dict[nn.Module, int] = {}
         self.kept: list[KeptCall] = []
         self.caches: dict[nn.Module, KeyCache] = {}
         self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
         self.shares: UpdateShares | None = None
 
+    def note_elsewhere(self) -> None:
+        self.ran_elsewhere = True
+
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
-        if _recomputing():
+        self.ran = True
+        if _recomputing() or not self.members.listens_to(module):
             return
-        run = _Run(module, len(self.kept))
+        run = Run(module, len(self.kept))
         self.running.append(run)
-        if type(module) not in self.asking and not isinstance(module, nn.MultiheadAttention):
-            run.bypass = Bypass(lambda: module if run.inside == 0 else None, run.aside.append)
+        if self.sorts[module] not in self.settled and not isinstance(module, nn.MultiheadAttention):
+            run.bypass = Bypass(lambda: module if self._at_work(run) else None, run.aside.append)
             run.bypass.begin()
 
     def close(self, module: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
@@ -145,19 +165,38 @@ class _Recorder:
             run.bypass.end()
         if output is None:  # it failed
             return
-        wanted = self.choice.wants(self.known[module])
+        wanted = self.choice.wants(self.members.identity(module))
         if wanted and isinstance(module, nn.MultiheadAttention) and run.n_heard == 0:
             run.aside.append(multihead_call(module, args, options))
+        if run.heard_inside and module not in self.members.known:
+            run.aside[:] = [each for each in run.aside if isinstance(each, RawCall)]
         if run.n_heard == 0:
             for heard in run.aside:
-                self._keep(module, heard)
-            if wanted and not run.aside:
-                self.recording.unseen.append(self.known[module].module)
+                self._keep(self.members.proved(module), heard)
+        self._judge(run, wanted=wanted)
         new = self.kept[run.start :]
-        if self.shares is not None and new:
+        if self.shares is not None and new and (run.n_heard or run.aside):
             shares = self.shares.of(module, output, [kept.call for kept in new])
             for kept, share in zip(new, shares, strict=True):
                 kept.call = replace(kept.call, update_share=share)
+
+    def _judge(self, run: Run, *, wanted: bool) -> None:
+        """Whether a module that has run was heard, by itself or by what it holds."""
+        module = run.module
+        if run.n_heard or run.aside or isinstance(module, nn.MultiheadAttention):
+            run.heard_inside = True
+            run.silent.clear()  # parts of it that are named so, and helped
+        elif module in self.members.known:
+            run.silent += [self.members.known[module].module] * wanted
+        elif run.heard_inside:
+            self.settled.add(self.sorts[module])
+        elif wanted:
+            self.hollow.add(module)
+        if self.running:
+            self.running[-1].heard_inside |= run.heard_inside
+            self.running[-1].silent += run.silent
+        else:
+            self.recording.unseen += run.silent
 
     def before(self, call: RawCall) -> RawCall:
         if self.running:
@@ -168,37 +207,48 @@ class _Recorder:
         if _recomputing():
             return output
         run = self.running[-1] if self.running else None
-        if run is not None:
-            run.n_heard += 1
-            self.asking.add(type(run.module))
-        module = call.module if run is None or call.module in self.known else run.module
-        if module not in self.known:
-            self._take_in(module)
-        if module in self.known:
+        owner = self.members.owner(call.module, None if run is None else run.module)
+        if run is not None and owner is not None:
+            if run.module in self.members.known:
+                run.n_heard += 1
+                self.settled.add(self.sorts[run.module])
+            run.heard_inside = True
+        if owner is not None:
             for part in segments(call):
                 whole = part is call
-                self._keep(module, replace(part, output=output.detach() if whole else None))
+                self._keep(owner, replace(part, output=output.detach() if whole else None))
         if run is not None:
             run.inside -= 1
         return output
 
-    def _take_in(self, module: nn.Module) -> None:
-        """A module that asked for attention, though its class is not named so."""
-        identity = identity_of(self.model, module, self.known.values())
-        if identity is None:
-            self.recording.unseen.append(f"{type(module).__name__} (not a module of this model)")
-        else:
-            self.known[module] = identity
-            self.recording.modules = tuple(self.known.values())
+    def hear_kernel(self, args: Any, options: Mapping[str, Any], output: Tensor) -> None:
+        """A call of torch's kernel, by whomever."""
+        run = self.running[-1] if self.running else None
+        if _recomputing() or (run is not None and (run.inside or run.bypass is not None)):
+            return
+        if run is not None and run.module in self.members.known:
+            if not isinstance(run.module, nn.MultiheadAttention):
+                run.aside.append(kernel_call(run.module, args, options, output))
+            return
+        owner = self.members.calling_kernel()
+        if owner is not None:
+            self._keep(owner, kernel_call(owner, args, options, output))
+            if run is not None:
+                run.heard_inside = True
+
+    def _at_work(self, run: Run) -> bool:
+        """Whether a run is the innermost, and not inside of the interface's function."""
+        return self.running[-1] is run and run.inside == 0
 
     def _keep(self, module: nn.Module, heard: Heard) -> None:
-        identity = self.known[module]
+        identity = self.members.known[module]
+        self.members.heard.add(module)
         if not self.choice.wants(identity):
             return
         number = self.counts.get(module, 0)
         self.counts[module] = number + 1
         call = (
-            _dense_call(heard, identity, number)
+            as_dense_call(heard, identity, number)
             if isinstance(heard, DenseCall)
             else as_attention_call(heard, identity, number, self._mask(heard))
         )
@@ -224,6 +274,8 @@ class _Recorder:
         """Hand each call its keys, as a view into the cache they are the beginning of."""
         self.recording.calls += [kept.whole() for kept in self.kept]
         self.kept.clear()
+        self.recording.unseen += self.members.silent_among_heard(self.hollow)
+        self.recording.modules = tuple(self.members.known.values())
 
     def _mask(self, raw: RawCall) -> Tensor | None:
         """Layers share one mask tensor: it is read once."""
@@ -235,41 +287,9 @@ class _Recorder:
         return self.masks[key][1]
 
 
-@dataclass(eq=False)
-class _Run:
-    """One attention module at work.
-
-    Attributes:
-        module: The module.
-        start: How many calls had been kept before.
-        n_heard: Calls through the interface.
-        inside: Whether the interface's function is running.
-        aside: What was heard beside the interface; it counts if the interface was never asked.
-        bypass: The listener to torch functions, if there is one.
-    """
-
-    module: nn.Module
-    start: int
-    n_heard: int = 0
-    inside: int = 0
-    aside: list[Heard] = field(default_factory=list)
-    bypass: Bypass | None = None
-
-
-def _dense_call(heard: DenseCall, identity: Identity, number: int) -> AttentionCall:
-    return AttentionCall(
-        tower=identity.tower,
-        kind=identity.kind,
-        layer=identity.layer,
-        module=identity.module,
-        call=number,
-        q=None,
-        k=None,
-        scaling=1.0,
-        mask=heard.visible,
-        dense=heard.probs,
-        note=heard.note,
-    )
+def _sort(module: nn.Module) -> Sort:
+    """What modules that do the same have in common: their class, unless one was given a forward."""
+    return module if replaced_forward(module) else type(module)
 
 
 def _recomputing() -> bool:

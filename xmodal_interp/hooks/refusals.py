@@ -10,6 +10,7 @@ from torch import nn
 
 from xmodal_interp.attention import number
 from xmodal_interp.errors import CaptureError, InputError
+from xmodal_interp.hooks.heads import ranged
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.vocabulary import TOWERS, Tower
 
@@ -34,11 +35,33 @@ def check_choice(
         there = {identity.layer for identity in known if identity.tower in towers}
         missing = sorted({number(layer, "layer") for layer in layers} - there)
         if missing:
+            named = "layers" if set(towers) == set(TOWERS) else f"{' and '.join(towers)} layers"
+            has = f"Its {named} are {ranged(there)}" if there else f"It has no {named}"
             raise InputError(
-                f"layers must exist in the model. Its {' and '.join(towers)} layers are 0 to "
-                f"{max(there, default=-1)}; "
-                f"got {', '.join(map(str, missing))}."
+                "layers must exist in the model, counted from 0 (negative numbers are not taken "
+                f"here). {has}; got {', '.join(map(str, missing))}."
             )
+
+
+def refuse_unseen(names: Iterable[str]) -> None:
+    """Raise CaptureError for modules that ran without a call that could be heard."""
+    unseen = sorted(set(names))
+    if unseen:
+        raise CaptureError(
+            "Some attention could not be recorded. These modules ran, but neither used "
+            "transformers' attention interface nor called scaled_dot_product_attention or a "
+            f"softmax: {', '.join(unseen)}. Leave out their tower with towers=, if you don't need "
+            "it."
+        )
+
+
+def refuse_another_thread() -> None:
+    """Raise CaptureError for a model that did not run where it was to be heard."""
+    raise CaptureError(
+        "A block hears what runs in its own thread (or task). In this one no attention ran, while "
+        "the model ran in another. Open the block there: in the function that the thread is given, "
+        "around the call of the model."
+    )
 
 
 def refuse_replica(module: nn.Module, args: Any) -> None:  # noqa: ARG001

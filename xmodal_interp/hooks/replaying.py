@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from xmodal_interp.hooks.modules import attention_modules, block_of
-from xmodal_interp.hooks.own_thread import in_this_thread
+from xmodal_interp.hooks.own_context import own_context
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 
@@ -68,8 +68,9 @@ def remember_blocks(model: nn.Module) -> Iterator[BlockOutputs]:
         memory.outputs[module] = output
 
     with ExitStack() as stack:
+        own = stack.enter_context(own_context())
         for block in dict.fromkeys(blocks.values()):
-            stack.callback(block.register_forward_hook(in_this_thread(keep)).remove)
+            stack.callback(block.register_forward_hook(own(keep)).remove)
         yield memory
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from xmodal_interp.attention import reread
 from xmodal_interp.hooks.modules import Identity
-from xmodal_interp.hooks.own_thread import in_this_thread
+from xmodal_interp.hooks.own_context import own_context
 
 AXES = ("t", "h", "w")
 """Time, row and column; the same number three times where a model has one axis.
@@ -45,8 +45,8 @@ class RotaryPositions:
     def listen(self, stack: ExitStack) -> None:
         """Put a hook on the module, until the stack is closed."""
         if self.module is not None:
-            enter = in_this_thread(self._enter)
-            hook = self.module.register_forward_pre_hook(enter, with_kwargs=True)
+            own = stack.enter_context(own_context())
+            hook = self.module.register_forward_pre_hook(own(self._enter), with_kwargs=True)
             stack.callback(hook.remove)
 
     def _enter(self, module: nn.Module, args: Any, options: dict[str, Any]) -> None:  # noqa: ARG002

@@ -143,13 +143,13 @@ def _wrap(
     listeners = _listeners.get()
     if not listeners:
         return function
-    if isinstance(function, _Wrapped):  # ``get_interface`` looks the function up as an item
+    if isinstance(function, WrappedFunction):  # ``get_interface`` looks the function up as an item
         return replace(function, eager=eager)
-    return _Wrapped(function, backend or "eager", eager, listeners)
+    return WrappedFunction(function, backend or "eager", eager, listeners)
 
 
 @dataclass(frozen=True, eq=False)
-class _Wrapped:
+class WrappedFunction:
     """An attention function with listeners around it."""
 
     function: AttentionFunction
@@ -166,6 +166,7 @@ class _Wrapped:
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """What the function returns, as the listeners let it."""
         call = RawCall(module, query, key, value, attention_mask, self.backend, options, self.eager)
         for listener in self.listeners:
             call = listener.before(call)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.modules import Identity, block_of
-from xmodal_interp.hooks.own_thread import in_this_thread
+from xmodal_interp.hooks.own_context import own_context
 
 
 class UpdateShares:
@@ -29,7 +29,7 @@ class UpdateShares:
 
     def listen(self, stack: ExitStack) -> None:
         """Put hooks on the blocks, until the stack is closed."""
-        enter = in_this_thread(self._enter)
+        enter = stack.enter_context(own_context())(self._enter)
         for block in {block for block in self.blocks.values() if block is not None}:
             stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
 

@@ -1,0 +1,300 @@
+"""Attention of other models is none of ours; ours is heard whatever its class is called."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CvtConfig,
+    CvtModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    SpeechEncoderDecoderConfig,
+    SpeechEncoderDecoderModel,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+)
+
+from tests.hooks.conditions import assert_complete_and_exact, first, of
+from xmodal_interp.errors import CaptureError
+from xmodal_interp.hooks import attention_modules, record
+from xmodal_interp.hooks.bypass import DENSE_NOTE, KERNEL_NOTE
+
+WIDTH = 16
+
+
+def other_model() -> tuple[nn.Module, dict]:
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    return CLIPVisionModel(config).eval(), {"pixel_values": torch.randn(1, 3, 8, 8)}
+
+
+def heard(recording) -> list:
+    return [(call.tower, call.layer, call.module) for call in recording.calls]
+
+
+def test_what_runs_around_the_recorded_part_is_left_out() -> None:
+    model, inputs = of("llava")
+    with torch.no_grad(), record(model.model.language_model) as recording:
+        model(**inputs)
+    assert [call.layer for call in recording.calls] == [0, 1, 2, 3]
+    assert {call.tower for call in recording.calls} == {"language"}
+    assert recording.unseen == []
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_another_model_in_the_block_is_left_out(backend) -> None:
+    (model, inputs), (other, pixels) = of("llava"), other_model()
+    other.set_attn_implementation(backend)
+    with torch.no_grad(), record(model) as recording:
+        model(**inputs)
+        other(**pixels)
+    assert_complete_and_exact(recording.calls, model)
+    assert len(recording.calls) == 7
+
+
+def test_two_recorded_models_hear_their_own() -> None:
+    (model, inputs), (other, pixels) = of("llava"), other_model()
+    with torch.no_grad(), record(model) as one, record(other) as two:
+        other(**pixels)
+        model(**inputs)
+    assert_complete_and_exact(one.calls, model)
+    assert_complete_and_exact(two.calls, other)
+
+
+def test_a_shared_part_is_heard_whoever_runs_it() -> None:
+    (model, inputs), (other, _) = of("llava"), of("llava")
+    other.model.language_model = model.model.language_model
+    with torch.no_grad(), record(model) as recording:
+        other(**inputs)
+    assert [(call.tower, call.layer) for call in recording.calls] == [
+        ("language", layer) for layer in range(4)
+    ]
+
+
+class Mixer(nn.Module):
+    """Attention in a class that is not named so; ``way`` is how it is computed."""
+
+    num_attention_heads = 8
+
+    def __init__(self, old: nn.Module, way: str = "kernel", *, parts: bool = True) -> None:
+        super().__init__()
+        for name, part in old.named_children() if parts else [("o", old)]:
+            self.add_module(name, part)
+        self.way = way
+
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+        x = hidden_states.unflatten(-1, (8, -1)).transpose(1, 2)
+        if self.way == "kernel":
+            mixed = functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        else:
+            scores = (x @ x.transpose(-1, -2)).tril()
+            ways = {
+                "softmax": lambda: scores.softmax(-1),
+                "exp": lambda: scores.exp() / scores.exp().sum(-1, keepdim=True),
+            }
+            mixed = ways[self.way]() @ x
+        return mixed.transpose(1, 2).flatten(2), None
+
+
+class FastAttn(Mixer):
+    """The same, named so."""
+
+
+def llava_with(mixer) -> tuple[nn.Module, dict]:
+    model, inputs = of("llava")
+    layer = model.model.language_model.layers[1]
+    layer.self_attn = mixer(layer.self_attn)
+    return model, inputs
+
+
+@pytest.mark.parametrize("kind", [Mixer, FastAttn])
+@pytest.mark.parametrize("parts", [True, False], ids=["parts", "whole"])
+def test_a_kernel_called_by_any_class_is_heard(kind, parts) -> None:
+    model, inputs = llava_with(lambda old: kind(old, parts=parts))
+    with torch.no_grad():
+        alone = first(model(**inputs))
+        with record(model, towers=["language"]) as recording:
+            assert torch.equal(first(model(**inputs)), alone)
+    path = "model.language_model.layers"
+    assert heard(recording) == [("language", i, f"{path}.{i}.self_attn") for i in range(4)]
+    mixed = recording.calls[1]
+    assert mixed.note == KERNEL_NOTE
+    scores = (mixed.q @ mixed.k.transpose(-1, -2) * mixed.scaling).masked_fill(
+        torch.ones(mixed.n_keys, mixed.n_keys).triu(1).bool(), -torch.inf
+    )
+    torch.testing.assert_close(mixed.probs(), scores.softmax(-1))
+    names = [each.module for each in recording.modules if each.tower == "language"]
+    assert sorted(names) == [f"{path}.{i}.self_attn" for i in range(4)]
+
+
+def test_a_softmax_of_a_module_that_holds_the_old_one_is_heard() -> None:
+    model, inputs = llava_with(lambda old: FastAttn(old, "softmax", parts=False))
+    with torch.no_grad(), record(model, towers=["language"]) as recording:
+        model(**inputs)
+    assert [call.layer for call in recording.calls] == [0, 1, 2, 3]
+    assert recording.calls[1].note == DENSE_NOTE
+
+
+def test_a_module_that_holds_the_old_one_and_is_not_heard_is_an_error() -> None:
+    model, inputs = llava_with(lambda old: FastAttn(old, "exp", parts=False))
+    unseen = pytest.raises(CaptureError, match=r"layers\.1\.self_attn\. Leave out")
+    with unseen, torch.no_grad(), record(model):
+        model(**inputs)
+
+
+def test_a_base_class_of_another_name() -> None:
+    class MHA(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return functional.scaled_dot_product_attention(self.projection(x), x, x)
+
+    class Attention(MHA):
+        pass
+
+    with torch.no_grad(), record(nn.Sequential(Attention(), MHA())) as recording:
+        nn.Sequential(Attention(), MHA())(torch.randn(1, 2, 3, 4))  # another model
+    assert recording.calls == []
+    model = nn.Sequential(Attention(), MHA())
+    with torch.no_grad(), record(model) as recording:
+        model(torch.randn(1, 2, 3, 4))
+    assert heard(recording) == [("language", 0, "0"), ("language", 1, "1")]
+
+
+def test_a_module_that_is_not_registered_is_heard_as_the_one_that_runs_it() -> None:
+    class Hiding(nn.Module):
+        def __init__(self, old: nn.Module) -> None:
+            super().__init__()
+            self.hidden = [old]
+
+        def forward(self, *args: object, **options: object) -> object:
+            return self.hidden[0](*args, **options)
+
+    model, inputs = llava_with(Hiding)
+    with torch.no_grad(), record(model, towers=["language"]) as recording:
+        model(**inputs)
+    assert [call.layer for call in recording.calls] == [0, 1, 2, 3]
+
+
+def test_the_kernel_is_as_it_was_afterwards() -> None:
+    before = functional.scaled_dot_product_attention
+    model, inputs = of("llava")
+    with torch.no_grad(), record(model), record(model):
+        model(**inputs)
+        assert functional.scaled_dot_product_attention is not before
+    assert functional.scaled_dot_product_attention is before
+    with record(model):
+        functional.scaled_dot_product_attention = later = lambda *_: None
+    try:
+        assert functional.scaled_dot_product_attention is later  # that was not ours to undo
+    finally:
+        functional.scaled_dot_product_attention = before
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_one_layer_that_was_given_another_forward(layer) -> None:
+    model, inputs = of("llava")
+    attention = model.model.language_model.layers[layer].self_attn
+
+    def forward(hidden_states, **_) -> tuple[torch.Tensor, None]:
+        x = hidden_states.unflatten(-1, (8, -1)).transpose(1, 2)
+        probs = torch.softmax(x @ x.transpose(-1, -2), -1)
+        return (probs @ x).transpose(1, 2).flatten(2), None
+
+    attention.forward = forward
+    with torch.no_grad(), record(model, towers=["language"]) as recording:
+        model(**inputs)
+    assert [call.layer for call in recording.calls] == [0, 1, 2, 3]
+    assert [call.note == DENSE_NOTE for call in recording.calls] == [i == layer for i in range(4)]
+
+
+def test_projections_that_are_named_after_attention() -> None:
+    config = CvtConfig(
+        embed_dim=[8, 8, 8], num_heads=[1, 2, 2], depth=[1, 2, 3], drop_path_rate=[0.0, 0.0, 0.0]
+    )
+    model = CvtModel(config).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        alone = first(model(pixels))
+        with record(model) as recording:
+            assert torch.equal(first(model(pixels)), alone)
+    assert [(call.tower, call.kind, call.layer) for call in recording.calls] == [
+        ("vision", "self", layer) for layer in range(6)
+    ]
+    assert recording.calls[3].module == "encoder.stages.2.layers.0.attention.attention"
+
+
+def test_encoders_of_text_are_of_the_language() -> None:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "vocab_size": 9}
+    bert = {"model_type": "bert", **sizes, **heads}
+    decoder = {**bert, "is_decoder": True, "add_cross_attention": True}
+    pair = EncoderDecoderConfig(encoder=bert, decoder=decoder)
+    module = {**sizes, **heads, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    t5gemma = T5GemmaConfig(encoder=module, decoder=module, vocab_size=9)
+    for model in (EncoderDecoderModel(pair), T5GemmaForConditionalGeneration(t5gemma)):
+        names = Counter((each.tower, each.kind) for each in attention_modules(model).values())
+        assert names == {("language", "self"): 4, ("language", "cross"): 2}
+
+
+def test_other_encoders_are_of_what_they_read() -> None:
+    text = {
+        "model_type": "bert",
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    decoder = {**text, "is_decoder": True, "add_cross_attention": True}
+    vit = {**text, "model_type": "vit", "image_size": 8, "patch_size": 4}
+    sees = VisionEncoderDecoderModel(VisionEncoderDecoderConfig(encoder=vit, decoder=decoder))
+    wav = {
+        **text,
+        "model_type": "wav2vec2",
+        "conv_dim": [8],
+        "conv_stride": [2],
+        "conv_kernel": [2],
+    }
+    hears = SpeechEncoderDecoderModel(
+        SpeechEncoderDecoderConfig(
+            encoder={**wav, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+            decoder=decoder,
+        )
+    )
+    for model, tower in ((sees, "vision"), (hears, "audio")):
+        names = Counter((each.tower, each.kind) for each in attention_modules(model).values())
+        assert names == {(tower, "self"): 1, ("language", "self"): 1, ("language", "cross"): 1}
+
+
+def test_the_kernel_of_what_weighs_no_tokens_is_left_out() -> None:
+    """As a mixture of the states of earlier layers is computed by some."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return functional.scaled_dot_product_attention(self.projection(x), x, x)
+
+    class AttentionResidual(Attention):
+        pass
+
+    model = nn.Sequential(Attention(), AttentionResidual())
+    with torch.no_grad(), record(model) as recording:
+        model(torch.randn(1, 2, 3, 4))
+    assert heard(recording) == [("language", 0, "0")]
