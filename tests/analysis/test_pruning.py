@@ -273,7 +273,7 @@ REFUSALS = {
     "an answer that is None": (
         lambda vlm: answer_accuracy(vlm, [ITEMS[0], {**ITEMS[0], "answer": None}]),
         InputError,
-        "An item must have 'answer'. Item 1 has none; its entries are ...",
+        "An item must have 'answer'. Item 1 has none; its entries are image, prompt, answer, kind.",
     ),
     "an empty answer": (
         lambda vlm: answer_accuracy(vlm, [{**ITEMS[0], "answer": ""}]),

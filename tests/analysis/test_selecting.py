@@ -13,7 +13,7 @@ import xmodal_interp as xi
 from tests.analysis.fakes import captured, grid, random_call, sample_of, shipped
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp import evaluation, figures
-from xmodal_interp.errors import InputError, LayerError, PositionError
+from xmodal_interp.errors import InputError, LayerError, PhraseError
 from xmodal_interp.hooks.heads import checked_heads
 from xmodal_interp.sample import Sample
 
@@ -152,8 +152,8 @@ REFUSALS = {
     ),
     "words": (
         lambda: SAMPLE.positions(["red", "blue"]),
-        PositionError,
-        "A position is a number, a list of them, or a slice; got ['red', 'blue'].",
+        PhraseError,
+        "A phrase must occur in the sample's text. 'red' is not in 'b0 v1 v2 v3 v4 t5 t6'.",
     ),
     "by": (
         lambda: xi.cross_modal_ratio(SAMPLE, by="layer"),

@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from xmodal_interp.errors import InputError
-from xmodal_interp.models.opening import ImageLike, Video
 
 ItemDict = Mapping[str, Any]
 """``image`` or ``images``, ``video`` or ``videos`` (one of the two at least), ``prompt`` or
@@ -57,8 +56,8 @@ def entry(item: ItemDict, *names: str, title: str) -> Any:
     return item[there[0]]
 
 
-def visuals_of(item: ItemDict, *, title: str) -> tuple[list[ImageLike], list[Video]]:
-    """The images and the videos of an item, not opened yet.
+def visuals_of(item: ItemDict, *, title: str) -> tuple[list[Any], list[Any]]:
+    """The images and the videos of an item as they were given: neither opened nor checked.
 
     Raises:
         InputError: It has neither, or one of them by two names.
