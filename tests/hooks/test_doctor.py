@@ -142,7 +142,8 @@ def test_a_layer_whose_calls_are_lost_is_found(monkeypatch) -> None:
     right = recorder._Recorder._keep
 
     def forgetful(self, module, heard):
-        if (self.known[module].tower, self.known[module].layer) != ("language", 1):
+        identity = self.members.known[module]
+        if (identity.tower, identity.layer) != ("language", 1):
             right(self, module, heard)
 
     monkeypatch.setattr(recorder._Recorder, "_keep", forgetful)

@@ -216,7 +216,7 @@ def _seen(
 ) -> None:
     missed = unheard_attention(model, lambda: seeded(lambda: model(**inputs)), recording)
     ran = {call.module for call in recording.calls}
-    idle = [identity.module for identity in recording.modules if identity.module not in ran]
+    idle = [each.module for each in recording.modules if each.module not in {*ran, *missed}]
     found = {"not heard": missed, "did not run": idle}
     note = "; ".join(f"{what}: {_first_few(names)}" for what, names in found.items() if names)
     check, expected = "every attention layer that ran is heard", len(ran) + len(missed)
