@@ -184,7 +184,7 @@ def test_tasks_of_one_thread_record_at_once() -> None:
     model, inputs = tiny_vlm("llava").model, inputs_of("llava")
 
     async def task() -> list:
-        with torch.no_grad(), record(model, norms=True) as recording:
+        with record(model, norms=True) as recording:
             for _ in range(2):
                 await asyncio.sleep(0)
                 model(**inputs)
@@ -193,7 +193,9 @@ def test_tasks_of_one_thread_record_at_once() -> None:
     async def together() -> list[list]:
         return await asyncio.gather(*(task() for _ in range(3)))
 
-    for calls in asyncio.run(together()):
+    with torch.no_grad():  # around all tasks: it is the thread's, not theirs
+        each_heard = asyncio.run(together())
+    for calls in each_heard:
         assert [call.call for call in calls] == [0] * 7 + [1] * 7
 
 
