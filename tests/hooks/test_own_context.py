@@ -1,0 +1,84 @@
+"""A block hears its own thread and task, and nothing of it goes into copies of the model."""
+
+import asyncio
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+
+from tests.hooks.test_record import inputs_of
+from tests.tiny import tiny_vlm
+from xmodal_interp.errors import CaptureError
+from xmodal_interp.hooks import record
+
+
+def in_another_thread(run) -> None:
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+
+def test_other_threads_are_not_heard() -> None:
+    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+    with record(model, norms=True) as recording:
+        in_another_thread(lambda: model(**inputs))
+        model.model.vision_tower(inputs["pixel_values"])
+    assert {call.tower for call in recording.calls} == {"vision"}
+    assert recording.rotary.whole() is None
+
+
+def test_a_model_that_ran_in_another_thread_only_is_an_error() -> None:
+    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+    with pytest.raises(CaptureError) as error, record(model):
+        in_another_thread(lambda: model(**inputs))
+    assert str(error.value) == (
+        "A block hears what runs in its own thread (or task). In this one no attention ran, while "
+        "the model ran in another. Open the block there: in the function that the thread is given, "
+        "around the call of the model."
+    )
+    with record(model) as recording:  # what others hear by themselves is theirs
+        in_another_thread(lambda: recorded(model, inputs))
+    assert recording.calls == []
+
+
+def recorded(model: torch.nn.Module, inputs: dict) -> list:
+    with torch.no_grad(), record(model) as recording:
+        model(**inputs)
+    return recording.calls
+
+
+def test_tasks_of_one_thread_record_at_once() -> None:
+    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+
+    async def task() -> list:
+        with record(model, norms=True) as recording:
+            for _ in range(2):
+                await asyncio.sleep(0)
+                model(**inputs)
+        return recording.calls
+
+    async def together() -> list[list]:
+        return await asyncio.gather(*(task() for _ in range(3)))
+
+    with torch.no_grad():  # around all tasks: it is the thread's, not theirs
+        each_heard = asyncio.run(together())
+    for calls in each_heard:
+        assert [call.call for call in calls] == [0] * 7 + [1] * 7
+
+
+def test_copies_of_a_model_take_nothing_with_them() -> None:
+    model, inputs = copy.deepcopy(tiny_vlm("llava").model), inputs_of("llava")
+    with torch.no_grad():
+        alone = model(**inputs).logits
+        with record(model, norms=True) as recording:
+            other = copy.deepcopy(model)
+            saved = pickle.loads(pickle.dumps(model.model.language_model.rotary_emb))
+            assert torch.equal(other(**inputs).logits, alone)
+            assert recording.calls == []
+            assert recording.rotary.whole() is None
+        assert torch.equal(other(**inputs).logits, alone)
+        assert len(recorded(other, inputs)) == 7
+    assert not any("forward" in vars(module) for module in other.modules())
+    assert type(saved) is type(model.model.language_model.rotary_emb)
