@@ -77,12 +77,10 @@ class Sample:
 
     def __repr__(self) -> str:
         """A line that tells what is in it."""
-        towers = ", ".join(
-            f"{len(self.layers(t, k))} {t} {k}" for t, k in sorted({key[:2] for key in self.calls})
-        )
-        kinds = ", ".join(
-            f"{count} {kind}" for kind, count in self.tokens["kind"].value_counts().items()
-        )
+        parts = sorted({key[:2] for key in self.calls})
+        towers = ", ".join(f"{len(self.layers(t, k))} {t} {k}" for t, k in parts)
+        counts = self.tokens["kind"].value_counts().items()
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts)
         asked = f"{self.question!r} -> {self.answer!r}"
         return f"Sample({self.name!r}: {asked}; {kinds} tokens; layers: {towers})"
 
@@ -203,15 +201,13 @@ class Sample:
         if index in exists:
             raise NotRecordedError(
                 f"Only what was kept can be asked for. {tower} {kind}-attention kept layers "
-                f"{held or 'none'}, not {index}. "
-                "Capture again with this layer."
+                f"{held or 'none'}, not {index}. Capture again with this layer."
             )
         n_calls = len({k[3] for k in self.calls if k[:3] == key[:3]})
-        raise LayerError(
-            f"A layer must exist. {tower} {kind}-attention has layers {known or 'none'}"
-            f"{f', with calls 0 to {n_calls - 1}' if n_calls else ''}; got layer {layer}, call "
-            f"{call}."
-        )
+        has = f"layers {known}" if known else "none"
+        has += f", with calls 0 to {n_calls - 1}" if n_calls else ""
+        got = f"layer {layer}, call {call}"
+        raise LayerError(f"A layer must exist. {tower} {kind}-attention has {has}; got {got}.")
 
     def probs(
         self,
@@ -272,10 +268,8 @@ class Sample:
             GeometryError: The number of values is not that of the tokens, they have no known
                 places, or there is no such image, view, video or frame.
         """
-        flat = np.asarray(
-            values.detach().float().cpu() if isinstance(values, Tensor) else values,
-            dtype=np.float64,
-        )
+        bare = values.detach().float().cpu() if isinstance(values, Tensor) else values
+        flat = np.asarray(bare, dtype=np.float64)
         if video is not None:
             _check_number(video, len(self.video_grids), "video")
             frames = self.video_grids[video].arranged(flat, view, number=video)

@@ -47,9 +47,14 @@ def _ratio(table: pd.DataFrame) -> list[str]:
         f"attention would give {null:.2f}."
     ]
     if below:
-        named = ", ".join(map(str, below))
-        lines.append(f"Layer {named} looks at the image less than uniform attention would.")
+        named = f"Layer {below[0]} looks" if len(below) == 1 else f"Layers {_listed(below)} look"
+        lines.append(f"{named} at the image less than uniform attention would.")
     return lines
+
+
+def _listed(layers: list[int]) -> str:
+    """Such as ``"0, 1 and 3"``."""
+    return " and ".join([", ".join(map(str, layers[:-1])), str(layers[-1])])
 
 
 def _heads(table: pd.DataFrame) -> list[str]:

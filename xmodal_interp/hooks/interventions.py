@@ -102,8 +102,8 @@ class Intervention(Protocol):
 def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Iterator[None]:
     """Run a model with changed attention heads inside a ``with`` block.
 
-    Where two interventions edit the same output, the first one named has the last word, as the
-    outer one of two nested blocks has.
+    Where two interventions edit the same output, the first one named is applied last, as the outer
+    one of two nested blocks is.
 
     Args:
         model: A VLM or any transformers model.

@@ -120,8 +120,8 @@ def knock_out_attention(
 
     Args:
         queries: The positions that shall not read: indices, a slice, or a boolean tensor
-            ``[position]`` or ``[sample, position]``. Where an encoder reads the prompt, each of
-            its layers and of the decoder's counts the positions of its own stack.
+            ``[position]`` or ``[sample, position]``. In an encoder-decoder, each layer counts the
+            positions of its own stack.
         keys: The positions that shall not be read, in the same ways. The edge of a position to
             itself stays.
         layers: Where to cut; everywhere if not given. Negative ones count from the end.

@@ -21,9 +21,9 @@ class Family:
 
     Attributes:
         model_type: ``config.model_type`` in transformers.
-        image_token: Attribute of the configuration that holds the id of the tokens whose embeddings
-            are the image's features, through attributes and keys of others where it has dots; None
-            where images are not among the text tokens.
+        image_token: Configuration attribute that holds the id of the tokens whose embeddings are
+            the image's features; dots lead through nested attributes and mapping keys. None where
+            images are not among the text tokens.
         geometry: The rule that places image tokens on images. None where there is none; then
             ``reason`` says why.
         in_sequence: Whether image tokens stand among the text tokens. If not, text reaches the
