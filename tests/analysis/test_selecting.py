@@ -11,6 +11,7 @@ import torch
 
 import xmodal_interp as xi
 from tests.analysis.fakes import captured, grid, random_call, sample_of, shipped
+from tests.figures.made import words
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp import evaluation, figures
 from xmodal_interp.errors import InputError, LayerError, PhraseError
@@ -111,8 +112,11 @@ def test_what_is_kept_is_json_whatever_named_it() -> None:
 @pytest.mark.usefixtures("any_type")
 def test_figures_take_numbers_of_a_table() -> None:
     sample = shipped()
-    figures.attention_matrix(sample, np.int64(1), np.int64(2))
-    figures.overlay(sample, [sample.last], np.int64(1), np.int64(2))
+    for figure in (
+        figures.attention_matrix(sample, np.int64(1), np.int64(2)),
+        figures.overlay(sample, [sample.last], np.int64(1), np.int64(2)),
+    ):
+        assert "language layer 1, head 2" in words(figure)
 
 
 def hybrid(layers: list[int]) -> Sample:
