@@ -1,14 +1,18 @@
 """Characters and meaning of every position, whatever the processor puts between prompt and ids."""
 
+import copy
+
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import AddedToken
 
 from tests.models.painting import vlm_of
 from tests.tiny import QUESTION, tiny_vlm
 from xmodal_interp.errors import GeometryError, PhraseError
 from xmodal_interp.models.alignment import counted_alignment, reported_alignment, shifted
 from xmodal_interp.models.labelling import Prompt
+from xmodal_interp.models.tokens import generated_table
 from xmodal_interp.sample import Sample
 
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
@@ -176,6 +180,27 @@ def test_words_that_the_vocabulary_lacks_are_text(family: str) -> None:
     assert special["token"].tolist().count("<unk>") == 1  # the one that was written so
     with pytest.raises(PhraseError, match="'<unk>' is not in"):
         sample.find("<unk>")
+
+
+def test_headers_of_a_chat_template_are_special() -> None:
+    """As those of Llama 3, which have no name in its tokenizer: only the flag says so."""
+    vlm = copy.deepcopy(tiny_vlm("llava"))
+    headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    vlm.tokenizer.add_tokens([AddedToken(each, special=True) for each in headers])
+    assert not set(headers) & set(vlm.tokenizer.all_special_tokens)
+    start, end, stop = headers
+    text = f"{start}user:{end}<image> where is the red circle ?{stop}{start}assistant:{end}"
+    tokens = vlm.prepare([[WIDE]], [text])[1][0].tokens
+    shown = tokens[tokens["kind"].eq("special")]
+    assert shown["token"].tolist() == [start, end, stop, start, end]
+    assert (shown["end"] - shown["start"]).tolist() == [len(each) for each in shown["token"]]
+    written = tokens.loc[tokens["kind"].eq("text"), "token"].tolist()
+    assert written == ["user:", "where", "is", "the", "red", "circle", "?", "assistant:"]
+    ids = vlm.tokenizer.convert_tokens_to_ids(["red", stop])
+    answered, text = generated_table(ids, ids, vlm.tokenizer, 0, "")
+    assert answered["kind"].tolist() == ["text", "special"]
+    assert answered["token"].tolist() == ["red", stop]
+    assert text == " red"
 
 
 def test_a_beginning_that_the_processor_writes_is_the_templates() -> None:

@@ -123,6 +123,19 @@ def test_as_many_image_tokens_as_the_grid_has(captured: Captured) -> None:
     check_images(captured.sample)
 
 
+def test_tokens_flagged_special_are_no_text(captured: Captured) -> None:
+    """Those without a name too: headers of a chat template, markers of images.
+
+    ``all_special_ids`` of transformers 5.23 has only tokens with a name; all that are left out of
+    decoded text are flagged ``special`` in ``added_tokens_decoder``.
+    """
+    tokenizer, tokens = captured.vlm.tokenizer, captured.sample.tokens
+    added = tokenizer.added_tokens_decoder.values()
+    flagged = {each.content for each in added if each.special} - {tokenizer.unk_token}
+    kinds = tokens.loc[tokens["token"].isin(flagged), "kind"]
+    assert set(kinds) <= {"image", "special", "padding"}
+
+
 def test_probabilities_are_probabilities(captured: Captured) -> None:
     sample = captured.sample
     text = sample.where("text")

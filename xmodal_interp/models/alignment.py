@@ -179,7 +179,7 @@ def counted_alignment(
     Raises:
         GeometryError: The ids are not the prompt's own tokens with each placeholder expanded.
     """
-    special = _special(tokenizer) if markers is None else markers
+    special = special_ids(tokenizer) if markers is None else markers
     for text in texts:
         for adding in (False, True):
             own = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adding)
@@ -199,8 +199,13 @@ def counted_alignment(
     )
 
 
-def _special(tokenizer: Any) -> set[int]:
-    """Ids of special tokens, those included that were added without a name."""
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of all special tokens of a tokenizer.
+
+    ``all_special_ids`` holds only the tokens that have a name (``bos_token``, ...). The others, such
+    as the headers of a chat template and the markers of images, are known by the ``special`` flag of
+    ``added_tokens_decoder``; decoding with ``skip_special_tokens`` leaves both out.
+    """
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(token for token, each in added.items() if each.special)}
 

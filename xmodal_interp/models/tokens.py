@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.alignment import IMAGE, VIDEO, Alignment, Position
+from xmodal_interp.models.alignment import IMAGE, VIDEO, Alignment, Position, special_ids
 from xmodal_interp.models.rendering import Span
 from xmodal_interp.vocabulary import TOKEN_COLUMNS
 
@@ -68,7 +68,7 @@ def token_columns(
         aligned: Which positions the alignment is of.
     """
     pieces = _pieces(tokenizer, ids)
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     added = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
     placed = iter(alignment.positions)
     nothing = Position(-1, -1, None, None)
@@ -228,7 +228,7 @@ def generated_table(
         text: The prompt's text.
     """
     ids = list(read)
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     pieces = tokenizer.convert_ids_to_tokens(list(ids))
     columns: dict[str, list[Any]] = {name: [] for name in ("token", "kind", "start", "end")}
     separator = separator_behind(text)
