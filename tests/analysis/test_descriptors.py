@@ -68,6 +68,14 @@ def test_entropy_leaves_out_padding() -> None:
     assert table["relative_entropy"].between(0, 1).all()
 
 
+@pytest.mark.parametrize("queries", [[], slice(4, 4), np.array([], dtype=int)])
+def test_no_queries_have_no_entropy(queries: object) -> None:
+    """Such as the answer's tokens of a sample without an answer, among many that have one."""
+    table = attention_entropy(sample_of("bvvt", [random_call(4)], [grid(1, 2)]), queries=queries)
+    assert table["n_queries"].tolist() == [0] * 4
+    assert table[["entropy", "null", "relative_entropy"]].isna().all(axis=None)
+
+
 def test_distance_of_three_patches_by_eye() -> None:
     matrix = [[1.0, 0.0, 0.0], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]]
     call = dense_call(matrix, tower="vision", causal=False)

@@ -208,4 +208,4 @@ def refuse_cross_attention(sample: Sample, question: str) -> None:
 
 def row_chunks(call: AttentionCall, queries: Int[Tensor, " query"], n_heads: int) -> list[Tensor]:
     """Queries in chunks whose probabilities take a few MB."""
-    return list(queries.split(max(1, CHUNK_BYTES // (4 * call.n_keys * n_heads))))
+    return list(queries.split(max(1, CHUNK_BYTES // max(4 * call.n_keys * n_heads, 1))))

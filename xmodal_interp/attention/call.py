@@ -15,7 +15,7 @@ vector goes through a layer without its matrix (``propagate``).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -132,6 +132,15 @@ class AttentionCall:
         operands_held = (self.q, self.k, self.v, self.mask, self.bias, self.sinks, self.segments)
         held = (*operands_held, self.dense, self.rows, self.update_share)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    def to(self, device: torch.device | str) -> AttentionCall:
+        """The same call with all its tensors on another device."""
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def select_sample(self, index: int) -> AttentionCall:
         """The call of one sample of the batch; the sample axis stays, with length 1."""
@@ -251,7 +260,10 @@ class AttentionCall:
     def entropy(
         self, heads: Positions | None = None, queries: Positions | None = None
     ) -> Float[Tensor, "sample head query"]:
-        """``-sum p ln p`` of every row, in nats."""
+        """``-sum p ln p`` of every row, in nats, float32, right to 1e-5 however large the scores.
+
+        NaN for a row without a visible key.
+        """
         return operands.entropy(self, self._head_index(heads), self._row_index(queries))
 
     def propagate(
@@ -260,7 +272,8 @@ class AttentionCall:
         """``vector @ mean over heads of probs``.
 
         One step of attention rollout for one row, ``O(S^2)`` time, ``O(S)`` memory. A call of one
-        sample takes several vectors at once. Rows where ``vector`` is zero are not computed.
+        sample takes several vectors at once. Rows where ``vector`` is zero are not computed. The
+        probabilities are computed in the dtype of ``vector``, float32 or float64.
         """
         head = self._head_index(heads)
         return operands.weighted_rows(self, head, vector, "sq,shqk->sk") / len(head)
@@ -270,7 +283,8 @@ class AttentionCall:
     ) -> Float[Tensor, "sample head key"]:
         """``vector @ probs`` of every head: with ones, what each key receives from all queries.
 
-        Rows where ``vector`` is zero are not computed.
+        Rows where ``vector`` is zero are not computed. The probabilities are computed in the dtype
+        of ``vector``, float32 or float64.
         """
         return operands.weighted_rows(self, self._head_index(heads), vector, "sq,shqk->shk")
 

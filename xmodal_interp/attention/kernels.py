@@ -1,6 +1,7 @@
 """The numbers: rows of probabilities, and sums over them by the fused kernel.
 
-Bare tensors, float32 accumulation.
+Bare tensors, accumulated in float32, or in float64 where float32 has too few digits. Every kernel
+accepts zero rows, heads and keys.
 """
 
 from __future__ import annotations
@@ -12,6 +13,13 @@ from torch.nn import functional
 
 CHUNK_BYTES = 32 * 2**20  # of float32 scores at a time
 
+EXACT_TO = 16.0
+"""Up to logits of this size an entropy in float32 is right to 1e-5.
+
+``logsumexp`` and the mean score are as large as the logits, their difference is a few nats, and its
+error was measured as at most 8 roundings of the larger one.
+"""
+
 
 def softmax_rows(
     q: Float[Tensor, "sample head query d_head"],
@@ -22,12 +30,13 @@ def softmax_rows(
     additive: Float[Tensor, "#sample #head query key"] | None = None,
     softcap: float | None = None,
     sinks: Float[Tensor, "#sample head #query"] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "sample head query key"]:
-    """``softmax(scaling q k^T + additive)`` over the visible keys.
+    """``softmax(scaling q k^T + additive)`` over the visible keys, computed in ``dtype``.
 
     A row that sees nothing is NaN.
     """
-    scores = (q.float() @ k.float().transpose(-1, -2)) * scaling
+    scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if additive is not None:
@@ -35,9 +44,17 @@ def softmax_rows(
     scores = scores.masked_fill_(~visible, -torch.inf)
     if sinks is None:
         return scores.softmax(-1)
-    column = sinks.float()[..., None].expand(*scores.shape[:3], 1)
+    column = sinks.to(dtype)[..., None].expand(*scores.shape[:3], 1)
     probs = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
     return probs.masked_fill(~visible.any(-1, keepdim=True), torch.nan)
+
+
+def row_entropy(
+    probs: Float[Tensor, "sample head query key"],
+) -> Float[Tensor, "sample head query"]:
+    """``-sum p ln p`` of every row, in nats; NaN where there are no keys."""
+    entropy: Tensor = torch.special.entr(probs).sum(-1).float()
+    return entropy if probs.shape[-1] else entropy.fill_(torch.nan)
 
 
 def fused_average(
@@ -62,6 +79,8 @@ def fused_average(
     out = functional.scaled_dot_product_attention(
         q.float(), k.float(), v, visible, is_causal=causal, scale=scaling, enable_gqa=grouped
     )[..., :n_values]
+    if k.shape[2] == 0:
+        return out.fill_(torch.nan)
     return out if visible is None else out.masked_fill(~visible.any(-1, keepdim=True), torch.nan)
 
 
@@ -73,18 +92,40 @@ def fused_entropy(
     causal: bool,
     scaling: float,
 ) -> Float[Tensor, "sample head query"]:
-    """Entropy of every row in nats, ``logsumexp - scaling q . (probs k)``, from one fused call."""
-    q, k = q.float(), k.float()
+    """Entropy of every row in nats, ``logsumexp - scaling q . (probs k)``, from one fused call.
+
+    The call is repeated in float64 where a logit is above ``EXACT_TO``.
+    """
+    if q.shape[:3].numel() == 0 or k.shape[2] == 0:
+        # torch 2.14.1 divides by zero in this kernel: the process would end (SIGFPE).
+        return q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
+    entropy, size = _difference(q.float(), k.float(), visible, causal=causal, scaling=scaling)
+    if bool((size > EXACT_TO).any()):
+        entropy, _ = _difference(q.double(), k.double(), visible, causal=causal, scaling=scaling)
+    entropy = entropy.float().clamp_(min=0.0)  # a row with one visible key rounds to below zero
+    return entropy if visible is None else entropy.masked_fill(~visible.any(-1), torch.nan)
+
+
+def _difference(
+    q: Float[Tensor, "sample head query d_head"],
+    k: Float[Tensor, "sample head key d_head"],
+    visible: Bool[Tensor, "#sample #head query key"] | None,
+    *,
+    causal: bool,
+    scaling: float,
+) -> tuple[Float[Tensor, "sample head query"], Float[Tensor, "sample head query"]]:
+    """``logsumexp`` minus the mean score of every row, and how large the two are."""
     mask = None
     if visible is not None:
         mask = (
-            torch.zeros(visible.shape)
+            torch.zeros(visible.shape, dtype=q.dtype)
             .masked_fill_(~visible, -torch.inf)
             .expand(q.shape[0], -1, -1, -1)
         )
     mean_key, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, k, 0.0, causal, attn_mask=mask, scale=scaling
     )
-    entropy: Tensor = logsumexp.reshape(q.shape[:3]) - scaling * (q * mean_key).sum(-1)
-    entropy = entropy.clamp_(min=0.0)  # a row with one visible key rounds to just below zero
-    return entropy if visible is None else entropy.masked_fill(~visible.any(-1), torch.nan)
+    logsumexp = logsumexp.reshape(q.shape[:3])
+    products = q * mean_key * scaling
+    size = torch.maximum(logsumexp.abs(), products.abs().sum(-1))
+    return logsumexp - products.sum(-1), size

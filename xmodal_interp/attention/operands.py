@@ -32,11 +32,14 @@ def visible(
 
 
 def exact_rows(
-    call: AttentionCall, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
+    call: AttentionCall,
+    head: Int[Tensor, " head"],
+    row: Int[Tensor, " query"],
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "sample head query key"]:
-    """Probabilities of some heads and rows, float32."""
+    """Probabilities of some heads and rows, computed in ``dtype``."""
     if call.dense is not None:
-        return call.dense[:, head][:, :, row].float()
+        return call.dense[:, head][:, :, row].to(dtype)
     q, k = _queries_and_keys(call)
     additive = masks.additive_rows(call.mask, row)
     if additive is not None:
@@ -47,12 +50,13 @@ def exact_rows(
     with _full_precision(call):
         return kernels.softmax_rows(
             q[:, head][:, :, row],
-            k[:, head // (call.n_heads // call.n_kv_heads)],
+            k[:, _kv_head(call, head)],
             _of_heads(visible(call, row), head),
             scaling=call.scaling,
             additive=additive,
             softcap=call.softcap,
             sinks=_sinks(call, head, row),
+            dtype=dtype,
         )
 
 
@@ -62,14 +66,18 @@ def weighted_rows(
     vector: Float[Tensor, "sample query"],
     contraction: str,
 ) -> Float[Tensor, "sample *head key"]:
-    """Rows of probabilities, weighted and summed as an einsum says; weight 0 costs nothing."""
+    """Rows of probabilities, weighted and summed as an einsum says; weight 0 costs nothing.
+
+    The rows are computed in the dtype of the weights.
+    """
     needed = vector.ne(0).any(0).nonzero()[:, 0]
     n_samples = max(vector.shape[0], call.n_samples)
     heads = [len(head)] if "h" in contraction.partition("->")[2] else []
-    out = torch.zeros(n_samples, *heads, call.n_keys, device=vector.device)
+    out = vector.new_zeros(n_samples, *heads, call.n_keys)
     with _full_precision(call):
         for part in needed.split(chunk(call, len(head))):
-            out += torch.einsum(contraction, vector[:, part], exact_rows(call, head, part))
+            probs = exact_rows(call, head, part, vector.dtype)
+            out += torch.einsum(contraction, vector[:, part], probs)
     return out
 
 
@@ -96,6 +104,9 @@ def average(
                 ],
                 -1,
             )
+        if call.n_keys == 0:
+            shape = (call.n_samples, len(head), len(row), values.shape[1])
+            return torch.full(shape, torch.nan, device=row.device)
         parts = row.split(chunk(call, len(head)))
         return torch.cat([exact_rows(call, head, part) @ values for part in parts], 2)
 
@@ -115,19 +126,28 @@ def null_average(
 def entropy(
     call: AttentionCall, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
 ) -> Float[Tensor, "sample head query"]:
-    """Entropy of the rows, nats; by the fused kernel on the CPU."""
+    """Entropy of the rows, nats, right to 1e-5; by the fused kernel on the CPU."""
     with _full_precision(call):
         if fusible(call) and row.device.type == "cpu":
             q, k, seen, causal = _fused(call, head, row)
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
             return kernels.fused_entropy(q, k, seen, causal=causal, scaling=call.scaling)
+        call, dtype = wide(call)
+        head, row = head.to(call.device), row.to(call.device)
         parts = row.split(chunk(call, len(head)))
-        return torch.cat([torch.special.entr(exact_rows(call, head, p)).sum(-1) for p in parts], 2)
+        return torch.cat(
+            [kernels.row_entropy(exact_rows(call, head, part, dtype)) for part in parts], 2
+        )
+
+
+def wide(call: AttentionCall) -> tuple[AttentionCall, torch.dtype]:
+    """The call where float64 exists, and float64: Apple's GPUs have none."""
+    return (call.to("cpu") if call.device.type == "mps" else call), torch.float64
 
 
 def chunk(call: AttentionCall, n_heads: int) -> int:
     """Rows per chunk, so that a chunk of float32 scores stays around 32 MB."""
-    return max(1, kernels.CHUNK_BYTES // (4 * call.n_keys * n_heads * call.n_samples))
+    return max(1, kernels.CHUNK_BYTES // max(4 * call.n_keys * n_heads * call.n_samples, 1))
 
 
 def _full_precision(call: AttentionCall) -> torch.autocast:
@@ -144,7 +164,7 @@ def _fused(
     """
     q, k = _queries_and_keys(call)
     if not _is_all(head, call.n_heads):
-        q, k = q[:, head], k[:, head // (call.n_heads // call.n_kv_heads)]
+        q, k = q[:, head], k[:, _kv_head(call, head)]
     whole = call.rows is None and _is_all(row, call.n_queries)
     if call.mask is None and call.sliding_window is None and call.segments is None:
         if not call.causal:
@@ -152,6 +172,11 @@ def _fused(
         if whole and call.n_queries == call.n_keys and call.offset == 0:
             return q, k, None, True
     return q if whole else q[:, :, row], k, _of_heads(visible(call, row), head), False
+
+
+def _kv_head(call: AttentionCall, head: Int[Tensor, " head"]) -> Int[Tensor, " head"]:
+    """The key head of each query head."""
+    return head // max(call.n_heads // max(call.n_kv_heads, 1), 1)
 
 
 def _queries_and_keys(call: AttentionCall) -> tuple[Tensor, Tensor]:

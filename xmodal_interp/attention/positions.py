@@ -30,7 +30,8 @@ def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " posi
     held = positions if isinstance(positions, Tensor) else np.atleast_1d(np.asarray(positions))
     several = held.ndim <= 1
     if isinstance(held, Tensor):
-        index, whole = held.cpu().reshape(-1), not held.is_floating_point()
+        index = held.cpu().reshape(-1)
+        whole = held.numel() == 0 or not held.is_floating_point()
     else:
         whole = held.size == 0 or held.dtype.kind in "biu"
         index = torch.as_tensor(held.reshape(-1) if whole else [])
