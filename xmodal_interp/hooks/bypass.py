@@ -21,7 +21,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from xmodal_interp.attention.masks import hidden_below
 from xmodal_interp.errors import CaptureError
@@ -65,8 +70,11 @@ class Bypass(TorchFunctionMode):
         self.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
-        """Stop."""
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        """Stop, also where modes that were entered later were never exited."""
+        modes = [_pop_mode() for _ in _get_current_function_mode_stack()]
+        for mode in reversed(modes):
+            if mode is not self:
+                _push_mode(mode)
 
     def __torch_function__(
         self,

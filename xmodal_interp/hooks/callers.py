@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+from torch import nn
+
 
 def callers() -> Iterator[object]:
     """The first argument of every function that is running in this thread, innermost first.
@@ -22,3 +24,8 @@ def callers() -> Iterator[object]:
         if code.co_argcount:
             yield frame.f_locals.get(code.co_varnames[0])
         frame = frame.f_back
+
+
+def is_running(module: nn.Module) -> bool:
+    """Whether the module is being called in this thread."""
+    return any(caller is module for caller in callers())

@@ -16,9 +16,10 @@ To add one, write a frozen dataclass with the functions of :class:`Intervention`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -27,11 +28,13 @@ from torch import Tensor, nn
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, LayerError, PositionError
+from xmodal_interp.hooks.callers import is_running
 from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
 from xmodal_interp.hooks.heads import layers_of, n_heads_of, ranged
 from xmodal_interp.hooks.modules import Identity, attention_modules, module_of
 from xmodal_interp.hooks.own_context import own_context
 from xmodal_interp.hooks.reading import as_attention_call
+from xmodal_interp.hooks.restoring import Block
 from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tapping import RawCall, tap
 from xmodal_interp.models import VLM
@@ -98,8 +101,7 @@ class Intervention(Protocol):
         """The output ``[sample, query, head, d_head]`` as the model shall see it."""
 
 
-@contextmanager
-def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Iterator[None]:
+def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Block[None]:
     """Run a model with changed attention heads inside a ``with`` block.
 
     Where two interventions edit the same output, the first one named is applied last, as the outer
@@ -115,22 +117,30 @@ def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Iterator[
             a call cannot be edited as asked for.
         PositionError: A position was never reached, at the end of the block.
     """
+    return Block(partial(_intervene, model, interventions))
+
+
+def _intervene(
+    model: VLM | nn.Module, interventions: Sequence[Intervention], stack: ExitStack
+) -> None:
     bare = module_of(model)
     refuse_compiled(bare)
     known = attention_modules(bare)
     editors = [_Editor(intervention, known) for intervention in interventions]
-    with ExitStack() as stack:
-        refuse_when_compiled_code_runs(bare, known, stack)
-        own = stack.enter_context(own_context())
-        for editor in editors:
-            enter, leave = own(editor.open), own(editor.close)
-            for module in editor.heads:
-                stack.callback(module.register_forward_pre_hook(enter).remove)
-                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-            stack.enter_context(tap(editor))
-        yield
+
+    def check_met(failure: type[BaseException] | None, *_: object) -> None:
+        for editor in editors if failure is None else ():
+            editor.check_met()
+
+    stack.push(check_met)
+    refuse_when_compiled_code_runs(bare, known, stack)
+    own = stack.enter_context(own_context())
     for editor in editors:
-        editor.check_met()
+        enter, leave = own(editor.open), own(editor.close)
+        for module in editor.heads:
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        stack.enter_context(tap(editor))
 
 
 class _Editor:
@@ -148,6 +158,8 @@ class _Editor:
         self.site: Site | None = None
 
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+        while self.running and not is_running(self.running[-1]):
+            self.running.pop()  # an interrupt ended it: torch calls no hook after one
         self.running.append(module)
         self.ran.add(module)
 

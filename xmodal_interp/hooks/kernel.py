@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from xmodal_interp.hooks.restoring import Block
 
 HearKernel = Callable[[tuple[Any, ...], Mapping[str, Any], Tensor], None]
 """Is given the arguments of a call by position and by name, and what it returned."""
@@ -27,16 +30,15 @@ _open = 0
 _original = functional.scaled_dot_product_attention
 
 
-@contextmanager
-def kernel_calls(hear: HearKernel) -> Iterator[None]:
+def kernel_calls(hear: HearKernel) -> Block[None]:
     """Let ``hear`` know of every call made inside the ``with`` block, in this thread."""
-    token = _listeners.set((*_listeners.get(), hear))
+    return Block(partial(_kernel_calls, hear))
+
+
+def _kernel_calls(hear: HearKernel, stack: ExitStack) -> None:
+    stack.callback(_listeners.reset, _listeners.set((*_listeners.get(), hear)))
     _install()
-    try:
-        yield
-    finally:
-        _remove()
-        _listeners.reset(token)
+    stack.callback(_remove)
 
 
 def _install() -> None:

@@ -8,30 +8,33 @@ take no hooks with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
+
+from xmodal_interp.hooks.restoring import Block
 
 Hook = Callable[..., Any]
 
 _blocks: ContextVar[tuple[object, ...]] = ContextVar("xmodal_interp_blocks", default=())
 
 
-@contextmanager
-def own_context(elsewhere: Callable[[], None] | None = None) -> Iterator[Callable[[Hook], Hook]]:
+def own_context(elsewhere: Callable[[], None] | None = None) -> Block[Callable[[Hook], Hook]]:
     """Gives what makes a hook do nothing outside of this ``with`` block.
 
     Args:
         elsewhere: Called instead of a hook that fires where no block of this package is open at
             all, in another thread or task.
     """
+    return Block(partial(_own_context, elsewhere))
+
+
+def _own_context(elsewhere: Callable[[], None] | None, stack: ExitStack) -> Callable[[Hook], Hook]:
     block = object()
-    token = _blocks.set((*_blocks.get(), block))
-    try:
-        yield lambda hook: _OwnHook(hook, block, elsewhere)
-    finally:
-        _blocks.reset(token)
+    stack.callback(_blocks.reset, _blocks.set((*_blocks.get(), block)))
+    return lambda hook: _OwnHook(hook, block, elsewhere)
 
 
 class _OwnHook:

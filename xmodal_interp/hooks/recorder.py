@@ -14,9 +14,10 @@ the older call becomes a view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.bypass import Bypass, DenseCall, Heard, kernel_call, multihead_call
+from xmodal_interp.hooks.callers import is_running
 from xmodal_interp.hooks.compiled import (
     refuse_compiled,
     refuse_when_compiled_code_runs,
@@ -44,6 +46,7 @@ from xmodal_interp.hooks.refusals import (
     refuse_replica,
     refuse_unseen,
 )
+from xmodal_interp.hooks.restoring import Block
 from xmodal_interp.hooks.rotary import RotaryPositions
 from xmodal_interp.hooks.runs import Run
 from xmodal_interp.hooks.tapping import RawCall, tap
@@ -54,7 +57,6 @@ from xmodal_interp.vocabulary import TOWERS, Tower
 Sort = nn.Module | type[nn.Module]
 
 
-@contextmanager
 def record(
     model: VLM | nn.Module,
     *,
@@ -63,7 +65,7 @@ def record(
     values: bool = False,
     norms: bool = False,
     reduce: Callable[[AttentionCall], Any] | None = None,
-) -> Iterator[Recording]:
+) -> AbstractContextManager[Recording]:
     """Record the attention of any transformers model while a ``with`` block runs it.
 
     Its outputs don't change by a bit. Heard is what runs in the thread (or asyncio task) that opens
@@ -91,39 +93,38 @@ def record(
     """
     if norms and reduce is not None:
         raise InputError("norms are known after a call, reduce is called during it: choose one.")
-    with listening(module_of(model), Choice(towers, layers, values, norms, reduce)) as recording:
-        yield recording
+    return listening(module_of(model), Choice(towers, layers, values, norms, reduce))
 
 
-@contextmanager
-def listening(model: nn.Module, choice: Choice) -> Iterator[Recording]:
+def listening(model: nn.Module, choice: Choice) -> Block[Recording]:
     """:func:`record` with all of its choices in one object."""
+    return Block(partial(_listening, model, choice))
+
+
+def _listening(model: nn.Module, choice: Choice, stack: ExitStack) -> Recording:
     refuse_compiled(model)
     members = Members(model)
     named = {**members.known, **members.holders}
     check_choice(choice.towers, choice.layers, members.known.values())
     recorder = _Recorder(model, members, choice)
-    with ExitStack() as stack:
-        refuse_when_compiled_code_runs(model, members.known, stack)
-        recorder.recording.rotary = RotaryPositions(model, members.known)
-        recorder.recording.rotary.listen(stack)
-        if choice.norms:
-            recorder.shares = UpdateShares(model, named)
-            recorder.shares.listen(stack)
-        own = stack.enter_context(own_context(elsewhere=recorder.note_elsewhere))
-        enter, leave = own(recorder.open), own(recorder.close)
-        for module in named:
-            stack.callback(module.register_forward_pre_hook(refuse_replica).remove)
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            hook = module.register_forward_hook(leave, with_kwargs=True, always_call=True)
-            stack.callback(hook.remove)
-        stack.enter_context(tap(recorder))
-        stack.enter_context(kernel_calls(recorder.hear_kernel))
-        stack.callback(recorder.finish)
-        yield recorder.recording
-    refuse_unseen(recorder.recording.unseen)
-    if recorder.ran_elsewhere and not recorder.ran:
-        refuse_another_thread()
+    stack.push(recorder.check)
+    refuse_when_compiled_code_runs(model, members.known, stack)
+    recorder.recording.rotary = RotaryPositions(model, members.known)
+    recorder.recording.rotary.listen(stack)
+    if choice.norms:
+        recorder.shares = UpdateShares(model, named)
+        recorder.shares.listen(stack)
+    own = stack.enter_context(own_context(elsewhere=recorder.note_elsewhere))
+    enter, leave = own(recorder.open), own(recorder.close)
+    for module in named:
+        stack.callback(module.register_forward_pre_hook(refuse_replica).remove)
+        stack.callback(module.register_forward_pre_hook(enter).remove)
+        hook = module.register_forward_hook(leave, with_kwargs=True, always_call=True)
+        stack.callback(hook.remove)
+    stack.enter_context(tap(recorder))
+    stack.enter_context(kernel_calls(recorder.hear_kernel))
+    stack.callback(recorder.finish)
+    return recorder.recording
 
 
 class _Recorder:
@@ -138,6 +139,7 @@ class _Recorder:
         self.settled: set[Sort] = set()  # that need not be heard by a softmax
         self.hollow: set[nn.Module] = set()  # holders that ran while nothing in them did
         self.counts: dict[nn.Module, int] = {}
+        self.bypasses: set[Bypass] = set()  # that have begun
         self.kept: list[KeptCall] = []
         self.caches: dict[nn.Module, KeyCache] = {}
         self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
@@ -150,10 +152,13 @@ class _Recorder:
         self.ran = True
         if _recomputing() or not self.members.listens_to(module):
             return
+        while self.running and not self._goes_on(self.running[-1], module):
+            self._end_bypass(self.running.pop())
         run = Run(module, len(self.kept))
         self.running.append(run)
         if self.sorts[module] not in self.settled and not isinstance(module, nn.MultiheadAttention):
             run.bypass = Bypass(lambda: module if self._at_work(run) else None, run.aside.append)
+            self.bypasses.add(run.bypass)
             run.bypass.begin()
 
     def close(self, module: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
@@ -161,8 +166,7 @@ class _Recorder:
         if _recomputing() or not opened:  # closed though it was refused, so never opened
             return
         run = self.running.pop()
-        if run.bypass is not None:
-            run.bypass.end()
+        self._end_bypass(run)
         if output is None:  # it failed
             return
         wanted = self.choice.wants(self.members.identity(module))
@@ -236,6 +240,21 @@ class _Recorder:
             if run is not None:
                 run.heard_inside = True
 
+    @staticmethod
+    def _goes_on(run: Run, inner: nn.Module) -> bool:
+        """Whether a run is under way when an inner module is entered.
+
+        It is not if an interrupt ended it: torch calls no forward hook after one.
+        """
+        parts = run.module.modules()
+        inside = inner is not run.module and any(part is inner for part in parts)
+        return inside or is_running(run.module)
+
+    def _end_bypass(self, run: Run) -> None:
+        if run.bypass is not None:
+            run.bypass.end()
+            self.bypasses.discard(run.bypass)
+
     def _at_work(self, run: Run) -> bool:
         """Whether a run is the innermost, and not inside of the interface's function."""
         return self.running[-1] is run and run.inside == 0
@@ -272,10 +291,19 @@ class _Recorder:
 
     def finish(self) -> None:
         """Hand each call its keys, as a view into the cache they are the beginning of."""
+        for bypass in self.bypasses:
+            bypass.end()
         self.recording.calls += [kept.whole() for kept in self.kept]
         self.kept.clear()
         self.recording.unseen += self.members.silent_among_heard(self.hollow)
         self.recording.modules = tuple(self.members.known.values())
+
+    def check(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Raise CaptureError for what was missed, unless the block itself failed."""
+        if failure is None:
+            refuse_unseen(self.recording.unseen)
+            if self.ran_elsewhere and not self.ran:
+                refuse_another_thread()
 
     def _mask(self, raw: RawCall) -> Tensor | None:
         """Layers share one mask tensor: it is read once."""

@@ -13,15 +13,16 @@ The memory is one hidden state per block: ``n_blocks * samples * positions * d_m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from xmodal_interp.hooks.modules import attention_modules, block_of
 from xmodal_interp.hooks.own_context import own_context
+from xmodal_interp.hooks.restoring import Block
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 
@@ -52,9 +53,12 @@ class BlockOutputs:
         return {b: self.outputs[b] for b in order[: order.index(block)] if b not in kept_out}
 
 
-@contextmanager
-def remember_blocks(model: nn.Module) -> Iterator[BlockOutputs]:
+def remember_blocks(model: nn.Module) -> Block[BlockOutputs]:
     """Keep what every block returns in the one forward inside the ``with`` block."""
+    return Block(partial(_remember_blocks, model))
+
+
+def _remember_blocks(model: nn.Module, stack: ExitStack) -> BlockOutputs:
     blocks = {}
     for identity in attention_modules(model).values():
         block = block_of(model, identity)
@@ -67,22 +71,22 @@ def remember_blocks(model: nn.Module) -> Iterator[BlockOutputs]:
             memory.repeated.add(module)
         memory.outputs[module] = output
 
-    with ExitStack() as stack:
-        own = stack.enter_context(own_context())
-        for block in dict.fromkeys(blocks.values()):
-            stack.callback(block.register_forward_hook(own(keep)).remove)
-        yield memory
+    own = stack.enter_context(own_context())
+    for block in dict.fromkeys(blocks.values()):
+        stack.callback(block.register_forward_hook(own(keep)).remove)
+    return memory
 
 
-@contextmanager
-def replay(outputs: dict[nn.Module, Any]) -> Iterator[None]:
+def replay(outputs: dict[nn.Module, Any]) -> Block[None]:
     """Let modules return what is given, without running, inside the ``with`` block."""
-    with ExitStack() as stack:
-        for module, output in outputs.items():
-            own = module.__dict__.get("forward")  # dispatched models have one per instance
-            stack.callback(_restore, module, own)
-            module.forward = _Returning(output)
-        yield
+    return Block(partial(_replay, outputs))
+
+
+def _replay(outputs: dict[nn.Module, Any], stack: ExitStack) -> None:
+    for module, output in outputs.items():
+        own = module.__dict__.get("forward")  # dispatched models have one per instance
+        stack.callback(_restore, module, own)
+        module.forward = _Returning(output)
 
 
 class _Returning:

@@ -13,15 +13,18 @@ Listeners live in a context variable: other threads are not listened to, and tap
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
+
+from xmodal_interp.hooks.restoring import Block
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -92,16 +95,15 @@ _lock = threading.Lock()
 _open = 0
 
 
-@contextmanager
-def tap(listener: Listener) -> Iterator[None]:
+def tap(listener: Listener) -> Block[None]:
     """Let ``listener`` hear every attention call made inside the ``with`` block, in this thread."""
-    token = _listeners.set((*_listeners.get(), listener))
+    return Block(partial(_tap, listener))
+
+
+def _tap(listener: Listener, stack: ExitStack) -> None:
+    stack.callback(_listeners.reset, _listeners.set((*_listeners.get(), listener)))
     _install()
-    try:
-        yield
-    finally:
-        _remove()
-        _listeners.reset(token)
+    stack.callback(_remove)
 
 
 def _install() -> None:
