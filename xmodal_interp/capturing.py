@@ -169,7 +169,7 @@ def capture_batch(
             output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **(generation or {}))
             new = output[:, prompt_ids(inputs).shape[1] :]
         else:
-            vlm.model(**inputs, use_cache=False)
+            vlm.run(inputs)
             new = prompt_ids(inputs)[:, :0]
     streams: dict[Layer, list[AttentionCall]] = defaultdict(list)
     for call in recording.calls:
@@ -207,6 +207,7 @@ def provenance(
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
         "backend": config._attn_implementation,
         "processor": type(vlm.processor).__name__,
+        **({"checkpoint": vlm.loading.differences} if vlm.loading else {}),
         "layers": {name: sorted(set(of)) for name, of in layers.items()},
         "max_new_tokens": max_new_tokens,
         "kept": {**asdict(keep), "towers": list(keep.towers)},

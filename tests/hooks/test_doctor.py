@@ -19,6 +19,7 @@ from xmodal_interp.models import FAMILIES
 from xmodal_interp.models.geometry import anyres_tiles
 
 TOKENS = "image tokens are as many as predicted"
+WEIGHTS = "every weight is that of the checkpoint"
 OUTPUTS = "outputs are those without recording"
 GENERATED = "generated tokens are those without recording"
 HEARD = "every attention layer that ran is heard"
@@ -41,14 +42,23 @@ def test_the_shipped_models_are_well(name: str, n_layers: int) -> None:
     assert checkup.ok
     table = checkup.table
     assert tuple(table.columns) == COLUMNS
-    assert table["check"].tolist() == [TOKENS, OUTPUTS, GENERATED, HEARD, BACKEND, EAGER, TAP]
+    assert table["check"].tolist() == [
+        TOKENS,
+        WEIGHTS,
+        OUTPUTS,
+        GENERATED,
+        HEARD,
+        BACKEND,
+        EAGER,
+        TAP,
+    ]
     assert table["verdict"].eq("pass").all()
     assert check_of(checkup, OUTPUTS)["value"] == 0
     assert check_of(checkup, HEARD)["value"] == n_layers
     assert tuple(checkup.layers.columns) == LAYER_COLUMNS
     assert len(checkup.layers) == n_layers
     assert checkup.layers[["output_error", "eager_error"]].max(axis=None) < 1e-5
-    assert checkup.summary == "7 checks passed: recordings of this model can be trusted."
+    assert checkup.summary == "8 checks passed: recordings of this model can be trusted."
     assert repr(checkup).endswith(checkup.summary)
 
 
@@ -345,3 +355,24 @@ def test_refusals() -> None:
 def test_a_model_that_needs_more_than_a_prompt_says_what() -> None:
     with pytest.raises(InputError, match="PI0ForConditionalGeneration also needs state"):
         xi.doctor(xi.VLM(*real("pi0")), picture(), "pick it up")
+
+
+@pytest.mark.parametrize(
+    ("named", "note"),
+    [
+        (
+            "vision_feature_layer",
+            "which is -1 in the configuration of the model; no token of the prompt",
+        ),
+        ("picture_id", "which the configuration of the model does not have; name the attribute"),
+    ],
+)
+def test_a_family_that_names_no_image_token_fails(named: str, note: str) -> None:
+    """Without a rule nothing predicts a number, so that there are none is all that shows it."""
+    own = tiny_vlm("llava")
+    family = dataclasses.replace(own.family, image_token=named, geometry=None)
+    checkup = xi.doctor(xi.VLM(own.model, own.processor, family=family), picture(), QUESTION)
+    assert failed(checkup) == [TOKENS]
+    row = check_of(checkup, TOKENS)
+    assert (row["value"], row["limit"]) == (0, "more than 0")
+    assert f"image_token={named!r}, {note}" in row["note"]

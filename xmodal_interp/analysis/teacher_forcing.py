@@ -122,7 +122,7 @@ def answer_scores(vlm: VLM, batch: Batch) -> Float[np.ndarray, "metric item"]:
     longest = max(len(ids) for ids in batch.answers)
     takes = inspect.signature(vlm.model.forward).parameters
     options = {"logits_to_keep": longest + 1} if "logits_to_keep" in takes else {}
-    logits = vlm.model(**batch.inputs, use_cache=False, **options).logits
+    logits = vlm.run(batch.inputs, **options).logits
     gold = prompt_ids(batch.inputs)[:, -longest:]
     lengths = torch.tensor([len(ids) for ids in batch.answers], device=gold.device)
     return _scores(logits[:, -longest - 1 : -1].float(), gold, lengths).cpu().double().numpy()

@@ -92,7 +92,7 @@ def means_over(
     with torch.no_grad(), intervene(vlm, collector):
         for batch in batches:
             collector.chosen = class_masks(batch, positions) if tower == "language" else None
-            vlm.model(**batch.inputs, use_cache=False)
+            vlm.run(batch.inputs)
     if not min(collector.counts.values()):
         raise InputError(
             f"A mean needs at least one position; got {len(batches)} batches of prompts without a "

@@ -25,7 +25,6 @@ from torch import nn
 from xmodal_interp.errors import CaptureError, GeometryError, InputError
 from xmodal_interp.hooks.comparing import (
     difference,
-    evaluating,
     seeded,
     tensors_of,
 )
@@ -37,7 +36,14 @@ from xmodal_interp.hooks.modules import module_of
 from xmodal_interp.hooks.recorder import listening
 from xmodal_interp.hooks.recording import Choice, Recording
 from xmodal_interp.hooks.unheard import unheard_attention
-from xmodal_interp.models import VLM, ImageLike, check_whole
+from xmodal_interp.models import (
+    VLM,
+    ImageLike,
+    check_whole,
+    described_training,
+    evaluation_mode,
+    modules_in_training,
+)
 
 COLUMNS = ("check", "verdict", "value", "limit", "note")
 _NEW_TOKENS = 4
@@ -143,7 +149,8 @@ def doctor(
         )
     else:
         given = dict(inputs)
-    with evaluating(bare), torch.no_grad():
+    _state(model, findings)
+    with evaluation_mode(bare, warn=False), torch.no_grad():
         recording = _same_outputs(bare, given, exactness, findings)
         if isinstance(model, VLM) and bare.can_generate():  # type: ignore[operator]
             _same_answers(model, given, findings)
@@ -152,6 +159,21 @@ def doctor(
             _exact(exactness, bare, findings)
             _tapped(bare, given, recording, findings)
     return findings.checkup(exactness.by_layer(recording.modules if recording else ()))
+
+
+def _state(model: VLM | nn.Module, findings: _Findings) -> None:
+    """Whether the weights are the checkpoint's, and dropout is off."""
+    if isinstance(model, VLM) and model.loading is not None:
+        check, n_random = "every weight is that of the checkpoint", model.loading.n_random
+        note = f"weights {model.loading}" if model.loading else ""
+        findings.judge(check, n_random, "exactly 0", note, passed=not model.loading)
+    training = modules_in_training(module_of(model))
+    if training:
+        note = (
+            f"{described_training(training)}; these checks, and captures, switch them to "
+            "evaluation mode, xi.record(model) does not: call model.eval()"
+        )
+        findings.skip("every module is in evaluation mode", note, len(training))
 
 
 def _prepared(
@@ -166,13 +188,35 @@ def _prepared(
         return None
     check_whole(vlm.model, inputs)
     n_tokens = int(ready.tokens["kind"].eq("image").sum())
+    if n_tokens == 0 and vlm.family.marks_tokens:
+        findings.judge(check, 0, "more than 0", _unmarked(vlm), passed=False)
+        return inputs
     if vlm.family.geometry is None or not vlm.family.in_sequence:
-        why = vlm.family.reason or "images are read by cross-attention, they are no tokens"
+        of_sequence = "the family has no rule that predicts their number"
+        other = "images are read by cross-attention, they are no tokens"
+        why = vlm.family.reason or (of_sequence if vlm.family.in_sequence else other)
         findings.skip(check, why, n_tokens)
         return inputs
     expected = sum(grid.n_tokens for grid in ready.grids)
     findings.judge(check, n_tokens, f"exactly {expected}", passed=n_tokens == expected)
     return inputs
+
+
+def _unmarked(vlm: VLM) -> str:
+    """Why no position of a prompt with an image is labelled as one of the image."""
+    family, config = vlm.family, vlm.model.config
+    if family.image_mask is not None:
+        return f"the model's input {family.image_mask!r} marks no position"
+    token_id = family.image_token_id(config)
+    if token_id is None:
+        return (
+            f"the family names image_token={family.image_token!r}, which the configuration of the "
+            "model does not have; name the attribute that holds the id of the image tokens"
+        )
+    return (
+        f"the family names image_token={family.image_token!r}, which is {token_id} in the "
+        "configuration of the model; no token of the prompt has this id"
+    )
 
 
 def _same_outputs(

@@ -1,27 +1,14 @@
-"""Two runs of one model, made to be compared: same mode, same random numbers, same tensors."""
+"""Two runs of one model, made to be compared: same random numbers, same tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _Output = TypeVar("_Output")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def seeded(call: Callable[[], _Output]) -> _Output:

@@ -78,6 +78,12 @@ class Family:
         return "none" if self.geometry is None else name_of(self.geometry)
 
     @property
+    def marks_tokens(self) -> bool:
+        """Whether image tokens are among the text tokens and known by an id or a mask."""
+        named = self.image_token is not None or self.image_mask is not None
+        return self.in_sequence and named
+
+    @property
     def video_rule(self) -> str:
         """Name of the rule that places video tokens, empty without one."""
         return "" if self.video is None else name_of(self.video)

@@ -5,6 +5,7 @@ A Hub id, a folder, or nothing for the tiny model that is shipped in the package
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.resources import files
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from xmodal_interp.errors import InputError, UnsupportedModelError
+from xmodal_interp.models.checkpoint import CheckpointReport
 from xmodal_interp.models.records import family_of
 from xmodal_interp.models.vlm import VLM
 
@@ -24,6 +26,9 @@ SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")
 
 def load(name: str | Path | None = None, **options: Any) -> VLM:
     """Load a vision-language model and its processor.
+
+    A warning names weights that the checkpoint lacks, that have another shape in it, or that the
+    model has no use for; they are in the ``loading`` of the result too.
 
     Args:
         name: A Hub id, a folder, ``"llava"`` or ``"qwen2_vl"`` for a tiny trained model shipped
@@ -68,13 +73,24 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
     _check_dtype(options.get("dtype"))
     try:
         with _quiet() if shipped else nullcontext():
-            model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                source, **{**options, "output_loading_info": True}
+            )
     except (OSError, RuntimeError) as error:  # weights missing or of other shapes, no such device
         raise InputError(
             f"The weights of {source!r} could not be loaded with "
             f"{', '.join(f'{key}={value!r}' for key, value in options.items())}: {error}"
         ) from error
-    return VLM(model, AutoProcessor.from_pretrained(source, **shared), family)
+    model, info = loaded
+    loading = CheckpointReport.of(info)
+    if loading:
+        warnings.warn(
+            f"The checkpoint {source!r} is not that of {type(model).__name__}. Weights {loading}. "
+            "Recordings of this model are not those of a trained model; load its whole checkpoint.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return VLM(model.eval(), AutoProcessor.from_pretrained(source, **shared), family, loading)
 
 
 def _check_dtype(dtype: Any) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import calling, geometry
+from xmodal_interp.models.checkpoint import CheckpointReport
 from xmodal_interp.models.decoding import GREEDY, check_decoding
 from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
@@ -28,6 +29,7 @@ from xmodal_interp.models.sequences import (
     read_at,
     with_start,
 )
+from xmodal_interp.models.training_mode import evaluation_mode
 from xmodal_interp.models.wrapping import input_device, refuse_virtual_tokens
 
 
@@ -39,6 +41,8 @@ class VLM:
         model: A model of transformers, or PEFT's wrapping of one.
         processor: Its processor.
         family: What is known of its type; found by the type if not given.
+        loading: A ``CheckpointReport``: how its checkpoint differs from it. Pass the second result
+            of ``from_pretrained(name, output_loading_info=True)``. None if it is not known.
 
     Raises:
         InputError: What was given is no model of transformers, or a processor without a tokenizer.
@@ -49,6 +53,7 @@ class VLM:
     model: Any
     processor: Any
     family: Family = None  # type: ignore[assignment]  # filled from the model type
+    loading: Any = None  # a CheckpointReport after construction
 
     def __post_init__(self) -> None:
         if not hasattr(self.model, "config"):
@@ -58,6 +63,8 @@ class VLM:
             )
         refuse_virtual_tokens(self.model)
         object.__setattr__(self, "family", self.family or family_of(self.model.config))
+        if self.loading is not None:
+            object.__setattr__(self, "loading", CheckpointReport.of(self.loading))
         if not hasattr(self.processor, "tokenizer"):
             raise InputError(
                 "A processor has a tokenizer beside what reads images; AutoProcessor loads both. "
@@ -182,13 +189,28 @@ class VLM:
     def generate(self, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
         """Token ids of prompt and answer, ``[sample, position]``, greedy unless told otherwise.
 
+        Modules in training mode are in evaluation mode for the call, with a warning.
+
         Raises:
             InputError: Options with which the model does not read each sample once, token by token.
         """
         check_decoding(self.model, options)
         inputs = as_given(inputs) if self.family.rewritten else inputs
-        output = self.model.generate(**inputs, **{**GREEDY, **options})
+        with evaluation_mode(self.model):
+            output = self.model.generate(**inputs, **{**GREEDY, **options})
         return cast("torch.Tensor", output)
+
+    def run(self, inputs: dict[str, Any], **options: Any) -> Any:
+        """Output of one forward without a cache.
+
+        Modules in training mode are in evaluation mode for the call, with a warning.
+
+        Args:
+            inputs: What ``prepare`` returned.
+            **options: Further arguments of the model's forward.
+        """
+        with evaluation_mode(self.model):
+            return self.model(**inputs, use_cache=False, **options)
 
     @property
     def placeholder(self) -> str | None:

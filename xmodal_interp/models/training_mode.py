@@ -1,0 +1,55 @@
+"""Modules in training mode, and running a model without them.
+
+``model.training`` is the flag of the outermost module only. A module that is added later, such as
+an adapter of PEFT, begins in training mode, and its dropout is on although ``model.training`` is
+False. So the flag of every module is read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+def modules_in_training(model: nn.Module) -> list[str]:
+    """Names of the modules whose ``training`` flag is set; the model itself is ``"the model"``."""
+    return [name or "the model" for name, module in model.named_modules() if module.training]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, *, warn: bool = True) -> Iterator[None]:
+    """Switch every module to evaluation mode inside a ``with`` block.
+
+    Each module has its own flag again afterwards.
+
+    Args:
+        model: The model.
+        warn: Whether to issue a UserWarning that names the modules which were in training mode.
+    """
+    names = modules_in_training(model)
+    if names and warn:
+        warnings.warn(
+            f"{described_training(names)}. They are in evaluation mode for this call; call "
+            "model.eval() to keep them there, or record a model in training mode with "
+            "xi.record(model).",
+            UserWarning,
+            stacklevel=3,
+        )
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def described_training(names: list[str]) -> str:
+    """How many modules are in training mode, with the names of the first."""
+    first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    verb = "module is" if len(names) == 1 else "modules are"
+    return f"{len(names)} {verb} in training mode, with dropout on where they have any ({first})"
