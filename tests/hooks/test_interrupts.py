@@ -23,8 +23,9 @@ from transformers.modeling_utils import AttentionInterface
 
 import xmodal_interp as xi
 from tests.models.real import real, settled
-from xmodal_interp.hooks import own_context, restoring, tapping
+from xmodal_interp import restoring
 from xmodal_interp.hooks import kernel as kernels
+from xmodal_interp.hooks import own_context, tapping
 
 BLIP = "blip"  # its attention computes its own softmax: it is recorded by a TorchFunctionMode
 
@@ -136,9 +137,7 @@ def test_what_runs_after_an_interrupt_in_the_same_block_is_recorded() -> None:
         assert torch.equal(call.probs(), other.probs())
 
 
-def test_a_signal_that_arrives_while_a_block_is_entered_or_left_waits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_signal_that_arrives_while_a_block_is_entered_or_left_waits() -> None:
     made: list[str] = []
 
     def change(stack: Any) -> str:

@@ -34,10 +34,10 @@ from xmodal_interp.hooks.heads import layers_of, n_heads_of, ranged
 from xmodal_interp.hooks.modules import Identity, attention_modules, module_of
 from xmodal_interp.hooks.own_context import own_context
 from xmodal_interp.hooks.reading import as_attention_call
-from xmodal_interp.hooks.restoring import Block
 from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tapping import RawCall, tap
 from xmodal_interp.models import VLM
+from xmodal_interp.restoring import Block
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xmodal_interp.hooks.restoring import Block
+from xmodal_interp.restoring import Block
 
 HearKernel = Callable[[tuple[Any, ...], Mapping[str, Any], Tensor], None]
 """Is given the arguments of a call by position and by name, and what it returned."""

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-from xmodal_interp.hooks.restoring import Block
+from xmodal_interp.restoring import Block
 
 Hook = Callable[..., Any]
 

@@ -46,12 +46,12 @@ from xmodal_interp.hooks.refusals import (
     refuse_replica,
     refuse_unseen,
 )
-from xmodal_interp.hooks.restoring import Block
 from xmodal_interp.hooks.rotary import RotaryPositions
 from xmodal_interp.hooks.runs import Run
 from xmodal_interp.hooks.tapping import RawCall, tap
 from xmodal_interp.hooks.updates import UpdateShares
 from xmodal_interp.models import VLM
+from xmodal_interp.restoring import Block
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 Sort = nn.Module | type[nn.Module]

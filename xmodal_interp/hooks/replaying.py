@@ -22,7 +22,7 @@ from torch import nn
 
 from xmodal_interp.hooks.modules import attention_modules, block_of
 from xmodal_interp.hooks.own_context import own_context
-from xmodal_interp.hooks.restoring import Block
+from xmodal_interp.restoring import Block
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
-from xmodal_interp.hooks.restoring import Block
+from xmodal_interp.restoring import Block
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 

@@ -202,9 +202,9 @@ def counted_alignment(
 def special_ids(tokenizer: Any) -> set[int]:
     """Ids of all special tokens of a tokenizer.
 
-    ``all_special_ids`` holds only the tokens that have a name (``bos_token``, ...). The others, such
-    as the headers of a chat template and the markers of images, are known by the ``special`` flag of
-    ``added_tokens_decoder``; decoding with ``skip_special_tokens`` leaves both out.
+    ``all_special_ids`` holds only the tokens that have a name (``bos_token``, ...). The others,
+    such as the headers of a chat template and the markers of images, are known by the ``special``
+    flag of ``added_tokens_decoder``; decoding with ``skip_special_tokens`` leaves both out.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(token for token, each in added.items() if each.special)}

@@ -6,8 +6,7 @@ A Hub id, a folder, or nothing for the tiny model that is shipped in the package
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from xmodal_interp.errors import InputError, UnsupportedModelError
 from xmodal_interp.models.checkpoint import CheckpointReport
 from xmodal_interp.models.records import family_of
 from xmodal_interp.models.vlm import VLM
+from xmodal_interp.restoring import Block
 
 SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")
 
@@ -72,7 +72,7 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
         options.setdefault("dtype", "float32")  # kept as float16, computed as trained
     _check_dtype(options.get("dtype"))
     try:
-        with _quiet() if shipped else nullcontext():
+        with Block(_quiet) if shipped else nullcontext():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 source, **{**options, "output_loading_info": True}
             )
@@ -85,8 +85,9 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
     loading = CheckpointReport.of(info)
     if loading:
         warnings.warn(
-            f"The checkpoint {source!r} is not that of {type(model).__name__}. Weights {loading}. "
-            "Recordings of this model are not those of a trained model; load its whole checkpoint.",
+            f"The checkpoint {source!r} is not that of {type(model).__name__}. Weights {loading}."
+            + (" Numbers of a model with random weights mean nothing; load its whole checkpoint.")
+            * bool(loading.n_random),
             UserWarning,
             stacklevel=2,
         )
@@ -102,16 +103,11 @@ def _check_dtype(dtype: Any) -> None:
         )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(stack: ExitStack) -> None:
     """No progress bar of transformers: a shipped model loads at once."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    if logging.is_progress_bar_enabled():
+        stack.callback(logging.enable_progress_bar)
+        logging.disable_progress_bar()
 
 
 def shipped_path(family: str) -> Path:

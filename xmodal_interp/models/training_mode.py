@@ -8,10 +8,12 @@ False. So the flag of every module is read.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
+from functools import partial
 
 from torch import nn
+
+from xmodal_interp.restoring import Block
 
 
 def modules_in_training(model: nn.Module) -> list[str]:
@@ -19,8 +21,7 @@ def modules_in_training(model: nn.Module) -> list[str]:
     return [name or "the model" for name, module in model.named_modules() if module.training]
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module, *, warn: bool = True) -> Iterator[None]:
+def evaluation_mode(model: nn.Module, *, warn: bool = True) -> Block[None]:
     """Switch every module to evaluation mode inside a ``with`` block.
 
     Each module has its own flag again afterwards.
@@ -36,16 +37,15 @@ def evaluation_mode(model: nn.Module, *, warn: bool = True) -> Iterator[None]:
             "model.eval() to keep them there, or record a model in training mode with "
             "xi.record(model).",
             UserWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return Block(partial(_switch_off, model))
+
+
+def _switch_off(model: nn.Module, stack: ExitStack) -> None:
+    for module in [module for module in model.modules() if module.training]:
+        stack.callback(setattr, module, "training", True)
+        module.training = False
 
 
 def described_training(names: list[str]) -> str:

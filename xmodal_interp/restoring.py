@@ -56,6 +56,10 @@ class Block(AbstractContextManager[T], Generic[T]):
         """Take the changes back; an exception of the block goes on."""
         self._restore(kind, error, traceback)
 
+    def __del__(self) -> None:
+        """Take the changes back if a signal arrived at the first bytecode of ``__exit__``."""
+        self._restore(GeneratorExit, None, None)
+
     def _restore(self, *failure: Any) -> None:
         restored = False
         try:
