@@ -62,7 +62,7 @@ def test_the_shipped_models_are_well(name: str, n_layers: int) -> None:
     assert repr(checkup).endswith(checkup.summary)
 
 
-def test_a_bare_model_is_checked_with_inputs_of_its_own() -> None:
+def of_mistral() -> MistralForCausalLM:
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=64,
@@ -72,9 +72,11 @@ def test_a_bare_model_is_checked_with_inputs_of_its_own() -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    checkup = xi.doctor(
-        MistralForCausalLM(config).eval(), inputs={"input_ids": torch.arange(12).view(2, 6)}
-    )
+    return MistralForCausalLM(config).eval()
+
+
+def test_a_bare_model_is_checked_with_inputs_of_its_own() -> None:
+    checkup = xi.doctor(of_mistral(), inputs={"input_ids": torch.arange(12).view(2, 6)})
     assert checkup.ok
     assert checkup.table["check"].tolist() == [OUTPUTS, HEARD, BACKEND, EAGER, TAP]
 
@@ -376,3 +378,25 @@ def test_a_family_that_names_no_image_token_fails(named: str, note: str) -> None
     row = check_of(checkup, TOKENS)
     assert (row["value"], row["limit"]) == (0, "more than 0")
     assert f"image_token={named!r}, {note}" in row["note"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_of_one_token_is_no_obstacle(side: str) -> None:
+    """Its queries see one key each, which cannot be hidden: another row's are taken."""
+    model = of_mistral()
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, 1:] = 0
+    mask = mask.flip(1) if side == "left" else mask
+    ids = torch.arange(12).view(2, 6)
+    checkup = xi.doctor(model, inputs={"input_ids": ids, "attention_mask": mask})
+    assert checkup.ok
+    row = check_of(checkup, TAP)
+    assert (row["verdict"], row["note"]) == ("pass", "language layers, query 5, key 0")
+
+
+def test_rows_of_one_token_only_are_skipped() -> None:
+    ids, mask = torch.arange(6)[None], torch.tensor([[1, 0, 0, 0, 0, 0]])
+    checkup = xi.doctor(of_mistral(), inputs={"input_ids": ids, "attention_mask": mask})
+    assert checkup.ok
+    row = check_of(checkup, TAP)
+    assert (row["verdict"], row["note"]) == ("skipped", "each query sees one key only")

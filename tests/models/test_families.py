@@ -6,13 +6,23 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from transformers import (
+    CONFIG_MAPPING,
+    BlipForQuestionAnswering,
+    BlipModel,
+    LlavaModel,
+    Qwen2VLModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import xmodal_interp as xi
+from tests.conformance.shrinking import tiny_config
 from tests.models.painting import embeddings, vlm_of
 from tests.models.real import real
-from xmodal_interp.errors import GeometryError, InputError, PhraseError
-from xmodal_interp.models import FAMILIES
+from tests.tiny import tiny_vlm
+from xmodal_interp.errors import GeometryError, InputError, PhraseError, UnsupportedModelError
+from xmodal_interp.models import FAMILIES, VLM
+from xmodal_interp.models.records import family_of
 
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
@@ -142,3 +152,43 @@ def test_patches_without_a_tower_are_given_in_the_models_precision() -> None:
     assert inputs["image_patches"].dtype == torch.bfloat16
     with torch.no_grad():
         assert torch.isfinite(half.model(**inputs).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "expected"),
+    [
+        ("blip", BlipForQuestionAnswering, "BlipForConditionalGeneration"),
+        ("blip", BlipModel, "BlipForConditionalGeneration"),
+        ("llava", LlavaModel, "LlavaForConditionalGeneration"),
+        ("qwen2_vl", Qwen2VLModel, "Qwen2VLForConditionalGeneration"),
+    ],
+)
+def test_another_class_of_a_type_is_refused(family, kind, expected) -> None:
+    processor = tiny_vlm("llava").processor
+    with torch.device("meta"):
+        model = kind._from_config(tiny_config(CONFIG_MAPPING[family]))
+    with pytest.raises(UnsupportedModelError) as error:
+        VLM(model, processor)
+    assert str(error.value) == (
+        f"A VLM of the model type {family!r} needs a {expected}; got a {kind.__name__}. Load it "
+        "with xi.load(name), or record this model's attention with xi.record(model)."
+    )
+
+
+def test_a_subclass_of_the_generating_class_is_one() -> None:
+    own = tiny_vlm("llava")
+
+    class Mine(type(own.model)):
+        pass
+
+    assert VLM(Mine(own.model.config), own.processor).family is own.family
+
+
+@pytest.mark.parametrize("model_type", ["vilt", "lxmert", "whisper", "wav2vec2", "visual_bert"])
+def test_types_that_read_more_than_text_are_not_said_to_read_text_only(model_type) -> None:
+    with pytest.raises(UnsupportedModelError) as error:
+        family_of(CONFIG_MAPPING[model_type]())
+    assert str(error.value).startswith(
+        "Labelling tokens needs a family record. There is none for the model type "
+        f"{model_type!r}; the {len(FAMILIES)} that are known"
+    )

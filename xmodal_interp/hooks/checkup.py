@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, GeometryError, InputError
 from xmodal_interp.hooks.comparing import (
     difference,
@@ -289,7 +290,7 @@ def _exact(exactness: Exactness, model: nn.Module, findings: _Findings) -> None:
 def _tapped(
     model: nn.Module, inputs: Mapping[str, Any], recording: Recording, findings: _Findings
 ) -> None:
-    """Hide one key from the last query of every layer that the tap can edit."""
+    """Hide one key from a late query of every layer that the tap can edit."""
     check = "a key hidden through the tap changes the output"
     asked = [call for call in recording.calls if not call.note]
     towers = [c for c in asked if c.kind == "self" and c.n_keys > 1 and c.n_queries == c.n_keys]
@@ -297,14 +298,17 @@ def _tapped(
     if not chosen:
         findings.skip(check, "no self-attention layer asks transformers' interface")
         return
-    tower, last = chosen[-1].tower, chosen[-1].n_queries - 1
-    layers = sorted({c.layer for c in chosen if c.tower == tower and c.n_queries == last + 1})
-    visible = chosen[-1].visible([last])[:, :, 0].all(1).all(0).nonzero()[:, 0]
-    keys = [int(key) for key in visible if key < last][:1]
-    if not keys:
-        findings.skip(check, "the last query sees one key only")
+    tower, shape = chosen[-1].tower, (chosen[-1].n_samples, chosen[-1].n_queries)
+    same = (c for c in chosen if c.tower == tower and (c.n_samples, c.n_queries) == shape)
+    edge = _edge(chosen[-1])
+    if edge is None:
+        findings.skip(check, "each query sees one key only")
         return
-    cut = knock_out_attention([last], keys, layers=layers, tower=tower)
+    sample, query, key = edge
+    queries = torch.zeros(shape, dtype=torch.bool)
+    queries[sample, query] = True
+    layers = sorted({call.layer for call in same})
+    cut = knock_out_attention(queries, [key], layers=layers, tower=tower)
     plain = tensors_of(seeded(lambda: model(**inputs)))
     try:
         with intervene(model, cut):
@@ -312,8 +316,24 @@ def _tapped(
     except CaptureError as error:
         findings.skip(check, str(error))
         return
-    note = f"{tower} layers, query {last}, key {keys[0]}"
+    note = f"{tower} layers, query {query}, key {key}"
     findings.judge(check, changed, "more than 0", note, passed=changed > 0)
+
+
+def _edge(call: AttentionCall) -> tuple[int, int, int] | None:
+    """A sample, its last query that sees several keys, and the first of those other than itself.
+
+    Of the samples, the one in which this query sees most: others may be padded there. None if each
+    query sees one key only.
+    """
+    for query in reversed(range(call.n_queries)):
+        visible = call.visible([query])[:, :, 0].expand(call.n_samples, -1, -1)
+        counts = visible.sum(-1).amin(1)
+        sample = int(counts.argmax())
+        keys = [key for key in visible[sample].all(0).nonzero()[:, 0].tolist() if key != query]
+        if counts[sample] > 1 and keys:
+            return sample, query, keys[0]
+    return None
 
 
 def _checkers() -> Image.Image:

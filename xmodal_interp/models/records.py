@@ -7,8 +7,12 @@ tokens, and the geometry rule that they follow, or the reason why they have no p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 from typing import Any
+
+from transformers import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from xmodal_interp.errors import UnsupportedModelError
 from xmodal_interp.models import geometry
@@ -282,7 +286,7 @@ def family_of(config: Any) -> Family:
     model_type = getattr(config, "model_type", None)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    if getattr(config, "vision_config", None) is None:
+    if getattr(config, "vision_config", None) is None and _reads_text_only(config):
         raise UnsupportedModelError(
             f"A vision-language model has a vision_config. The model type {model_type!r} has none: "
             "it reads text only. "
@@ -296,3 +300,40 @@ def family_of(config: Any) -> Family:
         "or record the bare "
         "attention with xi.record(model)."
     )
+
+
+def refuse_other_class(model: Any) -> None:
+    """Raise UnsupportedModelError for a class that is not the generating one of its model type.
+
+    Its configuration has the same model type, but it reads other inputs, or has no logits:
+    ``BlipForQuestionAnswering`` encodes the question apart, ``LlavaModel`` ends at hidden states.
+    Subclasses, and wrappers that hold the generating class, pass.
+    """
+    model_type = model.config.model_type
+    expected = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    if expected is None:
+        return
+    for module in model.modules():
+        if any(each.__name__ == expected for each in type(module).__mro__):
+            return
+    raise UnsupportedModelError(
+        f"A VLM of the model type {model_type!r} needs a {expected}; got a "
+        f"{type(model).__name__}. Load it with xi.load(name), or record this model's attention "
+        "with xi.record(model)."
+    )
+
+
+def _reads_text_only(config: Any) -> bool:
+    """Whether the model that transformers registers for a configuration reads nothing but text."""
+    known: Any = MODEL_MAPPING.get(type(config), None)
+    kinds = known if isinstance(known, tuple) else (known,)
+    return any(
+        getattr(kind, "main_input_name", None) == "input_ids"
+        and set(_as_list(getattr(kind, "input_modalities", ()))) == {"text"}
+        for kind in kinds
+    )
+
+
+def _as_list(modalities: str | Iterable[str]) -> list[str]:
+    """The modalities that a model's class declares: one by name, or several."""
+    return [modalities] if isinstance(modalities, str) else list(modalities)

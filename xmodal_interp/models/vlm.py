@@ -20,7 +20,7 @@ from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
 from xmodal_interp.models.labelling import Labeller, Made, Prompt
 from xmodal_interp.models.opening import ImageLike, Video, flat, open_image, open_video
-from xmodal_interp.models.records import family_of
+from xmodal_interp.models.records import family_of, refuse_other_class
 from xmodal_interp.models.rendering import Rendered, Writer, closed_up
 from xmodal_interp.models.sequences import (
     as_generated,
@@ -47,7 +47,8 @@ class VLM:
     Raises:
         InputError: What was given is no model of transformers, or a processor without a tokenizer.
         UnsupportedModelError: The model type has no family record, or reads text only; or the model
-            has a PEFT adapter that adds positions without a token.
+            is not of the generating class of its type, or has a PEFT adapter that adds positions
+            without a token.
     """
 
     model: Any
@@ -62,7 +63,10 @@ class VLM:
                 "xi.load(name) loads model and processor."
             )
         refuse_virtual_tokens(self.model)
-        object.__setattr__(self, "family", self.family or family_of(self.model.config))
+        given: Any = self.family
+        if given is None:
+            object.__setattr__(self, "family", family_of(self.model.config))
+            refuse_other_class(self.model)
         if self.loading is not None:
             object.__setattr__(self, "loading", CheckpointReport.of(self.loading))
         if not hasattr(self.processor, "tokenizer"):
