@@ -106,7 +106,7 @@ def towers_by_image(
         in_module = None if told is None else _orders_of(grids, told)
         shares = calls_by_image(stream, grids, in_module, tiles)
         side = (windows or {}).get(module.rpartition(".")[0])
-        if side is not None and read:
+        if side is not None and read and key[1] != "channel":
             pairs = zip(shares, read, strict=True)
             shares = [_without_windows(call, each.grid, side) for call, each in pairs]
         towers[key] = [{} for _ in prompts]
@@ -218,7 +218,8 @@ def calls_by_image(
     calls = []
     for number, share in enumerate(shares):
         call = joined(share)
-        if orders and call.n_queries == call.n_keys == len(orders[number]):
+        square = call.n_queries == call.n_keys and call.kind != "channel"
+        if orders and square and call.n_keys == len(orders[number]):
             call = reordered(call, torch.argsort(orders[number]))
         calls.append(replace(call, call=number))
     return calls
@@ -253,7 +254,8 @@ def _shares(
         return [pieces]
     ends = list(accumulate(piece.n_keys for piece in pieces))
     wanted = list(accumulate(len(grid.patch_places) for grid in grids))
-    bounds = _bounds(wanted, ends[-1])
+    of_channels = pieces[0].kind == "channel"  # their number says nothing about patches
+    bounds = [] if of_channels else _bounds(wanted, ends[-1])
     if bounds:
         if len(pieces) == 1 and pieces[0].n_queries == pieces[0].n_keys:
             return [[part_of(pieces[0], *bound)] for bound in pairwise(bounds)]
@@ -261,7 +263,8 @@ def _shares(
             cuts = [0, *(ends.index(end) + 1 for end in bounds[1:])]
             return [pieces[start:stop] for start, stop in pairwise(cuts)]
     tokens = [0, *accumulate(grid.n_tokens for grid in grids)]
-    if len(pieces) == tokens[-1] and all(piece.n_queries == 1 for piece in pieces):
+    pooled = not of_channels and all(piece.n_queries == 1 for piece in pieces)
+    if pooled and len(pieces) == tokens[-1]:
         return [pieces[start:stop] for start, stop in pairwise(tokens)]  # each pools its patches
     each, rest = divmod(len(pieces), len(grids))
     alike = [p.n_keys for p in pieces] == [p.n_keys for p in pieces[:each]] * len(grids)

@@ -183,7 +183,7 @@ class Sample:
         Args:
             layer: Layer index; negative ones count from the last layer of the model.
             tower: Part of the model.
-            kind: ``"self"`` or ``"cross"``.
+            kind: ``"self"``, ``"cross"`` or ``"channel"``.
             call: Which call of the layer.
 
         Raises:
@@ -228,7 +228,7 @@ class Sample:
             queries: Positions, a phrase or a list of phrases, all if not given.
             keys: The same. The keys of cross-attention are given by position only.
             tower: Part of the model; positions of other towers than the language tower are its own.
-            kind: ``"self"`` or ``"cross"``.
+            kind: ``"self"``, ``"cross"`` or ``"channel"``.
             call: Which call of the layer; in the vision tower, the image.
         """
         of_text = tower == "language"

@@ -12,7 +12,10 @@ from __future__ import annotations
 from typing import Literal
 
 Tower = Literal["vision", "audio", "other", "connector", "language"]
-AttentionKind = Literal["self", "cross"]
+AttentionKind = Literal["self", "cross", "channel"]
+"""``self``: queries and keys are the same positions. ``cross``: the keys are other positions, or
+the queries are no positions (learned queries of a pooling head). ``channel``: queries and keys are
+channels, so that probabilities are not about positions at all."""
 TokenKind = Literal["image", "video", "text", "special", "padding"]
 
 TOWERS: tuple[Tower, ...] = ("vision", "audio", "other", "connector", "language")

@@ -35,7 +35,7 @@ class AttentionCall:
 
     Attributes:
         tower: Which part of the model the layer belongs to.
-        kind: ``"self"`` or ``"cross"``.
+        kind: ``"self"``, ``"cross"`` or ``"channel"``.
         layer: Index of the layer within its tower and kind.
         module: Dotted name of the attention module in the model.
         call: Which call of this layer (an image of several, a decode step).

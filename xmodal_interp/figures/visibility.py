@@ -54,7 +54,7 @@ def mask_structure(
         layer: Layer index; negative ones count from the last.
         head: A head, where heads see different keys.
         tower: Part of the model.
-        kind: ``"self"`` or ``"cross"``.
+        kind: ``"self"``, ``"cross"`` or ``"channel"``.
         call: Which call of the layer; in the vision tower, the image.
         path: Where to save the figure.
     """

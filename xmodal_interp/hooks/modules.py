@@ -1,10 +1,17 @@
 """Which modules of a model are attention, and what each is called: tower, kind, layer.
 
-An attention module is the innermost module whose class is named so. Its tower follows from
-ownership: the configuration of the sub-model it sits in is the vision, audio, connector, text or
-another part of the model's configuration. Where it is none of these, the names on the way to the
-module say which tower it is of. Its layer is the index of its block, counted through the tower and
-kind in the order of ``named_modules``.
+An attention module is the innermost module that is recognised as one by
+
+1. the name of its class (``Attention``, ``Attn``), or
+2. the code of its class: it calls ``scaled_dot_product_attention`` or transformers' attention
+   interface, or
+3. the name of its attribute (``attn``, ``attention``), where the code of its class calls a softmax.
+
+Its tower follows from ownership: the configuration of the sub-model it sits in is the vision,
+audio, connector, text or another part of the model's configuration. Where it is none of these, the
+names on the way to the module say which tower it is of. Its layer is the index of its block,
+counted through the tower and kind in the order of ``named_modules``. Attention whose
+scores compare channels, not positions, is a separate kind.
 """
 
 from __future__ import annotations
@@ -13,7 +20,9 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,14 +35,24 @@ if TYPE_CHECKING:
 
 _ATTENTION = re.compile(r"Attention|Attn")
 _NO_ATTENTION = re.compile(  # what is before and after one, mixtures of states of earlier layers
-    r"AttentionOutput$|Attention\w*Projection$|AttentionResidual"
+    r"AttentionOutput$|Attention\w*Projection$|AttentionResidual|Attention\w*Bias$"
 )
+_NAMED = re.compile(r"(^|\.)(\w*_)?(attn|attention)(\.\d+)?$")  # also in a ModuleList
+_CALLS = {  # by what the code of an attention module calls
+    "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+    "ALL_ATTENTION_FUNCTIONS",
+}
 _WITHOUT_MATRIX = re.compile(
     r"LinearAttention|DeltaNet|Mamba|ShortConv|RepMixer|DeformableAttention|RGLRU|RecurrentBlock"
+    r"|LightningAttention|RwkvSelfAttention"
     r"|AssignAttention"  # each key chooses among the queries
 )
+_CHANNELS = re.compile(r"Channel|(^|_)XCA|CrossCovariance|(^|\.)xca(\.|$)")
 _CROSS = re.compile(r"cross|x_attn|encoder_attn|enc(oder)?_?dec(oder)?", re.IGNORECASE)
-_LATENTS = re.compile(r"perceiver|resampler|pooling", re.IGNORECASE)  # their queries are learned
+_LATENTS = re.compile(  # their queries are learned, or one for all positions
+    r"perceiver|resampler|pooling|(attn|attention|attentional)_?pool", re.IGNORECASE
+)
 _CONNECTOR = re.compile(
     r"q_?former|perceiver|resampler|connector|projector|projection|abstractor|merger", re.IGNORECASE
 )
@@ -60,9 +79,9 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
     found = dict(_innermost(model))
     if not found:
         raise UnsupportedModelError(
-            f"To listen to attention, a model needs attention modules. {type(model).__name__} has "
-            "no module whose class is "
-            "named Attention."
+            f"{type(model).__name__} has no module with softmax attention: no class is named "
+            "Attention or calls scaled_dot_product_attention, and no module named attn calls a "
+            "softmax. Record a model that has some."
         )
     identities = _Names(model).identities(found)
     return {module: identities[path] for path, module in found.items()}
@@ -77,7 +96,7 @@ def attention_holders(
         parts = identity.module.split(".")
         for path in (".".join(parts[:n]) for n in range(len(parts))):
             holder = model.get_submodule(path)
-            if holder is not module and holder not in holders and _is_attention(holder):
+            if holder is not module and holder not in holders and _is_attention(holder, path):
                 holders[holder] = replace(identity, module=path)
     return holders
 
@@ -142,25 +161,56 @@ def block_of(model: nn.Module, identity: Identity) -> nn.Module | None:
 
 
 def _innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of attention classes that hold no other.
-
-    Norms and the like inside of them don't count.
-    """
-    for path, module in model.named_modules():
-        if _is_attention(module) and not any(
-            _is_attention(m) for m in module.modules() if m is not module
-        ):
-            yield path, module
+    """Attention modules that contain no other one; norms and the like inside them don't count."""
+    found = {path: m for path, m in model.named_modules() if _is_attention(m, path)}
+    outer = {module for path, module in found.items() for module in _around(found, path)}
+    yield from ((path, module) for path, module in found.items() if module not in outer)
 
 
-def _is_attention(module: nn.Module) -> bool:
-    name = type(module).__name__
+def _around(found: Mapping[str, nn.Module], path: str) -> Iterator[nn.Module]:
+    """The modules among ``found`` that contain the module at a path."""
+    parts = path.split(".") if path else []
+    for n in range(len(parts)):
+        outer = ".".join(parts[:n])
+        if outer in found:
+            yield found[outer]
+
+
+def _is_attention(module: nn.Module, path: str) -> bool:
+    kind = type(module)
+    if weighs_no_tokens(module) or isinstance(module, PreTrainedModel):
+        return False
+    if next(module.children(), None) is None:
+        return False
     return (
-        bool(_ATTENTION.search(name))
-        and not weighs_no_tokens(module)
-        and not isinstance(module, PreTrainedModel)
-        and bool(list(module.children()))
+        bool(_ATTENTION.search(kind.__name__))
+        or not _CALLS.isdisjoint(_names_in_code(kind))
+        or (bool(_NAMED.search(path)) and _calls_a_softmax(module))
     )
+
+
+def _calls_a_softmax(module: nn.Module) -> bool:
+    layers = any(isinstance(each, nn.Softmax) for each in module.children())
+    return layers or "softmax" in _names_in_code(type(module))
+
+
+def _names_in_code(kind: type[nn.Module]) -> frozenset[str]:
+    """The names that the methods of a module's class use, those of torch's own classes left out."""
+    known = _NAMES_IN_CODE.get(kind)
+    if known is not None:
+        return known
+    methods = [
+        method
+        for each in kind.__mro__
+        if issubclass(each, nn.Module) and not each.__module__.startswith("torch.")
+        for method in vars(each).values()
+    ]
+    codes = [m.__code__ for m in methods if isinstance(m, FunctionType)]
+    found = _NAMES_IN_CODE[kind] = frozenset(name for code in codes for name in code.co_names)
+    return found
+
+
+_NAMES_IN_CODE: WeakKeyDictionary[type[nn.Module], frozenset[str]] = WeakKeyDictionary()
 
 
 class _Names:
@@ -242,6 +292,8 @@ class _Names:
 
         Learned queries (of a resampler, of a pooling head) are no tokens: they attend across.
         """
+        if _CHANNELS.search(type(module).__name__) or _CHANNELS.search(path.rpartition(".")[2]):
+            return "channel"
         within = re.sub(r".*\.\d+\.", "", path).split(".")[-2:]
         holder = type(self.model.get_submodule(path.rpartition(".")[0])).__name__
         named = any(_CROSS.search(name) for name in (type(module).__name__, holder, *within))

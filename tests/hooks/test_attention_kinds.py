@@ -1,0 +1,170 @@
+"""Which modules are attention, whatever their class is called; and attention that is not over
+positions is a separate kind.
+
+Classes such as those below are in timm 1.0.31: ``XCA`` (xcit), ``GPSA`` and ``MHSA`` (convit);
+and in transformers 5.23: ``LongcatFlashMLA``, ``MiniMaxLightningAttention``,
+``Phi4MultimodalAudioRelativeAttentionBias``, ``Florence2VisionChannelAttention``.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.conformance.building import tiny
+from tests.tiny import QUESTION, picture
+from xmodal_interp.errors import UnsupportedModelError
+from xmodal_interp.hooks import attention_modules, record
+from xmodal_interp.hooks.modules import layers_without_matrix
+
+HEADS, WIDTH, TOKENS = 2, 8, 5
+
+
+class MHSA(nn.Module):
+    """Computes its softmax inline, in a class whose name does not contain "attention"."""
+
+    num_heads = HEADS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def operands(self, x: Tensor) -> Tensor:
+        n, tokens, _ = x.shape
+        return self.qkv(x).reshape(n, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+
+    def probs(self, x: Tensor) -> Tensor:
+        q, k, _ = self.operands(x)
+        return (q @ k.transpose(-1, -2)).softmax(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.probs(x) @ self.operands(x)[2]
+        return mixed.transpose(1, 2).flatten(2)
+
+
+class XCA(MHSA):
+    """Attention over channels by torch's kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.operands(x).transpose(-1, -2)
+        mixed = functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return mixed.permute(0, 3, 1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    def __init__(self, name: str, attention: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.get_submodule(self.name)(x)
+
+
+def stack(*blocks: nn.Module) -> nn.Module:
+    return nn.Sequential(*blocks).eval()
+
+
+def names(model: nn.Module) -> list[tuple]:
+    return [(i.kind, i.layer, i.module) for i in attention_modules(model).values()]
+
+
+@pytest.mark.parametrize("name", ["attn", "attention", "self_attn"])
+def test_attention_known_by_its_attribute(name) -> None:
+    model = stack(*(Block(name, MHSA()) for _ in range(3)))
+    assert names(model) == [("self", i, f"{i}.{name}") for i in range(3)]
+    x = torch.randn(2, TOKENS, WIDTH)
+    with torch.no_grad():
+        alone = model(x)
+        with record(model) as recording:
+            assert torch.equal(model(x), alone)
+        expected = model[0].get_submodule(name).probs(x)
+    assert [call.layer for call in recording.calls] == [0, 1, 2]
+    torch.testing.assert_close(recording.calls[0].probs(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_module_that_is_named_attn_and_has_no_softmax_is_no_attention() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.projection(x).sigmoid()
+
+    assert names(stack(Block("attn", Gate()), Block("attn", MHSA()))) == [("self", 0, "1.attn")]
+    with pytest.raises(UnsupportedModelError, match=r"Sequential has no module with softmax att"):
+        attention_modules(stack(Block("attn", Gate())))
+
+
+def test_attention_over_channels_is_a_kind_of_its_own() -> None:
+    model = stack(Block("attn", XCA()), Block("attn", MHSA()), Block("attn", XCA()))
+    assert names(model) == [
+        ("channel", 0, "0.attn"),
+        ("self", 0, "1.attn"),
+        ("channel", 1, "2.attn"),
+    ]
+    x = torch.randn(2, TOKENS, WIDTH)
+    with torch.no_grad(), record(model) as recording:
+        model(x)
+        q, k, _ = model[0].attn.operands(x).transpose(-1, -2)
+    call = recording.calls[0]
+    assert (call.kind, call.n_queries, call.n_keys) == ("channel", WIDTH // HEADS, WIDTH // HEADS)
+    torch.testing.assert_close(call.probs(), (q @ k.transpose(-1, -2)).softmax(-1))
+
+
+def test_channels_of_a_family_are_in_no_statistic_over_positions() -> None:
+    import xmodal_interp as xi
+    from tests.models.real import real, settled
+
+    model = tiny("florence2").model
+    vision = [i for i in attention_modules(model).values() if i.tower == "vision"]
+    assert [(i.kind, i.layer) for i in vision] == [
+        ("self", 0),
+        ("channel", 0),
+        ("self", 1),
+        ("channel", 1),
+    ]
+    vlm = xi.VLM(real("florence2")[0], settled("florence2"))
+    sample = xi.capture(vlm, picture(), QUESTION)
+    for kind in ("self", "channel"):
+        assert sample.layers("vision", kind) == list(range(4))
+    assert sample.call(0, tower="vision", kind="channel").n_keys < 20
+    entropies = xi.attention_entropy(sample, tower="vision")
+    assert sorted(set(entropies["layer"])) == list(range(4))
+
+
+def test_names_that_say_attention_of_what_is_none() -> None:
+    class RelativeAttentionBias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, HEADS)
+
+    class LightningAttention(MHSA):
+        pass
+
+    model = stack(Block("bias", RelativeAttentionBias()), Block("attn", MHSA()))
+    assert names(model) == [("self", 0, "1.attn")]
+    model = stack(Block("attn", LightningAttention()), Block("attn", MHSA()))
+    assert names(model) == [("self", 0, "1.attn")]
+    assert [each.module for each in layers_without_matrix(model)] == ["0.attn"]
+
+
+def test_latent_attention_in_a_list_of_a_layer() -> None:
+    from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 32, "ffn_hidden_size": 32, "num_layers": 2}
+    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "num_attention_heads": 4}
+    experts = {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2}
+    config = LongcatFlashConfig(**sizes, **heads, **ranks, **experts, expert_ffn_hidden_size=16)
+    model = LongcatFlashForCausalLM(config).eval()
+    ids = torch.arange(2, 14)[None]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        alone = model(input_ids=ids, output_attentions=True)
+        with record(model) as recording:
+            assert torch.equal(model(input_ids=ids).logits, alone.logits)
+    assert [call.layer for call in recording.calls] == [0, 1, 2, 3]
+    for call, expected in zip(recording.calls, alone.attentions, strict=True):
+        torch.testing.assert_close(call.probs(), expected, atol=1e-5, rtol=0)
