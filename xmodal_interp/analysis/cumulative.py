@@ -84,6 +84,7 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
         LayerError: The ranking names a head that does not exist.
         InputError: An unknown order or column, fewer than two steps, or a ranking of heads of
             another tower or of cross-attention.
+        UnsupportedModelError: Positions of the model depend on later ones.
     """
     refuse_text(orders, "orders", "['increasing']")
     named = ("random",) if isinstance(ranking, str) else tuple(orders)

@@ -78,6 +78,7 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
     Raises:
         LayerError: A layer or head that does not exist.
         InputError: No items, or one without image, prompt or answer.
+        UnsupportedModelError: Positions of the model depend on later ones.
     """
     chosen = chosen_heads(vlm, tower, layers, heads)
     items = listed(items)

@@ -11,6 +11,9 @@ margin      logit of a_1 minus the largest other logit there
 
 Accuracy alone has little resolution: a model may keep answering right while its confidence falls.
 
+This is the probability of the answer in generation only if no position depends on later ones;
+``check_causal`` compares once.
+
 A batch is run once as it is, then once per removal. Whatever ran before the first edited layer is
 replayed from memory (:mod:`xmodal_interp.hooks.replaying`), after a check on the first batch that
 this gives the scores of the whole forward; where it does not, whole forwards are run.
@@ -30,12 +33,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from xmodal_interp.capturing import Keep, provenance
+from xmodal_interp.errors import UnsupportedModelError
 from xmodal_interp.hooks.ablation import AblationMode, ablate_heads
 from xmodal_interp.hooks.calibration import HeadMeans, PositionClass, class_masks, means_over
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.hooks.replaying import BlockOutputs, remember_blocks, replay
 from xmodal_interp.models import VLM, prompt_ids
 from xmodal_interp.models.batching import Batch
+from xmodal_interp.models.sequences import without_last
 from xmodal_interp.vocabulary import Tower
 
 METRICS: tuple[str, ...] = ("accuracy", "log_prob", "margin")
@@ -99,6 +104,7 @@ def removal_scores(
         progress: Whether to show a bar.
     """
     scores = np.empty((len(removals), len(METRICS), sum(len(batch.index) for batch in batches)))
+    check_causal(vlm, batches[0])
     reusable = True
     n_forwards = len(batches) * len(removals)
     with tqdm(total=n_forwards, unit="forward", disable=not progress, leave=False) as bar:
@@ -120,12 +126,44 @@ def removal_scores(
 def answer_scores(vlm: VLM, batch: Batch) -> Float[np.ndarray, "metric item"]:
     """The three scores of each item of a batch, by one forward."""
     longest = max(len(ids) for ids in batch.answers)
-    takes = inspect.signature(vlm.model.forward).parameters
-    options = {"logits_to_keep": longest + 1} if "logits_to_keep" in takes else {}
-    logits = vlm.run(batch.inputs, **options).logits
+    logits = _last_logits(vlm, batch.inputs, longest + 1)
     gold = prompt_ids(batch.inputs)[:, -longest:]
     lengths = torch.tensor([len(ids) for ids in batch.answers], device=gold.device)
     return _scores(logits[:, -longest - 1 : -1].float(), gold, lengths).cpu().double().numpy()
+
+
+@torch.no_grad()
+def check_causal(vlm: VLM, batch: Batch) -> None:
+    """Refuse a model whose positions depend on later ones.
+
+    Two forwards, with and without the last token of the batch: the logits of that token's
+    prediction must be the same in both, to 1e-4 of the largest in float32 and to 8 units in the
+    last place in lower precision.
+
+    Raises:
+        UnsupportedModelError: They are not.
+    """
+    whole = _last_logits(vlm, batch.inputs, 2)[:, -2]
+    cut = _last_logits(vlm, without_last(batch.inputs), 1)[:, -1]
+    change = float((whole - cut).abs().max())
+    limit = max(1e-4, 8 * torch.finfo(whole.dtype).eps) * float(cut.abs().max())
+    if not change <= limit:
+        raise UnsupportedModelError(
+            "The score of a known answer is defined where no position depends on later ones. In "
+            f"this {type(vlm.model).__name__} the logits that predict the last answer token change "
+            f"by {change:.2g} when that token is appended; use xi.answer_accuracy, which generates "
+            "the answers."
+        )
+
+
+def _last_logits(
+    vlm: VLM, inputs: Mapping[str, Any], n: int
+) -> Float[Tensor, "item position vocabulary"]:
+    """The logits of one forward, of the last ``n`` positions if the model can leave out others."""
+    takes = inspect.signature(vlm.model.forward).parameters
+    options = {"logits_to_keep": n} if "logits_to_keep" in takes else {}
+    logits: Tensor = vlm.run(dict(inputs), **options).logits
+    return logits
 
 
 def _scores(

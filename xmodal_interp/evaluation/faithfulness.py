@@ -1,7 +1,8 @@
 """Does a map show what the model uses? Take image tokens away in its order, or bring them back.
 
 Petsiuk et al. 2018 (RISE, arXiv:1806.07421), on the image tokens of the language model instead of
-pixels: a token is taken away by putting the mean image token of the sample in its place.
+pixels: a token is taken away by putting the mean image token of the sample in its place. Image
+features that some models add inside the language model are replaced by their mean as well.
 
 * deletion: from the whole image, the most salient token first; a faithful map makes the score fall
   fast, so its area is small.
@@ -26,9 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xmodal_interp.analysis.frames import stamped
-from xmodal_interp.analysis.teacher_forcing import answer_scores, origin
+from xmodal_interp.analysis.teacher_forcing import answer_scores, check_causal, origin
 from xmodal_interp.errors import InputError
-from xmodal_interp.hooks.embeddings import check_in_sequence, mean_embeddings
+from xmodal_interp.hooks.embeddings import check_images_gone, check_in_sequence, mean_embeddings
 from xmodal_interp.hooks.replaying import remember_blocks, replay
 from xmodal_interp.models import VLM, ImageGrid
 from xmodal_interp.models.batching import Batch, batches_of
@@ -65,7 +66,8 @@ def deletion_curve(
 
     Raises:
         InputError: Maps that do not fit the image tokens, or items without one image.
-        UnsupportedModelError: Text reaches the image by cross-attention.
+        UnsupportedModelError: Text reaches the image by cross-attention, or in another way that
+            replaced tokens leave open; or positions depend on later ones.
     """
     return _curve(vlm, items, maps, "deletion_curve", steps, batch_size, seed, progress)
 
@@ -138,9 +140,12 @@ def _curve(
     shares = np.linspace(0, 1, steps)
     scores = np.empty((len(items), steps, 2))
     batches = batches_of(vlm, items, batch_size=batch_size)
+    check_causal(vlm, batches[0])
     with tqdm(total=len(batches) * steps, unit="forward", disable=not progress, leave=False) as bar:
-        for batch in batches:
+        for number, batch in enumerate(batches):
             image, order = _orders(batch, maps, seed)
+            if number == 0:
+                check_images_gone(vlm, batch.inputs, image)
             with remember_blocks(vlm.model) as memory:
                 answer_scores(vlm, batch)
             vision = memory.before("language", "self", 0)  # the edit comes behind it

@@ -1,8 +1,8 @@
 """Questions with known answers as model inputs, in batches without padding.
 
 1. Each item is prepared once, alone, by :meth:`VLM.prepare`.
-2. Its answer's tokens are put behind its prompt; the other inputs of those positions are those of
-   the prompt's last position (attended, text).
+2. Its answer's tokens are put behind its prompt; the other inputs of those positions are those that
+   generated tokens get (attended, text).
 3. Items whose inputs have the same shape share a batch.
 
 So an item gets the same inputs in any company: no padding, hence no mask, no shifted positions, and
@@ -22,7 +22,7 @@ from torch import Tensor
 from xmodal_interp.errors import InputError
 from xmodal_interp.models.entries import PROMPT, Items, entry, listed, visuals_of
 from xmodal_interp.models.labelling import Prompt
-from xmodal_interp.models.sequences import DECODER_IDS, DECODER_MASK, prompt_ids
+from xmodal_interp.models.sequences import with_answer
 from xmodal_interp.models.tokens import separator_behind
 from xmodal_interp.models.vlm import VLM, check_vlm
 
@@ -88,7 +88,8 @@ def batches_of(vlm: VLM, items: Items, *, batch_size: int, answers: bool = True)
         answer = str(entry(item, "answer", title=title)) if answers else ""
         inputs, (prompt,) = vlm.prepare([images], [question], videos=[videos])
         ids = answer_ids(vlm, prompt.text, answer) if answers else ()
-        inputs = _with_answer(inputs, ids)
+        if answers:
+            inputs = with_answer(vlm.model, inputs, ids, _last_text(prompt))
         shapes[_shape(inputs)].append((index, inputs, prompt, ids))
     if not shapes:
         raise InputError("At least one item is needed; got none.")
@@ -117,20 +118,10 @@ def answer_ids(vlm: VLM, text: str, answer: str) -> tuple[int, ...]:
     return tuple(whole[len(before) :])
 
 
-def _with_answer(inputs: dict[str, Any], ids: Sequence[int]) -> dict[str, Any]:
-    """The inputs with an answer behind the prompt; behind that of the decoder, if there is one."""
-    given = prompt_ids(inputs)
-    decoded = DECODER_IDS in inputs
-    longer = {
-        name: torch.cat([value, value[:, -1:].repeat_interleave(len(ids), 1)], 1)
-        if isinstance(value, Tensor)
-        and value.shape[:2] == given.shape
-        and (name in (DECODER_IDS, DECODER_MASK) or not decoded)
-        else value
-        for name, value in inputs.items()
-    }
-    added = torch.tensor([list(ids)], dtype=given.dtype, device=given.device)
-    return {**longer, DECODER_IDS if decoded else "input_ids": torch.cat([given, added], 1)}
+def _last_text(prompt: Prompt) -> int:
+    """The last text position of a prompt; its last position if it has no text."""
+    kinds = prompt.columns["kind"]
+    return max((i for i, kind in enumerate(kinds) if kind == "text"), default=len(kinds) - 1)
 
 
 def _shape(inputs: Mapping[str, Any]) -> tuple[Any, ...]:

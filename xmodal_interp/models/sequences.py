@@ -4,12 +4,13 @@
    reads, or in front of the one that the decoder reads.
 2. Features of an image may stand in front of the ids, or where a mask says so, whatever the ids.
 3. BLIP leaves out the last id of a prompt when it generates, and writes the first one anew.
+4. A known answer after the prompt (teacher forcing) is read as ``generate`` would read it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,59 @@ def as_given(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {**inputs, **longer}
 
 
+def with_answer(
+    model: Any, inputs: Mapping[str, Any], ids: Sequence[int], last_text: int
+) -> dict[str, Any]:
+    """The inputs with an answer after the prompt; after that of the decoder, if there is one.
+
+    Positions of the answer are attended, are not of an image, and get the token type that
+    ``generate`` gives a new token: PaliGemma's prompt has type 0 and is bidirectional, its answer
+    has type 1 and is causal.
+
+    Args:
+        model: The model; its ``_update_model_kwargs_for_generation`` gives the token types.
+        inputs: Those of the prompts, ``[sample, position]``.
+        ids: The answer's token ids.
+        last_text: The last text position of the prompt, whose token type the answer continues.
+    """
+    given = prompt_ids(inputs)
+    decoded = DECODER_IDS in inputs
+    n = len(ids)
+    longer = dict(inputs)
+    for name in (DECODER_MASK,) if decoded else _OF_POSITIONS:
+        value = inputs.get(name)
+        if isinstance(value, Tensor):
+            longer[name] = torch.cat([value, value[:, -1:].repeat_interleave(n, 1)], 1)
+    if not decoded:
+        for name in _TYPES:
+            if name in inputs:
+                value = inputs[name]
+                at = min(last_text, value.shape[1] - 1)
+                new = _type_of_new(model, name, value[:, at : at + 1])
+                longer[name] = torch.cat([value, new.repeat_interleave(n, 1)], 1)
+        for name in _IMAGE_MARKS:
+            if name in inputs:
+                value = inputs[name]
+                longer[name] = torch.cat([value, value.new_zeros(len(value), n)], 1)
+    added = torch.tensor([list(ids)], dtype=given.dtype, device=given.device)
+    longer[DECODER_IDS if decoded else "input_ids"] = torch.cat([given, added], 1)
+    return longer
+
+
+def without_last(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs without their last position; without the decoder's, if there is one."""
+    decoded = DECODER_IDS in inputs
+    names = (
+        (DECODER_IDS, DECODER_MASK)
+        if decoded
+        else ("input_ids", *_OF_POSITIONS, *_TYPES, *_IMAGE_MARKS)
+    )
+    return {
+        name: value[:, :-1] if name in names and isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
 def check_whole(model: Any, inputs: Mapping[str, Any]) -> None:
     """Raise InputError if the model needs more than images and a prompt give (a robot's state)."""
     wanted = inspect.signature(model.forward).parameters.values()
@@ -125,6 +179,18 @@ def prompt_ids(inputs: Mapping[str, Any]) -> Tensor:
 
 
 _OF_PROMPT = ("input_ids", "attention_mask")
+_OF_POSITIONS = ("attention_mask", "cross_attention_mask", "image_attention_mask")
+_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+_IMAGE_MARKS = ("image_embeds_position_mask",)
+"""Inputs with one entry per position, all ``[sample, position, ...]``. They are named because
+shapes are ambiguous: an image may have as many patches as the prompt has positions."""
+
+
+def _type_of_new(model: Any, name: str, before: Tensor) -> Tensor:
+    """The token type of a generated position after one of the type ``before``, ``[sample, 1]``."""
+    update = getattr(model, "_update_model_kwargs_for_generation", None)
+    grown = before if update is None else update({}, {name: before})[name]
+    return grown[:, -1:]
 
 
 def _mask(mask: Tensor | None, index: int, length: int) -> list[bool]:

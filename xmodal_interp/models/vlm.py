@@ -150,7 +150,8 @@ class VLM:
         except (ValueError, StopIteration) as error:
             calling.refuse_other_numbers(self.placeholder, texts, opened, error)
             raise
-        inputs.pop("video_metadata", None)
+        for unread in ("video_metadata", "labels"):  # labels are for training
+            inputs.pop(unread, None)
         replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
         grids, video_grids = self._grids(inputs, opened), self._video_grids(inputs, shown)
         begun = with_start(self.model, inputs, len(texts))

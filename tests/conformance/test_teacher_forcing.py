@@ -1,0 +1,165 @@
+"""Teacher forcing gives the product of stepwise probabilities, for every type that can.
+
+The model generates the known answer token by token, with its own cache and inputs; the scores of
+one forward over prompt and answer must be those of these steps. Some types by default,
+all of them with ``--all-types``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from tests.models.real import real, settled
+from tests.models.test_capturing_families import BUILT, REFUSED, SOME, asked
+from tests.tiny import picture
+from xmodal_interp.analysis.pruning import head_pruning
+from xmodal_interp.analysis.teacher_forcing import answer_scores, check_causal
+from xmodal_interp.errors import UnsupportedModelError
+from xmodal_interp.evaluation.faithfulness import deletion_curve
+from xmodal_interp.models import VLM
+from xmodal_interp.models.batching import batches_of
+from xmodal_interp.models.sequences import with_answer, without_last
+
+pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+NAMES = [name for name in BUILT if name not in REFUSED]
+ANSWER = "a red circle"
+LIMIT = 1e-5  # nats per token, in float32, of values around 10
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" in metafunc.fixturenames:
+        everything = metafunc.config.getoption("all_types")
+        some = [name for name in NAMES if name in (*SOME, "paligemma") or name in NAMES[1::6]]
+        metafunc.parametrize("name", NAMES if everything else some)
+
+
+def vlm_of(name: str) -> VLM:
+    """The tiny model of a type, without two things that make its own steps differ.
+
+    Both are of transformers 5.23. Sparse attention (``DeepseekV32Indexer`` and its copies) keeps
+    the ``index_topk`` keys of the highest scores; scores of 0 are frequent ties, among which
+    ``torch.topk`` chooses by the number of keys. Mamba2's scan clamps time steps at
+    ``time_step_limit``, its single step (``mamba2_selective_state_update``) does not.
+    """
+    vlm = VLM(real(name)[0], settled(name))
+    for module in vlm.model.modules():
+        if hasattr(module, "index_topk"):
+            module.index_topk = 10_000
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    return vlm
+
+
+@contextmanager
+def forced(model: torch.nn.Module, ids: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Make ``generate`` choose these tokens; gives the log-probabilities of each step.
+
+    Done on the model's outputs, for some ``generate`` take no logits processor, and drop it.
+    """
+    steps: list[Tensor] = []
+    depth = 0
+
+    def enter(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(_module: Any, _args: Any, output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        if depth == 0:
+            last = output.logits[:, -1]
+            steps.append(last.float().log_softmax(-1))
+            chosen = torch.full_like(last, -torch.inf)
+            chosen[:, ids[len(steps) - 1]] = 0
+            output.logits = chosen[:, None]
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, GenerationMixin):
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+        yield steps
+
+
+def stepwise(vlm: VLM, item: dict[str, Any], ids: Sequence[int]) -> float:
+    """The mean log-probability of an answer's tokens as the model generates them."""
+    inputs, _ = vlm.prepare([[item["image"]]], [item["prompt"]])
+    with forced(vlm.model, ids) as steps, torch.no_grad():
+        vlm.generate(inputs, max_new_tokens=len(ids), min_new_tokens=len(ids))
+    assert len(steps) == len(ids)
+    return float(torch.stack(steps)[range(len(ids)), 0, list(ids)].double().mean())
+
+
+def test_the_score_of_an_answer_is_that_of_its_steps(name: str) -> None:
+    vlm = vlm_of(name)
+    item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
+    (batch,) = batches_of(vlm, [item], batch_size=1)
+    (ids,) = batch.answers
+    assert len(ids) == 3
+    assert "labels" not in batch.inputs
+    score = answer_scores(vlm, batch)[1, 0]
+    assert score == pytest.approx(stepwise(vlm, item, ids), abs=LIMIT)
+    check_causal(vlm, batch)
+
+
+def test_paligemma_can_be_pruned_and_its_tokens_deleted() -> None:
+    """Its processor returns ``labels``, and its answer is not part of the bidirectional prompt."""
+    vlm = vlm_of("paligemma")
+    item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
+    (batch,) = batches_of(vlm, [item], batch_size=1)
+    assert batch.inputs["token_type_ids"][0, -4:].tolist() == [0, 1, 1, 1]
+    expected = stepwise(vlm, item, batch.answers[0])
+    table = head_pruning(vlm, [item], layers=[0], heads=[0], progress=False, n_bootstrap=10)
+    assert table.attrs["base"]["all"]["log_prob"] == pytest.approx(expected, abs=LIMIT)
+    curve = deletion_curve(vlm, [item], "random", steps=2, progress=False)
+    assert np.log(curve["probability"][0]) == pytest.approx(expected, abs=LIMIT)
+
+
+@pytest.mark.parametrize("model_type", ["paligemma", "dots3_note"])
+def test_a_model_whose_prompt_depends_on_the_answer_is_refused(model_type: str) -> None:
+    """An answer inside the bidirectional prefix; ties of sparse attention."""
+    vlm = vlm_of(model_type)
+    item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
+    (batch,) = batches_of(vlm, [item], batch_size=1)
+    if model_type == "paligemma":
+        batch.inputs["token_type_ids"][:] = 0
+    for module in vlm.model.modules():
+        if hasattr(module, "index_topk"):
+            module.index_topk = 8
+    with pytest.raises(UnsupportedModelError, match=r"change by .* when that token is appended"):
+        check_causal(vlm, batch)
+
+
+def test_the_answer_after_an_image_is_not_of_the_image() -> None:
+    """Gemma 3 reads tokens of the type of an image in both directions."""
+    vlm = vlm_of("gemma3")
+    inputs = {
+        "input_ids": torch.arange(6)[None],
+        "token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1]]),
+    }
+    longer = with_answer(vlm.model, inputs, [7, 8], last_text=2)
+    assert longer["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1, 0, 0]]
+
+
+def test_pixels_of_the_prompts_length_are_not_lengthened() -> None:
+    vlm = vlm_of("llava")
+    inputs = {
+        "input_ids": torch.arange(6)[None],
+        "attention_mask": torch.ones(1, 6, dtype=torch.long),
+        "pixel_values": torch.randn(1, 6, 4),
+    }
+    longer = with_answer(vlm.model, inputs, [7, 8], 5)
+    assert longer["input_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 7, 8]]
+    assert longer["attention_mask"].tolist() == [[1] * 8]
+    assert torch.equal(longer["pixel_values"], inputs["pixel_values"])
+    assert all(torch.equal(without_last(longer)[k][:, :6], inputs[k]) for k in inputs)
