@@ -1,5 +1,7 @@
 """The demo on few scenes: what it finds, what it writes, and what it never touches."""
 
+import hashlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,7 +11,8 @@ import pytest
 from PIL import Image
 
 from xmodal_interp.demo import run_demo
-from xmodal_interp.demo.running import Findings, _make_room
+from xmodal_interp.demo.placing import MARK, workshop
+from xmodal_interp.demo.running import Findings
 from xmodal_interp.errors import InputError
 from xmodal_interp.store import open_store
 
@@ -63,13 +66,87 @@ def test_the_store_holds_the_questions_about_colour(findings) -> None:
     assert {"box", "other_boxes", "answer"} <= set(store[0].labels)
 
 
-def test_an_earlier_demo_is_replaced(findings, tmp_path) -> None:
+@pytest.fixture
+def earlier(findings, tmp_path) -> Path:
+    """A copy of what a demo has made, and a file that was put beside."""
     folder = tmp_path / "again"
-    folder.mkdir()
-    shutil.copy(findings.folder / ".xmodal-demo", folder)
-    (folder / "report.md").write_text("old")
-    _make_room(folder)
-    assert [path.name for path in folder.iterdir()] == [".xmodal-demo"]
+    shutil.copytree(findings.folder, folder)
+    (folder / "tables" / "mine.csv").write_text("years,of,work")
+    return folder
+
+
+def rewritten(folder: Path, names: tuple[str, ...] = ("report.md",), **options) -> None:
+    with workshop(folder, **options) as hidden:
+        for name in names:
+            (hidden / name).parent.mkdir(exist_ok=True)
+            (hidden / name).write_text("new")
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_earlier_demo_is_replaced_and_other_files_stay(earlier) -> None:
+    for _ in range(2):
+        rewritten(earlier)
+        assert files_in(earlier) == {MARK, "report.md", "tables/mine.csv"}
+        assert (earlier / "report.md").read_text() == "new"
+        assert (earlier / "tables" / "mine.csv").read_text() == "years,of,work"
+    assert not (earlier / "pictures").exists()
+
+
+def test_a_demo_that_fails_leaves_the_earlier_one(earlier, tmp_path) -> None:
+    before = files_in(earlier)
+    for folder in (earlier, tmp_path / "new"):
+        with pytest.raises(FileNotFoundError):
+            rewritten(folder, ("report.md", "no/such/folder"))
+    assert files_in(earlier) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_files_that_were_changed_since_are_left_alone(earlier) -> None:
+    (earlier / "report.md").write_text("my notes")
+    with pytest.raises(InputError) as error:
+        rewritten(earlier)
+    assert str(error.value) == (
+        f"The demo replaces only files that it made. In {str(earlier)!r} some were changed since: "
+        "report.md. Choose another folder, or pass --force to overwrite them."
+    )
+    assert (earlier / "report.md").read_text() == "my notes"
+    rewritten(earlier, force=True)
+    assert files_in(earlier) == {MARK, "report.md", "tables/mine.csv"}
+
+
+def test_other_files_of_the_same_names_are_left_alone(earlier) -> None:
+    with pytest.raises(InputError, match=r"other ones of the same names: tables/mine\.csv"):
+        rewritten(earlier, ("report.md", "tables/mine.csv"))
+    assert (earlier / "tables" / "mine.csv").read_text() == "years,of,work"
+    assert open_store(earlier / "store")[0].call(0) is not None  # nothing was removed either
+
+
+def test_nothing_is_written_through_links_or_removed_elsewhere(earlier, tmp_path) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("work")
+    (earlier / "report.md").unlink()
+    (earlier / "report.md").symlink_to(precious)
+    with pytest.raises(InputError, match=r"changed since: report\.md"):
+        rewritten(earlier)
+    with pytest.raises(InputError, match="symbolic links"):
+        rewritten(earlier, force=True)
+    digest = hashlib.sha256(b"work").hexdigest()
+    for name in ("../precious.txt", str(precious)):  # a list that someone else wrote
+        listed = {"made_by": "xmodal demo", "files": {name: digest}}
+        (earlier / MARK).write_text(json.dumps(listed))
+        with pytest.raises(InputError, match="holds other files"):
+            rewritten(earlier)
+    assert precious.read_text() == "work"
+
+
+def test_no_demo_in_a_store(findings) -> None:
+    inside = findings.folder / "store" / "samples"
+    for folder in (inside, inside.parent):
+        with pytest.raises(InputError, match="must not be written into a store"):
+            run_demo(folder)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path) -> None:
@@ -78,6 +155,8 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path) -> None:
         run_demo(tmp_path)
     assert str(error.value) == (
         f"The demo needs a new or an empty folder; {str(tmp_path)!r} holds other files. Choose "
-        "another one: xmodal demo FOLDER."
+        "another one: xmodal demo FOLDER. Or pass --force to overwrite files of the same names."
     )
-    assert (tmp_path / "thesis.tex").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    rewritten(tmp_path, force=True)
+    assert files_in(tmp_path) == {MARK, "report.md", "thesis.tex"}

@@ -18,7 +18,7 @@ from xmodal_interp.hooks import doctor as checked
 from xmodal_interp.items import read_items
 from xmodal_interp.menu import ANALYSES, FIGURES, Offer, described, options_of
 from xmodal_interp.models import SHIPPED, VLM, load, support
-from xmodal_interp.printing import Group, err, out, show, show_long, show_store, write
+from xmodal_interp.printing import Group, check_output, err, out, show, show_long, show_store, write
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, check_store, open_store
 
@@ -64,16 +64,22 @@ DeviceMap = Annotated[
 ]
 
 
+Force = Annotated[
+    bool, typer.Option("--force", help="Overwrite files that were not made by this command")
+]
+
+
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where everything goes")] = Path("xmodal_demo"),
     scenes: Annotated[int, typer.Option(min=20, help="Held-out scenes")] = 200,
+    force: Force = False,
 ) -> None:
     """Run the whole story on the shipped model: store, tables, pictures, one report.
 
     It takes about a minute on two cores and needs no network.
     """
-    findings = run_demo(folder, n_scenes=scenes)
+    findings = run_demo(folder, n_scenes=scenes, force=force)
     for line in findings.lines:
         out.print(f"• {line}", highlight=False, soft_wrap=True)
     out.print(f"\nEverything is in [bold]{folder}[/]; begin with {folder / 'report.html'}.")
@@ -141,8 +147,11 @@ def analyze(
         ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to print")] = 20,
+    force: Force = False,
 ) -> None:
     """Ask one question of every sample of a store; print the table, or write it."""
+    if path is not None:
+        check_output(path, force=force)
     function = ANALYSES[name]
     table = function(open_store(store), **options_of(function, name, {"queries": queries}))
     if path is None:
@@ -165,8 +174,10 @@ def plot(
         int | None, typer.Option(help="Layer; negative counts from the last; mostly the last")
     ] = None,
     head: Annotated[int | None, typer.Option(help="Head; the mean of all if not given")] = None,
+    force: Force = False,
 ) -> None:
     """Draw one figure of one sample."""
+    check_output(path, force=force)
     function = FIGURES[name]
     options = options_of(function, name, {"queries": queries, "layer": layer, "head": head})
     chosen = _sample(open_store(store), sample)

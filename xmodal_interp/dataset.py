@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from xmodal_interp.capturing import Keep, capture_batch, provenance
 from xmodal_interp.errors import InputError, StoreError
+from xmodal_interp.fingerprint import fingerprint
 from xmodal_interp.items import Item, checked, name_of, opened_images
 from xmodal_interp.models import VLM, Video, check_vlm
 from xmodal_interp.models.entries import Items, listed
 from xmodal_interp.store import Store, StoreWriter, open_store
-from xmodal_interp.store.identity import model_digests
 
 _Ready = tuple[Item, tuple[list[Image.Image], list[Video]]]
 """An item, and its images and videos."""
@@ -105,7 +105,7 @@ def run_settings(
     about = provenance(vlm, {}, max_new_tokens, keep)
     about["kept"]["images"] = images
     del about["layers"], about["created"], about["versions"]["python"]
-    return {**about, "system": system, **model_digests(vlm)}
+    return {**about, "system": system, **fingerprint(vlm)}
 
 
 @dataclass(eq=False)
@@ -190,9 +190,12 @@ class _Run:
                 self._capture([each])
             return
         for (item, _), sample in zip(batch, samples, strict=True):
+            digests, of_frames = item.picture_digests
             about = {
                 "images": item.sources,
+                "image_digests": digests,
                 **({"videos": item.frame_sources} if item.videos else {}),
+                **({"video_digests": of_frames} if item.videos else {}),
                 "item": item.digest,
                 "system": self.system,
                 "batch_size": len(batch),

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from PIL import Image
+from PIL import ExifTags, Image
 
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import ImageLike, Video, open_image
@@ -49,10 +50,31 @@ class Item:
 
     @property
     def digest(self) -> str:
-        """Tells the item from another of its name. Files are known by their names: data moves."""
-        pictures = [_known_by(image) for image in self.images]
-        clips = [[video.fps, *map(_known_by, video.frames)] for video in self.videos]
+        """Changes with the item's prompt, labels and pictures.
+
+        Files are identified by their content, because they may be moved.
+
+        Raises:
+            InputError: A file that cannot be read.
+        """
+        pictures, frames = self.picture_digests
+        clips = [[video.fps, *each] for video, each in zip(self.videos, frames, strict=True)]
         return digest_of([self.prompt, self.labels, pictures, *([clips] if clips else [])])
+
+    @cached_property
+    def picture_digests(self) -> tuple[list[str], list[list[str]]]:
+        """SHA-256 of each image, and of the frames of each video.
+
+        Raises:
+            InputError: A file that cannot be read.
+        """
+        try:
+            return (
+                [_content(image) for image in self.images],
+                [[_content(frame) for frame in video.frames] for video in self.videos],
+            )
+        except InputError as error:
+            raise InputError(f"{self.title}: {error}") from error
 
     @property
     def sources(self) -> list[str | None]:
@@ -65,11 +87,21 @@ class Item:
         return [[_source(frame) for frame in video.frames] for video in self.videos]
 
 
-def _known_by(picture: ImageLike) -> str:
-    """The digest of a picture in memory, the name of a file."""
+def _content(picture: ImageLike) -> str:
+    """SHA-256 of a file's bytes, or of a picture in memory and what changes its looks."""
     if not isinstance(picture, Image.Image):
-        return Path(picture).name
-    return hashlib.sha256(f"{picture.size}{picture.mode}".encode() + picture.tobytes()).hexdigest()
+        try:
+            with Path(picture).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(
+                f"An image must be a file that can be read; {str(picture)!r} cannot: "
+                f"{error.strerror or error}."
+            ) from error
+    looks = (picture.size, picture.mode, picture.getexif().get(ExifTags.Base.Orientation, 1))
+    palette = picture.getpalette(None) if picture.mode in ("P", "PA") else None
+    about = f"{looks} {palette} {picture.info.get('transparency')}".encode()
+    return hashlib.sha256(about + picture.tobytes()).hexdigest()
 
 
 def _source(picture: ImageLike) -> str | None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from xmodal_interp.errors import InputError, XmodalError
-from xmodal_interp.store import Store
+from xmodal_interp.store import Store, store_around
 
 out, err = Console(), Console(stderr=True)
 
@@ -98,6 +98,28 @@ def show_store(store: Store) -> None:
     about = {**store.manifest, **store.manifest["settings"]}
     rows = [(name, _in_words(value)) for name, value in about.items() if name != "settings"]
     show(pd.DataFrame(rows, columns=["setting", "value"]))
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuse a file that a command must not write to.
+
+    Raises:
+        InputError: It is inside a store, is a symbolic link or a folder, or exists and is not to be
+            overwritten.
+    """
+    around = store_around(path)
+    if around is not None:
+        raise InputError(
+            f"Nothing else is written into a store. {str(path)!r} is inside the store "
+            f"{str(around)!r}; choose another --path."
+        )
+    if path.is_symlink() or path.is_dir():
+        what = "a symbolic link" if path.is_symlink() else "a folder"
+        raise InputError(f"--path must be a file; {str(path)!r} is {what}.")
+    if path.exists() and not force:
+        raise InputError(
+            f"{str(path)!r} exists. Choose another --path, or pass --force to overwrite it."
+        )
 
 
 def write(table: pd.DataFrame, path: Path) -> None:

@@ -9,9 +9,9 @@ from tests.hooks.conditions import STEPS, assert_complete_and_exact, of
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.capturing import capture
 from xmodal_interp.errors import InputError, UnsupportedModelError
+from xmodal_interp.fingerprint import fingerprint
 from xmodal_interp.hooks import doctor, record
 from xmodal_interp.models import VLM, load
-from xmodal_interp.store.identity import model_digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -87,8 +87,26 @@ def test_an_adapter_is_loaded_with_its_base(tmp_path) -> None:
 
 
 def test_another_adapter_is_another_model_to_a_store() -> None:
-    digests = [model_digests(VLM(adapted(seed), tiny_vlm("llava").processor)) for seed in (0, 0, 1)]
+    digests = [fingerprint(VLM(adapted(seed), tiny_vlm("llava").processor)) for seed in (0, 0, 1)]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_an_adapter_that_is_off_rescaled_or_merged_is_another_model_to_a_store() -> None:
+    model, processor = adapted(), tiny_vlm("llava").processor
+    plain = fingerprint(VLM(model, processor))
+    found = []
+    with model.disable_adapter():
+        found.append(fingerprint(VLM(model, processor)))
+    layers = [each for each in model.modules() if isinstance(each, peft.tuners.lora.LoraLayer)]
+    layers[-1].scale_layer(0.5)
+    found.append(fingerprint(VLM(model, processor)))
+    layers[-1].unscale_layer()
+    assert fingerprint(VLM(model, processor)) == plain
+    for each in found:
+        assert [name for name in plain if plain[name] != each[name]] == ["modules_digest"]
+    assert found[0] != found[1]
+    model.merge_adapter()
+    assert fingerprint(VLM(model, processor))["weights_digest"] != plain["weights_digest"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ A third of the types by default, all of them with ``--all-types``. The models ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,13 @@ import torch
 import xmodal_interp as xi
 from tests.models.real import prompt, real, settled
 from tests.models.records import RECORDS
+from tests.store.made import assert_same
 from tests.tiny import picture
 from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.fingerprint import fingerprint
 from xmodal_interp.models import FAMILIES, VLM, prompt_ids
 from xmodal_interp.sample import Sample
+from xmodal_interp.store import StoreWriter, check_store, open_store
 
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
@@ -46,11 +50,12 @@ NO_TOWER = {"fuyu", "gemma4_unified", "inkling_mm_model"}
 
 @dataclass(frozen=True)
 class Captured:
-    """A sample, and what it was made with."""
+    """A sample, what it was made with, and the model's fingerprint before."""
 
     vlm: VLM
     question: str
     sample: Sample
+    before: dict[str, Any]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -77,7 +82,9 @@ def captured_from(name: str, n_images: int) -> Captured:
     vlm = VLM(real(name)[0], settled(name))
     images = [picture(*size, seed) for seed, size in enumerate(SIZES)][:n_images]
     question = asked(vlm, n_images)
-    return Captured(vlm, question, xi.capture(vlm, images, question, max_new_tokens=N_NEW))
+    before = fingerprint(vlm)
+    sample = xi.capture(vlm, images, question, max_new_tokens=N_NEW)
+    return Captured(vlm, question, sample, before)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +124,18 @@ def check_images(sample: Sample) -> None:
 
 def test_a_row_for_each_position(captured: Captured) -> None:
     check_rows(captured.sample)
+
+
+def test_a_store_gives_what_memory_gives(captured: Captured, tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, {}) as writer:
+        writer.write(replace(captured.sample, labels={"box": [1, 2.5]}))
+    assert_same(open_store(tmp_path)[0], captured.sample)
+    assert open_store(tmp_path)[0].labels == {"box": [1, 2.5]}
+    assert check_store(tmp_path)["ok"].all()
+
+
+def test_running_a_model_leaves_its_fingerprint(captured: Captured) -> None:
+    assert fingerprint(captured.vlm) == captured.before
 
 
 def test_as_many_image_tokens_as_the_grid_has(captured: Captured) -> None:

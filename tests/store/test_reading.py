@@ -1,5 +1,6 @@
 """Reading: what is lazy, what a store answers to, and what it refuses."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -78,8 +79,8 @@ def test_images_are_read_when_used(store_path):
     with pytest.raises(StoreError) as refusal:
         image.load()
     assert str(refusal.value) == (
-        "The images of a stored sample must stay where they were. An image must be a file that "
-        f"exists, or a PIL image; there is no {str(of_sample(store_path) / 'image-0.png')!r}."
+        "A store is read as it was written. image-0.png of sample 'b' in "
+        f"{of_sample(store_path)} is damaged: it is missing. {RUN_CHECK}"
     )
 
 
@@ -176,7 +177,10 @@ def test_another_version_of_one_file(store_path, file, monkeypatch):
     later = of_sample(store_path.with_name("later")) / file
     path.write_bytes(later.read_bytes())
     record = files.read_record(of_sample(store_path))
-    record["files"][file]["bytes"] = path.stat().st_size
+    record["files"][file] = {
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
     record["digest"] = schema.digest_of(record)
     (of_sample(store_path) / schema.SAMPLE).write_text(schema.json_text(record))
     with pytest.raises(StoreError) as refusal:
@@ -249,7 +253,8 @@ def test_check(store_path):
     assert (table["problem"] == "").all()
     own = {schema.SAMPLE, schema.TOKENS, schema.GRIDS, schema.SHARED, "image-0.png"}
     own |= {f"language-self-00{i}.safetensors" for i in range(3)}
-    assert len(table) == 1 + 3 * len(own)
+    assert table.loc[table["sample"] == "", "file"].tolist() == [schema.MANIFEST, schema.NAMES]
+    assert len(table) == 2 + 3 * len(own)
     assert set(table.loc[table["sample"] == "a", "file"]) == own
 
     flipped = of_sample(store_path, "a") / "language-self-000.safetensors"
@@ -278,11 +283,17 @@ def test_check(store_path):
 def test_check_without_samples(store_path):
     shutil.rmtree(store_path / schema.SAMPLES)
     assert len(open_store(store_path)) == 0
-    assert check_store(store_path)["ok"].tolist() == [True, False, False, False]
+    assert check_store(store_path)["ok"].tolist() == [True, True, False, False, False]
 
 
 def test_a_missing_order_is_no_loss(store_path):
     (store_path / schema.NAMES).unlink()
+    assert open_store(store_path).names == ("b", "a", "c")
+    for name in "abc":  # as the first release wrote them
+        record = files.read_record(of_sample(store_path, name))
+        del record["number"]
+        text = schema.json_text({**record, "digest": schema.digest_of(record)})
+        (of_sample(store_path, name) / schema.SAMPLE).write_text(text)
     assert open_store(store_path).names == ("a", "b", "c")
 
 

@@ -130,6 +130,18 @@ def test_a_mask_is_stored_once(tmp_path):
     assert (folder / schema.SHARED).stat().st_size < 2 * 64 * 64 / 8 + 400
 
 
+def test_a_copy_of_a_stored_sample_has_the_masks_of_its_layers(tmp_path):
+    """Stored masks are freed one after the other, so that several are read into the same memory."""
+    masks = [torch.rand(1, 1, 64, 64) < 0.5 for _ in range(8)]
+    biases = [torch.randn(1, 2, 64, 64) for _ in range(8)]
+    square = {"q": torch.randn(1, 2, 64, 4), "k": torch.randn(1, 1, 64, 4), "causal": False}
+    calls = [call(i, mask=masks[i], bias=biases[i], **square) for i in range(8)]
+    made = sample(calls=calls)
+    once = written(tmp_path / "once", [made])
+    twice = written(tmp_path / "twice", [once[0]])
+    assert_same(twice[0], made)
+
+
 def test_masks_are_shared_in_memory_while_held(tmp_path):
     mask = torch.rand(1, 1, N, N) < 0.5
     calls = written(tmp_path, [sample(calls=[call(i, mask=mask) for i in range(2)])])[0].calls

@@ -10,7 +10,7 @@ import pytest
 
 from tests.store.made import SETTINGS, assert_same, sample
 from xmodal_interp.errors import InputError, StoreError
-from xmodal_interp.store import StoreWriter, check_store, open_store, schema, writer
+from xmodal_interp.store import StoreWriter, check_store, files, open_store, schema, writer
 
 
 def leftovers(path: Path) -> list[str]:
@@ -66,7 +66,7 @@ def test_full_disk(tmp_path, full_disk, monkeypatch, n_files):
 
 
 def test_full_disk_behind_the_sample(tmp_path, full_disk, monkeypatch):
-    """The line in the list of names is cut off; the sample is there, and the list goes on."""
+    """The line in the list of names is cut off; the sample keeps its place."""
     with StoreWriter(tmp_path, SETTINGS) as store:
         store.write(sample("z"))
         full_disk(5)
@@ -74,8 +74,104 @@ def test_full_disk_behind_the_sample(tmp_path, full_disk, monkeypatch):
             store.write(sample("y"))
         monkeypatch.undo()
         store.write(sample("x"))
-    assert open_store(tmp_path).names == ("z", "x", "y")
+    assert open_store(tmp_path).names == ("z", "y", "x")
+    assert [line["name"] for line in files.read_lines(tmp_path / schema.NAMES)] == ["z", "y", "x"]
     assert check_store(tmp_path)["ok"].all()
+
+
+def test_a_refusal_leaves_nothing_behind(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.tex").write_text("years of work")
+    with pytest.raises(StoreError, match=r"has no manifest\.json, but thesis\.tex"):
+        StoreWriter(theirs, SETTINGS)
+    assert [path.name for path in theirs.rglob("*")] == ["thesis.tex"]
+    with StoreWriter(tmp_path / "run", SETTINGS) as store:
+        store.write(sample())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    for path, settings in (
+        ("run", {}),
+        ("run/samples/one/inner", SETTINGS),
+        ("run/new/inner", SETTINGS),
+    ):
+        with pytest.raises(StoreError):
+            StoreWriter(tmp_path / path, settings)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", [schema.NAMES, schema.FAILURES, schema.LOCK, schema.SAMPLES])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_links_are_not_followed(tmp_path, name, is_there):
+    with StoreWriter(tmp_path / "run", SETTINGS) as store:
+        store.note_failure({"item": 0, "name": None, "error": "E", "message": "m"})
+    target, place = tmp_path / "precious", tmp_path / "run" / name
+    if place.is_dir():
+        place.rmdir()
+        target.mkdir()
+    elif place.exists():
+        place.rename(target)
+    else:
+        target.write_text("work")
+    if not is_there:
+        target.rename(tmp_path / "elsewhere")
+    place.symlink_to(target)
+    with pytest.raises(StoreError, match=f"{name} in .* is a symbolic link; replace it by what"):
+        StoreWriter(tmp_path / "run", SETTINGS)
+    assert target.exists() == is_there
+    with pytest.raises(OSError, match="symbolic links"):
+        writer.write_file(place if name != schema.SAMPLES else tmp_path / "run" / name, b"")
+
+
+@pytest.mark.parametrize("at", ["behind the rename", "within the line", "before the list"])
+def test_a_kill_between_the_sample_and_its_name_loses_no_order(tmp_path, monkeypatch, at):
+    """The order is kept whether the list is read as it was left, or mended by the next writer."""
+    for name in ("c", "b"):
+        with StoreWriter(tmp_path, SETTINGS) as store, monkeypatch.context() as patch:
+            if name == "b":
+                patch.setattr(StoreWriter, "_list", failing_rename)
+                with pytest.raises(KeyboardInterrupt):
+                    store.write(sample(name))
+            else:
+                store.write(sample(name))
+    names = tmp_path / schema.NAMES
+    if at == "within the line":
+        names.write_text(names.read_text() + '{"digest": "12')
+    if at == "before the list":
+        names.unlink()
+    assert open_store(tmp_path).names == ("c", "b")
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        store.write(sample("a"))
+    assert open_store(tmp_path).names == ("c", "b", "a")
+    assert [line["number"] for line in files.read_lines(names)] == [0, 1, 2]
+    assert files.line_problems(names) == []
+    shutil.rmtree(tmp_path / schema.SAMPLES / "b")  # a damaged sample, to be captured again
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        store.write(sample("b"))
+    assert open_store(tmp_path).names == ("c", "b", "a")
+
+
+def test_lists_of_the_first_release(tmp_path):
+    """Lines without digests are read and added to; damaged ones are left out and reported."""
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        for name in ("z", "y"):
+            store.write(sample(name))
+    names, stamp = tmp_path / schema.NAMES, schema.json_text(schema.STAMP)
+    names.write_text(f'{stamp}\n{{"name": "y"}}\n{{"name": "z"}}\n')
+    assert open_store(tmp_path).names == ("y", "z")
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        store.write(sample("x"))
+    assert open_store(tmp_path).names == ("y", "z", "x")
+    failures = tmp_path / schema.FAILURES
+    good = {"item": 3, "name": None, "error": "E", "message": "m"}
+    failures.write_text(f'{stamp}\n{schema.json_text(good)}\n{{"item": 3}}\n[1]\nnull\n')
+    assert open_store(tmp_path).failures.to_dict("records") == [good]
+    assert check_store(tmp_path).set_index("file").loc[schema.FAILURES, "problem"] == (
+        "line 3 is damaged; line 4 is damaged; line 5 is damaged"
+    )
+    with StoreWriter(tmp_path, SETTINGS):
+        pass
+    assert files.line_problems(failures) == []
+    assert open_store(tmp_path).failures.to_dict("records") == [good]
 
 
 def test_no_room_for_a_store(tmp_path, full_disk, monkeypatch):

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,8 +39,8 @@ from xmodal_interp.dataset import capture_dataset
 from xmodal_interp.demo.findings import telling
 from xmodal_interp.demo.material import held_out_scenes, of_kind, questions_about
 from xmodal_interp.demo.pictures import draw_all
+from xmodal_interp.demo.placing import workshop
 from xmodal_interp.demo.report import write_report
-from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation import best_head, pointing_hits
 from xmodal_interp.models import VLM, load
 from xmodal_interp.sample import Sample
@@ -49,7 +48,6 @@ from xmodal_interp.shapes import KINDS
 from xmodal_interp.shapes.architectures import untrained
 from xmodal_interp.store import Store
 
-_MARK = "made by xmodal demo"
 _BATCH = 32
 _MEASURED = 12  # samples that ratios are averaged over
 _ABLATED = 8  # questions of each kind that every head is removed on
@@ -72,17 +70,25 @@ class Findings:
     lines: list[str] = field(default_factory=list)
 
 
-def run_demo(folder: Path, *, n_scenes: int = 200) -> Findings:
+def run_demo(folder: Path, *, n_scenes: int = 200, force: bool = False) -> Findings:
     """Run the demo on the shipped LLaVA; offline, within a minute on two cores.
 
     Args:
-        folder: A new or empty folder, or one of an earlier demo, which is replaced.
+        folder: A new or empty folder, or one of an earlier demo, whose files are replaced. Other
+            files in it stay as they are.
         n_scenes: Held-out scenes.
+        force: Overwrite files of the same names that the demo did not make, or that were changed.
 
     Raises:
-        InputError: The folder holds something else.
+        InputError: The folder holds such files without ``force``, or is inside a store.
     """
-    _make_room(folder)
+    with workshop(folder, force=force) as hidden:
+        tables, lines = _run(hidden, n_scenes)
+    return Findings(folder, tables, lines)
+
+
+def _run(folder: Path, n_scenes: int) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """Write everything to a folder; the tables, and the findings in words."""
     vlm = load()
     items = questions_about(held_out_scenes(n_scenes))
     tables: dict[str, pd.DataFrame] = {}
@@ -111,21 +117,7 @@ def run_demo(folder: Path, *, n_scenes: int = 200) -> Findings:
     _write_tables(tables, folder / "tables")
     lines = telling(tables, n_scenes)
     write_report(folder, vlm, tables, pictures, lines)
-    return Findings(folder, tables, lines)
-
-
-def _make_room(folder: Path) -> None:
-    """Only what an earlier demo made is ever deleted."""
-    mark = folder / ".xmodal-demo"
-    if folder.exists() and any(folder.iterdir()):
-        if not mark.exists():
-            raise InputError(
-                f"The demo needs a new or an empty folder; {str(folder)!r} holds other files. "
-                "Choose another one: xmodal demo FOLDER."
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(f"{_MARK}\n")
+    return tables, lines
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
 from xmodal_interp.errors import InputError
+from xmodal_interp.store import store_around
 
 FigurePath = str | PathLike[str] | None
 """Where to save a figure; the ending (png, pdf, svg) chooses the format. None saves nothing."""
@@ -106,8 +107,8 @@ def saved(picture: Picture, path: FigurePath) -> Picture:
     """The figure, written to ``path`` if there is one; its folder is made.
 
     Raises:
-        InputError: The file's name ends in no format that matplotlib writes, or no file can be
-            written there.
+        InputError: The file's name ends in no format that matplotlib writes, it is inside a store,
+            or no file can be written there.
     """
     if path is not None:
         target = Path(path)
@@ -115,6 +116,12 @@ def saved(picture: Picture, path: FigurePath) -> Picture:
         if target.suffix[1:].lower() not in known:
             raise InputError(
                 f"A figure is written to a file that ends in {', '.join(known)}; got {str(path)!r}."
+            )
+        around = store_around(target)
+        if around is not None:
+            raise InputError(
+                f"A figure is not written into a store. {str(path)!r} is inside the store "
+                f"{str(around)!r}; choose another path."
             )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

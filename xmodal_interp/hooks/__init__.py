@@ -3,7 +3,7 @@
 from xmodal_interp.hooks.ablation import ablate_heads
 from xmodal_interp.hooks.calibration import mean_head_outputs
 from xmodal_interp.hooks.checkup import Checkup, doctor
-from xmodal_interp.hooks.interventions import intervene
+from xmodal_interp.hooks.interventions import active_interventions, intervene
 from xmodal_interp.hooks.knockout import knock_out_attention
 from xmodal_interp.hooks.modules import Identity, attention_modules
 from xmodal_interp.hooks.recorder import record
@@ -14,6 +14,7 @@ __all__ = [
     "Identity",
     "Recording",
     "ablate_heads",
+    "active_interventions",
     "attention_modules",
     "doctor",
     "intervene",

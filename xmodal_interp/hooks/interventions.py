@@ -35,7 +35,7 @@ from xmodal_interp.hooks.modules import Identity, attention_modules, module_of
 from xmodal_interp.hooks.own_context import own_context
 from xmodal_interp.hooks.reading import as_attention_call
 from xmodal_interp.hooks.selection import Selection
-from xmodal_interp.hooks.tapping import RawCall, tap
+from xmodal_interp.hooks.tapping import RawCall, listeners, tap
 from xmodal_interp.models import VLM
 from xmodal_interp.restoring import Block
 from xmodal_interp.vocabulary import AttentionKind, Tower
@@ -141,6 +141,11 @@ def _intervene(
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         stack.enter_context(tap(editor))
+
+
+def active_interventions() -> list[Intervention]:
+    """The interventions of the ``intervene`` blocks that are open here, the outermost first."""
+    return [each.intervention for each in listeners() if isinstance(each, _Editor)]
 
 
 class _Editor:

@@ -106,6 +106,11 @@ def _tap(listener: Listener, stack: ExitStack) -> None:
     stack.callback(_remove)
 
 
+def listeners() -> tuple[Listener, ...]:
+    """The listeners of the taps that are open in this context, the outermost first."""
+    return _listeners.get()
+
+
 def _install() -> None:
     global _open
     with _lock:

@@ -1,6 +1,7 @@
 """The format on disk: what it is, writing it, reading it, checking it."""
 
 from xmodal_interp.store.checking import check_store
+from xmodal_interp.store.files import store_around
 from xmodal_interp.store.reader import Store, open_store
 from xmodal_interp.store.schema import check_name, digest_of, json_text
 from xmodal_interp.store.writer import StoreWriter
@@ -13,4 +14,5 @@ __all__ = [
     "digest_of",
     "json_text",
     "open_store",
+    "store_around",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -22,23 +22,70 @@ def check_store(path: str | PathLike[str]) -> pd.DataFrame:
         path: The store.
 
     Returns:
-        One row per file: ``sample`` (empty for the manifest), ``file``, ``ok``, and ``problem``,
-        empty if there is none. Samples that ``names.jsonl`` has and the store has not are a row
-        too. Leftovers of interrupted writes are no part of a store.
+        One row per file: ``sample`` (empty for the files of the store itself), ``file``, ``ok``,
+        and ``problem``, empty if there is none. Samples that ``names.jsonl`` has and the store has
+        not are a row too. Leftovers of interrupted writes are no part of a store.
 
     Raises:
         StoreError: There is no store, or it is of another format or version.
     """
     folder = Path(path)
-    files.read_manifest(folder)
-    rows: list[_Row] = [("", schema.MANIFEST, True, "")]
-    names = files.sample_names(folder)
+    if not (folder / schema.MANIFEST).is_file() or _is_of_another_version(folder):
+        files.read_manifest(folder)
+    rows = list(_store_rows(folder))
+    names = _folders(folder / schema.SAMPLES)
     for name in names:
-        rows += _sample_rows(folder / schema.SAMPLES / name)
-    written = dict.fromkeys(line["name"] for line in files.read_lines(folder / schema.NAMES))
+        try:
+            rows += _sample_rows(folder / schema.SAMPLES / name)
+        except OSError as error:  # a folder that may not be listed
+            rows.append((name, schema.SAMPLE, False, f"it cannot be read: {error}"))
     gone = "the sample was written, and its folder is not there"
-    rows += [(name, schema.SAMPLE, False, gone) for name in written if name not in set(names)]
+    listed = _listed(folder)
+    rows += [(name, schema.SAMPLE, False, gone) for name in listed if name not in set(names)]
     return pd.DataFrame(rows, columns=["sample", "file", "ok", "problem"])
+
+
+def _is_of_another_version(folder: Path) -> bool:
+    """Whether a manifest says so; one that is damaged does not."""
+    try:
+        stamp = json.loads((folder / schema.MANIFEST).read_text("utf-8"))
+        is_one = isinstance(stamp, dict) and stamp.get("format") == schema.FORMAT
+        return is_one and stamp.get("version") != schema.VERSION
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _store_rows(folder: Path) -> Iterator[_Row]:
+    """Rows of the manifest and of the lists."""
+    try:
+        files.read_manifest(folder)
+        yield "", schema.MANIFEST, True, ""
+    except StoreError as error:
+        yield "", schema.MANIFEST, False, str(error)
+    for name in (schema.NAMES, schema.FAILURES):
+        try:
+            problems = files.line_problems(folder / name)
+        except StoreError as error:
+            problems = [str(error)]
+        if problems or (folder / name).exists():
+            yield "", name, not problems, "; ".join(problems)
+
+
+def _listed(folder: Path) -> list[str]:
+    """The samples that the list of names has; none if it cannot be read."""
+    try:
+        return list(files.sample_numbers(folder))
+    except StoreError:  # a row says so
+        return []
+
+
+def _folders(samples: Path) -> list[str]:
+    """The names of the samples that are there, in the order they were written if that is known."""
+    try:
+        return files.sample_names(samples.parent)
+    except (OSError, StoreError):  # a row says what is wrong with the list
+        inside = samples.iterdir() if samples.is_dir() else ()
+        return sorted(each.name for each in inside if each.name[0] != "." and each.is_dir())
 
 
 def _sample_rows(folder: Path) -> Iterator[_Row]:
@@ -50,20 +97,9 @@ def _sample_rows(folder: Path) -> Iterator[_Row]:
     problem = "" if record["name"] == folder.name else f"it is of sample {record['name']!r}"
     yield folder.name, schema.SAMPLE, not problem, problem
     for file, expected in record["files"].items():
-        problem = _problem(folder / file, expected["bytes"], expected["sha256"])
+        problem = files.file_problem(folder / file, expected["bytes"], expected["sha256"])
         yield folder.name, file, not problem, problem
     for extra in sorted(
         {each.name for each in folder.iterdir()} - {schema.SAMPLE, *record["files"]}
     ):
         yield folder.name, extra, False, "it is no part of the sample"
-
-
-def _problem(path: Path, n_bytes: int, digest: str) -> str:
-    """What is wrong with a file, or nothing."""
-    if not path.is_file():
-        return "it is missing"
-    if path.stat().st_size != n_bytes:
-        return f"it has {path.stat().st_size} bytes, not {n_bytes}"
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    return "" if found == digest else "its checksum is not the one it was written with"

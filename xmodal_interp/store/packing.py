@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -26,7 +28,10 @@ _TEXT_STAMP = {name: str(value) for name, value in schema.STAMP.items()}
 def sample_record(sample: Sample, shared: schema.SharedTensors, *, images: bool) -> dict[str, Any]:
     """``sample.json`` but for its checksums; masks and biases go to the shared tensors."""
     sources = sample.provenance.get("images") or [None] * len(sample.images)
-    frames = sample.provenance.get("videos") or [[None] * len(each) for each in sample.videos]
+    digests = sample.provenance.get("image_digests") or [None] * len(sample.images)
+    nothing: list[list[None]] = [[None] * len(each) for each in sample.videos]
+    frames = sample.provenance.get("videos") or nothing
+    of_frames = sample.provenance.get("video_digests") or nothing
     return {
         **schema.STAMP,
         "name": sample.name,
@@ -37,14 +42,16 @@ def sample_record(sample: Sample, shared: schema.SharedTensors, *, images: bool)
         "labels": sample.labels,
         "provenance": sample.provenance,
         "grids": [_grid_numbers(grid) for grid in sample.grids],
-        "images": _pictures("image", sample.images, sources, stored=images),
+        "images": _pictures("image", sample.images, sources, digests, stored=images),
         "video_grids": [_grid_numbers(grid) for grid in sample.video_grids],
         "videos": [
             {
                 "fps": video.fps,
-                "frames": _pictures(f"video-{i}", _frames(video), of_frames, stored=images),
+                "frames": _pictures(f"video-{i}", _frames(video), *of_video, stored=images),
             }
-            for i, (video, of_frames) in enumerate(zip(sample.videos, frames, strict=True))
+            for i, (video, *of_video) in enumerate(
+                zip(sample.videos, frames, of_frames, strict=True)
+            )
         ],
         "calls": [schema.call_record(call, shared) for call in sample.calls.values()],
         "shared": shared.records,
@@ -55,18 +62,20 @@ def _pictures(
     kind: str,
     pictures: Sequence[Image.Image],
     sources: Sequence[str | None],
+    digests: Sequence[str | None],
     *,
     stored: bool,
 ) -> list[dict[str, Any]]:
-    """Where each picture is, and its size."""
+    """Where each picture is, its size, and the digest of a file outside the store."""
     return [
         {
             "file": f"{kind}-{i}.png" if stored else None,
             "source": source,
+            **({} if stored or digest is None else {"sha256": digest}),
             "width": picture.width,
             "height": picture.height,
         }
-        for i, (picture, source) in enumerate(zip(pictures, sources, strict=True))
+        for i, (picture, source, digest) in enumerate(zip(pictures, sources, digests, strict=True))
     ]
 
 
@@ -115,8 +124,17 @@ def table_bytes(table: pd.DataFrame) -> bytes:
 
 
 def table_from(content: bytes) -> tuple[pd.DataFrame, dict[str, str]]:
-    """The table of a Parquet file, and what the file says of its format."""
-    arrow = parquet.read_table(io.BytesIO(content))
+    """The table of a Parquet file, and what the file says of its format.
+
+    Raises:
+        ValueError: It is larger than any table of a sample; such as pyarrow raises otherwise.
+    """
+    file = parquet.ParquetFile(io.BytesIO(content))
+    about = file.metadata
+    n_bytes = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+    if about.num_rows > schema.MAX_ROWS or n_bytes > schema.MAX_TABLE_BYTES:
+        raise ValueError(f"it has {about.num_rows} rows and {n_bytes} bytes, more than are read")
+    arrow = file.read()
     metadata = arrow.schema.metadata or {}
     stamp = {name: metadata.get(name.encode(), b"").decode() for name in _TEXT_STAMP}
     return arrow.to_pandas(), stamp
@@ -169,8 +187,12 @@ def _npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
 def grids_from(
     content: bytes, numbers: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[ImageGrid, ...], dict[str, Any]]:
-    """The grids of an npz file, and what the file says of its format."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+    """The grids of an npz file, and what the file says of its format.
+
+    Raises:
+        ValueError: It is larger than any grids; such as NumPy and zipfile raise otherwise.
+    """
+    with _loaded(content) as arrays:
         grids = tuple(
             ImageGrid(**_fields(ImageGrid, each, arrays, f"{i}."), reason=each.get("reason"))
             for i, each in enumerate(numbers)
@@ -181,12 +203,37 @@ def grids_from(
 def video_grids_from(
     content: bytes, numbers: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[VideoGrid, ...], dict[str, Any]]:
-    """The video grids of an npz file, and what the file says of its format."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+    """The video grids of an npz file, and what the file says of its format.
+
+    Raises:
+        ValueError: It is larger than any grids; such as NumPy and zipfile raise otherwise.
+    """
+    with _loaded(content) as arrays:
         grids = tuple(
             VideoGrid(**_fields(VideoGrid, each, arrays, f"{i}.")) for i, each in enumerate(numbers)
         )
         return grids, _stamp_of(arrays)
+
+
+def _loaded(content: bytes) -> np.lib.npyio.NpzFile:
+    """The arrays of an npz file, if they are as large as their headers say, and not too large."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        n_bytes = sum(member.file_size for member in archive.infolist())
+        if n_bytes > schema.MAX_GRID_BYTES:
+            raise ValueError(f"its arrays have {n_bytes} bytes, more than are read")
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0
+                shape, _, dtype = read(file) if version == (1, 0) else _no_header(version)
+            if math.prod(shape) * dtype.itemsize > member.file_size:
+                raise ValueError(f"{member.filename} is shorter than its shape {shape}")
+    loaded: np.lib.npyio.NpzFile = np.load(io.BytesIO(content), allow_pickle=False)
+    return loaded
+
+
+def _no_header(version: tuple[int, int]) -> NoReturn:
+    raise ValueError(f"its arrays are of NumPy's format {version}, not (1, 0)")
 
 
 def _stamp_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ Opening costs the list of names, a sample its texts and tables, a call the file 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
@@ -19,16 +20,29 @@ from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError, NotRecordedError, StoreError
 from xmodal_interp.models import Video, open_image
 from xmodal_interp.sample import CallKey, Sample
-from xmodal_interp.store import files, schema
+from xmodal_interp.store import schema
+from xmodal_interp.store.files import (
+    SampleFiles,
+    read_lines,
+    read_manifest,
+    read_record,
+    sample_names,
+    sha256_of,
+)
 
 
-def open_store(path: str | PathLike[str]) -> Store:
+def open_store(path: str | PathLike[str], *, verify: bool = True) -> Store:
     """Open a store for reading; samples are read when they are asked for.
+
+    Args:
+        path: The store's folder.
+        verify: Compare each file with its checksum when it is first read (about 1 GB/s), so that a
+            damaged one raises StoreError. Without, damage may pass for other numbers.
 
     Raises:
         StoreError: There is no store, or it is of another format or version.
     """
-    return Store(path)
+    return Store(path, verify=verify)
 
 
 class Store(Sequence[Sample]):
@@ -43,10 +57,12 @@ class Store(Sequence[Sample]):
         names: The names of the samples.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(self, path: str | PathLike[str], *, verify: bool = True) -> None:
         self.path = Path(path)
-        self.manifest = files.read_manifest(self.path)
-        self.names: tuple[str, ...] = tuple(files.sample_names(self.path))
+        self._verify = verify
+        self._verified: set[tuple[Path, int, int]] = set()
+        self.manifest = read_manifest(self.path)
+        self.names: tuple[str, ...] = tuple(sample_names(self.path))
         self._known = frozenset(self.names)
 
     def __repr__(self) -> str:
@@ -96,13 +112,14 @@ class Store(Sequence[Sample]):
         """What could not be captured and is still missing: ``item, name, error, message``."""
         lines = {
             (line["name"] if line["name"] is not None else line["item"]): line
-            for line in files.read_lines(self.path / schema.FAILURES)
+            for line in read_lines(self.path / schema.FAILURES)
             if line["name"] not in self._known
         }
         return pd.DataFrame(list(lines.values()), columns=["item", "name", "error", "message"])
 
     def _read(self, name: str) -> Sample:
-        return read_sample(self.path / schema.SAMPLES / name)
+        folder = self.path / schema.SAMPLES / name
+        return read_sample(folder, verify=self._verify, verified=self._verified)
 
 
 class StoredCalls(Mapping[CallKey, AttentionCall]):
@@ -112,16 +129,15 @@ class StoredCalls(Mapping[CallKey, AttentionCall]):
     through the layers of a sample keeps one layer in memory.
     """
 
-    def __init__(self, folder: Path, record: Mapping[str, Any]) -> None:
-        self._folder, self._record = folder, record
+    def __init__(self, files: SampleFiles, record: Mapping[str, Any]) -> None:
+        self._files, self._record = files, record
         self._records = {schema.call_key(each): each for each in record["calls"]}
         self._shared_records: Mapping[str, Any] = record["shared"]
-        self._sizes = {file: each["bytes"] for file, each in record["files"].items()}
         self._calls: WeakValueDictionary[CallKey, AttentionCall] = WeakValueDictionary()
         self._masks: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
-    def __reduce__(self) -> tuple[type[StoredCalls], tuple[Path, Mapping[str, Any]]]:
-        return StoredCalls, (self._folder, self._record)  # weak references cannot be pickled
+    def __reduce__(self) -> tuple[type[StoredCalls], tuple[SampleFiles, Mapping[str, Any]]]:
+        return StoredCalls, (self._files, self._record)  # weak references cannot be pickled
 
     def __len__(self) -> int:
         return len(self._records)
@@ -142,52 +158,74 @@ class StoredCalls(Mapping[CallKey, AttentionCall]):
     def _read(self, record: Mapping[str, Any]) -> AttentionCall:
         file = schema.layer_file(record["tower"], record["kind"], record["layer"])
         names = {name: f"{record['call']}.{name}" for name in record["tensors"]}
-        tensors = self._tensors(file, list(names.values()))
+        tensors = self._files.read_tensors(file, list(names.values()))
         own = {name: tensors[stored] for name, stored in names.items()}
-        return schema.stored_call(
-            record, own, {name: self._shared(of) for name, of in record["shared"].items()}
-        )
+        shared = {name: self._shared(of) for name, of in record["shared"].items()}
+        return self._files.parsed(file, lambda: schema.stored_call(record, own, shared))
 
     def _shared(self, name: str) -> Tensor:
         tensor = self._masks.get(name)
         if tensor is None:
-            tensor = self._tensors(schema.SHARED, [name])[name]
-            if self._shared_records[name]["packed"]:
-                tensor = schema.unpacked(tensor, self._shared_records[name]["shape"])
+            stored = self._files.read_tensors(schema.SHARED, [name])[name]
+            tensor = self._files.parsed(schema.SHARED, lambda: self._unpacked(name, stored))
             self._masks[name] = tensor
         return tensor
 
-    def _tensors(self, file: str, names: Sequence[str]) -> dict[str, Tensor]:
-        return files.read_tensors(self._folder / file, names, self._sizes[file])
+    def _unpacked(self, name: str, stored: Tensor) -> Tensor:
+        about = self._shared_records[name]
+        return schema.unpacked(stored, about["shape"]) if about["packed"] else stored
 
 
 class StoredImage(Image.Image):
-    """An RGB image whose pixels are read when they are asked for."""
+    """An RGB image whose pixels are read when they are asked for.
 
-    def __init__(self, path: Path, size: tuple[int, int]) -> None:
+    Args:
+        path: Its file.
+        size: Width and height, px.
+        check: Called before the file is read; raises StoreError if it is not the one captured.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int], check: Callable[[], None]) -> None:
         super().__init__()
-        self._mode, self._size, self._path = "RGB", size, path
+        self._mode, self._size, self._path, self._check = "RGB", size, path, check
 
     def load(self) -> Any:
         """Read the pixels, if they were not yet; Pillow calls this before it uses them."""
         if self._im is None:
+            self._check()
             try:
-                self._im = open_image(self._path).im
-            except InputError as error:
+                picture = open_image(self._path)
+            except (InputError, Image.DecompressionBombError) as error:
                 raise StoreError(
                     f"The images of a stored sample must stay where they were. {error}"
                 ) from error
+            if picture.size != self._size:
+                raise StoreError(
+                    f"The images of a stored sample must stay as they were. {self._path} is "
+                    f"{' x '.join(map(str, picture.size))} px, not "
+                    f"{' x '.join(map(str, self._size))}."
+                )
+            self._im = picture.im
         return super().load()
 
 
-def read_sample(folder: Path) -> Sample:
+def read_sample(
+    folder: Path, *, verify: bool = True, verified: set[tuple[Path, int, int]] | None = None
+) -> Sample:
     """A stored sample: its texts and tables now, its tensors and pixels when asked for.
+
+    Args:
+        folder: The sample's folder.
+        verify: Compare files with their checksums.
+        verified: Files that were compared already; added to.
 
     Raises:
         StoreError: A file that is missing, damaged or of another version.
     """
-    record = files.read_record(folder)
-    tokens = files.read_table(folder / schema.TOKENS)
+    record = read_record(folder)
+    known = set() if verified is None else verified
+    files = SampleFiles(folder, record["files"], verify, known)
+    tokens = files.read_tokens()
     has_cross_keys = schema.CROSS_KEYS in record["files"]
     of_videos = record.get("video_grids")  # stores written before there were videos lack it
     return Sample(
@@ -197,34 +235,52 @@ def read_sample(folder: Path) -> Sample:
         question=record["question"],
         answer=record["answer"],
         n_prompt=record["n_prompt"],
-        grids=files.read_grids(folder / schema.GRIDS, record["grids"]) if record["grids"] else (),
-        images=_images(folder, record["images"]),
-        calls=StoredCalls(folder, record),
-        cross_keys=files.read_table(folder / schema.CROSS_KEYS) if has_cross_keys else None,
+        grids=files.read_grids(record["grids"]) if record["grids"] else (),
+        images=_images(files, record["images"]),
+        calls=StoredCalls(files, record),
+        cross_keys=files.read_table(schema.CROSS_KEYS) if has_cross_keys else None,
         labels=record["labels"],
         provenance=record["provenance"],
-        video_grids=files.read_video_grids(folder / schema.VIDEO_GRIDS, of_videos)
-        if of_videos
-        else (),
-        videos=_videos(folder, record.get("videos", [])),
+        video_grids=files.read_video_grids(of_videos) if of_videos else (),
+        videos=_videos(files, record.get("videos", [])),
     )
 
 
-def _images(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[StoredImage, ...]:
+def _images(files: SampleFiles, records: Sequence[Mapping[str, Any]]) -> tuple[StoredImage, ...]:
     """Images at hand: stored, or where they came from; none if one of them is neither."""
-    paths = [
-        folder / r["file"] if r["file"] else r["source"] and Path(r["source"]) for r in records
-    ]
-    if not all(paths):
+    if not all(record["file"] or record["source"] for record in records):
         return ()
-    return tuple(
-        StoredImage(path, (r["width"], r["height"])) for path, r in zip(paths, records, strict=True)
+    return tuple(_image(files, record) for record in records)
+
+
+def _image(files: SampleFiles, record: Mapping[str, Any]) -> StoredImage:
+    size = (record["width"], record["height"])
+    if record["file"]:
+        return StoredImage(
+            files.folder / record["file"], size, partial(files.check, record["file"])
+        )
+    source, digest = Path(record["source"]), record.get("sha256")
+    return StoredImage(
+        source, size, partial(_check_source, source, digest if files.verify else None)
     )
 
 
-def _videos(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[Video, ...]:
+def _check_source(path: Path, digest: str | None) -> None:
+    """Raise StoreError for a picture outside the store that is another one than was captured."""
+    if path.exists() and not path.is_file():
+        raise StoreError(
+            f"The images of a stored sample must stay where they were. {path} is no regular file."
+        )
+    if digest is not None and path.exists() and sha256_of(path) != digest:
+        raise StoreError(
+            f"The images of a stored sample must stay as they were. {path} has changed since it "
+            "was captured."
+        )
+
+
+def _videos(files: SampleFiles, records: Sequence[Mapping[str, Any]]) -> tuple[Video, ...]:
     """Videos whose frames are at hand; none if those of one are not."""
-    videos = [Video(_images(folder, r["frames"]), r["fps"]) for r in records]
+    videos = [Video(_images(files, r["frames"]), r["fps"]) for r in records]
     return tuple(videos) if all(len(video) for video in videos) else ()
 
 

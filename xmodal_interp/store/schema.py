@@ -3,7 +3,7 @@
 A store is a folder::
 
     manifest.json               what all samples share
-    names.jsonl                 the names in the order they were written
+    names.jsonl                 the names in the order they were written; absent without samples
     failures.jsonl              what could not be captured; MAY be absent
     samples/NAME/               one sample
         sample.json             texts, labels, provenance, grids, calls, checksums
@@ -23,13 +23,15 @@ A store is a folder::
    npz as arrays of length 1, PNG as text chunks. A reader MUST refuse another name or version.
 2. ``manifest.json`` MUST hold ``settings``, an object of everything that all samples have in common
    (model, revision, digests of config and weights, dtype, backend, processor, versions, what is
-   kept), and ``digest``, the SHA-256 of the settings as canonical JSON. A writer MUST NOT add a
-   sample made with other settings.
+   kept), and ``digest``, the SHA-256 of the settings as canonical JSON. It MAY hold ``checksum``,
+   the SHA-256 of all its other members. A writer MUST NOT add a sample made with other settings.
+   Of stores whose settings have digests of the model, ``model`` and ``revision`` MAY differ.
 3. A sample MUST be written whole to a folder beside the others whose name begins with
    ``.writing-``, flushed to the disk and then renamed to its own name. A reader MUST ignore names
    that begin with a dot; a writer SHOULD remove them, if no other writer is at work (it holds a
    lock on ``.lock``). A folder that is there is a sample that is there, whatever ``names.jsonl``
-   says: it gives the order only, and names it lacks come last, sorted.
+   says: it gives the order only. Samples that it lacks are ordered by the ``number`` of their
+   ``sample.json``; those without one come last, sorted.
 4. ``NAME`` MUST obey :func:`check_name`, MUST be unique, also where case is ignored, and MUST NOT
    be written twice.
 5. ``sample.json`` MUST list every other file of its folder in ``files`` with ``bytes`` and
@@ -44,13 +46,24 @@ A store is a folder::
    ``shape``); additive ones are stored as they are.
 8. JSON MUST be strict (no NaN). Nothing is ever pickled.
 9. ``sample.json`` MAY lack ``video_grids`` and ``videos``: then there are no videos.
+10. A line of ``names.jsonl`` MUST hold ``name``, one of ``failures.jsonl`` ``item``, ``name``,
+    ``error`` and ``message``. Lines and ``sample.json`` of a release after the first also hold
+    ``number`` (names only: the place in the order, from 0) and, in lines, ``digest``, the SHA-256
+    of the line's other members. Lines are canonical JSON. A reader MUST leave out other lines; a
+    writer SHOULD write the file anew without them.
+11. The names in ``files`` MUST be plain: no separators, no ``..``. Every file of a store MUST be a
+    regular file. A writer MUST NOT follow symbolic links inside the store. A reader SHOULD compare
+    a file with its checksum before it uses it, and MUST refuse content above the limits below.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import unicodedata
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +88,12 @@ GRIDS, VIDEO_GRIDS = "grids.npz", "video_grids.npz"
 SHARED = "shared.safetensors"
 UNFINISHED, LOCK = ".writing-", ".lock"
 
+MAX_JSON_BYTES = 2**28  # of manifest.json or one sample.json
+MAX_LINES_BYTES = 2**30  # of a .jsonl file
+MAX_ROWS = 2**22  # of a Parquet file
+MAX_TABLE_BYTES = 2**30  # of a Parquet file when it is unpacked
+MAX_GRID_BYTES = 2**28  # of an npz file when it is unpacked
+
 GRID_ARRAYS = ("places", "boxes", "patch_places")
 GRID_NUMBERS = ("width", "height", "rows", "cols", "patch_rows", "patch_cols")
 OPTIONAL_GRID_ARRAYS = ("tiles", "patch_boxes")
@@ -86,6 +105,15 @@ VIDEO_NUMBERS = (
     *("width", "height", "frames", "rows", "cols"),
     *("patch_frames", "patch_rows", "patch_cols"),
 )
+
+_PLAIN_NAME = re.compile(r"(?!\.)[^/\\\0]{1,255}")
+_MEMBERS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("name", "text", "answer"), str),
+    **dict.fromkeys(("labels", "provenance", "files", "shared"), dict),
+    **dict.fromkeys(("grids", "images", "calls"), list),
+    "question": (str, type(None)),
+    "n_prompt": int,
+}
 
 _SCALARS = ("tower", "kind", "layer", "call", "module", "scaling", "causal", "offset", "note")
 _OPTIONAL_SCALARS = ("softcap", "sliding_window")
@@ -106,24 +134,27 @@ class SharedTensors:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _by_memory: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    _by_memory: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], str]] = field(default_factory=dict)
     _by_content: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def add(self, tensor: Tensor) -> str:
         """Take a tensor in, if it is not held yet, and return its name.
 
-        Layers that were given the same memory are seen at once; equal content is found by its hash,
-        since stitched decode steps build each layer's mask anew.
+        Layers that share the same memory are found by its address. The address counts as long as
+        the tensor exists, because the masks of a stored sample are freed one after the other and
+        the next one is read into the same memory. Equal content is found by its hash, because
+        stitched decode steps build each layer's mask anew.
         """
         memory = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if memory in self._by_memory:
-            return self._by_memory[memory]
+        known, name = self._by_memory.get(memory, (None, ""))
+        if known is not None and known() is not None:
+            return name
         is_bool = tensor.dtype == torch.bool
         stored = packed(tensor) if is_bool else plain(tensor)
         digest = hashlib.sha256(stored.view(torch.uint8).numpy().data).digest()
         content = (digest, tensor.dtype, tuple(tensor.shape))
         name = self._by_content.setdefault(content, f"shared-{len(self.tensors)}")
-        self._by_memory[memory] = name
+        self._by_memory[memory] = (weakref.ref(tensor), name)
         if name not in self.tensors:
             self.tensors[name] = stored
             self.records[name] = {"shape": list(tensor.shape), "packed": is_bool}
@@ -178,7 +209,13 @@ def packed(mask: Tensor) -> Tensor:
 
 
 def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The boolean tensor of a shape that was packed."""
+    """The boolean tensor of a shape that was packed.
+
+    Raises:
+        ValueError: There are not as many bits as the shape has elements.
+    """
+    if len(bits) != -(-math.prod(shape) // 8):
+        raise ValueError(f"its mask of shape {list(shape)} has {len(bits)} bytes")
     flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
     return torch.from_numpy(flat.view(np.bool_).reshape(tuple(shape)))
 
@@ -193,7 +230,7 @@ def json_text(value: Any) -> str:
     """
     try:
         text = json.dumps(value, allow_nan=False, default=_plain_number)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"What a store keeps beside tensors must be JSON: text, finite numbers, true, false, "
             f"null, lists and objects; {error}."
@@ -230,6 +267,56 @@ def check_name(name: str) -> None:
             f"without {' '.join(sorted(_FORBIDDEN))}, and no dot or space at its ends. "
             f"{name!r} cannot be one: {problem}."
         )
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """Refuse a ``sample.json`` that does not have the members of one, of their types.
+
+    Raises:
+        ValueError: What is wrong with it; KeyError for a member that is missing.
+    """
+    files, shared = record["files"], record["shared"]
+    for file, about in files.items():
+        if not _PLAIN_NAME.fullmatch(file) or file == SAMPLE:
+            raise ValueError(f"it lists the file {file!r}, which is not a plain name")
+        _check_type(f"files.{file}.bytes", about["bytes"], int)
+        _check_type(f"files.{file}.sha256", about["sha256"], str)
+    for name, kind in _MEMBERS.items():
+        _check_type(name, record[name], kind)
+    for call in record["calls"]:
+        for name in ("layer", "call"):
+            _check_type(f"calls.{name}", call[name], int)
+        if layer_file(*call_key(call)[:3]) not in files:
+            raise ValueError(f"it lists no file for the call {call_key(call)}")
+        if not {*call["shared"].values()} <= {*shared} or not {*call["tensors"]} <= {*_OWN}:
+            raise ValueError(f"the tensors of the call {call_key(call)} are not in its files")
+    _check_grids(record["grids"], GRID_NUMBERS)
+    _check_grids(record.get("video_grids", []), VIDEO_NUMBERS)
+    _check_pictures(record)
+
+
+def _check_grids(grids: Sequence[Mapping[str, Any]], numbers: Sequence[str]) -> None:
+    for grid in grids:
+        small = grid.get("thumbnail")
+        views = [(grid, numbers), *([(small, VIEW_NUMBERS)] if small is not None else [])]
+        for view, names in views:
+            for name in names:
+                _check_type(f"grids.{name}", view[name], int)
+
+
+def _check_pictures(record: Mapping[str, Any]) -> None:
+    frames = [frame for video in record.get("videos", []) for frame in video["frames"]]
+    for picture in (*record["images"], *frames):
+        if picture["file"] is not None and picture["file"] not in record["files"]:
+            raise ValueError(f"it does not list the picture {picture['file']!r}")
+        for name in ("width", "height"):
+            _check_type(f"images.{name}", picture[name], int)
+
+
+def _check_type(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    wrong = isinstance(value, bool) or (isinstance(value, int) and value < 0)
+    if not isinstance(value, kind) or wrong:
+        raise ValueError(f"its {name} is {str(value)[:40]!r}")
 
 
 def check_stamp(found: Mapping[str, Any] | None, path: Path) -> None:

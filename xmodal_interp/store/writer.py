@@ -1,8 +1,10 @@
 """Writing a store: each sample whole or not at all.
 
-1. Take the store's lock, so that no second writer removes what this one is writing.
-2. Make the manifest, or compare it with the settings at hand.
-3. Write a sample's files to a folder of their own, flush them to the disk, rename the folder.
+1. Refuse a folder that holds something else, before anything is made in it.
+2. Take the store's lock, so that no second writer removes what this one is writing.
+3. Make the manifest, or compare it with the settings at hand; mend lists that a crash cut off.
+4. Write a sample's files to a folder of their own, flush them to the disk, rename the folder, add
+   its name to the list.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -25,12 +28,15 @@ from xmodal_interp.errors import StoreError
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import files, packing, schema
 
+_ORIGIN = ("model", "revision")
+"""Settings that name where a model came from; its digests identify it by content."""
+
 
 class StoreWriter:
     """A store that is open for writing; a context manager, for it holds the store's lock.
 
-    Leftovers of an interrupted writer are removed. Full disks and other errors of the file system
-    leave the store as it was before the sample that did not fit.
+    Leftovers of an interrupted writer are removed; a refusal leaves nothing behind. Full disks and
+    other errors of the file system leave the store as it was before the sample that did not fit.
 
     Attributes:
         path: The store's folder.
@@ -38,8 +44,9 @@ class StoreWriter:
         n_bytes: What this writer has written, bytes.
 
     Raises:
-        StoreError: A folder with other things in it; a store of another version or made with other
-            settings; a second writer; a disk that cannot be written to.
+        StoreError: A folder with other things in it, or inside another store; a store of another
+            version or made with other settings; symbolic links in the place of its files; a second
+            writer; a disk that cannot be written to.
     """
 
     def __init__(
@@ -56,6 +63,9 @@ class StoreWriter:
         self.names: list[str] = []
         self.n_bytes = 0
         self._folded: dict[str, str] = {}
+        self._numbers: dict[str, int] = {}
+        self._listed: set[str] = set()
+        self._is_list_whole = True
         self._images = images
         self._lock: int | None = None
         try:
@@ -71,16 +81,77 @@ class StoreWriter:
             ) from error
 
     def _open(self, settings: Mapping[str, Any]) -> None:
-        (self.path / schema.SAMPLES).mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path / schema.LOCK, self.path)
-        if (self.path / schema.MANIFEST).exists():
-            _check_same(self.path, files.read_manifest(self.path)["settings"], settings)
-        else:
-            self._create(settings)
+        self._check_folder(settings)
+        made = _made_folders(self.path / schema.SAMPLES)
+        lock = self.path / schema.LOCK
+        is_new = not lock.exists()
+        try:
+            self._lock = _locked(lock, self.path)
+            self._check_folder(settings)  # again, for now no other writer can change it
+            if not (self.path / schema.MANIFEST).exists():
+                self._create(settings)
+        except (StoreError, OSError):
+            with suppress(OSError):  # one that another process has put a file into stays
+                if is_new and self._lock is not None:
+                    lock.unlink()
+                for folder in reversed(made):
+                    folder.rmdir()
+            raise
         for leftover in (self.path / schema.SAMPLES).glob(f"{schema.UNFINISHED}*"):
             shutil.rmtree(leftover)
         self.names = files.sample_names(self.path)
         self._folded = {name.casefold(): name for name in self.names}
+        self._number(files.sample_numbers(self.path))
+        if files.line_problems(self.path / schema.NAMES) or not self._listed >= {*self.names}:
+            self._write_names()
+        if files.line_problems(self.path / schema.FAILURES):
+            lines = map(files.line_text, files.read_lines(self.path / schema.FAILURES))
+            self._write_lines(schema.FAILURES, lines)
+
+    def _check_folder(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a folder that is no place for a store of these settings."""
+        around = files.store_around(self.path)
+        if around is not None:
+            raise StoreError(
+                f"A store must not be inside another one. {self.path} is inside the store {around}."
+            )
+        for name in (schema.SAMPLES, schema.MANIFEST, schema.NAMES, schema.FAILURES, schema.LOCK):
+            if (self.path / name).is_symlink():
+                raise StoreError(
+                    f"A store is written to its own files. {name} in {self.path} is a symbolic "
+                    "link; replace it by what it points to, or write to another folder."
+                )
+        if (self.path / schema.MANIFEST).exists():
+            _check_same(self.path, files.read_manifest(self.path)["settings"], settings)
+            return
+        known = {schema.SAMPLES, schema.LOCK}
+        inside = (self.path, self.path / schema.SAMPLES)
+        found = [p.name for folder in inside if folder.exists() for p in folder.iterdir()]
+        others = [name for name in found if name not in known and name[0] != "."]
+        if others:
+            raise StoreError(
+                f"A store is written to a new or empty folder, or added to. {self.path} has no "
+                f"{schema.MANIFEST}, but {', '.join(sorted(others)[:5])}."
+            )
+
+    def _number(self, listed: Mapping[str, int]) -> None:
+        """Give every sample its place in the order: the one it had, or one behind the last."""
+        self._listed, self._numbers = {*listed}, dict(listed)
+        for name in self.names:
+            number = listed.get(name, self._kept_number(name))
+            self._numbers[name] = self._next_number if number is None else number
+
+    @property
+    def _next_number(self) -> int:
+        return max(self._numbers.values(), default=-1) + 1
+
+    def _kept_number(self, name: str) -> int | None:
+        """The place in the order that a sample itself has kept; None if it has none."""
+        try:
+            number = self.record(name).get("number")
+        except StoreError:  # a damaged sample is refused when it is read
+            return None
+        return number if isinstance(number, int) else None
 
     def __contains__(self, name: str) -> bool:
         """Whether a sample of this name is in the store."""
@@ -125,9 +196,10 @@ class StoreWriter:
                 f"A sample is written once, and names differ in more than case. {self.path} has "
                 f"{taken!r}; got {sample.name!r}. Choose another name, or another folder."
             )
+        number = self._numbers.get(sample.name, self._next_number)  # one that was deleted: its old
         unfinished = self.path / schema.SAMPLES / f"{schema.UNFINISHED}{sample.name}"
         shared = schema.SharedTensors()
-        record = packing.sample_record(sample, shared, images=self._images)
+        record = packing.sample_record(sample, shared, images=self._images) | {"number": number}
         record = json.loads(schema.json_text(record))  # refused before anything is written
         try:
             unfinished.mkdir()
@@ -136,8 +208,9 @@ class StoreWriter:
             self.names.append(sample.name)
             self._folded[sample.name.casefold()] = sample.name
             self.n_bytes += n_bytes
+            self._numbers[sample.name] = number
             _sync_folder(unfinished.parent)
-            self._append(schema.NAMES, {"name": sample.name})
+            self._list(sample.name)
         except OSError as error:
             raise StoreError(self._failure(sample.name, error)) from error
         finally:
@@ -152,7 +225,7 @@ class StoreWriter:
             StoreError: A disk that is full or failing.
         """
         try:
-            self._append(schema.FAILURES, failure)
+            self._append(schema.FAILURES, files.line_text(failure))
         except OSError as error:
             raise StoreError(self._failure(str(failure.get("name")), error)) from error
 
@@ -175,22 +248,47 @@ class StoreWriter:
         _sync_folder(folder)
         return len(content) + sum(int(each["bytes"]) for each in sums.values())
 
-    def _append(self, file: str, line: Mapping[str, Any]) -> None:
-        """Add a line of JSON; one that was cut off by a crash is ended first."""
+    def _list(self, name: str) -> None:
+        """Add a name to the list of names; a list whose last line was cut off is written anew."""
+        if not self._is_list_whole:
+            self._write_names()
+        elif name not in self._listed:
+            self._is_list_whole = False
+            self._append(schema.NAMES, self._line_of(name))
+            self._is_list_whole = True
+        self._listed.add(name)
+
+    def _line_of(self, name: str) -> str:
+        return files.line_text({"name": name, "number": self._numbers[name]})
+
+    def _write_names(self) -> None:
+        """Write the list of names anew: of samples that are there and of those that were."""
+        in_order = sorted(self._numbers, key=self._numbers.__getitem__)
+        self._write_lines(schema.NAMES, map(self._line_of, in_order))
+        self._listed, self._is_list_whole = {*in_order}, True
+
+    def _write_lines(self, file: str, lines: Iterable[str]) -> None:
+        text = "".join(f"{line}\n" for line in (schema.json_text(schema.STAMP), *lines))
+        self._replace(file, text)
+
+    def _replace(self, file: str, text: str) -> None:
+        """Write a file of the store as a whole, or leave it as it was."""
+        unfinished = self.path / f"{schema.UNFINISHED}{file}"
+        try:
+            write_file(unfinished, text.encode())
+            unfinished.replace(self.path / file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        _sync_folder(self.path)
+
+    def _append(self, file: str, line: str) -> None:
+        """Add a line; one that was cut off before is ended first."""
         path = self.path / file
         before = path.read_bytes()[-1:] if path.exists() else b""
         start = "" if before == b"\n" else "\n" if before else schema.json_text(schema.STAMP) + "\n"
-        write_file(path, f"{start}{schema.json_text(line)}\n".encode(), append=True)
+        write_file(path, f"{start}{line}\n".encode(), append=True)
 
     def _create(self, settings: Mapping[str, Any]) -> None:
-        known = {schema.SAMPLES, schema.LOCK}
-        others = [p.name for p in self.path.iterdir() if p.name not in known and p.name[0] != "."]
-        others += [p.name for p in (self.path / schema.SAMPLES).iterdir() if p.name[0] != "."]
-        if others:
-            raise StoreError(
-                f"A store is written to a new or empty folder, or added to. {self.path} has no "
-                f"{schema.MANIFEST}, but {', '.join(sorted(others)[:5])}."
-            )
         content = {
             **schema.STAMP,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -198,10 +296,8 @@ class StoreWriter:
             "settings": settings,
             "digest": schema.digest_of(settings),
         }
-        unfinished = self.path / f"{schema.UNFINISHED}{schema.MANIFEST}"
-        write_file(unfinished, schema.json_text(content).encode())
-        unfinished.replace(self.path / schema.MANIFEST)
-        _sync_folder(self.path)
+        content["checksum"] = schema.digest_of(content)
+        self._replace(schema.MANIFEST, schema.json_text(content))
 
     def _failure(self, name: str, error: OSError) -> str:
         return (
@@ -212,11 +308,20 @@ class StoreWriter:
 
 
 def write_file(path: Path, content: bytes, *, append: bool = False) -> None:
-    """Write a file and flush it to the disk."""
-    with path.open("ab" if append else "wb") as file:
+    """Write a file and flush it to the disk; a symbolic link in its place is an OSError."""
+    how = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC)
+    how |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, how, 0o666), "ab" if append else "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _made_folders(path: Path) -> list[Path]:
+    """Make a folder and those it is in; which of them were missing, the outermost first."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return missing[::-1]
 
 
 def _sync_folder(path: Path) -> None:
@@ -231,7 +336,7 @@ def _sync_folder(path: Path) -> None:
 
 def _locked(path: Path, store: Path) -> int:
     """A lock that ends with the process, however it ends; file systems without locks go without."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     if sys.platform != "win32":
         import fcntl
 
@@ -251,7 +356,15 @@ def _locked(path: Path, store: Path) -> int:
 
 
 def _check_same(path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    if stored.get("fingerprint") != settings.get("fingerprint"):
+        raise StoreError(
+            f"The samples in {path} can be read, but none can be added: the store was written by a "
+            "release that recorded a model's state differently, and whether this is the same model "
+            "cannot be checked. Write to another folder."
+        )
     before, now = _flat(stored), _flat(settings)
+    if "weights_digest" in before and "weights_digest" in now:  # its content, so not where it was
+        before, now = _without_origin(before), _without_origin(now)
     changed = [
         f"{name} is {_shown(before, name)} in the store and {_shown(now, name)} now"
         for name in sorted({*before, *now})
@@ -262,6 +375,10 @@ def _check_same(path: Path, stored: Mapping[str, Any], settings: Mapping[str, An
             f"All samples of a store are made by one model with the same settings. In {path}, "
             f"{'; '.join(changed)}. Use the same settings, or another folder."
         )
+
+
+def _without_origin(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in _ORIGIN}
 
 
 def _shown(settings: Mapping[str, Any], name: str) -> str:

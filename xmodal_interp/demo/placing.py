@@ -1,0 +1,162 @@
+"""Where the demo's files go: beside a user's files, never over them.
+
+1. The demo lists what it made, with checksums, in ``.xmodal-demo``.
+2. A later demo works in a hidden folder; then it removes the files of the list that nobody changed
+   and moves its own into their places. All other files stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from xmodal_interp.errors import InputError
+from xmodal_interp.store import store_around
+
+MARK, WORKSHOP = ".xmodal-demo", ".writing-demo"
+_MADE_BY = "xmodal demo"
+
+
+@contextmanager
+def workshop(folder: Path, *, force: bool = False) -> Iterator[Path]:
+    """A hidden folder to write the demo's files to; after the block they are in their places.
+
+    Args:
+        folder: Where they shall be: a new or empty folder, or one of an earlier demo, whose files
+            are replaced.
+        force: Overwrite files that the earlier demo did not make, or that were changed since.
+
+    Raises:
+        InputError: The folder holds such files without ``force``, is inside a store, or has
+            symbolic links in the place of the demo's files. Before anything is written, if that is
+            known by then.
+    """
+    earlier = _earlier(folder, force=force)
+    hidden, is_new = folder / WORKSHOP, not folder.exists()
+    _remove_workshop(hidden)
+    hidden.mkdir(parents=True)
+    try:
+        yield hidden
+        _place(hidden, folder, earlier, force=force)
+    finally:
+        _remove_workshop(hidden)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _earlier(folder: Path, *, force: bool) -> dict[str, str]:
+    """The files that an earlier demo made, and their checksums."""
+    around = store_around(folder / MARK)
+    if around is not None:
+        raise InputError(
+            f"The demo must not be written into a store, such as {str(around)!r}. Choose another "
+            "folder."
+        )
+    inside = [each.name for each in folder.iterdir()] if folder.exists() else []
+    if not {*inside} - {WORKSHOP}:
+        return {}
+    made = _listed(folder / MARK)
+    if made is None:
+        if force:
+            return {}
+        raise InputError(
+            f"The demo needs a new or an empty folder; {str(folder)!r} holds other files. Choose "
+            "another one: xmodal demo FOLDER. Or pass --force to overwrite files of the same names."
+        )
+    changed = [name for name, digest in made.items() if _digest(folder / name) not in (digest, "")]
+    if changed and not force:
+        raise InputError(
+            f"The demo replaces only files that it made. In {str(folder)!r} some were changed "
+            f"since: {_some(changed)}. Choose another folder, or pass --force to overwrite them."
+        )
+    return made
+
+
+def _listed(mark: Path) -> dict[str, str] | None:
+    """The list of an earlier demo; None if there is none that can be read."""
+    try:
+        listed = json.loads(mark.read_text("utf-8"))
+        files = dict(listed["files"]) if listed["made_by"] == _MADE_BY else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    plain = files is not None and all(
+        isinstance(digest, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+        for name, digest in files.items()
+    )
+    return files if plain else None
+
+
+def _place(hidden: Path, folder: Path, earlier: dict[str, str], *, force: bool) -> None:
+    """Move what was made into its place, and remove what an earlier demo made."""
+    made = {
+        path.relative_to(hidden).as_posix(): _digest(path)
+        for path in sorted(hidden.rglob("*"))
+        if path.is_file()
+    }
+    blocked = [name for name in made if _is_blocked(folder, name)]
+    if blocked:
+        raise InputError(
+            f"The demo writes regular files in its own folders. {str(folder)!r} has symbolic "
+            f"links, or folders for files, in the place of {_some(blocked)}. Choose another folder."
+        )
+    theirs = [name for name in made if name not in earlier and (folder / name).exists()]
+    if theirs and not force:
+        raise InputError(
+            f"The demo replaces only files that it made. {str(folder)!r} holds other ones of the "
+            f"same names: {_some(theirs)}. Choose another folder, or pass --force to overwrite "
+            "them."
+        )
+    _write_mark(folder, {**earlier, **made})  # a demo that is stopped here can be run again
+    for name, digest in earlier.items():
+        if _digest(folder / name) == digest and not _is_blocked(folder, name):
+            (folder / name).unlink()
+    for name in made:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (hidden / name).replace(folder / name)
+    folders = {parent for name in earlier for parent in Path(name).parents if parent.name}
+    for empty in sorted(folders, key=lambda path: -len(path.parts)):
+        inside = folder / empty
+        if inside.is_dir() and not inside.is_symlink() and not any(inside.iterdir()):
+            inside.rmdir()
+    _write_mark(folder, made)
+
+
+def _write_mark(folder: Path, made: dict[str, str]) -> None:
+    text = json.dumps({"made_by": _MADE_BY, "files": made}, indent=1)
+    hidden = folder / WORKSHOP / MARK
+    hidden.write_text(f"{text}\n", "utf-8")
+    hidden.replace(folder / MARK)
+
+
+def _is_blocked(folder: Path, name: str) -> bool:
+    """Whether a file is a folder, a folder on the way to it a file, or one of them a link."""
+    folders = [folder / parent for parent in Path(name).parents if parent.name]
+    wrong = any(each.exists() and not each.is_dir() for each in folders)
+    linked = any(each.is_symlink() for each in (folder / name, *folders))
+    return wrong or linked or (folder / name).is_dir()
+
+
+def _remove_workshop(hidden: Path) -> None:
+    if hidden.is_symlink():
+        raise InputError(
+            f"{str(hidden)!r} is a symbolic link; remove it, or choose another folder."
+        )
+    if hidden.exists():
+        shutil.rmtree(hidden)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; empty if it does not exist."""
+    if path.is_symlink() or not path.is_file():
+        return "something else" if path.is_symlink() or path.exists() else ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(sorted(names)[:5])}{more}"
