@@ -31,6 +31,8 @@ class Block(AbstractContextManager[T], Generic[T]):
             with the exception of the block, None if it had none, after what was registered later.
     """
 
+    _stack = ExitStack()  # empty: of a block whose __init__ was interrupted
+
     def __init__(self, change: Callable[[ExitStack], T]) -> None:
         self._change = change
         self._stack = ExitStack()

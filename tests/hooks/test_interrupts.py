@@ -50,7 +50,6 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             own_context._blocks.get(),
         ),
         "handlers": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)),
-        "gradients": torch.is_grad_enabled(),
     }
 
 
@@ -78,11 +77,11 @@ def runs() -> dict[str, tuple[nn.Module, Callable[[], object]]]:
     its_inputs, _ = llava.prepare([["docs/scene.png"]], ["where is the red circle ?"])
 
     def record() -> None:
-        with torch.no_grad(), xi.record(vlm.model):
+        with xi.record(vlm.model):
             vlm.model(**inputs)
 
     def edit() -> None:
-        with torch.no_grad(), xi.record(llava.model), xi.intervene(llava.model, cut):
+        with xi.record(llava.model), xi.intervene(llava.model, cut):
             llava.model(**its_inputs)
 
     return {"record": (vlm.model, record), "edit": (llava.model, edit)}
@@ -94,7 +93,7 @@ def test_an_interrupt_at_any_moment_leaves_all_as_it_was(way: str, n_interrupts:
     run()  # what is made once is made
     chosen = random.Random(0)
     arrived = 0
-    with interrupting() as after:
+    with torch.no_grad(), interrupting() as after:
         before = state_of(model)
         for _ in range(n_interrupts):
             try:
