@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.attention.masks import hidden_below
+from xmodal_interp.attention.masks import hides
 
 D_NULL = 8  # width of the null's heads of zeros; the fused kernel takes that many values at a time
 
@@ -27,7 +27,7 @@ def uniform(call: AttentionCall) -> AttentionCall:
     """
     mask = call.mask
     if mask is not None and mask.dtype != torch.bool:
-        mask = mask > hidden_below(mask.dtype)
+        mask = ~hides(mask)
     n_heads = 1 if mask is None else mask.shape[1]
     device = call.device
     return replace(

@@ -23,7 +23,7 @@ error was measured as at most 8 roundings of the larger one.
 
 def softmax_rows(
     q: Float[Tensor, "sample head query d_head"],
-    k: Float[Tensor, "sample head key d_head"],
+    k: Float[Tensor, "sample kv_head key d_head"],
     visible: Bool[Tensor, "#sample #head query key"],
     *,
     scaling: float,
@@ -36,7 +36,7 @@ def softmax_rows(
 
     A row that sees nothing is NaN.
     """
-    scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scaling
+    scores = products(q, k, dtype) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if additive is not None:
@@ -55,6 +55,18 @@ def row_entropy(
     """``-sum p ln p`` of every row, in nats; NaN where there are no keys."""
     entropy: Tensor = torch.special.entr(probs).sum(-1).float()
     return entropy if probs.shape[-1] else entropy.fill_(torch.nan)
+
+
+def products(
+    q: Float[Tensor, "sample head query d_head"],
+    k: Float[Tensor, "sample kv_head key d_head"],
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "sample head query key"]:
+    """``q k^T``; keys are not copied for the query heads that share them."""
+    n_groups, n_queries = q.shape[1] // max(k.shape[1], 1), q.shape[2]
+    grouped = q.to(dtype).unflatten(1, (k.shape[1], n_groups)).flatten(2, 3)
+    scores: Tensor = grouped @ k.to(dtype).transpose(-1, -2)
+    return scores.unflatten(2, (n_groups, n_queries)).flatten(1, 2)
 
 
 def fused_average(

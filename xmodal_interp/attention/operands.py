@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodal_interp.attention import kernels, masks
+from xmodal_interp.attention.precision import full_precision
 from xmodal_interp.errors import NotRecordedError
 
 if TYPE_CHECKING:
@@ -44,14 +45,19 @@ def exact_rows(
     additive = masks.additive_rows(call.mask, row)
     if additive is not None:
         additive = _of_heads(additive, head)
+    seen = masks.scored_rows(_of_heads(visible(call, row), head), additive)
     if call.bias is not None:
         bias = _of_heads(call.bias, head)[..., row, :].float()
         additive = bias if additive is None else additive + bias
-    with _full_precision(call):
+    if _is_all(head, call.n_heads):
+        q = q[:, :, row]
+    else:
+        q, k = q[:, head][:, :, row], k[:, _kv_head(call, head)]
+    with full_precision(call.device):
         return kernels.softmax_rows(
-            q[:, head][:, :, row],
-            k[:, _kv_head(call, head)],
-            _of_heads(visible(call, row), head),
+            q,
+            k,
+            seen,
             scaling=call.scaling,
             additive=additive,
             softcap=call.softcap,
@@ -74,7 +80,7 @@ def weighted_rows(
     n_samples = max(vector.shape[0], call.n_samples)
     heads = [len(head)] if "h" in contraction.partition("->")[2] else []
     out = vector.new_zeros(n_samples, *heads, call.n_keys)
-    with _full_precision(call):
+    with full_precision(call.device):
         for part in needed.split(chunk(call, len(head))):
             probs = exact_rows(call, head, part, vector.dtype)
             out += torch.einsum(contraction, vector[:, part], probs)
@@ -94,7 +100,7 @@ def average(
     values: Float[Tensor, "key value"],
 ) -> Float[Tensor, "sample head query value"]:
     """``probs @ values``: by the fused kernel, ``d_head`` values at a time, where that will do."""
-    with _full_precision(call):
+    with full_precision(call.device):
         if fusible(call):
             q, k, seen, causal = _fused(call, head, row)
             return torch.cat(
@@ -116,7 +122,7 @@ def null_average(
 ) -> Float[Tensor, "sample head query value"]:
     """What ``average`` would be under uniform attention over the visible keys."""
     parts = []
-    with _full_precision(call):
+    with full_precision(call.device):
         for part in row.split(chunk(call, 1)):
             seen = visible(call, part).float()
             parts.append((seen @ values) / seen.sum(-1, keepdim=True))
@@ -127,7 +133,7 @@ def entropy(
     call: AttentionCall, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
 ) -> Float[Tensor, "sample head query"]:
     """Entropy of the rows, nats, right to 1e-5; by the fused kernel on the CPU."""
-    with _full_precision(call):
+    with full_precision(call.device):
         if fusible(call) and row.device.type == "cpu":
             q, k, seen, causal = _fused(call, head, row)
             k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
@@ -148,11 +154,6 @@ def wide(call: AttentionCall) -> tuple[AttentionCall, torch.dtype]:
 def chunk(call: AttentionCall, n_heads: int) -> int:
     """Rows per chunk, so that a chunk of float32 scores stays around 32 MB."""
     return max(1, kernels.CHUNK_BYTES // max(4 * call.n_keys * n_heads * call.n_samples, 1))
-
-
-def _full_precision(call: AttentionCall) -> torch.autocast:
-    """The numbers are float32, also inside of somebody's autocast."""
-    return torch.autocast(call.device.type, enabled=False)
 
 
 def _fused(

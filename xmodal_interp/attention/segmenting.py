@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from xmodal_interp.attention.call import AttentionCall
+from xmodal_interp.attention.stitching import added_by_each
 from xmodal_interp.errors import CaptureError
 
 
@@ -40,7 +41,7 @@ def joined(pieces: Sequence[AttentionCall]) -> AttentionCall:
         k=_side_by_side(pieces, "k"),
         v=_side_by_side(pieces, "v"),
         mask=None if even else _blocks(masks),
-        bias=_blocks([piece.bias for piece in pieces if piece.bias is not None]),
+        bias=_blocks(added_by_each(pieces)),
         dense=_blocks([piece.dense for piece in pieces if piece.dense is not None]),
         segments=rows.to(first.device) if even else None,
         update_share=torch.cat(shares, 1) if shares else None,

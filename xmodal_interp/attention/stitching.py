@@ -172,6 +172,23 @@ def added(step: AttentionCall) -> Tensor | None:
     return step.bias + of_mask
 
 
+def added_by_each(calls: Sequence[AttentionCall]) -> list[Tensor]:
+    """What is added to the scores of every call, zeros where nothing is; empty if none adds any."""
+    parts = [added(call) for call in calls]
+    n_samples, n_heads = (
+        max((part.shape[axis] for part in parts if part is not None), default=0) for axis in (0, 1)
+    )
+    return [
+        torch.zeros(
+            n_samples, n_heads, call.n_queries, call.n_keys, dtype=torch.float32, device=call.device
+        )
+        if part is None
+        else part.float().expand(n_samples, n_heads, -1, -1)
+        for call, part in zip(calls, parts, strict=True)
+        if n_heads
+    ]
+
+
 def _keys(steps: Sequence[AttentionCall]) -> tuple[list[int], Tensor | None, Tensor | None]:
     """Where the keys of each step begin, and the keys (and values) of all positions in order."""
     first = steps[0]
@@ -232,12 +249,13 @@ def _joined_rows(calls: Sequence[AttentionCall]) -> AttentionCall:
     """Cross-attention keys don't grow: the rows follow one another."""
     masks = [call.visible().expand(-1, -1, call.n_queries, -1) for call in calls]
     dense = None if calls[0].dense is None else _rows(calls, "dense")
+    biases = added_by_each(calls)
     whole = replace(
         calls[0],
         q=_rows(calls, "q"),
         mask=torch.cat(masks, 2),
         dense=dense,
-        bias=_rows(calls, "bias"),
+        bias=torch.cat(biases, 2) if biases else None,
         sinks=_sinks(calls),
         update_share=_shares(calls),
     )

@@ -148,7 +148,7 @@ def _only_scores(call: RawCall, site: Site) -> bool:
     if attention.sinks is not None or attention.bias is not None:
         return False
     every = torch.arange(call.query.shape[2], device=call.query.device)
-    return additive_rows(call.mask, every) is None
+    return additive_rows(attention.mask, every) is None
 
 
 def _uniform_average(call: RawCall, site: Site) -> Float[Tensor, "sample head query d_value"]:

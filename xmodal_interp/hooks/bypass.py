@@ -192,7 +192,11 @@ def kernel_call(
     if mask is not None:
         mask = _four_axes(mask, module) if mask.ndim > 2 else mask[None, None]
         mask = mask.expand(*mask.shape[:2], q.shape[2], k.shape[2])
-    kept = {"scaling": given.get("scale"), "is_causal": bool(given.get("is_causal"))}
+    kept = {
+        "scaling": given.get("scale"),
+        "is_causal": bool(given.get("is_causal")),
+        "dropout": given.get("dropout_p", 0.0),
+    }
     heads_last = _four_axes(output, module).transpose(1, 2)
     return RawCall(
         module, q, k, v, mask, "sdpa", kept, output=heads_last.detach(), note=KERNEL_NOTE

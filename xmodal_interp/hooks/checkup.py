@@ -3,8 +3,9 @@
 1. Are there as many image tokens as the geometry of the model's family predicts?
 2. Is the model's output the same with and without recording, also while it generates?
 3. Is every attention layer that runs heard, whatever its class and however it computes?
-4. Do the recomputed probabilities, applied to the values, give what the backend returned; are they
-   those of the modeling code's eager function, where it names one?
+4. Do the recomputed probabilities, applied to the values, give what the backend returned, in a
+   forward and in every step of a generation; are they those of the modeling code's eager function,
+   where it names one? The same with each further backend and cache that the user names.
 5. Does a key that is hidden through the tap change the output: is the tap where the model reads?
 
 All is measured in one process, in evaluation mode; the model is left as it was.
@@ -13,7 +14,8 @@ All is measured in one process, in evaluation mode; the model is left as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +23,18 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import nn
+from transformers import PreTrainedModel
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, GeometryError, InputError
+from xmodal_interp.hooks.agreement import Gap
 from xmodal_interp.hooks.comparing import (
     difference,
     seeded,
     tensors_of,
 )
 from xmodal_interp.hooks.compiled import refuse_compiled
-from xmodal_interp.hooks.exactness import Exactness, tolerance
+from xmodal_interp.hooks.exactness import Exactness
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.hooks.knockout import knock_out_attention
 from xmodal_interp.hooks.modules import module_of
@@ -112,6 +116,8 @@ def doctor(
     prompt: str = "What is in the image?",
     *,
     inputs: Mapping[str, Any] | None = None,
+    backends: Sequence[str] = (),
+    caches: Sequence[str] = (),
 ) -> Checkup:
     """Check on a model and an input of yours that recordings can be trusted.
 
@@ -123,17 +129,23 @@ def doctor(
         image: An image for a VLM, a plain one with many edges if not given.
         prompt: A question for a VLM.
         inputs: Arguments of a bare model.
+        backends: Further attention implementations to record the model with, such as ``"eager"``
+            or one that you registered.
+        caches: Further caches to record a generation with, such as ``"static"``; names that
+            ``generate`` takes as ``cache_implementation``. For a VLM.
 
     Returns:
         A table of checks, a table of layers, a verdict (``ok``, ``summary``).
 
     Raises:
-        InputError: A bare model without inputs, or a VLM with them.
+        InputError: A bare model without inputs, or a VLM with them; a backend that is not
+            registered; caches for a model that is no VLM or does not generate.
         CaptureError: A compiled model.
     """
     findings, exactness = _Findings(), Exactness()
     bare = module_of(model)
     refuse_compiled(bare)
+    _check_names(model, backends, caches)
     if isinstance(model, VLM):
         if inputs is not None:
             raise InputError(
@@ -154,12 +166,30 @@ def doctor(
     with evaluation_mode(bare, warn=False), torch.no_grad():
         recording = _same_outputs(bare, given, exactness, findings)
         if isinstance(model, VLM) and bare.can_generate():  # type: ignore[operator]
-            _same_answers(model, given, findings)
+            _same_answers(model, given, exactness, findings)
         if recording is not None:
             _seen(bare, given, recording, findings)
-            _exact(exactness, bare, findings)
+            _exact(exactness, findings)
+            for backend in backends:
+                _with_backend(backend, bare, given, findings)
+            for cache in caches:
+                _with_cache(cache, model, given, findings)
             _tapped(bare, given, recording, findings)
     return findings.checkup(exactness.by_layer(recording.modules if recording else ()))
+
+
+def _check_names(
+    model: VLM | nn.Module, backends: Sequence[str], caches: Sequence[str]
+) -> None:
+    for name, given in (("backends", backends), ("caches", caches)):
+        if isinstance(given, str):
+            raise InputError(f"{name} is a list, such as [{given!r}]; got {given!r}.")
+    bare = module_of(model)
+    if caches and not (isinstance(model, VLM) and bare.can_generate()):  # type: ignore[operator]
+        raise InputError(
+            f"caches need a VLM that generates; got {', '.join(map(repr, caches))} for a "
+            f"{type(bare).__name__}."
+        )
 
 
 def _state(model: VLM | nn.Module, findings: _Findings) -> None:
@@ -227,7 +257,8 @@ def _same_outputs(
     first, again = (tensors_of(seeded(lambda: model(**inputs))) for _ in range(2))
     own = difference(first, again)
     try:
-        with listening(model, Choice(values=True, inspect=exactness.look)) as recording:
+        choice = Choice(values=True, inspect=exactness.look, refuse=False)
+        with listening(model, choice) as recording:
             heard = tensors_of(seeded(lambda: model(**inputs)))
     except CaptureError as error:
         findings.judge(
@@ -241,12 +272,14 @@ def _same_outputs(
     return recording
 
 
-def _same_answers(vlm: VLM, inputs: dict[str, Any], findings: _Findings) -> None:
+def _same_answers(
+    vlm: VLM, inputs: dict[str, Any], exactness: Exactness, findings: _Findings
+) -> None:
     options = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
     plain = seeded(lambda: vlm.generate(inputs, **options))
     check = "generated tokens are those without recording"
     try:
-        with listening(vlm.model, Choice(reduce=lambda _: None)):
+        with listening(vlm.model, _measuring(exactness)):
             heard = seeded(lambda: vlm.generate(inputs, **options))
     except CaptureError as error:
         findings.judge(check, _UNKNOWN, "", str(error), passed=False)
@@ -272,19 +305,88 @@ def _seen(
         findings.skip(check, names, len(recording.without_matrix))
 
 
-def _exact(exactness: Exactness, model: nn.Module, findings: _Findings) -> None:
-    limit = tolerance(next(iter(model.parameters())).dtype)
-    for check, errors in (
-        ("probabilities give the backend's output", exactness.output_errors),
-        ("probabilities are those of eager attention", exactness.eager_errors),
+def _measuring(exactness: Exactness) -> Choice:
+    """Measure every call and keep none."""
+    return Choice(reduce=lambda _: None, inspect=exactness.look, refuse=False)
+
+
+def _exact(exactness: Exactness, findings: _Findings) -> None:
+    for check, gaps in (
+        ("probabilities give the backend's output", exactness.output_gaps),
+        ("probabilities are those of eager attention", exactness.eager_gaps),
     ):
-        compared = f"{len(errors)} of {exactness.n_calls} calls could be compared"
-        if not errors:
-            findings.skip(check, compared)
-            continue
-        worst = _UNKNOWN if any(map(math.isnan, errors)) else max(errors)
-        note = compared if len(errors) < exactness.n_calls else ""
-        findings.judge(check, worst, f"at most {limit:.0e}", note, passed=worst <= limit)
+        _judge_gaps(check, gaps, exactness.n_calls, findings)
+
+
+def _judge_gaps(check: str, gaps: Sequence[Gap], n_calls: int, findings: _Findings) -> None:
+    """The call that is farthest beyond its limit, or nearest to it."""
+    compared = f"{len(gaps)} of {n_calls} calls could be compared"
+    if not gaps:
+        findings.skip(check, compared)
+        return
+    worst = max(gaps, key=lambda gap: math.inf if math.isnan(gap.error) else gap.error / gap.limit)
+    note = compared if len(gaps) < n_calls else ""
+    limit = f"at most {worst.limit:.0e}"
+    findings.judge(check, worst.error, limit, note, passed=worst.agrees)
+
+
+def _with_backend(
+    backend: str, model: nn.Module, inputs: Mapping[str, Any], findings: _Findings
+) -> None:
+    check = f"probabilities give the output of backend {backend!r}"
+    exactness = Exactness()
+    try:
+        with _backend(model, backend), listening(model, _measuring(exactness)):
+            seeded(lambda: model(**inputs))
+    except CaptureError as error:
+        findings.judge(check, _UNKNOWN, "", str(error), passed=False)
+        return
+    except ImportError as error:
+        findings.skip(check, str(error).partition("\n")[0])
+        return
+    _judge_gaps(check, exactness.output_gaps, exactness.n_calls, findings)
+
+
+@contextmanager
+def _backend(model: nn.Module, name: str) -> Iterator[None]:
+    """Another attention implementation inside a ``with`` block, in all parts that can take it."""
+    configs = {
+        id(each.config): each.config
+        for each in model.modules()
+        if isinstance(each, PreTrainedModel)
+    }.values()
+    before = [(config, config._attn_implementation_internal) for config in configs]
+    try:
+        try:
+            model.set_attn_implementation(name)  # type: ignore[operator]
+        except ValueError as error:
+            raise InputError(
+                f"{name!r} is no attention implementation of this model: {error}"
+            ) from error
+        yield
+    finally:
+        for config, setting in before:
+            config._attn_implementation_internal = setting
+
+
+def _with_cache(
+    cache: str, vlm: VLM | nn.Module, inputs: dict[str, Any], findings: _Findings
+) -> None:
+    assert isinstance(vlm, VLM)
+    check = f"probabilities give the output with cache {cache!r}"
+    exactness = Exactness()
+    options = {
+        "max_new_tokens": _NEW_TOKENS,
+        "min_new_tokens": _NEW_TOKENS,
+        "cache_implementation": cache,
+    }
+    try:
+        with listening(vlm.model, _measuring(exactness)):
+            seeded(lambda: vlm.generate(inputs, **options))
+    except CaptureError as error:
+        findings.judge(check, _UNKNOWN, "", str(error), passed=False)
+        return
+    _judge_gaps(check, exactness.output_gaps, exactness.n_calls, findings)
 
 
 def _tapped(

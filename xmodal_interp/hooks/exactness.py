@@ -2,16 +2,18 @@
 
 * Applied to the values they give ``O' = P V``; the backend returned ``O``. The error is
   ``max |O' - O| / max |V|``.
-* The modeling code's eager function, given the same operands, returns probabilities of its own. The
-  error is ``max |P' - P|``.
+* The modeling code's eager function, given the same operands in float32, returns probabilities of
+  its own. The error is ``max |P' - P|``.
 
-Rows are sampled where a whole matrix would not fit.
+Each error has a limit: what the precision of the computation explains. Scores are rounded, and the
+larger they are, the more of a probability that explains; how much is measured by changing the
+scores as rounding does. Rows are sampled where a whole matrix would not fit.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
+from xmodal_interp.attention.precision import full_precision, product_eps
+from xmodal_interp.hooks.agreement import Gap, comparable, rounded, weighted
 from xmodal_interp.hooks.bypass import Heard
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.hooks.tapping import RawCall
@@ -43,45 +47,63 @@ class Exactness:
         self.n_calls = 0
         self.calls: dict[str, int] = defaultdict(int)
         self.notes: dict[str, str] = {}
-        self.errors: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self.gaps: dict[str, dict[str, list[Gap]]] = defaultdict(lambda: defaultdict(list))
+
+    @property
+    def output_gaps(self) -> list[Gap]:
+        """One per call whose output could be compared."""
+        return [gap for of in self.gaps.values() for gap in of["output"]]
+
+    @property
+    def eager_gaps(self) -> list[Gap]:
+        """One per call that eager attention could be computed for."""
+        return [gap for of in self.gaps.values() for gap in of["eager"]]
 
     @property
     def output_errors(self) -> list[float]:
         """One per call whose output could be compared."""
-        return [error for of in self.errors.values() for error in of["output"]]
+        return [gap.error for gap in self.output_gaps]
 
     @property
     def eager_errors(self) -> list[float]:
-        """One per call that eager attention could be asked about."""
-        return [error for of in self.errors.values() for error in of["eager"]]
+        """One per call that eager attention could be computed for."""
+        return [gap.error for gap in self.eager_gaps]
 
     def look(self, heard: Heard, call: AttentionCall) -> None:
         """Measure one call."""
         self.n_calls += 1
         self.calls[call.module] += 1
         self.notes[call.module] = call.note
-        if not isinstance(heard, RawCall):
-            return  # the module's own probabilities: there is nothing to recompute
+        if not isinstance(heard, RawCall) or call.n_queries == 0 or call.n_keys == 0:
+            return  # the module's own probabilities, or none: there is nothing to recompute
         rows = _rows(call)
-        probs = call.probs(queries=rows)
-        seeing = call.visible(rows).any(-1).expand(probs.shape[:-1])
-        errors = self.errors[call.module]
-        if heard.output is not None:
-            errors["output"].append(_output_error(heard, heard.output[:, rows], probs, seeing))
-        try:
-            expected = _eager_probs(heard, call, rows)
-        except (RuntimeError, TypeError) as error:  # of modeling code that can't be run as it is
-            self.notes[call.module] = f"eager attention fails: {error}"
-            return
-        if expected is not None:
-            gap = (expected.float() - probs).abs()[seeing]
-            errors["eager"].append(float(gap.max()) if len(gap) else 0.0)
+        gaps = self.gaps[call.module]
+        eps = max(product_eps(t.dtype) for t in (heard.query, heard.output) if t is not None)
+        with full_precision(call.device):
+            probs = call.probs(queries=rows)
+            seeing = call.visible(rows).any(-1).expand(probs.shape[:-1])
+            if heard.output is not None and comparable(heard, call):
+                gaps["output"].append(_output_gap(heard, call, rows, probs, seeing, eps))
+            try:
+                expected = _eager_probs(heard, call, rows)
+            except (
+                RuntimeError,
+                TypeError,
+            ) as error:  # of modeling code that can't be run as it is
+                self.notes[call.module] = f"eager attention fails: {error}"
+                return
+            if expected is not None:
+                gaps["eager"].append(_eager_gap(call, rows, probs, expected.float(), seeing))
 
     def by_layer(self, modules: Sequence[Identity]) -> pd.DataFrame:
         """The largest errors of each layer; NaN where nothing could be compared."""
         records: list[dict[str, Any]] = []
         for each in modules:
-            errors = self.errors.get(each.module, {})
+            gaps = self.gaps.get(each.module, {})
+            worst = {
+                name: max((gap.error for gap in gaps.get(name, [])), default=float("nan"))
+                for name in ("output", "eager")
+            }
             records.append(
                 {
                     "tower": each.tower,
@@ -89,8 +111,8 @@ class Exactness:
                     "layer": each.layer,
                     "module": each.module,
                     "calls": self.calls.get(each.module, 0),
-                    "output_error": max(errors.get("output", []), default=float("nan")),
-                    "eager_error": max(errors.get("eager", []), default=float("nan")),
+                    "output_error": worst["output"],
+                    "eager_error": worst["eager"],
                     "note": self.notes.get(each.module, "did not run"),
                 }
             )
@@ -104,23 +126,74 @@ def _rows(call: AttentionCall) -> list[int]:
     return list(range(0, call.n_queries, step))
 
 
-def _output_error(heard: RawCall, output: Tensor, probs: Tensor, seeing: Tensor) -> float:
+def _output_gap(
+    heard: RawCall,
+    call: AttentionCall,
+    rows: list[int],
+    probs: Tensor,
+    seeing: Tensor,
+    eps: float,
+) -> Gap:
     """Of the rows that see a key; a probability that is NaN there is an error that is NaN."""
-    values = heard.values_by_head
-    ours = (probs @ values)[seeing]
-    theirs = output.float().transpose(1, 2)[seeing]
-    return float((ours - theirs).abs().max() / values.abs().max()) if len(ours) else 0.0
+    assert heard.output is not None
+    values = heard.value.detach().float()
+    largest = float(values.abs().max())
+    theirs = heard.output[:, rows].float().transpose(1, 2)
+    gaps = (weighted(probs, values) - theirs).abs()[seeing] / largest
+    limit = tolerance(torch.promote_types(heard.query.dtype, heard.output.dtype))
+    limit = max(limit, 2 * eps)
+
+    def explained() -> Tensor:
+        return weighted(_rounding(call, rows, probs, eps), values).abs()[seeing] / largest
+
+    return _judged(gaps, limit, explained)
+
+
+def _eager_gap(
+    call: AttentionCall, rows: list[int], probs: Tensor, expected: Tensor, seeing: Tensor
+) -> Gap:
+    """Both are computed in float32."""
+    dtype = torch.float32
+    gaps = (expected - probs).abs()[seeing]
+    eps = torch.finfo(dtype).eps
+    return _judged(gaps, tolerance(dtype), lambda: _rounding(call, rows, probs, eps).abs()[seeing])
+
+
+def _judged(gaps: Tensor, limit: float, explained: Callable[[], Tensor]) -> Gap:
+    """The largest error; what rounded scores explain is measured if the limit is not kept."""
+    if not gaps.numel():
+        return Gap(0.0, limit)
+    error = float(gaps.max())
+    if error <= limit:
+        return Gap(error, limit)
+    return Gap(error, limit + 4 * float(explained().max()))
+
+
+def _rounding(call: AttentionCall, rows: list[int], probs: Tensor, eps: float) -> Tensor:
+    """How probabilities change where the scores are rounded."""
+    every = torch.arange(call.n_heads, device=call.device)
+    row = torch.tensor(rows, device=call.device)
+    return rounded(call, every, row, eps) - probs
 
 
 def _eager_probs(heard: RawCall, call: AttentionCall, rows: list[int]) -> Tensor | None:
-    """Probabilities of the modeling code's own function on the same operands and mask."""
+    """Probabilities of the modeling code's own function on the same operands, in float32.
+
+    Eager attention is given the mask that the model gave it; for another backend, the mask that
+    hides what the backend hides.
+    """
     if heard.eager is None or len(rows) < call.n_queries:
         return None
-    visible = call.visible()
-    hidden = torch.finfo(heard.query.dtype).min
-    mask = torch.zeros(visible.shape, dtype=heard.query.dtype, device=visible.device)
-    if heard.mask is not None and heard.mask.is_floating_point() and heard.mask.ndim == 4:
-        mask = heard.mask.clone()
-    mask = mask.masked_fill(~visible, hidden)
-    _, probs = heard.eager(heard.module, heard.query, heard.key, heard.value, mask, **heard.options)
+    mask = heard.mask
+    if heard.backend != "eager":
+        visible = call.visible()
+        mask = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
+        if heard.mask is not None and heard.mask.is_floating_point() and heard.mask.ndim == 4:
+            mask = heard.mask.float()
+        hidden = torch.full_like(mask[:1, :1, :1, :1], torch.finfo(torch.float32).min)
+        mask = torch.where(visible | (mask < 0), mask, hidden)
+    elif mask is not None and mask.is_floating_point():
+        mask = mask.float()
+    operands = (t.float() for t in (heard.query, heard.key, heard.value))
+    _, probs = heard.eager(heard.module, *operands, mask, **{**heard.options, "dropout": 0.0})
     return probs

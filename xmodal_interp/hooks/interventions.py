@@ -28,12 +28,13 @@ from torch import Tensor, nn
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, LayerError, PositionError
+from xmodal_interp.hooks.agreement import Agreement
 from xmodal_interp.hooks.callers import is_running
 from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
 from xmodal_interp.hooks.heads import layers_of, n_heads_of, ranged
 from xmodal_interp.hooks.modules import Identity, attention_modules, module_of
 from xmodal_interp.hooks.own_context import own_context
-from xmodal_interp.hooks.reading import as_attention_call
+from xmodal_interp.hooks.reading import as_attention_call, whole_mask
 from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tapping import RawCall, listeners, tap
 from xmodal_interp.models import VLM
@@ -71,8 +72,16 @@ class Site:
         return selection.between(self.start, self.start + n_queries, call.query)
 
     def attention(self, call: RawCall) -> AttentionCall:
-        """The call by its proper names."""
-        return as_attention_call(call, self.identity, 0, call.mask)
+        """The call by its proper names; after the call, in the reading that gives its output.
+
+        Raises:
+            CaptureError: No reading of its arguments gives its output.
+        """
+        agreement = Agreement()
+        found = as_attention_call(call, self.identity, 0, whole_mask(call))
+        found = agreement.checked(call, found)
+        agreement.refuse()
+        return found
 
 
 @runtime_checkable  # for the type checks that tests run under

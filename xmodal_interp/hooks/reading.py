@@ -1,4 +1,16 @@
-"""From what the tap hears to calls by their proper names."""
+"""From the arguments of an attention function to an :class:`AttentionCall`.
+
+What a mask and the causal flag mean follows from the function that is given them:
+
+* The eager functions of transformers add the mask to the scores. A boolean mask adds 1 where it is
+  True; it hides nothing. Without a mask, every key is visible.
+* ``scaled_dot_product_attention`` hides keys where a boolean mask is False. Its causal flag lets
+  query ``i`` see the keys 0 to ``i``, also where there are more keys than queries.
+* Flash kernels take a mask of keys. Their causal flag lets the last query see all keys.
+
+For another function the reading is the most likely one. :mod:`xmodal_interp.hooks.agreement`
+compares it, and every other one, with what the function returned.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +21,7 @@ import torch
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.attention.masks import simplified, visible_rows
+from xmodal_interp.attention.masks import as_added, simplified, visible_rows
 from xmodal_interp.hooks.bypass import DenseCall
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.hooks.tapping import RawCall
@@ -50,6 +62,52 @@ def as_attention_call(
     )
 
 
+def other_readings(raw: RawCall, call: AttentionCall) -> Iterator[AttentionCall]:
+    """Every other meaning that the call's mask and causal flag may have, the likely ones first."""
+    n_queries, n_keys = call.n_queries, call.n_keys
+    alignments = [(True, 0), (True, n_keys - n_queries), (False, 0)]
+    windows = dict.fromkeys((call.sliding_window, raw.options.get("sliding_window"), None))
+    if raw.mask is None:
+        for causal, offset in alignments:
+            for window in windows if causal else (None,):
+                yield replace(call, mask=None, causal=causal, offset=offset, sliding_window=window)
+        return
+    given = raw.mask.detach()
+    meanings: list[Tensor] = []
+    if given.ndim == 2:
+        keys = given[:, None, None, -n_keys:].bool().expand(-1, -1, n_queries, -1)
+        meanings = [keys, torch.ones_like(keys)]
+    elif given.is_floating_point():
+        meanings = [_row_per_query(given, raw), _row_per_query(torch.zeros_like(given), raw)]
+    else:
+        whole = _row_per_query(given, raw)
+        meanings = [
+            whole != 0,
+            whole.to(raw.query.dtype),
+            whole == 0,
+            torch.ones_like(whole, dtype=torch.bool),
+        ]
+    rows = torch.arange(n_queries, device=given.device)
+    for mask in meanings:
+        for causal, offset in [(False, 0), *alignments[:2]]:
+            for window in windows if causal else (None,):
+                seen = visible_rows(
+                    None, rows, rows + offset, n_keys, causal=causal, sliding_window=window
+                )
+                both = (
+                    mask & seen
+                    if mask.dtype == torch.bool
+                    else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+                )
+                yield replace(
+                    call,
+                    mask=both,
+                    causal=False,
+                    offset=n_keys - n_queries,
+                    sliding_window=None,
+                )
+
+
 def as_dense_call(heard: DenseCall, identity: Identity, number: int) -> AttentionCall:
     """Probabilities of a module's own by their proper names."""
     return AttentionCall(
@@ -67,6 +125,26 @@ def as_dense_call(heard: DenseCall, identity: Identity, number: int) -> Attentio
     )
 
 
+def as_computed(raw: RawCall) -> RawCall:
+    """The call with its operands in the precision that the function computed with.
+
+    Under autocast, and in some kernels, float32 queries and keys are rounded to the dtype that the
+    output has.
+    """
+    if raw.output is None:
+        return raw
+    given = (raw.query, raw.key, raw.value)
+    dtype = raw.output.dtype
+    rounded = (torch.float16, torch.bfloat16)
+    if dtype not in rounded or all(t.dtype in rounded for t in given):
+        return raw
+    autocast = torch.is_autocast_enabled(raw.query.device.type)
+    if not autocast and raw.value.dtype == dtype:
+        return raw  # the module computes its scores in a higher precision
+    query, key, value = (t.to(dtype) for t in given)
+    return replace(raw, query=query, key=key, value=value)
+
+
 def segments(call: RawCall) -> Iterator[RawCall]:
     """Packed calls of variable-length kernels, one per segment; any other call as it is."""
     bounds = call.options.get("cu_seq_lens_q")
@@ -80,6 +158,7 @@ def segments(call: RawCall) -> Iterator[RawCall]:
             query=call.query[:, :, part],
             key=call.key[:, :, part],
             value=call.value[:, :, part],
+            output=None if call.output is None else call.output[:, part],
         )
 
 
@@ -90,7 +169,12 @@ def whole_mask(raw: RawCall) -> Tensor | None:
     given = raw.mask.detach()
     if given.ndim == 2:
         return _rows_of_keys(raw, given)
-    mask = simplified(given)
+    if raw.backend == "eager":
+        given = as_added(given, raw.query.dtype)
+    return _row_per_query(simplified(given), raw)
+
+
+def _row_per_query(mask: Tensor, raw: RawCall) -> Tensor:
     one_row_for_all = mask.ndim == 4 and mask.shape[2] == 1
     return mask.expand(-1, -1, raw.query.shape[2], -1) if one_row_for_all else mask
 

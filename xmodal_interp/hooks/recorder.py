@@ -38,7 +38,13 @@ from xmodal_interp.hooks.key_cache import KeptCall, KeyCache, own_copy, seen_key
 from xmodal_interp.hooks.members import Members
 from xmodal_interp.hooks.modules import layers_without_matrix, module_of
 from xmodal_interp.hooks.own_context import own_context
-from xmodal_interp.hooks.reading import as_attention_call, as_dense_call, segments, whole_mask
+from xmodal_interp.hooks.reading import (
+    as_attention_call,
+    as_computed,
+    as_dense_call,
+    segments,
+    whole_mask,
+)
 from xmodal_interp.hooks.recording import Choice, Recording
 from xmodal_interp.hooks.refusals import (
     check_choice,
@@ -84,9 +90,10 @@ def record(
             must not keep the call: its tensors are the model's own.
 
     Raises:
-        CaptureError: Attention ran that could not be heard, or it ran in other threads only
-            (raised at the end of the block, unless the block itself failed); or the model is
-            compiled, or called from compiled code.
+        CaptureError: Attention ran that could not be heard, or whose recorded probabilities do not
+            give the output that the model computed, or it ran in other threads only (raised at the
+            end of the block, unless the block itself failed); or the model is compiled, or called
+            from compiled code.
         InputError: No model, ``norms`` together with ``reduce``, or towers or layers that are no
             list or that the model does not have.
         UnsupportedModelError: The model has no attention modules.
@@ -219,8 +226,7 @@ class _Recorder:
             run.heard_inside = True
         if owner is not None:
             for part in segments(call):
-                whole = part is call
-                self._keep(owner, replace(part, output=output.detach() if whole else None))
+                self._keep(owner, part)
         if run is not None:
             run.inside -= 1
         return output
@@ -259,6 +265,7 @@ class _Recorder:
         """Whether a run is the innermost, and not inside of the interface's function."""
         return self.running[-1] is run and run.inside == 0
 
+    @torch.no_grad()  # what autograd saves here would be missing when a checkpoint is recomputed
     def _keep(self, module: nn.Module, heard: Heard) -> None:
         identity = self.members.known[module]
         self.members.heard.add(module)
@@ -266,11 +273,12 @@ class _Recorder:
             return
         number = self.counts.get(module, 0)
         self.counts[module] = number + 1
-        call = (
-            as_dense_call(heard, identity, number)
-            if isinstance(heard, DenseCall)
-            else as_attention_call(heard, identity, number, self._mask(heard))
-        )
+        if isinstance(heard, DenseCall):
+            call = as_dense_call(heard, identity, number)
+        else:
+            heard = as_computed(heard)
+            call = as_attention_call(heard, identity, number, self._mask(heard))
+            call = self.recording.agreement.checked(heard, call)
         if self.choice.inspect is not None:
             self.choice.inspect(heard, call)
         if self.choice.reduce is not None:
@@ -281,10 +289,9 @@ class _Recorder:
             self.kept.append(KeptCall(call))
         else:
             cache = self.caches.get(module)
-            mask = self._mask(heard)
-            if cache is None or not cache.grow(heard, mask):
+            if cache is None or not cache.grow(heard, call.mask):
                 values = own_copy(heard.value) if self.choice.values else None
-                cache = KeyCache(own_copy(heard.key), values, seen_keys(mask))
+                cache = KeyCache(own_copy(heard.key), values, seen_keys(call.mask))
                 self.caches[module] = cache
             without_keys = replace(call, q=own_copy(heard.query), k=None, v=None)
             self.kept.append(KeptCall(without_keys, cache, heard.key.shape[2]))
@@ -299,9 +306,11 @@ class _Recorder:
         self.recording.modules = tuple(self.members.known.values())
 
     def check(self, failure: type[BaseException] | None, *_: object) -> None:
-        """Raise CaptureError for what was missed, unless the block itself failed."""
+        """Raise CaptureError for what was missed or is wrong, unless the block itself failed."""
         if failure is None:
             refuse_unseen(self.recording.unseen)
+            if self.choice.refuse:
+                self.recording.agreement.refuse()
             if self.ran_elsewhere and not self.ran:
                 refuse_another_thread()
 
@@ -309,7 +318,7 @@ class _Recorder:
         """Layers share one mask tensor: it is read once."""
         if raw.mask is None:
             return None
-        key = (id(raw.mask), raw.query.shape[2], raw.options.get("sliding_window"))
+        key = (id(raw.mask), raw.query.shape[2], raw.backend, raw.options.get("sliding_window"))
         if key not in self.masks:
             self.masks[key] = (raw.mask, whole_mask(raw))
         return self.masks[key][1]

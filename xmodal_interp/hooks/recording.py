@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from xmodal_interp.attention import AttentionCall
+from xmodal_interp.hooks.agreement import Agreement
 from xmodal_interp.hooks.bypass import Heard
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.hooks.rotary import RotaryPositions
@@ -27,6 +28,7 @@ class Recording:
             probabilities: linear attention, state spaces, convolutions.
         unseen: Names of modules that ran without a call that could be heard.
         rotary: What the rotary embedding of the language tower was told of positions.
+        agreement: Whether the probabilities are those that the model computed with.
     """
 
     modules: tuple[Identity, ...]
@@ -35,6 +37,7 @@ class Recording:
     results: list[Any] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     rotary: RotaryPositions | None = None
+    agreement: Agreement = field(default_factory=Agreement)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Choice:
     """What to listen to, and what to do with it; the fields are the arguments of :func:`record`.
 
     ``inspect`` is called with every call as it was heard, its tensors the model's own, and with the
-    call by its proper names.
+    call by its proper names. ``refuse`` is whether a call whose probabilities do
+    not give the output of its function (see :mod:`xmodal_interp.hooks.agreement`) is an error.
     """
 
     towers: Sequence[Tower] = TOWERS
@@ -51,6 +55,7 @@ class Choice:
     norms: bool = False
     reduce: Callable[[AttentionCall], Any] | None = None
     inspect: Callable[[Heard, AttentionCall], None] | None = None
+    refuse: bool = True
 
     def wants(self, identity: Identity) -> bool:
         """Whether a layer is listened to."""

@@ -36,7 +36,8 @@ class RawCall:
     ``query`` is ``[sample, head, query, d_head]``, ``key`` and ``value`` ``[sample, kv_head, key,
     d_head]``; ``backend`` is the name the model asked for, such as ``"sdpa"``; ``options`` holds
     every further keyword; ``eager`` is the function that the modeling code would use by itself, if
-    it named one; ``output`` ``[sample, query, head, d_head]`` is there after the call; ``note``
+    it named one; ``function`` is the one that is called; ``output`` ``[sample, query, head,
+    d_head]``, there after the call, is what it returned, before any listener edited it; ``note``
     says how a call was heard that did not ask the interface.
     """
 
@@ -50,6 +51,7 @@ class RawCall:
     eager: AttentionFunction | None = None
     output: Tensor | None = None
     note: str = ""
+    function: AttentionFunction | None = None
 
     @property
     def scaling(self) -> float:
@@ -174,12 +176,23 @@ class WrappedFunction:
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What the function returns, as the listeners let it."""
-        call = RawCall(module, query, key, value, attention_mask, self.backend, options, self.eager)
+        call = RawCall(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            self.backend,
+            options,
+            self.eager,
+            function=self.function,
+        )
         for listener in self.listeners:
             call = listener.before(call)
         output, *rest = self.function(
             module, call.query, call.key, call.value, call.mask, **call.options
         )
+        call = replace(call, output=output.detach())
         for listener in reversed(self.listeners):
             output = listener.after(call, output)
         return (output, *rest)  # type: ignore[return-value]

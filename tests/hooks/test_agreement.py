@@ -1,0 +1,363 @@
+"""What is recorded gives what the model computed, whatever a backend makes of its arguments.
+
+What other libraries do, measured here (torch 2.14.1, transformers 5.23.0):
+
+* ``eager_attention_forward`` in ``transformers.models.*`` adds ``attention_mask`` to the scores: a
+  boolean mask adds 1 where it is True and hides nothing.
+* ``sdpa_attention_forward`` in ``transformers.integrations.sdpa_attention`` crops keys to the
+  queries where it is given none: with a static cache, query ``i`` of a prompt sees keys 0 to ``i``.
+  A registered function that calls it behaves the same under its own name.
+"""
+
+import contextlib
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+import xmodal_interp as xi
+from tests.hooks.conditions import first, of
+from tests.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.errors import CaptureError, InputError
+from xmodal_interp.hooks import recorder
+
+
+def llama(backend: str = "sdpa", **options) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=backend,
+        **options,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj.weight" in name:
+                weight.mul_(12)
+    return model
+
+
+IDS = torch.arange(1, 21).view(2, 10)
+
+
+@contextlib.contextmanager
+def registered(name: str, function, mask=sdpa_mask):
+    """A backend of the user's own, taken away again."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, mask)
+    try:
+        yield name
+    finally:
+        AttentionInterface._global_mapping.pop(name)
+        AttentionMaskInterface._global_mapping.pop(name)
+
+
+def truth(q, k, mask=None, *, hides=True, scaling=None) -> torch.Tensor:
+    """Softmax written straight from its definition, in float64."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = q.double() @ k.double().mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if hides else scores + mask
+    return scores.softmax(-1)
+
+
+class Own(nn.Module):
+    """An attention module without positions: any mask may be passed to it."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = LlamaConfig(attn_implementation="eager")
+            self.project = nn.Linear(8, 24)
+            self.is_causal = False
+
+        def forward(self, x, mask):
+            parts = self.project(x).view(*x.shape[:2], 2, 12).transpose(1, 2).chunk(3, -1)
+            q, k, v = (3 * part for part in parts)
+            attend = AttentionInterface().get_interface(self.config._attn_implementation, eager)
+            return attend(self, q, k, v, mask, scaling=0.5)[0].flatten(2)
+
+    def __init__(self, backend: str = "eager") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = self.Attention()
+        self.attention.config._attn_implementation = backend
+
+    def forward(self, x, mask=None):
+        return self.attention(x, mask)
+
+
+def eager(module, query, key, value, mask, scaling, dropout=0.0, **_):  # noqa: ARG001
+    """As it stands in transformers' modeling code."""
+    weights = query @ key.mT * scaling
+    if mask is not None:
+        weights = weights + mask
+    weights = weights.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+eager.__module__ = "transformers.models.own"
+X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
+MASK = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+MASK[1, ..., :2] = False
+
+
+def test_a_boolean_mask_under_eager_attention_adds_one() -> None:
+    model = Own()
+    with torch.no_grad(), xi.record(model) as recording:
+        model(X, MASK)
+    (call,) = recording.calls
+    expected = truth(call.q, call.k, MASK, hides=False, scaling=0.5)
+    torch.testing.assert_close(call.probs().double(), expected, atol=1e-5, rtol=0)
+    assert call.visible().all()
+    hidden = truth(call.q, call.k, MASK, scaling=0.5)
+    assert (hidden.nan_to_num() - expected).abs().max() > 0.3
+
+
+@pytest.mark.parametrize("mask", [MASK.long(), torch.ones(2, 1, 1, 6, dtype=torch.bool)])
+def test_masks_of_integers_and_of_nothing_hidden_under_eager_attention(mask) -> None:
+    model = Own()
+    with torch.no_grad(), xi.record(model) as recording:
+        model(X, mask)
+    (call,) = recording.calls
+    expected = truth(call.q, call.k, mask, hides=False, scaling=0.5)
+    torch.testing.assert_close(call.probs().double(), expected, atol=1e-5, rtol=0)
+    assert call.visible().all()
+
+
+def test_the_same_mask_hides_under_sdpa() -> None:
+    model = Own("sdpa")
+    with torch.no_grad(), xi.record(model) as recording:
+        model(X, MASK)
+    (call,) = recording.calls
+    expected = truth(call.q, call.k, MASK, scaling=0.5)
+    seen = ~expected.isnan()
+    torch.testing.assert_close(call.probs().double()[seen], expected[seen], atol=1e-5, rtol=0)
+
+
+def test_a_users_mask_under_eager_attention_of_a_real_model() -> None:
+    model = llama("eager")
+    mask = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
+    with torch.no_grad(), xi.record(model) as recording:
+        attentions = model(IDS, attention_mask=mask, output_attentions=True).attentions
+    for call, theirs in zip(recording.calls, attentions, strict=True):
+        torch.testing.assert_close(call.probs(), theirs, atol=1e-5, rtol=0)
+    checkup = xi.doctor(model, inputs={"input_ids": IDS, "attention_mask": mask})
+    assert checkup.ok
+
+
+def test_edges_are_cut_where_a_boolean_mask_is_added() -> None:
+    model = llama("eager")
+    mask = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
+    cut = xi.knock_out_attention([9], [2], layers=[0])
+    with torch.no_grad(), xi.intervene(model, cut), xi.record(model) as recording:
+        attentions = model(IDS, attention_mask=mask, output_attentions=True).attentions
+    assert attentions[0][:, :, 9, 2].max() == 0
+    torch.testing.assert_close(recording.calls[0].probs(), attentions[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("low", [-1e9, -1e4, -100.0, float("-inf")])
+@pytest.mark.parametrize("bias", [False, True])
+def test_keys_that_a_low_number_hides_are_not_visible(low, bias) -> None:
+    """eomt writes -1e9, evolla -1e4, shifted windows (Swin) -100 plus a position bias."""
+    added = torch.zeros(2, 1, 6, 6).masked_fill(~MASK, low)
+    if bias:
+        added = added + torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(2))
+    model = Own()
+    with torch.no_grad(), xi.record(model) as recording:
+        model(X, added)
+    (call,) = recording.calls
+    assert torch.equal(call.visible(), MASK.expand(call.visible().shape))
+    seeing = MASK.any(-1).expand(2, 2, 6)
+    expected = truth(call.q, call.k, added, hides=False, scaling=0.5)
+    torch.testing.assert_close(
+        call.probs().double()[seeing], expected[seeing], atol=1e-6, rtol=1e-4
+    )
+    assert call.probs()[~seeing].isnan().all()
+    counts = MASK.sum(-1)
+    null = call.null_mass(torch.eye(6))
+    assert torch.equal(
+        null[..., 0].nan_to_num(), (MASK[..., 0] / counts).nan_to_num().expand_as(null[..., 0])
+    )
+
+
+def test_a_position_bias_hides_nothing_however_low_it_gets() -> None:
+    distance = (torch.arange(300)[:, None] - torch.arange(300)).abs()
+    bias = (-0.9 * distance)[None, None].float()  # ALiBi
+    model = Own()
+    with torch.no_grad(), xi.record(model) as recording:
+        model(torch.randn(1, 300, 8), bias)
+    (call,) = recording.calls
+    assert call.visible().all()
+
+
+def delegating(module, query, key, value, attention_mask, **options):
+    """The custom backend of transformers' documentation."""
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def test_a_backend_that_delegates_to_sdpa_with_a_static_cache() -> None:
+    with registered("delegating", delegating):
+        samples = [
+            xi.capture(
+                vlm_with(backend),
+                picture(),
+                QUESTION,
+                max_new_tokens=3,
+                generation={"cache_implementation": "static"},
+            )
+            for backend in ("sdpa", "delegating")
+        ]
+    for layer in range(2):
+        torch.testing.assert_close(*(s.probs(layer) for s in samples), atol=1e-5, rtol=0)
+
+
+def vlm_with(backend: str) -> xi.VLM:
+    vlm = tiny_vlm("llava")
+    model = copy.deepcopy(vlm.model)
+    model.set_attn_implementation(backend)
+    return xi.VLM(model, vlm.processor)
+
+
+def aligned_right(module, query, key, value, attention_mask, scaling=None, **_):  # noqa: ARG001
+    """Causal so that the last query sees all keys, as flash kernels have it."""
+    n, m = query.shape[2], key.shape[2]
+    seen = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+    out = functional.scaled_dot_product_attention(
+        query, key, value, seen, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+def not_causal(module, query, key, value, attention_mask, scaling=None, **_):  # noqa: ARG001
+    out = functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+def hides_true(module, query, key, value, attention_mask, scaling=None, **_):  # noqa: ARG001
+    """A boolean mask in the convention of ``torch.nn``."""
+    out = functional.scaled_dot_product_attention(query, key, value, ~attention_mask, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+class CachedAttention(nn.Module):
+    """Six queries after four keys of a cache, and no mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(1, 1)
+        self.is_causal, self.num_key_value_groups = True, 2
+        draw = torch.Generator().manual_seed(3)
+        self.operands = [
+            torch.randn(2, heads, n, 8, generator=draw) for heads, n in ((4, 6), (2, 10), (2, 10))
+        ]
+
+    def forward(self):
+        attend = AttentionInterface().get_interface("own", eager)
+        return attend(self, *self.operands, None)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "seen"),
+    [
+        (aligned_right, torch.ones(6, 10, dtype=torch.bool).tril(4)),
+        (not_causal, torch.ones(6, 10, dtype=torch.bool)),
+        (delegating, torch.ones(6, 10, dtype=torch.bool).tril()),
+    ],
+)
+def test_where_causal_begins_is_read_off_the_output(function, seen) -> None:
+    model = nn.ModuleList([CachedAttention()])
+    with registered("own", function), torch.no_grad(), xi.record(model) as recording:
+        model[0]()
+    (call,) = recording.calls
+    expected = truth(call.q, call.k, seen)
+    torch.testing.assert_close(call.probs().double(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_mask_in_another_convention_is_read_off_the_output() -> None:
+    with registered("hides_true", hides_true):
+        model = Own("hides_true")
+        with torch.no_grad(), xi.record(model) as recording:
+            model(X, ~MASK)
+    (call,) = recording.calls
+    expected = truth(call.q, call.k, MASK, scaling=0.5)
+    seen = ~expected.isnan()
+    torch.testing.assert_close(call.probs().double()[seen], expected[seen], atol=1e-5, rtol=0)
+
+
+def sharper(module, query, key, value, attention_mask, scaling=None, **options):
+    """Something that no argument shows."""
+    return sdpa_attention_forward(
+        module, 1.1 * query, key, value, attention_mask, scaling=scaling, **options
+    )
+
+
+def test_what_no_reading_explains_is_refused() -> None:
+    with registered("sharper", sharper):
+        model = llama("sharper")
+        plain = model(IDS).logits
+        expected = (
+            r"^The probabilities that follow from the arguments of the attention function do not "
+            r"give its output: language self-attention, layer 0, call 0 by 0\.\d+ \(rounding "
+            r"explains 1e-05\), language self-attention, layer 1, call 0 by .*\. Load the model "
+            r"with attn_implementation='sdpa' or 'eager', or leave these layers out with towers= "
+            r"or layers=\.$"
+        )
+        with pytest.raises(CaptureError, match=expected), xi.record(model):
+            heard = model(IDS).logits
+        assert torch.equal(plain, heard)
+        checkup = xi.doctor(model, inputs={"input_ids": IDS})
+    failed = checkup.table.loc[checkup.table["verdict"] == "fail", "check"].tolist()
+    assert "probabilities give the backend's output" in failed
+
+
+def test_the_doctor_tries_the_backends_and_caches_that_it_is_given() -> None:
+    with registered("sharper", sharper), registered("delegating", delegating):
+        vlm = vlm_with("delegating")
+        backends = ["eager", "sdpa", "sharper"]
+        checkup = xi.doctor(vlm, picture(), QUESTION, backends=backends, caches=["static"])
+    verdicts = checkup.table.set_index("check")["verdict"]
+    found = [verdicts[f"probabilities give the output of backend {n!r}"] for n in backends]
+    assert found == ["pass", "pass", "fail"]
+    assert verdicts["probabilities give the output with cache 'static'"] == "pass"
+    assert vlm.model.config._attn_implementation == "delegating"
+    assert vlm.model.config.text_config._attn_implementation == "delegating"
+
+
+def test_backends_and_caches_that_are_refused() -> None:
+    model = llama()
+    with pytest.raises(InputError, match="'nonsense' is no attention implementation"):
+        xi.doctor(model, inputs={"input_ids": IDS}, backends=["nonsense"])
+    with pytest.raises(InputError, match="caches need a VLM that generates; got 'static'"):
+        xi.doctor(model, inputs={"input_ids": IDS}, caches=["static"])
+    with pytest.raises(InputError, match=r"backends is a list, such as \['eager'\]"):
+        xi.doctor(model, inputs={"input_ids": IDS}, backends="eager")
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_any_wrong_reading_of_ours_is_refused(name, monkeypatch) -> None:
+    right = recorder.as_attention_call
+    model, inputs = of(name)
+    for change in ({"scaling": 0.4}, {"causal": False}):
+
+        def wrong(*args, change=change):
+            return dataclasses.replace(right(*args), **change)
+
+        monkeypatch.setattr(recorder, "as_attention_call", wrong)
+        with (
+            torch.no_grad(),
+            pytest.raises(CaptureError, match="do not give its output"),
+            xi.record(model, towers=["language"]),
+        ):
+            first(model(**inputs))

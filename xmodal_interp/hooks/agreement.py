@@ -1,0 +1,222 @@
+"""Whether recorded probabilities are those that the model computed with.
+
+1. A recording holds the arguments of an attention function. What they mean (does a boolean mask
+   hide or add, where does "causal" begin) is known for the functions of torch and transformers
+   only.
+2. So the probabilities ``P`` of a few rows are applied to the values, and ``P V`` is compared with
+   the output ``O`` that the function returned: ``|P V - O| <= limit * P |V|``, element by element.
+3. Where they differ, and the function is another one, the arguments are read in every other way.
+   The reading that gives the output, also in more rows, is the call.
+4. Where no reading gives the output, the call is reported: its probabilities are not the model's.
+
+The limit is what the model's precision explains. Rounded scores explain more where scores are
+large: how much is measured, by changing the scores as rounding does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.attention.operands import exact_rows
+from xmodal_interp.attention.operands import visible as visible_rows_of
+from xmodal_interp.attention.precision import full_precision, product_eps
+from xmodal_interp.errors import CaptureError
+from xmodal_interp.hooks.reading import other_readings
+from xmodal_interp.hooks.tapping import RawCall
+
+_N_ROWS, _N_ROWS_UNKNOWN, _N_ROWS_OTHER = 4, 16, 64
+_LEAST = 1e-5  # of P|V|, in float32
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far ``P V`` is from the output, relative to ``P |V|``, where it is farthest.
+
+    Attributes:
+        error: The difference; NaN where only one of them is a number.
+        limit: What the precision of the model explains.
+    """
+
+    error: float
+    limit: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the probabilities are those of the model."""
+        return self.error <= self.limit
+
+
+class Agreement:
+    """Compares calls with the outputs of their functions.
+
+    Attributes:
+        differing: Of each module without agreement, its name and the largest gap.
+    """
+
+    def __init__(self) -> None:
+        self.differing: dict[str, tuple[str, Gap]] = {}
+        self.known: dict[Any, int] = {}  # the reading, counted, that calls of a kind agreed in
+
+    def checked(self, raw: RawCall, call: AttentionCall) -> AttentionCall:
+        """The call in the reading that gives the output; as it is, where nothing can be compared.
+
+        Args:
+            raw: The arguments, and the output as the function returned it.
+            call: The call in the most likely reading.
+        """
+        if not comparable(raw, call):
+            return call
+        kind = _kind(raw, call)
+        found = _rows(call, raw)
+        if kind in self.known:
+            other = next(itertools.islice(other_readings(raw, call), self.known[kind], None))
+            if gap(raw, other, found).agrees:
+                return other
+        first = gap(raw, call, found)
+        if first.agrees:
+            return call
+        if not _is_known(raw):
+            more = _spread(call.n_queries, _N_ROWS_OTHER)
+            for number, other in enumerate(other_readings(raw, call)):
+                if gap(raw, other, found).agrees and gap(raw, other, more).agrees:
+                    self.known[kind] = number
+                    return other
+        before = self.differing.get(call.module)
+        if before is None or not before[1].error >= first.error:
+            self.differing[call.module] = (call.name, first)
+        return call
+
+    def refuse(self) -> None:
+        """Raise CaptureError for modules whose probabilities are not those of the model."""
+        if not self.differing:
+            return
+        parts = [
+            f"{name} by {each.error:.2g} (rounding explains {each.limit:.1g})"
+            for name, each in itertools.islice(self.differing.values(), 3)
+        ]
+        more = f" and {len(self.differing) - 3} more" if len(self.differing) > 3 else ""
+        raise CaptureError(
+            "The probabilities that follow from the arguments of the attention function do not "
+            f"give its output: {', '.join(parts)}{more}. Load the model with "
+            "attn_implementation='sdpa' or 'eager', or leave these layers out with towers= or "
+            "layers=."
+        )
+
+
+def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
+    """How far the call's probabilities, applied to the values, are from the output in some rows."""
+    assert raw.output is not None
+    eps = max(product_eps(raw.query.dtype), product_eps(raw.output.dtype))
+    limit = max(_LEAST, 2 * eps)
+    row = torch.tensor(list(rows), device=call.device)
+    head = torch.arange(call.n_heads, device=call.device)
+    with torch.no_grad(), full_precision(call.device):
+        values = raw.value.detach().float()
+        probs = exact_rows(call, head, row)
+        seeing = visible_rows_of(call, row).any(-1)[..., None]
+        ours = weighted(probs, values)
+        scale = weighted(probs, values.abs())
+        scale = scale + 1e-6 * scale.nan_to_num().amax().clamp(min=1e-30)
+        difference = (ours - raw.output[:, row].transpose(1, 2).float()).abs()
+        error = float(torch.where(seeing, difference / scale, 0.0).amax())
+        if error <= limit:
+            return Gap(error, limit)
+        if not all(bool(t.isfinite().all()) for t in (raw.query, raw.key, raw.value)):
+            return Gap(0.0, limit)  # the model's own numbers are none
+        noise = 4 * rounding(call, head, row, values, probs, eps).amax(-1, keepdim=True)
+        limits = limit + noise / scale
+        excess = torch.where(seeing, difference / scale / limits, 0.0).flatten()
+        worst = int(excess.nan_to_num(math.inf).argmax())
+        error = float((difference / scale).flatten()[worst])
+        return Gap(error, float(limits.expand(difference.shape).flatten()[worst]))
+
+
+def rounding(
+    call: AttentionCall,
+    head: Tensor,
+    row: Tensor,
+    values: Float[Tensor, "sample kv_head key d_value"],
+    probs: Float[Tensor, "sample head query key"],
+    eps: float,
+) -> Float[Tensor, "sample head query d_value"]:
+    """How much ``P V`` changes when the scores change as rounding to a precision does."""
+    return weighted(rounded(call, head, row, eps) - probs, values).abs()
+
+
+def rounded(
+    call: AttentionCall, head: Tensor, row: Tensor, eps: float
+) -> Float[Tensor, "sample head query key"]:
+    """Probabilities of scores that differ by what a precision leaves open, up or down at random."""
+    assert call.q is not None
+    assert call.k is not None
+    part = call.select_rows(call.query_positions[row])
+    assert part.q is not None
+    n_groups = call.n_heads // call.n_kv_heads
+    q, k = part.q.float().abs(), call.k.float().abs().repeat_interleave(n_groups, 1)
+    size = (q @ k.transpose(-1, -2)) * abs(call.scaling)
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, size.shape, generator=generator, dtype=torch.int8) * 2 - 1
+    noise = eps * size * signs.to(size.device)
+    changed = noise if part.bias is None else noise + part.bias
+    moved = AttentionCall(**{**vars(part), "bias": changed})
+    return exact_rows(moved, head, torch.arange(len(row), device=call.device))
+
+
+def weighted(
+    probs: Float[Tensor, "sample head query key"],
+    values: Float[Tensor, "sample kv_head key d_value"],
+) -> Float[Tensor, "sample head query d_value"]:
+    """``P V``; values are not copied for the query heads that share them."""
+    n_groups, n_queries = probs.shape[1] // values.shape[1], probs.shape[2]
+    grouped = probs.unflatten(1, (-1, n_groups)).flatten(2, 3)
+    output: Tensor = grouped @ values
+    return output.unflatten(2, (n_groups, n_queries)).flatten(1, 2)
+
+
+def comparable(raw: RawCall, call: AttentionCall) -> bool:
+    """Whether the output is that of the probabilities, of all queries; dropout changes it."""
+    if raw.output is None or raw.output.ndim != 4 or call.q is None or call.rows is not None:
+        return False
+    expected = (call.n_queries, call.n_heads, raw.value.shape[-1])
+    fits = tuple(raw.output.shape[1:]) == expected and call.n_queries and call.n_keys
+    return bool(fits) and not raw.options.get("dropout")
+
+
+def _kind(raw: RawCall, call: AttentionCall) -> Any:
+    """What calls with the same reading have in common."""
+    mask = None if raw.mask is None else (raw.mask.dtype, raw.mask.ndim)
+    one = call.n_queries == 1
+    return raw.function, type(raw.module), mask, one, call.n_queries == call.n_keys
+
+
+def _is_known(raw: RawCall) -> bool:
+    """Whether the function is one of torch or transformers, whose arguments have one meaning."""
+    module = getattr(raw.function, "__module__", None) or ""
+    return raw.function is None or module.startswith("transformers.")
+
+
+def _rows(call: AttentionCall, raw: RawCall) -> list[int]:
+    """The first and the last row and some between, others in every layer and call."""
+    n_rows, n = _N_ROWS if _is_known(raw) else _N_ROWS_UNKNOWN, call.n_queries
+    if n <= n_rows:
+        return list(range(n))
+    step = _golden_steps(call.layer * 7 + call.call)
+    return sorted({0, n - 1, *(int(next(step) * n) for _ in range(n_rows - 2))})
+
+
+def _golden_steps(start: int) -> Iterator[float]:
+    for number in itertools.count(start * 5 + 1):
+        yield (number * 0.6180339887498949) % 1.0
+
+
+def _spread(n: int, n_most: int) -> list[int]:
+    return list(range(0, n, -(-n // n_most)))
