@@ -65,8 +65,9 @@ def products(
     """``q k^T``; keys are not copied for the query heads that share them."""
     n_groups, n_queries = q.shape[1] // max(k.shape[1], 1), q.shape[2]
     grouped = q.to(dtype).unflatten(1, (k.shape[1], n_groups)).flatten(2, 3)
-    scores: Tensor = grouped @ k.to(dtype).transpose(-1, -2)
-    return scores.unflatten(2, (n_groups, n_queries)).flatten(1, 2)
+    scores = grouped @ k.to(dtype).transpose(-1, -2)
+    apart: Tensor = scores.unflatten(2, (n_groups, n_queries)).flatten(1, 2)
+    return apart
 
 
 def fused_average(

@@ -33,8 +33,12 @@ def full_precision(device: torch.device | str = "cpu") -> Iterator[None]:
     lowered = [(each, setting) for each, setting in lowered if setting not in _FULL]
     for each, _ in lowered:
         each.fp32_precision = "ieee"
+    kind = torch.device(device).type
     try:
-        with torch.autocast(torch.device(device).type, enabled=False):
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                yield
+        else:
             yield
     finally:
         for each, setting in lowered:

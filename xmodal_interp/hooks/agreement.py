@@ -34,6 +34,7 @@ from xmodal_interp.hooks.reading import other_readings
 from xmodal_interp.hooks.tapping import RawCall
 
 _N_ROWS, _N_ROWS_UNKNOWN, _N_ROWS_OTHER = 4, 16, 64
+_N_FIRST, _EVERY = 3, 8  # calls of a layer, of which the later ones have one query each
 _LEAST = 1e-5  # of P|V|, in float32
 
 
@@ -73,9 +74,9 @@ class Agreement:
             raw: The arguments, and the output as the function returned it.
             call: The call in the most likely reading.
         """
-        if not comparable(raw, call):
-            return call
         kind = _kind(raw, call)
+        if not comparable(raw, call) or self._left_out(call, kind):
+            return call
         found = _rows(call, raw)
         if kind in self.known:
             other = next(itertools.islice(other_readings(raw, call), self.known[kind], None))
@@ -94,6 +95,16 @@ class Agreement:
         if before is None or not before[1].error >= first.error:
             self.differing[call.module] = (call.name, first)
         return call
+
+    def _left_out(self, call: AttentionCall, kind: Any) -> bool:
+        """Whether a decode step is one of those that other layers are compared at.
+
+        The first steps of each layer are compared, and every eighth after them, in each layer
+        another one; all, where the most likely reading was not the right one.
+        """
+        step = call.call
+        later = call.n_queries == 1 and step >= _N_FIRST and kind not in self.known
+        return later and call.module not in self.differing and (step + call.layer) % _EVERY != 0
 
     def refuse(self) -> None:
         """Raise CaptureError for modules whose probabilities are not those of the model."""
@@ -178,8 +189,8 @@ def weighted(
     """``P V``; values are not copied for the query heads that share them."""
     n_groups, n_queries = probs.shape[1] // values.shape[1], probs.shape[2]
     grouped = probs.unflatten(1, (-1, n_groups)).flatten(2, 3)
-    output: Tensor = grouped @ values
-    return output.unflatten(2, (n_groups, n_queries)).flatten(1, 2)
+    output: Tensor = (grouped @ values).unflatten(2, (n_groups, n_queries)).flatten(1, 2)
+    return output
 
 
 def comparable(raw: RawCall, call: AttentionCall) -> bool:

@@ -178,9 +178,7 @@ def doctor(
     return findings.checkup(exactness.by_layer(recording.modules if recording else ()))
 
 
-def _check_names(
-    model: VLM | nn.Module, backends: Sequence[str], caches: Sequence[str]
-) -> None:
+def _check_names(model: VLM | nn.Module, backends: Sequence[str], caches: Sequence[str]) -> None:
     for name, given in (("backends", backends), ("caches", caches)):
         if isinstance(given, str):
             raise InputError(f"{name} is a list, such as [{given!r}]; got {given!r}.")
