@@ -145,7 +145,7 @@ def test_refusals_are_one_line_with_exit_code_1(arguments, words) -> None:
 
 
 def test_a_figure_in_no_known_format_is_refused(store) -> None:
-    path = store / "a.foo"
+    path = store.parent / "a.foo"
     result = run(app, ["plot", str(store), "overlay", "--queries", "shapes", "--path", str(path)])
     assert result.exit_code == 1
     assert result.output.startswith("error: A figure is written to a file that ends in ")
@@ -229,11 +229,12 @@ def test_items_that_cannot_be_read(tmp_path, name, content, words) -> None:
 
 def test_a_picture_that_cannot_be_written(store, tmp_path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    for path in (tmp_path / "file" / "a.png", tmp_path / "no_ending", tmp_path):
+    wrong = {tmp_path / "file" / "a.png": "A figure ", tmp_path / "no_ending": "A figure "}
+    for path, words in {**wrong, tmp_path: "is a folder."}.items():
         options = ["--queries", "shapes", "--path", str(path)]
         result = run(app, ["plot", str(store), "overlay", *options])
         assert result.exit_code == 1
-        assert "A figure " in result.output
+        assert words in " ".join(result.output.split())
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
 
 
@@ -241,3 +242,47 @@ def test_wrong_usage_is_exit_code_2() -> None:
     result = run(app, ["analyze", "x", "no-such-analysis"])
     assert result.exit_code == 2
     assert "cross-modal-ratio" in result.output
+
+
+@pytest.mark.parametrize("command", ["analyze", "plot"])
+def test_outputs_overwrite_nothing_and_stay_out_of_stores(store, tmp_path, command) -> None:
+    ending = "png" if command == "plot" else "csv"
+    name = "mask-structure" if command == "plot" else "block-statistics"
+    there, link, folder = (tmp_path / f"{n}.{ending}" for n in ("there", "link", "folder"))
+    there.write_text("years of work")
+    link.symlink_to(tmp_path / f"target.{ending}")
+    folder.mkdir()
+    (tmp_path / "store").symlink_to(store)
+    sample = next((store / "samples").iterdir())
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    refused = {
+        there: "exists. Choose another --path, or pass --force to overwrite it.",
+        link: "is a symbolic link.",
+        folder: "is a folder.",
+        store / f"new.{ending}": "Nothing else is written into a store.",
+        sample / "image-0.png": "Nothing else is written into a store.",
+        store / "manifest.json": "Nothing else is written into a store.",
+        tmp_path / "store" / f"new.{ending}": "Nothing else is written into a store.",
+    }
+    for path, words in refused.items():
+        for force in ([], ["--force"]) if path != there else ([],):
+            result = run(app, [command, str(store), name, "--path", str(path), *force])
+            assert result.exit_code == 1
+            assert words in " ".join(result.output.split())
+    assert there.read_text() == "years of work"
+    assert not link.exists()
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+    result = run(app, [command, str(store), name, "--path", str(there), "--force"])
+    assert result.exit_code == 0, result.output
+    assert there.read_bytes() != b"years of work"
+
+
+def test_a_refused_capture_leaves_nothing_behind(tmp_path) -> None:
+    picture().save(tmp_path / "scene.png")
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    options = ["--image", str(tmp_path / "scene.png"), "--prompt", "what ?"]
+    result = run(app, ["capture", str(folder), *options])
+    assert result.exit_code == 1
+    assert [found.name for found in folder.rglob("*")] == ["thesis.tex"]
