@@ -5,6 +5,7 @@ They take whole probability matrices (``[head, query, key]``) and loops, and no 
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -233,12 +234,35 @@ def pointed_at(
     return hit, inside / sum(row)
 
 
-def bootstrap(values: Sequence[float], n: int, seed: int, level: float) -> tuple[float, float]:
-    """Efron 1979: draw samples with replacement, take the percentiles of their means."""
+def bca(values: Sequence[float], n: int, seed: int, student: float) -> tuple[float, float]:
+    """Efron 1987, section 3, for a mean: two ends, each the quantile of the resampled means at
+
+        Phi(z0 + (z0 + z) / (1 - a (z0 + z)))
+
+    ``z`` is Student's quantile (``student``) times ``sqrt(N / (N - 1))`` (Hesterberg 2015).
+    """
+    normal, size = NormalDist(), len(values)
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(n):
-        drawn = [values[i] for i in rng.integers(len(values), size=len(values))]
+        drawn = [values[i] for i in rng.integers(size, size=size)]
         means.append(sum(drawn) / len(drawn))
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    estimate = sum(values) / size
+    z0 = normal.inv_cdf(sum(mean < estimate for mean in means) / n)
+    left_out = [(sum(values) - value) / (size - 1) for value in values]
+    middle = sum(left_out) / size
+    skewed = sum((middle - one) ** 3 for one in left_out)
+    a = skewed / (6 * sum((middle - one) ** 2 for one in left_out) ** 1.5)
+    ends = []
+    for sign in (-1, 1):
+        z = z0 + sign * student * math.sqrt(size / (size - 1))
+        ends.append(float(np.quantile(means, normal.cdf(z0 + z / (1 - a * z)))))
+    return ends[0], ends[1]
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """Wilson 1927: all rates that a score test at 5% does not reject, by trying them."""
+    z = NormalDist().inv_cdf(0.975)
+    rates = np.linspace(0, 1, 1_000_001)
+    kept = rates[np.abs(hits / n - rates) <= z * np.sqrt(rates * (1 - rates) / n)]
+    return float(kept[0]), float(kept[-1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -46,6 +46,7 @@ from xmodal_interp.models import (
     tiles_behind,
     window_orders,
 )
+from xmodal_interp.ordered import in_order, is_several
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.vocabulary import TOWERS, Tower
 
@@ -92,10 +93,10 @@ class Keep:
 
 def capture(  # noqa: PLR0913  # the settings of a run; all but three have defaults
     vlm: VLM,
-    image: ImageLike | Sequence[ImageLike],
+    image: ImageLike | Iterable[ImageLike],
     prompt: str,
     *,
-    videos: Video | Sequence[Video] = (),
+    videos: Video | Iterable[Video] = (),
     max_new_tokens: int = 0,
     keep: Keep | None = None,
     system: str | None = None,
@@ -125,8 +126,8 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
         GeometryError: Videos for a model type without a rule that places their tokens.
         CaptureError: Attention ran that could not be heard.
     """
-    images: list[ImageLike] = [*image] if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]
-    clips: list[Video] = [*videos] if isinstance(videos, (list, tuple)) else [videos]  # type: ignore[list-item]
+    images: list[ImageLike] = [*image] if is_several(image) else [image]  # type: ignore[list-item]
+    clips: list[Video] = [*videos] if is_several(videos) else [videos]  # type: ignore[list-item]
     sample = capture_batch(
         vlm,
         [images],
@@ -142,10 +143,10 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
 
 def capture_batch(
     vlm: VLM,
-    images: Sequence[Sequence[ImageLike]],
-    prompts: Sequence[str],
+    images: Iterable[Iterable[ImageLike]],
+    prompts: Iterable[str],
     *,
-    videos: Sequence[Sequence[Video]] | None = None,
+    videos: Iterable[Iterable[Video]] | None = None,
     max_new_tokens: int = 0,
     keep: Keep | None = None,
     system: str | None = None,
@@ -157,6 +158,7 @@ def capture_batch(
     keep = Keep() if keep is None else keep
     if not isinstance(keep, Keep):
         raise InputError(f"keep is a Keep, such as Keep(layers=[0, 1]); got {keep!r}.")
+    images, prompts = in_order(images, "images"), in_order(prompts, "prompts")
     if not prompts:
         raise InputError("A batch needs at least one sample; got none.")
     inputs, ready = vlm.prepare(images, prompts, system=system, videos=videos)

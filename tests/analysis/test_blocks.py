@@ -82,6 +82,12 @@ def test_summary_is_that_of_the_exercise_where_its_assumptions_hold() -> None:
     assert (row["row"], row["col"]) == divmod(slow["most_attended_patch"], 3)
 
 
+def test_a_flat_map_has_no_most_attended_patch() -> None:
+    table = cross_modal_summary(sample_of("vvvvt", [uniform_call(5)], [grid(2, 2)]))
+    assert table[["most_attended_patch", "image", "row", "col"]].isna().all(axis=None)
+    assert table["most_attended_patch"].dtype == "Int64"
+
+
 def test_summary_of_a_causal_layer() -> None:
     calls = [random_call(12, layer=layer) for layer in range(2)]
     sample = sample_of("b s vvvvvv tttt", calls, [grid(2, 3)])

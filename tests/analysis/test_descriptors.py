@@ -29,7 +29,7 @@ def test_entropy_of_three_positions_by_eye() -> None:
     table = attention_entropy(sample_of("btt", [dense_call(matrix)]))
     assert list(table) == [
         *("sample", "tower", "kind", "layer", "head", "image"),
-        *("entropy", "null", "relative_entropy", "n_queries"),
+        *("entropy", "null", "relative_entropy", "n_queries", "sink_mass"),
     ]
     row = table.iloc[0]
     assert row["n_queries"] == 2  # the first has no choice
@@ -66,6 +66,28 @@ def test_entropy_leaves_out_padding() -> None:
     table = attention_entropy(sample_of("pptttt", [random_call(6, causal=False, mask=mask)]))
     assert table["n_queries"].unique().tolist() == [3]
     assert table["relative_entropy"].between(0, 1).all()
+
+
+def test_entropy_beside_learned_sinks_is_that_of_the_row_among_its_keys() -> None:
+    """A row of zeros and a sink of ln 2: half the mass on two keys alike, half on the sink."""
+    call = uniform_call(2, n_heads=1, sinks=torch.tensor([math.log(2)]))
+    (row,) = attention_entropy(sample_of("bt", [call])).to_dict("records")
+    assert [row["entropy"], row["null"]] == pytest.approx([math.log(2)] * 2)
+    assert row["relative_entropy"] == pytest.approx(1)
+    assert row["sink_mass"] == pytest.approx(0.5)
+    call = random_call(12, sinks=torch.tensor([0.0, 1.0, 2.0, 5.0]))
+    table = attention_entropy(sample_of("b" + "t" * 11, [call])).set_index("head")
+    probs, counts = call.probs()[0].double().numpy(), np.arange(1, 13)
+    for head in range(4):
+        rows = probs[head] / probs[head].sum(1, keepdims=True)
+        entropies = np.array([entropy(row) for row in rows])[1:]
+        assert table["entropy"][head] == pytest.approx(entropies.mean(), abs=1e-5)
+        relative = (entropies / np.log(counts[1:])).mean()
+        assert table["relative_entropy"][head] == pytest.approx(relative, abs=1e-5)
+        lost = 1 - probs[head].sum(1)[1:]
+        assert table["sink_mass"][head] == pytest.approx(lost.mean(), abs=1e-5)
+    without = random_call(12)
+    assert attention_entropy(sample_of("b" + "t" * 11, [without]))["sink_mass"].eq(0).all()
 
 
 @pytest.mark.parametrize("queries", [[], slice(4, 4), np.array([], dtype=int)])

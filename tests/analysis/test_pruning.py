@@ -11,7 +11,7 @@ import torch
 from tests import replicas
 from tests.tiny import picture, tiny_vlm
 from xmodal_interp.analysis.answering import answer_accuracy
-from xmodal_interp.analysis.cumulative import pruning_curve
+from xmodal_interp.analysis.cumulative import _summary, pruning_curve
 from xmodal_interp.analysis.pruning import head_pruning
 from xmodal_interp.analysis.teacher_forcing import _scores
 from xmodal_interp.errors import InputError, LayerError
@@ -63,6 +63,14 @@ def replica_scores(vlm: VLM, item: dict, removal: dict, mode: str) -> tuple[floa
     with torch.no_grad(), intervene(vlm, *edits):
         logits = vlm.model(**inputs, use_cache=False).logits[0].numpy()
     return replicas.answer_scores(logits, inputs["input_ids"][0].tolist(), n_prompt)
+
+
+def test_nothing_is_kept_of_an_accuracy_of_zero() -> None:
+    curve = pd.DataFrame({"order": "increasing", "draw": 0, "share_removed": [0, 0.5, 1]})
+    (never,) = _summary(curve.assign(accuracy=[0.0, 0.0, 0.0]))
+    assert (never["auc"], np.isnan(never["share_at_95"])) == (0, True)
+    (half,) = _summary(curve.assign(accuracy=[0.8, 0.8, 0.1]))
+    assert half["share_at_95"] == 0.5
 
 
 def test_scores_by_eye() -> None:

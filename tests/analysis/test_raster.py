@@ -67,6 +67,23 @@ def test_map_is_averaged_over_samples_and_uniform_attention_has_none() -> None:
     assert raster_profile(even)["lift"].to_numpy() == pytest.approx(1.0, abs=1e-6)
 
 
+def test_rows_per_sample_are_what_can_be_resampled() -> None:
+    rng = np.random.default_rng(0)
+    samples = [looking(rng.uniform(1, 3, (3, 4)), name=name) for name in ("a", "b", "b")]
+    control = [looking(rng.uniform(1, 3, (3, 4))) for _ in range(2)]
+    for analysis in (raster_map, raster_profile, raster_bias):
+        options = {} if analysis is raster_map else {"control": control}
+        table = analysis(samples, per_sample=True, **options)
+        alone = [analysis(sample, **options) for sample in samples]
+        for name, expected in zip(("a", "b", "b (2)"), alone, strict=True):
+            found = table[table["sample"] == name].drop(columns="sample").reset_index(drop=True)
+            pd.testing.assert_frame_equal(found, expected)
+        assert table.columns[0] == "sample"
+        assert len(table) == 3 * len(alone[0])
+    cells = raster_map(samples, per_sample=True).groupby(["row", "col"])["lift"].mean()
+    np.testing.assert_allclose(cells, raster_map(samples)["lift"])
+
+
 def test_control_is_subtracted() -> None:
     y = np.linspace(-1, 1, 4)[:, None] + np.zeros((4, 4))
     sample, control = looking(np.exp(0.9 * y)), looking(np.exp(0.4 * y))

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -60,6 +61,26 @@ def test_numbers_of_a_table_are_numbers(name: str) -> None:
         table = ask(sample, layers=layer, heads=head)
         pd.testing.assert_frame_equal(plain, table)
         json.dumps(table.attrs)
+
+
+OVER_QUERIES = [
+    xi.attention_entropy,
+    xi.cross_modal_ratio,
+    xi.token_ratio,
+    xi.recency_index,
+    xi.attention_rollout,
+    xi.raster_map,
+    evaluation.pointing_hits,
+]
+
+
+@pytest.mark.parametrize("analysis", OVER_QUERIES)
+def test_a_position_that_is_named_twice_counts_once(analysis: Callable[..., pd.DataFrame]) -> None:
+    sample = replace(shipped(), labels={"box": [0, 0, 40, 40]})
+    last = sample.last
+    once = analysis(sample, queries=[last, last - 1])
+    twice = analysis(sample, queries=[last, last - 1, last - len(sample), last])
+    pd.testing.assert_frame_equal(twice, once)
 
 
 def test_pointing_takes_each_layer_once() -> None:

@@ -1,6 +1,7 @@
 """Intervals over samples, and corrections for many tests."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests import replicas
@@ -10,10 +11,17 @@ from xmodal_interp.evaluation.intervals import bootstrap_interval, holm_adjusted
 
 
 def test_by_eye() -> None:
-    """Three equal samples leave no doubt; two clusters can only give 0, a half or 1."""
+    """Three equal samples of a mean leave no doubt; two clusters of hits and misses much.
+
+    Wilson's interval of 1 hit of 2 with z = 1.645: 0.5 +- 1.645 sqrt(1/8 + 1.645^2/16) / 2.353.
+    """
     assert bootstrap_interval([2.0, 2.0, 2.0], n=50)[:3] == (2, 2, 2)
-    draws = bootstrap_interval([0, 0, 1, 1], clusters="aabb", n=400, level=0.9)
-    assert (draws.low, draws.high, draws.n) == (0, 1, 2)
+    two = bootstrap_interval([0, 0, 1, 1], clusters="aabb", n=400, level=0.9)
+    assert (two.low, two.high) == pytest.approx((0.121, 0.879), abs=1e-3)
+    assert (two.n, two.n_draws, two.method) == (2, 0, "wilson")
+    three = bootstrap_interval([1.0, 2.0, 4.5])  # 2.5 +- 4.303 * 1.8028 / sqrt(3)
+    assert (three.low, three.high) == pytest.approx((-1.978, 6.978), abs=1e-3)
+    assert three.method == "student"
     assert holm_adjusted([0.01, 0.04, 0.03]).tolist() == [0.03, 0.06, 0.06]
     assert holm_adjusted([0.5, 0.9, 0.001]).tolist() == [1, 1, 0.003]
 
@@ -21,9 +29,44 @@ def test_by_eye() -> None:
 def test_it_is_the_replica() -> None:
     values = np.random.default_rng(1).exponential(size=30)
     found = bootstrap_interval(values, n=300, seed=5, level=0.9)
-    expected = replicas.bootstrap(values.tolist(), 300, 5, 0.9)
-    np.testing.assert_allclose((found.low, found.high), expected, rtol=1e-12)
+    expected = replicas.bca(values.tolist(), 300, 5, student=1.699127)
+    np.testing.assert_allclose((found.low, found.high), expected, rtol=1e-6)
     assert found.estimate == pytest.approx(values.mean())
+
+
+@pytest.mark.parametrize(("hits", "n"), [(10, 10), (29, 30), (50, 100), (0, 12), (3, 17)])
+def test_a_rate_of_independent_samples_has_wilsons_interval(hits: int, n: int) -> None:
+    found = bootstrap_interval([1] * hits + [0] * (n - hits))
+    assert (found.low, found.high) == pytest.approx(replicas.wilson(hits, n), abs=2e-6)
+    assert (found.method, found.n) == ("wilson", n)
+    repeated = bootstrap_interval(
+        np.repeat([1] * hits + [0] * (n - hits), 3), clusters=np.repeat(np.arange(n), 3)
+    )
+    assert repeated[1:3] == pytest.approx(found[1:3])  # saying it three times adds nothing
+
+
+def test_fewer_than_two_clusters_have_no_interval() -> None:
+    for values in ([1, 1, 0, 1], [0.2, 0.4, 0.9, 0.1]):
+        found = bootstrap_interval(values, clusters=["one"] * 4)
+        assert np.isnan([found.low, found.high]).all()
+        assert (found.estimate, found.n, found.method) == (np.mean(values), 1, "none")
+    low, high = mean_intervals(np.ones((3, 4)), np.zeros(4, dtype=int), n_draws=10, seed=0)
+    assert np.isnan([low, high]).all()
+
+
+def test_all_hits_and_no_change_have_a_width() -> None:
+    hits = bootstrap_interval([1.0] * 30)
+    assert (hits.low, hits.high) == pytest.approx((0.8865, 1.0), abs=1e-4)
+    unchanged = bootstrap_interval([1.0] * 15 + [0.0] * 15, paired=[1.0] * 15 + [0.0] * 15)
+    assert (unchanged.low, unchanged.high) == pytest.approx((-0.1135, 0.1135), abs=1e-4)
+
+
+def test_labels_are_read_by_position() -> None:
+    values = np.random.default_rng(8).normal(size=24)
+    labels = pd.Series(np.repeat(list("abcd"), 6), index=np.arange(24)[::-1])
+    expected = bootstrap_interval(values, clusters=labels.tolist())
+    assert bootstrap_interval(values, clusters=labels) == expected
+    assert bootstrap_interval(pd.Series(values, index=range(50, 74)), clusters=labels) == expected
 
 
 def test_the_kernel_for_many_series_agrees() -> None:
@@ -91,6 +134,14 @@ REFUSALS = {
     "clusters": (
         lambda: bootstrap_interval([1.0, 2.0], clusters=["a"]),
         "clusters must have one label per sample; got 1 for 2.",
+    ),
+    "level": (
+        lambda: bootstrap_interval([1.0, 2.0], level=-1),
+        "level is between 0 and 1, such as 0.95; got -1.",
+    ),
+    "draws": (
+        lambda: bootstrap_interval([1.0, 2.0], n=0),
+        "There is at least one draw; got n=0.",
     ),
     "p": (
         lambda: holm_adjusted([0.1, 1.5]),

@@ -86,8 +86,8 @@ def test_it_is_the_replica(criterion: str) -> None:
     assert (rates["n"] == 4).all()
     assert rates.columns.tolist() == [
         *("tower", "kind", "layer", "head", "hit", "energy", "any_object", "other_object"),
-        *("image_mass", "hit_chance", "energy_chance"),
-        *("hit_low", "hit_high", "energy_low", "energy_high", "n"),
+        *("image_mass", "padding_mass", "hit_chance", "energy_chance"),
+        *("hit_low", "hit_high", "energy_low", "energy_high", "n", "n_clusters"),
     ]
 
 
@@ -150,6 +150,78 @@ def test_the_best_of_many_random_heads_is_no_better_than_chance() -> None:
     assert np.mean([row["hit"] for row in scored]) == pytest.approx(0.3, abs=0.05)
 
 
+def test_a_flat_map_points_at_all_tokens_alike() -> None:
+    """Not at the first one, which lies in the box here: a random token's chance is 2 of 9."""
+    probs = torch.full((10, 10), 0.1)
+    labels = {"box": [0, 0, 15, 9], "other_boxes": [[12, 0, 15, 9], [0, 25, 30, 30]]}
+    sample = placed(sample_of("vvvvvvvvvt", [dense_call(probs)], [grid(3, 3)]), **labels)
+    (row,) = pointing_hits(sample).to_dict("records")
+    assert [row["hit"], row["hit_chance"]] == pytest.approx([2 / 9] * 2)
+    assert row["any_object"] == pytest.approx(5 / 9)  # no token counts twice
+    assert row["other_object"] == pytest.approx((1 / 9 + 3 / 9) / 2)
+    two = placed(by_eye([0, 0.3, 0, 0, 0, 0, 0, 0, 0.3]), **by_eye([0.1] * 9).labels)
+    assert pointing_hits(two)["hit"].tolist() == [0.5]
+    assert best_head(pointing_hits([two] * 3).assign(picture=[0, 1, 2]))["hit"].tolist() == [0.5]
+
+
+def test_boxes_are_read_by_position_whatever_the_index() -> None:
+    """After ``sort_values`` a Series of pandas gives, by ``[i]``, another sample's entry."""
+    samples = [by_eye([0] * at + [0.5] + [0] * (8 - at)) for at in (0, 4, 8)]
+    boxes = [[0, 0, 9, 9], [11, 11, 19, 19], [21, 21, 29, 29]]
+    others = [[[21, 0, 29, 9]], [], np.array([[0, 0, 9, 9], [0, 0, 5, 5]])]
+    expected = pointing_hits(samples, boxes, other_boxes=others)
+    assert expected["hit"].tolist() == [1, 1, 1]
+    table = pd.DataFrame({"box": boxes, "others": others}, index=[2, 0, 1])
+    edges = pd.DataFrame(boxes, columns=["x0", "y0", "x1", "y1"], index=[7, 8, 9])
+    of_table = {
+        "series": table["box"],
+        "filtered": pd.concat([table.iloc[:1], table])["box"].iloc[1:],
+        "rows": edges,
+        "row by row": [row for _, row in edges.iterrows()],
+        "array": np.array(boxes),
+        "tensor": torch.tensor(boxes),
+        "iterator": iter(boxes),
+    }
+    for name, given in of_table.items():
+        found = pointing_hits(
+            pd.Series(samples, index=[5, 3, 4]), given, other_boxes=table["others"]
+        )
+        pd.testing.assert_frame_equal(found, expected, obj=name)
+
+
+def hanging(attention: list[float], **labels: object) -> Sample:
+    """A picture of 25 x 20 px padded to 30 x 30: tokens hang over its right edge, and below it."""
+    sample = by_eye(attention)
+    return replace(sample, grids=(replace(sample.grids[0], width=25, height=20),), labels=labels)
+
+
+def test_tokens_that_hang_over_the_picture_count_by_the_part_on_it() -> None:
+    sample = hanging([0.1, 0, 0.3, 0, 0, 0, 0.2, 0, 0], box=[0, 0, 25, 20])
+    (row,) = pointing_hits(sample).to_dict("records")
+    assert (row["hit"], row["energy"], row["energy_chance"]) == (1, 1, 1)
+    assert row["image_mass"] == pytest.approx(0.6)
+    assert row["padding_mass"] == pytest.approx(0.2)
+    assert row["hit_chance"] == pytest.approx(6 / 9)
+    right = [20, 0, 25, 10]  # all that is there of the third token, whose own centre is at x = 25
+    (row,) = pointing_hits(sample, [right]).to_dict("records")
+    assert (row["hit"], row["energy"]) == (1, pytest.approx(0.3 / 0.4))
+    assert row["energy_chance"] == pytest.approx(1 / 6)
+    assert pointing_hits(sample, [[20, 0, 24, 10]], criterion="centre")["hit"].tolist() == [1]
+    on_padding = hanging([0.1, 0, 0, 0, 0, 0, 0, 0.2, 0], box=[0, 0, 25, 30])
+    (row,) = pointing_hits(on_padding).to_dict("records")
+    assert (row["hit"], row["energy"]) == (0, 1)
+
+
+@pytest.mark.parametrize("family", ["llava", "mllama", "qwen2_vl"])
+def test_the_box_of_the_whole_picture_has_all_energy(family: str) -> None:
+    scene = sample_scene(np.random.default_rng(7), width=128, height=72)
+    sample = capture(tiny_vlm(family), scene.image(), QUESTION)
+    kind = "cross" if family == "mllama" else "self"
+    table = pointing_hits(sample, [[0, 0, 128, 72]], kind=kind)
+    assert table["energy"].to_numpy() == pytest.approx(1.0)
+    assert table["energy_chance"].to_numpy() == pytest.approx(1.0)
+
+
 def test_a_head_that_gives_the_image_nothing_points_nowhere() -> None:
     probs = torch.zeros(2, 10, 10)
     probs[0, -1, 9] = 1.0
@@ -180,7 +252,7 @@ def test_a_layer_that_does_not_see_the_image_is_unknown() -> None:
 
 
 def test_questions_about_one_picture_are_resampled_together() -> None:
-    """With one picture, every resample is the sample; in memory or in a file."""
+    """One picture, in memory or in a file, leaves nothing to resample: there is no interval."""
     rng = np.random.default_rng(0)
     pictures = [
         Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)) for _ in range(2)
@@ -191,8 +263,10 @@ def test_questions_about_one_picture_are_resampled_together() -> None:
         return pointing_game(samples, n_bootstrap=200)
 
     same, several = asked([0] * 8), asked([0, 1] * 4)
-    assert same["energy_low"].to_numpy() == pytest.approx(same["energy"].to_numpy())
-    assert same["energy_high"].to_numpy() == pytest.approx(same["energy"].to_numpy())
+    ends = ["hit_low", "hit_high", "energy_low", "energy_high"]
+    assert same[ends].isna().all(axis=None)
+    assert several[ends].notna().all(axis=None)
+    assert [table["n_clusters"].tolist() for table in (same, several)] == [[1] * 4, [2] * 4]
     assert (several["energy_low"] < several["energy"]).all()
     assert [table.attrs["n_pictures"] for table in (same, several)] == [1, 2]
     of_file = asked([0, 1] * 4, provenance={"images": ["scene.png"]})
@@ -213,8 +287,8 @@ def test_what_is_not_known_is_left_out_of_the_choice() -> None:
     hits = hits_of([[np.nan, np.nan, 0], [np.nan, 1, 0], [1, np.nan, 1], [1, 1, 1]])
     (row,) = best_head(hits, n_bootstrap=10).to_dict("records")
     assert (row["head"], row["chosen_with"], row["hit"]) == (1, 1, 1)
-    assert (row["n_chosen"], row["n"]) == (1, 1)
-    assert (row["hit_low"], row["hit_high"]) == (1, 1)
+    assert (row["n_chosen"], row["n"], row["n_clusters"]) == (1, 1, 1)
+    assert np.isnan([row["hit_low"], row["hit_high"]]).all()  # one sample has no interval
 
 
 SAMPLE = by_eye([0, 0.3, 0.4, 0, 0.1, 0, 0, 0, 0])

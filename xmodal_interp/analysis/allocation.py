@@ -14,7 +14,7 @@ code by the last row of one layer; neither is what this function returns.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ SEGMENTS = ("system", "image", "instruction", "output")
 
 
 def attention_allocation(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
     layers: Layers = None,
     heads: Positions | None = None,

@@ -18,7 +18,7 @@ A block without a visible cell (``V-T`` where the image comes first in a causal 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -41,12 +41,13 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import VISUAL_KINDS
 
+TIED = 1e-6  # probabilities this close, relative to the peak, are equal in float32
 SHORT = {"image": "V", "text": "T"}
 _COLUMNS = ("tower", "kind", "layer", "head", "block", "query_kind", "key_kind")
 
 
 def block_statistics(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
     layers: Layers = None,
     heads: Positions | None = None,
@@ -76,7 +77,7 @@ def block_statistics(
 
 
 def cross_modal_summary(
-    samples: Sample | Sequence[Sample], layer: int = -1, *, heads: Positions | None = None
+    samples: Sample | Iterable[Sample], layer: int = -1, *, heads: Positions | None = None
 ) -> pd.DataFrame:
     """One layer in one row: the four blocks, the most attended patch, the cross-modal ratio.
 
@@ -92,7 +93,8 @@ def cross_modal_summary(
         One row per sample: ``sample, tower, kind, layer``, then
         ``tv_mean, vt_mean, vv_mean, tt_mean`` (probability per visible cell, the query's kind
         first; NaN where nothing is visible), ``most_attended_patch`` (index among the image and
-        video tokens), ``image, row, col, video, frame`` (where it is), ``cross_modal_ratio``.
+        video tokens; NA where several are attended alike), ``image, row, col, video, frame`` (where
+        it is), ``cross_modal_ratio``.
 
     Raises:
         InputError: No image, no text behind it, or an image that is not in the sequence.
@@ -105,8 +107,9 @@ def cross_modal_summary(
         tokens = sample.visual
         chosen = heads_of(call, heads)
         attended = received(call, queries_of(sample, "text"), chosen)[:, tokens].mean(0)
-        best = int(attended.argmax())
-        place = sample.tokens.iloc[tokens[best]]
+        peaks = (attended >= attended.max() * (1 - TIED)).nonzero()[:, 0]
+        best = int(peaks[0]) if len(peaks) == 1 else None  # a flat map has no peak
+        place = sample.tokens.reindex([-1 if best is None else int(tokens[best])]).iloc[0]
         ratio = cross_modal_ratio(sample, layers=layer, heads=heads, by=("layer",))["ratio"]
         row = {
             **{
@@ -122,7 +125,7 @@ def cross_modal_summary(
             "cross_modal_ratio": ratio.iloc[0],
         }
         about = {"tower": "language", "kind": "self", "layer": call.layer}
-        return pd.DataFrame([about | row])
+        return pd.DataFrame([about | row]).astype({"most_attended_patch": "Int64"})
 
     parameters = {"layer": layer, "heads": heads}
     return over_samples(samples, table_of, analysis="cross_modal_summary", parameters=parameters)

@@ -14,7 +14,7 @@ and averaging over it would measure where the image stands. The direction is alw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import pandas as pd
@@ -57,7 +57,7 @@ class _Question:
 
 
 def cross_modal_ratio(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
     queries: Selector = "text",
     layers: Layers = None,
@@ -131,7 +131,7 @@ def cross_modal_ratio(
 
 
 def token_ratio(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
     queries: Selector = "text",
     layers: Layers = None,

@@ -78,7 +78,7 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
         (0 to 1), ``log_prob`` (nats per token), ``margin`` (logits), and ``n``.
         ``.attrs["summary"]`` has for each order and draw ``auc`` (mean accuracy over the removed
         share, by trapezoids) and ``share_at_95``: the largest share of the tower's heads removed
-        up to which accuracy stays at 95% of the base.
+        up to which accuracy stays at 95% of the base (NaN where the base is 0).
 
     Raises:
         LayerError: The ranking names a head that does not exist.
@@ -228,5 +228,6 @@ def _summary(table: pd.DataFrame) -> list[dict[str, Any]]:
         area = np.trapezoid(accuracy, share) / share[-1] if share[-1] > 0 else accuracy[0]
         fell = np.flatnonzero(accuracy < _KEPT * accuracy[0])
         kept = share[fell[0] - 1] if len(fell) else share[-1]
+        kept = kept if accuracy[0] > 0 else np.nan  # of nothing, everything is 95%
         found.append({"order": order, "draw": draw, "auc": float(area), "share_at_95": float(kept)})
     return found

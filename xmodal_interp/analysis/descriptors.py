@@ -2,7 +2,8 @@
 
 Entropy: ``H_i = -sum_j A_ij ln A_ij``, beside ``ln v_i``, the most that a query with ``v_i``
 visible keys can have. (Dividing by the length of the sequence instead would make every causal head
-look focused.)
+look focused.) Learned sinks take part in the softmax and are no key: a row then sums to ``1 - s``,
+and its entropy is that of the row divided by this sum, ``H_i / (1 - s) + ln(1 - s)``.
 
 Distance: ``sum_j A_ij |p_i - p_j|`` over the places ``p`` of patches, averaged over queries
 (Dosovitskiy et al. 2021, arXiv 2010.11929). Class tokens have no place: they are taken out and the
@@ -12,7 +13,7 @@ grid reaches about 0.52 of its side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -39,7 +40,7 @@ from xmodal_interp.vocabulary import Tower
 
 
 def attention_entropy(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
     tower: Tower = "language",
     queries: Selector | None = None,
@@ -60,9 +61,10 @@ def attention_entropy(
 
     Returns:
         One row per sample, layer, head (and image): ``sample, tower, kind, layer, head, image`` (NA
-        in the language tower), then ``entropy`` (nats), ``null`` (nats, uniform attention),
-        ``relative_entropy`` (of each row, then averaged: 0 looks at one key, 1 at all alike),
-        ``n_queries``.
+        in the language tower), then ``entropy`` (nats, of the attention among the keys), ``null``
+        (nats, uniform attention), ``relative_entropy`` (of each row, then averaged: 0 looks at one
+        key, 1 at all alike), ``n_queries``, ``sink_mass`` (0 to 1: what learned sinks take of the
+        rows; 0 in a model without).
 
     Raises:
         InputError: Queries that are given for another tower than the language tower.
@@ -95,7 +97,7 @@ def attention_entropy(
 
 
 def attention_distance(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
     tower: Tower = "vision",
     layers: Layers = None,
@@ -162,7 +164,13 @@ def _entropy(
     """Means over the queries that see at least two keys, per head."""
     counts = n_visible(call, queries, heads).cpu().double()
     free = counts > 1
-    entropy = call.entropy(list(heads), queries)[0].cpu().double().where(free, 0.0)
+    entropy = call.entropy(list(heads), queries)[0].cpu().double()
+    sunk = torch.zeros_like(entropy)
+    if call.sinks is not None:
+        every = torch.ones(1, call.n_keys)
+        on_keys = call.mass(every, list(heads), queries)[0, ..., 0].cpu().double()
+        entropy, sunk = entropy / on_keys + on_keys.log(), 1 - on_keys
+    entropy, sunk = entropy.where(free, 0.0), sunk.where(free, 0.0)
     most = counts.log().where(free, 1.0)
     n_queries = free.sum(1)
     return {
@@ -170,6 +178,7 @@ def _entropy(
         "null": most.where(free, 0.0).sum(1) / n_queries,
         "relative_entropy": (entropy / most).sum(1) / n_queries,
         "n_queries": n_queries,
+        "sink_mass": sunk.sum(1) / n_queries,
     }
 
 

@@ -18,6 +18,7 @@ import pandas as pd
 from torch import Tensor
 
 from xmodal_interp.errors import InputError
+from xmodal_interp.ordered import in_order
 from xmodal_interp.sample import Sample
 
 Cells = np.ndarray | Tensor | float
@@ -61,7 +62,7 @@ def stacked(tables: Iterable[Columns]) -> pd.DataFrame:
 
 
 def over_samples(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     table_of: Callable[[Sample], pd.DataFrame],
     *,
     analysis: str,
@@ -85,7 +86,7 @@ def over_samples(
     names: dict[str, str] = {}
     for sample in samples_of(samples):
         table = table_of(sample)
-        table.insert(0, "sample", _own_name(sample.name, names))
+        table.insert(0, "sample", own_name(sample.name, names))
         tables.append(table)
         note_origin(provenance, sample)
     if not tables:
@@ -104,7 +105,7 @@ def over_samples(
     return table
 
 
-def _own_name(name: str, names: dict[str, str]) -> str:
+def own_name(name: str, names: dict[str, str]) -> str:
     """A name that no sample before has in the table; ``names``, which it is added to, has these."""
     own, number = name, 1
     while own in names:
@@ -114,18 +115,20 @@ def _own_name(name: str, names: dict[str, str]) -> str:
     return own
 
 
-def samples_of(samples: Sample | Sequence[Sample]) -> Sequence[Sample]:
+def samples_of(samples: Sample | Iterable[Sample]) -> Sequence[Sample]:
     """One sample or many, always as a sequence; a store is one.
 
     Raises:
-        InputError: A text, such as the path of a store that was not opened.
+        InputError: A string, such as the path of a store that was not opened, or no list.
     """
     if isinstance(samples, (str, PathLike)):
         raise InputError(
             "An analysis takes a sample, a list of samples or an open store (xi.open_store(path)); "
             f"got {samples!r}."
         )
-    return [samples] if isinstance(samples, Sample) else samples
+    if isinstance(samples, Sample):
+        return [samples]
+    return samples if isinstance(samples, Sequence) else in_order(samples, "samples")
 
 
 def note_origin(provenance: list[Mapping[str, Any]], sample: Sample) -> None:

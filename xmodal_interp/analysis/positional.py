@@ -17,7 +17,7 @@ along the axes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +56,7 @@ _ROPE = ["rope_t", "rope_h", "rope_w"]
 
 
 def positional_bias(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
     blocks: Sequence[str] = BLOCKS,
     layers: Layers = None,
@@ -125,7 +125,7 @@ def positional_bias(
 
 
 def recency_index(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
     window: int = 16,
     queries: Selector | None = None,

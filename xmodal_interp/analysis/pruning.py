@@ -4,8 +4,9 @@ Single removal (Michel et al. 2019, arXiv:1905.10650, section 3): one head at a 
 
     drop = score of the model as it is - score without the head
 
-for three scores (:mod:`xmodal_interp.analysis.teacher_forcing`), each with a bootstrap interval
-over samples; base and ablated run answer the same questions, so the drops are paired.
+for three scores (:mod:`xmodal_interp.analysis.teacher_forcing`), each with an interval over samples
+(:mod:`xmodal_interp.analysis.resampling`); base and ablated run answer the same questions, so the
+drops are paired.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ import numpy as np
 import pandas as pd
 
 from xmodal_interp.analysis.frames import stamped
-from xmodal_interp.analysis.resampling import LEVEL, cluster_numbers, mean_intervals, shown
+from xmodal_interp.analysis.resampling import (
+    LEVEL,
+    Series,
+    cluster_numbers,
+    mean_intervals,
+    shown,
+)
 from xmodal_interp.analysis.selecting import Layers
 from xmodal_interp.analysis.teacher_forcing import (
     METRICS,
@@ -71,8 +78,8 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
     Returns:
         One row per layer, head and question kind (``"all"`` first): ``tower, kind, layer, head,
         question_kind``, then ``accuracy_drop`` (0 to 1), ``log_prob_drop`` (nats per answer token),
-        ``margin_drop`` (logits), each with ``_low`` and ``_high`` ends of its 95% interval, and
-        ``n``.
+        ``margin_drop`` (logits), each with ``_low`` and ``_high`` ends of its 95% interval
+        (NaN with fewer than 2 clusters), ``n``, and ``n_clusters`` (items with other pictures).
         ``.attrs["base"]`` holds the scores of the model as it is, by question kind.
 
     Raises:
@@ -97,10 +104,14 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
         _, numbered = np.unique(clusters[of_kind], return_inverse=True)
         for place, metric in enumerate(METRICS):
             series = drops[:, place, of_kind]
-            low, high = mean_intervals(series, numbered, n_draws=n_bootstrap, seed=seed)
+            kind_of: Series = "rate difference" if metric == "accuracy" else "mean"
+            low, high = mean_intervals(
+                series, numbered, n_draws=n_bootstrap, seed=seed, series=kind_of
+            )
             table[f"{metric}_drop"] = series.mean(1)
             table[f"{metric}_drop_low"], table[f"{metric}_drop_high"] = low, high
         table["n"] = len(of_kind)
+        table["n_clusters"] = numbered.max() + 1
         tables.append(table)
     rows = pd.concat(tables).sort_values(["layer", "head"], kind="stable", ignore_index=True)
     stamped(

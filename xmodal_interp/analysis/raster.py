@@ -21,7 +21,7 @@ layers removes mostly the top (arXiv 2412.13180).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from xmodal_interp.analysis.frames import (
     keyed,
     long_table,
     note_origin,
+    own_name,
     samples_of,
     stacked,
     stamped,
@@ -59,12 +60,13 @@ SLOPES = ("row_slope", "col_slope", "edge_slope")
 
 
 def raster_map(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
     queries: Selector = "text",
     layers: Layers = None,
     heads: Positions | None = None,
     image: int = 0,
+    per_sample: bool = False,
 ) -> pd.DataFrame:
     """Attention on each cell of the image grid, relative to the mean cell, averaged over samples.
 
@@ -75,11 +77,13 @@ def raster_map(
         layers: Layers, all if not given.
         heads: Heads, all if not given.
         image: Which image of each sample.
+        per_sample: Whether to return rows for each sample instead of those of the mean map: what
+            whoever resamples samples draws from.
 
     Returns:
         One row per layer, head and cell with a token: ``tower, kind, layer, head, row, col``, then
         ``lift`` (1 is the mean of the cells). NaN where in some sample no query sees the whole
-        image.
+        image. With ``per_sample`` the first column is ``sample``, and one row is of one sample.
 
     Raises:
         InputError: No sample, no image, no text behind it, or an image that is not in the sequence.
@@ -88,7 +92,8 @@ def raster_map(
     """
     table: pd.DataFrame | None = None
     provenance: list[Mapping[str, Any]] = []
-    n_samples = 0
+    names: dict[str, str] = {}
+    lifts: list[pd.Series] = []
     for sample in samples_of(samples):
         cells = _cells(sample, queries, layers, heads, image)
         if table is None:
@@ -96,12 +101,22 @@ def raster_map(
         else:
             _refuse_other_cells(table, cells, sample)
             table["lift"] += cells["lift"]
-        n_samples += 1
+        own_name(sample.name, names)
+        if per_sample:
+            lifts.append(cells["lift"].copy())
         note_origin(provenance, sample)
     if table is None:
         raise InputError("A raster needs at least one sample; got none.")
-    table["lift"] /= n_samples
+    n_samples = len(names)
+    if per_sample:
+        table = pd.concat(
+            [table.assign(lift=lift) for lift in lifts], keys=names, names=["sample", None]
+        ).reset_index(level="sample")
+        table = table.reset_index(drop=True)
+    else:
+        table["lift"] /= n_samples
     asked = {"queries": queries, "layers": layers, "heads": heads, "image": image}
+    asked |= {"per_sample": per_sample} if per_sample else {}
     return stamped(
         table,
         analysis="raster_map",
@@ -112,13 +127,14 @@ def raster_map(
 
 
 def raster_profile(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
-    control: Sample | Sequence[Sample] | None = None,
+    control: Sample | Iterable[Sample] | None = None,
     queries: Selector = "text",
     layers: Layers = None,
     heads: Positions | None = None,
     image: int = 0,
+    per_sample: bool = False,
 ) -> pd.DataFrame:
     """The share of the image's attention that each row and each column of the grid gets.
 
@@ -129,43 +145,48 @@ def raster_profile(
         layers: Layers, all if not given.
         heads: Heads, all if not given.
         image: Which image of each sample.
+        per_sample: Whether to return rows for each sample instead of those of the mean map: what
+            whoever resamples samples draws from.
 
     Returns:
         One row per layer, head, axis and index: ``tower, kind, layer, head, axis`` (``row`` or
         ``col``), ``index``, then ``share`` (of the attention on the image, 0 to 1), ``null`` (the
         share of its cells), ``lift`` (their ratio). With a control also ``share_control`` and
-        ``share_difference``.
+        ``share_difference``. With ``per_sample`` the first column is ``sample``; the control is
+        the mean of its samples.
     """
-    table = _with_control(samples, control, queries, layers, heads, image)
+    table = _with_control(samples, control, queries, layers, heads, image, per_sample)
+    by = _keys(table)
     lifts = [name for name in table.columns if name.startswith("lift")]
-    total = table.groupby(HEAD_KEYS)[lifts].transform("sum", min_count=1)
-    table["null"] = 1.0 / table.groupby(HEAD_KEYS)["lift"].transform("size")
+    total = table.groupby(by)[lifts].transform("sum", min_count=1)
+    table["null"] = 1.0 / table.groupby(by)["lift"].transform("size")
     for name in lifts:
         table[name.replace("lift", "share")] = table[name] / total[name]
     profiles = []
     for axis in ("row", "col"):
-        sums = table.groupby([*HEAD_KEYS, axis], sort=False).sum(min_count=1).reset_index()
-        sums.insert(len(HEAD_KEYS), "axis", axis)
+        sums = table.groupby([*by, axis], sort=False).sum(min_count=1).reset_index()
+        sums.insert(len(by), "axis", axis)
         profiles.append(sums.rename(columns={axis: "index"}))
     profile = pd.concat(profiles, ignore_index=True)
     profile["lift"] = profile["share"] / profile["null"]
-    columns = [*HEAD_KEYS, "axis", "index", "share", "null", "lift"]
+    columns = [*by, "axis", "index", "share", "null", "lift"]
     if control is not None:
         profile["share_difference"] = profile["share"] - profile["share_control"]
         columns += ["share_control", "share_difference"]
-    profile = profile.sort_values([*HEAD_KEYS, "axis", "index"], ignore_index=True)[columns]
+    profile = profile.sort_values([*by, "axis", "index"], ignore_index=True)[columns]
     profile.attrs = {**table.attrs, "analysis": "raster_profile"}
     return profile
 
 
 def raster_bias(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
-    control: Sample | Sequence[Sample] | None = None,
+    control: Sample | Iterable[Sample] | None = None,
     queries: Selector = "text",
     layers: Layers = None,
     heads: Positions | None = None,
     image: int = 0,
+    per_sample: bool = False,
 ) -> pd.DataFrame:
     """How attention on an image tilts from top to bottom, left to right and centre to edge.
 
@@ -176,6 +197,8 @@ def raster_bias(
         layers: Layers, all if not given.
         heads: Heads, all if not given.
         image: Which image of each sample.
+        per_sample: Whether to return rows for each sample instead of those of the mean map: what
+            whoever resamples samples draws from.
 
     Returns:
         One row per layer and head: ``tower, kind, layer, head``, then
@@ -183,11 +206,13 @@ def raster_bias(
         to the right edge, to any edge; 0.7 doubles the attention). With a control each slope also
         as ``..._control`` and ``..._difference``. NaN where a cell gets no attention at all, where
         no query sees the whole image, or where the grid is too small to tell the terms apart.
+        With ``per_sample`` the first column is ``sample``; the control is the mean of its samples.
     """
-    table = _with_control(samples, control, queries, layers, heads, image)
+    table = _with_control(samples, control, queries, layers, heads, image, per_sample)
+    by = _keys(table)
     cells = table.drop_duplicates(["row", "col"])
     design = _design(cells["row"].to_numpy(dtype=float), cells["col"].to_numpy(dtype=float))
-    bias = table.drop_duplicates(HEAD_KEYS)[HEAD_KEYS].reset_index(drop=True)
+    bias = table.drop_duplicates(by)[by].reset_index(drop=True)
     bias[list(SLOPES)] = _slopes(table["lift"].to_numpy().reshape(-1, len(cells)), design)
     if control is not None:
         plain = _slopes(table["lift_control"].to_numpy().reshape(-1, len(cells)), design)
@@ -198,22 +223,30 @@ def raster_bias(
 
 
 def _with_control(
-    samples: Sample | Sequence[Sample],
-    control: Sample | Sequence[Sample] | None,
+    samples: Sample | Iterable[Sample],
+    control: Sample | Iterable[Sample] | None,
     queries: Selector,
     layers: Layers,
     heads: Positions | None,
     image: int,
+    per_sample: bool,  # noqa: FBT001
 ) -> pd.DataFrame:
     """The map, beside that of the control; attributes say how many samples the control had."""
-    table = raster_map(samples, queries=queries, layers=layers, heads=heads, image=image)
+    asked: dict[str, Any] = {"queries": queries, "layers": layers, "heads": heads, "image": image}
+    table = raster_map(samples, per_sample=per_sample, **asked)
     if control is None:
         return table
-    plain = raster_map(control, queries=queries, layers=layers, heads=heads, image=image)
-    _refuse_other_cells(table, plain, samples_of(control)[0])
-    table["lift_control"] = plain["lift"]
+    plain = raster_map(control, **asked)
+    _refuse_other_cells(table.head(len(plain)), plain, samples_of(control)[0])
+    n_maps = len(table) // len(plain)
+    table["lift_control"] = np.tile(plain["lift"].to_numpy(), n_maps)
     table.attrs["parameters"] |= {"n_control": plain.attrs["n_samples"]}
     return table
+
+
+def _keys(table: pd.DataFrame) -> list[str]:
+    """The columns that tell one map from another."""
+    return [name for name in ("sample", *HEAD_KEYS) if name in table.columns]
 
 
 def _cells(

@@ -1,21 +1,48 @@
-"""The bootstrap over samples, as a kernel on bare arrays.
+"""Intervals over samples, as kernels on bare arrays.
 
-What is resampled is whole clusters of samples (those that share an image), never heads, tokens or
-rows: they are not independent. All series are resampled with the same draws, so differences between
-them, and a difference to a base run taken before, are paired.
+What is independent are clusters of samples (those that share an image), never heads, tokens or
+rows. With fewer than 2 clusters there is no interval: it is NaN.
+
+* A **rate** (values 0 or 1, or shares between) has Wilson's score interval (Wilson 1927), with the
+  effective number of samples in place of their number. With ``C`` clusters of ``m`` samples it is
+  ``C / tau``, where ``tau`` is the variance of the clusters' rates over ``p (1 - p)``: 1 where a
+  cluster is all hits or all misses, ``1 / m`` where its samples are independent. Few clusters tell
+  little about ``tau``, so a quarter of a cluster of the first sort is added to them.
+* The **difference of two rates** of the same samples (values -1, 0 or 1) has the intervals of its
+  two parts, gains and losses, combined by the square-and-add rule of Newcombe (1998).
+* A **mean** has the BCa bootstrap interval (Efron 1987) with Student's quantiles in place of the
+  normal ones, times ``sqrt(C / (C - 1))`` (Hesterberg 2015); with fewer than 10 clusters, whose
+  resamples are too few, Student's interval with the jackknife's standard error.
+
+The bootstrap draws whole clusters. All series are resampled with the same draws, so differences
+between them, and a difference to a base run taken before, are paired.
+
+The percentile bootstrap that these replace covered a rate of 0.97 by 0.58 at 30 samples, and had no
+width where all samples were hits. tests/analysis/test_resampling.py measures the coverage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from os import PathLike
+from statistics import NormalDist
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 
 from xmodal_interp.models import ImageLike
 
+Series = Literal["rate", "rate difference", "mean"]
+"""What values are: 0 to 1; -1 to 1, the difference of two rates; or anything."""
+
+Ends = tuple[Float[np.ndarray, " series"], Float[np.ndarray, " series"]]
+
 LEVEL = 0.95  # of every interval
+FEW = 10  # clusters; below, a mean's interval is Student's
+_PRIOR = 0.25  # of a cluster that is all hits or all misses, counted with the others
 
 
 def shown(pictures: Iterable[ImageLike]) -> Hashable:
@@ -24,6 +51,11 @@ def shown(pictures: Iterable[ImageLike]) -> Hashable:
         str(one) if isinstance(one, (str, PathLike)) else hash((one.size, one.tobytes()))
         for one in pictures
     )
+
+
+def series_of(values: Float[np.ndarray, "*axes"]) -> Series:
+    """``"rate"`` where every number is 0 or 1 (NaN is none), else ``"mean"``."""
+    return "rate" if np.isin(values[~np.isnan(values)], (0, 1)).all() else "mean"
 
 
 def cluster_numbers(labels: Sequence[Hashable]) -> Int[np.ndarray, " sample"]:
@@ -45,23 +77,44 @@ def mean_intervals(
     n_draws: int,
     seed: int,
     level: float = LEVEL,
-) -> tuple[Float[np.ndarray, " series"], Float[np.ndarray, " series"]]:
-    """Percentile bootstrap interval of the mean over samples, for many series at once.
+    series: Series = "mean",
+) -> Ends:
+    """Interval of the mean over samples, for many series at once.
 
     Args:
         values: One row per series.
         clusters: The cluster of each sample, numbered from 0.
-        n_draws: How many resamples.
+        n_draws: How many resamples; only means need them.
         seed: Seed of the draws.
         level: Coverage aimed at.
+        series: What the values are, which decides the method.
 
     Returns:
-        Low and high end of each series' interval.
+        Low and high end of each series' interval; NaN with fewer than 2 clusters.
     """
-    weights = cluster_draws(int(clusters.max()) + 1, n_draws, seed)[:, clusters].astype(float)
-    means = (weights @ values.T) / weights.sum(1, keepdims=True)  # [draw, series]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
+    n_clusters = int(clusters.max()) + 1
+    if n_clusters < 2:
+        return np.full(len(values), np.nan), np.full(len(values), np.nan)
+    if series == "rate":
+        return _rates(values, clusters, level)
+    if series == "rate difference":
+        return _rate_differences(values, clusters, level)
+    sums, sizes = _by_cluster(values, clusters)
+    n = len(clusters)
+    without = (sums.sum(1) - sums.T) / (n - sizes)[:, None]  # [cluster, series]
+    if n_clusters < FEW:
+        return student_interval(values.mean(1), without, level)
+    weights = cluster_draws(n_clusters, n_draws, seed).astype(float)
+    drawn = (weights @ sums.T) / (weights @ sizes)[:, None]
+    return bca_interval(values.mean(1), drawn, without, level)
+
+
+class KnownIntervals(NamedTuple):
+    """Ends of the intervals of some series, and how many clusters each is over."""
+
+    low: Float[np.ndarray, " series"]
+    high: Float[np.ndarray, " series"]
+    n_clusters: Int[np.ndarray, " series"]
 
 
 def known_mean_intervals(
@@ -70,14 +123,143 @@ def known_mean_intervals(
     *,
     n_draws: int,
     seed: int,
-) -> tuple[Float[np.ndarray, " series"], Float[np.ndarray, " series"]]:
+    series: Series = "mean",
+) -> KnownIntervals:
     """``mean_intervals`` of each series over the samples in which it has a number (not NaN)."""
     ends = np.full((2, len(values)), np.nan)
+    counts = np.zeros(len(values), dtype=np.int64)
     known = ~np.isnan(values)
     for pattern in np.unique(known, axis=0):
         same = (known == pattern).all(1)
         if pattern.any():
             among = cluster_numbers(clusters[pattern].tolist())
-            found = mean_intervals(values[same][:, pattern], among, n_draws=n_draws, seed=seed)
-            ends[:, same] = found
+            ends[:, same] = mean_intervals(
+                values[same][:, pattern], among, n_draws=n_draws, seed=seed, series=series
+            )
+            counts[same] = among.max() + 1
+    return KnownIntervals(ends[0], ends[1], counts)
+
+
+def student_interval(
+    estimate: Float[np.ndarray, " series"],
+    without: Float[np.ndarray, "cluster series"],
+    level: float,
+) -> Ends:
+    """``estimate`` plus and minus Student's quantile times the jackknife's standard error.
+
+    Args:
+        estimate: The statistic of all clusters.
+        without: The statistic without each cluster in turn.
+        level: Coverage aimed at.
+    """
+    n = len(without)
+    error = np.sqrt((n - 1) / n * ((without - without.mean(0)) ** 2).sum(0))
+    half = student_quantile(level, n - 1) * error
+    return estimate - half, estimate + half
+
+
+def bca_interval(
+    estimate: Float[np.ndarray, " series"],
+    drawn: Float[np.ndarray, "draw series"],
+    without: Float[np.ndarray, "cluster series"],
+    level: float,
+) -> Ends:
+    """The bias-corrected and accelerated bootstrap interval, expanded for few clusters.
+
+    Args:
+        estimate: The statistic of all clusters.
+        drawn: The statistic of each resample of clusters.
+        without: The statistic without each cluster in turn, for the acceleration.
+        level: Coverage aimed at.
+    """
+    n_draws, n = len(drawn), len(without)
+    below = ((drawn < estimate).sum(0) + (drawn == estimate).sum(0) / 2) / n_draws
+    bias = torch.special.ndtri(torch.tensor(below.clip(1 / n_draws, 1 - 1 / n_draws))).numpy()
+    steps = without.mean(0) - without
+    spread = (steps**2).sum(0) ** 1.5
+    acceleration = np.divide(
+        (steps**3).sum(0), 6 * spread, out=np.zeros_like(spread), where=spread > 0
+    )
+    reach = student_quantile(level, n - 1) * math.sqrt(n / (n - 1))
+    ends = []
+    for side in (-reach, reach):
+        moved = bias + side
+        place = torch.special.ndtr(torch.tensor(bias + moved / (1 - acceleration * moved)))
+        ends.append(
+            np.array([np.quantile(one, p) for one, p in zip(drawn.T, place.tolist(), strict=True)])
+        )
     return ends[0], ends[1]
+
+
+def student_quantile(level: float, freedom: int) -> float:
+    """The ``t`` that Student's distribution exceeds in size with a probability of ``1 - level``.
+
+    With ``t = sqrt(freedom) tan(angle)`` its density is ``cos(angle) ** (freedom - 1)``, up to a
+    factor.
+
+    Example:
+        >>> round(student_quantile(0.95, 9), 4)
+        2.2622
+    """
+    angles = np.linspace(0, np.pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    inside = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    angle = np.interp(level, inside / inside[-1], angles)
+    return float(np.sqrt(freedom) * np.tan(angle))
+
+
+def _by_cluster(
+    values: Float[np.ndarray, "series sample"], clusters: Int[np.ndarray, " sample"]
+) -> tuple[Float[np.ndarray, "series cluster"], Float[np.ndarray, " cluster"]]:
+    """Sum of each series over each cluster, and how many samples each cluster has."""
+    sizes = np.bincount(clusters).astype(float)
+    sums = np.zeros((len(values), len(sizes)))
+    np.add.at(sums.T, clusters, values.T)
+    return sums, sizes
+
+
+def _rates(
+    values: Float[np.ndarray, "series sample"], clusters: Int[np.ndarray, " sample"], level: float
+) -> Ends:
+    """Wilson's interval of each rate, with the effective number of samples."""
+    sums, sizes = _by_cluster(values, clusters)
+    n_clusters, n = len(sizes), sizes.sum()
+    rate = values.mean(1)
+    size = (sizes**2).mean()  # of a typical cluster, squared
+    prior = (rate * n_clusters + _PRIOR / 2) / (n_clusters + _PRIOR)
+    squares = ((sums - prior[:, None] * sizes) ** 2).sum(1)
+    squares += _PRIOR * size * (prior**2 + (1 - prior) ** 2) / 2
+    tau = squares / ((n_clusters + _PRIOR) * size * prior * (1 - prior))
+    whole = n**2 / (sizes**2).sum()  # effective number of clusters
+    effective = whole / tau.clip(whole / n, 1)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    centre = (rate + z**2 / (2 * effective)) / (1 + z**2 / effective)
+    half = np.sqrt(rate * (1 - rate) / effective + z**2 / (4 * effective**2))
+    half *= z / (1 + z**2 / effective)
+    low, high = (centre - half).clip(0, 1), (centre + half).clip(0, 1)
+    return np.where(rate == 0, 0.0, low), np.where(rate == 1, 1.0, high)
+
+
+def _rate_differences(
+    values: Float[np.ndarray, "series sample"], clusters: Int[np.ndarray, " sample"], level: float
+) -> Ends:
+    """Interval of gains minus losses, from those of each."""
+    gains, losses = values.clip(min=0), (-values).clip(min=0)
+    gain, loss = gains.mean(1), losses.mean(1)
+    gain_low, gain_high = _rates(gains, clusters, level)
+    loss_low, loss_high = _rates(losses, clusters, level)
+    off = [_by_cluster(part - part.mean(1, keepdims=True), clusters)[0] for part in (gains, losses)]
+    spread = np.sqrt((off[0] ** 2).sum(1) * (off[1] ** 2).sum(1))
+    together = np.divide(
+        (off[0] * off[1]).sum(1), spread, out=np.zeros_like(spread), where=spread > 0
+    )
+
+    def joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        squared = one**2 + other**2 - 2 * together * one * other
+        root: np.ndarray = np.sqrt(squared.clip(min=0))
+        return root
+
+    difference = gain - loss
+    low = difference - joined(gain - gain_low, loss_high - loss)
+    high = difference + joined(gain_high - gain, loss - loss_low)
+    return low.clip(-1, 1), high.clip(-1, 1)

@@ -23,7 +23,7 @@ one layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from typing import Any, SupportsFloat, cast
 
 import numpy as np
@@ -39,6 +39,7 @@ from xmodal_interp.analysis.padding import first_position, present
 from xmodal_interp.analysis.rolling import Fusion, Rule, alpha_of, rolled
 from xmodal_interp.analysis.selecting import (
     calls_of,
+    each_once,
     position_table,
     queries_of,
     refuse_cross_attention,
@@ -57,7 +58,7 @@ Alphas = SupportsFloat | Sequence[SupportsFloat] | np.ndarray | Tensor | str
 
 
 def attention_rollout(  # noqa: PLR0913  the choices that published variants differ in
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     queries: Selector | None = None,
     *,
     fusion: Fusion = "mean",
@@ -248,7 +249,7 @@ def _rows(
             f"{queries!r}."
         )
     if queries is not None:
-        return resolve(cast("Positions", queries), len(positions), "position")
+        return each_once(resolve(cast("Positions", queries), len(positions), "position"))
     classes = positions.index[positions["token_kind"] == "special"]
     if len(classes) != 1:
         raise InputError(

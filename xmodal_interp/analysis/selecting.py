@@ -95,13 +95,14 @@ def heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
 def queries_of(sample: Sample, queries: Selector) -> Int[Tensor, " query"]:
     """Queries of ``"text"`` that sees all images, the ``"last"`` prompt position, or a selector.
 
-    Videos count as images.
+    Videos count as images. Each position comes once, in the order given, however often it was
+    named: a mean over queries counts each of them once.
 
     Raises:
         InputError: No text comes after the image.
     """
     if not isinstance(queries, str) or queries not in ("last", "text"):
-        return sample.positions(queries)
+        return each_once(sample.positions(queries))
     if queries == "last":
         return torch.tensor([sample.last])
     after = sample.text_after_image()
@@ -112,6 +113,11 @@ def queries_of(sample: Sample, queries: Selector) -> Int[Tensor, " query"]:
             "question behind the image."
         )
     return torch.tensor(after)
+
+
+def each_once(positions: Int[Tensor, " position"]) -> Int[Tensor, " once"]:
+    """The positions without repetitions, in the order given."""
+    return torch.tensor(list(dict.fromkeys(positions.tolist())), dtype=torch.long)
 
 
 def image_keys(

@@ -9,7 +9,7 @@ threshold means something only beside its null.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ MIN_QUERIES = 8  # a key that fewer queries see is not judged
 
 
 def attention_sinks(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
     threshold: float = THRESHOLD,
     layers: Layers = None,
@@ -87,7 +87,7 @@ def attention_sinks(
 
 
 def sink_rate(
-    samples: Sample | Sequence[Sample],
+    samples: Sample | Iterable[Sample],
     *,
     threshold: float = THRESHOLD,
     layers: Layers = None,

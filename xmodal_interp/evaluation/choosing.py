@@ -9,9 +9,15 @@ import pandas as pd
 from jaxtyping import Float
 
 from xmodal_interp.analysis.frames import stamped
-from xmodal_interp.analysis.resampling import cluster_numbers, known_mean_intervals
+from xmodal_interp.analysis.resampling import (
+    Series,
+    cluster_numbers,
+    known_mean_intervals,
+    series_of,
+)
 from xmodal_interp.errors import InputError
 
+RATES = ("hit", "any_object", "other_object")
 HEAD_KEYS = ["tower", "kind", "layer", "head"]
 
 
@@ -26,13 +32,14 @@ def best_head(
             ``picture``, no picture is in both halves, and intervals are over pictures.
         value: The column to be best in. Of equal heads, the first one. Samples in which a head has
             no number (NaN) are left out of its mean; a head without any is not chosen.
-        n_bootstrap: Resamples of the interval.
+        n_bootstrap: Resamples of the interval, where the value is no rate.
         seed: Seed of the resamples.
 
     Returns:
         One row: the keys of the head, ``chosen_with`` (mean of the value in the first half, too
         high by the choice), then ``{value}``, ``{value}_low``, ``{value}_high`` (mean and 95%
-        interval in the second half), ``n_chosen`` and ``n`` (samples with a number, of each half).
+        interval in the second half; NaN with fewer than 2 clusters), ``n_chosen`` and ``n``
+        (samples with a number, of each half), ``n_clusters`` (different pictures among ``n``).
 
     Raises:
         InputError: Fewer than two samples or pictures, a table that lacks a row or a column, or no
@@ -70,14 +77,18 @@ def best_head(
         )
     best = int(np.nanargmax(means))
     scored = values[best : best + 1, ~first]
-    low, high = known_mean_intervals(scored, pictures[~first], n_draws=n_bootstrap, seed=seed)
+    series: Series = "rate" if value in RATES else series_of(scored)
+    found = known_mean_intervals(
+        scored, pictures[~first], n_draws=n_bootstrap, seed=seed, series=series
+    )
     known_in = [int((~np.isnan(values[best, of])).sum()) for of in (first, ~first)]
     known = hits.attrs.get("provenance", [])  # one origin, or a list of several
     row: dict[str, Any] = dict(zip(keys, list(wide)[best], strict=True))
     row |= {"chosen_with": means[best], value: _known_means(scored)[0]}
-    row |= {f"{value}_low": low[0], f"{value}_high": high[0]}
+    row |= {f"{value}_low": found.low[0], f"{value}_high": found.high[0]}
+    counts = {"n_chosen": known_in[0], "n": known_in[1], "n_clusters": found.n_clusters[0]}
     return stamped(
-        pd.DataFrame([{**row, "n_chosen": known_in[0], "n": known_in[1]}]),
+        pd.DataFrame([{**row, **counts}]),
         analysis="best_head",
         parameters={"value": value, "n_bootstrap": n_bootstrap, "seed": seed},
         provenance=known if isinstance(known, list) else [known],

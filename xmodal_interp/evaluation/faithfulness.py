@@ -16,8 +16,8 @@ the centre prior (``"centre"``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -34,8 +34,9 @@ from xmodal_interp.hooks.replaying import remember_blocks, replay
 from xmodal_interp.models import VLM, ImageGrid
 from xmodal_interp.models.batching import Batch, batches_of
 from xmodal_interp.models.entries import Items, listed
+from xmodal_interp.ordered import in_order
 
-Maps = Sequence[np.ndarray] | Literal["random", "centre"]
+Maps = Iterable[np.ndarray] | Literal["random", "centre"]
 
 
 def deletion_curve(
@@ -135,6 +136,7 @@ def _curve(
         raise InputError(f"A curve has at least 2 steps, none and all tokens; got {steps}.")
     check_in_sequence(vlm)
     items = listed(items)
+    maps = maps if isinstance(maps, str) else in_order(maps, "maps")
     if not isinstance(maps, str) and len(maps) != len(items):
         raise InputError(f"maps must be one per item; got {len(maps)} for {len(items)} items.")
     shares = np.linspace(0, 1, steps)
@@ -206,7 +208,8 @@ def _values(grid: ImageGrid, maps: Maps, index: int, seed: int) -> Float[np.ndar
         offsets = (grid.places - middle) / np.array([grid.rows, grid.cols])
         distances: np.ndarray = np.hypot(offsets[:, 0], offsets[:, 1])
         return -distances
-    given = np.asarray(maps[index], dtype=float)
+    of_items: Any = maps
+    given = np.asarray(of_items[index], dtype=float)
     on_grid = given.shape == (grid.rows, grid.cols)
     if on_grid:
         _all_placed(grid, index, "a map of rows and columns")

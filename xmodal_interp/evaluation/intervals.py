@@ -1,35 +1,47 @@
-"""How sure a number is: bootstrap intervals over samples, and corrections for many tests.
+"""How sure a number is: intervals over samples, and corrections for many tests.
 
 Samples are what is independent. Tokens, rows and heads of one sample are not: an interval from
 resampled tokens is far too narrow. So values come one row per sample, or with the cluster (the
-sample, the image) that each belongs to, and whole clusters are drawn.
+sample, the image) that each belongs to, and whole clusters are drawn. The methods are those of
+:mod:`xmodal_interp.analysis.resampling`, which says what each is for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from xmodal_interp.analysis.resampling import LEVEL, cluster_numbers
+from xmodal_interp.analysis.resampling import (
+    FEW,
+    LEVEL,
+    Series,
+    bca_interval,
+    cluster_numbers,
+    mean_intervals,
+    series_of,
+    student_interval,
+)
 from xmodal_interp.errors import InputError
+from xmodal_interp.ordered import in_order
 
-Values = Sequence[float] | np.ndarray
+Values = Iterable[float] | np.ndarray
 Statistic = Callable[[np.ndarray], float]
 
 
 class Interval(NamedTuple):
-    """A statistic and its percentile bootstrap interval.
+    """A statistic and its interval.
 
     Attributes:
         estimate: The statistic of the samples as they are.
-        low: Low end.
-        high: High end.
-        n: How many samples (or clusters of them) were drawn each time.
-        n_draws: How many times.
+        low: Low end; NaN where there is no interval.
+        high: High end; NaN where there is no interval.
+        n: How many clusters of samples (samples, if they are in none) there are.
+        n_draws: How many times they were resampled; 0 for a method without resamples.
         seed: Seed of the draws.
+        method: ``"wilson"``, ``"bca"``, ``"student"``, or ``"none"`` with fewer than 2 clusters.
     """
 
     estimate: float
@@ -38,6 +50,7 @@ class Interval(NamedTuple):
     n: int
     n_draws: int
     seed: int
+    method: str = "bca"
 
 
 def bootstrap_interval(
@@ -45,12 +58,16 @@ def bootstrap_interval(
     statistic: Statistic = np.mean,
     *,
     paired: Values | None = None,
-    clusters: Sequence[Hashable] | None = None,
+    clusters: Iterable[Hashable] | None = None,
     n: int = 1000,
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval of a statistic of samples (Efron 1979).
+    """Interval of a statistic of samples: BCa bootstrap (Efron 1987), or Wilson's for a rate.
+
+    The mean of values that are all 0 or 1 is a rate, and has Wilson's interval; so has, combined by
+    Newcombe's rule, the difference of two such rates. With fewer than 10 clusters, any other
+    statistic has Student's interval with the standard error of the jackknife.
 
     Args:
         values: ``[sample]`` or ``[sample, ...]``: what the statistic is given, samples drawn with
@@ -59,42 +76,71 @@ def bootstrap_interval(
         paired: Values of a second method on the same samples: the interval is that of the
             statistic's difference, ``statistic(values) - statistic(paired)``, both from the same
             draws.
-        clusters: A label per sample; samples of one label are drawn together.
+        clusters: A label per sample, by position; samples of one label are drawn together.
         n: How many draws.
-        level: Coverage aimed at.
+        level: Coverage aimed at, between 0 and 1.
         seed: Seed of the draws.
 
+    Returns:
+        The interval; its ends are NaN with fewer than 2 clusters.
+
     Raises:
-        InputError: No samples, NaN among them, or lengths that differ.
+        InputError: No samples, NaN among them, lengths that differ, or a level or number of draws
+            outside its range.
 
     Example:
-        >>> bootstrap_interval([1, 1, 1, 0], n=500).estimate
-        0.75
+        >>> bootstrap_interval([1, 1, 1, 0]).low
+        0.30
     """
+    if not 0 < level < 1:
+        raise InputError(f"level is between 0 and 1, such as 0.95; got {level!r}.")
+    if n < 1:
+        raise InputError(f"There is at least one draw; got n={n!r}.")
     first = _checked("values", values, None)
     second = None if paired is None else _checked("paired", paired, len(first))
     numbers = np.arange(len(first))
     if clusters is not None:
-        if len(clusters) != len(first):
+        labels = list(clusters) if isinstance(clusters, str) else in_order(clusters, "clusters")
+        if len(labels) != len(first):
             raise InputError(
-                f"clusters must have one label per sample; got {len(clusters)} for {len(first)}."
+                f"clusters must have one label per sample; got {len(labels)} for {len(first)}."
             )
-        numbers = cluster_numbers(clusters)
+        numbers = cluster_numbers(labels)
     members = [np.flatnonzero(numbers == number) for number in range(int(numbers.max()) + 1)]
-    rng = np.random.default_rng(seed)
 
     def estimate(index: np.ndarray) -> float:
         one = float(statistic(first[index]))
         return one if second is None else one - float(statistic(second[index]))
 
+    whole = estimate(np.arange(len(first)))
+    if len(members) < 2:
+        return Interval(whole, np.nan, np.nan, len(members), 0, seed, "none")
+    if statistic is np.mean and first.ndim == 1:
+        parts = [first] if second is None else [first, second]
+        if all(series_of(part) == "rate" for part in parts):
+            rates: Series = "rate" if second is None else "rate difference"
+            values_of = first if second is None else first - second
+            ends = mean_intervals(
+                values_of[None], numbers, n_draws=0, seed=seed, level=level, series=rates
+            )
+            return Interval(whole, *_numbers(ends), len(members), 0, seed, "wilson")
+    without = np.array([estimate(np.flatnonzero(numbers != i)) for i in range(len(members))])
+    if len(members) < FEW:
+        ends = student_interval(np.array([whole]), without[:, None], level)
+        return Interval(whole, *_numbers(ends), len(members), 0, seed, "student")
+    rng = np.random.default_rng(seed)
     drawn = [
         estimate(
             np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
         )
         for _ in range(n)
     ]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).tolist()
-    return Interval(estimate(np.arange(len(first))), low, high, len(members), n, seed)
+    ends = bca_interval(np.array([whole]), np.array(drawn)[:, None], without[:, None], level)
+    return Interval(whole, *_numbers(ends), len(members), n, seed, "bca")
+
+
+def _numbers(ends: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+    return float(ends[0][0]), float(ends[1][0])
 
 
 def holm_adjusted(p_values: Values) -> Float[np.ndarray, " test"]:

@@ -6,11 +6,17 @@ a labelled box ``B``, both in pixels of the original image:
 * hit: the peak ``argmax_t m_t`` lies in the box (Zhang et al. 2018, arXiv:1608.00507): the centre
   of its token box does (``"centre"``), or its token box overlaps it (``"overlap"``). Tokens are
   coarse, so ``"centre"`` misses small things that a head does look at. Where tokens are learned
-  queries, the patches that are in them stand for tokens.
+  queries, the patches that are in them stand for tokens. Where several tokens are the peak, its hit
+  is the share of these that lie in the box: a flat map has the hit of a random token.
   A map that is 0 everywhere points nowhere: its hit is 0, its energy too.
 * energy: ``sum_t m_t |b_t & B| / |b_t|`` over ``sum_t m_t`` (the energy-based pointing game of Wang
-  et al. 2020, arXiv:1910.01279), tokens on the rim counted in part: uniform attention has the box's
-  share of the image as its energy.
+  et al. 2020, arXiv:1910.01279), tokens on the rim of the box counted in part.
+
+Boxes ``b_t`` are the parts of the tokens that are on the picture: where the processor pads, tokens
+hang over its edge, and the box of the whole picture has an energy of 1 all the same. Tokens on
+padding alone are left out of the energy; what they get is ``padding_mass``. They can be the peak,
+which is then a miss. Uniform attention has ``energy_chance``: the box's share of the picture, if
+all tokens are of one size there.
 
 A random token is not the null to beat: things stand out from the background, and a head that looks
 at *some* thing scores far above it. Hence ``any_object``, how often the peak is in any thing's box,
@@ -23,8 +29,8 @@ samples and scores it on the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import get_args
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -39,7 +45,7 @@ from xmodal_interp.analysis.frames import (
     samples_of,
     stacked,
 )
-from xmodal_interp.analysis.resampling import known_mean_intervals, shown
+from xmodal_interp.analysis.resampling import Series, known_mean_intervals, shown
 from xmodal_interp.analysis.selecting import Layers, calls_of, queries_of
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation.boxes import (
@@ -50,21 +56,24 @@ from xmodal_interp.evaluation.boxes import (
     tokens_inside,
 )
 from xmodal_interp.evaluation.choosing import HEAD_KEYS
+from xmodal_interp.ordered import in_order
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import AttentionKind
 
 Queries = Selector | np.ndarray | Callable[[Sample], Selector | np.ndarray]
 _MEANS = [
     *("hit", "energy", "any_object", "other_object"),
-    *("image_mass", "hit_chance", "energy_chance"),
+    *("image_mass", "padding_mass", "hit_chance", "energy_chance"),
 ]
+TIED = 1e-6
+"""Probabilities this close, relative to the peak, are equal: float32 tells no more apart."""
 
 
 def pointing_game(  # noqa: PLR0913 - one experiment, every option with a default
-    samples: Sample | Sequence[Sample],
-    boxes: str | Sequence[Box] = "box",
+    samples: Sample | Iterable[Sample],
+    boxes: str | Iterable[Box] | pd.DataFrame = "box",
     *,
-    other_boxes: str | Sequence[Sequence[Box]] = "other_boxes",
+    other_boxes: str | Iterable[Iterable[Box]] = "other_boxes",
     queries: Queries = "last",
     criterion: Criterion = "overlap",
     layers: Layers = None,
@@ -78,7 +87,8 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
     Args:
         samples: One sample or many; one labelled thing each.
         boxes: The box of the thing that each sample asks about: one per sample, or the name of the
-            label that holds it (``sample.labels["box"]``).
+            label that holds it (``sample.labels["box"]``). A list, array, Series or table of four
+            columns is read by position, whatever its index.
         other_boxes: Boxes of the other things in the picture, given in the same ways. Without them,
             ``any_object`` and ``other_object`` are NaN.
         queries: Whose attention: ``"last"`` (of the prompt), ``"text"``, positions, a phrase, or a
@@ -93,12 +103,14 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
     Returns:
         One row per layer and head: ``tower, kind, layer, head``, then means over the samples:
         ``hit`` (0 to 1), ``energy`` (0 to 1), ``any_object``, ``other_object`` (0 to 1),
-        ``image_mass`` (probability on the image), ``hit_chance`` (of a random token),
-        ``energy_chance`` (of uniform attention); ``hit_low``, ``hit_high``, ``energy_low``,
-        ``energy_high`` (95% intervals over samples; those that show the same pictures are
-        resampled together), and ``n``. All are means over the samples that have a number, ``n`` of
-        them for ``hit``; NaN in a layer in which no query of any sample can see the image.
-        ``.attrs["n_pictures"]`` is how many different pictures there were.
+        ``image_mass`` (probability on the image), ``padding_mass`` (the part of it on tokens of
+        padding alone), ``hit_chance`` (of a random token), ``energy_chance`` (of uniform
+        attention); ``hit_low``, ``hit_high``, ``energy_low``, ``energy_high`` (95% intervals over
+        samples; those that show the same pictures are one cluster), ``n``, and ``n_clusters``
+        (different pictures among these). All are means over the samples that have a number, ``n``
+        of them for ``hit``; NaN in a layer in which no query of any sample can see the image, and
+        intervals also with fewer than 2 clusters. ``.attrs["n_pictures"]`` is how many different
+        pictures there were.
 
     Raises:
         InputError: A sample without a box, a box outside the image's tokens, no image tokens,
@@ -121,10 +133,14 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
     table["n"] = grouped["hit"].count().to_numpy()
     pictures = next(of_head["picture"].to_numpy() for _, of_head in grouped)
     for place, value in enumerate(("hit", "energy")):
-        series = np.stack([of_head[value].to_numpy(float) for _, of_head in grouped])
-        low, high = known_mean_intervals(series, pictures, n_draws=n_bootstrap, seed=seed)
-        table.insert(len(HEAD_KEYS) + len(_MEANS) + 2 * place, f"{value}_low", low)
-        table.insert(len(HEAD_KEYS) + len(_MEANS) + 2 * place + 1, f"{value}_high", high)
+        values = np.stack([of_head[value].to_numpy(float) for _, of_head in grouped])
+        series: Series = "rate" if value == "hit" else "mean"
+        found = known_mean_intervals(
+            values, pictures, n_draws=n_bootstrap, seed=seed, series=series
+        )
+        table.insert(len(HEAD_KEYS) + len(_MEANS) + 2 * place, f"{value}_low", found.low)
+        table.insert(len(HEAD_KEYS) + len(_MEANS) + 2 * place + 1, f"{value}_high", found.high)
+        table["n_clusters"] = found.n_clusters
     table.attrs = {
         **hits.attrs,
         "analysis": "pointing_game",
@@ -135,10 +151,10 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
 
 
 def pointing_hits(
-    samples: Sample | Sequence[Sample],
-    boxes: str | Sequence[Box] = "box",
+    samples: Sample | Iterable[Sample],
+    boxes: str | Iterable[Box] | pd.DataFrame = "box",
     *,
-    other_boxes: str | Sequence[Sequence[Box]] = "other_boxes",
+    other_boxes: str | Iterable[Iterable[Box]] = "other_boxes",
     queries: Queries = "last",
     criterion: Criterion = "overlap",
     layers: Layers = None,
@@ -148,27 +164,25 @@ def pointing_hits(
     """:func:`pointing_game` before averaging: one row per sample, layer and head.
 
     Returns:
-        ``sample, tower, kind, layer, head``, then ``hit`` (0 or 1), ``energy`` (0 to 1),
-        ``any_object`` (0 or 1), ``other_object`` (0 to 1), ``image_mass``, ``hit_chance``,
-        ``energy_chance``, ``picture`` (samples that show the same images and videos have the same
-        number). NaN in a layer in which no query can see the image.
+        ``sample, tower, kind, layer, head``, then ``hit`` (0 or 1; between where several tokens are
+        the peak), ``energy`` (0 to 1), ``any_object`` (as ``hit``), ``other_object`` (0 to 1),
+        ``image_mass``, ``padding_mass``, ``hit_chance``, ``energy_chance``, ``picture`` (samples
+        that show the same images and videos have the same number). NaN in a layer in which no query
+        can see the image.
     """
     if criterion not in get_args(Criterion):
         raise InputError(
             f"criterion must be one of {', '.join(get_args(Criterion))}; got {criterion!r}."
         )
     many = samples_of(samples)
-    for name, given in (("boxes", boxes), ("other_boxes", other_boxes)):
-        if not isinstance(given, str) and len(given) != len(many):
-            raise InputError(
-                f"{name} must have one entry per sample; got {len(given)} for {len(many)} samples."
-            )
+    asked_about = _of_samples(boxes, "boxes", len(many))
+    of_others = _of_samples(other_boxes, "other_boxes", len(many))
     numbers = iter(range(len(many)))
     pictures: dict[Hashable, int] = {}
 
     def table_of(sample: Sample) -> pd.DataFrame:
         number = next(numbers)
-        box = sample.labels.get(boxes) if isinstance(boxes, str) else boxes[number]
+        box = sample.labels.get(boxes) if isinstance(boxes, str) else asked_about[number]
         if box is None:
             raise InputError(
                 f"Every sample needs the box of the thing it asks about. Sample {sample.name!r} "
@@ -178,26 +192,30 @@ def pointing_hits(
         others = (
             sample.labels.get(other_boxes, ())
             if isinstance(other_boxes, str)
-            else other_boxes[number]
+            else of_others[number]
         )
+        others = [] if others is None else in_order(others, "other_boxes of a sample")
         cells = placed_cells(sample, image, kind)
         tokens = cells.boxes
         shares = overlap_shares(tokens, box)
         inside = tokens_inside(tokens, box, criterion)
         if not inside.any():
             (x0, y0, _, _), (_, _, x1, y1) = tokens.amin(0).tolist(), tokens.amax(0).tolist()
+            given = in_order(box, "A box")
             raise InputError(
                 f"A box must hold at least one image token, by the criterion {criterion!r}. Sample "
-                f"{sample.name!r}: the box is {list(box)}, the tokens cover {[x0, y0, x1, y1]}."
+                f"{sample.name!r}: the box is {given}, the tokens cover {[x0, y0, x1, y1]}."
             )
-        elsewhere = [tokens_inside(tokens, other, criterion) for other in others or ()]
+        elsewhere = [tokens_inside(tokens, other, criterion) for other in others]
         asked = queries(sample) if callable(queries) else queries
         rows = queries_of(sample, asked.tolist() if isinstance(asked, np.ndarray) else asked)
         tables = []
         blind = True
         for call in calls_of(sample, layers, kind=kind):
             probs = call.probs(queries=rows, keys=cells.keys)[0].mean(1).cpu()  # [head, token]
-            values = _scores(cells.amounts(probs.double()), inside, shares, elsewhere)
+            values = _scores(
+                cells.amounts(probs.double()), inside, shares, elsewhere, cells.on_picture
+            )
             if call.visible(rows)[..., cells.keys].any():
                 blind = False
             else:
@@ -224,6 +242,18 @@ def pointing_hits(
         "kind": kind,
     }
     return over_samples(many, table_of, analysis="pointing_hits", parameters=parameters)
+
+
+def _of_samples(given: Any, name: str, n: int) -> Any:
+    """The name of a label, or one entry per sample."""
+    if isinstance(given, str):
+        return given
+    entries = in_order(given, name)
+    if len(entries) != n:
+        raise InputError(
+            f"{name} must have one entry per sample; got {len(entries)} for {n} samples."
+        )
+    return entries
 
 
 def _shown(sample: Sample, number: int) -> Hashable:
@@ -258,20 +288,26 @@ def _scores(
     inside: Bool[Tensor, " token"],
     shares: Float[Tensor, " token"],
     elsewhere: Sequence[Bool[Tensor, " token"]],
+    on_picture: Bool[Tensor, " token"],
 ) -> dict[str, Tensor | float]:
-    peak, mass = probs.argmax(1), probs.sum(1)
-    points = mass > 0
-    hit = (inside[peak] & points).double()
-    unknown = torch.full((1, len(probs)), torch.nan)
-    at_others = (
-        torch.stack([(of[peak] & points).double() for of in elsewhere]) if elsewhere else unknown
-    )
+    mass, on_padding = probs.sum(1), probs[:, ~on_picture].sum(1)
+    peaks = (probs >= probs.amax(1, keepdim=True) * (1 - TIED)) & (mass > 0)[:, None]
+
+    def pointed_at(tokens: Bool[Tensor, " token"]) -> Float[Tensor, " head"]:
+        """The share of each head's peaks that are among these tokens."""
+        return (peaks & tokens).sum(1).double() / peaks.sum(1).clamp(min=1)
+
+    unknown = torch.full((len(probs),), torch.nan)
+    any_thing = torch.stack([inside, *elsewhere]).any(0)
+    others = [pointed_at(tokens) for tokens in elsewhere]
+    tiny = torch.finfo(probs.dtype).tiny
     return {
-        "hit": hit,
-        "energy": (probs @ shares) / mass.clamp(min=torch.finfo(probs.dtype).tiny),
-        "any_object": torch.maximum(hit, at_others.amax(0)),  # NaN stays NaN
-        "other_object": at_others.mean(0),
+        "hit": pointed_at(inside),
+        "energy": (probs @ shares) / (mass - on_padding).clamp(min=tiny),
+        "any_object": pointed_at(any_thing) if others else unknown,
+        "other_object": torch.stack(others).mean(0) if others else unknown,
         "image_mass": mass,
-        "hit_chance": float(inside.float().mean()),
-        "energy_chance": float(shares.mean()),
+        "padding_mass": on_padding,
+        "hit_chance": float(inside.double().mean()),
+        "energy_chance": float(shares[on_picture].mean()),
     }

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
+from xmodal_interp.analysis.selecting import each_once
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.figures.placement import Place
@@ -110,7 +111,7 @@ def query_positions(sample: Sample, place: Place, queries: Selector) -> list[int
     Raises:
         InputError: There are none, or none sees a token of the image in any held layer.
     """
-    positions: list[int] = sample.positions(queries).tolist()
+    positions: list[int] = each_once(sample.positions(queries)).tolist()
     if not positions:
         raise InputError("An overlay needs at least one query; the selection is empty.")
     first = sample.call(min(sample.layers(kind=place.kind), default=0), kind=place.kind)

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from xmodal_interp.errors import InputError
+from xmodal_interp.ordered import in_order, is_several
 
 ItemDict = Mapping[str, Any]
 """``image`` or ``images``, ``video`` or ``videos`` (one of the two at least), ``prompt`` or
@@ -30,7 +31,7 @@ def listed(items: Items) -> list[ItemDict]:
             {str(name): value for name, value in row.dropna().items()}
             for _, row in items.iterrows()
         ]
-    found = list(items)
+    found = in_order(items, "items")
     for index, item in enumerate(found):
         if not isinstance(item, Mapping):
             raise InputError(
@@ -76,4 +77,4 @@ def _names_in(item: ItemDict, names: Iterable[str]) -> list[str]:
 
 
 def _several(given: Any) -> list[Any]:
-    return list(given) if isinstance(given, (list, tuple)) else [given]
+    return list(given) if is_several(given) else [given]

@@ -5,7 +5,7 @@ The pair that turns an image and a question into labelled positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ from xmodal_interp.models.sequences import (
 )
 from xmodal_interp.models.training_mode import evaluation_mode
 from xmodal_interp.models.wrapping import input_device, refuse_virtual_tokens
+from xmodal_interp.ordered import in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,11 +103,11 @@ class VLM:
 
     def prepare(
         self,
-        images: Sequence[Sequence[ImageLike]],
-        questions: Sequence[str],
+        images: Iterable[Iterable[ImageLike]],
+        questions: Iterable[str],
         *,
         system: str | None = None,
-        videos: Sequence[Sequence[Video]] | None = None,
+        videos: Iterable[Iterable[Video]] | None = None,
     ) -> tuple[dict[str, Any], list[Prompt]]:
         """Model inputs for a batch, and the labelled positions of each sample.
 
@@ -126,8 +127,10 @@ class VLM:
                 a processor without a chat template, or one that leaves videos out, or a prompt with
                 more or fewer placeholders than images.
         """
+        images, questions = in_order(images, "images"), in_order(questions, "questions")
         opened = [tuple(open_image(image) for image in of_sample) for of_sample in images]
-        shown = [tuple(open_video(video) for video in of_sample) for of_sample in videos or ()]
+        clips = [] if videos is None else in_order(videos, "videos")
+        shown = [tuple(open_video(video) for video in of_sample) for of_sample in clips]
         shown = shown or [()] * len(opened)
         if flat(shown) and self.family.video is None:
             raise GeometryError(
