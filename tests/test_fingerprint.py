@@ -9,6 +9,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import xmodal_interp as xi
@@ -112,6 +113,22 @@ def test_settings_of_the_process_are_seen() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     assert changed(plain, fingerprint(vlm)) == set()
+
+
+def test_another_attention_function_of_the_same_name_is_seen(monkeypatch) -> None:
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    vlm = xi.load()
+    vlm.model.set_attn_implementation("sdpa")
+    plain, original = fingerprint(vlm), functions["sdpa"]
+    assert plain["hooks"] == []
+
+    def sharper(module, query, key, value, mask, **options):
+        return original(module, query * 2, key, value, mask, **options)
+
+    monkeypatch.setitem(functions._local_mapping, "sdpa", sharper)
+    found = fingerprint(vlm)
+    assert changed(plain, found) == {"hooks"}
+    assert found["hooks"][0].startswith("attention 'sdpa': ")
 
 
 def test_interventions_are_seen() -> None:

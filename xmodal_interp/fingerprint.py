@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from xmodal_interp.hooks import active_interventions
+from xmodal_interp.hooks import active_interventions, registered_function
 from xmodal_interp.models import VLM
 from xmodal_interp.store import digest_of
 from xmodal_interp.store.value_digests import (
@@ -150,7 +150,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def _hooks(model: nn.Module) -> list[str]:
-    """Forward hooks and replaced forwards: where, what, and a digest of what they are made of."""
+    """Hooks, replaced forwards and attention functions of users: where, what, and a digest."""
     found = [
         (name.removeprefix("_global_"), each)
         for name in ("_global_forward_pre_hooks", "_global_forward_hooks")
@@ -160,11 +160,19 @@ def _hooks(model: nn.Module) -> list[str]:
         found += [(f"{path}.{name}", h) for name in _HOOKS for h in getattr(module, name).values()]
         forward = _replaced_forward(module)
         found += [(f"{path}.forward", forward)] if forward is not None else []
+    parts = {"": model.config} | {n: getattr(model.config, n, None) for n in _sub_configs(model)}
+    for backend in sorted({str(getattr(p, "_attn_implementation", "")) for p in parts.values()}):
+        function = registered_function(backend)
+        found += [(f"attention {backend!r}", function)] if function is not None else []
     return [
         f"{at}: {_title(hook)} {digest_of(described(hook))[:16]}"
         for at, hook in found
         if _acts(hook)
     ]
+
+
+def _sub_configs(model: Any) -> list[str]:
+    return list(getattr(model.config, "sub_configs", {}))
 
 
 def _replaced_forward(module: nn.Module) -> Any:

@@ -8,6 +8,7 @@ from xmodal_interp.hooks.knockout import knock_out_attention
 from xmodal_interp.hooks.modules import Identity, attention_modules
 from xmodal_interp.hooks.recorder import record
 from xmodal_interp.hooks.recording import Recording
+from xmodal_interp.hooks.tapping import registered_function
 
 __all__ = [
     "Checkup",
@@ -21,4 +22,5 @@ __all__ = [
     "knock_out_attention",
     "mean_head_outputs",
     "record",
+    "registered_function",
 ]

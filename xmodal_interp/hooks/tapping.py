@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from xmodal_interp.restoring import Block
 
@@ -111,6 +111,14 @@ def _tap(listener: Listener, stack: ExitStack) -> None:
 def listeners() -> tuple[Listener, ...]:
     """The listeners of the taps that are open in this context, the outermost first."""
     return _listeners.get()
+
+
+def registered_function(backend: str) -> AttentionFunction | None:
+    """The function that transformers calls for a backend; None for one of the modeling code."""
+    if backend not in ALL_ATTENTION_FUNCTIONS:
+        return None
+    function: AttentionFunction = _original_getitem(ALL_ATTENTION_FUNCTIONS, backend)  # type: ignore[no-untyped-call]
+    return function
 
 
 def _install() -> None:

@@ -66,7 +66,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _is_manifest(manifest: Mapping[str, Any]) -> bool:
     members = {*schema.STAMP, "created", "maker", "settings", "digest"}
-    return manifest.keys() <= members and isinstance(manifest["settings"], dict)
+    settings = manifest["settings"]
+    return (
+        manifest.keys() <= members
+        and isinstance(settings, dict)
+        and isinstance(settings.get("kept", {}), dict)
+    )
 
 
 def store_around(path: Path) -> Path | None:
