@@ -24,6 +24,8 @@ from xmodal_interp.analysis.pruning import head_pruning
 from xmodal_interp.analysis.teacher_forcing import answer_scores, check_causal
 from xmodal_interp.errors import UnsupportedModelError
 from xmodal_interp.evaluation.faithfulness import deletion_curve
+from xmodal_interp.hooks.ablation import ablate_heads
+from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.models import VLM
 from xmodal_interp.models.batching import batches_of
 from xmodal_interp.models.sequences import with_answer, without_last
@@ -123,6 +125,25 @@ def test_paligemma_can_be_pruned_and_its_tokens_deleted() -> None:
     assert table.attrs["base"]["all"]["log_prob"] == pytest.approx(expected, abs=LIMIT)
     curve = deletion_curve(vlm, [item], "random", steps=2, progress=False)
     assert np.log(curve["probability"][0]) == pytest.approx(expected, abs=LIMIT)
+
+
+def test_layers_that_share_keys_are_pruned_by_whole_forwards() -> None:
+    """Gemma 3n keeps them in a dictionary that a layer which is not run does not fill."""
+    vlm = vlm_of("gemma3n")
+    item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
+    (batch,) = batches_of(vlm, [item], batch_size=1)
+    table = head_pruning(
+        vlm, [item], layers=[1, 3], heads=[1], mode="zero", progress=False, n_bootstrap=10
+    )
+    base = answer_scores(vlm, batch)[1, 0]
+    assert table["layer"].unique().tolist() == [1, 3]
+    for row in table[table["question_kind"] == "all"].itertuples():
+        with intervene(vlm, ablate_heads({row.layer: [1]}, "zero")):
+            drop = base - answer_scores(vlm, batch)[1, 0]
+        assert row.log_prob_drop == pytest.approx(drop, abs=LIMIT)
+    assert table["log_prob_drop"].abs().min() > 1e-3
+    curve = deletion_curve(vlm, [item], "random", steps=2, progress=False)
+    assert np.log(curve["probability"][0]) == pytest.approx(base, abs=LIMIT)
 
 
 @pytest.mark.parametrize("model_type", ["paligemma", "dots3_note"])

@@ -3,19 +3,26 @@
 import numpy as np
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack
 
+from tests.models.real import real, settled
+from tests.models.test_capturing_families import asked
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.analysis import rollout_matrix
 from xmodal_interp.capturing import Keep, capture, capture_batch
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks import record
+from xmodal_interp.models import VLM
 from xmodal_interp.store import StoreWriter, open_store
 
 NORMS = Keep(norms=True)
 
 
 def by_hand(model, run) -> dict[str, list[torch.Tensor]]:
-    """``|o| / (|o| + |x|)`` of every block with a ``self_attn`` or ``attn``, run by run."""
+    """``|u| / (|u| + |x|)`` of every block with a ``self_attn`` or ``attn``, run by run.
+
+    ``u`` is what the attention returns, times the block's gate if it has one.
+    """
     shares: dict[str, list[torch.Tensor]] = {}
     handles = []
     for name, block in model.named_modules():
@@ -27,8 +34,11 @@ def by_hand(model, run) -> dict[str, list[torch.Tensor]]:
         def enter(_, args, options, entered=entered):
             entered.append(args[0] if args else options["hidden_states"])
 
-        def leave(_, __, output, name=name, entered=entered):
-            o = (output[0] if isinstance(output, tuple) else output).norm(dim=-1)
+        def leave(_, __, output, name=name, entered=entered, block=block):
+            o = output[0] if isinstance(output, tuple) else output
+            if getattr(block, "is_gated", False):
+                o = o * block.gate_attn.tanh()
+            o = o.norm(dim=-1)
             x = entered[-1].norm(dim=-1)
             shares.setdefault(name, []).append(o / (o + x))
 
@@ -58,6 +68,122 @@ def test_norms_are_those_of_the_blocks(family) -> None:
             torch.testing.assert_close(call.update_share.flatten(), share.flatten())
             checked += 1
     assert checked >= 4
+
+
+AFTER_ADDITION = {
+    ("gemma3", "language"): "pre_feedforward_layernorm",  # a norm after the attention
+    ("gemma4", "language"): "pre_feedforward_layernorm",
+    ("glm4v", "language"): "post_attention_layernorm",
+    ("granite_docling", "language"): "post_attention_layernorm",  # a multiplier of .263
+    ("internvl", "vision"): "layernorm_after",  # layer scale
+    ("llama4", "vision"): "post_attention_layernorm",  # the block's argument is hidden_state
+    ("llava", "language"): "post_attention_layernorm",
+    ("minimax_m3_vl", "vision"): "layer_norm2",
+}
+"""The module of a block whose input is the residual stream after the attention's update."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("name", "tower"), AFTER_ADDITION)
+def test_the_update_is_the_step_of_the_residual_stream(name: str, tower: str) -> None:
+    """Its norm, multiplier or layer scale included: the stream after the addition minus before."""
+    vlm = VLM(real(name)[0], settled(name))
+    inputs, _ = vlm.prepare([[picture()]], [asked(vlm, 1)])
+    before: dict[str, torch.Tensor] = {}
+    after: dict[str, torch.Tensor] = {}
+    handles = []
+    for path, block in vlm.model.named_modules():
+        next_norm = getattr(block, AFTER_ADDITION[name, tower], None)
+        if next_norm is None:
+            continue
+
+        def enter(_, args, options, path=path):
+            before[path] = first_tensor(args, options).clone()
+
+        def reach(_, args, options, path=path):
+            after[path] = first_tensor(args, options).clone()
+
+        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(next_norm.register_forward_pre_hook(reach, with_kwargs=True))
+    with torch.no_grad():
+        plain = vlm.model(**inputs).logits
+        with record(vlm.model, towers=[tower], norms=True) as recording:
+            assert torch.equal(vlm.model(**inputs).logits, plain)
+    for handle in handles:
+        handle.remove()
+    assert len(recording.calls) >= 2
+    for call in recording.calls:
+        path = next(path for path in before if call.module.startswith(f"{path}."))
+        x = before[path]
+        u = after[path] - x
+        share = u.norm(dim=-1) / (u.norm(dim=-1) + x.norm(dim=-1))
+        found = call.update_share.flatten()
+        torch.testing.assert_close(found, share.flatten(), atol=1e-5, rtol=0)
+
+
+def first_tensor(args: tuple, options: dict) -> torch.Tensor:
+    return args[0] if args else next(v for v in options.values() if isinstance(v, torch.Tensor))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_post_norm_blocks_add_a_projection_to_the_attentions_input() -> None:
+    """Those of a Q-Former: ``LayerNorm(dense(o) + x)``, for its cross-attention too."""
+    vlm = VLM(real("blip-2")[0], settled("blip-2"))
+    inputs, _ = vlm.prepare([[picture()]], [asked(vlm, 1)])
+    expected: dict[str, torch.Tensor] = {}
+
+    def reach(module, args, path):
+        u, x = module.dense(args[0]).norm(dim=-1), args[1].norm(dim=-1)
+        expected[path] = u / (u + x)
+
+    handles = [
+        module.register_forward_pre_hook(lambda m, a, p=path: reach(m, a, p))
+        for path, module in vlm.model.named_modules()
+        if type(module).__name__ == "Blip2QFormerSelfOutput"
+    ]
+    with torch.no_grad(), record(vlm.model, towers=["connector"], norms=True) as recording:
+        vlm.model(**inputs)
+    for handle in handles:
+        handle.remove()
+    kinds = [call.kind for call in recording.calls]
+    assert kinds.count("self") == 2
+    assert kinds.count("cross") == 1
+    for call in recording.calls:
+        share = expected[f"{call.module.rpartition('.')[0]}.output"]
+        torch.testing.assert_close(call.update_share, share, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_pooling_head_adds_to_no_stream_and_the_refusal_gives_the_way_out() -> None:
+    vlm = VLM(real("gemma3")[0], settled("gemma3"))
+    question = asked(vlm, 1)
+    with pytest.raises(CaptureError) as refusal:
+        capture(vlm, picture(), question, keep=NORMS)
+    assert str(refusal.value) == (
+        "The share of attention in an update needs the addition of its output to the residual "
+        "stream. None was found for model.vision_tower.head.attention, the first of 1 such layers "
+        "(vision). Record the other towers alone: "
+        "Keep(norms=True, towers=('language',))."
+    )
+    sample = capture(vlm, picture(), question, keep=Keep(norms=True, towers=("language",)))
+    assert all(call.update_share is not None for call in sample.calls.values())
+
+
+def test_a_failing_forward_leaves_no_mode_behind() -> None:
+    vlm = tiny_vlm("llava")
+    inputs, _ = vlm.prepare([[picture()]], [QUESTION])
+    mlp = vlm.model.get_decoder().layers[1].mlp
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    handle = mlp.register_forward_pre_hook(fail)
+    before = len(_get_current_function_mode_stack())
+    with record(vlm.model, norms=True):
+        with pytest.raises(ZeroDivisionError):
+            vlm.model(**inputs)
+        assert len(_get_current_function_mode_stack()) == before
+    handle.remove()
 
 
 def test_a_row_per_token_in_generation_a_batch_and_a_store(tmp_path) -> None:

@@ -15,8 +15,9 @@ This is the probability of the answer in generation only if no position depends 
 ``check_causal`` compares once.
 
 A batch is run once as it is, then once per removal. Whatever ran before the first edited layer is
-replayed from memory (:mod:`xmodal_interp.hooks.replaying`), after a check on the first batch that
-this gives the scores of the whole forward; where it does not, whole forwards are run.
+replayed from memory (:mod:`xmodal_interp.hooks.replaying`), after a check for each first layer, on
+the first batch, that this gives the scores of the whole forward; where it does not, or raises,
+whole forwards are run.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from xmodal_interp.errors import UnsupportedModelError
 from xmodal_interp.hooks.ablation import AblationMode, ablate_heads
 from xmodal_interp.hooks.calibration import HeadMeans, PositionClass, class_masks, means_over
 from xmodal_interp.hooks.interventions import intervene
-from xmodal_interp.hooks.replaying import BlockOutputs, remember_blocks, replay
+from xmodal_interp.hooks.replaying import remember_blocks, replay
 from xmodal_interp.models import VLM, prompt_ids
 from xmodal_interp.models.batching import Batch
 from xmodal_interp.models.sequences import without_last
@@ -105,17 +106,21 @@ def removal_scores(
     """
     scores = np.empty((len(removals), len(METRICS), sum(len(batch.index) for batch in batches)))
     check_causal(vlm, batches[0])
-    reusable = True
+    reusable: dict[int, bool] = {}
     n_forwards = len(batches) * len(removals)
     with tqdm(total=n_forwards, unit="forward", disable=not progress, leave=False) as bar:
-        for number, batch in enumerate(batches):
+        for batch in batches:
             with remember_blocks(vlm.model) as memory:
                 base = answer_scores(vlm, batch)
-            if number == 0:
-                reusable = _replays(vlm, batch, memory, ablation.tower, base)
             for place, removal in enumerate(removals):
                 edits = ablation.interventions(removal, batch)
-                earlier = _earlier(memory, ablation.tower, removal) if reusable else {}
+                earlier: dict[nn.Module, Any] = {}
+                if removal:
+                    first = min(removal)
+                    earlier = memory.before(ablation.tower, "self", first)
+                    if first not in reusable:
+                        reusable[first] = replays(vlm, batch, earlier, base)
+                    earlier = earlier if reusable[first] else {}
                 with replay(earlier), intervene(vlm, *edits):
                     scores[place][:, batch.index] = answer_scores(vlm, batch) if edits else base
                 bar.update()
@@ -183,24 +188,31 @@ def _scores(
     return torch.stack([right.all(1).float(), log_prob, first.gather(1, word)[:, 0] - best_other])
 
 
-def _earlier(memory: BlockOutputs, tower: Tower, removal: Removal) -> dict[nn.Module, Any]:
-    return memory.before(tower, "self", min(removal)) if removal else {}
-
-
-def _replays(
+def replays(
     vlm: VLM,
     batch: Batch,
-    memory: BlockOutputs,
-    tower: Tower,
+    earlier: Mapping[nn.Module, Any],
     base: Float[np.ndarray, "metric item"],
 ) -> bool:
-    """Whether a forward from the middle of the tower on gives what the whole one gave."""
-    layers = sorted(layer for of, kind, layer in memory.blocks if (of, kind) == (tower, "self"))
-    earlier = memory.before(tower, "self", layers[len(layers) // 2]) if layers else {}
+    """Whether a forward with the outputs of earlier blocks gives what the whole one gave.
+
+    It does not where a block acts by more than what it returns: the layers of Gemma 3n that share
+    keys and values write them into a dictionary of the forward.
+
+    Args:
+        vlm: Model and processor.
+        batch: Prompts with answers behind them.
+        earlier: What the blocks before a layer returned.
+        base: The scores of the whole forward.
+    """
     if not earlier:
         return False
-    with replay(earlier):
-        return np.allclose(answer_scores(vlm, batch), base, rtol=1e-4, atol=1e-5)
+    try:
+        with replay(dict(earlier)):
+            again = answer_scores(vlm, batch)
+    except Exception:  # noqa: BLE001 - any error of the model's code: without replay it does not occur
+        return False
+    return np.allclose(again, base, rtol=1e-4, atol=1e-5)
 
 
 def origin(vlm: VLM) -> dict[str, Any]:

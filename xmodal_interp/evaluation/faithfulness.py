@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xmodal_interp.analysis.frames import stamped
-from xmodal_interp.analysis.teacher_forcing import answer_scores, check_causal, origin
+from xmodal_interp.analysis.teacher_forcing import answer_scores, check_causal, origin, replays
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.embeddings import check_images_gone, check_in_sequence, mean_embeddings
 from xmodal_interp.hooks.replaying import remember_blocks, replay
@@ -149,8 +149,11 @@ def _curve(
             if number == 0:
                 check_images_gone(vlm, batch.inputs, image)
             with remember_blocks(vlm.model) as memory:
-                answer_scores(vlm, batch)
+                base = answer_scores(vlm, batch)
             vision = memory.before("language", "self", 0)  # the edit comes behind it
+            if number == 0:
+                reusable = replays(vlm, batch, vision, base)
+            vision = vision if reusable else {}
             for step, share in enumerate(shares):
                 first = _first(image, order, share)
                 taken = first if analysis == "deletion_curve" else image & ~first

@@ -58,16 +58,13 @@ class DenseCall:
 Heard = RawCall | DenseCall
 
 
-class Bypass(TorchFunctionMode):
-    """Listens to the torch functions that a module calls, from ``begin`` to ``end``."""
-
-    def __init__(self, module: Callable[[], nn.Module | None], hear: Callable[[Heard], None]):
-        super().__init__()
-        self.module, self.hear = module, hear
+class FunctionMode(TorchFunctionMode):
+    """A torch function mode that hooks put on and take off, from ``begin`` to ``end``."""
 
     def begin(self) -> None:
-        """Start to listen, in this thread."""
-        self.__enter__()  # type: ignore[no-untyped-call]
+        """Start, in this thread; nothing changes if it is on already."""
+        if all(mode is not self for mode in _get_current_function_mode_stack()):
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
         """Stop, also where modes that were entered later were never exited."""
@@ -75,6 +72,14 @@ class Bypass(TorchFunctionMode):
         for mode in reversed(modes):
             if mode is not self:
                 _push_mode(mode)
+
+
+class Bypass(FunctionMode):
+    """Listens to the torch functions that a module calls, from ``begin`` to ``end``."""
+
+    def __init__(self, module: Callable[[], nn.Module | None], hear: Callable[[Heard], None]):
+        super().__init__()
+        self.module, self.hear = module, hear
 
     def __torch_function__(
         self,

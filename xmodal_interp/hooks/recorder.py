@@ -163,6 +163,8 @@ class _Recorder:
             self._end_bypass(self.running.pop())
         run = Run(module, len(self.kept))
         self.running.append(run)
+        if self.shares is not None:
+            self.shares.pause()
         if self.sorts[module] not in self.settled and not isinstance(module, nn.MultiheadAttention):
             run.bypass = Bypass(lambda: module if self._at_work(run) else None, run.aside.append)
             self.bypasses.add(run.bypass)
@@ -185,11 +187,10 @@ class _Recorder:
             for heard in run.aside:
                 self._keep(self.members.proved(module), heard)
         self._judge(run, wanted=wanted)
-        new = self.kept[run.start :]
-        if self.shares is not None and new and (run.n_heard or run.aside):
-            shares = self.shares.of(module, output, [kept.call for kept in new])
-            for kept, share in zip(new, shares, strict=True):
-                kept.call = replace(kept.call, update_share=share)
+        if self.shares is not None:
+            of_itself = bool(run.n_heard or run.aside)
+            new = self.kept[run.start :] if of_itself else ()
+            self.shares.go_on(module, [*args, *options.values()], output, new)
 
     def _judge(self, run: Run, *, wanted: bool) -> None:
         """Whether a module that has run was heard, by itself or by what it holds."""
@@ -311,6 +312,8 @@ class _Recorder:
             refuse_unseen(self.recording.unseen)
             if self.choice.refuse:
                 self.recording.agreement.refuse()
+            if self.shares is not None:
+                self.shares.check()
             if self.ran_elsewhere and not self.ran:
                 refuse_another_thread()
 

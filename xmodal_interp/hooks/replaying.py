@@ -5,8 +5,8 @@ A block is the module of a layer stack that holds an attention module (``layers.
 ``replay`` makes the model's next forwards, on the same inputs, take those outputs from memory for
 every block that ran before a given layer. The rest of the model runs as it is: the result is that
 of the whole forward, bit for bit, wherever a block acts by what it returns. Where one acts in
-another way (keys shared between layers through the cache), it is not: compare once, as
-:mod:`xmodal_interp.analysis.teacher_forcing` does.
+another way (keys shared between layers through the cache or a dictionary of the forward), it is
+not, or the forward raises: compare once, as :mod:`xmodal_interp.analysis.teacher_forcing` does.
 
 The memory is one hidden state per block: ``n_blocks * samples * positions * d_model`` numbers.
 """

@@ -1,0 +1,45 @@
+"""The share of attention in updates: found in the language tower of every type with one stream.
+
+Some types by default, all of them with ``--all-types``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.conformance.test_teacher_forcing import NAMES, vlm_of
+from tests.conformance.test_teacher_forcing import pytest_generate_tests as pytest_generate_tests
+from tests.models.test_capturing_families import asked
+from tests.tiny import picture
+from xmodal_interp.errors import CaptureError
+from xmodal_interp.hooks import record
+
+pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+SEVERAL_STREAMS = {"gemma3n", "glm5_next", "inkling2"}
+"""Types whose layers add to no residual stream: AltUp, hyper-connections, attention over earlier
+layers."""
+
+
+def test_every_language_layer_has_a_share_and_outputs_stay(name: str) -> None:
+    vlm = vlm_of(name)
+    inputs, _ = vlm.prepare([[picture()]], [asked(vlm, 1)])
+    with torch.no_grad():
+        plain = vlm.run(inputs).logits
+        if name in SEVERAL_STREAMS:
+            with (
+                pytest.raises(CaptureError, match=r"needs the addition of its output"),
+                record(vlm.model, towers=["language"], norms=True),
+            ):
+                vlm.run(inputs)
+            return
+        with record(vlm.model, towers=["language"], norms=True) as recording:
+            assert torch.equal(vlm.run(inputs).logits, plain)
+    assert name in NAMES
+    assert recording.calls
+    for call in recording.calls:
+        share = call.update_share
+        assert share.shape == (call.n_samples, call.n_queries)
+        assert ((share > 0) & (share < 1)).all()
