@@ -12,7 +12,7 @@ from torch import Tensor
 
 import xmodal_interp as xi
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.models import ImageGrid
+from xmodal_interp.models import ImageGrid, Thumbnail
 from xmodal_interp.sample import Sample
 from xmodal_interp.shapes.questions import ask_all
 from xmodal_interp.shapes.scenes import sample_scene
@@ -127,6 +127,8 @@ def assert_same_fields(found: Mapping[str, Any], expected: Mapping[str, Any]) ->
             assert_same_bits(found[name], value)
         elif isinstance(value, np.ndarray):
             np.testing.assert_array_equal(found[name], value, strict=True)
+        elif isinstance(value, Thumbnail):
+            assert_same_fields(vars(found[name]), vars(value))
         else:
             assert type(found[name]) is type(value), name
             assert found[name] == value, name
