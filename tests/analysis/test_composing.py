@@ -1,6 +1,7 @@
 """Query tokens on the patches that they take, beside a slow replica written from the layers."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 import xmodal_interp as xi
+from tests.analysis.fakes import random_call
 from tests.models.painting import textured
 from tests.models.real import real, settled
 from tests.tiny import QUESTION, tiny_vlm
@@ -89,9 +91,30 @@ def test_one_cross_attention_is_what_it_is_for_every_alpha() -> None:
     layers = {"connector.cross": [0]}
     bare = xi.Sample(**{**vars(sample), "calls": only, "provenance": {"layers": layers}})
     (call,) = only.values()
-    probs = call.probs()[0].mean(0)
+    probs = call.probs()[0].double().mean(0)
     for alpha in (0.1, 1.0):
         assert torch.allclose(xi.query_patches(bare, alpha=alpha), probs, atol=1e-6)
+
+
+def test_deep_connectors_are_composed_in_float64() -> None:
+    """A cross-attention and 60 layers above it, in float64 from scores to shares."""
+    sample = sample_of("blip-2")
+    first = next(call for key, call in sample.calls.items() if key[1] == "cross")
+    n = first.n_queries
+    others = [
+        replace(random_call(n, causal=False), tower="connector", layer=layer)
+        for layer in range(1, 61)
+    ]
+    calls = {(c.tower, c.kind, c.layer, 0): c for c in [first, *others]}
+    layers = {"connector.cross": [first.layer], "connector.self": list(range(1, 61))}
+    deep = replace(sample, calls=calls, provenance={"layers": layers})
+    expected = 0.9 * first.probs(dtype=torch.float64)[0].mean(0)
+    for call in others:
+        expected = 0.9 * call.probs(dtype=torch.float64)[0].mean(0) @ expected + 0.1 * expected
+    expected = expected / expected.sum(1, keepdim=True)
+    shares = xi.query_patches(deep, alpha=0.9)
+    assert shares.dtype == torch.float64
+    torch.testing.assert_close(shares, expected, rtol=1e-9, atol=0)
 
 
 def test_a_stored_sample_gives_the_same(tmp_path: Path) -> None:

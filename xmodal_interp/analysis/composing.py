@@ -40,7 +40,7 @@ def query_patches(
             the rollout paper. A single cross-attention gives the same for every alpha above 0.
 
     Returns:
-        float32; patches in the order of ``sample.grids[image].patch_places``, class token included.
+        float64; patches in the order of ``sample.grids[image].patch_places``, class token included.
         Rows sum to 1; NaN where a token takes nothing from the image.
 
     Raises:
@@ -53,10 +53,10 @@ def query_patches(
         raise InputError(f"alpha is the share of attention, 0 to 1; got {alpha!r}.")
     grid, calls = _grid(sample, image), _calls(sample, image)
     n_patches = len(grid.patch_places)
-    shares = torch.zeros(max(call.n_queries for call in calls), n_patches)
+    shares = torch.zeros(max(call.n_queries for call in calls), n_patches, dtype=torch.float64)
     for call in calls:
         n = call.n_queries
-        probs = call.probs()[0].nan_to_num().mean(0).cpu()
+        probs = call.in_float64().probs(dtype=torch.float64)[0].nan_to_num().mean(0).cpu()
         taken = probs @ shares[:n] if call.kind == "self" else _across(call, probs, shares[:n])
         shares[:n] = alpha * taken + (1 - alpha) * shares[:n]
     if len(shares) < grid.n_tokens:
@@ -93,13 +93,13 @@ def on_patches(
         GeometryError: As for :func:`query_patches`, or not one value per token.
     """
     shares = query_patches(sample, image, alpha=alpha)
-    given = torch.as_tensor(values).detach().cpu().float()
+    given = torch.as_tensor(values).detach().cpu().double()
     if given.shape != shares.shape[:1]:
         raise GeometryError(
             f"Each image token must have one value. Image {image} has {len(shares)} tokens; got "
             f"values of shape {tuple(given.shape)}."
         )
-    return sample.grids[image].arranged((given @ shares).double().numpy(), view, number=image)
+    return sample.grids[image].arranged((given @ shares).numpy(), view, number=image)
 
 
 def are_queries(grid: ImageGrid) -> bool:

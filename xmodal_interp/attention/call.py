@@ -142,6 +142,10 @@ class AttentionCall:
         }
         return replace(self, **moved)
 
+    def in_float64(self) -> AttentionCall:
+        """The same call on a device that has float64: Apple's GPUs have none."""
+        return self.to("cpu") if self.device.type == "mps" else self
+
     def select_sample(self, index: int) -> AttentionCall:
         """The call of one sample of the batch; the sample axis stays, with length 1."""
 
@@ -183,10 +187,13 @@ class AttentionCall:
         heads: Positions | None = None,
         queries: Positions | None = None,
         keys: Positions | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "sample head query key"]:
-        """Exact probabilities, float32, of chosen heads, queries and keys (all if not given).
+        """Exact probabilities of chosen heads, queries and keys (all if not given).
 
-        Rows without a single visible key are NaN: there is nothing they could attend to.
+        Rows without a single visible key are NaN: there is nothing they could attend to. They are
+        computed in ``dtype``, float32 or float64: probabilities below 1e-45 are 0 in float32.
 
         Raises:
             LayerError: A head that does not exist.
@@ -197,9 +204,9 @@ class AttentionCall:
         key = None if keys is None else resolve(keys, self.n_keys, "key").to(row.device)
         parts = []
         for chunk in row.split(operands.chunk(self, len(head))):
-            full = operands.exact_rows(self, head, chunk)
+            full = operands.exact_rows(self, head, chunk, dtype)
             parts.append(full if key is None else full[..., key])
-        return torch.cat(parts, 2) if parts else operands.exact_rows(self, head, row)
+        return torch.cat(parts, 2) if parts else operands.exact_rows(self, head, row, dtype)
 
     def visible(self, queries: Positions | None = None) -> Bool[Tensor, "sample head query key"]:
         """Which keys each query may attend to.

@@ -138,17 +138,12 @@ def entropy(
             q, k, seen, causal = _fused(call, head, row)
             k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
             return kernels.fused_entropy(q, k, seen, causal=causal, scaling=call.scaling)
-        call, dtype = wide(call)
+        call = call.in_float64()
         head, row = head.to(call.device), row.to(call.device)
         parts = row.split(chunk(call, len(head)))
         return torch.cat(
-            [kernels.row_entropy(exact_rows(call, head, part, dtype)) for part in parts], 2
+            [kernels.row_entropy(exact_rows(call, head, part, torch.float64)) for part in parts], 2
         )
-
-
-def wide(call: AttentionCall) -> tuple[AttentionCall, torch.dtype]:
-    """The call where float64 exists, and float64: Apple's GPUs have none."""
-    return (call.to("cpu") if call.device.type == "mps" else call), torch.float64
 
 
 def chunk(call: AttentionCall, n_heads: int) -> int:
