@@ -76,7 +76,7 @@ def towers_by_image(
     tiles: Sequence[int] | None = None,
     windows: Mapping[str, int] | None = None,
 ) -> dict[Layer, list[dict[int, AttentionCall]]]:
-    """The calls of every layer outside of the language tower, shared out among the samples.
+    """The calls of every layer that reads images or sounds, shared out among the samples.
 
     Args:
         calls: All calls of a batch, in order; what a tower reads again for each new token counts
@@ -98,7 +98,7 @@ def towers_by_image(
     visuals = visuals_of(prompts, in_order=family.in_order)
     towers: dict[Layer, list[dict[int, AttentionCall]]] = {}
     for key, stream in _layers(_first_reading(calls)).items():
-        if key[0] == "language":
+        if key[0] in ("language", "other"):
             continue
         read = _read_by(stream[0].module, visuals, family)
         grids, module = [each.grid for each in read], stream[0].module

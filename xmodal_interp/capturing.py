@@ -241,6 +241,10 @@ def _sample(
             own = [call.select_sample(index) for call in stream]
             whole = call_by_position(own, len(tokens), prompt.n_encoder, heard.stacks)
             calls[tower, kind, layer, 0] = without_padding_keys(whole, n_cross_keys)
+        elif tower == "other":  # neither the tokens of the prompt nor images, but one row a sample
+            for number, call in enumerate(stream):
+                own_call = replace(call.select_sample(index), call=number)
+                calls[tower, kind, layer, number] = own_call
         else:
             for number, call in sorted(heard.by_image[tower, kind, layer][index].items()):
                 calls[tower, kind, layer, number] = call

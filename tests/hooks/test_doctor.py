@@ -9,17 +9,19 @@ from transformers import MistralConfig, MistralForCausalLM
 import xmodal_interp as xi
 from tests.hooks.test_other_attention import FastAttn, Mixer, llava_with
 from tests.hooks.test_record import n_hooks
-from tests.models.real import real
+from tests.models.real import real, settled
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.errors import CaptureError, GeometryError, InputError
 from xmodal_interp.hooks import recorder
 from xmodal_interp.hooks.checkup import COLUMNS, Checkup
 from xmodal_interp.hooks.exactness import LAYER_COLUMNS
-from xmodal_interp.models import FAMILIES
+from xmodal_interp.models import FAMILIES, windows
 from xmodal_interp.models.geometry import anyres_tiles
 
 TOKENS = "image tokens are as many as predicted"
 WEIGHTS = "every weight is that of the checkpoint"
+PLACED = "a painted patch changes the key at its place"
+CHANGES = "only image tokens change with the picture"
 OUTPUTS = "outputs are those without recording"
 GENERATED = "generated tokens are those without recording"
 HEARD = "every attention layer that ran is heard"
@@ -45,6 +47,8 @@ def test_the_shipped_models_are_well(name: str, n_layers: int) -> None:
     assert table["check"].tolist() == [
         TOKENS,
         WEIGHTS,
+        PLACED,
+        CHANGES,
         OUTPUTS,
         GENERATED,
         HEARD,
@@ -58,7 +62,7 @@ def test_the_shipped_models_are_well(name: str, n_layers: int) -> None:
     assert tuple(checkup.layers.columns) == LAYER_COLUMNS
     assert len(checkup.layers) == n_layers
     assert checkup.layers[["output_error", "eager_error"]].max(axis=None) < 1e-5
-    assert checkup.summary == "8 checks passed: recordings of this model can be trusted."
+    assert checkup.summary == "10 checks passed: recordings of this model can be trusted."
     assert repr(checkup).endswith(checkup.summary)
 
 
@@ -102,7 +106,7 @@ def test_wrong_numbers_are_found(monkeypatch) -> None:
     assert failed(checkup) == [BACKEND, EAGER]
     assert check_of(checkup, EAGER)["value"] > 0.1
     assert checkup.summary == (
-        "5 checks passed, 2 failed (probabilities give the backend's output; probabilities are "
+        "7 checks passed, 2 failed (probabilities give the backend's output; probabilities are "
         "those of eager attention): do not trust recordings of this model."
     )
 
@@ -374,9 +378,10 @@ def test_a_family_that_names_no_image_token_fails(named: str, note: str) -> None
     own = tiny_vlm("llava")
     family = dataclasses.replace(own.family, image_token=named, geometry=None)
     checkup = xi.doctor(xi.VLM(own.model, own.processor, family=family), picture(), QUESTION)
-    assert failed(checkup) == [TOKENS]
+    assert failed(checkup) == [TOKENS, CHANGES]
     row = check_of(checkup, TOKENS)
     assert (row["value"], row["limit"]) == (0, "more than 0")
+    assert check_of(checkup, CHANGES)["value"] == 144
     assert f"image_token={named!r}, {note}" in row["note"]
 
 
@@ -400,3 +405,26 @@ def test_rows_of_one_token_only_are_skipped() -> None:
     assert checkup.ok
     row = check_of(checkup, TAP)
     assert (row["verdict"], row["note"]) == ("skipped", "each query sees one key only")
+
+
+def test_a_family_that_names_another_token_fails() -> None:
+    """No rule predicts a number, and there are some: but the picture does not change them."""
+    own = tiny_vlm("llava")
+    config = own.model.config
+    ids = own.prepare([[picture()]], [QUESTION])[0]["input_ids"][0].tolist()
+    config.of_a_word = ids[-3]
+    try:
+        family = dataclasses.replace(own.family, image_token="of_a_word", geometry=None)
+        checkup = xi.doctor(xi.VLM(own.model, own.processor, family=family), picture(), QUESTION)
+    finally:
+        del config.of_a_word
+    assert failed(checkup) == [CHANGES]
+    assert check_of(checkup, TOKENS)["verdict"] == "skipped"
+    assert check_of(checkup, CHANGES)["value"] == 144
+
+
+def test_patches_in_another_order_fail(monkeypatch) -> None:
+    monkeypatch.setattr(windows, "_sorts_by_windows", lambda _module: False)
+    checkup = xi.doctor(xi.VLM(real("muse_glimmer")[0], settled("muse_glimmer")))
+    assert failed(checkup) == [PLACED]
+    assert "it changed at" in check_of(checkup, PLACED)["note"]

@@ -2,7 +2,13 @@
 
 from collections import Counter
 
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     SpeechEncoderDecoderConfig,
@@ -13,6 +19,8 @@ from transformers import (
     VisionEncoderDecoderModel,
 )
 
+from tests.conformance.overrides import DUAL_ENCODERS
+from tests.conformance.shrinking import tiny_config
 from xmodal_interp.hooks import attention_modules
 
 WIDTH = 16
@@ -57,3 +65,77 @@ def test_other_encoders_are_of_what_they_read() -> None:
     for model, tower in ((sees, "vision"), (hears, "audio")):
         names = Counter((each.tower, each.kind) for each in attention_modules(model).values())
         assert names == {(tower, "self"): 1, ("language", "self"): 1, ("language", "cross"): 1}
+
+
+TOWERS_OF: dict[tuple[str, str], dict[str, str]] = {
+    ("whisper", "WhisperForConditionalGeneration"): {
+        "model.encoder": "audio",
+        "model.decoder": "language",
+    },
+    ("speech_to_text", "Speech2TextModel"): {"encoder": "audio", "decoder": "language"},
+    ("moonshine", "MoonshineModel"): {"encoder": "audio", "decoder": "language"},
+    ("pop2piano", "Pop2PianoForConditionalGeneration"): {"encoder": "audio", "decoder": "language"},
+    ("speecht5", "SpeechT5ForSpeechToText"): {
+        "speecht5.encoder": "audio",
+        "speecht5.decoder": "language",
+    },
+    ("speecht5", "SpeechT5ForTextToSpeech"): {
+        "speecht5.encoder": "language",
+        "speecht5.decoder": "audio",
+    },
+    ("granite_speech", "GraniteSpeechForConditionalGeneration"): {
+        "model.encoder": "audio",
+        "model.projector": "connector",
+        "model.language_model": "language",
+    },
+    ("clipseg", "CLIPSegForImageSegmentation"): {
+        "clip.text_model": "language",
+        "clip.vision_model": "vision",
+        "decoder": "vision",
+    },
+    ("lxmert", "LxmertForPreTraining"): {
+        "lxmert.encoder.layer.": "language",
+        "lxmert.encoder.r_layers": "vision",
+        "lxmert.encoder.x_layers.0.lang_self_att": "language",
+        "lxmert.encoder.x_layers.0.visn_self_att": "vision",
+    },
+    ("visual_bert", "VisualBertForPreTraining"): {"visual_bert": "language"},
+    ("xclip", "XCLIPModel"): {"mit": "vision", "prompts_generator": "language"},
+    ("grounding-dino", "GroundingDinoModel"): {
+        "backbone": "vision",
+        "text_backbone": "language",
+        "encoder.layers.0.text_enhancer_layer": "language",
+        "decoder": "vision",
+    },
+    ("qwen2_5_vl_vision", "Qwen2_5_VisionTransformerPretrainedModel"): {"blocks": "vision"},
+    ("gemma4_vision", "Gemma4VisionModel"): {"encoder": "vision"},
+    ("hubert", "HubertModel"): {"encoder": "audio"},
+    ("vjepa2", "VJEPA2Model"): {"encoder": "vision", "predictor": "vision"},
+    ("rt_detr", "RTDetrModel"): {"encoder": "vision", "decoder": "vision"},
+    ("t5", "T5ForConditionalGeneration"): {"encoder": "language", "decoder": "language"},
+    ("llama", "LlamaForCausalLM"): {"model": "language"},
+}
+RECORDS_OF = {"grounding-dino": DUAL_ENCODERS["grounding_dino"].config}
+
+
+@pytest.mark.parametrize(("model_type", "kind"), TOWERS_OF, ids=lambda value: value)
+def test_a_tower_is_that_of_what_a_module_reads(model_type: str, kind: str) -> None:
+    config = tiny_config(CONFIG_MAPPING[model_type], RECORDS_OF.get(model_type))
+    with torch.device("meta"):
+        model = getattr(transformers, kind)._from_config(config)
+    identities = attention_modules(model).values()
+    for path, tower in TOWERS_OF[model_type, kind].items():
+        inside = [each for each in identities if each.module.startswith(path)]
+        assert inside
+        assert {each.tower for each in inside} == {tower}, path
+    numbered = Counter((each.tower, each.kind, each.layer) for each in identities)
+    assert set(numbered.values()) == {1}
+    firsts = {(each.tower, each.kind): each.layer for each in reversed(list(identities))}
+    assert firsts[next(iter(TOWERS_OF[model_type, kind].values())), "self"] == 0
+
+
+def test_models_of_other_libraries_are_of_what_their_first_layer_reads() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    assert {each.tower for each in attention_modules(vit).values()} == {"vision"}
+    text = nn.Sequential(nn.Embedding(4, 8), nn.MultiheadAttention(8, 2))
+    assert {each.tower for each in attention_modules(text).values()} == {"language"}

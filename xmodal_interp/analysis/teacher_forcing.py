@@ -41,6 +41,7 @@ from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.hooks.replaying import remember_blocks, replay
 from xmodal_interp.models import VLM, prompt_ids
 from xmodal_interp.models.batching import Batch
+from xmodal_interp.models.decoding import refuse_canvas
 from xmodal_interp.models.sequences import without_last
 from xmodal_interp.vocabulary import Tower
 
@@ -130,6 +131,7 @@ def removal_scores(
 @torch.no_grad()
 def answer_scores(vlm: VLM, batch: Batch) -> Float[np.ndarray, "metric item"]:
     """The three scores of each item of a batch, by one forward."""
+    refuse_canvas(vlm.model)
     longest = max(len(ids) for ids in batch.answers)
     logits = _last_logits(vlm, batch.inputs, longest + 1)
     gold = prompt_ids(batch.inputs)[:, -longest:]

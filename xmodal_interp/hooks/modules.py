@@ -7,18 +7,20 @@ An attention module is the innermost module that is recognised as one by
    interface, or
 3. the name of its attribute (``attn``, ``attention``), where the code of its class calls a softmax.
 
-Its tower follows from ownership: the configuration of the sub-model it sits in is the vision,
-audio, connector, text or another part of the model's configuration. Where it is none of these, the
-names on the way to the module say which tower it is of. Its layer is the index of its block,
-counted through the tower and kind in the order of ``named_modules``. Attention whose
+Its tower follows from what the sub-models that it is in read: their configuration is the vision,
+audio, connector, text or another part of the model's configuration; their class declares the
+modality of its inputs; or they are the encoder or decoder of a model whose forward takes an input
+for each. Where none of these tells, the names on the way to the module do. Its layer is the index
+of its block, counted through the tower and kind in the order of ``named_modules``. Attention whose
 scores compare channels, not positions, is a separate kind.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ from transformers import PreTrainedModel
 
 from xmodal_interp.errors import InputError, UnsupportedModelError
 from xmodal_interp.models import VLM
+from xmodal_interp.models.streams import READS, declared_tower, known_stream
 
 if TYPE_CHECKING:
     from xmodal_interp.vocabulary import AttentionKind, Tower
@@ -57,7 +60,9 @@ _CONNECTOR = re.compile(
     r"q_?former|perceiver|resampler|connector|projector|projection|abstractor|merger", re.IGNORECASE
 )
 _VISION = re.compile(r"vision|visual|image|vit|vq_?model", re.IGNORECASE)
+_VISION_CLASS = re.compile(r"Vision(Model|Transformer|Encoder|Backbone)")
 _AUDIO = re.compile(r"audio|speech", re.IGNORECASE)
+_TEXT = re.compile(r"text|lang", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -251,41 +256,98 @@ class _Names:
         return self._tower(path), self._kind(path, module), container, index
 
     def _tower(self, path: str) -> Tower:
-        """By the innermost sub-model's configuration; then by name.
-
-        A model without a vision part is all language.
-        """
-        owner = max(
-            (p for p in self.parts if path == p or path.startswith(f"{p}.") or p == ""),
-            key=len,
-            default=None,
-        )
-        inside = path[len(owner) :] if owner is not None else path
-        if _CONNECTOR.search(inside):
+        """By what the sub-models that it is in read; then by name."""
+        owners = sorted((p for p in self.parts if _is_in(path, p)), key=len, reverse=True)
+        known = known_stream(self._holders(path))
+        if known is not None:
+            return known
+        if _CONNECTOR.search(path[len(owners[0]) :] if owners else path):
             return "connector"
-        config = self.root if owner is None else self.parts[owner]
-        for attribute, tower in _PARTS:
-            part = getattr(self.root, attribute, None)
-            if type(config) is not type(part) or config is self.root:
-                continue
-            if attribute != "encoder":
+        for owner in owners:
+            tower = self._by_config(owner)
+            if tower is not None:
                 return tower
-            if not hasattr(part, "text_config"):  # else it is mixed: its parts have names
-                return self._encoder_tower(owner)
-        if _CONNECTOR.search(path):
+        names = self._names(path, owners)
+        if _CONNECTOR.search(names):
             return "connector"
-        if _AUDIO.search(path):
-            return "audio"
-        if getattr(self.model, "main_input_name", "") == "pixel_values" and not hasattr(
-            self.root, "text_config"
-        ):
-            return "vision"
-        return "vision" if _VISION.search(path) else "language"
+        reads = (
+            *(declared_tower(self.model.get_submodule(o), own=True) for o in owners[:-1]),
+            self._by_stack(path, owners),
+            *(declared_tower(self.model.get_submodule(o)) for o in owners),
+        )
+        found = next((tower for tower in reads if tower is not None), None)
+        return self._by_name(names, owners) if found is None else found
 
-    def _encoder_tower(self, owner: str | None) -> Tower:
-        """By what the encoder of an encoder-decoder reads; its decoder is of the language."""
-        reads = getattr(self.model.get_submodule(owner or ""), "main_input_name", "")
-        return _READS.get(reads, "language")
+    def _holders(self, path: str) -> Iterator[tuple[nn.Module, str]]:
+        """Every module that one is in, itself first, with its path inside of it."""
+        parts = path.split(".")
+        for n in reversed(range(len(parts) + 1)):
+            yield self.model.get_submodule(".".join(parts[:n])), ".".join(parts[n:])
+
+    def _by_config(self, owner: str) -> Tower | None:
+        """By the part that a sub-model's configuration is of one that it is in."""
+        config = self.parts[owner]
+        around = sorted((p for p in self.parts if p != owner and _is_in(owner, p)), key=len)
+        for whole in (*(self.parts[p] for p in reversed(around)), self.root):
+            for attribute, tower in _PARTS:
+                part = getattr(whole, attribute, None)
+                if part is None or type(config) is not type(part) or type(config) is type(whole):
+                    continue
+                if attribute != "encoder":
+                    return tower
+                if not hasattr(part, "text_config"):  # else it is mixed: its parts have names
+                    return declared_tower(self.model.get_submodule(owner)) or "language"
+        return None
+
+    def _by_stack(self, path: str, owners: Sequence[str]) -> Tower | None:
+        """By the inputs of the outermost model whose forward takes one for its decoder."""
+        module = self.model.get_submodule(path)
+        for owner in reversed(owners):
+            model: Any = self.model.get_submodule(owner)
+            takes = inspect.signature(model.forward).parameters
+            written = next((_DECODED[name] for name in _DECODED if name in takes), None)
+            if written is None:
+                continue
+            for stack, tower in (
+                (model.get_encoder(), READS.get(str(model.main_input_name), "language")),
+                (model.get_decoder(), written),
+            ):
+                if stack is not None and stack is not model and module in set(stack.modules()):
+                    return tower
+            return None
+        return None
+
+    def _names(self, path: str, owners: Sequence[str]) -> str:
+        """The path without the names that whole models have in their heads' classes."""
+        parts = path.split(".")
+        for owner in owners:
+            at = len(owner.split(".")) if owner else 0
+            prefix = getattr(self.model.get_submodule(owner), "base_model_prefix", "")
+            if prefix and at < len(parts) and parts[at] == prefix:
+                parts[at] = ""
+        return ".".join(parts)
+
+    def _by_name(self, names: str, owners: Sequence[str]) -> Tower:
+        """By the names on the way; the rest is of what the whole model reads first."""
+        if _AUDIO.search(names):
+            return "audio"
+        if _TEXT.search(names.rpartition(".")[0]):
+            return "language"
+        innermost = type(self.model.get_submodule(owners[0])).__name__ if owners else ""
+        if _VISION.search(names) or _VISION_CLASS.search(innermost):
+            return "vision"
+        if not owners:
+            return self._by_first_layer()
+        whole: Any = self.model.get_submodule(owners[-1])
+        reads_text = whole.main_input_name == "input_ids" or whole.can_generate()
+        return "language" if reads_text else READS.get(str(whole.main_input_name), "language")
+
+    def _by_first_layer(self) -> Tower:
+        """What a model of another library reads: tokens by an embedding, else by a convolution."""
+        kinds = {type(module) for module in self.model.modules()}
+        if nn.Embedding in kinds or not kinds & {nn.Conv1d, nn.Conv2d, nn.Conv3d}:
+            return "language"
+        return "vision" if kinds & {nn.Conv2d, nn.Conv3d} else "audio"
 
     def _kind(self, path: str, module: nn.Module) -> AttentionKind:
         """By what it is called within its block, as ``crossattention.self``, ``encoder_attn``.
@@ -304,16 +366,19 @@ class _Names:
 
 _PARTS: tuple[tuple[str, Tower], ...] = (
     ("vision_config", "vision"),
+    ("video_config", "vision"),
     ("audio_config", "audio"),
     ("protein_encoder_config", "other"),
     ("qformer_config", "connector"),
     ("perceiver_config", "connector"),
     ("text_config", "language"),
+    ("text_encoder", "language"),
+    ("audio_encoder", "audio"),
     ("encoder", "vision"),  # or what it reads, if it is of another kind
     ("decoder", "language"),
 )
-_READS: dict[str, Tower] = {
-    "pixel_values": "vision",
-    "input_values": "audio",
-    "input_features": "audio",
-}
+_DECODED: dict[str, Tower] = {"decoder_input_ids": "language", "decoder_input_values": "audio"}
+
+
+def _is_in(path: str, owner: str) -> bool:
+    return path == owner or path.startswith(f"{owner}.") or owner == ""

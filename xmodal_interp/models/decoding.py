@@ -35,6 +35,7 @@ def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
         model: Its ``generation_config`` counts where the options say nothing.
         options: Arguments of ``model.generate``.
     """
+    refuse_canvas(model)
     settings = options.get("generation_config") or model.generation_config
     for name, (plain, what) in _PLAIN.items():
         given = {**GREEDY, **options}.get(name, getattr(settings, name, plain))
@@ -45,6 +46,17 @@ def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
                 f"a token of it. {name}={shown} {what}. Generate greedily or by sampling; for "
                 "anything else record the calls as they come with xi.record(model)."
             )
+
+
+def refuse_canvas(model: Any) -> None:
+    """Raise InputError for a model of block diffusion, which has no logits for a next token."""
+    canvas = getattr(model.config, "canvas_length", None)
+    if canvas is not None:
+        raise InputError(
+            f"{type(model).__name__} writes its answer on a canvas of {canvas} positions that it "
+            "reads as a whole again and again, not token by token. Capture the prompt with "
+            "max_new_tokens=0, or record the calls as they come with xi.record(model)."
+        )
 
 
 def checked_length(max_new_tokens: Any, generation: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers.vision_utils import get_vision_window_index
 def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
     """Modules that read patches in another order than the processor returned them.
 
-    A vision tower that does so has a method to permute its input (Qwen2.5-VL), a module in it that
-    merges windows one to find them (MiniCPM-V); each is found by its name.
+    A vision tower that sorts its patches by windows calls transformers' ``get_vision_window_index``
+    in its forward, with its own sizes (Qwen2.5-VL, Muse); a module in it that merges windows has a
+    method to find them (MiniCPM-V).
 
     Returns:
         By the path of the module: for each picture ``[patch]``, which patch stands at each
@@ -22,8 +24,8 @@ def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list
     """
     orders: dict[str, list[Tensor]] = {}
     for path, module in model.named_modules():
-        if hasattr(module, "permute_input_for_window_attn"):
-            orders[path] = _in_tower(model, inputs)
+        if _sorts_by_windows(module):
+            orders[path] = _in_tower(module, inputs)
         elif hasattr(module, "get_window_index") and hasattr(module, "window_kernel_size"):
             sizes = _each_of(inputs, "target_sizes", "target_sizes_videos")
             found: Any = module
@@ -31,12 +33,16 @@ def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list
     return {path: of_pictures for path, of_pictures in orders.items() if of_pictures}
 
 
-def _in_tower(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
-    vision: Any = getattr(model.config, "vision_config", None)
-    orders = []
+def _sorts_by_windows(module: nn.Module) -> bool:
+    """Whether a module's forward calls the function of transformers that finds windows."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and get_vision_window_index.__name__ in code.co_names
+
+
+def _in_tower(tower: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+    orders, merge = [], tower.spatial_merge_size
     for grid in _each_of(inputs, "image_grid_thw", "video_grid_thw"):
-        merge, sizes = vision.spatial_merge_size, (vision.window_size, vision.patch_size)
-        blocks, _ = get_vision_window_index(grid[None], merge, *sizes)
+        blocks, _ = get_vision_window_index(grid[None], merge, tower.window_size, tower.patch_size)
         orders.append((blocks[:, None] * merge**2 + torch.arange(merge**2)).flatten())
     return orders
 

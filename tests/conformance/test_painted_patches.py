@@ -1,0 +1,62 @@
+"""Labels agree with the model: a painted patch changes the key at its place, and image tokens only.
+
+The picture is wider than the windows of the tiny towers, which sort their patches by windows.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+import xmodal_interp as xi
+from tests.models.real import prompt as written
+from tests.models.real import real, settled
+from tests.models.records import RECORDS
+from xmodal_interp.hooks.painting import painted_patches
+from xmodal_interp.models import windows
+
+pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+WINDOWED = ["qwen2_5_vl", "exaone4_5", "muse_glimmer", "muse_spark", "minicpmv4_6"]
+OTHERS = ["llava_next", "idefics2", "pix2struct", "internvl"]
+QUESTION = "where is the red circle?"
+OTHER_INPUTS = {"pi0", "instructblipvideo"}  # a robot's state; clips of four frames
+NO_KEYS = {
+    **dict.fromkeys(("blip", "kosmos-2.5", "got_ocr2", "pp_chart2table"), "probabilities only"),
+    **dict.fromkeys(("fuyu", "inkling_mm_model", "gemma4_unified"), "no vision tower"),
+    **dict.fromkeys(("florence2", "fast_vlm", "gemma3n", "pp_formulanet"), "stages or SAM"),
+    **dict.fromkeys(("deepseek_ocr2", "unlimited_ocr", "step3p7"), "several views of an image"),
+    "chameleon": "no vision tower",
+    "granite4_vision": "several grids",
+    "deepseek_vl_hybrid": "the tower of larger pictures runs first",
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "model_type" in metafunc.fixturenames:
+        able = [name for name, r in RECORDS.items() if not r.obstacle and name not in OTHER_INPUTS]
+        if not metafunc.config.getoption("all_types"):
+            able = [name for name in able if name in (*WINDOWED, *OTHERS)]
+        metafunc.parametrize("model_type", able)
+
+
+def painted(vlm: xi.VLM):
+    question = QUESTION if vlm.family.reads_text else ""
+    if vlm.processor.chat_template is None and not vlm.family.in_front and question:
+        question = written(vlm.family.model_type, 1, QUESTION)
+    return painted_patches(vlm, question)
+
+
+def test_keys_and_tokens_change_where_the_labels_say(model_type: str) -> None:
+    found = painted(xi.VLM(real(model_type)[0], settled(model_type)))
+    assert [patch for patch in found.patches if not patch.at_its_place] == []
+    assert found.unlabelled in ((), None)
+    assert (found.patches == ()) == (model_type in NO_KEYS), found.reason
+
+
+@pytest.mark.parametrize("windowed", ["qwen2_5_vl", "muse_glimmer", "muse_spark"])
+def test_an_order_that_is_not_undone_is_found(windowed: str, monkeypatch) -> None:
+    """As it was for Muse, whose tower sorts patches in its forward without a method for it."""
+    monkeypatch.setattr(windows, "_sorts_by_windows", lambda _module: False)
+    found = painted(xi.VLM(real(windowed)[0], settled(windowed)))
+    assert [patch for patch in found.patches if not patch.at_its_place] != []

@@ -1,0 +1,69 @@
+"""A model of block diffusion reads the prompt in one stack, and denoises a canvas in another.
+
+The canvas is a tower of its own: its positions are not those of the sample.
+"""
+
+import pytest
+import torch
+
+import xmodal_interp as xi
+from tests.models.real import real, settled
+from tests.tiny import picture
+from xmodal_interp.errors import InputError
+
+QUESTIONS = ["where is the red circle?", "how many?"]
+REFUSED = (
+    "DiffusionGemmaForBlockDiffusion writes its answer on a canvas of 4 positions that it reads as "
+    "a whole again and again, not token by token. Capture the prompt with max_new_tokens=0, or "
+    "record the calls as they come with xi.record(model)."
+)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def vlm() -> xi.VLM:
+    return xi.VLM(real("diffusion_gemma")[0], settled("diffusion_gemma"))
+
+
+def test_the_canvas_is_a_tower_of_its_own(vlm: xi.VLM, tmp_path) -> None:
+    torch.manual_seed(0)
+    samples = xi.capture_batch(vlm, [[picture()], [picture(seed=1)]], QUESTIONS)
+    for sample in samples:
+        n = len(sample.tokens)
+        language = [call for key, call in sample.calls.items() if key[0] == "language"]
+        canvas = [call for key, call in sample.calls.items() if key[0] == "other"]
+        assert [(call.n_queries, call.n_keys) for call in language] == [(n, n)] * 2
+        assert [(call.n_samples, call.n_queries) for call in canvas] == [(1, 4)] * 2
+        assert all("decoder" in call.module for call in canvas)
+        ratio = xi.cross_modal_ratio(sample)
+        assert sorted(ratio["layer"].unique()) == [0, 1]
+        rows = sample.probs(layer=1)[:, sample.text_after_image()]
+        image = torch.from_numpy(sample.tokens["kind"].eq("image").to_numpy(dtype=bool))
+        mass = rows[..., image].sum(-1).mean(1)
+        ours = ratio[ratio["layer"] == 1].groupby("head")["ratio"].mean().to_numpy()
+        torch.testing.assert_close(torch.from_numpy(ours).float(), mass, atol=1e-5, rtol=0)
+    alone = xi.capture(vlm, picture(seed=1), QUESTIONS[1])
+    seen = samples[1].tokens["kind"].ne("padding").to_numpy(dtype=bool)
+    torch.testing.assert_close(
+        samples[1].probs(layer=1)[:, seen][:, :, seen], alone.probs(layer=1), atol=1e-5, rtol=0
+    )
+    items = [{"image": picture(), "prompt": QUESTIONS[0]}]
+    store = xi.capture_dataset(vlm, items, tmp_path / "store", progress=False)
+    assert {key[0] for key in store[0].calls} == {"vision", "language", "other"}
+
+
+def test_what_needs_logits_of_a_next_token_is_refused(vlm: xi.VLM) -> None:
+    with pytest.raises(InputError) as generated:
+        xi.capture(vlm, picture(), QUESTIONS[0], max_new_tokens=2)
+    assert str(generated.value) == REFUSED
+    items = [{"image": picture(), "prompt": QUESTIONS[0], "answer": "red"}]
+    with pytest.raises(InputError) as scored:
+        xi.head_pruning(vlm, items, progress=False)
+    assert str(scored.value) == REFUSED
+
+
+def test_the_doctor_checks_the_rest(vlm: xi.VLM) -> None:
+    checkup = xi.doctor(vlm, picture(), QUESTIONS[0])
+    assert checkup.ok
+    row = checkup.table.set_index("check").loc["generated tokens are those without recording"]
+    assert (row["verdict"], row["note"]) == ("skipped", REFUSED)

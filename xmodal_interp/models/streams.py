@@ -1,0 +1,94 @@
+"""What a sub-model reads: by the declarations of its class, or by what is known of it.
+
+transformers' classes declare ``input_modalities`` and ``main_input_name``. A class may inherit them
+from the base class of its model type, which declares the inputs of the whole model. A part that is
+no model by itself has neither: STREAMS lists those that nothing else tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from xmodal_interp.vocabulary import Tower
+
+_KINDS = "input_modalities"
+READS: dict[str, Tower] = {
+    "pixel_values": "vision",
+    "pixel_values_videos": "vision",
+    "flattened_patches": "vision",
+    "input_values": "audio",
+    "input_features": "audio",
+    "spectrogram": "audio",
+    "audio_mel": "audio",
+    "past_values": "other",
+}
+"""The tower of a model whose first input is called so."""
+_MODALITIES: dict[str, Tower] = {
+    "image": "vision",
+    "video": "vision",
+    "audio": "audio",
+    "text": "language",
+    "time": "other",
+}
+STREAMS: dict[str, tuple[tuple[str, Tower], ...]] = {
+    # the relation encoder and one side of the cross encoder read detected regions
+    "LxmertEncoder": ((r"r_layers\.|x_layers\.\d+\.(visn_self_att|visual_attention)", "vision"),),
+    # it upsamples the activations of the vision encoder, conditioned on the text
+    "CLIPSegDecoder": ((r"", "vision"),),
+    # attention between the frames of a clip
+    "XCLIPModel": ((r"mit\.", "vision"),),
+    # its encoder is T5's, and is given a spectrogram
+    "Pop2PianoForConditionalGeneration": ((r"encoder\.", "audio"),),
+    # a canvas of tokens that are denoised together: its positions are not those of the prompt
+    "DiffusionGemmaDecoderModel": ((r"", "other"),),
+    "Sam3LiteTextTextModel": ((r"", "language"),),
+    "PerceiverForMaskedLM": ((r"", "language"),),
+}
+"""By class: patterns of paths inside it, and the tower of the attention found there."""
+
+
+def declared_tower(model: Any, *, own: bool = False) -> Tower | None:
+    """The tower of a model by the modality that its class declares; None for several, or none.
+
+    Of two declarations, that of the more derived class counts.
+
+    Args:
+        model: A model of transformers.
+        own: Whether only what the class itself declares counts, not what it inherits.
+    """
+    lineage = type(model).__mro__
+    by_name, by_kind = (_declared_by(lineage, name) for name in ("main_input_name", _KINDS))
+    if own and min(by_name, by_kind) > 0:
+        return None
+    name, general = str(model.main_input_name), lineage.index(PreTrainedModel)
+    if by_name < by_kind and by_name < general:
+        return "language" if name == "input_ids" else READS.get(name)
+    if by_kind == general:  # the default, which declares nothing
+        return READS.get(name)
+    declared = getattr(model, _KINDS)
+    kinds = {_MODALITIES.get(k) for k in ([declared] if isinstance(declared, str) else declared)}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _declared_by(lineage: Sequence[type], attribute: str) -> int:
+    """How far up its lineage a class declares an attribute."""
+    return next(n for n, each in enumerate(lineage) if attribute in vars(each))
+
+
+def known_stream(inside: Iterable[tuple[nn.Module, str]]) -> Tower | None:
+    """The tower of a module by the classes that it is in.
+
+    Args:
+        inside: Each module that it is in, with its path inside that one.
+    """
+    for holder, path in inside:
+        for pattern, tower in STREAMS.get(type(holder).__name__, ()):
+            if re.match(pattern, path):
+                return tower
+    return None
