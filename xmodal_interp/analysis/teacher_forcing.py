@@ -131,7 +131,6 @@ def removal_scores(
 @torch.no_grad()
 def answer_scores(vlm: VLM, batch: Batch) -> Float[np.ndarray, "metric item"]:
     """The three scores of each item of a batch, by one forward."""
-    refuse_canvas(vlm.model)
     longest = max(len(ids) for ids in batch.answers)
     logits = _last_logits(vlm, batch.inputs, longest + 1)
     gold = prompt_ids(batch.inputs)[:, -longest:]
@@ -150,6 +149,7 @@ def check_causal(vlm: VLM, batch: Batch) -> None:
     Raises:
         UnsupportedModelError: They are not.
     """
+    refuse_canvas(vlm.model)
     whole = _last_logits(vlm, batch.inputs, 2)[:, -2]
     cut = _last_logits(vlm, without_last(batch.inputs), 1)[:, -1]
     change = float((whole - cut).abs().max())

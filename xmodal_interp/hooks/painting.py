@@ -162,10 +162,8 @@ def _first_keys(vlm: VLM, prompt: str, picture: Image.Image) -> _Keys:
         if call.kind == "self" and call.k is not None and _is_first(call.module):
             calls.append(call)
 
-    with (
-        torch.no_grad(),
-        listening(vlm.model, Choice(towers=("vision", "language"), reduce=keep)),
-    ):
+    choice = Choice(towers=("vision", "language"), reduce=keep, refuse=False)
+    with torch.no_grad(), listening(vlm.model, choice):
         seeded(lambda: vlm.run(inputs))
     mixed = any(each.tower == "language" for each in layers_without_matrix(vlm.model))
     language = None if mixed else _of_language(calls)  # a convolution may be before the keys
