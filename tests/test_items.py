@@ -7,6 +7,7 @@ from jaxtyping import config as jaxtyping_config
 from tests.store.made import items, shipped
 from xmodal_interp.dataset import capture_dataset
 from xmodal_interp.errors import InputError
+from xmodal_interp.items import checked
 from xmodal_interp.store import open_store
 
 
@@ -112,3 +113,24 @@ def test_an_image_that_is_cut_off(tmp_path):
         InputError, match=r"Item 0 \('item-000000'\): An image file must be readable"
     ):
         run(tmp_path / "run", [{"image": cut, "prompt": "?"}])
+
+
+def test_pictures_are_identified_by_their_content(tmp_path):
+    def digest(image):
+        return checked(0, "x", {"image": image, "prompt": "?"}).digest
+
+    paths = [tmp_path / folder / "scene.png" for folder in "abc"]
+    for path, angle in zip(paths, (0, 0, 180), strict=True):
+        path.parent.mkdir()
+        PICTURE.rotate(angle).save(path)
+    one, moved, other = map(digest, paths)
+    assert one == moved != other
+    palettes = [PICTURE.convert("P"), PICTURE.convert("P"), PICTURE.convert("P")]
+    palettes[2].putpalette(bytes(range(256)) * 3)
+    assert digest(palettes[0]) == digest(palettes[1]) != digest(palettes[2])
+    with pytest.raises(InputError) as refusal:
+        digest(tmp_path / "nowhere.png")
+    assert str(refusal.value) == (
+        f"Item 0 ('x'): An image must be a file that can be read; "
+        f"{str(tmp_path / 'nowhere.png')!r} cannot: No such file or directory."
+    )
