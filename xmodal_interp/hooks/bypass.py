@@ -2,7 +2,7 @@
 
 Three ways lead past the interface:
 
-1. ``torch.nn.MultiheadAttention``: queries and keys follow from its arguments and its own weights.
+1. ``torch.nn.MultiheadAttention``: see :mod:`xmodal_interp.hooks.multihead`.
 2. ``scaled_dot_product_attention`` called directly: it is given queries and keys.
 3. A softmax written out: its result, the probabilities, is kept; what its scores are made of (a
    relative position, chunks of keys) is not known, so the call says so.
@@ -29,7 +29,6 @@ from torch.overrides import (
 )
 
 from xmodal_interp.attention.masks import hidden_below
-from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.heads import n_heads_of
 from xmodal_interp.hooks.tapping import RawCall
 
@@ -77,9 +76,14 @@ class FunctionMode(TorchFunctionMode):
 class Bypass(FunctionMode):
     """Listens to the torch functions that a module calls, from ``begin`` to ``end``."""
 
-    def __init__(self, module: Callable[[], nn.Module | None], hear: Callable[[Heard], None]):
+    def __init__(
+        self,
+        module: Callable[[], nn.Module | None],
+        hear: Callable[[Heard], None],
+        fail: Callable[[Exception], None],
+    ):
         super().__init__()
-        self.module, self.hear = module, hear
+        self.module, self.hear, self.fail = module, hear, fail
 
     def __torch_function__(
         self,
@@ -94,96 +98,26 @@ class Bypass(FunctionMode):
         module = self.module()
         if module is None:
             return output
+        try:
+            self._look(module, function, args, options, output)
+        except Exception as error:  # noqa: BLE001  the model's forward goes on
+            self.fail(error)
+        return output
+
+    def _look(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        options: Mapping[str, Any],
+        output: Any,
+    ) -> None:
         if function is KERNEL:
             self.hear(kernel_call(module, args, options, output))
         elif function in SOFTMAX and isinstance(output, Tensor):
             scores = args[0] if args else options["input"]
             if along_last(output, args, options):
                 self.hear(_of_softmax(module, scores, output))
-        return output
-
-
-def multihead_call(module: nn.MultiheadAttention, args: Any, options: Mapping[str, Any]) -> RawCall:
-    """The queries and keys of torch's own attention module, projected as it does.
-
-    Args:
-        module: The module.
-        args: Its positional arguments: query, key, value, ``key_padding_mask``, ...
-        options: Its keyword arguments.
-
-    Raises:
-        CaptureError: Its weights are offloaded and were put away when it had run.
-    """
-    if module.out_proj.weight.is_meta:
-        raise CaptureError(
-            "The queries and keys of torch.nn.MultiheadAttention follow from its weights, which "
-            "must be in memory when it has run. Here they are offloaded by themselves. Keep the "
-            "module that holds it whole (preload_module_classes=[...] of accelerate), or leave out "
-            "its tower with towers=."
-        )
-    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
-    given = {**dict(zip(names, args, strict=False)), **options}
-    query, key, value = (given[name].detach() for name in names[:3])
-    if query.ndim == 2:
-        query, key, value = (t[:, None] for t in (query, key, value))
-    if not (module.batch_first and given["query"].ndim == 3):
-        query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-    with torch.no_grad():
-        q, k, v = _projected(module, query, key, value)
-    mask = _multihead_mask(module, given, q.shape[0], k.shape[2])
-    if mask is not None:
-        mask = mask.expand(-1, -1, q.shape[2], -1)
-    return RawCall(module, q, k, v, mask, "sdpa", {"is_causal": False}, note=KERNEL_NOTE)
-
-
-def _projected(
-    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
-) -> list[Tensor]:
-    weights = (
-        module.in_proj_weight.chunk(3)
-        if module.in_proj_weight is not None
-        else (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-    )
-    biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    flat = [
-        functional.linear(x, weight, bias)
-        for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-    ]
-    for place, more in ((1, module.bias_k), (2, module.bias_v)):
-        if more is not None:
-            flat[place] = torch.cat([flat[place], more.expand(len(query), -1, -1)], 1)
-    if module.add_zero_attn:
-        flat[1:] = [functional.pad(t, (0, 0, 0, 1)) for t in flat[1:]]
-    return [t.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for t in flat]
-
-
-def _multihead_mask(
-    module: nn.MultiheadAttention, given: Mapping[str, Any], n_samples: int, n_keys: int
-) -> Tensor | None:
-    """Both masks as one, True (or 0) where visible; ``torch.nn`` says True where hidden."""
-    parts: list[Tensor] = []
-    hidden, padding = given.get("attn_mask"), given.get("key_padding_mask")
-    if hidden is not None:
-        whole = hidden[None] if hidden.ndim == 2 else hidden
-        parts.append(whole.unflatten(0, (-1, 1 if len(whole) == 1 else module.num_heads)))
-    if padding is not None:
-        parts.append(padding.view(n_samples, 1, 1, -1))
-    if not parts:
-        return None
-    missing = n_keys - parts[0].shape[-1]  # keys that the module adds itself are always visible
-    if all(part.dtype == torch.bool for part in parts):
-        seen = [functional.pad(~part, (0, missing), value=True) for part in parts]
-        return seen[0] if len(seen) == 1 else seen[0] & seen[1]
-    added = [
-        functional.pad(
-            torch.zeros(part.shape, device=part.device).masked_fill(part, -torch.inf)
-            if part.dtype == torch.bool
-            else part,
-            (0, missing),
-        )
-        for part in parts
-    ]
-    return added[0] if len(added) == 1 else added[0] + added[1]
 
 
 def kernel_call(

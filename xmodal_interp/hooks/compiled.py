@@ -13,8 +13,10 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,9 +24,12 @@ import torch
 from torch import nn
 
 from xmodal_interp.errors import CaptureError
-from xmodal_interp.hooks.own_context import own_context
+from xmodal_interp.hooks.multihead import is_torchs, quiet_modules
+from xmodal_interp.hooks.own_context import in_a_block, own_context
+from xmodal_interp.restoring import Block
 
 _RULE = "Compiled code runs without asking for its attention functions, so nothing could be heard. "
+_observers: ContextVar[tuple[QuietCalls, ...]] = ContextVar("xmodal_interp_quiet", default=())
 _lock = threading.Lock()
 _shadowed: dict[nn.Module, tuple[int, Any]] = {}  # blocks that are open, and the forward before
 
@@ -72,11 +77,43 @@ def refuse_when_compiled_code_runs(
         if torch.compiler.is_compiling():
             refuse()
 
+    quiet, known = set(quiet_modules(model)), tuple(known)
     for module in dict.fromkeys((model, *known)):
-        stack.callback(module.register_forward_pre_hook(look, prepend=True).remove)
-    for module in known:
-        _shadow(module)
+        if module not in quiet:
+            stack.callback(module.register_forward_pre_hook(look, prepend=True).remove)
+    for module in dict.fromkeys((*known, *filter(is_torchs, quiet))):
+        _shadow(module, quiet=module in quiet)
         stack.callback(_unshadow, module)
+
+
+@dataclass(frozen=True)
+class QuietCalls:
+    """What is called around the ``forward`` of modules that must not have hooks.
+
+    Attributes:
+        enter: Before the forward, with the module and its positional arguments.
+        leave: After it, with the module, its arguments, and what it returned, None if it failed.
+    """
+
+    enter: Callable[[nn.Module, Any], None]
+    leave: Callable[[nn.Module, Any, dict[str, Any], Any], None]
+
+
+def quiet_calls(calls: QuietCalls) -> Block[None]:
+    """Observe the modules without hooks (``quiet_modules``) inside the ``with`` block.
+
+    It is for models that :func:`refuse_when_compiled_code_runs` was called with.
+    """
+    return Block(partial(_quiet_calls, calls))
+
+
+def _quiet_calls(calls: QuietCalls, stack: ExitStack) -> None:
+    _observers.set((*_observers.get(), calls))
+    stack.callback(_forget, calls)
+
+
+def _forget(calls: QuietCalls) -> None:
+    _observers.set(tuple(each for each in _observers.get() if each is not calls))
 
 
 _RUNNING = (
@@ -87,6 +124,12 @@ _RUNNING = (
 
 def _raise() -> None:
     raise CaptureError(_RUNNING)
+
+
+@torch.compiler.disable(reason=_RUNNING)  # type: ignore[untyped-decorator]
+def _refuse_in_a_block() -> None:
+    if in_a_block():
+        _raise()
 
 
 def replaced_forward(module: nn.Module) -> bool:
@@ -107,6 +150,26 @@ class _Shadow(partial[Any]):
 
     copies: list[weakref.ref[nn.Module]]
 
+    of: weakref.ref[nn.Module] | None = None  # for a module without hooks
+
+    def __call__(self, /, *args: Any, **options: Any) -> Any:
+        """Run the forward, and call the observers of a module without hooks."""
+        module = None if self.of is None else self.of()
+        if module is None:
+            return self.func(*args, **options)
+        if torch.compiler.is_compiling():
+            _refuse_in_a_block()
+            return self.func(*args, **options)
+        observers, output = _observers.get(), None
+        for each in observers:
+            each.enter(module, args)
+        try:
+            output = self.func(*args, **options)
+        finally:
+            for each in reversed(observers):
+                each.leave(module, args, options, output)
+        return output
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shadow:
         forward = copy.deepcopy(self.func, memo)
         of = getattr(forward, "__self__", None)
@@ -121,12 +184,14 @@ def _shadow_of(forward: Any) -> _Shadow:
     return shadow
 
 
-def _shadow(module: nn.Module) -> None:
+def _shadow(module: nn.Module, *, quiet: bool) -> None:
     with _lock:
         n_open, before = _shadowed.get(module, (0, vars(module).get("forward")))
         _shadowed[module] = (n_open + 1, before)
         if n_open == 0:
-            module.forward = _shadow_of(module.forward)
+            shadow = _shadow_of(module.forward)
+            shadow.of = weakref.ref(module) if quiet else None
+            module.forward = shadow
 
 
 def _unshadow(module: nn.Module) -> None:

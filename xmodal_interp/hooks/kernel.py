@@ -1,8 +1,16 @@
-"""Calls of ``torch.nn.functional.scaled_dot_product_attention``, whoever makes them.
+"""Calls of torch's attention functions, whatever module makes them.
 
-For the time of a block the function is replaced by itself and a word to the listeners. What is
-called, with what, and what it returns stay the same. Code that took the function before, by
-``from torch.nn.functional import scaled_dot_product_attention``, is not heard here.
+Four functions compute attention in torch 2.14:
+
+* ``torch.nn.functional.scaled_dot_product_attention``: it is given queries, keys and values;
+* ``torch.nn.functional.multi_head_attention_forward``: it projects them itself;
+* ``torch._native_multi_head_attention`` and ``torch._transformer_encoder_layer_fwd``: the fused
+  kernels of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in evaluation mode.
+
+Inside a block each function is wrapped so that observers see every call. What is called, with what,
+and what it returns stay the same. A function that one of the others calls is not observed a second
+time. Code that imported a function earlier, by ``from torch.nn.functional import
+scaled_dot_product_attention``, is not observed here.
 """
 
 from __future__ import annotations
@@ -16,18 +24,29 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from xmodal_interp.restoring import Block
 
-HearKernel = Callable[[tuple[Any, ...], Mapping[str, Any], Tensor], None]
-"""Is given the arguments of a call by position and by name, and what it returned."""
+SCALED_DOT_PRODUCT = "scaled_dot_product_attention"
+MULTIHEAD = "multi_head_attention_forward"
+FUSED_MULTIHEAD = "_native_multi_head_attention"
+FUSED_LAYER = "_transformer_encoder_layer_fwd"
 
-_listeners: ContextVar[tuple[HearKernel, ...]] = ContextVar("xmodal_interp_kernel", default=())
+HearKernel = Callable[[str, tuple[Any, ...], Mapping[str, Any], Any], None]
+"""Is given the function's name, its arguments by position and by name, and what it returned."""
+
+_HOMES: dict[str, Any] = {
+    SCALED_DOT_PRODUCT: functional,
+    MULTIHEAD: functional,
+    FUSED_MULTIHEAD: torch,
+    FUSED_LAYER: torch,
+}
+_observers: ContextVar[tuple[HearKernel, ...]] = ContextVar("xmodal_interp_kernel", default=())
+_inside: ContextVar[bool] = ContextVar("xmodal_interp_in_kernel", default=False)
 _lock = threading.Lock()
 _open = 0
-_original = functional.scaled_dot_product_attention
+_originals: dict[str, Callable[..., Any]] = {}
 
 
 def kernel_calls(hear: HearKernel) -> Block[None]:
@@ -36,17 +55,26 @@ def kernel_calls(hear: HearKernel) -> Block[None]:
 
 
 def _kernel_calls(hear: HearKernel, stack: ExitStack) -> None:
-    stack.callback(_listeners.reset, _listeners.set((*_listeners.get(), hear)))
+    _observers.set((*_observers.get(), hear))
+    stack.callback(_forget, hear)
     _install()
     stack.callback(_remove)
 
 
+def _forget(hear: HearKernel) -> None:
+    """Blocks may be exited in any order, so an older state is not put back."""
+    _observers.set(tuple(each for each in _observers.get() if each is not hear))
+
+
 def _install() -> None:
-    global _open, _original
+    global _open
     with _lock:
-        if _open == 0 and functional.scaled_dot_product_attention is not _heard:
-            _original = functional.scaled_dot_product_attention
-            functional.scaled_dot_product_attention = _heard
+        if _open == 0:
+            for name, home in _HOMES.items():
+                function = getattr(home, name)
+                if not isinstance(function, _Observed):
+                    _originals[name] = function
+                    setattr(home, name, _Observed(name, function))
         _open += 1
 
 
@@ -54,14 +82,27 @@ def _remove() -> None:
     global _open
     with _lock:
         _open -= 1
-        if _open == 0 and functional.scaled_dot_product_attention is _heard:  # else it is another's
-            functional.scaled_dot_product_attention = _original
+        if _open == 0:
+            for name, home in _HOMES.items():
+                if isinstance(getattr(home, name), _Observed):  # else it was replaced meanwhile
+                    setattr(home, name, _originals[name])
 
 
-@functools.wraps(_original)
-def _heard(*args: Any, **options: Any) -> Tensor:
-    output = _original(*args, **options)
-    if not torch.compiler.is_compiling():
-        for hear in _listeners.get():
-            hear(args, options, output)
-    return output
+class _Observed:
+    """A function of torch, and a word to the observers."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.name, self.function = name, function
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or not _observers.get() or _inside.get():
+            return self.function(*args, **options)
+        token = _inside.set(True)
+        try:
+            output = self.function(*args, **options)
+        finally:
+            _inside.reset(token)
+        for hear in _observers.get():
+            hear(self.name, args, options, output)
+        return output

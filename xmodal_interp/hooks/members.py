@@ -82,6 +82,8 @@ class Members:
         or if what it weighs is no tokens.
         """
         module = self._innermost(outside=WrappedFunction)
+        if isinstance(module, nn.TransformerEncoderLayer):  # it runs its attention inside a kernel
+            module = module.self_attn
         return None if module is None or weighs_no_tokens(module) else self.proved(module)
 
     def proved(self, module: nn.Module) -> nn.Module:

@@ -188,7 +188,8 @@ def _is_attention(module: nn.Module, path: str) -> bool:
     if next(module.children(), None) is None:
         return False
     return (
-        bool(_ATTENTION.search(kind.__name__))
+        isinstance(module, nn.MultiheadAttention)
+        or bool(_ATTENTION.search(kind.__name__))
         or not _CALLS.isdisjoint(_names_in_code(kind))
         or (bool(_NAMED.search(path)) and _calls_a_softmax(module))
     )

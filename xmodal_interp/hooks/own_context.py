@@ -33,8 +33,19 @@ def own_context(elsewhere: Callable[[], None] | None = None) -> Block[Callable[[
 
 def _own_context(elsewhere: Callable[[], None] | None, stack: ExitStack) -> Callable[[Hook], Hook]:
     block = object()
-    stack.callback(_blocks.reset, _blocks.set((*_blocks.get(), block)))
+    _blocks.set((*_blocks.get(), block))
+    stack.callback(_forget, block)
     return lambda hook: _OwnHook(hook, block, elsewhere)
+
+
+def in_a_block() -> bool:
+    """Whether a block of this package is open in this thread or task."""
+    return bool(_blocks.get())
+
+
+def _forget(block: object) -> None:
+    """Blocks may be exited in any order, so an older state is not put back."""
+    _blocks.set(tuple(each for each in _blocks.get() if each is not block))
 
 
 class _OwnHook:

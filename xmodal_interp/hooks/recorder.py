@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from functools import partial
-from typing import Any, SupportsIndex
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, SupportsIndex
 
 import numpy as np
 import torch
@@ -26,17 +26,20 @@ from torch import Tensor, nn
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError
-from xmodal_interp.hooks.bypass import Bypass, DenseCall, Heard, kernel_call, multihead_call
+from xmodal_interp.hooks.bypass import Bypass, DenseCall, Heard, kernel_call
 from xmodal_interp.hooks.callers import is_running
 from xmodal_interp.hooks.compiled import (
+    QuietCalls,
+    quiet_calls,
     refuse_compiled,
     refuse_when_compiled_code_runs,
     replaced_forward,
 )
-from xmodal_interp.hooks.kernel import kernel_calls
+from xmodal_interp.hooks.kernel import SCALED_DOT_PRODUCT, kernel_calls
 from xmodal_interp.hooks.key_cache import KeptCall, KeyCache, own_copy, seen_keys
 from xmodal_interp.hooks.members import Members
 from xmodal_interp.hooks.modules import layers_without_matrix, module_of
+from xmodal_interp.hooks.multihead import is_torchs, multihead_call, quiet_modules
 from xmodal_interp.hooks.own_context import own_context
 from xmodal_interp.hooks.reading import (
     as_attention_call,
@@ -47,8 +50,10 @@ from xmodal_interp.hooks.reading import (
 )
 from xmodal_interp.hooks.recording import Choice, Recording
 from xmodal_interp.hooks.refusals import (
+    ReduceError,
     check_choice,
     refuse_another_thread,
+    refuse_failure,
     refuse_replica,
     refuse_unseen,
 )
@@ -61,6 +66,7 @@ from xmodal_interp.restoring import Block
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 Sort = nn.Module | type[nn.Module]
+P = ParamSpec("P")
 
 
 def record(
@@ -93,7 +99,8 @@ def record(
         CaptureError: Attention ran that could not be heard, or whose recorded probabilities do not
             give the output that the model computed, or it ran in other threads only (raised at the
             end of the block, unless the block itself failed); or the model is compiled, or called
-            from compiled code.
+            from compiled code. An error of recording, or of ``reduce``, never ends the model's
+            forward: it is raised at the end of the block.
         InputError: No model, ``norms`` together with ``reduce``, or towers or layers that are no
             list or that the model does not have.
         UnsupportedModelError: The model has no attention modules.
@@ -122,16 +129,35 @@ def _listening(model: nn.Module, choice: Choice, stack: ExitStack) -> Recording:
         recorder.shares = UpdateShares(model, named)
         recorder.shares.listen(stack)
     own = stack.enter_context(own_context(elsewhere=recorder.note_elsewhere))
-    enter, leave = own(recorder.open), own(recorder.close)
-    for module in named:
+    enter, leave, quiet = own(recorder.open), own(recorder.close), set(quiet_modules(model))
+    for module in dict.fromkeys((model, *named)):
+        if module in quiet:  # a hook would change what it computes
+            continue
         stack.callback(module.register_forward_pre_hook(refuse_replica).remove)
         stack.callback(module.register_forward_pre_hook(enter).remove)
         hook = module.register_forward_hook(leave, with_kwargs=True, always_call=True)
         stack.callback(hook.remove)
+    stack.enter_context(quiet_calls(QuietCalls(recorder.open_quiet, recorder.close_quiet)))
     stack.enter_context(tap(recorder))
     stack.enter_context(kernel_calls(recorder.hear_kernel))
     stack.callback(recorder.finish)
     return recorder.recording
+
+
+def _recording(method: Callable[Concatenate[_Recorder, P], None]) -> Callable[..., None]:
+    """Keep an error of recording from ending the model's forward: it is raised after the block."""
+
+    @wraps(method)
+    def safe(self: _Recorder, *args: P.args, **options: P.kwargs) -> None:
+        if self.failure is not None:
+            self.end_bypasses()
+            return
+        try:
+            method(self, *args, **options)
+        except Exception as error:  # noqa: BLE001  whatever it is, the forward goes on
+            self.fail(error)
+
+    return safe
 
 
 class _Recorder:
@@ -151,10 +177,23 @@ class _Recorder:
         self.caches: dict[nn.Module, KeyCache] = {}
         self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
         self.shares: UpdateShares | None = None
+        self.n_torchs = 0  # how many of torch's own modules are running, one inside the other
+        self.failure: Exception | None = None  # of recording: the model's forward goes on
+
+    def fail(self, error: Exception) -> None:
+        """Stop recording; the error is raised at the end of the block."""
+        self.failure = self.failure or error
+
+    def end_bypasses(self) -> None:
+        """Take every mode off."""
+        for bypass in self.bypasses:
+            bypass.end()
+        self.bypasses.clear()
 
     def note_elsewhere(self) -> None:
         self.ran_elsewhere = True
 
+    @_recording
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
         self.ran = True
         if _recomputing() or not self.members.listens_to(module):
@@ -165,12 +204,40 @@ class _Recorder:
         self.running.append(run)
         if self.shares is not None:
             self.shares.pause()
-        if self.sorts[module] not in self.settled and not isinstance(module, nn.MultiheadAttention):
-            run.bypass = Bypass(lambda: module if self._at_work(run) else None, run.aside.append)
+        if self.sorts[module] not in self.settled and not is_torchs(module):
+            at_work = partial(self._module_at_work, run)
+            run.bypass = Bypass(at_work, run.aside.append, self.fail)
             self.bypasses.add(run.bypass)
             run.bypass.begin()
 
-    def close(self, module: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
+    def open_quiet(self, module: nn.Module, args: Any) -> None:
+        """A module without hooks is entered; torch's own ones run without a mode."""
+        self.n_torchs += is_torchs(module)
+        if self.n_torchs == 1 and is_torchs(module):
+            for run in self.running:
+                if run.bypass is not None:
+                    run.bypass.end()
+        self.open(module, args)
+
+    def close_quiet(
+        self, module: nn.Module, args: Any, options: dict[str, Any], output: Any
+    ) -> None:
+        """A module without hooks is exited."""
+        self.close(module, args, options, output)
+        self.n_torchs -= is_torchs(module)
+        if self.n_torchs == 0 and is_torchs(module):
+            for run in self.running:
+                if run.bypass is not None:
+                    run.bypass.begin()
+
+    @_recording
+    def close(
+        self,
+        module: nn.Module,
+        args: Any,  # noqa: ARG002
+        options: dict[str, Any],  # noqa: ARG002
+        output: Any,
+    ) -> None:
         opened = bool(self.running) and self.running[-1].module is module
         if _recomputing() or not opened:  # closed though it was refused, so never opened
             return
@@ -179,8 +246,6 @@ class _Recorder:
         if output is None:  # it failed
             return
         wanted = self.choice.wants(self.members.identity(module))
-        if wanted and isinstance(module, nn.MultiheadAttention) and run.n_heard == 0:
-            run.aside.append(multihead_call(module, args, options))
         if run.heard_inside and module not in self.members.known:
             run.aside[:] = [each for each in run.aside if isinstance(each, RawCall)]
         if run.n_heard == 0:
@@ -195,7 +260,7 @@ class _Recorder:
     def _judge(self, run: Run, *, wanted: bool) -> None:
         """Whether a module that has run was heard, by itself or by what it holds."""
         module = run.module
-        if run.n_heard or run.aside or isinstance(module, nn.MultiheadAttention):
+        if run.n_heard or run.aside:
             run.heard_inside = True
             run.silent.clear()  # parts of it that are named so, and helped
         elif module in self.members.known:
@@ -216,8 +281,13 @@ class _Recorder:
         return call
 
     def after(self, call: RawCall, output: Tensor) -> Tensor:
+        self._after(call)
+        return output
+
+    @_recording
+    def _after(self, call: RawCall) -> None:
         if _recomputing():
-            return output
+            return
         run = self.running[-1] if self.running else None
         owner = self.members.owner(call.module, None if run is None else run.module)
         if run is not None and owner is not None:
@@ -230,22 +300,42 @@ class _Recorder:
                 self._keep(owner, part)
         if run is not None:
             run.inside -= 1
-        return output
 
-    def hear_kernel(self, args: Any, options: Mapping[str, Any], output: Tensor) -> None:
-        """A call of torch's kernel, by whomever."""
+    @_recording
+    def hear_kernel(
+        self, function: str, args: tuple[Any, ...], options: Mapping[str, Any], output: Any
+    ) -> None:
+        """A call of one of torch's attention functions, whatever module makes it."""
         run = self.running[-1] if self.running else None
-        if _recomputing() or (run is not None and (run.inside or run.bypass is not None)):
+        if _recomputing() or (run is not None and run.inside):
+            return
+        if function != SCALED_DOT_PRODUCT:
+            self._hear_multihead(run, function, args, options)
+            return
+        if run is not None and run.bypass is not None:
             return
         if run is not None and run.module in self.members.known:
-            if not isinstance(run.module, nn.MultiheadAttention):
-                run.aside.append(kernel_call(run.module, args, options, output))
+            run.aside.append(kernel_call(run.module, args, options, output))
             return
         owner = self.members.calling_kernel()
         if owner is not None:
             self._keep(owner, kernel_call(owner, args, options, output))
             if run is not None:
                 run.heard_inside = True
+
+    def _hear_multihead(
+        self, run: Run | None, function: str, args: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> None:
+        owner = self.members.calling_kernel()
+        if owner is None:
+            return
+        if run is not None:
+            run.heard_inside = True
+            run.n_heard += run.module in self.members.known
+        if self.choice.wants(self.members.identity(owner)):
+            self._keep(owner, multihead_call(owner, function, args, options))
+        else:
+            self.members.heard.add(owner)
 
     @staticmethod
     def _goes_on(run: Run, inner: nn.Module) -> bool:
@@ -262,9 +352,11 @@ class _Recorder:
             run.bypass.end()
             self.bypasses.discard(run.bypass)
 
-    def _at_work(self, run: Run) -> bool:
-        """Whether a run is the innermost, and not inside of the interface's function."""
-        return self.running[-1] is run and run.inside == 0
+    def _module_at_work(self, run: Run) -> nn.Module | None:
+        """The module of a run, if that is the innermost and not inside the interface's function."""
+        if self.failure is not None or not self.running:
+            return None
+        return run.module if self.running[-1] is run and run.inside == 0 else None
 
     @torch.no_grad()  # what autograd saves here would be missing when a checkpoint is recomputed
     def _keep(self, module: nn.Module, heard: Heard) -> None:
@@ -285,7 +377,7 @@ class _Recorder:
         if self.choice.reduce is not None:
             device = (heard.probs if isinstance(heard, DenseCall) else heard.query).device.type
             with torch.autocast(device, enabled=False):  # the model's own, not of what is read off
-                self.recording.results.append(self.choice.reduce(call))
+                self.recording.results.append(self._reduced(call, self.choice.reduce))
         elif isinstance(heard, DenseCall):
             self.kept.append(KeptCall(call))
         else:
@@ -297,10 +389,16 @@ class _Recorder:
             without_keys = replace(call, q=own_copy(heard.query), k=None, v=None)
             self.kept.append(KeptCall(without_keys, cache, heard.key.shape[2]))
 
+    @staticmethod
+    def _reduced(call: AttentionCall, reduce: Callable[[AttentionCall], Any]) -> Any:
+        try:
+            return reduce(call)
+        except Exception as error:
+            raise ReduceError from error
+
     def finish(self) -> None:
         """Hand each call its keys, as a view into the cache they are the beginning of."""
-        for bypass in self.bypasses:
-            bypass.end()
+        self.end_bypasses()
         self.recording.calls += [kept.whole() for kept in self.kept]
         self.kept.clear()
         self.recording.unseen += self.members.silent_among_heard(self.hollow)
@@ -308,6 +406,8 @@ class _Recorder:
 
     def check(self, failure: type[BaseException] | None, *_: object) -> None:
         """Raise CaptureError for what was missed or is wrong, unless the block itself failed."""
+        if failure is None and self.failure is not None:
+            refuse_failure(self.failure)
         if failure is None:
             refuse_unseen(self.recording.unseen)
             if self.choice.refuse:

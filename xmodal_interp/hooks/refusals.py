@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from xmodal_interp.attention import number
-from xmodal_interp.errors import CaptureError, InputError
+from xmodal_interp.errors import CaptureError, InputError, XmodalError
 from xmodal_interp.hooks.heads import ranged
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.vocabulary import TOWERS, Tower
@@ -53,6 +53,24 @@ def refuse_unseen(names: Iterable[str]) -> None:
             f"softmax: {', '.join(unseen)}. Leave out their tower with towers=, if you don't need "
             "it."
         )
+
+
+class ReduceError(Exception):
+    """An error of the user's ``reduce`` function, its cause."""
+
+
+def refuse_failure(error: Exception) -> None:
+    """Raise what went wrong while the model ran: an error of this package, or of ``reduce``."""
+    if isinstance(error, ReduceError):
+        assert error.__cause__ is not None
+        raise error.__cause__
+    if isinstance(error, XmodalError):
+        raise error
+    raise CaptureError(
+        "The model ran to its end, but recording its attention failed with "
+        f"{type(error).__name__}: {error}. Leave out the tower where it did with towers=, and "
+        "report the traceback above."
+    ) from error
 
 
 def refuse_another_thread() -> None:

@@ -103,7 +103,8 @@ def tap(listener: Listener) -> Block[None]:
 
 
 def _tap(listener: Listener, stack: ExitStack) -> None:
-    stack.callback(_listeners.reset, _listeners.set((*_listeners.get(), listener)))
+    _listeners.set((*_listeners.get(), listener))
+    stack.callback(_forget, listener)
     _install()
     stack.callback(_remove)
 
@@ -119,6 +120,11 @@ def registered_function(backend: str) -> AttentionFunction | None:
         return None
     function: AttentionFunction = _original_getitem(ALL_ATTENTION_FUNCTIONS, backend)  # type: ignore[no-untyped-call]
     return function
+
+
+def _forget(listener: Listener) -> None:
+    """Blocks may be exited in any order, so an older state is not put back."""
+    _listeners.set(tuple(each for each in _listeners.get() if each is not listener))
 
 
 def _install() -> None:

@@ -1,0 +1,200 @@
+"""The operands of torch's own attention, ``nn.MultiheadAttention`` and ``nn.TransformerEncoder``.
+
+The functions behind these modules (:mod:`xmodal_interp.hooks.kernel`) are given hidden states and
+the weights of the projections, so queries and keys follow from their arguments.
+
+Two properties of torch 2.14 (``torch/nn/modules/activation.py`` and ``transformer.py``) decide how
+the modules are observed:
+
+* In evaluation mode they call fused kernels, but not while a ``TorchFunctionMode`` is active, and
+  an encoder layer not where one of its modules has a hook. The fused kernels round differently,
+  so here is no mode and no hook (:func:`quiet_modules`): their ``forward`` is wrapped instead.
+* An encoder in evaluation mode converts a padded batch to a nested tensor, so the attention is
+  given samples of different lengths. They are padded here; padding queries see no key.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xmodal_interp.hooks.kernel import FUSED_LAYER, FUSED_MULTIHEAD, MULTIHEAD
+from xmodal_interp.hooks.tapping import RawCall
+
+MULTIHEAD_NOTE = "heard beside transformers' attention interface"
+
+_TORCHS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_FUSED = (
+    *("query", "key", "value", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias"),
+    *("out_proj_weight", "out_proj_bias", "mask", "need_weights", "average_attn_weights"),
+    "mask_type",
+)
+_LAYER = (
+    *("query", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias", "out_proj_weight"),
+    *("out_proj_bias", "use_gelu", "norm_first", "eps", "norm_weight", "norm_bias"),
+    *("norm_weight_2", "norm_bias_2", "weight_1", "bias_1", "weight_2", "bias_2"),
+    *("mask", "mask_type"),
+)
+_PARAMETERS = tuple(inspect.signature(functional.multi_head_attention_forward).parameters)
+_ARGUMENTS = {MULTIHEAD: _PARAMETERS, FUSED_MULTIHEAD: _FUSED, FUSED_LAYER: _LAYER}
+
+
+def quiet_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that compute differently with hooks: torch's own, and what encoder layers hold."""
+    for module in model.modules():
+        if is_torchs(module):
+            yield module
+            if isinstance(module, nn.TransformerEncoderLayer):
+                yield from (part for part in module.modules() if part is not module)
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether a module runs torch's own code, which tests for modes and hooks."""
+    owner = next((kind for kind in _TORCHS if isinstance(module, kind)), None)
+    forward = type(module).forward
+    return owner is not None and (forward is owner.forward or "super" in forward.__code__.co_names)
+
+
+@dataclass(frozen=True, eq=False)
+class _States:
+    """Hidden states ``[sample, position, d_model]``, and which are no padding of nested ones."""
+
+    states: Tensor
+    real: Tensor | None = None
+
+    @classmethod
+    def of(cls, states: Tensor) -> _States:
+        states = states.detach()
+        if not states.is_nested:
+            return cls(states)
+        padded = torch.nested.to_padded_tensor(states, 0.0)
+        lengths = torch.tensor([len(each) for each in states.unbind()], device=padded.device)
+        return cls(padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
+
+
+def multihead_call(
+    module: nn.Module, function: str, args: tuple[Any, ...], options: Mapping[str, Any]
+) -> RawCall:
+    """The attention call that one of torch's functions made.
+
+    Args:
+        module: The attention module.
+        function: The name of the function.
+        args: Its arguments by position.
+        options: Its arguments by name.
+    """
+    given = {**dict(zip(_ARGUMENTS[function], args, strict=False)), **options}
+    with torch.no_grad():
+        if function == MULTIHEAD:
+            return _unfused(module, given)
+        return _fused(module, given)
+
+
+def _fused(module: nn.Module, given: Mapping[str, Any]) -> RawCall:
+    if given.get("norm_first"):
+        states = _States.of(given["query"])
+        norm = given["norm_weight"], given["norm_bias"], given["eps"]
+        normed = functional.layer_norm(states.states, states.states.shape[-1:], *norm)
+        query = key = value = _States(normed, states.real)
+    else:
+        query = _States.of(given["query"])
+        key, value = (_States.of(given.get(name, given["query"])) for name in ("key", "value"))
+    weights, biases = given["in_proj_weight"].chunk(3), given["in_proj_bias"].chunk(3)
+    q, k, v = (
+        _heads(functional.linear(x.states, weight, bias), given["num_heads"])
+        for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    )
+    mask = None if given.get("mask") is None else ~_hidden(given["mask"], given.get("mask_type"))
+    if query.real is not None and key.real is not None:
+        inside = query.real[:, None, :, None] & key.real[:, None, None]
+        mask = inside if mask is None else mask & inside
+    return _call(module, q, k, v, mask)
+
+
+def _hidden(mask: Tensor, mask_type: int | None) -> Tensor:
+    """True where the fused kernels hide a key: they read every mask as a boolean one."""
+    hidden = mask.bool()
+    if mask_type == 1 and hidden.ndim == 2:  # [sample, key]
+        return hidden[:, None, None]
+    return hidden[None, None] if hidden.ndim == 2 else hidden
+
+
+def _unfused(module: nn.Module, given: Mapping[str, Any]) -> RawCall:
+    query, key, value = (given[name].detach() for name in ("query", "key", "value"))
+    if query.ndim == 2:  # no batch
+        query, key, value = (t[:, None] for t in (query, key, value))
+    query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+    n_heads = given["num_heads"]
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    weights = (
+        [given[name] for name in names]
+        if given.get("use_separate_proj_weight")
+        else given["in_proj_weight"].chunk(3)
+    )
+    bias = given["in_proj_bias"]
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    flat = [
+        functional.linear(x, weight, bias)
+        for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    ]
+    for place, name in ((1, "static_k"), (2, "static_v")):
+        if given.get(name) is not None:  # [sample * head, key, d_head]
+            flat[place] = (
+                given[name].detach().unflatten(0, (-1, n_heads)).transpose(1, 2).flatten(2)
+            )
+    for place, name in ((1, "bias_k"), (2, "bias_v")):
+        if given.get(name) is not None:
+            flat[place] = torch.cat([flat[place], given[name].expand(len(query), -1, -1)], 1)
+    if given.get("add_zero_attn"):
+        flat[1:] = [functional.pad(t, (0, 0, 0, 1)) for t in flat[1:]]
+    q, k, v = (_heads(t, n_heads) for t in flat)
+    unmasked = given.get("key_padding_mask") is None and not given.get("need_weights", True)
+    if given.get("is_causal") and unmasked:  # then torch does not look at the mask
+        return _call(module, q, k, v, None, causal=True)
+    return _call(module, q, k, v, _mask(given, n_heads, len(q), k.shape[2]))
+
+
+def _heads(flat: Tensor, n_heads: int) -> Tensor:
+    by_head: Tensor = flat.unflatten(-1, (n_heads, -1))
+    return by_head.transpose(1, 2)
+
+
+def _mask(given: Mapping[str, Any], n_heads: int, n_samples: int, n_keys: int) -> Tensor | None:
+    """Both masks as one, True (or 0) where visible; ``torch.nn`` says True where hidden."""
+    parts: list[Tensor] = []
+    hidden, padding = given.get("attn_mask"), given.get("key_padding_mask")
+    if hidden is not None:
+        whole = hidden[None] if hidden.ndim == 2 else hidden
+        parts.append(whole.unflatten(0, (-1, 1 if len(whole) == 1 else n_heads)))
+    if padding is not None:
+        parts.append(padding.view(n_samples, 1, 1, -1))
+    if not parts:
+        return None
+    missing = n_keys - parts[0].shape[-1]  # keys that the function adds itself are always visible
+    if all(part.dtype == torch.bool for part in parts):
+        seen = [functional.pad(~part, (0, missing), value=True) for part in parts]
+        return seen[0] if len(seen) == 1 else seen[0] & seen[1]
+    added = [
+        functional.pad(
+            torch.zeros(part.shape, device=part.device).masked_fill(part, -torch.inf)
+            if part.dtype == torch.bool
+            else part,
+            (0, missing),
+        )
+        for part in parts
+    ]
+    return added[0] if len(added) == 1 else added[0] + added[1]
+
+
+def _call(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False
+) -> RawCall:
+    if mask is not None:
+        mask = mask.expand(-1, -1, q.shape[2], -1)
+    return RawCall(module, q, k, v, mask, "sdpa", {"is_causal": causal}, note=MULTIHEAD_NOTE)
