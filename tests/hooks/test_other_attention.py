@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, CvtConfig, CvtModel
 
 from tests.hooks.conditions import assert_complete_and_exact, first, of
 from xmodal_interp.errors import CaptureError
-from xmodal_interp.hooks import record
+from xmodal_interp.hooks import attention_modules, record
 from xmodal_interp.hooks.bypass import DENSE_NOTE, KERNEL_NOTE
 
 WIDTH = 16
@@ -242,3 +242,83 @@ def test_the_kernel_of_what_weighs_no_tokens_is_left_out() -> None:
     with torch.no_grad(), record(model) as recording:
         model(torch.randn(1, 2, 3, 4))
     assert heard(recording) == [("language", 0, "0")]
+
+
+class Windows(nn.Module):
+    """Attends within windows by operands of five axes, as timm's hiera does; its class is not named
+    attention. The windows run faster than the positions of each."""
+
+    n_windows, num_heads = 3, 2
+
+    def __init__(self, *, heads_first: bool = True, stride: int = 1) -> None:
+        super().__init__()
+        self.qkv, self.heads_first, self.stride = nn.Linear(8, 24), heads_first, stride
+
+    def operands(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(x).reshape(len(x), -1, self.n_windows, 3, self.num_heads, 4)
+        order = (3, 0, 4, 2, 1, 5) if self.heads_first else (3, 0, 2, 4, 1, 5)
+        return qkv.permute(order)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        q, k, v = self.operands(x)
+        if self.stride > 1:
+            q = q.unflatten(-2, (self.stride, -1)).amax(-3)
+        options = {"is_causal": True} if mask is None and not self.heads_first else {}
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("given", ["nothing", "boolean", "additive"])
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_blocks_of_operands_with_five_axes_do_not_see_each_other(
+    given, heads_first, stride
+) -> None:
+    model = nn.Sequential(Windows(heads_first=heads_first, stride=stride)).eval()
+    x = torch.randn(2, 12, 8)
+    scores = torch.randn(4 // stride, 4)
+    mask = {"nothing": None, "boolean": (scores > -1) | (torch.arange(4) == 0), "additive": scores}
+    with torch.no_grad():
+        alone = model[0](x, mask[given])
+        with record(model, values=True) as recording:
+            assert torch.equal(model[0](x, mask[given]), alone)
+    (call,) = recording.calls
+    assert (call.n_samples, call.n_heads, call.n_queries, call.n_keys) == (2, 2, 12 // stride, 12)
+    window = torch.arange(12) % 3  # of each position of the input
+    probs = call.probs()
+    own = window[: 12 // stride, None] == window
+    torch.testing.assert_close((probs * own).sum(-1), torch.ones(probs.shape[:-1]))
+    assert not probs[..., ~own].any()
+    if heads_first:  # [sample, head, window, position, d_head]
+        mixed = (probs @ call.v).unflatten(2, (-1, 3)).transpose(2, 3)
+    else:
+        mixed = (probs @ call.v).unflatten(2, (-1, 3)).permute(0, 3, 1, 2, 4)
+    torch.testing.assert_close(mixed, alone, atol=1e-5, rtol=0)
+
+
+def test_the_assistant_of_a_generation_is_another_model() -> None:
+    """transformers 5.23 runs an assistant model, and logits processors, inside ``generate``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model, inputs = of("llava")
+    vocab = model.config.text_config.vocab_size
+    sizes = {"vocab_size": vocab, "hidden_size": WIDTH, "intermediate_size": WIDTH}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    helper = LlamaForCausalLM(config).eval()
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        helper(input_ids=ids)
+        mixer(torch.randn(1, 2, 8))
+        return scores
+
+    mixer = Mixer(nn.Linear(8, 8), parts=False)
+    steps = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with torch.no_grad():
+        for options in ({"assistant_model": helper}, {"logits_processor": [processor]}):
+            alone = model.generate(**inputs, **steps, **options)
+            with record(model, towers=["language"]) as recording:
+                assert torch.equal(model.generate(**inputs, **steps, **options), alone)
+            path = "model.language_model.layers"
+            assert {each[1:] for each in heard(recording)} == {
+                (i, f"{path}.{i}.self_attn") for i in range(4)
+            }
+            assert len(recording.modules) == len(attention_modules(model))

@@ -13,7 +13,7 @@ interface: from then on its operations run undisturbed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,20 +126,95 @@ def kernel_call(
     """A call of ``scaled_dot_product_attention`` by a module, by the names it has there."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, args, strict=False)), **options}
-    q, k, v = (_four_axes(given[name], module) for name in names[:3])
-    mask = given.get("attn_mask")
-    if mask is not None:
-        mask = _four_axes(mask, module) if mask.ndim > 2 else mask[None, None]
-        mask = mask.expand(*mask.shape[:2], q.shape[2], k.shape[2])
+    operands = [given[name] for name in names[:3]]
+    mask, causal = given.get("attn_mask"), bool(given.get("is_causal"))
+    if max(t.ndim for t in operands) > 4:
+        blocks = _Blocks.of(operands, module)
+        q, k, v = (blocks.flat(t) for t in operands)
+        heads_last = blocks.flat(output).transpose(1, 2)
+        mask, causal = blocks.mask(mask, causal=causal), False
+    else:
+        q, k, v = (_four_axes(t, module) for t in operands)
+        heads_last = _four_axes(output, module).transpose(1, 2)
+        if mask is not None:
+            mask = _four_axes(mask, module) if mask.ndim > 2 else mask[None, None]
+            mask = mask.expand(*mask.shape[:2], q.shape[2], k.shape[2])
     kept = {
         "scaling": given.get("scale"),
-        "is_causal": bool(given.get("is_causal")),
+        "is_causal": causal,
         "dropout": given.get("dropout_p", 0.0),
     }
-    heads_last = _four_axes(output, module).transpose(1, 2)
     return RawCall(
         module, q, k, v, mask, "sdpa", kept, output=heads_last.detach(), note=KERNEL_NOTE
     )
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Operands ``[sample, head, block, position, d_head]``: a query sees the keys of its own block.
+
+    They become ``[sample, head, position, d_head]``, and the other blocks are hidden by a mask.
+    The positions are put in the order of the module's input, of which the operands are views: the
+    axis with the smaller stride is the one that runs faster there.
+
+    Attributes:
+        heads_axis: The axis of the heads, 1 or 2.
+        n_blocks: How many blocks there are.
+        n_queries: The queries of one block.
+        n_keys: The keys of one block.
+        blocks_run_faster: Whether neighbouring positions are in different blocks.
+    """
+
+    heads_axis: int
+    n_blocks: int
+    n_queries: int
+    n_keys: int
+    blocks_run_faster: bool
+
+    @classmethod
+    def of(cls, operands: Sequence[Tensor], module: nn.Module) -> _Blocks:
+        query, key, value = operands
+        n_heads = n_heads_of(module)
+        heads_axis = 2 if n_heads == query.shape[2] != query.shape[1] else 1
+        axis = 3 - heads_axis
+        return cls(
+            heads_axis,
+            query.shape[axis : axis + query.ndim - 4].numel(),
+            query.shape[-2],
+            key.shape[-2],
+            value.ndim == 5 and value.stride(axis) < value.stride(-2),
+        )
+
+    def flat(self, t: Tensor) -> Tensor:
+        """``[sample, head, position, ...]``."""
+        split = self._split(t)
+        return (split.transpose(2, 3) if self.blocks_run_faster else split).flatten(2, 3)
+
+    def mask(self, mask: Tensor | None, *, causal: bool) -> Tensor:
+        """``[sample | 1, head | 1, query, key]``, over all blocks."""
+        own = torch.eye(self.n_blocks, dtype=torch.bool)[:, None, :, None]
+        own = own.expand(-1, self.n_queries, -1, self.n_keys)  # [block, query, block, key]
+        if causal:
+            own = own & torch.ones(self.n_queries, self.n_keys).tril().bool()[:, None]
+        if mask is None:
+            return self._flat_pairs(own[None, None])
+        own = own.to(mask.device)
+        whole = self._split(mask) if mask.ndim > 4 else mask[(None,) * (5 - mask.ndim)]
+        whole = whole[..., None, :]  # [sample, head, block | 1, query, 1, key]
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return self._flat_pairs(torch.where(own, whole, hidden))
+
+    def _split(self, t: Tensor) -> Tensor:
+        """``[sample, head, block, position, ...]``."""
+        if self.heads_axis == 1:
+            return t.flatten(2, -3)
+        return t.transpose(1, 2).flatten(2, -3)
+
+    def _flat_pairs(self, pairs: Tensor) -> Tensor:
+        """From ``[..., block, query, block, key]`` to ``[..., query, key]``."""
+        if self.blocks_run_faster:
+            pairs = pairs.transpose(-4, -3).transpose(-2, -1)
+        return pairs.flatten(-2).flatten(-3, -2)
 
 
 def _of_softmax(module: nn.Module, scores: Tensor, output: Tensor) -> DenseCall:

@@ -18,11 +18,16 @@ def callers() -> Iterator[object]:
 
     That is ``self`` of a method, the module of a transformers attention function, ...
     """
+    return (caller for caller, _ in named_callers())
+
+
+def named_callers() -> Iterator[tuple[object, str]]:
+    """The same, each with the name of the function."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_argcount:
-            yield frame.f_locals.get(code.co_varnames[0])
+            yield frame.f_locals.get(code.co_varnames[0]), code.co_name
         frame = frame.f_back
 
 

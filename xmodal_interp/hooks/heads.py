@@ -84,7 +84,7 @@ def layers_of(
 def n_heads_of(module: nn.Module) -> int | None:
     """Query heads of a layer, as modeling code has it: on the module, else in its config."""
     for owner in (module, getattr(module, "config", None)):
-        for name in ("num_attention_heads", "num_heads", "n_heads"):
+        for name in ("num_attention_heads", "num_heads", "n_heads", "heads"):
             count = getattr(owner, name, None)
             if isinstance(count, int):
                 return count

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import nn
 
-from xmodal_interp.hooks.callers import callers
+from xmodal_interp.hooks.callers import named_callers
 from xmodal_interp.hooks.modules import (
     Identity,
     attention_holders,
@@ -22,6 +22,8 @@ from xmodal_interp.hooks.modules import (
     weighs_no_tokens,
 )
 from xmodal_interp.hooks.tapping import WrappedFunction
+
+_FORWARD = ("forward", "_call_impl")  # the functions that run while a module is called
 
 
 class Members:
@@ -112,12 +114,25 @@ class Members:
         return within and self.heard.isdisjoint(inner)
 
     def _innermost(self, outside: type | None = None) -> nn.Module | None:
-        """The module of this model that is running; None if none is, outside of some function."""
-        for caller in callers():
+        """The module of this model whose forward makes a call; None if there is none.
+
+        Another model may run inside a method of this one: an assistant model, or the model of a
+        logits processor, inside ``generate``. It is no part of this model, unless it runs inside a
+        forward: then it is a part that was not registered.
+        """
+        found: nn.Module | None = None
+        of_another = False
+        for caller, function in named_callers():
             if outside is not None and isinstance(caller, outside):
                 return None
-            if isinstance(caller, nn.Module) and caller in self._parts:
-                return caller
+            if not isinstance(caller, nn.Module):
+                continue
+            if caller in self._parts:
+                found = found or caller
+                if function in _FORWARD or not of_another:
+                    return found
+            else:
+                of_another |= function in _FORWARD
         return None
 
     @cached_property
