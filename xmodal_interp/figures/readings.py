@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from torch import Tensor
 
 from xmodal_interp.analysis.selecting import each_once
 from xmodal_interp.attention import AttentionCall, Positions
@@ -120,9 +121,20 @@ def query_positions(sample: Sample, place: Place, queries: Selector) -> list[int
         raise InputError(
             f"An overlay needs a query that can see the image. {named(sample, positions)} of "
             f"sample {sample.name!r} sees none of the {len(keys)} tokens of image {place.number}; "
-            "ask for a later position."
+            f"{_advice(first, keys, max(positions))}"
         )
     return positions
+
+
+def _advice(call: AttentionCall, keys: Tensor, last: int) -> str:
+    rows = call.query_positions
+    sees = call.visible(rows)[..., keys].any(-1).flatten(0, 1).any(0).cpu()
+    seeing = rows.cpu()[sees]
+    if not len(seeing):
+        return "no position that was kept does."
+    if bool((seeing > last).any()):
+        return "ask for a later position."
+    return f"ask for a position from {int(seeing.min())} to {int(seeing.max())}."
 
 
 def query_groups(

@@ -34,3 +34,13 @@ def named_callers() -> Iterator[tuple[object, str]]:
 def is_running(module: nn.Module) -> bool:
     """Whether the module is being called in this thread."""
     return any(caller is module for caller in callers())
+
+
+def in_continuous_batching() -> bool:
+    """Whether transformers' continuous batching (``generate_batch``) runs in this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if ".continuous_batching" in frame.f_globals.get("__name__", ""):
+            return True
+        frame = frame.f_back
+    return False

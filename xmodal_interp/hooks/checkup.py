@@ -158,9 +158,10 @@ def doctor(
         if given is None:
             return findings.checkup(exactness.by_layer(()))
     elif inputs is None:
+        name = getattr(bare, "main_input_name", "input_ids")
         raise InputError(
-            "A bare model needs inputs: doctor(model, inputs=dict(input_ids=...)). None came; only "
-            "a VLM (a model with its processor) makes its own."
+            f"A bare model needs inputs: doctor(model, inputs=dict({name}=...)). None came; only a "
+            "VLM (a model with its processor) makes its own."
         )
     else:
         given = dict(inputs)

@@ -25,6 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, LayerError, PositionError
@@ -165,11 +166,23 @@ class _Editor:
         modules = layers_of(known, intervention.tower, intervention.kind)
         wanted = intervention.heads_in({n: n_heads_of(module) for n, module in modules.items()})
         self.heads = {modules[layer]: tuple(heads) for layer, heads in wanted.items()}
+        self._check_editable()
         self.running: list[nn.Module] = []
         self.ran: set[nn.Module] = set()
         self.length: dict[nn.Module, int] = {}  # of the sequence that a module is at
         self.reached = 0
         self.site: Site | None = None
+
+    def _check_editable(self) -> None:
+        """Raise CaptureError for modules that compute their heads inside a function of torch."""
+        fixed = [self.known[m].layer for m in self.heads if isinstance(m, nn.MultiheadAttention)]
+        if fixed:
+            raise CaptureError(
+                "Heads of torch.nn.MultiheadAttention cannot be edited: one function of torch "
+                "computes them and their output projection. "
+                f"{self.intervention.tower} {self.intervention.kind}-attention, layers "
+                f"{ranged(fixed)}, is such a module; leave them out."
+            )
 
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
         while self.running and not is_running(self.running[-1]):
@@ -194,8 +207,8 @@ class _Editor:
         if missed:
             unseen = any(self.known[m].layer in missed for m in self.ran)
             why = (
-                "ran without passing transformers' attention interface; load the model with "
-                "attn_implementation='sdpa' or 'eager'"
+                "ran without passing transformers' attention interface, where heads are edited; "
+                "leave them out"
                 if unseen
                 else "did not run; run the model inside the with block, or leave them out"
             )
@@ -221,6 +234,11 @@ class _Editor:
             raise LayerError(
                 f"A head must exist. {identity.module} has heads 0 to {n_heads - 1}; got "
                 f"{max(heads)}."
+            )
+        if isinstance(call.mask, BlockMask):
+            raise CaptureError(
+                "Flex attention is given a function instead of a mask, which cannot be edited. "
+                "Load the model with attn_implementation='sdpa' to intervene."
             )
         start = self._start(module, call) if self.intervention.selections else 0
         n_keys = call.key.shape[2] if self.intervention.kind == "self" else 0

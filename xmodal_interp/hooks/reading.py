@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.masks import as_added, simplified, visible_rows
@@ -160,6 +161,14 @@ def segments(call: RawCall) -> Iterator[RawCall]:
             value=call.value[:, :, part],
             output=None if call.output is None else call.output[:, part],
         )
+
+
+def dense_mask(block_mask: BlockMask, device: torch.device) -> Tensor:
+    """``[sample, head, query, key]``, True where visible: what a mask of flex attention means."""
+    n_samples, n_heads, n_queries, n_keys = block_mask.shape
+    return create_mask(
+        block_mask.mask_mod, n_samples, n_heads, n_queries, n_keys, device=str(device)
+    )
 
 
 def whole_mask(raw: RawCall) -> Tensor | None:

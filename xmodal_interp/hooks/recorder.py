@@ -23,11 +23,12 @@ from typing import Any, Concatenate, ParamSpec, SupportsIndex
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.bypass import Bypass, DenseCall, Heard, kernel_call
-from xmodal_interp.hooks.callers import is_running
+from xmodal_interp.hooks.callers import in_continuous_batching, is_running
 from xmodal_interp.hooks.compiled import (
     QuietCalls,
     quiet_calls,
@@ -45,6 +46,7 @@ from xmodal_interp.hooks.reading import (
     as_attention_call,
     as_computed,
     as_dense_call,
+    dense_mask,
     segments,
     whole_mask,
 )
@@ -56,6 +58,7 @@ from xmodal_interp.hooks.refusals import (
     refuse_failure,
     refuse_replica,
     refuse_unseen,
+    refuse_vmap,
 )
 from xmodal_interp.hooks.rotary import RotaryPositions
 from xmodal_interp.hooks.runs import Run
@@ -167,7 +170,7 @@ class _Recorder:
         self.members, self.choice = members, choice
         self.recording = Recording(tuple(members.known.values()), layers_without_matrix(model))
         self.running: list[Run] = []
-        self.ran = self.ran_elsewhere = False
+        self.ran = self.ran_elsewhere = self.ran_in_batches = False
         self.sorts = {module: _sort(module) for module in (*members.known, *members.holders)}
         self.settled: set[Sort] = set()  # that need not be heard by a softmax
         self.hollow: set[nn.Module] = set()  # holders that ran while nothing in them did
@@ -176,6 +179,7 @@ class _Recorder:
         self.kept: list[KeptCall] = []
         self.caches: dict[nn.Module, KeyCache] = {}
         self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
+        self.block_masks: dict[int, tuple[BlockMask, Tensor]] = {}
         self.shares: UpdateShares | None = None
         self.n_torchs = 0  # how many of torch's own modules are running, one inside the other
         self.failure: Exception | None = None  # of recording: the model's forward goes on
@@ -192,6 +196,7 @@ class _Recorder:
 
     def note_elsewhere(self) -> None:
         self.ran_elsewhere = True
+        self.ran_in_batches |= in_continuous_batching()
 
     @_recording
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
@@ -364,12 +369,13 @@ class _Recorder:
         self.members.heard.add(module)
         if not self.choice.wants(identity):
             return
+        refuse_vmap()
         number = self.counts.get(module, 0)
         self.counts[module] = number + 1
         if isinstance(heard, DenseCall):
             call = as_dense_call(heard, identity, number)
         else:
-            heard = as_computed(heard)
+            heard = as_computed(self._with_dense_mask(heard))
             call = as_attention_call(heard, identity, number, self._mask(heard))
             call = self.recording.agreement.checked(heard, call)
         if self.choice.inspect is not None:
@@ -415,7 +421,17 @@ class _Recorder:
             if self.shares is not None:
                 self.shares.check()
             if self.ran_elsewhere and not self.ran:
-                refuse_another_thread()
+                refuse_another_thread(in_batches=self.ran_in_batches)
+
+    def _with_dense_mask(self, raw: RawCall) -> RawCall:
+        """Flex attention is given a function instead of a mask; layers share it."""
+        given: Any = raw.mask
+        if not isinstance(given, BlockMask):
+            return raw
+        if id(given) not in self.block_masks:
+            self.block_masks[id(given)] = (given, dense_mask(given, raw.query.device))
+        mask = self.block_masks[id(given)][1]
+        return replace(raw, mask=mask[..., : raw.query.shape[2], : raw.key.shape[2]])
 
     def _mask(self, raw: RawCall) -> Tensor | None:
         """Layers share one mask tensor: it is read once."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
+import torch
 from torch import nn
 
 from xmodal_interp.attention import number
@@ -73,8 +74,23 @@ def refuse_failure(error: Exception) -> None:
     ) from error
 
 
-def refuse_another_thread() -> None:
+def refuse_vmap() -> None:
+    """Raise CaptureError inside ``torch.func.vmap``."""
+    level = torch._C._functorch.peek_interpreter_stack()
+    if level is not None and level.key() == torch._C._functorch.TransformType.Vmap:
+        raise CaptureError(
+            "A model inside torch.func.vmap cannot be recorded: its tensors are one sample's, and "
+            "their values cannot be read. Call the model with the batch, without vmap."
+        )
+
+
+def refuse_another_thread(*, in_batches: bool = False) -> None:
     """Raise CaptureError for a model that did not run where it was to be heard."""
+    if in_batches:
+        raise CaptureError(
+            "Continuous batching (generate_batch) cannot be recorded: transformers runs the model "
+            "in a thread of its own, on tokens of several requests at once. Use generate."
+        )
     raise CaptureError(
         "A block hears what runs in its own thread (or task). In this one no attention ran, while "
         "the model ran in another. Open the block there: in the function that the thread is given, "

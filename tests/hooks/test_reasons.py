@@ -1,0 +1,113 @@
+"""Refusals give the reason that holds, and what can be done; what can be recorded is."""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import xmodal_interp as xi
+from tests.conformance.building import tiny
+from tests.hooks.conditions import of
+from xmodal_interp.errors import CaptureError, InputError
+from xmodal_interp.hooks import record
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(self.projection(x), x, x)
+
+
+def llama(**options) -> tuple[nn.Module, dict]:
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 16}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, **options)
+    return LlamaForCausalLM(config).eval(), {"input_ids": torch.arange(8)[None]}
+
+
+@pytest.mark.filterwarnings("ignore:_compile flag")  # of transformers' call of create_block_mask
+def test_flex_attention_is_recorded_and_not_edited() -> None:
+    """transformers 5.23 gives flex attention a ``BlockMask``, which is no tensor."""
+    model, inputs = llama()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(**inputs, output_attentions=True).attentions[0]
+        model.set_attn_implementation("flex_attention")
+        alone = model(**inputs).logits
+        with record(model) as recording:
+            assert torch.equal(model(**inputs).logits, alone)
+    torch.testing.assert_close(recording.calls[0].probs(), expected, atol=1e-5, rtol=0)
+    assert recording.calls[0].visible()[0, 0].equal(torch.ones(8, 8).tril().bool())
+    cut = xi.knock_out_attention([7], [0], layers=[0])
+    with torch.no_grad(), pytest.raises(CaptureError) as error, xi.intervene(model, cut):
+        model(**inputs)
+    assert str(error.value) == (
+        "Flex attention is given a function instead of a mask, which cannot be edited. Load the "
+        "model with attn_implementation='sdpa' to intervene."
+    )
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of its kernel
+def test_vmap() -> None:
+    model = nn.Sequential(Attention())
+    x = torch.randn(3, 2, 5, 4)
+    with torch.no_grad():
+        alone = torch.func.vmap(model)(x)
+        with pytest.raises(CaptureError) as error, record(model):
+            assert torch.equal(torch.func.vmap(model)(x), alone)
+    assert str(error.value) == (
+        "A model inside torch.func.vmap cannot be recorded: its tensors are one sample's, and "
+        "their values cannot be read. Call the model with the batch, without vmap."
+    )
+
+
+def test_continuous_batching_runs_in_a_thread_of_transformers() -> None:
+    model, inputs = llama()
+    scope = {"__name__": "transformers.generation.continuous_batching.continuous_api"}
+    exec("def run(model, inputs): model(**inputs)", scope)
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=scope["run"], args=(model, inputs))
+        thread.start()
+        thread.join()
+
+    with torch.no_grad(), pytest.raises(CaptureError) as error, record(model):
+        elsewhere()
+    assert str(error.value) == (
+        "Continuous batching (generate_batch) cannot be recorded: transformers runs the model in "
+        "a thread of its own, on tokens of several requests at once. Use generate."
+    )
+
+
+def test_heads_of_torchs_attention_are_not_edited() -> None:
+    model = tiny("siglip").model
+    pool = xi.ablate_heads({0: [0]}, tower="vision", kind="cross")
+    with pytest.raises(CaptureError) as error, xi.intervene(model, pool):
+        pass
+    assert str(error.value) == (
+        "Heads of torch.nn.MultiheadAttention cannot be edited: one function of torch computes "
+        "them and their output projection. vision cross-attention, layers 0, is such a module; "
+        "leave them out."
+    )
+
+
+def test_layers_that_never_ask_the_interface_are_not_edited() -> None:
+    model, inputs = of("blip")
+    cut = xi.ablate_heads({0: [0]})
+    with torch.no_grad(), pytest.raises(CaptureError) as error, xi.intervene(model, cut):
+        model(**inputs)
+    assert str(error.value) == (
+        "An intervention must meet every layer it names. language self-attention, layers 0, ran "
+        "without passing transformers' attention interface, where heads are edited; leave them out."
+    )
+
+
+def test_the_doctor_names_the_input_of_the_model() -> None:
+    model = tiny("siglip").model.vision_model
+    with pytest.raises(InputError, match=r"inputs=dict\(pixel_values=\.\.\.\)\)\. None came"):
+        xi.doctor(model)
