@@ -160,8 +160,9 @@ def _hidden(
             return seen
         zeros = torch.zeros(seen.shape, dtype=call.query.dtype, device=seen.device)
         return zeros.masked_fill_(~seen, torch.finfo(zeros.dtype).min)
-    if call.backend != "eager" and call.mask.dtype == torch.bool:
-        return call.mask & ~blocked
-    added = call.mask if call.mask.is_floating_point() else call.mask.to(call.query.dtype)
+    mask: Tensor = call.mask
+    if call.backend != "eager" and mask.dtype == torch.bool:
+        return mask & ~blocked
+    added = mask if mask.is_floating_point() else mask.to(call.query.dtype)
     hidden = torch.tensor(torch.finfo(added.dtype).min, dtype=added.dtype, device=added.device)
     return torch.where(blocked, hidden, added)

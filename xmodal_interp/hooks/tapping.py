@@ -45,7 +45,7 @@ class RawCall:
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor | None
+    mask: Any  # a tensor or None; a BlockMask of flex attention until the call is recorded
     backend: str
     options: dict[str, Any]
     eager: AttentionFunction | None = None
@@ -186,7 +186,7 @@ class WrappedFunction:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What the function returns, as the listeners let it."""
