@@ -239,8 +239,8 @@ class _Recorder:
     def close(
         self,
         module: nn.Module,
-        args: Any,  # noqa: ARG002
-        options: dict[str, Any],  # noqa: ARG002
+        args: Any,
+        options: dict[str, Any],
         output: Any,
     ) -> None:
         opened = bool(self.running) and self.running[-1].module is module
