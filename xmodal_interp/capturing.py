@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import platform
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.attention import AttentionCall, number, numbers
+from xmodal_interp.attention import AttentionCall, entries_of, numbers
 from xmodal_interp.by_image import Layer, towers_by_image
 from xmodal_interp.by_position import (
     Stacks,
@@ -29,8 +29,9 @@ from xmodal_interp.by_position import (
     stacks_of,
     without_padding_keys,
 )
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.hooks import record
+from xmodal_interp.hooks.refusals import check_towers
 from xmodal_interp.hooks.rotary import AXES
 from xmodal_interp.models import (
     VLM,
@@ -66,7 +67,8 @@ class Keep:
 
     Attributes:
         towers: Parts of the model.
-        layers: Layers, all if None.
+        layers: Layers, all if None: numbers from 0, or a mask with an entry for each number up to
+            the highest of the towers.
         values: Keep V too.
         norms: Keep the share of attention in each token's update, for ``attention_rollout`` with
             ``alpha="norm"``.
@@ -77,18 +79,29 @@ class Keep:
     """
 
     towers: tuple[Tower, ...] = TOWERS
-    layers: Sequence[SupportsIndex] | np.ndarray | None = None
+    layers: Collection[Any] | np.ndarray | Tensor | None = None
     values: bool = False
     norms: bool = False
     queries: str = "all"
     probabilities: bool = False
 
     def __post_init__(self) -> None:
-        if self.queries not in ("all", "text"):
-            raise InputError(f"queries must be 'all' or 'text'; got {self.queries!r}.")
-        if self.layers is not None:  # provenance says it in JSON's own types
-            chosen = tuple(number(layer, "layer") for layer in numbers(self.layers, "layer"))
-            object.__setattr__(self, "layers", chosen)
+        if not isinstance(self.queries, str) or self.queries not in ("all", "text"):
+            raise InputError(f"queries must be 'all' or 'text'; got {quoted(self.queries)}.")
+        check_towers(self.towers)
+        object.__setattr__(self, "towers", tuple(self.towers))
+        if self.layers is None:
+            return
+        row = entries_of(self.layers)
+        if row is not None and row.dtype == bool:
+            object.__setattr__(self, "_mask", tuple(row.tolist()))
+        n_masked = None if row is None else len(row)
+        object.__setattr__(self, "layers", tuple(numbers(self.layers, "layer", n_masked)))
+
+    @property
+    def layers_asked(self) -> Collection[Any] | np.ndarray | Tensor | None:
+        """``layers`` as they were given: a mask has an entry for each layer of the model."""
+        return getattr(self, "_mask", self.layers)
 
 
 def capture(  # noqa: PLR0913  # the settings of a run; all but three have defaults
@@ -164,7 +177,11 @@ def capture_batch(
     inputs, ready = vlm.prepare(images, prompts, system=system, videos=videos)
     check_whole(vlm.model, inputs)
     listening = record(
-        vlm.model, towers=keep.towers, layers=keep.layers, values=keep.values, norms=keep.norms
+        vlm.model,
+        towers=keep.towers,
+        layers=keep.layers_asked,
+        values=keep.values,
+        norms=keep.norms,
     )
     with torch.no_grad(), listening as recording:
         if max_new_tokens > 0:

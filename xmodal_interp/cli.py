@@ -18,7 +18,8 @@ from xmodal_interp.hooks import doctor as checked
 from xmodal_interp.items import read_items
 from xmodal_interp.menu import ANALYSES, FIGURES, Offer, described, options_of
 from xmodal_interp.models import SHIPPED, VLM, load, support
-from xmodal_interp.printing import Group, check_output, err, out, show, show_long, show_store, write
+from xmodal_interp.paths import user_path
+from xmodal_interp.printing import Group, check_output, err, say, show, show_long, show_store, write
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, check_store, open_store
 
@@ -81,8 +82,8 @@ def demo(
     """
     findings = run_demo(folder, n_scenes=scenes, force=force)
     for line in findings.lines:
-        out.print(f"• {line}", highlight=False, soft_wrap=True)
-    out.print(f"\nEverything is in [bold]{folder}[/]; begin with {folder / 'report.html'}.")
+        say(f"• {line}")
+    say(f"\nEverything is in {folder}; begin with {folder / 'report.html'}.")
 
 
 @app.command()
@@ -158,7 +159,7 @@ def analyze(
         show_long(table, rows)
     else:
         write(table, path)
-        out.print(f"{len(table)} rows written to {path}")
+        say(f"{len(table)} rows written to {path}")
 
 
 @app.command(epilog="Figures:\n\n" + described(FIGURES, ("queries", "layer", "head")))
@@ -182,7 +183,7 @@ def plot(
     options = options_of(function, name, {"queries": queries, "layer": layer, "head": head})
     chosen = _sample(open_store(store), sample)
     function(chosen, **options, path=path)
-    out.print(f"{chosen.name}: {chosen.question!r} -> {chosen.answer!r}; written to {path}")
+    say(f"{chosen.name}: {chosen.question!r} -> {chosen.answer!r}; written to {path}")
 
 
 @app.command()
@@ -193,7 +194,7 @@ def info(
     ],
 ) -> None:
     """Tell what a store holds, or what attention a model has."""
-    if (Path(what) / "manifest.json").exists():
+    if (user_path(what) / "manifest.json").exists():
         show_store(open_store(what))
         return
     vlm = load(what)
@@ -204,10 +205,9 @@ def info(
     table = groups.agg(layers=("layer", "nunique"), first=("module", "first")).reset_index()
     config = vlm.model.config
     n_weights = sum(weight.numel() for weight in vlm.model.parameters())
-    out.print(
+    say(
         f"{vlm.name}: {type(vlm.model).__name__}, {n_weights / 1e6:.1f}M weights, "
-        f"{config._attn_implementation}, geometry {vlm.family.rule}",
-        highlight=False,
+        f"{config._attn_implementation}, geometry {vlm.family.rule}"
     )
     show(table)
 
@@ -219,9 +219,9 @@ def check(store: Folder) -> None:
     bad = table[~table["ok"]]
     if len(bad):
         show(bad)
-        err.print(f"{len(bad)} of {len(table)} files are damaged or missing")
+        say(f"{len(bad)} of {len(table)} files are damaged or missing", to=err)
         raise typer.Exit(1)
-    out.print(f"{len(table)} files, all as they were written")
+    say(f"{len(table)} files, all as they were written")
 
 
 @app.command()
@@ -248,7 +248,7 @@ def doctor(
     if len(checkup.layers):
         show_long(checkup.layers, len(checkup.layers))
     verdict = "PASS" if checkup.ok else "FAIL"
-    out.print(f"[bold]{verdict}[/] {checkup.summary}", highlight=False, soft_wrap=True)
+    say(verdict, checkup.summary, style="bold")
     if not checkup.ok:
         raise typer.Exit(1)
 
@@ -269,7 +269,7 @@ def families(
     table = support.families()
     show(table[["model_type", "layers", "worst_error", "geometry"]])
     made = ", ".join(f"{library} {version}" for library, version in table.attrs.items())
-    out.print(f"{len(table)} types, measured with {made}; more: --markdown", highlight=False)
+    say(f"{len(table)} types, measured with {made}; more: --markdown")
 
 
 def _loaded(name: str, dtype: str, device_map: str | None) -> VLM:

@@ -5,6 +5,18 @@ Every message says the rule, what came, and what is known or what to do.
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 4, 200, 200, 60
+_short.maxlist = _short.maxtuple = _short.maxset = _short.maxdict = _short.maxarray = 20
+
+
+def quoted(value: Any) -> str:
+    """What was given, for a message: its ``repr``, cut where it is long or deeply nested."""
+    return _short.repr(value)
+
 
 class XmodalError(Exception):
     """Any refusal of this package; catch it to catch them all."""
@@ -41,6 +53,10 @@ class PhraseError(XmodalError, LookupError):
 
 class NotRecordedError(XmodalError, LookupError):
     """Something that exists in the model but was not kept: values, rows, layers."""
+
+
+class NoSampleError(XmodalError, IndexError):
+    """A sample beyond the end of a store."""
 
 
 class GeometryError(XmodalError, ValueError):

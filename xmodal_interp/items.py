@@ -17,6 +17,7 @@ from PIL import ExifTags, Image
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import ImageLike, Video, open_image
 from xmodal_interp.models.entries import IMAGES, PROMPT, VIDEOS, entry, visuals_of
+from xmodal_interp.paths import user_path
 from xmodal_interp.store import check_name, digest_of, json_text
 
 _NAMES = ("name", "id")
@@ -91,7 +92,7 @@ def _content(picture: ImageLike) -> str:
     """SHA-256 of a file's bytes, or of a picture in memory and what changes its looks."""
     if not isinstance(picture, Image.Image):
         try:
-            with Path(picture).open("rb") as file:
+            with user_path(picture).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise InputError(
@@ -105,7 +106,7 @@ def _content(picture: ImageLike) -> str:
 
 
 def _source(picture: ImageLike) -> str | None:
-    return None if isinstance(picture, Image.Image) else str(Path(picture).resolve())
+    return None if isinstance(picture, Image.Image) else str(user_path(picture).resolve())
 
 
 def name_of(number: int, raw: Any, seen: dict[str, int]) -> str:
@@ -191,6 +192,7 @@ def read_items(path: Path) -> list[dict[str, Any]]:
         InputError: No such file, another ending, what cannot be read, a column that is missing, or
             no rows.
     """
+    path = user_path(path)
     if not path.exists():
         raise InputError(f"Items come from a file that exists; there is no {str(path)!r}.")
     if path.suffix not in (".csv", ".jsonl"):
@@ -212,5 +214,5 @@ def read_items(path: Path) -> list[dict[str, Any]]:
     records = [{str(k): v for k, v in record.items()} for record in table.to_dict("records")]
     for record in records:
         given = record["image"] if isinstance(record["image"], list) else [record["image"]]
-        record["image"] = [str(path.parent / one) for one in given]
+        record["image"] = [str(path.parent / user_path(one)) for one in given]
     return records

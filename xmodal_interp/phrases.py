@@ -8,12 +8,13 @@ particles behind them without one: there a phrase begins where a word does, and 
 
 from __future__ import annotations
 
+import operator
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard
 
-from xmodal_interp.errors import InputError, PhraseError
+from xmodal_interp.errors import InputError, PhraseError, quoted
 
 _WITHOUT_SPACES = (
     *("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "YI"),
@@ -50,10 +51,15 @@ def span_of(
             f"A phrase must be unique, or one occurrence chosen. {phrase!r} occurs "
             f"{len(spans)} times in {text!r}; pass occurrence=0 to {len(spans) - 1}."
         )
-    index = int(occurrence or 0)
+    index = 0 if occurrence is None else operator.index(occurrence)
     if not -len(spans) <= index < len(spans):
         raise PhraseError(f"{phrase!r} occurs {len(spans)} times; there is no occurrence {index}.")
     return spans[index]
+
+
+def has_word(word: str, text: str, hidden: Callable[[int, int], bool]) -> bool:
+    """Whether a text has a word, upper and lower case alike, where it is not hidden."""
+    return any(not hidden(*span) for span in _spans(word, text, whole=True))
 
 
 def has_phrase(selector: Any) -> TypeGuard[str | Sequence[str | int]]:
@@ -131,7 +137,13 @@ def _word_around(text: str, start: int, end: int) -> str:
 def _check_types(phrase: str, occurrence: int | None) -> None:
     if not isinstance(phrase, str):
         raise InputError(f"A phrase is a text; got {phrase!r}.")
-    if occurrence is not None and (
-        isinstance(occurrence, bool) or not hasattr(occurrence, "__index__")
-    ):
-        raise InputError(f"An occurrence is a whole number, 0 for the first; got {occurrence!r}.")
+    if occurrence is None:
+        return
+    try:
+        if isinstance(occurrence, bool):
+            raise TypeError
+        operator.index(occurrence)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"An occurrence is a whole number, 0 for the first; got {quoted(occurrence)}."
+        ) from None

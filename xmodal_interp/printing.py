@@ -10,11 +10,13 @@ import pandas as pd
 import typer
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from xmodal_interp.errors import InputError, XmodalError
+from xmodal_interp.paths import user_path
+from xmodal_interp.printable import for_spreadsheets, printable
 from xmodal_interp.store import Store, store_around
 
 out, err = Console(), Console(stderr=True)
@@ -28,11 +30,25 @@ class Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except XmodalError as error:
-            err.print(f"[bold red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+            say("error:", str(error), style="bold red", to=err)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            err.print("stopped; what was written before is whole")
+            say("stopped; what was written before is whole", to=err)
             raise typer.Exit(130) from None
+
+
+def say(*parts: str, style: str = "", to: Console = out) -> None:
+    """Print a line as it stands: nothing in it is markup, nor a command to the terminal.
+
+    Args:
+        *parts: What to print, with a space between.
+        style: Of the first part, if there are several.
+        to: The console.
+    """
+    first, *others = (Text(printable(part)) for part in parts)
+    if others:
+        first.stylize(style)
+    to.print(first, *others, highlight=False, soft_wrap=True)
 
 
 def show(table: pd.DataFrame) -> None:
@@ -40,9 +56,9 @@ def show(table: pd.DataFrame) -> None:
     shown = Table(box=None, header_style="bold")
     for column, dtype in table.dtypes.items():
         right = pd.api.types.is_numeric_dtype(dtype)
-        shown.add_column(str(column), justify="right" if right else "left")
+        shown.add_column(Text(str(column)), justify="right" if right else "left")
     for row in table.itertuples(index=False):
-        shown.add_row(*(_cell(value) for value in row))
+        shown.add_row(*(Text(_cell(value)) for value in row))
     out.print(shown)
 
 
@@ -60,12 +76,12 @@ def show_long(table: pd.DataFrame, rows: int) -> None:
     same = [name for name in table if len(table[name].unique()) == 1]
     for name in same:
         if not (table[name].isna() | table[name].eq("")).all():
-            out.print(f"{name}: {_cell(table[name].iloc[0])}", highlight=False)
+            say(f"{name}: {_cell(table[name].iloc[0])}")
     differing = table.drop(columns=same).head(rows)
     for part in _side_by_side(differing, out.width) if differing.columns.size else ():
         show(differing[part])
     if len(table) > rows:
-        out.print(
+        say(
             f"... {len(table) - rows} more rows; --rows {len(table)} shows all, --path FILE writes "
             "them"
         )
@@ -94,7 +110,7 @@ def _side_by_side(table: pd.DataFrame, width: int) -> list[list[str]]:
 
 def show_store(store: Store) -> None:
     """Print how large a store is, and the settings that its samples were made with."""
-    out.print(f"{store.path}: {len(store)} samples, {store.n_bytes / 1e6:.1f} MB", highlight=False)
+    say(f"{store.path}: {len(store)} samples, {store.n_bytes / 1e6:.1f} MB")
     about = {**store.manifest, **store.manifest["settings"]}
     rows = [(name, _in_words(value)) for name, value in about.items() if name != "settings"]
     show(pd.DataFrame(rows, columns=["setting", "value"]))
@@ -107,6 +123,7 @@ def check_output(path: Path, *, force: bool) -> None:
         InputError: It is inside a store, is a symbolic link or a folder, or exists and is not to be
             overwritten.
     """
+    path = user_path(path)
     around = store_around(path)
     if around is not None:
         raise InputError(
@@ -129,12 +146,13 @@ def write(table: pd.DataFrame, path: Path) -> None:
         InputError: Another ending than .csv, .parquet, .json, or no file can be written there.
     """
     writers: dict[str, Callable[[pd.DataFrame], object]] = {
-        ".csv": lambda t: t.to_csv(path, index=False),
+        ".csv": lambda t: for_spreadsheets(t).to_csv(path, index=False),
         ".parquet": lambda t: t.to_parquet(path, index=False),
         ".json": lambda t: t.to_json(path, orient="records", indent=1),
     }
     if path.suffix not in writers:
         raise InputError(f"--path must end in {', '.join(writers)}; got {path.name!r}.")
+    path = user_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writers[path.suffix](table)
@@ -145,7 +163,7 @@ def write(table: pd.DataFrame, path: Path) -> None:
 def _cell(value: object) -> str:
     if value is pd.NA or (isinstance(value, float) and pd.isna(value)):
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value), lines=False)
 
 
 def _in_words(value: object) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex, cast
+from typing import Any, SupportsIndex, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
+from xmodal_interp.arguments import MOST, one_of, whole_number
 from xmodal_interp.attention import AttentionCall, Positions, number, resolve
 from xmodal_interp.errors import (
     GeometryError,
@@ -24,16 +25,33 @@ from xmodal_interp.errors import (
     LayerError,
     NotRecordedError,
     PhraseError,
+    quoted,
 )
 from xmodal_interp.models import ImageGrid, Video, VideoGrid
-from xmodal_interp.phrases import has_phrase, span_of
-from xmodal_interp.vocabulary import TOKEN_KINDS, VISUAL_KINDS, AttentionKind, Tower
+from xmodal_interp.phrases import has_phrase, has_word, span_of
+from xmodal_interp.vocabulary import (
+    KEYWORDS,
+    LAST,
+    ROLES,
+    TEXT,
+    TOKEN_KINDS,
+    TOWERS,
+    VISUAL_KINDS,
+    AttentionKind,
+    Keyword,
+    Tower,
+)
 
 CallKey = tuple[Tower, AttentionKind, int, int]
 """Tower, kind, layer, call: what a call is kept under."""
 
 Selector = str | Positions | Sequence[str | int]
-"""Positions, a phrase to be found in the text, or a list of phrases (and positions)."""
+"""Positions, a keyword (``"last"``, ``"text"``), a phrase of the text, or a list of these.
+
+``"last"`` is the last position of the prompt, ``"text"`` all text after the last image or video. A
+string that is a keyword and also a word of the sample's text is an error; ``sample.last``,
+``sample.find("last")`` and ``vocabulary.LAST`` say which one is meant.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +121,15 @@ class Sample:
         frame: int | None = None,
     ) -> Int[np.ndarray, " position"]:
         """Positions of a token kind, role, image, video or frame, ascending; may be empty."""
-        if kind is not None and kind not in TOKEN_KINDS:
-            raise InputError(f"A token kind is one of {', '.join(TOKEN_KINDS)}; got {kind!r}.")
+        if kind is not None and not (isinstance(kind, str) and kind in TOKEN_KINDS):
+            raise InputError(
+                f"A token kind is one of {', '.join(TOKEN_KINDS)}; got {quoted(kind)}."
+            )
+        if role is not None:
+            one_of(role, "role", ROLES)
+        for name, which in (("image", image), ("video", video), ("frame", frame)):
+            if which is not None:
+                whole_number(which, name, 0)
         chosen = np.ones(len(self.tokens), dtype=bool)
         asked = {"kind": kind, "role": role, "image": image, "video": video, "frame": frame}
         for column, value in asked.items():
@@ -154,17 +179,47 @@ class Sample:
         return bool((inside & self.tokens["kind"].isin([*VISUAL_KINDS, "special"])).any())
 
     def positions(self, selector: Selector) -> Int[Tensor, " position"]:
-        """A phrase, an index, a slice or a list as positions; of a list with phrases: ascending.
+        """A keyword, a phrase, an index, a slice, a mask or a list as positions.
+
+        ``"last"`` is the last position of the prompt, ``"text"`` the text after all images and
+        videos. Positions of a list with strings are ascending, each once.
 
         Raises:
-            PhraseError: An unknown or ambiguous phrase.
-            PositionError: An index outside the sequence.
+            InputError: ``"text"`` where no text comes after the image.
+            PhraseError: An unknown or ambiguous phrase, or a keyword that is also a word of this
+                sample's text.
+            PositionError: An index outside the sequence, or a mask of another length.
         """
         if isinstance(selector, str):
-            return torch.from_numpy(self.find(selector))
+            return torch.from_numpy(self._named(selector))
         if has_phrase(selector):
             return torch.tensor(sorted({int(i) for each in selector for i in self.positions(each)}))
         return resolve(cast("Positions", selector), len(self), "position")
+
+    def _named(self, name: str) -> Int[np.ndarray, " position"]:
+        """Positions of a keyword or a phrase."""
+        if name not in KEYWORDS:
+            return self.find(name)
+        if not isinstance(name, Keyword) and has_word(name, self.text, self._in_placeholder):
+            meant = {
+                LAST: "sample.last (the last position of the prompt)",
+                TEXT: "sample.text_after_image() (all text after the image)",
+            }
+            raise PhraseError(
+                f"{name!r} is a keyword, and also a word in the text of sample {self.name!r}: it "
+                f"could mean either. Pass {meant[Keyword(name)]} or sample.find({name!r}) (the "
+                f"word); for many samples, xmodal_interp.vocabulary.{name.upper()} is the keyword."
+            )
+        if name == LAST:
+            return np.array([self.last])
+        after = self.text_after_image()
+        if len(after) == 0:
+            raise InputError(
+                "queries='text' means the text that can see the image: text behind the last image "
+                f"token. Sample {self.name!r} has none; choose queries by position, or put the "
+                "question behind the image."
+            )
+        return after
 
     def layers(self, tower: Tower = "language", kind: AttentionKind = "self") -> list[int]:
         """The layers that are held, ascending."""
@@ -190,6 +245,8 @@ class Sample:
             LayerError: There is no such layer.
             NotRecordedError: The layer exists, but was not kept.
         """
+        one_of(tower, "tower", TOWERS)
+        one_of(kind, "kind", get_args(AttentionKind))
         held = self.layers(tower, kind)
         exists = self.provenance.get("layers", {}).get(f"{tower}.{kind}", [])
         known = exists or held
@@ -231,6 +288,8 @@ class Sample:
             kind: ``"self"``, ``"cross"`` or ``"channel"``.
             call: Which call of the layer; in the vision tower, the image.
         """
+        one_of(tower, "tower", TOWERS)
+        one_of(kind, "kind", get_args(AttentionKind))
         of_text = tower == "language"
         query: Any = self.positions(queries) if of_text and has_phrase(queries) else queries
         self_keys = of_text and kind == "self"
@@ -269,7 +328,10 @@ class Sample:
                 places, or there is no such image, view, video or frame.
         """
         bare = values.detach().float().cpu() if isinstance(values, Tensor) else values
-        flat = np.asarray(bare, dtype=np.float64)
+        try:
+            flat = np.asarray(bare, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"values are numbers, one per token; got {quoted(values)}.") from error
         if video is not None:
             _check_number(video, len(self.video_grids), "video")
             frames = self.video_grids[video].arranged(flat, view, number=video)
@@ -295,5 +357,6 @@ class Sample:
 
 
 def _check_number(number: int, n: int, what: str) -> None:
+    whole_number(number, what, -MOST)
     if not 0 <= number < n:
         raise GeometryError(f"The sample has {n} {what}s; there is no {what} {number}.")

@@ -20,7 +20,25 @@ TokenKind = Literal["image", "video", "text", "special", "padding"]
 
 TOWERS: tuple[Tower, ...] = ("vision", "audio", "other", "connector", "language")
 TOKEN_KINDS: tuple[TokenKind, ...] = ("image", "video", "text", "special", "padding")
+ROLES: tuple[str, ...] = ("system", "user", "generated", "template")
 VISUAL_KINDS: tuple[TokenKind, ...] = ("image", "video")
+
+
+class Keyword(str):
+    """A name for positions of every sample, as functions have it for a default.
+
+    A plain string of the same letters is a keyword too, unless the sample's text has that word:
+    then it could mean either, which is an error.
+    """
+
+    __slots__ = ()
+
+
+LAST = Keyword("last")
+"""The last position of the prompt, which predicts the first token of the answer."""
+TEXT = Keyword("text")
+"""The text of prompt and answer after the last image or video, which can see all of them."""
+KEYWORDS: tuple[Keyword, ...] = (LAST, TEXT)
 
 TOKEN_COLUMNS: tuple[str, ...] = (
     *("token", "kind", "role", "image", "row", "col"),

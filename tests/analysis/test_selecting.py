@@ -14,8 +14,8 @@ import xmodal_interp as xi
 from tests.analysis.fakes import captured, grid, random_call, sample_of, shipped
 from tests.figures.made import words
 from tests.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp import evaluation, figures
-from xmodal_interp.errors import InputError, LayerError, PhraseError
+from xmodal_interp import evaluation, figures, vocabulary
+from xmodal_interp.errors import InputError, LayerError, PhraseError, PositionError
 from xmodal_interp.hooks.heads import checked_heads
 from xmodal_interp.sample import Sample
 
@@ -81,6 +81,65 @@ def test_a_position_that_is_named_twice_counts_once(analysis: Callable[..., pd.D
     once = analysis(sample, queries=[last, last - 1])
     twice = analysis(sample, queries=[last, last - 1, last - len(sample), last])
     pd.testing.assert_frame_equal(twice, once)
+
+
+@pytest.mark.parametrize("name", BY_LAYER_AND_HEAD)
+def test_masks_are_masks_and_have_the_right_length(name: str) -> None:
+    ask, sample = BY_LAYER_AND_HEAD[name], captured("llava")
+    n_layers = len(sample.layers("vision") if name == "distance" else sample.layers())
+    n_heads = sample.call(0, tower="vision" if name == "distance" else "language").n_heads
+    layers, heads = np.arange(n_layers) == 1, np.isin(np.arange(n_heads), [0, 2])
+    plain = ask(sample, layers=1, heads=[0, 2])
+    table = ask(sample, layers=layers, heads=pd.Series(heads, index=range(5, 5 + n_heads)))
+    pd.testing.assert_frame_equal(plain, table)
+    json.dumps(table.attrs)
+    for wrong in ({"layers": layers[1:]}, {"heads": heads[1:]}, {"layers": True}, {"heads": [0.5]}):
+        with pytest.raises(LayerError):
+            ask(sample, **wrong)
+
+
+def test_masks_of_queries_and_keys() -> None:
+    sample = shipped()
+    mask = sample.tokens["kind"].eq("image")
+    image = sample.where("image").tolist()
+    probs = sample.probs(1, queries=[sample.last])
+    for given in (mask, mask.to_numpy(), torch.tensor(mask.to_numpy()), mask.tolist()):
+        assert sample.positions(given).tolist() == image
+        assert torch.equal(sample.probs(1, queries=[sample.last], keys=given), probs[..., image])
+    for wrong in (mask[1:], [True], True, [1.0], [0.5], [[0, 1]], [True, 2], {0: 1}):
+        with pytest.raises(PositionError):
+            sample.positions(wrong)
+    assert sample.positions(slice(None, None, -1)).tolist() == list(range(len(sample)))[::-1]
+
+
+@pytest.mark.parametrize("keyword", ["last", "text"])
+def test_a_keyword_that_is_a_word_of_the_question_is_an_error_everywhere(keyword: str) -> None:
+    plain = shipped()
+    collides = replace(plain, text=f"{plain.text} The {keyword.upper()} one.")
+    default = getattr(vocabulary, keyword.upper())
+    meant = [plain.last] if keyword == "last" else plain.text_after_image().tolist()
+    for named in (keyword, [keyword], default):
+        assert plain.positions(named).tolist() == meant
+    assert collides.positions(default).tolist() == meant
+    message = (
+        f"{keyword!r} is a keyword, and also a word in the text of sample 'sample-0': it could "
+        f"mean either. Pass {'sample.last' if keyword == 'last' else 'sample.text_after_image()'} "
+    )
+    for ask in (
+        lambda: collides.positions(keyword),
+        lambda: collides.positions([keyword]),
+        lambda: collides.probs(queries=keyword),
+        lambda: xi.cross_modal_ratio(collides, queries=keyword),
+        lambda: xi.attention_rollout(collides, keyword),
+        lambda: evaluation.pointing_game(collides, BOX, queries=keyword, n_bootstrap=5),
+        lambda: figures.overlay(collides, keyword),
+    ):
+        with pytest.raises(PhraseError) as refusal:
+            ask()
+        assert str(refusal.value).startswith(message)
+    for ask in (xi.cross_modal_ratio, xi.attention_rollout, xi.raster_bias, xi.block_statistics):
+        pd.testing.assert_frame_equal(ask(collides), ask(plain))  # defaults are keywords
+    evaluation.pointing_game(collides, BOX, n_bootstrap=5)
 
 
 def test_pointing_takes_each_layer_once() -> None:
@@ -172,8 +231,8 @@ REFUSALS = {
     "half a head": (
         lambda: SAMPLE.probs(0, heads=[0.5]),
         LayerError,
-        "A head is a number, a list of them, or a slice; got [0.5]. (language self-attention, "
-        "layer 0, call 0)",
+        "A head is a number, a list of them, a slice, or a boolean mask; got [0.5]. (language "
+        "self-attention, layer 0, call 0)",
     ),
     "words": (
         lambda: SAMPLE.positions(["red", "blue"]),

@@ -6,9 +6,13 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import xmodal_interp as xi
 from tests.analysis import fakes
 from tests.figures.made import bars, fake, panels, sample_of, titles, words
+from tests.models.real import real, settled
+from tests.tiny import QUESTION, picture
 from xmodal_interp import figures
 from xmodal_interp.errors import GeometryError, InputError, LayerError
 from xmodal_interp.figures.placement import place_of
@@ -229,3 +233,46 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as nowhere:
         figures.map_overlays(sample, {"flat": np.ones(6)}, "x", hide="sinks")
     assert str(nowhere.value) == "hide must be positions; got 'sinks'."
+
+
+def test_a_uniform_map_is_drawn_as_uniform_whatever_the_picture() -> None:
+    """Every even area of the picture has one colour, at each level of the scale."""
+    pixels = np.full((60, 90, 3), 30, np.uint8)
+    pixels[20:40, 10:30] = (220, 30, 30)
+    pixels[20:40, 50:70] = 250
+    image = Image.fromarray(pixels)
+    made = dataclasses.replace(fake(), images=(image,))
+    grid = dataclasses.replace(made.grids[0], width=90, height=60, boxes=made.grids[0].boxes * 3)
+    sample = dataclasses.replace(made, grids=(grid,))
+    maps = {"uniform": np.full(6, 0.1), "strong": np.full(6, 1.0)}
+    for meaning in ("amount", "ratio"):
+        figure = figures.map_overlays(sample, maps, "value", meaning=meaning)
+        figure.canvas.draw()
+        for axes in panels(figure):
+            ground, over = axes.images
+            values = over.get_array()
+            alpha = over.to_rgba(values)[..., 3]
+            grays = np.asarray(ground.get_array())
+            areas = [grays[25:35, 15:25], grays[25:35, 55:65], grays[2:10, 2:60]]
+            assert np.ptp([area.mean() for area in areas]) < 1
+            assert np.ptp(values) == np.ptp(alpha) == 0
+
+
+def test_what_is_not_drawn_is_stated() -> None:
+    """LLaVA-NeXT's thumbnail has no cells; of a narrow picture it is all that there is."""
+    vlm = xi.VLM(real("llava_next")[0], settled("llava_next"))
+    sample = xi.capture(vlm, picture(96, 96), QUESTION)
+    position = int(sample.find("red")[0])
+    keys, places = sample.where("image"), sample.grids[0].places
+    probs = sample.probs(0, queries=[position], keys=keys).mean((0, 1)).numpy()
+    without = f"{probs[places[:, 0] < 0].sum():.3g} of the {probs.sum():.3g} that the image gets."
+    said = words(figures.overlay(sample, "red", 0)).replace("\n", " ")
+    assert f"not drawn: tokens of the thumbnail, or without a place, which get {without}" in said
+    table = xi.attention_rollout(sample, [position])
+    total = table.loc[table["image"].eq(0), "rollout"].sum()
+    drawn = table.loc[table["image"].eq(0) & table["row"].notna(), "rollout"].sum()
+    said = words(figures.rollout_overlay(table, sample)).replace("\n", " ")
+    assert f"which get {total - drawn:.3g} of the {total:.3g} that" in said
+    narrow = xi.capture(vlm, picture(96, 96).resize((400, 3)), QUESTION)
+    assert not (narrow.grids[0].places[:, 0] >= 0).any()
+    assert "One cell per thumbnail token" in words(figures.overlay(narrow, "red", 0))

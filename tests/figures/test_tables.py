@@ -196,3 +196,11 @@ def test_refusals() -> None:
     no_image = fakes.sample_of("btto", [fakes.random_call(4)])
     with pytest.raises(InputError, match="The sample 'fake' has none"):
         figures.token_patch_matrix(no_image)
+
+
+def test_lifts_part_at_one() -> None:
+    table = HEADS.assign(lift=[0.9, 1.0, 1.1, 0.95])
+    drawn = figures.head_grid(table, "lift")
+    image = drawn.axes[0].images[0]
+    assert image.norm.vmin == -image.norm.vmax
+    assert bars(drawn)[0].get_ylabel() == "lift: times uniform\n(log scale)"

@@ -25,6 +25,7 @@ from xmodal_interp.hooks import record
 from xmodal_interp.hooks.ablation import ablate_heads
 from xmodal_interp.hooks.calibration import mean_head_outputs
 from xmodal_interp.hooks.heads import head_counts
+from xmodal_interp.sample import Sample
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -127,11 +128,15 @@ def test_queries_choose_where_a_head_is_ablated(mode: str) -> None:
     vlm = tiny_vlm("llava")
     inputs = inputs_of(vlm, 3)
     base = logits(vlm, inputs)
-    late = logits(vlm, inputs, ablate_heads({1: [0]}, mode, queries=slice(150, None)))
+
+    def after_150(sample: Sample) -> list[int]:
+        return [*range(150, len(sample))]
+
+    late = logits(vlm, inputs, ablate_heads({1: [0]}, mode, queries=after_150))
     assert torch.equal(base[:, :150], late[:, :150])
     assert not torch.equal(base[:, 150:], late[:, 150:])
-    per_sample = torch.zeros(3, 150, dtype=torch.bool)
-    per_sample[1] = True
+    per_sample = torch.zeros(base.shape[:2], dtype=torch.bool)
+    per_sample[1, :150] = True
     one = logits(vlm, inputs, ablate_heads({1: [0]}, mode, queries=per_sample))
     assert torch.equal(base[[0, 2]], one[[0, 2]])
     assert not torch.equal(base[1], one[1])

@@ -39,7 +39,7 @@ from xmodal_interp.analysis.selecting import (
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
-from xmodal_interp.vocabulary import VISUAL_KINDS
+from xmodal_interp.vocabulary import TEXT, VISUAL_KINDS
 
 TIED = 1e-6  # probabilities this close, relative to the peak, are equal in float32
 SHORT = {"image": "V", "text": "T"}
@@ -106,7 +106,7 @@ def cross_modal_summary(
         call = next(calls_of(sample, layer))
         tokens = sample.visual
         chosen = heads_of(call, heads)
-        attended = received(call, queries_of(sample, "text"), chosen)[:, tokens].mean(0)
+        attended = received(call, queries_of(sample, TEXT), chosen)[:, tokens].mean(0)
         peaks = (attended >= attended.max() * (1 - TIED)).nonzero()[:, 0]
         best = int(peaks[0]) if len(peaks) == 1 else None  # a flat map has no peak
         place = sample.tokens.reindex([-1 if best is None else int(tokens[best])]).iloc[0]

@@ -35,10 +35,11 @@ from xmodal_interp.analysis.selecting import (
     refuse_text,
 )
 from xmodal_interp.analysis.sinks import MIN_QUERIES, THRESHOLD, sink_keys
+from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind
+from xmodal_interp.vocabulary import TEXT, VISUAL_KINDS, AttentionKind
 
 DIRECTION = "text->image"
 BY = ("layer", "head")
@@ -56,10 +57,11 @@ class _Question:
     sink_threshold: float
 
 
+@checked
 def cross_modal_ratio(
     samples: Sample | Iterable[Sample],
     *,
-    queries: Selector = "text",
+    queries: Selector = TEXT,
     layers: Layers = None,
     heads: Positions | None = None,
     image: int | None = None,
@@ -130,10 +132,11 @@ def cross_modal_ratio(
     return over_samples(samples, table_of, analysis="cross_modal_ratio", parameters=parameters)
 
 
+@checked
 def token_ratio(
     samples: Sample | Iterable[Sample],
     *,
-    queries: Selector = "text",
+    queries: Selector = TEXT,
     layers: Layers = None,
     heads: Positions | None = None,
     image: int | None = None,

@@ -33,12 +33,14 @@ from xmodal_interp.analysis.selecting import (
     refuse_cross_attention,
     row_chunks,
 )
+from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import Tower
 
 
+@checked
 def attention_entropy(
     samples: Sample | Iterable[Sample],
     *,
@@ -96,6 +98,7 @@ def attention_entropy(
     )
 
 
+@checked
 def attention_distance(
     samples: Sample | Iterable[Sample],
     *,

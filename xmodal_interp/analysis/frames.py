@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.ordered import in_order
 from xmodal_interp.sample import Sample
 
@@ -128,7 +128,15 @@ def samples_of(samples: Sample | Iterable[Sample]) -> Sequence[Sample]:
         )
     if isinstance(samples, Sample):
         return [samples]
-    return samples if isinstance(samples, Sequence) else in_order(samples, "samples")
+    if isinstance(samples, Sequence) and not isinstance(samples, (list, tuple)):
+        return samples
+    several = in_order(samples, "samples")
+    if not all(isinstance(each, Sample) for each in several):
+        raise InputError(
+            "An analysis takes a sample, a list of samples or an open store "
+            f"(xi.open_store(path)); got {quoted(samples)}."
+        )
+    return several
 
 
 def note_origin(provenance: list[Mapping[str, Any]], sample: Sample) -> None:
@@ -167,7 +175,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, slice):
         parts = (value.start, value.stop, value.step)
         return ":".join("" if part is None else str(part) for part in parts)
-    if isinstance(value, (Tensor, np.ndarray)):
+    if isinstance(value, (Tensor, np.ndarray, pd.Series, pd.Index)):
         return value.tolist()
     if isinstance(value, np.generic):
         return value.item()

@@ -46,6 +46,7 @@ from xmodal_interp.analysis.selecting import (
     refuse_text,
     row_chunks,
 )
+from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample, Selector
@@ -55,6 +56,7 @@ AXES = ("distance", "key", "rope_distance")
 _ROPE = ["rope_t", "rope_h", "rope_w"]
 
 
+@checked
 def positional_bias(
     samples: Sample | Iterable[Sample],
     *,
@@ -124,6 +126,7 @@ def positional_bias(
     )
 
 
+@checked
 def recency_index(
     samples: Sample | Iterable[Sample],
     *,

@@ -32,7 +32,8 @@ from xmodal_interp.analysis.teacher_forcing import (
     origin,
     removal_scores,
 )
-from xmodal_interp.attention import numbers
+from xmodal_interp.arguments import checked
+from xmodal_interp.attention import entries_of, numbers
 from xmodal_interp.hooks.ablation import AblationMode
 from xmodal_interp.hooks.heads import checked_heads, head_counts
 from xmodal_interp.models import VLM
@@ -43,6 +44,7 @@ from xmodal_interp.vocabulary import Tower
 ALL_KINDS = "all"
 
 
+@checked
 def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
     vlm: VLM,
     items: Items,
@@ -143,10 +145,12 @@ def chosen_heads(vlm: VLM, tower: Tower, layers: Layers, heads: Layers) -> list[
         LayerError: One that does not exist.
     """
     counts = head_counts(vlm.model, tower)
-    named = None if heads is None else numbers(heads, "head")
+    row = None if heads is None else entries_of(heads)
+    if row is not None and not len(row):
+        numbers(heads, "head")
     wanted = {
-        layer: range(counts.get(layer, 0)) if named is None else named
-        for layer in (counts if layers is None else numbers(layers, "layer"))
+        layer: range(counts.get(layer, 0)) if heads is None else heads
+        for layer in (counts if layers is None else numbers(layers, "layer", max(counts) + 1))
     }
     found = checked_heads(wanted, counts, f"{tower} self-attention")
     if heads is None:

@@ -50,19 +50,22 @@ from xmodal_interp.analysis.selecting import (
     queries_of,
     refuse_cross_attention,
 )
+from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.vocabulary import TEXT
 
 HEAD_KEYS = ["tower", "kind", "layer", "head"]
 CELL_KEYS = [*HEAD_KEYS, "row", "col"]
 SLOPES = ("row_slope", "col_slope", "edge_slope")
 
 
+@checked
 def raster_map(
     samples: Sample | Iterable[Sample],
     *,
-    queries: Selector = "text",
+    queries: Selector = TEXT,
     layers: Layers = None,
     heads: Positions | None = None,
     image: int = 0,
@@ -126,11 +129,12 @@ def raster_map(
     )
 
 
+@checked
 def raster_profile(
     samples: Sample | Iterable[Sample],
     *,
     control: Sample | Iterable[Sample] | None = None,
-    queries: Selector = "text",
+    queries: Selector = TEXT,
     layers: Layers = None,
     heads: Positions | None = None,
     image: int = 0,
@@ -174,15 +178,17 @@ def raster_profile(
         profile["share_difference"] = profile["share"] - profile["share_control"]
         columns += ["share_control", "share_difference"]
     profile = profile.sort_values([*by, "axis", "index"], ignore_index=True)[columns]
+    profile.index.name = "number"  # the "index" of to_json(orient="table") would be the column's
     profile.attrs = {**table.attrs, "analysis": "raster_profile"}
     return profile
 
 
+@checked
 def raster_bias(
     samples: Sample | Iterable[Sample],
     *,
     control: Sample | Iterable[Sample] | None = None,
-    queries: Selector = "text",
+    queries: Selector = TEXT,
     layers: Layers = None,
     heads: Positions | None = None,
     image: int = 0,

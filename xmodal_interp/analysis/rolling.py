@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodal_interp.analysis.selecting import row_chunks
+from xmodal_interp.arguments import one_of, real_number
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError, NotRecordedError
 
@@ -41,10 +42,8 @@ class Rule:
     discard: float
 
     def __post_init__(self) -> None:
-        if self.fusion not in get_args(Fusion):
-            raise InputError(
-                f"fusion is one of {', '.join(get_args(Fusion))}; got {self.fusion!r}."
-            )
+        one_of(self.fusion, "fusion", get_args(Fusion))
+        real_number(self.discard, "discard")
         alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
         if self.alpha != "norm" and not all(
             isinstance(alpha, (int, float)) and 0 <= alpha <= 1 for alpha in alphas

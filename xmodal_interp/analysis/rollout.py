@@ -36,7 +36,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
+from xmodal_interp.analysis.frames import keyed, long_table, over_samples, samples_of, stacked
 from xmodal_interp.analysis.nulls import uniform
 from xmodal_interp.analysis.padding import first_position, present
 from xmodal_interp.analysis.rolling import Fusion, Rule, alpha_of, rolled
@@ -47,11 +47,12 @@ from xmodal_interp.analysis.selecting import (
     queries_of,
     refuse_cross_attention,
 )
+from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions, resolve
 from xmodal_interp.errors import InputError, NotRecordedError
 from xmodal_interp.phrases import has_phrase
 from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import Tower
+from xmodal_interp.vocabulary import LAST, Tower
 
 Sinks = Positions | Collection[int] | str
 """``"keep"``, ``"drop_first"``, or positions."""
@@ -60,6 +61,7 @@ Alphas = SupportsFloat | Sequence[SupportsFloat] | np.ndarray | Tensor | str
 """The share of attention in a layer, of any spelling."""
 
 
+@checked
 def attention_rollout(  # noqa: PLR0913  the choices that published variants differ in
     samples: Sample | Iterable[Sample],
     queries: Selector | None = None,
@@ -122,6 +124,12 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         )
 
     def table_of(sample: Sample) -> pd.DataFrame:
+        n_visuals = len(sample.grids) + len(sample.video_grids)
+        if image >= max(n_visuals, 1):
+            raise InputError(
+                f"Sample {sample.name!r} has {n_visuals} images and videos, numbered from 0; there "
+                f"is no image {image}."
+            )
         calls = _calls(sample, layers, tower, image)
         positions = position_table(sample, tower, image, calls[0].n_keys)
         rows = _seeing(calls, positions, _rows(sample, queries, tower, positions))
@@ -155,6 +163,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
     return over_samples(samples, table_of, analysis="attention_rollout", parameters=parameters)
 
 
+@checked
 def rollout_matrix(
     sample: Sample,
     *,
@@ -170,6 +179,7 @@ def rollout_matrix(
 
     Rows sum to 1; the row of a position that sees nothing is its unit vector.
     """
+    (sample,) = samples_of([sample])
     rule = Rule(fusion, alpha_of(alpha), discard)
     calls = _calls(sample, layers, tower, image)
     n_positions = calls[0].n_keys
@@ -246,7 +256,7 @@ def _rows(
 ) -> Int[Tensor, " query"]:
     """The positions that were asked for."""
     if tower == "language":
-        return queries_of(sample, "last" if queries is None else queries)
+        return queries_of(sample, LAST if queries is None else queries)
     if has_phrase(queries):
         raise InputError(
             f"A phrase names text positions; give those of the {tower} tower as numbers. Got "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import SupportsIndex
+from collections.abc import Collection, Iterator
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,8 @@ from xmodal_interp.errors import (
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind, Tower
 
-Layers = SupportsIndex | Sequence[SupportsIndex] | np.ndarray | Tensor | None
-"""Layers, negative ones counted from the last; None means all that are held."""
+Layers = SupportsIndex | Collection[Any] | np.ndarray | Tensor | None
+"""Layers, negative ones counted from the last, or a mask of them; None means all that are held."""
 
 POSITION_COLUMNS = ("token", "token_kind", "image", "row", "col", "video", "frame")
 """What tables say of a position beside its number; the last two are of videos only."""
@@ -56,7 +56,8 @@ def calls_of(
             f"{kind}-attention; it holds: {', '.join(kept) or 'nothing'}."
         )
     come: set[int] = set()
-    for layer in held if layers is None else numbers(layers, "layer"):
+    exists = sample.provenance.get("layers", {}).get(f"{tower}.{kind}") or held
+    for layer in held if layers is None else numbers(layers, "layer", max(exists) + 1):
         found = sample.call(layer, tower=tower, kind=kind, call=call)
         if found.layer not in come:
             come.add(found.layer)
@@ -93,26 +94,14 @@ def heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
 
 
 def queries_of(sample: Sample, queries: Selector) -> Int[Tensor, " query"]:
-    """Queries of ``"text"`` that sees all images, the ``"last"`` prompt position, or a selector.
+    """Positions of the queries, each once, in the order given; see :meth:`Sample.positions`.
 
-    Videos count as images. Each position comes once, in the order given, however often it was
-    named: a mean over queries counts each of them once.
+    A mean over queries counts each of them once.
 
     Raises:
-        InputError: No text comes after the image.
+        InputError: ``"text"`` where no text comes after the image.
     """
-    if not isinstance(queries, str) or queries not in ("last", "text"):
-        return each_once(sample.positions(queries))
-    if queries == "last":
-        return torch.tensor([sample.last])
-    after = sample.text_after_image()
-    if len(after) == 0:
-        raise InputError(
-            "queries='text' means the text that can see the image: text behind the last image "
-            f"token. Sample {sample.name!r} has none; choose queries by position, or put the "
-            "question behind the image."
-        )
-    return torch.tensor(after)
+    return each_once(sample.positions(queries))
 
 
 def each_once(positions: Int[Tensor, " position"]) -> Int[Tensor, " once"]:

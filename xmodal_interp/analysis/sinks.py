@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +27,7 @@ from xmodal_interp.analysis.selecting import (
     heads_of,
     row_chunks,
 )
+from xmodal_interp.arguments import checked, real_number
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
@@ -36,6 +36,7 @@ THRESHOLD = 0.3  # epsilon of Gu et al.
 MIN_QUERIES = 8  # a key that fewer queries see is not judged
 
 
+@checked
 def attention_sinks(
     samples: Sample | Iterable[Sample],
     *,
@@ -86,6 +87,7 @@ def attention_sinks(
     )
 
 
+@checked
 def sink_rate(
     samples: Sample | Iterable[Sample],
     *,
@@ -193,7 +195,8 @@ def _received(
 
 
 def _check_threshold(threshold: float) -> None:
-    if not np.isfinite(threshold) or not 0 < threshold <= 1:
+    real_number(threshold, "threshold")
+    if not 0 < threshold <= 1:
         raise InputError(
             f"A sink threshold is a share of attention, above 0 and at most 1; got {threshold}."
         )

@@ -1,7 +1,14 @@
 """The mathematics of one attention call, exact and memory-bounded."""
 
 from xmodal_interp.attention.call import AttentionCall
-from xmodal_interp.attention.positions import Positions, number, numbers, resolve
+from xmodal_interp.attention.positions import (
+    Positions,
+    entries_of,
+    number,
+    numbers,
+    resolve,
+    whole_slice,
+)
 from xmodal_interp.attention.segmenting import joined, part_of, pieces_of, reordered
 from xmodal_interp.attention.stitching import reread, stitch
 from xmodal_interp.attention.two_stacks import decoder_layer, encoder_layer, with_keys
@@ -11,6 +18,7 @@ __all__ = [
     "Positions",
     "decoder_layer",
     "encoder_layer",
+    "entries_of",
     "joined",
     "number",
     "numbers",
@@ -20,5 +28,6 @@ __all__ = [
     "reread",
     "resolve",
     "stitch",
+    "whole_slice",
     "with_keys",
 ]

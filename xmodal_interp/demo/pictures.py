@@ -48,7 +48,7 @@ def _of_samples(
     shown: dict[str, Any], rollout: pd.DataFrame, store: Store, layer: int, head: int
 ) -> list[_Planned]:
     """What one sample shows, in the head that points best where there is only one."""
-    after, before, phrase = shown["after"], shown["before"], shown["phrase"]
+    after, phrase = shown["after"], shown["phrase"]
     pointed = store[0]
     box = tuple(pointed.labels["box"])
     return [
@@ -74,8 +74,17 @@ def _of_samples(
         (
             "before_after",
             "Before and after training",
-            "The same head, phrase and image.",
-            partial(figures.before_after, before, after, phrase, layer, head),
+            "The same head, question and image: where the last token of the prompt looks, in both "
+            "models.",
+            partial(
+                figures.before_after,
+                shown["pointed_before"],
+                pointed,
+                [pointed.last],
+                layer,
+                head,
+                boxes=[box],
+            ),
         ),
         (
             "rollout",

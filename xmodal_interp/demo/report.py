@@ -12,6 +12,7 @@ from PIL import Image
 
 from xmodal_interp.demo.pictures import Captioned
 from xmodal_interp.models import VLM
+from xmodal_interp.printable import markdown_escaped, printable
 
 _SHOWN = ("accuracy", "best_head", "best_head_untrained", "ratio")
 
@@ -25,7 +26,10 @@ def write_report(
 ) -> None:
     """Write both pages into ``folder``; pictures and tables are linked, relative to it."""
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template), autoescape=True, trim_blocks=True
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        trim_blocks=True,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
     )
     content = {
         "model": vlm.name.rsplit("/", 1)[-1],
@@ -42,6 +46,7 @@ def write_report(
     }
     (folder / "report.html").write_text(environment.get_template("report.html").render(content))
     plain = jinja2.Environment(loader=jinja2.FunctionLoader(_template), trim_blocks=True)
+    plain.filters["md"] = lambda value: markdown_escaped(str(value))
     (folder / "report.md").write_text(plain.get_template("report.md").render(content))
 
 

@@ -43,10 +43,13 @@ from xmodal_interp.demo.placing import workshop
 from xmodal_interp.demo.report import write_report
 from xmodal_interp.evaluation import best_head, pointing_hits
 from xmodal_interp.models import VLM, load
+from xmodal_interp.paths import user_path
+from xmodal_interp.printable import for_spreadsheets
 from xmodal_interp.sample import Sample
 from xmodal_interp.shapes import KINDS
 from xmodal_interp.shapes.architectures import untrained
 from xmodal_interp.store import Store
+from xmodal_interp.vocabulary import LAST
 
 _BATCH = 32
 _MEASURED = 12  # samples that ratios are averaged over
@@ -82,6 +85,7 @@ def run_demo(folder: Path, *, n_scenes: int = 200, force: bool = False) -> Findi
     Raises:
         InputError: The folder holds such files without ``force``, or is inside a store.
     """
+    folder = user_path(folder)
     with workshop(folder, force=force) as hidden:
         tables, lines = _run(hidden, n_scenes)
     return Findings(folder, tables, lines)
@@ -202,7 +206,7 @@ def _ratio(samples: list[Sample], first: list[Sample]) -> dict[str, pd.DataFrame
     values = ["ratio", "null", "lift", "sink_free_lift"]
 
     def by_layer(these: list[Sample]) -> pd.DataFrame:
-        table = cross_modal_ratio(these, queries="last", by=("layer",))
+        table = cross_modal_ratio(these, queries=LAST, by=("layer",))
         return table.groupby("layer")[values].mean().reset_index()
 
     untrained_table = by_layer(first[:_MEASURED])
@@ -246,15 +250,16 @@ def _removals(vlm: VLM, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
 
 
 def _shown(vlm: VLM, before: VLM, items: list[dict[str, Any]]) -> dict[str, Any]:
-    """One sample for the pictures: a place question, captured whole, before and after training."""
+    """Samples for the pictures: a place question, captured whole; a colour question, untrained."""
     item = of_kind(items, "place")[3]
     after = capture(vlm, item["image"], item["prompt"], max_new_tokens=4)
-    first = capture(before, item["image"], item["prompt"])
-    return {"after": after, "before": first, "phrase": item["subject"]}
+    pointed = of_kind(items, "color")[0]  # the first of the store
+    first = capture(before, pointed["image"], pointed["prompt"], max_new_tokens=2)
+    return {"after": after, "pointed_before": first, "phrase": item["subject"]}
 
 
 def _write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name, table in tables.items():
-        table.to_csv(folder / f"{name}.csv", index=False)
+        for_spreadsheets(table).to_csv(folder / f"{name}.csv", index=False)
         table.to_parquet(folder / f"{name}.parquet", index=False)

@@ -119,7 +119,10 @@ def tokens_inside(
 
 def _corners(box: Box) -> Float[Tensor, "4"]:
     """The four numbers of a box, in a list, an array or a row of a table."""
-    edges = [float(edge) for edge in in_order(box, "A box")]
+    try:
+        edges = [float(edge) for edge in in_order(box, "A box")]
+    except (TypeError, OverflowError):  # not numbers
+        edges = []
     if len(edges) != 4 or not (edges[0] < edges[2] and edges[1] < edges[3]):
         raise InputError(f"A box is x0 < x1, y0 < y1, in the order x0, y0, x1, y1; got {box!r}.")
     return torch.tensor(edges, dtype=torch.float64)

@@ -15,12 +15,14 @@ from xmodal_interp.analysis.resampling import (
     known_mean_intervals,
     series_of,
 )
+from xmodal_interp.arguments import checked
 from xmodal_interp.errors import InputError
 
 RATES = ("hit", "any_object", "other_object")
 HEAD_KEYS = ["tower", "kind", "layer", "head"]
 
 
+@checked
 def best_head(
     hits: pd.DataFrame, value: str = "hit", *, n_bootstrap: int = 1000, seed: int = 0
 ) -> pd.DataFrame:

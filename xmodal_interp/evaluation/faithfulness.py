@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from xmodal_interp.analysis.frames import stamped
 from xmodal_interp.analysis.teacher_forcing import answer_scores, check_causal, origin, replays
+from xmodal_interp.arguments import checked, one_of
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.embeddings import check_images_gone, check_in_sequence, mean_embeddings
 from xmodal_interp.hooks.replaying import remember_blocks, replay
@@ -39,6 +40,7 @@ from xmodal_interp.ordered import in_order
 Maps = Iterable[np.ndarray] | Literal["random", "centre"]
 
 
+@checked
 def deletion_curve(
     vlm: VLM,
     items: Items,
@@ -73,6 +75,7 @@ def deletion_curve(
     return _curve(vlm, items, maps, "deletion_curve", steps, batch_size, seed, progress)
 
 
+@checked
 def insertion_curve(
     vlm: VLM,
     items: Items,
@@ -90,6 +93,7 @@ def insertion_curve(
     return _curve(vlm, items, maps, "insertion_curve", steps, batch_size, seed, progress)
 
 
+@checked
 def curve_areas(curve: pd.DataFrame, value: str = "probability") -> pd.DataFrame:
     """The area under each item's curve: ``item, question_kind, area``, 0 to 1 for probabilities.
 
@@ -136,6 +140,8 @@ def _curve(
         raise InputError(f"A curve has at least 2 steps, none and all tokens; got {steps}.")
     check_in_sequence(vlm)
     items = listed(items)
+    if isinstance(maps, str):
+        one_of(maps, "maps", ("random", "centre"))
     maps = maps if isinstance(maps, str) else in_order(maps, "maps")
     if not isinstance(maps, str) and len(maps) != len(items):
         raise InputError(f"maps must be one per item; got {len(maps)} for {len(items)} items.")

@@ -24,7 +24,8 @@ from xmodal_interp.analysis.resampling import (
     series_of,
     student_interval,
 )
-from xmodal_interp.errors import InputError
+from xmodal_interp.arguments import checked, real_number, whole_number
+from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.ordered import in_order
 
 Values = Iterable[float] | np.ndarray
@@ -53,6 +54,7 @@ class Interval(NamedTuple):
     method: str = "bca"
 
 
+@checked
 def bootstrap_interval(
     values: Values,
     statistic: Statistic = np.mean,
@@ -92,10 +94,10 @@ def bootstrap_interval(
         >>> bootstrap_interval([1, 1, 1, 0]).low
         0.30
     """
+    real_number(level, "level")
     if not 0 < level < 1:
         raise InputError(f"level is between 0 and 1, such as 0.95; got {level!r}.")
-    if n < 1:
-        raise InputError(f"There is at least one draw; got n={n!r}.")
+    whole_number(n, "n", 1)
     first = _checked("values", values, None)
     second = None if paired is None else _checked("paired", paired, len(first))
     numbers = np.arange(len(first))
@@ -156,7 +158,7 @@ def holm_adjusted(p_values: Values) -> Float[np.ndarray, " test"]:
         >>> holm_adjusted([0.01, 0.04, 0.03]).tolist()
         [0.03, 0.06, 0.06]
     """
-    p = np.asarray(p_values, dtype=float)
+    p = _as_numbers("p_values", p_values)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
         raise InputError(f"P-values are a row of numbers from 0 to 1; got {p.tolist()}.")
     order = np.argsort(p, kind="stable")
@@ -166,8 +168,15 @@ def holm_adjusted(p_values: Values) -> Float[np.ndarray, " test"]:
     return adjusted
 
 
+def _as_numbers(name: str, values: Values) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} are numbers; got {quoted(values)}.") from error
+
+
 def _checked(name: str, values: Values, length: int | None) -> np.ndarray:
-    array = np.asarray(values, dtype=float)
+    array = _as_numbers(name, values)
     if array.ndim == 0 or len(array) == 0 or np.isnan(array).any():
         raise InputError(
             f"{name} must hold a number for each sample, and at least one; got shape {array.shape} "

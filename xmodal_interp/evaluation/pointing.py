@@ -47,6 +47,7 @@ from xmodal_interp.analysis.frames import (
 )
 from xmodal_interp.analysis.resampling import Series, known_mean_intervals, shown
 from xmodal_interp.analysis.selecting import Layers, calls_of, queries_of
+from xmodal_interp.arguments import checked, one_of
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation.boxes import (
     Box,
@@ -58,7 +59,7 @@ from xmodal_interp.evaluation.boxes import (
 from xmodal_interp.evaluation.choosing import HEAD_KEYS
 from xmodal_interp.ordered import in_order
 from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import AttentionKind
+from xmodal_interp.vocabulary import LAST, AttentionKind
 
 Queries = Selector | np.ndarray | Callable[[Sample], Selector | np.ndarray]
 _MEANS = [
@@ -69,12 +70,13 @@ TIED = 1e-6
 """Probabilities this close, relative to the peak, are equal: float32 tells no more apart."""
 
 
+@checked
 def pointing_game(  # noqa: PLR0913 - one experiment, every option with a default
     samples: Sample | Iterable[Sample],
     boxes: str | Iterable[Box] | pd.DataFrame = "box",
     *,
     other_boxes: str | Iterable[Iterable[Box]] = "other_boxes",
-    queries: Queries = "last",
+    queries: Queries = LAST,
     criterion: Criterion = "overlap",
     layers: Layers = None,
     image: int = 0,
@@ -150,12 +152,13 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
     return table
 
 
+@checked
 def pointing_hits(
     samples: Sample | Iterable[Sample],
     boxes: str | Iterable[Box] | pd.DataFrame = "box",
     *,
     other_boxes: str | Iterable[Iterable[Box]] = "other_boxes",
-    queries: Queries = "last",
+    queries: Queries = LAST,
     criterion: Criterion = "overlap",
     layers: Layers = None,
     image: int = 0,
@@ -170,10 +173,7 @@ def pointing_hits(
         that show the same images and videos have the same number). NaN in a layer in which no query
         can see the image.
     """
-    if criterion not in get_args(Criterion):
-        raise InputError(
-            f"criterion must be one of {', '.join(get_args(Criterion))}; got {criterion!r}."
-        )
+    one_of(criterion, "criterion", get_args(Criterion))
     many = samples_of(samples)
     asked_about = _of_samples(boxes, "boxes", len(many))
     of_others = _of_samples(other_boxes, "other_boxes", len(many))
@@ -196,7 +196,7 @@ def pointing_hits(
         )
         others = [] if others is None else in_order(others, "other_boxes of a sample")
         cells = placed_cells(sample, image, kind)
-        tokens = cells.boxes
+        tokens = _with_boxes(cells.boxes, sample, image)
         shares = overlap_shares(tokens, box)
         inside = tokens_inside(tokens, box, criterion)
         if not inside.any():
@@ -254,6 +254,15 @@ def _of_samples(given: Any, name: str, n: int) -> Any:
             f"{name} must have one entry per sample; got {len(entries)} for {n} samples."
         )
     return entries
+
+
+def _with_boxes(boxes: Tensor, sample: Sample, image: int) -> Tensor:
+    if not len(boxes):
+        raise InputError(
+            f"A box is compared with the boxes of image tokens. Those of image {image} of sample "
+            f"{sample.name!r} have none."
+        )
+    return boxes
 
 
 def _shown(sample: Sample, number: int) -> Hashable:

@@ -6,6 +6,7 @@ from typing import Unpack
 
 import numpy as np
 
+from xmodal_interp.arguments import checked
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.figures.drawing import LIGHT
@@ -19,6 +20,7 @@ from xmodal_interp.figures.wording import heads_name, layer_name, named
 from xmodal_interp.sample import Sample, Selector
 
 
+@checked
 @styled
 def before_after(
     before: Sample,
@@ -64,7 +66,7 @@ def before_after(
         left_out = chosen.left_out(where, read.call, head)
         values.append(read.values(chosen.show, left_out=left_out))
         text = f'{name}: "{readable(sample.answer)}"' if sample.answer else name
-        panels.append(Panel(text, values[-1], left_out=left_out))
+        panels.append(Panel(text, values[-1], left_out=left_out, undrawn=read.undrawn()))
     shared = chosen.scale(values)
     row = [Panel(place.name), *(panel.under(shared) for panel in panels), _change(chosen, *values)]
     where_looked = f"{layer_name(read.call)}, {heads_name(read.call, head)}"

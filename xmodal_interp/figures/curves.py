@@ -5,11 +5,13 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
+from xmodal_interp.arguments import checked, string
 from xmodal_interp.figures.lines import NULL, draw_null, legend, line_page, line_styles
 from xmodal_interp.figures.style import FigurePath, Picture, plain, saved, styled
 from xmodal_interp.figures.tables import columns_of, one_row_each
 
 
+@checked
 @styled
 def layer_curves(
     table: pd.DataFrame,
@@ -38,6 +40,8 @@ def layer_curves(
         InputError: A column that the table lacks or that holds no numbers, or several rows for one
             layer (and entry).
     """
+    if by is not None:
+        string(by, "by")
     keys = ["layer", *([by] if by else [])]
     drawn = ["layer", value, *([null] if isinstance(null, str) else []), *(interval or ())]
     columns_of(table, [*keys, *drawn[1:]], "A curve by layer", numbers=drawn)
@@ -71,6 +75,7 @@ def layer_curves(
     return saved(page.picture, path)
 
 
+@checked
 @styled
 def pruning_curve_plot(
     table: pd.DataFrame,

@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from PIL import Image, ImageFilter
 
 from xmodal_interp.figures.placement import Box, Boxes, Place, extent, uncovered
 from xmodal_interp.figures.scales import Scale
 from xmodal_interp.figures.style import SMALL, bare, plain
 
 _LONGEST = 1024  # px: larger images are drawn smaller, in the same coordinates
-DARK, LIGHT = (0, 100), (215, 245)
-"""Grey levels between which an image is drawn as a ground for colours."""
+DARK, LIGHT = (0, 100), (195, 255)
+"""Grey levels between which the outlines of an image are drawn as a ground for colours."""
 
 
 def draw_image(axes: Axes, place: Place, ground: tuple[int, int] | None = None) -> None:
-    """The image in its own pixel coordinates, as it is or in greys, as a ground for colours."""
+    """The image in its own pixel coordinates: as it is, or its outlines as a ground for colours.
+
+    A ground shows no brightness, only where it changes: colours over it depend on values alone.
+    """
     picture = place.image
     if max(picture.size) > _LONGEST:
         picture = picture.copy()
@@ -30,13 +35,21 @@ def draw_image(axes: Axes, place: Place, ground: tuple[int, int] | None = None) 
     if ground is None:
         axes.imshow(np.asarray(picture), extent=corners, zorder=0)
     else:
-        grays = np.asarray(picture.convert("L"), dtype=float)
-        low, high = np.percentile(grays, [0.5, 99.5])
-        contrast = np.clip((grays - low) / max(high - low, 1.0), 0, 1)
-        pixels = ground[0] + contrast * (ground[1] - ground[0])
+        half = (ground[1] - ground[0]) / 2
+        pixels = ground[0] + half + half * _outlines(picture)
         axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=corners, zorder=0)
     axes.set(xlim=(0, width), ylim=(height, 0))
     bare(axes)
+
+
+def _outlines(picture: Image.Image) -> Float[np.ndarray, "row col"]:
+    """Brightness beside that of the surroundings, -1 to 1; 0 on every even area."""
+    grays = picture.convert("L")
+    around = grays.filter(ImageFilter.GaussianBlur(max(1.0, max(picture.size) / 200)))
+    detail = np.asarray(grays, dtype=float) - np.asarray(around, dtype=float)
+    strong = float(np.percentile(np.abs(detail), 98))
+    outlines: np.ndarray = np.clip(detail / max(strong, 8.0), -1, 1)
+    return outlines
 
 
 def draw_map(

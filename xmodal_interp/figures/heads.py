@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 
+from xmodal_interp.arguments import checked
 from xmodal_interp.errors import InputError
 from xmodal_interp.figures.layout import BAR, sheet
 from xmodal_interp.figures.scales import Meaning, Scale, finite, scale_for, value_scale
@@ -20,6 +21,7 @@ _BARE_CELL = (0.25, 0.2)
 _MOST_WRITTEN = 600  # cells; a larger grid has no room for numbers
 
 
+@checked
 @styled
 def head_grid(
     table: pd.DataFrame,
@@ -37,9 +39,9 @@ def head_grid(
         table: Any analysis with ``layer``, ``head`` and the value, one row for each head.
         value: Which column.
         meaning: ``"amount"``, ``"difference"`` (colours part at 0) or ``"ratio"`` (a lift: colours
-            part at 1, on a log scale). If not given, a difference if there are both signs, else an
-            amount. Amounts are coloured from 0, or from the smallest if that is not far below the
-            largest.
+            part at 1, on a log scale). If not given, a difference if there are both signs, a ratio
+            if the column is a lift (``lift``, ``..._lift``, ``lift_...``), else an amount. Amounts
+            are coloured from 0, or from the smallest if that is not far below the largest.
         label: What the value is, for the colour bar; the column's name if not given.
         title: Of the figure.
         vmax: Upper end of the colour scale; that of the values if not given.
@@ -57,7 +59,11 @@ def head_grid(
     if not len(numbers):
         raise InputError(f"A grid of heads needs a number; the column {value!r} has only NaN.")
     both_signs = numbers.min() < 0 < numbers.max() or numbers.max() <= 0 > numbers.min()
-    meaning = meaning or ("difference" if both_signs else "amount")
+    is_lift = "lift" in str(value).split("_")
+    usual: Meaning = "difference" if both_signs else "ratio" if is_lift else "amount"
+    meaning = meaning or usual
+    if label is None and is_lift and meaning == "ratio":
+        label = f"{value}: times uniform\n(log scale)"
     scale = scale_for(meaning, [cells], label or value, vmax=vmax)
     if meaning == "amount" and numbers.min() > numbers.max() / 2:
         scale = value_scale([cells], label or value, vmax=vmax, vmin=float(numbers.min()))

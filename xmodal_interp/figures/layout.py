@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 
 from xmodal_interp.figures.scales import Scale
-from xmodal_interp.figures.style import LARGE, NORMAL, SMALL, Picture, wrapped
+from xmodal_interp.figures.style import LARGE, NORMAL, SMALL, Picture, plain, wrapped
 
 MARGIN = 0.15
 BAR = 1.1
@@ -49,7 +49,7 @@ class Sheet:
         """Text beside axes, centred on ``top``."""
         wide, tall = self.picture.get_size_inches()
         place = (left / wide, 1 - (self.top + top) / tall)
-        self.picture.text(*place, text, ha=align, va="center", size=size)
+        self.picture.text(*place, plain(text), ha=align, va="center", size=size)
 
 
 def sheet(width: float, height: float, title: str, note: str = "") -> Sheet:

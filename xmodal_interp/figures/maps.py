@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Unpack
 
 import numpy as np
 import pandas as pd
 
+from xmodal_interp.arguments import checked
 from xmodal_interp.attention import Positions
-from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.errors import GeometryError, InputError, quoted
 from xmodal_interp.figures.looks import Look, MapOptions
 from xmodal_interp.figures.panels import Panel, in_rows, note_on, panel_figure
 from xmodal_interp.figures.placement import Box, Place, of_patches, place_of
@@ -20,6 +22,7 @@ from xmodal_interp.figures.wording import about, heads_name, layer_name
 from xmodal_interp.sample import Sample
 
 
+@checked
 @styled
 def map_overlays(
     sample: Sample,
@@ -48,6 +51,8 @@ def map_overlays(
     Raises:
         GeometryError: Values that fit no grid of the image.
     """
+    if not isinstance(maps, Mapping):
+        raise InputError(f"maps are arrays by their titles; got {quoted(maps)}.")
     if not maps:
         raise InputError("Maps side by side need at least one map; got none.")
     place = place_of(sample, image)
@@ -67,6 +72,7 @@ def map_overlays(
     return saved(_maps(place, values, label, meaning, text, Look(**look)), path)
 
 
+@checked
 @styled
 def rollout_overlay(
     table: pd.DataFrame,
@@ -87,6 +93,7 @@ def rollout_overlay(
         path: Where to save the figure.
         **look: See ``Look``.
     """
+    place = place_of(sample, image)
     columns_of(table, ["image", "row", "col", value], "A rollout overlay")
     of_sample = _rows_of(table, sample)
     cells = of_sample[of_sample["image"].eq(image).fillna(value=False) & of_sample["row"].notna()]
@@ -95,29 +102,38 @@ def rollout_overlay(
             f"A rollout overlay needs rows of the image's tokens. The table has {len(table)} rows, "
             f"none of image {image} of sample {sample.name!r}."
         )
-    place = place_of(sample, image)
     vision = "tower" in cells and cells["tower"].eq("vision").all()
     shape = (
         (place.grid.patch_rows, place.grid.patch_cols)
         if vision
         else (place.grid.rows, place.grid.cols)
     )
-    maps = {}
+    maps, undrawn = {}, []
+    of_image = of_sample["image"].eq(image).fillna(value=False)
     for query, rows in cells.groupby("query", sort=False) if "query" in cells else [("", cells)]:
         grid = np.full(shape, np.nan)
         grid[rows["row"].astype(int), rows["col"].astype(int)] = rows[value]
         token = rows["query_token"].iloc[0] if "query_token" in rows else None
         name = f"position {query}" if pd.isna(token) else f'"{readable(str(token))}" ({query})'
         maps[name] = 2.0**grid if value == "log2_ratio" else grid
+        alike = of_image & (of_sample["query"].eq(query) if "query" in of_sample else True)
+        outside = float(of_sample[value][alike & of_sample["row"].isna()].sum())
+        undrawn.append((outside, float(of_sample[value][alike].sum())) if outside else None)
     ratio = value == "log2_ratio"
     label = "rollout: times uniform\n(log scale)" if ratio else value
     place = of_patches(place) if vision else place
     on_tokens = {name: _fitted(place, grid)[1] for name, grid in maps.items()}
     title = f"{about(sample)}\nattention rollout{', vision tower' if vision else ''}, by query"
     meaning: Meaning = "ratio" if ratio else "amount"
-    return saved(_maps(place, on_tokens, label, meaning, title, Look(**look)), path)
+    chosen = Look(**look)
+    panels = [
+        replace(panel, undrawn=None if ratio else outside)
+        for panel, outside in zip(_panels(place, on_tokens, chosen), undrawn, strict=True)
+    ]
+    return saved(_drawn(place, panels, label, meaning, title, chosen), path)
 
 
+@checked
 @styled
 def patch_overlays(
     sample: Sample,
@@ -188,8 +204,23 @@ def _maps(
     look: Look,
     marks: Sequence[Sequence[Box]] = (),
 ) -> Picture:
+    panels = _panels(place, maps, look, marks)
+    if meaning == "amount":
+        panels = [
+            replace(panel, undrawn=_undrawn(place, values))
+            for panel, values in zip(panels, maps.values(), strict=True)
+        ]
+    return _drawn(place, panels, label, meaning, title, look)
+
+
+def _panels(
+    place: Place,
+    maps: Mapping[str, np.ndarray],
+    look: Look,
+    marks: Sequence[Sequence[Box]] = (),
+) -> list[Panel]:
     left_out = look.left_out(place)
-    panels = [
+    return [
         Panel(
             name,
             values if left_out is None else np.where(left_out, np.nan, values),
@@ -198,10 +229,21 @@ def _maps(
         )
         for i, (name, values) in enumerate(maps.items())
     ]
+
+
+def _drawn(
+    place: Place, panels: Sequence[Panel], label: str, meaning: Meaning, title: str, look: Look
+) -> Picture:
     values = [panel.values for panel in panels if panel.values is not None]
     scale = look.over_image(scale_for(meaning, values, label, vmax=look.vmax, power=look.power))
     rows = in_rows([Panel(place.name), *(panel.under(scale) for panel in panels)])
     return panel_figure(place, rows, look, title, note_on(place, rows, look))
+
+
+def _undrawn(place: Place, values: np.ndarray) -> tuple[float, float] | None:
+    """What tokens without a cell have of all values; None where that is nothing."""
+    without = np.nansum(values[place.without_cell]) if place.shares is None else 0.0
+    return (float(without), float(np.nansum(values))) if without else None
 
 
 def _fitted(place: Place, values: np.ndarray) -> tuple[bool, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
+from xmodal_interp.arguments import checked
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.figures.drawing import draw_image, draw_rows
@@ -36,6 +37,7 @@ _SIDES = (5.6, 9.0)  # inches, for few and for many tokens with names
 _PITCH = 0.21  # inches per row of a token-patch matrix
 
 
+@checked
 @styled
 def attention_matrix(
     sample: Sample,
@@ -120,6 +122,7 @@ def _draw_legend_image(
         axes.set_ylabel("row of " + place.cells)
 
 
+@checked
 @styled
 def token_patch_matrix(
     sample: Sample,

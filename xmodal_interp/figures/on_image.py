@@ -12,8 +12,9 @@ from typing import SupportsIndex, Unpack
 
 import numpy as np
 
-from xmodal_interp.attention import Positions, resolve
-from xmodal_interp.errors import InputError
+from xmodal_interp.arguments import checked
+from xmodal_interp.attention import Positions, entries_of, numbers, resolve
+from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.figures.looks import Look, Options
 from xmodal_interp.figures.panels import Panel, in_rows, note_on, panel_figure
 from xmodal_interp.figures.placement import Place, place_of
@@ -26,6 +27,7 @@ Queries = Selector | Sequence[str | int]
 """A phrase, positions, or a list of phrases and positions."""
 
 
+@checked
 @styled
 def overlay(
     sample: Sample,
@@ -56,6 +58,7 @@ def overlay(
     return saved(_figure(sample, place, [panel], chosen, what), path)
 
 
+@checked
 @styled
 def overlays(
     sample: Sample,
@@ -91,6 +94,7 @@ def overlays(
     return saved(_figure(sample, place, panels, chosen, what), path)
 
 
+@checked
 @styled
 def head_overlays(
     sample: Sample,
@@ -121,6 +125,7 @@ def head_overlays(
     return saved(_figure(sample, place, panels, chosen, what), path)
 
 
+@checked
 @styled
 def layer_overlays(
     sample: Sample,
@@ -146,16 +151,19 @@ def layer_overlays(
     chosen, place = Look(**look), place_of(sample, image)
     positions = query_positions(sample, place, queries)
     wanted = sample.layers(kind=place.kind) if layers is None else layers
-    if isinstance(wanted, SupportsIndex) or not len(wanted):
+    row = entries_of(wanted)
+    if row is None or isinstance(wanted, SupportsIndex) or not len(row):
         raise InputError(
-            f"layers is a list of at least one layer, such as [0, -1]; got {layers!r}."
+            f"layers is a list of at least one layer, such as [0, -1]; got {quoted(layers)}."
         )
+    wanted = numbers(wanted, "layer", max(sample.layers(kind=place.kind), default=-1) + 1)
     reads = [reading(sample, place, positions, layer, head) for layer in wanted]
     panels = [_panel(chosen, read, f"layer {read.call.layer}") for read in reads]
     what = f"{named(sample, positions)}, layer by layer, {heads_name(reads[0].call, head)}"
     return saved(_figure(sample, place, panels, chosen, what), path)
 
 
+@checked
 @styled
 def token_head_grid(
     sample: Sample,
@@ -201,7 +209,8 @@ def _panel(
     queries: range | None = None,
 ) -> Panel:
     left_out = look.left_out(read.place, read.call, read.heads)
-    return Panel(title, read.values(look.show, heads, queries, left_out), left_out=left_out)
+    values = read.values(look.show, heads, queries, left_out)
+    return Panel(title, values, left_out=left_out, undrawn=read.undrawn(heads, queries))
 
 
 def _figure(

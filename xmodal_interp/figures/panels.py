@@ -18,7 +18,7 @@ from xmodal_interp.figures.layout import BAR, MARGIN, sheet
 from xmodal_interp.figures.looks import Look
 from xmodal_interp.figures.placement import Box, Boxes, Place, uncovered
 from xmodal_interp.figures.scales import Scale
-from xmodal_interp.figures.style import HIDDEN, SMALL, Picture
+from xmodal_interp.figures.style import HIDDEN, SMALL, Picture, plain
 
 _MOST_IN_A_ROW = 6
 _BAR_HEIGHTS = (1.5, 2.6)  # inches: room for the label, but no longer than it has to be
@@ -34,6 +34,7 @@ class Panel:
         scale: Their colours; panels with the same scale share one colour bar.
         left_out: Tokens to mark as left out.
         outlined: Boxes to outline on this panel only.
+        undrawn: What tokens without a cell get, and what all tokens get.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Panel:
     scale: Scale | None = None
     left_out: np.ndarray | None = None
     outlined: Sequence[Box] = ()
+    undrawn: tuple[float, float] | None = None
 
     def under(self, scale: Scale) -> Panel:
         """The panel with its colours."""
@@ -96,6 +98,14 @@ def note_on(place: Place, rows: Sequence[Sequence[Panel]], look: Look) -> str:
     ]
     if uncovered(place):
         parts.append(f"hatched: no {place.unit} there")
+    undrawn = [panel.undrawn for panel in panels if panel.undrawn is not None]
+    if undrawn:
+        of_thumbnail = " of the thumbnail, or" if place.grid.thumbnail is not None else ""
+        without, whole = (_span(amounts) for amounts in zip(*undrawn, strict=True))
+        parts.append(
+            f"not drawn: tokens{of_thumbnail} without a place, which get {without} of the {whole} "
+            "that the image gets"
+        )
     marked = [int(panel.left_out.sum()) for panel in panels if panel.left_out is not None]
     if any(marked):
         number = (
@@ -105,6 +115,12 @@ def note_on(place: Place, rows: Sequence[Sequence[Panel]], look: Look) -> str:
     elif marked:
         parts.append("nothing to leave out")
     return "; ".join(parts).capitalize() + "."
+
+
+def _span(amounts: Sequence[float]) -> str:
+    """Such as ``"0.24"``, or ``"0.10 to 0.24"`` of several panels."""
+    ends = [f"{end:.3g}" for end in (min(amounts), max(amounts))]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def in_rows(panels: Sequence[Panel]) -> list[Sequence[Panel]]:
@@ -143,7 +159,7 @@ def _draw(axes: Axes, place: Place, panel: Panel, look: Look) -> None:
     if look.boxes is not None:
         names = look.boxes if panel.values is None else _without_names(look.boxes)
         drawing.draw_boxes(axes, place, names)
-    axes.set_title(panel.title)
+    axes.set_title(plain(panel.title))
 
 
 def _without_names(boxes: Boxes) -> Boxes:

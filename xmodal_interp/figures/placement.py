@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Bool
 from PIL import Image
 
 from xmodal_interp.analysis.composing import are_queries, query_patches
 from xmodal_interp.analysis.padding import present
+from xmodal_interp.arguments import whole_number
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import ImageGrid, place_on_grid
 from xmodal_interp.sample import Sample
@@ -58,6 +60,14 @@ class Place:
         """What its cells are called."""
         return "patches" if self.unit.startswith("patch") else "tokens"
 
+    @property
+    def without_cell(self) -> Bool[np.ndarray, " key"]:
+        """True on keys that no cell stands for: tokens of a thumbnail, line breaks."""
+        if self.shares is not None:
+            return np.zeros(len(self.keys), dtype=bool)
+        without: np.ndarray = self.grid.places[:, 0] < 0
+        return without
+
     def on_cells(self, values: np.ndarray, *, mean: bool = False) -> np.ndarray:
         """One value per cell from one per key, ``[..., key]``; NaN where no key has one.
 
@@ -91,6 +101,7 @@ def place_of(sample: Sample, image: int = 0) -> Place:
         raise InputError(
             f"A figure shows one sample, such as store[0]; got a {type(sample).__name__}."
         )
+    whole_number(image, "image", 0)
     n_images = len(sample.grids)
     if n_images == 0:
         raise InputError(
@@ -118,9 +129,30 @@ def place_of(sample: Sample, image: int = 0) -> Place:
         present=present(sample).numpy(),
     )
     if not are_queries(place.grid):
-        return place
+        return _as_thumbnail(place)
     shares = query_patches(sample, image).double().numpy()
     return replace(of_patches(place), keys=keys, shares=shares, unit="patch, through the connector")
+
+
+def _as_thumbnail(place: Place) -> Place:
+    """The place, or that of its thumbnail, where the image has no other tokens with a place.
+
+    Of a picture that is long and narrow, tiles may be cut off with their padding.
+    """
+    grid, view = place.grid, place.grid.thumbnail
+    if view is None or (grid.places[:, 0] >= 0).any():
+        return place
+    shown = replace(
+        grid,
+        rows=view.rows,
+        cols=view.cols,
+        places=view.places,
+        patch_rows=view.patch_rows,
+        patch_cols=view.patch_cols,
+        patch_places=view.patch_places,
+        thumbnail=None,
+    )
+    return replace(place, grid=shown, unit="thumbnail token")
 
 
 def of_patches(place: Place) -> Place:

@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from xmodal_interp.arguments import checked
 from xmodal_interp.figures.lines import NULL, draw_null, legend, line_page, line_styles
 from xmodal_interp.figures.style import FigurePath, Picture, plain, saved, styled
 from xmodal_interp.figures.tables import columns_of
@@ -19,6 +20,7 @@ _VALUES = {"raw": "attention probability", "lift": "lift of attention"}
 _STEEP = 8.0  # largest over smallest value from which on an axis is logarithmic
 
 
+@checked
 @styled
 def positional_profiles(
     table: pd.DataFrame,
@@ -76,6 +78,7 @@ def positional_profiles(
     return saved(page.picture, path)
 
 
+@checked
 @styled
 def raster_profiles(
     table: pd.DataFrame,

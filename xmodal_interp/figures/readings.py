@@ -76,6 +76,25 @@ class Reading:
                 means /= np.nansum(means)
         return self.place.on_cells(means, mean=show == "lift")
 
+    def undrawn(
+        self, heads: Sequence[int] | None = None, queries: Sequence[int] | None = None
+    ) -> tuple[float, float] | None:
+        """Attention on tokens that have no cell (a thumbnail's, line breaks), and on all tokens.
+
+        Both are means over the queries and heads; None where all tokens have a cell.
+
+        Args:
+            heads: Which of the heads that were read, all if not given.
+            queries: Which of the queries that were read, all if not given.
+        """
+        without = self.place.without_cell
+        if not without.any():
+            return None
+        head = slice(None) if heads is None else list(heads)
+        query = slice(None) if queries is None else list(queries)
+        mass = np.nan_to_num(self.probs)[head][:, query].mean((0, 1))
+        return float(mass[without].sum()), float(mass.sum())
+
 
 def reading(
     sample: Sample,

@@ -21,7 +21,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
 
-from xmodal_interp.errors import InputError
+from xmodal_interp.arguments import real_number
+from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.figures.style import DIVERGING, HEAT, HIDDEN, NORMAL, SEQUENTIAL, wrapped
 
 Show = Literal["probability", "share", "lift"]
@@ -92,7 +93,7 @@ class Scale:
             bar.minorticks_off()
 
     def over(self, ground: tuple[int, int]) -> Scale:
-        """Colours over an image drawn in greys: what says little is see-through, and so is NaN.
+        """Colours over the outlines of an image: what says little is see-through, and so is NaN.
 
         What the colour bar shows is the colours over the ground's middle grey.
         """
@@ -109,8 +110,8 @@ class Scale:
 
 def check_show(show: str, allowed: Sequence[str] = get_args(Show)) -> None:
     """Refuse what cannot be shown."""
-    if show not in allowed:
-        raise InputError(f"show must be one of {', '.join(allowed)}; got {show!r}.")
+    if not isinstance(show, str) or show not in allowed:
+        raise InputError(f"show must be one of {', '.join(allowed)}; got {quoted(show)}.")
 
 
 def scale_of(
@@ -126,7 +127,7 @@ def scale_of(
             scale.
     """
     lowest = 1 if show == "lift" else 0
-    if vmax is not None and not vmax > lowest:
+    if vmax is not None and not real_number(vmax, "vmax") > lowest:
         raise InputError(f"vmax must be above {lowest} for a {show}; got {vmax}.")
     values = finite(panels)
     if show == "lift":
@@ -148,7 +149,7 @@ def value_scale(
     vmin: float = 0.0,
 ) -> Scale:
     """Amounts from ``vmin`` (on a log scale, the smallest); arguments as in ``scale_of``."""
-    if not 0 <= power <= 1:
+    if not 0 <= real_number(power, "power") <= 1:
         raise InputError(f"power must lie between 0 (a log scale) and 1 (linear); got {power}.")
     values = finite(panels)
     top = float(values.max(initial=0.0)) or 1.0
@@ -178,11 +179,15 @@ def scale_for(
     power: float = 1.0,
 ) -> Scale:
     """A scale for values of any origin; ``power`` is for amounts."""
+    if vmax is not None and not real_number(vmax, "vmax") > 0:
+        raise InputError(f"vmax must be above 0; got {vmax}.")
     if meaning == "amount":
         return value_scale(panels, label, vmax=vmax, power=power)
     if meaning == "difference":
         return difference_scale(panels, label, vmax)
     if meaning == "ratio":
+        if vmax is not None and not vmax > 1:
+            raise InputError(f"vmax must be above 1 for a ratio; got {vmax}.")
         return ratio_scale(panels, label, vmax)
     raise InputError(f"meaning must be one of {', '.join(get_args(Meaning))}; got {meaning!r}.")
 

@@ -7,11 +7,11 @@ window opens, no backend is needed, and a figure that nobody holds is freed.
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from functools import wraps
 from os import PathLike
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
 from xmodal_interp.errors import InputError
+from xmodal_interp.paths import user_path
+from xmodal_interp.printable import printable
 from xmodal_interp.store import store_around
 
 FigurePath = str | PathLike[str] | None
@@ -111,7 +113,7 @@ def saved(picture: Picture, path: FigurePath) -> Picture:
             or no file can be written there.
     """
     if path is not None:
-        target = Path(path)
+        target = user_path(path)
         known = picture.canvas.get_supported_filetypes()
         if target.suffix[1:].lower() not in known:
             raise InputError(
@@ -141,8 +143,8 @@ def readable(text: str, longest: int = 16) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib draws as it stands, not as a formula."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib draws as it stands: not as a formula, without control characters."""
+    return re.sub(r"(?<!\\)\$", r"\\$", printable(text))
 
 
 def wrapped(text: str, width: float, size: float = LARGE) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.figures.labelling import NAMES, draw_matrix, widened
 from xmodal_interp.figures.layout import BAR, sheet
@@ -17,6 +18,7 @@ from xmodal_interp.sample import Sample
 _SIDE, _GAP = 3.2, 0.1  # inches
 
 
+@checked
 @styled
 def side_by_side(
     sources: Mapping[str, Sample | AttentionCall | View],

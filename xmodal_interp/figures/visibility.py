@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.patches import Patch
 
+from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.figures.labelling import NAMES, Labels, draw_matrix, widened
 from xmodal_interp.figures.layout import Sheet, sheet
@@ -34,6 +35,7 @@ _MASK = Scale(Normalize(0, 1), ListedColormap([HIDDEN, _VISIBLE]), "visible")
 _SIDE, _SMALL_SIDE = 4.6, 3.0  # inches
 
 
+@checked
 @styled
 def mask_structure(
     sample: Sample,
@@ -78,6 +80,7 @@ def mask_structure(
     return saved(page.picture, path)
 
 
+@checked
 @styled
 def mask_comparison(
     sources: Mapping[str, Sample | AttentionCall | View], layer: int = 0, *, path: FigurePath = None

@@ -17,19 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from xmodal_interp.attention import Positions
 from xmodal_interp.attention.masks import additive_rows
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.hooks.calibration import HeadMeans
 from xmodal_interp.hooks.heads import checked_heads
 from xmodal_interp.hooks.interventions import Site
-from xmodal_interp.hooks.selection import Selection
+from xmodal_interp.hooks.selection import Chosen, Selection
 from xmodal_interp.hooks.tapping import RawCall
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
@@ -41,7 +40,7 @@ ABLATION_MODES: tuple[AblationMode, ...] = ("zero", "uniform", "mean")
 class HeadAblation:
     """See :func:`ablate_heads`."""
 
-    heads: Mapping[Any, Iterable[SupportsIndex]]
+    heads: Mapping[Any, Iterable[Any]]
     mode: AblationMode
     tower: Tower
     kind: AttentionKind
@@ -96,12 +95,12 @@ class HeadAblation:
 
 
 def ablate_heads(
-    heads: Mapping[Any, Iterable[SupportsIndex]],
+    heads: Mapping[Any, Iterable[Any]],
     mode: AblationMode = "zero",
     *,
     tower: Tower = "language",
     kind: AttentionKind = "self",
-    queries: Positions | None = None,
+    queries: Chosen | None = None,
     means: HeadMeans | None = None,
 ) -> HeadAblation:
     """Take away what attention heads contribute; for ``intervene``.
@@ -110,12 +109,13 @@ def ablate_heads(
     probabilities as they are and replace the output.
 
     Args:
-        heads: Query heads by layer, 0-based; negative ones count from the end.
+        heads: Query heads by layer, 0-based; negative ones count from the end; a boolean mask has
+            an entry for each head.
         mode: ``"zero"``, ``"uniform"`` or ``"mean"``; see the module.
         tower: Part of the model.
         kind: Kind of attention.
-        queries: The positions where the head is ablated: indices, a slice, or a boolean tensor
-            ``[position]`` or ``[sample, position]``; everywhere if not given.
+        queries: The positions where the head is ablated, in the ways of
+            :func:`knock_out_attention`; everywhere if not given.
         means: For ``mode="mean"``: what :func:`mean_head_outputs` returned.
 
     Raises:
@@ -136,10 +136,14 @@ def ablate_heads(
             f"{means.tower} {means.kind}-attention."
         )
     by_layer = isinstance(heads, Mapping)
-    if not by_layer or not all(isinstance(each, Iterable) for each in heads.values()):
-        raise InputError(f"heads are listed by layer, such as {{3: [0, 5]}}; got {heads!r}.")
+    if not by_layer or not all(_is_list(each) for each in heads.values()):
+        raise InputError(f"heads are listed by layer, such as {{3: [0, 5]}}; got {quoted(heads)}.")
     selection = None if queries is None else Selection(queries)
     return HeadAblation(dict(heads), mode, tower, kind, selection, means)
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
 
 
 def _only_scores(call: RawCall, site: Site) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, SupportsIndex
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
-from xmodal_interp.attention import number
+from xmodal_interp.attention import entries_of, number, numbers
 from xmodal_interp.errors import LayerError
 from xmodal_interp.hooks.modules import Identity, attention_modules
 from xmodal_interp.vocabulary import AttentionKind, Tower
@@ -30,14 +30,14 @@ def head_counts(model: nn.Module, tower: Tower) -> dict[int, int]:
 
 
 def checked_heads(
-    wanted: Mapping[Any, Iterable[SupportsIndex]],
+    wanted: Mapping[Any, Any],
     layers: Mapping[int, int | None],
     name: str,
 ) -> dict[int, tuple[int, ...]]:
     """Layers and heads that exist, each once, negative ones counted from the end.
 
     Args:
-        wanted: Heads by layer.
+        wanted: Heads by layer: numbers, or a mask with an entry for each head.
         layers: The number of heads of every layer there is, or None where it is unknown.
         name: What to call the layers in a message: ``"language self-attention"``.
 
@@ -47,11 +47,14 @@ def checked_heads(
     found: dict[int, tuple[int, ...]] = {}
     known = sorted(layers)
     for given, several in wanted.items():
-        layer, heads = number(given, "layer"), [number(head, "head") for head in several]
+        layer = number(given, "layer")
         index = known[layer] if -len(known) <= layer < 0 else layer
         if index not in layers:
             raise LayerError(f"A layer must exist. {name} has layers {ranged(known)}; got {layer}.")
         count = layers[index]
+        several = list(several) if isinstance(several, Iterator) else several
+        row = entries_of(several)
+        heads = [] if row is not None and not len(row) else numbers(several, "head", count)
         for head in heads:
             if head < 0 if count is None else not -count <= head < count:
                 there = "an unknown number of heads" if count is None else f"heads 0 to {count - 1}"

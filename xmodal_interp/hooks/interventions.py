@@ -36,6 +36,7 @@ from xmodal_interp.hooks.heads import layers_of, n_heads_of, ranged
 from xmodal_interp.hooks.modules import Identity, attention_modules, module_of
 from xmodal_interp.hooks.own_context import own_context
 from xmodal_interp.hooks.reading import as_attention_call, whole_mask
+from xmodal_interp.hooks.running_batch import RunningBatch
 from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tapping import RawCall, listeners, tap
 from xmodal_interp.models import VLM
@@ -51,11 +52,13 @@ class Site:
         identity: The layer.
         heads: The heads to edit.
         start: The position of the call's first query in the sequence.
+        batch: The samples that are run; None where positions are not those of their tokens.
     """
 
     identity: Identity
     heads: tuple[int, ...]
     start: int
+    batch: RunningBatch | None = None
 
     def head_mask(self, call: RawCall) -> Bool[Tensor, " head"]:
         """True at the heads to be edited."""
@@ -70,7 +73,19 @@ class Site:
         n_queries = call.query.shape[2]
         if selection is None:
             return torch.ones(1, n_queries, dtype=torch.bool, device=call.query.device)
-        return selection.between(self.start, self.start + n_queries, call.query)
+        return selection.between(
+            self.start, self.start + n_queries, call.query, self.batch, begins=self.begins
+        )
+
+    def key_mask(self, selection: Selection, call: RawCall) -> Bool[Tensor, "sample key"]:
+        """True at the keys to be edited; one row if samples agree."""
+        batch = self.batch if self.identity.kind == "self" else None
+        return selection.between(0, call.key.shape[2], call.key, batch, begins=self.begins)
+
+    @property
+    def begins(self) -> bool:
+        """Whether the call begins a sequence: it is not a decode step."""
+        return self.start == 0 and not (self.batch is not None and self.batch.goes_on)
 
     def attention(self, call: RawCall) -> AttentionCall:
         """The call by its proper names; after the call, in the reading that gives its output.
@@ -136,7 +151,8 @@ def _intervene(
     bare = module_of(model)
     refuse_compiled(bare)
     known = attention_modules(bare)
-    editors = [_Editor(intervention, known) for intervention in interventions]
+    batch = RunningBatch(model)
+    editors = [_Editor(intervention, known, batch) for intervention in interventions]
 
     def check_met(failure: type[BaseException] | None, *_: object) -> None:
         for editor in editors if failure is None else ():
@@ -145,6 +161,9 @@ def _intervene(
     stack.push(check_met)
     refuse_when_compiled_code_runs(bare, known, stack)
     own = stack.enter_context(own_context())
+    for top in {bare, _without_adapter(bare)}:
+        hook = top.register_forward_pre_hook(own(batch.enter), with_kwargs=True)
+        stack.callback(hook.remove)
     for editor in editors:
         enter, leave = own(editor.open), own(editor.close)
         for module in editor.heads:
@@ -158,11 +177,23 @@ def active_interventions() -> list[Intervention]:
     return [each.intervention for each in listeners() if isinstance(each, _Editor)]
 
 
+def _without_adapter(model: nn.Module) -> nn.Module:
+    """The model in PEFT's wrapper, whose ``generate`` does not run the wrapper's ``forward``."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
 class _Editor:
     """One intervention at work; its state lives as long as one ``with`` block."""
 
-    def __init__(self, intervention: Intervention, known: Mapping[nn.Module, Identity]) -> None:
+    def __init__(
+        self,
+        intervention: Intervention,
+        known: Mapping[nn.Module, Identity],
+        batch: RunningBatch,
+    ) -> None:
         self.intervention, self.known = intervention, known
+        self.batch = batch if intervention.tower == "language" else None
         modules = layers_of(known, intervention.tower, intervention.kind)
         wanted = intervention.heads_in({n: n_heads_of(module) for n, module in modules.items()})
         self.heads = {modules[layer]: tuple(heads) for layer, heads in wanted.items()}
@@ -244,7 +275,7 @@ class _Editor:
         n_keys = call.key.shape[2] if self.intervention.kind == "self" else 0
         self.length[module] = max(start + call.query.shape[2], n_keys)
         self.reached = max(self.reached, self.length[module])
-        return Site(identity, heads, start)
+        return Site(identity, heads, start, self.batch)
 
     def _start(self, module: nn.Module, call: RawCall) -> int:
         """The position of the first query: behind the cache."""

@@ -15,20 +15,20 @@ The edge of a position to itself is never cut, so no row of self-attention is le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import SupportsIndex
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from xmodal_interp.attention import Positions
-from xmodal_interp.errors import CaptureError, InputError
+from xmodal_interp.attention import entries_of, numbers
+from xmodal_interp.errors import CaptureError, InputError, quoted
 from xmodal_interp.hooks.heads import checked_heads
 from xmodal_interp.hooks.interventions import Site
-from xmodal_interp.hooks.selection import Selection
+from xmodal_interp.hooks.selection import Chosen, Selection
 from xmodal_interp.hooks.tapping import RawCall
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
@@ -41,8 +41,8 @@ class KnockOut:
 
     queries: Selection
     keys: Selection
-    layers: tuple[SupportsIndex, ...] | None
-    heads: tuple[SupportsIndex, ...] | None
+    layers: tuple[Any, ...] | None
+    heads: tuple[Any, ...] | None
     renormalise: bool
     tower: Tower
     kind: AttentionKind
@@ -54,7 +54,8 @@ class KnockOut:
 
     def heads_in(self, layers: Mapping[int, int | None]) -> Mapping[int, Sequence[int]]:
         """The layers and heads asked for, if they exist."""
-        wanted = dict.fromkeys(layers if self.layers is None else self.layers, self.heads or ())
+        named = layers if self.layers is None else numbers(self.layers, "layer", max(layers) + 1)
+        wanted = dict.fromkeys(named, self.heads or ())
         return checked_heads(wanted, layers, f"{self.tower} {self.kind}-attention")
 
     def before(self, call: RawCall, site: Site) -> RawCall:
@@ -98,7 +99,7 @@ class KnockOut:
         """The edges to cut; sample and head axes have length 1 where nothing differs."""
         n_keys = call.key.shape[2]
         rows = site.query_mask(self.queries, call)
-        blocked = rows[:, :, None] & self.keys.between(0, n_keys, call.key)[:, None, :]
+        blocked = rows[:, :, None] & site.key_mask(self.keys, call)[:, None, :]
         if self.kind == "self":
             position = site.start + torch.arange(rows.shape[1], device=rows.device)
             blocked = blocked & (position[:, None] != torch.arange(n_keys, device=rows.device))
@@ -107,11 +108,11 @@ class KnockOut:
 
 
 def knock_out_attention(
-    queries: Positions,
-    keys: Positions,
+    queries: Chosen,
+    keys: Chosen,
     *,
-    layers: Sequence[SupportsIndex] | np.ndarray | None = None,
-    heads: Sequence[SupportsIndex] | np.ndarray | None = None,
+    layers: Collection[Any] | np.ndarray | Tensor | None = None,
+    heads: Collection[Any] | np.ndarray | Tensor | None = None,
     renormalise: bool = True,
     tower: Tower = "language",
     kind: AttentionKind = "self",
@@ -119,13 +120,16 @@ def knock_out_attention(
     """Cut the attention edges from some queries to some keys; for ``intervene``.
 
     Args:
-        queries: The positions that shall not read: indices, a slice, or a boolean tensor
-            ``[position]`` or ``[sample, position]``. In an encoder-decoder, each layer counts the
-            positions of its own stack.
+        queries: The positions that shall not read. By number: indices, a slice, or a boolean mask
+            ``[position]`` or ``[sample, position]``; in an encoder-decoder, each layer counts the
+            positions of its own stack. By name, resolved in each sample that a VLM runs: a phrase,
+            ``"last"`` or ``"text"``, a list of them, a function that is given the sample, or a list
+            with one of these for each sample. In a padded batch, numbers alone are an error.
         keys: The positions that shall not be read, in the same ways. The edge of a position to
             itself stays.
-        layers: Where to cut; everywhere if not given. Negative ones count from the end.
-        heads: Which heads of these layers; all if not given.
+        layers: Where to cut; everywhere if not given. Negative ones count from the end; a boolean
+            mask has an entry for each layer.
+        heads: Which heads of these layers, in the same ways; all if not given.
         renormalise: Whether the remaining probabilities of a row sum to 1.
         tower: Part of the model.
         kind: Kind of attention; the keys of cross-attention are numbered by themselves.
@@ -135,7 +139,10 @@ def knock_out_attention(
         PositionError: A negative position.
     """
     for name, chosen in (("layers", layers), ("heads", heads)):
-        if chosen is not None and not len(chosen):
+        row = None if chosen is None else entries_of(chosen)
+        if chosen is not None and (row is None or not isinstance(chosen, Iterable)):
+            raise InputError(f"{name} is a list, such as [0, 3]; got {quoted(chosen)}.")
+        if row is not None and not len(row):
             raise InputError(f"{name} must name at least one, or be None for all; got {chosen!r}.")
     return KnockOut(
         Selection(queries),

@@ -14,11 +14,11 @@ the older call becomes a view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, SupportsIndex
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ from xmodal_interp.hooks.reading import (
 from xmodal_interp.hooks.recording import Choice, Recording
 from xmodal_interp.hooks.refusals import (
     ReduceError,
-    check_choice,
+    chosen_layers,
     refuse_another_thread,
     refuse_failure,
     refuse_replica,
@@ -76,7 +76,7 @@ def record(
     model: VLM | nn.Module,
     *,
     towers: Sequence[Tower] = TOWERS,
-    layers: Sequence[SupportsIndex] | np.ndarray | None = None,
+    layers: Collection[Any] | np.ndarray | Tensor | None = None,
     values: bool = False,
     norms: bool = False,
     reduce: Callable[[AttentionCall], Any] | None = None,
@@ -122,7 +122,8 @@ def _listening(model: nn.Module, choice: Choice, stack: ExitStack) -> Recording:
     refuse_compiled(model)
     members = Members(model)
     named = {**members.known, **members.holders}
-    check_choice(choice.towers, choice.layers, members.known.values())
+    chosen = chosen_layers(choice.towers, choice.layers, members.known.values())
+    choice = replace(choice, layers=chosen)
     recorder = _Recorder(model, members, choice)
     stack.push(recorder.check)
     refuse_when_compiled_code_runs(model, members.known, stack)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.hooks.agreement import Agreement
@@ -50,7 +51,7 @@ class Choice:
     """
 
     towers: Sequence[Tower] = TOWERS
-    layers: Sequence[SupportsIndex] | np.ndarray | None = None
+    layers: Collection[Any] | np.ndarray | Tensor | None = None
     values: bool = False
     norms: bool = False
     reduce: Callable[[AttentionCall], Any] | None = None

@@ -2,46 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from xmodal_interp.attention import number
-from xmodal_interp.errors import CaptureError, InputError, XmodalError
+from xmodal_interp.attention import numbers
+from xmodal_interp.errors import CaptureError, InputError, XmodalError, quoted
 from xmodal_interp.hooks.heads import ranged
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 
-def check_choice(
+def chosen_layers(
     towers: Sequence[Tower],
-    layers: Sequence[SupportsIndex] | np.ndarray | None,
-    known: Iterable[Identity],
-) -> None:
-    """Raise InputError for what is no list, a tower or a layer that there is not."""
-    if isinstance(towers, str):
-        raise InputError(f"towers is a list, such as ['language']; got {towers!r}.")
+    layers: Collection[Any] | np.ndarray | Tensor | None,
+    known: Collection[Identity],
+) -> tuple[int, ...] | None:
+    """The numbers of the layers that were named, by number or by a mask; None for all.
+
+    Raises:
+        InputError: Something that is not a list, or a tower or layer that does not exist.
+        LayerError: Numbers that are not whole, or a mask of another length.
+    """
+    check_towers(towers)
+    if layers is None:
+        return None
+    there = {identity.layer for identity in known if identity.tower in towers}
     given: Any = layers
-    if given is not None and np.ndim(given) == 0:
-        raise InputError(f"layers is a list, such as [0, 3]; got {layers!r}.")
-    unknown = [tower for tower in towers if tower not in TOWERS]
+    if isinstance(given, (str, slice)) or not isinstance(given, Iterable):
+        raise InputError(f"layers is a list, such as [0, 3]; got {quoted(layers)}.")
+    chosen = tuple(dict.fromkeys(numbers(layers, "layer", max(there, default=-1) + 1)))
+    missing = sorted(set(chosen) - there)
+    if missing:
+        named = "layers" if set(towers) == set(TOWERS) else f"{' and '.join(towers)} layers"
+        has = f"Its {named} are {ranged(there)}" if there else f"It has no {named}"
+        raise InputError(
+            "layers must exist in the model, counted from 0 (negative numbers are not taken "
+            f"here). {has}; got {', '.join(map(str, missing))}."
+        )
+    return chosen
+
+
+def check_towers(towers: Any) -> None:
+    """Raise InputError for something that is not a list of towers, or an empty one."""
+    if isinstance(towers, str) or not isinstance(towers, Iterable):
+        raise InputError(f"towers is a list, such as ['language']; got {quoted(towers)}.")
+    named = list(towers)
+    unknown = [tower for tower in named if not (isinstance(tower, str) and tower in TOWERS)]
     if unknown:
         raise InputError(
-            f"towers must be among {', '.join(TOWERS)}; got {', '.join(map(repr, unknown))}."
+            f"towers must be among {', '.join(TOWERS)}; got {', '.join(map(quoted, unknown))}."
         )
-    if layers is not None:
-        there = {identity.layer for identity in known if identity.tower in towers}
-        missing = sorted({number(layer, "layer") for layer in layers} - there)
-        if missing:
-            named = "layers" if set(towers) == set(TOWERS) else f"{' and '.join(towers)} layers"
-            has = f"Its {named} are {ranged(there)}" if there else f"It has no {named}"
-            raise InputError(
-                "layers must exist in the model, counted from 0 (negative numbers are not taken "
-                f"here). {has}; got {', '.join(map(str, missing))}."
-            )
+    if not named:
+        raise InputError("towers must name at least one tower; got none. Leave it out for all.")
 
 
 def refuse_unseen(names: Iterable[str]) -> None:

@@ -1,88 +1,249 @@
 """Positions of a sequence that may still grow, as interventions name them.
 
-They count from the start of the sequence, padding included, also while the model generates with a
-cache: position 160 is touched by the decode step that reads it.
+Numbers count from the start of the sequence, padding included, also while the model generates with
+a cache: position 160 is touched by the decode step that reads it. In a batch whose samples begin
+after different amounts of padding, one number is a different token in each sample; positions are
+then named by selectors, which each sample resolves for itself.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn import functional
 
-from xmodal_interp.attention import Positions
-from xmodal_interp.errors import InputError, PositionError
+from xmodal_interp.attention import entries_of, whole_slice
+from xmodal_interp.errors import CaptureError, InputError, PositionError, quoted
+from xmodal_interp.hooks.running_batch import RunningBatch
+from xmodal_interp.phrases import has_phrase
+from xmodal_interp.sample import Sample, Selector
+
+Chosen = Selector | Sequence[Selector] | Callable[[Sample], Selector]
+"""One selector for all samples, one for each, or a function that returns the one of a sample."""
 
 
 class Selection:
-    """Positions, before it is known how long the sequence will be.
+    """Positions, before it is known which samples are run and how long the sequence will be.
 
     Args:
-        positions: An index, indices, a slice (an open end includes what is generated), or a boolean
-            tensor ``[position]`` or ``[sample, position]``; positions behind its end are not
-            selected.
+        positions: For all samples of a batch: an index, indices, a slice (an open end includes
+            what is generated), or a boolean mask ``[position]``. For each sample by itself: a
+            keyword or phrase, or a list of them; a function that is given the sample and returns
+            positions of any spelling; a list with such a selector for each sample; or a boolean
+            mask ``[sample, position]``. A mask covers the prompt at least; positions after its end
+            are not selected.
 
     Raises:
-        PositionError: A negative position: the end it would count from moves.
+        PositionError: A negative position (the end it would count from moves), or something that is
+            not a position.
     """
 
-    def __init__(self, positions: Positions) -> None:
-        self.slice = positions if isinstance(positions, slice) else None
-        self.mask: Tensor | None = None
-        named: list[int] = []
-        if isinstance(positions, slice):
-            named = [p for p in (positions.start, positions.stop, positions.step) if p is not None]
-        elif isinstance(positions, Tensor) and positions.dtype == torch.bool:
-            self.mask = positions if positions.ndim == 2 else positions[None]
+    def __init__(self, positions: Chosen) -> None:
+        self.slice: slice | None = None
+        self.numbers: Int[Tensor, " position"] | None = None
+        self.mask: Bool[Tensor, "sample position"] | None = None  # one row for all, or one for each
+        self.selector: Any = None  # what each sample resolves
+        self.selectors: list[Any] | None = None  # one for each sample
+        if has_phrase(positions) or (callable(positions) and not isinstance(positions, Tensor)):
+            self.selector = positions
+        elif isinstance(positions, slice):
+            self.slice = whole_slice(positions, "position")
+            parts = (self.slice.start, self.slice.stop, self.slice.step)
+            _refuse_negative([part for part in parts if part is not None])
+        elif _is_nested(positions):
+            self.mask = _mask_of(positions)
+            self.selectors = None if self.mask is not None else list(cast("Any", positions))
         else:
-            given: Any = positions
-            named = [int(value) for value in (given if np.ndim(given) else [given])]
-            self.mask = torch.zeros(1, max(named, default=-1) + 1, dtype=torch.bool)
-        if min(named, default=0) < 0:
-            raise PositionError(
-                "Positions of an intervention count from the start of the sequence, because its "
-                f"end moves while the model generates; got {min(named)}. The last position of a "
-                "prompt is sample.last."
-            )
-        if self.mask is not None and named:
-            self.mask[0, named] = True
+            row = entries_of(positions)
+            if row is None:
+                raise PositionError(
+                    "Positions of an intervention are a number, a list of them, a slice, a boolean "
+                    f"mask, a phrase, or a function of a sample; got {quoted(positions)}."
+                )
+            if row.dtype == bool:
+                self.mask = torch.from_numpy(row)[None]
+            else:
+                _refuse_negative(row.tolist())
+                self.numbers = torch.from_numpy(row)
 
     @property
     def n_needed(self) -> int:
         """How long the sequence must become for every named position to be reached."""
-        if self.mask is None:
-            start = None if self.slice is None else self.slice.start
-            return 0 if start is None else int(start) + 1
-        columns = self.mask.any(0).nonzero()
-        return int(columns.max()) + 1 if len(columns) else 0
+        if self.slice is not None:
+            return 0 if self.slice.start is None else int(self.slice.start) + 1
+        if self.numbers is not None:
+            return max(self.numbers.tolist(), default=-1) + 1
+        return 0 if self.mask is None else self.mask.shape[1]
 
-    def between(self, start: int, stop: int, like: Tensor) -> Bool[Tensor, "sample position"]:
+    def between(
+        self, start: int, stop: int, like: Tensor, batch: RunningBatch | None, *, begins: bool
+    ) -> Bool[Tensor, "sample position"]:
         """True at the selected positions of the stretch ``[start, stop)``.
 
         Args:
             start: First position of the stretch.
-            stop: The position behind its last.
+            stop: The position after its last.
             like: A tensor ``[sample, ...]`` of the call: its batch size is checked against, its
                 device is used.
+            batch: The samples that are run; None where positions are not those of their tokens
+                (other towers than the language tower, keys of cross-attention).
+            begins: Whether the stretch begins a sequence, and holds all that is read of it at once.
 
         Returns:
             One row if the samples agree, else one per sample.
 
         Raises:
-            InputError: Positions given per sample, for another number of samples.
+            CaptureError: Selectors of samples that are not known.
+            InputError: Positions given per sample, for another number of samples; or numbers where
+                a sample begins after padding.
+            PositionError: A mask that is shorter than the prompt.
         """
-        if self.mask is None:
-            chosen = torch.zeros(1, stop, dtype=torch.bool, device=like.device)
-            chosen[:, self.slice] = True
-            return chosen[:, start:]
-        if self.mask.shape[0] not in (1, like.shape[0]):
-            raise InputError(
-                "Positions given per sample have one row for each sample of the batch. Got "
-                f"{self.mask.shape[0]} rows for a batch of {like.shape[0]}."
-            )
-        held = self.mask[:, start:stop].to(like.device)
+        if self.selector is not None or self.selectors is not None:
+            mask = self._resolved(like.shape[0], batch, n_positions=stop if begins else None)
+        elif self.mask is not None:
+            mask = self.mask
+            _check_rows(len(mask), like.shape[0])
+            if len(mask) == 1:
+                _refuse_padding(like.shape[0], batch)
+            if begins and mask.shape[1] < stop:
+                raise PositionError(
+                    f"A mask needs an entry for each position, {stop} in all; got "
+                    f"{mask.shape[1]} entries."
+                )
+        else:
+            numbers = _numbers(self.slice, self.numbers, stop)
+            if len(numbers) not in (0, stop):
+                _refuse_padding(like.shape[0], batch)
+            mask = torch.zeros(1, stop, dtype=torch.bool)
+            mask[:, numbers[numbers < stop]] = True
+        held = mask[:, start:stop].to(like.device)
         return functional.pad(held, (0, stop - start - held.shape[1]))
+
+    def _resolved(
+        self, n_samples: int, batch: RunningBatch | None, n_positions: int | None
+    ) -> Bool[Tensor, "sample position"]:
+        """The selectors as a mask, made once for a batch.
+
+        Args:
+            n_samples: Of the batch.
+            batch: The samples.
+            n_positions: How many positions the model reads, if it begins a prompt.
+        """
+        if batch is None:
+            raise InputError(
+                "Phrases, keywords and functions name positions of a prompt's tokens. Give keys of "
+                "cross-attention and positions of other towers as numbers; got "
+                f"{quoted(self.selector or self.selectors)}."
+            )
+        if self in batch.masks:
+            return batch.masks[self]
+        each = [self.selector] * n_samples if self.selectors is None else self.selectors
+        _check_rows(len(each), n_samples, exact=True)
+        found = [_positions_in(batch, number, one) for number, one in enumerate(each)]
+        longest = max((len(sample) for sample in batch.samples or ()), default=0)
+        if n_positions is not None and n_positions < longest:
+            raise CaptureError(
+                f"Positions named by selectors are those of a sample's {longest} tokens; this "
+                f"layer reads {n_positions} positions (an encoder or a decoder alone). Name "
+                "positions by number."
+            )
+        mask = torch.zeros(
+            n_samples, max(max(of, default=-1) for of in found) + 1, dtype=torch.bool
+        )
+        for row, of in zip(mask, found, strict=True):
+            row[of] = True
+        batch.masks[self] = mask
+        return mask
+
+
+def _positions_in(batch: RunningBatch, number: int, selector: Any) -> list[int]:
+    """Positions of one sample of a batch, its padding included."""
+    by_name = has_phrase(selector) or (callable(selector) and not isinstance(selector, Tensor))
+    if batch.samples is not None and number < len(batch.samples):
+        sample = batch.samples[number]
+        if not by_name:
+            _refuse_padding(2, batch, only=number)
+        found: list[int] = sample.positions(
+            selector(sample) if callable(selector) else selector
+        ).tolist()
+        return found
+    if by_name:
+        raise CaptureError(
+            "Phrases, keywords and functions name positions of prompts that a VLM prepared: use "
+            "xi.intervene(vlm, ...) around xi.capture, xi.capture_batch, or a run of the inputs "
+            "that vlm.prepare returned last. The model ran other inputs."
+        )
+    _refuse_padding(2, batch, only=number)
+    row = entries_of(selector)
+    if row is None:
+        raise PositionError(
+            "Positions of a sample are a number, a list of them, or a boolean mask; got "
+            f"{quoted(selector)}."
+        )
+    if row.dtype == bool:
+        row = np.flatnonzero(row)
+    _refuse_negative(row.tolist())
+    return row.tolist()
+
+
+def _numbers(part: slice | None, numbers: Tensor | None, stop: int) -> Int[Tensor, " position"]:
+    if part is not None:
+        return torch.tensor(range(stop)[part], dtype=torch.long)
+    return torch.zeros(0, dtype=torch.long) if numbers is None else numbers
+
+
+def _is_nested(positions: Any) -> bool:
+    """Whether there is an entry for each sample: two axes, or a list that holds lists."""
+    if isinstance(positions, (np.ndarray, Tensor)):
+        return positions.ndim == 2
+    several = (list, tuple, range, set, slice, np.ndarray)
+    return isinstance(positions, (list, tuple)) and any(
+        isinstance(one, several) or (isinstance(one, Tensor) and one.ndim > 0) or callable(one)
+        for one in positions
+    )
+
+
+def _mask_of(positions: Any) -> Bool[Tensor, "sample position"] | None:
+    """Rows of booleans, one for each sample, as a mask; None for other lists."""
+    rows = [entries_of(one) for one in positions]
+    if not rows or any(row is None or row.dtype != bool for row in rows):
+        return None
+    if len({len(row) for row in rows if row is not None}) > 1:
+        return None
+    return torch.from_numpy(np.stack([row for row in rows if row is not None]))
+
+
+def _refuse_negative(numbers: Sequence[int]) -> None:
+    if min(numbers, default=0) < 0:
+        raise PositionError(
+            "Positions of an intervention count from the start of the sequence, because its end "
+            f"moves while the model generates; got {min(numbers)}. The last position of a prompt "
+            "is sample.last."
+        )
+
+
+def _check_rows(n_rows: int, n_samples: int, *, exact: bool = False) -> None:
+    if n_rows not in ((n_samples,) if exact else (1, n_samples)):
+        raise InputError(
+            "Positions given per sample have one row for each sample of the batch. Got "
+            f"{n_rows} rows for a batch of {n_samples}."
+        )
+
+
+def _refuse_padding(n_samples: int, batch: RunningBatch | None, only: int | None = None) -> None:
+    """Raise InputError for numbers in a batch in which samples begin after padding."""
+    if batch is None or batch.padding is None or n_samples == 1:
+        return
+    padded = [i for i, n in enumerate(batch.padding.tolist()) if n and only in (None, i)]
+    if padded:
+        raise InputError(
+            "One number is another token in each sample of this batch: sample "
+            f"{padded[0]} begins after {int(batch.padding[padded[0]])} padding tokens. Name "
+            "positions by phrase or keyword ('red circle', 'last'), by a function of the sample "
+            "(lambda sample: sample.where('image')), or by a boolean mask [sample, position]."
+        )

@@ -15,13 +15,16 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from xmodal_interp.errors import InputError, UnsupportedModelError
+from xmodal_interp.errors import InputError, UnsupportedModelError, quoted
 from xmodal_interp.models.checkpoint import CheckpointReport
 from xmodal_interp.models.records import family_of
 from xmodal_interp.models.vlm import VLM
+from xmodal_interp.paths import user_path
 from xmodal_interp.restoring import Block
 
 SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")
+
+_LONGEST_NAME = 4096  # bytes of a path
 
 
 def load(name: str | Path | None = None, **options: Any) -> VLM:
@@ -43,12 +46,16 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
     source = str(
         shipped_path(str(name or "llava")) if name is None or str(name) in SHIPPED else name
     )
+    if source.startswith("~"):
+        source = str(user_path(source))
     shared = {
         key: options[key]
         for key in ("revision", "trust_remote_code", "token", "cache_dir")
         if key in options
     }
     adapter = Path(source) / "adapter_config.json"
+    if len(source.encode(errors="replace")) > _LONGEST_NAME or "\0" in source:
+        raise InputError(f"No model can have the name {quoted(source)}.")
     if adapter.is_file() and not adapter.with_name("config.json").is_file():
         raise InputError(
             f"A model is loaded whole. {source!r} holds a PEFT adapter only. Load its base model "

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from xmodal_interp.errors import InputError
+from xmodal_interp.arguments import real_number
+from xmodal_interp.errors import InputError, quoted
+from xmodal_interp.paths import user_path
 
 ImageLike = Image.Image | str | PathLike[str]
 
@@ -40,7 +41,11 @@ class Video:
     def __post_init__(self) -> None:
         if isinstance(self.frames, (str, PathLike)):
             raise InputError(_NOT_FRAMES.format(repr(str(self.frames))))
+        if not isinstance(self.frames, Iterable):
+            raise InputError(f"A video's frames are a list of images; got {quoted(self.frames)}.")
         object.__setattr__(self, "frames", tuple(self.frames))
+        if self.fps is not None:
+            real_number(self.fps, "fps", 0)
 
     def opened(self) -> Video:
         """The same with the frames read.
@@ -114,13 +119,17 @@ def open_image(image: ImageLike) -> Image.Image:
             range is not known.
     """
     if isinstance(image, Image.Image):
+        if not (image.width and image.height):
+            raise InputError(
+                f"An image needs at least one pixel; got {image.width} x {image.height} px."
+            )
         return _rgb(_turned(image))
     if not isinstance(image, (str, PathLike)):
         raise InputError(
             "An image must be a path or a PIL image, such as PIL.Image.fromarray makes of an array "
             f"of bytes [row, col, 3]; got an object of {type(image).__name__}."
         )
-    path = Path(image)
+    path = user_path(image)
     try:
         with Image.open(path) as opened:
             return _rgb(_turned(opened)).copy()

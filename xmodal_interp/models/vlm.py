@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
+from xmodal_interp.arguments import string
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import calling, geometry
 from xmodal_interp.models.checkpoint import CheckpointReport
@@ -128,6 +129,8 @@ class VLM:
                 more or fewer placeholders than images.
         """
         images, questions = in_order(images, "images"), in_order(questions, "questions")
+        for question in questions:
+            string(question, "A prompt")
         opened = [tuple(open_image(image) for image in of_sample) for of_sample in images]
         clips = [] if videos is None else in_order(videos, "videos")
         shown = [tuple(open_video(video) for video in of_sample) for of_sample in clips]
@@ -150,9 +153,15 @@ class VLM:
         }
         try:
             inputs = self.processor(**given)
-        except (ValueError, StopIteration) as error:
+        except (
+            *(ValueError, TypeError, RuntimeError, StopIteration),
+            *(ArithmeticError, LookupError, AttributeError),
+        ) as error:  # processors check what they are given by whatever fails first
             calling.refuse_other_numbers(self.placeholder, texts, opened, error)
-            raise
+            raise InputError(
+                f"{type(self.processor).__name__} refuses this input: {error} (images of "
+                f"{', '.join(f'{one.width} x {one.height}' for one in flat(opened)) or 'none'} px)."
+            ) from error
         for unread in ("video_metadata", "labels"):  # labels are for training
             inputs.pop(unread, None)
         replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
@@ -192,7 +201,20 @@ class VLM:
             name: value.to(device) if isinstance(value, torch.Tensor) else value
             for name, value in begun.items()
         }
+        object.__setattr__(self, "_prepared", (prompt_ids(moved), labelled))
         return self._cast(moved), labelled
+
+    def prompts_of(self, ids: torch.Tensor) -> list[Prompt] | None:
+        """The prompts that :meth:`prepare` labelled last, if these are their ids.
+
+        Args:
+            ids: ``[sample, position]``, as the model is given them; generated ids may follow.
+        """
+        known, labelled = getattr(self, "_prepared", (None, None))
+        if known is None or len(known) != len(ids) or ids.shape[1] < known.shape[1]:
+            return None
+        same = torch.equal(ids[:, : known.shape[1]], known.to(ids))
+        return labelled if same else None
 
     def generate(self, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
         """Token ids of prompt and answer, ``[sample, position]``, greedy unless told otherwise.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from xmodal_interp.errors import StoreError
+from xmodal_interp.paths import user_path
 from xmodal_interp.store import files, schema
 
 _Row = tuple[str, str, bool, str]
@@ -29,7 +30,7 @@ def check_store(path: str | PathLike[str]) -> pd.DataFrame:
     Raises:
         StoreError: There is no store, or it is of another format or version.
     """
-    folder = Path(path)
+    folder = user_path(path)
     if not (folder / schema.MANIFEST).is_file() or _is_of_another_version(folder):
         files.read_manifest(folder)
     rows = list(_store_rows(folder))

@@ -5,20 +5,21 @@ Opening costs the list of names, a sample its texts and tables, a call the file 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, SupportsIndex, cast, overload
 from weakref import WeakValueDictionary
 
 import pandas as pd
 from PIL import Image
 from torch import Tensor
 
-from xmodal_interp.attention import AttentionCall
-from xmodal_interp.errors import InputError, NotRecordedError, StoreError
+from xmodal_interp.attention import AttentionCall, number, resolve, whole_slice
+from xmodal_interp.errors import InputError, NoSampleError, NotRecordedError, StoreError
 from xmodal_interp.models import Video, open_image
+from xmodal_interp.paths import user_path
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.store import schema
 from xmodal_interp.store.files import (
@@ -48,8 +49,9 @@ def open_store(path: str | PathLike[str], *, verify: bool = True) -> Store:
 class Store(Sequence[Sample]):
     """Samples on disk, in the order they were written; an analysis takes it like a list of them.
 
-    ``store[0]``, ``store[-1]``, ``store["name"]``, ``store[:10]``, ``len(store)`` and iteration
-    work as they read. What is written after it was opened is not in it.
+    ``store[0]``, ``store[-1]``, ``store["name"]``, ``store[:10]``, ``store[[0, 2]]``,
+    ``store[mask]``, ``len(store)`` and iteration work as they read. What is written after it was
+    opened is not in it.
 
     Attributes:
         path: The store's folder.
@@ -58,7 +60,7 @@ class Store(Sequence[Sample]):
     """
 
     def __init__(self, path: str | PathLike[str], *, verify: bool = True) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         self._verify = verify
         self._verified: set[tuple[Path, int, int]] = set()
         self.manifest = read_manifest(self.path)
@@ -85,12 +87,14 @@ class Store(Sequence[Sample]):
         return (item.name if isinstance(item, Sample) else item) in self._known
 
     @overload
-    def __getitem__(self, index: int | str) -> Sample: ...
+    def __getitem__(self, index: SupportsIndex | str) -> Sample: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | str | slice) -> Sample | list[Sample]:
+    def __getitem__(self, index: slice | Collection[Any]) -> list[Sample]: ...
+    def __getitem__(
+        self, index: SupportsIndex | str | slice | Collection[Any]
+    ) -> Sample | list[Sample]:
         if isinstance(index, slice):
-            return [self._read(name) for name in self.names[index]]
+            return [self._read(name) for name in self.names[whole_slice(index, "sample")]]
         if isinstance(index, str):
             if index not in self._known:
                 raise NotRecordedError(
@@ -98,9 +102,18 @@ class Store(Sequence[Sample]):
                     f"{index!r}, but {_names_there(self.names)}."
                 )
             return self._read(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.path} has {len(self)} samples; there is no sample {index}.")
-        return self._read(self.names[index])
+        if isinstance(index, (list, tuple)) and any(isinstance(one, str) for one in index):
+            return [self[one] for one in index]
+        several = isinstance(index, Collection) and getattr(index, "ndim", 1) > 0
+        if several:
+            return [
+                self._read(self.names[i])
+                for i in resolve(cast("Any", index), len(self), "sample").tolist()
+            ]
+        place = number(index, "sample")
+        if not -len(self) <= place < len(self):
+            raise NoSampleError(f"{self.path} has {len(self)} samples; there is no sample {place}.")
+        return self._read(self.names[place])
 
     @property
     def n_bytes(self) -> int:

@@ -120,6 +120,9 @@ _OPTIONAL_SCALARS = ("softcap", "sliding_window")
 _OWN = ("q", "k", "v", "sinks", "rows", "dense", "update_share", "segments")
 _SHARED = ("mask", "bias")
 _FORBIDDEN = set('/\\:*?"<>|')
+_DEVICES = frozenset(
+    ("CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10)))
+)
 _MAX_NAME_BYTES = 200  # file systems allow 255, and the folder it is written in has a prefix
 
 
@@ -258,6 +261,7 @@ def check_name(name: str) -> None:
         (name[-1:] in (".", " "), "it ends with a dot or a space"),
         (bool(forbidden), f"it contains {', '.join(map(repr, forbidden))}"),
         (not name.isprintable(), "it contains characters that cannot be printed"),
+        (name.partition(".")[0].rstrip().upper() in _DEVICES, "Windows keeps it for a device"),
         (not unicodedata.is_normalized("NFC", name), "it is not in Unicode normal form NFC"),
     )
     problem = next((text for is_so, text in problems if is_so), None)

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from xmodal_interp.errors import StoreError
+from xmodal_interp.paths import user_path
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import files, packing, schema
 
@@ -59,7 +60,7 @@ class StoreWriter:
             settings: What all samples have in common; JSON-ready.
             images: Store the images too, as PNG.
         """
-        self.path = Path(path)
+        self.path = user_path(path)
         self.names: list[str] = []
         self.n_bytes = 0
         self._folded: dict[str, str] = {}

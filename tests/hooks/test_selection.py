@@ -1,0 +1,230 @@
+"""Positions of interventions: one reading of numbers and masks, and selectors of samples."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from tests.hooks.edited import call_of, inputs_of, logits
+from tests.tiny import picture, tiny_vlm
+from xmodal_interp.errors import CaptureError, InputError, LayerError, PositionError
+from xmodal_interp.hooks import record
+from xmodal_interp.hooks.ablation import ablate_heads
+from xmodal_interp.hooks.interventions import Site, intervene
+from xmodal_interp.hooks.knockout import knock_out_attention
+from xmodal_interp.hooks.modules import Identity
+from xmodal_interp.models import VLM
+
+ASKED = ["What color is the red circle?", "red square ?"]  # the second is padded
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VLM:
+    return tiny_vlm("llava")
+
+
+def spellings(n: int, chosen: list[int]) -> dict[str, Any]:
+    mask = np.isin(np.arange(n), chosen)
+    return {
+        "list": mask.tolist(),
+        "numpy": mask,
+        "torch": torch.tensor(mask),
+        "pandas": pd.Series(mask, index=range(7, 7 + n)),
+        "nullable": pd.Series(mask, dtype="boolean"),
+        "numbers of pandas": pd.Series(chosen, index=[5] * len(chosen)),
+        "narrow": np.array(chosen, dtype=np.uint8) if max(chosen) < 256 else chosen,
+    }
+
+
+@pytest.mark.parametrize("spelling", spellings(2, [0]))
+def test_masks_are_masks_wherever_they_are_given(vlm: VLM, spelling: str) -> None:
+    inputs = inputs_of(vlm)
+    n = inputs["input_ids"].shape[1]
+    queries, keys = [150, 152], [3, 7, 149]
+    expected = logits(vlm, inputs, knock_out_attention(queries, keys, layers=[0, 3], heads=[1, 6]))
+    of = {
+        name: spellings(length, chosen)[spelling]
+        for name, length, chosen in (
+            ("queries", n, queries),
+            ("keys", n, keys),
+            ("layers", 4, [0, 3]),
+            ("heads", 8, [1, 6]),
+        )
+    }
+    cut = knock_out_attention(of["queries"], of["keys"], layers=of["layers"], heads=of["heads"])
+    assert torch.equal(logits(vlm, inputs, cut), expected)
+    ablated = ablate_heads({0: of["heads"]}, queries=of["queries"])
+    numbers = ablate_heads({0: [1, 6]}, queries=queries)
+    assert torch.equal(logits(vlm, inputs, ablated), logits(vlm, inputs, numbers))
+
+
+REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "short mask": (
+        lambda: ablate_heads({0: [0]}, queries=np.ones(100, dtype=bool)),
+        PositionError,
+        "A mask needs an entry for each position, 154 in all; got 100 entries.",
+    ),
+    "long mask": (
+        lambda: ablate_heads({0: [0]}, queries=np.ones(200, dtype=bool)),
+        PositionError,
+        "An intervention must reach every position it names. It names position 199; language "
+        "self-attention ran over positions 0 to 153.",
+    ),
+    "fraction": (
+        lambda: knock_out_attention([150.5], [3]),
+        PositionError,
+        "Positions of an intervention are a number, a list of them, a slice, a boolean mask, a "
+        "phrase, or a function of a sample; got [150.5].",
+    ),
+    "one boolean": (
+        lambda: knock_out_attention(True, 3),
+        PositionError,
+        "Positions of an intervention are a number, a list of them, a slice, a boolean mask, a "
+        "phrase, or a function of a sample; got True.",
+    ),
+    "mask of heads": (
+        lambda: ablate_heads({0: np.ones(7, dtype=bool)}),
+        LayerError,
+        "A mask needs an entry for each head, 8 in all; got 7 entries. Numbers, such as "
+        "numpy.flatnonzero(mask), are taken too.",
+    ),
+    "mask of layers": (
+        lambda: knock_out_attention(5, 2, layers=np.ones(5, dtype=bool)),
+        LayerError,
+        "A mask needs an entry for each layer, 4 in all; got 5 entries. Numbers, such as "
+        "numpy.flatnonzero(mask), are taken too.",
+    ),
+    "half a layer": (
+        lambda: knock_out_attention(5, 2, layers=[0.5]),
+        InputError,
+        "layers is a list, such as [0, 3]; got [0.5].",
+    ),
+    "half a head": (
+        lambda: ablate_heads({0: [0.5]}),
+        LayerError,
+        "heads are a number or a list of them, such as [0, 3] or range(4); got [0.5].",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(vlm: VLM, name: str) -> None:
+    make, error, message = REFUSALS[name]
+    with pytest.raises(error) as refusal:
+        logits(vlm, inputs_of(vlm), make())
+    assert str(refusal.value) == message
+
+
+def test_a_recording_takes_a_mask_of_layers(vlm: VLM) -> None:
+    mask = np.array([True, False, False, True])
+    with torch.no_grad(), record(vlm.model, towers=["language"], layers=mask) as recording:
+        vlm.model(**inputs_of(vlm))
+    assert [call.layer for call in recording.calls] == [0, 3]
+    with pytest.raises(LayerError, match="A mask needs an entry for each layer, 4 in all; got 3"):
+        record(vlm.model, layers=mask[:3]).__enter__()
+
+
+BY_NAME: dict[str, tuple[Any, Any]] = {
+    "keywords and phrases": ("last", "red"),
+    "functions": (lambda s: s.last, lambda s: s.find("red")),
+    "a selector for each sample": ([["last"], "last"], [["red"], "red"]),
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_named_positions_are_those_of_each_sample_of_a_padded_batch(vlm: VLM, name: str) -> None:
+    """A padded sample changes as it does alone; its edge is cut where the phrase is, not before."""
+    queries, keys = BY_NAME[name]
+    pictures = [[picture(seed=i)] for i in range(2)]
+    inputs, prompts = vlm.prepare(pictures, ASKED)
+    assert prompts[1].tokens["kind"].eq("padding").sum() > 3
+    with record(vlm.model, towers=["language"]) as recording:
+        cut = logits(vlm, inputs, knock_out_attention(queries, keys))
+    for number, (of, asked) in enumerate(zip(pictures, ASKED, strict=True)):
+        alone, (prompt,) = vlm.prepare([of], [asked])
+        text = prompt.tokens
+        red = text.index[text["token"].str.strip().str.strip("▁Ġ").eq("red")].tolist()
+        last = len(text) - 1
+        expected = logits(vlm, alone, knock_out_attention(last, red))[0, -1]
+        torch.testing.assert_close(cut[number, -1], expected, atol=1e-5, rtol=1e-5)
+        assert (logits(vlm, alone)[0, -1] - expected).abs().max() > 1e-3
+        shift = len(prompts[number].tokens) - len(text)
+        for call in recording.calls:
+            probs = call.select_sample(number).probs(queries=[last + shift])[0, :, 0, shift:]
+            assert not probs[:, red].any()
+            assert (probs > 0).sum(-1).eq(last + 1 - len(red)).all()
+
+
+def test_numbers_are_refused_where_samples_begin_after_padding(vlm: VLM) -> None:
+    inputs, prompts = vlm.prepare([[picture()], [picture()]], ASKED)
+    n_padding = int(prompts[1].tokens["kind"].eq("padding").sum())
+    message = (
+        "One number is another token in each sample of this batch: sample 1 begins after "
+        f"{n_padding} padding tokens. Name positions by phrase or keyword ('red circle', 'last'), "
+        "by a function of the sample (lambda sample: sample.where('image')), or by a boolean mask "
+        "[sample, position]."
+    )
+    given = [5, [5], slice(5, 9), np.arange(len(prompts[0].tokens)) == 5, [[5], [9]]]
+    for cut in (
+        *(knock_out_attention(positions, slice(None)) for positions in given),
+        knock_out_attention(slice(None), 5),
+        ablate_heads({0: [0]}, queries=5),
+    ):
+        with pytest.raises(InputError) as refusal:
+            logits(vlm, inputs, cut)
+        assert str(refusal.value) == message
+    logits(vlm, inputs, knock_out_attention(slice(None), slice(None)))
+    mask = torch.zeros(2, len(prompts[0].tokens), dtype=torch.bool)
+    mask[:, -1] = True
+    by_mask = logits(vlm, inputs, ablate_heads({0: [0]}, queries=mask))
+    by_name = logits(vlm, inputs, ablate_heads({0: [0]}, queries="last"))
+    assert torch.equal(by_mask, by_name)
+
+
+def test_names_hold_while_a_batch_generates(vlm: VLM) -> None:
+    inputs, prompts = vlm.prepare([[picture(seed=i)] for i in range(2)], ASKED)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4}
+    mask = torch.zeros(2, len(prompts[0].tokens), dtype=torch.bool)
+    mask[:, -1] = True
+    answers = []
+    for queries in ("last", mask):
+        with intervene(vlm, ablate_heads({0: range(8), 3: range(8)}, queries=queries)):
+            answers.append(vlm.generate(inputs, **options))
+    assert torch.equal(*answers)
+
+
+def test_names_need_the_samples(vlm: VLM) -> None:
+    other = {**inputs_of(vlm), "input_ids": inputs_of(vlm)["input_ids"].flip(0)}
+    vlm.prepare([[picture()]], ["another question ?"])
+    with pytest.raises(CaptureError, match=r"The model ran other inputs\."):
+        logits(vlm, other, ablate_heads({0: [0]}, queries="last"))
+    bare = vlm.model
+    with pytest.raises(CaptureError):
+        logits(VLM(bare, vlm.processor), inputs_of(vlm), ablate_heads({0: [0]}, queries="last"))
+    with pytest.raises(InputError, match="name positions of a prompt's tokens"):
+        logits(vlm, inputs_of(vlm), ablate_heads({0: [0]}, tower="vision", queries="last"))
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["additive", "boolean"])
+def test_a_mask_with_one_row_for_all_queries_is_cut(kind: str, backend: str) -> None:
+    """Bridgetower hands its attention masks ``[sample, 1, 1, key]``."""
+    q, k = torch.zeros(2, 1, 3, 4), torch.randn(2, 1, 3, 4)
+    seen = torch.tensor([[True, True, True], [True, True, False]])[:, None, None]
+    mask = seen if kind == "boolean" else torch.zeros(2, 1, 1, 3).masked_fill(~seen, -1e4)
+    call = call_of(q, k, k, backend=backend, is_causal=False)
+    call = type(call)(call.module, q, k, k, mask, backend, call.options)
+    site = Site(Identity("encoder.0", "language", "self", 0), (0,), 0)
+    cut = knock_out_attention(2, 0).before(call, site).mask
+    assert cut is not None
+    if cut.dtype == torch.bool:
+        hidden = ~cut.expand(2, 1, 3, 3)
+    else:
+        hidden = cut.expand(2, 1, 3, 3) < -1e3
+    before = (~seen).expand(2, 1, 3, 3) if not (kind == "boolean" and backend == "eager") else None
+    expected = torch.zeros(2, 1, 3, 3, dtype=torch.bool) if before is None else before.clone()
+    expected[:, :, 2, 0] = True
+    assert torch.equal(hidden, expected)

@@ -1,0 +1,153 @@
+"""Checks of arguments that functions share: each raises an error that names the argument."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, get_args
+
+import numpy as np
+import pandas as pd
+
+from xmodal_interp.errors import InputError, quoted
+from xmodal_interp.vocabulary import TOWERS, AttentionKind
+
+Check = Callable[[Any, str], Any]
+"""Given a value and the argument's name; raises InputError."""
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
+
+MOST = 10_000_000
+"""The largest number of repetitions that can be asked for."""
+
+
+def whole_number(value: Any, name: str, low: int, high: int = MOST) -> int:
+    """A whole number from ``low`` to ``high``.
+
+    Raises:
+        InputError: Something else.
+    """
+    number = None
+    if not isinstance(value, (bool, np.bool_)):
+        try:
+            number = operator.index(value)
+        except (TypeError, ValueError):
+            number = None
+    if number is None or not low <= number <= high:
+        raise InputError(f"{name} is a whole number from {low} to {high}; got {quoted(value)}.")
+    return number
+
+
+def real_number(value: Any, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """A number from ``low`` to ``high``, both included; not NaN.
+
+    Raises:
+        InputError: Something else.
+    """
+    number = math.nan
+    if not isinstance(value, (bool, np.bool_, str, bytes)):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            number = math.nan
+    if not low <= number <= high:
+        bounds = f" from {low:g} to {high:g}" if math.isfinite(low) or math.isfinite(high) else ""
+        raise InputError(f"{name} is a number{bounds}; got {quoted(value)}.")
+    return number
+
+
+def one_of(value: Any, name: str, allowed: Sequence[Any]) -> None:
+    """Raise InputError for a value that is not among those allowed."""
+    if not any(value is each or (isinstance(value, str) and value == each) for each in allowed):
+        names = ", ".join(str(each) for each in allowed)
+        raise InputError(f"{name} must be one of {names}; got {quoted(value)}.")
+
+
+def string(value: Any, name: str) -> None:
+    """Raise InputError for something that is not a string, or holds half of a surrogate pair."""
+    if not isinstance(value, str):
+        raise InputError(f"{name} is a string; got {quoted(value)}.")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(
+            f"{name} must be valid Unicode; {quoted(value)} has half of a surrogate pair."
+        )
+
+
+def strings(value: Any, name: str) -> None:
+    """Raise InputError for something that is not a list of strings, or one string."""
+    if isinstance(value, str):
+        return
+    is_list = isinstance(value, (list, tuple, set, frozenset, np.ndarray))
+    if not is_list or not all(isinstance(each, str) for each in value):
+        raise InputError(f"{name} is a string, or a list of them; got {quoted(value)}.")
+
+
+def function(value: Any, name: str) -> None:
+    """Raise InputError for something that cannot be called."""
+    if not callable(value):
+        raise InputError(f"{name} is a function; got {quoted(value)}.")
+
+
+def table(value: Any, name: str) -> None:
+    """Raise InputError for something that is not a pandas table."""
+    if not isinstance(value, pd.DataFrame):
+        raise InputError(f"{name} is a table (pandas.DataFrame); got {quoted(value)}.")
+
+
+def count(low: int, high: int = MOST) -> Check:
+    """A check of a whole number in these bounds."""
+    return lambda value, name: whole_number(value, name, low, high)
+
+
+def amount(low: float, high: float = math.inf) -> Check:
+    """A check of a number in these bounds."""
+    return lambda value, name: real_number(value, name, low, high)
+
+
+def choice(*allowed: Any) -> Check:
+    """A check of one of a few values."""
+    return lambda value, name: one_of(value, name, allowed)
+
+
+CHECKS: Mapping[str, Check] = {
+    **dict.fromkeys(("image", "video", "frame"), count(0)),
+    **dict.fromkeys(("n_bootstrap", "n_bins", "window"), count(1)),
+    **dict.fromkeys(("steps",), count(2)),
+    **dict.fromkeys(("batch_size", "n_random"), count(1)),
+    **dict.fromkeys(("n_positions", "min_queries"), count(0)),
+    **dict.fromkeys(("value", "label", "title", "x"), string),
+    **dict.fromkeys(("by", "blocks"), strings),
+    **dict.fromkeys(("table", "hits", "curve"), table),
+    "seed": count(0, 2**63 - 1),
+    "tower": choice(*TOWERS),
+    "kind": choice(*get_args(AttentionKind)),
+    "criterion": choice("overlap", "centre"),
+    "vmax": amount(0),
+    "interval": strings,
+    "meaning": choice("amount", "difference", "ratio"),
+    "statistic": function,
+}
+"""How an argument of this name is checked, wherever it has no check of another kind."""
+
+
+def checked(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Check the arguments of a public function by their names (``CHECKS``) before it is called.
+
+    None passes where it is the default.
+    """
+    parameters = inspect.signature(function).parameters
+    checks = {name: CHECKS[name] for name in parameters if name in CHECKS}
+
+    @wraps(function)
+    def inside(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        for name, check in checks.items():
+            if name in given and not (given[name] is None and parameters[name].default is None):
+                check(given[name], name)
+        return function(*args, **kwargs)
+
+    return inside

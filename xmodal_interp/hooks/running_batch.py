@@ -1,0 +1,85 @@
+"""Which samples a model is running, so that interventions find each sample's positions.
+
+A hook on the model reads its arguments: the ids, which are compared with those of the batch that
+:meth:`VLM.prepare` labelled last, and the attention mask, which says how much padding comes before
+each sample. A decode step belongs to the batch before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from xmodal_interp.models import VLM, Prompt, prompt_ids
+from xmodal_interp.sample import Sample
+
+
+class RunningBatch:
+    """The batch that a model is running; one for each ``intervene`` block.
+
+    Attributes:
+        samples: The samples as they were prepared, padding included and without attention; None if
+            the model runs other inputs than a VLM prepared.
+        padding: How many padding tokens come before each sample; None if the model was given no
+            mask ``[sample, position]``.
+        goes_on: Whether this run goes on with the batch of the run before: a decode step.
+    """
+
+    def __init__(self, model: VLM | nn.Module) -> None:
+        self.vlm = model if isinstance(model, VLM) else None
+        self.samples: tuple[Sample, ...] | None = None
+        self.padding: Int[Tensor, " sample"] | None = None
+        self.goes_on = False
+        self.masks: dict[Any, Tensor] = {}  # of selections, for this batch
+        self._ids: Tensor | None = None
+        self._prompts: Sequence[Prompt] | None = None
+
+    def enter(self, module: nn.Module, args: Any, options: Mapping[str, Any]) -> None:  # noqa: ARG002
+        """Read the arguments of a run; a forward pre-hook."""
+        ids: Any = prompt_ids(options)
+        if ids is None:
+            ids = args[0] if args else options.get("inputs_embeds")
+        if not isinstance(ids, Tensor) or ids.ndim < 2:
+            return
+        before = self._ids
+        self.goes_on = before is not None and (ids.shape[1] == 1 or _begins_with(ids, before))
+        if self.goes_on:
+            return
+        self._ids = ids
+        self.masks.clear()
+        mask: Any = options.get("attention_mask")
+        is_mask = isinstance(mask, Tensor) and mask.ndim == 2
+        self.padding = (mask.cumsum(1) == 0).sum(1) if is_mask else None
+        prompts = None if self.vlm is None or ids.ndim > 2 else self.vlm.prompts_of(ids)
+        if prompts is None or prompts is not self._prompts:
+            self._prompts = prompts
+            self.samples = None
+            if prompts is not None:
+                self.samples = tuple(_as_sample(each, i) for i, each in enumerate(prompts))
+
+
+def _begins_with(ids: Tensor, start: Tensor) -> bool:
+    same = ids.shape[0] == start.shape[0] and ids.ndim == start.ndim
+    longer = same and ids.shape[1] > start.shape[1]
+    return longer and torch.equal(ids[:, : start.shape[1]], start.to(ids))
+
+
+def _as_sample(prompt: Prompt, number: int) -> Sample:
+    return Sample(
+        name=f"sample-{number}",
+        tokens=prompt.tokens,
+        text=prompt.text,
+        question=prompt.question,
+        answer="",
+        n_prompt=len(prompt.tokens),
+        grids=prompt.grids,
+        images=prompt.images,
+        calls={},
+        cross_keys=prompt.cross_keys,
+        video_grids=prompt.video_grids,
+        videos=prompt.videos,
+    )
