@@ -130,6 +130,7 @@ CHECKS: Mapping[str, Check] = {
     "interval": strings,
     "meaning": choice("amount", "difference", "ratio"),
     "statistic": function,
+    "per_sample": choice(True, False),
 }
 """How an argument of this name is checked, wherever it has no check of another kind."""
 

@@ -136,7 +136,7 @@ def _word_around(text: str, start: int, end: int) -> str:
 
 def _check_types(phrase: str, occurrence: int | None) -> None:
     if not isinstance(phrase, str):
-        raise InputError(f"A phrase is a text; got {phrase!r}.")
+        raise InputError(f"A phrase is a text; got {quoted(phrase)}.")
     if occurrence is None:
         return
     try:

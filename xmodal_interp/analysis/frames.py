@@ -27,6 +27,8 @@ Cells = np.ndarray | Tensor | float
 Columns = dict[str, np.ndarray]
 """A part of a table, before many parts become one frame: a frame for each would take the time."""
 
+_PLAIN: tuple[Any, ...] = (bytes, range)  # sequences that hold no samples
+
 _OF_SAMPLE = ("created", "item", "images", "videos", "batch_size")
 """Provenance that may be another one for every sample of a run."""
 
@@ -128,7 +130,7 @@ def samples_of(samples: Sample | Iterable[Sample]) -> Sequence[Sample]:
         )
     if isinstance(samples, Sample):
         return [samples]
-    if isinstance(samples, Sequence) and not isinstance(samples, (list, tuple)):
+    if isinstance(samples, Sequence) and not isinstance(samples, (list, tuple, *_PLAIN)):
         return samples
     several = in_order(samples, "samples")
     if not all(isinstance(each, Sample) for each in several):
