@@ -318,7 +318,7 @@ def test_refusals() -> None:
     )
     with pytest.raises(InputError) as caught:
         Rule("median", 0.5, 0.0)
-    assert str(caught.value) == "fusion is one of mean, max, min; got 'median'."
+    assert str(caught.value) == "fusion must be one of mean, max, min; got 'median'."
 
 
 def test_refuses_what_was_not_kept() -> None:
