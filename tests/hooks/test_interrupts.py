@@ -24,8 +24,8 @@ from transformers.modeling_utils import AttentionInterface
 import xmodal_interp as xi
 from tests.models.real import real, settled
 from xmodal_interp import restoring
+from xmodal_interp.hooks import compiled, own_context, tapping
 from xmodal_interp.hooks import kernel as kernels
-from xmodal_interp.hooks import own_context, tapping
 
 BLIP = "blip"  # its attention computes its own softmax: it is recorded by a TorchFunctionMode
 
@@ -47,7 +47,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "open": (tapping._open, kernels._open, restoring.DeferredSignals._is_open),
         "contexts": (
             *(tapping._listeners.get(), kernels._listeners.get()),
-            own_context._blocks.get(),
+            *(own_context._blocks.get(), compiled._observers.get()),
         ),
         "handlers": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)),
     }

@@ -193,8 +193,9 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedModelError) as none, record(torch.nn.Linear(2, 2)):
         pass
     assert str(none.value) == (
-        "To listen to attention, a model needs attention modules. Linear has no module whose class "
-        "is named Attention."
+        "Linear has no module with softmax attention: no class is named Attention or calls "
+        "scaled_dot_product_attention, and no module named attn calls a softmax. Record a model "
+        "that has some."
     )
     with pytest.raises(InputError) as tower, record(model, towers="language"):
         pass

@@ -42,7 +42,7 @@ _HOMES: dict[str, Any] = {
     FUSED_MULTIHEAD: torch,
     FUSED_LAYER: torch,
 }
-_observers: ContextVar[tuple[HearKernel, ...]] = ContextVar("xmodal_interp_kernel", default=())
+_listeners: ContextVar[tuple[HearKernel, ...]] = ContextVar("xmodal_interp_kernel", default=())
 _inside: ContextVar[bool] = ContextVar("xmodal_interp_in_kernel", default=False)
 _lock = threading.Lock()
 _open = 0
@@ -55,7 +55,7 @@ def kernel_calls(hear: HearKernel) -> Block[None]:
 
 
 def _kernel_calls(hear: HearKernel, stack: ExitStack) -> None:
-    _observers.set((*_observers.get(), hear))
+    _listeners.set((*_listeners.get(), hear))
     stack.callback(_forget, hear)
     _install()
     stack.callback(_remove)
@@ -63,7 +63,7 @@ def _kernel_calls(hear: HearKernel, stack: ExitStack) -> None:
 
 def _forget(hear: HearKernel) -> None:
     """Blocks may be exited in any order, so an older state is not put back."""
-    _observers.set(tuple(each for each in _observers.get() if each is not hear))
+    _listeners.set(tuple(each for each in _listeners.get() if each is not hear))
 
 
 def _install() -> None:
@@ -96,13 +96,13 @@ class _Observed:
         self.name, self.function = name, function
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or not _observers.get() or _inside.get():
+        if torch.compiler.is_compiling() or not _listeners.get() or _inside.get():
             return self.function(*args, **options)
         token = _inside.set(True)
         try:
             output = self.function(*args, **options)
         finally:
             _inside.reset(token)
-        for hear in _observers.get():
+        for hear in _listeners.get():
             hear(self.name, args, options, output)
         return output
