@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from xmodal_interp.arguments import MOST, one_of, whole_number
+from xmodal_interp.arguments import MOST, one_of, string, whole_number
 from xmodal_interp.attention import AttentionCall, Positions, number, resolve
 from xmodal_interp.errors import (
     GeometryError,
@@ -327,6 +327,7 @@ class Sample:
             GeometryError: The number of values is not that of the tokens, they have no known
                 places, or there is no such image, view, video or frame.
         """
+        string(view, "view")
         bare = values.detach().float().cpu() if isinstance(values, Tensor) else values
         try:
             flat = np.asarray(bare, dtype=np.float64)

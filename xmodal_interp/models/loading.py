@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack, nullcontext
 from importlib.resources import files
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
         InputError: There is no such model, or it cannot be loaded with these options.
         UnsupportedModelError: A model type without a family record, or one that reads text only.
     """
+    if name is not None and not isinstance(name, (str, PathLike)):
+        raise InputError(f"The name of a model is a string or a path; got {quoted(name)}.")
     source = str(
         shipped_path(str(name or "llava")) if name is None or str(name) in SHIPPED else name
     )
