@@ -24,7 +24,7 @@ from xmodal_interp.analysis.resampling import (
     series_of,
     student_interval,
 )
-from xmodal_interp.arguments import checked, real_number, whole_number
+from xmodal_interp.arguments import MOST, checked, real_number, whole_number
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.ordered import in_order
 
@@ -97,7 +97,8 @@ def bootstrap_interval(
     real_number(level, "level")
     if not 0 < level < 1:
         raise InputError(f"level is between 0 and 1, such as 0.95; got {level!r}.")
-    whole_number(n, "n", 1)
+    if whole_number(n, "n", -MOST) < 1:
+        raise InputError(f"There is at least one draw; got n={n!r}.")
     first = _checked("values", values, None)
     second = None if paired is None else _checked("paired", paired, len(first))
     numbers = np.arange(len(first))
