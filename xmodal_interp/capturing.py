@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall, entries_of, numbers
+from xmodal_interp.attention.precision import lowered_precision
 from xmodal_interp.by_image import Layer, towers_by_image
 from xmodal_interp.by_position import (
     Stacks,
@@ -224,6 +225,7 @@ def provenance(
         "model_type": config.model_type,
         "revision": getattr(config, "_commit_hash", None),
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        **lowered_precision(vlm.model.device),
         "backend": config._attn_implementation,
         "processor": type(vlm.processor).__name__,
         **({"checkpoint": vlm.loading.differences} if vlm.loading else {}),

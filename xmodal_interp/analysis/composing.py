@@ -23,11 +23,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
+from xmodal_interp.attention.precision import full_precision
 from xmodal_interp.errors import GeometryError, InputError, NotRecordedError
 from xmodal_interp.models import ImageGrid
 from xmodal_interp.sample import Sample
 
 
+@full_precision()
 def query_patches(
     sample: Sample, image: int = 0, *, alpha: float = 0.5
 ) -> Float[Tensor, "token patch"]:
@@ -68,6 +70,7 @@ def query_patches(
     return of_tokens / of_tokens.sum(1, keepdim=True)
 
 
+@full_precision()
 def on_patches(
     sample: Sample,
     values: Tensor | np.ndarray,

@@ -209,7 +209,7 @@ def _shares(
     The rest is renormalised. With nothing dropped, nothing is renormalised: learned sinks keep
     their share. NaN where no key is visible.
     """
-    ratio, null = torch.empty(len(heads), len(queries)), torch.empty(len(heads), len(queries))
+    ratio, null = torch.empty(2, len(heads), len(queries), dtype=torch.float32)
     for pattern in dropped.unique(dim=0):  # heads mostly share their sinks
         same = (dropped == pattern).all(1).nonzero()[:, 0]
         groups = torch.stack([keys & ~pattern, ~pattern]).float()

@@ -32,8 +32,8 @@ def uniform(call: AttentionCall) -> AttentionCall:
     device = call.device
     return replace(
         call,
-        q=torch.zeros(1, n_heads, call.n_queries, D_NULL, device=device),
-        k=torch.zeros(1, n_heads, call.n_keys, D_NULL, device=device),
+        q=torch.zeros(1, n_heads, call.n_queries, D_NULL, dtype=torch.float32, device=device),
+        k=torch.zeros(1, n_heads, call.n_keys, D_NULL, dtype=torch.float32, device=device),
         v=None,
         mask=mask,
         bias=None,
@@ -68,7 +68,8 @@ def received(
     """Probability that each key receives, summed over the queries that see anything."""
     seeing = queries[call.n_visible(queries)[0].gt(0).all(0).to(queries.device)]
     rows = call if len(seeing) == call.n_queries else call.select_rows(seeing)
-    return rows.received(torch.ones(1, len(seeing), device=call.device), list(heads))[0]
+    ones = torch.ones(1, len(seeing), dtype=torch.float32, device=call.device)
+    return rows.received(ones, list(heads))[0]
 
 
 def cells_of(

@@ -290,7 +290,7 @@ def _lift(
     tokens: Int[Tensor, " cell"],
 ) -> Float[np.ndarray, "head cell"]:
     """Attention on each cell over the mean cell, of the queries that see all cells; else NaN."""
-    cells = torch.zeros(1, call.n_keys)
+    cells = torch.zeros(1, call.n_keys, dtype=torch.float32)
     cells[0, tokens] = 1.0
     seen = call.null_mass(cells, queries)[0, ..., 0] * call.n_visible(queries)[0]
     seeing = queries[(seen.round() == len(tokens)).all(0).cpu()]

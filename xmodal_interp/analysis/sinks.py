@@ -183,8 +183,7 @@ def _received(
     call: AttentionCall, rows: Int[Tensor, " query"], heads: Sequence[int]
 ) -> tuple[Float[Tensor, "head key"], Float[Tensor, "head key"], Float[Tensor, "head key"]]:
     """Per key: mean probability over the queries that see it, its null, and how many these are."""
-    shape = (len(heads), call.n_keys)
-    seen_by, null = torch.zeros(shape), torch.zeros(shape)
+    seen_by, null = torch.zeros(2, len(heads), call.n_keys, dtype=torch.float32)
     for chunk in row_chunks(call, rows, 1):
         seen = call.visible(chunk)[0].float().cpu()
         seen = seen if seen.shape[0] == 1 else seen[list(heads)]

@@ -53,7 +53,7 @@ def exact_rows(
         q = q[:, :, row]
     else:
         q, k = q[:, head][:, :, row], k[:, _kv_head(call, head)]
-    with full_precision(call.device):
+    with full_precision():
         return kernels.softmax_rows(
             q,
             k,
@@ -80,7 +80,7 @@ def weighted_rows(
     n_samples = max(vector.shape[0], call.n_samples)
     heads = [len(head)] if "h" in contraction.partition("->")[2] else []
     out = vector.new_zeros(n_samples, *heads, call.n_keys)
-    with full_precision(call.device):
+    with full_precision():
         for part in needed.split(chunk(call, len(head))):
             probs = exact_rows(call, head, part, vector.dtype)
             out += torch.einsum(contraction, vector[:, part], probs)
@@ -100,7 +100,7 @@ def average(
     values: Float[Tensor, "key value"],
 ) -> Float[Tensor, "sample head query value"]:
     """``probs @ values``: by the fused kernel, ``d_head`` values at a time, where that will do."""
-    with full_precision(call.device):
+    with full_precision():
         if fusible(call):
             q, k, seen, causal = _fused(call, head, row)
             return torch.cat(
@@ -112,7 +112,7 @@ def average(
             )
         if call.n_keys == 0:
             shape = (call.n_samples, len(head), len(row), values.shape[1])
-            return torch.full(shape, torch.nan, device=row.device)
+            return torch.full(shape, torch.nan, dtype=torch.float32, device=row.device)
         parts = row.split(chunk(call, len(head)))
         return torch.cat([exact_rows(call, head, part) @ values for part in parts], 2)
 
@@ -122,7 +122,7 @@ def null_average(
 ) -> Float[Tensor, "sample head query value"]:
     """What ``average`` would be under uniform attention over the visible keys."""
     parts = []
-    with full_precision(call.device):
+    with full_precision():
         for part in row.split(chunk(call, 1)):
             seen = visible(call, part).float()
             parts.append((seen @ values) / seen.sum(-1, keepdim=True))
@@ -133,7 +133,7 @@ def entropy(
     call: AttentionCall, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
 ) -> Float[Tensor, "sample head query"]:
     """Entropy of the rows, nats, right to 1e-5; by the fused kernel on the CPU."""
-    with full_precision(call.device):
+    with full_precision():
         if fusible(call) and row.device.type == "cpu":
             q, k, seen, causal = _fused(call, head, row)
             k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)

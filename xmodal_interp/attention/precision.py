@@ -9,7 +9,7 @@ restored afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,27 +18,23 @@ _BACKENDS: tuple[Any, ...] = (
     torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
     torch.backends.cuda.matmul,
 )
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
 _FULL = ("none", "ieee")
 _EPS = {"tf32": 2.0**-10, "bf16": 2.0**-7}  # the spacing of numbers just above 1
 
 
 @contextmanager
-def full_precision(device: torch.device | str = "cpu") -> Iterator[None]:
-    """Compute float32 products in float32 inside a ``with`` block.
-
-    Args:
-        device: Where the tensors are: autocast is set per kind of device.
-    """
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32 inside a ``with`` block, or in a decorated function."""
     lowered = [(each, each.fp32_precision) for each in _BACKENDS]
     lowered = [(each, setting) for each, setting in lowered if setting not in _FULL]
     for each, _ in lowered:
         each.fp32_precision = "ieee"
-    kind = torch.device(device).type
+    kinds = [kind for kind in _DEVICES if torch.is_autocast_enabled(kind)]
     try:
-        if torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                yield
-        else:
+        with ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         for each, setting in lowered:
@@ -51,3 +47,19 @@ def product_eps(dtype: torch.dtype) -> float:
     if dtype != torch.float32:
         return eps
     return max([eps, *(_EPS.get(each.fp32_precision, 0.0) for each in _BACKENDS)])
+
+
+def lowered_precision(device: torch.device | str) -> dict[str, str]:
+    """Settings of the process that a model on this device computes with; empty for the usual ones.
+
+    ``autocast`` is the dtype that products are computed in, ``matmul_precision`` the precision of
+    float32 products.
+    """
+    kind = torch.device(device).type
+    found = {}
+    if torch.is_autocast_enabled(kind):
+        found["autocast"] = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+    backend = _BACKENDS[1 if kind == "cuda" else 0]
+    if backend.fp32_precision not in _FULL:
+        found["matmul_precision"] = str(backend.fp32_precision)
+    return found

@@ -306,7 +306,7 @@ def _scores(
         """The share of each head's peaks that are among these tokens."""
         return (peaks & tokens).sum(1).double() / peaks.sum(1).clamp(min=1)
 
-    unknown = torch.full((len(probs),), torch.nan)
+    unknown = torch.full((len(probs),), torch.nan, dtype=torch.float64)
     any_thing = torch.stack([inside, *elsewhere]).any(0)
     others = [pointed_at(tokens) for tokens in elsewhere]
     tiny = torch.finfo(probs.dtype).tiny

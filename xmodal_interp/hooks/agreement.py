@@ -130,7 +130,7 @@ def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
     limit = max(_LEAST, 2 * eps)
     row = torch.tensor(list(rows), device=call.device)
     head = torch.arange(call.n_heads, device=call.device)
-    with torch.no_grad(), full_precision(call.device):
+    with torch.no_grad(), full_precision():
         values = raw.value.detach().float()
         probs = exact_rows(call, head, row)
         seeing = visible_rows_of(call, row).any(-1)[..., None]

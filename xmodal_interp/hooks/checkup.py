@@ -42,6 +42,7 @@ from xmodal_interp.hooks.modules import module_of
 from xmodal_interp.hooks.painting import painted_patches
 from xmodal_interp.hooks.recorder import listening
 from xmodal_interp.hooks.recording import Choice, Recording
+from xmodal_interp.hooks.refusals import refuse_split
 from xmodal_interp.hooks.unheard import unheard_attention
 from xmodal_interp.models import (
     VLM,
@@ -147,6 +148,7 @@ def doctor(
     findings, exactness = _Findings(), Exactness()
     bare = module_of(model)
     refuse_compiled(bare)
+    refuse_split(bare)
     _check_names(model, backends, caches)
     if isinstance(model, VLM):
         if inputs is not None:

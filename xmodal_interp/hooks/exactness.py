@@ -79,7 +79,7 @@ class Exactness:
         rows = _rows(call)
         gaps = self.gaps[call.module]
         eps = max(product_eps(t.dtype) for t in (heard.query, heard.output) if t is not None)
-        with full_precision(call.device):
+        with full_precision():
             probs = call.probs(queries=rows)
             seeing = call.visible(rows).any(-1).expand(probs.shape[:-1])
             if heard.output is not None and comparable(heard, call):

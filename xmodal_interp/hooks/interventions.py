@@ -36,6 +36,7 @@ from xmodal_interp.hooks.heads import layers_of, n_heads_of, ranged
 from xmodal_interp.hooks.modules import Identity, attention_modules, module_of
 from xmodal_interp.hooks.own_context import own_context
 from xmodal_interp.hooks.reading import as_attention_call, whole_mask
+from xmodal_interp.hooks.refusals import refuse_split
 from xmodal_interp.hooks.running_batch import RunningBatch
 from xmodal_interp.hooks.selection import Selection
 from xmodal_interp.hooks.tapping import RawCall, listeners, tap
@@ -150,6 +151,7 @@ def _intervene(
 ) -> None:
     bare = module_of(model)
     refuse_compiled(bare)
+    refuse_split(bare)
     known = attention_modules(bare)
     batch = RunningBatch(model)
     editors = [_Editor(intervention, known, batch) for intervention in interventions]

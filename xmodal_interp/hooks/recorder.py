@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from xmodal_interp.attention import AttentionCall
+from xmodal_interp.attention.precision import full_precision
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.bypass import Bypass, DenseCall, Heard, kernel_call
 from xmodal_interp.hooks.callers import in_continuous_batching, is_running
@@ -57,6 +58,7 @@ from xmodal_interp.hooks.refusals import (
     refuse_another_thread,
     refuse_failure,
     refuse_replica,
+    refuse_split,
     refuse_unseen,
     refuse_vmap,
 )
@@ -120,6 +122,7 @@ def listening(model: nn.Module, choice: Choice) -> Block[Recording]:
 
 def _listening(model: nn.Module, choice: Choice, stack: ExitStack) -> Recording:
     refuse_compiled(model)
+    refuse_split(model)
     members = Members(model)
     named = {**members.known, **members.holders}
     chosen = chosen_layers(choice.towers, choice.layers, members.known.values())
@@ -382,8 +385,7 @@ class _Recorder:
         if self.choice.inspect is not None:
             self.choice.inspect(heard, call)
         if self.choice.reduce is not None:
-            device = (heard.probs if isinstance(heard, DenseCall) else heard.query).device.type
-            with torch.autocast(device, enabled=False):  # the model's own, not of what is read off
+            with full_precision():  # autocast is the model's, not that of what is computed from it
                 self.recording.results.append(self._reduced(call, self.choice.reduce))
         elif isinstance(heard, DenseCall):
             self.kept.append(KeptCall(call))

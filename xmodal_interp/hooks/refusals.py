@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from xmodal_interp.attention import numbers
-from xmodal_interp.errors import CaptureError, InputError, XmodalError, quoted
+from xmodal_interp.errors import (
+    CaptureError,
+    InputError,
+    UnsupportedModelError,
+    XmodalError,
+    quoted,
+)
 from xmodal_interp.hooks.heads import ranged
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.vocabulary import TOWERS, Tower
@@ -97,6 +103,26 @@ def refuse_vmap() -> None:
         raise CaptureError(
             "A model inside torch.func.vmap cannot be recorded: its tensors are one sample's, and "
             "their values cannot be read. Call the model with the batch, without vmap."
+        )
+
+
+def refuse_split(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for a model whose layers are split over processes.
+
+    With tensor parallelism each process runs some heads of every layer, numbered from 0.
+    """
+    sizes = [getattr(module, "_tp_size", None) for module in model.modules()]
+    n_processes = max([size for size in sizes if isinstance(size, int)], default=1)
+    for weight in model.parameters():
+        mesh = getattr(weight, "device_mesh", None)  # of a DTensor
+        names = getattr(mesh, "mesh_dim_names", None) or ()
+        if mesh is not None and "tp" in names:
+            n_processes = max(n_processes, int(mesh.size(names.index("tp"))))
+    if n_processes > 1:
+        raise UnsupportedModelError(
+            f"The layers of this model are split over {n_processes} processes (tensor "
+            "parallelism), each of which has some of their heads only. Load it without tp_plan, "
+            "such as with device_map='auto'."
         )
 
 

@@ -89,7 +89,7 @@ class Packer:
         visible = (i[None] <= i[:, None]) & (
             (segment[None] == 0) | (segment[None] == segment[:, None])
         )
-        self.mask = torch.zeros(1, 1, *visible.shape).masked_fill_(
+        self.mask = torch.zeros(1, 1, *visible.shape, dtype=torch.float32).masked_fill_(
             ~torch.from_numpy(visible), torch.finfo(torch.float32).min
         )
         self.positions = self._positions(lengths)

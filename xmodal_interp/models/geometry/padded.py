@@ -31,7 +31,7 @@ def shrunk(processor: Any, image: Image.Image) -> tuple[int, int]:
         return image.size
     size = setting(processor, "size")
     largest = SizeDict(height=size["height"], width=size["width"])
-    blank = torch.empty(1, image.height, image.width)
+    blank = torch.empty(1, image.height, image.width, dtype=torch.float32)
     height, width = processor.image_processor.resize(blank, largest).shape[-2:]
     return width, height
 

@@ -212,7 +212,9 @@ def split_canvas(processor: Any, image: Image.Image) -> Tiling | None:
         size, setting(processor, "split_resolutions")
     )
     new_h, new_w = own_function(processor, "get_patch_output_size")(
-        torch.empty(1, *size, device="meta"), (canvas_h, canvas_w), ChannelDimension.FIRST
+        torch.empty(1, *size, dtype=torch.float32, device="meta"),
+        (canvas_h, canvas_w),
+        ChannelDimension.FIRST,
     )
     left, top = (canvas_w - new_w) // 2, (canvas_h - new_h) // 2
     xs = [(x - left) * image.width / new_w for x in (*range(0, canvas_w, tile), canvas_w)]
@@ -228,7 +230,7 @@ def largest_canvas(processor: Any, image: Image.Image) -> Tiling | None:
     settings = processor.image_processor
     if setting(processor, "vision_input_type") != "thumb+tile":
         return None
-    blank = torch.empty(1, 3, image.height, image.width)
+    blank = torch.empty(1, 3, image.height, image.width, dtype=torch.float32)
     _, (cols, rows) = settings.resize(blank, settings.tile_size, settings.max_num_tiles)
     return even(int(rows), int(cols), whole(image))
 
