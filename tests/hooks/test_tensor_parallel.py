@@ -27,7 +27,7 @@ def test_a_part_of_a_split_model_is_refused() -> None:
     ids = torch.arange(6)[None]
     model(ids)
     model._tp_size = 2
-    expected = "model is split over 2 processes"
+    expected = "^The layers of this model are split over 2 processes"
     with pytest.raises(UnsupportedModelError, match=expected), xi.record(model):
         model(ids)
     with (

@@ -56,6 +56,7 @@ from xmodal_interp.models import (
 COLUMNS = ("check", "verdict", "value", "limit", "note")
 _NEW_TOKENS = 4
 _UNKNOWN = float("nan")
+_ATTENDED = 1e-3  # a probability that shows in the output when its key is hidden
 
 
 @dataclass(frozen=True, eq=False)
@@ -453,19 +454,27 @@ def _tapped(
 
 
 def _edge(call: AttentionCall) -> tuple[int, int, int] | None:
-    """A sample, its last query that sees several keys, and the first of those other than itself.
+    """A sample, a late query that sees several keys, and of the others the one it attends to most.
 
-    Of the samples, the one in which this query sees most: others may be padded there. None if each
-    query sees one key only.
+    Of the samples, the one in which this query sees most: others may be padded there. The last
+    query that attends to another key at all; where scores are large, some attend to one key only.
+    None if each query sees one key only.
     """
+    best: tuple[float, tuple[int, int, int]] | None = None
     for query in reversed(range(call.n_queries)):
         visible = call.visible([query])[:, :, 0].expand(call.n_samples, -1, -1)
         counts = visible.sum(-1).amin(1)
         sample = int(counts.argmax())
         keys = [key for key in visible[sample].all(0).nonzero()[:, 0].tolist() if key != query]
-        if counts[sample] > 1 and keys:
-            return sample, query, keys[0]
-    return None
+        if counts[sample] < 2 or not keys:
+            continue
+        probs = call.probs(queries=[query])[sample, :, 0].amax(0)
+        key = max(keys, key=probs.tolist().__getitem__)
+        if best is None or float(probs[key]) > best[0]:
+            best = float(probs[key]), (sample, query, key)
+        if best[0] > _ATTENDED:
+            break
+    return None if best is None else best[1]
 
 
 def _checkers() -> Image.Image:

@@ -12,6 +12,7 @@ scores as rounding does. Rows are sampled where a whole matrix would not fit.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -160,13 +161,18 @@ def _eager_gap(
 
 
 def _judged(gaps: Tensor, limit: float, explained: Callable[[], Tensor]) -> Gap:
-    """The largest error; what rounded scores explain is measured if the limit is not kept."""
+    """The error that is farthest beyond its limit, of ``[row, value]``.
+
+    What rounded scores explain is measured row by row, if the limit is not kept.
+    """
     if not gaps.numel():
         return Gap(0.0, limit)
     error = float(gaps.max())
     if error <= limit:
         return Gap(error, limit)
-    return Gap(error, limit + 4 * float(explained().max()))
+    limits = limit + 4 * explained().amax(-1, keepdim=True)
+    worst = int((gaps / limits).nan_to_num(math.inf).flatten().argmax())
+    return Gap(float(gaps.flatten()[worst]), float(limits.expand_as(gaps).flatten()[worst]))
 
 
 def _rounding(call: AttentionCall, rows: list[int], probs: Tensor, eps: float) -> Tensor:
