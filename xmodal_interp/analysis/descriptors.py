@@ -170,7 +170,7 @@ def _entropy(
     entropy = call.entropy(list(heads), queries)[0].cpu().double()
     sunk = torch.zeros_like(entropy)
     if call.sinks is not None:
-        every = torch.ones(1, call.n_keys)
+        every = torch.ones(1, call.n_keys, dtype=torch.float32)
         on_keys = call.mass(every, list(heads), queries)[0, ..., 0].cpu().double()
         entropy, sunk = entropy / on_keys + on_keys.log(), 1 - on_keys
     entropy, sunk = entropy.where(free, 0.0), sunk.where(free, 0.0)
