@@ -182,7 +182,9 @@ def _mask(given: Mapping[str, Any], n_heads: int, n_samples: int, n_keys: int) -
         return seen[0] if len(seen) == 1 else seen[0] & seen[1]
     added = [
         functional.pad(
-            torch.zeros(part.shape, dtype=torch.float32, device=part.device).masked_fill(part, -torch.inf)
+            torch.zeros(part.shape, dtype=torch.float32, device=part.device).masked_fill(
+                part, -torch.inf
+            )
             if part.dtype == torch.bool
             else part,
             (0, missing),
