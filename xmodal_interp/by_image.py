@@ -266,6 +266,9 @@ def _shares(
     pooled = not of_channels and all(piece.n_queries == 1 for piece in pieces)
     if pooled and len(pieces) == tokens[-1]:
         return [pieces[start:stop] for start, stop in pairwise(tokens)]  # each pools its patches
+    counts = _in_proportion(pieces, wanted)
+    if counts:
+        return [pieces[start:stop] for start, stop in pairwise(counts)]
     each, rest = divmod(len(pieces), len(grids))
     alike = [p.n_keys for p in pieces] == [p.n_keys for p in pieces[:each]] * len(grids)
     if rest == 0 and each > 0 and alike:
@@ -278,6 +281,24 @@ def _shares(
         f"keys, for {len(grids)} images of {patches}, ... patches. Capture the samples one by one, "
         "or leave the tower out."
     )
+
+
+def _in_proportion(pieces: Sequence[AttentionCall], wanted: Sequence[int]) -> list[int]:
+    """The first piece of each image, and the end, if pieces are alike, with as many patches each.
+
+    Tiles with a class token each have more positions than patches. Empty if they are no such tiles.
+
+    Args:
+        pieces: In order.
+        wanted: The patches of all images up to each.
+    """
+    sizes = {piece.n_keys for piece in pieces}
+    per_piece, rest = divmod(wanted[-1], len(pieces))
+    if rest or len(sizes) != 1 or not 0 < per_piece <= min(sizes):
+        return []
+    if any(end % per_piece for end in wanted):
+        return []
+    return [0, *(end // per_piece for end in wanted)]
 
 
 def _bounds(wanted: Sequence[int], n_positions: int) -> list[int]:

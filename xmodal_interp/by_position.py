@@ -62,10 +62,7 @@ def call_by_position(
 
 
 def without_padding_keys(call: AttentionCall, n_keys: int | None) -> AttentionCall:
-    """A cross-attention with the keys of a sample's own images.
-
-    Samples of a batch with fewer images than others have keys behind their own, which are hidden;
-    but for rows before any image, to which some models show all keys, and drop what comes of it.
+    """A cross-attention without the keys after those of a sample's images, if no row can see them.
 
     Args:
         call: A call of one sample.
@@ -73,8 +70,6 @@ def without_padding_keys(call: AttentionCall, n_keys: int | None) -> AttentionCa
     """
     if call.kind != "cross" or n_keys is None or call.n_keys <= n_keys:
         return call
-    visible = call.visible()
-    reading = visible[..., n_keys:].any(-1) & ~visible.all(-1)
-    if bool(reading.any()):
+    if bool(call.visible()[..., n_keys:].any()):
         return call
     return with_keys(call, 0, n_keys)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -166,7 +167,11 @@ def capture_batch(
     system: str | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> list[Sample]:
-    """``capture`` for several samples in one padded batch; the samples come back apart."""
+    """``capture`` for several samples in a padded batch; returns one sample each.
+
+    The numbers of a sample do not depend on the other samples. Where padding would change them, the
+    model runs once for each group of samples that can share a run: see :meth:`VLM.batches`.
+    """
     check_vlm(vlm)
     max_new_tokens = checked_length(max_new_tokens, generation)
     keep = Keep() if keep is None else keep
@@ -175,6 +180,46 @@ def capture_batch(
     images, prompts = in_order(images, "images"), in_order(prompts, "prompts")
     if not prompts:
         raise InputError("A batch needs at least one sample; got none.")
+    clips = [()] * len(prompts) if videos is None else in_order(videos, "videos")
+    if not len(images) == len(prompts) == len(clips or prompts):
+        raise InputError(
+            f"Each sample has a list of images, a prompt and a list of videos. Got {len(images)} "
+            f"lists of images, {len(prompts)} prompts and {len(clips)} lists of videos."
+        )
+    clips = clips or [()] * len(prompts)
+    pictures = [list(of_sample) for of_sample in images]
+    samples: dict[int, Sample] = {}
+    groups = vlm.batches(pictures)
+    for group in groups:
+        options = dict(generation or {})
+        if "past_key_values" in options and len(groups) > 1:  # each run fills its own
+            options["past_key_values"] = copy.deepcopy(options["past_key_values"])
+        of_group = _run(
+            vlm,
+            [pictures[i] for i in group],
+            [prompts[i] for i in group],
+            [list(clips[i]) for i in group],
+            system,
+            max_new_tokens,
+            keep,
+            options,
+        )
+        for index, sample in zip(group, of_group, strict=True):
+            samples[index] = replace(sample, name=f"sample-{index}")
+    return [samples[index] for index in range(len(prompts))]
+
+
+def _run(
+    vlm: VLM,
+    images: Sequence[Sequence[ImageLike]],
+    prompts: Sequence[str],
+    videos: Sequence[Sequence[Video]],
+    system: str | None,
+    max_new_tokens: int,
+    keep: Keep,
+    generation: Mapping[str, Any],
+) -> list[Sample]:
+    """Samples that share one run of the model."""
     inputs, ready = vlm.prepare(images, prompts, system=system, videos=videos)
     check_whole(vlm.model, inputs)
     listening = record(
@@ -186,7 +231,7 @@ def capture_batch(
     )
     with torch.no_grad(), listening as recording:
         if max_new_tokens > 0:
-            output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **(generation or {}))
+            output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **generation)
             new = output[:, prompt_ids(inputs).shape[1] :]
         else:
             vlm.run(inputs)

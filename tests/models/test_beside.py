@@ -52,14 +52,29 @@ def test_features_that_the_model_puts_in_front_are_positions() -> None:
 def test_features_in_front_stand_before_the_padding_of_a_batch() -> None:
     vlm, images = vlm_of("git"), [[picture()], [picture(120, 64, 1)]]
     questions = ["a circle", QUESTION]
-    short, long = capture_batch(vlm, images, questions)
-    n_padding = short.tokens["kind"].eq("padding").sum()
-    assert n_padding == len(long.tokens) - len(short.tokens) + n_padding > 0
+    inputs, (short, long) = vlm.prepare(images, questions)
+    padding = np.flatnonzero(short.tokens["kind"].eq("padding"))
+    text = np.flatnonzero(short.tokens["kind"].eq("text"))
+    assert len(short.tokens) == len(long.tokens)
     assert short.tokens["kind"].tolist()[64:66] == ["image", "padding"]
-    padding = short.where("padding")
-    read = short.probs(1, queries=short.where("text"))
+    with torch.no_grad(), xi.record(vlm.model, towers=["language"]) as recording:
+        vlm.model(**inputs)
+    read = recording.calls[-1].probs(queries=text)[0]
     assert (read[:, :, padding] == 0).all()
     torch.testing.assert_close(read.sum(-1), torch.ones(read.shape[:2]))
+
+
+def test_samples_whose_positions_padding_would_shift_run_one_by_one() -> None:
+    """GIT counts positions from the first one (transformers 5.23, ``GitEmbeddings``)."""
+    vlm, images = vlm_of("git"), [[picture()], [picture(120, 64, 1)]]
+    questions = ["a circle", QUESTION]
+    assert vlm.batches(images) == [[0], [1]]
+    for index, sample in enumerate(capture_batch(vlm, images, questions)):
+        assert not len(sample.where("padding"))
+        alone = xi.capture(vlm, images[index], questions[index])
+        torch.testing.assert_close(sample.probs(1), alone.probs(1), atol=1e-6, rtol=0)
+    assert vlm_of("llava").batches(images) == [[0, 1]]
+    assert vlm_of("mllama").batches([*images, images[0] * 2, []]) == [[0, 1], [2], [3]]
 
 
 @pytest.mark.parametrize(("model_type", "first"), [("kosmos-2", 2), ("kosmos-2.5", 2)])

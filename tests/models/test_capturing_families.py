@@ -71,11 +71,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def asked(vlm: VLM, n_images: int) -> str:
     """What a user would write: a bare question where that will do, else the whole prompt."""
-    name, bare = vlm.family.model_type, "where is the red circle?"
+    return asked_in_full(vlm, "where is the red circle?", n_images)
+
+
+def asked_in_full(vlm: VLM, bare: str, n_images: int) -> str:
+    """A question as a user would write it."""
     if not vlm.family.reads_text:
         return ""
+    if vlm.family.writes_prompt:
+        return "no red circles"  # a policy, the same for all
     templated = getattr(vlm.processor, "chat_template", None) is not None
-    return bare if templated or vlm.family.in_front else prompt(name, n_images, bare)
+    front = templated or vlm.family.in_front
+    return bare if front else prompt(vlm.family.model_type, n_images, bare)
 
 
 def captured_from(name: str, n_images: int) -> Captured:

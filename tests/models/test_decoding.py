@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from tests.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.attention import AttentionCall, stitch
 from xmodal_interp.capturing import capture
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks import record
 
 FAMILIES = ["llava", "qwen2_vl", "mllama"]
@@ -150,3 +151,38 @@ def test_a_recording_of_any_way_to_generate_changes_nothing(options) -> None:
         assert [call.n_queries for call in calls] == steps
         sums = [call.probs().sum(-1) for call in calls]
         assert all(torch.allclose(each, torch.ones_like(each), atol=1e-5) for each in sums)
+
+
+@pytest.mark.parametrize("family", ["llava", "mllama"])
+def test_a_cache_that_holds_the_beginning_is_refused(family: str) -> None:
+    """The rows of its positions are not computed; the other rows would be put too early.
+
+    ``generate`` of transformers 5.23 reads what the cache does not hold only
+    (``prepare_inputs_for_generation``).
+    """
+    vlm = tiny_vlm(family)
+    inputs, _ = vlm.prepare([[picture()]], [QUESTION])
+    text_config = vlm.model.config.get_text_config()
+    cache = DynamicCache(config=text_config)
+    capture(vlm, picture(), QUESTION, max_new_tokens=2, generation={"past_key_values": cache})
+    held = cache.get_seq_length()
+    assert held > inputs["input_ids"].shape[1]  # an empty one is filled, and is not refused
+    message = (
+        f"The cache in past_key_values already holds {held} positions, whose rows of attention "
+        "this run does not compute. Pass an empty cache or none, or record the calls with "
+        "xi.record(model)."
+    )
+    with pytest.raises(InputError) as refusal:
+        capture(vlm, picture(), QUESTION, max_new_tokens=2, generation={"past_key_values": cache})
+    assert str(refusal.value) == message
+
+
+def test_a_first_call_with_keys_of_before_is_not_put_at_the_beginning() -> None:
+    q, k = torch.randn(2, 1, 2, 6, 4)
+    first = AttentionCall(
+        tower="language", kind="self", layer=0, module="m", call=0, scaling=0.5,
+        q=q[:, :, 2:5], k=k[:, :, :5], mask=torch.ones(5, 5).tril().bool()[None, None, 2:],
+    )  # fmt: skip
+    step = replace(first, q=q[:, :, 5:], k=k, mask=None, call=1)
+    with pytest.raises(CaptureError, match="attends to 5 keys with 3 queries"):
+        stitch([first, step], 6)

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tests.models.real import real, settled
 from tests.tiny import QUESTION, tiny_vlm
 from xmodal_interp.capturing import capture
 from xmodal_interp.errors import InputError
-from xmodal_interp.models import Video, open_image
+from xmodal_interp.models import VLM, Video, open_image
 
+IN_16_BITS = pytest.mark.filterwarnings("ignore:Grey values of 16 bits are scaled:UserWarning")
 RAMP = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
 BYTES = np.rint(RAMP / 257)
 
@@ -22,6 +25,7 @@ def grey(image: Image.Image) -> np.ndarray:
     return values[..., 0]
 
 
+@IN_16_BITS
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_sixteen_bits_of_a_file_become_bytes(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"ramp.{ending}"
@@ -30,6 +34,7 @@ def test_sixteen_bits_of_a_file_become_bytes(ending: str, tmp_path: Path) -> Non
         np.testing.assert_array_equal(grey(open_image(given)), BYTES)
 
 
+@IN_16_BITS
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
 def test_sixteen_bits_in_memory_become_bytes(mode: str) -> None:
     raw = RAMP.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
@@ -38,6 +43,7 @@ def test_sixteen_bits_in_memory_become_bytes(mode: str) -> None:
     np.testing.assert_array_equal(grey(open_image(image)), BYTES)
 
 
+@IN_16_BITS
 def test_sixteen_bits_that_pillow_widens_become_bytes(tmp_path: Path) -> None:
     path = tmp_path / "ramp.pgm"
     path.write_bytes(b"P5 64 64 65535\n" + RAMP.astype(">u2").tobytes())
@@ -94,3 +100,44 @@ def test_nothing_is_turned_twice(photo: Path) -> None:
         assert open_image(once) is once
         assert Video([once] * 2).opened().size == (20, 40)
         assert Video([given] * 2).opened().pixels().shape == (2, 40, 20, 3)
+
+
+def test_values_of_twelve_bits_are_scaled_with_a_warning() -> None:
+    """Pillow 12.3 and transformers 5.23 clip them, ``convert_to_rgb``: all above 255 is white."""
+    values = np.linspace(0, 4095, 256).astype(np.uint16).reshape(16, 16)
+    with pytest.warns(UserWarning, match=r"65535 is white; those of this image are 0 to 4095\."):
+        opened = open_image(Image.fromarray(values))
+    np.testing.assert_array_equal(grey(opened), np.rint(values / 257))
+    clipped = Image.fromarray(values).convert("RGB")  # the other choice: no warning
+    assert np.asarray(open_image(clipped)).max() == 255
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl", "inkling2"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_pixels_of_transparent_images_are_those_of_transformers(
+    mode: str, model_type: str, tmp_path: Path
+) -> None:
+    """Its processors put them on white (``image_transforms.convert_to_rgb``), Inkling 2's on a
+    checkerboard; Pillow alone shows the colour that is hidden."""
+    path = tmp_path / "shapes.png"
+    colours = np.zeros((96, 96, 4), np.uint8)
+    colours[:48] = (200, 30, 30, 255)
+    colours[48:] = (0, 0, 0, 0)
+    colours[40:56, 40:56] = (10, 200, 10, 128)
+    image = Image.fromarray(colours)
+    if mode == "P":
+        shown = Image.fromarray((colours[..., 0] > 100).astype(np.uint8), mode="P")
+        shown.putpalette([0, 0, 0, 200, 30, 30])
+        shown.save(path, transparency=0)
+    elif mode == "RGB":
+        image.convert("RGB").save(path, transparency=(0, 0, 0))
+    else:
+        image.convert(mode).save(path)
+    vlm = VLM(real(model_type)[0], settled(model_type))
+    inputs, (prompt,) = vlm.prepare([[path]], ["what is it?"])
+    with Image.open(path) as plain:
+        theirs = vlm.processor(images=[[plain]], text=[prompt.text], return_tensors="pt")
+    torch.testing.assert_close(inputs["pixel_values"], theirs["pixel_values"], atol=0, rtol=0)
+    if model_type != "inkling2":
+        assert np.asarray(prompt.images[0])[-1, 0].tolist() == [255, 255, 255]

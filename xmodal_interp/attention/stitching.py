@@ -194,6 +194,12 @@ def _keys(steps: Sequence[AttentionCall]) -> tuple[list[int], Tensor | None, Ten
     first = steps[0]
     if first.k is None:
         return [0] * len(steps), None, None
+    if bool(first.visible()[..., first.n_queries :].any()):
+        raise CaptureError(
+            f"The first call of {first.name} attends to {first.n_keys} keys with "
+            f"{first.n_queries} queries: some keys are of positions that were read before. "
+            "Generate without a cache that holds the beginning of the prompt."
+        )
     keys, values = [first.k[:, :, : first.n_queries]], []
     if first.v is not None:
         values.append(first.v[:, :, : first.n_queries])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
 from xmodal_interp.errors import InputError
 from xmodal_interp.models.family import Family
-from xmodal_interp.models.opening import Video, flat
+from xmodal_interp.models.opening import Composite, Video, flat
 from xmodal_interp.models.rendering import interleaved
 
 
@@ -31,11 +33,28 @@ def texts_and_images(
     return {"images": images, "text": list(texts)} if any(texts) else {"images": images}
 
 
-def options(processor: Any, family: Family, texts: Sequence[str]) -> dict[str, Any]:
+def composite_of(processor: Any) -> Composite | None:
+    """How a processor puts transparent images on a background; None where that is white."""
+    of_images = getattr(processor, "image_processor", None)
+    method = getattr(of_images, "convert_to_rgb", None)
+    if method is None or not str(method.__module__).startswith("transformers.models."):
+        return None
+
+    def composite(image: Image.Image) -> Image.Image:
+        """Convert an RGBA image as the processor would."""
+        channels_first = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return Image.fromarray(method(channels_first).permute(1, 2, 0).numpy())
+
+    return composite
+
+
+def options(
+    processor: Any, family: Family, texts: Sequence[str], padding_side: str
+) -> dict[str, Any]:
     """The options beside texts and images."""
     chosen: dict[str, Any] = {"return_tensors": "pt"}
     if len(texts) > 1:
-        chosen |= {"padding": True, "padding_side": "left"}
+        chosen |= {"padding": True, "padding_side": padding_side}
     begin = processor.tokenizer.bos_token
     if begin is not None and texts[0].startswith(begin):  # most chat templates write it themselves
         chosen |= {"add_special_tokens": False}

@@ -36,6 +36,13 @@ def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
         options: Arguments of ``model.generate``.
     """
     refuse_canvas(model)
+    n_cached = _n_cached(options.get("past_key_values"))
+    if n_cached:
+        raise InputError(
+            f"The cache in past_key_values already holds {n_cached} positions, whose rows of "
+            "attention this run does not compute. Pass an empty cache or none, or record the calls "
+            "with xi.record(model)."
+        )
     settings = options.get("generation_config") or model.generation_config
     for name, (plain, what) in _PLAIN.items():
         given = {**GREEDY, **options}.get(name, getattr(settings, name, plain))
@@ -57,6 +64,20 @@ def refuse_canvas(model: Any) -> None:
             "reads as a whole again and again, not token by token. Capture the prompt with "
             "max_new_tokens=0, or record the calls as they come with xi.record(model)."
         )
+
+
+def _n_cached(cache: Any) -> int:
+    """How many positions a cache of transformers holds, or a tuple of keys and values by layer."""
+    if cache is None:
+        return 0
+    if isinstance(cache, (tuple, list)):  # as in earlier versions
+        return max((int(layer[0].shape[-2]) for layer in cache), default=0)
+    if hasattr(cache, "self_attention_cache"):
+        parts = (cache.self_attention_cache, cache.cross_attention_cache)
+        return max(_n_cached(part) for part in parts)
+    layers = (layer for layer in cache.layers if hasattr(layer, "get_seq_length"))
+    lengths = (int(layer.get_seq_length()) for layer in layers)
+    return next((length for length in lengths if length), 0)
 
 
 def checked_length(max_new_tokens: Any, generation: Any) -> int:

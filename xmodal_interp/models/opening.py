@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from transformers.image_transforms import convert_to_rgb
 
 from xmodal_interp.arguments import real_number
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.paths import user_path
 
 ImageLike = Image.Image | str | PathLike[str]
+Composite = Callable[[Image.Image], Image.Image]
 
 _NOT_FRAMES = (
     "A video is given as its frames, xi.Video([frame, ...], fps=...), each a path or a PIL image: "
@@ -109,10 +112,15 @@ def flat(nested: Sequence[Sequence[Any]]) -> list[Any]:
     return [each for of_sample in nested for each in of_sample]
 
 
-def open_image(image: ImageLike) -> Image.Image:
+def open_image(image: ImageLike, composite: Composite | None = None) -> Image.Image:
     """An RGB image from a path or a PIL image, turned as its camera says (EXIF).
 
-    Grey values of 16 bits become bytes: 65535 is white.
+    What is transparent is put on white, as processors of transformers do. Grey values of 16 bits
+    become bytes, with a warning: 65535 is white, where transformers makes all above 255 white.
+
+    Args:
+        image: The image.
+        composite: Puts a transparent image on another background, where the processor has one.
 
     Raises:
         InputError: Something else, no such file, a file that is no image, or grey values whose
@@ -123,7 +131,7 @@ def open_image(image: ImageLike) -> Image.Image:
             raise InputError(
                 f"An image needs at least one pixel; got {image.width} x {image.height} px."
             )
-        return _rgb(_turned(image))
+        return _rgb(_turned(image), composite)
     if not isinstance(image, (str, PathLike)):
         raise InputError(
             "An image must be a path or a PIL image, such as PIL.Image.fromarray makes of an array "
@@ -132,7 +140,7 @@ def open_image(image: ImageLike) -> Image.Image:
     path = user_path(image)
     try:
         with Image.open(path) as opened:
-            return _rgb(_turned(opened)).copy()
+            return _rgb(_turned(opened), composite).copy()
     except FileNotFoundError:
         raise InputError(
             f"An image must be a file that exists, or a PIL image; there is no {str(path)!r}."
@@ -150,13 +158,15 @@ def _turned(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, composite: Composite | None) -> Image.Image:
     """The image in three bytes per pixel. Pillow alone would cut off all above 255."""
-    if image.mode == "RGB":
+    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
+    if image.mode == "RGB" and not transparent:
         return image
     widened = image.mode == "I" and image.format == "PPM"  # how Pillow opens those of 16 bits
     if image.mode.startswith("I;16") or widened:
         values = np.asarray(image).astype(np.float64)
+        _warn_of_scale(values)
         return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise InputError(
@@ -164,4 +174,18 @@ def _rgb(image: Image.Image) -> Image.Image:
             f"Got an image of mode {image.mode!r}. Make bytes of it first: Image.fromarray(array) "
             "of an array of np.uint8 [row, col], 0 to 255, or of np.uint16, 0 to 65535."
         )
-    return image.convert("RGB")
+    if transparent and composite is not None:
+        return composite(image.convert("RGBA"))
+    return Image.fromarray(convert_to_rgb(image, return_numpy=True))
+
+
+def _warn_of_scale(values: np.ndarray) -> None:
+    """Say that grey values of 16 bits are scaled, and how to show them otherwise."""
+    warnings.warn(
+        f"Grey values of 16 bits are scaled so that 65535 is white; those of this image are "
+        f"{int(values.min())} to {int(values.max())}. Pass image.convert('RGB') for what "
+        "transformers does (all above 255 is white), or bytes that you have scaled yourself, "
+        "Image.fromarray((array >> 4).astype(np.uint8)) for values of 12 bits.",
+        UserWarning,
+        stacklevel=4,
+    )

@@ -82,9 +82,9 @@ def read_at(family: Family, inputs: Mapping[str, Any], index: int, n_features: i
         return Read(ids, attended, attended, 0)
     of_decoder: list[int] = decoded[index].tolist()
     seen = _mask(inputs.get(DECODER_MASK), index, len(of_decoder))
-    return Read(
-        ids + of_decoder, attended + seen, [*attended, False, *seen[1:]], n_encoder=len(ids)
-    )
+    start = seen.index(True)  # padding is on the left
+    aligned = [here and at != start for at, here in enumerate(seen)]
+    return Read(ids + of_decoder, attended + seen, attended + aligned, n_encoder=len(ids))
 
 
 def as_generated(config: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

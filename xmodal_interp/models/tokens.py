@@ -231,19 +231,79 @@ def generated_table(
     special = special_ids(tokenizer)
     pieces = tokenizer.convert_ids_to_tokens(list(ids))
     columns: dict[str, list[Any]] = {name: [] for name in ("token", "kind", "start", "end")}
-    separator = separator_behind(text)
-    before = ""
-    for i, token in enumerate(ids):
-        after = tokenizer.decode(ids[: i + 1], skip_special_tokens=True)
-        piece, end = after[len(before) :], len(text) + len(separator) + len(after)
-        columns["token"].append(pieces[i] if token in special else piece.strip() or pieces[i])
-        columns["kind"].append("special" if token in special else "text")
-        columns["start"].append(end - len(piece.lstrip()))
-        columns["end"].append(end)
-        before = after
-    table = _table({**columns, "role": ["generated"] * len(ids)}, len(ids), n_before)
     decoded = tokenizer.decode(answer, skip_special_tokens=True)
-    return table, text + (separator + decoded if decoded else "")
+    begin = len(text) + len(separator_behind(text))
+    spans = _generated_spans(ids, decoded, tokenizer, special)
+    for token, piece, (start, end) in zip(ids, pieces, spans, strict=True):
+        columns["token"].append(piece if token in special else decoded[start:end].strip() or piece)
+        columns["kind"].append("special" if token in special else "text")
+        columns["start"].append(begin + start)
+        columns["end"].append(begin + end)
+    table = _table({**columns, "role": ["generated"] * len(ids)}, len(ids), n_before)
+    return table, text + (separator_behind(text) + decoded if decoded else "")
+
+
+def _generated_spans(
+    ids: Sequence[int], decoded: str, tokenizer: Any, special: set[int]
+) -> list[tuple[int, int]]:
+    """The characters of a decoded answer that each token has a part in, white space left out.
+
+    A character of several tokens, each with some of its bytes, is that of all of them. A token may
+    change the characters before it (some tokenizers take spaces away), so a character is settled
+    when no later token changes it; tokens that are settled together are found one by one.
+
+    Args:
+        ids: The tokens; special ones have no character.
+        decoded: The whole answer, which may go on.
+        tokenizer: The tokenizer.
+        special: Ids of special tokens.
+    """
+    spans: list[tuple[int, int]] = []
+    waiting: list[int] = []  # tokens that have settled no character yet
+    settled = 0
+    for number, token in enumerate(ids):
+        if token in special:
+            spans.append((settled, settled))
+            continue
+        so_far = tokenizer.decode(ids[: number + 1], skip_special_tokens=True)
+        stop = max(_n_in_common(so_far, decoded), settled)
+        unfinished = len(so_far) > stop  # has bytes of the next character
+        end = min(stop + unfinished, len(decoded))
+        spans.append((settled, end))
+        if stop == settled and unfinished:
+            waiting.append(number)
+            continue
+        if waiting:
+            alone = [tokenizer.decode([ids[i]]).strip() for i in (*waiting, number)]
+            for i, span in zip(
+                (*waiting, number), _one_by_one(alone, decoded, settled, end), strict=False
+            ):
+                spans[i] = span
+        waiting, settled = [], stop
+    return [_without_space(decoded, start, end) for start, end in spans]
+
+
+def _one_by_one(pieces: Sequence[str], text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """Where pieces stand in order within a text; empty if some do not, as parts of a character."""
+    spans = []
+    for piece in pieces:
+        at = text.find(piece, start, end) if piece else -1
+        if at < 0:
+            return []
+        spans.append((at, at + len(piece)))
+        start = at + len(piece)
+    return spans
+
+
+def _n_in_common(one: str, other: str) -> int:
+    """How many characters two strings begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
+    """A span without the white space that it begins with."""
+    return end - len(text[start:end].lstrip()), end
 
 
 _INTEGERS = ("image", "video", "tile", "frame", "row", "col", "start", "end")

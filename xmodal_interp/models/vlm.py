@@ -21,6 +21,7 @@ from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
 from xmodal_interp.models.labelling import Labeller, Made, Prompt
 from xmodal_interp.models.opening import ImageLike, Video, flat, open_image, open_video
+from xmodal_interp.models.padding import batches_alike, padding_side
 from xmodal_interp.models.records import family_of, refuse_other_class
 from xmodal_interp.models.rendering import Rendered, Writer, closed_up
 from xmodal_interp.models.sequences import (
@@ -131,7 +132,10 @@ class VLM:
         images, questions = in_order(images, "images"), in_order(questions, "questions")
         for question in questions:
             string(question, "A prompt")
-        opened = [tuple(open_image(image) for image in of_sample) for of_sample in images]
+        composite = calling.composite_of(self.processor)
+        opened = [
+            tuple(open_image(image, composite) for image in of_sample) for of_sample in images
+        ]
         clips = [] if videos is None else in_order(videos, "videos")
         shown = [tuple(open_video(video) for video in of_sample) for of_sample in clips]
         shown = shown or [()] * len(opened)
@@ -145,9 +149,10 @@ class VLM:
             for question, of, clips in zip(questions, opened, shown, strict=True)
         ]
         texts = [prompt.text for prompt in prompts]
+        side = padding_side(self.model.config, in_encoder=self.family.in_sequence)
         given = {
             **calling.texts_and_images(self.family, texts, opened),
-            **calling.options(self.processor, self.family, texts),
+            **calling.options(self.processor, self.family, texts, side),
             **(calling.policy(questions) if self.family.writes_prompt else {}),
             **calling.videos(shown),
         }
@@ -215,6 +220,21 @@ class VLM:
             return None
         same = torch.equal(ids[:, : known.shape[1]], known.to(ids))
         return labelled if same else None
+
+    def batches(self, images: Sequence[Sequence[ImageLike]]) -> list[list[int]]:
+        """Which samples of a batch can share a padded run without a change of their numbers.
+
+        Args:
+            images: For each sample, its images.
+
+        Returns:
+            The indices of the samples of each run. All share one run for most model types. Where
+            text reaches images by cross-attention, or the processor puts them before the prompt,
+            samples with different numbers of images do not; where padding changes positions, no
+            two samples do.
+        """
+        by_count = not self.family.in_sequence or self.family.in_front
+        return batches_alike(self.model.config, images, by_count=by_count)
 
     def generate(self, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
         """Token ids of prompt and answer, ``[sample, position]``, greedy unless told otherwise.
@@ -311,7 +331,8 @@ class VLM:
         """Pixels in the model's precision; ids and masks as they are."""
         return {
             name: value.to(self.model.dtype)
-            if name.startswith(("pixel_values", "image_patches")) and value.is_floating_point()
+            if ("pixel_values" in name or name.startswith("image_patches"))
+            and value.is_floating_point()
             else value
             for name, value in inputs.items()
         }

@@ -1,0 +1,103 @@
+"""A sample of a batch is the sample captured alone, by the real processor of every type.
+
+A third of the types by default, all of them with ``--all-types``. In float64 where the model can,
+for its rounding depends on the shape of a batch.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import xmodal_interp as xi
+from tests.models.real import real, settled
+from tests.models.records import RECORDS
+from tests.models.test_capturing_families import BUILT, REFUSED, asked_in_full
+from tests.tiny import picture
+from xmodal_interp.models import VLM
+from xmodal_interp.sample import Sample
+
+pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+SINGLE = ("deepseek_vl_hybrid", "kosmos-2", "kosmos-2.5", "pix2struct", "muse_spark")
+"""Types that do not run in float64: they make float32 tensors, or read float32 patches."""
+LIMITS = dict.fromkeys(
+    # all of them, a recurrence or rotary angles in float32
+    [
+        *(*SINGLE, "qwen3_5", "qwen3_5_moe", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"),
+        *("granite4_vision", "unlimited_ocr"),
+    ],
+    2e-4,
+)
+SOME = {
+    *("mllama", "idefics", "git", "blip", "florence2", "pix2struct", "kosmos-2", "kosmos-2.5"),
+    *("instructblip", "granite4_vision", "emu3", "hunyuan_vl", "mistral_large4", "idefics2"),
+}
+"""Types of whose batches each has a way of its own."""
+WITHOUT = {"mllama", "idefics", "git", "qwen2_vl", "gemma3"}
+"""Types whose batches are also tried with a sample without an image."""
+QUESTIONS = ["what is it?", "where is the red circle, and how many shapes are in the image?"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    everything = metafunc.config.getoption("all_types")
+    names = [name for name in BUILT if name not in REFUSED]
+    chosen = names if everything else [n for n in names if n in SOME or n in names[::6]]
+    metafunc.parametrize("model_type", chosen)
+
+
+def check(vlm: VLM, images: list, questions: list[str], n_new: int, limit: float) -> None:
+    together = xi.capture_batch(vlm, images, questions, max_new_tokens=n_new)
+    for index, sample in enumerate(together):
+        alone = xi.capture(vlm, images[index], questions[index], max_new_tokens=n_new)
+        assert sample.name == f"sample-{index}"
+        check_same(sample, alone, limit)
+
+
+def check_same(sample: Sample, alone: Sample, limit: float) -> None:
+    ours, theirs = (
+        np.flatnonzero(each.tokens["kind"].ne("padding").to_numpy(dtype=bool))
+        for each in (sample, alone)
+    )
+    columns = [name for name in alone.tokens.columns if not name.startswith("rope_")]
+    one, other = (
+        each.tokens[columns].iloc[read].reset_index(drop=True)
+        for each, read in ((sample, ours), (alone, theirs))
+    )
+    assert one.equals(other)
+    assert sample.answer == alone.answer
+    assert set(sample.calls) == set(alone.calls)
+    for key, call in alone.calls.items():
+        found, expected = sample.calls[key].probs()[0], call.probs()[0]
+        if key[0] == "language":
+            both = key[1] == "self" or call.n_keys == len(alone.tokens)  # of an encoder's positions
+            found, expected = found[:, ours], expected[:, theirs]
+            if both:
+                found, expected = found[:, :, ours], expected[:, :, theirs]
+        torch.testing.assert_close(
+            found, expected, atol=limit, rtol=0, equal_nan=True, msg=str(key)
+        )
+
+
+def test_a_sample_is_the_same_in_a_batch(model_type: str) -> None:
+    model, processor = real(model_type)[0], settled(model_type)
+    if model_type not in SINGLE:
+        model = copy.deepcopy(model).double()
+        model.set_experts_implementation("eager")  # torch's grouped kernel has no float64
+    vlm, limit = VLM(model, processor), LIMITS.get(model_type, 1e-5)
+    images = [[picture(96, 96, 0)], [picture(300, 90, 1)]]
+    questions = [asked_in_full(vlm, each, 1) for each in QUESTIONS]
+    check(vlm, images, questions, 3, limit)
+    check(vlm, images, questions[::-1], 0, limit)
+    if RECORDS[model_type].several and model_type != "perception_lm":  # its tiles must be as many
+        images = [images[0], [picture(300, 90, 1), picture(96, 96, 2)]]
+        questions = [asked_in_full(vlm, each, n) for n, each in enumerate(QUESTIONS, start=1)]
+        check(vlm, images, questions, 2, limit)
+    if model_type in WITHOUT:
+        images = [images[0], []]
+        questions = [asked_in_full(vlm, QUESTIONS[0], 1), QUESTIONS[1]]
+        check(vlm, images, questions, 2, limit)

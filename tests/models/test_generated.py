@@ -1,0 +1,66 @@
+"""Characters of generated tokens: each token has those that its bytes have a part in."""
+
+import pytest
+from transformers import BertTokenizer
+
+from tests.models.real import real
+from xmodal_interp.models.tokens import generated_table
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+WORDS = (
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "it", "'", "s", "do", "don", "n", "t"),
+    *("red", "##dish", ",", "."),
+)
+
+
+def found(text: str, phrase: str, table) -> list[int]:
+    start = text.index(phrase)
+    touched = (table["start"] < start + len(phrase)) & (table["end"] > start)
+    return [int(i) for i in table.index[touched]]
+
+
+@pytest.mark.parametrize("answer", ["a 红 circle", "x红色 is 🙂 é!", "naïve 中文", "two\n lines "])
+def test_characters_of_bytes_are_those_of_the_same_prompt(answer: str) -> None:
+    """Qwen's and Llama 3's vocabularies cut rare characters into bytes.
+
+    A prefix of such tokens decodes to U+FFFD (tokenizers 0.23, ``decoders.ByteLevel``).
+    """
+    tokenizer = real("qwen2_vl")[1].tokenizer
+    encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    for read in (ids, ids[:-1], ids[:-2]):  # the last tokens of an answer may not be read
+        table, text = generated_table(read, ids, tokenizer, 0, "user:")
+        assert text == f"user: {answer}"
+        for row, (start, end) in zip(table.itertuples(), encoded["offset_mapping"], strict=False):
+            expected = answer[start:end].lstrip()
+            assert text[row.start : row.end] == expected
+            assert row.start == row.end or row.end == len("user: ") + end
+
+
+def test_all_tokens_of_a_character_are_found() -> None:
+    tokenizer = real("qwen2_vl")[1].tokenizer
+    ids = tokenizer("a 红 circle", add_special_tokens=False)["input_ids"]
+    table, text = generated_table(ids, ids, tokenizer, 0, "user:")
+    assert found(text, "红", table) == [2, 3, 4]
+    assert table["token"][2:5].tolist() == ["红"] * 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "phrase", "positions"),
+    [
+        ("it's reddish", "it's", [0, 1, 2]),
+        ("it's reddish", "reddish", [3, 4]),
+        ("red, don't.", "don't", [2, 3, 4]),
+        ("red, don't.", "red", [0]),
+        ("do n't.", "don't", [0, 1, 2, 3]),
+    ],
+)
+def test_spaces_that_a_tokenizer_takes_away(answer, phrase, positions) -> None:
+    """BLIP's and GIT's decode "it ' s" and clean it up, so later tokens change earlier characters
+    (transformers 5.23, ``clean_up_tokenization``)."""
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    tokenizer = BertTokenizer(vocab=vocabulary, clean_up_tokenization_spaces=True)
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    table, text = generated_table(ids, ids, tokenizer, 0, "user:")
+    assert found(text, phrase, table) == positions
+    assert "".join(table["token"]) == text.removeprefix("user: ").replace(" ", "")
