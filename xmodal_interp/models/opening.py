@@ -176,7 +176,7 @@ def _rgb(image: Image.Image, composite: Composite | None) -> Image.Image:
         )
     if transparent and composite is not None:
         return composite(image.convert("RGBA"))
-    return Image.fromarray(convert_to_rgb(image, return_numpy=True))
+    return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
 
 
 def _warn_of_scale(values: np.ndarray) -> None:
