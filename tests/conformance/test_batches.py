@@ -23,7 +23,7 @@ from xmodal_interp.sample import Sample
 pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
-SINGLE = ("deepseek_vl_hybrid", "kosmos-2", "kosmos-2.5", "pix2struct", "muse_spark")
+SINGLE = ("deepseek_vl_hybrid", "kosmos-2", "kosmos-2.5", "pix2struct", "muse_spark", "inkling2")
 """Types that do not run in float64: they make float32 tensors, or read float32 patches."""
 LIMITS = dict.fromkeys(
     # all of them, a recurrence or rotary angles in float32
