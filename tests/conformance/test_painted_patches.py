@@ -28,7 +28,6 @@ NO_KEYS = {
     **dict.fromkeys(("deepseek_ocr2", "unlimited_ocr", "step3p7"), "several views of an image"),
     "chameleon": "no vision tower",
     "granite4_vision": "several grids",
-    "deepseek_vl_hybrid": "the tower of larger pictures runs first",
 }
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from tests.conformance.building import tiny
 from tests.tiny import QUESTION, picture
-from xmodal_interp.errors import UnsupportedModelError
+from xmodal_interp.errors import CaptureError, UnsupportedModelError
 from xmodal_interp.hooks import attention_modules, record
 from xmodal_interp.hooks.modules import layers_without_matrix
 
@@ -51,6 +51,19 @@ class XCA(MHSA):
         return mixed.permute(0, 3, 1, 2).flatten(2)
 
 
+class GPSA(MHSA):
+    """Mixes two softmaxes, one of contents and one of places, as ConViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(HEADS, TOKENS, TOKENS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        by_place = self.places.expand(len(x), -1, -1, -1).softmax(-1)
+        mixed = (0.5 * self.probs(x) + 0.5 * by_place) @ self.operands(x)[2]
+        return mixed.transpose(1, 2).flatten(2)
+
+
 class Block(nn.Module):
     def __init__(self, name: str, attention: nn.Module) -> None:
         super().__init__()
@@ -80,6 +93,27 @@ def test_attention_known_by_its_attribute(name) -> None:
             assert torch.equal(model(x), alone)
         expected = model[0].get_submodule(name).probs(x)
     assert [call.layer for call in recording.calls] == [0, 1, 2]
+    torch.testing.assert_close(recording.calls[0].probs(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_mixture_of_softmaxes_is_refused_and_a_layer_beside_it_is_not() -> None:
+    model = stack(Block("attn", GPSA()), Block("attn", MHSA()))
+    x = torch.randn(2, TOKENS, WIDTH)
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            CaptureError,
+            match=r"^0\.attn computes 2 softmaxes over the same tokens in one run, and which "
+            r"mixture of them weights the values is not known\. Leave out its tower or its layer "
+            r"with towers= or layers=\.$",
+        ),
+        record(model),
+    ):
+        model(x)
+    with torch.no_grad(), record(model, layers=[1]) as recording:
+        model(x)
+    assert [call.module for call in recording.calls] == ["1.attn"]
+    expected = model[1].attn.probs(model[0](x)).detach()
     torch.testing.assert_close(recording.calls[0].probs(), expected, atol=1e-6, rtol=0)
 
 

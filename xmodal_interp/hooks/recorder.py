@@ -57,6 +57,7 @@ from xmodal_interp.hooks.refusals import (
     chosen_layers,
     refuse_another_thread,
     refuse_failure,
+    refuse_mixture,
     refuse_replica,
     refuse_split,
     refuse_unseen,
@@ -258,6 +259,8 @@ class _Recorder:
         if run.heard_inside and module not in self.members.known:
             run.aside[:] = [each for each in run.aside if isinstance(each, RawCall)]
         if run.n_heard == 0:
+            if wanted:
+                refuse_mixture(self.members.identity(module).module, run.aside)
             for heard in run.aside:
                 self._keep(self.members.proved(module), heard)
         self._judge(run, wanted=wanted)

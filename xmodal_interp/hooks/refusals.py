@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from xmodal_interp.errors import (
     XmodalError,
     quoted,
 )
+from xmodal_interp.hooks.bypass import DenseCall, Heard
 from xmodal_interp.hooks.heads import ranged
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.vocabulary import TOWERS, Tower
@@ -94,6 +96,22 @@ def refuse_failure(error: Exception) -> None:
         f"{type(error).__name__}: {error}. Leave out the tower where it did with towers=, and "
         "report the traceback above."
     ) from error
+
+
+def refuse_mixture(name: str, heard: Iterable[Heard]) -> None:
+    """Raise CaptureError for a module that computed several softmaxes over the same tokens.
+
+    ConViT adds two of them and differential attention subtracts them before the values are
+    weighted: no single one holds the probabilities.
+    """
+    shapes = Counter(tuple(each.probs.shape) for each in heard if isinstance(each, DenseCall))
+    n_alike = max(shapes.values(), default=0)
+    if n_alike > 1:
+        raise CaptureError(
+            f"{name} computes {n_alike} softmaxes over the same tokens in one run, and which "
+            "mixture of them weights the values is not known. Leave out its tower or its layer "
+            "with towers= or layers=."
+        )
 
 
 def refuse_vmap() -> None:
