@@ -21,6 +21,8 @@ Check = Callable[[Any, str], Any]
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 
+_DEEPEST = 5
+
 MOST = 10_000_000
 """The largest number of repetitions that can be asked for."""
 
@@ -98,6 +100,16 @@ def table(value: Any, name: str) -> None:
         raise InputError(f"{name} is a table (pandas.DataFrame); got {quoted(value)}.")
 
 
+def shallow(value: Any, name: str) -> None:
+    """Raise InputError for lists within lists within lists, which nothing here takes."""
+    inner = value
+    for _ in range(_DEEPEST):
+        if not isinstance(inner, (list, tuple)) or not inner:
+            return
+        inner = inner[0]
+    raise InputError(f"{name} is nested too deeply; got {quoted(value)}.")
+
+
 def count(low: int, high: int = MOST) -> Check:
     """A check of a whole number in these bounds."""
     return lambda value, name: whole_number(value, name, low, high)
@@ -115,13 +127,14 @@ def choice(*allowed: Any) -> Check:
 
 CHECKS: Mapping[str, Check] = {
     **dict.fromkeys(("image", "video", "frame"), count(0)),
-    **dict.fromkeys(("n_bootstrap", "n_bins", "window"), count(1)),
-    **dict.fromkeys(("steps",), count(2)),
-    **dict.fromkeys(("batch_size", "n_random"), count(1)),
+    "n_bootstrap": count(1),
+    # functions say themselves what numbers are too small
+    **dict.fromkeys(("n_bins", "window", "steps", "batch_size", "n_random"), count(-MOST)),
     **dict.fromkeys(("n_positions", "min_queries"), count(0)),
     **dict.fromkeys(("value", "label", "title", "x"), string),
     **dict.fromkeys(("by", "blocks"), strings),
     **dict.fromkeys(("table", "hits", "curve"), table),
+    **dict.fromkeys(("queries", "layers", "heads", "head"), shallow),
     "seed": count(0, 2**63 - 1),
     "tower": choice(*TOWERS),
     "kind": choice(*get_args(AttentionKind)),

@@ -8,6 +8,8 @@ from typing import Any
 
 from xmodal_interp.errors import InputError, quoted
 
+_LONGEST = 255  # bytes of one name, on usual file systems
+
 
 def user_path(given: Any) -> Path:
     """A path with ``~`` replaced by the home folder.
@@ -28,4 +30,10 @@ def user_path(given: Any) -> Path:
         raise InputError(f"{quoted(given)} cannot be the path of a file: {error}.") from error
     if not usable:
         raise InputError(f"{quoted(given)} cannot be the path of a file: it has a null character.")
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > _LONGEST:
+        raise InputError(
+            f"{quoted(given)} cannot be the path of a file: a name of {longest} bytes, where at "
+            f"most {_LONGEST} are possible."
+        )
     return path

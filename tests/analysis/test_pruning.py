@@ -53,8 +53,9 @@ def replica_scores(vlm: VLM, item: dict, removal: dict, mode: str) -> tuple[floa
     edits = []
     if mode == "mean" and removal:
         text = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
-        image = torch.from_numpy(prompt.tokens["kind"].eq("image").to_numpy(dtype=bool))
-        text[:n_prompt] = ~image
+        image = torch.zeros_like(text)
+        image[:n_prompt] = torch.from_numpy(prompt.tokens["kind"].eq("image").to_numpy(dtype=bool))
+        text &= ~image
         for name, chosen in (("text", text), ("image", image)):
             means = means_of(vlm, name)
             edits.append(ablate_heads(removal, "mean", queries=chosen, means=means))

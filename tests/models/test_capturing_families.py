@@ -34,7 +34,7 @@ BUILT = [
 ]  # those with n_frames read clips, not pictures
 REFUSED = {
     "pi0": "PI0ForConditionalGeneration also needs state",
-    "diffusion_gemma": "A sample is one answer, read once and in order",
+    "diffusion_gemma": "DiffusionGemmaForBlockDiffusion writes its answer on a canvas",
 }
 SOME = ("mllama", "git", "blip", "kosmos-2", "florence2", "t5gemma2", "vision-encoder-decoder")
 """The first of each way to read an image that is not simply among the tokens."""

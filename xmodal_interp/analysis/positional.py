@@ -90,7 +90,7 @@ def positional_bias(
     """
     refuse_text(blocks, "blocks", "['text->image']")
     unknown = [block for block in blocks if block not in BLOCKS]
-    if unknown or not blocks:
+    if unknown or not len(blocks):
         raise InputError(
             f"Blocks are out of {', '.join(BLOCKS)}; got {', '.join(unknown) or 'none'}."
         )

@@ -48,8 +48,8 @@ from xmodal_interp.analysis.selecting import (
     refuse_cross_attention,
 )
 from xmodal_interp.arguments import checked
-from xmodal_interp.attention import AttentionCall, Positions, resolve
-from xmodal_interp.errors import InputError, NotRecordedError
+from xmodal_interp.attention import AttentionCall, Positions, resolve, whole_slice
+from xmodal_interp.errors import InputError, NotRecordedError, quoted
 from xmodal_interp.phrases import has_phrase
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import LAST, Tower
@@ -115,8 +115,8 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         NotRecordedError: Layers, rows or norms that were not kept.
     """
     rule = Rule(fusion, alpha_of(alpha), discard)
-    if baseline not in (None, "uniform"):
-        raise InputError(f"baseline is 'uniform' or None; got {baseline!r}.")
+    if not (baseline is None or (isinstance(baseline, str) and baseline == "uniform")):
+        raise InputError(f"baseline is 'uniform' or None; got {quoted(baseline)}.")
     if baseline is not None and discard > 0:
         raise InputError(
             "Uniform attention has no lowest entries to discard: a baseline goes with discard=0. "
@@ -208,7 +208,8 @@ def _calls(
             "layers is the start and stop of a slice, such as (0, -1) or (2, None); got "
             f"{layers!r}."
         )
-    chosen = range(n_layers)[slice(*(layers or (None, None)))]
+    part = whole_slice(slice(*(layers or (None, None))), "layer")
+    chosen = range(n_layers)[part]
     if there:
         _refuse_gaps(chosen, there, tower)
     if not chosen:

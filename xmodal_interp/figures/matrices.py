@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import Positions
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.figures.drawing import draw_image, draw_rows
 from xmodal_interp.figures.labelling import (
     NAMES,
@@ -63,8 +63,8 @@ def attention_matrix(
         path: Where to save the figure.
     """
     check_show(show, ("probability", "lift"))
-    if zoom not in (None, "text-image"):
-        raise InputError(f"zoom must be 'text-image' or None; got {zoom!r}.")
+    if not (zoom is None or (isinstance(zoom, str) and zoom == "text-image")):
+        raise InputError(f"zoom must be 'text-image' or None; got {quoted(zoom)}.")
     place = place_of(sample, image) if zoom else None
     if place is not None and place.kind != kind:
         raise InputError(

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from xmodal_interp.arguments import one_of
 from xmodal_interp.attention.masks import additive_rows
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.hooks.calibration import HeadMeans
@@ -123,8 +124,7 @@ def ablate_heads(
             tower, or the reverse.
         PositionError: A negative position.
     """
-    if mode not in ABLATION_MODES:
-        raise InputError(f"mode must be one of {', '.join(ABLATION_MODES)}; got {mode!r}.")
+    one_of(mode, "mode", ABLATION_MODES)
     if (mode == "mean") != (means is not None):
         raise InputError(
             f"mode='mean' needs means=mean_head_outputs(vlm, items), and no other mode does; got "

@@ -126,7 +126,8 @@ class Agreement:
 def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
     """How far the call's probabilities, applied to the values, are from the output in some rows."""
     assert raw.output is not None
-    eps = max(product_eps(raw.query.dtype), product_eps(raw.output.dtype))
+    of_ours = torch.finfo(torch.float32).eps  # also for a model in float64
+    eps = max(product_eps(raw.query.dtype), product_eps(raw.output.dtype), of_ours)
     limit = max(_LEAST, 2 * eps)
     row = torch.tensor(list(rows), device=call.device)
     head = torch.arange(call.n_heads, device=call.device)
