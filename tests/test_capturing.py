@@ -188,7 +188,7 @@ WRONG = {
     ),
     "messages": (
         {"prompt": [{"role": "user"}]},
-        "A prompt must be one text; got [{'role': 'user'}].",
+        "A prompt is a string; got [{'role': 'user'}].",
     ),
     "name": (
         {"vlm": "llava"},

@@ -66,7 +66,7 @@ def test_so_it_is_in_evaluation_and_pruning(adapted, evaluated) -> None:
     with pytest.warns(UserWarning, match=WARNING):
         ours = numbers(adapted)
     for one, other in zip(ours, numbers(evaluated), strict=True):
-        assert np.array_equal(one, other)
+        np.testing.assert_array_equal(one, other)
 
 
 def test_the_doctor_says_so(adapted) -> None:
