@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from xmodal_interp.models import VLM, Prompt, prompt_ids
+from xmodal_interp.models import VLM, Prompt
 from xmodal_interp.sample import Sample
 
 
@@ -40,7 +40,8 @@ class RunningBatch:
 
     def enter(self, module: nn.Module, args: Any, options: Mapping[str, Any]) -> None:  # noqa: ARG002
         """Read the arguments of a run; a forward pre-hook."""
-        ids: Any = prompt_ids(options)
+        given = (options.get(name) for name in ("decoder_input_ids", "input_ids"))
+        ids: Any = next((each for each in given if each is not None), None)
         if ids is None:
             ids = args[0] if args else options.get("inputs_embeds")
         if not isinstance(ids, Tensor) or ids.ndim < 2:
