@@ -17,6 +17,7 @@ from xmodal_interp.models.training_mode import (
 )
 from xmodal_interp.models.vlm import VLM, check_vlm
 from xmodal_interp.models.windows import square_windows, tiles_behind, window_orders
+from xmodal_interp.models.wrapping import input_device
 
 __all__ = [
     "FAMILIES",
@@ -36,6 +37,7 @@ __all__ = [
     "described_training",
     "evaluation_mode",
     "generated_table",
+    "input_device",
     "load",
     "modules_in_training",
     "open_image",
