@@ -125,8 +125,10 @@ def test_a_kernel_called_by_any_class_is_heard(kind, parts) -> None:
     assert sorted(names) == [f"{path}.{i}.self_attn" for i in range(4)]
 
 
-def test_a_softmax_of_a_module_that_holds_the_old_one_is_heard() -> None:
-    model, inputs = llava_with(lambda old: FastAttn(old, "softmax", parts=False))
+@pytest.mark.parametrize("kind", [Mixer, FastAttn])
+@pytest.mark.parametrize("parts", [True, False], ids=["parts", "whole"])
+def test_a_softmax_of_any_class_with_heads_is_heard(kind, parts) -> None:
+    model, inputs = llava_with(lambda old: kind(old, "softmax", parts=parts))
     with torch.no_grad(), record(model, towers=["language"]) as recording:
         model(**inputs)
     assert [call.layer for call in recording.calls] == [0, 1, 2, 3]

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from xmodal_interp.analysis.frames import stamped
 from xmodal_interp.analysis.teacher_forcing import answer_scores, check_causal, origin, replays
-from xmodal_interp.arguments import checked, one_of
+from xmodal_interp.arguments import checked, one_of, whole_number
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.embeddings import check_images_gone, check_in_sequence, mean_embeddings
 from xmodal_interp.hooks.replaying import remember_blocks, replay
@@ -136,8 +136,7 @@ def _curve(
     seed: int,
     progress: bool,  # noqa: FBT001
 ) -> pd.DataFrame:
-    if steps < 2:
-        raise InputError(f"A curve has at least 2 steps, none and all tokens; got {steps}.")
+    whole_number(steps, "steps", 2)
     check_in_sequence(vlm)
     items = listed(items)
     if isinstance(maps, str):

@@ -10,7 +10,7 @@
 4. Where no reading gives the output, the call is reported: its probabilities are not the model's.
 
 The limit is what the model's precision explains. Rounded scores explain more where scores are
-large: how much is measured, by changing the scores as rounding does.
+large: how much is computed from the size of the products that are summed to a score.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from xmodal_interp.hooks.tapping import RawCall
 _N_ROWS, _N_ROWS_UNKNOWN, _N_ROWS_OTHER = 4, 16, 64
 _N_FIRST, _EVERY = 3, 8  # calls of a layer, of which the later ones have one query each
 _LEAST = 1e-5  # of P|V|, in float32
+_LARGEST_CHANGE = 30.0  # of a score: the exponential of more is no float32 when squared
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
             return Gap(error, limit)
         if not all(bool(t.isfinite().all()) for t in (raw.query, raw.key, raw.value)):
             return Gap(0.0, limit)  # the model's own numbers are none
-        noise = 4 * rounding(call, head, row, values, probs, eps).amax(-1, keepdim=True)
+        moved = moved_probs(call, row, probs, eps)
+        noise = 4 * rounding(moved, values, ours).amax(-1, keepdim=True)
         limits = limit + noise / scale
         excess = torch.where(seeing, difference / scale / limits, 0.0).flatten()
         worst = int(excess.nan_to_num(math.inf).argmax())
@@ -152,35 +154,40 @@ def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
         return Gap(error, float(limits.expand(difference.shape).flatten()[worst]))
 
 
-def rounding(
-    call: AttentionCall,
-    head: Tensor,
-    row: Tensor,
-    values: Float[Tensor, "sample kv_head key d_value"],
-    probs: Float[Tensor, "sample head query key"],
-    eps: float,
-) -> Float[Tensor, "sample head query d_value"]:
-    """How much ``P V`` changes when the scores change as rounding to a precision does."""
-    return weighted(rounded(call, head, row, eps) - probs, values).abs()
-
-
-def rounded(
-    call: AttentionCall, head: Tensor, row: Tensor, eps: float
+def moved_probs(
+    call: AttentionCall, row: Tensor, probs: Float[Tensor, "sample head query key"], eps: float
 ) -> Float[Tensor, "sample head query key"]:
-    """Probabilities of scores that differ by what a precision leaves open, up or down at random."""
-    assert call.q is not None
-    assert call.k is not None
+    """How far each probability moves alone when its score is rounded.
+
+    A score is a sum of products ``q_i k_i``, so rounding changes it by about
+    ``w = eps * scaling * sum_i |q_i k_i|``, and its probability ``p`` by ``p (e^w - 1)``, at most
+    by 1.
+    """
     part = call.select_rows(call.query_positions[row])
     assert part.q is not None
+    assert call.k is not None
     n_groups = call.n_heads // call.n_kv_heads
     q, k = part.q.float().abs(), call.k.float().abs().repeat_interleave(n_groups, 1)
-    size = (q @ k.transpose(-1, -2)) * abs(call.scaling)
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, size.shape, generator=generator, dtype=torch.int8) * 2 - 1
-    noise = eps * size * signs.to(size.device)
-    changed = noise if part.bias is None else noise + part.bias
-    moved = AttentionCall(**{**vars(part), "bias": changed})
-    return exact_rows(moved, head, torch.arange(len(row), device=call.device))
+    change = eps * abs(call.scaling) * (q @ k.transpose(-1, -2))
+    return (probs * change.clamp(max=_LARGEST_CHANGE).expm1()).clamp(max=1)
+
+
+def rounding(
+    moved: Float[Tensor, "sample head query key"],
+    values: Float[Tensor, "sample kv_head key d_value"],
+    output: Float[Tensor, "sample head query d_value"],
+) -> Float[Tensor, "sample head query d_value"]:
+    """The standard deviation of ``O = P V`` when probabilities move alone and independently.
+
+    ``dO = sum_k dp_k (V_k - O)``, because the probabilities of a row are divided by their sum.
+    """
+    weights = moved.square()
+    variance = (
+        weighted(weights, values.square())
+        - 2 * output * weighted(weights, values)
+        + output.square() * weights.sum(-1, keepdim=True)
+    )
+    return variance.clamp(min=0).sqrt()
 
 
 def weighted(

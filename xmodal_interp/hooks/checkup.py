@@ -438,10 +438,10 @@ def _tapped(
         findings.skip(check, "each query sees one key only")
         return
     sample, query, key = edge
-    queries = torch.zeros(shape, dtype=torch.bool)
-    queries[sample, query] = True
+    queries, keys = torch.zeros(2, *shape, dtype=torch.bool)
+    queries[sample, query] = keys[sample, key] = True
     layers = sorted({call.layer for call in same})
-    cut = knock_out_attention(queries, [key], layers=layers, tower=tower)
+    cut = knock_out_attention(queries, keys, layers=layers, tower=tower)
     plain = tensors_of(seeded(lambda: model(**inputs)))
     try:
         with intervene(model, cut):

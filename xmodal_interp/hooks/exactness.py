@@ -6,8 +6,8 @@
   its own. The error is ``max |P' - P|``.
 
 Each error has a limit: what the precision of the computation explains. Scores are rounded, and the
-larger they are, the more of a probability that explains; how much is measured by changing the
-scores as rounding does. Rows are sampled where a whole matrix would not fit.
+larger they are, the more of a probability that explains. Rows are sampled where a whole matrix
+would not fit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.precision import full_precision, product_eps
-from xmodal_interp.hooks.agreement import Gap, comparable, rounded, weighted
+from xmodal_interp.hooks.agreement import Gap, comparable, moved_probs, rounding, weighted
 from xmodal_interp.hooks.bypass import Heard
 from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.hooks.tapping import RawCall
@@ -140,12 +140,14 @@ def _output_gap(
     values = heard.value.detach().float()
     largest = float(values.abs().max())
     theirs = heard.output[:, rows].float().transpose(1, 2)
-    gaps = (weighted(probs, values) - theirs).abs()[seeing] / largest
+    ours = weighted(probs, values)
+    gaps = (ours - theirs).abs()[seeing] / largest
     limit = tolerance(torch.promote_types(heard.query.dtype, heard.output.dtype))
     limit = max(limit, 2 * eps)
 
     def explained() -> Tensor:
-        return weighted(_rounding(call, rows, probs, eps), values).abs()[seeing] / largest
+        row = torch.tensor(rows, device=call.device)
+        return rounding(moved_probs(call, row, probs, eps), values, ours)[seeing] / largest
 
     return _judged(gaps, limit, explained)
 
@@ -156,8 +158,12 @@ def _eager_gap(
     """Both are computed in float32."""
     dtype = torch.float32
     gaps = (expected - probs).abs()[seeing]
-    eps = torch.finfo(dtype).eps
-    return _judged(gaps, tolerance(dtype), lambda: _rounding(call, rows, probs, eps).abs()[seeing])
+
+    def explained() -> Tensor:
+        row = torch.tensor(rows, device=call.device)
+        return _rounding_of_probs(call, row, probs, torch.finfo(dtype).eps)[seeing]
+
+    return _judged(gaps, tolerance(dtype), explained)
 
 
 def _judged(gaps: Tensor, limit: float, explained: Callable[[], Tensor]) -> Gap:
@@ -175,11 +181,11 @@ def _judged(gaps: Tensor, limit: float, explained: Callable[[], Tensor]) -> Gap:
     return Gap(float(gaps.flatten()[worst]), float(limits.expand_as(gaps).flatten()[worst]))
 
 
-def _rounding(call: AttentionCall, rows: list[int], probs: Tensor, eps: float) -> Tensor:
-    """How probabilities change where the scores are rounded."""
-    every = torch.arange(call.n_heads, device=call.device)
-    row = torch.tensor(rows, device=call.device)
-    return rounded(call, every, row, eps) - probs
+def _rounding_of_probs(call: AttentionCall, row: Tensor, probs: Tensor, eps: float) -> Tensor:
+    """Their standard deviation where the scores are rounded, as :func:`rounding` of products."""
+    moved = moved_probs(call, row, probs, eps).square()
+    others = moved.sum(-1, keepdim=True) - moved
+    return ((1 - probs).square() * moved + probs.square() * others).clamp(min=0).sqrt()
 
 
 def _eager_probs(heard: RawCall, call: AttentionCall, rows: list[int]) -> Tensor | None:
