@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from jaxtyping import config as jaxtyping_config
 
 from tests.store.made import items, shipped
 from xmodal_interp.dataset import capture_dataset
@@ -13,14 +12,6 @@ from xmodal_interp.store import open_store
 
 def run(path, asked, **options):
     return capture_dataset(shipped(), asked, path, progress=False, **options)
-
-
-@pytest.fixture
-def any_type():
-    """The type checks of tests would refuse what users may well pass."""
-    jaxtyping_config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 def test_entries_of_an_item(tmp_path):

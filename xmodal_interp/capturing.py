@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -278,10 +279,15 @@ def provenance(
         "layers": {name: sorted(set(of)) for name, of in layers.items()},
         "max_new_tokens": max_new_tokens,
         "kept": {**asdict(keep), "towers": list(keep.towers)},
-        "versions": {name: version(name) for name in ("torch", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": dict(_versions()),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@cache  # the metadata of a package is a file
+def _versions() -> Mapping[str, str]:
+    of_packages = {name: version(name) for name in ("torch", "transformers")}
+    return of_packages | {"python": platform.python_version()}
 
 
 def _sample(
