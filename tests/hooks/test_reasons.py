@@ -32,8 +32,12 @@ def llama(**options) -> tuple[nn.Module, dict]:
 
 @pytest.mark.filterwarnings("ignore:_compile flag")  # of transformers' call of create_block_mask
 def test_flex_attention_is_recorded_and_not_edited() -> None:
-    """transformers 5.23 gives flex attention a ``BlockMask``, which is no tensor."""
+    """transformers 5.23 gives flex attention a ``BlockMask``, which is no tensor.
+
+    Of 8 tokens, torch 2.14.1's kernel for CPUs returns other rows or NaN in some processes.
+    """
     model, inputs = llama()
+    inputs = {"input_ids": torch.arange(20)[None]}
     model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = model(**inputs, output_attentions=True).attentions[0]
@@ -42,7 +46,7 @@ def test_flex_attention_is_recorded_and_not_edited() -> None:
         with record(model) as recording:
             assert torch.equal(model(**inputs).logits, alone)
     torch.testing.assert_close(recording.calls[0].probs(), expected, atol=1e-5, rtol=0)
-    assert recording.calls[0].visible()[0, 0].equal(torch.ones(8, 8).tril().bool())
+    assert recording.calls[0].visible()[0, 0].equal(torch.ones(20, 20).tril().bool())
     cut = xi.knock_out_attention([7], [0], layers=[0])
     with torch.no_grad(), pytest.raises(CaptureError) as error, xi.intervene(model, cut):
         model(**inputs)

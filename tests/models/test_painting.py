@@ -101,28 +101,16 @@ def fits(box: np.ndarray, size: tuple[int, int]) -> bool:
     return bool(within) and painted(Image.new("RGB", size), box) is not None
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each type and each setting with one size, in turn; with all of them for ``--all-types``."""
-    if "size" not in metafunc.fixturenames:
-        return
-    with_options = "options" in metafunc.fixturenames
-    cases = OPTIONS if with_options else [(name,) for name in PAINTED]
-    sizes = SIZES[1:] if with_options else SIZES
-    everything = metafunc.config.getoption("all_types")
-    chosen = [
-        pytest.param(*case, size, id="-".join([case[0], *dict(*case[1:]), f"{size[0]}x{size[1]}"]))
-        for turn, case in enumerate(cases)
-        for number, size in enumerate(sizes)
-        if everything or number == turn % len(sizes)
-    ]
-    names = ("model_type", "options", "size") if with_options else ("model_type", "size")
-    metafunc.parametrize(names, chosen)
-
-
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("model_type", PAINTED)
 def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple[int, int]) -> None:
     assert painted_boxes(vlm_of(model_type), size) >= 2
 
 
+@pytest.mark.parametrize("size", SIZES[1:], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize(
+    ("model_type", "options"), OPTIONS, ids=[f"{name}-{'-'.join(to)}" for name, to in OPTIONS]
+)
 def test_so_it_is_with_other_options(
     model_type: str, options: dict[str, Any], size: tuple[int, int]
 ) -> None:

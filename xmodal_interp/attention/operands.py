@@ -47,7 +47,7 @@ def exact_rows(
         additive = _of_heads(additive, head)
     seen = masks.scored_rows(_of_heads(visible(call, row), head), additive)
     if call.bias is not None:
-        bias = _of_heads(call.bias, head)[..., row, :].float()
+        bias = _of_heads(call.bias[..., row, :], head).float()
         additive = bias if additive is None else additive + bias
     if _is_all(head, call.n_heads):
         q = q[:, :, row]
@@ -200,7 +200,7 @@ def _sinks(
 
 
 def _of_heads(t: Tensor, head: Int[Tensor, " head"]) -> Tensor:
-    return t if t.shape[1] == 1 else t[:, head]
+    return t if t.shape[1] == 1 or _is_all(head, t.shape[1]) else t[:, head]
 
 
 def _is_all(index: Tensor, length: int) -> bool:
