@@ -142,3 +142,27 @@ def test_keys_that_are_no_cache_are_refused() -> None:
         "the last ones, plus its own. language self-attention, layer 0, call 0 has 4 keys that are "
         "neither, after 3 positions. Generate with the default cache."
     )
+
+
+def test_keys_may_differ_by_the_rounding_of_another_product() -> None:
+    """A model that caches latents computes all keys anew in each step, here 1 ulp off."""
+    torch.manual_seed(2)
+    q, k = torch.randn(1, 2, 4, 3).double(), torch.randn(1, 2, 4, 3).double()
+    later = torch.nextafter(k, torch.full_like(k, torch.inf))
+    whole = step(q, k, causal=True).probs()
+    parts = [step(q[:, :, :3], k[:, :, :3], causal=True), step(q[:, :, 3:], later)]
+    torch.testing.assert_close(stitch(parts, 4).probs(), whole)
+    with pytest.raises(CaptureError, match="that are neither"):
+        stitch([parts[0], step(q[:, :, 3:], k + 1e-6)], 4)
+
+
+def test_rows_of_cross_attention_after_a_samples_end_are_left_out() -> None:
+    """Steps of a batch in which another sample goes on, as in self-attention."""
+    q, k = torch.randn(1, 2, 5, 3), torch.randn(1, 2, 7, 3)
+    parts = [
+        dataclasses.replace(step(q[:, :, a:b], k), kind="cross")
+        for a, b in ((0, 2), (2, 3), (3, 4), (4, 5))
+    ]
+    whole = dataclasses.replace(step(q, k), kind="cross").probs()
+    for n in (2, 3, 5):
+        torch.testing.assert_close(stitch(parts, n).probs(), whole[:, :, :n])

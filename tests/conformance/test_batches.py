@@ -42,6 +42,8 @@ QUESTIONS = ["what is it?", "where is the red circle, and how many shapes are in
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "model_type" not in metafunc.fixturenames:
+        return
     everything = metafunc.config.getoption("all_types")
     names = [name for name in BUILT if name not in REFUSED]
     chosen = names if everything else [n for n in names if n in SOME]
@@ -73,6 +75,7 @@ def check_same(sample: Sample, alone: Sample, limit: float) -> None:
         ours_of_call, theirs_of_call = np.arange(call.n_queries), np.arange(call.n_queries)
         keys = slice(None), slice(None)
         if key[0] == "language":
+            assert sample.calls[key].n_queries == len(sample.tokens), key
             ours_of_call, theirs_of_call = ours, theirs
             if key[1] == "self" or call.n_keys == len(alone.tokens):  # of an encoder's positions
                 keys = ours, theirs
@@ -103,3 +106,23 @@ def test_a_sample_is_the_same_in_a_batch(model_type: str) -> None:
         images = [images[0], []]
         questions = [asked_in_full(vlm, QUESTIONS[0], 1), QUESTIONS[1]]
         check(vlm, images, questions, 2, limit)
+
+
+@pytest.mark.parametrize("name", ["mllama", "idefics", "vision-encoder-decoder", "florence2"])
+def test_a_sample_that_ends_before_the_others_is_the_same(name: str) -> None:
+    """Cross-attention has a row for each of its own tokens, not for those of a longer answer."""
+    model = copy.deepcopy(real(name)[0]).double()
+    vlm = VLM(model, settled(name))
+    images = [[picture(61, 173, 0)], [picture(257, 83, 1)], [picture(100, 77, 2)]]
+    asked = ("circle?", "where is the red circle, and how many?", "is the blue square left?")
+    questions = [asked_in_full(vlm, each, 1) for each in asked]
+    answers = [
+        vlm.generate(vlm.prepare([own], [question])[0], max_new_tokens=5)[0, -5:].tolist()
+        for own, question in zip(images, questions, strict=True)
+    ]
+    model.generation_config.eos_token_id = next(
+        token for token in answers[0] if name == "florence2" or token not in answers[1]
+    )
+    check(vlm, images, questions, 5, LIMITS.get(name, 1e-5))
+    lengths = {len(s.answer) for s in xi.capture_batch(vlm, images, questions, max_new_tokens=5)}
+    assert len(lengths) > 1

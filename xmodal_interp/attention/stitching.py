@@ -8,7 +8,9 @@ The keys of a step stand in the cache as the cache likes it:
 
 So a step's first key is either position 0, or as many positions back as it has keys. Which of the
 two is seen by comparing its keys with those of the steps before; if they are neither, that is an
-error. Keys beyond a window are hidden in the whole call, as they were in the step.
+error. They may differ by rounding, where a model caches what keys are computed from (multi-head
+latent attention): it computes all of them anew in each step, as a product of one row more. Keys
+beyond a window are hidden in the whole call, as they were in the step.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
         return _without_room(calls[0])
     if reread([call.n_queries for call in calls]):
         return _last_reading(calls, n_positions)
-    if any(call.kind == "cross" for call in calls):
-        return _joined_rows(calls)
     steps = _within(calls, n_positions)
+    if any(call.kind == "cross" for call in calls):
+        return _joined_rows(steps)
     if _plain(steps):
         last = steps[-1]
         n = sum(step.n_queries for step in steps)
@@ -222,17 +224,28 @@ def _offset(step: AttentionCall, keys: list[Tensor], start: int) -> int:
     known = torch.cat(keys, 2) if len(keys) > 1 else keys[0]
     keys[:] = [known]
     seen = step.visible().any(2).any(1).any(0)  # of any query, head and sample
-    for offset in dict.fromkeys((0, start + step.n_queries - step.n_keys)):
-        if offset < 0 or start + step.n_queries - offset > step.n_keys:
-            continue
-        earlier = seen[: start - offset].nonzero()[:, 0]
-        if torch.equal(step.k[:, :, earlier], known[:, :, earlier + offset]):
-            return offset
+    offsets = [
+        offset
+        for offset in dict.fromkeys((0, start + step.n_queries - step.n_keys))
+        if offset >= 0 and start + step.n_queries - offset <= step.n_keys
+    ]
+    for same in (torch.equal, _equal_but_for_rounding):
+        for offset in offsets:
+            earlier = seen[: start - offset].nonzero()[:, 0]
+            if same(step.k[:, :, earlier], known[:, :, earlier + offset]):
+                return offset
     raise CaptureError(
         "Decode steps are stitched where a step's keys are those of the positions before, all or "
         f"the last ones, plus its own. {step.name} has {step.n_keys} keys that are neither, after "
         f"{start} positions. Generate with the default cache."
     )
+
+
+def _equal_but_for_rounding(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same product, computed with another number of rows."""
+    limit = 16 * torch.finfo(one.dtype).eps
+    change, size = (one - other).abs(), other.abs()
+    return not change.numel() or bool(change.max() <= limit * size.max())
 
 
 def _last_reading(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
