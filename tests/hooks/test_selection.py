@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from tests.hooks.edited import call_of, inputs_of, logits
+from tests.models.real import real, settled
+from tests.models.test_capturing_families import asked_in_full
 from tests.tiny import picture, tiny_vlm
+from xmodal_interp.capturing import capture, capture_batch
 from xmodal_interp.errors import CaptureError, InputError, LayerError, PositionError
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.ablation import ablate_heads
@@ -162,10 +165,10 @@ def test_numbers_are_refused_where_samples_begin_after_padding(vlm: VLM) -> None
     inputs, prompts = vlm.prepare([[picture()], [picture()]], ASKED)
     n_padding = int(prompts[1].tokens["kind"].eq("padding").sum())
     message = (
-        "One number is another token in each sample of this batch: sample 1 begins after "
-        f"{n_padding} padding tokens. Name positions by phrase or keyword ('red circle', 'last'), "
-        "by a function of the sample (lambda sample: sample.where('image')), or by a boolean mask "
-        "[sample, position]."
+        "One number is another token in each sample of this batch: sample 1 has "
+        f"{n_padding} padding tokens before others. Name positions by phrase or keyword "
+        "('red circle', 'last'), by a function of the sample "
+        "(lambda sample: sample.where('image')), or by a boolean mask [sample, position]."
     )
     given = [5, [5], slice(5, 9), np.arange(len(prompts[0].tokens)) == 5, [[5], [9]]]
     for cut in (
@@ -182,6 +185,33 @@ def test_numbers_are_refused_where_samples_begin_after_padding(vlm: VLM) -> None
     by_mask = logits(vlm, inputs, ablate_heads({0: [0]}, queries=mask))
     by_name = logits(vlm, inputs, ablate_heads({0: [0]}, queries="last"))
     assert torch.equal(by_mask, by_name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("n_new", [0, 2])
+@pytest.mark.parametrize("name", ["pix2struct", "blip-2"])
+def test_numbers_are_refused_wherever_the_padding_is(name: str, n_new: int) -> None:
+    """In a decoder with its own mask; behind image features in front, by an inner ``generate``."""
+    vlm = VLM(real(name)[0], settled(name))
+    questions = [asked_in_full(vlm, each, 1) for each in ASKED]
+    with (
+        pytest.raises(InputError, match="sample 1 has 4 padding tokens before others"),
+        intervene(vlm, ablate_heads({0: [0]}, queries=5)),
+    ):
+        capture_batch(vlm, [[picture()], [picture()]], questions, max_new_tokens=n_new)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["blip-2", "kosmos-2"])
+def test_names_hold_where_an_inner_model_generates(name: str) -> None:
+    """The model's own ``forward``, in which ids are read, does not run."""
+    vlm = VLM(real(name)[0], settled(name))
+    question = asked_in_full(vlm, ASKED[0], 1)
+    with intervene(vlm, knock_out_attention("last", "red circle")):
+        sample = capture(vlm, picture(), question, max_new_tokens=2)
+    cut = sample.probs(0, queries="last", keys="red circle")
+    assert not cut.any()
+    assert sample.probs(0, queries=[sample.last + 1], keys="red circle").all()
 
 
 def test_names_hold_while_a_batch_generates(vlm: VLM) -> None:

@@ -218,6 +218,8 @@ class _Editor:
             )
 
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+        if self.batch is not None:
+            self.batch.look()
         while self.running and not is_running(self.running[-1]):
             self.running.pop()  # an interrupt ended it: torch calls no hook after one
         self.running.append(module)

@@ -2,7 +2,8 @@
 
 A hook on the model reads its arguments: the ids, which are compared with those of the batch that
 :meth:`VLM.prepare` labelled last, and the attention mask, which says how much padding comes before
-each sample. A decode step belongs to the batch before it.
+each sample. A decode step belongs to the batch before it. Some models (BLIP-2, Kosmos-2) generate
+with an inner model alone: then the inputs of :meth:`VLM.generate` are read.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ class RunningBatch:
     Attributes:
         samples: The samples as they were prepared, padding included and without attention; None if
             the model runs other inputs than a VLM prepared.
-        padding: How many padding tokens come before each sample; None if the model was given no
-            mask ``[sample, position]``.
+        padding: How many padding tokens come before other tokens of each sample, at its start or
+            after image features in front; None if the model was given no mask
+            ``[sample, position]``.
         goes_on: Whether this run goes on with the batch of the run before: a decode step.
     """
 
@@ -37,9 +39,22 @@ class RunningBatch:
         self.masks: dict[Any, Tensor] = {}  # of selections, for this batch
         self._ids: Tensor | None = None
         self._prompts: Sequence[Prompt] | None = None
+        self._generating: Mapping[str, Any] | None = None
+
+    def look(self) -> None:
+        """Read the inputs of a generation that has begun without a run of the model itself."""
+        inputs = None if self.vlm is None else self.vlm.generating
+        if inputs is not None and inputs is not self._generating:
+            self._generating, self._ids = inputs, None
+            self._read((), inputs)
+            self._ids = None  # the model's own first run is no decode step
 
     def enter(self, module: nn.Module, args: Any, options: Mapping[str, Any]) -> None:  # noqa: ARG002
         """Read the arguments of a run; a forward pre-hook."""
+        self._generating = None if self.vlm is None else self.vlm.generating
+        self._read(args, options)
+
+    def _read(self, args: Any, options: Mapping[str, Any]) -> None:
         given = (options.get(name) for name in ("decoder_input_ids", "input_ids"))
         ids: Any = next((each for each in given if each is not None), None)
         if ids is None:
@@ -52,15 +67,21 @@ class RunningBatch:
             return
         self._ids = ids
         self.masks.clear()
-        mask: Any = options.get("attention_mask")
-        is_mask = isinstance(mask, Tensor) and mask.ndim == 2
-        self.padding = (mask.cumsum(1) == 0).sum(1) if is_mask else None
+        given = (options.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+        counts = [_n_before(each) for each in given if isinstance(each, Tensor) and each.ndim == 2]
+        self.padding = torch.stack(counts).amax(0) if counts else None
         prompts = None if self.vlm is None or ids.ndim > 2 else self.vlm.prompts_of(ids)
         if prompts is None or prompts is not self._prompts:
             self._prompts = prompts
             self.samples = None
             if prompts is not None:
                 self.samples = tuple(_as_sample(each, i) for i, each in enumerate(prompts))
+
+
+def _n_before(mask: Tensor) -> Int[Tensor, " sample"]:
+    """How many positions of each sample are hidden before the last one that is not."""
+    shown = mask != 0
+    return (~shown & (shown.flip(1).cumsum(1).flip(1) > 0)).sum(1)
 
 
 def _begins_with(ids: Tensor, start: Tensor) -> bool:

@@ -1,9 +1,9 @@
 """Positions of a sequence that may still grow, as interventions name them.
 
 Numbers count from the start of the sequence, padding included, also while the model generates with
-a cache: position 160 is touched by the decode step that reads it. In a batch whose samples begin
-after different amounts of padding, one number is a different token in each sample; positions are
-then named by selectors, which each sample resolves for itself.
+a cache: position 160 is touched by the decode step that reads it. In a batch whose samples have
+different amounts of padding before their tokens, one number is a different token in each sample;
+positions are then named by selectors, which each sample resolves for itself.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Selection:
         Raises:
             CaptureError: Selectors of samples that are not known.
             InputError: Positions given per sample, for another number of samples; or numbers where
-                a sample begins after padding.
+                a sample has padding before other tokens.
             PositionError: A mask that is shorter than the prompt.
         """
         if self.selector is not None or self.selectors is not None:
@@ -243,7 +243,7 @@ def _refuse_padding(n_samples: int, batch: RunningBatch | None, only: int | None
     if padded:
         raise InputError(
             "One number is another token in each sample of this batch: sample "
-            f"{padded[0]} begins after {int(batch.padding[padded[0]])} padding tokens. Name "
+            f"{padded[0]} has {int(batch.padding[padded[0]])} padding tokens before others. Name "
             "positions by phrase or keyword ('red circle', 'last'), by a function of the sample "
             "(lambda sample: sample.where('image')), or by a boolean mask [sample, position]."
         )

@@ -5,7 +5,8 @@ The pair that turns an image and a question into labelled positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -34,6 +35,11 @@ from xmodal_interp.models.sequences import (
 from xmodal_interp.models.training_mode import evaluation_mode
 from xmodal_interp.models.wrapping import input_device, refuse_virtual_tokens
 from xmodal_interp.ordered import in_order
+
+_generating: ContextVar[tuple[object, Mapping[str, Any]]] = ContextVar(
+    "xmodal_interp_generating", default=(None, {})
+)
+"""The VLM that generates in this thread or task, and its inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,10 +251,20 @@ class VLM:
             InputError: Options with which the model does not read each sample once, token by token.
         """
         check_decoding(self.model, options)
-        inputs = as_given(inputs) if self.family.rewritten else inputs
-        with evaluation_mode(self.model):
-            output = self.model.generate(**inputs, **{**GREEDY, **options})
+        given = as_given(inputs) if self.family.rewritten else inputs
+        before = _generating.set((self, inputs))
+        try:
+            with evaluation_mode(self.model):
+                output = self.model.generate(**given, **{**GREEDY, **options})
+        finally:
+            _generating.reset(before)
         return cast("torch.Tensor", output)
+
+    @property
+    def generating(self) -> Mapping[str, Any] | None:
+        """The inputs of the :meth:`generate` that is running in this thread or task."""
+        vlm, inputs = _generating.get()
+        return inputs if vlm is self else None
 
     def run(self, inputs: dict[str, Any], **options: Any) -> Any:
         """Output of one forward without a cache.
