@@ -161,18 +161,26 @@ def _first_reading(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
 
     Without a cache, a language model reads the whole prompt again for each new token, and the
     towers with it, unless their features are kept.
+
+    Raises:
+        CaptureError: With a cache, a tower ran again.
     """
     lengths = {key: [call.n_queries for call in of] for key, of in _layers(calls).items()}
-    if not any(key[0] == "language" and reread(of) for key, of in lengths.items()):
-        return calls
+    again = any(key[0] == "language" and reread(of) for key, of in lengths.items())
     heard: set[Layer] = set()
     language_has_begun = False
     for number, call in enumerate(calls):
         key = call.tower, call.kind, call.layer
         if call.tower == "language":
             language_has_begun = True
-        elif language_has_begun and key in heard:
-            return calls[:number]
+        elif language_has_begun and key in heard and call.tower != "other":
+            if again:
+                return calls[:number]
+            raise CaptureError(
+                f"{call.name} ran again while the language model generated with a cache. Something "
+                "else than generate runs parts of the model, such as a logits processor: give that "
+                "a copy of the model (copy.deepcopy)."
+            )
         heard.add(key)
     return calls
 

@@ -1,15 +1,27 @@
 """Attention of other models is none of ours; ours is heard whatever its class is called."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import CLIPVisionConfig, CLIPVisionModel, CvtConfig, CvtModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CvtConfig,
+    CvtModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from tests.hooks.conditions import assert_complete_and_exact, first, of
+from tests.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.capturing import capture
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import attention_modules, record
 from xmodal_interp.hooks.bypass import DENSE_NOTE, KERNEL_NOTE
+from xmodal_interp.sample import Sample
 
 WIDTH = 16
 
@@ -324,3 +336,38 @@ def test_the_assistant_of_a_generation_is_another_model() -> None:
                 (i, f"{path}.{i}.self_attn") for i in range(4)
             }
             assert len(recording.modules) == len(attention_modules(model))
+
+
+class Runs(LogitsProcessor):
+    """Runs something after each step of a generation, and leaves the scores as they are."""
+
+    def __init__(self, run: Callable[[torch.Tensor], object]) -> None:
+        self.run = run
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.run(input_ids)
+        return scores
+
+
+def captured_beside(run: Callable[[torch.Tensor], object]) -> Sample:
+    options = {"logits_processor": LogitsProcessorList([Runs(run)])}
+    return capture(tiny_vlm("llava"), picture(), QUESTION, max_new_tokens=3, generation=options)
+
+
+def test_the_kernel_called_by_a_logits_processor_is_none_of_the_models() -> None:
+    """By a plain function: the only module on the stack is the model, in ``generate``."""
+    given = torch.randn(1, 2, 4, 8)
+    sample = captured_beside(lambda _: functional.scaled_dot_product_attention(given, given, given))
+    alone = capture(tiny_vlm("llava"), picture(), QUESTION, max_new_tokens=3)
+    assert set(sample.calls) == set(alone.calls)
+    for key, call in alone.calls.items():
+        assert torch.equal(sample.calls[key].probs(), call.probs())
+
+
+def test_parts_of_the_model_run_by_a_logits_processor_are_refused() -> None:
+    vlm = tiny_vlm("llava")
+    inputs, _ = vlm.prepare([[picture(seed=1)]], [QUESTION])
+    with pytest.raises(CaptureError, match="ran on a sequence of 3 positions after its prompt"):
+        captured_beside(lambda ids: vlm.model.get_decoder()(input_ids=ids[:, :3]))
+    with pytest.raises(CaptureError, match="ran again while the language model generated"):
+        captured_beside(lambda _: vlm.model.model.vision_tower(inputs["pixel_values"]))

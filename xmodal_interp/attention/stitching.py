@@ -43,6 +43,13 @@ def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
         return _without_room(calls[0])
     if reread([call.n_queries for call in calls]):
         return _last_reading(calls, n_positions)
+    for call in calls[1:]:
+        if call.kind == "self" and call.n_keys == call.n_queries:
+            raise CaptureError(
+                f"{call.name} ran on a sequence of {call.n_keys} positions after its prompt. "
+                "Something else than generate runs parts of the model while it generates, such as "
+                "a logits processor: give that a copy of the model (copy.deepcopy)."
+            )
     steps = _within(calls, n_positions)
     if any(call.kind == "cross" for call in calls):
         return _joined_rows(steps)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from torch import nn
+from transformers import GenerationMixin
 
 from xmodal_interp.hooks.callers import named_callers
 from xmodal_interp.hooks.modules import (
@@ -127,6 +128,8 @@ class Members:
                 return None
             if not isinstance(caller, nn.Module):
                 continue
+            if isinstance(caller, GenerationMixin) and function not in _FORWARD:
+                continue  # it generates: a logits processor may compute attention too
             if caller in self._parts:
                 found = found or caller
                 if function in _FORWARD or not of_another:
