@@ -4,10 +4,15 @@ import torch
 
 from tests.analysis import fakes
 from tests.figures.made import fake, sample_of
+from tests.models.real import real, settled
+from tests.models.test_capturing_families import asked_in_full
+from tests.tiny import picture
+from xmodal_interp.capturing import capture
 from xmodal_interp.errors import InputError, PhraseError
 from xmodal_interp.figures.placement import place_of
 from xmodal_interp.figures.readings import query_groups, query_positions, reading
 from xmodal_interp.figures.wording import named, panel_name
+from xmodal_interp.models import VLM
 from xmodal_interp.sample import Sample
 
 
@@ -103,3 +108,22 @@ def test_a_row_that_sees_nothing_is_no_number() -> None:
     read = reading(sample, place_of(sample), [8, 9], 0)
     assert np.isnan(read.values("probability", queries=[1])).all()
     np.testing.assert_allclose(read.values("lift"), read.values("lift", queries=[0]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_query_that_sees_the_image_in_a_later_layer_is_shown() -> None:
+    """T5Gemma 2: layer 0 has a window, layer 1 has none, and layers 2 and 3 are the decoder's."""
+    vlm = VLM(real("t5gemma2")[0], settled("t5gemma2"))
+    question = asked_in_full(vlm, "where is the red circle?", 1)
+    sample = capture(vlm, picture(90, 90), question, max_new_tokens=1)
+    place = place_of(sample)
+    (circle,) = query_positions(sample, place, "circle")
+    (last,) = query_positions(sample, place, "last")
+    assert [bool(sample.call(i).visible([circle])[..., place.keys].any()) for i in range(4)] == [
+        *(False, True, False, False)
+    ]
+    assert query_positions(sample, place, "circle", 1) == [circle]
+    assert query_positions(sample, place, "last", 2) == [last]
+    for query, layer in (("circle", 0), ("circle", 2), ("last", 0), ("last", 1)):
+        with pytest.raises(InputError, match="sees none of the 16 tokens of image 0"):
+            query_positions(sample, place, query, layer)

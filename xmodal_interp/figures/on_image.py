@@ -51,7 +51,7 @@ def overlay(
         **look: See ``Look``.
     """
     chosen, place = Look(**look), place_of(sample, image)
-    positions = query_positions(sample, place, queries)
+    positions = query_positions(sample, place, queries, layer)
     read = reading(sample, place, positions, layer, head)
     panel = _panel(chosen, read, named(sample, positions))
     what = f"{layer_name(read.call)}, {heads_name(read.call, head)}"

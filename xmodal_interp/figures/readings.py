@@ -125,18 +125,29 @@ def reading(
     )
 
 
-def query_positions(sample: Sample, place: Place, queries: Selector) -> list[int]:
+def query_positions(
+    sample: Sample, place: Place, queries: Selector, layer: int | None = None
+) -> list[int]:
     """Positions of the queries, of which one at least must see the image.
 
+    Args:
+        sample: The sample.
+        place: The image and its keys.
+        queries: A phrase or positions.
+        layer: The layer that is shown; any layer will do if not given. Layers see differently
+            where some have a window, or are those of a decoder.
+
     Raises:
-        InputError: There are none, or none sees a token of the image in any held layer.
+        InputError: There are none, or none sees a token of the image.
     """
     positions: list[int] = each_once(sample.positions(queries)).tolist()
     if not positions:
         raise InputError("An overlay needs at least one query; the selection is empty.")
-    first = sample.call(min(sample.layers(kind=place.kind), default=0), kind=place.kind)
+    layers = sample.layers(kind=place.kind) if layer is None else [layer]
+    first = sample.call(min(layers, default=0), kind=place.kind)
     keys = torch.from_numpy(place.keys)
-    if not bool(first.visible(positions)[..., keys].any()):
+    calls = (sample.call(each, kind=place.kind) for each in layers)
+    if not any(bool(call.visible(positions)[..., keys].any()) for call in calls):
         raise InputError(
             f"An overlay needs a query that can see the image. {named(sample, positions)} of "
             f"sample {sample.name!r} sees none of the {len(keys)} tokens of image {place.number}; "
