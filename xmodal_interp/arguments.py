@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from xmodal_interp.errors import InputError, quoted
+from xmodal_interp.ordered import held
 from xmodal_interp.vocabulary import TOWERS, AttentionKind
 
 Check = Callable[[Any, str], Any]
@@ -147,21 +148,29 @@ CHECKS: Mapping[str, Check] = {
 }
 """How an argument of this name is checked, wherever it has no check of another kind."""
 
+_READ_AGAIN = ("queries", "layers", "heads", "head", "alpha", "by", "blocks")
+"""Arguments that are read for each sample, and kept with the table."""
+
 
 def checked(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     """Check the arguments of a public function by their names (``CHECKS``) before it is called.
 
-    None passes where it is the default.
+    None passes where it is the default. Iterators that are read more than once become lists.
     """
     parameters = inspect.signature(function).parameters
     checks = {name: CHECKS[name] for name in parameters if name in CHECKS}
 
     @wraps(function)
     def inside(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-        given = dict(zip(parameters, args, strict=False)) | kwargs
+        given: dict[str, Any] = dict(zip(parameters, args, strict=False)) | kwargs
+        lists = {name: held(given[name]) for name in _READ_AGAIN if name in given}
+        given |= lists
         for name, check in checks.items():
             if name in given and not (given[name] is None and parameters[name].default is None):
                 check(given[name], name)
-        return function(*args, **kwargs)
+        names = [*parameters, *("" for _ in args)]  # of too many arguments, Python says so
+        positional: Any = [lists.get(name, each) for name, each in zip(names, args, strict=False)]
+        named: Any = {name: given[name] for name in kwargs}
+        return function(*positional, **named)
 
     return inside

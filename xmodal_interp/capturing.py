@@ -51,7 +51,7 @@ from xmodal_interp.models import (
     tiles_behind,
     window_orders,
 )
-from xmodal_interp.ordered import in_order, is_several
+from xmodal_interp.ordered import held, in_order, is_several
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.vocabulary import TOWERS, Tower
 
@@ -92,6 +92,8 @@ class Keep:
     def __post_init__(self) -> None:
         if not isinstance(self.queries, str) or self.queries not in ("all", "text"):
             raise InputError(f"queries must be 'all' or 'text'; got {quoted(self.queries)}.")
+        object.__setattr__(self, "towers", held(self.towers))
+        object.__setattr__(self, "layers", held(self.layers))
         check_towers(self.towers)
         object.__setattr__(self, "towers", tuple(self.towers))
         if self.layers is None:

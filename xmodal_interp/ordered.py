@@ -7,7 +7,7 @@ read here, and nowhere by ``[i]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Set, ValuesView
 from typing import Any, TypeGuard
 
 import pandas as pd
@@ -33,6 +33,11 @@ def in_order(given: Any, name: str) -> list[Any]:
             f"{name} must be a list with an order; got {type(given).__name__} {given!r:.80}."
         )
     return list(given)
+
+
+def held(given: Any) -> Any:
+    """An iterator, which can be read once only, or a dict's view as a list; else as it is."""
+    return list(given) if isinstance(given, (Iterator, KeysView, ValuesView)) else given
 
 
 def is_several(given: Any) -> TypeGuard[Iterable[Any]]:

@@ -166,3 +166,22 @@ def test_rows_of_cross_attention_after_a_samples_end_are_left_out() -> None:
     whole = dataclasses.replace(step(q, k), kind="cross").probs()
     for n in (2, 3, 5):
         torch.testing.assert_close(stitch(parts, n).probs(), whole[:, :, :n])
+
+
+def test_the_free_room_of_a_static_cache_that_is_not_hidden_is_refused() -> None:
+    """A backend without a mask function attends to it: its keys are zeros, their scores 0."""
+    q, k = torch.randn(1, 1, 4, 2), torch.zeros(1, 1, 6, 2)
+    k[:, :, :4] = torch.randn(1, 1, 4, 2)
+    first = step(q[:, :, :3], torch.cat([k[:, :, :3], torch.zeros(1, 1, 3, 2)], 2), causal=True)
+    later = step(q[:, :, 3:], k)
+    with pytest.raises(CaptureError) as error:
+        stitch([first, later], 4)
+    assert str(error.value) == (
+        "language self-attention, layer 0, call 0 attends to the free room of a static cache, "
+        "which holds no tokens: 6 keys at position 3. Register a mask function for the model's "
+        "attention backend (AttentionMaskInterface.register), or generate with the default cache."
+    )
+    hidden = dataclasses.replace(
+        later, mask=torch.tensor([1, 1, 1, 1, 0, 0]).bool()[None, None, None]
+    )
+    assert stitch([first, hidden], 4).n_keys == 4

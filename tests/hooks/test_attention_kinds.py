@@ -202,3 +202,84 @@ def test_latent_attention_in_a_list_of_a_layer() -> None:
     assert [call.layer for call in recording.calls] == [0, 1, 2, 3]
     for call, expected in zip(recording.calls, alone.attentions, strict=True):
         torch.testing.assert_close(call.probs(), expected, atol=1e-5, rtol=0)
+
+
+class TalkingHeads(MHSA):
+    """Mixes the heads' probabilities before they weight the values, as ``TalkingHeadAttn`` does."""
+
+    def __init__(self, *, after: bool) -> None:
+        super().__init__()
+        self.after = after
+        self.mix = nn.Linear(HEADS, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.operands(x)
+        scores = q @ k.transpose(-1, -2)
+        if not self.after:
+            scores = self.mix(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        probs = scores.softmax(-1)
+        if self.after:
+            probs = self.mix(probs.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return (probs @ v).transpose(1, 2).flatten(2)
+
+
+def test_probabilities_that_a_layer_mixes_before_they_weight_the_values_are_refused() -> None:
+    model = stack(Block("attn", TalkingHeads(after=False)), Block("attn", TalkingHeads(after=True)))
+    x = torch.randn(2, TOKENS, WIDTH)
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            CaptureError,
+            match=r"^1\.attn mixes the results of its softmax by a learned layer before they "
+            r"weight the values \(talking heads\), so no head has these probabilities\. Leave out "
+            r"its tower or its layer with towers= or layers=\.$",
+        ),
+        record(model),
+    ):
+        model(x)
+    with torch.no_grad(), record(model, layers=[0]) as recording:
+        model(x)
+    assert [call.module for call in recording.calls] == ["0.attn"]
+
+
+def test_heads_that_are_folded_into_the_batch_of_blocks_come_apart() -> None:
+    """As in ``HaloAttn`` of timm: ``[sample x head, block, query, key]``."""
+    heads, blocks = 4, 3
+
+    class HaloAttn(nn.Module):
+        num_heads = heads
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n = len(x)
+            q = self.q(x).view(n, blocks, TOKENS, heads, -1).permute(0, 3, 1, 2, 4).flatten(0, 1)
+            self.probs = (q @ q.transpose(-1, -2)).softmax(-1)
+            mixed = (self.probs @ q).view(n, heads, blocks, TOKENS, -1)
+            return mixed.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
+
+    model = stack(Block("attn", HaloAttn()))
+    with torch.no_grad(), record(model) as recording:
+        model(torch.randn(2, blocks * TOKENS, WIDTH))
+    expected = model[0].attn.probs.view(2, heads, blocks * TOKENS, TOKENS)
+    torch.testing.assert_close(recording.calls[0].probs(), expected, atol=0, rtol=0)
+    assert recording.calls[0].note.endswith(
+        "keys are counted within the chunk that each query sees"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["LinearSelfAttention", "EfficientAdditiveAttention", "LambdaLayer"]
+)
+def test_a_softmax_whose_rows_are_no_positions_is_a_layer_without_a_matrix(name) -> None:
+    """One row of weights for all queries: a weighted mean, as in MobileViTv2 and SwiftFormer."""
+
+    def forward(self: MHSA, x: Tensor) -> Tensor:
+        return x * self.qkv(x)[..., :1].transpose(1, 2).softmax(-1) @ x
+
+    kind = type(name, (MHSA,), {"forward": forward})
+    model = stack(Block("self_attn", kind()), Block("attn", MHSA()))
+    assert names(model) == [("self", 0, "1.attn")]
+    assert [each.module for each in layers_without_matrix(model)] == ["0.self_attn"]

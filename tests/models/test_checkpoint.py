@@ -85,3 +85,20 @@ def test_many_names_are_counted() -> None:
     assert str(report) == "not in the checkpoint, so random: w0, w1, w2, w3, w4 and 4 more"
     assert bool(report)
     assert not CheckpointReport()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.safetensors", "^The weights of '.*' could not be loaded: .*header"),
+        ("processor_config.json", "^The processor of '.*' could not be loaded: "),
+        ("tokenizer.json", "^The processor of '.*' could not be loaded: "),
+    ],
+)
+def test_files_that_were_cut_off(tmp_path: Path, name: str, message: str) -> None:
+    folder = tmp_path / "llava"
+    shutil.copytree(shipped_path("llava"), folder)
+    with (folder / name).open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(InputError, match=message):
+        xi.load(folder)

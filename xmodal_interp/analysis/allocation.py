@@ -23,6 +23,7 @@ import torch
 from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 from xmodal_interp.analysis.nulls import null_mass
 from xmodal_interp.analysis.selecting import Layers, calls_of, heads_of, refuse_cross_attention
+from xmodal_interp.arguments import checked
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
@@ -31,6 +32,7 @@ from xmodal_interp.vocabulary import VISUAL_KINDS
 SEGMENTS = ("system", "image", "instruction", "output")
 
 
+@checked
 def attention_allocation(
     samples: Sample | Iterable[Sample],
     *,

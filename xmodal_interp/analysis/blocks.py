@@ -36,6 +36,7 @@ from xmodal_interp.analysis.selecting import (
     queries_of,
     refuse_cross_attention,
 )
+from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
@@ -46,6 +47,7 @@ SHORT = {"image": "V", "text": "T"}
 _COLUMNS = ("tower", "kind", "layer", "head", "block", "query_kind", "key_kind")
 
 
+@checked
 def block_statistics(
     samples: Sample | Iterable[Sample],
     *,
@@ -76,6 +78,7 @@ def block_statistics(
     )
 
 
+@checked
 def cross_modal_summary(
     samples: Sample | Iterable[Sample], layer: int = -1, *, heads: Positions | None = None
 ) -> pd.DataFrame:

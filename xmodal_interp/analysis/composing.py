@@ -22,13 +22,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from xmodal_interp.analysis.frames import samples_of
+from xmodal_interp.arguments import checked, real_number
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.precision import full_precision
-from xmodal_interp.errors import GeometryError, InputError, NotRecordedError
+from xmodal_interp.errors import GeometryError, InputError, NotRecordedError, quoted
 from xmodal_interp.models import ImageGrid
 from xmodal_interp.sample import Sample
 
 
+@checked
 @full_precision()
 def query_patches(
     sample: Sample, image: int = 0, *, alpha: float = 0.5
@@ -51,8 +54,8 @@ def query_patches(
         InputError: There is no such image, or alpha is no share.
         NotRecordedError: Not all of the connector's layers were kept.
     """
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha is the share of attention, 0 to 1; got {alpha!r}.")
+    alpha = real_number(alpha, "alpha", 0, 1)
+    (sample,) = samples_of([sample])
     grid, calls = _grid(sample, image), _calls(sample, image)
     n_patches = len(grid.patch_places)
     shares = torch.zeros(max(call.n_queries for call in calls), n_patches, dtype=torch.float64)
@@ -70,6 +73,7 @@ def query_patches(
     return of_tokens / of_tokens.sum(1, keepdim=True)
 
 
+@checked
 @full_precision()
 def on_patches(
     sample: Sample,
@@ -96,7 +100,10 @@ def on_patches(
         GeometryError: As for :func:`query_patches`, or not one value per token.
     """
     shares = query_patches(sample, image, alpha=alpha)
-    given = torch.as_tensor(values).detach().cpu().double()
+    try:
+        given = torch.as_tensor(values).detach().cpu().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"values are numbers, one per token; got {quoted(values)}.") from error
     if given.shape != shares.shape[:1]:
         raise GeometryError(
             f"Each image token must have one value. Image {image} has {len(shares)} tokens; got "

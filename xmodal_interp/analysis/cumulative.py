@@ -23,11 +23,13 @@ from xmodal_interp.analysis.teacher_forcing import (
     origin,
     removal_scores,
 )
+from xmodal_interp.arguments import checked
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.ablation import AblationMode
 from xmodal_interp.models import VLM
 from xmodal_interp.models.batching import batches_of
 from xmodal_interp.models.entries import Items, listed
+from xmodal_interp.ordered import in_order
 from xmodal_interp.vocabulary import Tower
 
 Order = Literal["increasing", "decreasing", "random"]
@@ -35,6 +37,7 @@ Head = tuple[int, int]
 _KEPT = 0.95  # of the accuracy of the whole model
 
 
+@checked
 def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a default
     vlm: VLM,
     items: Items,
@@ -87,7 +90,7 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
         UnsupportedModelError: Positions of the model depend on later ones.
     """
     refuse_text(orders, "orders", "['increasing']")
-    named = ("random",) if isinstance(ranking, str) else tuple(orders)
+    named = ("random",) if isinstance(ranking, str) else tuple(in_order(orders, "orders"))
     _check(named, steps, n_random)
     tower = _tower_of(ranking, tower)
     heads = _ranked(vlm, ranking, by, tower)

@@ -96,7 +96,8 @@ def positional_bias(
         )
     if n_bins < 1:
         raise InputError(f"There is at least one bin; got n_bins={n_bins}.")
-    longest = max((int(places_of(sample)[-1]) + 1 for sample in samples_of(samples)), default=1)
+    samples = samples_of(samples)
+    longest = max((int(places_of(sample)[-1]) + 1 for sample in samples), default=1)
     bins = _Bins(width=-(-longest // n_bins), longest=longest)
 
     def table_of(sample: Sample) -> pd.DataFrame:

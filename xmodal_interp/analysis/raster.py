@@ -242,8 +242,9 @@ def _with_control(
     table = raster_map(samples, per_sample=per_sample, **asked)
     if control is None:
         return table
+    control = samples_of(control)
     plain = raster_map(control, **asked)
-    _refuse_other_cells(table.head(len(plain)), plain, samples_of(control)[0])
+    _refuse_other_cells(table.head(len(plain)), plain, control[0])
     n_maps = len(table) // len(plain)
     table["lift_control"] = np.tile(plain["lift"].to_numpy(), n_maps)
     table.attrs["parameters"] |= {"n_control": plain.attrs["n_samples"]}

@@ -208,7 +208,7 @@ def _calls(
             "layers is the start and stop of a slice, such as (0, -1) or (2, None); got "
             f"{layers!r}."
         )
-    part = whole_slice(slice(*(layers or (None, None))), "layer")
+    part = whole_slice(slice(*((None, None) if layers is None else layers)), "layer")
     chosen = range(n_layers)[part]
     if there:
         _refuse_gaps(chosen, there, tower)

@@ -142,6 +142,13 @@ def _placed(steps: Sequence[AttentionCall]) -> AttentionCall:
         stop = start + step.n_queries
         columns = slice(offset, min(offset + step.n_keys, n))
         width = columns.stop - columns.start
+        if step.k is not None and bool(seen[..., stop - offset :].any()):
+            raise CaptureError(
+                f"{step.name} attends to the free room of a static cache, which holds no tokens: "
+                f"{step.n_keys} keys at position {stop - 1}. Register a mask function for the "
+                "model's attention backend (AttentionMaskInterface.register), or generate with the "
+                "default cache."
+            )
         mask[:, :, start:stop, columns] = seen[..., :width]
         if bias is not None and part is not None:
             bias[:, :, start:stop, columns] = part[..., :width]
@@ -206,8 +213,8 @@ def _keys(steps: Sequence[AttentionCall]) -> tuple[list[int], Tensor | None, Ten
     if bool(first.visible()[..., first.n_queries :].any()):
         raise CaptureError(
             f"The first call of {first.name} attends to {first.n_keys} keys with "
-            f"{first.n_queries} queries: some keys are of positions that were read before. "
-            "Generate without a cache that holds the beginning of the prompt."
+            f"{first.n_queries} queries: some keys are of positions that were read before, "
+            "or the free room of a static cache. Generate with the default cache, empty."
         )
     keys, values = [first.k[:, :, : first.n_queries]], []
     if first.v is not None:

@@ -34,6 +34,7 @@ from xmodal_interp.hooks.tapping import RawCall
 
 KERNEL = functional.scaled_dot_product_attention  # another stands there while a block is open
 SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
+_MIXES = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
 _FAR_BELOW = 1e3  # the least of a row's scores under its best one that only a mask can lead to
 _NO_SCORE = -1e8  # the best score of a row that only a mask can lead to: Gemma 4 hides by -1e9
 
@@ -42,16 +43,20 @@ DENSE_NOTE = "probabilities as the module computed them: queries and keys do not
 CHUNKED_NOTE = f"{DENSE_NOTE}; keys are counted within the chunk that each query sees"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class DenseCall:
     """Probabilities that a module computed by a softmax of its own.
 
     Rows that see nothing are NaN.
+
+    Attributes:
+        is_mixed: Whether the module's weights were applied to them before the values were weighted.
     """
 
     probs: Float[Tensor, "sample head query key"]
     visible: Bool[Tensor, "sample head query key"] | None
     note: str
+    is_mixed: bool = False
 
 
 Heard = RawCall | DenseCall
@@ -84,6 +89,12 @@ class Bypass(FunctionMode):
     ):
         super().__init__()
         self.module, self.hear, self.fail = module, hear, fail
+        self.softmaxes: list[tuple[Tensor, DenseCall]] = []  # held: their memory is not reused
+
+    def end(self) -> None:
+        """Stop, and let the results of softmaxes go."""
+        super().end()
+        self.softmaxes.clear()
 
     def __torch_function__(
         self,
@@ -117,7 +128,14 @@ class Bypass(FunctionMode):
         elif function in SOFTMAX and isinstance(output, Tensor):
             scores = args[0] if args else options["input"]
             if along_last(output, args, options):
-                self.hear(_of_softmax(module, scores, output))
+                heard = _of_softmax(module, scores, output)
+                self.softmaxes.append((output.detach(), heard))
+                self.hear(heard)
+        elif function in _MIXES and self.softmaxes:
+            given = args[0] if args else options["input"]
+            for probs, heard in self.softmaxes:
+                same_memory = probs.untyped_storage().data_ptr()
+                heard.is_mixed |= same_memory == given.untyped_storage().data_ptr()
 
 
 def kernel_call(
@@ -226,7 +244,7 @@ def _of_softmax(module: nn.Module, scores: Tensor, output: Tensor) -> DenseCall:
     probs = output.detach().float()
     if visible is not None:
         probs = probs.masked_fill(~visible.any(-1, keepdim=True), torch.nan)
-    note = CHUNKED_NOTE if output.ndim == 5 else DENSE_NOTE
+    note = CHUNKED_NOTE if _chunked(output, module).ndim == 5 else DENSE_NOTE
     return DenseCall(
         _four_axes(probs, module).clone(),
         None if visible is None else _four_axes(visible, module),
@@ -236,6 +254,7 @@ def _of_softmax(module: nn.Module, scores: Tensor, output: Tensor) -> DenseCall:
 
 def _four_axes(t: Tensor, module: nn.Module) -> Tensor:
     """``[sample, head, query, ...]``: heads folded into the batch come apart, chunks are joined."""
+    t = _chunked(t, module)
     if t.ndim == 5:  # [sample, head, chunk, query, ...]
         return t.flatten(2, 3)
     if t.ndim == 3:  # [sample x head, query, ...]
@@ -243,6 +262,18 @@ def _four_axes(t: Tensor, module: nn.Module) -> Tensor:
         n_folded = n_heads if t.shape[0] % n_heads == 0 else 1
         return t.view(-1, n_folded, *t.shape[1:])
     return t[None, None] if t.ndim == 2 else t
+
+
+def _chunked(t: Tensor, module: nn.Module) -> Tensor:
+    """``[sample, head, chunk, query, ...]`` from ``[sample x head, chunk, query, ...]``.
+
+    ``HaloAttn`` of timm 1.0.31 has its operands so. Any other tensor is returned as it is.
+    """
+    n_heads = getattr(module, "num_heads", None)
+    if t.ndim != 4 or not isinstance(n_heads, int) or n_heads < 2:
+        return t
+    has_its_heads = t.shape[1] in (1, n_heads, 2 * n_heads)
+    return t if has_its_heads or t.shape[0] % n_heads else t.unflatten(0, (-1, n_heads))
 
 
 def along_last(output: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:

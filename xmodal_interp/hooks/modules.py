@@ -48,7 +48,8 @@ _CALLS = {  # by what the code of an attention module calls
 }
 _WITHOUT_MATRIX = re.compile(
     r"LinearAttention|DeltaNet|Mamba|ShortConv|RepMixer|DeformableAttention|RGLRU|RecurrentBlock"
-    r"|LightningAttention|RwkvSelfAttention"
+    r"|LightningAttention|RwkvSelfAttention|LinearSelfAttention|AdditiveAttention|LambdaLayer"
+    r"|FactorAttn"  # a softmax over the tokens of each channel
     r"|AssignAttention"  # each key chooses among the queries
 )
 _CHANNELS = re.compile(r"Channel|(^|_)XCA|CrossCovariance|(^|\.)xca(\.|$)")

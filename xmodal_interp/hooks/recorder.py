@@ -14,7 +14,7 @@ the older call becomes a view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial, wraps
@@ -68,6 +68,7 @@ from xmodal_interp.hooks.runs import Run
 from xmodal_interp.hooks.tapping import RawCall, tap
 from xmodal_interp.hooks.updates import UpdateShares
 from xmodal_interp.models import VLM
+from xmodal_interp.ordered import held
 from xmodal_interp.restoring import Block
 from xmodal_interp.vocabulary import TOWERS, Tower
 
@@ -78,8 +79,8 @@ P = ParamSpec("P")
 def record(
     model: VLM | nn.Module,
     *,
-    towers: Sequence[Tower] = TOWERS,
-    layers: Collection[Any] | np.ndarray | Tensor | None = None,
+    towers: Iterable[Tower] = TOWERS,
+    layers: Iterable[Any] | np.ndarray | Tensor | None = None,
     values: bool = False,
     norms: bool = False,
     reduce: Callable[[AttentionCall], Any] | None = None,
@@ -113,7 +114,8 @@ def record(
     """
     if norms and reduce is not None:
         raise InputError("norms are known after a call, reduce is called during it: choose one.")
-    return listening(module_of(model), Choice(towers, layers, values, norms, reduce))
+    choice = Choice(held(towers), held(layers), values, norms, reduce)
+    return listening(module_of(model), choice)
 
 
 def listening(model: nn.Module, choice: Choice) -> Block[Recording]:

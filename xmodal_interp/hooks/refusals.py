@@ -99,12 +99,19 @@ def refuse_failure(error: Exception) -> None:
 
 
 def refuse_mixture(name: str, heard: Iterable[Heard]) -> None:
-    """Raise CaptureError for a module that computed several softmaxes over the same tokens.
+    """Raise CaptureError for a module whose softmaxes are not what weights the values.
 
-    ConViT adds two of them and differential attention subtracts them before the values are
-    weighted: no single one holds the probabilities.
+    ConViT adds two of them, differential attention subtracts them, and talking heads (CaiT,
+    EfficientFormerV2) are mixed by a layer of weights.
     """
-    shapes = Counter(tuple(each.probs.shape) for each in heard if isinstance(each, DenseCall))
+    dense = [each for each in heard if isinstance(each, DenseCall)]
+    if any(each.is_mixed for each in dense):
+        raise CaptureError(
+            f"{name} mixes the results of its softmax by a learned layer before they weight the "
+            "values (talking heads), so no head has these probabilities. Leave out its tower or "
+            "its layer with towers= or layers=."
+        )
+    shapes = Counter(tuple(each.probs.shape) for each in dense)
     n_alike = max(shapes.values(), default=0)
     if n_alike > 1:
         raise CaptureError(

@@ -10,9 +10,11 @@ from contextlib import ExitStack, nullcontext
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
@@ -26,9 +28,10 @@ from xmodal_interp.restoring import Block
 SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")
 
 _LONGEST_NAME = 4096  # bytes of a path
+_UNREADABLE = (OSError, RuntimeError, SafetensorError, EOFError, UnpicklingError)
 
 
-def load(name: str | Path | None = None, **options: Any) -> VLM:
+def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  refusals
     """Load a vision-language model and its processor.
 
     A warning names weights that the checkpoint lacks, that have another shape in it, or that the
@@ -86,10 +89,11 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 source, **{**options, "output_loading_info": True}
             )
-    except (OSError, RuntimeError) as error:  # weights missing or of other shapes, no such device
+    except _UNREADABLE as error:  # weights missing, cut off or of other shapes, no such device
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         raise InputError(
-            f"The weights of {source!r} could not be loaded with "
-            f"{', '.join(f'{key}={value!r}' for key, value in options.items())}: {error}"
+            f"The weights of {source!r} could not be loaded{f' with {given}' if given else ''}: "
+            f"{error}"
         ) from error
     model, info = loaded
     loading = CheckpointReport.of(info)
@@ -101,7 +105,14 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
             UserWarning,
             stacklevel=2,
         )
-    return VLM(model.eval(), AutoProcessor.from_pretrained(source, **shared), family, loading)
+    try:
+        processor = AutoProcessor.from_pretrained(source, **shared)
+    except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
+        raise InputError(
+            f"The processor of {source!r} could not be loaded: {str(error).splitlines()[0]} Save "
+            "one there with processor.save_pretrained, or pass your own with VLM(model, processor)."
+        ) from error
+    return VLM(model.eval(), processor, family, loading)
 
 
 def _check_dtype(dtype: Any) -> None:
