@@ -27,6 +27,7 @@ NO_KEYS = {
     **dict.fromkeys(("florence2", "fast_vlm", "gemma3n", "pp_formulanet"), "stages or SAM"),
     **dict.fromkeys(("deepseek_ocr2", "unlimited_ocr", "step3p7"), "several views of an image"),
     "chameleon": "no vision tower",
+    "lfm3_vl": "a block without attention before the first with it",
     "granite4_vision": "several grids",
 }
 
