@@ -31,7 +31,7 @@ class Block(AbstractContextManager[T], Generic[T]):
             with the exception of the block, None if it had none, after what was registered later.
     """
 
-    _stack = ExitStack()  # empty: of a block whose __init__ was interrupted
+    _is_open = False
 
     def __init__(self, change: Callable[[ExitStack], T]) -> None:
         self._change = change
@@ -40,6 +40,7 @@ class Block(AbstractContextManager[T], Generic[T]):
     def __enter__(self) -> T:
         """Make the changes; take them back if making them fails."""
         entered = False
+        self._is_open = True
         try:
             with DeferredSignals():
                 value = self._change(self._stack)
@@ -59,8 +60,13 @@ class Block(AbstractContextManager[T], Generic[T]):
         self._restore(kind, error, traceback)
 
     def __del__(self) -> None:
-        """Take the changes back if a signal arrived at the first bytecode of ``__exit__``."""
-        self._restore(GeneratorExit, None, None)
+        """Take the changes back if a signal arrived at the first bytecode of ``__exit__``.
+
+        Python drops a ``KeyboardInterrupt`` that is raised here, so there is no work for a block
+        that was left.
+        """
+        if self._is_open:
+            self._restore(GeneratorExit, None, None)
 
     def _restore(self, *failure: Any) -> None:
         restored = False
@@ -72,6 +78,7 @@ class Block(AbstractContextManager[T], Generic[T]):
         finally:
             if not restored:  # a signal arrived before it could be deferred
                 self._stack.__exit__(*failure)
+            self._is_open = False
 
 
 class DeferredSignals:
