@@ -29,7 +29,7 @@ LIMITS = dict.fromkeys(
     # all of them, a recurrence or rotary angles in float32
     [
         *(*SINGLE, "qwen3_5", "qwen3_5_moe", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"),
-        *("granite4_vision", "unlimited_ocr"),
+        *("granite4_vision", "unlimited_ocr", "deepseek_ocr2"),
     ],
     2e-4,
 )
