@@ -1,82 +1,9 @@
-"""xmodal_interp: how a vision-language model looks at an image."""
+"""xmodal_interp: record and analyse the attention of vision-language models.
 
-from xmodal_interp.analysis import (
-    answer_accuracy,
-    attention_allocation,
-    attention_distance,
-    attention_entropy,
-    attention_rollout,
-    attention_sinks,
-    block_statistics,
-    cross_modal_ratio,
-    cross_modal_summary,
-    head_pruning,
-    on_patches,
-    positional_bias,
-    pruning_curve,
-    query_patches,
-    raster_bias,
-    raster_map,
-    raster_profile,
-    recency_index,
-    rollout_matrix,
-    sink_rate,
-    token_ratio,
-)
-from xmodal_interp.attention import AttentionCall
-from xmodal_interp.capturing import Keep, capture, capture_batch
-from xmodal_interp.dataset import capture_dataset
-from xmodal_interp.hooks import (
-    ablate_heads,
-    doctor,
-    intervene,
-    knock_out_attention,
-    mean_head_outputs,
-    record,
-)
-from xmodal_interp.models import VLM, Family, Video, load
-from xmodal_interp.sample import Sample
-from xmodal_interp.store import Store, check_store, open_store
+The public names are in ``__init__.pyi``. Each is imported when it is first used, so that
+``import xmodal_interp`` loads neither torch nor transformers.
+"""
 
-__all__ = [
-    "VLM",
-    "AttentionCall",
-    "Family",
-    "Keep",
-    "Sample",
-    "Store",
-    "Video",
-    "ablate_heads",
-    "answer_accuracy",
-    "attention_allocation",
-    "attention_distance",
-    "attention_entropy",
-    "attention_rollout",
-    "attention_sinks",
-    "block_statistics",
-    "capture",
-    "capture_batch",
-    "capture_dataset",
-    "check_store",
-    "cross_modal_ratio",
-    "cross_modal_summary",
-    "doctor",
-    "head_pruning",
-    "intervene",
-    "knock_out_attention",
-    "load",
-    "mean_head_outputs",
-    "on_patches",
-    "open_store",
-    "positional_bias",
-    "pruning_curve",
-    "query_patches",
-    "raster_bias",
-    "raster_map",
-    "raster_profile",
-    "recency_index",
-    "record",
-    "rollout_matrix",
-    "sink_rate",
-    "token_ratio",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
