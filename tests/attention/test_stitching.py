@@ -1,4 +1,4 @@
-"""Whatever the cache, the rows of a generation are those of one reading of the whole sequence."""
+"""With any cache, the rows of a generation equal those of one forward over the whole sequence."""
 
 import dataclasses
 
@@ -62,7 +62,7 @@ CACHES = {
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("cache", list(CACHES))
 @pytest.mark.parametrize("backbone", list(BACKBONES))
-def test_any_cache_gives_the_rows_of_one_reading(backbone, cache, batch) -> None:
+def test_any_cache_gives_the_rows_of_one_forward(backbone, cache, batch) -> None:
     model = llava_over(backbone, **BACKBONES[backbone])
     questions = [QUESTION, "how many ?"][:batch]
     inputs = tiny_vlm("llava").prepare([[picture(seed=i)] for i in range(batch)], questions)[0]
@@ -97,7 +97,7 @@ def test_a_static_cache_is_kept_once() -> None:
     with torch.no_grad(), record(model, towers=["language"]) as recording:
         model.generate(**inputs, **STEPS, **CACHES["static"])
     places = {call.k.untyped_storage().data_ptr() for call in recording.calls if call.layer == 0}
-    assert len(places) == 2  # the prompt's own keys, then the room that steps write into
+    assert len(places) == 2  # the prompt's own keys, then the static tensor of all steps
 
 
 def step(q: torch.Tensor, k: torch.Tensor, **options) -> AttentionCall:
@@ -133,14 +133,13 @@ def test_probabilities_are_stitched_too() -> None:
     torch.testing.assert_close(stitch(parts, 3).probs(), probs)
 
 
-def test_keys_that_are_no_cache_are_refused() -> None:
+def test_keys_that_are_not_a_cache_are_refused() -> None:
     q, k = torch.randn(1, 1, 3, 2), torch.randn(1, 1, 3, 2)
     with pytest.raises(CaptureError) as error:
         stitch([step(q, k, causal=True), step(q[:, :, :1], torch.randn(1, 1, 4, 2))], 4)
     assert str(error.value) == (
-        "Decode steps are stitched where a step's keys are those of the positions before, all or "
-        "the last ones, plus its own. language self-attention, layer 0, call 0 has 4 keys that are "
-        "neither, after 3 positions. Generate with the default cache."
+        "The keys of language self-attention, layer 0, call 0 (4 keys after 3 positions) are not "
+        "keys of previous positions followed by its own. Generate with the default cache."
     )
 
 
