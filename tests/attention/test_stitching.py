@@ -149,17 +149,17 @@ def test_keys_that_are_not_a_cache_are_refused() -> None:
     ids=str,
 )
 def test_keys_that_are_computed_again_differ_by_rounding(dtype, rounding, too_much) -> None:
-    """A model that caches latents computes all keys anew in each step."""
+    """A model that caches latents computes all keys again in each step."""
     q, k = torch.randn(1, 2, 4, 8, dtype=dtype), torch.randn(1, 2, 4, 8, dtype=dtype)
     first = step(q[:, :, :3], k[:, :, :3], causal=True)
     whole = stitch([first, step(q[:, :, 3:], k * (1 + rounding))], 4)
     torch.testing.assert_close(whole.k[:, :, :3], k[:, :, :3], rtol=0, atol=0)
-    with pytest.raises(CaptureError, match="that are neither"):
+    with pytest.raises(CaptureError, match="are not keys of previous positions"):
         stitch([first, step(q[:, :, 3:], k * (1 + too_much))], 4)
 
 
 def test_rows_of_cross_attention_after_a_samples_end_are_left_out() -> None:
-    """Steps of a batch in which another sample goes on, as in self-attention."""
+    """In later steps, only other samples of the batch continue."""
     q, k = torch.randn(1, 2, 5, 3), torch.randn(1, 2, 7, 3)
     parts = [
         dataclasses.replace(step(q[:, :, a:b], k), kind="cross")
@@ -170,8 +170,8 @@ def test_rows_of_cross_attention_after_a_samples_end_are_left_out() -> None:
         torch.testing.assert_close(stitch(parts, n).probs(), whole[:, :, :n])
 
 
-def test_the_free_room_of_a_static_cache_that_is_not_hidden_is_refused() -> None:
-    """A backend without a mask function attends to it: its keys are zeros, their scores 0."""
+def test_visible_unused_space_of_a_static_cache_is_refused() -> None:
+    """A backend without a mask function attends to it; its keys are zeros, their scores 0."""
     q, k = torch.randn(1, 1, 4, 2), torch.zeros(1, 1, 6, 2)
     k[:, :, :4] = torch.randn(1, 1, 4, 2)
     first = step(q[:, :, :3], torch.cat([k[:, :, :3], torch.zeros(1, 1, 3, 2)], 2), causal=True)
@@ -179,7 +179,7 @@ def test_the_free_room_of_a_static_cache_that_is_not_hidden_is_refused() -> None
     with pytest.raises(CaptureError) as error:
         stitch([first, later], 4)
     assert str(error.value) == (
-        "language self-attention, layer 0, call 0 attends to the free room of a static cache, "
+        "language self-attention, layer 0, call 0 attends to unused space of a static cache, "
         "which holds no tokens: 6 keys at position 3. Register a mask function for the model's "
         "attention backend (AttentionMaskInterface.register), or generate with the default cache."
     )

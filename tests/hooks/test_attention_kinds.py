@@ -203,7 +203,7 @@ def test_latent_attention_in_a_module_list_of_a_layer() -> None:
 
 
 class TalkingHeads(MHSA):
-    """Mixes the heads' probabilities before they weight the values, as ``TalkingHeadAttn`` does."""
+    """Mixes the heads' probabilities before the product with V, as ``TalkingHeadAttn`` does."""
 
     def __init__(self, *, after: bool) -> None:
         super().__init__()
@@ -221,16 +221,16 @@ class TalkingHeads(MHSA):
         return (probs @ v).transpose(1, 2).flatten(2)
 
 
-def test_probabilities_that_a_layer_mixes_before_they_weight_the_values_are_refused() -> None:
+def test_talking_heads_are_refused() -> None:
     model = stack(Block("attn", TalkingHeads(after=False)), Block("attn", TalkingHeads(after=True)))
     x = torch.randn(2, TOKENS, WIDTH)
     with (
         torch.no_grad(),
         pytest.raises(
             CaptureError,
-            match=r"^1\.attn mixes the results of its softmax by a learned layer before they "
-            r"weight the values \(talking heads\), so no head has these probabilities\. Leave out "
-            r"its tower or its layer with towers= or layers=\.$",
+            match=r"^1\.attn mixes the results of its softmax by a learned layer before the "
+            r"product with the values \(talking heads\), so no head has these probabilities\. "
+            r"Leave out its tower or layer with towers= or layers=\.$",
         ),
         record(model),
     ):
@@ -240,8 +240,8 @@ def test_probabilities_that_a_layer_mixes_before_they_weight_the_values_are_refu
     assert [call.module for call in recording.calls] == ["0.attn"]
 
 
-def test_heads_that_are_folded_into_the_batch_of_blocks_come_apart() -> None:
-    """As in ``HaloAttn`` of timm: ``[sample x head, block, query, key]``."""
+def test_heads_that_are_folded_into_the_batch_of_blocks_are_unfolded() -> None:
+    """``HaloAttn`` of timm has probabilities ``[sample x head, block, query, key]``."""
     heads, blocks = 4, 3
 
     class HaloAttn(nn.Module):
@@ -264,15 +264,15 @@ def test_heads_that_are_folded_into_the_batch_of_blocks_come_apart() -> None:
     expected = model[0].attn.probs.view(2, heads, blocks * TOKENS, TOKENS)
     torch.testing.assert_close(recording.calls[0].probs(), expected, atol=0, rtol=0)
     assert recording.calls[0].note.endswith(
-        "keys are counted within the chunk that each query sees"
+        "keys are numbered within the chunk that each query sees"
     )
 
 
 @pytest.mark.parametrize(
     "name", ["LinearSelfAttention", "EfficientAdditiveAttention", "LambdaLayer"]
 )
-def test_a_softmax_whose_rows_are_no_positions_is_a_layer_without_a_matrix(name) -> None:
-    """One row of weights for all queries: a weighted mean, as in MobileViTv2 and SwiftFormer."""
+def test_a_softmax_with_one_row_for_all_queries_is_not_softmax_attention(name) -> None:
+    """MobileViTv2 and SwiftFormer compute one weighted mean for all queries."""
 
     def forward(self: MHSA, x: Tensor) -> Tensor:
         return x * self.qkv(x)[..., :1].transpose(1, 2).softmax(-1) @ x

@@ -341,7 +341,7 @@ def test_the_assistant_model_of_a_generation_is_left_out() -> None:
 
 
 class Runs(LogitsProcessor):
-    """Runs something after each step of a generation, and leaves the scores as they are."""
+    """Calls a function after each step of a generation, without changing the scores."""
 
     def __init__(self, run: Callable[[torch.Tensor], object]) -> None:
         self.run = run
@@ -351,15 +351,15 @@ class Runs(LogitsProcessor):
         return scores
 
 
-def captured_beside(run: Callable[[torch.Tensor], object]) -> Sample:
+def captured_with(run: Callable[[torch.Tensor], object]) -> Sample:
     options = {"logits_processor": LogitsProcessorList([Runs(run)])}
     return capture(tiny_vlm("llava"), picture(), QUESTION, max_new_tokens=3, generation=options)
 
 
-def test_the_kernel_called_by_a_logits_processor_is_none_of_the_models() -> None:
-    """By a plain function: the only module on the stack is the model, in ``generate``."""
+def test_kernel_calls_of_a_logits_processor_are_left_out() -> None:
+    """The processor is a plain function: the model in ``generate`` is the only running module."""
     given = torch.randn(1, 2, 4, 8)
-    sample = captured_beside(lambda _: functional.scaled_dot_product_attention(given, given, given))
+    sample = captured_with(lambda _: functional.scaled_dot_product_attention(given, given, given))
     alone = capture(tiny_vlm("llava"), picture(), QUESTION, max_new_tokens=3)
     assert set(sample.calls) == set(alone.calls)
     for key, call in alone.calls.items():
@@ -370,6 +370,6 @@ def test_parts_of_the_model_run_by_a_logits_processor_are_refused() -> None:
     vlm = tiny_vlm("llava")
     inputs, _ = vlm.prepare([[picture(seed=1)]], [QUESTION])
     with pytest.raises(CaptureError, match="ran on a sequence of 3 positions after its prompt"):
-        captured_beside(lambda ids: vlm.model.get_decoder()(input_ids=ids[:, :3]))
+        captured_with(lambda ids: vlm.model.get_decoder()(input_ids=ids[:, :3]))
     with pytest.raises(CaptureError, match="ran again while the language model generated"):
-        captured_beside(lambda _: vlm.model.model.vision_tower(inputs["pixel_values"]))
+        captured_with(lambda _: vlm.model.model.vision_tower(inputs["pixel_values"]))

@@ -46,9 +46,9 @@ def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
     for call in calls[1:]:
         if call.kind == "self" and call.n_keys == call.n_queries:
             raise CaptureError(
-                f"{call.name} ran on a sequence of {call.n_keys} positions after its prompt. "
-                "Something else than generate runs parts of the model while it generates, such as "
-                "a logits processor: give that a copy of the model (copy.deepcopy)."
+                f"{call.name} ran on a sequence of {call.n_keys} positions after its prompt, so "
+                "other code, such as a logits processor, runs parts of the model during "
+                "generation. Give that code a copy of the model (copy.deepcopy)."
             )
     steps = _within(calls, n_positions)
     if any(call.kind == "cross" for call in calls):
@@ -144,7 +144,7 @@ def _placed(steps: Sequence[AttentionCall]) -> AttentionCall:
         width = columns.stop - columns.start
         if step.k is not None and bool(seen[..., stop - offset :].any()):
             raise CaptureError(
-                f"{step.name} attends to the free room of a static cache, which holds no tokens: "
+                f"{step.name} attends to unused space of a static cache, which holds no tokens: "
                 f"{step.n_keys} keys at position {stop - 1}. Register a mask function for the "
                 "model's attention backend (AttentionMaskInterface.register), or generate with the "
                 "default cache."
@@ -213,8 +213,8 @@ def _keys(steps: Sequence[AttentionCall]) -> tuple[list[int], Tensor | None, Ten
     if bool(first.visible()[..., first.n_queries :].any()):
         raise CaptureError(
             f"The first call of {first.name} attends to {first.n_keys} keys with "
-            f"{first.n_queries} queries: its cache holds keys of earlier positions, or visible "
-            "free space of a static cache. Generate with the default cache, empty."
+            f"{first.n_queries} queries: the others are keys of earlier positions, or unused space "
+            "of a static cache. Generate with an empty default cache."
         )
     keys, values = [first.k[:, :, : first.n_queries]], []
     if first.v is not None:
@@ -255,9 +255,9 @@ def _offset(step: AttentionCall, keys: list[Tensor], start: int) -> int:
 
 
 def _equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same product, computed with another number of rows.
+    """Whether two tensors differ only as products computed with different numbers of rows do.
 
-    In half precision it is rounded once, at its end; a quantised cache changes keys by more.
+    In half precision such a product is rounded once. A quantised cache changes keys by more.
     """
     eps = torch.finfo(one.dtype).eps
     limit = (16 if eps <= torch.finfo(torch.float32).eps else 2) * eps

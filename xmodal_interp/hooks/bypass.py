@@ -96,10 +96,10 @@ class Bypass(FunctionMode):
     ):
         super().__init__()
         self.module, self.hear, self.fail = module, hear, fail
-        self.softmaxes: list[tuple[Tensor, DenseCall]] = []  # held: their memory is not reused
+        self.softmaxes: list[tuple[Tensor, DenseCall]] = []  # kept so that memory is not reused
 
     def end(self) -> None:
-        """Stop, and let the results of softmaxes go."""
+        """Exit the mode, and release the results of softmaxes."""
         super().end()
         self.softmaxes.clear()
 
@@ -279,9 +279,9 @@ def _four_axes(t: Tensor, module: nn.Module) -> Tensor:
 
 
 def _chunked(t: Tensor, module: nn.Module) -> Tensor:
-    """``[sample, head, chunk, query, ...]`` from ``[sample x head, chunk, query, ...]``.
+    """Convert ``[sample x head, chunk, query, ...]`` to ``[sample, head, chunk, query, ...]``.
 
-    ``HaloAttn`` of timm 1.0.31 has its operands so. Any other tensor is returned as it is.
+    ``HaloAttn`` of timm 1.0.31 has such operands. Any other tensor is returned unchanged.
     """
     n_heads = getattr(module, "num_heads", None)
     if t.ndim != 4 or not isinstance(n_heads, int) or n_heads < 2:

@@ -134,7 +134,7 @@ class Members:
             if not isinstance(caller, nn.Module):
                 continue
             if isinstance(caller, GenerationMixin) and function not in _FORWARD:
-                continue  # it generates: a logits processor may compute attention too
+                continue  # in ``generate``, a logits processor may compute attention too
             if caller in self._parts:
                 found = found or caller
                 if function in _FORWARD or not of_another:

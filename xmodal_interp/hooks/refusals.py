@@ -102,7 +102,7 @@ def refuse_failure(error: Exception) -> None:
 
 
 def refuse_mixture(name: str, heard: Iterable[Heard]) -> None:
-    """Raise CaptureError for a module whose softmaxes are not what weights the values.
+    """Raise CaptureError for a module that combines softmaxes before the product with the values.
 
     ConViT adds two softmaxes, differential attention subtracts two, and talking heads (CaiT,
     EfficientFormerV2) are mixed by a layer with weights.
@@ -110,9 +110,9 @@ def refuse_mixture(name: str, heard: Iterable[Heard]) -> None:
     dense = [each for each in heard if isinstance(each, DenseCall)]
     if any(each.is_mixed for each in dense):
         raise CaptureError(
-            f"{name} mixes the results of its softmax by a learned layer before they weight the "
-            "values (talking heads), so no head has these probabilities. Leave out its tower or "
-            "its layer with towers= or layers=."
+            f"{name} mixes the results of its softmax by a learned layer before the product with "
+            "the values (talking heads), so no head has these probabilities. Leave out its tower "
+            "or layer with towers= or layers=."
         )
     shapes = Counter(tuple(each.probs.shape) for each in dense)
     n_alike = max(shapes.values(), default=0)

@@ -41,12 +41,12 @@ class RunningBatch:
         self._generating: Mapping[str, Any] | None = None
 
     def look(self) -> None:
-        """Read the inputs of a generation that has begun without a run of the model itself."""
+        """Read the inputs of a generation that does not run the forward of the whole model."""
         inputs = None if self.vlm is None else self.vlm.generating
         if inputs is not None and inputs is not self._generating:
             self._generating, self._ids = inputs, None
             self._read((), inputs)
-            self._ids = None  # the model's own first run is no decode step
+            self._ids = None  # the next forward of the whole model is not a decode step
 
     def enter(self, module: nn.Module, args: Any, options: Mapping[str, Any]) -> None:  # noqa: ARG002
         """Read the arguments of a forward; registered as a forward pre-hook."""
@@ -78,7 +78,7 @@ class RunningBatch:
 
 
 def _n_before(mask: Tensor) -> Int[Tensor, " sample"]:
-    """How many positions of each sample are hidden before the last one that is not."""
+    """Return the number of hidden positions of each sample before its last visible position."""
     shown = mask != 0
     return (~shown & (shown.flip(1).cumsum(1).flip(1) > 0)).sum(1)
 
