@@ -154,8 +154,8 @@ def test_images_that_see_each_other_are_refused() -> None:
     with pytest.raises(CaptureError) as error:
         calls_by_image([AttentionCall("vision", "self", 0, "attn", 0, q, q, 1.0)], grids)
     assert str(error.value) == (
-        "Images in one packed row can be told apart where each sees itself only. In vision "
-        "self-attention, layer 0, call 0, positions 0 to 64 see others too. Capture the samples "
+        "In vision self-attention, layer 0, call 0, the image at positions 0 to 64 of a packed row "
+        "also attends to other positions, so the images cannot be separated. Capture the samples "
         "one by one, or leave the tower out."
     )
 

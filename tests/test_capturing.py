@@ -143,7 +143,7 @@ def test_only_what_was_kept_can_be_asked_for() -> None:
         "Only what was kept can be asked for. language self-attention kept layers [1, 3], not 2. "
         "Capture again with this layer."
     )
-    with pytest.raises(NotRecordedError, match="asked for were also 5"):
+    with pytest.raises(NotRecordedError, match="does not hold the query rows 5;"):
         sample.probs(1, queries=[5])
     with pytest.raises(LayerError) as unknown:
         sample.call(9)

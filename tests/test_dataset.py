@@ -208,7 +208,7 @@ def test_text_rows_of_some_layers(tmp_path):
         "Only what was kept can be asked for. language self-attention kept layers [1, 3], not 2. "
         "Capture again with this layer."
     )
-    with pytest.raises(NotRecordedError, match=r"asked for were also 0\."):
+    with pytest.raises(NotRecordedError, match="does not hold the query rows 0;"):
         found.probs(1, queries=[0])
     with pytest.raises(NotRecordedError, match="vision self-attention kept layers none, not 0"):
         found.call(0, tower="vision")

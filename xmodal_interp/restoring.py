@@ -1,12 +1,12 @@
-"""Blocks that leave everything as it was, whenever they are interrupted.
+"""``with`` blocks that undo their changes even if they are interrupted at any moment.
 
-``contextlib.ExitStack`` restores what was registered with it, but an interrupt (Ctrl-C raises
-``KeyboardInterrupt`` between two bytecodes) may arrive between a change and its registration, or
-while the stack is closing. A :class:`Block` therefore makes its changes and takes them back with
-signals deferred: a signal that arrives meanwhile is handled directly afterwards, when the block is
-either entered as a whole or restored as a whole.
+``contextlib.ExitStack`` calls the callbacks that were registered with it. An interrupt (Ctrl-C
+raises ``KeyboardInterrupt`` between two bytecodes) can arrive between a change and its
+registration, or while the stack is closing. A :class:`Block` therefore makes and undoes its changes
+with signals deferred. A signal that arrives in between is handled directly afterwards, when the
+block is either completely entered or completely undone.
 
-Python calls signal handlers in the main thread only; in other threads nothing has to be deferred.
+Python calls signal handlers in the main thread only, so other threads need no deferral.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Block(AbstractContextManager[T], Generic[T]):
     """A ``with`` block around changes to a model or to torch.
 
     Args:
-        change: Makes the changes and registers with the stack how each is taken back. What it
-            returns is the value of the block. A function that it gives to ``stack.push`` is called
-            with the exception of the block, None if it had none, after what was registered later.
+        change: Makes the changes and registers with the stack how each is undone. Its result is the
+            value of the block. Functions passed to ``stack.push`` are called with the exception of
+            the block (None without one), in reverse order of registration.
     """
 
     _is_open = False
@@ -38,7 +38,7 @@ class Block(AbstractContextManager[T], Generic[T]):
         self._stack = ExitStack()
 
     def __enter__(self) -> T:
-        """Make the changes; take them back if making them fails."""
+        """Make the changes; undo them if an error occurs."""
         entered = False
         self._is_open = True
         try:
@@ -56,14 +56,14 @@ class Block(AbstractContextManager[T], Generic[T]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Take the changes back; an exception of the block goes on."""
+        """Undo the changes; an exception of the block is propagated."""
         self._restore(kind, error, traceback)
 
     def __del__(self) -> None:
-        """Take the changes back if a signal arrived at the first bytecode of ``__exit__``.
+        """Undo the changes if a signal arrived at the first bytecode of ``__exit__``.
 
-        Python drops a ``KeyboardInterrupt`` that is raised here, so there is no work for a block
-        that was left.
+        Python drops a ``KeyboardInterrupt`` that is raised here, so nothing is done for a block
+        that was exited.
         """
         if self._is_open:
             self._restore(GeneratorExit, None, None)
@@ -82,12 +82,12 @@ class Block(AbstractContextManager[T], Generic[T]):
 
 
 class DeferredSignals:
-    """Handle signals of the main thread at the end of a ``with`` block."""
+    """Defer signals of the main thread to the end of a ``with`` block."""
 
     _is_open = False
 
     def __enter__(self) -> None:
-        """Put a handler that waits in the place of each handler that is a Python function."""
+        """Replace each signal handler that is a Python function by one that stores the signal."""
         self.handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self.arrived: list[int] = []
         self.defers = not DeferredSignals._is_open and _in_main_thread()
@@ -107,7 +107,7 @@ class DeferredSignals:
                 self._put_back(list(self.handlers.items()))
 
     def __exit__(self, *failure: object) -> None:
-        """Put the handlers back, and call those whose signal arrived."""
+        """Restore the handlers, and call those whose signal arrived."""
         if self.defers:
             self._put_back(list(self.handlers.items()))
             for number in dict.fromkeys(self.arrived):
@@ -123,7 +123,7 @@ class DeferredSignals:
                 signal.signal(*handlers[-1])
                 handlers.pop()
         finally:
-            if handlers:  # a signal whose handler was back arrived
+            if handlers:  # a signal arrived after its handler was restored
                 self._put_back(handlers)
 
 

@@ -125,6 +125,6 @@ def test_refusals() -> None:
     with pytest.raises(NotRecordedError) as caught:
         block_statistics(sample_of("vv tt", [rows], [grid(1, 2)]))
     assert str(caught.value) == (
-        "Only rows that were kept can be asked for. language self-attention, layer 0, call 0 kept "
-        "2, 3; asked for were also 0, 1. Capture again with these queries, or with all."
+        "language self-attention, layer 0, call 0 does not hold the query rows 0, 1; it holds "
+        "2, 3. Capture again with these queries, or with all."
     )

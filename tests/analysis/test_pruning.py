@@ -239,12 +239,12 @@ REFUSALS = {
     "layer": (
         lambda vlm: head_pruning(vlm, ITEMS, layers=[9], **QUIET),
         LayerError,
-        "A layer must exist. language self-attention has layers 0 to 3; got 9.",
+        "There is no layer 9: language self-attention has layers 0 to 3.",
     ),
     "head": (
         lambda vlm: head_pruning(vlm, ITEMS, layers=[1], heads=[8], **QUIET),
         LayerError,
-        "A head must exist. language self-attention, layer 1, has heads 0 to 7; got 8.",
+        "There is no head 8: language self-attention, layer 1, has heads 0 to 7.",
     ),
     "no items": (
         lambda vlm: head_pruning(vlm, [], **QUIET),

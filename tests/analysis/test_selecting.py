@@ -221,18 +221,19 @@ REFUSALS = {
     "slice": (
         lambda: xi.cross_modal_ratio(SAMPLE, layers=slice(0, 2)),
         LayerError,
-        "layers are a number or a list of them, such as [0, 3] or range(4); got slice(0, 2, None).",
+        "layers must be a number or a list of numbers, such as [0, 3] or range(4); got slice(0, 2, "
+        "None).",
     ),
     "layer": (
         lambda: SAMPLE.probs("last"),
         LayerError,
-        "A layer is a whole number, negative ones counted from the last; got 'last'.",
+        "A layer must be a whole number; got 'last'. Negative numbers count from the last one.",
     ),
     "half a head": (
         lambda: SAMPLE.probs(0, heads=[0.5]),
         LayerError,
-        "A head is a number, a list of them, a slice, or a boolean mask; got [0.5]. (language "
-        "self-attention, layer 0, call 0)",
+        "A head must be a number, a list of numbers, a slice, or a boolean mask; got [0.5]. "
+        "(language self-attention, layer 0, call 0)",
     ),
     "words": (
         lambda: SAMPLE.positions(["red", "blue"]),
@@ -257,7 +258,7 @@ REFUSALS = {
     "keep": (
         lambda: xi.Keep(layers="last"),
         LayerError,
-        "layers are a number or a list of them, such as [0, 3] or range(4); got 'last'.",
+        "layers must be a number or a list of numbers, such as [0, 3] or range(4); got 'last'.",
     ),
     "rollout's layers": (
         lambda: inspect.unwrap(xi.attention_rollout)(SAMPLE, layers=[0, 1, 2]),

@@ -1,4 +1,4 @@
-"""One attention call: exact rows, fused sums, masks, and what is refused."""
+"""One attention call: exact rows, fused sums, masks, and errors."""
 
 import math
 from dataclasses import replace
@@ -43,7 +43,7 @@ def make(**options: object) -> AttentionCall:
 
 
 def slow_probs(call: AttentionCall, visible: torch.Tensor) -> torch.Tensor:
-    """The definition, in float64, key heads repeated for their query heads."""
+    """Compute probabilities from the definition in float64, with one key head per query head."""
     k = call.k.repeat_interleave(2, 1).double()
     scores = call.q.double() @ k.transpose(-1, -2) * call.scaling
     if call.softcap is not None:
@@ -81,7 +81,7 @@ def test_rows_and_sums_equal_the_definition(name: str) -> None:
 
 
 @pytest.mark.parametrize("extra", ["softcap", "sinks", "bias"])
-def test_what_the_fused_kernel_does_not_know_is_exact_too(extra: str) -> None:
+def test_calls_that_the_fused_kernel_does_not_support_are_exact_too(extra: str) -> None:
     value = {"softcap": 3.0, "sinks": torch.linspace(-1, 2, 8), "bias": torch.randn(1, 8, S, S)}[
         extra
     ]
@@ -112,8 +112,8 @@ KERNELS = {
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("size", EMPTY)
 def test_every_kernel_takes_zero_rows_heads_and_keys(size: str, kernel: str) -> None:
-    """torch 2.14.1, ``_scaled_dot_product_flash_attention_for_cpu``: with zero rows, keys or heads
-    the process ends by SIGFPE, a division by zero that no ``except`` can catch.
+    """With zero rows, keys or heads, ``_scaled_dot_product_flash_attention_for_cpu`` of torch
+    2.14.1 divides by zero and ends the process with SIGFPE, which no ``except`` can catch.
     """
     n_queries, n_keys, n_heads, n_kv_heads = EMPTY[size]
     options = dict(KERNELS[kernel])
@@ -131,7 +131,7 @@ def test_every_kernel_takes_zero_rows_heads_and_keys(size: str, kernel: str) -> 
             assert [probs.shape, mass.shape] == [(*shape, n_keys), (*shape, 3)]
             assert entropy.shape == shape
             assert call.mass(torch.ones(0, n_keys), **chosen).shape == (*shape, 0)
-            for values in (entropy, mass):  # a number that does not exist is NaN
+            for values in (entropy, mass):  # NaN without keys
                 assert values.isnan().all() if n_keys == 0 else not values.isnan().any()
             assert call.null_mass(torch.ones(3, n_keys), rows).shape[2:] == (shape[2], 3)
             assert call.n_visible(rows).shape[2] == shape[2]
@@ -141,8 +141,8 @@ def test_every_kernel_takes_zero_rows_heads_and_keys(size: str, kernel: str) -> 
 
 @pytest.mark.parametrize("logit", [30.0, 480.0, 44_000.0])
 @pytest.mark.parametrize("name", ["causal", "padding", "softcap", "sinks", "bias", "slope"])
-def test_entropy_is_right_however_large_the_logits(name: str, logit: float) -> None:
-    """``logsumexp - mean score`` cancels: in float32 the error was 1e-4 at logits of 480."""
+def test_entropy_is_exact_for_logits_of_any_size(name: str, logit: float) -> None:
+    """``logsumexp - mean score`` loses digits: in float32 the error was 1e-4 at logits of 480."""
     options = {
         "causal": {"causal": True},
         "padding": {"mask": LEFT_PADDED},
@@ -162,7 +162,7 @@ def test_entropy_is_right_however_large_the_logits(name: str, logit: float) -> N
 
 
 def test_a_case_to_check_by_eye() -> None:
-    """Two scores, ln 1 and ln 3: a quarter and three quarters; the first row sees itself only."""
+    """Scores ln 1 and ln 3 give probabilities 1/4 and 3/4; the first row sees itself only."""
     q = torch.tensor([[[[1.0], [1.0]]]])
     k = torch.tensor([[[[0.0], [math.log(3)]]]])
     call = AttentionCall("language", "self", 0, "attn", 0, q, k, 1.0, causal=True)
@@ -172,7 +172,7 @@ def test_a_case_to_check_by_eye() -> None:
     )
 
 
-def test_a_row_goes_through_a_layer_without_its_matrix() -> None:
+def test_propagate_is_the_vector_times_the_mean_probabilities() -> None:
     call = make(causal=True)
     vector = torch.rand(2, S)
     close(
@@ -182,14 +182,14 @@ def test_a_row_goes_through_a_layer_without_its_matrix() -> None:
     )
 
 
-def test_what_keys_receive_is_the_sum_of_their_column() -> None:
+def test_received_is_the_weighted_sum_of_a_column() -> None:
     call = make(causal=True)
     weights = torch.rand(2, S)
     expected = (weights[:, None, :, None] * call.probs()).sum(2)[:, [3, 0]]
     torch.testing.assert_close(call.received(weights, [3, 0]), expected, atol=1e-5, rtol=0)
 
 
-def test_chosen_rows_are_the_same_rows() -> None:
+def test_selected_rows_are_unchanged() -> None:
     call = make(mask=LEFT_PADDED)
     part = call.select_rows(torch.tensor([9, 20, S - 1]))
     groups = torch.rand(3, S)
@@ -207,7 +207,7 @@ def test_the_null_model_is_uniform_over_visible_keys() -> None:
     torch.testing.assert_close(call.null_mass(groups)[0, 0, :, 0], expected)
 
 
-def test_half_precision_is_accumulated_in_single() -> None:
+def test_half_precision_is_accumulated_in_float32() -> None:
     call = make(causal=True)
     half = AttentionCall(
         "language", "self", 0, "attn", 0, call.q.bfloat16(), call.k.bfloat16(), SCALING, causal=True
@@ -229,18 +229,18 @@ def test_refusals() -> None:
     with pytest.raises(NotRecordedError) as missing:
         call.select_rows(torch.tensor([3, 9])).probs(queries=[3, 4])
     assert str(missing.value) == (
-        "Only rows that were kept can be asked for. language self-attention, layer 3, call 0 kept "
-        "3, 9; asked for were also 4. Capture again with these queries, or with all."
+        "language self-attention, layer 3, call 0 does not hold the query rows 4; it holds 3, 9. "
+        "Capture again with these queries, or with all."
     )
 
 
-def test_rows_that_were_not_kept_are_named_whatever_is_asked_for() -> None:
+def test_the_message_names_rows_that_were_not_kept() -> None:
     part = make(causal=True).select_rows(torch.tensor([3, 5]))
     for queries in ([-1], [6], [4]):
-        with pytest.raises(NotRecordedError, match="kept 3, 5; asked for were also"):
+        with pytest.raises(NotRecordedError, match=r"the query rows \d+; it holds 3, 5\."):
             part.probs(queries=queries)
     with pytest.raises(PositionError, match=f"must lie between -{S} and {S - 1}; got {S}"):
         part.probs(queries=[S])
     none = part.select_rows(torch.tensor([], dtype=torch.long))
-    with pytest.raises(NotRecordedError, match="asked for were also 3"):
+    with pytest.raises(NotRecordedError, match="does not hold the query rows 3;"):
         none.probs(queries=[3])

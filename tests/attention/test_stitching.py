@@ -1,4 +1,4 @@
-"""Whatever the cache, the rows of a generation are those of one reading of the whole sequence."""
+"""With any cache, the rows of a generation equal those of one forward over the whole sequence."""
 
 import dataclasses
 
@@ -62,7 +62,7 @@ CACHES = {
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("cache", list(CACHES))
 @pytest.mark.parametrize("backbone", list(BACKBONES))
-def test_any_cache_gives_the_rows_of_one_reading(backbone, cache, batch) -> None:
+def test_any_cache_gives_the_rows_of_one_forward(backbone, cache, batch) -> None:
     model = llava_over(backbone, **BACKBONES[backbone])
     questions = [QUESTION, "how many ?"][:batch]
     inputs = tiny_vlm("llava").prepare([[picture(seed=i)] for i in range(batch)], questions)[0]
@@ -97,7 +97,7 @@ def test_a_static_cache_is_kept_once() -> None:
     with torch.no_grad(), record(model, towers=["language"]) as recording:
         model.generate(**inputs, **STEPS, **CACHES["static"])
     places = {call.k.untyped_storage().data_ptr() for call in recording.calls if call.layer == 0}
-    assert len(places) == 2  # the prompt's own keys, then the room that steps write into
+    assert len(places) == 2  # the prompt's own keys, then the static tensor of all steps
 
 
 def step(q: torch.Tensor, k: torch.Tensor, **options) -> AttentionCall:
@@ -133,14 +133,13 @@ def test_probabilities_are_stitched_too() -> None:
     torch.testing.assert_close(stitch(parts, 3).probs(), probs)
 
 
-def test_keys_that_are_no_cache_are_refused() -> None:
+def test_keys_that_are_not_a_cache_are_refused() -> None:
     q, k = torch.randn(1, 1, 3, 2), torch.randn(1, 1, 3, 2)
     with pytest.raises(CaptureError) as error:
         stitch([step(q, k, causal=True), step(q[:, :, :1], torch.randn(1, 1, 4, 2))], 4)
     assert str(error.value) == (
-        "Decode steps are stitched where a step's keys are those of the positions before, all or "
-        "the last ones, plus its own. language self-attention, layer 0, call 0 has 4 keys that are "
-        "neither, after 3 positions. Generate with the default cache."
+        "The keys of language self-attention, layer 0, call 0 (4 keys after 3 positions) are not "
+        "keys of previous positions followed by its own. Generate with the default cache."
     )
 
 
@@ -150,17 +149,17 @@ def test_keys_that_are_no_cache_are_refused() -> None:
     ids=str,
 )
 def test_keys_that_are_computed_again_differ_by_rounding(dtype, rounding, too_much) -> None:
-    """A model that caches latents computes all keys anew in each step."""
+    """A model that caches latents computes all keys again in each step."""
     q, k = torch.randn(1, 2, 4, 8, dtype=dtype), torch.randn(1, 2, 4, 8, dtype=dtype)
     first = step(q[:, :, :3], k[:, :, :3], causal=True)
     whole = stitch([first, step(q[:, :, 3:], k * (1 + rounding))], 4)
     torch.testing.assert_close(whole.k[:, :, :3], k[:, :, :3], rtol=0, atol=0)
-    with pytest.raises(CaptureError, match="that are neither"):
+    with pytest.raises(CaptureError, match="are not keys of previous positions"):
         stitch([first, step(q[:, :, 3:], k * (1 + too_much))], 4)
 
 
 def test_rows_of_cross_attention_after_a_samples_end_are_left_out() -> None:
-    """Steps of a batch in which another sample goes on, as in self-attention."""
+    """In later steps, only other samples of the batch continue."""
     q, k = torch.randn(1, 2, 5, 3), torch.randn(1, 2, 7, 3)
     parts = [
         dataclasses.replace(step(q[:, :, a:b], k), kind="cross")
@@ -171,8 +170,8 @@ def test_rows_of_cross_attention_after_a_samples_end_are_left_out() -> None:
         torch.testing.assert_close(stitch(parts, n).probs(), whole[:, :, :n])
 
 
-def test_the_free_room_of_a_static_cache_that_is_not_hidden_is_refused() -> None:
-    """A backend without a mask function attends to it: its keys are zeros, their scores 0."""
+def test_visible_unused_space_of_a_static_cache_is_refused() -> None:
+    """A backend without a mask function attends to it; its keys are zeros, their scores 0."""
     q, k = torch.randn(1, 1, 4, 2), torch.zeros(1, 1, 6, 2)
     k[:, :, :4] = torch.randn(1, 1, 4, 2)
     first = step(q[:, :, :3], torch.cat([k[:, :, :3], torch.zeros(1, 1, 3, 2)], 2), causal=True)
@@ -180,7 +179,7 @@ def test_the_free_room_of_a_static_cache_that_is_not_hidden_is_refused() -> None
     with pytest.raises(CaptureError) as error:
         stitch([first, later], 4)
     assert str(error.value) == (
-        "language self-attention, layer 0, call 0 attends to the free room of a static cache, "
+        "language self-attention, layer 0, call 0 attends to unused space of a static cache, "
         "which holds no tokens: 6 keys at position 3. Register a mask function for the model's "
         "attention backend (AttentionMaskInterface.register), or generate with the default cache."
     )

@@ -34,7 +34,7 @@ ADDED_INSIDE = (
 """Types that add image features to the hidden states of the language model."""
 OTHER_INPUTS = {
     **dict.fromkeys(
-        ("git", "kosmos-2", "kosmos-2.5", "chameleon", "t5gemma2"), "embeddings of none"
+        ("git", "kosmos-2", "kosmos-2.5", "chameleon", "t5gemma2"), "received no embeddings"
     ),
     "florence2": "did not run inside the with block",
 }

@@ -126,9 +126,8 @@ REFUSALS = {
     "cross": (
         lambda _: deletion_curve(tiny_vlm("mllama"), ITEMS[:1], "random", **QUIET),
         UnsupportedModelError,
-        "Image tokens can be replaced where they are among the tokens of the sequence. In mllama "
-        "text reaches the image by cross-attention; cut that with knock_out_attention(..., "
-        "kind='cross').",
+        "mllama has no image tokens to replace: text reads the image by cross-attention. Cut that "
+        "with knock_out_attention(..., kind='cross').",
     ),
 }
 
@@ -150,13 +149,13 @@ def test_embeddings_are_replaced_in_whole_forwards_only() -> None:
         pass
     assert str(refusal.value) == (
         "Embeddings were to be replaced, but the language model (LlamaModel) did not run inside "
-        "the with block."
+        "the with block. Run the model there."
     )
     with pytest.raises(CaptureError) as refusal, mean_embeddings(vlm, none[:, 1:], none[:, 1:]):
         vlm.model(**inputs)
     assert str(refusal.value) == (
-        "Embeddings are replaced in one forward over the whole sequence, without a cache. Given "
-        f"were positions [1, {n - 1}]; the language model got embeddings of [1, {n}]."
+        f"Embeddings of shape [1, {n - 1}] were to be replaced, but the language model received "
+        f"embeddings of shape [1, {n}]. Run one forward over the whole sequence, without a cache."
     )
     assert not vlm.model.get_decoder()._forward_pre_hooks
 

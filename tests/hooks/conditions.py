@@ -1,4 +1,4 @@
-"""Models in every layout of attention, and what holds for a recording of any of them."""
+"""Models with different attention implementations, and checks for a recording of any of them."""
 
 import copy
 
@@ -17,7 +17,7 @@ STEPS = {"max_new_tokens": 3, "generation": {"min_new_tokens": 3}}
 
 
 def of(name: str) -> tuple[nn.Module, dict]:
-    """A model of one's own, and its inputs."""
+    """Return a new model and its inputs."""
     if name in FAMILIES:
         vlm = tiny_vlm(name)
         return copy.deepcopy(vlm.model), vlm.prepare([[picture()]], [QUESTION])[0]
@@ -47,13 +47,13 @@ def cast(inputs: dict, dtype: torch.dtype) -> dict:
 
 
 def first(output) -> Tensor:
-    """The first floating-point tensor of a model's output that is not its loss."""
+    """Return the first floating-point tensor of a model's output that is not its loss."""
     tensors = (t for t in output.to_tuple() if isinstance(t, Tensor) and t.is_floating_point())
     return next(t for t in tensors if t.ndim > 1)
 
 
-def by_hand(call: AttentionCall) -> Tensor:
-    """Eager attention in float32, without the package's kernels."""
+def eager_probs(call: AttentionCall) -> Tensor:
+    """Return eager attention in float32, without the package's kernels."""
     q, k = call.q.float(), call.k.float().repeat_interleave(call.n_heads // call.n_kv_heads, 1)
     scores = call.scaling * q @ k.transpose(-1, -2)
     if call.bias is not None:
@@ -72,4 +72,5 @@ def assert_complete_and_exact(calls: list[AttentionCall], model: nn.Module) -> N
     for call in calls:
         if call.q is None:  # the module's own probabilities
             continue
-        torch.testing.assert_close(call.probs(), by_hand(call), atol=1e-5, rtol=0, equal_nan=True)
+        expected = eager_probs(call)
+        torch.testing.assert_close(call.probs(), expected, atol=1e-5, rtol=0, equal_nan=True)

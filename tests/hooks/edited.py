@@ -1,4 +1,4 @@
-"""Models run with interventions, and what their output projections are given."""
+"""Run models with interventions, and record the inputs of their output projections."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from xmodal_interp.models import VLM
 
 FAMILIES = ["llava", "qwen2_vl", "mllama"]
 HEADS = {1: [0, 5], 3: [2]}
-OUT = {"o_proj", "out_proj", "proj"}  # what output projections are called
+OUT = {"o_proj", "out_proj", "proj"}  # names of output projections
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def out_projection(vlm: VLM, layer: int, tower: str = "language", kind: str = "s
 
 
 def projected(vlm: VLM, inputs: dict, layer: int, *interventions: Intervention) -> Tensor:
-    """What the output projection of a layer is given: ``[sample, position, head * d_head]``."""
+    """Return the input of a layer's output projection, ``[sample, position, head * d_head]``."""
     seen: list[Tensor] = []
     hook = out_projection(vlm, layer).register_forward_pre_hook(
         lambda _, args: seen.append(args[0])

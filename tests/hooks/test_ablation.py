@@ -1,4 +1,4 @@
-"""Heads set to zero, to the mean of what they can see, or to their mean, where it was asked for."""
+"""Head ablation by zero, by uniform attention or by the mean, at all or at some positions."""
 
 from contextlib import ExitStack
 
@@ -30,7 +30,7 @@ from xmodal_interp.sample import Sample
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_zero_is_zeroing_the_slice_that_the_output_projection_is_given(
+def test_zero_equals_zeroing_the_slice_of_the_output_projections_input(
     family: str, implementation: str
 ) -> None:
     heads = HEADS if family != "mllama" else {0: [0, 3]}
@@ -75,7 +75,7 @@ def test_uniform_is_the_mean_of_the_visible_values(
     n = attended.shape[1]
     for i in range(batch):
         visible = np.tri(n, dtype=bool) & attended[i]
-        real = np.flatnonzero(attended[i])  # a padded query sees nothing
+        real = np.flatnonzero(attended[i])  # a padding query sees no key
         expected = uniform_output(call.v[i].numpy(), visible[real], 8)
         np.testing.assert_allclose(given[i, [0, 3, 7]][:, real], expected[[0, 3, 7]], atol=2e-6)
         assert (given[i, 1][real] - torch.from_numpy(expected[1])).abs().max() > 0.01
@@ -93,7 +93,7 @@ def test_uniform_by_eye() -> None:
 @pytest.mark.parametrize(
     "option", [{"s_aux": torch.ones(1)}, {"position_bias": torch.randn(1, 1, 3, 3)}]
 )
-def test_uniform_is_computed_where_zero_scores_are_not_all(option: dict[str, Tensor]) -> None:
+def test_uniform_is_computed_for_layers_with_sinks_or_a_bias(option: dict[str, Tensor]) -> None:
     v = torch.tensor([1.0, 3.0, 5.0])[None, None, :, None]
     q, k = torch.randn(2, 1, 1, 3, 4)
     call, uniform = call_of(q, k, v, **option), ablate_heads({0: [0]}, "uniform")
@@ -103,7 +103,7 @@ def test_uniform_is_computed_where_zero_scores_are_not_all(option: dict[str, Ten
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_uniform_never_looks_ahead(family: str) -> None:
+def test_uniform_attention_is_causal(family: str) -> None:
     vlm = tiny_vlm(family)
     inputs = inputs_of(vlm)
     other = {**inputs, "input_ids": inputs["input_ids"].clone()}
@@ -123,8 +123,8 @@ def test_ablation_in_the_vision_tower(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["zero", "uniform"])
-def test_queries_choose_where_a_head_is_ablated(mode: str) -> None:
-    """Positions before the first chosen one are bit-identical; those per sample hold for it."""
+def test_heads_are_ablated_only_at_the_given_queries(mode: str) -> None:
+    """Positions before the first query, and samples without queries, are bit-identical."""
     vlm = tiny_vlm("llava")
     inputs = inputs_of(vlm, 3)
     base = logits(vlm, inputs)
@@ -142,7 +142,7 @@ def test_queries_choose_where_a_head_is_ablated(mode: str) -> None:
     assert not torch.equal(base[1], one[1])
 
 
-def test_means_are_those_of_a_loop_and_take_the_heads_place() -> None:
+def test_means_equal_those_of_a_loop_and_replace_the_heads_outputs() -> None:
     vlm = tiny_vlm("llava")
     items = [
         {"image": picture(seed=i), "prompt": prompt}

@@ -1,12 +1,12 @@
-"""What is recorded gives what the model computed, whatever a backend makes of its arguments.
+"""Recorded probabilities give the model's output, with any meaning of a backend's arguments.
 
-What other libraries do, measured here (torch 2.14.1, transformers 5.23.0):
+Behaviour of other libraries that is measured here (torch 2.14.1, transformers 5.23.0):
 
 * ``eager_attention_forward`` in ``transformers.models.*`` adds ``attention_mask`` to the scores: a
   boolean mask adds 1 where it is True and hides nothing.
-* ``sdpa_attention_forward`` in ``transformers.integrations.sdpa_attention`` crops keys to the
-  queries where it is given none: with a static cache, query ``i`` of a prompt sees keys 0 to ``i``.
-  A registered function that calls it behaves the same under its own name.
+* ``sdpa_attention_forward`` in ``transformers.integrations.sdpa_attention`` crops the keys to the
+  number of queries if it gets no mask: with a static cache, query ``i`` of a prompt sees keys 0 to
+  ``i``. A registered function that calls it behaves the same under its own name.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ IDS = torch.arange(1, 21).view(2, 10)
 
 @contextlib.contextmanager
 def registered(name: str, function, mask=sdpa_mask):
-    """A backend of the user's own, taken away again."""
+    """Register a custom backend for the time of a ``with`` block."""
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask)
     try:
@@ -64,7 +64,7 @@ def registered(name: str, function, mask=sdpa_mask):
 
 
 def truth(q, k, mask=None, *, hides=True, scaling=None) -> torch.Tensor:
-    """Softmax written straight from its definition, in float64."""
+    """Compute the softmax from its definition, in float64."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q.double() @ k.double().mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is not None:
@@ -73,7 +73,7 @@ def truth(q, k, mask=None, *, hides=True, scaling=None) -> torch.Tensor:
 
 
 class Own(nn.Module):
-    """An attention module without positions: any mask may be passed to it."""
+    """An attention module without position embeddings, which accepts any mask."""
 
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -99,7 +99,7 @@ class Own(nn.Module):
 
 
 def eager(module, query, key, value, mask, scaling, dropout=0.0, **_):  # noqa: ARG001
-    """As it stands in transformers' modeling code."""
+    """The eager function of transformers' modeling code."""
     weights = query @ key.mT * scaling
     if mask is not None:
         weights = weights + mask
@@ -126,7 +126,7 @@ def test_a_boolean_mask_under_eager_attention_adds_one() -> None:
 
 
 @pytest.mark.parametrize("mask", [MASK.long(), torch.ones(2, 1, 1, 6, dtype=torch.bool)])
-def test_masks_of_integers_and_of_nothing_hidden_under_eager_attention(mask) -> None:
+def test_integer_masks_and_all_true_masks_under_eager_attention(mask) -> None:
     model = Own()
     with torch.no_grad(), xi.record(model) as recording:
         model(X, mask)
@@ -157,7 +157,7 @@ def test_a_users_mask_under_eager_attention_of_a_real_model() -> None:
     assert checkup.ok
 
 
-def test_edges_are_cut_where_a_boolean_mask_is_added() -> None:
+def test_edges_are_cut_if_a_boolean_mask_is_added() -> None:
     model = llama("eager")
     mask = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
     cut = xi.knock_out_attention([9], [2], layers=[0])
@@ -170,7 +170,7 @@ def test_edges_are_cut_where_a_boolean_mask_is_added() -> None:
 @pytest.mark.parametrize("low", [-1e9, -1e4, -100.0, float("-inf")])
 @pytest.mark.parametrize("bias", [False, True])
 def test_keys_that_a_low_number_hides_are_not_visible(low, bias) -> None:
-    """eomt writes -1e9, evolla -1e4, shifted windows (Swin) -100 plus a position bias."""
+    """eomt uses -1e9, evolla -1e4, shifted windows (Swin) -100 plus a position bias."""
     added = torch.zeros(2, 1, 6, 6).masked_fill(~MASK, low)
     if bias:
         added = added + torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(2))
@@ -192,7 +192,7 @@ def test_keys_that_a_low_number_hides_are_not_visible(low, bias) -> None:
     )
 
 
-def test_a_position_bias_hides_nothing_however_low_it_gets() -> None:
+def test_a_very_low_position_bias_hides_nothing() -> None:
     distance = (torch.arange(300)[:, None] - torch.arange(300)).abs()
     bias = (-0.9 * distance)[None, None].float()  # ALiBi
     model = Own()
@@ -203,7 +203,7 @@ def test_a_position_bias_hides_nothing_however_low_it_gets() -> None:
 
 
 def delegating(module, query, key, value, attention_mask, **options):
-    """The custom backend of transformers' documentation."""
+    """The example of a custom backend in transformers' documentation."""
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
@@ -231,7 +231,7 @@ def vlm_with(backend: str) -> xi.VLM:
 
 
 def aligned_right(module, query, key, value, attention_mask, scaling=None, **_):  # noqa: ARG001
-    """Causal so that the last query sees all keys, as flash kernels have it."""
+    """Causal attention in which the last query sees all keys, as in flash kernels."""
     n, m = query.shape[2], key.shape[2]
     seen = torch.ones(n, m, dtype=torch.bool).tril(m - n)
     out = functional.scaled_dot_product_attention(
@@ -246,13 +246,13 @@ def not_causal(module, query, key, value, attention_mask, scaling=None, **_):  #
 
 
 def hides_true(module, query, key, value, attention_mask, scaling=None, **_):  # noqa: ARG001
-    """A boolean mask in the convention of ``torch.nn``."""
+    """A backend whose boolean mask is True at hidden keys, as in ``torch.nn``."""
     out = functional.scaled_dot_product_attention(query, key, value, ~attention_mask, scale=scaling)
     return out.transpose(1, 2), None
 
 
 class CachedAttention(nn.Module):
-    """Six queries after four keys of a cache, and no mask."""
+    """Attention of six queries after four cached keys, without a mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -276,7 +276,7 @@ class CachedAttention(nn.Module):
         (delegating, torch.ones(6, 10, dtype=torch.bool).tril()),
     ],
 )
-def test_where_causal_begins_is_read_off_the_output(function, seen) -> None:
+def test_the_meaning_of_causal_is_found_from_the_output(function, seen) -> None:
     model = nn.ModuleList([CachedAttention()])
     with registered("own", function), torch.no_grad(), xi.record(model) as recording:
         model[0]()
@@ -285,7 +285,7 @@ def test_where_causal_begins_is_read_off_the_output(function, seen) -> None:
     torch.testing.assert_close(call.probs().double(), expected, atol=1e-5, rtol=0)
 
 
-def test_a_mask_in_another_convention_is_read_off_the_output() -> None:
+def test_the_convention_of_a_mask_is_found_from_the_output() -> None:
     with registered("hides_true", hides_true):
         model = Own("hides_true")
         with torch.no_grad(), xi.record(model) as recording:
@@ -297,22 +297,22 @@ def test_a_mask_in_another_convention_is_read_off_the_output() -> None:
 
 
 def sharper(module, query, key, value, attention_mask, scaling=None, **options):
-    """Something that no argument shows."""
+    """A backend that scales the queries, which its arguments do not show."""
     return sdpa_attention_forward(
         module, 1.1 * query, key, value, attention_mask, scaling=scaling, **options
     )
 
 
-def test_what_no_reading_explains_is_refused() -> None:
+def test_an_output_that_no_reading_explains_is_refused() -> None:
     with registered("sharper", sharper):
         model = llama("sharper")
         plain = model(IDS).logits
         expected = (
-            r"^The probabilities that follow from the arguments of the attention function do not "
-            r"give its output: language self-attention, layer 0, call 0 by 0\.\d+ \(rounding "
-            r"explains 1e-05\), language self-attention, layer 1, call 0 by .*\. Load the model "
-            r"with attn_implementation='sdpa' or 'eager', or leave these layers out with towers= "
-            r"or layers=\.$"
+            r"^Probabilities computed from the arguments of the attention function do not give its "
+            r"output: language self-attention, layer 0, call 0 differs by 0\.\d+ \(rounding "
+            r"explains 1e-05\), language self-attention, layer 1, call 0 differs by .*\. Load the "
+            r"model with attn_implementation='sdpa' or 'eager', or leave these layers out with "
+            r"towers= or layers=\.$"
         )
         with pytest.raises(CaptureError, match=expected), xi.record(model):
             heard = model(IDS).logits
@@ -322,7 +322,7 @@ def test_what_no_reading_explains_is_refused() -> None:
     assert "probabilities give the backend's output" in failed
 
 
-def test_the_doctor_tries_the_backends_and_caches_that_it_is_given() -> None:
+def test_the_doctor_checks_the_given_backends_and_caches() -> None:
     with registered("sharper", sharper), registered("delegating", delegating):
         vlm = vlm_with("delegating")
         backends = ["eager", "sdpa", "sharper"]
@@ -337,16 +337,16 @@ def test_the_doctor_tries_the_backends_and_caches_that_it_is_given() -> None:
 
 def test_backends_and_caches_that_are_refused() -> None:
     model = llama()
-    with pytest.raises(InputError, match="'nonsense' is no attention implementation"):
+    with pytest.raises(InputError, match="'nonsense' is not an attention implementation"):
         xi.doctor(model, inputs={"input_ids": IDS}, backends=["nonsense"])
-    with pytest.raises(InputError, match="caches need a VLM that generates; got 'static'"):
+    with pytest.raises(InputError, match="Got caches 'static' for a LlamaForCausalLM, which is"):
         xi.doctor(model, inputs={"input_ids": IDS}, caches=["static"])
-    with pytest.raises(InputError, match=r"backends is a list, such as \['eager'\]"):
+    with pytest.raises(InputError, match=r"backends must be a list, such as \['eager'\]"):
         xi.doctor(model, inputs={"input_ids": IDS}, backends="eager")
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
-def test_any_wrong_reading_of_ours_is_refused(name, monkeypatch) -> None:
+def test_a_wrong_conversion_of_a_call_is_refused(name, monkeypatch) -> None:
     right = recorder.as_attention_call
     model, inputs = of(name)
     for change in ({"scaling": 0.4}, {"causal": False}):

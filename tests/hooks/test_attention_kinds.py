@@ -1,7 +1,6 @@
-"""Which modules are attention, whatever their class is called; and attention that is not over
-positions is a separate kind.
+"""Attention modules are found under any class name; attention over channels is a separate kind.
 
-Classes such as those below are in timm 1.0.31: ``XCA`` (xcit), ``GPSA`` and ``MHSA`` (convit);
+Classes like those below exist in timm 1.0.31: ``XCA`` (xcit), ``GPSA`` and ``MHSA`` (convit);
 and in transformers 5.23: ``LongcatFlashMLA``, ``MiniMaxLightningAttention``,
 ``Phi4MultimodalAudioRelativeAttentionBias``, ``Florence2VisionChannelAttention``.
 """
@@ -43,7 +42,7 @@ class MHSA(nn.Module):
 
 
 class XCA(MHSA):
-    """Attention over channels by torch's kernel."""
+    """Computes attention over channels with torch's kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.operands(x).transpose(-1, -2)
@@ -52,7 +51,7 @@ class XCA(MHSA):
 
 
 class GPSA(MHSA):
-    """Mixes two softmaxes, one of contents and one of places, as ConViT does."""
+    """Adds two softmaxes, one of contents and one of positions, as ConViT does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +82,7 @@ def names(model: nn.Module) -> list[tuple]:
 
 
 @pytest.mark.parametrize("name", ["attn", "attention", "self_attn"])
-def test_attention_known_by_its_attribute(name) -> None:
+def test_attention_is_found_by_its_attribute_name(name) -> None:
     model = stack(*(Block(name, MHSA()) for _ in range(3)))
     assert names(model) == [("self", i, f"{i}.{name}") for i in range(3)]
     x = torch.randn(2, TOKENS, WIDTH)
@@ -96,16 +95,15 @@ def test_attention_known_by_its_attribute(name) -> None:
     torch.testing.assert_close(recording.calls[0].probs(), expected, atol=1e-6, rtol=0)
 
 
-def test_a_mixture_of_softmaxes_is_refused_and_a_layer_beside_it_is_not() -> None:
+def test_a_sum_of_softmaxes_is_refused_and_another_layer_is_not() -> None:
     model = stack(Block("attn", GPSA()), Block("attn", MHSA()))
     x = torch.randn(2, TOKENS, WIDTH)
     with (
         torch.no_grad(),
         pytest.raises(
             CaptureError,
-            match=r"^0\.attn computes 2 softmaxes over the same tokens in one run, and which "
-            r"mixture of them weights the values is not known\. Leave out its tower or its layer "
-            r"with towers= or layers=\.$",
+            match=r"^0\.attn computes 2 softmaxes over the same tokens in one run, and how it "
+            r"combines them is unknown\. Leave out its tower or layer with towers= or layers=\.$",
         ),
         record(model),
     ):
@@ -117,7 +115,7 @@ def test_a_mixture_of_softmaxes_is_refused_and_a_layer_beside_it_is_not() -> Non
     torch.testing.assert_close(recording.calls[0].probs(), expected, atol=1e-6, rtol=0)
 
 
-def test_a_module_that_is_named_attn_and_has_no_softmax_is_no_attention() -> None:
+def test_a_module_named_attn_without_a_softmax_is_not_attention() -> None:
     class Gate(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -131,7 +129,7 @@ def test_a_module_that_is_named_attn_and_has_no_softmax_is_no_attention() -> Non
         attention_modules(stack(Block("attn", Gate())))
 
 
-def test_attention_over_channels_is_a_kind_of_its_own() -> None:
+def test_attention_over_channels_is_a_separate_kind() -> None:
     model = stack(Block("attn", XCA()), Block("attn", MHSA()), Block("attn", XCA()))
     assert names(model) == [
         ("channel", 0, "0.attn"),
@@ -147,7 +145,7 @@ def test_attention_over_channels_is_a_kind_of_its_own() -> None:
     torch.testing.assert_close(call.probs(), (q @ k.transpose(-1, -2)).softmax(-1))
 
 
-def test_channels_of_a_family_are_in_no_statistic_over_positions() -> None:
+def test_statistics_over_positions_exclude_attention_over_channels() -> None:
     import xmodal_interp as xi
     from tests.models.real import real, settled
 
@@ -168,7 +166,7 @@ def test_channels_of_a_family_are_in_no_statistic_over_positions() -> None:
     assert sorted(set(entropies["layer"])) == list(range(4))
 
 
-def test_names_that_say_attention_of_what_is_none() -> None:
+def test_classes_named_attention_that_are_not_softmax_attention() -> None:
     class RelativeAttentionBias(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -184,7 +182,7 @@ def test_names_that_say_attention_of_what_is_none() -> None:
     assert [each.module for each in layers_without_matrix(model)] == ["0.attn"]
 
 
-def test_latent_attention_in_a_list_of_a_layer() -> None:
+def test_latent_attention_in_a_module_list_of_a_layer() -> None:
     from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
     sizes = {"vocab_size": 32, "hidden_size": 32, "ffn_hidden_size": 32, "num_layers": 2}
@@ -205,7 +203,7 @@ def test_latent_attention_in_a_list_of_a_layer() -> None:
 
 
 class TalkingHeads(MHSA):
-    """Mixes the heads' probabilities before they weight the values, as ``TalkingHeadAttn`` does."""
+    """Mixes the heads' probabilities before the product with V, as ``TalkingHeadAttn`` does."""
 
     def __init__(self, *, after: bool) -> None:
         super().__init__()
@@ -223,16 +221,16 @@ class TalkingHeads(MHSA):
         return (probs @ v).transpose(1, 2).flatten(2)
 
 
-def test_probabilities_that_a_layer_mixes_before_they_weight_the_values_are_refused() -> None:
+def test_talking_heads_are_refused() -> None:
     model = stack(Block("attn", TalkingHeads(after=False)), Block("attn", TalkingHeads(after=True)))
     x = torch.randn(2, TOKENS, WIDTH)
     with (
         torch.no_grad(),
         pytest.raises(
             CaptureError,
-            match=r"^1\.attn mixes the results of its softmax by a learned layer before they "
-            r"weight the values \(talking heads\), so no head has these probabilities\. Leave out "
-            r"its tower or its layer with towers= or layers=\.$",
+            match=r"^1\.attn mixes the results of its softmax by a learned layer before the "
+            r"product with the values \(talking heads\), so no head has these probabilities\. "
+            r"Leave out its tower or layer with towers= or layers=\.$",
         ),
         record(model),
     ):
@@ -242,8 +240,8 @@ def test_probabilities_that_a_layer_mixes_before_they_weight_the_values_are_refu
     assert [call.module for call in recording.calls] == ["0.attn"]
 
 
-def test_heads_that_are_folded_into_the_batch_of_blocks_come_apart() -> None:
-    """As in ``HaloAttn`` of timm: ``[sample x head, block, query, key]``."""
+def test_heads_that_are_folded_into_the_batch_of_blocks_are_unfolded() -> None:
+    """``HaloAttn`` of timm has probabilities ``[sample x head, block, query, key]``."""
     heads, blocks = 4, 3
 
     class HaloAttn(nn.Module):
@@ -266,15 +264,15 @@ def test_heads_that_are_folded_into_the_batch_of_blocks_come_apart() -> None:
     expected = model[0].attn.probs.view(2, heads, blocks * TOKENS, TOKENS)
     torch.testing.assert_close(recording.calls[0].probs(), expected, atol=0, rtol=0)
     assert recording.calls[0].note.endswith(
-        "keys are counted within the chunk that each query sees"
+        "keys are numbered within the chunk that each query sees"
     )
 
 
 @pytest.mark.parametrize(
     "name", ["LinearSelfAttention", "EfficientAdditiveAttention", "LambdaLayer"]
 )
-def test_a_softmax_whose_rows_are_no_positions_is_a_layer_without_a_matrix(name) -> None:
-    """One row of weights for all queries: a weighted mean, as in MobileViTv2 and SwiftFormer."""
+def test_a_softmax_with_one_row_for_all_queries_is_not_softmax_attention(name) -> None:
+    """MobileViTv2 and SwiftFormer compute one weighted mean for all queries."""
 
     def forward(self: MHSA, x: Tensor) -> Tensor:
         return x * self.qkv(x)[..., :1].transpose(1, 2).softmax(-1) @ x

@@ -1,4 +1,4 @@
-"""Attention that passes by the interface is heard all the same, with the same exactness."""
+"""Attention that bypasses the interface is recorded with the same exactness."""
 
 import itertools
 
@@ -41,7 +41,7 @@ def masks(kind: str):
 @pytest.mark.parametrize(
     "options", [{}, {"bias": False}, {"kdim": 6, "vdim": 4}, {"add_bias_kv": True}]
 )
-def test_torchs_own_module(options, kind, batch_first) -> None:
+def test_multihead_attention_of_torch(options, kind, batch_first) -> None:
     module = multihead(batch_first=batch_first, **options)
     key = torch.randn(2, 5, options.get("kdim", WIDTH))
     value = torch.randn(2, 5, options.get("vdim", WIDTH))
@@ -59,7 +59,7 @@ def test_torchs_own_module(options, kind, batch_first) -> None:
 
 
 class DirectAttention(nn.Module):
-    """Calls the kernel, or a softmax, by itself, in some layout of its axes."""
+    """Calls the kernel or a softmax directly, with heads in a separate axis or in the batch."""
 
     num_attention_heads = HEADS
 
@@ -91,7 +91,7 @@ def expected(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("way", ["kernel", "torch", "method", "functional", "module"])
 @pytest.mark.parametrize("folded", [False, True])
-def test_kernel_and_softmax_of_a_modules_own(way, folded) -> None:
+def test_a_direct_kernel_call_and_an_inline_softmax(way, folded) -> None:
     module = DirectAttention(way)
     x = torch.randn(3, HEADS, 5, 4)
     given = x.flatten(0, 1) if folded else x
@@ -110,7 +110,7 @@ def test_kernel_and_softmax_of_a_modules_own(way, folded) -> None:
     assert (call.q is None) == (way != "kernel")
 
 
-def test_chunks_and_rows_that_see_nothing() -> None:
+def test_chunks_and_rows_without_visible_keys() -> None:
     class ChunkedAttention(DirectAttention):
         def forward(self, scores: torch.Tensor) -> torch.Tensor:
             return (self.projection(scores) * 0 + scores).softmax(-1)
@@ -148,8 +148,8 @@ def test_the_pooling_head_of_siglip() -> None:
     assert shapes == [("self", 0, 2, 16, 16), ("self", 1, 2, 16, 16), ("cross", 0, 2, 1, 16)]
 
 
-def test_a_model_that_never_asks_gives_its_own_probabilities() -> None:
-    """BLIP writes its softmax out, in vision, text and cross-attention, also while it generates."""
+def test_probabilities_of_a_model_without_the_interface_are_recorded() -> None:
+    """BLIP has an inline softmax in vision, text and cross-attention."""
     small = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS}
     config = BlipConfig(
         text_config={**small, "vocab_size": 20, "encoder_hidden_size": WIDTH, "bos_token_id": 1},
@@ -175,7 +175,7 @@ def test_a_model_that_never_asks_gives_its_own_probabilities() -> None:
     ]
 
 
-def test_a_gradient_with_checkpoints_is_not_heard_twice() -> None:
+def test_recomputation_of_checkpoints_is_not_recorded() -> None:
     from tests.tiny import QUESTION, picture, tiny_vlm
 
     vlm = tiny_vlm("llava")

@@ -1,7 +1,7 @@
 """Recording does not break training with checkpoints.
 
 ``torch.utils.checkpoint`` (torch 2.14.1) counts the tensors that autograd saves in a forward and in
-its recomputation, and raises ``CheckpointError`` where the numbers differ.
+its recomputation, and raises ``CheckpointError`` if the numbers differ.
 """
 
 import torch
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import xmodal_interp as xi
 
 
-def test_padded_steps_with_checkpoints_are_recorded_without_a_trace() -> None:
+def test_recording_does_not_change_gradients_with_checkpoints_and_padding() -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,

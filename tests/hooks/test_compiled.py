@@ -1,4 +1,4 @@
-"""Compiled code is refused wherever it is met: it would be heard in part, without a word."""
+"""Compiled code is always refused, because recordings of it would silently miss attention."""
 
 from collections.abc import Callable
 
@@ -10,15 +10,19 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import ablate_heads, intervene, record
 
-RULE = "Compiled code runs without asking for its attention functions, so nothing could be heard. "
 RUNNING = (
-    f"{RULE}The model was called from compiled code. Call it as it was before torch.compile; "
-    "generate compiles by itself for a static cache, unless it is told disable_compile=True."
+    "The model was called from compiled code, where attention cannot be recorded or edited. Call "
+    "it as it was before torch.compile; pass disable_compile=True to generate with a static cache."
 )
+COMPILED = "{} is compiled, and attention in compiled code cannot be recorded or edited. "
+BEFORE = "Use the model as it was before {}."
+WRAPPED = BEFORE.format("torch.compile (model._orig_mod)")
+IN_PLACE = BEFORE.format("model.compile()")
+REPLACED = BEFORE.format("its forward was replaced (del model.forward)")
 LAYER = "model.layers.1"
 IDS = {"input_ids": torch.arange(2, 9)[None]}
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.compile itself
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile gives many warnings
 
 
 @pytest.fixture(autouse=True)
@@ -69,26 +73,23 @@ def forward_of_submodule(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("compiled", "words"),
+    ("compiled", "subject", "advice"),
     [
-        (whole, "This model is compiled. Record the model as it was before torch.compile "
-         "(model._orig_mod)."),
-        (submodule, f"{LAYER} (OptimizedModule) is compiled. Record the model as it was before "
-         "torch.compile (model._orig_mod)."),
-        (in_place, "This model is compiled. Record the model as it was before model.compile()."),
-        (submodule_in_place, f"{LAYER} (LlamaDecoderLayer) is compiled. Record the model as it was "
-         "before model.compile()."),
-        (forward, "The forward of this model is compiled. Record the model as it was before its "
-         "forward was replaced (del model.forward)."),
-        (forward_of_submodule, f"The forward of {LAYER} (LlamaDecoderLayer) is compiled. Record "
-         "the model as it was before its forward was replaced (del model.forward)."),
+        (whole, "This model", WRAPPED),
+        (submodule, f"{LAYER} (OptimizedModule)", WRAPPED),
+        (in_place, "This model", IN_PLACE),
+        (submodule_in_place, f"{LAYER} (LlamaDecoderLayer)", IN_PLACE),
+        (forward, "The forward of this model", REPLACED),
+        (forward_of_submodule, f"The forward of {LAYER} (LlamaDecoderLayer)", REPLACED),
     ],
-)  # fmt: skip
-def test_what_is_compiled_is_refused_before_the_block(compiled: Callable, words: str) -> None:
+)
+def test_a_compiled_model_is_refused_before_the_block(
+    compiled: Callable, subject: str, advice: str
+) -> None:
     model = compiled(fresh())
     with pytest.raises(CaptureError) as error, record(model):
         pass
-    assert str(error.value) == RULE + words
+    assert str(error.value) == COMPILED.format(subject) + advice
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -109,8 +110,8 @@ def test_a_compiled_model_around_a_recorded_one_is_refused_when_it_runs(warm) ->
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_a_graph_that_must_be_whole_says_so_too(warm) -> None:
-    """torch raises an error of its own there; the reason stands in it."""
+def test_the_error_of_a_full_graph_contains_the_reason(warm) -> None:
+    """With ``fullgraph=True`` torch raises its own error."""
     model = fresh()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -123,9 +124,9 @@ def test_a_graph_that_must_be_whole_says_so_too(warm) -> None:
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_generate_that_compiles_is_refused(warm) -> None:
-    """Its steps were not heard, while the prompt was."""
+    """Without the refusal, only the prompt would be recorded, and not the compiled steps."""
     settings = CompileConfig(backend="eager", mode=None)
-    settings._compile_all_devices = True  # as it is on a GPU
+    settings._compile_all_devices = True  # the default on a GPU
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "cache_implementation": "static"}
     model = fresh()
     if warm:
@@ -147,10 +148,10 @@ def test_an_intervention_is_refused_in_the_same_way() -> None:
     assert str(error.value) == RUNNING
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_the_forwards_of_modules_are_restored() -> None:
     model = fresh()
     layer = model.get_submodule(f"{LAYER}.self_attn")
-    own = layer.forward = layer.forward  # as accelerate puts one there
+    own = layer.forward = layer.forward  # accelerate sets this attribute too
     before = {path: dict(vars(module)) for path, module in model.named_modules()}
     with record(model), record(model):
         assert layer.forward is not own

@@ -1,4 +1,4 @@
-"""Recording under the conditions that models run under in real life."""
+"""Recording in half precision, under autocast, in inference mode and in several threads."""
 
 import threading
 
@@ -151,7 +151,7 @@ def test_two_threads_record_at_once(models) -> None:
 
 @pytest.mark.parametrize("begins", [True, False], ids=["pre-hooks", "hooks"])
 def test_a_block_ends_while_another_thread_runs_the_model(begins) -> None:
-    """Its hooks are about to be called there, and are taken off: torch tells them less then."""
+    """The hooks are removed just before torch calls them there, without keyword arguments."""
     model, inputs = of("llava")
     ended, inside = threading.Event(), threading.Event()
     found: list[Tensor] = []
@@ -183,7 +183,7 @@ def test_a_block_ends_while_another_thread_runs_the_model(begins) -> None:
         assert_complete_and_exact(recording.calls, model)
 
 
-def test_data_parallel_without_devices_is_the_model_itself() -> None:
+def test_data_parallel_without_devices_is_recorded() -> None:
     model, inputs = of("llava")
     with torch.no_grad(), record(nn.DataParallel(model)) as recording:
         nn.DataParallel(model)(**inputs)
@@ -191,12 +191,12 @@ def test_data_parallel_without_devices_is_the_model_itself() -> None:
 
 
 def test_copies_of_data_parallel_are_refused() -> None:
-    """As they are made for several devices; their hooks are those of the model."""
+    """They are made for several devices, and have the hooks of the model."""
     model, _ = of("llava")
     attention = model.model.language_model.layers[0].self_attn
     with pytest.raises(CaptureError) as error, record(model):
         attention._replicate_for_data_parallel()(torch.zeros(1, 1, 128))
     assert str(error.value) == (
-        "A recording hears one model in one thread. nn.DataParallel runs copies of it in threads "
-        "of their own. Record the model itself (parallel.module), or one process per device."
+        "nn.DataParallel runs copies of the model in separate threads, which cannot be recorded. "
+        "Record the model itself (parallel.module), or use one process per device."
     )

@@ -1,4 +1,4 @@
-"""The doctor passes what is right, and each of its checks fails when what it checks is broken."""
+"""The doctor passes correct recordings, and each of its checks fails on the fault it checks."""
 
 import dataclasses
 
@@ -18,15 +18,15 @@ from xmodal_interp.hooks.exactness import LAYER_COLUMNS
 from xmodal_interp.models import FAMILIES, windows
 from xmodal_interp.models.geometry import anyres_tiles
 
-TOKENS = "image tokens are as many as predicted"
-WEIGHTS = "every weight is that of the checkpoint"
-PLACED = "a painted patch changes the key at its place"
-CHANGES = "only image tokens change with the picture"
-OUTPUTS = "outputs are those without recording"
-GENERATED = "generated tokens are those without recording"
-HEARD = "every attention layer that ran is heard"
+TOKENS = "the number of image tokens is as predicted"
+WEIGHTS = "all weights come from the checkpoint"
+PLACED = "painting a patch changes the key at its position"
+CHANGES = "only image tokens change with the image"
+OUTPUTS = "outputs are the same with and without recording"
+GENERATED = "generated tokens are the same with and without recording"
+RECORDED = "every attention layer that ran is recorded"
 BACKEND = "probabilities give the backend's output"
-EAGER = "probabilities are those of eager attention"
+EAGER = "probabilities equal those of eager attention"
 TAP = "a key hidden through the tap changes the output"
 
 
@@ -39,7 +39,7 @@ def check_of(checkup: Checkup, name: str):
 
 
 @pytest.mark.parametrize(("name", "n_layers"), [("llava", 7), ("qwen2_vl", 6)])
-def test_the_shipped_models_are_well(name: str, n_layers: int) -> None:
+def test_the_shipped_models_pass(name: str, n_layers: int) -> None:
     checkup = xi.doctor(xi.load(name), picture(), "where is the red circle ?")
     assert checkup.ok
     table = checkup.table
@@ -51,14 +51,14 @@ def test_the_shipped_models_are_well(name: str, n_layers: int) -> None:
         CHANGES,
         OUTPUTS,
         GENERATED,
-        HEARD,
+        RECORDED,
         BACKEND,
         EAGER,
         TAP,
     ]
     assert table["verdict"].eq("pass").all()
     assert check_of(checkup, OUTPUTS)["value"] == 0
-    assert check_of(checkup, HEARD)["value"] == n_layers
+    assert check_of(checkup, RECORDED)["value"] == n_layers
     assert tuple(checkup.layers.columns) == LAYER_COLUMNS
     assert len(checkup.layers) == n_layers
     assert checkup.layers[["output_error", "eager_error"]].max(axis=None) < 1e-5
@@ -79,22 +79,22 @@ def of_mistral() -> MistralForCausalLM:
     return MistralForCausalLM(config).eval()
 
 
-def test_a_bare_model_is_checked_with_inputs_of_its_own() -> None:
+def test_a_bare_model_is_checked_with_given_inputs() -> None:
     checkup = xi.doctor(of_mistral(), inputs={"input_ids": torch.arange(12).view(2, 6)})
     assert checkup.ok
-    assert checkup.table["check"].tolist() == [OUTPUTS, HEARD, BACKEND, EAGER, TAP]
+    assert checkup.table["check"].tolist() == [OUTPUTS, RECORDED, BACKEND, EAGER, TAP]
 
 
 def test_a_tower_that_does_not_run_is_named() -> None:
     ids = torch.arange(10, 16)[None]
     checkup = xi.doctor(tiny_vlm("llava").model, inputs={"input_ids": ids})
     assert checkup.ok
-    note = check_of(checkup, HEARD)["note"]
+    note = check_of(checkup, RECORDED)["note"]
     assert note.startswith("did not run: model.vision_tower.encoder.layers.0.self_attn, ")
     assert checkup.layers.loc[checkup.layers["tower"] == "vision", "note"].eq("did not run").all()
 
 
-def test_wrong_numbers_are_found(monkeypatch) -> None:
+def test_a_wrong_scaling_is_found(monkeypatch) -> None:
     right = recorder.as_attention_call
 
     def twice_as_sharp(*args):
@@ -106,7 +106,7 @@ def test_wrong_numbers_are_found(monkeypatch) -> None:
     assert failed(checkup) == [BACKEND, EAGER]
     assert check_of(checkup, EAGER)["value"] > 0.1
     assert checkup.summary == (
-        "7 checks passed, 2 failed (probabilities give the backend's output; probabilities are "
+        "7 checks passed, 2 failed (probabilities give the backend's output; probabilities equal "
         "those of eager attention): do not trust recordings of this model."
     )
 
@@ -125,8 +125,8 @@ def test_a_lost_mask_is_found(monkeypatch) -> None:
     assert layers.loc[layers["tower"] == "vision", "output_error"].max() < 1e-5  # it has no mask
 
 
-def test_numbers_that_are_none_are_found(monkeypatch) -> None:
-    """One NaN among good errors."""
+def test_nan_probabilities_are_found(monkeypatch) -> None:
+    """One layer has NaN errors, and the errors of the others are within their limits."""
     right = recorder.as_attention_call
 
     def undefined(raw, identity, *args):
@@ -138,7 +138,7 @@ def test_numbers_that_are_none_are_found(monkeypatch) -> None:
     assert failed(xi.doctor(tiny_vlm("llava"), picture(), QUESTION)) == [BACKEND, EAGER]
 
 
-def test_attention_that_is_not_heard_is_found() -> None:
+def test_attention_that_is_not_recorded_is_found() -> None:
     class BareAttention(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -149,8 +149,8 @@ def test_attention_that_is_not_heard_is_found() -> None:
             return scores / scores.sum(-1, keepdim=True) @ x
 
     checkup = xi.doctor(torch.nn.Sequential(BareAttention()), inputs={"input": torch.ones(1, 3, 4)})
-    assert failed(checkup) == [HEARD]
-    assert "or a softmax: 0." in check_of(checkup, HEARD)["note"]
+    assert failed(checkup) == [RECORDED]
+    assert "or a softmax: 0." in check_of(checkup, RECORDED)["note"]
     assert len(checkup.layers) == 0
 
 
@@ -164,26 +164,26 @@ def test_a_layer_whose_calls_are_lost_is_found(monkeypatch) -> None:
 
     monkeypatch.setattr(recorder._Recorder, "_keep", forgetful)
     checkup = xi.doctor(tiny_vlm("llava"), picture(), QUESTION)
-    assert failed(checkup) == [HEARD]
-    row = check_of(checkup, HEARD)
+    assert failed(checkup) == [RECORDED]
+    row = check_of(checkup, RECORDED)
     assert (row["value"], row["limit"]) == (6, "exactly 7")
-    assert row["note"] == "not heard: model.language_model.layers.1.self_attn"
+    assert row["note"] == "not recorded: model.language_model.layers.1.self_attn"
 
 
 @pytest.mark.parametrize("kind", [Mixer, FastAttn])
 @pytest.mark.parametrize("way", ["softmax", "exp"])
 @pytest.mark.parametrize("parts", [True, False], ids=["parts", "whole"])
-def test_a_layer_of_another_make_is_heard_or_found(kind, way, parts) -> None:
+def test_a_replaced_attention_layer_is_recorded_or_found(kind, way, parts) -> None:
     model, inputs = llava_with(lambda old: kind(old, way, parts=parts))
     checkup = xi.doctor(model, inputs=inputs)
-    heard = way == "softmax"
-    assert (HEARD in failed(checkup)) != heard
-    if not heard:
-        assert "model.language_model.layers.1" in check_of(checkup, HEARD)["note"]
+    recorded = way == "softmax"
+    assert (RECORDED in failed(checkup)) != recorded
+    if not recorded:
+        assert "model.language_model.layers.1" in check_of(checkup, RECORDED)["note"]
 
 
-def test_a_block_that_mixes_no_tokens_is_not_missed() -> None:
-    """As the blocks of a hybrid model that are a multilayer perceptron."""
+def test_a_block_that_mixes_no_tokens_is_not_reported() -> None:
+    """Some blocks of hybrid models are multilayer perceptrons."""
 
     class Perceptron(torch.nn.Linear):
         def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple:
@@ -192,10 +192,10 @@ def test_a_block_that_mixes_no_tokens_is_not_missed() -> None:
     model, inputs = llava_with(lambda _: Perceptron(128, 128))
     checkup = xi.doctor(model, inputs=inputs)
     assert checkup.ok
-    assert check_of(checkup, HEARD)["value"] == 6
+    assert check_of(checkup, RECORDED)["value"] == 6
 
 
-def test_the_kernel_of_a_class_that_imported_it_is_found() -> None:
+def test_a_kernel_that_was_imported_by_name_is_found() -> None:
     kernel = torch.nn.functional.scaled_dot_product_attention
 
     class MHA(torch.nn.Linear):
@@ -212,12 +212,12 @@ def test_the_kernel_of_a_class_that_imported_it_is_found() -> None:
 
     model = torch.nn.Sequential(Attention(), MHA(4, 4))
     checkup = xi.doctor(model, inputs={"input": torch.randn(1, 2, 3, 4)})
-    assert failed(checkup) == [HEARD]
-    row = check_of(checkup, HEARD)
-    assert (row["value"], row["limit"], row["note"]) == (1, "exactly 2", "not heard: 1")
+    assert failed(checkup) == [RECORDED]
+    row = check_of(checkup, RECORDED)
+    assert (row["value"], row["limit"], row["note"]) == (1, "exactly 2", "not recorded: 1")
 
 
-def test_a_listener_that_changes_the_output_is_found(monkeypatch) -> None:
+def test_an_observer_that_changes_the_output_is_found(monkeypatch) -> None:
     right = recorder._Recorder.after
 
     def louder(self, call, output):
@@ -231,7 +231,7 @@ def test_a_listener_that_changes_the_output_is_found(monkeypatch) -> None:
 
 
 def test_answers_that_change_are_found(monkeypatch) -> None:
-    """The forward alone is right, one of several in a row is not."""
+    """Single forwards are correct, but the last token of a repeated generation changes."""
     vlm = xi.load()
     generate, answers = type(vlm).generate, []
 
@@ -247,7 +247,7 @@ def test_answers_that_change_are_found(monkeypatch) -> None:
     assert check_of(checkup, GENERATED)["value"] == 1
 
 
-def test_a_tap_that_the_model_does_not_read_is_found(monkeypatch) -> None:
+def test_a_tap_without_effect_is_found(monkeypatch) -> None:
     monkeypatch.setattr(
         "xmodal_interp.hooks.knockout.KnockOut.before", lambda _self, call, _site: call
     )
@@ -314,7 +314,7 @@ def test_a_rule_of_another_number_of_grids_is_a_failed_check() -> None:
     )
 
 
-def test_everything_is_as_it_was() -> None:
+def test_the_model_and_the_random_state_are_restored() -> None:
     vlm = tiny_vlm("llava")
     model = vlm.model
     model.train()
@@ -339,26 +339,25 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as none:
         xi.doctor(vlm.model)
     assert str(none.value) == (
-        "A bare model needs inputs: doctor(model, inputs=dict(input_ids=...)). None came; only a "
-        "VLM (a model with its processor) makes its own."
+        "doctor got a bare LlavaForConditionalGeneration without inputs. Pass doctor(model, "
+        "inputs=dict(input_ids=...)), or a VLM, which makes its own inputs."
     )
     with pytest.raises(InputError) as both:
         xi.doctor(vlm, inputs={})
     assert str(both.value) == (
-        "A VLM makes its inputs from an image and a prompt. inputs= came too; check the bare model "
-        "with them: doctor(vlm.model, inputs=...)."
+        "doctor got a VLM and inputs=, but a VLM makes its inputs from an image and a prompt. Pass "
+        "image= and prompt=, or the bare model: doctor(vlm.model, inputs=...)."
     )
     with pytest.raises(CaptureError) as compiled:
         xi.doctor(torch.compile(vlm.model, backend="eager"), inputs={})
     assert str(compiled.value) == (
-        "Compiled code runs without asking for its attention functions, so nothing could be heard. "
-        "This model is compiled. Record the model as it was before torch.compile "
-        "(model._orig_mod)."
+        "This model is compiled, and attention in compiled code cannot be recorded or edited. Use "
+        "the model as it was before torch.compile (model._orig_mod)."
     )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_a_model_that_needs_more_than_a_prompt_says_what() -> None:
+def test_the_message_names_inputs_that_are_missing() -> None:
     with pytest.raises(InputError, match="PI0ForConditionalGeneration also needs state"):
         xi.doctor(xi.VLM(*real("pi0")), picture(), "pick it up")
 
@@ -373,8 +372,8 @@ def test_a_model_that_needs_more_than_a_prompt_says_what() -> None:
         ("picture_id", "which the configuration of the model does not have; name the attribute"),
     ],
 )
-def test_a_family_that_names_no_image_token_fails(named: str, note: str) -> None:
-    """Without a rule nothing predicts a number, so that there are none is all that shows it."""
+def test_a_family_without_an_image_token_fails(named: str, note: str) -> None:
+    """Without a geometry rule, the fault shows only in the missing image tokens."""
     own = tiny_vlm("llava")
     family = dataclasses.replace(own.family, image_token=named, geometry=None)
     checkup = xi.doctor(xi.VLM(own.model, own.processor, family=family), picture(), QUESTION)
@@ -386,8 +385,8 @@ def test_a_family_that_names_no_image_token_fails(named: str, note: str) -> None
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_row_of_one_token_is_no_obstacle(side: str) -> None:
-    """Its queries see one key each, which cannot be hidden: another row's are taken."""
+def test_a_batch_with_a_row_of_one_token_is_checked(side: str) -> None:
+    """A query of that row sees one key, which cannot be hidden, so the other row is used."""
     model = of_mistral()
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[1, 1:] = 0
@@ -396,7 +395,7 @@ def test_a_row_of_one_token_is_no_obstacle(side: str) -> None:
     checkup = xi.doctor(model, inputs={"input_ids": ids, "attention_mask": mask})
     assert checkup.ok
     row = check_of(checkup, TAP)
-    # of the keys that the whole row's last query sees, the one it attends to most
+    # the key that the last query of the longer row attends to most
     assert (row["verdict"], row["note"]) == ("pass", "language layers, query 5, key 4")
 
 
@@ -408,8 +407,8 @@ def test_rows_of_one_token_only_are_skipped() -> None:
     assert (row["verdict"], row["note"]) == ("skipped", "each query sees one key only")
 
 
-def test_a_family_that_names_another_token_fails() -> None:
-    """No rule predicts a number, and there are some: but the picture does not change them."""
+def test_a_family_with_a_wrong_image_token_fails() -> None:
+    """Without a geometry rule, the fault shows in tokens that do not change with the image."""
     own = tiny_vlm("llava")
     config = own.model.config
     ids = own.prepare([[picture()]], [QUESTION])[0]["input_ids"][0].tolist()
@@ -428,4 +427,4 @@ def test_patches_in_another_order_fail(monkeypatch) -> None:
     monkeypatch.setattr(windows, "_sorts_by_windows", lambda _module: False)
     checkup = xi.doctor(xi.VLM(real("muse_glimmer")[0], settled("muse_glimmer")))
     assert failed(checkup) == [PLACED]
-    assert "it changed at" in check_of(checkup, PLACED)["note"]
+    assert "the key at (" in check_of(checkup, PLACED)["note"]

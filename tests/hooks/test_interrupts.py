@@ -1,8 +1,7 @@
-"""Ctrl-C at any moment leaves the model and torch as they were.
+"""The model and torch are restored after Ctrl-C at any moment.
 
-torch (2.14.1, ``nn.Module._call_impl``) calls the ``always_call`` hooks of a module that failed
-for an ``Exception`` only: after a ``KeyboardInterrupt`` no forward hook is called, and what a hook
-was to take back stays.
+torch (2.14.1, ``nn.Module._call_impl``) calls the ``always_call`` hooks of a module only after an
+``Exception``. After a ``KeyboardInterrupt`` it calls no forward hook, so hooks cannot undo changes.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ BLIP = "blip"  # its attention computes its own softmax: it is recorded by a Tor
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """Whatever a block may have changed."""
+    """Return all state that a block can change."""
     return {
         "modes": list(_get_current_function_mode_stack()),
         "hooks": {
@@ -55,7 +54,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def interrupting() -> Iterator[Callable[[float], None]]:
-    """Gives a function that makes Ctrl-C arrive after some seconds."""
+    """Yield a function that raises ``KeyboardInterrupt`` after a number of seconds."""
 
     def interrupt(number: int, frame: Any) -> None:  # noqa: ARG001
         raise KeyboardInterrupt
@@ -69,7 +68,7 @@ def interrupting() -> Iterator[Callable[[float], None]]:
 
 
 def runs() -> dict[str, tuple[nn.Module, Callable[[], object]]]:
-    """Ways of running a model with hooks on it; each takes some ten milliseconds."""
+    """Return functions that run a model with hooks; each takes tens of milliseconds."""
     vlm = xi.VLM(real(BLIP)[0], settled(BLIP))
     inputs, _ = vlm.prepare([["docs/scene.png"]], ["where is the red circle ?"])
     llava = xi.VLM(real("llava")[0], settled("llava"))
@@ -89,10 +88,10 @@ def runs() -> dict[str, tuple[nn.Module, Callable[[], object]]]:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("way", ["record", "edit"])
-def test_an_interrupt_at_any_moment_leaves_all_as_it_was(way: str, n_interrupts: int) -> None:
-    """Python drops an interrupt that arrives in a weakref's callback; torch's dynamo has some."""
+def test_everything_is_restored_after_an_interrupt(way: str, n_interrupts: int) -> None:
+    """Python drops an interrupt in a weakref's callback; torch's dynamo has such callbacks."""
     model, run = runs()[way]
-    run()  # what is made once is made
+    run()  # fill caches that are filled only once
     chosen = random.Random(0)
     arrived = 0
     with torch.no_grad(), interrupting() as after:
@@ -110,11 +109,11 @@ def test_an_interrupt_at_any_moment_leaves_all_as_it_was(way: str, n_interrupts:
 
 @pytest.fixture
 def n_interrupts(request: pytest.FixtureRequest) -> int:
-    """How many interrupts: thousands with ``--all-types``."""
+    """The number of interrupts: thousands with ``--all-types``."""
     return 2000 if request.config.getoption("--all-types") else 40
 
 
-def test_what_runs_after_an_interrupt_in_the_same_block_is_recorded() -> None:
+def test_a_recording_continues_after_an_interrupt_in_its_block() -> None:
     vlm = xi.VLM(real(BLIP)[0], settled(BLIP))
     inputs, _ = vlm.prepare([["docs/scene.png"]], ["where is the red circle ?"])
     with torch.no_grad(), xi.record(vlm.model) as expected:
@@ -130,7 +129,7 @@ def test_what_runs_after_an_interrupt_in_the_same_block_is_recorded() -> None:
             vlm.model(**inputs)
         n_modes = len(_get_current_function_mode_stack())
         vlm.model(**inputs)
-    assert n_modes == 1  # of the module that was interrupted, until another is entered
+    assert n_modes == 1  # the mode of the interrupted module ends when another one is entered
     assert not _get_current_function_mode_stack()
     whole = recording.calls[-len(expected.calls) :]
     for call, other in zip(whole, expected.calls, strict=True):
@@ -138,7 +137,7 @@ def test_what_runs_after_an_interrupt_in_the_same_block_is_recorded() -> None:
         assert torch.equal(call.probs(), other.probs())
 
 
-def test_a_signal_that_arrives_while_a_block_is_entered_or_left_waits() -> None:
+def test_a_signal_is_deferred_while_a_block_is_entered_or_exited() -> None:
     made: list[str] = []
 
     def change(stack: Any) -> str:

@@ -1,4 +1,4 @@
-"""Interventions meet what they name, compose, and leave nothing behind."""
+"""Interventions edit the given layers and positions, can be combined, and are removed."""
 
 import inspect
 from contextlib import suppress
@@ -56,7 +56,7 @@ INTERVENTIONS = {
         ("mllama", "sdpa", "uniform cross"),
     ],
 )
-def test_decoding_with_a_cache_is_decoding_without(
+def test_decoding_with_and_without_a_cache_is_equal(
     family: str, implementation: str, name: str
 ) -> None:
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "return_dict_in_generate": True}
@@ -106,7 +106,7 @@ def test_models_are_exactly_restored(family: str, error: type[BaseException] | N
     assert all(torch.equal(w, weights[name]) for name, w in vlm.model.state_dict().items())
 
 
-def test_recording_goes_inside_or_outside() -> None:
+def test_a_recording_can_be_inside_or_outside() -> None:
     vlm = tiny_vlm("llava")
     inputs = inputs_of(vlm)
     uniform, cut = ablate_heads({1: [2]}, "uniform"), knock_out_attention(152, slice(0, 100))
@@ -130,7 +130,7 @@ def test_recording_goes_inside_or_outside() -> None:
         assert (probs[1, 9, :10] - 0.1).abs().max() > 0.01
 
 
-def test_two_interventions_are_one_inside_the_other() -> None:
+def test_two_interventions_equal_nested_ones() -> None:
     vlm = tiny_vlm("llava")
     inputs = inputs_of(vlm)
     one, two = ablate_heads({0: [1], 2: [3]}), ablate_heads({2: [3], 3: [0]}, "uniform")
@@ -148,23 +148,23 @@ REFUSALS = {
     "layer": (
         lambda: ablate_heads({4: [0]}),
         LayerError,
-        "A layer must exist. language self-attention has layers 0 to 3; got 4.",
+        "There is no layer 4: language self-attention has layers 0 to 3.",
     ),
     "head": (
         lambda: ablate_heads({-1: [8]}),
         LayerError,
-        "A head must exist. language self-attention, layer 3, has heads 0 to 7; got 8.",
+        "There is no head 8: language self-attention, layer 3, has heads 0 to 7.",
     ),
     "cut layer": (
         lambda: knock_out_attention(5, 2, layers=[7]),
         LayerError,
-        "A layer must exist. language self-attention has layers 0 to 3; got 7.",
+        "There is no layer 7: language self-attention has layers 0 to 3.",
     ),
     "kind": (
         lambda: ablate_heads({0: [0]}, kind="cross"),
         LayerError,
-        "A layer must exist. The model has language self-attention, vision self-attention; it has "
-        "no language cross-attention.",
+        "The model has no language cross-attention. It has language self-attention, vision "
+        "self-attention; pass one of these as tower= and kind=.",
     ),
     "mode": (
         lambda: inspect.unwrap(ablate_heads)({0: [0]}, "median"),
@@ -174,18 +174,18 @@ REFUSALS = {
     "pairs": (
         lambda: inspect.unwrap(ablate_heads)([(1, 6)]),
         InputError,
-        "heads are listed by layer, such as {3: [0, 5]}; got [(1, 6)].",
+        "heads must map layers to lists of heads, such as {3: [0, 5]}; got [(1, 6)].",
     ),
     "one head": (
         lambda: inspect.unwrap(ablate_heads)({1: 6}),
         InputError,
-        "heads are listed by layer, such as {3: [0, 5]}; got {1: 6}.",
+        "heads must map layers to lists of heads, such as {3: [0, 5]}; got {1: 6}.",
     ),
     "means": (
         lambda: ablate_heads({0: [0]}, "mean"),
         InputError,
-        "mode='mean' needs means=mean_head_outputs(vlm, items), and no other mode does; got "
-        "mode='mean' with no means.",
+        "Got mode='mean' with no means. Pass means=mean_head_outputs(vlm, items) for mode='mean', "
+        "and only for that mode.",
     ),
     "means of layers": (
         lambda: ablate_heads(
@@ -194,30 +194,30 @@ REFUSALS = {
             means=HeadMeans("language", "self", "all", 1, 1, {0: torch.ones(8, 16)}),
         ),
         InputError,
-        "Means must cover the ablated layers. They were taken of layers 0; missing: 1.",
+        "The means hold layers 0; missing: 1. Ablate only layers that the means hold.",
     ),
     "negative": (
         lambda: knock_out_attention(-1, 2),
         PositionError,
-        "Positions of an intervention count from the start of the sequence, because its end moves "
-        "while the model generates; got -1. The last position of a prompt is sample.last.",
+        "Got the negative position -1, but positions of an intervention count from the start of "
+        "the sequence, because its end moves during generation. Use 'last' or sample.last for the "
+        "last position of a prompt.",
     ),
-    "behind the end": (
+    "after the end": (
         lambda: ablate_heads({0: [0]}, queries=[5, 500]),
         PositionError,
-        "An intervention must reach every position it names. It names position 500; language "
-        "self-attention ran over positions 0 to 153.",
+        "An intervention edits position 500, but language self-attention ran over positions 0 to "
+        "153. Choose positions of the sequence.",
     ),
     "samples": (
         lambda: ablate_heads({0: [0]}, queries=torch.ones(2, 3, dtype=torch.bool)),
         InputError,
-        "Positions given per sample have one row for each sample of the batch. Got 2 rows for a "
-        "batch of 1.",
+        "Got positions with 2 rows for a batch of 1 samples. Give one row per sample.",
     ),
     "nothing": (
         lambda: knock_out_attention(5, 2, heads=[]),
         InputError,
-        "heads must name at least one, or be None for all; got [].",
+        "heads is empty; got []. Leave heads out for all.",
     ),
 }
 
@@ -236,19 +236,19 @@ def test_a_layer_that_never_ran_is_an_error() -> None:
     with pytest.raises(CaptureError) as refusal, intervene(vlm, ablate_heads({0: [0], 2: [1]})):
         pass
     assert str(refusal.value) == (
-        "An intervention must meet every layer it names. language self-attention, layers 0, 2, did "
-        "not run; run the model inside the with block, or leave them out."
+        "An intervention did not edit all its layers: language self-attention, layers 0, 2, did "
+        "not run. Run the model inside the with block, or leave them out."
     )
 
 
-def test_a_static_cache_does_not_tell_positions() -> None:
+def test_positions_are_refused_with_a_static_cache() -> None:
     vlm = tiny_vlm("llava")
     inputs = inputs_of(vlm)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "cache_implementation": "static"}
     with intervene(vlm, ablate_heads({0: [0]}, "uniform")):
         vlm.generate(inputs, **options)
     message = (
-        r"\(a static or sliding cache\)\. Generate with the default cache, or intervene without"
+        r"\(a static or sliding cache\), so the positions of its queries are unknown\. Generate"
     )
     first = ablate_heads({0: [0]}, queries=[5])
     with pytest.raises(CaptureError, match=message), intervene(vlm, first):

@@ -1,4 +1,4 @@
-"""Edges that are cut are exactly zero, and no others are."""
+"""Knock-out sets the given edges, and no others, exactly to zero."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,10 @@ from xmodal_interp.hooks.knockout import knock_out_attention
 
 
 def test_knock_out_by_eye() -> None:
-    """Equal scores; query 2 no longer reads key 0: from thirds to halves, or thirds with a hole."""
+    """With equal scores, cutting query 2 from key 0 changes 1/3, 1/3, 1/3 to 0, 1/2, 1/2.
+
+    Without renormalisation it gives 0, 1/3, 1/3.
+    """
     v = torch.eye(3)[None, None]
     call = call_of(torch.zeros(1, 1, 3, 3), torch.randn(1, 1, 3, 3), v)
     cut = knock_out_attention(2, 0).before(call, SITE)
@@ -31,7 +34,7 @@ def test_knock_out_by_eye() -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("heads", [None, [1, 6]])
-def test_knock_out_is_the_replica(
+def test_knock_out_equals_the_replica(
     heads: list[int] | None, renormalise: bool, implementation: str
 ) -> None:
     queries, keys = [149, 150, 152], [3, 7, 149, 151]
@@ -59,17 +62,17 @@ def test_cut_edges_are_exactly_zero_and_the_image_no_longer_matters(
         inputs, prompts = vlm.prepare([[picture(seed=1)]], [QUESTION])
         kinds = prompts[0].tokens["kind"]
         image = torch.from_numpy(kinds.eq("image").to_numpy(dtype=bool))
-        behind = torch.arange(len(image)) > image.nonzero().max()
-        cut = knock_out_attention(behind, image)
+        after = torch.arange(len(image)) > image.nonzero().max()
+        cut = knock_out_attention(after, image)
         with record(vlm.model, towers=["language"]) as recording:
             blind = logits(vlm, inputs, cut)
         for call in recording.calls:
             probs = call.probs()[0]
-            assert not probs[:, behind][..., image].any()
+            assert not probs[:, after][..., image].any()
             assert (probs.sum(-1) - 1).abs().max() < 1e-5
         other = vlm.prepare([[picture(seed=2)]], [QUESTION])[0]
-        assert torch.equal(logits(vlm, other, cut)[0, behind], blind[0, behind])
-        assert not torch.equal(logits(vlm, other)[0, behind], logits(vlm, inputs)[0, behind])
+        assert torch.equal(logits(vlm, other, cut)[0, after], blind[0, after])
+        assert not torch.equal(logits(vlm, other)[0, after], logits(vlm, inputs)[0, after])
 
 
 def test_cross_attention_can_be_cut_but_not_emptied() -> None:
@@ -86,8 +89,8 @@ def test_cross_attention_can_be_cut_but_not_emptied() -> None:
         logits(vlm, inputs, knock_out_attention(last, slice(0, None), kind="cross"))
     path = next(i.module for i in attention_modules(vlm.model).values() if i.kind == "cross")
     assert str(refusal.value) == (
-        "A query must keep at least one key, because a softmax over nothing is not defined. In "
-        f"{path}, query {last} would lose all. Leave it some keys, or pass renormalise=False."
+        f"Query {last} of {path} would lose all its keys, and a softmax over no keys is undefined. "
+        "Leave it at least one key, or pass renormalise=False."
     )
 
 
@@ -109,7 +112,7 @@ def test_a_backend_without_a_mask_cannot_renormalise() -> None:
     with pytest.raises(CaptureError) as refusal:
         knock_out_attention(2, 0).before(call, SITE)
     assert str(refusal.value) == (
-        "Cutting edges needs a backend that takes a mask with a row per query: eager or sdpa. The "
-        "model runs 'flash_attention_2'; load it with attn_implementation='sdpa', or pass "
-        "renormalise=False."
+        "The backend 'flash_attention_2' does not take a mask with a row per query, which cutting "
+        "edges requires (eager and sdpa do). Load the model with attn_implementation='sdpa', or "
+        "pass renormalise=False."
     )

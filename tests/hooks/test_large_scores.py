@@ -1,7 +1,7 @@
-"""In half precision and with scores in the hundreds, what is right is not called wrong.
+"""Correct recordings pass the checks in half precision and with scores in the hundreds.
 
 Scores of trained models reach 300. Eager attention rounds them to half precision (transformers
-5.23.0, ``eager_attention_forward``); ``scaled_dot_product_attention`` adds them up in float32. The
+5.23.0, ``eager_attention_forward``); ``scaled_dot_product_attention`` sums them in float32. The
 recording is exact for the operands, so the eager row of the doctor is computed in float32.
 """
 
@@ -15,12 +15,12 @@ import xmodal_interp as xi
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import recorder
 
-EAGER = "probabilities are those of eager attention"
+EAGER = "probabilities equal those of eager attention"
 BACKEND = "probabilities give the backend's output"
 
 
 def sharp(backend: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Scores of several hundreds."""
+    """Return a model with scores of several hundreds."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -41,7 +41,7 @@ def sharp(backend: str, dtype: torch.dtype) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_large_scores_pass_and_a_fault_among_them_does_not(backend, dtype, monkeypatch) -> None:
+def test_large_scores_pass_and_a_missing_mask_does_not(backend, dtype, monkeypatch) -> None:
     model = sharp(backend, dtype)
     ids = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), xi.record(model) as recording:

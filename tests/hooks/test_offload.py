@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps elsewhere and brings for the time that a module runs."""
+"""Recording models whose weights accelerate offloads and loads while a module runs."""
 
 import accelerate
 import pytest
@@ -45,7 +45,7 @@ def test_offloaded_weights(way, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["blip", "gpt_oss"])
-def test_offloaded_weights_of_other_layouts(name) -> None:
+def test_offloaded_weights_of_other_models(name) -> None:
     model, inputs = of(name)
     with torch.no_grad(), record(model) as plain:
         alone = first(model(**inputs))

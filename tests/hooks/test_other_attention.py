@@ -1,4 +1,4 @@
-"""Attention of other models is none of ours; ours is heard whatever its class is called."""
+"""Attention of the model is recorded for any class name; attention of other models is not."""
 
 from collections.abc import Callable
 
@@ -38,11 +38,11 @@ def other_model() -> tuple[nn.Module, dict]:
     return CLIPVisionModel(config).eval(), {"pixel_values": torch.randn(1, 3, 8, 8)}
 
 
-def heard(recording) -> list:
+def calls_of(recording) -> list:
     return [(call.tower, call.layer, call.module) for call in recording.calls]
 
 
-def test_what_runs_around_the_recorded_part_is_left_out() -> None:
+def test_attention_outside_the_recorded_part_is_left_out() -> None:
     model, inputs = of("llava")
     with torch.no_grad(), record(model.model.language_model) as recording:
         model(**inputs)
@@ -62,7 +62,7 @@ def test_another_model_in_the_block_is_left_out(backend) -> None:
     assert len(recording.calls) == 7
 
 
-def test_two_recorded_models_hear_their_own() -> None:
+def test_two_recordings_hold_the_calls_of_their_own_model() -> None:
     (model, inputs), (other, pixels) = of("llava"), other_model()
     with torch.no_grad(), record(model) as one, record(other) as two:
         other(**pixels)
@@ -71,7 +71,7 @@ def test_two_recorded_models_hear_their_own() -> None:
     assert_complete_and_exact(two.calls, other)
 
 
-def test_a_shared_part_is_heard_whoever_runs_it() -> None:
+def test_a_shared_part_is_recorded_when_another_model_runs_it() -> None:
     (model, inputs), (other, _) = of("llava"), of("llava")
     other.model.language_model = model.model.language_model
     with torch.no_grad(), record(model) as recording:
@@ -82,7 +82,7 @@ def test_a_shared_part_is_heard_whoever_runs_it() -> None:
 
 
 class Mixer(nn.Module):
-    """Attention in a class that is not named so; ``way`` is how it is computed."""
+    """Attention in a class whose name does not contain "attention", computed in some ``way``."""
 
     num_attention_heads = 8
 
@@ -107,7 +107,7 @@ class Mixer(nn.Module):
 
 
 class FastAttn(Mixer):
-    """The same, named so."""
+    """The same in a class whose name contains "Attn"."""
 
 
 def llava_with(mixer) -> tuple[nn.Module, dict]:
@@ -119,14 +119,14 @@ def llava_with(mixer) -> tuple[nn.Module, dict]:
 
 @pytest.mark.parametrize("kind", [Mixer, FastAttn])
 @pytest.mark.parametrize("parts", [True, False], ids=["parts", "whole"])
-def test_a_kernel_called_by_any_class_is_heard(kind, parts) -> None:
+def test_a_kernel_called_by_any_class_is_recorded(kind, parts) -> None:
     model, inputs = llava_with(lambda old: kind(old, parts=parts))
     with torch.no_grad():
         alone = first(model(**inputs))
         with record(model, towers=["language"]) as recording:
             assert torch.equal(first(model(**inputs)), alone)
     path = "model.language_model.layers"
-    assert heard(recording) == [("language", i, f"{path}.{i}.self_attn") for i in range(4)]
+    assert calls_of(recording) == [("language", i, f"{path}.{i}.self_attn") for i in range(4)]
     mixed = recording.calls[1]
     assert mixed.note == KERNEL_NOTE
     scores = (mixed.q @ mixed.k.transpose(-1, -2) * mixed.scaling).masked_fill(
@@ -139,7 +139,7 @@ def test_a_kernel_called_by_any_class_is_heard(kind, parts) -> None:
 
 @pytest.mark.parametrize("kind", [Mixer, FastAttn])
 @pytest.mark.parametrize("parts", [True, False], ids=["parts", "whole"])
-def test_a_softmax_of_any_class_with_heads_is_heard(kind, parts) -> None:
+def test_a_softmax_of_any_class_with_heads_is_recorded(kind, parts) -> None:
     model, inputs = llava_with(lambda old: kind(old, "softmax", parts=parts))
     with torch.no_grad(), record(model, towers=["language"]) as recording:
         model(**inputs)
@@ -147,14 +147,14 @@ def test_a_softmax_of_any_class_with_heads_is_heard(kind, parts) -> None:
     assert recording.calls[1].note == DENSE_NOTE
 
 
-def test_a_module_that_holds_the_old_one_and_is_not_heard_is_an_error() -> None:
+def test_a_wrapper_of_attention_that_is_not_recorded_is_an_error() -> None:
     model, inputs = llava_with(lambda old: FastAttn(old, "exp", parts=False))
     unseen = pytest.raises(CaptureError, match=r"layers\.1\.self_attn\. Leave out")
     with unseen, torch.no_grad(), record(model):
         model(**inputs)
 
 
-def test_a_base_class_of_another_name() -> None:
+def test_attention_whose_base_class_has_another_name() -> None:
     class MHA(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -172,10 +172,10 @@ def test_a_base_class_of_another_name() -> None:
     model = nn.Sequential(Attention(), MHA())
     with torch.no_grad(), record(model) as recording:
         model(torch.randn(1, 2, 3, 4))
-    assert heard(recording) == [("language", 0, "0"), ("language", 1, "1")]
+    assert calls_of(recording) == [("language", 0, "0"), ("language", 1, "1")]
 
 
-def test_a_module_that_is_not_registered_is_heard_as_the_one_that_runs_it() -> None:
+def test_an_unregistered_module_is_recorded_as_the_module_that_runs_it() -> None:
     class Hiding(nn.Module):
         def __init__(self, old: nn.Module) -> None:
             super().__init__()
@@ -190,7 +190,7 @@ def test_a_module_that_is_not_registered_is_heard_as_the_one_that_runs_it() -> N
     assert [call.layer for call in recording.calls] == [0, 1, 2, 3]
 
 
-def test_the_kernel_is_as_it_was_afterwards() -> None:
+def test_the_kernel_is_restored() -> None:
     before = functional.scaled_dot_product_attention
     model, inputs = of("llava")
     with torch.no_grad(), record(model), record(model):
@@ -200,13 +200,13 @@ def test_the_kernel_is_as_it_was_afterwards() -> None:
     with record(model):
         functional.scaled_dot_product_attention = later = lambda *_: None
     try:
-        assert functional.scaled_dot_product_attention is later  # that was not ours to undo
+        assert functional.scaled_dot_product_attention is later  # replaced by other code
     finally:
         functional.scaled_dot_product_attention = before
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_one_layer_that_was_given_another_forward(layer) -> None:
+def test_a_layer_with_a_replaced_forward_is_recorded(layer) -> None:
     model, inputs = of("llava")
     attention = model.model.language_model.layers[layer].self_attn
 
@@ -222,7 +222,7 @@ def test_one_layer_that_was_given_another_forward(layer) -> None:
     assert [call.note == DENSE_NOTE for call in recording.calls] == [i == layer for i in range(4)]
 
 
-def test_projections_that_are_named_after_attention() -> None:
+def test_projections_named_attention_are_not_recorded() -> None:
     config = CvtConfig(
         embed_dim=[8, 8, 8], num_heads=[1, 2, 2], depth=[1, 2, 3], drop_path_rate=[0.0, 0.0, 0.0]
     )
@@ -238,8 +238,8 @@ def test_projections_that_are_named_after_attention() -> None:
     assert recording.calls[3].module == "encoder.stages.2.layers.0.attention.attention"
 
 
-def test_the_kernel_of_what_weighs_no_tokens_is_left_out() -> None:
-    """As a mixture of the states of earlier layers is computed by some."""
+def test_kernel_calls_that_do_not_mix_tokens_are_left_out() -> None:
+    """Some models mix states of earlier layers by attention."""
 
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -255,12 +255,14 @@ def test_the_kernel_of_what_weighs_no_tokens_is_left_out() -> None:
     model = nn.Sequential(Attention(), AttentionResidual())
     with torch.no_grad(), record(model) as recording:
         model(torch.randn(1, 2, 3, 4))
-    assert heard(recording) == [("language", 0, "0")]
+    assert calls_of(recording) == [("language", 0, "0")]
 
 
 class Windows(nn.Module):
-    """Attends within windows by operands of five axes, as timm's hiera does; its class is not named
-    attention. The windows run faster than the positions of each."""
+    """Attends within windows by operands with five axes, as timm's hiera does.
+
+    Its class name does not contain "attention". Neighbouring positions are in different windows.
+    """
 
     n_windows, num_heads = 3, 2
 
@@ -309,7 +311,7 @@ def test_blocks_of_operands_with_five_axes_do_not_see_each_other(
     torch.testing.assert_close(mixed, alone, atol=1e-5, rtol=0)
 
 
-def test_the_assistant_of_a_generation_is_another_model() -> None:
+def test_the_assistant_model_of_a_generation_is_left_out() -> None:
     """transformers 5.23 runs an assistant model, and logits processors, inside ``generate``."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -332,14 +334,14 @@ def test_the_assistant_of_a_generation_is_another_model() -> None:
             with record(model, towers=["language"]) as recording:
                 assert torch.equal(model.generate(**inputs, **steps, **options), alone)
             path = "model.language_model.layers"
-            assert {each[1:] for each in heard(recording)} == {
+            assert {each[1:] for each in calls_of(recording)} == {
                 (i, f"{path}.{i}.self_attn") for i in range(4)
             }
             assert len(recording.modules) == len(attention_modules(model))
 
 
 class Runs(LogitsProcessor):
-    """Runs something after each step of a generation, and leaves the scores as they are."""
+    """Calls a function after each step of a generation, without changing the scores."""
 
     def __init__(self, run: Callable[[torch.Tensor], object]) -> None:
         self.run = run
@@ -349,15 +351,15 @@ class Runs(LogitsProcessor):
         return scores
 
 
-def captured_beside(run: Callable[[torch.Tensor], object]) -> Sample:
+def captured_with(run: Callable[[torch.Tensor], object]) -> Sample:
     options = {"logits_processor": LogitsProcessorList([Runs(run)])}
     return capture(tiny_vlm("llava"), picture(), QUESTION, max_new_tokens=3, generation=options)
 
 
-def test_the_kernel_called_by_a_logits_processor_is_none_of_the_models() -> None:
-    """By a plain function: the only module on the stack is the model, in ``generate``."""
+def test_kernel_calls_of_a_logits_processor_are_left_out() -> None:
+    """The processor is a plain function: the model in ``generate`` is the only running module."""
     given = torch.randn(1, 2, 4, 8)
-    sample = captured_beside(lambda _: functional.scaled_dot_product_attention(given, given, given))
+    sample = captured_with(lambda _: functional.scaled_dot_product_attention(given, given, given))
     alone = capture(tiny_vlm("llava"), picture(), QUESTION, max_new_tokens=3)
     assert set(sample.calls) == set(alone.calls)
     for key, call in alone.calls.items():
@@ -368,6 +370,6 @@ def test_parts_of_the_model_run_by_a_logits_processor_are_refused() -> None:
     vlm = tiny_vlm("llava")
     inputs, _ = vlm.prepare([[picture(seed=1)]], [QUESTION])
     with pytest.raises(CaptureError, match="ran on a sequence of 3 positions after its prompt"):
-        captured_beside(lambda ids: vlm.model.get_decoder()(input_ids=ids[:, :3]))
+        captured_with(lambda ids: vlm.model.get_decoder()(input_ids=ids[:, :3]))
     with pytest.raises(CaptureError, match="ran again while the language model generated"):
-        captured_beside(lambda _: vlm.model.model.vision_tower(inputs["pixel_values"]))
+        captured_with(lambda _: vlm.model.model.vision_tower(inputs["pixel_values"]))

@@ -1,4 +1,4 @@
-"""A block hears its own thread and task, and nothing of it goes into copies of the model."""
+"""A block records only its own thread or task, and copies of the model do not get its hooks."""
 
 import asyncio
 import copy
@@ -20,7 +20,7 @@ def in_another_thread(run) -> None:
     thread.join()
 
 
-def test_other_threads_are_not_heard() -> None:
+def test_other_threads_are_not_recorded() -> None:
     model, inputs = tiny_vlm("llava").model, inputs_of("llava")
     with record(model, norms=True) as recording:
         in_another_thread(lambda: model(**inputs))
@@ -34,11 +34,10 @@ def test_a_model_that_ran_in_another_thread_only_is_an_error() -> None:
     with pytest.raises(CaptureError) as error, record(model):
         in_another_thread(lambda: model(**inputs))
     assert str(error.value) == (
-        "A block hears what runs in its own thread (or task). In this one no attention ran, while "
-        "the model ran in another. Open the block there: in the function that the thread is given, "
-        "around the call of the model."
+        "The model ran in another thread (or task) than the with block, so nothing was recorded. "
+        "Enter the block around the call of the model, in the function that the thread runs."
     )
-    with record(model) as recording:  # what others hear by themselves is theirs
+    with record(model) as recording:  # no error if the other thread has its own block
         in_another_thread(lambda: recorded(model, inputs))
     assert recording.calls == []
 
@@ -62,13 +61,13 @@ def test_tasks_of_one_thread_record_at_once() -> None:
     async def together() -> list[list]:
         return await asyncio.gather(*(task() for _ in range(3)))
 
-    with torch.no_grad():  # around all tasks: it is the thread's, not theirs
-        each_heard = asyncio.run(together())
-    for calls in each_heard:
+    with torch.no_grad():  # the mode belongs to the thread, so it applies to all tasks
+        recorded_by_task = asyncio.run(together())
+    for calls in recorded_by_task:
         assert [call.call for call in calls] == [0] * 7 + [1] * 7
 
 
-def test_copies_of_a_model_take_nothing_with_them() -> None:
+def test_copies_of_a_model_are_not_recorded() -> None:
     model, inputs = copy.deepcopy(tiny_vlm("llava").model), inputs_of("llava")
     with torch.no_grad():
         alone = model(**inputs).logits

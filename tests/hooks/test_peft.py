@@ -1,4 +1,4 @@
-"""A model with PEFT adapters: recorded as it runs, adapters and all."""
+"""Recording a model with PEFT adapters."""
 
 import peft
 import pytest
@@ -28,14 +28,14 @@ def merged_within(model: peft.PeftModel) -> nn.Module:
 
 
 WAYS = {
-    "beside": lambda model: model,
-    "within": merged_within,
-    "away": lambda model: model.merge_and_unload(),
+    "unmerged": lambda model: model,
+    "merged": merged_within,
+    "merged and unloaded": lambda model: model.merge_and_unload(),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_adapters_are_seen(way) -> None:
+def test_adapters_change_the_recorded_queries(way) -> None:
     model, (base, inputs) = WAYS[way](adapted()), of("llava")
     with torch.no_grad():
         alone = model(**inputs).logits
@@ -61,7 +61,7 @@ def test_a_wrapped_model_is_captured_and_checked_as_any_other(way) -> None:
     assert doctor(vlm, picture(), QUESTION).ok
 
 
-def test_a_disabled_adapter_is_not_there() -> None:
+def test_a_disabled_adapter_has_no_effect() -> None:
     model, (base, inputs) = adapted(), of("llava")
     with torch.no_grad(), model.disable_adapter(), record(model) as recording:
         model(**inputs)
@@ -86,12 +86,12 @@ def test_an_adapter_is_loaded_with_its_base(tmp_path) -> None:
     assert torch.equal(capture(again, picture(), QUESTION).call(3).q, plain.call(3).q)
 
 
-def test_another_adapter_is_another_model_to_a_store() -> None:
+def test_another_adapter_changes_the_fingerprint() -> None:
     digests = [fingerprint(VLM(adapted(seed), tiny_vlm("llava").processor)) for seed in (0, 0, 1)]
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_an_adapter_that_is_off_rescaled_or_merged_is_another_model_to_a_store() -> None:
+def test_a_disabled_rescaled_or_merged_adapter_changes_the_fingerprint() -> None:
     model, processor = adapted(), tiny_vlm("llava").processor
     plain = fingerprint(VLM(model, processor))
     found = []

@@ -1,4 +1,4 @@
-"""Refusals give the reason that holds, and what can be done; what can be recorded is."""
+"""Errors give the right reason and a way out, and attention that can be recorded is recorded."""
 
 import threading
 
@@ -30,11 +30,11 @@ def llama(**options) -> tuple[nn.Module, dict]:
     return LlamaForCausalLM(config).eval(), {"input_ids": torch.arange(8)[None]}
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag")  # of transformers' call of create_block_mask
+@pytest.mark.filterwarnings("ignore:_compile flag")  # transformers calls create_block_mask with it
 def test_flex_attention_is_recorded_and_not_edited() -> None:
-    """transformers 5.23 gives flex attention a ``BlockMask``, which is no tensor.
+    """transformers 5.23 passes a ``BlockMask``, which is not a tensor, to flex attention.
 
-    Of 8 tokens, torch 2.14.1's kernel for CPUs returns other rows or NaN in some processes.
+    For 8 tokens, the CPU kernel of torch 2.14.1 returns wrong or NaN rows in some processes.
     """
     model, inputs = llama()
     inputs = {"input_ids": torch.arange(20)[None]}
@@ -51,13 +51,13 @@ def test_flex_attention_is_recorded_and_not_edited() -> None:
     with torch.no_grad(), pytest.raises(CaptureError) as error, xi.intervene(model, cut):
         model(**inputs)
     assert str(error.value) == (
-        "Flex attention is given a function instead of a mask, which cannot be edited. Load the "
+        "Flex attention receives a function instead of a mask, which cannot be edited. Load the "
         "model with attn_implementation='sdpa' to intervene."
     )
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of its kernel
-def test_vmap() -> None:
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap has no rule for the kernel
+def test_vmap_is_refused() -> None:
     model = nn.Sequential(Attention())
     x = torch.randn(3, 2, 5, 4)
     with torch.no_grad():
@@ -65,12 +65,12 @@ def test_vmap() -> None:
         with pytest.raises(CaptureError) as error, record(model):
             assert torch.equal(torch.func.vmap(model)(x), alone)
     assert str(error.value) == (
-        "A model inside torch.func.vmap cannot be recorded: its tensors are one sample's, and "
-        "their values cannot be read. Call the model with the batch, without vmap."
+        "A model inside torch.func.vmap cannot be recorded, because the values of its tensors "
+        "cannot be read there. Call the model with the batch, without vmap."
     )
 
 
-def test_continuous_batching_runs_in_a_thread_of_transformers() -> None:
+def test_continuous_batching_is_refused() -> None:
     model, inputs = llama()
     scope = {"__name__": "transformers.generation.continuous_batching.continuous_api"}
     exec("def run(model, inputs): model(**inputs)", scope)
@@ -83,8 +83,8 @@ def test_continuous_batching_runs_in_a_thread_of_transformers() -> None:
     with torch.no_grad(), pytest.raises(CaptureError) as error, record(model):
         elsewhere()
     assert str(error.value) == (
-        "Continuous batching (generate_batch) cannot be recorded: transformers runs the model in "
-        "a thread of its own, on tokens of several requests at once. Use generate."
+        "Continuous batching (generate_batch) cannot be recorded: transformers runs the model in a "
+        "separate thread, on tokens of several requests at once. Use generate."
     )
 
 
@@ -94,24 +94,24 @@ def test_heads_of_torchs_attention_are_not_edited() -> None:
     with pytest.raises(CaptureError) as error, xi.intervene(model, pool):
         pass
     assert str(error.value) == (
-        "Heads of torch.nn.MultiheadAttention cannot be edited: one function of torch computes "
-        "them and their output projection. vision cross-attention, layers 0, is such a module; "
-        "leave them out."
+        "vision cross-attention, layers 0, is torch.nn.MultiheadAttention, whose heads cannot be "
+        "edited: one torch function computes them and the output projection. Leave these layers "
+        "out."
     )
 
 
-def test_layers_that_never_ask_the_interface_are_not_edited() -> None:
+def test_layers_without_the_interface_are_not_edited() -> None:
     model, inputs = of("blip")
     cut = xi.ablate_heads({0: [0]})
     with torch.no_grad(), pytest.raises(CaptureError) as error, xi.intervene(model, cut):
         model(**inputs)
     assert str(error.value) == (
-        "An intervention must meet every layer it names. language self-attention, layers 0, ran "
-        "without passing transformers' attention interface, where heads are edited; leave them out."
+        "An intervention did not edit all its layers: language self-attention, layers 0, ran "
+        "without transformers' attention interface, where heads are edited. Leave them out."
     )
 
 
 def test_the_doctor_names_the_input_of_the_model() -> None:
     model = tiny("siglip").model.vision_model
-    with pytest.raises(InputError, match=r"inputs=dict\(pixel_values=\.\.\.\)\)\. None came"):
+    with pytest.raises(InputError, match=r"inputs=dict\(pixel_values=\.\.\.\)\), or a VLM"):
         xi.doctor(model)

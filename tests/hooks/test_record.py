@@ -1,4 +1,4 @@
-"""Recording changes nothing, sees everything, is exact, and always lets go."""
+"""Recording changes no output, records every layer exactly, and removes its hooks."""
 
 from contextlib import suppress
 
@@ -46,14 +46,14 @@ def test_outputs_are_bit_identical_and_probs_are_those_of_eager(
     language = [call for call in recording.calls if call.tower == "language"]
     assert len(language) == len(weights)
     for call, expected in zip(language, weights, strict=True):
-        # A padded query means nothing: each backend fills its row with something else.
+        # rows of padding queries differ between backends
         real = inputs["attention_mask"].bool()[:, None, :, None].expand_as(expected)
         assert (call.probs() - expected)[real].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vision_towers_are_exact_too(family: str) -> None:
-    """The same call under both backends: eager's keys and queries, softmaxed, against sdpa's."""
+    """The probabilities recorded under both backends are equal."""
     model, inputs = tiny_vlm(family).model, inputs_of(family, 2)
     try:
         model.set_attn_implementation("eager")
@@ -69,13 +69,13 @@ def test_vision_towers_are_exact_too(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_attention_layer_is_heard(family: str) -> None:
+def test_every_attention_layer_is_recorded(family: str) -> None:
     model = tiny_vlm(family).model
     with torch.no_grad(), record(model) as recording:
         model(**inputs_of(family))
-    heard = {(call.tower, call.kind, call.layer) for call in recording.calls}
+    recorded = {(call.tower, call.kind, call.layer) for call in recording.calls}
     known = {(i.tower, i.kind, i.layer) for i in attention_modules(model).values()}
-    assert heard == known
+    assert recorded == known
     assert len(known) == len(recording.modules)
 
 
@@ -106,10 +106,10 @@ def test_a_static_cache_is_copied_before_it_is_overwritten() -> None:
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
-def test_everything_is_restored_whatever_happens(failure: type[BaseException]) -> None:
+def test_everything_is_restored_after_an_exception(failure: type[BaseException]) -> None:
     model = tiny_vlm("llava").model
     before = AttentionInterface.get_interface, AttentionInterface.__getitem__
-    hooks = n_hooks(model)  # transformers puts some of its own on
+    hooks = n_hooks(model)  # transformers registers some hooks itself
     with suppress(failure), record(model):
         raise failure
     assert (AttentionInterface.get_interface, AttentionInterface.__getitem__) == before
@@ -117,13 +117,13 @@ def test_everything_is_restored_whatever_happens(failure: type[BaseException]) -
     assert n_hooks(model) == hooks
 
 
-def test_a_failure_inside_the_model_is_the_failure_one_sees() -> None:
+def test_an_error_inside_the_model_is_raised_unchanged() -> None:
     model = tiny_vlm("llava").model
     with pytest.raises(ValueError, match="exactly one of input_ids"), record(model):
         model(no_such_input=1)
 
 
-def test_a_vlm_is_recorded_as_its_model() -> None:
+def test_a_vlm_can_be_recorded_directly() -> None:
     vlm = tiny_vlm("llava")
     inputs, _ = vlm.prepare([[picture()]], [QUESTION])
     with torch.no_grad(), record(vlm, towers=["language"]) as recording:
@@ -146,17 +146,17 @@ def test_reduce_keeps_results_instead_of_calls() -> None:
     groups = torch.ones(1, 154)
     with (
         torch.no_grad(),
-        record(model, towers=["language"], reduce=lambda c: c.mass(groups)) as heard,
+        record(model, towers=["language"], reduce=lambda c: c.mass(groups)) as recording,
     ):
         model(**inputs)
-    assert heard.calls == []
-    assert len(heard.results) == 4
-    for mass in heard.results:
+    assert recording.calls == []
+    assert len(recording.results) == 4
+    for mass in recording.results:
         torch.testing.assert_close(mass, torch.ones(1, 8, 154, 1))
 
 
-def test_attention_that_is_not_heard_is_an_error() -> None:
-    """It is named so, but what it does is nothing that could be heard."""
+def test_attention_that_is_not_recorded_is_an_error() -> None:
+    """A class is named attention, but computes neither a softmax nor a kernel call."""
 
     class BareAttention(torch.nn.Module):
         def __init__(self) -> None:
@@ -171,9 +171,9 @@ def test_attention_that_is_not_heard_is_an_error() -> None:
     with pytest.raises(CaptureError) as error, record(model):
         model(torch.randn(1, 1, 3, 4))
     assert str(error.value) == (
-        "Some attention could not be recorded. These modules ran, but neither used transformers' "
+        "Some attention could not be recorded: these modules ran, but neither used transformers' "
         "attention interface nor called scaled_dot_product_attention or a softmax: 0. Leave out "
-        "their tower with towers=, if you don't need it."
+        "their tower with towers= if you don't need it."
     )
 
 
@@ -183,43 +183,42 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as error, record(model, towers=["language"], layers=[4]):
         pass
     assert str(error.value) == (
-        "layers must exist in the model, counted from 0 (negative numbers are not taken here). Its "
-        "language layers are 0 to 3; got 4."
+        "Got layers 4, but the model has language layers 0 to 3. Count layers from 0; negative "
+        "numbers are not accepted here."
     )
-    with pytest.raises(InputError, match=r"here\)\. Its layers are 0 to 3; got -1\."):
+    with pytest.raises(InputError, match="Got layers -1, but the model has layers 0 to 3"):
         record(model, layers=[-1]).__enter__()
-    with pytest.raises(InputError, match=r"here\)\. It has no audio layers; got 0\."):
+    with pytest.raises(InputError, match="Got layers 0, but the model has no audio layers"):
         record(model, towers=["audio"], layers=[0]).__enter__()
     with pytest.raises(UnsupportedModelError) as none, record(torch.nn.Linear(2, 2)):
         pass
     assert str(none.value) == (
         "Linear has no module with softmax attention: no class is named Attention or calls "
-        "scaled_dot_product_attention, and no module named attn calls a softmax. Record a model "
-        "that has some."
+        "scaled_dot_product_attention, and no module named attn calls a softmax. Pass a model that "
+        "has one."
     )
     with pytest.raises(InputError) as tower, record(model, towers="language"):
         pass
-    assert str(tower.value) == "towers is a list, such as ['language']; got 'language'."
+    assert str(tower.value) == "towers must be a list, such as ['language']; got 'language'."
     with pytest.raises(InputError) as layer, record(model, layers=3):
         pass
-    assert str(layer.value) == "layers is a list, such as [0, 3]; got 3."
+    assert str(layer.value) == "layers must be a list, such as [0, 3]; got 3."
     with pytest.raises(InputError) as name, record("llava"):
         pass
     assert str(name.value) == (
-        "A model is a VLM or a module of torch, such as xi.load(name) or from_pretrained give; got "
-        "an object of str."
+        "The model must be a VLM or a torch.nn.Module; got an object of str. Use xi.load(name) or "
+        "from_pretrained."
     )
     with pytest.raises(CaptureError) as compiled, record(torch.compile(model, backend="eager")):
         pass
     assert str(compiled.value) == (
-        "Compiled code runs without asking for its attention functions, so nothing could be heard. "
-        "This model is compiled. Record the model as it was before torch.compile "
-        "(model._orig_mod)."
+        "This model is compiled, and attention in compiled code cannot be recorded or edited. Use "
+        "the model as it was before torch.compile (model._orig_mod)."
     )
 
 
 def keys_only(module, query, key, value, attention_mask, scaling=None, **options):
-    """A backend as flash kernels are: causal by itself, given a mask of keys or none."""
+    """A backend like flash kernels: causal by itself, with a mask of keys or no mask."""
     n_queries, n_keys = query.shape[2], key.shape[2]
     groups = query.shape[1] // key.shape[1]
     hidden = torch.ones(n_queries, n_keys).triu(n_keys - n_queries + 1).bool()[None, None]
@@ -233,7 +232,7 @@ def keys_only(module, query, key, value, attention_mask, scaling=None, **options
     return (probs @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), probs
 
 
-def test_a_mask_of_keys_hides_padding_and_what_is_behind(monkeypatch) -> None:
+def test_a_mask_of_keys_hides_padding_and_later_keys(monkeypatch) -> None:
     monkeypatch.setitem(AttentionInterface._global_mapping, "keys_only", keys_only)
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "keys_only", flash_attention_mask)
     model, inputs = tiny_vlm("llava").model, inputs_of("llava", 2)

@@ -1,4 +1,4 @@
-"""What ran before is taken from memory, and the result is the same, bit for bit."""
+"""Forwards with replayed block outputs are bit-identical to whole forwards."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def remembered(family: str) -> tuple[nn.Module, dict, torch.Tensor, BlockOutputs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_forward_from_any_layer_on_is_the_whole_forward(family: str) -> None:
+def test_replaying_the_blocks_before_any_layer_changes_nothing(family: str) -> None:
     model, inputs, base, memory = remembered(family)
     for (tower, kind, layer), block in memory.blocks.items():
         earlier = memory.before(tower, kind, layer)
@@ -41,15 +41,15 @@ def test_a_forward_from_any_layer_on_is_the_whole_forward(family: str) -> None:
                 expected = model(**inputs, use_cache=False).logits
             with replay(earlier), intervene(model, ablation):
                 assert torch.equal(model(**inputs, use_cache=False).logits, expected)
-        assert set(ran) == set(earlier)  # they are asked, and answer from memory
+        assert set(ran) == set(earlier)  # the blocks are called, and return the remembered output
     assert len(earlier) == len(set(memory.blocks.values())) - 1
 
 
-def test_forwards_are_restored_whatever_happens() -> None:
+def test_forwards_are_restored_after_an_exception() -> None:
     model, inputs, base, memory = remembered("llava")
     earlier = memory.before("language", "self", 2)
     own = next(iter(earlier))
-    own.forward = forward = own.forward  # as models dispatched over devices have it
+    own.forward = forward = own.forward  # as accelerate sets it on dispatched models
     try:
         with pytest.raises(KeyboardInterrupt), replay(earlier):
             raise KeyboardInterrupt

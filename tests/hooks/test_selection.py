@@ -1,4 +1,4 @@
-"""Positions of interventions: one reading of numbers and masks, and selectors of samples."""
+"""Positions of interventions, given as numbers, masks or selectors of samples."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +43,7 @@ def spellings(n: int, chosen: list[int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("spelling", spellings(2, [0]))
-def test_masks_are_masks_wherever_they_are_given(vlm: VLM, spelling: str) -> None:
+def test_masks_of_positions_layers_and_heads(vlm: VLM, spelling: str) -> None:
     inputs = inputs_of(vlm)
     n = inputs["input_ids"].shape[1]
     queries, keys = [150, 152], [3, 7, 149]
@@ -68,47 +68,47 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "short mask": (
         lambda: ablate_heads({0: [0]}, queries=np.ones(100, dtype=bool)),
         PositionError,
-        "A mask needs an entry for each position, 154 in all; got 100 entries.",
+        "A mask must have one entry per position, 154 in all; got 100 entries.",
     ),
     "long mask": (
         lambda: ablate_heads({0: [0]}, queries=np.ones(200, dtype=bool)),
         PositionError,
-        "An intervention must reach every position it names. It names position 199; language "
-        "self-attention ran over positions 0 to 153.",
+        "An intervention edits position 199, but language self-attention ran over positions 0 to "
+        "153. Choose positions of the sequence.",
     ),
     "fraction": (
         lambda: knock_out_attention([150.5], [3]),
         PositionError,
-        "Positions of an intervention are a number, a list of them, a slice, a boolean mask, a "
-        "phrase, or a function of a sample; got [150.5].",
+        "Positions of an intervention must be a number, a list of numbers, a slice, a boolean "
+        "mask, a phrase, or a function of a sample; got [150.5].",
     ),
     "one boolean": (
         lambda: knock_out_attention(True, 3),
         PositionError,
-        "Positions of an intervention are a number, a list of them, a slice, a boolean mask, a "
-        "phrase, or a function of a sample; got True.",
+        "Positions of an intervention must be a number, a list of numbers, a slice, a boolean "
+        "mask, a phrase, or a function of a sample; got True.",
     ),
     "mask of heads": (
         lambda: ablate_heads({0: np.ones(7, dtype=bool)}),
         LayerError,
-        "A mask needs an entry for each head, 8 in all; got 7 entries. Numbers, such as "
-        "numpy.flatnonzero(mask), are taken too.",
+        "A mask must have one entry per head, 8 in all; got 7 entries. Pass numbers instead, such "
+        "as numpy.flatnonzero(mask).",
     ),
     "mask of layers": (
         lambda: knock_out_attention(5, 2, layers=np.ones(5, dtype=bool)),
         LayerError,
-        "A mask needs an entry for each layer, 4 in all; got 5 entries. Numbers, such as "
-        "numpy.flatnonzero(mask), are taken too.",
+        "A mask must have one entry per layer, 4 in all; got 5 entries. Pass numbers instead, such "
+        "as numpy.flatnonzero(mask).",
     ),
     "half a layer": (
         lambda: knock_out_attention(5, 2, layers=[0.5]),
         InputError,
-        "layers is a list, such as [0, 3]; got [0.5].",
+        "layers must be a list, such as [0, 3]; got [0.5].",
     ),
     "half a head": (
         lambda: ablate_heads({0: [0.5]}),
         LayerError,
-        "heads are a number or a list of them, such as [0, 3] or range(4); got [0.5].",
+        "heads must be a number or a list of numbers, such as [0, 3] or range(4); got [0.5].",
     ),
 }
 
@@ -121,12 +121,12 @@ def test_refusals(vlm: VLM, name: str) -> None:
     assert str(refusal.value) == message
 
 
-def test_a_recording_takes_a_mask_of_layers(vlm: VLM) -> None:
+def test_a_recording_accepts_a_mask_of_layers(vlm: VLM) -> None:
     mask = np.array([True, False, False, True])
     with torch.no_grad(), record(vlm.model, towers=["language"], layers=mask) as recording:
         vlm.model(**inputs_of(vlm))
     assert [call.layer for call in recording.calls] == [0, 3]
-    with pytest.raises(LayerError, match="A mask needs an entry for each layer, 4 in all; got 3"):
+    with pytest.raises(LayerError, match="A mask must have one entry per layer, 4 in all; got 3"):
         record(vlm.model, layers=mask[:3]).__enter__()
 
 
@@ -138,8 +138,8 @@ BY_NAME: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_named_positions_are_those_of_each_sample_of_a_padded_batch(vlm: VLM, name: str) -> None:
-    """A padded sample changes as it does alone; its edge is cut where the phrase is, not before."""
+def test_selectors_are_resolved_in_each_sample_of_a_padded_batch(vlm: VLM, name: str) -> None:
+    """A padded sample gives the same logits as alone; its cut edges are shifted by the padding."""
     queries, keys = BY_NAME[name]
     pictures = [[picture(seed=i)] for i in range(2)]
     inputs, prompts = vlm.prepare(pictures, ASKED)
@@ -161,12 +161,12 @@ def test_named_positions_are_those_of_each_sample_of_a_padded_batch(vlm: VLM, na
             assert (probs > 0).sum(-1).eq(last + 1 - len(red)).all()
 
 
-def test_numbers_are_refused_where_samples_begin_after_padding(vlm: VLM) -> None:
+def test_numbers_are_refused_if_samples_begin_after_padding(vlm: VLM) -> None:
     inputs, prompts = vlm.prepare([[picture()], [picture()]], ASKED)
     n_padding = int(prompts[1].tokens["kind"].eq("padding").sum())
     message = (
-        "One number is another token in each sample of this batch: sample 1 has "
-        f"{n_padding} padding tokens before others. Name positions by phrase or keyword "
+        "One number is a different token in each sample of this batch: sample 1 has "
+        f"{n_padding} padding tokens before others. Give positions by phrase or keyword "
         "('red circle', 'last'), by a function of the sample "
         "(lambda sample: sample.where('image')), or by a boolean mask [sample, position]."
     )
@@ -190,8 +190,8 @@ def test_numbers_are_refused_where_samples_begin_after_padding(vlm: VLM) -> None
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("n_new", [0, 2])
 @pytest.mark.parametrize("name", ["pix2struct", "blip-2"])
-def test_numbers_are_refused_wherever_the_padding_is(name: str, n_new: int) -> None:
-    """In a decoder with its own mask; behind image features in front, by an inner ``generate``."""
+def test_numbers_are_refused_for_padding_at_other_places(name: str, n_new: int) -> None:
+    """In a decoder with its own mask, and after image features with an inner ``generate``."""
     vlm = VLM(real(name)[0], settled(name))
     questions = [asked_in_full(vlm, each, 1) for each in ASKED]
     with (
@@ -203,8 +203,8 @@ def test_numbers_are_refused_wherever_the_padding_is(name: str, n_new: int) -> N
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", ["blip-2", "kosmos-2"])
-def test_names_hold_where_an_inner_model_generates(name: str) -> None:
-    """The model's own ``forward``, in which ids are read, does not run."""
+def test_selectors_if_an_inner_model_generates(name: str) -> None:
+    """The forward of the whole model, in which ids are read, does not run."""
     vlm = VLM(real(name)[0], settled(name))
     question = asked_in_full(vlm, ASKED[0], 1)
     with intervene(vlm, knock_out_attention("last", "red circle")):
@@ -214,7 +214,7 @@ def test_names_hold_where_an_inner_model_generates(name: str) -> None:
     assert sample.probs(0, queries=[sample.last + 1], keys="red circle").all()
 
 
-def test_names_hold_while_a_batch_generates(vlm: VLM) -> None:
+def test_selectors_during_generation_of_a_batch(vlm: VLM) -> None:
     inputs, prompts = vlm.prepare([[picture(seed=i)] for i in range(2)], ASKED)
     options = {"max_new_tokens": 4, "min_new_tokens": 4}
     mask = torch.zeros(2, len(prompts[0].tokens), dtype=torch.bool)
@@ -226,22 +226,22 @@ def test_names_hold_while_a_batch_generates(vlm: VLM) -> None:
     assert torch.equal(*answers)
 
 
-def test_names_need_the_samples(vlm: VLM) -> None:
+def test_selectors_require_prepared_samples(vlm: VLM) -> None:
     other = {**inputs_of(vlm), "input_ids": inputs_of(vlm)["input_ids"].flip(0)}
     vlm.prepare([[picture()]], ["another question ?"])
-    with pytest.raises(CaptureError, match=r"The model ran other inputs\."):
+    with pytest.raises(CaptureError, match="The model ran inputs that the VLM did not prepare"):
         logits(vlm, other, ablate_heads({0: [0]}, queries="last"))
     bare = vlm.model
     with pytest.raises(CaptureError):
         logits(VLM(bare, vlm.processor), inputs_of(vlm), ablate_heads({0: [0]}, queries="last"))
-    with pytest.raises(InputError, match="name positions of a prompt's tokens"):
+    with pytest.raises(InputError, match="positions that are not tokens of the prompt"):
         logits(vlm, inputs_of(vlm), ablate_heads({0: [0]}, tower="vision", queries="last"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", ["additive", "boolean"])
 def test_a_mask_with_one_row_for_all_queries_is_cut(kind: str, backend: str) -> None:
-    """Bridgetower hands its attention masks ``[sample, 1, 1, key]``."""
+    """Bridgetower uses masks ``[sample, 1, 1, key]``."""
     q, k = torch.zeros(2, 1, 3, 4), torch.randn(2, 1, 3, 4)
     seen = torch.tensor([[True, True, True], [True, True, False]])[:, None, None]
     mask = seen if kind == "boolean" else torch.zeros(2, 1, 1, 3).masked_fill(~seen, -1e4)

@@ -1,4 +1,4 @@
-"""A model whose layers are split over processes is refused: a process has some heads only."""
+"""A model whose layers are split over processes is refused: a process has only some heads."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_a_part_of_a_split_model_is_refused() -> None:
             num_key_value_heads=8,
         )
     ).eval()
-    for layer in model.model.layers:  # what from_pretrained(tp_plan="auto") leaves to one of two
+    for layer in model.model.layers:  # as from_pretrained(tp_plan="auto") does in one of two
         for name in ("q_proj", "k_proj", "v_proj"):
             weight = getattr(layer.self_attn, name)
             weight.weight = torch.nn.Parameter(weight.weight[:16])

@@ -1,9 +1,9 @@
-"""Torch's own attention modules compute with recording what they compute without, and are recorded.
+"""Torch's own attention modules are recorded, and recording does not change their outputs.
 
-torch 2.14.1: ``nn.MultiheadAttention.forward`` and ``nn.TransformerEncoder.forward`` leave their
-fused path where a ``TorchFunctionMode`` is active (``torch.overrides.has_torch_function``), and
-``nn.TransformerEncoderLayer.forward`` where any of its modules has a hook. In evaluation mode the
-encoder converts a padded batch to a nested tensor, which only the fused path takes.
+torch 2.14.1: ``nn.MultiheadAttention.forward`` and ``nn.TransformerEncoder.forward`` do not use
+their fused path if a ``TorchFunctionMode`` is active (``torch.overrides.has_torch_function``), and
+``nn.TransformerEncoderLayer.forward`` does not if any of its modules has a hook. In evaluation mode
+the encoder converts a padded batch to a nested tensor, which only the fused path accepts.
 """
 
 import pytest
@@ -33,7 +33,7 @@ def padding(*lengths: int, side: str = "right") -> Tensor:
 
 
 def expected(model: nn.TransformerEncoder, x: Tensor, hidden: Tensor | None) -> list[Tensor]:
-    """The probabilities of each layer, by the unfused function of torch on what it is given."""
+    """Return the probabilities of each layer, computed by the unfused function of torch."""
     found = []
     for layer in model.layers:
         attention = layer.self_attn
@@ -50,10 +50,10 @@ def expected(model: nn.TransformerEncoder, x: Tensor, hidden: Tensor | None) -> 
     return found
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's own, once
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch uses them itself
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["whole", "nested", "left", "norm_first"])
-def test_an_encoder_is_recorded_as_it_runs_alone(kind, dtype) -> None:
+def test_an_encoder_is_recorded_without_changes(kind, dtype) -> None:
     model = encoder(**({"norm_first": True} if kind == "norm_first" else {})).to(dtype)
     x = torch.randn(2, 5, WIDTH).to(dtype)
     hidden = {
@@ -67,7 +67,7 @@ def test_an_encoder_is_recorded_as_it_runs_alone(kind, dtype) -> None:
         with record(model) as recording:
             assert torch.equal(model(x, src_key_padding_mask=hidden), alone)
         if kind == "nested":
-            assert not alone[1, 3:].any()  # so this was the fused path, with a nested tensor
+            assert not alone[1, 3:].any()  # shows that the fused path ran on a nested tensor
         probs = expected(model, x, hidden)
     assert [(c.kind, c.layer, c.module) for c in recording.calls] == [
         ("self", i, f"layers.{i}.self_attn") for i in range(LAYERS)
@@ -78,12 +78,12 @@ def test_an_encoder_is_recorded_as_it_runs_alone(kind, dtype) -> None:
         real = torch.ones(2, 5, dtype=torch.bool) if hidden is None else ~hidden
         rows = real[:, None, :, None].expand_as(ours)
         torch.testing.assert_close(ours[rows], wanted.float()[rows], atol=limit, rtol=0)
-        if kind == "nested":  # positions of padding do not exist there
+        if kind == "nested":  # padding positions do not exist in the nested tensor
             assert ours[1, :, 3:].isnan().all()
             assert not call.visible()[1, :, :, 3:].any()
 
 
-def test_no_hook_and_no_mode_is_left_on_them() -> None:
+def test_modules_of_torch_get_no_hooks() -> None:
     model = encoder()
     with record(model):
         hooks = [m for m in model.layers.modules() if m._forward_hooks or m._forward_pre_hooks]
@@ -94,7 +94,7 @@ def test_no_hook_and_no_mode_is_left_on_them() -> None:
 
 
 class ResidualAttentionBlock(nn.Module):
-    """The block of open_clip's image tower: its class is named attention, and holds torch's."""
+    """The block of open_clip's image tower: named attention, with torch's attention inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_the_fused_path_runs_inside_a_module_that_is_named_attention(dtype, monk
 
 
 class AttentionPool2d(nn.Module):
-    """The pooling of CLIP's ResNets: it calls torch's function with weights of its own."""
+    """The pooling of CLIP's ResNets, which calls torch's function with its own weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class AttentionPool2d(nn.Module):
         return self.pooled(x, need_weights=False)[0]
 
 
-def test_the_function_called_directly() -> None:
+def test_a_direct_call_of_torchs_multihead_function() -> None:
     model, x = nn.Sequential(AttentionPool2d()).eval(), torch.randn(2, WIDTH, 2, 3)
     with torch.no_grad():
         alone = model(x)
@@ -166,8 +166,8 @@ def test_the_function_called_directly() -> None:
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_a_causal_hint_is_read_as_torch_reads_it(need_weights) -> None:
-    """Without weights and padding, torch 2.14 takes the hint for the mask."""
+def test_a_causal_hint_has_the_same_meaning_as_in_torch(need_weights) -> None:
+    """Without weights and padding, torch 2.14 uses the hint instead of the mask."""
     model = nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True))
     x, hidden = torch.randn(1, 4, WIDTH), torch.zeros(4, 4).bool()
     options = {"attn_mask": hidden, "is_causal": True, "need_weights": need_weights}
@@ -218,7 +218,7 @@ def test_an_error_of_recording_does_not_end_the_forward(monkeypatch) -> None:
     assert ended == [True, True]
 
 
-def test_blocks_that_are_exited_in_another_order_than_they_were_entered_in() -> None:
+def test_blocks_can_be_exited_in_another_order() -> None:
     made = tiny("siglip")
     one, two = record(made.model), record(made.model)
     first, second = one.__enter__(), two.__enter__()

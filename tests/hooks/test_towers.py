@@ -1,4 +1,4 @@
-"""The tower of an encoder is that of what it reads."""
+"""The tower of a module follows from the modality of its input."""
 
 from collections import Counter
 
@@ -26,7 +26,7 @@ from xmodal_interp.hooks import attention_modules
 WIDTH = 16
 
 
-def test_encoders_of_text_are_of_the_language() -> None:
+def test_text_encoders_are_in_the_language_tower() -> None:
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "vocab_size": 9}
     bert = {"model_type": "bert", **sizes, **heads}
@@ -39,7 +39,7 @@ def test_encoders_of_text_are_of_the_language() -> None:
         assert names == {("language", "self"): 4, ("language", "cross"): 2}
 
 
-def test_other_encoders_are_of_what_they_read() -> None:
+def test_image_and_audio_encoders_are_in_their_towers() -> None:
     text = {
         "model_type": "bert",
         "hidden_size": 8,
@@ -48,7 +48,7 @@ def test_other_encoders_are_of_what_they_read() -> None:
     }
     decoder = {**text, "is_decoder": True, "add_cross_attention": True}
     vit = {**text, "model_type": "vit", "image_size": 8, "patch_size": 4}
-    sees = VisionEncoderDecoderModel(VisionEncoderDecoderConfig(encoder=vit, decoder=decoder))
+    vision = VisionEncoderDecoderModel(VisionEncoderDecoderConfig(encoder=vit, decoder=decoder))
     wav = {
         **text,
         "model_type": "wav2vec2",
@@ -56,13 +56,13 @@ def test_other_encoders_are_of_what_they_read() -> None:
         "conv_stride": [2],
         "conv_kernel": [2],
     }
-    hears = SpeechEncoderDecoderModel(
+    speech = SpeechEncoderDecoderModel(
         SpeechEncoderDecoderConfig(
             encoder={**wav, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
             decoder=decoder,
         )
     )
-    for model, tower in ((sees, "vision"), (hears, "audio")):
+    for model, tower in ((vision, "vision"), (speech, "audio")):
         names = Counter((each.tower, each.kind) for each in attention_modules(model).values())
         assert names == {(tower, "self"): 1, ("language", "self"): 1, ("language", "cross"): 1}
 
@@ -119,7 +119,7 @@ RECORDS_OF = {"grounding-dino": DUAL_ENCODERS["grounding_dino"].config}
 
 
 @pytest.mark.parametrize(("model_type", "kind"), TOWERS_OF, ids=lambda value: value)
-def test_a_tower_is_that_of_what_a_module_reads(model_type: str, kind: str) -> None:
+def test_towers_of_models_with_several_modalities(model_type: str, kind: str) -> None:
     config = tiny_config(CONFIG_MAPPING[model_type], RECORDS_OF.get(model_type))
     with torch.device("meta"):
         model = getattr(transformers, kind)._from_config(config)
@@ -134,7 +134,7 @@ def test_a_tower_is_that_of_what_a_module_reads(model_type: str, kind: str) -> N
     assert firsts[next(iter(TOWERS_OF[model_type, kind].values())), "self"] == 0
 
 
-def test_models_of_other_libraries_are_of_what_their_first_layer_reads() -> None:
+def test_towers_of_models_of_other_libraries_follow_their_first_layer() -> None:
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
     assert {each.tower for each in attention_modules(vit).values()} == {"vision"}
     text = nn.Sequential(nn.Embedding(4, 8), nn.MultiheadAttention(8, 2))

@@ -1,4 +1,4 @@
-"""Recording while a model is trained: nothing changes, nothing is heard twice or kept alive."""
+"""Recording during training changes no gradient, records no call twice and keeps no graph alive."""
 
 import gc
 import weakref
@@ -21,7 +21,7 @@ def with_dropout(name: str) -> tuple[nn.Module, dict]:
 
 
 def step(model: nn.Module, inputs: dict) -> list[Tensor | None]:
-    """Outputs and gradients of all weights, with the same dropout every time."""
+    """Return outputs and gradients of all weights, with the same dropout every time."""
     torch.manual_seed(7)
     output = first(model(**inputs))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -36,7 +36,7 @@ def test_gradients_are_the_same_and_probabilities_those_before_dropout(name, che
     with torch.no_grad(), record(model) as once:
         model(**inputs)
     if checkpoints and not model.supports_gradient_checkpointing:
-        pytest.skip("the model knows no checkpoints")
+        pytest.skip("the model does not support checkpoints")
     if checkpoints:
         model.activation_checkpointing_enable()
     alone = step(model, inputs)
@@ -48,7 +48,7 @@ def test_gradients_are_the_same_and_probabilities_those_before_dropout(name, che
     assert_complete_and_exact(recording.calls, model)
     for call in recording.calls:
         sums = call.probs().sum(-1)
-        if call.sinks is None:  # they take a part of each row
+        if call.sinks is None:  # with sinks, rows sum to less than 1
             real = sums[~sums.isnan()]
             torch.testing.assert_close(real, torch.ones_like(real), atol=1e-5, rtol=0)
 
@@ -68,7 +68,7 @@ def test_recorded_tensors_hold_no_graph_and_no_weights(name) -> None:
                 assert held.untyped_storage().data_ptr() not in weights, field
 
 
-def test_a_recording_that_is_let_go_leaves_nothing_behind() -> None:
+def test_a_deleted_recording_frees_its_tensors() -> None:
     model, inputs = of("llava")
     with record(model, values=True) as recording:
         output = model(**inputs, use_cache=False).logits
@@ -76,7 +76,7 @@ def test_a_recording_that_is_let_go_leaves_nothing_behind() -> None:
     graph = weakref.ref(output)
     del output
     gc.collect()
-    assert graph() is None  # though the recording is there
+    assert graph() is None  # although the recording still exists
     del recording
     gc.collect()
     assert all(each() is None for each in held)

@@ -1,4 +1,4 @@
-"""The share of attention in each token's update, against norms taken by hand."""
+"""The share of attention in each token's update equals norms measured by separate hooks."""
 
 import numpy as np
 import pytest
@@ -18,10 +18,10 @@ from xmodal_interp.store import StoreWriter, open_store
 NORMS = Keep(norms=True)
 
 
-def by_hand(model, run) -> dict[str, list[torch.Tensor]]:
-    """``|u| / (|u| + |x|)`` of every block with a ``self_attn`` or ``attn``, run by run.
+def measured_shares(model, run) -> dict[str, list[torch.Tensor]]:
+    """Return ``|u| / (|u| + |x|)`` of every block with a ``self_attn`` or ``attn``, run by run.
 
-    ``u`` is what the attention returns, times the block's gate if it has one.
+    ``u`` is the output of the attention, times the block's gate if it has one.
     """
     shares: dict[str, list[torch.Tensor]] = {}
     handles = []
@@ -51,11 +51,11 @@ def by_hand(model, run) -> dict[str, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
-def test_norms_are_those_of_the_blocks(family) -> None:
+def test_shares_equal_norms_measured_by_hooks(family) -> None:
     vlm = tiny_vlm(family)
     inputs, _ = vlm.prepare([[picture()]], [QUESTION])
     with torch.no_grad():
-        hand = by_hand(vlm.model, lambda: vlm.model(**inputs))
+        measured = measured_shares(vlm.model, lambda: vlm.model(**inputs))
         plain = vlm.model(**inputs).logits
         with record(vlm.model, norms=True) as recording:
             recorded = vlm.model(**inputs).logits
@@ -63,7 +63,7 @@ def test_norms_are_those_of_the_blocks(family) -> None:
     checked = 0
     for call in recording.calls:
         assert call.update_share.shape == (call.n_samples, call.n_queries)
-        (share,) = hand.get(call.module.rpartition(".")[0], [None])
+        (share,) = measured.get(call.module.rpartition(".")[0], [None])
         if share is not None:
             torch.testing.assert_close(call.update_share.flatten(), share.flatten())
             checked += 1
@@ -86,7 +86,7 @@ AFTER_ADDITION = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("name", "tower"), AFTER_ADDITION)
 def test_the_update_is_the_step_of_the_residual_stream(name: str, tower: str) -> None:
-    """Its norm, multiplier or layer scale included: the stream after the addition minus before."""
+    """The update, with its norm, multiplier or layer scale, is the difference of the stream."""
     vlm = VLM(real(name)[0], settled(name))
     inputs, _ = vlm.prepare([[picture()]], [asked(vlm, 1)])
     before: dict[str, torch.Tensor] = {}
@@ -127,7 +127,7 @@ def first_tensor(args: tuple, options: dict) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_post_norm_blocks_add_a_projection_to_the_attentions_input() -> None:
-    """Those of a Q-Former: ``LayerNorm(dense(o) + x)``, for its cross-attention too."""
+    """A Q-Former computes ``LayerNorm(dense(o) + x)``, also for its cross-attention."""
     vlm = VLM(real("blip-2")[0], settled("blip-2"))
     inputs, _ = vlm.prepare([[picture()]], [asked(vlm, 1)])
     expected: dict[str, torch.Tensor] = {}
@@ -154,22 +154,21 @@ def test_post_norm_blocks_add_a_projection_to_the_attentions_input() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_a_pooling_head_adds_to_no_stream_and_the_refusal_gives_the_way_out() -> None:
+def test_a_pooling_head_without_a_residual_stream_is_refused() -> None:
     vlm = VLM(real("gemma3")[0], settled("gemma3"))
     question = asked(vlm, 1)
     with pytest.raises(CaptureError) as refusal:
         capture(vlm, picture(), question, keep=NORMS)
     assert str(refusal.value) == (
-        "The share of attention in an update needs the addition of its output to the residual "
-        "stream. None was found for model.vision_tower.head.attention, the first of 1 such layers "
-        "(vision). Record the other towers alone: "
-        "Keep(norms=True, towers=('language',))."
+        "norms=True requires that the output of attention is added to the residual stream, but no "
+        "addition was found for model.vision_tower.head.attention, the first of 1 such layers "
+        "(vision). Record the other towers alone: Keep(norms=True, towers=('language',))."
     )
     sample = capture(vlm, picture(), question, keep=Keep(norms=True, towers=("language",)))
     assert all(call.update_share is not None for call in sample.calls.values())
 
 
-def test_a_failing_forward_leaves_no_mode_behind() -> None:
+def test_function_modes_are_exited_after_a_failing_forward() -> None:
     vlm = tiny_vlm("llava")
     inputs, _ = vlm.prepare([[picture()]], [QUESTION])
     mlp = vlm.model.get_decoder().layers[1].mlp
@@ -218,7 +217,7 @@ def test_a_row_per_token_in_generation_a_batch_and_a_store(tmp_path) -> None:
 def test_norms_and_reduce_exclude_each_other() -> None:
     vlm = tiny_vlm("llava")
     with (
-        pytest.raises(InputError, match="choose one"),
+        pytest.raises(InputError, match="Pass one of them"),
         record(vlm.model, norms=True, reduce=lambda call: call.n_bytes),
     ):
         pass

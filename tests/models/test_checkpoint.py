@@ -16,7 +16,7 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.models import CheckpointReport
 from xmodal_interp.models.loading import shipped_path
 
-CHECK = "every weight is that of the checkpoint"
+CHECK = "all weights come from the checkpoint"
 MISSING = "model.language_model.layers.1.self_attn.q_proj.weight"
 WIDE = "model.vision_tower.encoder.layers.0.mlp.fc1.bias"
 

@@ -130,7 +130,7 @@ def test_rows_that_were_not_kept(tmp_path):
         writer.write(sample(calls=[rows]))
     found = open_store(tmp_path)[0]
     assert found.probs(0, queries=[1, 4]).shape == (2, 2, N)
-    with pytest.raises(NotRecordedError, match=r"kept 1, 4; asked for were also 2\."):
+    with pytest.raises(NotRecordedError, match=r"the query rows 2; it holds 1, 4\."):
         found.probs(0, queries=[1, 2])
 
 

@@ -1,4 +1,4 @@
-"""The mathematics of one attention call, exact and memory-bounded."""
+"""Exact computations on one attention call, with bounded memory."""
 
 from xmodal_interp.attention.call import AttentionCall
 from xmodal_interp.attention.positions import (

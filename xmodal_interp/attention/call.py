@@ -1,15 +1,15 @@
-"""One attention call as the model made it, and every exact number that follows from it.
+"""One attention call of a model, and exact statistics of its probabilities.
 
-A call keeps the operands: queries, keys, the mask, scaling, soft-cap, sinks. They cost ``O(S d)``
-and determine every probability, which costs ``O(S^2)`` and is computed when asked for, in float32,
-row chunk by row chunk:
+A call holds the operands: queries, keys, mask, scaling, soft-cap and sinks. They need ``O(S d)``
+memory and determine all probabilities, which need ``O(S^2)`` memory. Probabilities are computed on
+demand, in float32, in chunks of rows:
 
     scores = scaling * q k^T, squashed by the soft-cap, plus the bias, minus infinity where hidden
     probs  = softmax of the scores over the keys (and the sinks, whose column is dropped)
 
-Whatever is linear in the probabilities is one more call of the fused kernel with other values
-(``mass``, ``average``); the entropy follows from ``V = K`` and the log-sum-exp (``entropy``); a row
-vector goes through a layer without its matrix (``propagate``).
+Statistics that are linear in the probabilities are one call of the fused kernel with other values
+(``mass``, ``average``). The entropy is computed from ``V = K`` and the log-sum-exp (``entropy``). A
+row vector is multiplied by the probabilities without holding the matrix (``propagate``).
 """
 
 from __future__ import annotations
@@ -34,32 +34,33 @@ class AttentionCall:
     """One call of one attention layer.
 
     Attributes:
-        tower: Which part of the model the layer belongs to.
+        tower: The part of the model that contains the layer.
         kind: ``"self"``, ``"cross"`` or ``"channel"``.
         layer: Index of the layer within its tower and kind.
         module: Dotted name of the attention module in the model.
-        call: Which call of this layer (an image of several, a decode step).
+        call: Number of the call within this layer (one of several images, a decode step).
         q: ``[sample, head, query, d_head]``, post-rotary. None if dense probabilities were kept
             instead.
-        k: ``[sample, kv_head, key, d_head]``, post-rotary.
-        v: ``[sample, kv_head, key, d_head]`` if it was asked for.
+        k: ``[sample, kv_head, key, d_head]``, post-rotary. None if dense probabilities were kept
+            instead.
+        v: ``[sample, kv_head, key, d_head]``, if values were recorded.
         mask: ``[sample | 1, head | 1, query, key]`` boolean (True is visible) or additive, or None.
         bias: Position bias added to the scores, ``[sample | 1, head, query, key]``, or None.
-        causal: Whether, with no mask, keys behind the query are hidden.
-        offset: Key index of query 0: what came before it is the cache.
+        causal: Without a mask: whether keys after the query are hidden.
+        offset: Key index of query 0, which is the number of cached keys before it.
         scaling: Factor of ``q k^T``.
         softcap: Scores are squashed to ``softcap * tanh(scores / softcap)``.
         sinks: ``[head]`` learned scores that take part in the softmax and are then dropped; or
-            ``[sample, head, query]``, where they follow from the query.
-        sliding_window: With no mask: a query sees this many keys, its own included.
+            ``[sample, head, query]`` if they are computed from the query.
+        sliding_window: Without a mask: the number of keys that a query sees, its own included.
         rows: Query positions that are held, ascending; None means all.
-        dense: ``[sample, head, query, key]`` probabilities, where they were kept instead of q and
-            k.
-        update_share: ``[sample, query]``, 0 to 1: the norm of the attention's output over that norm
-            plus the norm of the residual stream it is added to, if it was asked for.
-        segments: ``[key]``, with no mask: the piece of the image (tile, window) that each position
-            is in; a query sees the keys of its own piece.
-        note: What to know of a call that is not as the others; empty for most.
+        dense: ``[sample, head, query, key]`` probabilities, if they were kept instead of q and k.
+        update_share: ``[sample, query]``, 0 to 1, if norms were recorded: the norm of the
+            attention's output divided by the sum of this norm and the norm of the residual stream
+            to which it is added.
+        segments: ``[key]``, without a mask: the piece of the image (tile, window) that contains
+            each position; a query sees the keys of its own piece.
+        note: Remark for unusual calls; empty otherwise.
     """
 
     tower: Tower
@@ -93,48 +94,48 @@ class AttentionCall:
 
     @property
     def name(self) -> str:
-        """Such as ``"language self-attention, layer 3, call 0"``, for messages."""
+        """Name for messages, such as ``"language self-attention, layer 3, call 0"``."""
         return f"{self.tower} {self.kind}-attention, layer {self.layer}, call {self.call}"
 
     @property
     def device(self) -> torch.device:
-        """Where its queries are, and what is computed from them."""
+        """Device of the queries, and of everything that is computed from them."""
         return self._queries.device
 
     @property
     def n_samples(self) -> int:
-        """Samples in the batch of this call."""
+        """Number of samples in the batch of this call."""
         return self._queries.shape[0]
 
     @property
     def n_heads(self) -> int:
-        """Query heads."""
+        """Number of query heads."""
         return self._queries.shape[1]
 
     @property
     def n_kv_heads(self) -> int:
-        """Key heads: fewer than query heads where these are grouped; as many for dense calls."""
+        """Number of key heads; equal to the number of query heads for dense calls."""
         return self.n_heads if self.k is None else self.k.shape[1]
 
     @property
     def n_queries(self) -> int:
-        """Queries that are held."""
+        """Number of queries that are held."""
         return self._queries.shape[2]
 
     @property
     def n_keys(self) -> int:
-        """Keys."""
+        """Number of keys."""
         return self._queries.shape[3] if self.k is None else self.k.shape[2]
 
     @property
     def n_bytes(self) -> int:
-        """Memory of the tensors that are held; a mask shared with other calls counts here too."""
+        """Memory of all tensors, in bytes, including a mask that is shared with other calls."""
         operands_held = (self.q, self.k, self.v, self.mask, self.bias, self.sinks, self.segments)
         held = (*operands_held, self.dense, self.rows, self.update_share)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def to(self, device: torch.device | str) -> AttentionCall:
-        """The same call with all its tensors on another device."""
+        """Return the call with all its tensors on another device."""
         moved: dict[str, Any] = {
             name: value.to(device)
             for name, value in vars(self).items()
@@ -143,11 +144,11 @@ class AttentionCall:
         return replace(self, **moved)
 
     def in_float64(self) -> AttentionCall:
-        """The same call on a device that has float64: Apple's GPUs have none."""
+        """Return the call on a device that supports float64; Apple's GPUs (mps) do not."""
         return self.to("cpu") if self.device.type == "mps" else self
 
     def select_sample(self, index: int) -> AttentionCall:
-        """The call of one sample of the batch; the sample axis stays, with length 1."""
+        """Return the call of one sample of the batch; the sample axis is kept, with length 1."""
 
         def one(t: Tensor | None) -> Tensor | None:
             return t if t is None or t.shape[0] == 1 else t[index : index + 1]
@@ -165,9 +166,9 @@ class AttentionCall:
         )
 
     def select_rows(self, positions: Int[Tensor, " query"]) -> AttentionCall:
-        """The same call with these query positions only.
+        """Return the call with these query positions only.
 
-        The tensors are copies, so the rest can be freed.
+        The tensors are copies, so the original call can be freed.
         """
         index = self._row_index(positions)
         per_query = self.sinks is not None and self.sinks.ndim == 3
@@ -190,15 +191,21 @@ class AttentionCall:
         *,
         dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "sample head query key"]:
-        """Exact probabilities of chosen heads, queries and keys (all if not given).
+        """Return exact probabilities of some heads, queries and keys (all if not given).
 
-        Rows without a single visible key are NaN: there is nothing they could attend to. They are
-        computed in ``dtype``, float32 or float64: probabilities below 1e-45 are 0 in float32.
+        Rows without a visible key are NaN.
+
+        Args:
+            heads: Heads.
+            queries: Query positions.
+            keys: Key positions.
+            dtype: Precision of the computation, float32 or float64. Probabilities below 1e-45 are 0
+                in float32.
 
         Raises:
-            LayerError: A head that does not exist.
-            PositionError: A position outside the sequence.
-            NotRecordedError: A query row that was not kept.
+            LayerError: A head does not exist.
+            PositionError: A position is outside the sequence.
+            NotRecordedError: A query row was not kept.
         """
         head, row = self._head_index(heads), self._row_index(queries)
         key = None if keys is None else resolve(keys, self.n_keys, "key").to(row.device)
@@ -209,14 +216,14 @@ class AttentionCall:
         return torch.cat(parts, 2) if parts else operands.exact_rows(self, head, row, dtype)
 
     def visible(self, queries: Positions | None = None) -> Bool[Tensor, "sample head query key"]:
-        """Which keys each query may attend to.
+        """Return which keys each query can attend to.
 
-        Sample and head axes have length 1 where nothing differs.
+        The sample and head axes have length 1 if all samples or heads are the same.
         """
         return operands.visible(self, self._row_index(queries))
 
     def n_visible(self, queries: Positions | None = None) -> Int[Tensor, "sample head query"]:
-        """How many keys each query may attend to."""
+        """Return the number of keys that each query can attend to."""
         parts = self._row_index(queries).split(operands.chunk(self, 1))
         return torch.cat([operands.visible(self, part).sum(-1) for part in parts], 2)
 
@@ -226,20 +233,23 @@ class AttentionCall:
         heads: Positions | None = None,
         queries: Positions | None = None,
     ) -> Float[Tensor, "sample head query group"]:
-        """Probability summed over groups of keys, without the matrix of probabilities.
+        """Return the probability summed over groups of keys, without holding the matrix.
 
-        It costs one more fused attention per ``d_head`` groups.
+        The cost is one fused attention call per ``d_head`` groups.
 
         Args:
-            groups: ``[group, key]``, True (or a weight) where a key belongs to a group.
+            groups: ``[group, key]``, True (or a weight) if a key belongs to a group.
             heads: Heads, all if not given.
             queries: Query positions, all that are held if not given.
+
+        Raises:
+            PositionError: The number of columns of ``groups`` is not the number of keys.
         """
         values = groups.to(device=self.device, dtype=torch.float32).T
         if values.shape[0] != self.n_keys:
             raise PositionError(
-                f"Groups have one column per key. {self.name} has {self.n_keys} keys, the groups "
-                f"have {values.shape[0]} columns."
+                f"The groups have {values.shape[0]} columns, but {self.name} has {self.n_keys} "
+                "keys. Give one column per key."
             )
         return self.average(values, heads, queries)
 
@@ -249,7 +259,7 @@ class AttentionCall:
         heads: Positions | None = None,
         queries: Positions | None = None,
     ) -> Float[Tensor, "sample head query value"]:
-        """``probs @ values``, without the matrix of probabilities."""
+        """Return ``probs @ values`` without holding the matrix of probabilities."""
         return operands.average(self, self._head_index(heads), self._row_index(queries), values)
 
     def null_mass(
@@ -257,9 +267,9 @@ class AttentionCall:
         groups: Float[Tensor, "group key"] | Bool[Tensor, "group key"],
         queries: Positions | None = None,
     ) -> Float[Tensor, "sample head query group"]:
-        """What ``mass`` would be if attention were uniform over the visible keys.
+        """Return ``mass`` for uniform attention over the visible keys.
 
-        Sample and head axes may have length 1.
+        The sample and head axes may have length 1.
         """
         values = groups.to(device=self.device, dtype=torch.float32).T
         return operands.null_average(self, self._row_index(queries), values)
@@ -267,20 +277,22 @@ class AttentionCall:
     def entropy(
         self, heads: Positions | None = None, queries: Positions | None = None
     ) -> Float[Tensor, "sample head query"]:
-        """``-sum p ln p`` of every row, in nats, float32, right to 1e-5 however large the scores.
+        """Return the entropy ``-sum p ln p`` of every row, in nats, float32.
 
-        NaN for a row without a visible key.
+        The absolute error is at most 1e-5 for scores of any size. Rows without a visible key are
+        NaN.
         """
         return operands.entropy(self, self._head_index(heads), self._row_index(queries))
 
     def propagate(
         self, vector: Float[Tensor, "sample query"], heads: Positions | None = None
     ) -> Float[Tensor, "sample key"]:
-        """``vector @ mean over heads of probs``.
+        """Return ``vector @ probs``, with ``probs`` averaged over heads.
 
-        One step of attention rollout for one row, ``O(S^2)`` time, ``O(S)`` memory. A call of one
-        sample takes several vectors at once. Rows where ``vector`` is zero are not computed. The
-        probabilities are computed in the dtype of ``vector``, float32 or float64.
+        This is one step of attention rollout for one row, in ``O(S^2)`` time and ``O(S)`` memory.
+        For a call of one sample, several vectors can be given at once. Rows where ``vector`` is
+        zero are not computed. The probabilities are computed in the dtype of ``vector``, float32 or
+        float64.
         """
         head = self._head_index(heads)
         return operands.weighted_rows(self, head, vector, "sq,shqk->sk") / len(head)
@@ -288,10 +300,11 @@ class AttentionCall:
     def received(
         self, vector: Float[Tensor, "sample query"], heads: Positions | None = None
     ) -> Float[Tensor, "sample head key"]:
-        """``vector @ probs`` of every head: with ones, what each key receives from all queries.
+        """Return ``vector @ probs`` of every head.
 
-        Rows where ``vector`` is zero are not computed. The probabilities are computed in the dtype
-        of ``vector``, float32 or float64.
+        With a vector of ones, this is the attention that each key receives from all queries. Rows
+        where ``vector`` is zero are not computed. The probabilities are computed in the dtype of
+        ``vector``, float32 or float64.
         """
         return operands.weighted_rows(self, self._head_index(heads), vector, "sq,shqk->shk")
 
@@ -303,7 +316,7 @@ class AttentionCall:
         return torch.arange(self.n_queries, device=self.device)
 
     def _row_index(self, queries: Positions | None) -> Int[Tensor, " query"]:
-        """Positions to rows of ``q``."""
+        """Convert positions to rows of ``q``."""
         if queries is None:
             return torch.arange(self.n_queries, device=self.device)
         if self.rows is None:

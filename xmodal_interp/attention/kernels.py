@@ -1,7 +1,7 @@
-"""The numbers: rows of probabilities, and sums over them by the fused kernel.
+"""Compute rows of probabilities, and sums over them with the fused kernel.
 
-Bare tensors, accumulated in float32, or in float64 where float32 has too few digits. Every kernel
-accepts zero rows, heads and keys.
+The functions take plain tensors and accumulate in float32, or in float64 if float32 is not precise
+enough. Every function accepts zero rows, heads and keys.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-CHUNK_BYTES = 32 * 2**20  # of float32 scores at a time
+CHUNK_BYTES = 32 * 2**20  # size of a chunk of float32 scores
 
 EXACT_TO = 16.0
-"""Up to logits of this size an entropy in float32 is right to 1e-5.
+"""Up to logits of this size, the error of an entropy in float32 is at most 1e-5.
 
-``logsumexp`` and the mean score are as large as the logits, their difference is a few nats, and its
-error was measured as at most 8 roundings of the larger one.
+The entropy is ``logsumexp`` minus the mean score. Both are as large as the logits, and their
+difference is a few nats. Its measured error is at most 8 roundings of the larger one.
 """
 
 
@@ -32,9 +32,9 @@ def softmax_rows(
     sinks: Float[Tensor, "#sample head #query"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "sample head query key"]:
-    """``softmax(scaling q k^T + additive)`` over the visible keys, computed in ``dtype``.
+    """Return ``softmax(scaling q k^T + additive)`` over the visible keys, computed in ``dtype``.
 
-    A row that sees nothing is NaN.
+    A row without a visible key is NaN.
     """
     scores = products(q, k, dtype) * scaling
     if softcap is not None:
@@ -52,7 +52,7 @@ def softmax_rows(
 def row_entropy(
     probs: Float[Tensor, "sample head query key"],
 ) -> Float[Tensor, "sample head query"]:
-    """``-sum p ln p`` of every row, in nats; NaN where there are no keys."""
+    """Return ``-sum p ln p`` of every row, in nats; NaN if there are no keys."""
     entropy: Tensor = torch.special.entr(probs).sum(-1).float()
     return entropy if probs.shape[-1] else entropy.fill_(torch.nan)
 
@@ -62,7 +62,7 @@ def products(
     k: Float[Tensor, "sample kv_head key d_head"],
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "sample head query key"]:
-    """``q k^T``; keys are not copied for the query heads that share them."""
+    """Return ``q k^T`` without copying keys for the query heads that share them."""
     n_groups, n_queries = q.shape[1] // max(k.shape[1], 1), q.shape[2]
     grouped = q.to(dtype).unflatten(1, (k.shape[1], n_groups)).flatten(2, 3)
     scores = grouped @ k.to(dtype).transpose(-1, -2)
@@ -79,11 +79,10 @@ def fused_average(
     causal: bool,
     scaling: float,
 ) -> Float[Tensor, "sample head query value"]:
-    """``softmax(scaling q k^T) @ values`` by the fused kernel.
+    """Return ``softmax(scaling q k^T) @ values``, computed by the fused kernel.
 
-    The values stand where the model's own stood.
-
-    They are padded to the width of a head, since a narrower V falls off the fused path.
+    The values are padded to the width of a head, because torch does not use the fused kernel for a
+    narrower V.
     """
     n_values = values.shape[1]
     padded = functional.pad(values, (0, q.shape[-1] - n_values))
@@ -105,17 +104,17 @@ def fused_entropy(
     causal: bool,
     scaling: float,
 ) -> Float[Tensor, "sample head query"]:
-    """Entropy of every row in nats, ``logsumexp - scaling q . (probs k)``, from one fused call.
+    """Return the entropy of every row in nats, ``logsumexp - scaling q . (probs k)``.
 
-    The call is repeated in float64 where a logit is above ``EXACT_TO``.
+    It is computed by one fused call, which is repeated in float64 if a logit exceeds ``EXACT_TO``.
     """
     if q.shape[:3].numel() == 0 or k.shape[2] == 0:
-        # torch 2.14.1 divides by zero in this kernel: the process would end (SIGFPE).
+        # this kernel of torch 2.14.1 divides by zero, which ends the process (SIGFPE)
         return q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
     entropy, size = _difference(q.float(), k.float(), visible, causal=causal, scaling=scaling)
     if bool((size > EXACT_TO).any()):
         entropy, _ = _difference(q.double(), k.double(), visible, causal=causal, scaling=scaling)
-    entropy = entropy.float().clamp_(min=0.0)  # a row with one visible key rounds to below zero
+    entropy = entropy.float().clamp_(min=0.0)  # rounding can give a negative entropy for one key
     return entropy if visible is None else entropy.masked_fill(~visible.any(-1), torch.nan)
 
 
@@ -127,7 +126,7 @@ def _difference(
     causal: bool,
     scaling: float,
 ) -> tuple[Float[Tensor, "sample head query"], Float[Tensor, "sample head query"]]:
-    """``logsumexp`` minus the mean score of every row, and how large the two are."""
+    """Return ``logsumexp`` minus the mean score of every row, and the size of the larger term."""
     mask = None
     if visible is not None:
         mask = (

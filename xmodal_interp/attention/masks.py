@@ -1,10 +1,8 @@
-"""Which keys a query may attend to.
+"""Compute which keys a query can attend to, from a mask or a causal flag.
 
-Boolean masks, additive masks and the causal flag, read as one thing.
-
-A backend is given either a mask (boolean, True where visible; or additive, hugely negative where
-not) or none and a causal flag. Rows are built on demand, so that no ``[query, key]`` matrix is held
-that the model did not hold itself.
+A backend receives either a mask (boolean, True where visible; or additive, with large negative
+entries where hidden), or no mask and a causal flag. Rows are built on demand, so no
+``[query, key]`` matrix is held in addition to the model's own.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _BELOW_ANY_SCORE = -1e8
-_MINUS_10_000 = -9.9e3  # as half precision rounds it
+_MINUS_10_000 = -9.9e3  # in bfloat16, -1e4 is -9984
 _FAR, _NEAR = -75.0, -25.0
 
 
@@ -28,19 +26,18 @@ def visible_rows(
     sliding_window: int | None = None,
     segments: Int[Tensor, " key"] | None = None,
 ) -> Bool[Tensor, "sample head query key"]:
-    """Visibility of every key for some queries.
+    """Return which keys some queries can see.
 
-    Sample and head axes have length 1 where the mask does not differ.
+    The sample and head axes have length 1 if the mask is the same for all samples or heads.
 
     Args:
         mask: ``[sample | 1, head | 1, query, key]``, boolean or additive, or None.
-        rows: Which rows of ``mask`` are meant.
-        positions: The key index that each of these queries stands at; used only where the mask is
-            None.
+        rows: Rows of ``mask``.
+        positions: The key index of each of these queries; used only without a mask.
         n_keys: Number of keys.
-        causal: With no mask: keys behind the query are hidden.
-        sliding_window: With no mask: keys this far back or farther are hidden.
-        segments: With no mask: keys of another segment than the query's are hidden.
+        causal: Without a mask: hide keys after the query.
+        sliding_window: Without a mask: hide keys that are this far before the query, or farther.
+        segments: Without a mask: hide keys of other segments than the query's.
     """
     if mask is not None:
         return ~hides(mask[..., rows, :])
@@ -56,12 +53,12 @@ def visible_rows(
 
 
 def hides(mask: Bool[Tensor, "*row key"] | Float[Tensor, "*row key"]) -> Bool[Tensor, "*row key"]:
-    """Which keys the rows of a mask hide.
+    """Return which keys the rows of a mask hide.
 
-    Models write "hidden" as minus infinity, the dtype's minimum, -1e9, -1e4, or, in shifted
-    windows, as -100 plus a position bias. An entry of an additive mask hides a key if it is -1e4
-    or less; or -75 or less in a row without entries between -75 and -25: a position bias that gets
-    so low does so step by step.
+    For hidden keys, models use minus infinity, the dtype's minimum, -1e9, -1e4, or (in shifted
+    windows) -100 plus a position bias. An entry of an additive mask hides a key if it is at most
+    -1e4. It also hides a key if it is at most -75 and its row has no entry between -75 and -25: a
+    position bias that is so low has such entries, because it decreases gradually.
     """
     if mask.dtype == torch.bool:
         return ~mask
@@ -70,9 +67,9 @@ def hides(mask: Bool[Tensor, "*row key"] | Float[Tensor, "*row key"]) -> Bool[Te
 
 
 def hidden_below(dtype: torch.dtype) -> float:
-    """Additive mask entries at or below this hide a key, whatever its score.
+    """Return the value at or below which an additive mask entry hides a key with any score.
 
-    Half of the dtype's minimum, or -1e8 where that is higher.
+    This is half of the dtype's minimum, or -1e8 if that is larger.
     """
     return max(torch.finfo(dtype).min / 2, _BELOW_ANY_SCORE)
 
@@ -80,7 +77,7 @@ def hidden_below(dtype: torch.dtype) -> float:
 def additive_rows(
     mask: Tensor | None, rows: Int[Tensor, " query"]
 ) -> Float[Tensor, "sample head query key"] | None:
-    """What an additive mask adds to visible keys, or None where it adds nothing."""
+    """Return what an additive mask adds to the scores of visible keys; None if it adds nothing."""
     if mask is None or mask.dtype == torch.bool:
         return None
     chosen = mask[..., rows, :].float()
@@ -92,10 +89,10 @@ def scored_rows(
     visible: Bool[Tensor, "#sample #head query key"],
     additive: Float[Tensor, "#sample #head query key"] | None,
 ) -> Bool[Tensor, "#sample #head query key"]:
-    """The keys that take part in the softmax of a row.
+    """Return the keys that take part in the softmax of a row.
 
-    Besides the visible keys, those that a finite entry of the mask hides: their probability is what
-    the entry leaves of it. A row without a visible key has none.
+    These are the visible keys, and keys that are hidden by a finite mask entry, which leaves them a
+    small probability. In a row without a visible key, no key takes part.
     """
     if additive is None:
         return visible
@@ -103,9 +100,10 @@ def scored_rows(
 
 
 def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean or integer mask as numbers that are added to the scores; booleans if all are equal.
+    """Convert a boolean or integer mask to numbers that are added to the scores.
 
-    This is what the eager functions of transformers do with one: True adds 1.
+    The eager functions of transformers do the same: True adds 1. If all entries are equal, the
+    result is a boolean mask that hides nothing.
     """
     if mask.is_floating_point():
         return mask
@@ -115,7 +113,7 @@ def as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def simplified(mask: Tensor) -> Tensor:
-    """The mask as booleans (True is visible) if it only hides; one that adds scores stays."""
+    """Convert a mask to booleans (True is visible) if it only hides keys; else return it."""
     if mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():

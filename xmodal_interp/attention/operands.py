@@ -1,4 +1,4 @@
-"""From a call to the kernels: which rows, heads and mask, and whether the fused path will do."""
+"""Select the rows, heads and mask of a call, and call the fused kernel or compute exact rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def visible(
     call: AttentionCall, row: Int[Tensor, " query"]
 ) -> Bool[Tensor, "sample head query key"]:
-    """Which keys the queries of these rows may attend to."""
+    """Return which keys the queries of these rows can attend to."""
     positions = call.query_positions[row] + call.offset
     return masks.visible_rows(
         call.mask,
@@ -38,7 +38,7 @@ def exact_rows(
     row: Int[Tensor, " query"],
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "sample head query key"]:
-    """Probabilities of some heads and rows, computed in ``dtype``."""
+    """Return the probabilities of some heads and rows, computed in ``dtype``."""
     if call.dense is not None:
         return call.dense[:, head][:, :, row].to(dtype)
     q, k = _queries_and_keys(call)
@@ -72,9 +72,9 @@ def weighted_rows(
     vector: Float[Tensor, "sample query"],
     contraction: str,
 ) -> Float[Tensor, "sample *head key"]:
-    """Rows of probabilities, weighted and summed as an einsum says; weight 0 costs nothing.
+    """Return rows of probabilities, weighted and summed by an einsum.
 
-    The rows are computed in the dtype of the weights.
+    Rows are computed in the dtype of the weights; rows with weight 0 are not computed.
     """
     needed = vector.ne(0).any(0).nonzero()[:, 0]
     n_samples = max(vector.shape[0], call.n_samples)
@@ -88,7 +88,7 @@ def weighted_rows(
 
 
 def fusible(call: AttentionCall) -> bool:
-    """Whether the fused kernel will do: it knows masks, but no soft-cap, sinks or bias."""
+    """Whether the fused kernel supports the call: boolean masks, but no soft-cap, sinks or bias."""
     plain = call.q is not None and call.softcap is None and call.sinks is None and call.bias is None
     return plain and (call.mask is None or call.mask.dtype == torch.bool)
 
@@ -99,7 +99,7 @@ def average(
     row: Int[Tensor, " query"],
     values: Float[Tensor, "key value"],
 ) -> Float[Tensor, "sample head query value"]:
-    """``probs @ values``: by the fused kernel, ``d_head`` values at a time, where that will do."""
+    """Return ``probs @ values``, by the fused kernel (``d_head`` values at a time) if possible."""
     with full_precision():
         if fusible(call):
             q, k, seen, causal = _fused(call, head, row)
@@ -120,7 +120,7 @@ def average(
 def null_average(
     call: AttentionCall, row: Int[Tensor, " query"], values: Float[Tensor, "key value"]
 ) -> Float[Tensor, "sample head query value"]:
-    """What ``average`` would be under uniform attention over the visible keys."""
+    """Return ``average`` for uniform attention over the visible keys."""
     parts = []
     with full_precision():
         for part in row.split(chunk(call, 1)):
@@ -132,7 +132,10 @@ def null_average(
 def entropy(
     call: AttentionCall, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
 ) -> Float[Tensor, "sample head query"]:
-    """Entropy of the rows, nats, right to 1e-5; by the fused kernel on the CPU."""
+    """Return the entropy of the rows in nats, with an error of at most 1e-5.
+
+    On the CPU it is computed by the fused kernel if possible.
+    """
     with full_precision():
         if fusible(call) and row.device.type == "cpu":
             q, k, seen, causal = _fused(call, head, row)
@@ -147,16 +150,16 @@ def entropy(
 
 
 def chunk(call: AttentionCall, n_heads: int) -> int:
-    """Rows per chunk, so that a chunk of float32 scores stays around 32 MB."""
+    """Return the number of rows per chunk, for chunks of at most 32 MiB of float32 scores."""
     return max(1, kernels.CHUNK_BYTES // max(4 * call.n_keys * n_heads * call.n_samples, 1))
 
 
 def _fused(
     call: AttentionCall, head: Tensor, row: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """Operands of the fused kernel: the causal flag for the whole square, else a mask.
+    """Return the operands of the fused kernel, with a causal flag for the whole square or a mask.
 
-    Keys are repeated for their group of heads only where some heads were chosen.
+    Keys are repeated for their group of heads only if some heads are selected.
     """
     q, k = _queries_and_keys(call)
     if not _is_all(head, call.n_heads):
@@ -171,7 +174,7 @@ def _fused(
 
 
 def _kv_head(call: AttentionCall, head: Int[Tensor, " head"]) -> Int[Tensor, " head"]:
-    """The key head of each query head."""
+    """Return the key head of each query head."""
     return head // max(call.n_heads // max(call.n_kv_heads, 1), 1)
 
 
@@ -182,16 +185,16 @@ def _queries_and_keys(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def holds_neither(call: AttentionCall) -> NotRecordedError:
-    """What to raise for a call from which no probability follows."""
+    """Return the error for a call without queries and keys and without probabilities."""
     return NotRecordedError(
-        f"A call holds q and k, or dense probabilities; {call.name} holds neither."
+        f"{call.name} holds neither q and k nor dense probabilities. Record the call again."
     )
 
 
 def _sinks(
     call: AttentionCall, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
 ) -> Float[Tensor, "sample head #query"] | None:
-    """Sinks of some heads and rows; sample and query axes have length 1 where nothing differs."""
+    """Return the sinks of some heads and rows; an axis has length 1 if all its entries agree."""
     if call.sinks is None:
         return None
     if call.sinks.ndim == 1:

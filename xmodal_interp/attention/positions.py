@@ -1,8 +1,8 @@
-"""Positions, heads and layers in any spelling (an index, a slice, a list, a mask), read here only.
+"""Convert positions, heads and layers given as an index, a slice, a list or a mask.
 
-An index is whatever Python takes for one: a table's ``np.int64`` as well as an ``int``. A boolean
-mask (list, NumPy, torch or pandas) has an entry for each position, head or layer that there is. A
-fraction is not an index, nor is a single ``True``.
+An index is an ``int`` or any object with ``__index__``, such as ``np.int64``. A boolean mask (list,
+NumPy, torch or pandas) has an entry for each position, head or layer. Fractions and a single
+``True`` are refused.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from xmodal_interp.errors import LayerError, NotRecordedError, PositionError, qu
 Positions = SupportsIndex | slice | Collection[Any] | np.ndarray | Tensor
 """An index, a slice, indices in any collection, or a boolean mask."""
 
-_FAR = 2**62  # beyond every length; larger numbers do not fit into int64
+_FAR = 2**62  # larger than any length; larger indices are clamped to it to fit into int64
 
 
 def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " position"]:
-    """Positions of any spelling as an index tensor; negative ones count from the end.
+    """Convert positions to an index tensor; negative ones count from the end.
 
     Args:
         positions: An index, a slice, a list of indices, or a boolean mask with ``length`` entries.
-        length: How many there are.
-        label: What they are, for the message: ``"query"``.
+        length: The number of positions.
+        label: The name of a position for messages, such as ``"query"``.
 
     Raises:
-        PositionError: A position outside ``[-length, length)``, something that is not a whole
-            number, or a mask of another length.
+        PositionError: A position is outside ``[-length, length)`` or not a whole number, or a mask
+            has another length.
     """
     if isinstance(positions, slice):
         index = range(length)[whole_slice(positions, label)]
@@ -42,13 +42,13 @@ def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " posi
     given = entries_of(positions)
     if given is None:
         raise PositionError(
-            f"A {label} is a number, a list of them, a slice, or a boolean mask; got "
+            f"A {label} must be a number, a list of numbers, a slice, or a boolean mask; got "
             f"{quoted(positions)}."
         )
     if given.dtype == bool:
         if len(given) != length:
             raise PositionError(
-                f"A mask needs an entry for each {label}, {length} in all; got {len(given)} "
+                f"A mask must have one entry per {label}, {length} in all; got {len(given)} "
                 "entries."
             )
         return torch.from_numpy(np.flatnonzero(given))
@@ -63,11 +63,11 @@ def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " posi
 
 
 def entries_of(given: Any) -> np.ndarray | None:
-    """Whole numbers or booleans in any spelling as one row, int64 or bool.
+    """Convert whole numbers or booleans to a one-dimensional array, int64 or bool.
 
     Returns:
-        None for everything else: fractions, strings, several axes, a single boolean, or whole
-        numbers and booleans in one list.
+        The array; None for anything else, such as fractions, strings, several axes, a single
+        boolean, or a list with both numbers and booleans.
     """
     array = _array_of(given)
     if array is None or array.ndim > 1 or (array.ndim == 0 and array.dtype == bool):
@@ -89,7 +89,7 @@ def entries_of(given: Any) -> np.ndarray | None:
 
 
 def _array_of(given: Any) -> np.ndarray | None:
-    """What NumPy makes of it; None for strings, mappings, ragged lists and mixed ones."""
+    """Convert to a NumPy array; None for strings, mappings, and ragged or mixed lists."""
     if isinstance(given, (str, bytes, Mapping, slice)) or given is None:
         return None
     if isinstance(given, Tensor):
@@ -101,12 +101,12 @@ def _array_of(given: Any) -> np.ndarray | None:
             return None
     try:
         return np.asarray(given)
-    except (ValueError, TypeError, RuntimeError):  # ragged, or not numbers at all
+    except (ValueError, TypeError, RuntimeError):  # ragged, or not numbers
         return None
 
 
 def _entries_of_objects(given: list[Any]) -> np.ndarray | None:
-    """The same for Python objects: of pandas' nullable columns, or numbers beyond int64."""
+    """Convert Python objects: entries of pandas' nullable columns, or numbers beyond int64."""
     if all(isinstance(one, (bool, np.bool_)) for one in given):
         return np.array(given, dtype=bool)
     if any(isinstance(one, (bool, np.bool_)) or not hasattr(one, "__index__") for one in given):
@@ -118,10 +118,10 @@ def _entries_of_objects(given: list[Any]) -> np.ndarray | None:
 
 
 def whole_slice(given: slice, label: str) -> slice:
-    """A slice of whole numbers.
+    """Return the slice with its parts as ``int``.
 
     Raises:
-        PositionError: One of its parts is not a whole number, or its step is 0.
+        PositionError: A part of the slice is not a whole number, or its step is 0.
     """
     parts = (given.start, given.stop, given.step)
     whole = all(
@@ -130,7 +130,8 @@ def whole_slice(given: slice, label: str) -> slice:
     )
     if not whole or (given.step is not None and operator.index(given.step) == 0):
         raise PositionError(
-            f"A slice of {label}s has whole numbers, and a step that is not 0; got {quoted(given)}."
+            f"A slice of {label}s must have whole numbers and a step other than 0; got "
+            f"{quoted(given)}."
         )
     return slice(*(None if part is None else operator.index(part) for part in parts))
 
@@ -138,17 +139,17 @@ def whole_slice(given: slice, label: str) -> slice:
 def index_of_kept(
     positions: Positions, rows: Int[Tensor, " row"], n_positions: int, name: str
 ) -> Int[Tensor, " position"]:
-    """Which of the kept rows (ascending positions) stand for positions of a sequence.
+    """Return the indices of positions among the kept rows.
 
     Args:
         positions: Positions of the sequence.
-        rows: The positions that were kept.
-        n_positions: Length of the sequence, if it reaches beyond the last kept row.
-        name: What the rows are of, for the message.
+        rows: The positions that were kept, ascending.
+        n_positions: Length of the sequence; 0 if unknown, then it ends at the last kept row.
+        name: The name of the call for messages.
 
     Raises:
-        NotRecordedError: A position that was not kept.
-        PositionError: A position outside the sequence.
+        NotRecordedError: A position was not kept.
+        PositionError: A position is outside the sequence.
     """
     last = int(rows.max()) + 1 if len(rows) else 0
     wanted = resolve(positions, max(n_positions, last), "query").to(rows.device)
@@ -158,37 +159,36 @@ def index_of_kept(
     missing = wanted[~held]
     if len(missing):
         raise NotRecordedError(
-            f"Only rows that were kept can be asked for. {name} kept {brief(rows.tolist())}; "
-            f"asked for were also {brief(missing.tolist())}. Capture again with these queries, or "
-            "with all."
+            f"{name} does not hold the query rows {brief(missing.tolist())}; it holds "
+            f"{brief(rows.tolist())}. Capture again with these queries, or with all."
         )
     return index
 
 
 def numbers(given: Any, label: str, length: int | None = None) -> list[int]:
-    """One number or several, as a list; negative ones stay negative.
+    """Convert one or more numbers to a list; negative numbers stay negative.
 
     Args:
-        given: A number, or a list, range, array or tensor of them, or a boolean mask.
-        label: What they number, such as ``"layer"``.
-        length: How many entries a mask must have; None where that is not known.
+        given: A number; a list, range, array or tensor of numbers; or a boolean mask.
+        label: The name of what is numbered, such as ``"layer"``.
+        length: The number of entries that a mask must have; None if unknown.
 
     Raises:
-        LayerError: A string or a slice, a number that is not whole, nothing at all, or a mask of
+        LayerError: The argument is a string, a slice or empty, a number is not whole, or a mask has
             another length.
     """
     row = entries_of(given)
     if row is None:
         raise LayerError(
-            f"{label}s are a number or a list of them, such as [0, 3] or range(4); got "
+            f"{label}s must be a number or a list of numbers, such as [0, 3] or range(4); got "
             f"{quoted(given)}."
         )
     if row.dtype == bool:
         if len(row) != length:
-            needed = f"{length} in all" if length is not None else "whose number is not known here"
+            needed = f"{length} in all" if length is not None else "whose number is unknown here"
             raise LayerError(
-                f"A mask needs an entry for each {label}, {needed}; got {len(row)} entries. "
-                f"Numbers, such as numpy.flatnonzero(mask), are taken too."
+                f"A mask must have one entry per {label}, {needed}; got {len(row)} entries. "
+                f"Pass numbers instead, such as numpy.flatnonzero(mask)."
             )
         row = np.flatnonzero(row)
     if not len(row):
@@ -198,10 +198,10 @@ def numbers(given: Any, label: str, length: int | None = None) -> list[int]:
 
 
 def number(given: Any, label: str) -> int:
-    """What Python takes for an index, as an ``int``.
+    """Convert an index (``__index__``) to an ``int``.
 
     Raises:
-        LayerError: Something else, such as a fraction or a boolean.
+        LayerError: The argument is not an index, such as a fraction or a boolean.
     """
     boolean = isinstance(given, (bool, np.bool_)) or getattr(given, "dtype", None) == torch.bool
     try:
@@ -210,12 +210,12 @@ def number(given: Any, label: str) -> int:
         return operator.index(given)
     except (TypeError, ValueError):
         raise LayerError(
-            f"A {label} is a whole number, negative ones counted from the last; got "
-            f"{quoted(given)}."
+            f"A {label} must be a whole number; got {quoted(given)}. Negative numbers count from "
+            "the last one."
         ) from None
 
 
 def brief(values: Sequence[int]) -> str:
-    """The first few of many numbers, for messages."""
+    """Return the first six numbers and how many there are, for messages."""
     shown = ", ".join(str(v) for v in values[:6])
     return shown if len(values) <= 6 else f"{shown}, ... ({len(values)} in all)"

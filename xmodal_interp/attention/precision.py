@@ -1,9 +1,9 @@
-"""Full float32 precision for this package's numbers, whatever the process is set to.
+"""Compute this package's numbers in full float32 precision, with any settings of the process.
 
 Two settings of torch lower the precision of float32 matrix products: autocast, and
 ``torch.set_float32_matmul_precision`` (``"medium"`` multiplies in bfloat16 on the CPU, ``"high"``
-and ``"medium"`` in TensorFloat-32 on CUDA). Inside :func:`full_precision` neither applies; both are
-restored afterwards.
+and ``"medium"`` in TensorFloat-32 on CUDA). :func:`full_precision` disables both, and restores them
+afterwards.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def full_precision() -> Iterator[None]:
 
 
 def product_eps(dtype: torch.dtype) -> float:
-    """The relative spacing of numbers that products of this dtype are computed with."""
+    """Return the relative spacing of numbers in matrix products of this dtype."""
     eps = torch.finfo(dtype).eps
     if dtype != torch.float32:
         return eps
@@ -50,10 +50,10 @@ def product_eps(dtype: torch.dtype) -> float:
 
 
 def lowered_precision(device: torch.device | str) -> dict[str, str]:
-    """Settings of the process that a model on this device computes with; empty for the usual ones.
+    """Return the settings that lower the precision of a model on this device; empty if none do.
 
-    ``autocast`` is the dtype that products are computed in, ``matmul_precision`` the precision of
-    float32 products.
+    ``autocast`` is the dtype of matrix products, ``matmul_precision`` the precision of float32
+    products.
     """
     kind = torch.device(device).type
     found = {}

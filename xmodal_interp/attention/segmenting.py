@@ -1,8 +1,8 @@
-"""One image's attention from the pieces that a tower computed it in, and back.
+"""Join pieces of an image that a tower processed separately, or take one image out of a call.
 
-A vision tower reads an image tile by tile, window by window, or several images in one packed row.
-``joined`` puts pieces side by side: a query then sees the keys of its own piece only.
-``part_of`` takes one image out of a packed row; ``reordered`` undoes a permutation.
+A vision tower processes an image in tiles or in windows, or several images in one packed row.
+``joined`` concatenates pieces into one call, in which a query sees only the keys of its own piece.
+``part_of`` takes one image out of a packed row. ``reordered`` undoes a permutation.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from xmodal_interp.errors import CaptureError
 
 
 def pieces_of(call: AttentionCall) -> list[AttentionCall]:
-    """The samples of a call over a batch, apart."""
+    """Split a call over a batch into one call per sample."""
     return [call.select_sample(i) for i in range(call.n_samples)]
 
 
 def joined(pieces: Sequence[AttentionCall]) -> AttentionCall:
-    """Pieces of one sample each, side by side; positions are counted through them."""
+    """Concatenate pieces of one sample each into one call; positions are numbered through them."""
     first = pieces[0]
     if len(pieces) == 1:
         return first
@@ -52,24 +52,24 @@ def joined(pieces: Sequence[AttentionCall]) -> AttentionCall:
 
 
 def part_of(call: AttentionCall, start: int, stop: int) -> AttentionCall:
-    """Positions ``start`` to ``stop`` of a self-attention, as queries and as keys.
+    """Return the call with positions ``start`` to ``stop`` of a self-attention only.
 
     Raises:
-        CaptureError: They see something else too, so that they are no part.
+        CaptureError: One of these queries sees a key outside of these positions.
     """
     rows = torch.arange(start, stop, device=call.device)
     seen = call.visible(rows)
     if bool(seen[..., :start].any() | seen[..., stop:].any()):
         raise CaptureError(
-            "Images in one packed row can be told apart where each sees itself only. In "
-            f"{call.name}, positions {start} to {stop - 1} see others too. Capture the samples one "
-            "by one, or leave the tower out."
+            f"In {call.name}, the image at positions {start} to {stop - 1} of a packed row also "
+            "attends to other positions, so the images cannot be separated. Capture the samples "
+            "one by one, or leave the tower out."
         )
     return reordered(call, rows)
 
 
 def reordered(call: AttentionCall, index: Int[Tensor, " position"]) -> AttentionCall:
-    """The positions of a self-attention in another order: position ``i`` becomes ``index[i]``."""
+    """Reorder the positions of a self-attention; position ``i`` becomes the old ``index[i]``."""
     index = index.to(call.device)
 
     def both(t: Tensor | None) -> Tensor | None:
@@ -97,7 +97,7 @@ def _side_by_side(pieces: Sequence[AttentionCall], name: str) -> Tensor | None:
 
 
 def _blocks(parts: Sequence[Tensor]) -> Tensor | None:
-    """Blocks along the diagonal, nothing (False, 0) elsewhere."""
+    """Return a block-diagonal tensor with zeros (or False) elsewhere."""
     if not parts:
         return None
     n_heads = max(part.shape[1] for part in parts)

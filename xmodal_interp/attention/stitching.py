@@ -1,16 +1,16 @@
-"""Prefill and decode steps of one layer, put together to one call with a row per token.
+"""Join the prefill and decode steps of one layer into one call with a row per token.
 
-The keys of a step stand in the cache as the cache likes it:
+The position of a step's keys depends on the cache:
 
 * a growing cache holds the keys of all positions so far;
-* a static one has room for all positions from the start, hidden until they are written;
-* a sliding one, growing or static, holds the keys of the last positions only.
+* a static cache has space for all positions from the start, hidden until they are written;
+* a sliding cache, growing or static, holds the keys of the last positions only.
 
-So a step's first key is either position 0, or as many positions back as it has keys. Which of the
-two is seen by comparing its keys with those of the steps before; if they are neither, that is an
-error. They may differ by rounding, where a model caches what keys are computed from (multi-head
-latent attention): it computes all of them anew in each step, as a product of one row more. Keys
-beyond a window are hidden in the whole call, as they were in the step.
+The first key of a step is therefore either position 0, or the position that makes its last key the
+current one. Its keys are compared with those of the previous steps to find out which; an error is
+raised if they match neither. The keys may differ by rounding in models that cache the input of the
+key projection (multi-head latent attention), because all keys are computed again in each step. Keys
+outside a window are hidden in the joined call, as they were in the step.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from xmodal_interp.errors import CaptureError
 
 
 def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
-    """Prefill and decode steps of one layer as one call with a row per token.
+    """Return prefill and decode steps of one layer as one call with a row per token.
 
     Args:
         calls: The calls in order.
-        n_positions: How many positions the sample has; steps behind them (of a batch that went on)
-            are left out.
+        n_positions: The number of positions of the sample. Later steps, in which other samples of
+            the batch continued, are left out.
 
     Raises:
-        CaptureError: Keys that are no cache of the steps before, or that changed when they were
-            read again.
+        CaptureError: The keys of a step are not a cache of the previous steps, or the keys of the
+            prompt changed when it was read again.
     """
     if len(calls) == 1:
         return _without_room(calls[0])
@@ -46,9 +46,9 @@ def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
     for call in calls[1:]:
         if call.kind == "self" and call.n_keys == call.n_queries:
             raise CaptureError(
-                f"{call.name} ran on a sequence of {call.n_keys} positions after its prompt. "
-                "Something else than generate runs parts of the model while it generates, such as "
-                "a logits processor: give that a copy of the model (copy.deepcopy)."
+                f"{call.name} ran on a sequence of {call.n_keys} positions after its prompt, so "
+                "other code, such as a logits processor, runs parts of the model during "
+                "generation. Give that code a copy of the model (copy.deepcopy)."
             )
     steps = _within(calls, n_positions)
     if any(call.kind == "cross" for call in calls):
@@ -63,16 +63,16 @@ def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
 
 
 def reread(lengths: Sequence[int]) -> bool:
-    """Whether the whole sequence was read again at every step: generation without a cache.
+    """Whether every step read the whole sequence again, as generation without a cache does.
 
     Args:
-        lengths: How many positions each step read.
+        lengths: The number of positions that each step read.
     """
     return len(lengths) > 1 and all(a + 1 == b for a, b in pairwise(lengths))
 
 
 def _within(calls: Sequence[AttentionCall], n_positions: int) -> list[AttentionCall]:
-    """The steps up to ``n_positions``; the last one may be cut."""
+    """Return the steps up to ``n_positions``; the last one may be cut."""
     steps, start = [], 0
     for call in calls:
         stop = min(start + call.n_queries, n_positions)
@@ -90,7 +90,7 @@ def _cut(call: AttentionCall, n_queries: int) -> AttentionCall:
 
 
 def _without_room(call: AttentionCall) -> AttentionCall:
-    """A prompt whose keys are those of its queries; the room of a static cache is left out."""
+    """Return a prompt without the unused space of a static cache after its own keys."""
     n = call.n_queries
     if call.kind == "cross" or call.n_keys <= n or call.k is None or call.rows is not None:
         return call
@@ -106,7 +106,7 @@ def _without_room(call: AttentionCall) -> AttentionCall:
 
 
 def _plain(steps: Sequence[AttentionCall]) -> bool:
-    """Whether the prompt was read causally by the flag alone, and nothing but keys was added."""
+    """Whether the prompt has only a causal flag, and later steps only add keys to the cache."""
     first = steps[0]
     growing = all(_begins(a, b) for a, b in pairwise(steps))
     alone = all(
@@ -119,7 +119,7 @@ def _plain(steps: Sequence[AttentionCall]) -> bool:
 
 
 def _begins(step: AttentionCall, later: AttentionCall) -> bool:
-    """Whether the keys of the next step are those of this one and its own."""
+    """Whether the keys of the next step are those of this step followed by its own."""
     if step.k is None or later.k is None or step.n_keys + later.n_queries != later.n_keys:
         return False
     same_memory = step.k.data_ptr() == later.k.data_ptr()
@@ -127,7 +127,7 @@ def _begins(step: AttentionCall, later: AttentionCall) -> bool:
 
 
 def _placed(steps: Sequence[AttentionCall]) -> AttentionCall:
-    """Each step's rows at its own positions, hidden from all keys that it did not hold."""
+    """Place each step's rows at its own positions; keys that the step did not hold are hidden."""
     first, n = steps[0], sum(step.n_queries for step in steps)
     offsets, k, v = _keys(steps)
     visible = [step.visible() for step in steps]
@@ -144,7 +144,7 @@ def _placed(steps: Sequence[AttentionCall]) -> AttentionCall:
         width = columns.stop - columns.start
         if step.k is not None and bool(seen[..., stop - offset :].any()):
             raise CaptureError(
-                f"{step.name} attends to the free room of a static cache, which holds no tokens: "
+                f"{step.name} attends to unused space of a static cache, which holds no tokens: "
                 f"{step.n_keys} keys at position {stop - 1}. Register a mask function for the "
                 "model's attention backend (AttentionMaskInterface.register), or generate with the "
                 "default cache."
@@ -172,7 +172,7 @@ def _placed(steps: Sequence[AttentionCall]) -> AttentionCall:
 
 
 def _room(parts: Sequence[Tensor], n: int) -> Tensor | None:
-    """Zeros for all rows and columns, as wide in samples and heads as the widest part."""
+    """Return zeros for all rows and columns, with as many samples and heads as the largest part."""
     if not parts:
         return None
     shape = [max(part.shape[axis] for part in parts) for axis in (0, 1)]
@@ -180,7 +180,7 @@ def _room(parts: Sequence[Tensor], n: int) -> Tensor | None:
 
 
 def added(step: AttentionCall) -> Tensor | None:
-    """What is added to the scores of a step: its bias, and what an additive mask adds."""
+    """Return the sum of the bias and the additive mask of a step; None if it has neither."""
     rows = torch.arange(step.n_queries, device=step.device)
     of_mask = additive_rows(step.mask, rows)
     if of_mask is None or step.bias is None:
@@ -189,7 +189,7 @@ def added(step: AttentionCall) -> Tensor | None:
 
 
 def added_by_each(calls: Sequence[AttentionCall]) -> list[Tensor]:
-    """What is added to the scores of every call, zeros where nothing is; empty if none adds any."""
+    """Return ``added`` of every call, with zeros for calls without it; empty if no call has it."""
     parts = [added(call) for call in calls]
     n_samples, n_heads = (
         max((part.shape[axis] for part in parts if part is not None), default=0) for axis in (0, 1)
@@ -206,15 +206,15 @@ def added_by_each(calls: Sequence[AttentionCall]) -> list[Tensor]:
 
 
 def _keys(steps: Sequence[AttentionCall]) -> tuple[list[int], Tensor | None, Tensor | None]:
-    """Where the keys of each step begin, and the keys (and values) of all positions in order."""
+    """Return the position of each step's first key, and the keys and values of all positions."""
     first = steps[0]
     if first.k is None:
         return [0] * len(steps), None, None
     if bool(first.visible()[..., first.n_queries :].any()):
         raise CaptureError(
             f"The first call of {first.name} attends to {first.n_keys} keys with "
-            f"{first.n_queries} queries: some keys are of positions that were read before, "
-            "or the free room of a static cache. Generate with the default cache, empty."
+            f"{first.n_queries} queries: the others are keys of earlier positions, or unused space "
+            "of a static cache. Generate with an empty default cache."
         )
     keys, values = [first.k[:, :, : first.n_queries]], []
     if first.v is not None:
@@ -233,11 +233,11 @@ def _keys(steps: Sequence[AttentionCall]) -> tuple[list[int], Tensor | None, Ten
 
 
 def _offset(step: AttentionCall, keys: list[Tensor], start: int) -> int:
-    """The position of a step's first key, by what its keys are."""
+    """Return the position of a step's first key, found by comparing its keys with known ones."""
     assert step.k is not None
     known = torch.cat(keys, 2) if len(keys) > 1 else keys[0]
     keys[:] = [known]
-    seen = step.visible().any(2).any(1).any(0)  # of any query, head and sample
+    seen = step.visible().any(2).any(1).any(0)  # by any query, head and sample
     offsets = [
         offset
         for offset in dict.fromkeys((0, start + step.n_queries - step.n_keys))
@@ -249,16 +249,15 @@ def _offset(step: AttentionCall, keys: list[Tensor], start: int) -> int:
             if same(step.k[:, :, earlier], known[:, :, earlier + offset]):
                 return offset
     raise CaptureError(
-        "Decode steps are stitched where a step's keys are those of the positions before, all or "
-        f"the last ones, plus its own. {step.name} has {step.n_keys} keys that are neither, after "
-        f"{start} positions. Generate with the default cache."
+        f"The keys of {step.name} ({step.n_keys} keys after {start} positions) are not keys of "
+        "previous positions followed by its own. Generate with the default cache."
     )
 
 
 def _equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same product, computed with another number of rows.
+    """Whether two tensors differ only as products computed with different numbers of rows do.
 
-    In half precision it is rounded once, at its end; a quantised cache changes keys by more.
+    In half precision such a product is rounded once. A quantised cache changes keys by more.
     """
     eps = torch.finfo(one.dtype).eps
     limit = (16 if eps <= torch.finfo(torch.float32).eps else 2) * eps
@@ -267,7 +266,7 @@ def _equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
 
 
 def _last_reading(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
-    """The call that reads all positions; what is behind them belongs to other samples' answers."""
+    """Return the call that reads exactly ``n_positions``; later calls belong to other samples."""
     first, last = calls[0], calls[min(n_positions - calls[0].n_queries, len(calls) - 1)]
     held = [call.k for call in (first, last) if call.k is not None]
     if held:
@@ -275,15 +274,15 @@ def _last_reading(calls: Sequence[AttentionCall], n_positions: int) -> Attention
         before, after = (k[:, :, : first.n_keys].transpose(1, 2)[seen].float() for k in held)
         if not torch.allclose(after, before, rtol=1e-2, atol=1e-3):
             raise CaptureError(
-                "Without a cache the prompt is read again for every token, and must be read alike. "
-                f"The keys of {first.name} changed: some models are given their image in the first "
-                "step only. Generate with the cache."
+                f"The keys of {first.name} changed when the prompt was read again for the next "
+                "token without a cache; some models receive their image in the first step only. "
+                "Generate with the cache."
             )
     return replace(last, call=first.call)
 
 
 def _joined_rows(calls: Sequence[AttentionCall]) -> AttentionCall:
-    """Cross-attention keys don't grow: the rows follow one another."""
+    """Concatenate the rows of cross-attention calls, whose keys are the same in every step."""
     masks = [call.visible().expand(-1, -1, call.n_queries, -1) for call in calls]
     dense = None if calls[0].dense is None else _rows(calls, "dense")
     biases = added_by_each(calls)

@@ -1,12 +1,12 @@
-"""Encoder and decoder of one model on one axis: positions of the encoder, then of the decoder.
+"""Place encoder and decoder attention on one axis: encoder positions, then decoder positions.
 
-* A layer of the encoder has rows and keys of the encoder.
-* Self-attention of the decoder has rows and keys of the decoder; cross-attention has rows of the
-  decoder and keys of the encoder.
-* Attention of the decoder that does both at once (T5Gemma2) has its own keys first, which grow, and
-  behind them those of the encoder.
+* An encoder layer has rows and keys of the encoder.
+* Decoder self-attention has rows and keys of the decoder; cross-attention has rows of the decoder
+  and keys of the encoder.
+* Merged decoder attention (T5Gemma2) has the decoder's keys first, whose number grows, and the
+  encoder's keys after them.
 
-Each becomes a call over all positions. A row of the other stack sees nothing.
+Each becomes a call over all positions. Rows of the other stack see no key.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from xmodal_interp.attention.stitching import added, stitch
 def encoder_layer(
     calls: Sequence[AttentionCall], n_encoder: int, n_positions: int
 ) -> AttentionCall:
-    """The calls of a layer of the encoder, over all positions.
+    """Return the calls of an encoder layer as one call over all positions.
 
     Args:
-        calls: They are one call: an encoder reads once.
-        n_encoder: Positions that the encoder reads.
-        n_positions: Those and the decoder's.
+        calls: A list of one call, because an encoder runs once.
+        n_encoder: Number of encoder positions.
+        n_positions: Number of encoder and decoder positions.
     """
     own = slice(0, n_encoder)
     return _laid_out(stitch(calls, n_encoder), own, own, n_positions)
@@ -39,13 +39,13 @@ def encoder_layer(
 def decoder_layer(
     calls: Sequence[AttentionCall], n_encoder: int, n_positions: int, *, merged: bool
 ) -> AttentionCall:
-    """The calls of a layer of the decoder, over all positions.
+    """Return the calls of a decoder layer as one call over all positions.
 
     Args:
         calls: Prefill and decode steps, in order.
-        n_encoder: Positions that the encoder reads.
-        n_positions: Those and the decoder's.
-        merged: Whether the keys of the encoder stand behind the decoder's own.
+        n_encoder: Number of encoder positions.
+        n_positions: Number of encoder and decoder positions.
+        merged: Whether the keys of a call are the decoder's followed by the encoder's.
     """
     encoder, own = slice(0, n_encoder), slice(n_encoder, n_positions)
     n_own = n_positions - n_encoder
@@ -61,10 +61,9 @@ def decoder_layer(
 
 
 def with_keys(call: AttentionCall, start: int, stop: int) -> AttentionCall:
-    """A call with some of its keys only, the mask written out.
+    """Return a call with only some of its keys, and an explicit mask.
 
-    Probabilities that are recomputed are those among these keys: the others must be hidden, or
-    come back beside them.
+    Probabilities are normalised over these keys, so the other keys must be hidden or added again.
     """
     bias = added(call)
     return replace(
@@ -79,7 +78,7 @@ def with_keys(call: AttentionCall, start: int, stop: int) -> AttentionCall:
 
 
 def _side_by_side(one: AttentionCall, other: AttentionCall) -> AttentionCall:
-    """Two calls of the same rows as one, with the keys of both."""
+    """Join two calls with the same rows into one call with the keys of both."""
 
     def beside(name: str, axis: int) -> Tensor | None:
         parts = [getattr(one, name), getattr(other, name)]
@@ -91,7 +90,7 @@ def _side_by_side(one: AttentionCall, other: AttentionCall) -> AttentionCall:
 
 
 def _laid_out(call: AttentionCall, rows: slice, keys: slice, n: int) -> AttentionCall:
-    """A call with room for ``n`` rows and keys; what it did not have is hidden."""
+    """Expand a call to ``n`` rows and keys; the added rows and keys are hidden."""
 
     def matrix(part: Tensor | None, of_other_rows: float = 0.0) -> Tensor | None:
         if part is None:

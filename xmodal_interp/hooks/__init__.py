@@ -1,4 +1,4 @@
-"""The tap on the attention interface, the recorder, interventions, and the doctor."""
+"""Record and edit attention calls: the tap, the recorder, interventions, and the doctor."""
 
 from xmodal_interp.hooks.ablation import ablate_heads
 from xmodal_interp.hooks.calibration import mean_head_outputs

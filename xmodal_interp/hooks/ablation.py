@@ -1,14 +1,14 @@
-"""Head ablation: what a head contributes, replaced by nothing, by a uniform look, or by its mean.
+"""Head ablation: replace a head's output by zero, by uniform attention, or by its mean.
 
 =========  ====================================================================================
-zero       The head's output, its slice of what the output projection is given, becomes 0. The
-           same as zeroing its probabilities (Michel et al. 2019, arXiv:1905.10650, eq. 2 with
+zero       The head's output (its slice of the input of the output projection) becomes 0. This
+           equals zeroing its probabilities (Michel et al. 2019, arXiv:1905.10650, eq. 2 with
            xi_h = 0).
 uniform    The head's probabilities become uniform over the *visible* keys: its output is the
-           running mean of V. Done by setting its queries to zero, so that every visible key
-           scores the same: the backend applies its own mask, cache and head groups, at no cost.
-           Where zero scores are not all there is (sinks, position biases), the mean of V is
-           computed.
+           running mean of V. The head's queries are set to zero, so every visible key gets the
+           same score, and the backend applies its own mask, cache and head groups at no cost.
+           In layers with sinks or position biases, zero queries do not make the scores equal;
+           there the mean of V is computed.
 mean       The head's output becomes its mean over a data set (:func:`mean_head_outputs`).
 =========  ====================================================================================
 """
@@ -50,24 +50,24 @@ class HeadAblation:
 
     @property
     def selections(self) -> tuple[Selection, ...]:
-        """The queries, if some were chosen."""
+        """The selected queries; empty if the heads are ablated at all positions."""
         return () if self.queries is None else (self.queries,)
 
     def heads_in(self, layers: Mapping[int, int | None]) -> Mapping[int, Sequence[int]]:
-        """The heads asked for, if they exist."""
+        """Return the heads to ablate by layer, after checking that they exist."""
         found = checked_heads(self.heads, layers, f"{self.tower} {self.kind}-attention")
         if self.means is not None:
             missing = sorted(set(found) - set(self.means.means))
             if missing:
                 raise InputError(
-                    f"Means must cover the ablated layers. They were taken of layers "
-                    f"{', '.join(map(str, sorted(self.means.means)))}; missing: "
-                    f"{', '.join(map(str, missing))}."
+                    f"The means hold layers {', '.join(map(str, sorted(self.means.means)))}; "
+                    f"missing: {', '.join(map(str, missing))}. Ablate only layers that the means "
+                    "hold."
                 )
         return found
 
     def before(self, call: RawCall, site: Site) -> RawCall:
-        """Uniform: zero the queries, so that all visible keys score alike."""
+        """For mode "uniform": set the queries to zero, so that all visible keys score alike."""
         if self.mode != "uniform" or not _only_scores(call, site):
             return call
         edited = self._edited(call, site)  # [sample, query, head, 1]
@@ -76,7 +76,10 @@ class HeadAblation:
         return replace(call, query=call.query.masked_fill(edited.transpose(1, 2), 0))
 
     def after(self, call: RawCall, output: Tensor, site: Site) -> Tensor:
-        """Zero and mean: replace the output; uniform: only where the scores are not all."""
+        """For modes "zero" and "mean": replace the output.
+
+        For mode "uniform": replace it in layers with sinks or position biases.
+        """
         if self.mode == "uniform" and _only_scores(call, site):
             return output
         edited = self._edited(call, site)
@@ -104,40 +107,43 @@ def ablate_heads(
     queries: Chosen | None = None,
     means: HeadMeans | None = None,
 ) -> HeadAblation:
-    """Take away what attention heads contribute; for ``intervene``.
+    """Ablate attention heads; the result is an argument of ``intervene``.
 
-    A recording shows the uniform probabilities of ``mode="uniform"``; the other modes leave
-    probabilities as they are and replace the output.
+    A recording shows the uniform probabilities of ``mode="uniform"``. The other modes replace the
+    output and leave the probabilities unchanged.
 
     Args:
         heads: Query heads by layer, 0-based; negative ones count from the end; a boolean mask has
             an entry for each head.
-        mode: ``"zero"``, ``"uniform"`` or ``"mean"``; see the module.
+        mode: ``"zero"``, ``"uniform"`` or ``"mean"``; see the module docstring.
         tower: Part of the model.
         kind: Kind of attention.
-        queries: The positions where the head is ablated, in the ways of
-            :func:`knock_out_attention`; everywhere if not given.
-        means: For ``mode="mean"``: what :func:`mean_head_outputs` returned.
+        queries: The positions where the heads are ablated, in any form that
+            :func:`knock_out_attention` accepts; all positions if not given.
+        means: For ``mode="mean"``: the result of :func:`mean_head_outputs`.
 
     Raises:
-        InputError: Heads not by layer, an unknown mode, means without their mode or of another
-            tower, or the reverse.
-        PositionError: A negative position.
+        InputError: ``heads`` does not list heads by layer; the mode is unknown; ``means`` is
+            missing for mode "mean" or given for another mode; or the means are of another tower or
+            kind.
+        PositionError: A position is negative.
     """
     one_of(mode, "mode", ABLATION_MODES)
     if (mode == "mean") != (means is not None):
         raise InputError(
-            f"mode='mean' needs means=mean_head_outputs(vlm, items), and no other mode does; got "
-            f"mode={mode!r} with {'no ' if means is None else ''}means."
+            f"Got mode={mode!r} with {'no ' if means is None else ''}means. Pass "
+            "means=mean_head_outputs(vlm, items) for mode='mean', and only for that mode."
         )
     if means is not None and (means.tower, means.kind) != (tower, kind):
         raise InputError(
-            f"Means must be of the heads that are ablated: {tower} {kind}-attention; got means of "
-            f"{means.tower} {means.kind}-attention."
+            f"The ablated heads are {tower} {kind}-attention, but the means are of {means.tower} "
+            f"{means.kind}-attention. Pass the same tower= and kind= to mean_head_outputs."
         )
     by_layer = isinstance(heads, Mapping)
     if not by_layer or not all(_is_list(each) for each in heads.values()):
-        raise InputError(f"heads are listed by layer, such as {{3: [0, 5]}}; got {quoted(heads)}.")
+        raise InputError(
+            f"heads must map layers to lists of heads, such as {{3: [0, 5]}}; got {quoted(heads)}."
+        )
     selection = None if queries is None else Selection(queries)
     return HeadAblation(dict(heads), mode, tower, kind, selection, means)
 
@@ -147,7 +153,7 @@ def _is_list(given: Any) -> bool:
 
 
 def _only_scores(call: RawCall, site: Site) -> bool:
-    """Whether zero scores make probabilities uniform: no sinks, no bias, a mask that only hides."""
+    """Whether zero queries give uniform probabilities: no sinks or bias, a mask that only hides."""
     attention = site.attention(call)
     if attention.sinks is not None or attention.bias is not None:
         return False
@@ -156,7 +162,7 @@ def _only_scores(call: RawCall, site: Site) -> bool:
 
 
 def _uniform_average(call: RawCall, site: Site) -> Float[Tensor, "sample head query d_value"]:
-    """Mean of V over the visible keys of each query; 0 where there are none."""
+    """Mean of V over the visible keys of each query; 0 for a query without visible keys."""
     visible = site.attention(call).visible().float()
     probs = visible / visible.sum(-1, keepdim=True).clamp(min=1)
     return probs @ call.values_by_head

@@ -1,16 +1,17 @@
-"""Whether recorded probabilities are those that the model computed with.
+"""Check that recorded probabilities are those that the model computed with.
 
-1. A recording holds the arguments of an attention function. What they mean (does a boolean mask
-   hide or add, where does "causal" begin) is known for the functions of torch and transformers
-   only.
-2. So the probabilities ``P`` of a few rows are applied to the values, and ``P V`` is compared with
-   the output ``O`` that the function returned: ``|P V - O| <= limit * P |V|``, element by element.
-3. Where they differ, and the function is another one, the arguments are read in every other way.
-   The reading that gives the output, also in more rows, is the call.
-4. Where no reading gives the output, the call is reported: its probabilities are not the model's.
+1. A recording holds the arguments of an attention function. Their meaning (does a boolean mask hide
+   or add, at which key does "causal" begin) is defined only for the functions of torch and
+   transformers.
+2. The probabilities ``P`` of a few rows are therefore applied to the values, and ``P V`` is
+   compared with the function's output ``O``: ``|P V - O| <= limit * P |V|``, element by element.
+3. If they differ and the function is not one of torch or transformers, every other interpretation
+   ("reading") of the arguments is tried. A reading that gives the output, in these rows and in
+   more, replaces the first one.
+4. If no reading gives the output, the call is reported: its probabilities are not the model's.
 
-The limit is what the model's precision explains. Rounded scores explain more where scores are
-large: how much is computed from the size of the products that are summed to a score.
+The limit is the error that the model's precision explains. Rounding of scores explains larger
+errors where scores are large; this part is computed from the products that are summed to a score.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from xmodal_interp.hooks.reading import other_readings
 from xmodal_interp.hooks.tapping import RawCall
 
 _N_ROWS, _N_ROWS_UNKNOWN, _N_ROWS_OTHER = 4, 16, 64
-_N_FIRST, _EVERY = 3, 8  # calls of a layer, of which the later ones have one query each
-_LEAST = 1e-5  # of P|V|, in float32
-_LARGEST_CHANGE = 30.0  # of a score: the exponential of more is no float32 when squared
+_N_FIRST, _EVERY = 3, 8  # check the first 3 calls of a layer, and every 8th decode step after them
+_LEAST = 1e-5  # the smallest limit, relative to P|V|, in float32
+_LARGEST_CHANGE = 30.0  # changes of scores are clamped, so their squared exponential fits float32
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far ``P V`` is from the output, relative to ``P |V|``, where it is farthest.
+    """The largest difference between ``P V`` and the output, relative to ``P |V|``.
 
     Attributes:
-        error: The difference; NaN where only one of them is a number.
-        limit: What the precision of the model explains.
+        error: The difference; NaN if one of the two is NaN and the other is not.
+        limit: The largest difference that the precision of the model explains.
     """
 
     error: float
@@ -53,7 +54,7 @@ class Gap:
 
     @property
     def agrees(self) -> bool:
-        """Whether the probabilities are those of the model."""
+        """Whether the error is within the limit, so that the probabilities are the model's."""
         return self.error <= self.limit
 
 
@@ -61,18 +62,22 @@ class Agreement:
     """Compares calls with the outputs of their functions.
 
     Attributes:
-        differing: Of each module without agreement, its name and the largest gap.
+        differing: For each module whose calls disagree: the name of a call and the largest gap.
+        known: For each group of similar calls: the index of the reading that agreed.
     """
 
     def __init__(self) -> None:
         self.differing: dict[str, tuple[str, Gap]] = {}
-        self.known: dict[Any, int] = {}  # the reading, counted, that calls of a kind agreed in
+        self.known: dict[Any, int] = {}
 
     def checked(self, raw: RawCall, call: AttentionCall) -> AttentionCall:
-        """The call in the reading that gives the output; as it is, where nothing can be compared.
+        """Return the call in the reading that gives the output.
+
+        The call is returned unchanged if it cannot be compared, or if no reading gives the output;
+        in the second case it is noted in ``differing``.
 
         Args:
-            raw: The arguments, and the output as the function returned it.
+            raw: The arguments, and the output that the function returned.
             call: The call in the most likely reading.
         """
         kind = _kind(raw, call)
@@ -98,36 +103,35 @@ class Agreement:
         return call
 
     def _left_out(self, call: AttentionCall, kind: Any) -> bool:
-        """Whether a decode step is one of those that other layers are compared at.
+        """Whether the comparison of a decode step is skipped to save time.
 
-        The first steps of each layer are compared, and every eighth after them, in each layer
-        another one; all, where the most likely reading was not the right one.
+        The first steps of each layer are compared, then every eighth one; which one of eight
+        differs between layers. All steps are compared if the most likely reading was wrong.
         """
         step = call.call
         later = call.n_queries == 1 and step >= _N_FIRST and kind not in self.known
         return later and call.module not in self.differing and (step + call.layer) % _EVERY != 0
 
     def refuse(self) -> None:
-        """Raise CaptureError for modules whose probabilities are not those of the model."""
+        """Raise CaptureError if the probabilities of some module are not those of the model."""
         if not self.differing:
             return
         parts = [
-            f"{name} by {each.error:.2g} (rounding explains {each.limit:.1g})"
+            f"{name} differs by {each.error:.2g} (rounding explains {each.limit:.1g})"
             for name, each in itertools.islice(self.differing.values(), 3)
         ]
         more = f" and {len(self.differing) - 3} more" if len(self.differing) > 3 else ""
         raise CaptureError(
-            "The probabilities that follow from the arguments of the attention function do not "
-            f"give its output: {', '.join(parts)}{more}. Load the model with "
-            "attn_implementation='sdpa' or 'eager', or leave these layers out with towers= or "
-            "layers=."
+            "Probabilities computed from the arguments of the attention function do not give its "
+            f"output: {', '.join(parts)}{more}. Load the model with attn_implementation='sdpa' or "
+            "'eager', or leave these layers out with towers= or layers=."
         )
 
 
 def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
-    """How far the call's probabilities, applied to the values, are from the output in some rows."""
+    """Compare the call's probabilities, applied to the values, with the output in some rows."""
     assert raw.output is not None
-    of_ours = torch.finfo(torch.float32).eps  # also for a model in float64
+    of_ours = torch.finfo(torch.float32).eps  # probabilities are recomputed in float32
     eps = max(product_eps(raw.query.dtype), product_eps(raw.output.dtype), of_ours)
     limit = max(_LEAST, 2 * eps)
     row = torch.tensor(list(rows), device=call.device)
@@ -144,7 +148,7 @@ def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
         if error <= limit:
             return Gap(error, limit)
         if not all(bool(t.isfinite().all()) for t in (raw.query, raw.key, raw.value)):
-            return Gap(0.0, limit)  # the model's own numbers are none
+            return Gap(0.0, limit)  # the model's own operands are NaN or infinite
         moved = moved_probs(call, row, probs, eps)
         noise = 4 * rounding(moved, values, ours).amax(-1, keepdim=True)
         limits = limit + noise / scale
@@ -157,11 +161,11 @@ def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
 def moved_probs(
     call: AttentionCall, row: Tensor, probs: Float[Tensor, "sample head query key"], eps: float
 ) -> Float[Tensor, "sample head query key"]:
-    """How far each probability moves alone when its score is rounded.
+    """Return by how much each probability changes when only its own score is rounded.
 
-    A score is a sum of products ``q_i k_i``, so rounding changes it by about
-    ``w = eps * scaling * sum_i |q_i k_i|``, and its probability ``p`` by ``p (e^w - 1)``, at most
-    by 1.
+    A score is a sum of products ``q_i k_i``. Rounding changes it by about
+    ``w = eps * scaling * sum_i |q_i k_i|``, and its probability ``p`` by ``p (e^w - 1)``, but at
+    most by 1.
     """
     part = call.select_rows(call.query_positions[row])
     assert part.q is not None
@@ -177,9 +181,14 @@ def rounding(
     values: Float[Tensor, "sample kv_head key d_value"],
     output: Float[Tensor, "sample head query d_value"],
 ) -> Float[Tensor, "sample head query d_value"]:
-    """The standard deviation of ``O = P V`` when probabilities move alone and independently.
+    """Return the standard deviation of ``O = P V`` when probabilities change independently.
 
-    ``dO = sum_k dp_k (V_k - O)``, because the probabilities of a row are divided by their sum.
+    Because the probabilities of a row are divided by their sum, ``dO = sum_k dp_k (V_k - O)``.
+
+    Args:
+        moved: By how much each probability changes, from :func:`moved_probs`.
+        values: ``V``.
+        output: ``O``.
     """
     weights = moved.square()
     variance = (
@@ -194,7 +203,7 @@ def weighted(
     probs: Float[Tensor, "sample head query key"],
     values: Float[Tensor, "sample kv_head key d_value"],
 ) -> Float[Tensor, "sample head query d_value"]:
-    """``P V``; values are not copied for the query heads that share them."""
+    """Return ``P V`` without copying values for the query heads that share them."""
     n_groups, n_queries = probs.shape[1] // values.shape[1], probs.shape[2]
     grouped = probs.unflatten(1, (-1, n_groups)).flatten(2, 3)
     output: Tensor = (grouped @ values).unflatten(2, (n_groups, n_queries)).flatten(1, 2)
@@ -202,7 +211,7 @@ def weighted(
 
 
 def comparable(raw: RawCall, call: AttentionCall) -> bool:
-    """Whether the output is that of the probabilities, of all queries; dropout changes it."""
+    """Whether the output can be compared with ``P V``: it covers all queries, without dropout."""
     if raw.output is None or raw.output.ndim != 4 or call.q is None or call.rows is not None:
         return False
     expected = (call.n_queries, call.n_heads, raw.value.shape[-1])
@@ -211,20 +220,20 @@ def comparable(raw: RawCall, call: AttentionCall) -> bool:
 
 
 def _kind(raw: RawCall, call: AttentionCall) -> Any:
-    """What calls with the same reading have in common."""
+    """Return the key of a group of calls whose arguments have the same meaning."""
     mask = None if raw.mask is None else (raw.mask.dtype, raw.mask.ndim)
     one = call.n_queries == 1
     return raw.function, type(raw.module), mask, one, call.n_queries == call.n_keys
 
 
 def _is_known(raw: RawCall) -> bool:
-    """Whether the function is one of torch or transformers, whose arguments have one meaning."""
+    """Whether the function is one of torch or transformers, so the meaning of a mask is defined."""
     module = getattr(raw.function, "__module__", None) or ""
     return raw.function is None or module.startswith("transformers.")
 
 
 def _rows(call: AttentionCall, raw: RawCall) -> list[int]:
-    """The first and the last row and some between, others in every layer and call."""
+    """Return the first row, the last row, and some between, which vary by layer and call."""
     n_rows, n = _N_ROWS if _is_known(raw) else _N_ROWS_UNKNOWN, call.n_queries
     if n <= n_rows:
         return list(range(n))

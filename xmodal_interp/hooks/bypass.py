@@ -1,14 +1,14 @@
-"""Attention that does not ask the interface for its function, heard all the same.
+"""Record attention that does not use transformers' attention interface.
 
-Three ways lead past the interface:
+A module can bypass the interface in three ways:
 
 1. ``torch.nn.MultiheadAttention``: see :mod:`xmodal_interp.hooks.multihead`.
-2. ``scaled_dot_product_attention`` called directly: it is given queries and keys.
-3. A softmax written out: its result, the probabilities, is kept; what its scores are made of (a
-   relative position, chunks of keys) is not known, so the call says so.
+2. A direct call of ``scaled_dot_product_attention``: its queries and keys are recorded.
+3. An inline softmax: its result, the probabilities, is recorded. Its scores may contain more than
+   ``q k^T`` (a relative position, chunks of keys), so the call has no queries and keys, and a note.
 
-A module is listened to in the second and third way until a module of its class has asked the
-interface: from then on its operations run undisturbed.
+For the second and third way, the torch functions that a module calls are observed until a module of
+its class has used the interface. After that, modules of this class run unobserved.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ from xmodal_interp.attention.masks import hidden_below
 from xmodal_interp.hooks.heads import n_heads_of
 from xmodal_interp.hooks.tapping import RawCall
 
-KERNEL = functional.scaled_dot_product_attention  # another stands there while a block is open
+KERNEL = functional.scaled_dot_product_attention  # the original: inside a block it is wrapped
 SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
 _MIXES = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
-_FAR_BELOW = 1e3  # the least of a row's scores under its best one that only a mask can lead to
-_NO_SCORE = -1e8  # the best score of a row that only a mask can lead to: Gemma 4 hides by -1e9
+_FAR_BELOW = 1e3  # a score this far below the largest of its row is masked
+_NO_SCORE = -1e8  # a row whose largest score is below this is masked: Gemma 4 masks with -1e9
 
-KERNEL_NOTE = "heard beside transformers' attention interface"
-DENSE_NOTE = "probabilities as the module computed them: queries and keys do not carry its scores"
-CHUNKED_NOTE = f"{DENSE_NOTE}; keys are counted within the chunk that each query sees"
+KERNEL_NOTE = "recorded without transformers' attention interface"
+DENSE_NOTE = "probabilities as the module computed them; queries and keys were not recorded"
+CHUNKED_NOTE = f"{DENSE_NOTE}; keys are numbered within the chunk that each query sees"
 
 
 @dataclass(eq=False)
 class DenseCall:
-    """Probabilities that a module computed by a softmax of its own.
+    """Probabilities that a module computed by an inline softmax.
 
-    Rows that see nothing are NaN.
+    Rows without a visible key are NaN.
 
     Attributes:
-        is_mixed: Whether the module's weights were applied to them before the values were weighted.
+        is_mixed: Whether a layer with weights mixed the probabilities before the product with the
+            values.
     """
 
     probs: Float[Tensor, "sample head query key"]
@@ -63,15 +64,15 @@ Heard = RawCall | DenseCall
 
 
 class FunctionMode(TorchFunctionMode):
-    """A torch function mode that hooks put on and take off, from ``begin`` to ``end``."""
+    """A torch function mode that hooks can enter and exit, by ``begin`` and ``end``."""
 
     def begin(self) -> None:
-        """Start, in this thread; nothing changes if it is on already."""
+        """Enter the mode in this thread; do nothing if it is already active."""
         if all(mode is not self for mode in _get_current_function_mode_stack()):
             self.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
-        """Stop, also where modes that were entered later were never exited."""
+        """Exit the mode, even if modes that were entered later are still active."""
         modes = [_pop_mode() for _ in _get_current_function_mode_stack()]
         for mode in reversed(modes):
             if mode is not self:
@@ -79,7 +80,13 @@ class FunctionMode(TorchFunctionMode):
 
 
 class Bypass(FunctionMode):
-    """Listens to the torch functions that a module calls, from ``begin`` to ``end``."""
+    """Observes the torch functions that a module calls, from ``begin`` to ``end``.
+
+    Args:
+        module: Returns the module to observe, or None while none is to be observed.
+        hear: Called with each attention call or softmax.
+        fail: Called with an error of the observer; the model's forward continues.
+    """
 
     def __init__(
         self,
@@ -89,10 +96,10 @@ class Bypass(FunctionMode):
     ):
         super().__init__()
         self.module, self.hear, self.fail = module, hear, fail
-        self.softmaxes: list[tuple[Tensor, DenseCall]] = []  # held: their memory is not reused
+        self.softmaxes: list[tuple[Tensor, DenseCall]] = []  # kept so that memory is not reused
 
     def end(self) -> None:
-        """Stop, and let the results of softmaxes go."""
+        """Exit the mode, and release the results of softmaxes."""
         super().end()
         self.softmaxes.clear()
 
@@ -103,7 +110,7 @@ class Bypass(FunctionMode):
         args: tuple[Any, ...] = (),
         options: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run the function as it is; then look at what it was given."""
+        """Run the function unchanged, then record its arguments and output."""
         options = options or {}
         output = function(*args, **options)
         module = self.module()
@@ -111,7 +118,7 @@ class Bypass(FunctionMode):
             return output
         try:
             self._look(module, function, args, options, output)
-        except Exception as error:  # noqa: BLE001  the model's forward goes on
+        except Exception as error:  # noqa: BLE001  the model's forward continues
             self.fail(error)
         return output
 
@@ -141,7 +148,14 @@ class Bypass(FunctionMode):
 def kernel_call(
     module: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any], output: Tensor
 ) -> RawCall:
-    """A call of ``scaled_dot_product_attention`` by a module, by the names it has there."""
+    """Return a call of ``scaled_dot_product_attention`` by a module as a :class:`RawCall`.
+
+    Args:
+        module: The module.
+        args: The arguments by position.
+        options: The arguments by name.
+        output: The result.
+    """
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, args, strict=False)), **options}
     operands = [given[name] for name in names[:3]]
@@ -171,9 +185,9 @@ def kernel_call(
 class _Blocks:
     """Operands ``[sample, head, block, position, d_head]``: a query sees the keys of its own block.
 
-    They become ``[sample, head, position, d_head]``, and the other blocks are hidden by a mask.
-    The positions are put in the order of the module's input, of which the operands are views: the
-    axis with the smaller stride is the one that runs faster there.
+    They are converted to ``[sample, head, position, d_head]`` and a mask that hides the other
+    blocks. The positions follow the order of the module's input, which is read from the strides:
+    the operands are views of it, and the axis with the smaller stride varies faster.
 
     Attributes:
         heads_axis: The axis of the heads, 1 or 2.
@@ -204,12 +218,12 @@ class _Blocks:
         )
 
     def flat(self, t: Tensor) -> Tensor:
-        """``[sample, head, position, ...]``."""
+        """Return ``[sample, head, position, ...]``."""
         split = self._split(t)
         return (split.transpose(2, 3) if self.blocks_run_faster else split).flatten(2, 3)
 
     def mask(self, mask: Tensor | None, *, causal: bool) -> Tensor:
-        """``[sample | 1, head | 1, query, key]``, over all blocks."""
+        """Return the mask over all blocks, ``[sample | 1, head | 1, query, key]``."""
         own = torch.eye(self.n_blocks, dtype=torch.bool)[:, None, :, None]
         own = own.expand(-1, self.n_queries, -1, self.n_keys)  # [block, query, block, key]
         if causal:
@@ -223,13 +237,13 @@ class _Blocks:
         return self._flat_pairs(torch.where(own, whole, hidden))
 
     def _split(self, t: Tensor) -> Tensor:
-        """``[sample, head, block, position, ...]``."""
+        """Return ``[sample, head, block, position, ...]``."""
         if self.heads_axis == 1:
             return t.flatten(2, -3)
         return t.transpose(1, 2).flatten(2, -3)
 
     def _flat_pairs(self, pairs: Tensor) -> Tensor:
-        """From ``[..., block, query, block, key]`` to ``[..., query, key]``."""
+        """Convert ``[..., block, query, block, key]`` to ``[..., query, key]``."""
         if self.blocks_run_faster:
             pairs = pairs.transpose(-4, -3).transpose(-2, -1)
         return pairs.flatten(-2).flatten(-3, -2)
@@ -253,7 +267,7 @@ def _of_softmax(module: nn.Module, scores: Tensor, output: Tensor) -> DenseCall:
 
 
 def _four_axes(t: Tensor, module: nn.Module) -> Tensor:
-    """``[sample, head, query, ...]``: heads folded into the batch come apart, chunks are joined."""
+    """Return ``[sample, head, query, ...]``: unfold heads from the batch axis, and join chunks."""
     t = _chunked(t, module)
     if t.ndim == 5:  # [sample, head, chunk, query, ...]
         return t.flatten(2, 3)
@@ -265,9 +279,9 @@ def _four_axes(t: Tensor, module: nn.Module) -> Tensor:
 
 
 def _chunked(t: Tensor, module: nn.Module) -> Tensor:
-    """``[sample, head, chunk, query, ...]`` from ``[sample x head, chunk, query, ...]``.
+    """Convert ``[sample x head, chunk, query, ...]`` to ``[sample, head, chunk, query, ...]``.
 
-    ``HaloAttn`` of timm 1.0.31 has its operands so. Any other tensor is returned as it is.
+    ``HaloAttn`` of timm 1.0.31 has such operands. Any other tensor is returned unchanged.
     """
     n_heads = getattr(module, "num_heads", None)
     if t.ndim != 4 or not isinstance(n_heads, int) or n_heads < 2:
@@ -277,6 +291,6 @@ def _chunked(t: Tensor, module: nn.Module) -> Tensor:
 
 
 def along_last(output: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
-    """Whether a softmax with these arguments is over the keys of queries: the last of many axes."""
+    """Whether a softmax with these arguments is over the last axis, of at least three."""
     dim = options.get("dim", args[1] if len(args) > 1 else None)
     return output.ndim > 2 and dim in (-1, output.ndim - 1)

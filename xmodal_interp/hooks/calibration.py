@@ -1,4 +1,4 @@
-"""Mean outputs of attention heads over a data set: what a head says on average."""
+"""Mean outputs of attention heads over a data set, for mean ablation."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class HeadMeans:
     Attributes:
         tower: Part of the model.
         kind: Kind of attention.
-        positions: Which positions they are means of.
-        n_samples: How many samples went in.
-        n_positions: How many positions of them.
+        positions: The class of positions that were averaged.
+        n_samples: Number of samples.
+        n_positions: Number of positions that were averaged.
         means: ``[head, d_head]`` for each layer, float32.
     """
 
@@ -53,21 +53,21 @@ def mean_head_outputs(
     kind: AttentionKind = "self",
     batch_size: int = 32,
 ) -> HeadMeans:
-    """Mean output of every head over a data set of prompts, for ``ablate_heads(mode="mean")``.
+    """Return the mean output of every head over prompts, for ``ablate_heads(mode="mean")``.
 
-    Every position counts once, whichever sample it belongs to.
+    Every position has the same weight, so long prompts contribute more than short ones.
 
     Args:
         vlm: Model and processor.
         items: Dicts with ``image`` and ``prompt``.
-        positions: ``"image"``, ``"text"`` (all that is neither image, video nor padding) or
-            ``"all"``; towers other than the language tower have ``"all"`` only.
+        positions: ``"image"``, ``"text"`` (every position except image, video and padding tokens)
+            or ``"all"``. For other towers than the language tower, only ``"all"`` is allowed.
         tower: Part of the model.
         kind: Kind of attention.
         batch_size: The largest number of prompts per forward.
 
     Raises:
-        InputError: No items, or an unknown class of positions.
+        InputError: There are no items, or the class of positions is unknown.
     """
     allowed = POSITION_CLASSES if tower == "language" else ("all",)
     if positions not in allowed:
@@ -87,7 +87,7 @@ def means_over(
     tower: Tower,
     kind: AttentionKind = "self",
 ) -> HeadMeans:
-    """``mean_head_outputs`` for inputs that are ready; answers behind the prompts don't count."""
+    """Return the means over prepared batches; answers after the prompts are not averaged."""
     collector = _MeanCollector(tower, kind)
     with torch.no_grad(), intervene(vlm, collector):
         for batch in batches:
@@ -95,8 +95,8 @@ def means_over(
             vlm.run(batch.inputs)
     if not min(collector.counts.values()):
         raise InputError(
-            f"A mean needs at least one position; got {len(batches)} batches of prompts without a "
-            f"{positions} position."
+            f"{len(batches)} batches of prompts hold no {positions} position to average. Pass "
+            "items with such positions, or another positions=."
         )
     means = {n: total / collector.counts[n] for n, total in collector.totals.items()}
     n_samples = sum(len(batch.index) for batch in batches)
@@ -106,12 +106,12 @@ def means_over(
 def class_masks(
     batch: Batch, positions: PositionClass, *, answers: bool = False
 ) -> Bool[Tensor, "sample position"]:
-    """Which positions of a batch belong to a class, by their token kinds.
+    """Return which positions of a batch belong to a class, by their token kinds.
 
     Args:
-        batch: Prompts, with or without answers behind them.
+        batch: Prompts, with or without answers after them.
         positions: The class.
-        answers: Whether answers count, as text.
+        answers: Whether the positions of answers belong to the class "text".
     """
     masks = torch.full((len(batch.index), batch.n_ids), answers and positions != "image")
     for mask, prompt in zip(masks, batch.prompts, strict=True):
@@ -123,7 +123,7 @@ def class_masks(
 
 
 class _MeanCollector:
-    """An intervention that changes nothing, and adds up what it sees."""
+    """An intervention that changes nothing and sums the outputs of every head."""
 
     selections: tuple[Selection, ...] = ()
 

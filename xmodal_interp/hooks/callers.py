@@ -1,7 +1,8 @@
-"""Who is calling: what the functions on the stack belong to.
+"""Find the module that makes a call, by inspecting the Python call stack.
 
-A call of torch's fused kernel does not say which module makes it. Hooks on every module would, and
-every forward would pay for them; the stack is looked at only where a call can't be told otherwise.
+The arguments of torch's fused kernel do not contain the calling module. Hooks on every module would
+slow down every forward, so the stack is inspected instead, and only for calls whose module is not
+known otherwise.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from torch import nn
 
 
 def callers() -> Iterator[object]:
-    """The first argument of every function that is running in this thread, innermost first.
+    """Yield the first argument of every running function of this thread, innermost first.
 
-    That is ``self`` of a method, the module of a transformers attention function, ...
+    This is ``self`` in a method, and the module in an attention function of transformers.
     """
     return (caller for caller, _ in named_callers())
 
 
 def named_callers() -> Iterator[tuple[object, str]]:
-    """The same, each with the name of the function."""
+    """Yield the same as :func:`callers`, each with the name of the function."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -32,12 +33,12 @@ def named_callers() -> Iterator[tuple[object, str]]:
 
 
 def is_running(module: nn.Module) -> bool:
-    """Whether the module is being called in this thread."""
+    """Whether a function with this module as first argument is running in this thread."""
     return any(caller is module for caller in callers())
 
 
 def in_continuous_batching() -> bool:
-    """Whether transformers' continuous batching (``generate_batch``) runs in this thread."""
+    """Whether transformers' continuous batching (``generate_batch``) is running in this thread."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if ".continuous_batching" in frame.f_globals.get("__name__", ""):

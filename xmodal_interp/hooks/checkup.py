@@ -1,15 +1,15 @@
-"""The contract of a recording, checked on the user's own model and input.
+"""The doctor: check on the user's own model and input that recordings can be trusted.
 
-1. Are there as many image tokens as the geometry of the model's family predicts?
-2. Are the positions that change with a patch of the picture those that the labels say?
-3. Is the model's output the same with and without recording, also while it generates?
-4. Is every attention layer that runs heard, whatever its class and however it computes?
-5. Do the recomputed probabilities, applied to the values, give what the backend returned, in a
-   forward and in every step of a generation; are they those of the modeling code's eager function,
-   where it names one? The same with each further backend and cache that the user names.
-6. Does a key that is hidden through the tap change the output: is the tap where the model reads?
+1. Is the number of image tokens the one that the geometry of the model's family predicts?
+2. Do the labels place an image patch at the position whose key changes when the patch is changed?
+3. Is the model's output the same with and without recording, in a forward and in a generation?
+4. Is every attention layer that runs recorded, for any class and any implementation?
+5. Do the recomputed probabilities, applied to the values, give the output of the backend, in a
+   forward and in every step of a generation? Do they equal the probabilities of the modeling code's
+   eager function, if it has one? The same is checked with each backend and cache that is passed.
+6. Does hiding a key through the tap change the output, so that interventions have an effect?
 
-All is measured in one process, in evaluation mode; the model is left as it was.
+Everything is measured in one process, in evaluation mode. The model is not changed.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ from xmodal_interp.models import (
 COLUMNS = ("check", "verdict", "value", "limit", "note")
 _NEW_TOKENS = 4
 _UNKNOWN = float("nan")
-_ATTENDED = 1e-3  # a probability that shows in the output when its key is hidden
+_ATTENDED = 1e-3  # hiding a key with this probability changes the output measurably
 
 
 @dataclass(frozen=True, eq=False)
 class Checkup:
-    """What :func:`doctor` found.
+    """The result of :func:`doctor`.
 
     Attributes:
         table: One row per check: ``check``, ``verdict`` (``pass``, ``fail`` or ``skipped``),
-            ``value`` (what was measured; NaN where nothing could be), ``limit`` (what passes, such
-            as ``"at most 1e-05"``) and ``note``.
+            ``value`` (the measured value; NaN if it could not be measured), ``limit`` (the values
+            that pass, such as ``"at most 1e-05"``) and ``note``.
         layers: One row per attention layer: ``tower, kind, layer, module, calls, output_error,
-            eager_error, note``; NaN where it could not be measured.
+            eager_error, note``; an error is NaN if it could not be measured.
     """
 
     table: pd.DataFrame
@@ -76,12 +76,12 @@ class Checkup:
 
     @property
     def ok(self) -> bool:
-        """Whether no check failed."""
+        """True if no check failed."""
         return not self.table["verdict"].eq("fail").any()
 
     @property
     def summary(self) -> str:
-        """The verdict, in one line."""
+        """The result in one line."""
         counts = self.table["verdict"].value_counts()
         n_passed, n_skipped = int(counts.get("pass", 0)), int(counts.get("skipped", 0))
         skipped = f", {n_skipped} skipped" if n_skipped else ""
@@ -94,13 +94,13 @@ class Checkup:
         )
 
     def __repr__(self) -> str:
-        """The table and the verdict."""
+        """The table and the summary."""
         return f"{self.table.to_string(index=False)}\n{self.summary}"
 
 
 @dataclass(eq=False)
 class _Findings:
-    """The rows of the table so far."""
+    """Collects the rows of the table."""
 
     rows: list[tuple[Any, ...]] = field(default_factory=list)
 
@@ -123,28 +123,28 @@ def doctor(
     backends: Sequence[str] = (),
     caches: Sequence[str] = (),
 ) -> Checkup:
-    """Check on a model and an input of yours that recordings can be trusted.
+    """Check that recordings of a model can be trusted, on an input of yours.
 
-    It takes a few forwards of the model, and two generations of four tokens for a VLM. The model,
-    its configuration and the state of the random numbers are left as they were.
+    The checks run a few forwards of the model, and for a VLM two generations of four tokens. The
+    model, its configuration and the random state are restored.
 
     Args:
-        model: A VLM; or any transformers model, and then its ``inputs``.
-        image: An image for a VLM, a plain one with many edges if not given.
+        model: A VLM, or any transformers model together with ``inputs``.
+        image: An image for a VLM. If not given, a generated image with many edges is used.
         prompt: A question for a VLM.
-        inputs: Arguments of a bare model.
-        backends: Further attention implementations to record the model with, such as ``"eager"``
-            or one that you registered.
-        caches: Further caches to record a generation with, such as ``"static"``; names that
-            ``generate`` takes as ``cache_implementation``. For a VLM.
+        inputs: Keyword arguments of the forward of a bare model.
+        backends: Further attention implementations to check, such as ``"eager"`` or one that you
+            registered.
+        caches: For a VLM: further caches to check in a generation, such as ``"static"`` (values of
+            ``cache_implementation`` of ``generate``).
 
     Returns:
-        A table of checks, a table of layers, a verdict (``ok``, ``summary``).
+        A table of checks, a table of layers, and the result (``ok``, ``summary``).
 
     Raises:
-        InputError: A bare model without inputs, or a VLM with them; a backend that is not
-            registered; caches for a model that is no VLM or does not generate.
-        CaptureError: A compiled model.
+        InputError: A bare model was given without inputs, or a VLM with inputs; a backend is not
+            registered; or caches were given for a model that is not a VLM or does not generate.
+        CaptureError: The model is compiled.
     """
     findings, exactness = _Findings(), Exactness()
     bare = module_of(model)
@@ -154,8 +154,9 @@ def doctor(
     if isinstance(model, VLM):
         if inputs is not None:
             raise InputError(
-                "A VLM makes its inputs from an image and a prompt. inputs= came too; check the "
-                "bare model with them: doctor(vlm.model, inputs=...)."
+                "doctor got a VLM and inputs=, but a VLM makes its inputs from an image and a "
+                "prompt. Pass image= and prompt=, or the bare model: "
+                "doctor(vlm.model, inputs=...)."
             )
         given = _prepared(model, image, prompt, findings)
         if given is None:
@@ -163,8 +164,8 @@ def doctor(
     elif inputs is None:
         name = getattr(bare, "main_input_name", "input_ids")
         raise InputError(
-            f"A bare model needs inputs: doctor(model, inputs=dict({name}=...)). None came; only a "
-            "VLM (a model with its processor) makes its own."
+            f"doctor got a bare {type(bare).__name__} without inputs. Pass "
+            f"doctor(model, inputs=dict({name}=...)), or a VLM, which makes its own inputs."
         )
     else:
         given = dict(inputs)
@@ -189,26 +190,26 @@ def doctor(
 def _check_names(model: VLM | nn.Module, backends: Sequence[str], caches: Sequence[str]) -> None:
     for name, given in (("backends", backends), ("caches", caches)):
         if isinstance(given, str):
-            raise InputError(f"{name} is a list, such as [{given!r}]; got {given!r}.")
+            raise InputError(f"{name} must be a list, such as [{given!r}]; got {given!r}.")
     bare = module_of(model)
     if caches and not (isinstance(model, VLM) and bare.can_generate()):  # type: ignore[operator]
         raise InputError(
-            f"caches need a VLM that generates; got {', '.join(map(repr, caches))} for a "
-            f"{type(bare).__name__}."
+            f"Got caches {', '.join(map(repr, caches))} for a {type(bare).__name__}, which is not "
+            "a VLM that generates. Leave caches= out."
         )
 
 
 def _state(model: VLM | nn.Module, findings: _Findings) -> None:
-    """Whether the weights are the checkpoint's, and dropout is off."""
+    """Check that all weights come from the checkpoint, and that dropout is off."""
     if isinstance(model, VLM) and model.loading is not None:
-        check, n_random = "every weight is that of the checkpoint", model.loading.n_random
+        check, n_random = "all weights come from the checkpoint", model.loading.n_random
         note = f"weights {model.loading}" if model.loading else ""
         findings.judge(check, n_random, "exactly 0", note, passed=not model.loading)
     training = modules_in_training(module_of(model))
     if training:
         note = (
-            f"{described_training(training)}; these checks, and captures, switch them to "
-            "evaluation mode, xi.record(model) does not: call model.eval()"
+            f"{described_training(training)}; the doctor and xi.capture switch them to evaluation "
+            "mode, but xi.record(model) does not: call model.eval()"
         )
         findings.skip("every module is in evaluation mode", note, len(training))
 
@@ -217,7 +218,7 @@ def _prepared(
     vlm: VLM, image: ImageLike | None, prompt: str, findings: _Findings
 ) -> dict[str, Any] | None:
     picture = _checkers() if image is None else image
-    check = "image tokens are as many as predicted"
+    check = "the number of image tokens is as predicted"
     try:
         inputs, (ready,) = vlm.prepare([[picture]], [prompt])
     except GeometryError as error:
@@ -230,7 +231,7 @@ def _prepared(
         return inputs
     if vlm.family.geometry is None or not vlm.family.in_sequence:
         of_sequence = "the family has no rule that predicts their number"
-        other = "images are read by cross-attention, they are no tokens"
+        other = "images are read by cross-attention, so there are no image tokens"
         why = vlm.family.reason or (of_sequence if vlm.family.in_sequence else other)
         findings.skip(check, why, n_tokens)
         return inputs
@@ -240,7 +241,7 @@ def _prepared(
 
 
 def _unmarked(vlm: VLM) -> str:
-    """Why no position of a prompt with an image is labelled as one of the image."""
+    """Return the reason why no position of a prompt with an image is labelled as an image token."""
     family, config = vlm.family, vlm.model.config
     if family.image_mask is not None:
         return f"the model's input {family.image_mask!r} marks no position"
@@ -257,8 +258,8 @@ def _unmarked(vlm: VLM) -> str:
 
 
 def _placed(vlm: VLM, prompt: str, findings: _Findings) -> None:
-    """Whether positions that change with the picture are those that the labels say."""
-    check = "a painted patch changes the key at its place"
+    """Check that the positions that change with the image are the labelled ones."""
+    check = "painting a patch changes the key at its position"
     try:
         painted = painted_patches(vlm, prompt)
     except (CaptureError, GeometryError, InputError) as error:
@@ -266,35 +267,37 @@ def _placed(vlm: VLM, prompt: str, findings: _Findings) -> None:
         return
     wrong = [patch for patch in painted.patches if not patch.at_its_place]
     if painted.patches:
-        note = "; ".join(f"row, col {patch.place}: it changed at {patch.found}" for patch in wrong)
+        note = "; ".join(
+            f"row, col {patch.place}: the key at {patch.found} changed" for patch in wrong
+        )
         findings.judge(check, len(wrong), "exactly 0", note, passed=not wrong)
     else:
         findings.skip(check, painted.reason)
     others = painted.unlabelled
     if others is not None:
         note = f"positions {_first_few([str(n) for n in others])}" if others else ""
-        check = "only image tokens change with the picture"
+        check = "only image tokens change with the image"
         findings.judge(check, len(others), "exactly 0", note, passed=not others)
 
 
 def _same_outputs(
     model: nn.Module, inputs: Mapping[str, Any], exactness: Exactness, findings: _Findings
 ) -> Recording | None:
-    """Plain forwards differ by as much as the model itself is random; a recorded one by no more."""
+    """Check that outputs with recording are equal, up to the difference of two plain forwards."""
     first, again = (tensors_of(seeded(lambda: model(**inputs))) for _ in range(2))
     own = difference(first, again)
     try:
         choice = Choice(values=True, inspect=exactness.look, refuse=False)
         with listening(model, choice) as recording:
-            heard = tensors_of(seeded(lambda: model(**inputs)))
+            recorded = tensors_of(seeded(lambda: model(**inputs)))
     except CaptureError as error:
         findings.judge(
-            "every attention layer that ran is heard", _UNKNOWN, "", str(error), passed=False
+            "every attention layer that ran is recorded", _UNKNOWN, "", str(error), passed=False
         )
         return None
-    value = difference(first, heard)
-    note = "" if own == 0 else "two plain forwards of the model differ as much"
-    check = "outputs are those without recording"
+    value = difference(first, recorded)
+    note = "" if own == 0 else "the limit is the difference between two plain forwards"
+    check = "outputs are the same with and without recording"
     findings.judge(check, value, f"at most {own:.2g}", note, passed=value <= own)
     return recording
 
@@ -303,20 +306,21 @@ def _same_answers(
     vlm: VLM, inputs: dict[str, Any], exactness: Exactness, findings: _Findings
 ) -> None:
     options = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
-    check = "generated tokens are those without recording"
+    check = "generated tokens are the same with and without recording"
     try:
         plain = seeded(lambda: vlm.generate(inputs, **options))
-    except InputError as error:  # it does not write token by token
+    except InputError as error:  # the model does not generate token by token
         findings.skip(check, str(error))
         return
     try:
         with listening(vlm.model, _measuring(exactness)):
-            heard = seeded(lambda: vlm.generate(inputs, **options))
+            recorded = seeded(lambda: vlm.generate(inputs, **options))
     except CaptureError as error:
         findings.judge(check, _UNKNOWN, "", str(error), passed=False)
         return
-    n_changed = int((plain != heard).sum()) if plain.shape == heard.shape else heard.numel()
-    note = f"tokens of {_NEW_TOKENS} that changed"
+    same_shape = plain.shape == recorded.shape
+    n_changed = int((plain != recorded).sum()) if same_shape else recorded.numel()
+    note = f"changed tokens of {_NEW_TOKENS} generated ones"
     findings.judge(check, n_changed, "exactly 0", note, passed=n_changed == 0)
 
 
@@ -326,31 +330,31 @@ def _seen(
     missed = unheard_attention(model, lambda: seeded(lambda: model(**inputs)), recording)
     ran = {call.module for call in recording.calls}
     idle = [each.module for each in recording.modules if each.module not in {*ran, *missed}]
-    found = {"not heard": missed, "did not run": idle}
+    found = {"not recorded": missed, "did not run": idle}
     note = "; ".join(f"{what}: {_first_few(names)}" for what, names in found.items() if names)
-    check, expected = "every attention layer that ran is heard", len(ran) + len(missed)
+    check, expected = "every attention layer that ran is recorded", len(ran) + len(missed)
     findings.judge(check, len(ran), f"exactly {expected}", note, passed=not missed)
     if recording.without_matrix:
         names = _first_few([identity.module for identity in recording.without_matrix])
-        check = "layers without a softmax have no matrix"
+        check = "layers without softmax attention are not recorded"
         findings.skip(check, names, len(recording.without_matrix))
 
 
 def _measuring(exactness: Exactness) -> Choice:
-    """Measure every call and keep none."""
+    """Return the choice that measures every call and keeps none."""
     return Choice(reduce=lambda _: None, inspect=exactness.look, refuse=False)
 
 
 def _exact(exactness: Exactness, findings: _Findings) -> None:
     for check, gaps in (
         ("probabilities give the backend's output", exactness.output_gaps),
-        ("probabilities are those of eager attention", exactness.eager_gaps),
+        ("probabilities equal those of eager attention", exactness.eager_gaps),
     ):
         _judge_gaps(check, gaps, exactness.n_calls, findings)
 
 
 def _judge_gaps(check: str, gaps: Sequence[Gap], n_calls: int, findings: _Findings) -> None:
-    """The call that is farthest beyond its limit, or nearest to it."""
+    """Add a row for the call with the largest ratio of error to limit."""
     compared = f"{len(gaps)} of {n_calls} calls could be compared"
     if not gaps:
         findings.skip(check, compared)
@@ -380,7 +384,7 @@ def _with_backend(
 
 @contextmanager
 def _backend(model: nn.Module, name: str) -> Iterator[None]:
-    """Another attention implementation inside a ``with`` block, in all parts that can take it."""
+    """Switch every part of the model that supports it to another attention implementation."""
     configs = {
         id(each.config): each.config
         for each in model.modules()
@@ -392,7 +396,7 @@ def _backend(model: nn.Module, name: str) -> Iterator[None]:
             model.set_attn_implementation(name)  # type: ignore[operator]
         except ValueError as error:
             raise InputError(
-                f"{name!r} is no attention implementation of this model: {error}"
+                f"{name!r} is not an attention implementation of this model: {error}"
             ) from error
         yield
     finally:
@@ -423,13 +427,13 @@ def _with_cache(
 def _tapped(
     model: nn.Module, inputs: Mapping[str, Any], recording: Recording, findings: _Findings
 ) -> None:
-    """Hide one key from a late query of every layer that the tap can edit."""
+    """Hide one key from a late query, in every layer that the tap can edit."""
     check = "a key hidden through the tap changes the output"
-    asked = [call for call in recording.calls if not call.note]
-    towers = [c for c in asked if c.kind == "self" and c.n_keys > 1 and c.n_queries == c.n_keys]
+    editable = [call for call in recording.calls if not call.note]
+    towers = [c for c in editable if c.kind == "self" and c.n_keys > 1 and c.n_queries == c.n_keys]
     chosen = [c for c in towers if c.tower == "language"] or towers
     if not chosen:
-        findings.skip(check, "no self-attention layer asks transformers' interface")
+        findings.skip(check, "no self-attention layer uses transformers' attention interface")
         return
     tower, shape = chosen[-1].tower, (chosen[-1].n_samples, chosen[-1].n_queries)
     same = (c for c in chosen if c.tower == tower and (c.n_samples, c.n_queries) == shape)
@@ -454,11 +458,12 @@ def _tapped(
 
 
 def _edge(call: AttentionCall) -> tuple[int, int, int] | None:
-    """A sample, a late query that sees several keys, and of the others the one it attends to most.
+    """Return a sample, a late query, and the other key that this query attends to most.
 
-    Of the samples, the one in which this query sees most: others may be padded there. The last
-    query that attends to another key at all; where scores are large, some attend to one key only.
-    None if each query sees one key only.
+    The query is the last one that attends to a key at another position with some probability
+    (with large scores, some queries attend to a single key). The sample is the one in which this
+    query sees the most keys, because in other samples its keys may be padding. None if each query
+    sees one key only.
     """
     best: tuple[float, tuple[int, int, int]] | None = None
     for query in reversed(range(call.n_queries)):
@@ -478,7 +483,7 @@ def _edge(call: AttentionCall) -> tuple[int, int, int] | None:
 
 
 def _checkers() -> Image.Image:
-    """A picture with edges everywhere, so that no patch is like all others."""
+    """Return an image of colored squares, so that patches differ from each other."""
     side, cell = 224, 16
     picture = Image.new("RGB", (side, side))
     for place in range((side // cell) ** 2):
@@ -489,5 +494,5 @@ def _checkers() -> Image.Image:
 
 
 def _first_few(names: list[str]) -> str:
-    """The first of many names."""
+    """Return the first three names and the number of the others, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

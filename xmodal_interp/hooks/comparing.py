@@ -1,4 +1,4 @@
-"""Two runs of one model, made to be compared: same random numbers, same tensors."""
+"""Compare two runs of a model: seed the random numbers, collect tensors, measure differences."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _Output = TypeVar("_Output")
 
 
 def seeded(call: Callable[[], _Output]) -> _Output:
-    """What a call returns on the same random numbers every time; the caller's own stay."""
+    """Return the result of a call with seed 0; the global random state is restored."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return call()
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """Every floating-point tensor of a model's output in float32, caches left out."""
+    """Return every floating-point tensor of a model's output, in float32; caches are left out."""
     if isinstance(output, Tensor):
         return [output.detach().float()] if output.is_floating_point() else []
     if isinstance(output, Mapping):
@@ -30,9 +30,9 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def difference(one: list[Tensor], other: list[Tensor]) -> float:
-    """The largest absolute difference.
+    """Return the largest absolute difference.
 
-    It is infinite where the shapes differ, or where only one holds NaN.
+    It is infinite if the shapes differ, or if only one of the two holds NaN at some place.
     """
     if len(one) != len(other):
         return float("inf")

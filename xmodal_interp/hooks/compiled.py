@@ -1,11 +1,12 @@
-"""Compiled code is refused: before the block if the model shows it, else when it comes to run.
+"""Refuse compiled code: before the block if the model is compiled, else when compiled code runs.
 
-``torch.compile`` makes code that asks for no attention function and calls no hook that came after
-it, so it would be heard in part or not at all, without a word. What it was made of can't be told
-from the outside: a compiled function may call the model, and ``generate`` compiles by itself for
-a static cache. So, for the time of a block, every attention module is given a ``forward`` of its
-own: the same one, but torch's guards see another and trace the code again, hooks included, and
-the hooks can tell that they are traced.
+Code made by ``torch.compile`` does not look up attention functions and does not call hooks that
+were registered later. A recording would silently miss some or all of its attention.
+
+Some compiled code cannot be found in advance: a compiled function may call the model, and
+``generate`` compiles by itself for a static cache. Inside a block, the ``forward`` of every
+attention module is therefore replaced by an equivalent object. The guards of torch then fail, the
+code is traced again with the hooks, and a hook that is traced raises the error.
 """
 
 from __future__ import annotations
@@ -28,14 +29,13 @@ from xmodal_interp.hooks.multihead import is_torchs, quiet_modules
 from xmodal_interp.hooks.own_context import in_a_block, own_context
 from xmodal_interp.restoring import Block
 
-_RULE = "Compiled code runs without asking for its attention functions, so nothing could be heard. "
 _observers: ContextVar[tuple[QuietCalls, ...]] = ContextVar("xmodal_interp_quiet", default=())
 _lock = threading.Lock()
-_shadowed: dict[nn.Module, tuple[int, Any]] = {}  # blocks that are open, and the forward before
+_shadowed: dict[nn.Module, tuple[int, Any]] = {}  # number of open blocks, and the forward before
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Raise CaptureError for a model of which all or a part is compiled by ``torch.compile``."""
+    """Raise CaptureError if the model or a part of it is compiled by ``torch.compile``."""
     for path, module in model.named_modules():
         named = f"{path} ({type(module).__name__})" if path else "this model"
         if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
@@ -51,21 +51,22 @@ def refuse_compiled(model: nn.Module) -> None:
             continue
         subject = subject if subject is named and path else subject[0].upper() + subject[1:]
         raise CaptureError(
-            f"{_RULE}{subject} is compiled. Record the model as it was before {before}."
+            f"{subject} is compiled, and attention in compiled code cannot be recorded or edited. "
+            f"Use the model as it was before {before}."
         )
 
 
 def refuse_when_compiled_code_runs(
     model: nn.Module, known: Iterable[nn.Module], stack: ExitStack
 ) -> None:
-    """Raise CaptureError from inside the model where compiled code reaches it.
+    """Raise CaptureError from inside the model when compiled code calls it.
 
-    A graph that must be whole (``fullgraph=True``) raises torch's own error with the same reason.
+    With ``fullgraph=True``, torch raises its own error, which contains the same message.
 
     Args:
-        model: The model; call this before other hooks are put on it.
+        model: The model. Call this function before other hooks are registered on it.
         known: Its attention modules.
-        stack: It takes everything off again.
+        stack: Removes all changes when it is closed.
     """
     raise_here = stack.enter_context(own_context())(_raise)
 
@@ -88,11 +89,11 @@ def refuse_when_compiled_code_runs(
 
 @dataclass(frozen=True)
 class QuietCalls:
-    """What is called around the ``forward`` of modules that must not have hooks.
+    """Functions to call around the ``forward`` of modules that must not have hooks.
 
     Attributes:
-        enter: Before the forward, with the module and its positional arguments.
-        leave: After it, with the module, its arguments, and what it returned, None if it failed.
+        enter: Called before the forward, with the module and its positional arguments.
+        leave: Called after it, with the module, its arguments and its output (None if it failed).
     """
 
     enter: Callable[[nn.Module, Any], None]
@@ -102,7 +103,7 @@ class QuietCalls:
 def quiet_calls(calls: QuietCalls) -> Block[None]:
     """Observe the modules without hooks (``quiet_modules``) inside the ``with`` block.
 
-    It is for models that :func:`refuse_when_compiled_code_runs` was called with.
+    :func:`refuse_when_compiled_code_runs` must have been called with the model before.
     """
     return Block(partial(_quiet_calls, calls))
 
@@ -117,8 +118,8 @@ def _forget(calls: QuietCalls) -> None:
 
 
 _RUNNING = (
-    f"{_RULE}The model was called from compiled code. Call it as it was before torch.compile; "
-    "generate compiles by itself for a static cache, unless it is told disable_compile=True."
+    "The model was called from compiled code, where attention cannot be recorded or edited. Call "
+    "it as it was before torch.compile; pass disable_compile=True to generate with a static cache."
 )
 
 
@@ -133,7 +134,7 @@ def _refuse_in_a_block() -> None:
 
 
 def replaced_forward(module: nn.Module) -> bool:
-    """Whether a module has a forward of its own: not that of its class, nor one from here."""
+    """Whether the forward of a module instance was replaced by code outside of this file."""
     with _lock:
         _, before = _shadowed.get(module, (0, vars(module).get("forward")))
     return before is not None
@@ -146,14 +147,14 @@ def _is_compiled(forward: Any) -> bool:
 
 
 class _Shadow(partial[Any]):
-    """The forward of a module as another object; copies of the module get one of their own."""
+    """The forward of a module, wrapped in another object; a copy of the module gets its own one."""
 
     copies: list[weakref.ref[nn.Module]]
 
-    of: weakref.ref[nn.Module] | None = None  # for a module without hooks
+    of: weakref.ref[nn.Module] | None = None  # the module, if it must not have hooks
 
     def __call__(self, /, *args: Any, **options: Any) -> Any:
-        """Run the forward, and call the observers of a module without hooks."""
+        """Run the forward; for a module without hooks, call the observers before and after it."""
         module = None if self.of is None else self.of()
         if module is None:
             return self.func(*args, **options)
@@ -173,7 +174,7 @@ class _Shadow(partial[Any]):
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shadow:
         forward = copy.deepcopy(self.func, memo)
         of = getattr(forward, "__self__", None)
-        if isinstance(of, nn.Module):  # else the module had a forward of its own before
+        if isinstance(of, nn.Module):  # otherwise the module's forward had been replaced before
             self.copies.append(weakref.ref(of))
         return _shadow_of(forward)
 
@@ -206,7 +207,7 @@ def _unshadow(module: nn.Module) -> None:
 
 
 def _reveal(module: nn.Module) -> None:
-    """Take the shadow off a module, and off the copies that were made of it."""
+    """Restore the class's forward on a module, and on the copies that were made of it."""
     shadow = vars(module).get("forward")
     if isinstance(shadow, _Shadow):
         del module.forward

@@ -1,9 +1,9 @@
-"""Take image tokens away from a language model: replace the embeddings at their positions.
+"""Remove image tokens from the input of a language model by replacing their embeddings.
 
 Some models (Qwen3-VL's DeepStack and its copies, Granite 4 Vision) add further image features to
-the hidden states inside the language model. It gets them as arguments: a mask of positions, and
-tensors with one row for each True of the mask. They are replaced in the same way as the embeddings.
-A model that passes the image on in yet another way is refused by :func:`check_images_gone`.
+the hidden states inside the language model. These features are arguments of the language model: a
+mask of positions, and tensors with one row for each True of the mask. They are replaced in the same
+way as the embeddings. :func:`check_images_gone` refuses a model that still depends on the image.
 """
 
 from __future__ import annotations
@@ -27,20 +27,19 @@ def mean_embeddings(
     replaced: Bool[Tensor, "sample position"],
     averaged: Bool[Tensor, "sample position"],
 ) -> Iterator[None]:
-    """Put the mean of some positions' embeddings in the place of others, inside the ``with`` block.
+    """Replace embeddings by the mean embedding of other positions, inside the ``with`` block.
 
-    The language model then reads the mean image token at the old positions. Image features that are
-    added inside the language model are replaced by their mean too; positions without such a feature
-    count as 0 in it.
+    Image features that are added inside the language model are replaced by their mean too;
+    positions without such a feature count as 0 in this mean.
 
     Args:
-        vlm: Model and processor; its images must be among the tokens of the sequence.
-        replaced: Where to put the mean.
-        averaged: What it is the mean of, sample by sample.
+        vlm: Model and processor; images must be tokens of the sequence.
+        replaced: The positions to replace.
+        averaged: The positions to average, in each sample.
 
     Raises:
-        UnsupportedModelError: Text reaches the image by cross-attention.
-        CaptureError: The language model was given other positions, or ran never.
+        UnsupportedModelError: Text reads the image by cross-attention.
+        CaptureError: The language model received different positions, or never ran.
     """
     check_in_sequence(vlm)
     calls = 0
@@ -50,11 +49,11 @@ def mean_embeddings(
         calls += 1
         embedded = options.get("inputs_embeds")
         if embedded is None or embedded.shape[:2] != replaced.shape:
-            came = "none" if embedded is None else str(list(embedded.shape[:2]))
+            shape = None if embedded is None else list(embedded.shape[:2])
+            came = "no embeddings" if shape is None else f"embeddings of shape {shape}"
             raise CaptureError(
-                "Embeddings are replaced in one forward over the whole sequence, without a cache. "
-                f"Given were positions {list(replaced.shape)}; the language model got embeddings "
-                f"of {came}."
+                f"Embeddings of shape {list(replaced.shape)} were to be replaced, but the language "
+                f"model received {came}. Run one forward over the whole sequence, without a cache."
             )
         changed = _with_mean(embedded, replaced, averaged)
         injected = _injected(options, replaced, averaged)
@@ -66,7 +65,7 @@ def mean_embeddings(
     if not calls:
         raise CaptureError(
             "Embeddings were to be replaced, but the language model "
-            f"({type(decoder).__name__}) did not run inside the with block."
+            f"({type(decoder).__name__}) did not run inside the with block. Run the model there."
         )
 
 
@@ -75,7 +74,7 @@ def _with_mean(
     replaced: Bool[Tensor, "sample position"],
     averaged: Bool[Tensor, "sample position"],
 ) -> Float[Tensor, "sample position d"]:
-    """The values with the mean of some positions at others, sample by sample."""
+    """Return the values with the mean of some positions put at others, in each sample."""
     weights = averaged.to(values)[..., None]
     mean = (values * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
     return torch.where(replaced.to(values.device)[..., None], mean, values)
@@ -86,10 +85,10 @@ def _injected(
     replaced: Bool[Tensor, "sample position"],
     averaged: Bool[Tensor, "sample position"],
 ) -> dict[str, Any]:
-    """The arguments that hold features of some positions, with the mean at the replaced ones.
+    """Return the arguments that hold image features, with the mean at the replaced positions.
 
-    They are tensors, or lists or mappings of tensors, whose rows are the positions of a mask among
-    the arguments.
+    Such an argument is a tensor, or a list or mapping of tensors, with one row for each True of a
+    mask that is another argument.
     """
     masks = [
         value.flatten(2).any(-1) if value.ndim > 2 else value
@@ -128,10 +127,10 @@ def _injected(
 def check_images_gone(
     vlm: VLM, inputs: Mapping[str, Any], image: Bool[Tensor, "sample position"]
 ) -> None:
-    """Refuse a model that still sees an image whose tokens are all replaced.
+    """Refuse a model that still depends on an image whose tokens are all replaced.
 
-    Two forwards with all image tokens replaced by the mean of the others, the second with pixels of
-    half the size of the first: the logits must be the same.
+    The model runs twice with all image tokens replaced by the mean of the other tokens, the second
+    time with all pixel values halved. The logits of the two runs must be equal.
 
     Args:
         vlm: Model and processor.
@@ -139,7 +138,7 @@ def check_images_gone(
         image: Which positions are image tokens.
 
     Raises:
-        UnsupportedModelError: They differ.
+        UnsupportedModelError: The logits differ.
     """
     halved = {
         name: value / 2
@@ -152,22 +151,21 @@ def check_images_gone(
     change = (one - other).abs().max()
     if not change <= 1e-3 * one.abs().max():
         raise UnsupportedModelError(
-            "Image tokens are taken away by replacing their embeddings and the features that the "
-            f"language model is given for their positions. In {vlm.family.model_type} the image "
-            "arrives in another way: with all its tokens replaced, other pixels change the logits "
-            f"by up to {change:.1g}. Cut its attention with knock_out_attention instead."
+            f"The language model of {vlm.family.model_type} does not receive the image only by "
+            "the embeddings and features of image tokens: with all of them replaced, other pixels "
+            f"change the logits by up to {change:.1g}. Cut its attention with knock_out_attention "
+            "instead."
         )
 
 
 def check_in_sequence(vlm: VLM) -> None:
-    """Refuse a model whose image tokens are not among those of the sequence.
+    """Refuse a model whose sequence does not hold image tokens.
 
     Raises:
-        UnsupportedModelError: Text reaches the image by cross-attention.
+        UnsupportedModelError: Text reads the image by cross-attention.
     """
     if not vlm.family.in_sequence:
         raise UnsupportedModelError(
-            "Image tokens can be replaced where they are among the tokens of the sequence. In "
-            f"{vlm.family.model_type} text reaches the image by cross-attention; cut that with "
-            "knock_out_attention(..., kind='cross')."
+            f"{vlm.family.model_type} has no image tokens to replace: text reads the image by "
+            "cross-attention. Cut that with knock_out_attention(..., kind='cross')."
         )

@@ -1,13 +1,12 @@
-"""How exact recomputed probabilities are, measured while the model makes its calls.
+"""Measure the errors of recomputed probabilities while the model runs.
 
-* Applied to the values they give ``O' = P V``; the backend returned ``O``. The error is
-  ``max |O' - O| / max |V|``.
-* The modeling code's eager function, given the same operands in float32, returns probabilities of
-  its own. The error is ``max |P' - P|``.
+* Output error: the probabilities applied to the values give ``O' = P V``, and the backend returned
+  ``O``. The error is ``max |O' - O| / max |V|``.
+* Eager error: the modeling code's eager function, called with the same operands in float32, returns
+  probabilities ``P'``. The error is ``max |P' - P|``.
 
-Each error has a limit: what the precision of the computation explains. Scores are rounded, and the
-larger they are, the more of a probability that explains. Rows are sampled where a whole matrix
-would not fit.
+Each error has a limit: the error that the precision of the computation explains. It grows with the
+size of the scores, because scores are rounded. Rows are sampled if the whole matrix is too large.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ LAYER_COLUMNS = (
     *("tower", "kind", "layer", "module"),
     *("calls", "output_error", "eager_error", "note"),
 )
-_BYTES = 64 * 2**20  # of float32 probabilities at a time
+_BYTES = 64 * 2**20  # the largest size of recomputed float32 probabilities
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """The largest error of a probability that a model's precision explains."""
+    """Return the largest error of a probability that a model's precision explains."""
     return _TOLERANCES.get(dtype, _TOLERANCES[torch.bfloat16])
 
 
 class Exactness:
-    """Compares every call with what the backend made of it; memory stays bounded."""
+    """Compares every call with the output of its backend, with bounded memory."""
 
     def __init__(self) -> None:
         self.n_calls = 0
@@ -52,31 +51,31 @@ class Exactness:
 
     @property
     def output_gaps(self) -> list[Gap]:
-        """One per call whose output could be compared."""
+        """Output errors with their limits, one per call whose output could be compared."""
         return [gap for of in self.gaps.values() for gap in of["output"]]
 
     @property
     def eager_gaps(self) -> list[Gap]:
-        """One per call that eager attention could be computed for."""
+        """Eager errors with their limits, one per call with an eager function."""
         return [gap for of in self.gaps.values() for gap in of["eager"]]
 
     @property
     def output_errors(self) -> list[float]:
-        """One per call whose output could be compared."""
+        """Output errors, one per call whose output could be compared."""
         return [gap.error for gap in self.output_gaps]
 
     @property
     def eager_errors(self) -> list[float]:
-        """One per call that eager attention could be computed for."""
+        """Eager errors, one per call with an eager function."""
         return [gap.error for gap in self.eager_gaps]
 
     def look(self, heard: Heard, call: AttentionCall) -> None:
-        """Measure one call."""
+        """Measure the errors of one call; called by the recorder for every call."""
         self.n_calls += 1
         self.calls[call.module] += 1
         self.notes[call.module] = call.note
         if not isinstance(heard, RawCall) or call.n_queries == 0 or call.n_keys == 0:
-            return  # the module's own probabilities, or none: there is nothing to recompute
+            return  # nothing to recompute: the module's own probabilities, or an empty call
         rows = _rows(call)
         gaps = self.gaps[call.module]
         eps = max(product_eps(t.dtype) for t in (heard.query, heard.output) if t is not None)
@@ -87,17 +86,14 @@ class Exactness:
                 gaps["output"].append(_output_gap(heard, call, rows, probs, seeing, eps))
             try:
                 expected = _eager_probs(heard, call, rows)
-            except (
-                RuntimeError,
-                TypeError,
-            ) as error:  # of modeling code that can't be run as it is
+            except (RuntimeError, TypeError) as error:  # raised by the modeling code
                 self.notes[call.module] = f"eager attention fails: {error}"
                 return
             if expected is not None:
                 gaps["eager"].append(_eager_gap(call, rows, probs, expected.float(), seeing))
 
     def by_layer(self, modules: Sequence[Identity]) -> pd.DataFrame:
-        """The largest errors of each layer; NaN where nothing could be compared."""
+        """Return the largest errors of each layer; NaN if nothing could be compared."""
         records: list[dict[str, Any]] = []
         for each in modules:
             gaps = self.gaps.get(each.module, {})
@@ -121,7 +117,7 @@ class Exactness:
 
 
 def _rows(call: AttentionCall) -> list[int]:
-    """Every row, or as many as fit, evenly spread."""
+    """Return all rows, or as many as fit into memory, evenly spaced."""
     n_fit = max(1, _BYTES // (4 * call.n_samples * call.n_heads * call.n_keys))
     step = -(-call.n_queries // n_fit)
     return list(range(0, call.n_queries, step))
@@ -135,7 +131,7 @@ def _output_gap(
     seeing: Tensor,
     eps: float,
 ) -> Gap:
-    """Of the rows that see a key; a probability that is NaN there is an error that is NaN."""
+    """Return the output error of rows with a visible key; NaN if a probability there is NaN."""
     assert heard.output is not None
     values = heard.value.detach().float()
     largest = float(values.abs().max())
@@ -155,7 +151,7 @@ def _output_gap(
 def _eager_gap(
     call: AttentionCall, rows: list[int], probs: Tensor, expected: Tensor, seeing: Tensor
 ) -> Gap:
-    """Both are computed in float32."""
+    """Return the eager error; both probabilities are computed in float32."""
     dtype = torch.float32
     gaps = (expected - probs).abs()[seeing]
 
@@ -167,9 +163,10 @@ def _eager_gap(
 
 
 def _judged(gaps: Tensor, limit: float, explained: Callable[[], Tensor]) -> Gap:
-    """The error that is farthest beyond its limit, of ``[row, value]``.
+    """Return the error with the largest ratio to its limit, of gaps ``[row, value]``.
 
-    What rounded scores explain is measured row by row, if the limit is not kept.
+    If an error exceeds the limit, the limit of each row is increased by the error that rounding of
+    its scores explains.
     """
     if not gaps.numel():
         return Gap(0.0, limit)
@@ -182,17 +179,20 @@ def _judged(gaps: Tensor, limit: float, explained: Callable[[], Tensor]) -> Gap:
 
 
 def _rounding_of_probs(call: AttentionCall, row: Tensor, probs: Tensor, eps: float) -> Tensor:
-    """Their standard deviation where the scores are rounded, as :func:`rounding` of products."""
+    """Return the standard deviation of probabilities due to rounded scores.
+
+    :func:`rounding` does the same for the output ``P V``.
+    """
     moved = moved_probs(call, row, probs, eps).square()
     others = moved.sum(-1, keepdim=True) - moved
     return ((1 - probs).square() * moved + probs.square() * others).clamp(min=0).sqrt()
 
 
 def _eager_probs(heard: RawCall, call: AttentionCall, rows: list[int]) -> Tensor | None:
-    """Probabilities of the modeling code's own function on the same operands, in float32.
+    """Return the probabilities of the modeling code's eager function on the same operands.
 
-    Eager attention is given the mask that the model gave it; for another backend, the mask that
-    hides what the backend hides.
+    The operands are cast to float32. For the backend "eager" the function gets the mask of the
+    call; for another backend, a mask that hides the keys which the backend hides.
     """
     if heard.eager is None or len(rows) < call.n_queries:
         return None

@@ -1,4 +1,4 @@
-"""Which layers and heads a model has, and the refusal of others."""
+"""Look up the layers and heads of a model, and refuse those that do not exist."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from xmodal_interp.vocabulary import AttentionKind, Tower
 
 
 def head_counts(model: nn.Module, tower: Tower) -> dict[int, int]:
-    """How many query heads each self-attention layer of a tower has, ascending.
+    """Return the number of query heads of each self-attention layer of a tower, by layer.
 
     Raises:
-        LayerError: There is no such layer, or one that does not say how many heads it has.
+        LayerError: There is no such layer, or the number of heads of a layer is unknown.
     """
     counts = layers_of(attention_modules(model), tower, "self")
     silent = [layer for layer, module in counts.items() if n_heads_of(module) is None]
     if silent:
         raise LayerError(
-            "A layer must say how many heads it has (num_heads, or num_attention_heads in its "
-            f"config); {tower} self-attention, layers {ranged(silent)}, does not."
+            f"The number of heads of {tower} self-attention, layers {ranged(silent)}, is unknown. "
+            "Set num_heads on these modules, or num_attention_heads in their config."
         )
     return {layer: n_heads_of(module) or 0 for layer, module in counts.items()}
 
@@ -34,15 +34,16 @@ def checked_heads(
     layers: Mapping[int, int | None],
     name: str,
 ) -> dict[int, tuple[int, ...]]:
-    """Layers and heads that exist, each once, negative ones counted from the end.
+    """Return existing heads by layer, without duplicates and with negative numbers resolved.
 
     Args:
-        wanted: Heads by layer: numbers, or a mask with an entry for each head.
-        layers: The number of heads of every layer there is, or None where it is unknown.
-        name: What to call the layers in a message: ``"language self-attention"``.
+        wanted: Heads by layer: numbers (negative ones count from the end), or a mask with an entry
+            for each head.
+        layers: The number of heads of every existing layer; None if unknown.
+        name: The name of the layers for a message, such as ``"language self-attention"``.
 
     Raises:
-        LayerError: A layer or head that does not exist.
+        LayerError: A layer or head does not exist.
     """
     found: dict[int, tuple[int, ...]] = {}
     known = sorted(layers)
@@ -50,7 +51,7 @@ def checked_heads(
         layer = number(given, "layer")
         index = known[layer] if -len(known) <= layer < 0 else layer
         if index not in layers:
-            raise LayerError(f"A layer must exist. {name} has layers {ranged(known)}; got {layer}.")
+            raise LayerError(f"There is no layer {layer}: {name} has layers {ranged(known)}.")
         count = layers[index]
         several = list(several) if isinstance(several, Iterator) else several
         row = entries_of(several)
@@ -58,9 +59,7 @@ def checked_heads(
         for head in heads:
             if head < 0 if count is None else not -count <= head < count:
                 there = "an unknown number of heads" if count is None else f"heads 0 to {count - 1}"
-                raise LayerError(
-                    f"A head must exist. {name}, layer {index}, has {there}; got {head}."
-                )
+                raise LayerError(f"There is no head {head}: {name}, layer {index}, has {there}.")
         positive = [head + (count or 0) if head < 0 else head for head in heads]
         found[index] = tuple(dict.fromkeys((*found.get(index, ()), *positive)))
     return found
@@ -69,23 +68,23 @@ def checked_heads(
 def layers_of(
     known: Mapping[nn.Module, Identity], tower: Tower, kind: AttentionKind
 ) -> dict[int, nn.Module]:
-    """The attention modules of a tower by layer, ascending.
+    """Return the attention modules of a tower and kind, by layer.
 
     Raises:
-        LayerError: There are none.
+        LayerError: The model has none.
     """
     found = {i.layer: m for m, i in known.items() if (i.tower, i.kind) == (tower, kind)}
     if not found:
         there = sorted({f"{i.tower} {i.kind}-attention" for i in known.values()})
         raise LayerError(
-            f"A layer must exist. The model has {', '.join(there)}; it has no {tower} "
-            f"{kind}-attention."
+            f"The model has no {tower} {kind}-attention. It has {', '.join(there)}; pass one of "
+            "these as tower= and kind=."
         )
     return dict(sorted(found.items()))
 
 
 def n_heads_of(module: nn.Module) -> int | None:
-    """Query heads of a layer, as modeling code has it: on the module, else in its config."""
+    """Return the number of query heads of a layer, from its module or config; None if unknown."""
     for owner in (module, getattr(module, "config", None)):
         for name in ("num_attention_heads", "num_heads", "n_heads", "heads"):
             count = getattr(owner, name, None)
@@ -95,7 +94,7 @@ def n_heads_of(module: nn.Module) -> int | None:
 
 
 def ranged(values: Iterable[int]) -> str:
-    """Such as ``"0 to 3"``, or ``"0, 2, 3"`` where some are missing."""
+    """Return numbers as a string: ``"0 to 3"``, or ``"0, 2, 3"`` if some are missing."""
     ordered = sorted(values)
     if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
         return f"{ordered[0]} to {ordered[-1]}"

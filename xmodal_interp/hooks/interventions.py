@@ -1,17 +1,18 @@
-"""Interventions: change what attention heads do, run the model, and everything is as it was.
+"""Interventions: edit attention heads while a model runs inside a ``with`` block.
 
-1. Before anything runs, each intervention says which layers and heads it edits; unknown ones are
-   refused.
-2. While the ``with`` block runs, it listens at the tap: it may change the operands of a call (the
-   mask among them), or its output, which is what the output projection is given.
-3. At the end of the block an intervention that never met one of its layers, or never reached one of
-   its positions, is an error: an experiment must not be a silent no-op.
+1. When the block is entered, each intervention returns the layers and heads that it edits; unknown
+   ones are refused.
+2. Inside the block, the tap calls the intervention for each attention call. It can change the
+   operands (including the mask), or the output, which is the input of the output projection.
+3. When the block is exited, an error is raised if a layer of the intervention did not run or one of
+   its positions was not reached: an experiment must not be a silent no-op.
 
-No weight, buffer or config is changed. Hooks, the tap and a stand-in ``forward`` on attention
-modules (see :mod:`xmodal_interp.hooks.compiled`) are removed on any way out. ``record`` may stand
-inside or outside of ``intervene``: it records the operands as the backend was given them.
+No weight, buffer or config is changed. Hooks, the tap and the wrapped ``forward`` of attention
+modules (see :mod:`xmodal_interp.hooks.compiled`) are removed when the block is exited, also after
+an exception. ``record`` can be inside or outside of ``intervene``: it records the operands that the
+backend received.
 
-To add one, write a frozen dataclass with the functions of :class:`Intervention`.
+To add an intervention, write a frozen dataclass with the methods of :class:`Intervention`.
 """
 
 from __future__ import annotations
@@ -47,13 +48,14 @@ from xmodal_interp.vocabulary import AttentionKind, Tower
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where an intervention meets a call.
+    """The place of an edited call: layer, heads and positions.
 
     Attributes:
         identity: The layer.
         heads: The heads to edit.
         start: The position of the call's first query in the sequence.
-        batch: The samples that are run; None where positions are not those of their tokens.
+        batch: The samples that the model runs; None in towers whose positions are not those of the
+            prompt's tokens.
     """
 
     identity: Identity
@@ -62,7 +64,7 @@ class Site:
     batch: RunningBatch | None = None
 
     def head_mask(self, call: RawCall) -> Bool[Tensor, " head"]:
-        """True at the heads to be edited."""
+        """Return a mask that is True at the heads to edit."""
         mask = torch.zeros(call.query.shape[1], dtype=torch.bool, device=call.query.device)
         mask[list(self.heads)] = True
         return mask
@@ -70,7 +72,10 @@ class Site:
     def query_mask(
         self, selection: Selection | None, call: RawCall
     ) -> Bool[Tensor, "sample query"]:
-        """True at the queries to be edited, all without a selection; one row if samples agree."""
+        """Return a mask that is True at the queries to edit; everywhere without a selection.
+
+        It has one row if the mask is the same for all samples.
+        """
         n_queries = call.query.shape[2]
         if selection is None:
             return torch.ones(1, n_queries, dtype=torch.bool, device=call.query.device)
@@ -79,20 +84,25 @@ class Site:
         )
 
     def key_mask(self, selection: Selection, call: RawCall) -> Bool[Tensor, "sample key"]:
-        """True at the keys to be edited; one row if samples agree."""
+        """Return a mask that is True at the keys to edit.
+
+        It has one row if the mask is the same for all samples.
+        """
         batch = self.batch if self.identity.kind == "self" else None
         return selection.between(0, call.key.shape[2], call.key, batch, begins=self.begins)
 
     @property
     def begins(self) -> bool:
-        """Whether the call begins a sequence: it is not a decode step."""
+        """Whether the call begins a sequence, so that it is not a decode step."""
         return self.start == 0 and not (self.batch is not None and self.batch.goes_on)
 
     def attention(self, call: RawCall) -> AttentionCall:
-        """The call by its proper names; after the call, in the reading that gives its output.
+        """Return the call as an :class:`AttentionCall`.
+
+        After the call, its mask and causal flag are interpreted so that they give its output.
 
         Raises:
-            CaptureError: No reading of its arguments gives its output.
+            CaptureError: No interpretation of its arguments gives its output.
         """
         agreement = Agreement()
         found = as_attention_call(call, self.identity, 0, whole_mask(call))
@@ -101,47 +111,47 @@ class Site:
         return found
 
 
-@runtime_checkable  # for the type checks that tests run under
+@runtime_checkable  # the tests check types at run time
 class Intervention(Protocol):
-    """An edit of the attention calls of one tower and kind."""
+    """The protocol of an intervention, which edits attention calls of one tower and kind."""
 
     @property
     def tower(self) -> Tower:
-        """The tower it edits."""
+        """The tower to edit."""
 
     @property
     def kind(self) -> AttentionKind:
-        """The kind of attention it edits."""
+        """The kind of attention to edit."""
 
     @property
     def selections(self) -> tuple[Selection, ...]:
-        """The positions it names; all must be reached."""
+        """The positions to edit; all must be reached."""
 
     def heads_in(self, layers: Mapping[int, int | None]) -> Mapping[int, Sequence[int]]:
-        """The heads to edit by layer, given each layer's number of heads (None if unknown)."""
+        """Return the heads to edit by layer, given the number of heads of each layer or None."""
 
     def before(self, call: RawCall, site: Site) -> RawCall:
-        """The call as it shall be made; the same object leaves it alone."""
+        """Return the call to make; return the same object to leave it unchanged."""
 
     def after(self, call: RawCall, output: Tensor, site: Site) -> Tensor:
-        """The output ``[sample, query, head, d_head]`` as the model shall see it."""
+        """Return the output for the model, ``[sample, query, head, d_head]``."""
 
 
 def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Block[None]:
-    """Run a model with changed attention heads inside a ``with`` block.
+    """Edit attention heads of a model while it runs inside a ``with`` block.
 
-    Where two interventions edit the same output, the first one named is applied last, as the outer
-    one of two nested blocks is.
+    If two interventions edit the same output, the first argument is applied last, like the outer
+    one of two nested blocks.
 
     Args:
         model: A VLM or any transformers model.
-        *interventions: Such as ``ablate_heads`` and ``knock_out_attention`` return.
+        *interventions: Results of ``ablate_heads`` and ``knock_out_attention``, for example.
 
     Raises:
-        LayerError: A layer or head that the model does not have, before anything runs.
-        CaptureError: A layer was never met (at the end of a block that did not fail by itself), or
-            a call cannot be edited as asked for.
-        PositionError: A position was never reached, at the end of the block.
+        LayerError: The model does not have a layer or head (raised before the model runs).
+        CaptureError: A layer did not run (raised at the end of the block, unless the block itself
+            failed), or a call cannot be edited.
+        PositionError: A position was not reached (raised at the end of the block).
     """
     return Block(partial(_intervene, model, interventions))
 
@@ -175,18 +185,21 @@ def _intervene(
 
 
 def active_interventions() -> list[Intervention]:
-    """The interventions of the ``intervene`` blocks that are open here, the outermost first."""
+    """Return the interventions of the active ``intervene`` blocks, the outermost first."""
     return [each.intervention for each in listeners() if isinstance(each, _Editor)]
 
 
 def _without_adapter(model: nn.Module) -> nn.Module:
-    """The model in PEFT's wrapper, whose ``generate`` does not run the wrapper's ``forward``."""
+    """Return the model inside a PEFT wrapper, or the model itself if it is not wrapped.
+
+    ``generate`` of the wrapper does not run the ``forward`` of the wrapper.
+    """
     inner = getattr(model, "get_base_model", None)
     return model if inner is None else inner()
 
 
 class _Editor:
-    """One intervention at work; its state lives as long as one ``with`` block."""
+    """Applies one intervention for the duration of one ``with`` block."""
 
     def __init__(
         self,
@@ -202,31 +215,31 @@ class _Editor:
         self._check_editable()
         self.running: list[nn.Module] = []
         self.ran: set[nn.Module] = set()
-        self.length: dict[nn.Module, int] = {}  # of the sequence that a module is at
+        self.length: dict[nn.Module, int] = {}  # number of positions each module has processed
         self.reached = 0
         self.site: Site | None = None
 
     def _check_editable(self) -> None:
-        """Raise CaptureError for modules that compute their heads inside a function of torch."""
+        """Raise CaptureError for modules whose heads are computed inside one torch function."""
         fixed = [self.known[m].layer for m in self.heads if isinstance(m, nn.MultiheadAttention)]
         if fixed:
             raise CaptureError(
-                "Heads of torch.nn.MultiheadAttention cannot be edited: one function of torch "
-                "computes them and their output projection. "
                 f"{self.intervention.tower} {self.intervention.kind}-attention, layers "
-                f"{ranged(fixed)}, is such a module; leave them out."
+                f"{ranged(fixed)}, is torch.nn.MultiheadAttention, whose heads cannot be edited: "
+                "one torch function computes them and the output projection. Leave these layers "
+                "out."
             )
 
     def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
         if self.batch is not None:
             self.batch.look()
         while self.running and not is_running(self.running[-1]):
-            self.running.pop()  # an interrupt ended it: torch calls no hook after one
+            self.running.pop()  # ended by an interrupt, after which torch calls no hook
         self.running.append(module)
         self.ran.add(module)
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
-        if self.running and self.running[-1] is module:  # not if it was refused
+        if self.running and self.running[-1] is module:  # not the case if it was refused
             self.running.pop()
 
     def before(self, call: RawCall) -> RawCall:
@@ -242,20 +255,20 @@ class _Editor:
         if missed:
             unseen = any(self.known[m].layer in missed for m in self.ran)
             why = (
-                "ran without passing transformers' attention interface, where heads are edited; "
-                "leave them out"
+                "ran without transformers' attention interface, where heads are edited. Leave them "
+                "out"
                 if unseen
-                else "did not run; run the model inside the with block, or leave them out"
+                else "did not run. Run the model inside the with block, or leave them out"
             )
             raise CaptureError(
-                f"An intervention must meet every layer it names. {name}, layers "
-                f"{ranged(missed)}, {why}."
+                f"An intervention did not edit all its layers: {name}, layers {ranged(missed)}, "
+                f"{why}."
             )
         needed = max((s.n_needed for s in self.intervention.selections), default=0)
         if self.heads and needed > self.reached:
             raise PositionError(
-                f"An intervention must reach every position it names. It names position "
-                f"{needed - 1}; {name} ran over positions 0 to {self.reached - 1}."
+                f"An intervention edits position {needed - 1}, but {name} ran over positions 0 to "
+                f"{self.reached - 1}. Choose positions of the sequence."
             )
 
     def _site(self, call: RawCall) -> Site | None:
@@ -267,12 +280,11 @@ class _Editor:
         identity, heads, n_heads = self.known[module], self.heads[module], call.query.shape[1]
         if max(heads, default=0) >= n_heads:
             raise LayerError(
-                f"A head must exist. {identity.module} has heads 0 to {n_heads - 1}; got "
-                f"{max(heads)}."
+                f"There is no head {max(heads)}: {identity.module} has heads 0 to {n_heads - 1}."
             )
         if isinstance(call.mask, BlockMask):
             raise CaptureError(
-                "Flex attention is given a function instead of a mask, which cannot be edited. "
+                "Flex attention receives a function instead of a mask, which cannot be edited. "
                 "Load the model with attn_implementation='sdpa' to intervene."
             )
         start = self._start(module, call) if self.intervention.selections else 0
@@ -282,10 +294,10 @@ class _Editor:
         return Site(identity, heads, start, self.batch)
 
     def _start(self, module: nn.Module, call: RawCall) -> int:
-        """The position of the first query: behind the cache."""
+        """Return the position of the first query, which follows the cached positions."""
         n_queries, n_keys = call.query.shape[2], call.key.shape[2]
         before = self.length.get(module)
-        if self.intervention.kind == "cross":  # its keys don't tell; a prompt comes in one piece
+        if self.intervention.kind == "cross":  # one query is a decode step: keys do not grow
             return 0 if n_queries > 1 or before is None else before
         if n_queries == n_keys:
             return 0
@@ -294,9 +306,9 @@ class _Editor:
         last_is_seen = bool(site.attention(call).visible([n_queries - 1])[..., -1].any())
         if not last_is_seen or before not in (None, start):
             raise CaptureError(
-                "Positions can be told where each step's keys are those before plus its own. "
                 f"{self.known[module].module} has {n_keys} keys for {n_queries} queries after "
-                f"{before or 0} positions (a static or sliding cache). Generate with the default "
-                "cache, or intervene without positions."
+                f"{before or 0} positions (a static or sliding cache), so the positions of its "
+                "queries are unknown. Generate with the default cache, or intervene without "
+                "positions."
             )
         return start

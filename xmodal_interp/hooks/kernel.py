@@ -1,16 +1,16 @@
-"""Calls of torch's attention functions, whatever module makes them.
+"""Observe calls of torch's attention functions by any module.
 
 Four functions compute attention in torch 2.14:
 
-* ``torch.nn.functional.scaled_dot_product_attention``: it is given queries, keys and values;
-* ``torch.nn.functional.multi_head_attention_forward``: it projects them itself;
+* ``torch.nn.functional.scaled_dot_product_attention``, which takes queries, keys and values;
+* ``torch.nn.functional.multi_head_attention_forward``, which also computes the projections;
 * ``torch._native_multi_head_attention`` and ``torch._transformer_encoder_layer_fwd``: the fused
   kernels of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in evaluation mode.
 
-Inside a block each function is wrapped so that observers see every call. What is called, with what,
-and what it returns stay the same. A function that one of the others calls is not observed a second
-time. Code that imported a function earlier, by ``from torch.nn.functional import
-scaled_dot_product_attention``, is not observed here.
+Inside a block each function is wrapped so that observers see every call; arguments and results stay
+the same. If one of these functions calls another one, only the outer call is observed. Code that
+imported a function earlier, by ``from torch.nn.functional import scaled_dot_product_attention``, is
+not observed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FUSED_MULTIHEAD = "_native_multi_head_attention"
 FUSED_LAYER = "_transformer_encoder_layer_fwd"
 
 HearKernel = Callable[[str, tuple[Any, ...], Mapping[str, Any], Any], None]
-"""Is given the function's name, its arguments by position and by name, and what it returned."""
+"""An observer: takes the function's name, its arguments by position and by name, and its result."""
 
 _HOMES: dict[str, Any] = {
     SCALED_DOT_PRODUCT: functional,
@@ -50,7 +50,7 @@ _originals: dict[str, Callable[..., Any]] = {}
 
 
 def kernel_calls(hear: HearKernel) -> Block[None]:
-    """Let ``hear`` know of every call made inside the ``with`` block, in this thread."""
+    """Call ``hear`` after every call made inside the ``with`` block, in this thread."""
     return Block(partial(_kernel_calls, hear))
 
 
@@ -62,7 +62,7 @@ def _kernel_calls(hear: HearKernel, stack: ExitStack) -> None:
 
 
 def _forget(hear: HearKernel) -> None:
-    """Blocks may be exited in any order, so an older state is not put back."""
+    """Remove an observer; the previous tuple is not restored, as blocks may exit in any order."""
     _listeners.set(tuple(each for each in _listeners.get() if each is not hear))
 
 
@@ -84,12 +84,12 @@ def _remove() -> None:
         _open -= 1
         if _open == 0:
             for name, home in _HOMES.items():
-                if isinstance(getattr(home, name), _Observed):  # else it was replaced meanwhile
+                if isinstance(getattr(home, name), _Observed):  # not replaced by other code
                     setattr(home, name, _originals[name])
 
 
 class _Observed:
-    """A function of torch, and a word to the observers."""
+    """A function of torch that calls the observers after each call."""
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)

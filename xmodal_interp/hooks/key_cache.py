@@ -1,4 +1,4 @@
-"""Keys of a cache, kept once: those of a growing cache, and those of a static one."""
+"""Keep the keys of a cache once instead of once per decode step, for growing and static caches."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from xmodal_interp.hooks.tapping import RawCall
 
 @dataclass(eq=False)
 class KeyCache:
-    """The keys (and values) of one layer, as far as they are one sequence.
+    """The keys (and values) of one layer for one sequence.
 
     Attributes:
         k: ``[sample, kv_head, key, d_head]``.
         v: Values, if they are kept.
-        seen: ``[key]``, which keys any query so far could see; None if all.
+        seen: ``[key]``, True for keys that some earlier query could see; None if all are.
     """
 
     k: Tensor
@@ -27,9 +27,12 @@ class KeyCache:
     seen: Bool[Tensor, " key"] | None = None
 
     def grow(self, raw: RawCall, mask: Tensor | None) -> bool:
-        """Take the keys of a later step, if those that were seen are still the same.
+        """Replace the keys by those of a later step, if the keys seen so far are unchanged.
 
-        A growing cache has more of them; a static one wrote over some that had been hidden.
+        A growing cache has more keys than before; a static cache has overwritten hidden keys.
+
+        Returns:
+            Whether the keys were replaced.
         """
         held, new = self.k.shape[2], raw.key.shape[2]
         if held + raw.query.shape[2] == new:
@@ -50,12 +53,12 @@ class KeyCache:
 
 @dataclass(eq=False)
 class KeptCall:
-    """A call without its keys, and the cache that they are the beginning of.
+    """A call without keys, and the cache whose first keys belong to it.
 
     Attributes:
         call: The call.
-        cache: The keys of its module; None for probabilities, which have none.
-        n_keys: How many of them are its own.
+        cache: The keys of its module; None if the call holds probabilities instead of keys.
+        n_keys: The number of keys of the call.
     """
 
     call: AttentionCall
@@ -63,7 +66,7 @@ class KeptCall:
     n_keys: int = 0
 
     def whole(self) -> AttentionCall:
-        """The call with its keys, views into the cache."""
+        """Return the call with its keys, as views of the cache."""
         if self.cache is None:
             return self.call
         k, v = self.cache.k, self.cache.v
@@ -72,12 +75,12 @@ class KeptCall:
 
 
 def seen_keys(mask: Tensor | None) -> Bool[Tensor, " key"] | None:
-    """Which keys any query sees under a boolean mask; None if the mask does not tell."""
+    """Return which keys some query sees under a boolean mask; None for other masks."""
     if mask is None or mask.dtype != torch.bool:
         return None
     return mask.flatten(0, -2).any(0)
 
 
 def own_copy(t: Tensor) -> Tensor:
-    """A contiguous copy outside of the graph of gradients."""
+    """Return a contiguous, detached copy."""
     return t.detach().clone(memory_format=torch.contiguous_format)

@@ -1,16 +1,16 @@
-"""Attention knock-out: cut the edges through which some positions read others.
+"""Attention knock-out: block attention from some query positions to some key positions.
 
-For the edges (query i, key j) that are blocked, with i in ``queries`` and j in ``keys``:
+For the blocked edges (query i, key j), with i in ``queries`` and j in ``keys``:
 
-* renormalised: the score of a blocked edge is minus infinity, so the other probabilities of the
-  row grow (Geva et al. 2023, arXiv:2304.14767; for images Zhang et al. 2025, arXiv:2411.18620).
-  Done in the mask that the backend is given, on top of what it hides already: blocked entries are
-  exactly 0, in a recording too.
-* not renormalised: a blocked probability becomes 0 after the softmax, the others stay. Done by
-  taking the blocked terms out of the output, ``O_i - sum_j A_ij V_j``; a recording shows the full
-  rows.
+* renormalised: the score of a blocked edge is minus infinity, so the other probabilities of the row
+  grow (Geva et al. 2023, arXiv:2304.14767; for images Zhang et al. 2025, arXiv:2411.18620). The
+  edges are added to the mask that the backend receives. Blocked probabilities are exactly 0, in a
+  recording too.
+* not renormalised: a blocked probability becomes 0 after the softmax, and the others do not change.
+  The blocked terms are subtracted from the output, ``O_i - sum_j A_ij V_j``. A recording shows the
+  probabilities before this.
 
-The edge of a position to itself is never cut, so no row of self-attention is left without keys.
+The edge of a position to itself is never blocked, so each row of self-attention keeps a key.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from xmodal_interp.hooks.selection import Chosen, Selection
 from xmodal_interp.hooks.tapping import RawCall
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
-_MASKED_BACKENDS = ("eager", "sdpa")  # they take a mask with a row per query
+_MASKED_BACKENDS = ("eager", "sdpa")  # backends that take a mask with a row per query
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,17 +49,17 @@ class KnockOut:
 
     @property
     def selections(self) -> tuple[Selection, ...]:
-        """Queries and keys; the keys of cross-attention are no positions of the sequence."""
+        """Queries and keys; only queries in cross-attention, whose keys have other positions."""
         return (self.queries,) if self.kind == "cross" else (self.queries, self.keys)
 
     def heads_in(self, layers: Mapping[int, int | None]) -> Mapping[int, Sequence[int]]:
-        """The layers and heads asked for, if they exist."""
+        """Return the heads to edit by layer, after checking that they exist."""
         named = layers if self.layers is None else numbers(self.layers, "layer", max(layers) + 1)
         wanted = dict.fromkeys(named, self.heads or ())
         return checked_heads(wanted, layers, f"{self.tower} {self.kind}-attention")
 
     def before(self, call: RawCall, site: Site) -> RawCall:
-        """Renormalised: hide the blocked keys in the mask."""
+        """If renormalised: hide the blocked keys in the mask."""
         if not self.renormalise:
             return call
         blocked = self._blocked(call, site)
@@ -67,23 +67,22 @@ class KnockOut:
             return call
         if call.backend not in _MASKED_BACKENDS:
             raise CaptureError(
-                "Cutting edges needs a backend that takes a mask with a row per query: "
-                f"{' or '.join(_MASKED_BACKENDS)}. The model runs {call.backend!r}; load it with "
-                "attn_implementation='sdpa', or pass renormalise=False."
+                f"The backend {call.backend!r} does not take a mask with a row per query, which "
+                f"cutting edges requires ({' and '.join(_MASKED_BACKENDS)} do). Load the model "
+                "with attn_implementation='sdpa', or pass renormalise=False."
             )
         visible = site.attention(call).visible()
         emptied = visible.any(-1) & ~(visible & ~blocked).any(-1)
         if emptied.any():
             row = site.start + int(emptied.nonzero()[0, -1])
             raise InputError(
-                "A query must keep at least one key, because a softmax over nothing is not "
-                f"defined. In {site.identity.module}, query {row} would lose all. Leave it some "
-                "keys, or pass renormalise=False."
+                f"Query {row} of {site.identity.module} would lose all its keys, and a softmax "
+                "over no keys is undefined. Leave it at least one key, or pass renormalise=False."
             )
         return replace(call, mask=_hidden(call, visible, blocked))
 
     def after(self, call: RawCall, output: Tensor, site: Site) -> Tensor:
-        """Not renormalised: take the blocked terms out of the output."""
+        """If not renormalised: subtract the blocked terms from the output."""
         if self.renormalise:
             return output
         blocked = self._blocked(call, site)
@@ -96,7 +95,7 @@ class KnockOut:
         return output.index_add(1, rows, -lost.transpose(1, 2).to(output.dtype))
 
     def _blocked(self, call: RawCall, site: Site) -> Bool[Tensor, "sample head query key"]:
-        """The edges to cut; sample and head axes have length 1 where nothing differs."""
+        """Return the edges to cut; the sample and head axes have length 1 if all entries agree."""
         n_keys = call.key.shape[2]
         rows = site.query_mask(self.queries, call)
         blocked = rows[:, :, None] & site.key_mask(self.keys, call)[:, None, :]
@@ -117,33 +116,32 @@ def knock_out_attention(
     tower: Tower = "language",
     kind: AttentionKind = "self",
 ) -> KnockOut:
-    """Cut the attention edges from some queries to some keys; for ``intervene``.
+    """Cut the attention edges from some queries to some keys; an argument of ``intervene``.
 
     Args:
-        queries: The positions that shall not read. By number: indices, a slice, or a boolean mask
-            ``[position]`` or ``[sample, position]``; in an encoder-decoder, each layer counts the
-            positions of its own stack. By name, resolved in each sample that a VLM runs: a phrase,
-            ``"last"`` or ``"text"``, a list of them, a function that is given the sample, or a list
-            with one of these for each sample. In a padded batch, numbers alone are an error.
-        keys: The positions that shall not be read, in the same ways. The edge of a position to
-            itself stays.
-        layers: Where to cut; everywhere if not given. Negative ones count from the end; a boolean
-            mask has an entry for each layer.
-        heads: Which heads of these layers, in the same ways; all if not given.
+        queries: The query positions. By number: indices, a slice, or a boolean mask ``[position]``
+            or ``[sample, position]``; in an encoder-decoder, each layer counts the positions of its
+            own stack. By name, resolved in each sample that a VLM runs: a phrase, ``"last"`` or
+            ``"text"``, a list of them, a function that takes the sample, or a list with one of
+            these for each sample. In a padded batch, numbers are refused.
+        keys: The key positions, in the same forms. The edge of a position to itself is kept.
+        layers: Layers to cut; all if not given. Negative numbers count from the end; a boolean mask
+            has an entry for each layer.
+        heads: Heads of these layers, in the same forms; all if not given.
         renormalise: Whether the remaining probabilities of a row sum to 1.
         tower: Part of the model.
-        kind: Kind of attention; the keys of cross-attention are numbered by themselves.
+        kind: Kind of attention; keys of cross-attention are counted separately from queries.
 
     Raises:
-        InputError: No layers, or no heads.
-        PositionError: A negative position.
+        InputError: ``layers`` or ``heads`` is not a list, or is empty.
+        PositionError: A position is negative.
     """
     for name, chosen in (("layers", layers), ("heads", heads)):
         row = None if chosen is None else entries_of(chosen)
         if chosen is not None and (row is None or not isinstance(chosen, Iterable)):
-            raise InputError(f"{name} is a list, such as [0, 3]; got {quoted(chosen)}.")
+            raise InputError(f"{name} must be a list, such as [0, 3]; got {quoted(chosen)}.")
         if row is not None and not len(row):
-            raise InputError(f"{name} must name at least one, or be None for all; got {chosen!r}.")
+            raise InputError(f"{name} is empty; got {chosen!r}. Leave {name} out for all.")
     return KnockOut(
         Selection(queries),
         Selection(keys),
@@ -160,7 +158,7 @@ def _hidden(
     visible: Bool[Tensor, "#sample #head query key"],
     blocked: Bool[Tensor, "#sample #head query key"],
 ) -> Tensor:
-    """The mask with the blocked edges hidden, in the convention that it came in."""
+    """Return the mask with the blocked edges hidden, as a boolean or additive mask like before."""
     if call.mask is None:
         seen = visible & ~blocked
         if call.backend == "sdpa":

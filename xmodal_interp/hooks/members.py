@@ -1,7 +1,7 @@
-"""Which modules of a recorded model are attention: by their names, or as it turns out.
+"""The attention modules of a recorded model: known by name, or discovered while it runs.
 
-A module that is not named so proves to be attention when it asks transformers' interface or calls
-torch's kernel; one that holds another attention module, when it does so itself, beside the other.
+A module that is not recognised by name is discovered when it uses transformers' attention interface
+or calls torch's kernel. This includes modules that contain another attention module.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from xmodal_interp.hooks.modules import (
 )
 from xmodal_interp.hooks.tapping import WrappedFunction
 
-_FORWARD = ("forward", "_call_impl")  # the functions that run while a module is called
+_FORWARD = ("forward", "_call_impl")  # functions that run during a call of a module
 
 
 class Members:
     """The attention modules of a model.
 
     Attributes:
-        known: Those that are heard, with their names; it may change while the model runs.
-        holders: Modules named attention that hold such a module, with the name that one has.
-        heard: Known modules that made a call.
+        known: The modules that are recorded, with their identities; discovered ones are added.
+        holders: Modules named attention that contain a known module, with its identity.
+        heard: Known modules that made a recorded call.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,17 +43,21 @@ class Members:
         self.heard: set[nn.Module] = set()
 
     def identity(self, module: nn.Module) -> Identity:
-        """What a module or a holder is called."""
+        """Return the identity of a known module or a holder."""
         return self.known[module] if module in self.known else self.holders[module]
 
     def listens_to(self, module: nn.Module) -> bool:
-        """Whether a module is known to be attention or holds one that is."""
+        """Whether a module is a known attention module or a holder of one."""
         return module in self.known or module in self.holders
 
     def silent_among_heard(self, hollow: Collection[nn.Module]) -> list[str]:
-        """Of holders in which nothing was heard, those whose tower was heard in other layers.
+        """Return the names of holders that ran without a recorded call, although they should have.
 
-        Where no layer of a tower and kind was heard, the input did without them all.
+        A holder is left out if no layer of its tower and kind was recorded: then the input did not
+        use that tower.
+
+        Args:
+            hollow: Holders that ran while no module inside them made a recorded call.
         """
         heard = {(self.known[each].tower, self.known[each].kind) for each in self.heard}
         return [
@@ -65,34 +69,35 @@ class Members:
         ]
 
     def owner(self, asking: nn.Module, running: nn.Module | None) -> nn.Module | None:
-        """Whose attention a call of the interface is; None if it is another model's.
+        """Return the module that a call of the interface belongs to; None for another model's call.
 
         Args:
-            asking: The module that the call names.
-            running: The module or holder that is running, if any is.
+            asking: The module that is an argument of the call.
+            running: The known module or holder that is running, or None.
         """
         if asking in self.known:
             return asking
         if running in self.known:
-            return running  # and the other is a helper of its
+            return running  # ``asking`` is a helper of the running module
         named = asking if asking in self._parts else self._innermost()
         return None if named is None else self.proved(named)
 
     def calling_kernel(self) -> nn.Module | None:
-        """Whose attention a call of torch's kernel is.
+        """Return the module that a call of torch's kernel belongs to.
 
-        None if the call is one of the interface's, which is heard there; if it is another model's;
-        or if what it weighs is no tokens.
+        None if the call was made by the interface (it is recorded there), by another model, or by a
+        module that does not mix tokens.
         """
         module = self._innermost(outside=WrappedFunction)
-        if isinstance(module, nn.TransformerEncoderLayer):  # it runs its attention inside a kernel
+        if isinstance(module, nn.TransformerEncoderLayer):  # calls a kernel instead of self_attn
             module = module.self_attn
         return None if module is None or weighs_no_tokens(module) else self.proved(module)
 
     def proved(self, module: nn.Module) -> nn.Module:
-        """The module, known from now on.
+        """Add a discovered attention module to the known ones, and return it.
 
-        It takes the name of what it holds, if that was not heard: then it calls in its stead.
+        If the known modules inside it made no call, the outer module replaces them and is recorded
+        under the identity of the first one.
         """
         if module in self.known:
             return module
@@ -109,17 +114,17 @@ class Members:
         return module
 
     def _stands_in(self, module: nn.Module, inner: Sequence[nn.Module]) -> bool:
-        """Whether it is a layer's attention in place of what it holds, and not the whole block."""
+        """Whether a module replaces the known modules inside it: smaller than a block, no calls."""
         block = block_of(self.model, self.known[inner[0]]) or self.model
         within = module is not block and any(part is module for part in block.modules())
         return within and self.heard.isdisjoint(inner)
 
     def _innermost(self, outside: type | None = None) -> nn.Module | None:
-        """The module of this model whose forward makes a call; None if there is none.
+        """Return the innermost module of this model whose forward is running, or None.
 
-        Another model may run inside a method of this one: an assistant model, or the model of a
-        logits processor, inside ``generate``. It is no part of this model, unless it runs inside a
-        forward: then it is a part that was not registered.
+        Another model may run inside a method of this model, such as an assistant model or a logits
+        processor inside ``generate``; its calls are not this model's. A module that runs inside a
+        forward of this model belongs to it even if it is not registered as a submodule.
         """
         found: nn.Module | None = None
         of_another = False
@@ -129,7 +134,7 @@ class Members:
             if not isinstance(caller, nn.Module):
                 continue
             if isinstance(caller, GenerationMixin) and function not in _FORWARD:
-                continue  # it generates: a logits processor may compute attention too
+                continue  # in ``generate``, a logits processor may compute attention too
             if caller in self._parts:
                 found = found or caller
                 if function in _FORWARD or not of_another:

@@ -1,18 +1,18 @@
-"""Which modules of a model are attention, and what each is called: tower, kind, layer.
+"""Find the attention modules of a model, and the tower, kind and layer of each.
 
-An attention module is the innermost module that is recognised as one by
+An attention module is the innermost module that is recognised by
 
 1. the name of its class (``Attention``, ``Attn``), or
 2. the code of its class: it calls ``scaled_dot_product_attention`` or transformers' attention
    interface, or
-3. the name of its attribute (``attn``, ``attention``), where the code of its class calls a softmax.
+3. the name of its attribute (``attn``, ``attention``), if the code of its class calls a softmax.
 
-Its tower follows from what the sub-models that it is in read: their configuration is the vision,
-audio, connector, text or another part of the model's configuration; their class declares the
-modality of its inputs; or they are the encoder or decoder of a model whose forward takes an input
-for each. Where none of these tells, the names on the way to the module do. Its layer is the index
-of its block, counted through the tower and kind in the order of ``named_modules``. Attention whose
-scores compare channels, not positions, is a separate kind.
+The tower follows from the input of the sub-models that contain the module: their configuration is
+the vision, audio, connector, text or another part of the model's configuration; their class
+declares the modality of its inputs; or they are the encoder or decoder of a model whose forward
+takes an input for each. If none of these applies, the names in the module's path decide. The layer
+is the index of the module's block, counted through the tower and kind in the order of
+``named_modules``. Attention whose scores compare channels, not positions, is a separate kind.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _ATTENTION = re.compile(r"Attention|Attn")
-_NO_ATTENTION = re.compile(  # what is before and after one, mixtures of states of earlier layers
+_NO_ATTENTION = re.compile(  # parts of attention blocks; attention over states of earlier layers
     r"AttentionOutput$|Attention\w*Projection$|AttentionResidual|Attention\w*Bias$"
 )
 _NAMED = re.compile(r"(^|\.)(\w*_)?(attn|attention)(\.\d+)?$")  # also in a ModuleList
-_CALLS = {  # by what the code of an attention module calls
+_CALLS = {  # names in the code of attention modules
     "scaled_dot_product_attention",
     "multi_head_attention_forward",
     "ALL_ATTENTION_FUNCTIONS",
@@ -50,11 +50,11 @@ _WITHOUT_MATRIX = re.compile(
     r"LinearAttention|DeltaNet|Mamba|ShortConv|RepMixer|DeformableAttention|RGLRU|RecurrentBlock"
     r"|LightningAttention|RwkvSelfAttention|LinearSelfAttention|AdditiveAttention|LambdaLayer"
     r"|FactorAttn"  # a softmax over the tokens of each channel
-    r"|AssignAttention"  # each key chooses among the queries
+    r"|AssignAttention"  # softmax over the queries, for each key
 )
 _CHANNELS = re.compile(r"Channel|(^|_)XCA|CrossCovariance|(^|\.)xca(\.|$)")
 _CROSS = re.compile(r"cross|x_attn|encoder_attn|enc(oder)?_?dec(oder)?", re.IGNORECASE)
-_LATENTS = re.compile(  # their queries are learned, or one for all positions
+_LATENTS = re.compile(  # modules with learned queries, or one query for all positions
     r"perceiver|resampler|pooling|(attn|attention|attentional)_?pool", re.IGNORECASE
 )
 _CONNECTOR = re.compile(
@@ -68,7 +68,7 @@ _TEXT = re.compile(r"text|lang", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Identity:
-    """What an attention module is called."""
+    """The identity of an attention module: its path in the model, tower, kind and layer."""
 
     module: str
     tower: Tower
@@ -77,7 +77,7 @@ class Identity:
 
 
 def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
-    """Every attention module of a model with its identity, in module order.
+    """Return every attention module of a model with its identity, in module order.
 
     Raises:
         UnsupportedModelError: The model has none.
@@ -87,7 +87,7 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no module with softmax attention: no class is named "
             "Attention or calls scaled_dot_product_attention, and no module named attn calls a "
-            "softmax. Record a model that has some."
+            "softmax. Pass a model that has one."
         )
     identities = _Names(model).identities(found)
     return {module: identities[path] for path, module in found.items()}
@@ -96,7 +96,7 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
 def attention_holders(
     model: nn.Module, known: Mapping[nn.Module, Identity]
 ) -> dict[nn.Module, Identity]:
-    """Modules of attention classes that hold others, with the identity of the first they hold."""
+    """Return attention modules that contain known ones, with the identity of the first of these."""
     holders: dict[nn.Module, Identity] = {}
     for module, identity in known.items():
         parts = identity.module.split(".")
@@ -108,33 +108,33 @@ def attention_holders(
 
 
 def module_of(model: Any) -> nn.Module:
-    """The module of a VLM, or a module itself.
+    """Return the module of a VLM; a module is returned unchanged.
 
     Raises:
-        InputError: Something else.
+        InputError: The model is neither a VLM nor a module.
     """
     bare = model.model if isinstance(model, VLM) else model
     if not isinstance(bare, nn.Module):
         raise InputError(
-            "A model is a VLM or a module of torch, such as xi.load(name) or from_pretrained give; "
-            f"got an object of {type(bare).__name__}."
+            f"The model must be a VLM or a torch.nn.Module; got an object of "
+            f"{type(bare).__name__}. Use xi.load(name) or from_pretrained."
         )
     return bare
 
 
 def weighs_no_tokens(module: nn.Module) -> bool:
-    """Whether a module's class says that what it weighs is something else, such as earlier states.
+    """Whether the name of a module's class shows that its attention is not over tokens.
 
-    Some do so by functions that are made for attention.
+    Such a module may call attention functions to mix states of earlier layers, for example.
     """
     name = type(module).__name__
     return bool(_NO_ATTENTION.search(name) or _WITHOUT_MATRIX.search(name))
 
 
 def layers_without_matrix(model: nn.Module) -> tuple[Identity, ...]:
-    """Layers that mix tokens without a softmax over keys.
+    """Return layers that mix tokens without softmax attention.
 
-    Linear attention, state spaces, convolutions, assignment to groups.
+    These are linear attention, state spaces, convolutions and assignment to groups.
     """
     found = {p: m for p, m in model.named_modules() if _WITHOUT_MATRIX.search(type(m).__name__)}
     outermost = {
@@ -148,9 +148,10 @@ def layers_without_matrix(model: nn.Module) -> tuple[Identity, ...]:
 def identity_of(
     model: nn.Module, module: nn.Module, known: Collection[Identity]
 ) -> Identity | None:
-    """What a module that proved to be attention is called; None if the model does not have it.
+    """Return the identity of a module that was discovered to be attention.
 
-    Its layer is counted behind the known ones, if there is one of its number already.
+    If its layer number is taken, it gets the number after the last known layer. None if the model
+    does not contain the module.
     """
     path = next((path for path, each in model.named_modules() if each is module), None)
     if path is None:
@@ -161,20 +162,20 @@ def identity_of(
 
 
 def block_of(model: nn.Module, identity: Identity) -> nn.Module | None:
-    """The block of a layer stack that an attention module is in: ``layers.3``; None if in none."""
+    """Return the block of a layer stack (``layers.3``) that contains a module; None without one."""
     match = re.match(r".*\.\d+(?=\.|$)", identity.module)
     return model.get_submodule(match[0]) if match else None
 
 
 def _innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Attention modules that contain no other one; norms and the like inside them don't count."""
+    """Yield attention modules that do not contain another attention module."""
     found = {path: m for path, m in model.named_modules() if _is_attention(m, path)}
     outer = {module for path, module in found.items() for module in _around(found, path)}
     yield from ((path, module) for path, module in found.items() if module not in outer)
 
 
 def _around(found: Mapping[str, nn.Module], path: str) -> Iterator[nn.Module]:
-    """The modules among ``found`` that contain the module at a path."""
+    """Yield the modules among ``found`` that contain the module at a path."""
     parts = path.split(".") if path else []
     for n in range(len(parts)):
         outer = ".".join(parts[:n])
@@ -202,7 +203,7 @@ def _calls_a_softmax(module: nn.Module) -> bool:
 
 
 def _names_in_code(kind: type[nn.Module]) -> frozenset[str]:
-    """The names that the methods of a module's class use, those of torch's own classes left out."""
+    """Return the names used in the methods of a class; methods of torch's classes are left out."""
     known = _NAMES_IN_CODE.get(kind)
     if known is not None:
         return known
@@ -221,7 +222,7 @@ _NAMES_IN_CODE: WeakKeyDictionary[type[nn.Module], frozenset[str]] = WeakKeyDict
 
 
 class _Names:
-    """Numbers the blocks of a model, container by container."""
+    """Computes the identities of attention modules from their paths and the configurations."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -233,7 +234,7 @@ class _Names:
         }
 
     def identities(self, found: Mapping[str, nn.Module]) -> dict[str, Identity]:
-        """Block by block; where one block has several modules of a kind, each is a layer."""
+        """Return the identities by path; each module of one kind in a block is a separate layer."""
         places = {path: self._place(path, module) for path, module in found.items()}
         per_block: dict[tuple[Any, ...], int] = {}
         for place, count in Counter(places.values()).items():
@@ -252,13 +253,13 @@ class _Names:
         return identities
 
     def _place(self, path: str, module: nn.Module) -> tuple[Tower, AttentionKind, str, int]:
-        """Tower, kind, container of blocks, and which of its blocks."""
+        """Return tower, kind, the container of the block, and the index of the block in it."""
         match = re.match(r"(.*)\.(\d+)(?:\.|$)", path)
         container, index = (match[1], int(match[2])) if match else (path, 0)
         return self._tower(path), self._kind(path, module), container, index
 
     def _tower(self, path: str) -> Tower:
-        """By what the sub-models that it is in read; then by name."""
+        """Return the tower by the input of the sub-models around the module, else by its path."""
         owners = sorted((p for p in self.parts if _is_in(path, p)), key=len, reverse=True)
         known = known_stream(self._holders(path))
         if known is not None:
@@ -281,13 +282,13 @@ class _Names:
         return self._by_name(names, owners) if found is None else found
 
     def _holders(self, path: str) -> Iterator[tuple[nn.Module, str]]:
-        """Every module that one is in, itself first, with its path inside of it."""
+        """Yield the module and every module around it, with the path from there to the module."""
         parts = path.split(".")
         for n in reversed(range(len(parts) + 1)):
             yield self.model.get_submodule(".".join(parts[:n])), ".".join(parts[n:])
 
     def _by_config(self, owner: str) -> Tower | None:
-        """By the part that a sub-model's configuration is of one that it is in."""
+        """Return the tower by the attribute that holds the sub-model's configuration, or None."""
         config = self.parts[owner]
         around = sorted((p for p in self.parts if p != owner and _is_in(owner, p)), key=len)
         for whole in (*(self.parts[p] for p in reversed(around)), self.root):
@@ -297,12 +298,12 @@ class _Names:
                     continue
                 if attribute != "encoder":
                     return tower
-                if not hasattr(part, "text_config"):  # else it is mixed: its parts have names
+                if not hasattr(part, "text_config"):  # otherwise its own parts decide
                     return declared_tower(self.model.get_submodule(owner)) or "language"
         return None
 
     def _by_stack(self, path: str, owners: Sequence[str]) -> Tower | None:
-        """By the inputs of the outermost model whose forward takes one for its decoder."""
+        """Return the tower by the inputs of an encoder-decoder model around the module, or None."""
         module = self.model.get_submodule(path)
         for owner in reversed(owners):
             model: Any = self.model.get_submodule(owner)
@@ -320,7 +321,7 @@ class _Names:
         return None
 
     def _names(self, path: str, owners: Sequence[str]) -> str:
-        """The path without the names that whole models have in their heads' classes."""
+        """Return the path without the attribute names of base models (``base_model_prefix``)."""
         parts = path.split(".")
         for owner in owners:
             at = len(owner.split(".")) if owner else 0
@@ -330,7 +331,7 @@ class _Names:
         return ".".join(parts)
 
     def _by_name(self, names: str, owners: Sequence[str]) -> Tower:
-        """By the names on the way; the rest is of what the whole model reads first."""
+        """Return the tower by the names in the path, else by the main input of the whole model."""
         if _AUDIO.search(names):
             return "audio"
         if _TEXT.search(names.rpartition(".")[0]):
@@ -345,16 +346,16 @@ class _Names:
         return "language" if reads_text else READS.get(str(whole.main_input_name), "language")
 
     def _by_first_layer(self) -> Tower:
-        """What a model of another library reads: tokens by an embedding, else by a convolution."""
+        """Return the tower of a model of another library by its embedding or convolution layers."""
         kinds = {type(module) for module in self.model.modules()}
         if nn.Embedding in kinds or not kinds & {nn.Conv1d, nn.Conv2d, nn.Conv3d}:
             return "language"
         return "vision" if kinds & {nn.Conv2d, nn.Conv3d} else "audio"
 
     def _kind(self, path: str, module: nn.Module) -> AttentionKind:
-        """By what it is called within its block, as ``crossattention.self``, ``encoder_attn``.
+        """Return the kind by the names in the block: ``crossattention.self``, ``encoder_attn``.
 
-        Learned queries (of a resampler, of a pooling head) are no tokens: they attend across.
+        Attention with learned queries (a resampler, a pooling head) is cross-attention.
         """
         if _CHANNELS.search(type(module).__name__) or _CHANNELS.search(path.rpartition(".")[2]):
             return "channel"
@@ -376,7 +377,7 @@ _PARTS: tuple[tuple[str, Tower], ...] = (
     ("text_config", "language"),
     ("text_encoder", "language"),
     ("audio_encoder", "audio"),
-    ("encoder", "vision"),  # or what it reads, if it is of another kind
+    ("encoder", "vision"),  # replaced by the tower that the encoder's class declares, if any
     ("decoder", "language"),
 )
 _DECODED: dict[str, Tower] = {"decoder_input_ids": "language", "decoder_input_values": "audio"}

@@ -1,16 +1,16 @@
 """The operands of torch's own attention, ``nn.MultiheadAttention`` and ``nn.TransformerEncoder``.
 
-The functions behind these modules (:mod:`xmodal_interp.hooks.kernel`) are given hidden states and
-the weights of the projections, so queries and keys follow from their arguments.
+The functions that these modules call (:mod:`xmodal_interp.hooks.kernel`) take hidden states and the
+weights of the projections, so queries and keys are computed from their arguments.
 
-Two properties of torch 2.14 (``torch/nn/modules/activation.py`` and ``transformer.py``) decide how
-the modules are observed:
+Two properties of torch 2.14 (``torch/nn/modules/activation.py`` and ``transformer.py``) determine
+how the modules are observed:
 
-* In evaluation mode they call fused kernels, but not while a ``TorchFunctionMode`` is active, and
-  an encoder layer not where one of its modules has a hook. The fused kernels round differently,
-  so here is no mode and no hook (:func:`quiet_modules`): their ``forward`` is wrapped instead.
-* An encoder in evaluation mode converts a padded batch to a nested tensor, so the attention is
-  given samples of different lengths. They are padded here; padding queries see no key.
+* In evaluation mode they call fused kernels, unless a ``TorchFunctionMode`` is active or, for an
+  encoder layer, one of its modules has a hook. The fused kernels round differently, so these
+  modules get no mode and no hook (:func:`quiet_modules`); their ``forward`` is wrapped instead.
+* An encoder in evaluation mode converts a padded batch to a nested tensor, so the attention
+  receives samples of different lengths. They are padded here; padding queries see no key.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn import functional
 from xmodal_interp.hooks.kernel import FUSED_LAYER, FUSED_MULTIHEAD, MULTIHEAD
 from xmodal_interp.hooks.tapping import RawCall
 
-MULTIHEAD_NOTE = "heard beside transformers' attention interface"
+MULTIHEAD_NOTE = "recorded without transformers' attention interface"
 
 _TORCHS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 _FUSED = (
@@ -46,7 +46,10 @@ _ARGUMENTS = {MULTIHEAD: _PARAMETERS, FUSED_MULTIHEAD: _FUSED, FUSED_LAYER: _LAY
 
 
 def quiet_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules that compute differently with hooks: torch's own, and what encoder layers hold."""
+    """Yield modules whose results change if they have hooks.
+
+    These are torch's own attention modules and all modules inside torch's encoder layers.
+    """
     for module in model.modules():
         if is_torchs(module):
             yield module
@@ -55,7 +58,7 @@ def quiet_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_torchs(module: nn.Module) -> bool:
-    """Whether a module runs torch's own code, which tests for modes and hooks."""
+    """Whether a module runs torch's own attention code, which checks for modes and hooks."""
     owner = next((kind for kind in _TORCHS if isinstance(module, kind)), None)
     forward = type(module).forward
     return owner is not None and (forward is owner.forward or "super" in forward.__code__.co_names)
@@ -63,7 +66,7 @@ def is_torchs(module: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _States:
-    """Hidden states ``[sample, position, d_model]``, and which are no padding of nested ones."""
+    """Hidden states ``[sample, position, d_model]``; for nested ones, ``real`` marks no padding."""
 
     states: Tensor
     real: Tensor | None = None
@@ -81,7 +84,7 @@ class _States:
 def multihead_call(
     module: nn.Module, function: str, args: tuple[Any, ...], options: Mapping[str, Any]
 ) -> RawCall:
-    """The attention call that one of torch's functions made.
+    """Return the attention call of one of torch's functions.
 
     Args:
         module: The attention module.
@@ -118,7 +121,7 @@ def _fused(module: nn.Module, given: Mapping[str, Any]) -> RawCall:
 
 
 def _hidden(mask: Tensor, mask_type: int | None) -> Tensor:
-    """True where the fused kernels hide a key: they read every mask as a boolean one."""
+    """Return True where the fused kernels hide a key; they convert every mask to booleans."""
     hidden = mask.bool()
     if mask_type == 1 and hidden.ndim == 2:  # [sample, key]
         return hidden[:, None, None]
@@ -155,7 +158,7 @@ def _unfused(module: nn.Module, given: Mapping[str, Any]) -> RawCall:
         flat[1:] = [functional.pad(t, (0, 0, 0, 1)) for t in flat[1:]]
     q, k, v = (_heads(t, n_heads) for t in flat)
     unmasked = given.get("key_padding_mask") is None and not given.get("need_weights", True)
-    if given.get("is_causal") and unmasked:  # then torch does not look at the mask
+    if given.get("is_causal") and unmasked:  # torch ignores the mask in this case
         return _call(module, q, k, v, None, causal=True)
     return _call(module, q, k, v, _mask(given, n_heads, len(q), k.shape[2]))
 
@@ -166,7 +169,7 @@ def _heads(flat: Tensor, n_heads: int) -> Tensor:
 
 
 def _mask(given: Mapping[str, Any], n_heads: int, n_samples: int, n_keys: int) -> Tensor | None:
-    """Both masks as one, True (or 0) where visible; ``torch.nn`` says True where hidden."""
+    """Combine both masks into one, True (or 0) where visible; ``torch.nn`` uses True for hidden."""
     parts: list[Tensor] = []
     hidden, padding = given.get("attn_mask"), given.get("key_padding_mask")
     if hidden is not None:

@@ -1,9 +1,9 @@
-"""Hooks that keep to the block that puts them on.
+"""Limit hooks to the thread or task of the ``with`` block that registered them.
 
-Hooks sit on the model, so they fire in every thread and every task that runs it; a recording or an
-intervention is meant for the forwards of its own ``with`` block, as the listeners of the tap are. A
-context variable says whose forward it is. Copies of the model that are made inside of the block
-take no hooks with them.
+Hooks are registered on the model, so they fire in every thread and every asyncio task that runs it.
+A recording or an intervention must only observe the forwards of its own ``with`` block. A context
+variable holds the active blocks; outside of its block, a hook does nothing. Copies of the model
+that are made inside the block do not get its hooks.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _blocks: ContextVar[tuple[object, ...]] = ContextVar("xmodal_interp_blocks", def
 
 
 def own_context(elsewhere: Callable[[], None] | None = None) -> Block[Callable[[Hook], Hook]]:
-    """Gives what makes a hook do nothing outside of this ``with`` block.
+    """Return a decorator that disables a hook outside this ``with`` block.
 
     Args:
-        elsewhere: Called instead of a hook that fires where no block of this package is open at
-            all, in another thread or task.
+        elsewhere: Called instead of a hook that fires in a thread or task in which no block of this
+            package is active.
     """
     return Block(partial(_own_context, elsewhere))
 
@@ -39,21 +39,21 @@ def _own_context(elsewhere: Callable[[], None] | None, stack: ExitStack) -> Call
 
 
 def in_a_block() -> bool:
-    """Whether a block of this package is open in this thread or task."""
+    """Whether a block of this package is active in this thread or task."""
     return bool(_blocks.get())
 
 
 def _forget(block: object) -> None:
-    """Blocks may be exited in any order, so an older state is not put back."""
+    """Remove a block; the previous tuple is not restored, as blocks may exit in any order."""
     _blocks.set(tuple(each for each in _blocks.get() if each is not block))
 
 
 class _OwnHook:
-    """A hook for a module.
+    """A hook for a module that only runs inside its block.
 
-    It takes whatever it is given elsewhere: torch looks up whether a hook wants keyword arguments
-    only when it calls it, so one that is taken off while another thread runs the module comes
-    without.
+    It accepts any arguments. Torch looks up at the time of the call whether a hook takes keyword
+    arguments. If the hook is removed while another thread runs the module, torch calls it there
+    without them.
     """
 
     def __init__(self, hook: Hook, block: object, elsewhere: Callable[[], None] | None) -> None:
@@ -68,7 +68,7 @@ class _OwnHook:
         return None
 
     def __reduce__(self) -> tuple[Callable[[], Hook], tuple[()]]:
-        """What a copy of the model gets instead, and what is pickled with it."""
+        """Copy and pickle as a hook that does nothing."""
         return _no_hook, ()
 
 
@@ -77,4 +77,4 @@ def _no_hook() -> Hook:
 
 
 def _nothing(*_given: Any) -> None:
-    """The hook of a copy."""
+    """The hook of a copied model."""

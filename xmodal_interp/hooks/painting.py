@@ -1,9 +1,9 @@
-"""Where a change in the picture arrives: in which position of the vision tower, in which token.
+"""Verify the labels of patches and image tokens by changing pixels.
 
-One patch of a picture is painted over. In the first attention layer of a tower nothing has been
-mixed between positions, so the key that changes most is that of the patch, and the keys of the
-language tower that change are those of image tokens. What the labels say must agree with both,
-whatever the tower does with the order of its patches inside its forward.
+One patch of an image is painted white. Positions are not mixed before the first attention layer of
+a tower. In the first layer of the vision tower, the key that changes most is therefore the key of
+the patch; in the first layer of the language tower, only keys of image tokens change. The labels
+must agree with both, even if the vision tower reorders its patches inside its forward.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ from xmodal_interp.models import (
 )
 
 SIZES: tuple[tuple[int, int], ...] = ((644, 252), (224, 88))
-"""Widths and heights of pictures, px; the first is wider than the windows of most towers."""
+"""Widths and heights of test images, px; the first is wider than the windows of most towers."""
 MOST_PATCHES = 2048
 N_PATCHES = 3
-_SMALLEST = 4  # px; a smaller patch is lost when the picture is resized
+_SMALLEST = 4  # px; a smaller patch may disappear when the image is resized
 
 
 @dataclass(frozen=True)
 class PaintedPatch:
-    """What changed when a patch was painted.
+    """The result of painting one patch.
 
     Attributes:
-        patch: Its index among the positions of the vision tower.
-        place: Its row and column.
-        found: Row and column of the position whose key changed most, of those with a place.
-        box: Its box, px.
-        at_its_place: Whether that position shows the middle of the patch; True if no key changed.
+        patch: Index of the painted patch among the positions of the vision tower.
+        place: Row and column of the painted patch.
+        found: Row and column of the position whose key changed most.
+        box: Box of the painted patch, px.
+        at_its_place: Whether the box of the found position contains the middle of the painted
+            patch; True if no key changed.
     """
 
     patch: int
@@ -63,13 +64,13 @@ class PaintedPatch:
 
 @dataclass(frozen=True)
 class Painted:
-    """What painting patches showed.
+    """The result of painting several patches.
 
     Attributes:
-        patches: Each painted patch; empty where the keys could not be compared.
-        unlabelled: Positions of the language tower that change with the picture, and are not
-            labelled as its tokens; None where this could not be compared.
-        reason: Why something could not be compared.
+        patches: One result per painted patch; empty if the keys could not be compared.
+        unlabelled: Positions of the language tower that change with the image but are not labelled
+            as image tokens; None if this could not be compared.
+        reason: Why patches could not be compared; empty otherwise.
     """
 
     patches: tuple[PaintedPatch, ...] = ()
@@ -86,23 +87,22 @@ class _Keys:
 
 
 def painted_patches(vlm: VLM, prompt: str, sizes: Sequence[tuple[int, int]] = SIZES) -> Painted:
-    """Paint single patches of a picture, and see which positions change.
+    """Paint single patches of a test image, and compare which positions change.
 
-    It takes one forward for the picture as it is, one for its negative, and one for each of three
-    patches.
+    The model runs once on the image, once on its negative, and once for each of three patches.
 
     Args:
         vlm: Model and processor.
         prompt: A question.
-        sizes: Widths and heights of pictures, px, the first of which that has at most 2,048
-            patches is taken, else the last.
+        sizes: Widths and heights of images, px. The first size with at most 2,048 patches is used,
+            or the last one if all have more.
     """
     picture, ready = _picture(vlm, prompt, sizes)
     plain = _first_keys(vlm, prompt, picture)
     negative = _first_keys(vlm, prompt, ImageOps.invert(picture))
     unlabelled = _unlabelled(vlm, ready, plain.language, negative.language)
     if not ready.grids:
-        return Painted((), unlabelled, "the family has no rule that places patches")
+        return Painted((), unlabelled, "the family has no rule for the places of patches")
     if plain.vision is None:
         reason = "the first layer of the vision tower has no key for each patch"
         return Painted((), unlabelled, reason)
@@ -113,12 +113,12 @@ def painted_patches(vlm: VLM, prompt: str, sizes: Sequence[tuple[int, int]] = SI
         if other.vision is not None:
             change = (plain.vision - other.vision).norm(dim=1).numpy()
             results.append(_compared(grid, patch, boxes, change))
-    reason = "" if results else "no patch of the picture is large enough to be painted"
+    reason = "" if results else "no patch of the image is large enough to be painted"
     return Painted(tuple(results), unlabelled, reason)
 
 
 def _picture(vlm: VLM, prompt: str, sizes: Sequence[tuple[int, int]]) -> tuple[Image.Image, Prompt]:
-    """A picture without an even ground, and its prompt."""
+    """Return an image of random pixels, and its prompt."""
     noise = np.random.default_rng(0)
     for width, height in sizes:
         pixels = noise.integers(0, 120, (height, width, 3), dtype=np.uint8)
@@ -132,7 +132,7 @@ def _picture(vlm: VLM, prompt: str, sizes: Sequence[tuple[int, int]]) -> tuple[I
 def _chosen(
     grid: ImageGrid, boxes: Float[np.ndarray, "patch 4"], size: tuple[int, int]
 ) -> list[int]:
-    """A few patches, spread over the picture, that lie in it whole."""
+    """Return a few patches that are spread over the image and lie completely inside it."""
     x0, y0, x1, y1 = boxes.T
     whole = (x0 > -0.5) & (y0 > -0.5) & (x1 < size[0] + 0.5) & (y1 < size[1] + 0.5)
     large = np.minimum(x1 - x0, y1 - y0) >= _SMALLEST
@@ -145,7 +145,7 @@ def _chosen(
 
 
 def _over(picture: Image.Image, box: Float[np.ndarray, " 4"]) -> Image.Image:
-    """The picture with a box painted white, except for a pixel at its edge if it is large."""
+    """Return the image with a box painted white; a large box keeps an edge of one pixel."""
     x0, y0, x1, y1 = (int(edge) for edge in box.round())
     edge = 1 if min(x1 - x0, y1 - y0) > 2 * _SMALLEST else 0
     other = picture.copy()
@@ -154,7 +154,7 @@ def _over(picture: Image.Image, box: Float[np.ndarray, " 4"]) -> Image.Image:
 
 
 def _first_keys(vlm: VLM, prompt: str, picture: Image.Image) -> _Keys:
-    """The keys of the first self-attention of the vision and of the language tower."""
+    """Return the keys of the first self-attention layer of the vision and language towers."""
     inputs, prompts = vlm.prepare([[picture]], [prompt])
     calls: list[AttentionCall] = []
 
@@ -166,21 +166,21 @@ def _first_keys(vlm: VLM, prompt: str, picture: Image.Image) -> _Keys:
     with torch.no_grad(), listening(vlm.model, choice):
         seeded(lambda: vlm.run(inputs))
     mixed = any(each.tower == "language" for each in layers_without_matrix(vlm.model))
-    language = None if mixed else _of_language(calls)  # a convolution may be before the keys
+    language = None if mixed else _of_language(calls)  # a convolution may precede the keys
     return _Keys(_of_vision(vlm, inputs, prompts, calls), language)
 
 
 def _is_first(module: str) -> bool:
-    """Whether a module is in the first block of its stack: before it, no attention mixed tokens."""
+    """Whether a module is in the first block of its stack, so no attention runs before it."""
     return all(int(number) == 0 for number in re.findall(r"(?<=\.)\d+(?=\.|$)", module))
 
 
 def _of_vision(
     vlm: VLM, inputs: dict[str, Any], prompts: Sequence[Prompt], calls: Sequence[AttentionCall]
 ) -> Tensor | None:
-    """The keys of the image's positions in the first module that was called.
+    """Return the keys of the image's positions in the first module that was called.
 
-    None if they are not as many as its patches.
+    None if the number of keys is not the number of patches.
     """
     if not prompts[0].grids:
         return None
@@ -199,7 +199,10 @@ def _of_vision(
 
 
 def _of_language(calls: Sequence[AttentionCall]) -> Tensor | None:
-    """The keys of the first module that was called; None if not once, for one sample."""
+    """Return the keys of the first module that was called.
+
+    None if it was not called exactly once, with one sample.
+    """
     own = [call for call in calls if call.tower == "language"]
     own = [call for call in own if call.module == own[0].module]
     if len(own) != 1 or own[0].k is None or own[0].n_samples != 1:
@@ -213,7 +216,7 @@ def _compared(
     boxes: Float[np.ndarray, "patch 4"],
     change: Float[np.ndarray, " patch"],
 ) -> PaintedPatch:
-    """Where a painted patch was found, by how much each position's key changed."""
+    """Compare a painted patch with the position whose key changed most."""
     placed = np.isfinite(boxes).all(1)
     found = int(np.where(placed, change, -1).argmax())
     x0, y0, x1, y1 = boxes[found]
@@ -228,7 +231,7 @@ def _compared(
 def _unlabelled(
     vlm: VLM, ready: Prompt, plain: Tensor | None, negative: Tensor | None
 ) -> tuple[int, ...] | None:
-    """Positions that change with the picture, and are not labelled as image tokens."""
+    """Return positions that change with the image but are not labelled as image tokens."""
     n_read = ready.n_encoder or len(ready.tokens)
     if not vlm.family.in_sequence or plain is None or negative is None:
         return None

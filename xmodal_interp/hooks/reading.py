@@ -1,15 +1,15 @@
-"""From the arguments of an attention function to an :class:`AttentionCall`.
+"""Convert the arguments of an attention function to an :class:`AttentionCall`.
 
-What a mask and the causal flag mean follows from the function that is given them:
+The meaning of a mask and of the causal flag depends on the function:
 
 * The eager functions of transformers add the mask to the scores. A boolean mask adds 1 where it is
-  True; it hides nothing. Without a mask, every key is visible.
+  True and hides nothing. Without a mask, every key is visible.
 * ``scaled_dot_product_attention`` hides keys where a boolean mask is False. Its causal flag lets
   query ``i`` see the keys 0 to ``i``, also where there are more keys than queries.
 * Flash kernels take a mask of keys. Their causal flag lets the last query see all keys.
 
-For another function the reading is the most likely one. :mod:`xmodal_interp.hooks.agreement`
-compares it, and every other one, with what the function returned.
+For any other function, the most likely meaning ("reading") is used first. It and all other readings
+are compared with the function's output by :mod:`xmodal_interp.hooks.agreement`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,19 @@ from xmodal_interp.hooks.tapping import RawCall
 def as_attention_call(
     raw: RawCall, identity: Identity, number: int, mask: Tensor | None
 ) -> AttentionCall:
-    """A raw call by its proper names, its tensors as they are."""
+    """Convert a raw call to an :class:`AttentionCall`; its tensors are not copied.
+
+    Args:
+        raw: The call.
+        identity: The layer.
+        number: The number of the call within its layer.
+        mask: The mask with a row per query, from :func:`whole_mask`.
+    """
     options = raw.options
     sinks = options.get("s_aux") if options.get("s_aux") is not None else options.get("sinks")
     if sinks is None and isinstance(getattr(raw.module, "sinks", None), Tensor):
         sinks = raw.module.sinks
-    # [sample, head, query, 1]: they follow from the query
+    # [sample, head, query, 1]: sinks that are computed from the query
     if sinks is not None and sinks.ndim == 4:
         sinks = sinks[..., 0]
     bias = options.get("position_bias")
@@ -57,14 +64,14 @@ def as_attention_call(
         offset=0 if raw.causal and aligned_left else n_keys - n_queries,
         scaling=raw.scaling,
         softcap=options.get("softcap"),
-        sinks=None if sinks is None else sinks.detach().clone(),  # a weight: training changes it
+        sinks=None if sinks is None else sinks.detach().clone(),  # a weight, changed by training
         sliding_window=options.get("sliding_window") if raw.causal else None,
         note=raw.note,
     )
 
 
 def other_readings(raw: RawCall, call: AttentionCall) -> Iterator[AttentionCall]:
-    """Every other meaning that the call's mask and causal flag may have, the likely ones first."""
+    """Yield all other meanings that the call's mask and causal flag may have, likely ones first."""
     n_queries, n_keys = call.n_queries, call.n_keys
     alignments = [(True, 0), (True, n_keys - n_queries), (False, 0)]
     windows = dict.fromkeys((call.sliding_window, raw.options.get("sliding_window"), None))
@@ -110,7 +117,7 @@ def other_readings(raw: RawCall, call: AttentionCall) -> Iterator[AttentionCall]
 
 
 def as_dense_call(heard: DenseCall, identity: Identity, number: int) -> AttentionCall:
-    """Probabilities of a module's own by their proper names."""
+    """Convert probabilities of a module's inline softmax to an :class:`AttentionCall`."""
     return AttentionCall(
         tower=identity.tower,
         kind=identity.kind,
@@ -127,10 +134,10 @@ def as_dense_call(heard: DenseCall, identity: Identity, number: int) -> Attentio
 
 
 def as_computed(raw: RawCall) -> RawCall:
-    """The call with its operands in the precision that the function computed with.
+    """Return the call with its operands in the precision that the function computed with.
 
-    Under autocast, and in some kernels, float32 queries and keys are rounded to the dtype that the
-    output has.
+    Under autocast, and in some kernels, float32 queries and keys are rounded to the dtype of the
+    output.
     """
     if raw.output is None:
         return raw
@@ -147,7 +154,7 @@ def as_computed(raw: RawCall) -> RawCall:
 
 
 def segments(call: RawCall) -> Iterator[RawCall]:
-    """Packed calls of variable-length kernels, one per segment; any other call as it is."""
+    """Yield one call per segment of a packed variable-length call; yield other calls unchanged."""
     bounds = call.options.get("cu_seq_lens_q")
     if bounds is None or "flash" not in call.backend:
         yield call
@@ -164,7 +171,7 @@ def segments(call: RawCall) -> Iterator[RawCall]:
 
 
 def dense_mask(block_mask: BlockMask, device: torch.device) -> Tensor:
-    """``[sample, head, query, key]``, True where visible: what a mask of flex attention means."""
+    """Convert a mask of flex attention to ``[sample, head, query, key]``, True where visible."""
     n_samples, n_heads, n_queries, n_keys = block_mask.shape
     return create_mask(
         block_mask.mask_mod, n_samples, n_heads, n_queries, n_keys, device=str(device)
@@ -172,7 +179,7 @@ def dense_mask(block_mask: BlockMask, device: torch.device) -> Tensor:
 
 
 def whole_mask(raw: RawCall) -> Tensor | None:
-    """The mask of a call with a row per query; boolean, if it only hides."""
+    """Return the mask of a call with a row per query; boolean if it only hides keys."""
     if raw.mask is None:
         return None
     given = raw.mask.detach()
@@ -189,7 +196,10 @@ def _row_per_query(mask: Tensor, raw: RawCall) -> Tensor:
 
 
 def _rows_of_keys(raw: RawCall, mask: Tensor) -> Tensor:
-    """A mask of keys and what the backend hides by itself, as one mask; queries come last."""
+    """Combine a mask of keys with the keys that the backend hides by itself.
+
+    The queries are at the last positions of the keys.
+    """
     n_queries, n_keys = raw.query.shape[2], raw.key.shape[2]
     rows = torch.arange(n_queries, device=mask.device)
     window = raw.options.get("sliding_window") if raw.causal else None

@@ -1,15 +1,16 @@
-"""The recorder: forward hooks say which attention layer is running, the tap says what it was given.
+"""The recorder: forward hooks track which attention module runs, and the tap records its calls.
 
-1. Before an attention module runs, its hook opens it; what the tap hears belongs to the innermost
-   open module. Modules that pass by the interface are heard by :mod:`xmodal_interp.hooks.bypass`;
-   modules that no name tells to be attention, when they call torch's kernel.
-2. Each call becomes an :class:`AttentionCall`: operands cloned (a static cache overwrites its keys
-   in place), the mask as given.
-3. After the module has run, its hook closes it; one that made no call ran unseen, and the recording
-   says so.
+1. A forward pre-hook notes that an attention module is entered. Calls that the tap observes belong
+   to the innermost entered module. Modules that bypass the interface are recorded by
+   :mod:`xmodal_interp.hooks.bypass`; attention modules whose class name does not contain
+   "attention" are recorded when they call torch's kernel.
+2. Each call becomes an :class:`AttentionCall`. Its operands are cloned, because a static cache
+   overwrites its keys in place.
+3. A forward hook notes that the module is exited. If it made no recorded call, its name is added to
+   ``Recording.unseen``, and an error is raised at the end of the block.
 
-Keys of a growing cache are kept once: when a call's keys begin with the keys of the call before,
-the older call becomes a view.
+Keys of a growing cache are kept once: if a call's keys begin with the keys of the previous call,
+the previous call becomes a view.
 """
 
 from __future__ import annotations
@@ -85,41 +86,45 @@ def record(
     norms: bool = False,
     reduce: Callable[[AttentionCall], Any] | None = None,
 ) -> AbstractContextManager[Recording]:
-    """Record the attention of any transformers model while a ``with`` block runs it.
+    """Record the attention of any transformers model while it runs inside a ``with`` block.
 
-    Its outputs don't change by a bit. Heard is what runs in the thread (or asyncio task) that opens
-    the block: for a model that runs in a thread of its own, open it in that thread's function.
-    Attention of other models that run in the block is left out. In a module whose class is not
-    named attention, a call of ``scaled_dot_product_attention`` is heard, a softmax written out is
-    not; :func:`doctor` finds those.
+    The outputs of the model are bit-identical to those without recording. Only forwards in the
+    thread (or asyncio task) that enters the block are recorded. If the model runs in another
+    thread, enter the block in the function of that thread. Attention of other models that run
+    inside the block is not recorded. In a module whose class name does not contain "attention", a
+    call of ``scaled_dot_product_attention`` is recorded, but an inline softmax is not;
+    :func:`doctor` reports such modules.
 
     Args:
-        model: A VLM or any transformers model; its attention backend stays as it is.
-        towers: Which towers to keep.
-        layers: Which layers to keep (per tower and kind), all if not given.
-        values: Keep V too.
+        model: A VLM or any transformers model, with any attention backend.
+        towers: Towers to record.
+        layers: Layers to record (per tower and kind), all if not given.
+        values: Also keep V.
         norms: Keep the share of attention in each token's update (``AttentionCall.update_share``).
-        reduce: Called with each call instead of keeping it; what it returns goes to ``results``. It
-            must not keep the call: its tensors are the model's own.
+        reduce: Called with each call, which is then not kept; its result is added to ``results``.
+            It must not store the call, because the tensors of the call belong to the model.
 
     Raises:
-        CaptureError: Attention ran that could not be heard, or whose recorded probabilities do not
-            give the output that the model computed, or it ran in other threads only (raised at the
-            end of the block, unless the block itself failed); or the model is compiled, or called
-            from compiled code. An error of recording, or of ``reduce``, never ends the model's
-            forward: it is raised at the end of the block.
-        InputError: No model, ``norms`` together with ``reduce``, or towers or layers that are no
-            list or that the model does not have.
+        CaptureError: The model is compiled, or is called from compiled code. At the end of the
+            block, unless the block itself failed: attention could not be recorded, recorded
+            probabilities do not give the output of the model, or the model ran only in other
+            threads. Errors of the recording or of ``reduce`` do not stop the model's forward; they
+            are also raised at the end of the block.
+        InputError: ``model`` is not a model, ``norms`` and ``reduce`` were both given, or towers or
+            layers are not a list or do not exist in the model.
         UnsupportedModelError: The model has no attention modules.
     """
     if norms and reduce is not None:
-        raise InputError("norms are known after a call, reduce is called during it: choose one.")
+        raise InputError(
+            "Got norms=True and reduce=, but norms are known only after reduce is called. Pass one "
+            "of them."
+        )
     choice = Choice(held(towers), held(layers), values, norms, reduce)
     return listening(module_of(model), choice)
 
 
 def listening(model: nn.Module, choice: Choice) -> Block[Recording]:
-    """:func:`record` with all of its choices in one object."""
+    """Return :func:`record` for arguments that are held by one object."""
     return Block(partial(_listening, model, choice))
 
 
@@ -141,7 +146,7 @@ def _listening(model: nn.Module, choice: Choice, stack: ExitStack) -> Recording:
     own = stack.enter_context(own_context(elsewhere=recorder.note_elsewhere))
     enter, leave, quiet = own(recorder.open), own(recorder.close), set(quiet_modules(model))
     for module in dict.fromkeys((model, *named)):
-        if module in quiet:  # a hook would change what it computes
+        if module in quiet:  # a hook would change its results
             continue
         stack.callback(module.register_forward_pre_hook(refuse_replica).remove)
         stack.callback(module.register_forward_pre_hook(enter).remove)
@@ -155,7 +160,10 @@ def _listening(model: nn.Module, choice: Choice, stack: ExitStack) -> Recording:
 
 
 def _recording(method: Callable[Concatenate[_Recorder, P], None]) -> Callable[..., None]:
-    """Keep an error of recording from ending the model's forward: it is raised after the block."""
+    """Store an exception of a recorder method instead of raising it inside the model's forward.
+
+    It is raised at the end of the block.
+    """
 
     @wraps(method)
     def safe(self: _Recorder, *args: P.args, **options: P.kwargs) -> None:
@@ -164,14 +172,14 @@ def _recording(method: Callable[Concatenate[_Recorder, P], None]) -> Callable[..
             return
         try:
             method(self, *args, **options)
-        except Exception as error:  # noqa: BLE001  whatever it is, the forward goes on
+        except Exception as error:  # noqa: BLE001  any error: the forward continues
             self.fail(error)
 
     return safe
 
 
 class _Recorder:
-    """Hooks and tap listener in one; its state lives as long as one ``with`` block."""
+    """The hooks and the tap's observer of one ``with`` block, and their state."""
 
     def __init__(self, model: nn.Module, members: Members, choice: Choice) -> None:
         self.members, self.choice = members, choice
@@ -179,24 +187,24 @@ class _Recorder:
         self.running: list[Run] = []
         self.ran = self.ran_elsewhere = self.ran_in_batches = False
         self.sorts = {module: _sort(module) for module in (*members.known, *members.holders)}
-        self.settled: set[Sort] = set()  # that need not be heard by a softmax
-        self.hollow: set[nn.Module] = set()  # holders that ran while nothing in them did
+        self.settled: set[Sort] = set()  # modules known to use the interface: no mode is needed
+        self.hollow: set[nn.Module] = set()  # holders that ran without a recorded call inside
         self.counts: dict[nn.Module, int] = {}
-        self.bypasses: set[Bypass] = set()  # that have begun
+        self.bypasses: set[Bypass] = set()  # active function modes
         self.kept: list[KeptCall] = []
         self.caches: dict[nn.Module, KeyCache] = {}
         self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
         self.block_masks: dict[int, tuple[BlockMask, Tensor]] = {}
         self.shares: UpdateShares | None = None
-        self.n_torchs = 0  # how many of torch's own modules are running, one inside the other
-        self.failure: Exception | None = None  # of recording: the model's forward goes on
+        self.n_torchs = 0  # number of nested running modules of torch's own
+        self.failure: Exception | None = None  # the first error, raised at the end of the block
 
     def fail(self, error: Exception) -> None:
         """Stop recording; the error is raised at the end of the block."""
         self.failure = self.failure or error
 
     def end_bypasses(self) -> None:
-        """Take every mode off."""
+        """Exit every function mode."""
         for bypass in self.bypasses:
             bypass.end()
         self.bypasses.clear()
@@ -223,7 +231,7 @@ class _Recorder:
             run.bypass.begin()
 
     def open_quiet(self, module: nn.Module, args: Any) -> None:
-        """A module without hooks is entered; torch's own ones run without a mode."""
+        """Note that a module without hooks is entered; torch's own modules run without a mode."""
         self.n_torchs += is_torchs(module)
         if self.n_torchs == 1 and is_torchs(module):
             for run in self.running:
@@ -234,7 +242,7 @@ class _Recorder:
     def close_quiet(
         self, module: nn.Module, args: Any, options: dict[str, Any], output: Any
     ) -> None:
-        """A module without hooks is exited."""
+        """Note that a module without hooks is exited."""
         self.close(module, args, options, output)
         self.n_torchs -= is_torchs(module)
         if self.n_torchs == 0 and is_torchs(module):
@@ -251,11 +259,11 @@ class _Recorder:
         output: Any,
     ) -> None:
         opened = bool(self.running) and self.running[-1].module is module
-        if _recomputing() or not opened:  # closed though it was refused, so never opened
+        if _recomputing() or not opened:  # not opened if the module was refused
             return
         run = self.running.pop()
         self._end_bypass(run)
-        if output is None:  # it failed
+        if output is None:  # the forward failed
             return
         wanted = self.choice.wants(self.members.identity(module))
         if run.heard_inside and module not in self.members.known:
@@ -272,11 +280,11 @@ class _Recorder:
             self.shares.go_on(module, [*args, *options.values()], output, new)
 
     def _judge(self, run: Run, *, wanted: bool) -> None:
-        """Whether a module that has run was heard, by itself or by what it holds."""
+        """Note whether a module that has run, or a module inside it, made a recorded call."""
         module = run.module
         if run.n_heard or run.aside:
             run.heard_inside = True
-            run.silent.clear()  # parts of it that are named so, and helped
+            run.silent.clear()  # inner modules without calls are helpers of this one
         elif module in self.members.known:
             run.silent += [self.members.known[module].module] * wanted
         elif run.heard_inside:
@@ -319,7 +327,7 @@ class _Recorder:
     def hear_kernel(
         self, function: str, args: tuple[Any, ...], options: Mapping[str, Any], output: Any
     ) -> None:
-        """A call of one of torch's attention functions, whatever module makes it."""
+        """Record a call of one of torch's attention functions by any module."""
         run = self.running[-1] if self.running else None
         if _recomputing() or (run is not None and run.inside):
             return
@@ -353,9 +361,9 @@ class _Recorder:
 
     @staticmethod
     def _goes_on(run: Run, inner: nn.Module) -> bool:
-        """Whether a run is under way when an inner module is entered.
+        """Whether a run is still active when an inner module is entered.
 
-        It is not if an interrupt ended it: torch calls no forward hook after one.
+        It is not if it was ended by an interrupt, after which torch calls no forward hook.
         """
         parts = run.module.modules()
         inside = inner is not run.module and any(part is inner for part in parts)
@@ -367,12 +375,12 @@ class _Recorder:
             self.bypasses.discard(run.bypass)
 
     def _module_at_work(self, run: Run) -> nn.Module | None:
-        """The module of a run, if that is the innermost and not inside the interface's function."""
+        """Return the run's module; None while an inner run or the interface's function runs."""
         if self.failure is not None or not self.running:
             return None
         return run.module if self.running[-1] is run and run.inside == 0 else None
 
-    @torch.no_grad()  # what autograd saves here would be missing when a checkpoint is recomputed
+    @torch.no_grad()  # tensors saved by autograd here would break recomputation of checkpoints
     def _keep(self, module: nn.Module, heard: Heard) -> None:
         identity = self.members.known[module]
         self.members.heard.add(module)
@@ -390,7 +398,7 @@ class _Recorder:
         if self.choice.inspect is not None:
             self.choice.inspect(heard, call)
         if self.choice.reduce is not None:
-            with full_precision():  # autocast is the model's, not that of what is computed from it
+            with full_precision():  # the model's autocast must not apply to ``reduce``
                 self.recording.results.append(self._reduced(call, self.choice.reduce))
         elif isinstance(heard, DenseCall):
             self.kept.append(KeptCall(call))
@@ -411,7 +419,7 @@ class _Recorder:
             raise ReduceError from error
 
     def finish(self) -> None:
-        """Hand each call its keys, as a view into the cache they are the beginning of."""
+        """Give each call its keys, as views of the cache, and complete the recording."""
         self.end_bypasses()
         self.recording.calls += [kept.whole() for kept in self.kept]
         self.kept.clear()
@@ -419,7 +427,7 @@ class _Recorder:
         self.recording.modules = tuple(self.members.known.values())
 
     def check(self, failure: type[BaseException] | None, *_: object) -> None:
-        """Raise CaptureError for what was missed or is wrong, unless the block itself failed."""
+        """Raise CaptureError for missed or wrong attention, unless the block itself failed."""
         if failure is None and self.failure is not None:
             refuse_failure(self.failure)
         if failure is None:
@@ -432,7 +440,7 @@ class _Recorder:
                 refuse_another_thread(in_batches=self.ran_in_batches)
 
     def _with_dense_mask(self, raw: RawCall) -> RawCall:
-        """Flex attention is given a function instead of a mask; layers share it."""
+        """Convert the mask function of flex attention to a tensor, once for all layers."""
         given: Any = raw.mask
         if not isinstance(given, BlockMask):
             return raw
@@ -442,7 +450,7 @@ class _Recorder:
         return replace(raw, mask=mask[..., : raw.query.shape[2], : raw.key.shape[2]])
 
     def _mask(self, raw: RawCall) -> Tensor | None:
-        """Layers share one mask tensor: it is read once."""
+        """Return the whole mask of a call; a tensor that layers share is converted once."""
         if raw.mask is None:
             return None
         key = (id(raw.mask), raw.query.shape[2], raw.backend, raw.options.get("sliding_window"))
@@ -452,7 +460,10 @@ class _Recorder:
 
 
 def _sort(module: nn.Module) -> Sort:
-    """What modules that do the same have in common: their class, unless one was given a forward."""
+    """Return the class of a module, or the module itself if its forward was replaced.
+
+    Modules with the same result compute their attention in the same way.
+    """
     return module if replaced_forward(module) else type(module)
 
 

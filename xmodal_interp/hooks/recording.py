@@ -1,4 +1,4 @@
-"""What is to be listened to, and what was heard."""
+"""The settings and the result of a recording."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from xmodal_interp.vocabulary import TOWERS, Tower
 
 @dataclass(eq=False)
 class Recording:
-    """What was heard.
+    """The result of :func:`record`.
 
     Attributes:
-        calls: Every call, in the order the model made them; there when the block has ended.
-        results: What ``reduce`` returned for each call, if it was given (``calls`` is then empty).
-        modules: Every attention module that is listened to.
-        without_matrix: Layers that mix tokens without a softmax, so without a matrix of
-            probabilities: linear attention, state spaces, convolutions.
-        unseen: Names of modules that ran without a call that could be heard.
-        rotary: What the rotary embedding of the language tower was told of positions.
-        agreement: Whether the probabilities are those that the model computed with.
+        calls: Every call, in the order in which the model made them; set at the end of the block.
+        results: The results of ``reduce``, one per call, if it was given (``calls`` is then empty).
+        modules: Every attention module that is recorded.
+        without_matrix: Layers that mix tokens without softmax attention: linear attention, state
+            spaces, convolutions.
+        unseen: Names of modules that ran without a recorded call.
+        rotary: Position ids that the rotary embedding of the language tower received.
+        agreement: The comparison of recorded probabilities with the model's outputs.
     """
 
     modules: tuple[Identity, ...]
@@ -43,11 +43,11 @@ class Recording:
 
 @dataclass(frozen=True)
 class Choice:
-    """What to listen to, and what to do with it; the fields are the arguments of :func:`record`.
+    """The settings of a recording: the arguments of :func:`record`, and two more.
 
-    ``inspect`` is called with every call as it was heard, its tensors the model's own, and with the
-    call by its proper names. ``refuse`` is whether a call whose probabilities do
-    not give the output of its function (see :mod:`xmodal_interp.hooks.agreement`) is an error.
+    ``inspect`` is called with every raw call, whose tensors belong to the model, and with the
+    :class:`AttentionCall` made from it. ``refuse`` is whether an error is raised if the
+    probabilities of a call do not give its output (see :mod:`xmodal_interp.hooks.agreement`).
     """
 
     towers: Sequence[Tower] = TOWERS
@@ -59,7 +59,7 @@ class Choice:
     refuse: bool = True
 
     def wants(self, identity: Identity) -> bool:
-        """Whether a layer is listened to."""
+        """Whether a layer is to be recorded."""
         return identity.tower in self.towers and (
             self.layers is None or identity.layer in self.layers
         )

@@ -1,4 +1,4 @@
-"""What a recording can't be asked for."""
+"""The errors of a recording: what cannot be recorded, and what to do instead."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def chosen_layers(
     layers: Collection[Any] | np.ndarray | Tensor | None,
     known: Collection[Identity],
 ) -> tuple[int, ...] | None:
-    """The numbers of the layers that were named, by number or by a mask; None for all.
+    """Return the numbers of the chosen layers, given by number or by a mask; None for all.
 
     Raises:
-        InputError: Something that is not a list, or a tower or layer that does not exist.
-        LayerError: Numbers that are not whole, or a mask of another length.
+        InputError: Layers or towers are not a list, or do not exist.
+        LayerError: A number is not whole, or a mask has a wrong length.
     """
     check_towers(towers)
     if layers is None:
@@ -41,23 +41,23 @@ def chosen_layers(
     there = {identity.layer for identity in known if identity.tower in towers}
     given: Any = layers
     if isinstance(given, (str, slice)) or not isinstance(given, Iterable):
-        raise InputError(f"layers is a list, such as [0, 3]; got {quoted(layers)}.")
+        raise InputError(f"layers must be a list, such as [0, 3]; got {quoted(layers)}.")
     chosen = tuple(dict.fromkeys(numbers(layers, "layer", max(there, default=-1) + 1)))
     missing = sorted(set(chosen) - there)
     if missing:
         named = "layers" if set(towers) == set(TOWERS) else f"{' and '.join(towers)} layers"
-        has = f"Its {named} are {ranged(there)}" if there else f"It has no {named}"
+        has = f"has {named} {ranged(there)}" if there else f"has no {named}"
         raise InputError(
-            "layers must exist in the model, counted from 0 (negative numbers are not taken "
-            f"here). {has}; got {', '.join(map(str, missing))}."
+            f"Got layers {', '.join(map(str, missing))}, but the model {has}. Count layers from 0; "
+            "negative numbers are not accepted here."
         )
     return chosen
 
 
 def check_towers(towers: Any) -> None:
-    """Raise InputError for something that is not a list of towers, or an empty one."""
+    """Raise InputError if ``towers`` is not a list of towers, or is empty."""
     if isinstance(towers, str) or not isinstance(towers, Iterable):
-        raise InputError(f"towers is a list, such as ['language']; got {quoted(towers)}.")
+        raise InputError(f"towers must be a list, such as ['language']; got {quoted(towers)}.")
     named = list(towers)
     unknown = [tower for tower in named if not (isinstance(tower, str) and tower in TOWERS)]
     if unknown:
@@ -65,27 +65,30 @@ def check_towers(towers: Any) -> None:
             f"towers must be among {', '.join(TOWERS)}; got {', '.join(map(quoted, unknown))}."
         )
     if not named:
-        raise InputError("towers must name at least one tower; got none. Leave it out for all.")
+        raise InputError("towers is empty. Leave it out for all towers.")
 
 
 def refuse_unseen(names: Iterable[str]) -> None:
-    """Raise CaptureError for modules that ran without a call that could be heard."""
+    """Raise CaptureError for modules that ran without a recorded call."""
     unseen = sorted(set(names))
     if unseen:
         raise CaptureError(
-            "Some attention could not be recorded. These modules ran, but neither used "
+            "Some attention could not be recorded: these modules ran, but neither used "
             "transformers' attention interface nor called scaled_dot_product_attention or a "
-            f"softmax: {', '.join(unseen)}. Leave out their tower with towers=, if you don't need "
+            f"softmax: {', '.join(unseen)}. Leave out their tower with towers= if you don't need "
             "it."
         )
 
 
 class ReduceError(Exception):
-    """An error of the user's ``reduce`` function, its cause."""
+    """Wraps an error of the user's ``reduce`` function, which is its ``__cause__``."""
 
 
 def refuse_failure(error: Exception) -> None:
-    """Raise what went wrong while the model ran: an error of this package, or of ``reduce``."""
+    """Raise an error that occurred while the model ran.
+
+    Errors of this package and of ``reduce`` are raised unchanged, others as CaptureError.
+    """
     if isinstance(error, ReduceError):
         assert error.__cause__ is not None
         raise error.__cause__
@@ -93,31 +96,30 @@ def refuse_failure(error: Exception) -> None:
         raise error
     raise CaptureError(
         "The model ran to its end, but recording its attention failed with "
-        f"{type(error).__name__}: {error}. Leave out the tower where it did with towers=, and "
-        "report the traceback above."
+        f"{type(error).__name__}: {error}. Leave out the tower that fails with towers=, and report "
+        "the traceback above."
     ) from error
 
 
 def refuse_mixture(name: str, heard: Iterable[Heard]) -> None:
-    """Raise CaptureError for a module whose softmaxes are not what weights the values.
+    """Raise CaptureError for a module that combines softmaxes before the product with the values.
 
-    ConViT adds two of them, differential attention subtracts them, and talking heads (CaiT,
-    EfficientFormerV2) are mixed by a layer of weights.
+    ConViT adds two softmaxes, differential attention subtracts two, and talking heads (CaiT,
+    EfficientFormerV2) are mixed by a layer with weights.
     """
     dense = [each for each in heard if isinstance(each, DenseCall)]
     if any(each.is_mixed for each in dense):
         raise CaptureError(
-            f"{name} mixes the results of its softmax by a learned layer before they weight the "
-            "values (talking heads), so no head has these probabilities. Leave out its tower or "
-            "its layer with towers= or layers=."
+            f"{name} mixes the results of its softmax by a learned layer before the product with "
+            "the values (talking heads), so no head has these probabilities. Leave out its tower "
+            "or layer with towers= or layers=."
         )
     shapes = Counter(tuple(each.probs.shape) for each in dense)
     n_alike = max(shapes.values(), default=0)
     if n_alike > 1:
         raise CaptureError(
-            f"{name} computes {n_alike} softmaxes over the same tokens in one run, and which "
-            "mixture of them weights the values is not known. Leave out its tower or its layer "
-            "with towers= or layers=."
+            f"{name} computes {n_alike} softmaxes over the same tokens in one run, and how it "
+            "combines them is unknown. Leave out its tower or layer with towers= or layers=."
         )
 
 
@@ -126,8 +128,8 @@ def refuse_vmap() -> None:
     level = torch._C._functorch.peek_interpreter_stack()
     if level is not None and level.key() == torch._C._functorch.TransformType.Vmap:
         raise CaptureError(
-            "A model inside torch.func.vmap cannot be recorded: its tensors are one sample's, and "
-            "their values cannot be read. Call the model with the batch, without vmap."
+            "A model inside torch.func.vmap cannot be recorded, because the values of its tensors "
+            "cannot be read there. Call the model with the batch, without vmap."
         )
 
 
@@ -139,29 +141,28 @@ def refuse_split(model: nn.Module) -> None:
     sizes = [getattr(module, "_tp_size", None) for module in model.modules()]
     n_processes = max([size for size in sizes if isinstance(size, int)], default=1)
     for weight in model.parameters():
-        mesh = getattr(weight, "device_mesh", None)  # of a DTensor
+        mesh = getattr(weight, "device_mesh", None)  # only a DTensor has one
         names = getattr(mesh, "mesh_dim_names", None) or ()
         if mesh is not None and "tp" in names:
             n_processes = max(n_processes, int(mesh.size(names.index("tp"))))
     if n_processes > 1:
         raise UnsupportedModelError(
             f"The layers of this model are split over {n_processes} processes (tensor "
-            "parallelism), each of which has some of their heads only. Load it without tp_plan, "
-            "such as with device_map='auto'."
+            "parallelism), so this process has only some of their heads. Load the model without "
+            "tp_plan, for example with device_map='auto'."
         )
 
 
 def refuse_another_thread(*, in_batches: bool = False) -> None:
-    """Raise CaptureError for a model that did not run where it was to be heard."""
+    """Raise CaptureError for a model that ran only outside the thread or task of the block."""
     if in_batches:
         raise CaptureError(
             "Continuous batching (generate_batch) cannot be recorded: transformers runs the model "
-            "in a thread of its own, on tokens of several requests at once. Use generate."
+            "in a separate thread, on tokens of several requests at once. Use generate."
         )
     raise CaptureError(
-        "A block hears what runs in its own thread (or task). In this one no attention ran, while "
-        "the model ran in another. Open the block there: in the function that the thread is given, "
-        "around the call of the model."
+        "The model ran in another thread (or task) than the with block, so nothing was recorded. "
+        "Enter the block around the call of the model, in the function that the thread runs."
     )
 
 
@@ -169,7 +170,6 @@ def refuse_replica(module: nn.Module, args: Any) -> None:  # noqa: ARG001
     """Raise CaptureError in a copy that ``nn.DataParallel`` made for one of its devices."""
     if getattr(module, "_is_replica", False):
         raise CaptureError(
-            "A recording hears one model in one thread. nn.DataParallel runs copies of it in "
-            "threads of their own. Record the model itself (parallel.module), or one process per "
-            "device."
+            "nn.DataParallel runs copies of the model in separate threads, which cannot be "
+            "recorded. Record the model itself (parallel.module), or use one process per device."
         )

@@ -1,12 +1,14 @@
-"""Replay: what runs before an edited layer gives what it gave, so it need not run again.
+"""Replay the outputs of the blocks before an edited layer, so that they need not run again.
 
-A block is the module of a layer stack that holds an attention module (``layers.3`` for
-``layers.3.self_attn``). ``remember_blocks`` keeps what each block returned in one forward;
-``replay`` makes the model's next forwards, on the same inputs, take those outputs from memory for
-every block that ran before a given layer. The rest of the model runs as it is: the result is that
-of the whole forward, bit for bit, wherever a block acts by what it returns. Where one acts in
-another way (keys shared between layers through the cache or a dictionary of the forward), it is
-not, or the forward raises: compare once, as :mod:`xmodal_interp.analysis.teacher_forcing` does.
+A block is the module of a layer stack that contains an attention module (``layers.3`` for
+``layers.3.self_attn``). ``remember_blocks`` keeps the output of each block in one forward. Inside
+``replay``, forwards on the same inputs use these outputs for every block that ran before a given
+layer; the rest of the model runs normally.
+
+The result is bit-identical to the whole forward if blocks affect the rest of the model only by
+their outputs. Some models share keys between layers through the cache or a dictionary. There the
+result differs or the forward raises, so compare it once, as
+:mod:`xmodal_interp.analysis.teacher_forcing` does.
 
 The memory is one hidden state per block: ``n_blocks * samples * positions * d_model`` numbers.
 """
@@ -28,7 +30,7 @@ from xmodal_interp.vocabulary import AttentionKind, Tower
 
 @dataclass(eq=False)
 class BlockOutputs:
-    """What the blocks of a model returned in one forward.
+    """The outputs of the blocks of a model in one forward.
 
     Attributes:
         blocks: The block of each layer.
@@ -41,7 +43,7 @@ class BlockOutputs:
     repeated: set[nn.Module] = field(default_factory=set)
 
     def before(self, tower: Tower, kind: AttentionKind, layer: int) -> dict[nn.Module, Any]:
-        """The outputs of the blocks that had run when the block of this layer began.
+        """Return the outputs of the blocks that ran before the block of this layer.
 
         Empty if that block did not run, or ran several times.
         """
@@ -54,7 +56,7 @@ class BlockOutputs:
 
 
 def remember_blocks(model: nn.Module) -> Block[BlockOutputs]:
-    """Keep what every block returns in the one forward inside the ``with`` block."""
+    """Keep the output of every block in the one forward inside the ``with`` block."""
     return Block(partial(_remember_blocks, model))
 
 
@@ -78,19 +80,19 @@ def _remember_blocks(model: nn.Module, stack: ExitStack) -> BlockOutputs:
 
 
 def replay(outputs: dict[nn.Module, Any]) -> Block[None]:
-    """Let modules return what is given, without running, inside the ``with`` block."""
+    """Inside the ``with`` block, let modules return the given outputs instead of running."""
     return Block(partial(_replay, outputs))
 
 
 def _replay(outputs: dict[nn.Module, Any], stack: ExitStack) -> None:
     for module, output in outputs.items():
-        own = module.__dict__.get("forward")  # dispatched models have one per instance
+        own = module.__dict__.get("forward")  # set by accelerate on dispatched models
         stack.callback(_restore, module, own)
         module.forward = _Returning(output)
 
 
 class _Returning:
-    """A forward that returns what it is told to."""
+    """A forward that returns a given output."""
 
     def __init__(self, output: Any) -> None:
         self.output = output

@@ -1,9 +1,9 @@
-"""Where the language model puts each token, as its rotary embedding is told.
+"""Record the position ids that the rotary embedding of the language model receives.
 
-The index of a token in the sequence is not always its position: in Qwen2-VL (arXiv 2409.12191) the
-tokens of an image share their time and have a row and a column, and the text goes on behind the
-larger side of the image, not behind its last token. The rotary modules are told, whatever the
-family; hooks on them listen.
+The position id of a token is not always its index in the sequence. In Qwen2-VL (arXiv 2409.12191)
+the tokens of an image share one time and have a row and a column, and the ids of the text after it
+continue from the larger side of the image, not from its number of tokens. In every family the
+rotary module receives these ids, so a hook on it records them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.hooks.own_context import own_context
 
 AXES = ("t", "h", "w")
-"""Time, row and column; the same number three times where a model has one axis.
+"""Time, row and column; for a model with one axis, the same number three times.
 
-Models with more axes (HunYuan-VL has a fourth, and another order) are not listened to."""
+Models with more axes are not recorded (HunYuan-VL has four, in another order)."""
 
 
 class RotaryPositions:
-    """What the first rotary module of the language tower was told, call by call."""
+    """The position ids that the first rotary module of the language tower received, by call."""
 
     def __init__(self, model: nn.Module, known: Mapping[nn.Module, Identity]) -> None:
         language = [each.module for each in known.values() if each.tower == "language"]
@@ -43,7 +43,7 @@ class RotaryPositions:
         self.heard: list[Tensor] = []
 
     def listen(self, stack: ExitStack) -> None:
-        """Put a hook on the module, until the stack is closed."""
+        """Register a hook on the module until the stack is closed."""
         if self.module is not None:
             own = stack.enter_context(own_context())
             hook = self.module.register_forward_pre_hook(own(self._enter), with_kwargs=True)
@@ -57,7 +57,7 @@ class RotaryPositions:
             self.heard.append(told.detach().clone() if told.ndim == 3 else told.detach()[None])
 
     def whole(self) -> Int[Tensor, "axis sample position"] | None:
-        """The positions of everything that was read; None if no rotary module told any."""
+        """Return the position ids of the whole sequence; None if none were recorded."""
         if not self.heard:
             return None
         again = reread([each.shape[-1] for each in self.heard])

@@ -1,9 +1,9 @@
-"""Which samples a model is running, so that interventions find each sample's positions.
+"""Track which samples a model is running, so that interventions find the positions of each sample.
 
-A hook on the model reads its arguments: the ids, which are compared with those of the batch that
-:meth:`VLM.prepare` labelled last, and the attention mask, which says how much padding comes before
-each sample. A decode step belongs to the batch before it. Some models (BLIP-2, Kosmos-2) generate
-with an inner model alone: then the inputs of :meth:`VLM.generate` are read.
+A hook on the model reads its arguments. The token ids are compared with those of the last batch
+that :meth:`VLM.prepare` labelled; the attention mask gives the number of padding tokens before each
+sample. A decode step belongs to the previous batch. Some models (BLIP-2, Kosmos-2) generate with an
+inner model only; for these, the inputs of :meth:`VLM.generate` are read.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from xmodal_interp.sample import Sample
 
 
 class RunningBatch:
-    """The batch that a model is running; one for each ``intervene`` block.
+    """The batch that a model is running, for one ``intervene`` block.
 
     Attributes:
-        samples: The samples as they were prepared, padding included and without attention; None if
-            the model runs other inputs than a VLM prepared.
-        padding: How many padding tokens come before other tokens of each sample, at its start or
-            after image features in front; None if the model was given no mask
-            ``[sample, position]``.
-        goes_on: Whether this run goes on with the batch of the run before: a decode step.
+        samples: The prepared samples, with padding and without attention; None if the inputs were
+            not prepared by the VLM.
+        padding: The number of padding tokens before other tokens of each sample, at its start or
+            after image features; None if the model received no mask ``[sample, position]``.
+        goes_on: Whether this run is a decode step of the previous batch.
     """
 
     def __init__(self, model: VLM | nn.Module) -> None:
@@ -36,21 +35,21 @@ class RunningBatch:
         self.samples: tuple[Sample, ...] | None = None
         self.padding: Int[Tensor, " sample"] | None = None
         self.goes_on = False
-        self.masks: dict[Any, Tensor] = {}  # of selections, for this batch
+        self.masks: dict[Any, Tensor] = {}  # by selection, for the current batch
         self._ids: Tensor | None = None
         self._prompts: Sequence[Prompt] | None = None
         self._generating: Mapping[str, Any] | None = None
 
     def look(self) -> None:
-        """Read the inputs of a generation that has begun without a run of the model itself."""
+        """Read the inputs of a generation that does not run the forward of the whole model."""
         inputs = None if self.vlm is None else self.vlm.generating
         if inputs is not None and inputs is not self._generating:
             self._generating, self._ids = inputs, None
             self._read((), inputs)
-            self._ids = None  # the model's own first run is no decode step
+            self._ids = None  # the next forward of the whole model is not a decode step
 
     def enter(self, module: nn.Module, args: Any, options: Mapping[str, Any]) -> None:  # noqa: ARG002
-        """Read the arguments of a run; a forward pre-hook."""
+        """Read the arguments of a forward; registered as a forward pre-hook."""
         self._generating = None if self.vlm is None else self.vlm.generating
         self._read(args, options)
 
@@ -79,7 +78,7 @@ class RunningBatch:
 
 
 def _n_before(mask: Tensor) -> Int[Tensor, " sample"]:
-    """How many positions of each sample are hidden before the last one that is not."""
+    """Return the number of hidden positions of each sample before its last visible position."""
     shown = mask != 0
     return (~shown & (shown.flip(1).cumsum(1).flip(1) > 0)).sum(1)
 

@@ -1,4 +1,4 @@
-"""One attention module at work, between the hook that opens it and the one that closes it."""
+"""One run of an attention module, from its forward pre-hook to its forward hook."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from xmodal_interp.hooks.bypass import Bypass, Heard
 
 @dataclass(eq=False)
 class Run:
-    """One attention module at work.
+    """One run of an attention module.
 
     Attributes:
-        module: The module; or one that is named so too and holds others.
-        start: How many calls had been kept before.
-        n_heard: Calls through the interface.
-        inside: Whether the interface's function is running.
-        aside: What was heard beside the interface; it counts if the interface was never asked.
-        silent: Names of attention modules, of itself or what it holds, that ran without a call.
-        heard_inside: Whether any call was heard while it ran.
-        bypass: The listener to torch functions, if there is one.
+        module: The module: a known attention module or a holder of one.
+        start: The number of calls that were kept before this run.
+        n_heard: The number of recorded calls through the interface.
+        inside: The number of functions of the interface that are running, 0 if none.
+        aside: Bypassed calls, recorded outside the interface; they are kept only if the run made no
+            call through the interface.
+        silent: Names of attention modules in this run (itself included) without a recorded call.
+        heard_inside: Whether any call was recorded during the run.
+        bypass: The function mode that observes torch functions, or None.
     """
 
     module: nn.Module

@@ -1,9 +1,9 @@
-"""Positions of a sequence that may still grow, as interventions name them.
+"""The positions that an intervention edits, in a sequence that may still grow.
 
-Numbers count from the start of the sequence, padding included, also while the model generates with
-a cache: position 160 is touched by the decode step that reads it. In a batch whose samples have
-different amounts of padding before their tokens, one number is a different token in each sample;
-positions are then named by selectors, which each sample resolves for itself.
+Numbers count from the start of the sequence, including padding. They stay the same while the model
+generates with a cache: position 160 is edited in the decode step that reads it. In a batch with
+different amounts of padding before the tokens, one number is a different token in each sample.
+Positions are then given by selectors, which are resolved in each sample.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ Chosen = Selector | Sequence[Selector] | Callable[[Sample], Selector]
 
 
 class Selection:
-    """Positions, before it is known which samples are run and how long the sequence will be.
+    """Positions that are resolved later, when the samples and the sequence length are known.
 
     Args:
-        positions: For all samples of a batch: an index, indices, a slice (an open end includes
-            what is generated), or a boolean mask ``[position]``. For each sample by itself: a
-            keyword or phrase, or a list of them; a function that is given the sample and returns
-            positions of any spelling; a list with such a selector for each sample; or a boolean
-            mask ``[sample, position]``. A mask covers the prompt at least; positions after its end
+        positions: The same for all samples of a batch: an index, indices, a slice (an open end
+            includes generated tokens), or a boolean mask ``[position]``. Resolved in each sample: a
+            keyword or phrase, or a list of them; a function that takes the sample and returns
+            positions; a list with such a selector for each sample; or a boolean mask
+            ``[sample, position]``. A mask must cover at least the prompt; positions after its end
             are not selected.
 
     Raises:
-        PositionError: A negative position (the end it would count from moves), or something that is
-            not a position.
+        PositionError: A position is negative (the end of the sequence moves during generation), or
+            the argument is not a position.
     """
 
     def __init__(self, positions: Chosen) -> None:
         self.slice: slice | None = None
         self.numbers: Int[Tensor, " position"] | None = None
-        self.mask: Bool[Tensor, "sample position"] | None = None  # one row for all, or one for each
-        self.selector: Any = None  # what each sample resolves
+        self.mask: Bool[Tensor, "sample position"] | None = None  # one row, or one per sample
+        self.selector: Any = None  # resolved in each sample
         self.selectors: list[Any] | None = None  # one for each sample
         if has_phrase(positions) or (callable(positions) and not isinstance(positions, Tensor)):
             self.selector = positions
@@ -62,8 +62,8 @@ class Selection:
             row = entries_of(positions)
             if row is None:
                 raise PositionError(
-                    "Positions of an intervention are a number, a list of them, a slice, a boolean "
-                    f"mask, a phrase, or a function of a sample; got {quoted(positions)}."
+                    "Positions of an intervention must be a number, a list of numbers, a slice, a "
+                    f"boolean mask, a phrase, or a function of a sample; got {quoted(positions)}."
                 )
             if row.dtype == bool:
                 self.mask = torch.from_numpy(row)[None]
@@ -73,7 +73,7 @@ class Selection:
 
     @property
     def n_needed(self) -> int:
-        """How long the sequence must become for every named position to be reached."""
+        """The length that the sequence must reach to contain every given position."""
         if self.slice is not None:
             return 0 if self.slice.start is None else int(self.slice.start) + 1
         if self.numbers is not None:
@@ -83,25 +83,25 @@ class Selection:
     def between(
         self, start: int, stop: int, like: Tensor, batch: RunningBatch | None, *, begins: bool
     ) -> Bool[Tensor, "sample position"]:
-        """True at the selected positions of the stretch ``[start, stop)``.
+        """Return a mask that is True at the selected positions from ``start`` to ``stop``.
 
         Args:
-            start: First position of the stretch.
-            stop: The position after its last.
-            like: A tensor ``[sample, ...]`` of the call: its batch size is checked against, its
-                device is used.
-            batch: The samples that are run; None where positions are not those of their tokens
-                (other towers than the language tower, keys of cross-attention).
-            begins: Whether the stretch begins a sequence, and holds all that is read of it at once.
+            start: The first position.
+            stop: The position after the last one.
+            like: A tensor ``[sample, ...]`` of the call, which gives the batch size and the device.
+            batch: The samples that are run; None if the positions are not those of the prompt's
+                tokens (towers other than the language tower, keys of cross-attention).
+            begins: Whether ``start`` is the beginning of a sequence and the call reads the whole
+                prompt.
 
         Returns:
-            One row if the samples agree, else one per sample.
+            One row if the mask is the same for all samples, else one row per sample.
 
         Raises:
-            CaptureError: Selectors of samples that are not known.
-            InputError: Positions given per sample, for another number of samples; or numbers where
-                a sample has padding before other tokens.
-            PositionError: A mask that is shorter than the prompt.
+            CaptureError: The positions are selectors, but the samples are unknown.
+            InputError: The number of rows is not the number of samples, or positions are numbers
+                although a sample has padding before other tokens.
+            PositionError: A mask is shorter than the prompt.
         """
         if self.selector is not None or self.selectors is not None:
             mask = self._resolved(like.shape[0], batch, n_positions=stop if begins else None)
@@ -112,7 +112,7 @@ class Selection:
                 _refuse_padding(like.shape[0], batch)
             if begins and mask.shape[1] < stop:
                 raise PositionError(
-                    f"A mask needs an entry for each position, {stop} in all; got "
+                    f"A mask must have one entry per position, {stop} in all; got "
                     f"{mask.shape[1]} entries."
                 )
         else:
@@ -127,18 +127,18 @@ class Selection:
     def _resolved(
         self, n_samples: int, batch: RunningBatch | None, n_positions: int | None
     ) -> Bool[Tensor, "sample position"]:
-        """The selectors as a mask, made once for a batch.
+        """Return the selectors as a mask, which is computed once per batch.
 
         Args:
-            n_samples: Of the batch.
+            n_samples: The batch size.
             batch: The samples.
-            n_positions: How many positions the model reads, if it begins a prompt.
+            n_positions: The number of positions that the model reads if it reads a prompt, or None.
         """
         if batch is None:
             raise InputError(
-                "Phrases, keywords and functions name positions of a prompt's tokens. Give keys of "
-                "cross-attention and positions of other towers as numbers; got "
-                f"{quoted(self.selector or self.selectors)}."
+                f"Got the selector {quoted(self.selector or self.selectors)} for positions that "
+                "are not tokens of the prompt. Give keys of cross-attention and positions of other "
+                "towers as numbers."
             )
         if self in batch.masks:
             return batch.masks[self]
@@ -148,9 +148,9 @@ class Selection:
         longest = max((len(sample) for sample in batch.samples or ()), default=0)
         if n_positions is not None and n_positions < longest:
             raise CaptureError(
-                f"Positions named by selectors are those of a sample's {longest} tokens; this "
-                f"layer reads {n_positions} positions (an encoder or a decoder alone). Name "
-                "positions by number."
+                f"A selector gives positions among the {longest} tokens of a sample, but this "
+                f"layer reads {n_positions} positions (an encoder or decoder alone). Give "
+                "positions as numbers."
             )
         mask = torch.zeros(
             n_samples, max(max(of, default=-1) for of in found) + 1, dtype=torch.bool
@@ -162,7 +162,7 @@ class Selection:
 
 
 def _positions_in(batch: RunningBatch, number: int, selector: Any) -> list[int]:
-    """Positions of one sample of a batch, its padding included."""
+    """Return the selected positions of one sample of a batch, including its padding."""
     by_name = has_phrase(selector) or (callable(selector) and not isinstance(selector, Tensor))
     if batch.samples is not None and number < len(batch.samples):
         sample = batch.samples[number]
@@ -174,15 +174,15 @@ def _positions_in(batch: RunningBatch, number: int, selector: Any) -> list[int]:
         return found
     if by_name:
         raise CaptureError(
-            "Phrases, keywords and functions name positions of prompts that a VLM prepared: use "
-            "xi.intervene(vlm, ...) around xi.capture, xi.capture_batch, or a run of the inputs "
-            "that vlm.prepare returned last. The model ran other inputs."
+            "The model ran inputs that the VLM did not prepare, so phrases, keywords and functions "
+            "cannot be resolved. Use xi.intervene(vlm, ...) around xi.capture, xi.capture_batch, "
+            "or a run of the inputs that vlm.prepare returned last."
         )
     _refuse_padding(2, batch, only=number)
     row = entries_of(selector)
     if row is None:
         raise PositionError(
-            "Positions of a sample are a number, a list of them, or a boolean mask; got "
+            "Positions of a sample must be a number, a list of numbers, or a boolean mask; got "
             f"{quoted(selector)}."
         )
     if row.dtype == bool:
@@ -198,7 +198,7 @@ def _numbers(part: slice | None, numbers: Tensor | None, stop: int) -> Int[Tenso
 
 
 def _is_nested(positions: Any) -> bool:
-    """Whether there is an entry for each sample: two axes, or a list that holds lists."""
+    """Whether positions are given per sample: an array with two axes, or a list of lists."""
     if isinstance(positions, (np.ndarray, Tensor)):
         return positions.ndim == 2
     several = (list, tuple, range, set, slice, np.ndarray)
@@ -209,7 +209,7 @@ def _is_nested(positions: Any) -> bool:
 
 
 def _mask_of(positions: Any) -> Bool[Tensor, "sample position"] | None:
-    """Rows of booleans, one for each sample, as a mask; None for other lists."""
+    """Return rows of booleans, one for each sample, as a mask; None for other lists."""
     rows = [entries_of(one) for one in positions]
     if not rows or any(row is None or row.dtype != bool for row in rows):
         return None
@@ -221,29 +221,29 @@ def _mask_of(positions: Any) -> Bool[Tensor, "sample position"] | None:
 def _refuse_negative(numbers: Sequence[int]) -> None:
     if min(numbers, default=0) < 0:
         raise PositionError(
-            "Positions of an intervention count from the start of the sequence, because its end "
-            f"moves while the model generates; got {min(numbers)}. The last position of a prompt "
-            "is sample.last."
+            f"Got the negative position {min(numbers)}, but positions of an intervention count "
+            "from the start of the sequence, because its end moves during generation. Use 'last' "
+            "or sample.last for the last position of a prompt."
         )
 
 
 def _check_rows(n_rows: int, n_samples: int, *, exact: bool = False) -> None:
     if n_rows not in ((n_samples,) if exact else (1, n_samples)):
         raise InputError(
-            "Positions given per sample have one row for each sample of the batch. Got "
-            f"{n_rows} rows for a batch of {n_samples}."
+            f"Got positions with {n_rows} rows for a batch of {n_samples} samples. Give one row "
+            "per sample."
         )
 
 
 def _refuse_padding(n_samples: int, batch: RunningBatch | None, only: int | None = None) -> None:
-    """Raise InputError for numbers in a batch in which samples begin after padding."""
+    """Raise InputError if positions are numbers although samples begin after padding."""
     if batch is None or batch.padding is None or n_samples == 1:
         return
     padded = [i for i, n in enumerate(batch.padding.tolist()) if n and only in (None, i)]
     if padded:
         raise InputError(
-            "One number is another token in each sample of this batch: sample "
-            f"{padded[0]} has {int(batch.padding[padded[0]])} padding tokens before others. Name "
+            "One number is a different token in each sample of this batch: sample "
+            f"{padded[0]} has {int(batch.padding[padded[0]])} padding tokens before others. Give "
             "positions by phrase or keyword ('red circle', 'last'), by a function of the sample "
             "(lambda sample: sample.where('image')), or by a boolean mask [sample, position]."
         )

@@ -1,13 +1,12 @@
-"""The tap: where every attention call of transformers passes by, seen and, if wished, edited.
+"""The tap: observe and edit every attention call that goes through transformers' interface.
 
-Attention modules ask ``AttentionInterface`` for the function of the backend they are configured
-with. While a tap is open, what the interface hands out is wrapped: the original function is called
-with the arguments it was given, and its output returned, unless a listener edits them; without such
-a listener, the model computes bit for bit what it computes alone. No config is touched, and no name
-is registered: some models test the *name* of their backend, and answer differently under another
-one.
+Attention modules look up the function of their backend in ``AttentionInterface``. While a tap is
+active, the functions that the interface returns are wrapped. A wrapper calls the original function
+with the same arguments and returns its output, unless an observer edits them; without edits, the
+results of the model are bit-identical. No config is changed and no name is registered, because some
+models compare the *name* of their backend and behave differently with another one.
 
-Listeners live in a context variable: other threads are not listened to, and taps nest.
+Observers are held by a context variable, so other threads are not observed and taps can be nested.
 """
 
 from __future__ import annotations
@@ -31,14 +30,21 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True, eq=False)
 class RawCall:
-    """The arguments of one attention call, as the model gave them.
+    """The arguments of one attention call, as the model passed them.
 
-    ``query`` is ``[sample, head, query, d_head]``, ``key`` and ``value`` ``[sample, kv_head, key,
-    d_head]``; ``backend`` is the name the model asked for, such as ``"sdpa"``; ``options`` holds
-    every further keyword; ``eager`` is the function that the modeling code would use by itself, if
-    it named one; ``function`` is the one that is called; ``output`` ``[sample, query, head,
-    d_head]``, there after the call, is what it returned, before any listener edited it; ``note``
-    says how a call was heard that did not ask the interface.
+    Attributes:
+        module: The attention module.
+        query: ``[sample, head, query, d_head]``.
+        key: ``[sample, kv_head, key, d_head]``.
+        value: ``[sample, kv_head, key, d_head]``.
+        mask: The attention mask.
+        backend: The name of the backend, such as ``"sdpa"``.
+        options: Every further keyword argument.
+        eager: The eager function of the modeling code, if it passed one to the interface.
+        output: ``[sample, query, head, d_head]``, the output before any observer edited it; None
+            before the call.
+        note: How the call was recorded, if it did not go through the interface.
+        function: The attention function that is called.
     """
 
     module: nn.Module
@@ -55,21 +61,21 @@ class RawCall:
 
     @property
     def scaling(self) -> float:
-        """Factor of the scores; the backends' default is ``d_head ** -0.5``."""
+        """Factor of the scores; the default of the backends is ``d_head ** -0.5``."""
         scaling = self.options.get("scaling")
         return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
 
     @property
     def values_by_head(self) -> Float[Tensor, "sample head key d_value"]:
-        """``value`` in float32, repeated for the query heads that share it."""
+        """``value`` in float32, with one copy per query head."""
         return self.value.float().repeat_interleave(self.query.shape[1] // self.value.shape[1], 1)
 
     @property
     def causal(self) -> bool:
         """Whether the backend hides later keys by itself.
 
-        Eager functions never do, they are given a mask; a mask of keys only (``[sample, key]``, as
-        flash kernels take it) hides padding and leaves that to the backend.
+        Eager functions never do: their mask hides them. With a mask of keys only (``[sample,
+        key]``, for flash kernels), the mask hides padding and the backend hides later keys.
         """
         complete = self.mask is not None and self.mask.ndim > 2
         if complete or self.query.shape[2] == 1 or self.backend == "eager":
@@ -80,15 +86,15 @@ class RawCall:
 
 @runtime_checkable
 class Listener(Protocol):
-    """What hears and may change calls."""
+    """An observer of attention calls, which can edit them."""
 
     def before(self, call: RawCall) -> RawCall:
-        """Return the call as it shall be made; the same object leaves it alone."""
+        """Return the call to make; return the same object to leave it unchanged."""
 
     def after(self, call: RawCall, output: Tensor) -> Tensor:
-        """Return the output, ``[sample, query, head, d_head]``, as the model shall see it.
+        """Return the output for the model, ``[sample, query, head, d_head]``.
 
-        The same object leaves it alone.
+        Return the same object to leave it unchanged.
         """
 
 
@@ -98,7 +104,7 @@ _open = 0
 
 
 def tap(listener: Listener) -> Block[None]:
-    """Let ``listener`` hear every attention call made inside the ``with`` block, in this thread."""
+    """Call ``listener`` for every attention call inside the ``with`` block, in this thread."""
     return Block(partial(_tap, listener))
 
 
@@ -110,12 +116,12 @@ def _tap(listener: Listener, stack: ExitStack) -> None:
 
 
 def listeners() -> tuple[Listener, ...]:
-    """The listeners of the taps that are open in this context, the outermost first."""
+    """Return the observers of the active taps of this thread or task, the outermost first."""
     return _listeners.get()
 
 
 def registered_function(backend: str) -> AttentionFunction | None:
-    """The function that transformers calls for a backend; None for one of the modeling code."""
+    """Return the function registered for a backend; None if the modeling code defines it."""
     if backend not in ALL_ATTENTION_FUNCTIONS:
         return None
     function: AttentionFunction = _original_getitem(ALL_ATTENTION_FUNCTIONS, backend)  # type: ignore[no-untyped-call]
@@ -123,7 +129,7 @@ def registered_function(backend: str) -> AttentionFunction | None:
 
 
 def _forget(listener: Listener) -> None:
-    """Blocks may be exited in any order, so an older state is not put back."""
+    """Remove an observer; the previous tuple is not restored, as blocks may exit in any order."""
     _listeners.set(tuple(each for each in _listeners.get() if each is not listener))
 
 
@@ -142,7 +148,7 @@ def _remove() -> None:
         _open -= 1
         if _open == 0:
             type.__setattr__(AttentionInterface, "get_interface", _original_get_interface)
-            type.__delattr__(AttentionInterface, "__getitem__")  # it is inherited
+            type.__delattr__(AttentionInterface, "__getitem__")  # the original one is inherited
 
 
 _original_get_interface = AttentionInterface.get_interface
@@ -166,14 +172,14 @@ def _wrap(
     listeners = _listeners.get()
     if not listeners:
         return function
-    if isinstance(function, WrappedFunction):  # ``get_interface`` looks the function up as an item
+    if isinstance(function, WrappedFunction):  # ``get_interface`` calls ``__getitem__``
         return replace(function, eager=eager)
     return WrappedFunction(function, backend or "eager", eager, listeners)
 
 
 @dataclass(frozen=True, eq=False)
 class WrappedFunction:
-    """An attention function with listeners around it."""
+    """An attention function that calls observers before and after it runs."""
 
     function: AttentionFunction
     backend: str
@@ -189,7 +195,7 @@ class WrappedFunction:
         attention_mask: Any = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the function returns, as the listeners let it."""
+        """Call the function, and return its output as edited by the observers."""
         call = RawCall(
             module,
             query,

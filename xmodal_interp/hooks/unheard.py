@@ -1,10 +1,10 @@
-"""Attention that ran and is in no recording: what the doctor looks for, taking its time.
+"""Find attention that ran but was not recorded; used by the doctor, because it is slow.
 
-1. Every torch function of a forward is listened to: a call of a fused kernel is attention, and so
-   are probabilities, the result of a softmax over the last axis, that weigh values in a product.
-2. What is computed in another way shows in what it does: of the blocks of a layer stack, one in
-   which nothing was heard, while others of its class were, must not mix tokens. The first token
-   that it is given is changed; the other tokens that it returns must stay.
+1. All torch functions of a forward are observed. A call of a fused kernel is attention. So is a
+   product of values with the result of a softmax over the last axis.
+2. Other implementations are found by their effect. If some blocks of a layer stack were recorded, a
+   block of the same class without a recorded call must not mix tokens. Its first input token is
+   changed, and its other output tokens must stay the same.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _PRODUCTS = (
     *(torch.matmul, torch.bmm, torch.baddbmm, torch.einsum),
     *(Tensor.matmul, Tensor.bmm, Tensor.baddbmm, Tensor.__matmul__),
 )
-_NO_TOKENS = re.compile(r"HyperConnection|Router|Gate$")  # but streams of a residual, experts
+_NO_TOKENS = re.compile(r"HyperConnection|Router|Gate$")  # softmax over streams or experts
 _MARK = "_xmodal_interp_probs"  # an attribute of tensors that hold probabilities
 
 
 def unheard_attention(
     model: nn.Module, run: Callable[[], object], recording: Recording
 ) -> list[str]:
-    """Names of the modules whose attention a recording of the same run does not have.
+    """Return the names of modules whose attention is missing in a recording.
 
     Args:
         model: The model.
-        run: Runs it once more, as it was run for the recording.
-        recording: What was heard of it.
+        run: Runs the model again on the same inputs.
+        recording: The recording of the first run.
     """
     without_matrix = {each.module for each in recording.without_matrix}
     accounted = {call.module for call in recording.calls} | without_matrix
@@ -56,7 +56,11 @@ def unheard_attention(
 
 
 class _Everything(TorchFunctionMode):
-    """Finds attention of any class: of each, the modules that were running, innermost first."""
+    """Finds attention in modules of any class.
+
+    Attributes:
+        found: For each attention, the paths of the modules that were running, innermost first.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -70,7 +74,7 @@ class _Everything(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         options: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run the function as it is, and follow probabilities from their softmax to a product."""
+        """Run the function unchanged, and follow probabilities from a softmax to a product."""
         options = options or {}
         output = function(*args, **options)
         given = [t for t in _pytree.tree_leaves((args, options)) if isinstance(t, Tensor)]
@@ -104,7 +108,7 @@ def _inside(path: str, other: str) -> bool:
 
 
 def _silent_blocks(model: nn.Module, accounted: set[str]) -> list[str]:
-    """Blocks of a stack without attention, beside others of their class that have some."""
+    """Return blocks without recorded attention in stacks where blocks of the same class have it."""
     stacks: dict[tuple[str, type[nn.Module]], list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         place = re.fullmatch(r"(.*?)\.?\d+", path)
@@ -119,7 +123,10 @@ def _silent_blocks(model: nn.Module, accounted: set[str]) -> list[str]:
 
 
 def _mixes_tokens(model: nn.Module, path: str, run: Callable[[], object]) -> bool:
-    """Whether a block's other tokens change with its first; False where it can't be told."""
+    """Whether other output tokens of a block change with its first input token.
+
+    False if this cannot be measured.
+    """
     plain, changed = (_output_of_block(model, path, run, change=change) for change in (False, True))
     if plain is None or changed is None or plain.shape[-2] < 2:
         return False
@@ -130,7 +137,10 @@ def _mixes_tokens(model: nn.Module, path: str, run: Callable[[], object]) -> boo
 def _output_of_block(
     model: nn.Module, path: str, run: Callable[[], object], *, change: bool
 ) -> Tensor | None:
-    """What a block returns, ``[..., token, d_model]``; None if it did not run on such."""
+    """Return the output of a block, ``[..., token, d_model]``.
+
+    None if it did not run exactly once with such an output.
+    """
     kept: list[Tensor] = []
 
     def enter(block: nn.Module, args: Any, options: dict[str, Any]) -> Any:  # noqa: ARG001

@@ -1,20 +1,20 @@
-"""How large the attention's part of each token's update is, beside the residual stream.
+"""Measure the share of attention in the update of each token's residual stream.
 
-The share of a token is ``|u| / (|u| + |x|)`` (Euclidean norms, float32), with ``x`` the residual
-stream and ``u`` the vector that is added to it: what the attention module returns, after every
-norm, multiplier, layer scale or gate between the module and the addition. In the spirit of GlobEnc
-(Modarressi et al. 2022, arXiv 2205.03286).
+The share of a token is ``|u| / (|u| + |x|)`` (Euclidean norms, float32). ``x`` is the residual
+stream and ``u`` the vector that attention adds to it: the output of the attention module, after
+every norm, multiplier, layer scale or gate between the module and the addition. A similar measure
+is GlobEnc (Modarressi et al. 2022, arXiv 2205.03286).
 
-1. A block of the layer stack is entered: its arguments are the residual stream; where norms come
-   after additions, so are the arguments of an attention module.
-2. While it runs, outside of its attention modules, a torch function mode observes the operations.
-   Tensors computed from the attention's output are followed.
-3. The first addition of such a tensor to the residual stream is the update. Sums and products of
-   the stream and anything else are the stream from there on.
+1. When a block of the layer stack is entered, its arguments are the residual stream. The arguments
+   of its attention modules are too, for blocks with norms after the additions.
+2. While the block runs, a torch function mode observes the operations outside of its attention
+   modules, and follows tensors that are computed from the attention's output.
+3. The first addition of such a tensor to the residual stream is the update. After that, sums and
+   products of the stream with other tensors are the stream.
 
-An attention output that is first added to something else (the MLP's output, in a parallel block) is
-the update if that sum is added to the stream unchanged. An update that cannot be found by these
-rules has no share, and the recording ends with an error.
+In a parallel block, the attention output is first added to the MLP's output. It is the update if
+that sum is added to the stream unchanged. If no update is found by these rules, the call has no
+share, and an error is raised at the end of the recording.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SAME_VALUES = (
 
 
 class UpdateShares:
-    """Finds what attention adds to the residual stream, for the time of one recording."""
+    """Finds the vectors that attention adds to the residual stream, during one recording."""
 
     def __init__(self, model: nn.Module, known: Mapping[nn.Module, Identity]) -> None:
         self.known = dict(known)
@@ -55,7 +55,7 @@ class UpdateShares:
         self.missed: dict[Identity, None] = {}
 
     def listen(self, stack: ExitStack) -> None:
-        """Put hooks on the blocks, until the stack is closed."""
+        """Register hooks on the blocks until the stack is closed."""
         stack.callback(self._stop)
         own = stack.enter_context(own_context())
         enter, leave = own(self._enter), own(self._leave)
@@ -64,19 +64,19 @@ class UpdateShares:
             stack.callback(block.register_forward_hook(leave, always_call=True).remove)
 
     def pause(self) -> None:
-        """Observe nothing while an attention module runs."""
+        """Stop observing while an attention module runs."""
         for run in self.running:
             run.mode.end()
 
     def go_on(
         self, module: nn.Module, given: Sequence[Any], output: Any, kept: Sequence[KeptCall]
     ) -> None:
-        """Observe again after an attention module has run.
+        """Resume observing after an attention module has run.
 
         Args:
             module: The module.
             given: Its arguments.
-            output: What it returned.
+            output: Its output.
             kept: The calls that were kept of this run; their shares are set when they are known.
         """
         if kept:
@@ -107,8 +107,8 @@ class UpdateShares:
             advice = f"Record the other towers alone: Keep(norms=True, towers={tuple(whole)!r})."
         first = next(iter(self.missed))
         raise CaptureError(
-            "The share of attention in an update needs the addition of its output to the residual "
-            f"stream. None was found for {first.module}, the first of {len(self.missed)} such "
+            "norms=True requires that the output of attention is added to the residual stream, but "
+            f"no addition was found for {first.module}, the first of {len(self.missed)} such "
             f"layers ({', '.join(sorted(towers))}). {advice}"
         )
 
@@ -126,7 +126,7 @@ class UpdateShares:
             self._close(run)
 
     def _close(self, run: _BlockRun) -> None:
-        """Note which calls got their shares since the last attention module of a block."""
+        """Note which calls of the last attention module of a block got their shares."""
         if run.kept and not run.done:
             self._miss(run.kept)
         self.found |= {_identity(kept) for kept in run.kept if run.done}
@@ -145,12 +145,14 @@ class _BlockRun:
 
     Attributes:
         block: The block.
-        given: The tensors that the block, and the attention modules in it, were given.
-        kept: The calls whose update is looked for.
-        done: Whether it was found.
+        given: Tensor arguments of the block and of the attention modules in it.
+        kept: The calls whose update is searched.
+        done: Whether the update was found.
+        rows: The shape of the attention's output, without the last axis and axes of length 1.
         stream: Tensors that are the residual stream, by id.
         derived: Tensors computed from the attention's output, by id.
-        mixed: Sums of such a tensor and something else: the tensor, by the sum's id.
+        mixed: Sums of a derived tensor and another tensor: the sum and the derived tensor, by the
+            id of the sum.
     """
 
     block: nn.Module
@@ -166,12 +168,12 @@ class _BlockRun:
         self.mode = _Observer(self._before, self._after)
 
     def follow(self, output: Tensor, kept: Sequence[KeptCall]) -> None:
-        """Look for the update that comes of an attention module's output."""
+        """Start to search the update that is computed from an attention module's output."""
         self.kept, self.done, self.rows = kept, False, _rows(output)
         self.derived, self.mixed = {id(output): output}, {}
 
     def _before(self, name: str, args: Sequence[Any], options: Mapping[str, Any]) -> None:
-        """Find the update; before the operation, which may be done in place."""
+        """Find the update; called before the operation, because it may be in place."""
         if self.done or not self.kept or name not in _ADDITIONS:
             return
         for one, other in _pairs(args, options):
@@ -185,7 +187,7 @@ class _BlockRun:
     def _after(
         self, name: str, args: Sequence[Any], options: Mapping[str, Any], output: Any
     ) -> None:
-        """Note which tensors are the stream, or come of the attention's output."""
+        """Note which tensors are the stream, or are computed from the attention's output."""
         results = _tensors(output)
         if not results:
             return
@@ -208,7 +210,7 @@ class _BlockRun:
                 self.derived |= {id(each): each for each in results}
 
     def _carries_on(self, args: Sequence[Any], result: Tensor) -> bool:
-        """Whether a product, copy, cast or view is of the stream, with all of its elements."""
+        """Whether a product, copy, cast or view has all elements of the residual stream."""
         return any(
             isinstance(each, Tensor)
             and each.numel() == result.numel()
@@ -218,7 +220,7 @@ class _BlockRun:
         )
 
     def _is_stream(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the residual stream, a view or a copy of it on another device."""
+        """Whether a tensor is the residual stream, a view of it, or its copy on another device."""
         if id(tensor) in self.stream or any(each is tensor for each in self.given):
             return True
         for each in self.given:
@@ -245,7 +247,7 @@ class _BlockRun:
 
 
 class _Observer(FunctionMode):
-    """Runs every torch function as it is, and shows it before and after."""
+    """Runs every torch function unchanged, with a callback before and after it."""
 
     def __init__(self, before: Callable[..., None], after: Callable[..., None]) -> None:
         super().__init__()
@@ -267,7 +269,7 @@ class _Observer(FunctionMode):
 
 
 def _pairs(args: Sequence[Any], options: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The two tensors of an addition, in both orders."""
+    """Yield the two tensors of an addition, in both orders."""
     both = [*args, *(options[name] for name in ("input", "other") if name in options)]
     if len(both) >= 2 and all(isinstance(each, Tensor) for each in both[:2]):
         yield both[0], both[1]
@@ -275,7 +277,7 @@ def _pairs(args: Sequence[Any], options: Mapping[str, Any]) -> Iterator[tuple[Te
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The floating point tensors in a value, in order."""
+    """Return the floating point tensors in a value, in order."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     leaves = _pytree.tree_leaves(value)
@@ -283,7 +285,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _rows(tensor: Tensor) -> tuple[int, ...]:
-    """The axes before the last, without those of length 1."""
+    """Return the lengths of all axes except the last, without those of length 1."""
     return tuple(n for n in tensor.shape[:-1] if n != 1)
 
 
