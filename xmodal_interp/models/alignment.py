@@ -101,8 +101,9 @@ def reported_alignment(
         )
     raise GeometryError(
         f"The processor returned {len(ids)} ids and reports {len(replacements)} replacements, but "
-        f"the text with these replacements has {' or '.join(map(str, sorted(set(lengths))))} other "
-        "tokens. Check that processor and tokenizer belong together."
+        "the text with these replacements has other ids "
+        f"({' or '.join(map(str, sorted(set(lengths))))}). "
+        "Check that processor and tokenizer belong together."
     )
 
 

@@ -112,8 +112,8 @@ def refuse_other_numbers(
         found = 0 if placeholder is None else text.count(placeholder)
         if placeholder is not None and found != len(images):
             raise InputError(
-                f"The prompt {text!r} has {found} times {placeholder} for {len(images)} images. "
-                "Write it once for each image."
+                f"The prompt {text!r} contains {placeholder} {found} times for {len(images)} "
+                "images. Write it once for each image."
             ) from cause
 
 

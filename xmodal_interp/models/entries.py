@@ -49,10 +49,11 @@ def entry(item: ItemDict, *names: str, title: str) -> Any:
     """
     there = _names_in(item, names)
     if len(there) != 1:
+        between = " and " if there else " or "
         raise InputError(
-            f"An item must have {' or '.join(map(repr, names))}{', not both' if there else ''}. "
-            f"{title} has {'both' if there else 'none'}; its entries are "
-            f"{', '.join(map(str, item)) or 'none'}."
+            f"{title} has {'both' if there else 'no'} {between.join(map(repr, names))} (its "
+            f"entries are {', '.join(map(str, item)) or 'empty'}). Give exactly one that is not "
+            "None."
         )
     return item[there[0]]
 

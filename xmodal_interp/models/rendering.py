@@ -119,8 +119,8 @@ def interleaved(prompt: str, mark: str, images: Sequence[Any]) -> list[Any]:
     texts = prompt.split(mark) if mark in prompt else [""] * len(images) + [prompt]
     if len(texts) != len(images) + 1:
         raise InputError(
-            f"The prompt {prompt!r} has {len(texts) - 1} times {mark} for {len(images)} images. "
-            "Write it once for each image, or leave it out."
+            f"The prompt {prompt!r} contains {mark} {len(texts) - 1} times for {len(images)} "
+            "images. Write it once for each image, or leave it out."
         )
     parts = [part for pair in zip(texts, images, strict=False) for part in pair]
     return [part for part in (*parts, texts[-1]) if part != ""]

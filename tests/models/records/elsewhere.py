@@ -154,6 +154,6 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "mistral4",
-        unbuildable="it reads text only: transformers registers no processor for it.",
+        unbuildable="it is text-only: transformers registers no processor for it.",
     ),
 )
