@@ -297,8 +297,8 @@ REFUSALS = {
             vlm, [{"image": picture(), "images": [picture()], "prompt": "what ?", "answer": "red"}]
         ),
         InputError,
-        "Item 0 has both 'image' and 'images' (its entries are image, images, prompt, answer). Give "
-        "exactly one that is not None.",
+        "Item 0 has both 'image' and 'images' (its entries are image, images, prompt, answer). "
+        "Give exactly one that is not None.",
     ),
 }
 

@@ -223,6 +223,6 @@ def test_replacements_of_another_prompt_are_refused() -> None:
             [5, 6], iter(["<image> of a cat"]), tokenizer, [told | {"replacement": "<image>" * 2}]
         )
     assert str(refusal.value) == (
-        "A processor must replace the placeholders of the prompt that it is given. It reports to "
-        "have replaced '<image>' at 4; the prompt does not have these there: '<image> of a cat'."
+        "The processor reports to have replaced '<image>' at 4, which the prompt does not contain "
+        "there: '<image> of a cat'. Check that processor and prompt belong together."
     )

@@ -24,7 +24,7 @@ _INTRODUCTION = """\
 
 Measured on tiny random models in float32 (torch {torch}, transformers {transformers}); no
 pretrained checkpoint was tested. For comparison, every softmax attention was also observed at the
-level of torch's functions. The outputs of {n_same} of {n} types are bit for bit those without
+level of torch's functions. The outputs of {n_same} of {n} types are bit-identical to those without
 recording. This page is written by `python -m tests.conformance.matrix` and printed by
 `xmodal families`.
 
