@@ -20,7 +20,7 @@ from tests.tiny import picture
 from xmodal_interp.models import VLM
 from xmodal_interp.sample import Sample
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 SINGLE = ("deepseek_vl_hybrid", "kosmos-2", "kosmos-2.5", "pix2struct", "muse_spark", "inkling2")

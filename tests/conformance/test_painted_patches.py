@@ -14,7 +14,7 @@ from tests.models.records import RECORDS
 from xmodal_interp.hooks.painting import painted_patches
 from xmodal_interp.models import windows
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 WINDOWED = ["qwen2_5_vl", "exaone4_5", "muse_glimmer", "muse_spark", "minicpmv4_6"]

@@ -24,7 +24,7 @@ from xmodal_interp.hooks.embeddings import check_images_gone, mean_embeddings
 from xmodal_interp.models import FAMILIES, VLM
 from xmodal_interp.models.batching import batches_of
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 ADDED_INSIDE = (

@@ -30,7 +30,7 @@ from xmodal_interp.models import VLM
 from xmodal_interp.models.batching import batches_of
 from xmodal_interp.models.sequences import with_answer, without_last
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 NAMES = [name for name in BUILT if name not in REFUSED]

@@ -15,7 +15,7 @@ from tests.tiny import picture
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import record
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 SEVERAL_STREAMS = {"gemma3n", "glm5_next", "inkling2"}

@@ -15,7 +15,7 @@ from xmodal_interp.models.labelling import Prompt
 from xmodal_interp.models.tokens import generated_table
 from xmodal_interp.sample import Sample
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 WIDE = Image.new("RGB", (160, 96), (40, 40, 40))
@@ -132,7 +132,8 @@ def test_ids_that_do_not_match_the_prompt_are_refused() -> None:
         reported_alignment(ids, ["<image> where"], tokenizer, [replacement])
     assert str(refusal.value) == (
         f"The processor returned {len(ids)} ids and reports 1 replacements, but the text with "
-        "these replacements has other ids (3). Check that processor and tokenizer belong together."
+        "these replacements has other ids (3 of them). Check that processor and tokenizer belong "
+        "together."
     )
     image = tokenizer.convert_tokens_to_ids("<image>")
     with pytest.raises(GeometryError) as refusal:
@@ -159,7 +160,7 @@ def test_a_prompt_with_all_image_tokens_is_not_expanded() -> None:
 
 def test_prompt_text_is_found_after_insertions() -> None:
     assert shifted([0, 3, 5], "what ?", "<image><bos>what ?\n") == [12, 15, 17]
-    with pytest.raises(GeometryError, match="The processor removed text of the prompt"):
+    with pytest.raises(GeometryError, match="The processor changed the prompt"):
         shifted([0], "what ?", "<image>when ?")
 
 

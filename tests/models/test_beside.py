@@ -24,7 +24,7 @@ from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import VLM, geometry
 from xmodal_interp.models.batching import batches_of
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 QUESTION = "where is the red circle?"

@@ -24,7 +24,7 @@ from xmodal_interp.models import FAMILIES, VLM, prompt_ids
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import StoreWriter, check_store, open_store
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 N_NEW = 3

@@ -24,7 +24,7 @@ from xmodal_interp.errors import GeometryError, InputError, PhraseError, Unsuppo
 from xmodal_interp.models import FAMILIES, VLM
 from xmodal_interp.models.records import family_of
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 

@@ -8,7 +8,7 @@ from tests.models.test_painting import fits
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import rectangle, with_breaks
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 WIDE = [
@@ -69,5 +69,5 @@ def test_an_image_smaller_than_a_token_is_refused() -> None:
         vlm_of("lighton_ocr").prepare([[textured(1, 1)]], [QUESTION])
     assert str(refusal.value) == (
         "The image is too small or too narrow: it would have 0 x 0 tokens after resizing. Give a "
-        "larger image, or one with a smaller aspect ratio."
+        "larger image, or one that is less elongated."
     )

@@ -26,7 +26,7 @@ from tests.models.painting import (
 )
 from xmodal_interp.models import FAMILIES, VLM, ImageGrid
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 SIZES = [(96, 96), (170, 96), (70, 150)]

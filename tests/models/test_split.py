@@ -26,7 +26,7 @@ from tests.models.test_painting import fits
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models import FAMILIES, VLM, ImageGrid
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 WIDE, TALL = (170, 96), (70, 150)

@@ -14,7 +14,7 @@ from tests.models.records import RECORDS
 from tests.models.test_painting import QUERYING, fits
 from xmodal_interp.models import VLM
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 SIZES = [(170, 96), (70, 150)]

@@ -14,7 +14,7 @@ from xmodal_interp.models import VLM, evaluation_mode, modules_in_training
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 ITEMS = [{"image": picture(), "prompt": QUESTION, "answer": "red"}]
-WARNING = "modules are in training mode, with dropout on where they have any"
+WARNING = "modules are in training mode, so any dropout in them is active"
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_the_mode_of_each_module_is_restored() -> None:
     model.eval()
     model[0].train()
     message = (
-        "1 module is in training mode, with dropout on where they have any (0). They are in "
+        "1 module is in training mode, so any dropout in them is active (0). They are in "
         "evaluation mode for this call; call model.eval() to keep them there, or record a model in "
         "training mode with xi.record(model)."
     )

@@ -14,7 +14,7 @@ from tests.models.painting import QUESTION, language_inputs, painted, textured, 
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models import FAMILIES, VLM, Video, VideoGrid
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 MINICPM = ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")

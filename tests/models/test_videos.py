@@ -13,7 +13,7 @@ from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import FAMILIES, VLM, Video
 from xmodal_interp.models.labelling import Prompt
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 SIZE, N_FRAMES, FPS = (120, 70), 4, 2.0
@@ -76,9 +76,7 @@ def test_refusals() -> None:
     vlm = tiny_vlm("llava")
     with pytest.raises(InputError) as refusal:
         vlm.prepare([[]], ["what ?"], videos=[[Video(())]])
-    assert str(refusal.value) == (
-        "The frames of a video must have one size; got 0 frames of no size."
-    )
+    assert str(refusal.value) == ("A video must have frames of one size; got 0 frames of no size.")
     with pytest.raises(InputError, match="got 2 frames of 8 x 8, 8 x 9"):
         Video((Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9)))).opened()
 

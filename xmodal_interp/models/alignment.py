@@ -102,7 +102,7 @@ def reported_alignment(
     raise GeometryError(
         f"The processor returned {len(ids)} ids and reports {len(replacements)} replacements, but "
         "the text with these replacements has other ids "
-        f"({' or '.join(map(str, sorted(set(lengths))))}). "
+        f"({' or '.join(map(str, sorted(set(lengths))))} of them). "
         "Check that processor and tokenizer belong together."
     )
 
@@ -283,7 +283,7 @@ def shifted(index: Sequence[int], before: str, after: str) -> list[int]:
     blocks = SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
     if sum(block.size for block in blocks) != len(before):
         raise GeometryError(
-            f"The processor removed text of the prompt {before!r}; it reads {after!r}. "
-            "Use a processor that only adds text."
+            f"The processor changed the prompt {before!r} to {after!r}. Use a processor that only "
+            "adds text."
         )
     return [next(b.b + i - b.a for b in blocks if b.a <= i < b.a + b.size) for i in index]

@@ -58,7 +58,9 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  
     }
     adapter = Path(source) / "adapter_config.json"
     if len(source.encode(errors="replace")) > _LONGEST_NAME or "\0" in source:
-        raise InputError(f"The model name {quoted(source)} is not a valid path.")
+        raise InputError(
+            f"The model name {quoted(source)} is not a valid path. Give a Hub id or a folder."
+        )
     if adapter.is_file() and not adapter.with_name("config.json").is_file():
         raise InputError(
             f"{source!r} holds only a PEFT adapter, not a whole model. Load its base model "

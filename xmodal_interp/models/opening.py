@@ -62,7 +62,7 @@ class Video:
         sizes = {frame.size for frame in frames}
         if len(sizes) != 1:
             raise InputError(
-                f"The frames of a video must have one size; got {len(frames)} frames of "
+                f"A video must have frames of one size; got {len(frames)} frames of "
                 f"{', '.join(f'{w} x {h}' for w, h in sorted(sizes)) or 'no size'}."
             )
         return Video(frames, self.fps)

@@ -52,4 +52,4 @@ def described_training(names: list[str]) -> str:
     """Describe the modules in training mode: their number, and the names of the first three."""
     first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     verb = "module is" if len(names) == 1 else "modules are"
-    return f"{len(names)} {verb} in training mode, with dropout on where they have any ({first})"
+    return f"{len(names)} {verb} in training mode, so any dropout in them is active ({first})"

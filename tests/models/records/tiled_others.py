@@ -224,8 +224,8 @@ RECORDS: tuple[Record, ...] = (
     Record(
         "step3p7",
         note="Windows of patch_size px (or, of a small long image, of its shorter side) over an "
-        "image snapped to their multiples, each resized; the whole, resized without regard to its "
-        "shape to size, comes last.",
+        "image snapped to their multiples, each resized; the whole, resized to size ignoring its "
+        "aspect ratio, comes last.",
         image="<im_patch>",
         tokens=(
             "<im_patch>",

@@ -72,7 +72,7 @@ def rectangle(
     if rows < 1 or cols < 1:
         raise GeometryError(
             f"The image is too small or too narrow: it would have {rows} x {cols} tokens after "
-            "resizing. Give a larger image, or one with a smaller aspect ratio."
+            "resizing. Give a larger image, or one that is less elongated."
         )
     places = raster(rows, cols)
     x0, y0, x1, y1 = box

@@ -78,7 +78,7 @@ def shown_by(settings: Any, size: tuple[int, int], width: int, height: int) -> B
 
 
 def fitted(processor: Any, image: Image.Image, width: int, height: int) -> Box:
-    """Return the box if the longer side is resized and the shorter one padded at both ends.
+    """Return the box of an image that is resized by its longer side and padded at both ends.
 
     Raises:
         GeometryError: The processor does not pad.
@@ -97,7 +97,7 @@ def fitted(processor: Any, image: Image.Image, width: int, height: int) -> Box:
 
 
 def at_the_top(processor: Any, image: Image.Image, width: int, height: int) -> Box:
-    """Return the box if an image is resized into a square and padded at the right and bottom.
+    """Return the box of an image that is resized into a square, padded at the right and bottom.
 
     Raises:
         GeometryError: The size of the processor has no ``max_height`` and ``max_width``.
@@ -115,7 +115,7 @@ def at_the_top(processor: Any, image: Image.Image, width: int, height: int) -> B
 
 
 def shown_in_frames(processor: Any, image: Image.Image, width: int, height: int) -> Box:
-    """Return the box if the images are passed to a video processor as frames."""
+    """Return the box of an image that is passed to a video processor as a frame."""
     return shown_by(processor.video_processor, image.size, width, height)
 
 

@@ -144,7 +144,7 @@ def windows(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def squared(processor: Any, image: Image.Image, _width: int, _height: int) -> Box:
-    """Return the whole image as box; a very narrow image is padded to a square (Step-3.7)."""
+    """Return the box of an image that is padded to a square if it is very narrow (Step-3.7)."""
     if not processor.image_processor._is_extreme_aspect(*image.size):
         return whole(image)
     side = float(max(image.size))
@@ -166,7 +166,7 @@ def large_pages(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def fitted_or_squeezed(processor: Any, image: Image.Image, width: int, height: int) -> Box:
-    """Return the box: padded to a square, or stretched to a small untiled one (Unlimited-OCR)."""
+    """Return the box of an image padded to a square, or stretched if small and not tiled."""
     cut = setting(processor, "crop_to_patches", default=False)
     if not cut and max(width, height) <= setting(processor, "maximum_pad_value"):
         return whole(image)
