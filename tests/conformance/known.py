@@ -25,5 +25,5 @@ NO_VIDEO: dict[str, str] = {
     "nemotron_h_omni": "argument 'tensors' .* must be tuple of Tensors, not Tensor",
 }
 
-# Known faults of the package by type and test, with the reason. Remove an entry once it is fixed.
+# Known faults of the package by type and test, with the reason. Strict: remove an entry when fixed.
 WRONG: dict[tuple[str, str], str] = {}

@@ -70,12 +70,12 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  
         config = AutoConfig.from_pretrained(source, **shared)
     except OSError as error:
         raise InputError(
-            f"{source!r} could not be loaded: {str(error).splitlines()[0]} "
+            f"{source!r} could not be loaded: {str(error).splitlines()[0].rstrip('.')}. "
             f"Give a folder, a Hub id, or one of the shipped models {', '.join(SHIPPED)}."
         ) from error
     except ValueError as error:
         raise UnsupportedModelError(
-            f"transformers has no model type for {source!r}: {error}"
+            f"transformers does not support the model type of {source!r}: {error}"
         ) from error
     family = family_of(config)
     shipped = name is None or str(name) in SHIPPED
