@@ -139,7 +139,7 @@ def test_chunked_audio_attention_is_recorded_as_probabilities(name: str) -> None
         assert seeing.any()
         torch.testing.assert_close(probs[seeing].sum(-1), torch.ones(int(seeing.sum())))
         assert probs[seeing][~visible.expand(probs.shape)[seeing]].max() < 1e-6
-        assert not visible[1, 0, -1].any()  # the shorter sound ends before
+        assert not visible[1, 0, -1].any()  # the shorter sound has fewer keys
 
 
 def test_names_of_modules_are_unique(found: Found) -> None:

@@ -77,7 +77,7 @@ def settled(model_type: str) -> ProcessorMixin:
     made, taken = copy.copy(made), inspect.signature(model.forward).parameters
     of_images = dict(getattr(made, "images_kwargs", None) or {})
     for name, value in RECORDS[model_type].call.items():
-        if name in taken:  # it is for the model
+        if name in taken:  # an argument of the model
             continue
         if name.startswith("return_") or hasattr(made, name):
             setattr(made, name, value)

@@ -15,7 +15,7 @@ from tests.tiny import picture
 SIZES = ((96, 96), (120, 64))  # width, height; px
 BUILT = [name for name, record in RECORDS.items() if not record.obstacle]
 SEVERAL = [name for name in BUILT if RECORDS[name].several]
-# transformers hands tensors to numpy in a way that numpy is about to drop
+# transformers converts tensors to numpy in a way that numpy deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 

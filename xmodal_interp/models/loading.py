@@ -24,11 +24,11 @@ from xmodal_interp.restoring import Block
 
 SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")
 
-_LONGEST_NAME = 4096  # bytes of a path
+_LONGEST_NAME = 4096  # maximal length of a path in bytes
 _UNREADABLE = (OSError, RuntimeError, SafetensorError, EOFError, UnpicklingError)
 
 
-def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  refusals
+def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  many checks of arguments
     """Load a vision-language model and its processor.
 
     A warning names weights that the checkpoint lacks, that have another shape in it, or that the

@@ -168,7 +168,7 @@ def _rgb(image: Image.Image, composite: Composite | None) -> Image.Image:
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
     if image.mode == "RGB" and not transparent:
         return image
-    widened = image.mode == "I" and image.format == "PPM"  # how Pillow opens those of 16 bits
+    widened = image.mode == "I" and image.format == "PPM"  # Pillow opens 16-bit PPM in mode I
     if image.mode.startswith("I;16") or widened:
         values = np.asarray(image).astype(np.float64)
         _warn_of_scale(values)

@@ -29,7 +29,7 @@ class Chosen:
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image."""
+        """Return one grid per image."""
         kind = self.by(config)
         if kind in self.rules:
             return self.rules[kind](processor, config, inputs, images)

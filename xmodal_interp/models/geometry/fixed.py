@@ -59,7 +59,7 @@ class FixedGrid:
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image."""
+        """Return one grid per image."""
         pixels = inputs.get("pixel_values_images", inputs.get("pixel_values"))
         height, width = pixels.shape[-2:]
         side = self.cell(config, processor)

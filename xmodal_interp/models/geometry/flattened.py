@@ -34,7 +34,7 @@ class FlattenedPatches:
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image."""
+        """Return one grid per image."""
         headed = bool(setting(processor, "is_vqa", default=False))
         grids = []
         for image, patches in zip(images, np.asarray(inputs["flattened_patches"]), strict=True):

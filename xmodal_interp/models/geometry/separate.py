@@ -27,7 +27,7 @@ from xmodal_interp.models.geometry.replaying import fitted, setting
 from xmodal_interp.models.geometry.tiles import on_tiles
 from xmodal_interp.models.geometry.tiling import Layout, Tiling, even, own_function, whole
 
-_MERGE, _SHIFT = 4, 1.5 / 4  # of two convolutions, each of kernel 3 and stride 2
+_MERGE, _SHIFT = 4, 1.5 / 4  # two convolutions with kernel 3 and stride 2
 
 
 @dataclass(frozen=True)
