@@ -110,8 +110,8 @@ def test_a_sample_of_a_batch_equals_a_single_sample(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mllama", "idefics", "vision-encoder-decoder", "florence2"])
-def test_a_sample_that_ends_before_the_others_is_the_same(name: str) -> None:
-    """Cross-attention has a row for each of its own tokens, not for those of a longer answer."""
+def test_a_sample_that_ends_early_equals_a_single_sample(name: str) -> None:
+    """Cross-attention has one row per token of the sample, not of the longest answer."""
     model = copy.deepcopy(real(name)[0]).double()
     vlm = VLM(model, settled(name))
     images = [[picture(61, 173, 0)], [picture(257, 83, 1)], [picture(100, 77, 2)]]

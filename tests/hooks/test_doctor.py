@@ -358,7 +358,7 @@ def test_refusals() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_model_that_needs_more_than_a_prompt_says_what() -> None:
-    with pytest.raises(InputError, match="PI0ForConditionalGeneration also needs state"):
+    with pytest.raises(InputError, match="PI0ForConditionalGeneration requires state besides images"):
         xi.doctor(xi.VLM(*real("pi0")), picture(), "pick it up")
 
 

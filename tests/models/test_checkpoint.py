@@ -95,7 +95,7 @@ def test_many_names_are_counted() -> None:
         ("tokenizer.json", "^The processor of '.*' could not be loaded: "),
     ],
 )
-def test_files_that_were_cut_off(tmp_path: Path, name: str, message: str) -> None:
+def test_truncated_files_are_refused(tmp_path: Path, name: str, message: str) -> None:
     folder = tmp_path / "llava"
     shutil.copytree(shipped_path("llava"), folder)
     with (folder / name).open("r+b") as file:

@@ -39,7 +39,7 @@ from xmodal_interp.ordered import in_order
 _generating: ContextVar[tuple[object, Mapping[str, Any]]] = ContextVar(
     "xmodal_interp_generating", default=(None, {})
 )
-"""The VLM that generates in this thread or task, and its inputs."""
+"""The VLM whose :meth:`~VLM.generate` is running in this thread or task, and its inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +259,7 @@ class VLM:
 
     @property
     def generating(self) -> Mapping[str, Any] | None:
-        """The inputs of the :meth:`generate` that is running in this thread or task."""
+        """Return the inputs of the :meth:`generate` call that is running in this thread or task."""
         vlm, inputs = _generating.get()
         return inputs if vlm is self else None
 
