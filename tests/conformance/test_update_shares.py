@@ -42,6 +42,6 @@ def test_every_language_layer_has_a_share_and_outputs_are_unchanged(name: str) -
     for call in recording.calls:
         share = call.update_share
         assert share.shape == (call.n_samples, call.n_queries)
-        sees = call.visible().any(-1).any(1).expand(share.shape)  # idefics adds nothing elsewhere
+        sees = call.visible().any(-1).any(1).expand(share.shape)  # elsewhere Idefics adds nothing
         assert torch.where(sees, share > 0, share >= 0).all()
         assert (share < 1).all()
