@@ -157,20 +157,20 @@ def test_bad_input_is_refused_with_the_reason(tmp_path) -> None:
     with pytest.raises(InputError) as missing:
         capture(vlm, tmp_path / "none.png", QUESTION)
     assert str(missing.value) == (
-        "An image must be a file that exists, or a PIL image; there is no "
-        f"'{tmp_path / 'none.png'}'."
+        f"There is no image file '{tmp_path / 'none.png'}'. Pass the path of an existing file, or "
+        "a PIL image."
     )
     (tmp_path / "bad.png").write_bytes(b"not an image")
-    with pytest.raises(InputError, match=r"must be readable by Pillow; '.*bad.png' is not"):
+    with pytest.raises(InputError, match=r"Pillow cannot read the image file '.*bad.png'"):
         capture(vlm, tmp_path / "bad.png", QUESTION)
     picture().save(tmp_path / "cut.png")
     whole = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"must be readable by Pillow; '.*cut.png' is not"):
+    with pytest.raises(InputError, match=r"Pillow cannot read the image file '.*cut.png'"):
         capture(vlm, tmp_path / "cut.png", QUESTION)
     with pytest.raises(InputError) as empty:
         capture(vlm, picture(), "  ")
-    assert str(empty.value) == "A prompt must not be empty; got only white space."
+    assert str(empty.value) == "The prompt is empty or only white space."
     with pytest.raises(GeometryError, match="there is no image 1"):
         capture(vlm, picture(), QUESTION).grid(np.zeros(144), 1)
 
@@ -178,13 +178,13 @@ def test_bad_input_is_refused_with_the_reason(tmp_path) -> None:
 WRONG = {
     "array": (
         {"image": np.zeros((8, 8, 3), np.uint8)},
-        "An image must be a path or a PIL image, such as PIL.Image.fromarray makes of an array of "
-        "bytes [row, col, 3]; got an object of ndarray.",
+        "An image must be a path or a PIL image; got an object of ndarray. Convert an array of "
+        "bytes [row, col, 3] with PIL.Image.fromarray.",
     ),
     "nothing": (
         {"image": None},
-        "An image must be a path or a PIL image, such as PIL.Image.fromarray makes of an array of "
-        "bytes [row, col, 3]; got an object of NoneType.",
+        "An image must be a path or a PIL image; got an object of NoneType. Convert an array of "
+        "bytes [row, col, 3] with PIL.Image.fromarray.",
     ),
     "messages": (
         {"prompt": [{"role": "user"}]},
@@ -192,8 +192,7 @@ WRONG = {
     ),
     "name": (
         {"vlm": "llava"},
-        "A model comes with its processor: xi.load(name) or xi.VLM(model, processor). Got an "
-        "object of str.",
+        "vlm must be a VLM; got an object of str. Use xi.load(name) or xi.VLM(model, processor).",
     ),
     "tokens": (
         {"max_new_tokens": -1},
@@ -209,8 +208,7 @@ WRONG = {
     ),
     "tokens twice": (
         {"generation": {"max_new_tokens": 5}},
-        "The number of tokens to generate is an argument of its own, max_new_tokens=5; generation "
-        "holds the others. Got it in generation.",
+        "generation contains max_new_tokens. Pass it as a separate argument: max_new_tokens=5.",
     ),
     "generation": (
         {"max_new_tokens": 2, "generation": "greedy"},
@@ -219,18 +217,18 @@ WRONG = {
     ),
     "a placeholder too many": (
         {"prompt": "<image> <image> what ?"},
-        "A prompt must have <image> where each image goes. There are 2 of them for 1 images in "
-        "'<image> <image> what ?'.",
+        "The prompt '<image> <image> what ?' contains <image> 2 times for 1 images. Write it once "
+        "for each image.",
     ),
     "an image too many": (
         {"prompt": "<image> what ?", "image": [picture()] * 2},
-        "A prompt must have <image> where each image goes. There are 1 of them for 2 images in "
-        "'<image> what ?'.",
+        "The prompt '<image> what ?' contains <image> 1 times for 2 images. Write it once for each "
+        "image.",
     ),
     "no image": (
         {"prompt": "<image> what ?", "image": []},
-        "A prompt must have <image> where each image goes. There are 1 of them for 0 images in "
-        "'<image> what ?'.",
+        "The prompt '<image> what ?' contains <image> 1 times for 0 images. Write it once for each "
+        "image.",
     ),
 }
 
@@ -268,17 +266,16 @@ def test_models_that_cannot_be_labelled_are_refused(tmp_path) -> None:
     with pytest.raises(UnsupportedModelError) as text_only:
         VLM(LlamaForCausalLM(untrained("llava").config.text_config), None)
     assert str(text_only.value).startswith(
-        "A vision-language model has a vision_config. The model type 'llama' has none: it reads "
-        "text"
+        "The model type 'llama' is text-only: its configuration has no vision_config."
     )
     with pytest.raises(InputError) as processor:
         VLM(untrained("llava"), build_processor("llava").tokenizer)
     assert str(processor.value) == (
-        "A processor has a tokenizer beside what reads images; AutoProcessor loads both. Got "
-        "TokenizersBackend."
+        "The processor must have a tokenizer and an image processor; got TokenizersBackend. Load "
+        "both with AutoProcessor."
     )
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="'gpt2' has none: it reads text only"):
+    with pytest.raises(UnsupportedModelError, match="'gpt2' is text-only"):
         load(tmp_path)
     with pytest.raises(InputError, match="could not be loaded"):
         load(tmp_path / "nowhere")
@@ -287,8 +284,8 @@ def test_models_that_cannot_be_labelled_are_refused(tmp_path) -> None:
     with pytest.raises(UnsupportedModelError) as unknown:
         family_of(config)
     assert str(unknown.value) == (
-        "Labelling tokens needs a family record. There is none for the model type 'bert'; the 97 "
-        "that are known are in xmodal_interp.models.FAMILIES. Write one "
+        "The model type 'bert' has no family record, which labelling tokens requires; "
+        "xmodal_interp.models.FAMILIES has 97 types. Write one "
         "(xmodal_interp.models.Family) and pass it as VLM(model, processor, family=...), "
         "or record the bare attention with xi.record(model)."
     )
@@ -301,9 +298,8 @@ def test_a_prompt_with_its_own_placeholder_is_taken_as_it_is() -> None:
     with pytest.raises(InputError) as error:
         capture(vlm, picture(), QUESTION)
     assert str(error.value) == (
-        "LlavaProcessor has no chat template, so a bare question cannot be rendered. Write the "
-        "whole "
-        f"prompt, with <image> where each image goes; got {QUESTION!r}."
+        f"LlavaProcessor has no chat template to render the question {QUESTION!r}. Write the whole "
+        "prompt, with <image> where each image goes."
     )
     sample = capture(vlm, Image.new("RGB", (96, 96)), "<image> how many shapes ?")
     assert sample.text == "<image> how many shapes ?"

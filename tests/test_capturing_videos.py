@@ -208,9 +208,8 @@ def test_only_text_behind_the_video_is_kept() -> None:
 def test_refusals() -> None:
     vlm = vlm_of("qwen2_vl")
     refusal = (
-        "A video is given as its frames, xi.Video([frame, ...], fps=...), each a path or a PIL "
-        "image: no file is decoded here. Got {}. Decode it first, and choose the frames that the "
-        "model is to see."
+        "A video must be xi.Video([frame, ...], fps=...), each frame a path or a PIL image; got "
+        "{}. Video files are not decoded: decode yours and choose the frames for the model."
     )
     with pytest.raises(InputError) as path:
         open_video("clip.mp4")
@@ -224,8 +223,8 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as placeholder:
         xi.capture(vlm, [], "<|video_pad|> what ?", videos=[clip(2, 0), clip(2, 1)])
     assert str(placeholder.value) == (
-        "A prompt must have <|video_pad|> where each video goes. The prompt has 1 of them for 2 "
-        "videos: '<|video_pad|> what ?'."
+        "The prompt has 1 video placeholders for 2 videos: '<|video_pad|> what ?'. Put "
+        "<|video_pad|> where each video goes."
     )
     sample = xi.capture(vlm, [], QUESTION, videos=clip(2, 0))
     with pytest.raises(GeometryError) as image_grid:
@@ -249,8 +248,8 @@ def test_a_chat_template_without_videos_is_refused() -> None:
     with pytest.raises(InputError) as refusal:
         xi.capture(xi.VLM(vlm.model, processor), [], QUESTION, videos=clip(2, 0))
     assert str(refusal.value) == (
-        "A prompt must have <|video_pad|> where each video goes. The chat template's prompt has 0 "
-        f"of them for 1 videos: {QUESTION!r}."
+        f"The chat template's prompt has 0 video placeholders for 1 videos: {QUESTION!r}. Put "
+        "<|video_pad|> where each video goes."
     )
 
 

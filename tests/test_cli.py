@@ -132,7 +132,7 @@ def test_families_are_listed_and_written() -> None:
         ),
         (
             ["capture", "x", "--image", "a.png", "--prompt", "?", "--dtype", "float17"],
-            "dtype is 'auto' or one of torch's types by name, such as 'bfloat16'; got 'float17'.",
+            "dtype must be 'auto' or the name of a torch dtype such as 'bfloat16'; got 'float17'.",
         ),
     ],
 )

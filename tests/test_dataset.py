@@ -236,8 +236,8 @@ def test_skipping_and_trying_again(tmp_path, monkeypatch):
                 "item": 1,
                 "name": "b",
                 "error": "InputError",
-                "message": "Item 1 ('b'): An image must be a file that exists, or a PIL image; "
-                "there is no 'nowhere.png'.",
+                "message": "Item 1 ('b'): There is no image file 'nowhere.png'. Pass the path of "
+                "an existing file, or a PIL image.",
             },
             {
                 "item": 3,

@@ -41,13 +41,13 @@ UNUSABLE = {
     "no dict": ("a.png", "An item is a dict with image and prompt. Item 0 is a str."),
     "no image": (
         {"prompt": "?", "picture": 1},
-        "An item must have 'image' or 'images'. Item 0 ('item-000000') has none; its entries are "
-        "prompt, picture.",
+        "Item 0 ('item-000000') has no 'image' or 'images' (its entries are prompt, picture). Give "
+        "exactly one that is not None.",
     ),
     "two prompts": (
         {"image": PICTURE, "prompt": "?", "question": "?", "name": "x"},
-        "An item must have 'prompt' or 'question', not both. Item 0 ('x') has both; its entries "
-        "are image, prompt, question, name.",
+        "Item 0 ('x') has both 'prompt' and 'question' (its entries are image, prompt, question, "
+        "name). Give exactly one that is not None.",
     ),
     "wrong image": (
         {"image": np.zeros((4, 4, 3)), "prompt": "?"},
@@ -55,8 +55,8 @@ UNUSABLE = {
     ),
     "missing image": (
         {"image": "nowhere.png", "prompt": "?", "id": 5},
-        "Item 0 ('5'): An image must be a file that exists, or a PIL image; there is no "
-        "'nowhere.png'.",
+        "Item 0 ('5'): There is no image file 'nowhere.png'. Pass the path of an existing file, or "
+        "a PIL image.",
     ),
     "empty prompt": (
         {"image": PICTURE, "prompt": " "},
@@ -101,7 +101,7 @@ def test_an_image_that_is_cut_off(tmp_path):
     cut = tmp_path / "cut.png"
     cut.write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
     with pytest.raises(
-        InputError, match=r"Item 0 \('item-000000'\): An image file must be readable"
+        InputError, match=r"Item 0 \('item-000000'\): Pillow cannot read the image file"
     ):
         run(tmp_path / "run", [{"image": cut, "prompt": "?"}])
 

@@ -90,7 +90,7 @@ def test_a_picture_that_the_processor_refuses_is_one_line(tmp_path) -> None:
     narrow = Image.new("RGB", (3000, 10))
     with pytest.raises(InputError) as refusal:
         xi.capture(vlm, narrow, "what ?")
-    assert "refuses this input: " in str(refusal.value)
+    assert "failed on this input: " in str(refusal.value)
     assert "(images of 3000 x 10 px)" in str(refusal.value)
     narrow.save(tmp_path / "narrow.png")
     arguments = ["--image", str(tmp_path / "narrow.png"), "--prompt", "what ?"]
@@ -98,7 +98,7 @@ def test_a_picture_that_the_processor_refuses_is_one_line(tmp_path) -> None:
         app, ["capture", str(tmp_path / "s"), "--model", "qwen2_vl", *arguments]
     )
     assert result.exit_code == 1
-    assert "\nerror: Qwen2VLProcessor refuses this input: " in result.output
+    assert "\nerror: Qwen2VLProcessor failed on this input: " in result.output
     assert "Traceback" not in result.output
     with pytest.raises(InputError, match="at least one pixel; got 0 x 0 px"):
         xi.capture(vlm, Image.new("RGB", (0, 0)), "what ?")

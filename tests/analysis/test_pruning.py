@@ -249,7 +249,7 @@ REFUSALS = {
     "no items": (
         lambda vlm: head_pruning(vlm, [], **QUIET),
         InputError,
-        "At least one item is needed; got none.",
+        "There are no items. Give at least one.",
     ),
     "order": (
         lambda vlm: inspect.unwrap(pruning_curve)(vlm, ITEMS, pd.DataFrame(), orders=["up"]),
@@ -278,12 +278,14 @@ REFUSALS = {
     "no answer": (
         lambda vlm: answer_accuracy(vlm, [{"image": picture(), "prompt": "what ?"}]),
         InputError,
-        "An item must have 'answer'. Item 0 has none; its entries are image, prompt.",
+        "Item 0 has no 'answer' (its entries are image, prompt). Give exactly one that is not "
+        "None.",
     ),
     "an answer that is None": (
         lambda vlm: answer_accuracy(vlm, [ITEMS[0], {**ITEMS[0], "answer": None}]),
         InputError,
-        "An item must have 'answer'. Item 1 has none; its entries are image, prompt, answer, kind.",
+        "Item 1 has no 'answer' (its entries are image, prompt, answer, kind). Give exactly one "
+        "that is not None.",
     ),
     "an empty answer": (
         lambda vlm: answer_accuracy(vlm, [{**ITEMS[0], "answer": ""}]),
@@ -295,8 +297,8 @@ REFUSALS = {
             vlm, [{"image": picture(), "images": [picture()], "prompt": "what ?", "answer": "red"}]
         ),
         InputError,
-        "An item must have 'image' or 'images', not both. Item 0 has both; its entries are image, "
-        "images, prompt, answer.",
+        "Item 0 has both 'image' and 'images' (its entries are image, images, prompt, answer). "
+        "Give exactly one that is not None.",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Tiny models of every type that transformers registers for images and text, and their inputs."""
+"""Tiny models of every image-text type that transformers registers, and their inputs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ STEPS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny random model and what to call it with.
+    """A tiny random model and its inputs.
 
     Attributes:
-        model: In float32, in eval mode.
-        inputs: For ``model(**inputs)``.
+        model: The model, in float32 and evaluation mode.
+        inputs: Arguments of the forward.
         generates: Whether ``model.generate(**generate_inputs)`` works.
-        generate_inputs: For ``model.generate``, which then makes three steps; empty if it can't.
-        others: What else the model offers that runs attention which neither of these reaches.
+        generate_inputs: Arguments of ``generate`` for three steps; empty if it does not work.
+        others: Other calls, of attention that neither forward nor ``generate`` runs.
     """
 
     model: PreTrainedModel
@@ -42,12 +42,12 @@ class Tiny:
 
 
 def types() -> list[str]:
-    """Every model type of image and text in, text out, as transformers lists them."""
+    """Return every image-text-to-text model type, in the order of transformers."""
     return list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def representatives() -> list[str]:
-    """A third of them: the first type of each way to take images and text, then every third."""
+    """Return a third of the types: one for each way to take images and text, then every third."""
     chosen = {}
     for name in types():
         record = RECORDS.get(name, Record())
@@ -63,13 +63,13 @@ def tiny(
     attn_implementation: str | None = None,
     video: bool = False,
 ) -> Tiny:
-    """A tiny model of a type.
+    """Build a tiny model of a type and its inputs.
 
     Args:
         model_type: One of :func:`types`, or of ``DUAL_ENCODERS``.
         seed: Seed of weights and inputs.
         attn_implementation: The attention backend; the type's own default if not given.
-        video: Whether its inputs are videos, not images; only for the types in ``CLIPS``.
+        video: Whether to make videos instead of images; only for the types in ``CLIPS``.
     """
     record = (RECORDS if model_type in types() else DUAL_ENCODERS).get(model_type, Record())
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""The worst error of the suite, as the last thing one reads."""
+"""Print the worst error of the suite in the summary of a test run."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What some forwards take besides pixels and a prompt: one function each, named in the records."""
+"""Inputs of some types besides pixels and a prompt: one function each, named in the records."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Inputs = dict[str, Any]
 
 
 def decoder_words(_model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """A decoder's own text: five words after a start."""
+    """Return decoder ids: a start token and five words."""
     n_rows = len(next(v for v in inputs.values() if isinstance(v, Tensor)))
     return {"decoder_input_ids": torch.tensor([[1, *words(5)] for _ in range(n_rows)])}
 
 
 def qformer_words(_model: PreTrainedModel, _inputs: Inputs) -> Inputs:
-    """The instruction, for a Q-Former that reads it too."""
+    """Return the instruction for a Q-Former that also reads it."""
     rows = padded([words(3), words(5)])
     return {
         "qformer_input_ids": rows["input_ids"],
@@ -32,12 +32,12 @@ def qformer_words(_model: PreTrainedModel, _inputs: Inputs) -> Inputs:
 
 
 def image_attention(_model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """Every word may look at the image of its row."""
+    """Return a mask with which every word may attend to the image of its row."""
     return {"image_attention_mask": torch.ones(*inputs["input_ids"].shape, 1, dtype=torch.long)}
 
 
 def latent_positions(model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """Where the latents of the image go: after the second word of each row."""
+    """Insert the latents of the image between two copies of the words, and mark them."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     n_latents = model.config.latent_query_num
     latents = torch.full((len(ids), n_latents), 5)
@@ -52,7 +52,7 @@ def latent_positions(model: PreTrainedModel, inputs: Inputs) -> Inputs:
 
 
 def aspect_ratios(model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """Two tiles for one image, one for the other; the rest is padding."""
+    """Return two tiles for the first image and one for the second; the rest is padding."""
     vision = model.config.vision_config
     n_tiles = torch.tensor([2, 1])
     real = torch.arange(vision.max_num_tiles) < n_tiles[:, None]
@@ -73,13 +73,13 @@ def aspect_ratios(model: PreTrainedModel, inputs: Inputs) -> Inputs:
 
 
 def boxes(_model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """A box on the page for each word, relative to the page."""
+    """Return a box for each word, relative to the page."""
     corners = torch.rand(*inputs["input_ids"].shape, 4).sort(-1).values
     return {"bbox": corners[..., [0, 1, 2, 3]]}
 
 
 def protein(_model: PreTrainedModel, _inputs: Inputs) -> Inputs:
-    """Residues of a protein, in the place of an image."""
+    """Return residues of a protein instead of an image."""
     rows = padded([words(7), words(9)])
     return {
         "protein_input_ids": rows["input_ids"].flip(1),
@@ -88,7 +88,7 @@ def protein(_model: PreTrainedModel, _inputs: Inputs) -> Inputs:
 
 
 def robot(model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """A robot's state, and the noise its actions are made of."""
+    """Return the state of a robot and the noise from which actions are generated."""
     config, n_rows = model.config, len(inputs["input_ids"])
     return {
         "state": torch.randn(n_rows, config.max_state_dim),
@@ -100,28 +100,28 @@ def robot(model: PreTrainedModel, inputs: Inputs) -> Inputs:
 
 
 def regions(_model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """Features of five regions of the image, found by a detector."""
+    """Return features of five detected regions of the image."""
     return {"visual_embeds": torch.randn(len(inputs["input_ids"]), 5, 12)}
 
 
 def regions_and_places(_model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """The same, with a box for each."""
+    """Return features of five detected regions, with a box for each."""
     n_rows = len(inputs["input_ids"])
     return {"visual_feats": torch.randn(n_rows, 5, 12), "visual_pos": torch.rand(n_rows, 5, 4)}
 
 
 def matching_head(_model: PreTrainedModel, _inputs: Inputs) -> Inputs:
-    """Match image and text by looking at both, rather than by their vectors."""
+    """Choose the head that matches image and text by cross-attention, not by their vectors."""
     return {"use_image_text_matching_head": True}
 
 
 def image_types(_model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """Which tokens are of the image."""
+    """Return token types that mark image tokens."""
     return {"mm_token_type_ids": (inputs["input_ids"] == 8).long()}
 
 
 def phrases(_model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """Marks around the words, between which they see each other."""
+    """Put marks around the words; words between marks attend to each other."""
     ids = inputs["input_ids"].clone()
     ids[:, 0], ids[:, 4] = 101, 102
     return {"input_ids": ids}

@@ -1,4 +1,4 @@
-"""Inputs for the forward of a model: pixels, a prompt, and what else its record asks for."""
+"""Inputs for the forward of a model: pixels, a prompt, and the extras of its record."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Inputs = dict[str, Any]
 
 
 def inputs_for(model: PreTrainedModel, record: Record) -> Inputs:
-    """What to call a model with: two rows, an image in each, the shorter prompt padded.
+    """Return inputs of two rows with an image each; the shorter prompt is padded.
 
     Args:
         model: The model.
-        record: What is special about its type.
+        record: The record of its type.
     """
     n_images = sum(record.images_per_row)
     side = record.side or getattr(pictures.vision_of(model.config), "image_size", SIDE)

@@ -1,7 +1,7 @@
-"""The stored half of the support matrix, measured: ``python -m tests.conformance.matrix``.
+"""Measure the support matrix: ``python -m tests.conformance.matrix``.
 
-Writes ``xmodal_interp/models/support.json`` and ``docs/families.md`` anew from tiny models of all
-types; nothing in either is written by hand.
+This writes ``xmodal_interp/models/support.json`` and ``docs/families.md`` from measurements on tiny
+models of all types. Neither file is edited manually.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DOCUMENT = ROOT / "docs" / "families.md"
 
 
 def row_of(model_type: str, found: Measured) -> dict[str, Any]:
-    """What the matrix keeps of one type."""
+    """Return the row of one type in the matrix."""
     recordings = [run.recording for run in found.runs]
     calls = [call for recording in recordings for call in recording.calls]
     ran = {call.module for call in calls}
@@ -55,7 +55,7 @@ def row_of(model_type: str, found: Measured) -> dict[str, Any]:
 
 
 def measured_again(model_type: str) -> dict[str, Any]:
-    """The row of a type, from runs of its tiny model: with images, and videos if it takes them."""
+    """Measure the row of a type on its tiny model, with images and, if it takes them, videos."""
     found = measured(tiny(model_type))
     if model_type in CLIPS and model_type not in NO_VIDEO:
         videos = measured(tiny(model_type, video=True))
@@ -64,7 +64,7 @@ def measured_again(model_type: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What the table is measured with; a build for another device is the same version."""
+    """Return the versions of the libraries, without the device suffix of torch."""
     return {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
 
 

@@ -1,7 +1,7 @@
-"""What recording makes of one tiny model: everything the suite judges, and the matrix lists.
+"""Measurements of recording on one tiny model, for the tests of this suite and for the matrix.
 
-Each model runs its forward, and its generation, three times: alone, spied on, recorded; each time
-from the same random numbers.
+The forward and the generation of each model run three times with the same seed: unobserved,
+observed at the level of torch's functions, and recorded.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from xmodal_interp.hooks.exactness import Exactness
 from xmodal_interp.hooks.recorder import listening
 from xmodal_interp.hooks.recording import Choice, Recording
 
-WORST = pytest.StashKey[dict[str, float]]()  # of each model, for the summary of a test run
+WORST = pytest.StashKey[dict[str, float]]()  # by model, for the summary of a test run
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One way to run a model, recorded.
+    """One recorded run of a model.
 
     Attributes:
-        same: Whether every tensor that came out is, bit for bit, what the model gives alone.
-        spied: How many softmax attentions each module ran, heard below the modules.
-        recording: What was recorded.
-        exactness: How exact it is by its own measure.
-        spied_errors: The largest difference of each call to the probabilities that were spied.
+        same: Whether every output tensor is bit for bit that of the unobserved run.
+        spied: Number of softmax attention calls of each module, observed in torch's functions.
+        recording: The recording.
+        exactness: The package's own measure of its errors.
+        spied_errors: For each call, the largest difference to the observed probabilities.
     """
 
     same: bool
@@ -46,13 +46,13 @@ class Run:
 
     @property
     def heard(self) -> Counter[str]:
-        """How many calls of each module were recorded."""
+        """Number of recorded calls of each module."""
         return Counter(call.module for call in self.recording.calls)
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A forward, a generation if the model can generate, and what else it offers."""
+    """Runs of a forward, of a generation if the model can generate, and of other calls."""
 
     forward: Run
     generation: Run | None
@@ -60,34 +60,34 @@ class Measured:
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """All of them."""
+        """All runs."""
         generation = () if self.generation is None else (self.generation,)
         return (self.forward, *generation, *self.others)
 
     @property
     def error(self) -> float:
-        """The largest of all errors below."""
+        """The largest of the three errors."""
         errors = (self.spied_error, self.output_error, self.eager_error)
         return _worst(error for error in errors if error == error)
 
     @property
     def spied_error(self) -> float:
-        """The largest error against the probabilities that really ran, over all calls."""
+        """The largest error against the observed probabilities, over all calls."""
         return _worst(error for run in self.runs for error in run.spied_errors)
 
     @property
     def output_error(self) -> float:
-        """The largest error of ``P V``; NaN where there was nothing to compare."""
+        """The largest error of ``P V``; NaN if nothing was compared."""
         return _worst(error for run in self.runs for error in run.exactness.output_errors)
 
     @property
     def eager_error(self) -> float:
-        """The largest error against eager attention; NaN where there was nothing to compare."""
+        """The largest error against eager attention; NaN if nothing was compared."""
         return _worst(error for run in self.runs for error in run.exactness.eager_errors)
 
 
 def measured(tiny: Tiny) -> Measured:
-    """Run a tiny model in all ways."""
+    """Run the forward, the generation and the other calls of a tiny model."""
     forward = _run(tiny.model, lambda: tiny.model(**tiny.inputs))
     others = tuple(_run(tiny.model, call) for call in tiny.others)
     if not tiny.generates:
@@ -112,13 +112,13 @@ def _run(model: torch.nn.Module, call: Callable[[], Any]) -> Run:
 
 
 def _spied_errors(recording: Recording, spied: Sequence[Heard]) -> Iterator[float]:
-    """Calls of one module come in the same order; a sink's column is the last."""
+    """Compare the calls of each module in order; the column of a sink is the last."""
     of_module: dict[str, list[Tensor]] = defaultdict(list)
     for each in spied:
         of_module[each.module].append(each.probs)
     for call in recording.calls:
         queue = of_module[call.module]
-        if not queue:  # that it was not spied is another test's finding
+        if not queue:  # another test compares the numbers of calls
             continue
         ours = call.probs()
         theirs = queue.pop(0)[..., : call.n_keys].reshape(ours.shape)

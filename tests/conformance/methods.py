@@ -1,6 +1,6 @@
-"""Attention that no forward reaches: what else a model offers, one function each, by the records.
+"""Methods of models with attention that no forward runs: one function each, named in the records.
 
-Each is called with the model and its inputs, and returns what the model does.
+Each function takes the model and its inputs, and returns the output of the method.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Inputs = dict[str, Any]
 
 
 def images_to_codes(model: PreTrainedModel, inputs: Inputs) -> Tensor:
-    """The codes of images that a model is to draw (Janus), by its quantiser."""
+    """Encode images as codes with the quantiser of Janus."""
     codes: Tensor = model.model.vqmodel.encode(inputs["pixel_values"]).last_hidden_state
     return codes
 
 
 def codes_to_images(model: PreTrainedModel, _inputs: Inputs) -> Tensor:
-    """Images from the codes that a model has drawn (Janus)."""
+    """Decode images from codes (Janus)."""
     side = model.model.vqmodel.quantize.quant_state_dims[0]
     drawn = torch.randint(model.config.vq_config.num_embeddings, (2, side**2))
     images: Tensor = model.decode_image_tokens(drawn)
@@ -29,7 +29,7 @@ def codes_to_images(model: PreTrainedModel, _inputs: Inputs) -> Tensor:
 
 
 def words_to_images(model: PreTrainedModel, _inputs: Inputs) -> Tensor:
-    """Images from the words that stand for codes (Emu3): lines of four, ended by a break."""
+    """Decode images from the tokens of codes (Emu3): rows of four, each ended by a break."""
     code = torch.tensor(list(model.model.vocabulary_mapping.img2bpe.values()))
     lines = code[torch.randint(len(code), (2, 4, 4))]
     ended = torch.cat([lines, torch.zeros(2, 4, 1, dtype=torch.long)], -1).flatten(1)

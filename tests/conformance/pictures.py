@@ -1,7 +1,7 @@
-"""Random pixels in the layouts that models ask for: one function per layout, named in the records.
+"""Random pixels in the layouts of the models: one function per layout, named in the records.
 
-Each takes a config, a number of images and the side of an image in pixels, and returns what
-``forward`` takes. Every image differs.
+Each function takes a config, a number of images and the side of an image in pixels, and returns
+arguments of the forward. All images differ.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ GRIDS = [[1, 4, 4], [1, 4, 8], [1, 8, 4]]  # frames, rows and columns of patches
 
 
 def square(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """All images in one size: ``[image, channel, side, side]``."""
+    """Return images of one size: ``[image, channel, side, side]``."""
     return {"pixel_values": torch.randn(n_images, _channels(config), side, side)}
 
 
 def nested(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """The same with an image axis per row, one image each: ``[row, 1, channel, side, side]``."""
+    """Return one image per row, with an image axis: ``[row, 1, channel, side, side]``."""
     return {"pixel_values": square(config, n_images, side)["pixel_values"][:, None]}
 
 
 def packed(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
-    """Patches of all images in one sequence, with a grid per image: ``[patch, feature]``."""
+    """Return patches of all images in one sequence, ``[patch, feature]``, with a grid per image."""
     vision = vision_of(config)
     grids = torch.tensor(GRIDS[:n_images])
     frames = first(getattr(vision, "temporal_patch_size", getattr(vision, "patch_temporal", 1)))
@@ -39,7 +39,7 @@ def packed(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
 
 
 def sized(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """Images of different sizes, padded to the largest, with their sizes."""
+    """Return images of different sizes, padded to the largest, with their sizes."""
     sizes = torch.tensor([[side, side // 2], [side // 2, side], [side, side]])[:n_images]
     return {
         "pixel_values": torch.randn(n_images, _channels(config), side, side),
@@ -48,7 +48,7 @@ def sized(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
 
 
 def tiled(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """A thumbnail and two tiles per image: ``[image, tile, channel, side, side]``, and sizes."""
+    """Return a thumbnail and two tiles per image, ``[image, tile, channel, side, side]``."""
     sizes = torch.tensor([[side, 2 * side], [2 * side, side], [side, 2 * side - 3]])[:n_images]
     return {
         "pixel_values": torch.randn(n_images, 3, _channels(config), side, side),
@@ -57,13 +57,13 @@ def tiled(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
 
 
 def two_resolutions(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """Every image twice, the second time for the tower of high resolution."""
+    """Return every image twice, the second time for the tower of high resolution."""
     high = torch.randn(n_images, 3, SIDE, SIDE)
     return square(config, n_images, side) | {"high_res_pixel_values": high}
 
 
 def with_local_views(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """Every image whole, and a local view of the first."""
+    """Return every image whole, and a local view of the first."""
     return square(config, n_images, side) | {
         "pixel_values_local": torch.randn(1, 3, side, side),
         "num_local_patches": [1] + [0] * (n_images - 1),
@@ -71,7 +71,7 @@ def with_local_views(config: PreTrainedConfig, n_images: int, side: int) -> Pixe
 
 
 def flattened(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
-    """Patches with their row and column in front, the last of the last image padding."""
+    """Return patches that start with row and column; the last image ends with padding."""
     vision = vision_of(config)
     grid = torch.cartesian_prod(torch.arange(1, 4), torch.arange(1, 5)).float()
     patches = torch.randn(n_images, len(grid), vision.patch_embed_hidden_size)
@@ -81,7 +81,7 @@ def flattened(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
 
 
 def placed(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
-    """Patches with their column and row beside them: ``[image, patch, feature]``."""
+    """Return patches, ``[image, patch, feature]``, and their columns and rows."""
     vision = vision_of(config)
     merge = getattr(vision, "pooling_kernel_size", 1)
     patch = getattr(vision, "model_patch_size", vision.patch_size)
@@ -92,7 +92,7 @@ def placed(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
 
 
 def padded_patches(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
-    """Patches padded to one length, with grids and masks: ``[image, patch, feature]``."""
+    """Return patches padded to one length, ``[image, patch, feature]``, with grids and masks."""
     shapes = torch.tensor([[4, 4], [2, 4], [4, 2]])[:n_images]
     lengths = shapes.prod(-1)
     n_patches = int(lengths.max())
@@ -105,14 +105,14 @@ def padded_patches(config: PreTrainedConfig, n_images: int, _side: int) -> Pixel
 
 
 def packed_images(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """Packed patches that keep their pixels apart: ``[patch, channel, row, column]``."""
+    """Return packed patches that are not flattened: ``[patch, channel, row, column]``."""
     images = packed(config, n_images, side)
     patch = first(vision_of(config).patch_size)
     return images | {"pixel_values": images["pixel_values"].unflatten(-1, (-1, patch, patch))}
 
 
 def packed_rows(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
-    """Patches of all images one behind the other, as one picture: ``[1, channel, row, column]``."""
+    """Return patches of all images in one row of pixels: ``[1, channel, row, column]``."""
     patch = first(vision_of(config).patch_size)
     sizes = torch.tensor([[4, 4], [4, 8], [8, 4]])[:n_images]
     n_patches = int(sizes.prod(-1).sum())
@@ -121,12 +121,12 @@ def packed_rows(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
 
 
 def packed_rows_to_merge(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """The same, sixteen patches to a token: four of them are merged inside of the tower."""
+    """Return the same with sixteen patches per token, four of them merged inside the tower."""
     return packed_rows(config, n_images, side) | {"downsample_mode": "16x"}
 
 
 def pooled(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """A crop per image as flat patches, and which patches each token pools (-1: none)."""
+    """Return one crop per image as flat patches, and the patches of each token (-1: unused)."""
     patch = first(vision_of(config).patch_size)
     per_side = side // patch
     index = torch.arange(n_images * per_side**2).reshape(n_images, per_side, per_side)
@@ -142,19 +142,19 @@ def pooled(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
 
 
 def packed_padded(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """Packed patches taken apart again, a row per image: ``[image, patch, feature]``."""
+    """Return packed patches split by image and padded: ``[image, patch, feature]``."""
     images = packed(config, n_images, side)
     parts = images["pixel_values"].split(images["image_grid_thw"].prod(-1).tolist())
     return images | {"pixel_values": torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)}
 
 
 def packed_with_merges(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """Packed patches, with how many of them are merged each way, per image."""
+    """Return packed patches, with the merge size of each image."""
     return packed(config, n_images, side) | {"image_merge_sizes": torch.full((n_images,), 2)}
 
 
 def packed_flat(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """Packed patches whose grids have no frames."""
+    """Return packed patches with grids of rows and columns only."""
     images = packed(config, n_images, side)
     return {
         "pixel_values": images["pixel_values"],
@@ -163,7 +163,7 @@ def packed_flat(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
 
 
 def packed_merged(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """Packed squares of merged patches, channels last, with grids of squares."""
+    """Return packed blocks of merged patches, channels last, with grids of blocks."""
     vision = vision_of(config)
     grids = packed(config, n_images, side)["image_grid_thw"]
     width = first(vision.patch_size) * vision.spatial_merge_size
@@ -172,13 +172,13 @@ def packed_merged(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
 
 
 def unpacked(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
-    """Six flat patches per image: ``[image, patch, feature]``."""
+    """Return six flat patches per image: ``[image, patch, feature]``."""
     width = _channels(config) * first(vision_of(config).patch_size) ** 2
     return {"pixel_values": torch.randn(n_images, 6, width)}
 
 
 def patch_clips(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
-    """Six patches per image, each a short clip with channels last."""
+    """Return six patches per image, each a short clip with channels last."""
     vision = vision_of(config)
     patch = first(vision.patch_size)
     shape = 6 * n_images, vision.temporal_patch_size, patch, patch, _channels(config)
@@ -186,12 +186,12 @@ def patch_clips(config: PreTrainedConfig, n_images: int, _side: int) -> Pixels:
 
 
 def clips(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """Two frames for each: ``[clip, frame, channel, side, side]``."""
+    """Return clips of two frames: ``[clip, frame, channel, side, side]``."""
     return {"pixel_values": torch.randn(n_images, 2, _channels(config), side, side)}
 
 
 def real_tiles(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """Two tiles for the first image and one for the others, which padding fills up."""
+    """Return two tiles for the first image, and one tile and padding for the others."""
     real = torch.ones(n_images, 2, dtype=torch.bool)
     real[1:, 1] = False
     pixels = torch.randn(n_images, 2, _channels(config), side, side)
@@ -199,12 +199,12 @@ def real_tiles(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
 
 
 def with_gridded_views(config: PreTrainedConfig, n_images: int, side: int) -> Pixels:
-    """Every image whole, and a local view of the first, with the grid of views."""
+    """Return every image whole, a local view of the first, and the grid of views."""
     return with_local_views(config, n_images, side) | {"patches_grid": [[1, 1]] * n_images}
 
 
 def vision_of(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the vision tower, however deep; the config itself if it has none."""
+    """Return the config of the vision tower at any depth, or the config itself."""
     for name in VISION:
         if isinstance(part := getattr(config, name, None), PreTrainedConfig):
             return vision_of(part)
@@ -212,7 +212,7 @@ def vision_of(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def first(size: Any) -> int:
-    """A size that may be given per axis."""
+    """Return a size, or the first of sizes given per axis."""
     return int(size if isinstance(size, int) else size[0])
 
 

@@ -1,4 +1,4 @@
-"""Token ids beside the images: one function per way of joining the two, named in the records."""
+"""Token ids for the images: one function per way to join both, named in the records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 def placeholders(model: PreTrainedModel, record: Record, images: Pixels) -> Inputs:
-    """A token in the prompt for each feature of an image; types of tokens where they are taken."""
+    """Return prompts with one token per image feature, and token types if the model takes them."""
     counts = _image_tokens(model, record, images)
     before, after = first_of(model.config, BEFORE_IMAGE), first_of(model.config, AFTER_IMAGE)
     token = record.image_token or first_of(model.config, IMAGE_TOKEN)[0]
@@ -38,33 +38,33 @@ def placeholders(model: PreTrainedModel, record: Record, images: Pixels) -> Inpu
 
 
 def beside(_model: PreTrainedModel, record: Record, images: Pixels) -> Inputs:
-    """Words alone: the image comes in by another way."""
+    """Return prompts of words, without image tokens."""
     return padded([words(5 + 3 * row) for row in range(len(record.images_per_row))]) | images
 
 
 def caption(model: PreTrainedModel, record: Record, images: Pixels) -> Inputs:
-    """The same, padded on the right, as encoders of text have it."""
+    """Return prompts of words, padded on the right as for text encoders."""
     inputs = beside(model, record, images)
     return inputs | {name: inputs[name].flip(1) for name in ("input_ids", "attention_mask")}
 
 
 def words_only(_model: PreTrainedModel, record: Record, _images: Pixels) -> Inputs:
-    """Words, and no image at all."""
+    """Return prompts of words, without images."""
     return padded([words(5 + 3 * row) for row in range(len(record.images_per_row))])
 
 
 def none(_model: PreTrainedModel, _record: Record, images: Pixels) -> Inputs:
-    """No prompt: an encoder for the image, a decoder for the text."""
+    """Return images without a prompt, for an image encoder with a text decoder."""
     return dict(images)
 
 
 def words(n: int) -> list[int]:
-    """Random words."""
+    """Return random word ids."""
     return torch.randint(FIRST_WORD, VOCABULARY, (n,)).tolist()
 
 
 def padded(rows: Sequence[list[int]]) -> Inputs:
-    """Rows in one tensor ``[row, position]``, padded on the left, with the mask of what is real."""
+    """Return rows padded on the left, ``[row, position]``, with their attention mask."""
     length = max(map(len, rows))
     gaps = [[0] * (length - len(row)) for row in rows]
     return {
@@ -76,7 +76,7 @@ def padded(rows: Sequence[list[int]]) -> Inputs:
 
 
 def _image_tokens(model: PreTrainedModel, record: Record, images: Pixels) -> list[int]:
-    """How many tokens each image becomes: the record says it, or the model."""
+    """Return the number of tokens of each image, from the record or from the model."""
     n_images = sum(record.images_per_row)
     told = record.tokens_per_image
     if told is not None:
@@ -86,7 +86,7 @@ def _image_tokens(model: PreTrainedModel, record: Record, images: Pixels) -> lis
 
 @torch.no_grad()
 def n_tokens_of(model: PreTrainedModel, kind: str, given: Pixels, n: int) -> list[int]:
-    """How many tokens each of ``n`` images or videos becomes, by the model's own features."""
+    """Return the number of tokens of each of ``n`` images or videos, from the model's features."""
     name = f"get_{kind}_features"
     ask = getattr(model, name, None) or getattr(model.base_model, name)
     features = ask(**given)
@@ -97,6 +97,6 @@ def n_tokens_of(model: PreTrainedModel, kind: str, given: Pixels, n: int) -> lis
 
 
 def first_of(config: PreTrainedConfig, names: Sequence[str]) -> list[int]:
-    """The first of these tokens that a configuration knows, if any."""
+    """Return a list with the first of these tokens that the configuration has, or []."""
     found = [getattr(config, name, None) for name in names]
     return [token for token in found if token is not None][:1]

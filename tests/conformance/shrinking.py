@@ -1,11 +1,11 @@
-"""From a config class to a tiny config, by the names of its fields.
+"""Derive a tiny config from a config class, by the names of its fields.
 
 1. Take the defaults of the class, sub-configs included.
-2. Every field whose name says what it is (a width, a number of heads, an image's side, a token id)
-   gets a tiny value. Fields no rule knows keep their default.
-3. Of the layers, keep the fewest that show every kind: whatever varies from layer to layer is a
-   list with an entry per layer, or a list of layer indices; both are cut down to the kept layers.
-4. What the names don't tell is in the overrides, which win.
+2. Fields with a known name pattern (a width, a number of heads, an image's side, a token id) get a
+   tiny value. Other fields keep their default.
+3. Keep the fewest layers that include every kind of layer. Settings that vary between layers are
+   lists with an entry per layer, or lists of layer indices; both are reduced to the kept layers.
+4. Overrides set all values that cannot be derived from names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WIDTH, INNER, HEADS, KV_HEADS, D_HEAD, VOCABULARY = 32, 48, 4, 2, 8, 128
 PATCH, SIDE = 4, 16
 FIRST_WORD = 64  # smaller ids are special tokens
 
-# Patterns of field names, and what stands there in a tiny model. The first match counts.
+# Patterns of field names, and their values in a tiny model. The first match counts.
 SIZES: tuple[tuple[str, Any], ...] = (
     ("*linear_num_value_heads", HEADS),
     ("*linear_num_key_heads", KV_HEADS),
@@ -93,7 +93,7 @@ DEPTHS = (
     "conf_num_hidden_layers",
 )
 N_LAYERS = 2
-# Names of lists of layer indices. A list with an entry per layer is known by its length.
+# Names of lists of layer indices. A list with an entry per layer is recognised by its length.
 LAYER_SETS = ("*_indexes", "*_idxs", "*_indices", "*_layers", "*_layer_ids")
 TOKENS = {"pad": 0, "bos": 1, "eos": 2, "sep": 3, "decoder_start": 1, "forced_eos": 2, "image": 8}
 TOKEN_SUFFIXES = ("_token_id", "_token_index")
@@ -102,19 +102,20 @@ TOKEN_SUFFIXES = ("_token_id", "_token_index")
 def tiny_config(
     config_class: type[PreTrainedConfig], overrides: Mapping[str, Any] | None = None
 ) -> PreTrainedConfig:
-    """A tiny instance of a config class.
+    """Return a tiny instance of a config class.
 
     Args:
         config_class: Any config class of transformers.
-        overrides: Values by field name that win over the rules; for a sub-config, a dictionary of
-            the same kind. ``model_type`` in it puts a config of another type there, None none.
+        overrides: Values by field name that override the rules; for a sub-config, a dictionary of
+            the same form. Its ``model_type`` replaces the sub-config by one of another type; None
+            instead of the dictionary removes it.
     """
-    own = copy.deepcopy(dict(overrides or {}))  # some configs write into what they are given
+    own = copy.deepcopy(dict(overrides or {}))  # some configs modify their arguments
     return _shrunk(config_class(), own, {}, dict(TOKENS))
 
 
 def kept_layers(held: Mapping[str, Any]) -> list[int]:
-    """The fewest layers that show every kind of layer, at least two, by index.
+    """Return the indices of the fewest layers that include every kind of layer, at least two.
 
     Args:
         held: The fields of a config.
@@ -140,7 +141,7 @@ def _shrunk(
     base: Mapping[str, Any],
     ids: dict[str, int],
 ) -> PreTrainedConfig:
-    """``base``: with what its parent made this config; ``ids``: the tokens that have one so far."""
+    """Shrink a config; ``base``: arguments set by its parent, ``ids``: token ids given so far."""
     held = vars(config)
     values = dict(base)
     parts = type(config).sub_configs_defaults
@@ -172,7 +173,7 @@ def _sub_config(
 
 
 def _small(name: str, value: Any, held: Mapping[str, Any], ids: dict[str, int]) -> dict[str, Any]:
-    """The field with its tiny value, or nothing where its default may stay."""
+    """Return the field with its tiny value, or {} if its default is kept."""
     depth, kept = _depth(held), kept_layers(held)
     if name.endswith(TOKEN_SUFFIXES):
         word = name.rsplit("_token_", 1)[0]
@@ -191,7 +192,7 @@ def _small(name: str, value: Any, held: Mapping[str, Any], ids: dict[str, int]) 
 
 
 def _sizes(held: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Latent attention has a key head for each query head."""
+    """Return the size rules; latent attention has a key head for each query head."""
     return (("num_key_value_heads", HEADS), *SIZES) if "kv_lora_rank" in held else SIZES
 
 

@@ -1,6 +1,7 @@
-"""Random sounds in the layouts that models ask for, with placeholders for them in the prompt.
+"""Random audio in the layouts of the models, with its placeholders in the prompt.
 
-One function per layout, named in the records; a sound for each row, the second one shorter.
+There is one function per layout, named in the records. Each row has one sound; the second is
+shorter.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ FRAMES = (40, 26)
 
 
 def sounds(model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """Spectra ``[sound, frame, frequency]``, with a mask of the frames that are real."""
+    """Return spectra, ``[sound, frame, frequency]``, with a mask of their frames."""
     given = {"input_features": _frames(model), "input_features_mask": _real(torch.bool)}
     return _placed(model, inputs, given)
 
 
 def sounds_by_frequency(model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """Spectra with frames last, with a mask of the frames that are real."""
+    """Return spectra with the frame axis last, with a mask of their frames."""
     given = {
         "input_features": _frames(model).transpose(1, 2),
         "feature_attention_mask": _real(torch.long),
@@ -33,7 +34,7 @@ def sounds_by_frequency(model: PreTrainedModel, inputs: Inputs) -> Inputs:
 
 
 def sounds_in_samples(model: PreTrainedModel, inputs: Inputs) -> Inputs:
-    """Spectra with frames last, and how many samples of the waveform they are made of."""
+    """Return spectra with the frame axis last, with the lengths of the waveforms in samples."""
     hop = model.config.audio_config.hop_length
     given = {
         "input_features": _frames(model).transpose(1, 2),
@@ -54,7 +55,7 @@ def _real(kind: torch.dtype) -> Tensor:
 
 
 def _placed(model: PreTrainedModel, inputs: Inputs, given: Inputs) -> Inputs:
-    """The inputs with a run of placeholders and a word behind each row."""
+    """Append audio placeholders and a word to each row of the inputs."""
     config = model.config
     token = getattr(config, "audio_token_id", None) or config.audio_token_index
     rows, types = [], []
@@ -74,7 +75,7 @@ def _placed(model: PreTrainedModel, inputs: Inputs, given: Inputs) -> Inputs:
 
 @torch.no_grad()
 def _n_tokens(model: PreTrainedModel, given: Inputs, number: int) -> int:
-    """How many tokens a sound becomes: the configuration says it, or the model."""
+    """Return the number of tokens of a sound, from the configuration or from the model."""
     fixed = getattr(model.config, "audio_soft_tokens_per_image", None)
     if fixed is not None:
         return int(fixed)

@@ -1,7 +1,7 @@
-"""Every softmax attention that really runs, heard below the modules: the oracle of these tests.
+"""Observe every softmax attention in torch's functions: the reference of these tests.
 
-It listens to torch's own functions, so it needs to know nothing about how a model calls its
-attention: fused, by ``nn.MultiheadAttention``, or as a softmax written out in an attention module.
+It is independent of how a model computes its attention: fused, by ``nn.MultiheadAttention``, or
+with an inline softmax in an attention module.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
-# These weigh something else than keys: experts, the states of earlier layers, sampling points, or
-# (in GroupViT) the queries, of which each key chooses one.
+# The softmax of these is not over keys, but over experts, states of earlier layers, sampling points
+# or (in GroupViT) queries.
 NOT_ATTENTION = re.compile(
     r"router|gate$|indexer|hyper_?(connection|head)|mixer$|AttentionResidual|deformable|AssignAttention",
     re.IGNORECASE,
@@ -29,13 +29,13 @@ SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch._C._nn.__dict__.get("
 
 @dataclass(frozen=True)
 class Heard:
-    """One call.
+    """One observed attention call.
 
     Attributes:
-        module: Dotted name of the module that made it.
-        probs: What it weighed its values with; heads and samples may be one axis.
-        sharpness: Mean distance of its rows from the uniform distribution over the keys they see,
-            in total variation, 0 to 1; rows that see a single key are left out.
+        module: Qualified name of the module that made the call.
+        probs: The probabilities; heads and samples may share one axis.
+        sharpness: Mean total variation distance, 0 to 1, of the rows from the uniform distribution
+            over their visible keys; rows with a single visible key are left out.
     """
 
     module: str
@@ -44,13 +44,13 @@ class Heard:
 
     @property
     def n_keys(self) -> int:
-        """Keys."""
+        """Number of keys."""
         return self.probs.shape[-1]
 
 
 @contextmanager
 def spy(model: nn.Module) -> Iterator[list[Heard]]:
-    """Hear what runs inside the block."""
+    """Collect the attention calls inside the block."""
     listener = _Spy()
     handles = [
         handle
@@ -120,7 +120,7 @@ def _probs(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What ``F.scaled_dot_product_attention`` weighs its values with, by its documentation."""
+    """Return the probabilities of ``F.scaled_dot_product_attention``, by its documentation."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)

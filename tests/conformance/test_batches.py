@@ -1,7 +1,7 @@
-"""A sample of a batch is the sample captured alone, by the real processor of every type.
+"""A sample of a batch equals the sample captured alone, with the real processor of every type.
 
-Some types by default, all of them with ``--all-types``. In float64 where the model can,
-for its rounding depends on the shape of a batch.
+Some types are tested by default, all of them with ``--all-types``. Models run in float64 if they
+can, because rounding depends on the shape of a batch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tests.tiny import picture
 from xmodal_interp.models import VLM
 from xmodal_interp.sample import Sample
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 SINGLE = ("deepseek_vl_hybrid", "kosmos-2", "kosmos-2.5", "pix2struct", "muse_spark", "inkling2")
-"""Types that do not run in float64: they make float32 tensors, or read float32 patches."""
+"""Types that do not run in float64: they create float32 tensors, or read float32 patches."""
 LIMITS = dict.fromkeys(
-    # all of them, a recurrence or rotary angles in float32
+    # entirely in float32, or with a recurrence or rotary angles in float32
     [
         *(*SINGLE, "qwen3_5", "qwen3_5_moe", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"),
         *("granite4_vision", "unlimited_ocr", "deepseek_ocr2"),
@@ -34,10 +34,10 @@ LIMITS = dict.fromkeys(
     2e-4,
 )
 SOME = ("llava", "qwen2_vl", "mllama", "git", "blip", "florence2", "kosmos-2")
-"""Types of whose batches each is run in another way."""
+"""One type for each way to run batches."""
 WITHOUT = {"mllama", "idefics", "git", "qwen2_vl", "gemma3"}
-"""Types whose batches are also tried with a sample without an image."""
-N_ROWS = 512  # of a matrix at a time: some vision towers have 4,096 tokens a tile
+"""Types whose batches are also tested with a sample without an image."""
+N_ROWS = 512  # per comparison: some vision towers have 4,096 tokens per tile
 QUESTIONS = ["what is it?", "where is the red circle, and how many shapes are in the image?"]
 
 
@@ -77,7 +77,7 @@ def check_same(sample: Sample, alone: Sample, limit: float) -> None:
         if key[0] == "language":
             assert sample.calls[key].n_queries == len(sample.tokens), key
             ours_of_call, theirs_of_call = ours, theirs
-            if key[1] == "self" or call.n_keys == len(alone.tokens):  # of an encoder's positions
+            if key[1] == "self" or call.n_keys == len(alone.tokens):  # an encoder's positions
                 keys = ours, theirs
         for start in range(0, len(theirs_of_call), N_ROWS):
             rows = slice(start, start + N_ROWS)
@@ -88,17 +88,18 @@ def check_same(sample: Sample, alone: Sample, limit: float) -> None:
             )
 
 
-def test_a_sample_is_the_same_in_a_batch(model_type: str) -> None:
+def test_a_sample_of_a_batch_equals_a_single_sample(model_type: str) -> None:
     model, processor = real(model_type)[0], settled(model_type)
     if model_type not in SINGLE:
         model = copy.deepcopy(model).double()
-        model.set_experts_implementation("eager")  # torch's grouped kernel has no float64
+        model.set_experts_implementation("eager")  # torch's grouped kernel does not support float64
     vlm, limit = VLM(model, processor), LIMITS.get(model_type, 1e-5)
     images = [[picture(96, 96, 0)], [picture(300, 90, 1)]]
     questions = [asked_in_full(vlm, each, 1) for each in QUESTIONS]
     check(vlm, images, questions, 3, limit)
     check(vlm, images, questions[::-1], 0, limit)
-    if RECORDS[model_type].several and model_type != "perception_lm":  # its tiles must be as many
+    # PerceptionLM requires images with equal numbers of tiles
+    if RECORDS[model_type].several and model_type != "perception_lm":
         images = [images[0], [picture(300, 90, 1), picture(96, 96, 2)]]
         questions = [asked_in_full(vlm, each, n) for n, each in enumerate(QUESTIONS, start=1)]
         check(vlm, images, questions, 2, limit)
@@ -109,8 +110,8 @@ def test_a_sample_is_the_same_in_a_batch(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mllama", "idefics", "vision-encoder-decoder", "florence2"])
-def test_a_sample_that_ends_before_the_others_is_the_same(name: str) -> None:
-    """Cross-attention has a row for each of its own tokens, not for those of a longer answer."""
+def test_a_sample_that_ends_early_equals_a_single_sample(name: str) -> None:
+    """Cross-attention has one row per token of the sample, not of the longest answer."""
     model = copy.deepcopy(real(name)[0]).double()
     vlm = VLM(model, settled(name))
     images = [[picture(61, 173, 0)], [picture(257, 83, 1)], [picture(100, 77, 2)]]

@@ -1,4 +1,4 @@
-"""Tiny models of all types build, run and generate, and each attention prefers some keys."""
+"""Tiny models of all types can be built, run and generate, and no attention is near uniform."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.conformance.overrides import DUAL_ENCODERS, RECORDS, Record
 from tests.conformance.spying import spy
 from tests.conformance.weights import DYNAMICS
 
-SHARP = 0.1  # of the way from uniform to a single key
+SHARP = 0.1  # 0: uniform, 1: a single key
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -38,7 +38,7 @@ def outputs(tiny_model: Tiny, inputs: dict[str, Any]) -> list[Tensor]:
     return [v for v in found.values() if isinstance(v, Tensor) and v.is_floating_point()]
 
 
-def test_every_attention_has_a_choice_and_makes_it(built: tuple[str, Tiny]) -> None:
+def test_no_attention_is_near_uniform(built: tuple[str, Tiny]) -> None:
     name, model = built
     with spy(model.model) as heard:
         found = outputs(model, model.inputs)
@@ -50,7 +50,7 @@ def test_every_attention_has_a_choice_and_makes_it(built: tuple[str, Tiny]) -> N
     assert [call for call in judged if call.sharpness < SHARP] == []
 
 
-def test_what_is_seen_changes_the_output(built: tuple[str, Tiny]) -> None:
+def test_the_image_changes_the_output(built: tuple[str, Tiny]) -> None:
     name, model = built
     seen = {
         k: v for k, v in model.inputs.items() if isinstance(v, Tensor) and v.dtype.is_floating_point
@@ -58,7 +58,7 @@ def test_what_is_seen_changes_the_output(built: tuple[str, Tiny]) -> None:
     if not seen:
         assert record_of(name).prompt == "words_only"
         seen = {"input_ids": model.inputs["input_ids"]}
-    # Each row sees what another saw; where there is one row for all, it is turned around.
+    # Images are exchanged between rows; a single row is reversed.
     other = {k: v.roll(1, 0) if len(v) > 1 else v.flip(-1) for k, v in seen.items()}
     before = outputs(model, model.inputs)
     after = outputs(model, model.inputs | other)
@@ -66,7 +66,7 @@ def test_what_is_seen_changes_the_output(built: tuple[str, Tiny]) -> None:
 
 
 def test_every_attention_reaches_the_output(built: tuple[str, Tiny]) -> None:
-    """No gate is shut: turning an attention's result around is seen in what the model returns."""
+    """No gate is closed: negating the output of an attention module changes the model's output."""
     name, model = built
     with spy(model.model) as heard:
         before = outputs(model, model.inputs)
@@ -95,7 +95,7 @@ def test_three_steps_of_generation(built: tuple[str, Tiny]) -> None:
     if not model.generates:
         assert model.generate_inputs == {}
         return
-    # Some hand generation to a part of theirs, others drop the processors: either count will do.
+    # Some models delegate generation to a part, others drop the processors: one count suffices.
     steps, forwards = [], []
 
     def count(_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
@@ -124,14 +124,14 @@ def test_no_weight_is_trivial(built: tuple[str, Tiny]) -> None:
     assert flat == []
 
 
-def test_all_types_come_from_transformers() -> None:
+def test_all_types_are_those_of_transformers() -> None:
     assert types() == list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     assert set(RECORDS) <= set(types())
     assert set(representatives()) < set(types())
     assert len(representatives()) == len(types()) // 3
 
 
-def test_the_seed_decides_weights_and_inputs() -> None:
+def test_the_seed_determines_weights_and_inputs() -> None:
     first, again, other = tiny("llava"), tiny("llava"), tiny("llava", seed=1)
     for name, weight in first.model.state_dict().items():
         assert torch.equal(weight, again.model.state_dict()[name])
@@ -142,6 +142,6 @@ def test_the_seed_decides_weights_and_inputs() -> None:
     assert not torch.equal(head, other.model.lm_head.weight)
 
 
-def test_the_backend_is_the_one_asked_for() -> None:
+def test_the_backend_is_the_requested_one() -> None:
     model = tiny("llava", attn_implementation="eager").model
     assert model.config.text_config._attn_implementation == "eager"

@@ -1,7 +1,7 @@
-"""The contract of a recording, kept by every type: the same outputs, all attention, exact numbers.
+"""The contract of a recording, for every type: unchanged outputs, all attention, exact values.
 
-A third of the types by default, all of them with ``--all-types``; besides, models that were not
-looked at while the recorder was written: dual encoders, other text models inside LLaVA.
+A third of the types are tested by default, all of them with ``--all-types``. Further models, which
+were not used to develop the recorder, are dual encoders and LLaVA with other text models.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def some_with_video() -> list[str]:
-    """The first type of each way to read videos."""
+    """Return one type for each way to read videos."""
     ways = {CLIPS[name]: shown for shown, name in reversed(WITH_VIDEO.items())}
     return list(ways.values())
 
@@ -66,21 +66,23 @@ def test_outputs_are_bit_identical(found: Found) -> None:
     assert model.forward.same
 
 
-def test_a_cached_generation_is_the_same(found: Found) -> None:
+def test_a_cached_generation_is_unchanged(found: Found) -> None:
     name, model = found
     assert model.generation is None or model.generation.same
     if name in OVER:
         assert model.generation is not None
 
 
-def test_every_softmax_attention_is_heard_as_often_as_it_ran(found: Found) -> None:
+def test_every_softmax_attention_call_is_recorded(found: Found) -> None:
     _, model = found
     for run in model.runs:
         assert run.spied
         assert run.heard == run.spied
 
 
-def test_probabilities_are_those_that_ran(found: Found, request: pytest.FixtureRequest) -> None:
+def test_probabilities_equal_the_observed_ones(
+    found: Found, request: pytest.FixtureRequest
+) -> None:
     name, model = found
     request.config.stash.setdefault(WORST, {})[name] = model.error
     for run in model.runs:
@@ -88,7 +90,7 @@ def test_probabilities_are_those_that_ran(found: Found, request: pytest.FixtureR
         assert [error for error in run.spied_errors if not error < LIMIT] == []
 
 
-def test_probabilities_give_the_output_and_are_those_of_eager(found: Found) -> None:
+def test_probabilities_reproduce_the_output_and_equal_eager(found: Found) -> None:
     _, model = found
     calls = [call for run in model.runs for call in run.recording.calls]
     asked = [call for call in calls if not call.note]
@@ -99,7 +101,7 @@ def test_probabilities_give_the_output_and_are_those_of_eager(found: Found) -> N
     assert [error for error in eager if not error < LIMIT] == []
 
 
-def test_all_types_that_take_videos_are_tried() -> None:
+def test_all_types_that_take_videos_are_tested() -> None:
     mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     takes = {
         name
@@ -117,14 +119,14 @@ def run_with_video(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NO_VIDEO)
-def test_some_types_fail_on_videos_by_themselves(name: str) -> None:
+def test_some_types_fail_on_videos_without_recording(name: str) -> None:
     with pytest.raises((RuntimeError, TypeError), match=NO_VIDEO[name]):
         run_with_video(name)
 
 
 @pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
-def test_sounds_in_chunks_are_heard_as_probabilities(name: str) -> None:
-    """A chunk of queries sees the keys around it: five axes, joined to four, and said so."""
+def test_chunked_audio_attention_is_recorded_as_probabilities(name: str) -> None:
+    """Chunks of queries attend to the keys around them; five axes become four, with a note."""
     model = tiny(name)
     with record(model.model, towers=["audio"]) as recording, torch.no_grad():
         model.model(**model.inputs)
@@ -137,10 +139,10 @@ def test_sounds_in_chunks_are_heard_as_probabilities(name: str) -> None:
         assert seeing.any()
         torch.testing.assert_close(probs[seeing].sum(-1), torch.ones(int(seeing.sum())))
         assert probs[seeing][~visible.expand(probs.shape)[seeing]].max() < 1e-6
-        assert not visible[1, 0, -1].any()  # the shorter sound ends before
+        assert not visible[1, 0, -1].any()  # the shorter sound has fewer keys
 
 
-def test_each_module_has_a_name_of_its_own(found: Found) -> None:
+def test_names_of_modules_are_unique(found: Found) -> None:
     _, model = found
     recording = model.forward.recording
     names = Counter((each.tower, each.kind, each.layer) for each in recording.modules)
@@ -162,13 +164,13 @@ def test_self_attention_is_square_and_cross_attention_is_not(found: Found) -> No
     assert unused == []
 
 
-def test_each_query_has_a_choice(found: Found) -> None:
+def test_every_call_has_more_than_one_key(found: Found) -> None:
     _, model = found
     assert [call.name for call in model.forward.recording.calls if call.n_keys < 2] == []
 
 
 def _llava_over(text: str) -> Tiny:
-    """LLaVA with another language model, two questions of different lengths."""
+    """Build LLaVA with another language model, and inputs of two questions of different lengths."""
     vlm = tiny_vlm("llava")
     pictures = [[picture(seed=i)] for i in range(2)]
     inputs, _ = vlm.prepare(pictures, [QUESTION, "how many ?"])

@@ -1,4 +1,4 @@
-"""The support matrix is what these versions measure, and its page is the one that is written."""
+"""The stored support matrix and its page agree with measurements of the installed versions."""
 
 import json
 from typing import Any
@@ -20,12 +20,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("measured_type", types() if everything else representatives())
 
 
-def test_all_types_and_the_versions_are_there() -> None:
+def test_the_table_has_all_types_and_the_versions() -> None:
     assert set(STORED["types"]) == set(types()), f"{TABLE.name} {STALE}"
     assert STORED["versions"] == versions(), f"{TABLE.name} {STALE}"
 
 
-def test_a_row_is_what_is_measured(measured_type: str) -> None:
+def test_a_row_equals_its_measurement(measured_type: str) -> None:
     again, stored = measured_again(measured_type), STORED["types"][measured_type]
     assert without_error(again) == without_error(stored), f"{TABLE.name} {STALE}"
     assert again["outputs_same"] is True
@@ -33,11 +33,11 @@ def test_a_row_is_what_is_measured(measured_type: str) -> None:
     assert max(again["worst_error"], stored["worst_error"]) < 1e-5
 
 
-def test_the_page_is_the_one_that_is_written() -> None:
+def test_the_page_is_up_to_date() -> None:
     assert DOCUMENT.read_text() == support.markdown(), f"{DOCUMENT.name} {STALE}"
 
 
-def test_the_table_has_a_row_per_type_and_rules_of_today() -> None:
+def test_the_table_has_a_row_per_type_and_current_rules() -> None:
     table = support.families()
     assert table["model_type"].tolist() == sorted(types())
     assert table.attrs == versions()
@@ -59,7 +59,7 @@ def test_the_table_has_a_row_per_type_and_rules_of_today() -> None:
         assert bool(row.videos) == (FAMILIES[row.model_type].video is not None)
 
 
-def test_rules_are_read_when_the_table_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_are_read_when_the_table_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(support.FAMILIES, "llava", FAMILIES["evolla"])
     table: pd.DataFrame = support.families().set_index("model_type")
     assert table.loc["llava", "geometry"] == "none"
@@ -67,5 +67,5 @@ def test_rules_are_read_when_the_table_is_asked_for(monkeypatch: pytest.MonkeyPa
 
 
 def without_error(row: dict[str, Any]) -> dict[str, Any]:
-    """The last digits of an error are those of one processor."""
+    """Drop the error, whose last digits depend on the CPU."""
     return {name: value for name, value in row.items() if name != "worst_error"}

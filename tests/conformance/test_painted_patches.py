@@ -1,6 +1,6 @@
-"""Labels agree with the model: a painted patch changes the key at its place, and image tokens only.
+"""Labels agree with the model: a painted patch changes its own key, and only image tokens.
 
-The picture is wider than the windows of the tiny towers, which sort their patches by windows.
+The picture is wider than the windows of the tiny towers that sort patches by windows.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from tests.models.records import RECORDS
 from xmodal_interp.hooks.painting import painted_patches
 from xmodal_interp.models import windows
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 WINDOWED = ["qwen2_5_vl", "exaone4_5", "muse_glimmer", "muse_spark", "minicpmv4_6"]
 OTHERS = ["llava_next", "idefics2", "pix2struct", "internvl"]
 QUESTION = "where is the red circle?"
-OTHER_INPUTS = {"pi0", "instructblipvideo"}  # a robot's state; clips of four frames
+OTHER_INPUTS = {"pi0", "instructblipvideo"}  # require the state of a robot; clips of four frames
 NO_KEYS = {
     **dict.fromkeys(("blip", "kosmos-2.5", "got_ocr2", "pp_chart2table"), "probabilities only"),
     **dict.fromkeys(("fuyu", "inkling_mm_model", "gemma4_unified"), "no vision tower"),
@@ -47,7 +47,7 @@ def painted(vlm: xi.VLM):
     return painted_patches(vlm, question)
 
 
-def test_keys_and_tokens_change_where_the_labels_say(model_type: str) -> None:
+def test_keys_and_tokens_change_at_their_labels(model_type: str) -> None:
     found = painted(xi.VLM(real(model_type)[0], settled(model_type)))
     assert [patch for patch in found.patches if not patch.at_its_place] == []
     assert found.unlabelled in ((), None)
@@ -55,8 +55,8 @@ def test_keys_and_tokens_change_where_the_labels_say(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("windowed", ["qwen2_5_vl", "muse_glimmer", "muse_spark"])
-def test_an_order_that_is_not_undone_is_found(windowed: str, monkeypatch) -> None:
-    """As it was for Muse, whose tower sorts patches in its forward without a method for it."""
+def test_an_order_that_is_not_undone_is_detected(windowed: str, monkeypatch) -> None:
+    """An example is Muse, whose tower sorts patches in its forward without a method for it."""
     monkeypatch.setattr(windows, "_sorts_by_windows", lambda _module: False)
     found = painted(xi.VLM(real(windowed)[0], settled(windowed)))
     assert [patch for patch in found.patches if not patch.at_its_place] != []

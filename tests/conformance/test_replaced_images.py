@@ -1,8 +1,8 @@
-"""Deletion and insertion take the image away: with all tokens replaced, images do not matter.
+"""Deletion and insertion remove the image: with all tokens replaced, logits ignore the image.
 
-Every type whose image tokens are in the sequence of a decoder: with each image token replaced by
-the mean of the other tokens, two different images give identical logits. Some types by default, all
-of them with ``--all-types``.
+The tests are for types whose image tokens are in the sequence of a decoder. With each image token
+replaced by the mean of the other tokens, two different images must give identical logits. Some
+types are tested by default, all of them with ``--all-types``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xmodal_interp.hooks.embeddings import check_images_gone, mean_embeddings
 from xmodal_interp.models import FAMILIES, VLM
 from xmodal_interp.models.batching import batches_of
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 ADDED_INSIDE = (
@@ -38,7 +38,7 @@ OTHER_INPUTS = {
     ),
     "florence2": "did not run inside the with block",
 }
-"""Types that are refused: their decoder is given ids, or an encoder reads the image."""
+"""Types that are refused: their decoder takes ids, or an encoder reads the image."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -51,12 +51,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def ready(vlm: VLM, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
-    """The inputs of a question about a picture, and which positions are its tokens."""
+    """Return the inputs of a question about a picture, and a mask of its image tokens."""
     inputs, (prompt,) = vlm.prepare([[picture(seed=seed)]], [asked(vlm, 1)])
     return inputs, torch.tensor([[kind == "image" for kind in prompt.columns["kind"]]])
 
 
-def test_with_every_token_replaced_two_images_are_the_same(name: str) -> None:
+def test_with_every_token_replaced_two_images_give_the_same_logits(name: str) -> None:
     vlm, logits = vlm_of(name), []
     for seed in (0, 1):
         inputs, image = ready(vlm, seed)
@@ -76,7 +76,7 @@ def test_with_every_token_replaced_two_images_are_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["granite4_vision", "qwen3_vl"])
 def test_features_added_inside_are_deleted_token_by_token(model_type: str) -> None:
-    """The means put in place outside of the package, at every layer that adds them."""
+    """The expected means are inserted by a hook of this test, at every layer that adds features."""
     vlm = vlm_of(model_type)
     item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
     (batch,) = batches_of(vlm, [item], batch_size=1)
@@ -105,8 +105,8 @@ def test_features_added_inside_are_deleted_token_by_token(model_type: str) -> No
     assert curve["probability"].nunique() == 3
 
 
-def test_an_image_that_arrives_in_another_way_is_refused() -> None:
-    """Its features are added to the hidden states by a hook that nothing announces."""
+def test_an_image_that_enters_in_another_way_is_refused() -> None:
+    """Here a hook adds the image features to the hidden states."""
     vlm = vlm_of("llava")
     inputs, image = ready(vlm)
     model = vlm.model

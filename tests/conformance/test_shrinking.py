@@ -1,11 +1,11 @@
-"""The rules of the shrinker, on cases one can check by eye."""
+"""The rules that derive tiny configs, on cases that can be checked by eye."""
 
 from transformers import Gemma3Config, MllamaConfig
 
 from tests.conformance.shrinking import kept_layers, tiny_config
 
 
-def test_the_fewest_layers_that_show_every_kind_are_kept() -> None:
+def test_the_fewest_layers_that_include_every_kind_are_kept() -> None:
     kinds = ["sliding", "sliding", "sliding", "full", "sliding", "full"]
     assert kept_layers({"num_hidden_layers": 6, "layer_types": kinds}) == [0, 3]
     assert kept_layers({"depth": 6, "fullatt_block_indexes": [2, 4]}) == [0, 2]
@@ -13,7 +13,7 @@ def test_the_fewest_layers_that_show_every_kind_are_kept() -> None:
     assert kept_layers({"hidden_size": 6}) == []
 
 
-def test_lists_per_layer_are_cut_to_the_kept_layers() -> None:
+def test_lists_per_layer_are_reduced_to_the_kept_layers() -> None:
     text = tiny_config(Gemma3Config).text_config
     assert text.layer_types == ["sliding_attention", "full_attention"]
     assert text.num_hidden_layers == 2

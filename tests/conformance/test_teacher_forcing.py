@@ -1,8 +1,8 @@
-"""Teacher forcing gives the product of stepwise probabilities, for every type that can.
+"""Teacher forcing gives the product of stepwise probabilities, for every type that generates.
 
-The model generates the known answer token by token, with its own cache and inputs; the scores of
-one forward over prompt and answer must be those of these steps. Some types by default,
-all of them with ``--all-types``.
+The model generates the known answer token by token, with its own cache and inputs. The scores of
+one forward over prompt and answer must equal those of these steps. Some types are tested by
+default, all of them with ``--all-types``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xmodal_interp.models import VLM
 from xmodal_interp.models.batching import batches_of
 from xmodal_interp.models.sequences import with_answer, without_last
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 NAMES = [name for name in BUILT if name not in REFUSED]
@@ -46,12 +46,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def vlm_of(name: str) -> VLM:
-    """The tiny model of a type, without two things that make its own steps differ.
+    """Return the tiny model of a type, without two causes of differences between its own steps.
 
-    Both are of transformers 5.23. Sparse attention (``DeepseekV32Indexer`` and its copies) keeps
-    the ``index_topk`` keys of the highest scores; scores of 0 are frequent ties, among which
-    ``torch.topk`` chooses by the number of keys. Mamba2's scan clamps time steps at
-    ``time_step_limit``, its single step (``mamba2_selective_state_update``) does not.
+    Both are in transformers 5.23. Sparse attention (``DeepseekV32Indexer`` and its copies) keeps
+    the ``index_topk`` keys with the highest scores. Scores of 0 are frequent, and which of these
+    ties ``torch.topk`` keeps depends on the number of keys. The scan of Mamba2 clamps time steps at
+    ``time_step_limit``; its single step (``mamba2_selective_state_update``) does not.
     """
     vlm = VLM(real(name)[0], settled(name))
     for module in vlm.model.modules():
@@ -64,9 +64,9 @@ def vlm_of(name: str) -> VLM:
 
 @contextmanager
 def forced(model: torch.nn.Module, ids: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Make ``generate`` choose these tokens; gives the log-probabilities of each step.
+    """Make ``generate`` choose these tokens; yield the log-probabilities of each step.
 
-    Done on the model's outputs, for some ``generate`` take no logits processor, and drop it.
+    The outputs of the model are changed, because some ``generate`` methods drop logits processors.
     """
     steps: list[Tensor] = []
     depth = 0
@@ -94,7 +94,7 @@ def forced(model: torch.nn.Module, ids: Sequence[int]) -> Iterator[list[Tensor]]
 
 
 def stepwise(vlm: VLM, item: dict[str, Any], ids: Sequence[int]) -> float:
-    """The mean log-probability of an answer's tokens as the model generates them."""
+    """Return the mean log-probability of an answer's tokens when the model generates them."""
     inputs, _ = vlm.prepare([[item["image"]]], [item["prompt"]])
     with forced(vlm.model, ids) as steps, torch.no_grad():
         vlm.generate(inputs, max_new_tokens=len(ids), min_new_tokens=len(ids))
@@ -102,7 +102,7 @@ def stepwise(vlm: VLM, item: dict[str, Any], ids: Sequence[int]) -> float:
     return float(torch.stack(steps)[range(len(ids)), 0, list(ids)].double().mean())
 
 
-def test_the_score_of_an_answer_is_that_of_its_steps(name: str) -> None:
+def test_the_score_of_an_answer_equals_that_of_its_steps(name: str) -> None:
     vlm = vlm_of(name)
     item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
     (batch,) = batches_of(vlm, [item], batch_size=1)
@@ -115,7 +115,7 @@ def test_the_score_of_an_answer_is_that_of_its_steps(name: str) -> None:
 
 
 def test_paligemma_can_be_pruned_and_its_tokens_deleted() -> None:
-    """Its processor returns ``labels``, and its answer is not part of the bidirectional prompt."""
+    """The processor returns ``labels``, and the answer is not in the bidirectional prefix."""
     vlm = vlm_of("paligemma")
     item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
     (batch,) = batches_of(vlm, [item], batch_size=1)
@@ -128,7 +128,7 @@ def test_paligemma_can_be_pruned_and_its_tokens_deleted() -> None:
 
 
 def test_layers_that_share_keys_are_pruned_by_whole_forwards() -> None:
-    """Gemma 3n keeps them in a dictionary that a layer which is not run does not fill."""
+    """Gemma 3n stores shared keys in a dictionary, which layers that are skipped do not fill."""
     vlm = vlm_of("gemma3n")
     item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
     (batch,) = batches_of(vlm, [item], batch_size=1)
@@ -148,7 +148,7 @@ def test_layers_that_share_keys_are_pruned_by_whole_forwards() -> None:
 
 @pytest.mark.parametrize("model_type", ["paligemma", "dots3_note"])
 def test_a_model_whose_prompt_depends_on_the_answer_is_refused(model_type: str) -> None:
-    """An answer inside the bidirectional prefix; ties of sparse attention."""
+    """The causes are an answer in the bidirectional prefix, and ties of sparse attention."""
     vlm = vlm_of(model_type)
     item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
     (batch,) = batches_of(vlm, [item], batch_size=1)
@@ -161,8 +161,8 @@ def test_a_model_whose_prompt_depends_on_the_answer_is_refused(model_type: str) 
         check_causal(vlm, batch)
 
 
-def test_the_answer_after_an_image_is_not_of_the_image() -> None:
-    """Gemma 3 reads tokens of the type of an image in both directions."""
+def test_the_answer_after_an_image_has_no_image_type() -> None:
+    """Gemma 3 attends in both directions between tokens of the image type."""
     vlm = vlm_of("gemma3")
     inputs = {
         "input_ids": torch.arange(6)[None],
@@ -172,7 +172,7 @@ def test_the_answer_after_an_image_is_not_of_the_image() -> None:
     assert longer["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1, 0, 0]]
 
 
-def test_pixels_of_the_prompts_length_are_not_lengthened() -> None:
+def test_pixels_as_long_as_the_prompt_are_not_extended() -> None:
     vlm = vlm_of("llava")
     inputs = {
         "input_ids": torch.arange(6)[None],

@@ -1,6 +1,6 @@
-"""The share of attention in updates: found in the language tower of every type with one stream.
+"""The share of attention in updates, for the language tower of every type with one residual stream.
 
-Some types by default, all of them with ``--all-types``.
+Some types are tested by default, all of them with ``--all-types``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from tests.tiny import picture
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import record
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 SEVERAL_STREAMS = {"gemma3n", "glm5_next", "inkling2"}
-"""Types whose layers add to no residual stream: AltUp, hyper-connections, attention over earlier
+"""Types without a single residual stream: AltUp, hyper-connections, attention over earlier
 layers."""
 
 
-def test_every_language_layer_has_a_share_and_outputs_stay(name: str) -> None:
+def test_every_language_layer_has_a_share_and_outputs_are_unchanged(name: str) -> None:
     vlm = vlm_of(name)
     inputs, _ = vlm.prepare([[picture()]], [asked(vlm, 1)])
     with torch.no_grad():
@@ -42,6 +42,6 @@ def test_every_language_layer_has_a_share_and_outputs_stay(name: str) -> None:
     for call in recording.calls:
         share = call.update_share
         assert share.shape == (call.n_samples, call.n_queries)
-        sees = call.visible().any(-1).any(1).expand(share.shape)  # idefics adds nothing elsewhere
+        sees = call.visible().any(-1).any(1).expand(share.shape)  # elsewhere Idefics adds nothing
         assert torch.where(sees, share > 0, share >= 0).all()
         assert (share < 1).all()

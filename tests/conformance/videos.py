@@ -1,6 +1,6 @@
-"""Videos instead of images: random frames in the layouts that models ask for, and their prompts.
+"""Videos instead of images: random frames in the layouts of the models, and their prompts.
 
-One function per layout, named in the records; two videos, a row of the batch for each.
+There is one function per layout, named in the records. The batch has two rows with a video each.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ N_VIDEOS = len(GRIDS)
 
 
 def video_inputs(model: PreTrainedModel, clip: Clip) -> Inputs:
-    """What to call a model with: a video in each of two rows, the shorter one padded on the left.
+    """Return inputs of two rows with a video each; the shorter row is padded on the left.
 
     Args:
         model: The model.
-        clip: How its type reads videos.
+        clip: The record of how its type reads videos.
     """
     given = globals()[clip.pixels](model.config)
     told = clip.tokens_per_video
@@ -48,19 +48,19 @@ def video_inputs(model: PreTrainedModel, clip: Clip) -> Inputs:
 
 
 def packed(config: PreTrainedConfig) -> Inputs:
-    """Patches of all videos in one sequence, with a grid for each: ``[patch, feature]``."""
+    """Return patches of all videos in one sequence, ``[patch, feature]``, with a grid for each."""
     width = pictures.packed(config, 1, SIDE)["pixel_values"].shape[-1]
     pixels = torch.randn(int(GRIDS.prod(-1).sum()), width)
     return {"pixel_values_videos": pixels, "video_grid_thw": GRIDS.clone()}
 
 
 def packed_timed(config: PreTrainedConfig) -> Inputs:
-    """Packed patches, and how many seconds lie between two frames."""
+    """Return packed patches, and the seconds between two frames."""
     return packed(config) | {"video_second_per_grid": torch.tensor([1.0, 0.5])}
 
 
 def packed_pairs(config: PreTrainedConfig) -> Inputs:
-    """Packed patches of two frames each, which keep their pixels apart."""
+    """Return packed patches of videos of two frames, not flattened."""
     grids = GRIDS.clone()
     grids[:, 0] = 2
     patch = pictures.first(pictures.vision_of(config).patch_size)
@@ -69,12 +69,12 @@ def packed_pairs(config: PreTrainedConfig) -> Inputs:
 
 
 def packed_with_merges(config: PreTrainedConfig) -> Inputs:
-    """Packed patches, with how many of them are merged each way, per video."""
+    """Return packed patches, with the merge size of each video."""
     return packed(config) | {"video_merge_sizes": torch.full((N_VIDEOS,), 2)}
 
 
 def packed_rows(config: PreTrainedConfig) -> Inputs:
-    """Patches of all frames one behind the other, as one picture, with the sizes of the frames."""
+    """Return patches of all frames in one row of pixels, with the sizes of the frames."""
     images = pictures.packed_rows(config, N_VIDEOS, SIDE)
     return {
         "pixel_values_videos": images["pixel_values"],
@@ -83,24 +83,24 @@ def packed_rows(config: PreTrainedConfig) -> Inputs:
 
 
 def frames(config: PreTrainedConfig) -> Inputs:
-    """Two frames per video: ``[video, frame, channel, side, side]``."""
+    """Return two frames per video: ``[video, frame, channel, side, side]``."""
     side = pictures.first(getattr(pictures.vision_of(config), "image_size", SIDE))
     return {"pixel_values_videos": torch.randn(N_VIDEOS, 2, 3, side, side)}
 
 
 def timm_frames(config: PreTrainedConfig) -> Inputs:
-    """The same for a tower of timm, which has the side in its arguments."""
+    """Return two frames per video for a timm tower, whose side is in its arguments."""
     side = config.vision_config.model_args["img_size"]
     return {"pixel_values_videos": torch.randn(N_VIDEOS, 2, 3, side, side)}
 
 
 def loose_frames(_config: PreTrainedConfig) -> Inputs:
-    """Two frames per video, those of all videos together: ``[frame, channel, side, side]``."""
+    """Return the frames of all videos on one axis: ``[frame, channel, side, side]``."""
     return {"pixel_values_videos": torch.randn(2 * N_VIDEOS, 3, SIDE, SIDE)}
 
 
 def placed_frames(config: PreTrainedConfig) -> Inputs:
-    """Two frames per video as patches with their column and row beside them."""
+    """Return two frames per video as patches, with their columns and rows."""
     images = pictures.placed(config, 2 * N_VIDEOS, SIDE)
     return {
         "pixel_values_videos": images["pixel_values"],
@@ -110,7 +110,7 @@ def placed_frames(config: PreTrainedConfig) -> Inputs:
 
 
 def pooled_frames(config: PreTrainedConfig) -> Inputs:
-    """A frame per video as flat patches, and which patches each token pools."""
+    """Return one frame per video as flat patches, and the patches that each token pools."""
     images = pictures.pooled(config, N_VIDEOS, SIDE)
     rows = images["image_grids"][:, :2]
     return {

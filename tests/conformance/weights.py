@@ -1,12 +1,12 @@
-"""Random weights under which every attention layer matters and none is near uniform.
+"""Random weights with which every attention layer affects the output and none is near uniform.
 
-Libraries initialise for training: tiny weights, zero biases, closed gates. Here every tensor is
-drawn anew, so that values stay of order one from layer to layer:
+Libraries initialise for training: small weights, zero biases, closed gates. Here every tensor is
+redrawn so that activations stay of order one from layer to layer:
 
-* matrices and kernels with a deviation of ``1 / sqrt(fan in)``, larger for queries and keys;
-* embeddings and position tables of order one;
-* norms around what they were, biases around zero, both with a spread;
-* gates and layer scales that were shut, or nearly so, opened.
+* matrices and kernels have a deviation of ``1 / sqrt(fan in)``, larger for queries and keys;
+* embeddings and position tables are of order one;
+* norms are spread around their old values, biases around zero;
+* closed or nearly closed gates and layer scales are opened.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-SHARPER = 2.5  # deviation of query and key projections: scores of a deviation of about two or three
+SHARPER = 2.5  # gain of query and key projections; scores then have a deviation of about 2 to 3
 SPREAD = 0.2
 OPEN = 0.8
 QUERY_OR_KEY = re.compile(
@@ -25,13 +25,13 @@ QUERY_OR_KEY = re.compile(
 )
 QUERY_OR_KEY_NORM = re.compile(r"(^|[._])(q|k|query|key)_?(layer)?_?norm\b")
 GATE = re.compile(r"gate|gamma|layer_?scale|lambda|alpha|\bls\d|scale")
-# What sets the time constants of state-space and linear attention; random values would explode.
+# Time constants of state-space and linear attention layers; with random values they would diverge.
 DYNAMICS = re.compile(r"A_log|dt_bias|\.D$|inv_freq|dt_")
 
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int) -> None:
-    """Draw all weights of a model anew, in place; each from its name and the seed alone."""
+    """Redraw all weights of a model in place, each from its name and the seed."""
     embeddings = {
         f"{name}.weight"
         for name, module in model.named_modules()

@@ -76,6 +76,6 @@ def test_a_model_without_weights_is_refused() -> None:
     with pytest.raises(InputError) as error:
         capture(vlm, picture(), QUESTION)
     assert str(error.value) == (
-        "A model needs weights. Those of this model are on the meta device, and no hook of "
-        "accelerate says where they are computed with."
+        "The weights of this model are on the meta device, and no hook of accelerate moves them to "
+        "another device. Load the model with its weights: xi.load(name)."
     )

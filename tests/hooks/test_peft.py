@@ -77,8 +77,8 @@ def test_an_adapter_is_loaded_with_its_base(tmp_path) -> None:
     with pytest.raises(InputError) as error:
         load(tmp_path)
     assert str(error.value) == (
-        f"A model is loaded whole. {str(tmp_path)!r} holds a PEFT adapter only. Load its base "
-        "model and pass VLM(PeftModel.from_pretrained(base.model, folder), base.processor)."
+        f"{str(tmp_path)!r} holds only a PEFT adapter, not a whole model. Load its base model "
+        "and pass VLM(PeftModel.from_pretrained(base.model, folder), base.processor)."
     )
     base, processor = of("llava")[0], tiny_vlm("llava").processor
     again = VLM(peft.PeftModel.from_pretrained(base, tmp_path).eval(), processor)
@@ -128,7 +128,6 @@ def test_positions_without_a_token_are_refused_where_tokens_are_labelled(kind, n
     with pytest.raises(UnsupportedModelError) as error:
         VLM(model, tiny_vlm("llava").processor)
     assert str(error.value) == (
-        "Every position is labelled with the token that stands there. The adapter 'default' "
-        f"({name}) adds 4 positions without a token. Record the bare attention with "
-        "xi.record(model)."
+        f"The adapter 'default' ({name}) adds 4 positions without a token, which cannot be "
+        "labelled. Record the bare attention with xi.record(model)."
     )

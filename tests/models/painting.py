@@ -1,4 +1,4 @@
-"""Which image token hears of a change in the picture: the one whose input to the model changes."""
+"""Helpers that change pixels and find the image token whose input to the model changes."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from xmodal_interp.models.labelling import Prompt
 
 QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}
-"""Types that add the image's features inside of the language model, not to its input."""
+"""Types that add image features inside the language model, not to its input."""
 READ_BY = {"git": "git.encoder", "idefics": "model.gated_cross_attn_layers.0.cross_attn"}
-"""Where a model that reads the image's features has no module of its own for its language part."""
+"""The module that reads the image features, for types without a separate language model."""
 FEATURES = ("encoder_hidden_states", "key_value_states", "inputs_embeds", "image_embeds")
 OVERLAPPING = {
     **dict.fromkeys(("florence2", "got_ocr2", "step3p7", "pp_chart2table", "fast_vlm"), 1 / 4),
     **dict.fromkeys(("gemma3n", "chameleon", "emu3", "pp_formulanet"), 1 / 4),
     **dict.fromkeys(("unlimited_ocr", "deepseek_ocr2"), 3 / 8),
 }
-"""Types whose convolutions also look at neighbours: what is left unpainted on each side."""
+"""Types whose convolutions overlap: the fraction of a box that is left unpainted on each side."""
 POOLING = {"molmo2": "image_pooling_2d"}
-"""Where types have an attention by which a token pools patches of its own only: it stays on."""
+"""Attention modules that stay enabled, because each token only pools its own patches."""
 SHARED = {"gemma3n": "timm_model.blocks.3"}
-"""A coarser stage that is fused in, each of whose features is that of several tokens."""
+"""Coarser stages that are disabled, because each of their features is shared by several tokens."""
 
 
 class _SeenError(Exception):
-    """The inputs of the language model are known; the rest need not run."""
+    """Stops the forward once the inputs of the language model are known."""
 
 
 @functools.cache
 def vlm_of(model_type: str) -> VLM:
-    """The real processor with a model whose vision tower does not mix positions."""
+    """Return a VLM with the real processor and a vision tower that does not mix positions."""
     known, _ = real(model_type)
     model, processor = _plain(type(known)(copy.deepcopy(known.config))), settled(model_type)
     language = language_of(model)
@@ -57,7 +57,7 @@ def vlm_of(model_type: str) -> VLM:
         shared = name.endswith(SHARED.get(model_type, "/"))
         if module not in inside and (shared or mixes):
             module.register_forward_hook(_nothing)
-        elif isinstance(module, nn.GroupNorm):  # its statistics are those of the whole image
+        elif isinstance(module, nn.GroupNorm):  # its statistics are over the whole image
             module.register_forward_hook(_as_given)
     vlm = VLM(model, processor)
     _order_codes(vlm)
@@ -65,7 +65,7 @@ def vlm_of(model_type: str) -> VLM:
 
 
 def with_options(vlm: VLM, options: Mapping[str, Any]) -> VLM:
-    """The same with other settings of the image processor, as one that is loaded with them."""
+    """Return a copy with other settings of the image processor, as if loaded with them."""
     processor = copy.copy(vlm.processor)
     processor.image_processor = copy.copy(processor.image_processor)
     processor.images_kwargs = {**processor.images_kwargs, **options}
@@ -80,7 +80,7 @@ def _taken(model: nn.Module) -> Mapping[str, Any]:
 
 @torch.no_grad()
 def _plain(model: nn.Module) -> nn.Module:
-    """Weights under which what is next to a position does not drown what stands at it."""
+    """Set weights with which the features of a position dominate those of its neighbours."""
     made = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         if weight.ndim > 1:
@@ -97,7 +97,7 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 def _narrow(convolution: nn.Conv2d | nn.Conv3d) -> None:
-    """Let the middle of kernels that overlap prevail, and keep how much they pass on."""
+    """Concentrate overlapping kernels on their centre, and keep their norm."""
     rows, cols = (torch.arange(n) - (n - 1) / 2 for n in convolution.kernel_size[-2:])
     before = convolution.weight.norm()
     convolution.weight *= torch.exp(-3 * (rows[:, None] ** 2 + cols**2))
@@ -106,9 +106,9 @@ def _narrow(convolution: nn.Conv2d | nn.Conv3d) -> None:
 
 @torch.no_grad()
 def _order_codes(vlm: VLM) -> None:
-    """Put codes, and the words for them, on a line from dark to bright, where a VQ-VAE makes them.
+    """Order the codes of a VQ-VAE, and their token embeddings, on a line from dark to bright.
 
-    Then the more a feature changes, the further off is the word that it becomes.
+    A larger change of a feature then leads to a larger change of the token embedding.
     """
     vocabulary = getattr(vlm.model.base_model, "vocabulary_mapping", None)
     if vocabulary is None:
@@ -126,7 +126,7 @@ def _order_codes(vlm: VLM) -> None:
 
 
 def language_of(model: nn.Module) -> nn.Module:
-    """What reads the image tokens, among the text tokens or beside them."""
+    """Return the module that reads the image tokens."""
     if model.config.model_type in READ_BY:
         return model.get_submodule(READ_BY[model.config.model_type])
     if not FAMILIES[model.config.model_type].in_sequence:
@@ -158,9 +158,9 @@ def _as_given(_module: nn.Module, given: Any, _output: Any) -> torch.Tensor:
 
 
 def embeddings(vlm: VLM, images: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
-    """What the language model is given at each position, ``[position, d]``, and the positions.
+    """Return the inputs of the language model, ``[position, d]``, and the labelled positions.
 
-    Where text reaches the image by cross-attention: at each key.
+    If text attends to the image by cross-attention, the inputs are the keys.
     """
     question = QUESTION if vlm.family.reads_text else ""
     if vlm.processor.chat_template is None and not vlm.family.in_front and question:
@@ -170,14 +170,14 @@ def embeddings(vlm: VLM, images: list[Image.Image]) -> tuple[np.ndarray, Prompt]
 
 
 def places_of(prompt: Prompt) -> pd.DataFrame:
-    """What stands at each position that :func:`embeddings` gives."""
+    """Return the token table of the positions that :func:`embeddings` returns."""
     if prompt.cross_keys is not None:
         return prompt.cross_keys
     return prompt.tokens[: prompt.n_encoder or len(prompt.tokens)]
 
 
 def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
-    """What the language model is given at each position of one sample, ``[position, d]``."""
+    """Return the inputs of the language model for one sample, ``[position, d]``."""
     seen: list[torch.Tensor] = []
 
     def look(_module: nn.Module, given: tuple, named: dict) -> None:
@@ -205,7 +205,7 @@ TOWERS = ("vision_tower", "vision_model")
 
 
 def tower_outputs(vlm: VLM, images: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
-    """What the vision tower makes of one sample, ``[position, d]``, and its positions."""
+    """Return the outputs of the vision tower for one sample, ``[position, d]``, and its prompt."""
     (tower,) = (m for name, m in vlm.model.named_modules() if name.split(".")[-1] in TOWERS)
     seen: list[torch.Tensor] = []
     handle = tower.register_forward_hook(lambda _module, _given, output: seen.append(output))
@@ -226,15 +226,15 @@ def _hook(module: nn.Module, look: Any) -> Iterator[None]:
 
 
 def textured(width: int, height: int) -> Image.Image:
-    """A picture with no even ground: there, norms would make much of the least of changes."""
+    """Return a picture of noise. On an even picture, norms would amplify the smallest changes."""
     noise = np.random.default_rng(0).integers(0, 120, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
 
 def painted(image: Image.Image, box: np.ndarray) -> Image.Image | None:
-    """The image with a box filled; None if less than a pixel of it is in the image.
+    """Return the image with a box filled, or None if less than a pixel of it is in the image.
 
-    A larger box is filled but for a pixel at its edge, which resizing would carry to the next one.
+    A margin of one pixel of larger boxes is left out, because resizing would blur it into the next.
     """
     x0, y0, x1, y1 = np.round(box).astype(int)
     if x1 - x0 > 6 and y1 - y0 > 6:
@@ -254,14 +254,14 @@ def changes(
     plain: np.ndarray,
     before: Sequence[Image.Image] = (),
 ) -> np.ndarray:
-    """How much each position's input changes when a box is painted, ``[position]``.
+    """Return how much the input of each position changes when a box is painted, ``[position]``.
 
     Args:
         vlm: A model with its processor.
-        image: What is painted.
-        box: Where.
-        plain: The inputs when nothing is painted.
-        before: Images before it in the prompt.
+        image: The image to paint.
+        box: The box to paint.
+        plain: The inputs for the unpainted image.
+        before: Images before this one in the prompt.
     """
     box = middle_of(vlm.family.model_type, box)
     other, _ = embeddings(vlm, [*before, painted(image, box)])
@@ -269,6 +269,6 @@ def changes(
 
 
 def middle_of(model_type: str, box: np.ndarray) -> np.ndarray:
-    """What is painted of a box: its middle, where a type's convolutions look at neighbours too."""
+    """Return the part of a box to paint: its middle, for types whose convolutions overlap."""
     edge = (box[2:] - box[:2]) * OVERLAPPING.get(model_type, 0)
     return box + np.concatenate([edge, -edge])

@@ -1,4 +1,4 @@
-"""Real processors, made offline, each with a tiny random model that runs on what it returns."""
+"""Real processors, built offline, each with a tiny random model that runs on its outputs."""
 
 from __future__ import annotations
 
@@ -29,15 +29,13 @@ VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size
 
 @functools.cache
 def real(model_type: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A tiny random model of a type, and the real processor that it takes its inputs from.
+    """Return a tiny random model of a type, and its real processor.
 
     Raises:
-        LookupError: The type has no record, or the record says why nothing can be built.
+        LookupError: The type has no record, or its record states that it cannot be built.
     """
     if model_type not in RECORDS:
-        raise LookupError(
-            f"A type needs a record in tests/models/records; {model_type!r} has none."
-        )
+        raise LookupError(f"{model_type!r} has no record; add one in tests/models/records.")
     record = RECORDS[model_type]
     if record.obstacle:
         raise LookupError(f"{model_type!r} cannot be built: {record.obstacle}")
@@ -46,7 +44,7 @@ def real(model_type: str) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def build_processor(record: Record) -> Any:
-    """The processor of a record: the class that transformers registers, its parts from scratch."""
+    """Build the processor of a record: the registered class, with its parts from scratch."""
     name = record.processor_class or PROCESSOR_MAPPING_NAMES[record.model_type]
     kind = getattr(transformers, name)
     optional = inspect.signature(kind.__init__).parameters
@@ -59,7 +57,7 @@ def build_processor(record: Record) -> Any:
 
 
 def build_model(record: Record, made: Any) -> PreTrainedModel:
-    """A tiny random model whose settings agree with a processor's."""
+    """Build a tiny random model whose settings agree with those of a processor."""
     text = made.tokenizer
     kind = CONFIG_MAPPING[record.model_type]
     known = CONFORMANCE[record.model_type].config if record.model_type in CONFORMANCE else {}
@@ -74,12 +72,12 @@ def build_model(record: Record, made: Any) -> PreTrainedModel:
 
 
 def settled(model_type: str) -> ProcessorMixin:
-    """The processor with the settings that it takes only when called, as settings of its own."""
+    """Return the processor with its call-time settings stored as attributes."""
     model, made = real(model_type)
     made, taken = copy.copy(made), inspect.signature(model.forward).parameters
     of_images = dict(getattr(made, "images_kwargs", None) or {})
     for name, value in RECORDS[model_type].call.items():
-        if name in taken:  # it is for the model
+        if name in taken:  # an argument of the model
             continue
         if name.startswith("return_") or hasattr(made, name):
             setattr(made, name, value)
@@ -96,13 +94,13 @@ def inputs(
     *,
     processor: Any = None,
 ) -> dict[str, Any]:
-    """What the model's forward pass takes, for one prompt about some images.
+    """Return the inputs of the model's forward for one prompt about some images.
 
     Args:
         model_type: A type with a record.
-        images: Shown in the order given.
-        question: Put behind the images, by the chat template where there is one.
-        processor: To be used instead of the type's own.
+        images: The images, in order.
+        question: The text after the images; the chat template is used if there is one.
+        processor: The processor to use instead of the type's own.
     """
     record = RECORDS[model_type]
     built, own = real(model_type)
@@ -123,7 +121,7 @@ def inputs(
 
 
 def prompt(model_type: str, n_images: int, question: str) -> str:
-    """The text that a user gives to the processor: by the chat template, where there is one."""
+    """Return the text that a user passes to the processor, from the chat template if any."""
     record = RECORDS[model_type]
     if not record.template:
         return record.image * n_images + question
@@ -133,7 +131,7 @@ def prompt(model_type: str, n_images: int, question: str) -> str:
 
 
 def chat_template(record: Record) -> str:
-    """``user: IMAGE question assistant:``, images, videos and texts in the order given."""
+    """Return the template of ``user: IMAGE question assistant:``, parts in the order given."""
     return (
         ("{{ bos_token }}" if record.begins else "") + "{% for message in messages %}"
         "{% if not loop.first %}\n{% endif %}{{ message['role'] }}: "
@@ -167,7 +165,7 @@ def _part(part: str, record: Record, *, required: bool) -> Any:
 
 
 def _with_ids(settings: Any, text: Any) -> Any:
-    """The settings with every :class:`Token` replaced by its id."""
+    """Return the settings with every :class:`Token` replaced by its id."""
     if isinstance(settings, Mapping):
         return {name: _with_ids(value, text) for name, value in settings.items()}
     if isinstance(settings, list):
@@ -176,7 +174,7 @@ def _with_ids(settings: Any, text: Any) -> Any:
 
 
 def _vocabularies(settings: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The size of the vocabulary, at every place of a configuration where one is kept."""
+    """Return overrides that set each vocabulary size in a configuration to ``size``."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if name in VOCABULARIES:
@@ -187,7 +185,7 @@ def _vocabularies(settings: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def _merged(settings: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with others put over them, dictionary into dictionary."""
+    """Return the settings updated with others, recursively for nested dictionaries."""
     result = dict(settings)
     for name, value in over.items():
         inner = result.get(name)

@@ -1,4 +1,4 @@
-"""Characters and meaning of every position, whatever the processor puts between prompt and ids."""
+"""Characters and labels of every position, for processors that insert tokens into the prompt."""
 
 import copy
 
@@ -15,7 +15,7 @@ from xmodal_interp.models.labelling import Prompt
 from xmodal_interp.models.tokens import generated_table
 from xmodal_interp.sample import Sample
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 WIDE = Image.new("RGB", (160, 96), (40, 40, 40))
@@ -38,13 +38,13 @@ def sample_of(prompt: Prompt) -> Sample:
 
 ALIGNED = (
     *(*MARKED, "llava_next", "qwen3_vl", "paligemma", "blip-2"),
-    # a space in front taken off, a line break or a separator added, unnamed markers, no placeholder
+    # leading space removed, line break or separator added, unnamed markers, no placeholder
     *("fuyu", "pi0", "nemotron_h_omni", "pp_chart2table", "shieldgemma2"),
 )
 
 
 @pytest.mark.parametrize("model_type", ALIGNED)
-def test_own_text_is_found_where_it_stands(model_type: str) -> None:
+def test_prompt_text_is_found_at_its_positions(model_type: str) -> None:
     vlm = vlm_of(model_type)
     question = "where is the red circle?"
     prompt = vlm.prepare([[WIDE]], [question])[1][0]
@@ -60,7 +60,7 @@ def test_own_text_is_found_where_it_stands(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", MARKED)
-def test_what_the_processor_adds_is_the_templates(model_type: str) -> None:
+def test_inserted_tokens_have_the_template_role(model_type: str) -> None:
     prompt = vlm_of(model_type).prepare([[WIDE]], ["where is the red circle?"])[1][0]
     tokens = prompt.tokens
     images = np.flatnonzero(tokens["kind"].eq("image"))
@@ -102,11 +102,11 @@ def test_tiles_and_thumbnail_in_the_table() -> None:
     with pytest.raises(GeometryError) as refusal:
         sample.grid(values, view="left")
     assert str(refusal.value) == (
-        "A view must be one that the image has. Image 0 has 'image' and 'thumbnail'; got 'left'."
+        "Image 0 has no view 'left'. The views of this image are 'image' and 'thumbnail'."
     )
 
 
-def test_two_samples_of_one_batch_are_each_what_they_are_alone() -> None:
+def test_samples_of_a_batch_equal_single_samples() -> None:
     vlm = vlm_of("internvl")
     tall = Image.new("RGB", (70, 150))
     together = vlm.prepare([[WIDE], [tall, WIDE]], [QUESTION, "what ?"])[1]
@@ -118,7 +118,7 @@ def test_two_samples_of_one_batch_are_each_what_they_are_alone() -> None:
         assert read.equals(other.tokens.reset_index(drop=True))
 
 
-def test_ids_that_do_not_follow_are_refused() -> None:
+def test_ids_that_do_not_match_the_prompt_are_refused() -> None:
     tokenizer = tiny_vlm("llava").tokenizer
     ids = tokenizer("where is the red circle")["input_ids"]
     replacement = {
@@ -131,21 +131,21 @@ def test_ids_that_do_not_follow_are_refused() -> None:
     with pytest.raises(GeometryError) as refusal:
         reported_alignment(ids, ["<image> where"], tokenizer, [replacement])
     assert str(refusal.value) == (
-        "The replacements that a processor reports must lead to the ids that it returns. It "
-        f"reports 1, returned {len(ids)} ids, and its text with the replacements has 3 tokens, not "
-        "the same ones."
+        f"The processor returned {len(ids)} ids and reports 1 replacements, but the text with "
+        "these replacements has other ids (3 of them). Check that processor and tokenizer belong "
+        "together."
     )
     image = tokenizer.convert_tokens_to_ids("<image>")
     with pytest.raises(GeometryError) as refusal:
         counted_alignment([image] * 3, ["<image>"], tokenizer, image, [2])
     assert str(refusal.value) == (
-        "The processor must expand each image placeholder to the tokens of its image, with special "
-        "tokens at most between them. 1 images were to have 2 tokens; the processor returned 3 "
-        "positions, 3 of them image tokens."
+        "The 3 ids that the processor returned are not the prompt with its placeholders expanded: "
+        "3 of them are image tokens, where 1 images should have 2 tokens. Check that processor, "
+        "family record and model belong together."
     )
 
 
-def test_a_prompt_that_holds_every_image_token_is_taken_as_it_is() -> None:
+def test_a_prompt_with_all_image_tokens_is_not_expanded() -> None:
     tokenizer = tiny_vlm("llava").tokenizer
     image = tokenizer.convert_tokens_to_ids("<image>")
     text = "<image><image>where<image>"
@@ -154,18 +154,18 @@ def test_a_prompt_that_holds_every_image_token_is_taken_as_it_is() -> None:
     assert [p.expansion for p in alignment.positions] == [0, 0, None, 1]
     spans = [(p.start, p.end) for p in alignment.positions]
     assert spans == [(0, 7), (7, 14), (14, 19), (19, 26)]
-    with pytest.raises(GeometryError, match="2 images were to have 3, 1 tokens"):
+    with pytest.raises(GeometryError, match="2 images should have 3, 1 tokens"):
         counted_alignment(ids, [text], tokenizer, image, [3, 1])
 
 
-def test_text_is_found_in_what_the_processor_laid_out() -> None:
+def test_prompt_text_is_found_after_insertions() -> None:
     assert shifted([0, 3, 5], "what ?", "<image><bos>what ?\n") == [12, 15, 17]
-    with pytest.raises(GeometryError, match="A processor may add to a prompt, but must keep its"):
+    with pytest.raises(GeometryError, match="The processor changed the prompt"):
         shifted([0], "what ?", "<image>when ?")
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_words_that_the_vocabulary_lacks_are_text(family: str) -> None:
+def test_words_outside_the_vocabulary_are_text(family: str) -> None:
     lacking = ("🙂", "é", "中文", "zebra")
     sample = sample_of(
         tiny_vlm(family).prepare([[WIDE]], [f"the {' '.join(lacking)} <unk> cross"])[1][0]
@@ -177,13 +177,13 @@ def test_words_that_the_vocabulary_lacks_are_text(family: str) -> None:
         assert sample.tokens["token"].iloc[token] == "<unk>"  # what the model reads
         assert token in sample.text_after_image()
     special = sample.tokens[sample.tokens["kind"].eq("special")]
-    assert special["token"].tolist().count("<unk>") == 1  # the one that was written so
+    assert special["token"].tolist().count("<unk>") == 1  # the one written in the question
     with pytest.raises(PhraseError, match="'<unk>' is not in"):
         sample.find("<unk>")
 
 
 def test_headers_of_a_chat_template_are_special() -> None:
-    """As those of Llama 3, which have no name in its tokenizer: only the flag says so."""
+    """Headers as in Llama 3 have no name in the tokenizer; only their flag marks them special."""
     vlm = copy.deepcopy(tiny_vlm("llava"))
     headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     vlm.tokenizer.add_tokens([AddedToken(each, special=True) for each in headers])
@@ -203,7 +203,7 @@ def test_headers_of_a_chat_template_are_special() -> None:
     assert text == " red"
 
 
-def test_a_beginning_that_the_processor_writes_is_the_templates() -> None:
+def test_a_beginning_written_by_the_processor_has_the_template_role() -> None:
     prompt = vlm_of("molmo2").prepare([[WIDE]], ["look at <|image|> the red circle"])[1][0]
     sample = sample_of(prompt)
     assert prompt.text == "<s>look at <|image|> the red circle"
@@ -224,6 +224,6 @@ def test_replacements_of_another_prompt_are_refused() -> None:
             [5, 6], iter(["<image> of a cat"]), tokenizer, [told | {"replacement": "<image>" * 2}]
         )
     assert str(refusal.value) == (
-        "A processor must replace the placeholders of the prompt that it is given. It reports to "
-        "have replaced '<image>' at 4; the prompt does not have these there: '<image> of a cat'."
+        "The processor reports to have replaced '<image>' at 4, which the prompt does not contain "
+        "there: '<image> of a cat'. Check that processor and prompt belong together."
     )

@@ -1,4 +1,4 @@
-"""Items of one shape share a batch, and an item's inputs do not depend on its company."""
+"""Items of one shape share a batch; the inputs of an item do not depend on the other items."""
 
 import pandas as pd
 import pytest
@@ -21,7 +21,7 @@ ITEMS = [
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
-def test_a_joined_batch_is_what_the_processor_makes_of_it(family: str) -> None:
+def test_a_joined_batch_equals_the_batch_of_the_processor(family: str) -> None:
     vlm = tiny_vlm(family)
     batch = batches_of(vlm, ITEMS, batch_size=8, answers=False)[0]
     assert batch.index[:2] == (0, 2)
@@ -35,7 +35,7 @@ def test_a_joined_batch_is_what_the_processor_makes_of_it(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
-def test_answers_stand_behind_the_prompts(family: str) -> None:
+def test_answers_follow_the_prompts(family: str) -> None:
     vlm = tiny_vlm(family)
     batches = batches_of(vlm, ITEMS, batch_size=1)
     assert sorted(i for batch in batches for i in batch.index) == [0, 1, 2, 3]
@@ -56,23 +56,25 @@ def test_answers_stand_behind_the_prompts(family: str) -> None:
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ([], "At least one item is needed; got none."),
+        ([], "There are no items. Give at least one."),
         (
             [ITEMS[0], {"image": picture(), "prompt": "what ?"}],
-            "An item must have 'answer'. Item 1 has none; its entries are image, prompt.",
+            "Item 1 has no 'answer' (its entries are image, prompt). Give exactly one that is not "
+            "None.",
         ),
         (
             [{"prompt": "what ?"}],
-            "An item must have 'image' or 'images'. Item 0 has none; its entries are prompt.",
+            "Item 0 has no 'image' or 'images' (its entries are prompt). Give exactly one that is "
+            "not None.",
         ),
         (
             [ITEMS[0], "red"],
-            "An item is a dict with image, prompt and answer. Item 1 is a str.",
+            "Item 1 is a str. Give a dict with image, prompt and answer.",
         ),
         (
             [{**ITEMS[0], "answer": " "}],
-            "An answer must be text that tokenizes behind its prompt without changing it. Got the "
-            "answer ' ' behind '<bos>user: <image> What color is the red circle? assistant:'.",
+            "The answer ' ' is empty, or changes the tokens of the prompt '<bos>user: <image> What "
+            "color is the red circle? assistant:'. Give an answer that starts a new token.",
         ),
     ],
 )
@@ -97,7 +99,7 @@ def test_rows_of_a_table_are_items() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("also", [{}, {"image": picture(seed=5)}], ids=["alone", "and an image"])
 def test_videos_of_items_are_read(also: dict) -> None:
-    """And heard of: other frames give other scores."""
+    """Other frames give other scores."""
     vlm = VLM(*real("qwen2_vl"))
     clips = [Video([picture(seed=s + i) for i in range(4)], fps=2.0) for s in (0, 9, 0)]
     items = [{"video": clip, "prompt": "what is it?", "answer": "this", **also} for clip in clips]
@@ -123,16 +125,17 @@ def test_answers_with_several_words() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("model_type", ["git", "florence2"])
-def test_positions_that_are_no_ids_are_not_chosen(model_type: str) -> None:
+def test_positions_without_ids_cannot_be_chosen(model_type: str) -> None:
     vlm = VLM(*real(model_type))
     item = {"image": picture(), "prompt": "where is it?", "answer": "here"}
     (batch,) = batches_of(vlm, [item], batch_size=1)
-    with pytest.raises(InputError, match=r"needs a position for each id\. Here prompts have \d+"):
+    message = r"cannot be chosen: its prompts have \d+ positions but \d+ ids"
+    with pytest.raises(InputError, match=message):
         _ = batch.n_ids
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma4", "idefics2", "mllama", "lfm2_vl", "qwen2_vl"])
-def test_a_batch_may_hold_samples_with_no_image(name: str) -> None:
+def test_a_batch_may_contain_samples_without_images(name: str) -> None:
     vlm = VLM(*real(name))
     images, questions = [[picture()], [], [picture(seed=1)]], [QUESTION, "how many ?", QUESTION]
     _, prompts = vlm.prepare(images, questions)

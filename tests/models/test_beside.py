@@ -1,4 +1,4 @@
-"""Images that are not simply among the ids: in front of them, where a mask says so, beside them."""
+"""Image features without a token id: before the ids, marked by a mask, or cross-attention keys."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import VLM, geometry
 from xmodal_interp.models.batching import batches_of
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 QUESTION = "where is the red circle?"
@@ -34,7 +34,7 @@ def vlm_of(model_type: str) -> VLM:
     return VLM(real(model_type)[0], settled(model_type))
 
 
-def test_features_that_the_model_puts_in_front_are_positions() -> None:
+def test_features_before_the_ids_are_positions() -> None:
     sample = xi.capture(vlm_of("git"), picture(), QUESTION, max_new_tokens=3)
     kinds = sample.tokens["kind"].tolist()
     assert kinds[:65] == ["image"] * 65
@@ -49,7 +49,7 @@ def test_features_that_the_model_puts_in_front_are_positions() -> None:
     assert sample.grid(patches.mean((0, 1))).shape == (8, 8)
 
 
-def test_features_in_front_stand_before_the_padding_of_a_batch() -> None:
+def test_features_precede_the_padding_of_a_batch() -> None:
     vlm, images = vlm_of("git"), [[picture()], [picture(120, 64, 1)]]
     questions = ["a circle", QUESTION]
     inputs, (short, long) = vlm.prepare(images, questions)
@@ -64,8 +64,8 @@ def test_features_in_front_stand_before_the_padding_of_a_batch() -> None:
     torch.testing.assert_close(read.sum(-1), torch.ones(read.shape[:2]))
 
 
-def test_samples_whose_positions_padding_would_shift_run_one_by_one() -> None:
-    """GIT counts positions from the first one (transformers 5.23, ``GitEmbeddings``)."""
+def test_samples_run_one_by_one_if_padding_shifts_positions() -> None:
+    """GIT counts padding in its positions (transformers 5.23, ``GitEmbeddings``)."""
     vlm, images = vlm_of("git"), [[picture()], [picture(120, 64, 1)]]
     questions = ["a circle", QUESTION]
     assert vlm.batches(images) == [[0], [1]]
@@ -78,7 +78,7 @@ def test_samples_whose_positions_padding_would_shift_run_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(("model_type", "first"), [("kosmos-2", 2), ("kosmos-2.5", 2)])
-def test_a_mask_says_where_image_tokens_stand(model_type: str, first: int) -> None:
+def test_a_mask_marks_image_tokens(model_type: str, first: int) -> None:
     sample = xi.capture(vlm_of(model_type), picture(), QUESTION, max_new_tokens=2)
     image = sample.where("image")
     assert image.tolist() == list(range(first, first + 8))
@@ -88,7 +88,7 @@ def test_a_mask_says_where_image_tokens_stand(model_type: str, first: int) -> No
     assert words.tolist() == ["red", "circle"]
 
 
-def test_a_rewritten_prompt_is_labelled_as_it_is_generated_from() -> None:
+def test_a_rewritten_prompt_is_labelled_as_generate_reads_it() -> None:
     vlm = vlm_of("blip")
     given = vlm.processor(images=[[picture()]], text=[QUESTION], return_tensors="pt")
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_a_rewritten_prompt_is_labelled_as_it_is_generated_from() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["pix2struct", "pp_formulanet", "vision-encoder-decoder"])
-def test_a_decoder_begins_by_itself(model_type: str) -> None:
+def test_a_decoder_starts_without_a_prompt(model_type: str) -> None:
     sample = xi.capture(vlm_of(model_type), picture(), "", max_new_tokens=3)
     assert sample.n_prompt == 1
     assert sample.tokens["kind"].iloc[0] == "special"
@@ -118,7 +118,7 @@ def test_a_decoder_begins_by_itself(model_type: str) -> None:
     assert sample.grid(seen.mean((0, 1))).shape == (grid.rows, grid.cols)
 
 
-def test_a_prompt_may_stand_in_the_decoder() -> None:
+def test_a_prompt_may_be_read_by_the_decoder() -> None:
     sample = xi.capture(vlm_of("pix2struct"), picture(120, 64), QUESTION, max_new_tokens=3)
     assert sample.tokens["kind"].tolist()[:2] == ["special", "text"]
     assert sample.find("red circle").min() > 1
@@ -128,7 +128,7 @@ def test_a_prompt_may_stand_in_the_decoder() -> None:
     assert of_padding.max() == 0
 
 
-def test_no_box_is_known_below_a_question_that_is_drawn() -> None:
+def test_boxes_are_unknown_if_the_question_is_drawn() -> None:
     patches = np.zeros((1, 7, 5))
     patches[0, :6, :2] = np.argwhere(np.ones((3, 2))) + 1
     processor = SimpleNamespace(image_processor=SimpleNamespace(is_vqa=True))
@@ -170,10 +170,10 @@ def test_the_patches_of_an_encoder_may_be_merged_stage_by_stage() -> None:
     sample = xi.capture(vlm, picture(120, 100), "", max_new_tokens=2)
     assert (sample.grids[0].rows, sample.grids[0].cols) == (12, 8)  # of 4 x 4 px, 2 x 2 merged
     assert sample.call(0, kind="cross").n_keys == len(sample.cross_keys) == 96
-    assert sample.cross_keys["x0"].isna().any()  # those on padding
+    assert sample.cross_keys["x0"].isna().any()  # cells on padding
 
 
-def test_images_stand_where_the_prompt_marks_them() -> None:
+def test_images_are_at_the_marks_of_the_prompt() -> None:
     vlm = vlm_of("idefics")
     images = [picture(), picture(120, 64, 1)]
     sample = xi.capture(vlm, images, "first <image> then <image> what is new?")
@@ -186,16 +186,16 @@ def test_images_stand_where_the_prompt_marks_them() -> None:
     assert [seen[row, of_image == i].any().item() for row in range(3) for i in range(2)] == [
         *(False, False),  # nothing before the first image
         *(True, False),
-        *(False, True),  # text looks at the image before it only
+        *(False, True),  # text attends only to the image before it
     ]
 
 
-def test_marks_must_be_as_many_as_images() -> None:
+def test_the_number_of_marks_must_equal_the_number_of_images() -> None:
     with pytest.raises(InputError) as error:
         xi.capture(vlm_of("idefics"), [picture()] * 2, "what is in <image> ?")
     assert str(error.value) == (
-        "A prompt must have <image> once for each image, or not at all. There are 2 images; the "
-        "prompt is 'what is in<image>?'."
+        "The prompt 'what is in<image>?' contains <image> 1 times for 2 images. Write it once for "
+        "each image, or leave it out."
     )
 
 
@@ -232,7 +232,7 @@ def test_encoder_and_decoder_share_one_axis(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["florence2", "pix2struct", "vision-encoder-decoder"])
-def test_an_answer_is_put_behind_the_decoders_prompt(model_type: str) -> None:
+def test_an_answer_is_appended_to_the_prompt_of_the_decoder(model_type: str) -> None:
     vlm = vlm_of(model_type)
     question = asked(vlm, 1)
     item = {"image": picture(), "prompt": question, "answer": "red"}
@@ -251,7 +251,7 @@ def test_an_answer_is_put_behind_the_decoders_prompt(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["idefics", "mllama"])
-def test_samples_with_fewer_images_have_the_keys_of_their_own(model_type: str) -> None:
+def test_samples_with_fewer_images_have_only_their_own_keys(model_type: str) -> None:
     vlm = vlm_of(model_type)
     one, two = [picture(96, 64, 0)], [picture(96, 64, 0), picture(64, 96, 1)]
     questions = ["where is it?", "which one is it?"]

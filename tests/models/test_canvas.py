@@ -1,6 +1,6 @@
-"""A model of block diffusion reads the prompt in one stack, and denoises a canvas in another.
+"""A block diffusion model reads the prompt in one stack and denoises a canvas in another.
 
-The canvas is a tower of its own: its positions are not those of the sample.
+The canvas is a separate tower, because its positions are not those of the sample.
 """
 
 import pytest
@@ -13,9 +13,9 @@ from xmodal_interp.errors import InputError
 
 QUESTIONS = ["where is the red circle?", "how many?"]
 REFUSED = (
-    "DiffusionGemmaForBlockDiffusion writes its answer on a canvas of 4 positions that it reads as "
-    "a whole again and again, not token by token. Capture the prompt with max_new_tokens=0, or "
-    "record the calls as they come with xi.record(model)."
+    "DiffusionGemmaForBlockDiffusion generates by block diffusion, 4 positions at a time, not "
+    "token by token. Capture the prompt with max_new_tokens=0, or record the calls with "
+    "xi.record(model)."
 )
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -25,7 +25,7 @@ def vlm() -> xi.VLM:
     return xi.VLM(real("diffusion_gemma")[0], settled("diffusion_gemma"))
 
 
-def test_the_canvas_is_a_tower_of_its_own(vlm: xi.VLM, tmp_path) -> None:
+def test_the_canvas_is_a_separate_tower(vlm: xi.VLM, tmp_path) -> None:
     torch.manual_seed(0)
     samples = xi.capture_batch(vlm, [[picture()], [picture(seed=1)]], QUESTIONS)
     for sample in samples:
@@ -52,7 +52,7 @@ def test_the_canvas_is_a_tower_of_its_own(vlm: xi.VLM, tmp_path) -> None:
     assert {key[0] for key in store[0].calls} == {"vision", "language", "other"}
 
 
-def test_what_needs_logits_of_a_next_token_is_refused(vlm: xi.VLM) -> None:
+def test_generation_and_scoring_are_refused(vlm: xi.VLM) -> None:
     with pytest.raises(InputError) as generated:
         xi.capture(vlm, picture(), QUESTIONS[0], max_new_tokens=2)
     assert str(generated.value) == REFUSED

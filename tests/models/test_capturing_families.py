@@ -1,6 +1,6 @@
-"""``xi.capture`` from picture and question to sample, by the real processor of every type.
+"""``xi.capture`` with the real processor of every type, on tiny random models.
 
-A third of the types by default, all of them with ``--all-types``. The models are tiny and random.
+A third of the types are tested by default, all of them with ``--all-types``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xmodal_interp.models import FAMILIES, VLM, prompt_ids
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import StoreWriter, check_store, open_store
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 N_NEW = 3
@@ -33,24 +33,24 @@ BUILT = [
     name for name, record in RECORDS.items() if not record.obstacle and record.n_frames is None
 ]  # those with n_frames read clips, not pictures
 REFUSED = {
-    "pi0": "PI0ForConditionalGeneration also needs state",
-    "diffusion_gemma": "DiffusionGemmaForBlockDiffusion writes its answer on a canvas",
+    "pi0": "PI0ForConditionalGeneration requires state besides images",
+    "diffusion_gemma": "DiffusionGemmaForBlockDiffusion generates by block diffusion",
 }
 SOME = ("mllama", "git", "blip", "kosmos-2", "florence2", "t5gemma2", "vision-encoder-decoder")
-"""The first of each way to read an image that is not simply among the tokens."""
+"""One type for each way to read images whose tokens no id marks."""
 OTHER_PATCHES = {
     *("deepseek_vl_hybrid", "florence2", "granite4_vision", "fast_vlm", "gemma3n"),
     *("deepseek_ocr2", "unlimited_ocr", "minicpmv4_6", "minicpmv4_7", "pp_formulanet"),
 }
-"""Types with a second tower, windows or stages of a tower, whose positions are not the grid's
-patches."""
+"""Types with a second tower, or with windows or stages of a tower, whose positions are not the
+patches of the grid."""
 NO_TOWER = {"fuyu", "gemma4_unified", "inkling_mm_model"}
-"""Types whose language model is given the patches: no attention reads them before."""
+"""Types without a vision tower: the language model reads the patches."""
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A sample, what it was made with, and the model's fingerprint before."""
+    """A sample, its model and question, and the model's fingerprint before the capture."""
 
     vlm: VLM
     question: str
@@ -70,12 +70,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def asked(vlm: VLM, n_images: int) -> str:
-    """What a user would write: a bare question where that will do, else the whole prompt."""
+    """Return what a user would write: a bare question if possible, else the whole prompt."""
     return asked_in_full(vlm, "where is the red circle?", n_images)
 
 
 def asked_in_full(vlm: VLM, bare: str, n_images: int) -> str:
-    """A question as a user would write it."""
+    """Return a question as a user would write it."""
     if not vlm.family.reads_text:
         return ""
     if vlm.family.writes_prompt:
@@ -109,7 +109,7 @@ def of_language(sample: Sample, kind: str) -> list[Any]:
 
 
 def check_rows(sample: Sample) -> None:
-    """Every call of the language tower has a row for each position, and keys that are known."""
+    """Check that each language call has one row per position, and one key per labelled key."""
     n = len(sample.tokens)
     selves, crosses = of_language(sample, "self"), of_language(sample, "cross")
     assert selves
@@ -119,7 +119,7 @@ def check_rows(sample: Sample) -> None:
 
 
 def check_images(sample: Sample) -> None:
-    """Each image has as many tokens, or keys, as its grid."""
+    """Check that each image has as many tokens, or keys, as its grid."""
     crossed = sample.cross_keys is not None
     kinds = sample.cross_keys if crossed else sample.tokens
     of_images = kinds.loc[kinds["kind"] == "image", "image"]
@@ -133,7 +133,7 @@ def test_a_row_for_each_position(captured: Captured) -> None:
     check_rows(captured.sample)
 
 
-def test_a_store_gives_what_memory_gives(captured: Captured, tmp_path: Path) -> None:
+def test_a_stored_sample_equals_the_sample_in_memory(captured: Captured, tmp_path: Path) -> None:
     with StoreWriter(tmp_path, {}) as writer:
         writer.write(replace(captured.sample, labels={"box": [1, 2.5]}))
     assert_same(open_store(tmp_path)[0], captured.sample)
@@ -141,19 +141,19 @@ def test_a_store_gives_what_memory_gives(captured: Captured, tmp_path: Path) -> 
     assert check_store(tmp_path)["ok"].all()
 
 
-def test_running_a_model_leaves_its_fingerprint(captured: Captured) -> None:
+def test_running_a_model_does_not_change_its_fingerprint(captured: Captured) -> None:
     assert fingerprint(captured.vlm) == captured.before
 
 
-def test_as_many_image_tokens_as_the_grid_has(captured: Captured) -> None:
+def test_images_have_as_many_tokens_as_their_grids(captured: Captured) -> None:
     check_images(captured.sample)
 
 
 def test_tokens_flagged_special_are_no_text(captured: Captured) -> None:
-    """Those without a name too: headers of a chat template, markers of images.
+    """This includes tokens without a name: headers of a chat template, markers of images.
 
-    ``all_special_ids`` of transformers 5.23 has only tokens with a name; all that are left out of
-    decoded text are flagged ``special`` in ``added_tokens_decoder``.
+    ``all_special_ids`` of transformers 5.23 has only tokens with a name. All tokens that decoding
+    skips are flagged ``special`` in ``added_tokens_decoder``.
     """
     tokenizer, tokens = captured.vlm.tokenizer, captured.sample.tokens
     added = tokenizer.added_tokens_decoder.values()
@@ -172,12 +172,12 @@ def test_probabilities_are_probabilities(captured: Captured) -> None:
         probs = call.probs(queries=text.tolist())[0][:, seeing]
         assert torch.isfinite(probs).all()
         assert (probs.sum(-1) < 1 + 1e-3).all()
-        assert (probs.sum(-1) > 1 - 1e-3).all() or call.sinks is not None  # these take their share
+        assert (probs.sum(-1) > 1 - 1e-3).all() or call.sinks is not None  # sinks take a share
         n_seeing += seeing
     assert (n_seeing > 0).all()
 
 
-def test_the_answer_is_that_of_plain_generation(captured: Captured) -> None:
+def test_the_answer_equals_plain_generation(captured: Captured) -> None:
     vlm, sample = captured.vlm, captured.sample
     inputs, _ = vlm.prepare([sample.images], [captured.question])
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_the_answer_is_that_of_plain_generation(captured: Captured) -> None:
     assert sample.tokens["role"].eq("generated").sum() == read
 
 
-def test_what_the_tower_sees_fits_the_grid(captured: Captured) -> None:
+def test_keys_of_the_tower_match_the_grid(captured: Captured) -> None:
     sample = captured.sample
     calls = [(k, c) for k, c in sample.calls.items() if k[:2] == ("vision", "self")]
     fitting = 0
@@ -209,7 +209,7 @@ def test_what_the_tower_sees_fits_the_grid(captured: Captured) -> None:
     assert fitting == len(calls) or name in OTHER_PATCHES
 
 
-def test_two_images_have_rows_and_grids_of_their_own(pair: Captured) -> None:
+def test_two_images_have_separate_rows_and_grids(pair: Captured) -> None:
     check_rows(pair.sample)
     check_images(pair.sample)
     assert len(pair.sample.grids) == 2
@@ -219,7 +219,7 @@ def test_two_images_have_rows_and_grids_of_their_own(pair: Captured) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_a_sample_is_refused(name: str) -> None:
+def test_models_that_cannot_be_captured_are_refused(name: str) -> None:
     vlm = VLM(*real(name))
     with pytest.raises(InputError, match=REFUSED[name]):
         xi.capture(vlm, picture(), asked(vlm, 1), max_new_tokens=0 if name == "pi0" else N_NEW)

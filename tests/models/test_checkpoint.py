@@ -1,4 +1,4 @@
-"""Weights that are not those of the checkpoint are named: when it is loaded, by the doctor, in
+"""Weights that differ from the checkpoint are named by the warning of load, by the doctor and in
 the provenance."""
 
 import json
@@ -23,7 +23,7 @@ WIDE = "model.vision_tower.encoder.layers.0.mlp.fc1.bias"
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped LLaVA: one projection gone, one weight too many, one of another shape."""
+    """The shipped LLaVA with one missing, one unexpected and one mismatched weight."""
     folder = tmp_path_factory.mktemp("checkpoint") / "llava"
     shutil.copytree(shipped_path("llava"), folder)
     (file,) = folder.glob("*.safetensors")
@@ -62,7 +62,7 @@ def test_a_whole_checkpoint_has_no_report() -> None:
     assert "checkpoint" not in xi.capture(vlm, picture(), "where is it ?").provenance
 
 
-def test_a_model_in_memory_comes_with_what_transformers_said(damaged: Path) -> None:
+def test_loading_info_of_a_model_in_memory_is_kept(damaged: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.modeling_utils.log_state_dict_report", lambda **_: None)
         model, info = AutoModelForImageTextToText.from_pretrained(
@@ -75,7 +75,7 @@ def test_a_model_in_memory_comes_with_what_transformers_said(damaged: Path) -> N
     with pytest.raises(InputError) as error:
         xi.VLM(model, tiny_vlm("llava").processor, loading=["a"])
     assert str(error.value) == (
-        "loading is a list. Pass the second result of from_pretrained(name, "
+        "loading must be a mapping; got a list. Pass the second result of from_pretrained(name, "
         "output_loading_info=True)."
     )
 
@@ -95,7 +95,7 @@ def test_many_names_are_counted() -> None:
         ("tokenizer.json", "^The processor of '.*' could not be loaded: "),
     ],
 )
-def test_files_that_were_cut_off(tmp_path: Path, name: str, message: str) -> None:
+def test_truncated_files_are_refused(tmp_path: Path, name: str, message: str) -> None:
     folder = tmp_path / "llava"
     shutil.copytree(shipped_path("llava"), folder)
     with (folder / name).open("r+b") as file:

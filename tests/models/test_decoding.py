@@ -1,4 +1,4 @@
-"""Ways to generate: what is captured right, and what is refused because it is not one answer."""
+"""Generation options: those that are captured, and those that are refused."""
 
 import copy
 from dataclasses import replace
@@ -64,53 +64,50 @@ def test_rows_are_those_of_one_forward(family, options) -> None:
         torch.testing.assert_close(ours, call.probs()[0], atol=1e-5, rtol=0)
 
 
-RULE = (
-    "A sample is one answer, read once and in order, so that each row of attention is a token of "
-    "it. "
-)
-WAY_OUT = (
-    " Generate greedily or by sampling; for anything else record the calls as they come with "
-    "xi.record(model)."
+REST = (
+    ", so rows of attention are not the tokens of one answer in order. Generate greedily or by "
+    "sampling, or record the calls with xi.record(model)."
 )
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_beams": 2}, "num_beams=2 reads several answers at once and drops all but one."),
+        ({"num_beams": 2}, "num_beams=2 generates several answers at once and keeps one of them"),
         (
             {"do_sample": True, "num_return_sequences": 2},
-            "num_return_sequences=2 gives several answers to one prompt.",
+            "num_return_sequences=2 generates several answers to one prompt",
         ),
         (
             {"guidance_scale": 2.0},
-            "guidance_scale=2.0 reads each step twice, with and without the prompt.",
+            "guidance_scale=2.0 runs each step twice, with and without the prompt",
         ),
         (
             {"prompt_lookup_num_tokens": 2},
-            "prompt_lookup_num_tokens=2 reads tokens of the prompt again and drops those it "
-            "rejects.",
+            "prompt_lookup_num_tokens=2 runs tokens copied from the prompt and drops those it "
+            "rejects",
         ),
         (
             {"assistant_model": torch.nn.Linear(1, 1)},
-            "assistant_model=Linear reads tokens of another model and drops those it rejects.",
+            "assistant_model=Linear runs tokens proposed by another model and drops those it "
+            "rejects",
         ),
-        ({"return_dict_in_generate": True}, "return_dict_in_generate=True returns more than ids."),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate=True returns more than ids"),
         (
             {"generation_config": GenerationConfig(do_sample=True, num_return_sequences=3)},
-            "num_return_sequences=3 gives several answers to one prompt.",
+            "num_return_sequences=3 generates several answers to one prompt",
         ),
     ],
     ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
 )
-def test_what_is_not_one_answer_read_in_order_is_refused(options, words) -> None:
+def test_options_for_more_than_one_answer_in_order_are_refused(options, words) -> None:
     with pytest.raises(InputError) as error:
         capture(tiny_vlm("llava"), picture(), QUESTION, max_new_tokens=2, generation=options)
-    assert str(error.value) == RULE + words + WAY_OUT
+    assert str(error.value) == words + REST
 
 
-def test_beams_of_a_checkpoint_are_left_out() -> None:
-    """Greedy unless told otherwise, whatever stands in the checkpoint's generation settings."""
+def test_beams_in_the_generation_config_are_ignored() -> None:
+    """Generation is greedy by default, even if the checkpoint's settings are not."""
     vlm = tiny_vlm("llava")
     beaming = replace(vlm, model=copy.deepcopy(vlm.model))
     beaming.model.generation_config.num_beams = 4
@@ -129,8 +126,8 @@ def test_beams_of_a_checkpoint_are_left_out() -> None:
     ],
     ids=str,
 )
-def test_a_recording_of_any_way_to_generate_changes_nothing(options) -> None:
-    """As the calls come: rows of beams, of drafts that are rejected, of both readings."""
+def test_recording_does_not_change_generation(options) -> None:
+    """The calls of beams, rejected drafts and guidance are all recorded."""
     model, options = tiny_vlm("llava").model, {"min_new_tokens": N, "max_new_tokens": N, **options}
     torch.manual_seed(2)
     alone = model.generate(**inputs_of("llava"), **options)
@@ -143,9 +140,9 @@ def test_a_recording_of_any_way_to_generate_changes_nothing(options) -> None:
     hook = rotary.register_forward_pre_hook(count, with_kwargs=True)
     torch.manual_seed(2)
     with record(model, towers=["language"]) as recording:
-        heard = model.generate(**inputs_of("llava"), **options)
+        recorded = model.generate(**inputs_of("llava"), **options)
     hook.remove()
-    assert torch.equal(alone, heard)
+    assert torch.equal(alone, recorded)
     for layer in range(4):
         calls = [call for call in recording.calls if call.layer == layer]
         assert [call.n_queries for call in calls] == steps
@@ -154,10 +151,10 @@ def test_a_recording_of_any_way_to_generate_changes_nothing(options) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "mllama"])
-def test_a_cache_that_holds_the_beginning_is_refused(family: str) -> None:
-    """The rows of its positions are not computed; the other rows would be put too early.
+def test_a_cache_with_positions_is_refused(family: str) -> None:
+    """The rows of cached positions are not computed, so other rows would be misplaced.
 
-    ``generate`` of transformers 5.23 reads what the cache does not hold only
+    ``generate`` of transformers 5.23 only runs positions that are not in the cache
     (``prepare_inputs_for_generation``).
     """
     vlm = tiny_vlm(family)
@@ -169,7 +166,7 @@ def test_a_cache_that_holds_the_beginning_is_refused(family: str) -> None:
     assert held > inputs["input_ids"].shape[1]  # an empty one is filled, and is not refused
     message = (
         f"The cache in past_key_values already holds {held} positions, whose rows of attention "
-        "this run does not compute. Pass an empty cache or none, or record the calls with "
+        "this run does not compute. Pass an empty cache or no cache, or record the calls with "
         "xi.record(model)."
     )
     with pytest.raises(InputError) as refusal:
@@ -177,7 +174,7 @@ def test_a_cache_that_holds_the_beginning_is_refused(family: str) -> None:
     assert str(refusal.value) == message
 
 
-def test_a_first_call_with_keys_of_before_is_not_put_at_the_beginning() -> None:
+def test_a_first_call_with_cached_keys_is_refused() -> None:
     q, k = torch.randn(2, 1, 2, 6, 4)
     first = AttentionCall(
         tower="language", kind="self", layer=0, module="m", call=0, scaling=0.5,

@@ -1,4 +1,4 @@
-"""Every type has a record, and every record a rule or a reason."""
+"""Every type has a record, and every record has a rule or a reason."""
 
 import copy
 from dataclasses import replace
@@ -24,7 +24,7 @@ from xmodal_interp.errors import GeometryError, InputError, PhraseError, Unsuppo
 from xmodal_interp.models import FAMILIES, VLM
 from xmodal_interp.models.records import family_of
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 
@@ -45,7 +45,7 @@ def test_a_record_has_a_rule_or_a_reason(model_type: str) -> None:
 @pytest.mark.parametrize(
     "model_type", ["blip-2", "instructblip", "idefics2", "aria", "kosmos-2", "kosmos-2.5"]
 )
-def test_queries_have_no_place_and_patches_have(model_type: str) -> None:
+def test_queries_are_outside_the_grid_and_patches_are_on_it(model_type: str) -> None:
     vlm = vlm_of(model_type)
     _, (prompt,) = vlm.prepare([[Image.new("RGB", (120, 70))]], ["where is the red circle?"])
     (grid,) = prompt.grids
@@ -57,13 +57,13 @@ def test_queries_have_no_place_and_patches_have(model_type: str) -> None:
     with pytest.raises(GeometryError) as refusal:
         grid.arranged(image["start"].to_numpy(float))
     assert str(refusal.value) == (
-        "Image 0 has no grid. Its image tokens are learned queries, each of which looks at all of "
-        "the image: they have no row and column of their own; xi.on_patches puts what is on them "
-        "on the patches they look at."
+        "Image 0 has no grid. Its image tokens are learned queries, each of which attends to the "
+        "whole image, so they have no row and column; xi.on_patches maps their values to the "
+        "patches that they attend to."
     )
 
 
-def test_a_type_that_takes_frames_as_images_says_how_many() -> None:
+def test_a_type_that_takes_frames_as_images_requires_their_number() -> None:
     vlm = vlm_of("instructblipvideo")
     frames = [Image.new("RGB", (120, 70))] * 4
     _, (prompt,) = vlm.prepare([frames], ["where is the red circle?"])
@@ -73,8 +73,8 @@ def test_a_type_that_takes_frames_as_images_says_how_many() -> None:
         with pytest.raises(GeometryError) as refusal:
             vlm.prepare([frames[:1] * n], ["where is the red circle?"])
         assert str(refusal.value) == (
-            "The model type 'instructblipvideo' reads videos of 4 frames, and takes them as "
-            f"images. Give each prompt 4 images, the frames in order; got {n}."
+            "The model type 'instructblipvideo' takes the 4 frames of a video as images; got "
+            f"{n}. Give each prompt 4 images, the frames in order."
         )
 
 
@@ -92,12 +92,11 @@ def test_a_type_without_a_rule_still_labels_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["pp_formulanet", "vision-encoder-decoder"])
-def test_a_type_that_reads_no_text_says_so(model_type: str) -> None:
+def test_a_type_without_text_input_refuses_a_prompt(model_type: str) -> None:
     with pytest.raises(InputError) as error:
         vlm_of(model_type).prepare([[Image.new("RGB", (64, 48))]], ["what is it?"])
     assert str(error.value) == (
-        f"A {model_type} model writes about an image, and reads no prompt but its decoder's start "
-        "token. Give an empty prompt, ''; got 'what is it?'."
+        f"A {model_type} model takes no prompt; got 'what is it?'. Pass an empty prompt, ''."
     )
 
 
@@ -117,18 +116,18 @@ def test_without_a_rule_tokens_are_labelled_by_kind() -> None:
         sample.grid(image["start"].to_numpy(float))
 
 
-def test_a_processor_that_makes_several_prompts_of_one_is_refused() -> None:
+def test_a_processor_that_returns_several_prompts_for_one_is_refused() -> None:
     vlm = vlm_of("shieldgemma2")
     vlm = replace(vlm, family=replace(vlm.family, writes_prompt=False))
     with pytest.raises(InputError) as error:
         vlm.prepare([[Image.new("RGB", (64, 48))]], ["is it harmful?"])
     assert str(error.value) == (
-        "Labelling needs one row of tokens per prompt. ShieldGemma2Processor returned 3 rows for 1 "
-        "prompts. Record the attention with xi.record(model)."
+        "ShieldGemma2Processor returned 3 rows of token ids for 1 prompts. Record the attention "
+        "with xi.record(model)."
     )
 
 
-def test_a_processor_that_writes_prompts_is_told_the_policy() -> None:
+def test_a_processor_that_writes_prompts_is_given_the_policy() -> None:
     vlm = vlm_of("shieldgemma2")
     images = [[Image.new("RGB", (64, 48))], [Image.new("RGB", (48, 64))]]
     inputs, prompts = vlm.prepare(images, ["it shall not show a red circle"] * 2)
@@ -140,12 +139,12 @@ def test_a_processor_that_writes_prompts_is_told_the_policy() -> None:
     with pytest.raises(InputError) as error:
         vlm.prepare(images, ["it shall not show a circle", "it shall not show a square"])
     assert str(error.value) == (
-        "A processor that writes the prompts itself holds all images of a batch against the same "
-        "policy. Got 2 questions; give each a batch of its own."
+        "This processor applies one policy (the question) to all images of a batch; got 2 "
+        "questions. Prepare a separate batch for each question."
     )
 
 
-def test_patches_without_a_tower_are_given_in_the_models_precision() -> None:
+def test_patches_without_a_tower_have_the_dtype_of_the_model() -> None:
     vlm = vlm_of("fuyu")
     half = replace(vlm, model=copy.deepcopy(vlm.model).to(torch.bfloat16))
     inputs, _ = half.prepare([[Image.new("RGB", (64, 48))]], ["what ?"])
@@ -175,7 +174,7 @@ def test_another_class_of_a_type_is_refused(family, kind, expected) -> None:
     )
 
 
-def test_a_subclass_of_the_generating_class_is_one() -> None:
+def test_a_subclass_of_the_generating_class_is_accepted() -> None:
     own = tiny_vlm("llava")
 
     class Mine(type(own.model)):
@@ -185,10 +184,10 @@ def test_a_subclass_of_the_generating_class_is_one() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["vilt", "lxmert", "whisper", "wav2vec2", "visual_bert"])
-def test_types_that_read_more_than_text_are_not_said_to_read_text_only(model_type) -> None:
+def test_types_with_other_inputs_than_text_are_not_called_text_only(model_type) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         family_of(CONFIG_MAPPING[model_type]())
     assert str(error.value).startswith(
-        "Labelling tokens needs a family record. There is none for the model type "
-        f"{model_type!r}; the {len(FAMILIES)} that are known"
+        f"The model type {model_type!r} has no family record, which labelling tokens requires; "
+        f"xmodal_interp.models.FAMILIES has {len(FAMILIES)} types."
     )

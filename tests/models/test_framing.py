@@ -1,4 +1,4 @@
-"""Pages in a frame, by the processors themselves: a cell whose box is painted changes most."""
+"""Pages resized into a frame: painting the box of a cell changes the pixels of that cell most."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -28,14 +28,14 @@ SIZES = [(120, 100), (60, 150), (200, 70)]
 
 
 def on_white(width: int, height: int) -> Image.Image:
-    """A textured picture with white margins, of another width on each side."""
+    """Return a textured picture with white margins of different widths."""
     image = Image.new("RGB", (width, height), "white")
     image.paste(textured(width - 32, height - 24), (20, 8))
     return image
 
 
 def grid_of(processor: Any, image: Image.Image) -> tuple[np.ndarray, ImageGrid]:
-    """The pixels of each cell, ``[cell]``, and the grid."""
+    """Return the mean pixel of each cell, ``[cell]``, and the grid."""
     pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
     holder = SimpleNamespace(image_processor=processor)
     (grid,) = GRID(holder, None, {"pixel_values": pixels}, [image])
@@ -57,12 +57,12 @@ def test_a_painted_box_changes_its_own_cell(kind: str, size: tuple[int, int]) ->
         assert np.abs(other - plain).argmax() == cell
 
 
-def test_a_page_that_is_turned_is_refused() -> None:
+def test_a_page_that_is_rotated_is_refused() -> None:
     processor = DonutImageProcessor(size=FRAME, do_align_long_axis=True)
     assert grid_of(processor, on_white(60, 90))[1].rows == 12
     with pytest.raises(GeometryError) as error:
         grid_of(processor, on_white(120, 90))
     assert str(error.value) == (
-        "A box in an image needs pixels that stand as they do there. DonutImageProcessor turns an "
-        "image of 120 x 90 by 90 degrees to fit 64 x 96; switch do_align_long_axis off."
+        "DonutImageProcessor rotates an image of 120 x 90 by 90 degrees to fit 64 x 96, so its "
+        "tokens have no boxes. Set do_align_long_axis=False."
     )

@@ -1,4 +1,4 @@
-"""Characters of generated tokens: each token has those that its bytes have a part in."""
+"""Characters of generated tokens: a token has each character that contains one of its bytes."""
 
 import pytest
 from transformers import BertTokenizer
@@ -20,10 +20,10 @@ def found(text: str, phrase: str, table) -> list[int]:
 
 
 @pytest.mark.parametrize("answer", ["a 红 circle", "x红色 is 🙂 é!", "naïve 中文", "two\n lines "])
-def test_characters_of_bytes_are_those_of_the_same_prompt(answer: str) -> None:
-    """Qwen's and Llama 3's vocabularies cut rare characters into bytes.
+def test_spans_equal_those_of_the_same_text_in_a_prompt(answer: str) -> None:
+    """The vocabularies of Qwen and Llama 3 split rare characters into bytes.
 
-    A prefix of such tokens decodes to U+FFFD (tokenizers 0.23, ``decoders.ByteLevel``).
+    A prefix of such tokens is decoded to U+FFFD (tokenizers 0.23, ``decoders.ByteLevel``).
     """
     tokenizer = real("qwen2_vl")[1].tokenizer
     encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
@@ -55,8 +55,8 @@ def test_all_tokens_of_a_character_are_found() -> None:
         ("do n't.", "don't", [0, 1, 2, 3]),
     ],
 )
-def test_spaces_that_a_tokenizer_takes_away(answer, phrase, positions) -> None:
-    """BLIP's and GIT's decode "it ' s" and clean it up, so later tokens change earlier characters
+def test_spaces_that_a_tokenizer_removes(answer, phrase, positions) -> None:
+    """The tokenizers of BLIP and GIT clean up "it ' s", so later tokens change earlier characters
     (transformers 5.23, ``clean_up_tokenization``)."""
     vocabulary = {word: number for number, word in enumerate(WORDS)}
     tokenizer = BertTokenizer(vocab=vocabulary, clean_up_tokenization_spaces=True)

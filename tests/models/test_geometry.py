@@ -1,4 +1,4 @@
-"""Boxes are where the pixels are: paint a token's box, and only that token's input changes."""
+"""Token boxes match the pixels: painting a token's box changes the input of that token most."""
 
 import copy
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ SIZES = [(96, 96), (160, 96), (96, 144), (384, 192), (192, 192)]
 
 
 def changed_patches(vlm: VLM, one: Image.Image, other: Image.Image) -> np.ndarray:
-    """For each vision-tower patch, how much the model's pixels differ between two images."""
+    """Return for each vision-tower patch how much the pixels of two images differ."""
     a, b = (vlm.prepare([[image]], [QUESTION])[0]["pixel_values"] for image in (one, other))
     difference = (a - b).abs()
     if vlm.family.model_type == "qwen2_vl":
@@ -41,14 +41,14 @@ def changed_patches(vlm: VLM, one: Image.Image, other: Image.Image) -> np.ndarra
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
-def test_a_painted_box_is_seen_by_its_own_token(family: str, size: tuple[int, int]) -> None:
+def test_a_painted_box_changes_its_own_token(family: str, size: tuple[int, int]) -> None:
     vlm = tiny_vlm(family)
     plain = Image.new("RGB", size, (40, 40, 40))
     prompt = vlm.prepare([[plain]], [QUESTION])[1][0]
     grid = prompt.grids[0]
     tokens = np.flatnonzero(~np.isnan(grid.boxes[:, 0]))
     boxes = np.round(grid.boxes[tokens]).astype(int)
-    # a box that reaches over the edge holds padding too
+    # a box that extends beyond the image also contains padding
     inside = (boxes[:, :2] >= 0).all(1) & (boxes[:, 2:] <= size).all(1)
     assert inside.mean() > 0.8
     for token in tokens[inside][:: max(1, len(tokens) // 12)]:
@@ -68,7 +68,7 @@ def test_a_painted_box_is_seen_by_its_own_token(family: str, size: tuple[int, in
         assert (row, col) == tuple(grid.places[token])
 
 
-def test_all_of_the_image_is_covered_once_without_a_crop() -> None:
+def test_without_a_crop_the_image_is_covered_exactly_once() -> None:
     grid = tiny_vlm("qwen2_vl").prepare([[Image.new("RGB", (128, 72))]], [QUESTION])[1][0].grids[0]
     widths, heights = grid.boxes[:, 2] - grid.boxes[:, 0], grid.boxes[:, 3] - grid.boxes[:, 1]
     assert (grid.rows, grid.cols) == (9, 16)
@@ -81,7 +81,7 @@ def test_a_centre_crop_leaves_the_sides_out() -> None:
     assert (grid.boxes[:, 1].min(), grid.boxes[:, 3].max()) == (0, 96)
 
 
-def test_a_class_token_has_no_place() -> None:
+def test_a_class_token_is_outside_the_grid() -> None:
     processor = build_processor("llava")
     processor.vision_feature_select_strategy = "full"
     model = untrained("llava")
@@ -98,8 +98,8 @@ def test_counts_that_do_not_agree_are_refused() -> None:
     with pytest.raises(GeometryError) as error:
         VLM(untrained("llava"), processor).prepare([[Image.new("RGB", (96, 96))]], ["how many ?"])
     assert str(error.value) == (
-        "A rule must give each image as many tokens as it has in the sequence. For image 0 it "
-        "gives 144 (12 x 12); the sequence has 145."
+        "The family's rule gives image 0 144 tokens (12 x 12), but the sequence has 145. Check "
+        "that processor, family record and model belong together."
     )
 
 
@@ -120,24 +120,24 @@ def test_queries_of_an_unknown_number_of_patches_are_refused() -> None:
     with pytest.raises(GeometryError) as error:
         query_crops(vlm.processor, config, inputs, [Image.new("RGB", (96, 96))])
     assert str(error.value) == (
-        "The configuration must tell how many queries an image of so many patches has. There are "
-        "49 patches; projector_patch_to_query_dict knows 4, 9."
+        "projector_patch_to_query_dict of the configuration has no number of queries for 49 "
+        "patches. Resize images to one of 4, 9 patches."
     )
 
 
-def test_a_size_that_does_not_fit_into_a_square_is_refused() -> None:
+def test_a_size_without_maximal_sides_is_refused() -> None:
     processor = copy.copy(vlm_of("pi0").processor)
     processor.image_processor = copy.copy(processor.image_processor)
     processor.image_processor.size = {"height": 64, "width": 64}
     with pytest.raises(GeometryError) as error:
         at_the_top(processor, Image.new("RGB", (96, 96)), 64, 64)
     assert str(error.value) == (
-        "An image that is resized into a square needs a size with max_height and max_width. "
-        "PI0ImageProcessor has {'height': 64, 'width': 64}."
+        "PI0ImageProcessor has the size {'height': 64, 'width': 64}. Set a size with max_height "
+        "and max_width."
     )
 
 
-def test_a_mobilenet_pools_as_configured_or_as_it_does_by_default() -> None:
+def test_a_mobilenet_pools_as_configured_or_by_default() -> None:
     processor = vlm_of("gemma3n").processor
     inputs = {"pixel_values": torch.empty(1, 3, 64, 64)}
     for stated, side in (({"msfa_output_resolution": 4}, 4), (None, 16)):
@@ -152,5 +152,5 @@ def test_a_mobilenet_pools_as_configured_or_as_it_does_by_default() -> None:
 def test_as_many_grids_as_images(rule: Rule, name: str) -> None:
     images = [Image.new("RGB", (96, 96))] * 2
     inputs = {name: torch.tensor([[8, 8]]), "pixel_values": torch.empty(1, 3, 8, 8)}
-    with pytest.raises(GeometryError, match=rf"one (row )?of {name} per image. There are 2 images"):
+    with pytest.raises(GeometryError, match=rf"returned 1 (rows of )?{name} for 2 images"):
         rule(None, None, inputs, images)

@@ -1,4 +1,4 @@
-"""Images so long and narrow that all cells of their tiles are cut off with the padding."""
+"""Images so narrow that all cells of their tiles are dropped with the padding."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from tests.models.test_painting import fits
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import rectangle, with_breaks
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 WIDE = [
@@ -20,11 +20,11 @@ LONG = [(name, (height, width)) for name, (width, height) in WIDE]
 
 
 @pytest.mark.parametrize(("model_type", "size"), [*WIDE, *LONG])
-def test_the_thumbnail_is_left_and_breaks_without_columns(
+def test_only_the_thumbnail_and_line_breaks_are_left(
     model_type: str, size: tuple[int, int]
 ) -> None:
     vlm, image = vlm_of(model_type), textured(*size)
-    plain, prompt = embeddings(vlm, [image])  # the labels were held against the processor's ids
+    plain, prompt = embeddings(vlm, [image])  # labels are checked against the ids of the processor
     tokens, (grid,) = prompt.tokens, prompt.grids
     config = vlm.model.config
     patches = config.vision_config.image_size // config.vision_config.patch_size
@@ -50,15 +50,14 @@ def test_the_thumbnail_is_left_and_breaks_without_columns(
     with pytest.raises(GeometryError) as refusal:
         grid.arranged(np.zeros(len(of_image)))
     assert str(refusal.value) == (
-        "A view must have rows of tokens. Those of image 0 in the view 'image' were all cut off "
-        f"with its padding, for it is long and narrow; its thumbnail has {side} x {side}: "
-        "view='thumbnail'."
+        "Image 0 is so narrow that no tokens are left in the view 'image' without its padding. "
+        f"Use view='thumbnail', which has {side} x {side} tokens."
     )
     assert grid.arranged(np.zeros(len(of_image)), "thumbnail").shape == (side, side)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(2, 3), (2, 0), (0, 3)])
-def test_a_break_is_behind_each_row(rows: int, cols: int) -> None:
+def test_a_break_follows_each_row(rows: int, cols: int) -> None:
     cells = rectangle(max(rows, 1), max(cols, 1), (0.0, 0.0, 6.0, 4.0))
     cells = with_breaks(cells[np.arange(rows * cols)], rows)
     expected = [place for r in range(rows) for place in (*([r, c] for c in range(cols)), [-1, -1])]
@@ -69,6 +68,6 @@ def test_an_image_smaller_than_a_token_is_refused() -> None:
     with pytest.raises(GeometryError) as refusal:
         vlm_of("lighton_ocr").prepare([[textured(1, 1)]], [QUESTION])
     assert str(refusal.value) == (
-        "An image must be large enough for a row and a column of tokens. It is resized to 0 x 0 of "
-        "them; give a larger one, or one that is less long and narrow."
+        "The image is too small or too narrow: it would have 0 x 0 tokens after resizing. Give a "
+        "larger image, or one that is less elongated."
     )

@@ -1,4 +1,4 @@
-"""Pictures as they are given: grey values of any depth, and turned as the camera held them."""
+"""Opening images: grey values of any depth, EXIF orientation, transparency."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_sixteen_bits_in_memory_become_bytes(mode: str) -> None:
 
 
 @IN_16_BITS
-def test_sixteen_bits_that_pillow_widens_become_bytes(tmp_path: Path) -> None:
+def test_sixteen_bits_opened_as_32_bits_become_bytes(tmp_path: Path) -> None:
     path = tmp_path / "ramp.pgm"
     path.write_bytes(b"P5 64 64 65535\n" + RAMP.astype(">u2").tobytes())
     with Image.open(path) as opened:
@@ -63,15 +63,15 @@ def test_grey_values_of_an_unknown_range_are_refused(mode: str, tmp_path: Path) 
         with pytest.raises(InputError) as refusal:
             open_image(given)
         assert str(refusal.value) == (
-            "Grey values must be of 8 or of 16 bits, for then it is known what is black and white. "
-            f"Got an image of mode {mode!r}. Make bytes of it first: Image.fromarray(array) of an "
-            "array of np.uint8 [row, col], 0 to 255, or of np.uint16, 0 to 65535."
+            f"The range of grey values of an image of mode {mode!r} is not known. Convert it "
+            "first: Image.fromarray(array) of an array of np.uint8 [row, col], 0 to 255, or of "
+            "np.uint16, 0 to 65535."
         )
 
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    """Lying on its side: 40 x 20 in the file, 20 x 40 as it was seen, its top white."""
+    """A photo with EXIF rotation: 40 x 20 in the file, 20 x 40 upright, with a white top."""
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, :10] = 255
     image = Image.fromarray(pixels)
@@ -91,7 +91,7 @@ def test_a_path_and_its_opened_image_are_the_same_picture(photo: Path) -> None:
     assert by_path.probs().equal(by_image.probs())
 
 
-def test_nothing_is_turned_twice(photo: Path) -> None:
+def test_no_image_is_rotated_twice(photo: Path) -> None:
     for given in (photo, Image.open(photo), Image.open(photo).convert("L")):
         once = open_image(given)
         assert once.size == (20, 40)
@@ -103,12 +103,12 @@ def test_nothing_is_turned_twice(photo: Path) -> None:
 
 
 def test_values_of_twelve_bits_are_scaled_with_a_warning() -> None:
-    """Pillow 12.3 and transformers 5.23 clip them, ``convert_to_rgb``: all above 255 is white."""
+    """Pillow 12.3 and transformers 5.23 (``convert_to_rgb``) clip values above 255 to white."""
     values = np.linspace(0, 4095, 256).astype(np.uint16).reshape(16, 16)
     with pytest.warns(UserWarning, match=r"65535 is white; those of this image are 0 to 4095\."):
         opened = open_image(Image.fromarray(values))
     np.testing.assert_array_equal(grey(opened), np.rint(values / 257))
-    clipped = Image.fromarray(values).convert("RGB")  # the other choice: no warning
+    clipped = Image.fromarray(values).convert("RGB")  # the alternative named in the warning
     assert np.asarray(open_image(clipped)).max() == 255
 
 
@@ -118,8 +118,8 @@ def test_values_of_twelve_bits_are_scaled_with_a_warning() -> None:
 def test_pixels_of_transparent_images_are_those_of_transformers(
     mode: str, model_type: str, tmp_path: Path
 ) -> None:
-    """Its processors put them on white (``image_transforms.convert_to_rgb``), Inkling 2's on a
-    checkerboard; Pillow alone shows the colour that is hidden."""
+    """Processors use a white background (``image_transforms.convert_to_rgb``), Inkling 2 uses a
+    checkerboard. Pillow alone shows the hidden colour."""
     path = tmp_path / "shapes.png"
     colours = np.zeros((96, 96, 4), np.uint8)
     colours[:48] = (200, 30, 30, 255)

@@ -1,9 +1,9 @@
-"""Boxes are where the pixels are, for every family with a rule: paint a token's box, and of all
-image tokens it is this one whose input to the language model changes most.
+"""Token boxes match the pixels, for every family with a rule.
 
-The vision towers are tiny and random, with all switched off that mixes positions in a residual
-stream (attention), and with convolutions narrowed to the middle of their kernels where these
-overlap, so that each token hears of its own pixels only.
+Each test paints the box of a token and finds the image token whose input to the language model
+changes most. The vision towers are tiny and random. Attention in residual streams is disabled, and
+overlapping convolution kernels are concentrated on their centre, so that a token depends only on
+its own pixels.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from tests.models.painting import (
 )
 from xmodal_interp.models import FAMILIES, VLM, ImageGrid
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 SIZES = [(96, 96), (170, 96), (70, 150)]
@@ -87,7 +87,7 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     *(("minicpmv4_6", {name: False}) for name in ("slice_mode", "use_image_id")),
     ("qianfan_ocr", {"crop_to_patches": False}),
 )
-"""Settings other than those of the records, which a user may turn on."""
+"""Other settings than those of the records, which users may choose."""
 QUERYING = (
     *("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria"),
     *("kosmos-2", "kosmos-2.5"),
@@ -96,14 +96,14 @@ N_TOKENS = 4  # of each view
 
 
 def fits(box: np.ndarray, size: tuple[int, int]) -> bool:
-    """Whether a box shows no padding, and at least a pixel."""
+    """Whether a box contains no padding and at least one pixel."""
     within = (box[:2] >= -1).all() and box[2] <= size[0] + 1 and box[3] <= size[1] + 1
     return bool(within) and painted(Image.new("RGB", size), box) is not None
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("model_type", PAINTED)
-def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple[int, int]) -> None:
+def test_a_painted_box_changes_its_own_token(model_type: str, size: tuple[int, int]) -> None:
     assert painted_boxes(vlm_of(model_type), size) >= 2
 
 
@@ -111,7 +111,7 @@ def test_a_painted_box_is_heard_of_by_its_own_token(model_type: str, size: tuple
 @pytest.mark.parametrize(
     ("model_type", "options"), OPTIONS, ids=[f"{name}-{'-'.join(to)}" for name, to in OPTIONS]
 )
-def test_so_it_is_with_other_options(
+def test_a_painted_box_changes_its_own_token_with_other_options(
     model_type: str, options: dict[str, Any], size: tuple[int, int]
 ) -> None:
     assert painted_boxes(with_options(vlm_of(model_type), options), size) >= 2
@@ -124,17 +124,17 @@ def test_so_it_is_with_other_options(
         *("nemotron_h_omni", "pi0", "pp_chart2table", "qwen2_vl", "mistral3", "internvl"),
     ],
 )
-def test_a_box_in_the_second_image_is_heard_of_by_its_token(model_type: str) -> None:
+def test_a_painted_box_in_the_second_image_changes_its_token(model_type: str) -> None:
     assert painted_boxes(vlm_of(model_type), (70, 150), before=[textured(96, 64)]) >= 2
 
 
 def painted_boxes(vlm: VLM, size: tuple[int, int], before: Sequence[Image.Image] = ()) -> int:
-    """How many boxes were painted; of each its own token must have heard.
+    """Check that each painted box changes its own token most; return the number of boxes.
 
     Args:
-        vlm: Its tower does not mix positions.
+        vlm: A VLM whose tower does not mix positions.
         size: Width and height of the image.
-        before: Other images before it.
+        before: Images before it in the prompt.
     """
     image, number = textured(*size), len(before)
     plain, prompt = embeddings(vlm, [*before, image])
@@ -163,7 +163,7 @@ BY_PATCH = sorted(
 
 
 @pytest.mark.parametrize("model_type", BY_PATCH)
-def test_patches_are_in_the_order_in_which_the_tower_reads_them(model_type: str) -> None:
+def test_patches_are_in_the_order_of_the_tower(model_type: str) -> None:
     vlm, image = vlm_of(model_type), textured(70, 150)
     plain, grid = patches_of(vlm, image)
     assert len(plain) == len(grid.patch_places)
@@ -175,7 +175,7 @@ def test_patches_are_in_the_order_in_which_the_tower_reads_them(model_type: str)
 
 
 def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
-    """The pixels of each patch, ``[patch, value]``, and the grid."""
+    """Return the pixels of each patch, ``[patch, value]``, and the grid."""
     inputs, (prompt,) = vlm.prepare([[image]], [QUESTION])
     if "flattened_patches" in inputs:
         return inputs["flattened_patches"][0, :, 2:], prompt.grids[0]
@@ -184,7 +184,7 @@ def patches_of(vlm: VLM, image: Image.Image) -> tuple[torch.Tensor, ImageGrid]:
 
 
 def test_every_rule_is_painted() -> None:
-    """Queries have no boxes (patches: test_towers, test_split); Mllama: test_geometry."""
+    """Queries have no boxes; test_towers and test_split paint patches, test_geometry Mllama."""
     ruled = {name for name, family in FAMILIES.items() if family.geometry is not None}
     assert ruled - set(PAINTED) == {*QUERYING, "deepseek_ocr2", "mllama"}
     assert set(PAINTED) <= ruled

@@ -1,4 +1,4 @@
-"""Every real processor saves and loads, and the tiny model beside it runs on what it returns."""
+"""Every real processor can be saved and loaded, and its tiny model runs on its outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny import picture
 SIZES = ((96, 96), (120, 64))  # width, height; px
 BUILT = [name for name, record in RECORDS.items() if not record.obstacle]
 SEVERAL = [name for name in BUILT if RECORDS[name].several]
-# transformers hands tensors to numpy in a way that numpy is about to drop
+# transformers converts tensors to numpy in a way that numpy deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
@@ -42,7 +42,7 @@ def test_runs_on_images_of_any_shape(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", BUILT)
-def test_sees_the_image(model_type: str) -> None:
+def test_logits_depend_on_the_image(model_type: str) -> None:
     model, _ = real(model_type)
     logits = []
     for seed in (0, 1):
@@ -63,7 +63,7 @@ def test_runs_on_two_images(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", [name for name in RECORDS if name not in BUILT])
-def test_says_why_it_cannot_be_built(model_type: str) -> None:
+def test_the_obstacle_to_building_is_named(model_type: str) -> None:
     with pytest.raises(LookupError) as refusal:
         real(model_type)
     assert RECORDS[model_type].obstacle in str(refusal.value)

@@ -1,7 +1,7 @@
-"""Types that split an image into views of different shapes: their towers, several images, refusals.
+"""Types that split an image into views of different shapes: towers, several images, refusals.
 
-Their tokens are painted in test_painting. Here it is the positions of the vision tower: paint what
-one of them shows, and of all in its view it is this one that the tower's first layer is given anew.
+test_painting tests their tokens, this file the positions of the vision tower: painting the box of a
+position changes the input of the tower's first layer most at that position.
 """
 
 import re
@@ -26,7 +26,7 @@ from tests.models.test_painting import fits
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models import FAMILIES, VLM, ImageGrid
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 WIDE, TALL = (170, 96), (70, 150)
@@ -39,13 +39,13 @@ N_POSITIONS = 4  # of each view
 
 
 def first_layer(model: nn.Module) -> nn.Module:
-    """The first layer of the last part of a vision tower."""
+    """Return the first layer of the last part of a vision tower."""
     layers = dict(model.named_modules())
     return layers[[name for name in layers if re.search(r"vision.*layers\.0$", name)][-1]]
 
 
 def tower_inputs(vlm: VLM, image: Image.Image) -> tuple[np.ndarray, ImageGrid]:
-    """What the tower's first layer is given, ``[position, d]`` over all of its calls; the grid."""
+    """Return the inputs of the tower's first layer, ``[position, d]``, and the grid."""
     inputs, (prompt,) = vlm.prepare([[image]], [QUESTION])
     seen: list[torch.Tensor] = []
     handle = first_layer(vlm.model).register_forward_pre_hook(
@@ -59,7 +59,7 @@ def tower_inputs(vlm: VLM, image: Image.Image) -> tuple[np.ndarray, ImageGrid]:
 
 
 @pytest.mark.parametrize("model_type", SPLIT)
-def test_positions_of_the_tower_are_where_the_grid_says(model_type: str) -> None:
+def test_positions_of_the_tower_match_the_grid(model_type: str) -> None:
     vlm, image = vlm_of(model_type), textured(*WIDE)
     plain, grid = tower_inputs(vlm, image)
     assert grid.patch_boxes is not None
@@ -76,7 +76,7 @@ def test_positions_of_the_tower_are_where_the_grid_says(model_type: str) -> None
 
 
 @pytest.mark.parametrize("model_type", SPLIT)
-def test_each_of_several_images_has_the_places_it_has_alone(model_type: str) -> None:
+def test_several_images_have_the_same_places_as_single_images(model_type: str) -> None:
     vlm, images = vlm_of(model_type), [textured(*WIDE), textured(*TALL)]
     plain, prompt = embeddings(vlm, images)
     for number, image in enumerate(images):
@@ -97,7 +97,7 @@ def test_each_of_several_images_has_the_places_it_has_alone(model_type: str) -> 
 
 
 @pytest.mark.parametrize("size", [(140, 30), (90, 40), (260, 60)])
-def test_thin_images_are_padded_or_cut_by_their_shorter_side(size: tuple[int, int]) -> None:
+def test_narrow_images_are_padded_or_cut_by_their_shorter_side(size: tuple[int, int]) -> None:
     vlm, image = vlm_of("step3p7"), textured(*size)
     plain, prompt = embeddings(vlm, [image])
     tokens = prompt.tokens
@@ -112,7 +112,7 @@ def test_thin_images_are_padded_or_cut_by_their_shorter_side(size: tuple[int, in
     assert on_padding.any() == (size == (140, 30))
 
 
-def test_queries_stand_for_the_views_and_cells_have_places() -> None:
+def test_queries_are_outside_the_grid_and_cells_are_on_it() -> None:
     vlm = vlm_of("deepseek_ocr2")
     (prompt,) = vlm.prepare([[textured(*WIDE)]], [QUESTION])[1]
     (grid,) = prompt.grids
@@ -121,7 +121,7 @@ def test_queries_stand_for_the_views_and_cells_have_places() -> None:
     assert image[["row", "col", "x0", "view", "tile"]].isna().all(axis=None)
     cells = np.arange(len(grid.patch_places), dtype=float)
     assert grid.arranged(cells).shape == (12, 24)
-    assert grid.arranged(cells)[0, 0] == 2 * 16**2  # behind the whole image and its queries
+    assert grid.arranged(cells)[0, 0] == 2 * 16**2  # after the whole image and its queries
     assert grid.arranged(cells, view="thumbnail").shape == (16, 16)
     with pytest.raises(GeometryError, match=r"^Image 0 has no grid. Its image tokens are learned"):
         grid.arranged(np.arange(len(image), dtype=float))
@@ -167,35 +167,34 @@ def test_slices_of_different_shapes_are_refused() -> None:
             vlm.processor, vlm.model.config, inputs, [Image.new("RGB", WIDE)]
         )
     assert str(refusal.value) == (
-        "All tiles of an image must have the same rows and columns, so that it has rows and "
-        "columns itself. target_sizes says 12 x 12, 24 x 24. Have the image processor resize all "
-        "of them alike."
+        "The tiles of an image differ in rows and columns (target_sizes: 12 x 12, 24 x 24). Set "
+        "the image processor to resize all tiles to one size."
     )
 
 
-def test_tiles_that_the_settings_do_not_lead_to_are_refused() -> None:
+def test_tiles_that_do_not_match_the_settings_are_refused() -> None:
     image = Image.new("RGB", WIDE)
     for model_type, name, less, message in (
         (
             "lfm2_vl",
             "spatial_shapes",
             lambda sizes: sizes[:-1],
-            "The processor must return spatial_shapes for each tile and thumbnail. Its settings "
-            "lead to 3 of them; it returned 2.",
+            "The processor returned 2 spatial_shapes, but its settings lead to 3 tiles and "
+            "thumbnails. Use the checkpoint's own processor settings.",
         ),
         (
             "step3p7",
             "num_local_patches",
             lambda counts: [count - 1 for count in counts],
-            "The processor's settings must lead to the tiles it returned for each image. Replayed "
-            "were [8], returned [7].",
+            "The processor returned [7] tiles for the images, but its settings lead to [8]. Use "
+            "the checkpoint's own processor settings.",
         ),
         (
             "molmo2",
             "image_num_crops",
             lambda counts: counts + 1,
-            "The processor's settings must lead to the crops it returned. Replayed were 3, the "
-            "whole image among them; returned 4.",
+            "The processor returned 4 crops, but its settings lead to 3, the whole image included. "
+            "Use the checkpoint's own processor settings.",
         ),
     ):
         vlm = vlm_of(model_type)

@@ -1,6 +1,6 @@
-"""Patches are where the pixels are: paint a patch's box, and the tower's output changes there.
+"""Patch boxes match the pixels: painting the box of a patch changes the tower's output there most.
 
-Of all positions, in the order in which the tower has them. Attention is switched off in it.
+All positions are compared, in the order of the tower. The tower's attention is disabled.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from tests.models.records import RECORDS
 from tests.models.test_painting import QUERYING, fits
 from xmodal_interp.models import VLM
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 SIZES = [(170, 96), (70, 150)]
@@ -28,7 +28,7 @@ N_PATCHES = 6  # of each image
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("model_type", [*QUERYING, "inkling2", "nemotron_h_omni", "pi0"])
-def test_a_painted_box_is_heard_of_by_its_own_patch(model_type: str, size: tuple[int, int]) -> None:
+def test_a_painted_box_changes_its_own_patch(model_type: str, size: tuple[int, int]) -> None:
     paint_patches(vlm_of(model_type), size)
 
 
@@ -36,14 +36,14 @@ def test_a_painted_box_is_heard_of_by_its_own_patch(model_type: str, size: tuple
 @pytest.mark.parametrize(
     ("model_type", "options"), OPTIONS, ids=[f"{name}-{'-'.join(to)}" for name, to in OPTIONS]
 )
-def test_so_it_is_with_other_options(
+def test_a_painted_box_changes_its_own_patch_with_other_options(
     model_type: str, options: dict[str, Any], size: tuple[int, int]
 ) -> None:
     assert paint_patches(with_options(vlm_of(model_type), options), size) > 1
 
 
 def paint_patches(vlm: VLM, size: tuple[int, int]) -> int:
-    """Paint patches of the last image; how many tiles their tokens are of."""
+    """Paint patches of the last image and check the change; return the image's number of tiles."""
     record = RECORDS[vlm.family.model_type]
     n_images = record.n_frames or (2 if record.several else 1)
     images: list[Image.Image] = [textured(*size)] * n_images
@@ -70,7 +70,7 @@ def _of_thumbnail(grid: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("model_type", ["idefics2", "aria"])
-def test_what_is_hidden_in_the_tower_has_no_place(model_type: str) -> None:
+def test_patches_masked_in_the_tower_are_outside_the_grid(model_type: str) -> None:
     vlm = vlm_of(model_type)
     tower = next(m for n, m in vlm.model.named_modules() if n.split(".")[-1] in TOWERS)
     given: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""Numbers are those of evaluation mode, whichever modules were left in training mode."""
+"""Results are those of evaluation mode, even if modules were left in training mode."""
 
 import copy
 
@@ -14,12 +14,12 @@ from xmodal_interp.models import VLM, evaluation_mode, modules_in_training
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 ITEMS = [{"image": picture(), "prompt": QUESTION, "answer": "red"}]
-WARNING = "modules are in training mode, with dropout on where they have any"
+WARNING = "modules are in training mode, so any dropout in them is active"
 
 
 @pytest.fixture(scope="module")
 def adapted() -> VLM:
-    """An adapter with dropout on a model in evaluation mode: ``model.training`` is False."""
+    """An adapter in training mode with dropout, in a model whose ``training`` is False."""
     torch.manual_seed(0)
     settings = peft.LoraConfig(
         r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.5
@@ -50,7 +50,7 @@ def test_dropout_of_an_adapter_is_off_while_a_sample_is_captured(adapted, evalua
     assert modules_in_training(adapted.model) == names
 
 
-def test_so_it_is_in_evaluation_and_pruning(adapted, evaluated) -> None:
+def test_dropout_of_an_adapter_is_off_in_evaluation_and_pruning(adapted, evaluated) -> None:
     def numbers(vlm: VLM) -> list[np.ndarray]:
         heads = xi.head_pruning(vlm, ITEMS, layers=[0], heads=[0, 1], progress=False)
         curve = deletion_curve(vlm, ITEMS, "random", steps=2, progress=False)
@@ -69,7 +69,7 @@ def test_so_it_is_in_evaluation_and_pruning(adapted, evaluated) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_doctor_says_so(adapted) -> None:
+def test_the_doctor_reports_training_mode(adapted) -> None:
     checkup = xi.doctor(adapted, picture(), QUESTION)
     assert checkup.ok
     row = checkup.table.set_index("check").loc["every module is in evaluation mode"]
@@ -79,7 +79,7 @@ def test_the_doctor_says_so(adapted) -> None:
     assert row["note"].endswith("xi.record(model) does not: call model.eval()")
 
 
-def test_each_module_has_its_own_mode_again() -> None:
+def test_the_mode_of_each_module_is_restored() -> None:
     model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()))
     model[1].eval()
     inside = ["not entered"]
@@ -96,7 +96,7 @@ def test_each_module_has_its_own_mode_again() -> None:
     model.eval()
     model[0].train()
     message = (
-        "1 module is in training mode, with dropout on where they have any (0). They are in "
+        "1 module is in training mode, so any dropout in them is active (0). They are in "
         "evaluation mode for this call; call model.eval() to keep them there, or record a model in "
         "training mode with xi.record(model)."
     )

@@ -1,4 +1,4 @@
-"""Frames that are read as pictures are: pooled from patches, or cut into slices."""
+"""Frames that are processed like images: pooled from patches, or cut into slices."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ from tests.models.painting import QUESTION, language_inputs, painted, textured, 
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models import FAMILIES, VLM, Video, VideoGrid
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 MINICPM = ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")
@@ -31,7 +31,7 @@ def prepared(vlm: VLM, *videos: Video) -> tuple[dict[str, Any], tuple[VideoGrid,
 
 
 def test_windows_at_the_edges_of_a_frame_pool_fewer_patches() -> None:
-    """13 patches in windows of 3: one is missing at both ends."""
+    """With 13 patches in windows of 3, the first and last window lack one patch each."""
     vlm = vlm_of("molmo2")
     _, (grid,) = prepared(vlm, clip(130, 65, n_frames=3))
     assert (grid.frames, grid.rows, grid.cols) == (3, 5, 5)
@@ -42,7 +42,7 @@ def test_windows_at_the_edges_of_a_frame_pool_fewer_patches() -> None:
     assert np.array_equal(grid.boxes[:25], grid.boxes[50:])
 
 
-def test_pooled_frames_that_are_not_those_of_the_video_are_refused() -> None:
+def test_pooled_frames_that_do_not_match_the_video_are_refused() -> None:
     vlm, video = vlm_of("molmo2"), clip(96, 64)
     inputs, _ = prepared(vlm, video)
     rule = FAMILIES["molmo2"].video
@@ -50,19 +50,19 @@ def test_pooled_frames_that_are_not_those_of_the_video_are_refused() -> None:
     with pytest.raises(GeometryError) as refusal:
         rule(vlm.processor, vlm.model.config, inputs, [clip(96, 64, n_frames=3)])
     assert str(refusal.value) == (
-        "A processor must return each frame of a video once. It returned 2 for a video of 3."
+        "The processor returned 2 frames for a video of 3. Set it to return each frame once."
     )
     fewer = {**inputs, "pixel_values_videos": inputs["pixel_values_videos"][:, 1:]}
     with pytest.raises(GeometryError) as refusal:
         rule(vlm.processor, vlm.model.config, fewer, [video])
     assert str(refusal.value) == (
-        "The video processor's settings must lead to the patches it returned. Replayed were "
-        "13 x 13 of each frame; returned 168."
+        "The video processor returned 168 patches per frame, but its settings lead to 13 x 13. Use "
+        "the checkpoint's own settings."
     )
 
 
 def with_settings(model_type: str, **settings: Any) -> VLM:
-    """The same model, with other settings of the video processor."""
+    """Return the model with other settings of the video processor."""
     vlm = vlm_of(model_type)
     processor = copy.copy(vlm.processor)
     processor.video_processor = copy.copy(processor.video_processor)
@@ -76,7 +76,7 @@ def slicing(model_type: str) -> VLM:
 
 
 @pytest.mark.parametrize("model_type", MINICPM)
-def test_a_painted_box_is_heard_of_in_its_slice_and_in_the_thumbnail(model_type: str) -> None:
+def test_a_painted_box_changes_its_slice_and_its_thumbnail(model_type: str) -> None:
     vlm = slicing(model_type)
     frames = [textured(*SIZE) for _ in range(3)]
     small = clip(64, 48)
@@ -118,7 +118,7 @@ def test_slices_of_frames_through_capture(model_type: str) -> None:
         cells = np.argwhere(np.isfinite(arranged))
         assert read[["frame", "row", "col"]].to_numpy(int).tolist() == cells.tolist()
     merged = {key[:2] for key in before.calls} & {("connector", "self")}
-    full = [("vision", "self"), *merged]  # before patches are merged, and where they are
+    full = [("vision", "self"), *merged]  # before and after patches are merged
     assert all(before.calls[*key, 0, 1].n_queries == len(grid.patch_places) for key in full)
     width, height = SIZE[0] / grid.patch_cols, SIZE[1] / grid.patch_rows
     for frame, row, col in [(0, 1, 2), (2, grid.patch_rows - 1, grid.patch_cols // 2)]:
@@ -135,7 +135,7 @@ def test_slices_of_frames_through_capture(model_type: str) -> None:
     with pytest.raises(GeometryError) as refusal:
         before.grid(tokens.index, video=0, view="slice")
     assert str(refusal.value) == (
-        "A view must be one that the video has. Video 0 has 'image' and 'thumbnail'; got 'slice'."
+        "Video 0 has no view 'slice'. The views of this video are 'image' and 'thumbnail'."
     )
 
 
@@ -146,12 +146,12 @@ def test_frames_that_are_not_resized_one_by_one_are_refused(name: str, told: obj
     with pytest.raises(GeometryError) as refusal:
         prepared(vlm, clip(64, 64, n_frames=4))
     assert str(refusal.value) == (
-        "Each frame of a video must be resized by itself to be placed. The video processor has "
-        f"{name}={told}; set it to {wanted}."
+        f"The video processor has {name}={told}, so frames are not resized one by one and cannot "
+        f"be placed. Set {name}={wanted}."
     )
 
 
-def test_sizes_that_are_not_those_of_the_frames_are_refused() -> None:
+def test_sizes_that_do_not_match_the_frames_are_refused() -> None:
     vlm, video = slicing("minicpm_ocr"), clip(*SIZE)
     inputs, (grid,) = prepared(vlm, video)
     assert grid.tiles is not None
@@ -162,6 +162,6 @@ def test_sizes_that_are_not_those_of_the_frames_are_refused() -> None:
     with pytest.raises(GeometryError) as refusal:
         rule(vlm.processor, vlm.model.config, fewer, [video])
     assert str(refusal.value) == (
-        "The processor must return target_sizes_videos for each frame and slice. Its settings lead "
-        f"to {n} of them; it returned {n - 1}."
+        f"The processor returned {n - 1} target_sizes_videos, but its settings lead to {n} frames "
+        "and slices. Use the checkpoint's own processor settings."
     )

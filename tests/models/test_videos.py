@@ -1,4 +1,4 @@
-"""Frames of videos: paint a token's box in the frames that it stands for, and it hears of it."""
+"""Video tokens match the pixels: painting a token's box in its frames changes that token most."""
 
 import copy
 import dataclasses
@@ -13,11 +13,11 @@ from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import FAMILIES, VLM, Video
 from xmodal_interp.models.labelling import Prompt
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 SIZE, N_FRAMES, FPS = (120, 70), 4, 2.0
-MERGED = {  # how many frames a frame of tokens stands for
+MERGED = {  # how many frames are merged into a frame of tokens
     **dict.fromkeys(("gemma4", "gemma4_unified", "smolvlm"), 1),
     "glm5_next": 2,
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "ernie4_5_vl_moe"), 2),
@@ -32,7 +32,7 @@ MERGED = {  # how many frames a frame of tokens stands for
     **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), 1),
 }
 TEXTURED = {"gemma4_unified"}
-"""Types that norm the pixels of each patch: on even ground, all changes are alike to them."""
+"""Types that normalise the pixels of each patch: on an even image, all changes look alike."""
 
 
 def read(vlm: VLM, frames: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
@@ -41,7 +41,7 @@ def read(vlm: VLM, frames: list[Image.Image]) -> tuple[np.ndarray, Prompt]:
 
 
 @pytest.mark.parametrize("model_type", MERGED)
-def test_a_painted_box_is_heard_of_in_its_frame(model_type: str) -> None:
+def test_a_painted_box_changes_its_token_in_its_frame(model_type: str) -> None:
     vlm = vlm_of(model_type)
     frames = [Image.new("RGB", SIZE, (40 + i, 40, 40)) for i in range(N_FRAMES)]
     if model_type in TEXTURED:
@@ -76,39 +76,35 @@ def test_refusals() -> None:
     vlm = tiny_vlm("llava")
     with pytest.raises(InputError) as refusal:
         vlm.prepare([[]], ["what ?"], videos=[[Video(())]])
-    assert str(refusal.value) == (
-        "A video must have frames, all of one size. Got 0 frames of no size."
-    )
-    with pytest.raises(InputError, match="Got 2 frames of 8 x 8, 8 x 9"):
+    assert str(refusal.value) == ("A video must have frames of one size; got 0 frames of no size.")
+    with pytest.raises(InputError, match="got 2 frames of 8 x 8, 8 x 9"):
         Video((Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9)))).opened()
 
 
-def test_a_family_without_a_rule_for_videos_says_so() -> None:
-    vlm = vlm_of("diffusion_gemma")  # its processor takes videos, its model leaves them unread
+def test_a_family_without_a_rule_for_videos_refuses_them() -> None:
+    vlm = vlm_of("diffusion_gemma")  # its processor takes videos, its model ignores them
     video = Video((Image.new("RGB", (32, 32)),) * 2, fps=1.0)
     with pytest.raises(GeometryError) as refusal:
         vlm.prepare([[]], [f"{vlm.processor.video_token} {QUESTION}"], videos=[[video]])
     assert str(refusal.value) == (
-        "Videos need a rule that places their tokens. There is none for the model type "
-        "'diffusion_gemma'."
+        "The model type 'diffusion_gemma' has no rule that places video tokens. Pass a family "
+        "record with one, or record the attention with xi.record(model)."
     )
 
 
-def test_frames_that_a_processor_leaves_out_are_refused() -> None:
-    """They are those of the user's video, or nothing is placed."""
+def test_frames_dropped_by_a_processor_are_refused() -> None:
     vlm = vlm_of("gemma4")
     video = Video((Image.new("RGB", SIZE),) * 3)
     inputs = {"num_frames_per_video": [2], "video_position_ids": np.zeros((2, 630, 2), int)}
     with pytest.raises(GeometryError) as refusal:
         FAMILIES["gemma4"].video(vlm.processor, vlm.model.config, inputs, [video])
     assert str(refusal.value) == (
-        "The processor must return the frames that it was given. It got videos of 3 frames, and "
-        "returned 2."
+        "The processor returned 2 frames for videos of 3. Set it to return each frame once."
     )
 
 
-def test_frames_of_other_pixels_than_the_settings_say_are_refused() -> None:
-    """SmolVLM pads what it does not resize to the largest of the videos."""
+def test_frames_of_another_size_than_the_settings_give_are_refused() -> None:
+    """Without resizing, SmolVLM pads frames to the largest of the videos."""
     vlm = vlm_of("smolvlm")
     processor = copy.copy(vlm.processor)
     processor.video_processor = copy.copy(processor.video_processor)
@@ -117,8 +113,8 @@ def test_frames_of_other_pixels_than_the_settings_say_are_refused() -> None:
     with pytest.raises(GeometryError) as refusal:
         VLM(vlm.model, processor).prepare([[]], [QUESTION], videos=videos)
     assert str(refusal.value) == (
-        "The processor's settings must lead to the pixels it returned. Replayed were 32 x 16, "
-        "returned 32 x 32."
+        "The processor returned 32 x 32 pixels, but its settings lead to 32 x 16. Use the "
+        "checkpoint's own processor settings."
     )
 
 
@@ -130,7 +126,7 @@ def test_a_rule_of_another_type_is_refused() -> None:
     with pytest.raises(GeometryError) as refusal:
         read(vlm, [Image.new("RGB", SIZE)] * 2)
     assert str(refusal.value) == (
-        "A family's rule must be one for its model and processor. The rule PositionedFrames was "
-        "applied to a 'llava_onevision' model with LlavaOnevisionProcessor, and ran into "
-        "KeyError: 'num_frames_per_video'"
+        "The geometry rule PositionedFrames does not fit a 'llava_onevision' model with "
+        "LlavaOnevisionProcessor (KeyError: 'num_frames_per_video'). Pass VLM(model, processor, "
+        "family=...) a family record with a rule for this model."
     )

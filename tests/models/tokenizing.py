@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer, trained on the spot: every text has tokens, every token a span."""
+"""A small byte-level tokenizer, trained when needed, that can tokenize every text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _VOCABULARY = 360  # 256 bytes, the four tokens above, a hundred merges
 
 
 def tokenizer(record: Record) -> Any:
-    """The tokenizer of a record: its special tokens, its named ones, the bytes and some merges."""
+    """Return the tokenizer of a record, with its special tokens, bytes and some merges."""
     trained = _with_words(record.words) if record.words else _trained(())
     if record.begins:
         trained.post_processor = processors.TemplateProcessing(
@@ -71,9 +71,10 @@ def _trained(words: tuple[str, ...]) -> Tokenizer:
 
 
 def _with_words(words: tuple[str, ...]) -> Tokenizer:
-    """The tokenizer with words that are whole, yet not special: a space leads the text before them.
+    """Return a tokenizer with words that are not split and not special.
 
-    Training makes them special; they are taken off that list, and split off before the bytes.
+    Training makes the words special, so they are removed from the list of special tokens and split
+    off before the bytes. Every text starts with a space.
     """
     state = json.loads(_trained(words).to_str())
     state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in words]

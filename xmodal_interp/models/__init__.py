@@ -1,4 +1,4 @@
-"""Which model, and what stands at each position of its input."""
+"""Models: loading them, and labelling each position of their input."""
 
 from xmodal_interp.models.checkpoint import CheckpointReport
 from xmodal_interp.models.decoding import checked_length

@@ -1,15 +1,15 @@
-"""Which characters of the prompt each position stands for, whatever the processor put in between.
+"""Align each position with its characters in the prompt.
 
-A processor replaces each image placeholder by the tokens of the image, with markers, row breaks or
-text of its own among them.
+A processor expands each image placeholder to the tokens of the image, and may insert markers, row
+breaks and text among them.
 
-1. Processors that report their replacements (spans of the placeholders, and the text put in their
-   place): the expanded text is written out and tokenized with offsets; its ids must be those that
-   the processor returned, but for a space in front that some take off. Offsets are taken back to
-   the unexpanded text: a token of an expansion has the span of its placeholder.
-2. The others: the prompt is tokenized as it stands, and behind each placeholder the image and
-   special tokens that the processor put in are skipped. Prompts that hold every image token
-   already (their chat template writes them) are taken as they are.
+1. Some processors report their replacements (the span of each placeholder and its replacement). The
+   expanded text is then rebuilt and tokenized with offsets. Its ids must equal those that the
+   processor returned, except for a leading space that some processors remove. Offsets are mapped
+   back to the unexpanded text: each token of an expansion has the span of its placeholder.
+2. For other processors, the unexpanded prompt is tokenized and compared with the returned ids.
+   After each placeholder, the inserted image and special tokens are skipped. Prompts whose chat
+   template already writes every image token are compared unchanged.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Position:
     """A token of the prompt as the model reads it.
 
     Attributes:
-        start: First character of the unexpanded text that it stands for.
-        end: One past the last; ``start == end`` for tokens that stand for no character.
-        written: Its characters in the expanded text, None where they are not known.
-        expansion: Which of the prompt's expansions it is of, None for the prompt's own text.
+        start: Index of its first character in the unexpanded text.
+        end: Index after its last character; equal to ``start`` for tokens without characters.
+        written: Its characters in the expanded text; None if not known.
+        expansion: The number of the expansion that it belongs to; None for text of the prompt.
     """
 
     start: int
@@ -57,7 +57,7 @@ class Alignment:
 
 
 def unaligned(ids: Sequence[int], text: str) -> Alignment:
-    """Positions of which nothing is known but their ids."""
+    """Return an alignment without characters, for ids that cannot be matched with the prompt."""
     return Alignment(text, (Position(-1, -1, None, None),) * len(ids), ())
 
 
@@ -67,17 +67,17 @@ def reported_alignment(
     tokenizer: Any,
     replacements: Sequence[Mapping[str, Any]],
 ) -> Alignment:
-    """Positions from the replacements that the processor reports.
+    """Align positions by the replacements that the processor reports.
 
     Args:
-        ids: What the processor returned, without padding.
-        texts: What it may have expanded: the prompt, then the prompt as it lays it out (some put
-            placeholders or special tokens in front).
+        ids: The ids that the processor returned, without padding.
+        texts: Candidates for the text that was expanded: the prompt, and the prompt with
+            placeholders or special tokens put before it.
         tokenizer: A fast tokenizer.
         replacements: ``type``, ``span``, ``new_span``, ``text``, ``replacement`` of each.
 
     Raises:
-        GeometryError: None of the texts gives these ids.
+        GeometryError: No candidate text leads to these ids.
     """
     lengths, tried = [], []
     for text in texts:
@@ -96,21 +96,21 @@ def reported_alignment(
     if not lengths:
         told = (f"{each['text']!r} at {each['span'][0]}" for each in replacements)
         raise GeometryError(
-            "A processor must replace the placeholders of the prompt that it is given. It reports "
-            f"to have replaced {', '.join(told)}; the prompt does not have these there: "
-            f"{tried[0]!r}."
+            f"The processor reports to have replaced {', '.join(told)}, which the prompt does not "
+            f"contain there: {tried[0]!r}. Check that processor and prompt belong together."
         )
     raise GeometryError(
-        "The replacements that a processor reports must lead to the ids that it returns. It "
-        f"reports {len(replacements)}, returned {len(ids)} ids, and its text with the replacements "
-        f"has {' or '.join(map(str, sorted(set(lengths))))} tokens, not the same ones."
+        f"The processor returned {len(ids)} ids and reports {len(replacements)} replacements, but "
+        "the text with these replacements has other ids "
+        f"({' or '.join(map(str, sorted(set(lengths))))} of them). "
+        "Check that processor and tokenizer belong together."
     )
 
 
 def _extra_in_front(own: Sequence[int], ids: Sequence[int], tokenizer: Any) -> int | None:
-    """How many more tokens there are than the processor returned; None if they are others.
+    """Return the number of leading tokens that the processor removed; None if the ids differ.
 
-    Some processors take off the space that a tokenizer puts in front of every text.
+    Some processors remove the space that a tokenizer puts before every text.
     """
     extra = len(own) - len(ids)
     if not 0 <= extra <= 1 or list(own[extra:]) != list(ids):
@@ -119,7 +119,7 @@ def _extra_in_front(own: Sequence[int], ids: Sequence[int], tokenizer: Any) -> i
 
 
 def _expanded(text: str, replacements: Sequence[Mapping[str, Any]]) -> str | None:
-    """The text with its replacements; None if they were not made in this text."""
+    """Return the text with the replacements, or None if they do not fit this text."""
     pieces, last = [], 0
     for each in replacements:
         start, end = each["span"]
@@ -144,7 +144,7 @@ def _position(
 
 
 def _unexpanded(index: int, replacements: Sequence[Mapping[str, Any]]) -> tuple[int, int | None]:
-    """The character of the unexpanded text, and the expansion that holds it."""
+    """Return the index in the unexpanded text, and the number of the expansion that contains it."""
     shift = 0
     for number, each in enumerate(replacements):
         start, end = each["new_span"]
@@ -164,20 +164,19 @@ def counted_alignment(
     counts: Sequence[int | None],
     markers: set[int] | None = None,
 ) -> Alignment:
-    """Positions for processors that report no replacements.
+    """Align positions for processors that report no replacements.
 
     Args:
-        ids: What the processor returned, without padding.
-        texts: What it may have tokenized.
+        ids: The ids that the processor returned, without padding.
+        texts: Candidates for the text that was tokenized.
         tokenizer: A fast tokenizer.
-        image_id: Id of the placeholder and of the image's tokens; None where images are not in the
-            sequence.
-        counts: How many image tokens each image has, None where no rule says so.
-        markers: Ids of the tokens that a processor may put around and among them; the special ones
-            if not given.
+        image_id: Id of the placeholder and of image tokens; None if images are not in the sequence.
+        counts: The number of image tokens of each image; None if no rule gives it.
+        markers: Ids of tokens that the processor may insert around and among image tokens; by
+            default the special tokens.
 
     Raises:
-        GeometryError: The ids are not the prompt's own tokens with each placeholder expanded.
+        GeometryError: The ids are not those of the prompt with each placeholder expanded.
     """
     special = special_ids(tokenizer) if markers is None else markers
     for text in texts:
@@ -191,20 +190,20 @@ def counted_alignment(
                 n = 1 + max((p.expansion for p in positions if p.expansion is not None), default=-1)
                 return Alignment(text, tuple(positions), (IMAGE,) * n)
     raise GeometryError(
-        "The processor must expand each image placeholder to the tokens of its image, with special "
-        f"tokens at most between them. {len(counts)} images were to have "
-        f"{', '.join('some' if n is None else str(n) for n in counts) or 'no'} tokens; the "
-        f"processor returned {len(ids)} positions, {sum(token == image_id for token in ids)} of "
-        "them image tokens."
+        f"The {len(ids)} ids that the processor returned are not the prompt with its placeholders "
+        f"expanded: {sum(token == image_id for token in ids)} of them are image tokens, where "
+        f"{len(counts)} images should have "
+        f"{', '.join('some' if n is None else str(n) for n in counts) or 'no'} tokens. "
+        "Check that processor, family record and model belong together."
     )
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of all special tokens of a tokenizer.
+    """Return the ids of all special tokens of a tokenizer.
 
-    ``all_special_ids`` holds only the tokens that have a name (``bos_token``, ...). The others,
-    such as the headers of a chat template and the markers of images, are known by the ``special``
-    flag of ``added_tokens_decoder``; decoding with ``skip_special_tokens`` leaves both out.
+    ``all_special_ids`` holds only tokens with a name (``bos_token``, ...). Others, such as headers
+    of a chat template and image markers, have the ``special`` flag in ``added_tokens_decoder``.
+    Decoding with ``skip_special_tokens`` drops both.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(token for token, each in added.items() if each.special)}
@@ -217,7 +216,7 @@ def _matched(
     special: set[int],
     counts: Sequence[int | None],
 ) -> list[Position] | None:
-    """The prompt's own tokens found in the ids, expansions skipped; None if they do not fit."""
+    """Match the tokens of the prompt with the ids, skipping expansions; None if they differ."""
     written_out = _written_out(own, image_id, counts)
     if written_out is not None:
         return written_out if ids == [token for token, _ in own] else None
@@ -242,7 +241,7 @@ def _matched(
 def _written_out(
     own: Sequence[tuple[int, tuple[int, int]]], image_id: int | None, counts: Sequence[int | None]
 ) -> list[Position] | None:
-    """The prompt's own tokens, if it holds as many image tokens as all images have; else None."""
+    """Return positions for a prompt that already contains every image token; None for others."""
     images = [number for number, n in enumerate(counts) for _ in range(n or 0)]
     n_own = sum(token == image_id for token, _ in own)
     if n_own != len(images) or n_own == len(counts):
@@ -257,7 +256,7 @@ def _written_out(
 def _expansion_length(
     ids: Sequence[int], image_id: int, special: set[int], count: int | None, following: int | None
 ) -> int | None:
-    """How many of the next ids are of one expansion: its image tokens and the special ones."""
+    """Return the number of next ids in one expansion: its image tokens and special tokens."""
     n_images = 0
     for length, token in enumerate(ids):
         enough = n_images == count if count is not None else n_images > 0
@@ -269,22 +268,22 @@ def _expansion_length(
 
 
 def shifted(index: Sequence[int], before: str, after: str) -> list[int]:
-    """Where characters of a text are, after the processor has put something in between.
+    """Return the indices of characters after the processor has inserted text.
 
     Args:
-        index: Positions in ``before``.
+        index: Indices in ``before``.
         before: The rendered prompt.
         after: The prompt as the processor laid it out.
 
     Raises:
-        GeometryError: Some of the text is gone.
+        GeometryError: ``after`` does not contain all of ``before``.
     """
     if before == after:
         return list(index)
     blocks = SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
     if sum(block.size for block in blocks) != len(before):
         raise GeometryError(
-            "A processor may add to a prompt, but must keep its text. The prompt was "
-            f"{before!r}; the processor read {after!r}."
+            f"The processor changed the prompt {before!r} to {after!r}. Use a processor that only "
+            "adds text."
         )
     return [next(b.b + i - b.a for b in blocks if b.a <= i < b.a + b.size) for i in index]

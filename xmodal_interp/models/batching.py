@@ -1,12 +1,12 @@
 """Questions with known answers as model inputs, in batches without padding.
 
-1. Each item is prepared once, alone, by :meth:`VLM.prepare`.
-2. Its answer's tokens are put behind its prompt; the other inputs of those positions are those that
-   generated tokens get (attended, text).
+1. Each item is prepared separately by :meth:`VLM.prepare`.
+2. The tokens of its answer are appended to its prompt. Masks and token types of these positions are
+   those of generated tokens.
 3. Items whose inputs have the same shape share a batch.
 
-So an item gets the same inputs in any company: no padding, hence no mask, no shifted positions, and
-the backend's fast path.
+The inputs of an item therefore do not depend on the other items of its batch. Without padding there
+is no mask and no shift of positions, and the backend can use its fast path.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from xmodal_interp.models.vlm import VLM, check_vlm
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Items of one shape.
+    """Items whose inputs have the same shape.
 
     Attributes:
-        inputs: Arguments of the model; ``input_ids`` are ``[item, position]``; where a decoder
-            has a prompt of its own, the answers are behind its ``decoder_input_ids``.
-        index: Which items these are.
+        inputs: Arguments of the model. ``input_ids`` are ``[item, position]``. If the decoder has a
+            separate prompt, the answers are appended to its ``decoder_input_ids``.
+        index: The indices of the items.
         prompts: The labelled positions of each prompt, answer not included.
-        answers: Token ids of each answer; empty where only prompts were asked for.
+        answers: Token ids of each answer; empty if the batch has prompts only.
     """
 
     inputs: dict[str, Any]
@@ -46,20 +46,19 @@ class Batch:
 
     @property
     def n_ids(self) -> int:
-        """Positions of the ``input_ids``.
+        """Number of positions of the ``input_ids``.
 
         Raises:
-            InputError: They are not the positions of the prompts: the model puts image features
-                in front of the ids, or a decoder has positions behind those of an encoder.
+            InputError: The prompts have more positions than ids: the model puts image features
+                before the ids, or has an encoder and a decoder.
         """
         n = int(self.inputs["input_ids"].shape[1])
         longest = max(len(prompt.columns["token"]) for prompt in self.prompts)
         if longest > n:
             raise InputError(
-                "Choosing positions of a batch needs a position for each id. Here prompts have "
-                f"{longest} positions for {n} ids: the model puts features in front of the ids, "
-                "or reads the prompt with an encoder. Ablation by zero or by uniform attention "
-                "asks for no positions."
+                f"Positions of this batch cannot be chosen: its prompts have {longest} positions "
+                f"but {n} ids, because the model puts features before the ids or has an encoder. "
+                "Ablate to zero or to uniform attention, which requires no positions."
             )
         return n
 
@@ -71,11 +70,11 @@ def batches_of(vlm: VLM, items: Items, *, batch_size: int, answers: bool = True)
         vlm: Model and processor.
         items: Dicts with ``image`` or ``video`` (or lists of them), ``prompt`` and ``answer``.
         batch_size: The largest number of items per batch.
-        answers: Whether to put the answers behind the prompts (teacher forcing).
+        answers: Whether to append the answers to the prompts (teacher forcing).
 
     Raises:
-        InputError: No items, one that is no dict or has no image or video, prompt or answer, or an
-            answer that does not tokenize behind its prompt.
+        InputError: There are no items, an item is not a dict or lacks an image or video, a prompt
+            or an answer, or an answer changes the tokens of its prompt.
     """
     check_vlm(vlm)
     if batch_size < 1:
@@ -92,7 +91,7 @@ def batches_of(vlm: VLM, items: Items, *, batch_size: int, answers: bool = True)
             inputs = with_answer(vlm.model, inputs, ids, _last_text(prompt))
         shapes[_shape(inputs)].append((index, inputs, prompt, ids))
     if not shapes:
-        raise InputError("At least one item is needed; got none.")
+        raise InputError("There are no items. Give at least one.")
     return [
         _joined(alike[start : start + batch_size])
         for alike in shapes.values()
@@ -101,10 +100,10 @@ def batches_of(vlm: VLM, items: Items, *, batch_size: int, answers: bool = True)
 
 
 def answer_ids(vlm: VLM, text: str, answer: str) -> tuple[int, ...]:
-    """Token ids of an answer as it would follow a rendered prompt, end-of-sequence not included.
+    """Return the token ids of an answer after a rendered prompt, without end-of-sequence token.
 
     Raises:
-        InputError: The answer is empty, or changes how the prompt before it is tokenized.
+        InputError: The answer is empty, or the prompt is tokenized differently with it.
     """
     separator = separator_behind(text)
     before = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -112,20 +111,20 @@ def answer_ids(vlm: VLM, text: str, answer: str) -> tuple[int, ...]:
     kept = list(whole[: len(before)]) == list(before) and len(whole) > len(before)
     if not answer.strip() or not kept:
         raise InputError(
-            "An answer must be text that tokenizes behind its prompt without changing it. Got the "
-            f"answer {answer!r} behind {text!r}."
+            f"The answer {answer!r} is empty, or changes the tokens of the prompt {text!r}. Give "
+            "an answer that starts a new token."
         )
     return tuple(whole[len(before) :])
 
 
 def _last_text(prompt: Prompt) -> int:
-    """The last text position of a prompt; its last position if it has no text."""
+    """Return the last text position of a prompt, or its last position if it has no text."""
     kinds = prompt.columns["kind"]
     return max((i for i, kind in enumerate(kinds) if kind == "text"), default=len(kinds) - 1)
 
 
 def _shape(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """All but the first axis: what must agree for tensors to be joined along it."""
+    """Return the shape of each input except its first axis, along which batches are joined."""
     return tuple(
         (name, tuple(value.shape[1:]) if isinstance(value, Tensor) else None)
         for name, value in inputs.items()
@@ -145,7 +144,7 @@ def _joined(
             joined[name] = [one for of in values for one in of]
         else:
             raise InputError(
-                f"A processor must return tensors or lists, one entry per sample; it returned "
+                "The processor must return tensors or lists with one entry per sample; it returned "
                 f"{type(value).__name__} for {name!r}."
             )
     return Batch(joined, index, prompts, ids)

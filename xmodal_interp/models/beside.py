@@ -1,6 +1,7 @@
-"""Records of the types whose images are not simply among the ids of a prompt.
+"""Records of the types whose image tokens are not identified by an id in the prompt.
 
-Text reaches them by cross-attention, or the model puts their features where no id says so.
+Either text attends to images by cross-attention, or the model inserts image features at positions
+that no token id marks.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from xmodal_interp.models import geometry
 from xmodal_interp.models.family import Family
 
 QUERIES = (
-    "Its image tokens are learned queries, each of which looks at all of the image: they have no "
-    "row and column of their own; xi.on_patches puts what is on them on the patches they look at."
+    "Its image tokens are learned queries, each of which attends to the whole image, so they have "
+    "no row and column; xi.on_patches maps their values to the patches that they attend to."
 )
-"""Why image tokens have no place where they are learned queries."""
+"""The reason given for families whose image tokens are learned queries."""
 
-_HEADED = geometry.FixedGrid(before=1, tower_before=1)  # by a class token
+_HEADED = geometry.FixedGrid(before=1, tower_before=1)  # a class token before the patches
 _ENCODERS: dict[str, geometry.Rule] = {
     **dict.fromkeys(("vit", "beit", "dinov2"), _HEADED),
     "deit": geometry.FixedGrid(before=2, tower_before=2),  # class and distillation tokens
@@ -70,12 +71,12 @@ BESIDE: tuple[Family, ...] = (
         geometry.Chosen(
             lambda config: config.encoder.model_type,
             _ENCODERS,
-            "Its encoder may be any model; no rule is known for one of the type {!r}.",
+            "There is no geometry rule for an encoder of the type {!r}.",
         ),
         in_sequence=False,
         reads_text=False,
     ),
-    # image tokens that are not told by an id
+    # image tokens that no id marks
     Family("git", None, _HEADED, prepended=True, in_front=True),
     Family(
         "kosmos-2",

@@ -1,4 +1,4 @@
-"""How a processor is called: texts and images as its kind takes them, and its options."""
+"""Build the arguments of a processor call: texts, images, videos and options."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from xmodal_interp.models.rendering import interleaved
 def texts_and_images(
     family: Family, texts: Sequence[str], opened: Sequence[tuple[Image.Image, ...]]
 ) -> dict[str, Any]:
-    """Texts and images, each in a list, or in one; no texts where there is none.
+    """Return the texts and images as the family's processor takes them.
 
-    Of some samples with images and some without, these have an empty list, unless the processor
-    puts the images in front by itself.
+    Families with an image mark take texts and images in one list. In the other families, a sample
+    without images gets an empty list, or is left out if the processor puts images before prompts.
     """
     mark = family.image_mark
     if mark is not None:
@@ -34,14 +34,14 @@ def texts_and_images(
 
 
 def composite_of(processor: Any) -> Composite | None:
-    """How a processor puts transparent images on a background; None where that is white."""
+    """Return the processor's function for transparent images; None if their background is white."""
     of_images = getattr(processor, "image_processor", None)
     method = getattr(of_images, "convert_to_rgb", None)
     if method is None or not str(method.__module__).startswith("transformers.models."):
         return None
 
     def composite(image: Image.Image) -> Image.Image:
-        """Convert an RGBA image as the processor would."""
+        """Convert an RGBA image as the processor does."""
         channels_first = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return Image.fromarray(method(channels_first).permute(1, 2, 0).numpy())
 
@@ -51,7 +51,7 @@ def composite_of(processor: Any) -> Composite | None:
 def options(
     processor: Any, family: Family, texts: Sequence[str], padding_side: str
 ) -> dict[str, Any]:
-    """The options beside texts and images."""
+    """Return the options of the processor call."""
     chosen: dict[str, Any] = {"return_tensors": "pt"}
     if len(texts) > 1:
         chosen |= {"padding": True, "padding_side": padding_side}
@@ -66,7 +66,7 @@ def options(
 
 
 def videos(shown: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
-    """How the processor is given videos: as they are, nothing sampled."""
+    """Return the video arguments; the processor uses all frames and samples none."""
     every = flat(shown)
     if not every:
         return {}
@@ -75,21 +75,21 @@ def videos(shown: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
         "videos_kwargs": {
             "video_metadata": [video.metadata() for video in every],
             "do_sample_frames": False,
-            "return_metadata": True,  # some write the times of frames into the prompt
+            "return_metadata": True,  # some processors write frame times into the prompt
         },
     }
 
 
 def policy(questions: Sequence[str]) -> dict[str, Any]:
-    """How a processor that writes the prompts itself is told what to write.
+    """Return the policy arguments for processors that write the prompts themselves.
 
     Raises:
-        InputError: The questions differ; the processor holds each image against each policy.
+        InputError: The questions differ; the processor would pair every image with every policy.
     """
     if len(set(questions)) > 1:
         raise InputError(
-            "A processor that writes the prompts itself holds all images of a batch against the "
-            f"same policy. Got {len(set(questions))} questions; give each a batch of its own."
+            "This processor applies one policy (the question) to all images of a batch; got "
+            f"{len(set(questions))} questions. Prepare a separate batch for each question."
         )
     return {"policies": ["question"], "custom_policies": {"question": questions[0]}}
 
@@ -100,23 +100,24 @@ def refuse_other_numbers(
     opened: Sequence[tuple[Image.Image, ...]],
     cause: Exception,
 ) -> None:
-    """Say so where a processor fails because a prompt has not one placeholder per image.
+    """Raise InputError if a processor failed on a wrong number of image placeholders.
 
-    It is asked only then: some prompts hold none, or all of an image's tokens.
+    This is checked only after a failure: some valid prompts contain no placeholder, or all tokens
+    of an image.
 
     Raises:
-        InputError: There is such a prompt.
+        InputError: A prompt has another number of placeholders than images.
     """
     for text, images in zip(texts, opened, strict=True):
         found = 0 if placeholder is None else text.count(placeholder)
         if placeholder is not None and found != len(images):
             raise InputError(
-                f"A prompt must have {placeholder} where each image goes. There are {found} of "
-                f"them for {len(images)} images in {text!r}."
+                f"The prompt {text!r} contains {placeholder} {found} times for {len(images)} "
+                "images. Write it once for each image."
             ) from cause
 
 
 def _reports_replacements(processor: Any) -> bool:
-    """Whether a processor expands its placeholders in the way that can be reported."""
+    """Whether a processor can report how it expanded its placeholders."""
     own = getattr(type(processor), "replace_image_token", None)
     return own is not None and own is not ProcessorMixin.replace_image_token

@@ -1,7 +1,7 @@
-"""Which weights of a model came from its checkpoint.
+"""Report how the weights of a model differ from its checkpoint.
 
-A weight that the checkpoint lacks is initialised at random by transformers, which prints a report
-and goes on. Whoever reads numbers off such a model must know.
+transformers initialises weights that the checkpoint lacks at random, prints a report and continues.
+Results of such a model are meaningless, so the report is kept.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _SHOWN = 5  # names in a message
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """How a checkpoint differs from the model that was made of it; empty if it does not.
+    """The differences between a checkpoint and the model loaded from it; empty if there are none.
 
     Attributes:
-        missing: Weights of the model that the checkpoint lacks: they are random.
-        mismatched: Weights of another shape in the checkpoint: they are random.
-        unexpected: Weights of the checkpoint that the model has no use for.
+        missing: Weights of the model that the checkpoint lacks; they are random.
+        mismatched: Weights that have another shape in the checkpoint; they are random.
+        unexpected: Weights of the checkpoint that the model does not use.
     """
 
     missing: tuple[str, ...] = ()
@@ -31,17 +31,17 @@ class CheckpointReport:
 
     @classmethod
     def of(cls, loading_info: Any) -> CheckpointReport:
-        """The report of ``from_pretrained(..., output_loading_info=True)``.
+        """Return the report of ``from_pretrained(..., output_loading_info=True)``.
 
         Raises:
-            InputError: Something else.
+            InputError: ``loading_info`` is neither a mapping nor a report.
         """
         if isinstance(loading_info, cls):
             return loading_info
         if not isinstance(loading_info, Mapping):
             raise InputError(
-                f"loading is a {type(loading_info).__name__}. Pass the second result of "
-                "from_pretrained(name, output_loading_info=True)."
+                f"loading must be a mapping; got a {type(loading_info).__name__}. Pass the second "
+                "result of from_pretrained(name, output_loading_info=True)."
             )
         return cls(*(_names(loading_info.get(f"{f.name}_keys", ())) for f in fields(cls)))
 
@@ -51,16 +51,16 @@ class CheckpointReport:
 
     @property
     def n_random(self) -> int:
-        """How many weights are random."""
+        """Number of random weights."""
         return len(self.missing) + len(self.mismatched)
 
     @property
     def differences(self) -> dict[str, list[str]]:
-        """The names by kind of difference, without empty ones; JSON-ready."""
+        """The names of the weights for each kind of difference that occurs; JSON-serialisable."""
         return {f.name: list(names) for f in fields(self) if (names := getattr(self, f.name))}
 
     def __str__(self) -> str:
-        """Each kind of difference with its first names."""
+        """Each kind of difference that occurs, with the first weight names."""
         about = {
             "missing": "not in the checkpoint, so random",
             "mismatched": "of another shape in the checkpoint, so random",
@@ -72,7 +72,7 @@ class CheckpointReport:
 
 
 def _names(keys: Iterable[Any]) -> tuple[str, ...]:
-    """Sorted names; mismatched keys come with two shapes."""
+    """Return sorted names; mismatched keys are tuples of name and two shapes."""
     return tuple(sorted(key if isinstance(key, str) else str(key[0]) for key in keys))
 
 

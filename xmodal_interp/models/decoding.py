@@ -1,4 +1,4 @@
-"""How a model may generate while it is captured: each sample is read once, token by token."""
+"""Check generation options: a captured sample is generated once, token by token."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 from xmodal_interp.errors import InputError
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
-"""What holds unless told otherwise, whatever the checkpoint's own generation settings are."""
+"""Defaults of ``generate``; they override the generation settings of the checkpoint."""
 
 _PLAIN: dict[str, tuple[Any, str]] = {
-    "num_beams": (1, "reads several answers at once and drops all but one"),
-    "num_return_sequences": (1, "gives several answers to one prompt"),
-    "guidance_scale": (1, "reads each step twice, with and without the prompt"),
-    "assistant_model": (None, "reads tokens of another model and drops those it rejects"),
+    "num_beams": (1, "generates several answers at once and keeps one of them"),
+    "num_return_sequences": (1, "generates several answers to one prompt"),
+    "guidance_scale": (1, "runs each step twice, with and without the prompt"),
+    "assistant_model": (None, "runs tokens proposed by another model and drops those it rejects"),
     "prompt_lookup_num_tokens": (
         None,
-        "reads tokens of the prompt again and drops those it rejects",
+        "runs tokens copied from the prompt and drops those it rejects",
     ),
     "assistant_early_exit": (
         None,
-        "reads tokens of its own first layers and drops those it rejects",
+        "runs tokens proposed by its own first layers and drops those it rejects",
     ),
-    "custom_generate": (None, "may read tokens in any way"),
+    "custom_generate": (None, "may run tokens in any order"),
     "return_dict_in_generate": (False, "returns more than ids"),
 }
 
 
 def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
-    """Raise InputError for options of ``generate`` that don't give one answer, read in order.
+    """Raise InputError for options of ``generate`` other than greedy decoding or sampling.
 
     Args:
-        model: Its ``generation_config`` counts where the options say nothing.
+        model: The model, whose ``generation_config`` is used for options that are not given.
         options: Arguments of ``model.generate``.
     """
     refuse_canvas(model)
@@ -40,8 +40,8 @@ def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
     if n_cached:
         raise InputError(
             f"The cache in past_key_values already holds {n_cached} positions, whose rows of "
-            "attention this run does not compute. Pass an empty cache or none, or record the calls "
-            "with xi.record(model)."
+            "attention this run does not compute. Pass an empty cache or no cache, or record the "
+            "calls with xi.record(model)."
         )
     settings = options.get("generation_config") or model.generation_config
     for name, (plain, what) in _PLAIN.items():
@@ -49,28 +49,28 @@ def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
         if given is not None and given != plain:
             shown = type(given).__name__ if name == "assistant_model" else repr(given)
             raise InputError(
-                "A sample is one answer, read once and in order, so that each row of attention is "
-                f"a token of it. {name}={shown} {what}. Generate greedily or by sampling; for "
-                "anything else record the calls as they come with xi.record(model)."
+                f"{name}={shown} {what}, so rows of attention are not the tokens of one answer in "
+                "order. Generate greedily or by sampling, or record the calls with "
+                "xi.record(model)."
             )
 
 
 def refuse_canvas(model: Any) -> None:
-    """Raise InputError for a model of block diffusion, which has no logits for a next token."""
+    """Raise InputError for a block diffusion model, which does not generate token by token."""
     canvas = getattr(model.config, "canvas_length", None)
     if canvas is not None:
         raise InputError(
-            f"{type(model).__name__} writes its answer on a canvas of {canvas} positions that it "
-            "reads as a whole again and again, not token by token. Capture the prompt with "
-            "max_new_tokens=0, or record the calls as they come with xi.record(model)."
+            f"{type(model).__name__} generates by block diffusion, {canvas} positions at a time, "
+            "not token by token. Capture the prompt with max_new_tokens=0, or record the calls "
+            "with xi.record(model)."
         )
 
 
 def _n_cached(cache: Any) -> int:
-    """How many positions a cache of transformers holds, or a tuple of keys and values by layer."""
+    """Return the number of positions in a Cache, or in a tuple of keys and values by layer."""
     if cache is None:
         return 0
-    if isinstance(cache, (tuple, list)):  # as in earlier versions
+    if isinstance(cache, (tuple, list)):  # the cache format of earlier versions of transformers
         return max((int(layer[0].shape[-2]) for layer in cache), default=0)
     if hasattr(cache, "self_attention_cache"):
         parts = (cache.self_attention_cache, cache.cross_attention_cache)
@@ -81,15 +81,15 @@ def _n_cached(cache: Any) -> int:
 
 
 def checked_length(max_new_tokens: Any, generation: Any) -> int:
-    """How many tokens to generate, if that is a number, and said in one place.
+    """Return the number of tokens to generate, checked.
 
     Args:
-        max_new_tokens: As the user gives it.
+        max_new_tokens: The number as the user gave it.
         generation: Further arguments of ``generate``, or None.
 
     Raises:
-        InputError: It is no whole number or negative, the arguments are no mapping, or they give
-            the number again.
+        InputError: The number is negative or not a whole number, or ``generation`` is not a mapping
+            or contains ``max_new_tokens`` too.
     """
     whole = hasattr(max_new_tokens, "__index__") and not isinstance(max_new_tokens, bool)
     if not whole or int(max_new_tokens) < 0:
@@ -103,7 +103,7 @@ def checked_length(max_new_tokens: Any, generation: Any) -> int:
         )
     if generation is not None and "max_new_tokens" in generation:
         raise InputError(
-            "The number of tokens to generate is an argument of its own, max_new_tokens="
-            f"{generation['max_new_tokens']!r}; generation holds the others. Got it in generation."
+            "generation contains max_new_tokens. Pass it as a separate argument: max_new_tokens="
+            f"{generation['max_new_tokens']!r}."
         )
     return int(max_new_tokens)

@@ -1,4 +1,4 @@
-"""What the entries of an item are called: an image, a question about it, its known answer."""
+"""Read the entries of an item: an image, a question about it, its known answer."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.ordered import in_order, is_several
 
 ItemDict = Mapping[str, Any]
-"""``image`` or ``images``, ``video`` or ``videos`` (one of the two at least), ``prompt`` or
-``question``, ``answer``, and optionally ``kind``. An entry that is None counts as missing."""
+"""A mapping with ``image`` or ``images``, or ``video`` or ``videos`` (or both); ``prompt`` or
+``question``; ``answer``; and optionally ``kind``. An entry that is None counts as missing."""
 
 Items = Iterable[ItemDict] | pd.DataFrame
-"""Dicts one after the other, or a table with a row for each item."""
+"""An iterable of dicts, or a table with one row per item."""
 
 IMAGES, VIDEOS, PROMPT = ("image", "images"), ("video", "videos"), ("prompt", "question")
 
 
 def listed(items: Items) -> list[ItemDict]:
-    """All items; of a table, its rows, without the cells that are empty.
+    """Return all items as dicts; empty cells of a table are left out.
 
     Raises:
-        InputError: One that is no dict.
+        InputError: An item is not a mapping.
     """
     if isinstance(items, pd.DataFrame):
         return [
@@ -35,33 +35,35 @@ def listed(items: Items) -> list[ItemDict]:
     for index, item in enumerate(found):
         if not isinstance(item, Mapping):
             raise InputError(
-                "An item is a dict with image, prompt and answer. "
-                f"Item {index} is a {type(item).__name__}."
+                f"Item {index} is a {type(item).__name__}. "
+                "Give a dict with image, prompt and answer."
             )
     return found
 
 
 def entry(item: ItemDict, *names: str, title: str) -> Any:
-    """The entry that goes by one of these names; ``title`` is the item's, for the message.
+    """Return the entry that has one of these names; ``title`` names the item in messages.
 
     Raises:
-        InputError: There is none, or several.
+        InputError: The item has no such entry, or several.
     """
     there = _names_in(item, names)
     if len(there) != 1:
+        between = " and " if there else " or "
         raise InputError(
-            f"An item must have {' or '.join(map(repr, names))}{', not both' if there else ''}. "
-            f"{title} has {'both' if there else 'none'}; its entries are "
-            f"{', '.join(map(str, item)) or 'none'}."
+            f"{title} has {'both' if there else 'no'} {between.join(map(repr, names))} (its "
+            f"entries are {', '.join(map(str, item)) or 'empty'}). Give exactly one that is not "
+            "None."
         )
     return item[there[0]]
 
 
 def visuals_of(item: ItemDict, *, title: str) -> tuple[list[Any], list[Any]]:
-    """The images and the videos of an item as they were given: neither opened nor checked.
+    """Return the images and the videos of an item, neither opened nor checked.
 
     Raises:
-        InputError: It has neither, or one of them by two names.
+        InputError: The item has neither, or has ``image`` and ``images`` (or ``video`` and
+            ``videos``) at once.
     """
     videos = _several(entry(item, *VIDEOS, title=title)) if _names_in(item, VIDEOS) else []
     images = (

@@ -1,4 +1,4 @@
-"""What differs between model families, as data.
+"""The differences between model families, as data.
 
 One :class:`Family` record per transformers model type; the records are in ``records``.
 """
@@ -17,39 +17,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """What the toolkit has to know about a model type.
+    """The properties of a model type that preparing and labelling its inputs depend on.
 
     Attributes:
         model_type: ``config.model_type`` in transformers.
         image_token: Configuration attribute that holds the id of the tokens whose embeddings are
-            the image's features; dots lead through nested attributes and mapping keys. None where
-            images are not among the text tokens.
-        geometry: The rule that places image tokens on images. None where there is none; then
-            ``reason`` says why.
-        in_sequence: Whether image tokens stand among the text tokens. If not, text reaches the
-            image by cross-attention, whose keys the rule places.
+            the image's features; dots separate nested attributes and mapping keys. None if images
+            are not among the text tokens.
+        geometry: The rule that places image tokens on images. None if there is no rule; ``reason``
+            then explains why.
+        in_sequence: Whether image tokens are among the text tokens. If not, text attends to the
+            image by cross-attention, and the rule places its keys.
         video: The rule that places video tokens on frames, if there is one.
-        video_token: Attribute that holds the id of the video placeholder, if there is one.
-        placeholder: Attribute of the processor that holds what a prompt has where an image goes;
-            None where it has nothing there.
-        video_tower: Name of the module that reads videos only, where there is one; the others then
-            read images.
-        in_order: Whether images and videos are read together in the order of the prompt, not all
-            images of a batch and then all of its videos.
-        flat_images: Whether the processor takes a plain list of images, not one list per prompt.
-        in_front: Whether the processor puts images before the prompt by itself, so that a bare
+        video_token: Configuration attribute that holds the id of video tokens, if there is one.
+        placeholder: Attribute of the processor that holds the placeholder of an image in a prompt;
+            None if images have no placeholder.
+        video_tower: Name of the vision tower for videos, if it is separate from the one for images.
+        in_order: Whether images and videos of a batch are encoded together in the order of the
+            prompt, instead of all images first and all videos after them.
+        flat_images: Whether the processor takes a flat list of images, not one list per prompt.
+        in_front: Whether the processor itself puts images before the prompt, so that a bare
             question is a whole prompt.
         writes_prompt: Whether the processor writes the prompt itself, from the text of a policy
-            that the images are held against: the question is that policy.
-        image_mask: The model's input that says by a 1 where image tokens stand, if their ids don't.
-        prepended: Whether the model itself puts the image's features in front of the ids.
-        image_mark: What a prompt has where an image goes, for processors that take texts and images
-            in one list.
-        reads_text: Whether the model reads a prompt. If not, its decoder's start token is all.
-        rewritten: Whether ``generate`` leaves out the last id of a prompt, and puts the text
-            model's beginning-of-sequence token in place of the first.
-        token_types: Whether the model wants ``mm_token_type_ids``; processors return it when asked.
-        reason: Why image tokens have no place in the image, or why there is no rule for it.
+            that images are checked against. The question then is that policy.
+        image_mask: The model input whose ones mark image tokens, if their ids do not.
+        prepended: Whether the model itself puts the image's features before the ids.
+        image_mark: The mark of an image in a prompt, for processors that take texts and images in
+            one list.
+        reads_text: Whether the model takes a prompt. If not, the decoder reads only a start token.
+        rewritten: Whether ``generate`` drops the last id of a prompt, and replaces the first by the
+            text model's beginning-of-sequence token.
+        token_types: Whether the model requires ``mm_token_type_ids``, which processors return on
+            request.
+        reason: Why image tokens have no row and column, or why there is no rule for them.
     """
 
     model_type: str
@@ -79,7 +79,7 @@ class Family:
 
     @property
     def marks_tokens(self) -> bool:
-        """Whether image tokens are among the text tokens and known by an id or a mask."""
+        """Whether image tokens are among the text tokens, marked by an id or a mask."""
         named = self.image_token is not None or self.image_mask is not None
         return self.in_sequence and named
 
@@ -89,7 +89,7 @@ class Family:
         return "" if self.video is None else name_of(self.video)
 
     def image_token_id(self, config: PretrainedConfig) -> int | None:
-        """The id of image tokens, or None where the configuration knows none."""
+        """The id of image tokens, or None if the configuration has none."""
         return _id(config, self.image_token)
 
     def video_token_id(self, config: PretrainedConfig) -> int | None:

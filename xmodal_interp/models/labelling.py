@@ -1,4 +1,4 @@
-"""From what the processor returned for a sample to its labelled positions."""
+"""Label the positions of a sample from the outputs of the processor."""
 
 from __future__ import annotations
 
@@ -40,17 +40,16 @@ class Prompt:
     """One sample, ready for the model.
 
     Attributes:
-        text: The rendered prompt, as the processor laid it out, before it expanded its
-            placeholders.
-        question: What the user asked.
+        text: The rendered prompt as the processor laid it out, with placeholders not yet expanded.
+        question: The question that the user passed.
         images: The images, in order.
         grids: The grid of each image.
-        columns: What stands at each position, padding included: ``tokens``, before it is a table.
+        columns: The columns of ``tokens``, padding included.
         cross_keys: One row per cross-attention key, for families whose images are not in the
             sequence.
         video_grids: The grid of each video.
         videos: The videos, in order.
-        n_encoder: How many of the positions an encoder reads, before those of the decoder.
+        n_encoder: Number of positions of the encoder, which precede those of the decoder.
     """
 
     text: str
@@ -65,20 +64,20 @@ class Prompt:
 
     @cached_property
     def tokens(self) -> pd.DataFrame:
-        """One row per position; made when first asked for: many prompts are never looked at."""
+        """One row per position. Built on first access, because many prompts need no table."""
         return token_table(self.columns)
 
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """What one sample was made of, before its positions are labelled.
+    """The parts of a sample before its positions are labelled.
 
     Attributes:
-        question: What the user asked.
+        question: The question that the user passed.
         images: The images, in order.
-        prompt: The prompt that the processor got.
-        replacements: What the processor reports to have replaced; None where it doesn't.
-        grids: The grid of each image; None where the family has no rule.
+        prompt: The prompt that was passed to the processor.
+        replacements: The replacements that the processor reports; None if it reports none.
+        grids: The grid of each image; None if the family has no rule.
         video_grids: The grid of each video.
         videos: The videos, in order.
     """
@@ -94,13 +93,13 @@ class Made:
 
 @dataclass(frozen=True, eq=False)
 class Labeller:
-    """What labelling needs beside the sample.
+    """Labels the positions of samples of one model.
 
     Attributes:
         processor: The processor.
         family: The record of the model's type.
         config: The model's configuration.
-        placeholder: What a prompt has where an image goes; None where it has nothing there.
+        placeholder: The placeholder of an image in a prompt; None if images have no placeholder.
     """
 
     processor: Any
@@ -109,17 +108,17 @@ class Labeller:
     placeholder: str | None
 
     def prompt(self, made: Made, read: Read) -> Prompt:
-        """The labelled positions of a sample.
+        """Return the labelled positions of a sample.
 
-        Where the family has no rule, and the ids cannot be matched with the prompt either, they are
-        labelled by kind alone: no position has characters of the prompt.
+        If the family has no rule and the ids cannot be matched with the prompt, positions get a
+        kind but no characters of the prompt.
 
         Args:
-            made: What it was made of.
-            read: What the model reads.
+            made: The parts of the sample.
+            read: The ids that the model reads.
 
         Raises:
-            GeometryError: The ids are not what the prompt and the grids lead to.
+            GeometryError: The ids do not match the prompt and the grids.
         """
         tokens = [token for token, ours in zip(read.ids, read.aligned, strict=True) if ours]
         try:
@@ -161,7 +160,7 @@ class Labeller:
         )
 
     def _rewritten(self, columns: Columns) -> Columns:
-        """The columns without the last position, and with the token that is put first."""
+        """Drop the last position and replace the first token, as ``generate`` does."""
         shorter = {name: list(values)[:-1] for name, values in columns.items()}
         if shorter["kind"][0] != "padding":
             begin = self.config.text_config.bos_token_id
@@ -178,7 +177,7 @@ class Labeller:
 
     @property
     def _by_place(self) -> bool:
-        """Whether image tokens are known by where they stand, not by their ids."""
+        """Whether image tokens are identified by their positions, not by their ids."""
         return self.family.prepended or self.family.image_mask is not None
 
     def _aligned(self, made: Made, ids: Sequence[int]) -> Alignment:
@@ -200,7 +199,7 @@ class Labeller:
         return counted_alignment(ids, texts, tokenizer, image_id, counts, markers)
 
     def _laid_out(self, made: Made) -> Iterator[str]:
-        """What the processor may have expanded: the prompt, or what it makes of it before."""
+        """Yield texts that the processor may have expanded: the prompt, and known changes of it."""
         text, tokenizer = made.prompt.text, self.processor.tokenizer
         yield text
         if self._by_place:
@@ -218,8 +217,8 @@ class Labeller:
                 yield begin + text
 
     def _unplaced(self, columns: Columns, images: Sequence[Image.Image]) -> tuple[ImageGrid, ...]:
-        """Grids without places, that say why there are none."""
-        reason = self.family.reason or f"There is no rule for {self.family.model_type!r}."
+        """Return grids without rows and columns, with the reason."""
+        reason = self.family.reason or f"There is no geometry rule for {self.family.model_type!r}."
         counts = [columns["image"].count(i) for i in range(len(images))]
         return tuple(
             unplaced(image.size, n, reason) for image, n in zip(images, counts, strict=True)

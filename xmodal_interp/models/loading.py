@@ -1,7 +1,4 @@
-"""From a name to a model.
-
-A Hub id, a folder, or nothing for the tiny model that is shipped in the package.
-"""
+"""Load a model by name: a Hub id, a folder, or a tiny model shipped with the package."""
 
 from __future__ import annotations
 
@@ -27,28 +24,28 @@ from xmodal_interp.restoring import Block
 
 SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")
 
-_LONGEST_NAME = 4096  # bytes of a path
+_LONGEST_NAME = 4096  # maximal length of a path in bytes
 _UNREADABLE = (OSError, RuntimeError, SafetensorError, EOFError, UnpicklingError)
 
 
-def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  refusals
+def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  many checks of arguments
     """Load a vision-language model and its processor.
 
     A warning names weights that the checkpoint lacks, that have another shape in it, or that the
-    model has no use for; they are in the ``loading`` of the result too.
+    model does not use. They are also in the attribute ``loading`` of the result.
 
     Args:
-        name: A Hub id, a folder, ``"llava"`` or ``"qwen2_vl"`` for a tiny trained model shipped
-            with the package; the shipped LLaVA if not given. The shipped models need no network.
-        **options: For ``from_pretrained``: ``dtype="auto"``, ``device_map="auto"``,
-            ``attn_implementation=...``, ``revision=...``.
+        name: A Hub id, a folder, or ``"llava"`` or ``"qwen2_vl"`` for a tiny trained model shipped
+            with the package. The default is the shipped LLaVA. Shipped models load offline.
+        **options: Arguments of ``from_pretrained``, such as ``dtype="auto"``,
+            ``device_map="auto"``, ``attn_implementation=...`` or ``revision=...``.
 
     Raises:
         InputError: There is no such model, or it cannot be loaded with these options.
-        UnsupportedModelError: A model type without a family record, or one that reads text only.
+        UnsupportedModelError: The model type has no family record, or is text-only.
     """
     if name is not None and not isinstance(name, (str, PathLike)):
-        raise InputError(f"The name of a model is a string or a path; got {quoted(name)}.")
+        raise InputError(f"The name of a model must be a string or a path; got {quoted(name)}.")
     source = str(
         shipped_path(str(name or "llava")) if name is None or str(name) in SHIPPED else name
     )
@@ -61,35 +58,36 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  
     }
     adapter = Path(source) / "adapter_config.json"
     if len(source.encode(errors="replace")) > _LONGEST_NAME or "\0" in source:
-        raise InputError(f"No model can have the name {quoted(source)}.")
+        raise InputError(
+            f"The model name {quoted(source)} is not a valid path. Give a Hub id or a folder."
+        )
     if adapter.is_file() and not adapter.with_name("config.json").is_file():
         raise InputError(
-            f"A model is loaded whole. {source!r} holds a PEFT adapter only. Load its base model "
+            f"{source!r} holds only a PEFT adapter, not a whole model. Load its base model "
             "and pass VLM(PeftModel.from_pretrained(base.model, folder), base.processor)."
         )
     try:
         config = AutoConfig.from_pretrained(source, **shared)
     except OSError as error:
         raise InputError(
-            f"A model is a folder, a Hub id, or one of the shipped {', '.join(SHIPPED)}; "
-            f"{source!r} could not be loaded: "
-            f"{str(error).splitlines()[0]}"
+            f"{source!r} could not be loaded: {str(error).splitlines()[0].rstrip('.')}. "
+            f"Give a folder, a Hub id, or one of the shipped models {', '.join(SHIPPED)}."
         ) from error
     except ValueError as error:
         raise UnsupportedModelError(
-            f"transformers does not know the model type of {source!r}: {error}"
+            f"transformers does not support the model type of {source!r}: {error}"
         ) from error
     family = family_of(config)
     shipped = name is None or str(name) in SHIPPED
     if shipped:
-        options.setdefault("dtype", "float32")  # kept as float16, computed as trained
+        options.setdefault("dtype", "float32")  # trained in float32, stored in float16
     _check_dtype(options.get("dtype"))
     try:
         with Block(_quiet) if shipped else nullcontext():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 source, **{**options, "output_loading_info": True}
             )
-    except _UNREADABLE as error:  # weights missing, cut off or of other shapes, no such device
+    except _UNREADABLE as error:  # missing, truncated or mismatched weights, unknown device
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         raise InputError(
             f"The weights of {source!r} could not be loaded{f' with {given}' if given else ''}: "
@@ -99,8 +97,8 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  
     loading = CheckpointReport.of(info)
     if loading:
         warnings.warn(
-            f"The checkpoint {source!r} is not that of {type(model).__name__}. Weights {loading}."
-            + (" Numbers of a model with random weights mean nothing; load its whole checkpoint.")
+            f"The checkpoint {source!r} does not match {type(model).__name__}. Weights {loading}."
+            + (" Results of random weights are meaningless; load a complete checkpoint.")
             * bool(loading.n_random),
             UserWarning,
             stacklevel=2,
@@ -120,17 +118,17 @@ def _check_dtype(dtype: Any) -> None:
         return
     if not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
         raise InputError(
-            f"dtype is 'auto' or one of torch's types by name, such as 'bfloat16'; got {dtype!r}."
+            f"dtype must be 'auto' or the name of a torch dtype such as 'bfloat16'; got {dtype!r}."
         )
 
 
 def _quiet(stack: ExitStack) -> None:
-    """No progress bar of transformers: a shipped model loads at once."""
+    """Disable the progress bar of transformers: shipped models load instantly."""
     if logging.is_progress_bar_enabled():
         stack.callback(logging.enable_progress_bar)
         logging.disable_progress_bar()
 
 
 def shipped_path(family: str) -> Path:
-    """The folder of a shipped checkpoint."""
+    """Return the folder of a shipped checkpoint."""
     return Path(str(files("xmodal_interp") / "shapes" / "checkpoints" / family))

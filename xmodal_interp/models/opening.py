@@ -1,4 +1,4 @@
-"""Pictures and videos as users give them."""
+"""Open the images and videos that users pass."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ ImageLike = Image.Image | str | PathLike[str]
 Composite = Callable[[Image.Image], Image.Image]
 
 _NOT_FRAMES = (
-    "A video is given as its frames, xi.Video([frame, ...], fps=...), each a path or a PIL image: "
-    "no file is decoded here. Got {}. Decode it first, and choose the frames that the model is to "
-    "see."
+    "A video must be xi.Video([frame, ...], fps=...), each frame a path or a PIL image; got {}. "
+    "Video files are not decoded: decode yours and choose the frames for the model."
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """Frames that a model is to see, all of them: none are left out, and none are sampled.
+    """The frames of a video for a model. All of them are used: no frame is dropped or sampled.
 
     Attributes:
         frames: The frames in order, all of one size: paths or PIL images.
-        fps: How many of them there are per second; None if that is not known.
+        fps: Frames per second; None if not known.
 
     Raises:
-        InputError: A video file in the place of frames.
+        InputError: ``frames`` is not an iterable of images, such as the path of a video file, or
+            ``fps`` is not a positive number.
     """
 
     frames: Sequence[ImageLike]
@@ -45,13 +45,15 @@ class Video:
         if isinstance(self.frames, (str, PathLike)):
             raise InputError(_NOT_FRAMES.format(repr(str(self.frames))))
         if not isinstance(self.frames, Iterable):
-            raise InputError(f"A video's frames are a list of images; got {quoted(self.frames)}.")
+            raise InputError(
+                f"The frames of a video must be a list of images; got {quoted(self.frames)}."
+            )
         object.__setattr__(self, "frames", tuple(self.frames))
         if self.fps is not None:
             real_number(self.fps, "fps", 0)
 
     def opened(self) -> Video:
-        """The same with the frames read.
+        """Return the video with its frames opened as RGB images.
 
         Raises:
             InputError: There are no frames, they differ in size, or one cannot be read.
@@ -60,25 +62,27 @@ class Video:
         sizes = {frame.size for frame in frames}
         if len(sizes) != 1:
             raise InputError(
-                f"A video must have frames, all of one size. Got {len(frames)} frames of "
+                f"A video must have frames of one size; got {len(frames)} frames of "
                 f"{', '.join(f'{w} x {h}' for w, h in sorted(sizes)) or 'no size'}."
             )
         return Video(frames, self.fps)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the frames, px; they must be open."""
+        """Width and height of the frames, px; the frames must be opened."""
         first = self.frames[0]
         if not isinstance(first, Image.Image):
-            raise InputError("A video's size is known when its frames are open; call opened().")
+            raise InputError(
+                "The size of a video is unknown until its frames are opened. Call opened() first."
+            )
         return first.size
 
     def pixels(self) -> np.ndarray:
-        """``[frame, row, col, 3]``, bytes."""
+        """Return the frames as ``uint8``, ``[frame, row, col, 3]``."""
         return np.stack([np.asarray(open_image(frame)) for frame in self.frames])
 
     def metadata(self) -> dict[str, Any]:
-        """What processors want to be told of it."""
+        """Return the metadata that video processors take."""
         width, height = self.size
         known = {} if self.fps is None else {"fps": self.fps, "duration": len(self) / self.fps}
         return {
@@ -90,15 +94,15 @@ class Video:
         }
 
     def __len__(self) -> int:
-        """How many frames."""
+        """Number of frames."""
         return len(self.frames)
 
 
 def open_video(video: Any) -> Video:
-    """A video with its frames read.
+    """Return a video with its frames opened.
 
     Raises:
-        InputError: It is no :class:`Video`, or has frames that cannot be read.
+        InputError: ``video`` is not a :class:`Video`, or a frame cannot be read.
     """
     if not isinstance(video, Video):
         is_path = isinstance(video, (str, PathLike))
@@ -108,34 +112,36 @@ def open_video(video: Any) -> Video:
 
 
 def flat(nested: Sequence[Sequence[Any]]) -> list[Any]:
-    """What is in the lists of all samples, in order."""
+    """Return the entries of the lists of all samples as one list."""
     return [each for of_sample in nested for each in of_sample]
 
 
 def open_image(image: ImageLike, composite: Composite | None = None) -> Image.Image:
-    """An RGB image from a path or a PIL image, turned as its camera says (EXIF).
+    """Return an RGB image from a path or a PIL image, rotated by its EXIF orientation.
 
-    What is transparent is put on white, as processors of transformers do. Grey values of 16 bits
-    become bytes, with a warning: 65535 is white, where transformers makes all above 255 white.
+    Transparent pixels become white, as in the processors of transformers. Grey values of 16 bits
+    are scaled to 8 bits with a warning: 65535 becomes white, whereas transformers turns every value
+    above 255 white.
 
     Args:
-        image: The image.
-        composite: Puts a transparent image on another background, where the processor has one.
+        image: A path or a PIL image.
+        composite: Puts a transparent image on a background, for processors with another one than
+            white.
 
     Raises:
-        InputError: Something else, no such file, a file that is no image, or grey values whose
-            range is not known.
+        InputError: ``image`` is neither a path nor a PIL image, the file does not exist or is not
+            an image, or the range of its grey values is not known.
     """
     if isinstance(image, Image.Image):
         if not (image.width and image.height):
             raise InputError(
-                f"An image needs at least one pixel; got {image.width} x {image.height} px."
+                f"An image must have at least one pixel; got {image.width} x {image.height} px."
             )
         return _rgb(_turned(image), composite)
     if not isinstance(image, (str, PathLike)):
         raise InputError(
-            "An image must be a path or a PIL image, such as PIL.Image.fromarray makes of an array "
-            f"of bytes [row, col, 3]; got an object of {type(image).__name__}."
+            f"An image must be a path or a PIL image; got an object of {type(image).__name__}. "
+            "Convert an array of bytes [row, col, 3] with PIL.Image.fromarray."
         )
     path = user_path(image)
     try:
@@ -143,36 +149,35 @@ def open_image(image: ImageLike, composite: Composite | None = None) -> Image.Im
             return _rgb(_turned(opened), composite).copy()
     except FileNotFoundError:
         raise InputError(
-            f"An image must be a file that exists, or a PIL image; there is no {str(path)!r}."
+            f"There is no image file {str(path)!r}. Pass the path of an existing file, or a PIL "
+            "image."
         ) from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise InputError(
-            f"An image file must be readable by Pillow; {str(path)!r} is not: {error}."
-        ) from error
+        raise InputError(f"Pillow cannot read the image file {str(path)!r}: {error}.") from error
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """The image upright; itself where it is, so that pixels that are not needed are not read."""
+    """Rotate by the EXIF orientation; an upright image is returned without reading its pixels."""
     if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         return image
     return ImageOps.exif_transpose(image)
 
 
 def _rgb(image: Image.Image, composite: Composite | None) -> Image.Image:
-    """The image in three bytes per pixel. Pillow alone would cut off all above 255."""
+    """Return the image in RGB. Grey values of 16 bits are scaled; Pillow alone would clip them."""
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
     if image.mode == "RGB" and not transparent:
         return image
-    widened = image.mode == "I" and image.format == "PPM"  # how Pillow opens those of 16 bits
+    widened = image.mode == "I" and image.format == "PPM"  # Pillow opens 16-bit PPM in mode I
     if image.mode.startswith("I;16") or widened:
         values = np.asarray(image).astype(np.float64)
         _warn_of_scale(values)
         return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise InputError(
-            "Grey values must be of 8 or of 16 bits, for then it is known what is black and white. "
-            f"Got an image of mode {image.mode!r}. Make bytes of it first: Image.fromarray(array) "
-            "of an array of np.uint8 [row, col], 0 to 255, or of np.uint16, 0 to 65535."
+            f"The range of grey values of an image of mode {image.mode!r} is not known. Convert it "
+            "first: Image.fromarray(array) of an array of np.uint8 [row, col], 0 to 255, or of "
+            "np.uint16, 0 to 65535."
         )
     if transparent and composite is not None:
         return composite(image.convert("RGBA"))
@@ -180,12 +185,12 @@ def _rgb(image: Image.Image, composite: Composite | None) -> Image.Image:
 
 
 def _warn_of_scale(values: np.ndarray) -> None:
-    """Say that grey values of 16 bits are scaled, and how to show them otherwise."""
+    """Warn that grey values of 16 bits are scaled, and how to scale them differently."""
     warnings.warn(
         f"Grey values of 16 bits are scaled so that 65535 is white; those of this image are "
-        f"{int(values.min())} to {int(values.max())}. Pass image.convert('RGB') for what "
-        "transformers does (all above 255 is white), or bytes that you have scaled yourself, "
-        "Image.fromarray((array >> 4).astype(np.uint8)) for values of 12 bits.",
+        f"{int(values.min())} to {int(values.max())}. Pass image.convert('RGB') to do as "
+        "transformers does (every value above 255 is white), or bytes that you scaled yourself, "
+        "such as Image.fromarray((array >> 4).astype(np.uint8)) for values of 12 bits.",
         UserWarning,
         stacklevel=4,
     )

@@ -1,11 +1,11 @@
-"""Which samples may share a padded run of the model, and on which side they are padded.
+"""Which samples may share a padded batch, and on which side they are padded.
 
-The numbers of a sample must not depend on the other samples of its batch. Padding changes them
-where a model counts positions from the first one, padding included, or where images are padded to
-the largest one or to the largest number of them. The samples are then run one by one.
+The results of a sample must not depend on the other samples of its batch. Padding changes them if a
+model counts padding in its positions, or if images are padded to the largest image or to the
+largest number of images. Such samples are run one by one.
 
-A prompt that a decoder continues is padded on the left: its answer follows its last token. A prompt
-that an encoder reads is padded on the right: the positions of its tokens then stay the same.
+The prompt of a decoder is padded on the left, because the answer follows its last token. The prompt
+of an encoder is padded on the right, so that the positions of its tokens stay the same.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_SPARSE = "which keys an indexer chooses among equals depends on how many keys there are"
+_SPARSE = "which of several equal keys an indexer chooses depends on the number of keys"
 _ABSOLUTE = "positions are counted from the first one, padding included"
-_IMAGES = "images are padded to the largest one of a batch"
+_IMAGES = "images are padded to the largest image of a batch"
 
 ALONE: dict[str, str] = {
     "dots3_note": _SPARSE,
@@ -30,23 +30,23 @@ ALONE: dict[str, str] = {
     "instructblipvideo": "the query tokens read the question at positions that padding shifts",
     "emu3": _IMAGES,
     "idefics2": _IMAGES,
-    "perception_lm": "images with different numbers of tiles do not make one tensor",
+    "perception_lm": "images with different numbers of tiles cannot be stacked",
 }
-"""Model types whose samples are run one by one, and why; of the whole model or its text model."""
+"""Types (of the whole model or its text model) whose samples are run one by one, and why."""
 
 
 def padding_side(config: Any, *, in_encoder: bool) -> str:
-    """``"left"`` or ``"right"``: on which side the prompts of a batch are padded.
+    """Return the side on which the prompts of a batch are padded: ``"left"`` or ``"right"``.
 
     Args:
         config: The configuration of the model.
-        in_encoder: Whether prompts are read by the encoder of an encoder-decoder, if it is one.
+        in_encoder: Whether the encoder of an encoder-decoder model reads the prompts.
     """
     return "right" if config.is_encoder_decoder and in_encoder else "left"
 
 
 def runs_alone(config: Any) -> bool:
-    """Whether padding changes the numbers of a model of this configuration."""
+    """Whether padding changes the results of a model with this configuration."""
     text = config.get_text_config(decoder=True)
     return bool(ALONE.keys() & {config.model_type, getattr(text, "model_type", None)})
 
@@ -54,7 +54,9 @@ def runs_alone(config: Any) -> bool:
 def batches_alike(
     config: Any, images: Sequence[Sequence[Any]], *, by_count: bool
 ) -> list[list[int]]:
-    """Which samples share a run, in order: all, those with as many images each, or one each.
+    """Return the samples of each batch, in order.
+
+    A batch holds all samples, those with the same number of images, or a single one.
 
     Args:
         config: The configuration of the model.

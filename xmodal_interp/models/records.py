@@ -1,8 +1,8 @@
-"""One record per model type: where its image tokens are, and the rule that places them.
+"""One record per model type: its image tokens, and the geometry rule that places them.
 
-To add a family, write a record: its model type, where its configuration keeps the id of the image
-tokens, and the geometry rule that they follow, or the reason why they have no place. Outside
-``models/`` and ``shapes/`` no code branches on a model type.
+To add a family, write a record: the model type, the configuration attribute that holds the id of
+the image tokens, and their geometry rule, or the reason why they are on no grid. No code outside
+``models/`` and ``shapes/`` branches on a model type.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ _RECORDS: tuple[Family, ...] = (
         "inkling_mm_model",
         geometry=geometry.PaddedSquares(resized=geometry.scaled, spare_column=True),
     ),
-    # what convolutions make of an image
+    # features or codes computed by convolutions
     Family("chameleon", "vocabulary_map.<image>", geometry=geometry.code_grid),
     Family("emu3", "vocabulary_map.<image>", geometry=geometry.code_rows),
     Family("gemma3n", geometry=geometry.fused_stages),
@@ -230,7 +230,7 @@ _RECORDS: tuple[Family, ...] = (
             behind=1,
         ),
     ),
-    # learned queries between tower and text
+    # learned queries between vision tower and text
     *(
         Family(
             name,
@@ -245,9 +245,9 @@ _RECORDS: tuple[Family, ...] = (
         geometry=geometry.SeparateTiles(
             geometry.large_pages, geometry.fitted, encoded=True, queries=True, behind=1
         ),
-        reason="Its image tokens are learned queries behind the cells of each view in the vision "
-        "tower: they have no row and column of their own. What they take of the cells is told by "
-        "xi.attention_rollout(..., tower='vision').",
+        reason="Its image tokens are learned queries after the patches of each view in the vision "
+        "tower, so they have no row and column. xi.attention_rollout(..., tower='vision') "
+        "estimates which patches they draw on.",
     ),
     Family(
         "instructblipvideo",
@@ -265,10 +265,10 @@ _RECORDS: tuple[Family, ...] = (
 
 # Images are not among the tokens of the prompt.
 _NOT_PLACEHOLDERS: dict[str, str] = {
-    "evolla": "It reads proteins, and reaches them by cross-attention: there is no image.",
-    "mistral4": "It reads text only.",
-    "udop": "It joins the patches to the words that a reader found on the page, by their boxes; "
-    "its processor wants these words, not a prompt alone.",
+    "evolla": "Its input is a protein, attended to by cross-attention; it has no image input.",
+    "mistral4": "Its input is text only.",
+    "udop": "It joins image patches with the words that OCR found on the page, by their boxes; "
+    "its processor requires these words besides the prompt.",
 }
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS} | {
@@ -278,36 +278,34 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS}
 
 
 def family_of(config: Any) -> Family:
-    """The record of a model's type.
+    """Return the record of a model's type.
 
     Raises:
-        UnsupportedModelError: There is none, or the model reads text only.
+        UnsupportedModelError: The type has no record, or the model is a text-only model.
     """
     model_type = getattr(config, "model_type", None)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     if getattr(config, "vision_config", None) is None and _reads_text_only(config):
         raise UnsupportedModelError(
-            f"A vision-language model has a vision_config. The model type {model_type!r} has none: "
-            "it reads text only. "
+            f"The model type {model_type!r} is text-only: its configuration has no vision_config. "
             "Record its attention with xi.record(model), or load one of the "
             f"{len(FAMILIES)} types in xmodal_interp.models.FAMILIES."
         )
     raise UnsupportedModelError(
-        f"Labelling tokens needs a family record. There is none for the model type {model_type!r}; "
-        f"the {len(FAMILIES)} that are known are in xmodal_interp.models.FAMILIES. "
+        f"The model type {model_type!r} has no family record, which labelling tokens requires; "
+        f"xmodal_interp.models.FAMILIES has {len(FAMILIES)} types. "
         "Write one (xmodal_interp.models.Family) and pass it as VLM(model, processor, family=...), "
-        "or record the bare "
-        "attention with xi.record(model)."
+        "or record the bare attention with xi.record(model)."
     )
 
 
 def refuse_other_class(model: Any) -> None:
-    """Raise UnsupportedModelError for a class that is not the generating one of its model type.
+    """Raise UnsupportedModelError unless the model is of the generating class of its model type.
 
-    Its configuration has the same model type, but it reads other inputs, or has no logits:
-    ``BlipForQuestionAnswering`` encodes the question apart, ``LlavaModel`` ends at hidden states.
-    Subclasses, and wrappers that hold the generating class, pass.
+    Other classes share the model type but take other inputs or return no logits:
+    ``BlipForQuestionAnswering`` encodes the question separately, ``LlavaModel`` returns hidden
+    states. Subclasses, and wrappers that hold the generating class, are accepted.
     """
     model_type = model.config.model_type
     expected = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
@@ -324,7 +322,7 @@ def refuse_other_class(model: Any) -> None:
 
 
 def _reads_text_only(config: Any) -> bool:
-    """Whether the model that transformers registers for a configuration reads nothing but text."""
+    """Whether transformers registers a text-only model for this configuration."""
     known: Any = MODEL_MAPPING.get(type(config), None)
     kinds = known if isinstance(known, tuple) else (known,)
     return any(
@@ -335,5 +333,5 @@ def _reads_text_only(config: Any) -> bool:
 
 
 def _as_list(modalities: str | Iterable[str]) -> list[str]:
-    """The modalities that a model's class declares: one by name, or several."""
+    """Return the modalities that a model's class declares, as a list."""
     return [modalities] if isinstance(modalities, str) else list(modalities)

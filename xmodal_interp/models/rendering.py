@@ -1,4 +1,4 @@
-"""From a question to the prompt that the processor gets, and whose each stretch of it is."""
+"""Render a question to the prompt for the processor, with the role of each part of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xmodal_interp.models.alignment import shifted
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of the rendered prompt, in characters, and whose it is."""
+    """A span of characters of the rendered prompt, and its role."""
 
     role: str
     start: int
@@ -22,11 +22,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt as the processor gets it.
+    """A prompt as it is passed to the processor.
 
     Attributes:
-        text: Its characters, placeholders not expanded.
-        spans: Whose text is where.
+        text: The prompt; placeholders are not expanded.
+        spans: The span and role of each message.
     """
 
     text: str
@@ -35,15 +35,15 @@ class Rendered:
 
 @dataclass(frozen=True, eq=False)
 class Writer:
-    """How the prompts of a model are written.
+    """Renders the prompts of a model.
 
     Attributes:
-        processor: Its chat template is used.
-        image: What a prompt has where an image goes; None where it has nothing there.
-        video: What a prompt has where a video goes, likewise.
-        in_front: Whether the processor puts the images in front by itself: without a chat template,
-            the question is the prompt.
-        answer: Whether a prompt ends with what opens the answer.
+        processor: The processor, whose chat template is used.
+        image: The placeholder of an image; None if images have no placeholder.
+        video: The placeholder of a video; None if videos have no placeholder.
+        in_front: Whether the processor itself puts the images before the prompt. Without a chat
+            template, the question then is the whole prompt.
+        answer: Whether the chat template adds the generation prompt.
     """
 
     processor: Any
@@ -55,23 +55,23 @@ class Writer:
     def prompt(
         self, question: str, n_images: int, n_videos: int = 0, *, system: str | None = None
     ) -> Rendered:
-        """The prompt of a question about some images and videos.
+        """Return the prompt of a question about some images and videos.
 
         Args:
-            question: One that holds a placeholder is the whole prompt; any other is put into the
-                chat template behind its images, and these before its videos.
-            n_images: How many images there are.
-            n_videos: How many videos there are.
+            question: A question that contains a placeholder is used as the whole prompt. Any other
+                is put into the chat template, after its images and then its videos.
+            n_images: The number of images.
+            n_videos: The number of videos.
             system: A system message, for the chat template.
 
         Raises:
-            InputError: An empty question or one that is no text, a processor without a chat
-                template, or a prompt that has not one placeholder per video.
+            InputError: The question is empty or not a string, the processor has no chat template,
+                or the prompt does not have one placeholder per video.
         """
         if not isinstance(question, str):
-            raise InputError(f"A prompt must be one text; got {question!r}.")
+            raise InputError(f"A prompt must be a string; got {question!r}.")
         if not question.strip():
-            raise InputError("A prompt must not be empty; got only white space.")
+            raise InputError("The prompt is empty or only white space.")
         templated = getattr(self.processor, "chat_template", None) is not None
         known = [each for each in (self.image, self.video) if each is not None]
         if any(each in question for each in known) or (self.in_front and not templated):
@@ -82,8 +82,8 @@ class Writer:
             if n_videos:
                 where += f", with {self.video} where each video goes"
             raise InputError(
-                f"{type(self.processor).__name__} has no chat template, so a bare question cannot "
-                f"be rendered. Write the whole prompt{where}; got {question!r}."
+                f"{type(self.processor).__name__} has no chat template to render the question "
+                f"{question!r}. Write the whole prompt{where}."
             )
         parts = ["image"] * n_images + ["video"] * n_videos
         content = [*({"type": part} for part in parts), {"type": "text", "text": question}]
@@ -100,37 +100,37 @@ def _check_videos(text: str, placeholder: str | None, n_videos: int, whose: str)
     found = 0 if placeholder is None else text.count(placeholder)
     if found != n_videos:
         raise InputError(
-            f"A prompt must have {placeholder or 'a placeholder'} where each video goes. {whose} "
-            f"has {found} of them for {n_videos} videos: {text!r}."
+            f"{whose} has {found} video placeholders for {n_videos} videos: {text!r}. Put "
+            f"{placeholder or 'a placeholder'} where each video goes."
         )
 
 
 def closed_up(prompt: str, mark: str) -> str:
-    """The prompt without spaces around the marks of its images, nor at its ends."""
+    """Return the prompt without spaces around its image marks and at its ends."""
     return re.sub(rf" *{re.escape(mark)} *", mark, prompt).strip(" ")
 
 
 def interleaved(prompt: str, mark: str, images: Sequence[Any]) -> list[Any]:
-    """Texts and images in the order of the prompt; where it marks none, the images come first.
+    """Return texts and images in the order of the prompt; without marks, the images come first.
 
     Raises:
-        InputError: It does not mark as many images as there are.
+        InputError: The prompt has another number of marks than images.
     """
     texts = prompt.split(mark) if mark in prompt else [""] * len(images) + [prompt]
     if len(texts) != len(images) + 1:
         raise InputError(
-            f"A prompt must have {mark} once for each image, or not at all. There are "
-            f"{len(images)} images; the prompt is {prompt!r}."
+            f"The prompt {prompt!r} contains {mark} {len(texts) - 1} times for {len(images)} "
+            "images. Write it once for each image, or leave it out."
         )
     parts = [part for pair in zip(texts, images, strict=False) for part in pair]
     return [part for part in (*parts, texts[-1]) if part != ""]
 
 
 def spans_in(text: str, prompt: Rendered) -> list[Span]:
-    """The spans of a prompt in the text that the processor made of it before expanding.
+    """Return the spans of a prompt in the text that the processor laid out, before expansion.
 
     Raises:
-        GeometryError: Some of the prompt is gone.
+        GeometryError: The processor's text does not contain the whole prompt.
     """
     starts = shifted([span.start for span in prompt.spans], prompt.text, text)
     lasts = shifted([span.end - 1 for span in prompt.spans], prompt.text, text)
@@ -141,9 +141,10 @@ def spans_in(text: str, prompt: Rendered) -> list[Span]:
 
 
 def message_spans(text: str, messages: Sequence[dict[str, Any]]) -> list[Span]:
-    """Where the texts of the messages stand in the rendered prompt.
+    """Return the spans of the messages' texts in the rendered prompt, one per text part.
 
-    A message reaches from its first part to its last.
+    Raises:
+        InputError: The rendered prompt does not contain the text of a message.
     """
     spans, cursor = [], 0
     for message in messages:
@@ -157,9 +158,8 @@ def message_spans(text: str, messages: Sequence[dict[str, Any]]) -> list[Span]:
             start = text.find(part.strip(), cursor)
             if start < 0:
                 raise InputError(
-                    f"A chat template must render every message text as it is. The text {part!r} "
-                    "is not in the rendered "
-                    f"prompt {text!r}."
+                    f"The chat template's prompt {text!r} does not contain the message text "
+                    f"{part!r}. Use a chat template that keeps message texts unchanged."
                 )
             cursor = start + len(part.strip())
             spans.append(Span(message["role"], start, cursor))

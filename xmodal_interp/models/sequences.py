@@ -1,10 +1,10 @@
-"""What a model reads at each position, where that is not simply the ids of the prompt.
+"""The ids that a model reads at each position, if they differ from the ids of the prompt.
 
-1. The decoder of an encoder-decoder reads a start token first: behind the prompt that the encoder
-   reads, or in front of the one that the decoder reads.
-2. Features of an image may stand in front of the ids, or where a mask says so, whatever the ids.
-3. BLIP leaves out the last id of a prompt when it generates, and writes the first one anew.
-4. A known answer after the prompt (teacher forcing) is read as ``generate`` would read it.
+1. The decoder of an encoder-decoder model reads a start token first, followed by its prompt if the
+   encoder does not read the prompt.
+2. Image features may precede the ids, or replace the ids that a mask marks.
+3. When BLIP generates, it drops the last id of a prompt and replaces the first one.
+4. A known answer after the prompt (teacher forcing) gets the inputs that ``generate`` gives it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ class Read:
     """The positions of one sample.
 
     Attributes:
-        ids: The id at each; ``FEATURE`` where an image's feature stands that has none of its own.
+        ids: The id of each position; ``FEATURE`` for image features without an id.
         attended: False on padding.
-        aligned: Which ones the prompt was expanded to: neither padding nor a decoder's start token.
-        n_encoder: How many of them an encoder reads, before those of the decoder.
+        aligned: True for positions of the expanded prompt: neither padding nor the decoder's start
+            token.
+        n_encoder: Number of positions of the encoder, which precede those of the decoder.
     """
 
     ids: list[int]
@@ -42,10 +43,10 @@ class Read:
 
 
 def with_start(model: Any, inputs: Mapping[str, Any], n_samples: int) -> dict[str, Any]:
-    """The inputs with the ids that the decoder of an encoder-decoder begins with.
+    """Return the inputs with the first ids of the decoder of an encoder-decoder model.
 
-    They are those that ``generate`` would begin with: the prompt of the decoder, if there is one,
-    behind its start token.
+    As in ``generate``, these are the start token, followed by the prompt of the decoder if there is
+    one.
     """
     if not model.config.is_encoder_decoder:
         return dict(inputs)
@@ -62,13 +63,13 @@ def with_start(model: Any, inputs: Mapping[str, Any], n_samples: int) -> dict[st
 
 
 def read_at(family: Family, inputs: Mapping[str, Any], index: int, n_features: int) -> Read:
-    """The positions of one sample of a batch.
+    """Return the positions of one sample of a batch.
 
     Args:
         family: The record of the model's type.
-        inputs: Those of the model, with what its decoder begins with.
-        index: Which sample.
-        n_features: How many features its images have, for models that put them in front.
+        inputs: Inputs of the model, with the first ids of its decoder.
+        index: The index of the sample.
+        n_features: Number of features of its images, for models that put them before the ids.
     """
     decoded = inputs.get(DECODER_IDS)
     ids = [] if "input_ids" not in inputs else inputs["input_ids"][index].tolist()
@@ -88,14 +89,14 @@ def read_at(family: Family, inputs: Mapping[str, Any], index: int, n_features: i
 
 
 def as_generated(config: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a rewritten prompt as ``generate`` reads them, whose answer follows."""
+    """Return the inputs as ``generate`` rewrites them: last id dropped, first id replaced."""
     shorter = {name: inputs[name][:, :-1].clone() for name in _OF_PROMPT if name in inputs}
     shorter["input_ids"][:, 0] = config.text_config.bos_token_id
     return {**inputs, **shorter}
 
 
 def as_given(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of :func:`as_generated`: with a last id, which ``generate`` leaves out."""
+    """Reverse :func:`as_generated`: repeat the last id, which ``generate`` will drop."""
     longer = {
         name: torch.cat([inputs[name], inputs[name][:, -1:]], 1)
         for name in _OF_PROMPT
@@ -107,17 +108,17 @@ def as_given(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def with_answer(
     model: Any, inputs: Mapping[str, Any], ids: Sequence[int], last_text: int
 ) -> dict[str, Any]:
-    """The inputs with an answer after the prompt; after that of the decoder, if there is one.
+    """Return the inputs with an answer after the prompt of the decoder.
 
-    Positions of the answer are attended, are not of an image, and get the token type that
+    Positions of the answer are attended and are not image tokens. Their token type is the one that
     ``generate`` gives a new token: PaliGemma's prompt has type 0 and is bidirectional, its answer
     has type 1 and is causal.
 
     Args:
         model: The model; its ``_update_model_kwargs_for_generation`` gives the token types.
-        inputs: Those of the prompts, ``[sample, position]``.
-        ids: The answer's token ids.
-        last_text: The last text position of the prompt, whose token type the answer continues.
+        inputs: Inputs of the prompts, ``[sample, position]``.
+        ids: Token ids of the answer.
+        last_text: The last text position of the prompt, from whose token type the answer's follows.
     """
     given = prompt_ids(inputs)
     decoded = DECODER_IDS in inputs
@@ -144,7 +145,7 @@ def with_answer(
 
 
 def without_last(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs without their last position; without the decoder's, if there is one."""
+    """Return the inputs without the last position of the decoder."""
     decoded = DECODER_IDS in inputs
     names = (
         (DECODER_IDS, DECODER_MASK)
@@ -158,7 +159,10 @@ def without_last(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_whole(model: Any, inputs: Mapping[str, Any]) -> None:
-    """Raise InputError if the model needs more than images and a prompt give (a robot's state)."""
+    """Raise InputError if the model requires other inputs than images and a prompt provide.
+
+    An example is the state of a robot.
+    """
     wanted = inspect.signature(model.forward).parameters.values()
     named = (each for each in wanted if each.kind is each.POSITIONAL_OR_KEYWORD)
     missing = [
@@ -166,14 +170,13 @@ def check_whole(model: Any, inputs: Mapping[str, Any]) -> None:
     ]
     if missing:
         raise InputError(
-            "A sample is what a model makes of images and a prompt. "
-            f"{type(model).__name__} also needs {' and '.join(missing)}. Call it with everything "
-            "it needs inside of xi.record(model), or give xi.doctor these inputs."
+            f"{type(model).__name__} requires {' and '.join(missing)} besides images and a prompt. "
+            "Call it with all inputs inside xi.record(model), or pass them to xi.doctor."
         )
 
 
 def prompt_ids(inputs: Mapping[str, Any]) -> Tensor:
-    """The ids that the answer follows, ``[sample, position]``: the decoder's, if there is one."""
+    """Return the ids before the answer, ``[sample, position]``: of the decoder, if it has ids."""
     ids: Tensor = inputs.get(DECODER_IDS, inputs.get("input_ids"))
     return ids
 
@@ -182,12 +185,12 @@ _OF_PROMPT = ("input_ids", "attention_mask")
 _OF_POSITIONS = ("attention_mask", "cross_attention_mask", "image_attention_mask")
 _TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 _IMAGE_MARKS = ("image_embeds_position_mask",)
-"""Inputs with one entry per position, all ``[sample, position, ...]``. They are named because
-shapes are ambiguous: an image may have as many patches as the prompt has positions."""
+"""Inputs with one entry per position, all ``[sample, position, ...]``. They are listed by name
+because shapes are ambiguous: an image may have as many patches as the prompt has positions."""
 
 
 def _type_of_new(model: Any, name: str, before: Tensor) -> Tensor:
-    """The token type of a generated position after one of the type ``before``, ``[sample, 1]``."""
+    """Return the token type of a generated position after type ``before``, ``[sample, 1]``."""
     update = getattr(model, "_update_model_kwargs_for_generation", None)
     grown = before if update is None else update({}, {name: before})[name]
     return grown[:, -1:]
@@ -203,7 +206,7 @@ def _start_id(model: Any) -> int:
     start = settings.bos_token_id if start is None else start
     if not isinstance(start, int):
         raise InputError(
-            "A decoder begins with the decoder_start_token_id (or the bos_token_id) of the "
-            f"generation config, which must be one id; {type(model).__name__} has {start!r}."
+            "The generation config must have one decoder_start_token_id (or bos_token_id); that of "
+            f"{type(model).__name__} has {start!r}."
         )
     return start

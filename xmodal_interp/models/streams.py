@@ -1,8 +1,8 @@
-"""What a sub-model reads: by the declarations of its class, or by what is known of it.
+"""The tower of a sub-model, from the declarations of its class or from a table.
 
-transformers' classes declare ``input_modalities`` and ``main_input_name``. A class may inherit them
-from the base class of its model type, which declares the inputs of the whole model. A part that is
-no model by itself has neither: STREAMS lists those that nothing else tells.
+The classes of transformers declare ``input_modalities`` and ``main_input_name``. A class may
+inherit them from the base class of its model type, which declares the inputs of the whole model.
+Modules that are not models declare neither; STREAMS lists those that nothing else identifies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ READS: dict[str, Tower] = {
     "audio_mel": "audio",
     "past_values": "other",
 }
-"""The tower of a model whose first input is called so."""
+"""The tower of a model, by the name of its main input."""
 _MODALITIES: dict[str, Tower] = {
     "image": "vision",
     "video": "vision",
@@ -43,24 +43,25 @@ STREAMS: dict[str, tuple[tuple[str, Tower], ...]] = {
     "CLIPSegDecoder": ((r"", "vision"),),
     # attention between the frames of a clip
     "XCLIPModel": ((r"mit\.", "vision"),),
-    # its encoder is T5's, and is given a spectrogram
+    # its encoder is that of T5, and its input is a spectrogram
     "Pop2PianoForConditionalGeneration": ((r"encoder\.", "audio"),),
-    # a canvas of tokens that are denoised together: its positions are not those of the prompt
+    # denoises a canvas of tokens, whose positions are not those of the prompt
     "DiffusionGemmaDecoderModel": ((r"", "other"),),
     "Sam3LiteTextTextModel": ((r"", "language"),),
     "PerceiverForMaskedLM": ((r"", "language"),),
 }
-"""By class: patterns of paths inside it, and the tower of the attention found there."""
+"""By class name: patterns of module paths inside it, and the tower of the attention there."""
 
 
 def declared_tower(model: Any, *, own: bool = False) -> Tower | None:
-    """The tower of a model by the modality that its class declares; None for several, or none.
+    """Return the tower of a model by the modality that its class declares.
 
-    Of two declarations, that of the more derived class counts.
+    Of two declarations, that of the more derived class counts. The result is None if the class
+    declares no modality or several.
 
     Args:
         model: A model of transformers.
-        own: Whether only what the class itself declares counts, not what it inherits.
+        own: Whether to ignore inherited declarations.
     """
     lineage = type(model).__mro__
     by_name, by_kind = (_declared_by(lineage, name) for name in ("main_input_name", _KINDS))
@@ -77,15 +78,15 @@ def declared_tower(model: Any, *, own: bool = False) -> Tower | None:
 
 
 def _declared_by(lineage: Sequence[type], attribute: str) -> int:
-    """How far up its lineage a class declares an attribute."""
+    """Return the index of the first class of a lineage (MRO) that defines an attribute."""
     return next(n for n, each in enumerate(lineage) if attribute in vars(each))
 
 
 def known_stream(inside: Iterable[tuple[nn.Module, str]]) -> Tower | None:
-    """The tower of a module by the classes that it is in.
+    """Return the tower of a module by the classes of the modules that contain it.
 
     Args:
-        inside: Each module that it is in, with its path inside that one.
+        inside: Each containing module, with the path of the module inside it.
     """
     for holder, path in inside:
         for pattern, tower in STREAMS.get(type(holder).__name__, ()):

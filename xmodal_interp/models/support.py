@@ -1,7 +1,7 @@
-"""The support matrix: what was measured of each model type, and where its image tokens stand.
+"""The support matrix: measurements and geometry rules of each model type.
 
-The measurements are in ``support.json``, with the versions they were made with; rules and reasons
-are those of the family records, read when the table is asked for.
+``support.json`` holds the measurements and the versions of the libraries. Geometry rules and
+reasons are read from the family records when the table is built.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ COLUMNS = (
 _INTRODUCTION = """\
 # Model types
 
-Measured on tiny random models in float32 (torch {torch}, transformers {transformers}), with every
-softmax attention that runs listened to from below; no pretrained checkpoint was tried. The outputs
-of {n_same} of {n} types are, bit for bit, those without recording. This page is written by
-`python -m tests.conformance.matrix`; `xmodal families` prints it.
+Measured on tiny random models in float32 (torch {torch}, transformers {transformers}); no
+pretrained checkpoint was tested. For comparison, every softmax attention was also observed at the
+level of torch's functions. The outputs of {n_same} of {n} types are bit-identical to those without
+recording. This page is written by `python -m tests.conformance.matrix` and printed by
+`xmodal families`.
 
-* **layers**: attention modules by tower and kind in the tiny model.
-* **without matrix**: layers that mix tokens without a softmax (linear attention, state spaces,
-  convolutions): there is no matrix to record.
-* **as probabilities**: layers of which the probabilities themselves are kept, since queries and
-  keys do not carry their scores.
-* **worst error**: the largest difference between recorded and real probabilities, and between
-  `P V` and the backend's output relative to the largest value.
-* **generation**: whether a cached generation was recorded with the same ids; `-`: this model did
-  not generate from these inputs.
-* **geometry**: the rule that gives image tokens their row, column and box, or `none`; the note
-  says why.
-* **videos**: the rule that gives video tokens their frame, row, column and box, if there is one.
+* **layers**: attention modules of the tiny model, by tower and attention kind.
+* **without matrix**: layers that mix tokens but are not softmax attention (linear attention, state
+  spaces, convolutions), so that no probabilities exist.
+* **as probabilities**: layers whose probabilities are stored, because their scores cannot be
+  computed from queries and keys.
+* **worst error**: the largest difference between recorded and actual probabilities, or between
+  `P V` and the backend's output relative to its largest value.
+* **generation**: whether a cached generation returned the same ids while recorded; `-`: the model
+  did not generate from these inputs.
+* **geometry**: the rule that gives image tokens their row, column and box, or `none` (the note
+  gives the reason).
+* **videos**: the rule that gives video tokens their frame, row, column and box; empty if none.
 """
 
 
 def families() -> pd.DataFrame:
-    """One row per model type of images and text that transformers registers.
+    """Return one row per image-text model type that transformers registers.
 
     Returns:
         ``model_type``; ``layers``, ``without_matrix``, ``as_probabilities`` (counts by
-        ``tower.kind``, empty for none); ``worst_error`` of a probability (0 to 1); ``generation``
+        ``tower.kind``, empty if zero); ``worst_error`` of a probability (0 to 1); ``generation``
         (``same``, ``differs`` or ``-``); ``geometry`` (name of a rule, or ``none``);
         ``videos`` (name of a rule, or empty); ``processor`` (a class of transformers, or ``-``);
         ``note``. The versions are in ``attrs``.
@@ -60,7 +61,7 @@ def families() -> pd.DataFrame:
 
 
 def markdown() -> str:
-    """The same as a page of documentation."""
+    """Return the table of :func:`families` as a Markdown page."""
     _stored.cache_clear()
     table, stored = families(), _stored()
     n_same = sum(about["outputs_same"] for about in stored["types"].values())
@@ -84,7 +85,7 @@ def _stored() -> dict[str, Any]:
 
 def _row(name: str, about: dict[str, Any]) -> tuple[Any, ...]:
     family = FAMILIES[name]
-    idle = f"did not run here: {_counts(about['idle'])}" if about["idle"] else ""
+    idle = f"did not run in this test: {_counts(about['idle'])}" if about["idle"] else ""
     notes = (family.reason or "", idle, *about["notes"])
     same = {True: "same", False: "differs", None: "-"}[about["generation"]]
     return (

@@ -1,9 +1,10 @@
-"""What stands at each position: text, kind, role, image, grid cell, pixel box, character span.
+"""Token tables: string, kind, role, image, grid cell, pixel box and character span per position.
 
-1. Every position has its characters in the prompt, or is of an expansion (``alignment``).
-2. Image and video tokens of an expansion get the rows, columns and boxes of its grid, one for one;
-   its other tokens are markers, breaks and text of the processor's own.
-3. Roles come from where the messages' texts stand in the rendered prompt.
+1. Each position is matched with its characters in the prompt, or belongs to the expansion of a
+   placeholder (see ``alignment``).
+2. The image and video tokens of an expansion get the rows, columns and boxes of its grid, in order.
+   The other tokens of an expansion are markers, line breaks and text that the processor inserted.
+3. Roles are found from the spans of the messages in the rendered prompt.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 class Placeholders:
     """Ids of the tokens whose embeddings are features of images or videos.
 
-    None where a family has no such token, or where images are not in the sequence.
+    None if the family has no such token, or if images are not in the sequence.
     """
 
     image: int | None
@@ -36,11 +37,11 @@ class Placeholders:
 
 
 FEATURE = -1
-"""In place of an id, where an image's feature stands that has no id of its own."""
+"""Used instead of a token id at the positions of image features that have no id."""
 
 
 Columns = dict[str, Any]
-"""Columns of a token table, one entry per position, before they are typed."""
+"""Columns of a token table, one entry per position, before they get their dtypes."""
 
 
 def token_columns(
@@ -52,20 +53,20 @@ def token_columns(
     spans: Sequence[Span],
     aligned: Sequence[bool],
 ) -> Columns:
-    """What stands at each position of a prompt, padding included: columns of the token table.
+    """Return columns of the token table for each position of a prompt, padding included.
 
-    Places are still missing; :func:`with_places` adds them. A word that the vocabulary lacks is
-    text, though its token, the unknown one, is among the special tokens; ``token`` says what is
-    read in its place, ``start`` and ``end`` where it stands.
+    :func:`with_places` adds rows, columns and boxes. A word that is not in the vocabulary has the
+    kind ``text``, although the unknown token is a special token; ``token`` is the unknown token,
+    and ``start`` and ``end`` are the span of the word.
 
     Args:
-        ids: Token ids as the model gets them.
+        ids: Token ids as the model reads them.
         attended: False on padding.
-        alignment: The positions in ``aligned``.
+        alignment: Alignment of the positions that are True in ``aligned``.
         tokenizer: A fast tokenizer.
         placeholders: Ids of image and video tokens.
-        spans: Whose text is where.
-        aligned: Which positions the alignment is of.
+        spans: The span and role of each message.
+        aligned: Which positions the alignment covers.
     """
     pieces = _pieces(tokenizer, ids)
     special = special_ids(tokenizer)
@@ -99,7 +100,7 @@ def token_columns(
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The vocabulary's entry for each id."""
+    """Return the vocabulary entry of each id."""
     known: list[str] = tokenizer.convert_ids_to_tokens([max(token, 0) for token in ids])
     return [
         "<image>" if token == FEATURE else piece for token, piece in zip(ids, known, strict=True)
@@ -107,7 +108,7 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _numbers(expansions: Sequence[str]) -> list[int]:
-    """Which image, or which video, each expansion is."""
+    """Return the number of each expansion among those of its modality."""
     return [list(expansions[:i]).count(modality) for i, modality in enumerate(expansions)]
 
 
@@ -119,9 +120,10 @@ def _kind(token: int, placeholders: Placeholders, special: set[int], modality: s
 
 
 def _role(kind: str, modality: str | None, at: Position, spans: Sequence[Span]) -> str | None:
-    """A token belongs to the message that its span touches.
+    """Return the role of the message that overlaps the token's span.
 
-    What no message wrote is the template's, markers and text in an expansion too.
+    Tokens outside all messages have the role ``template``, and so have markers and text in an
+    expansion.
     """
     if kind == "padding":
         return None
@@ -134,10 +136,10 @@ def _role(kind: str, modality: str | None, at: Position, spans: Sequence[Span]) 
 def with_places(
     columns: Columns, grids: Sequence[ImageGrid], videos: Sequence[VideoGrid] = ()
 ) -> Columns:
-    """The columns, with row, column, box, tile, view and frame of image and video tokens.
+    """Add row, column, box, tile, view and frame of image and video tokens.
 
     Raises:
-        GeometryError: An image or video does not have as many tokens as its grid.
+        GeometryError: An image or video has another number of tokens than its grid.
     """
     kinds = np.asarray(columns["kind"])
     places = {name: np.full(len(kinds), np.nan) for name in _PLACES}
@@ -147,8 +149,8 @@ def with_places(
         stray = int((is_kind & ~np.isin(number, np.arange(len(all_of)))).sum())
         if stray:
             raise GeometryError(
-                f"Each {kind} token must be of one of the {kind}s given. There are {len(all_of)}, "
-                f"and {stray} {kind} tokens beside theirs."
+                f"{stray} {kind} tokens belong to none of the {len(all_of)} {kind}s given. "
+                f"Write one {kind} placeholder per {kind}, or none."
             )
         for index, grid in enumerate(all_of):
             _fill(places, view, np.flatnonzero(is_kind & (number == index)), grid, kind, index)
@@ -156,7 +158,7 @@ def with_places(
 
 
 def token_table(columns: Columns) -> pd.DataFrame:
-    """One row per position; the columns are ``TOKEN_COLUMNS``."""
+    """Return a table with one row per position and the columns ``TOKEN_COLUMNS``."""
     return _table(columns, len(columns["token"]))
 
 
@@ -171,12 +173,12 @@ def _fill(
     kind: str,
     index: int,
 ) -> None:
-    """Put a grid's places on the positions of its tokens."""
+    """Write the rows, columns and boxes of a grid to the positions of its tokens."""
     if grid.n_tokens != len(positions):
         raise GeometryError(
-            f"A rule must give each {kind} as many tokens as it has in the sequence. For {kind} "
-            f"{index} it gives {grid.n_tokens} ({grid.rows} x {grid.cols}); the sequence has "
-            f"{len(positions)}."
+            f"The family's rule gives {kind} {index} {grid.n_tokens} tokens "
+            f"({grid.rows} x {grid.cols}), but the sequence has {len(positions)}. Check that "
+            "processor, family record and model belong together."
         )
     for name, values in _columns_of(grid, kind).items():
         if name == "view":
@@ -186,7 +188,7 @@ def _fill(
 
 
 def _columns_of(grid: Any, kind: str) -> dict[str, np.ndarray]:
-    """Columns of a grid's tokens in sequence order; NaN (None for the view) without a place."""
+    """Return columns for a grid's tokens in sequence order; NaN (view: None) outside the grid."""
     boxes = dict(zip(("x0", "y0", "x1", "y1"), grid.boxes.T, strict=True))
     *frames, row, col = _missing(grid.places_by_view).T
     tile = np.full(len(row), np.nan) if grid.tiles is None else _missing(grid.tiles)
@@ -197,12 +199,12 @@ def _columns_of(grid: Any, kind: str) -> dict[str, np.ndarray]:
 
 
 def _missing(numbers: np.ndarray) -> np.ndarray:
-    """Numbers with NaN for ``NOWHERE``."""
+    """Return the numbers as floats, NaN instead of ``NOWHERE``."""
     return np.where(numbers < 0, np.nan, numbers.astype(float))
 
 
 def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
-    """One row per image token of all grids in order: the keys of a cross-attention."""
+    """Return one row per image token of all grids, in order: the keys of a cross-attention."""
     counts = [grid.n_tokens for grid in grids]
     n = sum(counts)
     image, none = np.repeat(np.arange(len(grids)), counts), np.full(n, np.nan)
@@ -211,21 +213,21 @@ def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
 
 
 def separator_behind(text: str) -> str:
-    """What stands between a prompt and its answer: a space, if the prompt does not end in one."""
+    """Return the separator of a prompt and its answer: a space, unless the prompt ends in one."""
     return "" if text.endswith((" ", "\n")) else " "
 
 
 def generated_table(
     read: Sequence[int], answer: Sequence[int], tokenizer: Any, n_before: int, text: str
 ) -> tuple[pd.DataFrame, str]:
-    """Rows for the generated tokens, and the text with the answer.
+    """Return table rows for the generated tokens, and the text of prompt and answer.
 
     Args:
-        read: The generated tokens that the model has read, so that they are positions.
+        read: The generated tokens that the model has read; each is a position.
         answer: All generated tokens.
         tokenizer: The tokenizer.
-        n_before: Positions of the prompt.
-        text: The prompt's text.
+        n_before: Number of positions of the prompt.
+        text: The text of the prompt.
     """
     ids = list(read)
     special = special_ids(tokenizer)
@@ -246,20 +248,21 @@ def generated_table(
 def _generated_spans(
     ids: Sequence[int], decoded: str, tokenizer: Any, special: set[int]
 ) -> list[tuple[int, int]]:
-    """The characters of a decoded answer that each token has a part in, white space left out.
+    """Return the span of each token in the decoded answer, without leading white space.
 
-    A character of several tokens, each with some of its bytes, is that of all of them. A token may
-    change the characters before it (some tokenizers take spaces away), so a character is settled
-    when no later token changes it; tokens that are settled together are found one by one.
+    If the bytes of one character are spread over several tokens, each of them has this character. A
+    token may change the characters before it (some tokenizers remove spaces), so a character counts
+    as final only when no later token changes it. Tokens whose characters become final together are
+    then located one by one.
 
     Args:
-        ids: The tokens; special ones have no character.
-        decoded: The whole answer, which may go on.
+        ids: The tokens; special tokens have no characters.
+        decoded: The whole answer, which may continue after these tokens.
         tokenizer: The tokenizer.
         special: Ids of special tokens.
     """
     spans: list[tuple[int, int]] = []
-    waiting: list[int] = []  # tokens that have settled no character yet
+    waiting: list[int] = []  # tokens without a final character yet
     settled = 0
     for number, token in enumerate(ids):
         if token in special:
@@ -267,7 +270,7 @@ def _generated_spans(
             continue
         so_far = tokenizer.decode(ids[: number + 1], skip_special_tokens=True)
         stop = max(_n_in_common(so_far, decoded), settled)
-        unfinished = len(so_far) > stop  # has bytes of the next character
+        unfinished = len(so_far) > stop  # the token ends within a character
         end = min(stop + unfinished, len(decoded))
         spans.append((settled, end))
         if stop == settled and unfinished:
@@ -284,7 +287,7 @@ def _generated_spans(
 
 
 def _one_by_one(pieces: Sequence[str], text: str, start: int, end: int) -> list[tuple[int, int]]:
-    """Where pieces stand in order within a text; empty if some do not, as parts of a character."""
+    """Return the spans of consecutive pieces in a text, or [] if one of them is not found."""
     spans = []
     for piece in pieces:
         at = text.find(piece, start, end) if piece else -1
@@ -296,13 +299,13 @@ def _one_by_one(pieces: Sequence[str], text: str, start: int, end: int) -> list[
 
 
 def _n_in_common(one: str, other: str) -> int:
-    """How many characters two strings begin with alike."""
+    """Return the length of the common prefix of two strings."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
-    """A span without the white space that it begins with."""
+    """Return the span without leading white space."""
     return end - len(text[start:end].lstrip()), end
 
 
@@ -311,7 +314,7 @@ _FLOATS = ("x0", "y0", "x1", "y1")
 
 
 def _table(columns: Columns, n_rows: int, start: int = 0) -> pd.DataFrame:
-    """Columns in the order of the vocabulary, each with its type; the missing ones are empty."""
+    """Return a table of the columns TOKEN_COLUMNS with their dtypes; missing ones are empty."""
     typed: dict[str, Any] = {}
     for name in TOKEN_COLUMNS:
         if name in _FLOATS:

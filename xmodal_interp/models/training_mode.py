@@ -1,8 +1,8 @@
-"""Modules in training mode, and running a model without them.
+"""Find modules in training mode, and switch them to evaluation mode for a while.
 
 ``model.training`` is the flag of the outermost module only. A module that is added later, such as
-an adapter of PEFT, begins in training mode, and its dropout is on although ``model.training`` is
-False. So the flag of every module is read.
+an adapter of PEFT, starts in training mode with dropout on, although ``model.training`` is False.
+Therefore the flag of every module is read.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from xmodal_interp.restoring import Block
 
 
 def modules_in_training(model: nn.Module) -> list[str]:
-    """Names of the modules whose ``training`` flag is set; the model itself is ``"the model"``."""
+    """Return the names of the modules in training mode; the model's own is ``"the model"``."""
     return [name or "the model" for name, module in model.named_modules() if module.training]
 
 
 def evaluation_mode(model: nn.Module, *, warn: bool = True) -> Block[None]:
     """Switch every module to evaluation mode inside a ``with`` block.
 
-    Each module has its own flag again afterwards.
+    The flag of each module is restored afterwards.
 
     Args:
         model: The model.
@@ -49,7 +49,7 @@ def _switch_off(model: nn.Module, stack: ExitStack) -> None:
 
 
 def described_training(names: list[str]) -> str:
-    """How many modules are in training mode, with the names of the first."""
+    """Describe the modules in training mode: their number, and the names of the first three."""
     first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     verb = "module is" if len(names) == 1 else "modules are"
-    return f"{len(names)} {verb} in training mode, with dropout on where they have any ({first})"
+    return f"{len(names)} {verb} in training mode, so any dropout in them is active ({first})"

@@ -1,6 +1,6 @@
-"""A vision-language model with its processor.
+"""VLM: a vision-language model with its processor.
 
-The pair that turns an image and a question into labelled positions.
+It turns images and questions into model inputs with labelled positions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from xmodal_interp.ordered import in_order
 _generating: ContextVar[tuple[object, Mapping[str, Any]]] = ContextVar(
     "xmodal_interp_generating", default=(None, {})
 )
-"""The VLM that generates in this thread or task, and its inputs."""
+"""The VLM whose :meth:`~VLM.generate` is running in this thread or task, and its inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +47,16 @@ class VLM:
     """A model, its processor and its family record.
 
     Attributes:
-        model: A model of transformers, or PEFT's wrapping of one.
-        processor: Its processor.
-        family: What is known of its type; found by the type if not given.
-        loading: A ``CheckpointReport``: how its checkpoint differs from it. Pass the second result
-            of ``from_pretrained(name, output_loading_info=True)``. None if it is not known.
+        model: A model of transformers, or a PEFT wrapper of one.
+        processor: The processor of the model.
+        family: The record of the model type; looked up by the type if not given.
+        loading: A ``CheckpointReport``: how the checkpoint differs from the model. Pass the second
+            result of ``from_pretrained(name, output_loading_info=True)``. None if not known.
 
     Raises:
-        InputError: What was given is no model of transformers, or a processor without a tokenizer.
-        UnsupportedModelError: The model type has no family record, or reads text only; or the model
-            is not of the generating class of its type, or has a PEFT adapter that adds positions
-            without a token.
+        InputError: ``model`` is not a model of transformers, or ``processor`` has no tokenizer.
+        UnsupportedModelError: The model type has no family record or is text-only, the model is not
+            of the generating class of its type, or it has a PEFT adapter with virtual tokens.
     """
 
     model: Any
@@ -68,8 +67,8 @@ class VLM:
     def __post_init__(self) -> None:
         if not hasattr(self.model, "config"):
             raise InputError(
-                f"A VLM wraps a transformers model; got an object of {type(self.model).__name__}. "
-                "xi.load(name) loads model and processor."
+                "model must be a transformers model; got an object of "
+                f"{type(self.model).__name__}. xi.load(name) loads model and processor."
             )
         refuse_virtual_tokens(self.model)
         given: Any = self.family
@@ -80,12 +79,12 @@ class VLM:
             object.__setattr__(self, "loading", CheckpointReport.of(self.loading))
         if not hasattr(self.processor, "tokenizer"):
             raise InputError(
-                "A processor has a tokenizer beside what reads images; AutoProcessor loads both. "
-                f"Got {type(self.processor).__name__}."
+                "The processor must have a tokenizer and an image processor; got "
+                f"{type(self.processor).__name__}. Load both with AutoProcessor."
             )
 
     def __repr__(self) -> str:
-        """The classes, not their contents: a model prints every module."""
+        """Classes, model type, dtype and device; the model's own repr lists every module."""
         return (
             f"VLM({type(self.model).__name__}, {type(self.processor).__name__}; "
             f"{self.family.model_type}, {self.model.dtype}, {self.model.device})"
@@ -93,7 +92,7 @@ class VLM:
 
     @property
     def name(self) -> str:
-        """Where the model came from, or its class."""
+        """The name or path that the model was loaded from, or its class name."""
         return str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
 
     @property
@@ -117,23 +116,23 @@ class VLM:
         system: str | None = None,
         videos: Iterable[Iterable[Video]] | None = None,
     ) -> tuple[dict[str, Any], list[Prompt]]:
-        """Model inputs for a batch, and the labelled positions of each sample.
+        """Return the model inputs for a batch, and the labelled positions of each sample.
 
         Args:
             images: For each sample, its images in order.
-            questions: For each sample, its question. One that already holds the image or video
-                placeholder is taken as the whole prompt; any other is put into the chat template
-                behind its images and its videos. It may be empty where the model's decoder begins
-                by itself, and must be where the model reads no text.
+            questions: The question of each sample. A question that contains an image or video
+                placeholder is used as the whole prompt; any other is put into the chat template,
+                after its images and videos. It may be empty if a decoder starts from its start
+                token alone, and must be empty if the model takes no text.
             system: A system message, for the chat template.
             videos: For each sample, its videos in order.
 
         Raises:
-            GeometryError: The processor's ids are not what the prompt and the family's rule lead
-                to, or the family has no rule for videos.
-            InputError: An empty question, an image that cannot be read, something that is no video,
-                a processor without a chat template, or one that leaves videos out, or a prompt with
-                more or fewer placeholders than images.
+            GeometryError: The processor's ids do not match the prompt and the family's rule, or the
+                family has no rule for videos.
+            InputError: A question is empty, an image or video cannot be read, the processor has no
+                chat template or its template drops videos, or the numbers of placeholders and
+                images differ.
         """
         images, questions = in_order(images, "images"), in_order(questions, "questions")
         for question in questions:
@@ -147,8 +146,8 @@ class VLM:
         shown = shown or [()] * len(opened)
         if flat(shown) and self.family.video is None:
             raise GeometryError(
-                "Videos need a rule that places their tokens. There is none for the model type "
-                f"{self.family.model_type!r}."
+                f"The model type {self.family.model_type!r} has no rule that places video tokens. "
+                "Pass a family record with one, or record the attention with xi.record(model)."
             )
         prompts = [
             self._rendered(question, len(of), len(clips), system)
@@ -167,10 +166,10 @@ class VLM:
         except (
             *(ValueError, TypeError, RuntimeError, StopIteration),
             *(ArithmeticError, LookupError, AttributeError),
-        ) as error:  # processors check what they are given by whatever fails first
+        ) as error:  # processors rarely check their inputs: any of these errors may be raised
             calling.refuse_other_numbers(self.placeholder, texts, opened, error)
             raise InputError(
-                f"{type(self.processor).__name__} refuses this input: {error} (images of "
+                f"{type(self.processor).__name__} failed on this input: {error} (images of "
                 f"{', '.join(f'{one.width} x {one.height}' for one in flat(opened)) or 'none'} px)."
             ) from error
         for unread in ("video_metadata", "labels"):  # labels are for training
@@ -181,15 +180,13 @@ class VLM:
         ids = prompt_ids(begun)
         if ids is None:
             raise InputError(
-                "Labelling needs the token ids of a prompt. "
-                f"{type(self.processor).__name__} returned {', '.join(inputs)}, and the model has "
-                "no decoder that begins by itself. Record its attention with xi.record(model)."
+                f"{type(self.processor).__name__} returned no token ids of the prompt, only "
+                f"{', '.join(inputs)}. Record the attention with xi.record(model)."
             )
         if len(ids) != len(texts):
             raise InputError(
-                "Labelling needs one row of tokens per prompt. "
-                f"{type(self.processor).__name__} returned {len(ids)} rows for {len(texts)} "
-                "prompts. Record the attention with xi.record(model)."
+                f"{type(self.processor).__name__} returned {len(ids)} rows of token ids for "
+                f"{len(texts)} prompts. Record the attention with xi.record(model)."
             )
         labeller = Labeller(self.processor, self.family, self.model.config, self.placeholder)
         labelled = []
@@ -216,10 +213,10 @@ class VLM:
         return self._cast(moved), labelled
 
     def prompts_of(self, ids: torch.Tensor) -> list[Prompt] | None:
-        """The prompts that :meth:`prepare` labelled last, if these are their ids.
+        """Return the prompts that :meth:`prepare` labelled last, if their ids are these.
 
         Args:
-            ids: ``[sample, position]``, as the model is given them; generated ids may follow.
+            ids: ``[sample, position]``, as passed to the model; generated ids may follow.
         """
         known, labelled = getattr(self, "_prepared", (None, None))
         if known is None or len(known) != len(ids) or ids.shape[1] < known.shape[1]:
@@ -228,27 +225,27 @@ class VLM:
         return labelled if same else None
 
     def batches(self, images: Sequence[Sequence[ImageLike]]) -> list[list[int]]:
-        """Which samples of a batch can share a padded run without a change of their numbers.
+        """Split samples into batches in which padding does not change the results.
 
         Args:
             images: For each sample, its images.
 
         Returns:
-            The indices of the samples of each run. All share one run for most model types. Where
-            text reaches images by cross-attention, or the processor puts them before the prompt,
-            samples with different numbers of images do not; where padding changes positions, no
-            two samples do.
+            The indices of the samples of each batch. For most model types, all samples share one
+            batch. If text attends to images by cross-attention, or the processor puts images before
+            the prompt, only samples with equal numbers of images share one. If padding changes
+            positions, each sample is alone.
         """
         by_count = not self.family.in_sequence or self.family.in_front
         return batches_alike(self.model.config, images, by_count=by_count)
 
     def generate(self, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
-        """Token ids of prompt and answer, ``[sample, position]``, greedy unless told otherwise.
+        """Return token ids of prompt and answer, ``[sample, position]``; greedy by default.
 
         Modules in training mode are in evaluation mode for the call, with a warning.
 
         Raises:
-            InputError: Options with which the model does not read each sample once, token by token.
+            InputError: The options ask for something else than greedy decoding or sampling.
         """
         check_decoding(self.model, options)
         given = as_given(inputs) if self.family.rewritten else inputs
@@ -262,17 +259,17 @@ class VLM:
 
     @property
     def generating(self) -> Mapping[str, Any] | None:
-        """The inputs of the :meth:`generate` that is running in this thread or task."""
+        """Return the inputs of the :meth:`generate` call that is running in this thread or task."""
         vlm, inputs = _generating.get()
         return inputs if vlm is self else None
 
     def run(self, inputs: dict[str, Any], **options: Any) -> Any:
-        """Output of one forward without a cache.
+        """Return the output of one forward without a cache.
 
         Modules in training mode are in evaluation mode for the call, with a warning.
 
         Args:
-            inputs: What ``prepare`` returned.
+            inputs: The inputs that ``prepare`` returned.
             **options: Further arguments of the model's forward.
         """
         with evaluation_mode(self.model):
@@ -280,7 +277,7 @@ class VLM:
 
     @property
     def placeholder(self) -> str | None:
-        """What a prompt has where an image goes; None where prompts have nothing there."""
+        """The placeholder of an image in a prompt; None if images have no placeholder."""
         if self.family.placeholder is None:
             return self.family.image_mark
         token = getattr(self.processor, self.family.placeholder, None)
@@ -291,7 +288,7 @@ class VLM:
 
     @property
     def video_placeholder(self) -> str | None:
-        """What a prompt has where a video goes; None where the family has no rule for videos."""
+        """The placeholder of a video in a prompt; None if the family has no rule for videos."""
         if self.family.video is None:
             return None
         token = getattr(self.processor, "video_token", None)
@@ -300,13 +297,13 @@ class VLM:
     def _rendered(
         self, question: str, n_images: int, n_videos: int, system: str | None
     ) -> Rendered:
-        """The prompt of a question; none at all where the model's decoder begins by itself."""
+        """Return the prompt of a question; empty if the decoder starts from its start token."""
         if self.model.config.is_encoder_decoder and not (self.family.in_sequence or question):
             return Rendered("", ())
         if not self.family.reads_text:
             raise InputError(
-                f"A {self.family.model_type} model writes about an image, and reads no prompt but "
-                f"its decoder's start token. Give an empty prompt, ''; got {question!r}."
+                f"A {self.family.model_type} model takes no prompt; got {question!r}. "
+                "Pass an empty prompt, ''."
             )
         mark = self.family.image_mark
         writer = Writer(
@@ -322,7 +319,7 @@ class VLM:
     def _grids(
         self, inputs: Any, opened: Sequence[tuple[Image.Image, ...]]
     ) -> list[tuple[ImageGrid, ...] | None]:
-        """The grids of each sample's images; None where the family has no rule."""
+        """Return the grids of each sample's images; None if the family has no rule."""
         rule, images = self.family.geometry, flat(opened)
         if rule is None and images:
             return [None] * len(opened)
@@ -335,7 +332,7 @@ class VLM:
     def _video_grids(
         self, inputs: Any, videos: Sequence[tuple[Video, ...]]
     ) -> list[tuple[VideoGrid, ...]]:
-        """The grids of each sample's videos."""
+        """Return the grids of each sample's videos."""
         rule, every = self.family.video, flat(videos)
         made: list[VideoGrid] = []
         if every and rule is not None:
@@ -344,7 +341,7 @@ class VLM:
         return [tuple(next(grids) for _ in of_sample) for of_sample in videos]
 
     def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Pixels in the model's precision; ids and masks as they are."""
+        """Cast pixels to the model's dtype; ids and masks are unchanged."""
         return {
             name: value.to(self.model.dtype)
             if ("pixel_values" in name or name.startswith("image_patches"))
@@ -359,9 +356,9 @@ def _n_tokens(grids: Sequence[ImageGrid] | None) -> int:
 
 
 def check_vlm(vlm: Any) -> None:
-    """Raise InputError for something else than a VLM, such as a model alone."""
+    """Raise InputError if the argument is not a VLM, such as a model without its processor."""
     if not isinstance(vlm, VLM):
         raise InputError(
-            "A model comes with its processor: xi.load(name) or xi.VLM(model, processor). Got an "
-            f"object of {type(vlm).__name__}."
+            f"vlm must be a VLM; got an object of {type(vlm).__name__}. Use xi.load(name) or "
+            "xi.VLM(model, processor)."
         )

@@ -1,4 +1,4 @@
-"""In which order a vision tower reads the patches of an image, and the tiles of several."""
+"""The order in which a vision tower reads the patches and tiles of images."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from transformers.vision_utils import get_vision_window_index
 
 
 def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-    """Modules that read patches in another order than the processor returned them.
+    """Return the patch order of modules that reorder the patches returned by the processor.
 
-    A vision tower that sorts its patches by windows calls transformers' ``get_vision_window_index``
-    in its forward, with its own sizes (Qwen2.5-VL, Muse); a module in it that merges windows has a
-    method to find them (MiniCPM-V).
+    Such a module is found by its code: a vision tower that sorts patches by windows calls
+    transformers' ``get_vision_window_index`` in its forward (Qwen2.5-VL, Muse), and a module that
+    merges windows has a method ``get_window_index`` (MiniCPM-V).
 
     Returns:
-        By the path of the module: for each picture ``[patch]``, which patch stands at each
-        position. The pictures are the images, then the videos, each whole or view by view.
+        For each module path, one tensor ``[patch]`` per picture: the patch at each position. The
+        pictures are the images, then the videos, each whole or view by view.
     """
     orders: dict[str, list[Tensor]] = {}
     for path, module in model.named_modules():
@@ -34,7 +34,7 @@ def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list
 
 
 def _sorts_by_windows(module: nn.Module) -> bool:
-    """Whether a module's forward calls the function of transformers that finds windows."""
+    """Whether a module's forward calls ``get_vision_window_index``."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and get_vision_window_index.__name__ in code.co_names
 
@@ -48,16 +48,16 @@ def _in_tower(tower: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _each_of(inputs: Mapping[str, Any], *names: str) -> list[Tensor]:
-    """The rows of those inputs that are given, one behind the other."""
+    """Return the rows of all of these inputs that are given, concatenated."""
     given = (inputs.get(name) for name in names)
     return [row for of_kind in given if of_kind is not None for row in of_kind.cpu()]
 
 
 def square_windows(model: nn.Module) -> dict[str, int]:
-    """Blocks of a vision tower that cut each picture into square windows: path, side in patches.
+    """Return the side of the windows, in patches, of each block with window attention, by path.
 
-    Such a block has a method for it (as in SAM), found by its name; windows go row by row, and the
-    last of a row or column are padded.
+    Such a block is found by its method ``window_partition`` (as in SAM). Windows are ordered row by
+    row, and the last window of a row or column is padded.
     """
     return {
         path: int(side)
@@ -67,10 +67,10 @@ def square_windows(model: nn.Module) -> dict[str, int]:
 
 
 def tiles_behind(inputs: Mapping[str, Any]) -> list[int] | None:
-    """How many tiles of each image the vision tower reads in a second call, behind all images.
+    """Return the number of tiles of each image that the vision tower reads in a second call.
 
-    None if it reads each image as one. A tower that does not is given the number of its tiles
-    (Step-3.7, DeepSeek-OCR 2).
+    The first call reads all images whole (Step-3.7, DeepSeek-OCR 2). The result is None if the
+    inputs have no ``num_local_patches``: the tower then has a single call.
     """
     counts = inputs.get("num_local_patches")
     return None if counts is None else [int(count) for count in counts]

@@ -1,4 +1,4 @@
-"""Models in wrappings: weights that accelerate offloads, adapters that PEFT adds."""
+"""Wrapped models: weights that accelerate offloads, adapters that PEFT adds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from xmodal_interp.errors import InputError, UnsupportedModelError
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model computes, so where its inputs go.
+    """Return the device on which a model computes, to which its inputs must be moved.
 
-    Offloaded weights wait on the meta device; accelerate's hook on each module knows where to.
+    Offloaded weights are on the meta device between calls; the hook that accelerate puts on each
+    module holds the execution device.
 
     Raises:
-        InputError: The weights are on the meta device, and no hook will bring them.
+        InputError: The weights are on the meta device, and no hook of accelerate moves them.
     """
     first = next(model.parameters()).device
     if first.type != "meta":
@@ -28,17 +29,17 @@ def input_device(model: nn.Module) -> torch.device:
             if device is not None:
                 return torch.device(device)
     raise InputError(
-        "A model needs weights. Those of this model are on the meta device, and no hook of "
-        "accelerate says where they are computed with."
+        "The weights of this model are on the meta device, and no hook of accelerate moves them to "
+        "another device. Load the model with its weights: xi.load(name)."
     )
 
 
 def refuse_virtual_tokens(model: Any) -> None:
-    """Raise UnsupportedModelError for an adapter whose positions have no token (prompt tuning)."""
+    """Raise UnsupportedModelError for an adapter that adds virtual tokens (prompt tuning)."""
     for name, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "is_prompt_learning", False):
             raise UnsupportedModelError(
-                "Every position is labelled with the token that stands there. The adapter "
-                f"{name!r} ({config.peft_type.value}) adds {config.num_virtual_tokens} positions "
-                "without a token. Record the bare attention with xi.record(model)."
+                f"The adapter {name!r} ({config.peft_type.value}) adds {config.num_virtual_tokens} "
+                "positions without a token, which cannot be labelled. Record the bare attention "
+                "with xi.record(model)."
             )

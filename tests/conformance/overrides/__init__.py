@@ -1,4 +1,4 @@
-"""What the generic rules cannot know, type by type, as data: a short record where one is needed."""
+"""Exceptions to the generic rules, as one short record for each type that requires one."""
 
 from tests.conformance.overrides.clips import CLIPS, Clip
 from tests.conformance.overrides.dual_encoders import DUAL_ENCODERS

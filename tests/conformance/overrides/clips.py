@@ -1,4 +1,4 @@
-"""How each type reads videos, of those whose forward takes them."""
+"""How each type reads videos, for the types whose forward takes them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Clip:
     Attributes:
         pixels: Name of the layout of its frames in ``tests.conformance.videos``.
         frames_apart: Whether its prompts have text between the frames of a video.
-        token: Where the configuration keeps the placeholder, where that is the image's.
-        tokens_per_video: How many placeholders a video has, where the model doesn't say it.
+        token: Configuration attribute of the placeholder, if it is that of images.
+        tokens_per_video: Number of placeholders per video, if it cannot be computed by the model.
     """
 
     pixels: str = "packed"

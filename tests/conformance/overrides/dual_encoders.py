@@ -1,4 +1,4 @@
-"""Encoders of image and text that generate nothing; the mapping doesn't have them."""
+"""Dual encoders of image and text, which do not generate and are not in the mapping."""
 
 from tests.conformance.overrides.record import Record
 

@@ -1,13 +1,13 @@
-"""Types that take images as such, in one size or more or in tiles, with placeholders for them."""
+"""Types that take images (of one size, of several sizes or as tiles), with placeholders."""
 
 from tests.conformance.overrides.record import Record
 
-# Computed, and then left alone: the pooling head of SigLIP, and the last layer of an image tower
-# whose features are those of the layer before.
+# Modules whose output is not used: the pooling head of SigLIP, and the last layer of an image tower
+# whose features are taken from the layer before.
 POOLING_HEAD = "head.attention"
 LAST_LAYER = "_tower.encoder.layers.1.self_attn"
 ANYRES = {"image_grid_pinpoints": [[16, 32], [32, 16]]}
-# Image tokens of a vector-quantising encoder are words of the vocabulary.
+# Image tokens of a vector-quantising encoder are tokens of the vocabulary.
 CODES = 16
 
 IMAGES: dict[str, Record] = {

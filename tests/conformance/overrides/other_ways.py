@@ -1,4 +1,4 @@
-"""Types in which the image reaches the text by other ways than placeholders alone."""
+"""Types that combine image and text by other means than placeholders."""
 
 from tests.conformance.overrides.record import Record
 

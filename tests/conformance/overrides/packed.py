@@ -1,11 +1,11 @@
-"""Types whose images are packed: patches of all of them in one sequence, with a grid for each."""
+"""Types with packed images: patches of all images in one sequence, with a grid for each."""
 
 from tests.conformance.overrides.record import Record
 
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 MULTIMODAL_ROPE = {"text_config": {"rope_parameters": MROPE}}
 WINDOWS = {"window_size": 16, "fullatt_block_indexes": [1], "depth": 2}
-# MiniCPM-V's windows of patches look at each other behind a layer of the tower.
+# Windows of patches of MiniCPM-V attend to each other after this layer of the tower.
 MERGED_IN_TOWER = {"image_token_id": 8, "video_token_id": 9, "insert_layer_id": 0}
 
 PACKED: dict[str, Record] = {

@@ -1,4 +1,4 @@
-"""What the generic rules cannot know about one model type."""
+"""Exceptions of one model type to the generic rules."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Record:
-    """What is special about one model type.
+    """The exceptions of one model type.
 
     Attributes:
-        model_type: The model type, where the record's name is another.
-        model_class: Name of the class, where it is not the one that its mapping chooses.
-        config: Values of config fields that win over the rules, nested for sub-configs.
-        pixels: Name of the layout of its images in ``pictures``; if not given, the signature of its
-            forward tells packed patches from square images.
-        prompt: Name of the way it joins text and image, in ``prompts``.
-        extras: Names of what else it takes, in ``extras``.
-        methods: Names of what else it offers that attends, in ``methods``.
-        images_per_row: How many images each row of the batch holds.
-        side: Side of an image in pixels, where the config doesn't say it.
-        image_token: The placeholder, where the config doesn't say it.
-        tokens_per_image: How many placeholders an image has (or each of them), where the model
-            doesn't say it.
-        generate: What ``generate`` takes besides the inputs.
-        even: Modules whose attention is uniform by construction, since their keys are equal.
-        idle: Ends of names of modules that attend, but whose result the architecture drops.
-        generates: Whether it can generate text from these inputs.
+        model_type: The model type, if it differs from the record's name.
+        model_class: Name of the model class, if it is not that of the mapping.
+        config: Values of config fields that override the rules, nested for sub-configs.
+        pixels: Name of the layout of images, a function in ``pictures``. By default, the signature
+            of the forward decides between packed patches and square images.
+        prompt: Name of the layout of prompts, a function in ``prompts``.
+        extras: Names of further inputs, functions in ``extras``.
+        methods: Names of further calls with attention, functions in ``methods``.
+        images_per_row: Number of images in each row of the batch.
+        side: Side of an image in pixels, if the config does not contain it.
+        image_token: The placeholder id, if the config does not contain it.
+        tokens_per_image: Number of placeholders per image (or of each image), if it cannot be
+            computed by the model.
+        generate: Further arguments of ``generate``.
+        even: Modules whose attention is uniform by construction, because their keys are equal.
+        idle: Suffixes of module names whose attention output the architecture does not use.
+        generates: Whether the model can generate text from these inputs.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)

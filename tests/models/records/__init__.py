@@ -1,4 +1,4 @@
-"""One record per model type: what its tiny offline copy is made of."""
+"""One record per model type, with the settings of its tiny offline copy."""
 
 from tests.models.records import (
     elsewhere,

@@ -1,4 +1,4 @@
-"""Types whose image becomes one grid of a fixed size, whatever its shape."""
+"""Types whose images all have one grid of a fixed size."""
 
 from tests.models.records.record import Record, Token
 
@@ -9,7 +9,7 @@ _CLIP_CROP = {"size": {"shortest_edge": 64}, "crop_size": _SQUARE}
 RECORDS: tuple[Record, ...] = (
     Record(
         "gemma3",
-        note="Resized to image_processor.size without regard to its shape; features pooled to "
+        note="Resized to image_processor.size ignoring its aspect ratio; features pooled to "
         "mm_tokens_per_image. With do_pan_and_scan also crops along the longer side, each resized "
         "to size (pan_and_scan_min_crop_size, _max_num_crops, _min_ratio_to_activate).",
         image="<start_of_image>",
@@ -30,8 +30,8 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "paligemma",
-        note="Resized to image_processor.size without regard to its shape; the image tokens stand "
-        "before the beginning-of-sequence token, and a line break ends the prompt.",
+        note="Resized to image_processor.size ignoring its aspect ratio; the image tokens "
+        "precede the beginning-of-sequence token, and a line break ends the prompt.",
         named={"image_token": "<image>"},
         images={"size": _SQUARE, "image_seq_length": 64},
         config={

@@ -1,11 +1,11 @@
-"""Types of a fixed grid whose encoder is no plain vision transformer (codes, convolutions, SAM)."""
+"""Types with a fixed grid whose encoder is not a plain vision transformer (codes, SAM, ...)."""
 
 from tests.models.records.record import Record, Token
 
 _SQUARE = {"height": 64, "width": 64}
 _VIT = {"image_size": 64, "patch_size": 8}
 _CLIP_CROP = {"size": {"shortest_edge": 64}, "crop_size": _SQUARE}
-# A code's number is spelled in letters: A for 0 to J for 9, Z ends it.
+# The number of a code is written in letters, A for 0 to J for 9, and ends with Z.
 _CHAMELEON_CODES = tuple(
     f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z" for code in range(64)
 )
@@ -60,7 +60,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "florence2",
-        note="Resized to image_processor.size without regard to its shape ; DaViT: a square "
+        note="Resized to image_processor.size ignoring its aspect ratio ; DaViT: a square "
         "of 32 px is a token, and the mean of all comes first.",
         named={"image_token": "<image>"},
         images={
@@ -89,7 +89,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "got_ocr2",
-        note="Resized to image_processor.size without regard to its shape; with crop_to_patches "
+        note="Resized to image_processor.size ignoring its aspect ratio; with crop_to_patches "
         "tiled as internvl.",
         image="<img><imgpad></img>",
         tokens=("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"),
@@ -144,7 +144,7 @@ RECORDS: tuple[Record, ...] = (
     Record(
         "gemma3n",
         needs=("timm",),
-        note="Resized to image_processor.size without regard to its shape; a MobileNet of timm "
+        note="Resized to image_processor.size ignoring its aspect ratio; a MobileNet of timm "
         "makes image_seq_length features of any size.",
         named={
             "image_token": "<image_soft_token>",
@@ -170,7 +170,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "pp_chart2table",
-        note="Resized to image_processor.size without regard to its shape; the chat template "
+        note="Resized to image_processor.size ignoring its aspect ratio; the chat template "
         "writes every image token itself.",
         image="<img>" + "<imgpad>" * 16 + "</img>",
         tokens=("<img>", "</img>", "<imgpad>"),
@@ -219,8 +219,8 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "pi0",
-        note="Each camera's image is resized, shape kept, into size.max_height and max_width and "
-        "padded to pad_size; the image tokens stand before the text.",
+        note="Each camera's image is resized, aspect ratio kept, into size.max_height and "
+        "max_width and padded to pad_size; the image tokens precede the text.",
         image="",
         images={
             "size": {"max_height": 64, "max_width": 64},

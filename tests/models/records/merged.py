@@ -1,4 +1,4 @@
-"""Types of the Qwen-VL kind: resized to whole patches, a square of them merged into one token."""
+"""Types like Qwen-VL: images are resized to whole patches, and blocks of them are merged."""
 
 from tests.models.records.qwen_like import (
     MROPE,

@@ -1,4 +1,4 @@
-"""Types of the GLM-V kind: merged patches, with bounds that count the frames too."""
+"""Types like GLM-V: merged patches, with size limits that include the number of frames."""
 
 from tests.models.records.record import Record, Token
 
@@ -112,7 +112,7 @@ RECORDS: tuple[Record, ...] = (
                 "linear_head_dim": 8,
                 "linear_num_heads": 4,
                 "index_topk": 16,
-                "index_n_heads": 16,  # with few, scores tie at 0, and chance chooses
+                "index_n_heads": 16,  # with few heads, scores tie at 0 and the choice is arbitrary
                 "index_kpool": 4,
                 "qk_rope_head_dim": 0,
                 "head_dim": 0,

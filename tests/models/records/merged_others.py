@@ -1,4 +1,4 @@
-"""Types that merge patches as the Qwen-VL kind does, with tokens and bounds of their own."""
+"""Types that merge patches like Qwen-VL, with other tokens and size limits."""
 
 from tests.models.records.qwen_like import (
     MROPE,
@@ -104,8 +104,8 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "kimi_k25",
-        note="Resized, shape kept, within max_patches and size.max_height and max_width, then "
-        "padded right and below to multiples of patch_size * merge_size.",
+        note="Resized, aspect ratio kept, within max_patches and size.max_height and max_width, "
+        "then padded right and below to multiples of patch_size * merge_size.",
         image="<|media_pad|>",
         tokens=("<|media_pad|>", "<|kimi_k25_video_placeholder|>"),
         images={

@@ -1,4 +1,4 @@
-"""Types that keep the shape of the image, each with a grid of its own making."""
+"""Types that keep the aspect ratio of the image, each with a different grid."""
 
 from tests.models.records.qwen_like import PATCHES
 from tests.models.records.record import Record, Token
@@ -78,7 +78,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "hunyuan_vl",
-        note="As qwen2_vl; a newline token ends each row of merged patches, and one token stands "
+        note="As qwen2_vl; a newline token ends each row of merged patches, and one token is "
         "before and after all (cat_extra_token).",
         image="<img_start><img><img_end>",
         named={
@@ -158,7 +158,7 @@ RECORDS: tuple[Record, ...] = (
         ),
         images={"size": {"height": 16, "width": 16}},
         config={
-            # fewer layers than there are ways to fold a cell are chosen with the help of scipy
+            # with fewer layers than factors of a cell, the model requires scipy
             "vision_config": {"patch_size": 16, "n_layers": 6},
             "text_config": {
                 "layer_types": ["hybrid_sliding", "hybrid"],
@@ -177,7 +177,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "nemotron_h_omni",
-        note="Resized, shape kept, to multiples of patch_size / downsample_ratio between "
+        note="Resized, aspect ratio kept, to multiples of patch_size / downsample_ratio between "
         "min_num_patches and max_num_patches; image_grid_hw counts patches.",
         tokens=(
             "<image>",
@@ -217,9 +217,9 @@ RECORDS: tuple[Record, ...] = (
     *(
         Record(
             model_type,
-            note="Scaled up or down, shape kept, to patch_size * patch_size * max_soft_tokens * "
-            "pooling_kernel_size ** 2 px at most, sides multiples of patch_size * "
-            "pooling_kernel_size; patches carry their position (image_position_ids).",
+            note="Scaled up or down, aspect ratio kept, to patch_size * patch_size * "
+            "max_soft_tokens * pooling_kernel_size ** 2 px at most, sides multiples of patch_size "
+            "* pooling_kernel_size; patches carry their position (image_position_ids).",
             image="<|image|>",
             named=_GEMMA4_NAMED,
             images={"@": f"{name}ImageProcessor", **_GEMMA4_PATCHES},

@@ -1,4 +1,4 @@
-"""Types whose image tokens are learned queries, with no place of their own."""
+"""Types whose image tokens are learned queries without rows and columns."""
 
 from tests.models.records.record import Record, Token
 
@@ -6,7 +6,7 @@ _SQUARE = {"height": 64, "width": 64}
 _VIT = {"image_size": 64, "patch_size": 8}
 _QFORMER = {"encoder_hidden_size": 32, "cross_attention_frequency": 2}
 _OPT = {"word_embed_proj_dim": 32}
-_NOTE = "Resized to image_processor.size without regard to its shape; "
+_NOTE = "Resized to image_processor.size ignoring its aspect ratio; "
 
 RECORDS: tuple[Record, ...] = (
     Record(
@@ -43,9 +43,9 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "idefics2",
-        note="Resized into size.shortest_edge..longest_edge with its shape kept, padded to the "
-        "largest of the batch (pixel_attention_mask); a perceiver gives image_seq_len tokens. With "
-        "do_image_splitting also its four quarters.",
+        note="Resized into size.shortest_edge..longest_edge with its aspect ratio kept, padded to "
+        "the largest of the batch (pixel_attention_mask); a perceiver gives image_seq_len tokens. "
+        "With do_image_splitting also its four quarters.",
         named={"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"},
         images={"size": {"shortest_edge": 48, "longest_edge": 96}},
         processor={"image_seq_len": 8},

@@ -1,4 +1,4 @@
-"""What the types of the Qwen-VL kind have in common: tokens, patches, rotary sections."""
+"""Common settings of types like Qwen-VL: tokens, patches, rotary sections."""
 
 from tests.models.records.record import Token
 

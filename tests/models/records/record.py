@@ -1,4 +1,4 @@
-"""What a tiny offline copy of one model type is made of."""
+"""The settings of a tiny offline copy of one model type."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Token(str):
-    """A token whose id goes into a configuration, where an id is wanted."""
+    """A token that is replaced by its id in a configuration."""
 
     __slots__ = ()
 
@@ -23,31 +23,32 @@ class Record:
 
     Attributes:
         model_type: The key of transformers' mapping of image-text-to-text models.
-        note: What the processor does with an image, and which settings say so.
-        image: What a user writes into a prompt for one image; empty where nothing is written.
-        video: What a user writes for one video, where it is not the same with video for image.
+        note: What the processor does with an image, and the settings that control it.
+        image: The placeholder of an image that a user writes into a prompt; may be empty.
+        video: The placeholder of a video; by default that of an image with "image" replaced by
+            "video".
         tokens: Special tokens of the tokenizer, besides padding, beginning, end and unknown.
-        words: Tokens that the tokenizer treats as ordinary words of its vocabulary; where there are
-            any, a space leads every text.
-        named: Special tokens that the tokenizer offers as attributes: attribute to token.
-        images: Settings of the image processor; ``{"@": "ClassName"}`` chooses the class where
+        words: Tokens that the tokenizer treats as ordinary words of its vocabulary. If there are
+            any, every text starts with a space.
+        named: Special tokens that are attributes of the tokenizer: attribute name to token.
+        images: Settings of the image processor; ``{"@": "ClassName"}`` chooses the class if
             transformers registers none.
         videos: Settings of the video processor, likewise.
         audio: Settings of the audio feature extractor, likewise.
         processor: Settings of the processor itself.
-        call: Settings that this processor takes only when called.
-        beside: What the model takes besides what its processor returns, as nested lists.
-        config: Settings of the model's configuration over those of the generic tiny one, nested as
-            the configuration is. A :class:`Token` stands for its id.
-        processor_class: Where transformers registers none: the class that checkpoints name.
-        asks: Whether a user writes a prompt at all.
-        template: Whether users get a chat template.
+        call: Settings that this processor takes only as call arguments.
+        beside: Model inputs that the processor does not return, as nested lists.
+        config: Settings of the model's configuration that override those of the generic tiny one,
+            nested like the configuration. A :class:`Token` is replaced by its id.
+        processor_class: The processor class that checkpoints name, if transformers registers none.
+        asks: Whether a user writes a prompt.
+        template: Whether the processor has a chat template.
         begins: Whether the tokenizer puts the beginning-of-sequence token before every text.
-        n_frames: Where the processor takes clips for images: how many frames one has.
-        nested: Whether the processor wants the images of each prompt in a list of their own.
-        several: Whether one prompt may hold several images.
-        needs: Modules, besides those that the project installs, without which nothing is built.
-        unbuildable: Why there is no real processor, or no model that runs on its output.
+        n_frames: Number of frames per clip, if the processor takes clips instead of images.
+        nested: Whether the processor takes a separate list of images for each prompt.
+        several: Whether one prompt may contain several images.
+        needs: Modules that building requires besides the project's dependencies.
+        unbuildable: Why there is no real processor, or no model that runs on its outputs.
     """
 
     model_type: str
@@ -76,7 +77,7 @@ class Record:
 
     @property
     def clip(self) -> str:
-        """What a user writes into a prompt for one video."""
+        """The placeholder of a video in a prompt."""
         if self.video is not None:
             return self.video
         return self.image.replace("image", "video").replace("IMAGE", "VIDEO")
@@ -85,4 +86,4 @@ class Record:
     def obstacle(self) -> str | None:
         """Why nothing can be built here, or None."""
         missing = [module for module in self.needs if importlib.util.find_spec(module) is None]
-        return f"it needs {', '.join(missing)}." if missing else self.unbuildable
+        return f"it requires {', '.join(missing)}." if missing else self.unbuildable

@@ -33,7 +33,7 @@ RECORDS: tuple[Record, ...] = (
         "llava_onevision",
         note="AnyRes as llava_next with image_processor.size for tile and thumbnail; features are "
         "shrunk beyond anyres_max_N tiles (processor.vision_aspect_ratio). Of several images in a "
-        "prompt each is one tile, resized without regard to its shape.",
+        "prompt each is one tile, resized ignoring its aspect ratio.",
         tokens=("<image>", "<video>"),
         images={"size": {"height": 32, "width": 32}, "image_grid_pinpoints": _ANYRES},
         videos={"size": {"height": 32, "width": 32}},
@@ -77,7 +77,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "internvl",
-        note="Resized, without regard to its shape, onto the grid of image_processor.size tiles "
+        note="Resized, ignoring its aspect ratio, onto the grid of image_processor.size tiles "
         "whose aspect ratio is nearest (min_patches..max_patches), cut; a thumbnail comes last. "
         "Then pixel shuffle by config.downsample_ratio.",
         image="<IMG_CONTEXT>",
@@ -123,7 +123,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "cohere2_vision",
-        note="Resized, without regard to its shape, onto the grid of image_processor.size tiles "
+        note="Resized, ignoring its aspect ratio, onto the grid of image_processor.size tiles "
         "that has to be scaled up least (or down least); cut. A thumbnail comes last where there "
         "is more than one tile. image_processor.patch_size is the side of a tile's grid of tokens, "
         "not px.",
@@ -219,7 +219,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "granite_docling",
-        note="Resized, without regard to its shape, onto the grid of image_processor.size tiles "
+        note="Resized, ignoring its aspect ratio, onto the grid of image_processor.size tiles "
         "(min_patches..max_patches) of nearest aspect ratio, cut; written as idefics3, a thumbnail "
         "last.",
         tokens=("<image>", "<fake_token_around_image>", "<global-img>", *_GRID_TAGS),

@@ -1,4 +1,4 @@
-"""Types whose processor cuts an image into tiles, each in a way of its own."""
+"""Types whose processor cuts an image into tiles, each in a different way."""
 
 from tests.models.records.record import Record, Token
 
@@ -18,9 +18,9 @@ _CLIP = {"image_size": 32, "patch_size": 8}
 RECORDS: tuple[Record, ...] = (
     Record(
         "llama4",
-        note="Resized with its shape kept, padded right and below onto the best grid of "
+        note="Resized with its aspect ratio kept, padded right and below onto the best grid of "
         "image_processor.size tiles (max_patches), cut; where there are several, a thumbnail "
-        "resized without regard to its shape comes last.",
+        "resized ignoring its aspect ratio comes last.",
         image="<|image|>",
         tokens=(
             "<|image|>",
@@ -80,7 +80,7 @@ RECORDS: tuple[Record, ...] = (
     Record(
         "perception_lm",
         needs=("timm",),
-        note="Resized, without regard to its shape, onto the best grid of tile_size tiles "
+        note="Resized, ignoring its aspect ratio, onto the best grid of tile_size tiles "
         "(max_num_tiles), cut; a thumbnail, resized likewise, comes first (vision_input_type).",
         named={"image_token": "<|image|>", "video_token": "<|video|>"},
         image="<|image|>",
@@ -111,7 +111,7 @@ RECORDS: tuple[Record, ...] = (
     ),
     Record(
         "deepseek_ocr2",
-        note="Where larger than tile_size: resized, without regard to its shape, onto the grid "
+        note="Where larger than tile_size: resized, ignoring its aspect ratio, onto the grid "
         "of such tiles (min_patches..max_patches) of nearest aspect ratio, cut. The whole, padded "
         "to a square of size, comes after the tiles, then one separator token.",
         tokens=("<image>",),
@@ -162,8 +162,8 @@ RECORDS: tuple[Record, ...] = (
         Record(
             model_type,
             note="A small image is resized to about scale_resolution squared px; a larger one also "
-            "cut into slices (max_slice_nums) after it, each resized, shape kept; tokens are four "
-            "or sixteen patches (downsample_mode).",
+            "cut into slices (max_slice_nums) after it, each resized, aspect ratio kept; tokens "
+            "are four or sixteen patches (downsample_mode).",
             named=_MINICPM_NAMED,
             images={"scale_resolution": 96, "patch_size": 8, "max_slice_nums": 4},
             videos={"scale_resolution": 64, "patch_size": 8, "max_slice_nums": 1},
@@ -190,7 +190,7 @@ RECORDS: tuple[Record, ...] = (
     Record(
         "molmo2",
         note="Overlapping crops of size with overlap_margins (max_crops) on a resized image, "
-        "joined to one grid; the whole, resized without regard to its shape, comes first. Tokens "
+        "joined to one grid; the whole, resized ignoring its aspect ratio, comes first. Tokens "
         "pool pooling_size patches (image_token_pooling); <im_col> ends each row.",
         image="<|image|>",
         tokens=(
@@ -224,8 +224,8 @@ RECORDS: tuple[Record, ...] = (
     Record(
         "step3p7",
         note="Windows of patch_size px (or, of a small long image, of its shorter side) over an "
-        "image snapped to their multiples, each resized; the whole, resized without regard to its "
-        "shape to size, comes last.",
+        "image snapped to their multiples, each resized; the whole, resized to size ignoring its "
+        "aspect ratio, comes last.",
         image="<im_patch>",
         tokens=(
             "<im_patch>",

@@ -1,10 +1,8 @@
-"""Where image tokens stand.
+"""Geometry rules: rows, columns and boxes of image tokens in the original image.
 
-Rules from processor outputs to rows, columns and boxes in the original image.
-
-A rule replays what the image processor did (resize, crop, tiling, merging) from the processor's own
-settings and outputs, and returns one :class:`ImageGrid` per image. Several families share a rule;
-nothing is ever guessed from a token count.
+A rule reproduces the steps of the image processor (resize, crop, tiling, merging) from the
+processor's settings and outputs, and returns one :class:`ImageGrid` per image. Families may share a
+rule. No rule guesses a grid from the number of tokens.
 """
 
 from xmodal_interp.models.geometry.anyres import anyres_tiles

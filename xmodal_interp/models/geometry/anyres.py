@@ -1,4 +1,4 @@
-"""AnyRes: a thumbnail, then the image on a canvas of tiles, its padding cut off (LLaVA-NeXT)."""
+"""AnyRes: a thumbnail, then the image on a canvas of tiles without its padding (LLaVA-NeXT)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from xmodal_interp.models.geometry.grid import ImageGrid, raster
 def anyres_tiles(
     processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
 ) -> list[ImageGrid]:
-    """Thumbnail tokens, then those of the image row by row, a newline token behind each row.
+    """Place the thumbnail's tokens, then those of the image row by row, each row with a newline.
 
-    The image is scaled onto the canvas that suits it best, in the middle of it, and the canvas is
-    cut into tiles. The rows or columns of tokens that lie on padding are cut away, where there are
-    whole pairs of them: the outermost cells may reach over the edge. Of an image that is much
-    longer than wide all columns may be cut away, and the newline tokens are left; of one that is
-    much wider than long, nothing. Where LLaVA-OneVision shrinks the features (``anyres_max_N``), a
-    token stands for a cell of the shrunk grid; the bilinear filter also looks at its neighbours. Of
-    several images in one prompt it pads each to a square and reads it whole.
+    The image is resized into the centre of the best fitting canvas, and the canvas is cut into
+    tiles. Rows or columns of tokens on padding are dropped in pairs, one at each end, so the
+    outermost cells may extend beyond the image. A very tall image may lose all columns, so that
+    only newline tokens are left; a very wide image may lose all tokens. If LLaVA-OneVision
+    downsamples the features (``anyres_max_N``), each token is a cell of the smaller grid, and the
+    bilinear filter also reads neighbouring cells. If a prompt has several images, LLaVA-OneVision
+    pads each to a square and does not tile it.
     """
     patches = config.vision_config.image_size // config.vision_config.patch_size
     side = int(patches * Fraction(getattr(config, "downsample_rate", None) or 1))
@@ -65,7 +65,7 @@ def anyres_tiles(
 
 
 def _read_whole(inputs: Mapping[str, Any], n_images: int) -> list[bool]:
-    """Whether each image is one tile because its prompt has several images."""
+    """Return for each image whether it is not tiled because its prompt has several images."""
     counts = inputs.get("batch_num_images")
     if counts is None:
         return [False] * n_images
@@ -79,7 +79,7 @@ def _padded_to_square(image: Image.Image) -> Box:
 
 
 def _canvas(config: Any, image: Image.Image) -> tuple[Box, tuple[int, int]]:
-    """What the canvas shows in pixels of the image, and its rows and columns of tiles."""
+    """Return the box of the canvas in pixels of the image, and its rows and columns of tiles."""
     width, height = image.size
     tile = config.vision_config.image_size
     canvas_h, canvas_w = select_best_resolution((height, width), config.image_grid_pinpoints)
@@ -95,7 +95,7 @@ def _canvas(config: Any, image: Image.Image) -> tuple[Box, tuple[int, int]]:
 
 
 def _tiled(tile_rows: int, tile_cols: int, side: int, box: Box) -> Cells:
-    """The cells of a canvas, row by row over all of it, each with its tile."""
+    """Return the cells of the whole canvas row by row, each with its tile."""
     cells = rectangle(tile_rows * side, tile_cols * side, box)
     row, col = cells.places.T // side
     return Cells(cells.places, cells.boxes, row * tile_cols + col, cells.of_thumbnail)
@@ -104,7 +104,7 @@ def _tiled(tile_rows: int, tile_cols: int, side: int, box: Box) -> Cells:
 def _unpadded(
     cells: Cells, shape: tuple[int, int], image: Image.Image
 ) -> tuple[Cells, tuple[int, int]]:
-    """The cells that are left when the features of padding are cut off; their rows and columns."""
+    """Drop the cells on padding; return the others, with the number of rows and columns."""
     rows, cols = shape
     cut_rows = cut_cols = 0
     if image.width / image.height > cols / rows:
@@ -123,7 +123,7 @@ def _unpadded(
 def _shrunk(
     cells: Cells, shape: tuple[int, int], side: int, largest: int | None
 ) -> tuple[Cells, int]:
-    """The cells of a grid with fewer rows and columns, where there are too many; their rows."""
+    """Return a smaller grid of cells if there are too many, and its number of rows."""
     rows, cols = shape
     ratio = 0.0 if largest is None else math.sqrt(rows * cols / (largest * side**2))
     if ratio <= 1.1:  # the threshold of LLaVA-OneVision

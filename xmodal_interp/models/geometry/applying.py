@@ -1,4 +1,4 @@
-"""A rule, held against what it is given: a wrong one is refused in words, not by a traceback."""
+"""Apply a geometry rule; if it does not fit the model or processor, raise a clear error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MISFITS = (
     *(AttributeError, LookupError, TypeError, ValueError, ArithmeticError),
     *(RuntimeError, StopIteration),
 )
-"""What a rule runs into that reads settings or inputs which another type has."""
+"""Errors that a rule may raise if the settings or inputs that it reads are missing."""
 
 
 def applied(
@@ -23,38 +23,38 @@ def applied(
     inputs: Mapping[str, Any],
     shown: Sequence[Any],
 ) -> list[Grid]:
-    """What a rule makes of images or videos: as many grids.
+    """Return the grids of images or videos, one each.
 
     Args:
         rule: A rule of a family.
         processor: The processor.
         config: The model's configuration.
-        inputs: What the processor returned.
+        inputs: The outputs of the processor.
         shown: The images, or the videos.
 
     Raises:
-        GeometryError: The rule is none for this model and processor: it misses a setting or an
-            input, or makes another number of grids.
+        GeometryError: The rule does not fit this model and processor: a setting or input is
+            missing, or the number of grids is wrong.
     """
-    name = f"The rule {name_of(rule)} was applied to a {config.model_type!r} model"
+    name = f"The geometry rule {name_of(rule)}"
+    fix = "Pass VLM(model, processor, family=...) a family record with a rule for this model."
     try:
         grids = rule(processor, config, inputs, shown)
     except XmodalError:
         raise
     except _MISFITS as error:
         raise GeometryError(
-            "A family's rule must be one for its model and processor. "
-            f"{name} with {type(processor).__name__}, and ran into "
-            f"{type(error).__name__}: {error}"
+            f"{name} does not fit a {config.model_type!r} model with {type(processor).__name__} "
+            f"({type(error).__name__}: {error}). {fix}"
         ) from error
     if len(grids) != len(shown):
         raise GeometryError(
-            "A family's rule must make a grid of each image or video. "
-            f"{name}, and made {len(grids)} of {len(shown)}."
+            f"{name} returned {len(grids)} grids for {len(shown)} images or videos of a "
+            f"{config.model_type!r} model. {fix}"
         )
     return grids
 
 
 def name_of(rule: Any) -> str:
-    """A function's own name, or that of the class."""
+    """Return the name of a function, or of the class of an object."""
     return str(getattr(rule, "__name__", type(rule).__name__))

@@ -1,8 +1,8 @@
-"""What rules are made of: rectangles of cells, put one behind the other as the sequence has them.
+"""Cells: the building blocks of rules, rectangles of tokens joined in sequence order.
 
-A rule says for each tile which part of the image it shows (a box in pixels of the original image,
-which may reach over the edge where the tile is padded), how many rows and columns of tokens it
-gives, and where these stand among the rows and columns of the whole image.
+For each tile, a rule gives the part of the image that it shows, the number of its rows and columns
+of tokens, and their offset in the rows and columns of the whole image. The part is a box in pixels
+of the original image; it extends beyond the image if the tile is padded.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Cells:
     """Some tokens (or vision-tower positions) in sequence order.
 
     Attributes:
-        places: Row and column of each; ``NOWHERE`` without a place.
-        boxes: Box of each, in pixels of the original image; NaN without a place.
-        tiles: Tile of each, or ``NOWHERE``.
-        of_thumbnail: Whether its row and column are those of the thumbnail.
+        places: Row and column of each token; ``NOWHERE`` outside the grid.
+        boxes: Box of each token in pixels of the original image; NaN outside the grid.
+        tiles: Tile of each token, or ``NOWHERE``.
+        of_thumbnail: Whether row and column are those of the thumbnail.
     """
 
     places: Int[np.ndarray, "token 2"]
@@ -37,11 +37,11 @@ class Cells:
     of_thumbnail: Bool[np.ndarray, " token"]
 
     def __len__(self) -> int:
-        """Tokens, those without a place included."""
+        """Number of tokens, including those outside the grid."""
         return len(self.places)
 
     def __getitem__(self, order: np.ndarray) -> Cells:
-        """Those of these indices (or of this mask), in that order."""
+        """Select tokens by indices or by a mask, in that order."""
         return Cells(
             self.places[order], self.boxes[order], self.tiles[order], self.of_thumbnail[order]
         )
@@ -56,23 +56,23 @@ def rectangle(
     tile: int = NOWHERE,
     thumbnail: bool = False,
 ) -> Cells:
-    """Cells of one size that fill a box row by row.
+    """Return cells of equal size that fill a box, row by row.
 
     Args:
-        rows: Rows of cells.
-        cols: Columns of cells.
-        box: What they show, px of the original image.
+        rows: Number of rows.
+        cols: Number of columns.
+        box: The box that they fill, in pixels of the original image.
         at: Row and column of the first cell.
-        tile: Which tile they are of.
-        thumbnail: Whether they are of the thumbnail.
+        tile: The tile that they belong to.
+        thumbnail: Whether they belong to the thumbnail.
 
     Raises:
-        GeometryError: There is no row or no column of them.
+        GeometryError: The number of rows or columns is zero.
     """
     if rows < 1 or cols < 1:
         raise GeometryError(
-            "An image must be large enough for a row and a column of tokens. It is resized to "
-            f"{rows} x {cols} of them; give a larger one, or one that is less long and narrow."
+            f"The image is too small or too narrow: it would have {rows} x {cols} tokens after "
+            "resizing. Give a larger image, or one that is less elongated."
         )
     places = raster(rows, cols)
     x0, y0, x1, y1 = box
@@ -88,14 +88,14 @@ def rectangle(
 
 
 def nowhere(n: int) -> Cells:
-    """Tokens without a place."""
+    """Return tokens outside the grid."""
     return Cells(
         np.full((n, 2), NOWHERE), np.full((n, 4), np.nan), np.full(n, NOWHERE), np.zeros(n, bool)
     )
 
 
 def joined(parts: Sequence[Cells]) -> Cells:
-    """One behind the other."""
+    """Return the cells of all parts, concatenated."""
     return Cells(
         *(
             np.concatenate([getattr(part, name) for part in parts])
@@ -105,29 +105,29 @@ def joined(parts: Sequence[Cells]) -> Cells:
 
 
 def shifted(cells: Cells, share: float) -> Cells:
-    """Boxes moved up and left by a share of their own size.
+    """Move boxes up and left by a fraction of their size.
 
-    A convolution with an odd kernel and a stride looks around the first of the inputs that it
-    steps over, not around their middle: half an input less than half a cell further up and left.
+    The receptive field of a strided convolution with an odd kernel is centred on the first input of
+    each stride, not on the middle of the stride: half a stride minus half an input up and left.
     """
     size = cells.boxes[:, 2:] - cells.boxes[:, :2]
     return replace(cells, boxes=cells.boxes - share * np.concatenate([size, size], axis=1))
 
 
 def with_breaks(cells: Cells, rows: int) -> Cells:
-    """A token without a place behind each of so many rows, which may be empty."""
+    """Insert a token outside the grid after each of ``rows`` rows; the rows may be empty."""
     lines = np.arange(len(cells)).reshape(rows, len(cells) // max(rows, 1))
     return joined([nowhere(0), *(part for line in lines for part in (cells[line], nowhere(1)))])
 
 
 def in_blocks(cells: Cells, cols: int, merge: int) -> Cells:
-    """Cells in raster order, read block by block of ``merge`` x ``merge`` instead."""
+    """Reorder cells from raster order to blocks of ``merge`` x ``merge`` cells."""
     index = np.arange(len(cells)).reshape(-1, merge, cols // merge, merge)
     return cells[index.swapaxes(1, 2).reshape(-1)]
 
 
 def at_top_left(cells: Cells, cols: int, all_rows: int, all_cols: int) -> Cells:
-    """Rows of ``cols`` cells at the top left of a larger grid, whose other cells have no place."""
+    """Put rows of ``cols`` cells at the top left of a larger raster; the rest is off the grid."""
     index = np.arange(len(cells)) // cols * all_cols + np.arange(len(cells)) % cols
     order = np.full(all_rows * all_cols, len(cells))
     order[index] = np.arange(len(cells))
@@ -135,7 +135,7 @@ def at_top_left(cells: Cells, cols: int, all_rows: int, all_cols: int) -> Cells:
 
 
 def outside_is_nowhere(cells: Cells, width: int, height: int) -> Cells:
-    """Cells that show nothing of an image of this size (they lie on padding) lose their box."""
+    """Remove the boxes of cells that lie entirely on padding, outside an image of this size."""
     x0, y0, x1, y1 = cells.boxes.T
     outside = (x0 >= width) | (y0 >= height) | (x1 <= 0) | (y1 <= 0)
     return replace(cells, boxes=np.where(outside[:, None], np.nan, cells.boxes))
@@ -144,12 +144,12 @@ def outside_is_nowhere(cells: Cells, width: int, height: int) -> Cells:
 def image_grid(
     size: tuple[int, int], tokens: Sequence[Cells], patches: Sequence[Cells]
 ) -> ImageGrid:
-    """The grid of an image.
+    """Return the grid of an image.
 
     Args:
         size: Width and height of the original image, px.
-        tokens: Its tokens, in sequence order.
-        patches: Its vision-tower positions, in the tower's order.
+        tokens: Cells of its tokens, in sequence order.
+        patches: Cells of its vision-tower positions, in the order of the tower.
     """
     token, patch = joined(tokens), joined(patches) if patches else nowhere(0)
     width, height = size
@@ -174,13 +174,13 @@ def image_grid(
 
 
 def _split(cells: Cells) -> tuple[np.ndarray, np.ndarray]:
-    """Places in the image, and places in the thumbnail."""
+    """Return rows and columns in the image, and rows and columns in the thumbnail."""
     small = cells.of_thumbnail[:, None]
     return np.where(small, NOWHERE, cells.places), np.where(small, cells.places, NOWHERE)
 
 
 def _extent(places: np.ndarray) -> tuple[int, int]:
-    """Rows and columns that these places fill."""
+    """Return the numbers of rows and columns that the cells span."""
     if not len(places):
         return 0, 0
     rows, cols = (places.max(0) + 1).tolist()

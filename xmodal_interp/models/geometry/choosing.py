@@ -1,4 +1,4 @@
-"""Types whose parts may be of several kinds: the configuration chooses the rule."""
+"""Choose a rule by the configuration, for types with exchangeable parts."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from xmodal_interp.models.geometry.grid import ImageGrid, Rule, unplaced
 
 @dataclass(frozen=True)
 class Chosen:
-    """One of several rules; images without places where there is none.
+    """Applies one of several rules; without a rule, tokens get no rows and columns.
 
     Attributes:
-        by: What of a configuration chooses: the type of the encoder, whether there is a resampler.
-        rules: The rules, by what chooses them.
-        reason: Why there is no place without a rule; ``{}`` is what ``by`` returned.
+        by: Function of the configuration that returns a key of ``rules``, such as the type of the
+            encoder.
+        rules: The rules by key.
+        reason: The reason given if no rule has the key; ``{}`` is replaced by the key.
     """
 
     by: Callable[[Any], Any]
     rules: Mapping[Any, Rule]
-    reason: str = "There is no rule for {!r}."
+    reason: str = "There is no geometry rule for {!r}."
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image."""
+        """Return one grid per image."""
         kind = self.by(config)
         if kind in self.rules:
             return self.rules[kind](processor, config, inputs, images)

@@ -1,7 +1,7 @@
-"""Tokens that convolutions make: codes of a codebook, and the fused features of a pyramid.
+"""Tokens computed by convolutions: codes of a codebook, and fused features of a pyramid.
 
-What a token hears of is no square cut out of the image. It has its middle where the strides say,
-and reaches over the neighbours: the box is the square around that middle.
+The receptive field of such a token overlaps its neighbours, and the strides determine its centre.
+The box is the square of one cell around that centre.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from xmodal_interp.models.geometry.sized import told_sizes
 from xmodal_interp.models.geometry.tiling import whole
 
 _FUSED_AT = 16
-"""The stride at which a MobileNet-V5 fuses its last two stages."""
+"""The stride at which MobileNet-V5 fuses its last two stages."""
 
 
 def code_grid(
     processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
 ) -> list[ImageGrid]:
-    """Every image is resized and cropped to one size, of which a VQ-VAE makes codes (Chameleon).
+    """Place the codes of a VQ-VAE, for images resized and cropped to one size (Chameleon).
 
-    Its attention stands at the coarsest level: its positions are the codes'.
+    The attention of the VQ-VAE is at the coarsest level, so its positions are those of the codes.
     """
     height, width = inputs["pixel_values"].shape[-2:]
     side = _code_side(config)
@@ -50,10 +50,10 @@ def code_grid(
 def code_rows(
     _processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
 ) -> list[ImageGrid]:
-    """Every image keeps its aspect; a VQ-VAE makes rows of codes, a line break behind each (Emu3).
+    """Place rows of VQ-VAE codes, each with a line break, for images of any aspect ratio (Emu3).
 
-    The sides are rounded to whole codes, each for itself. The VQ-VAE reads all images of a batch at
-    the size of the largest; what is padding has no place.
+    Each side is rounded to whole codes independently. The VQ-VAE pads all images of a batch to the
+    size of the largest; codes of padding are outside the grid.
     """
     sizes = told_sizes(inputs, images)
     side = _code_side(config)
@@ -71,10 +71,10 @@ def code_rows(
 def fused_stages(
     processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
 ) -> list[ImageGrid]:
-    """The last stages of a MobileNet, fused and pooled to so many rows and columns (Gemma 3n).
+    """Place the last stages of a MobileNet, fused and pooled to a fixed grid (Gemma 3n).
 
-    The tower's attention has other grids, one for each stage, and keys that are fewer than its
-    queries: its positions are not placed.
+    Positions of the tower's attention are not placed: each stage has another grid, and there are
+    fewer keys than queries.
     """
     height, width = inputs["pixel_values"].shape[-2:]
     side = _pooled_to(config)
@@ -87,27 +87,27 @@ def fused_stages(
 
 
 def _down_right(stride: int, cell: float) -> float:
-    """How far up and left of its square a token looks, in squares: less than nothing.
+    """Return the shift of a token's receptive field up and left, in cells; it is negative.
 
-    Strides of two that pad at the right and below look around the second of their two inputs.
+    A stride of two with padding at the right and bottom is centred on the second of its two inputs.
 
     Args:
         stride: The product of these strides, px.
-        cell: The side of a square, px.
+        cell: The side of a cell, px.
     """
     return -(stride - 1) / 2 / cell
 
 
 def _code_side(config: Any) -> int:
-    """The side of the square that a code stands for, px: all levels but one halve the sides."""
+    """Return the side of the square of one code, px: each level except the first halves it."""
     return int(2 ** (len(config.vq_config.channel_multiplier) - 1))
 
 
 def _pooled_to(config: Any) -> int:
-    """Rows, and columns, of the features of a MobileNet-V5: as configured, or its own default."""
+    """Return the rows (and columns) of MobileNet-V5's features, as configured or by default."""
     stated = (vision_of(config).model_args or {}).get("msfa_output_resolution")
     if stated is None:
-        from timm.models.mobilenetv5 import MobileNetV5Encoder  # only where its models are
+        from timm.models.mobilenetv5 import MobileNetV5Encoder  # timm is optional
 
         known = inspect.signature(MobileNetV5Encoder.__init__).parameters
         stated = known["msfa_output_resolution"].default

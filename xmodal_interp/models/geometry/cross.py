@@ -1,4 +1,4 @@
-"""Images that text reaches by cross-attention: their tokens are keys beside the sequence."""
+"""Images that text attends to by cross-attention: image tokens are keys outside the sequence."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import image_grid, joined, nowhere, rectangle
 from xmodal_interp.models.geometry.grid import ImageGrid, raster
 
-_TOWER_MULTIPLE = 8  # the tower pads each tile's positions to it: a constant, not a setting
+_TOWER_MULTIPLE = 8  # the tower pads each tile to a multiple of it; it is a constant of the code
 
 
 def aspect_ratio_tiles(
     _processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
 ) -> list[ImageGrid]:
-    """The image fills a canvas of square tiles from the top left (Mllama).
+    """Place images at the top left of a canvas of square tiles (Mllama).
 
-    Each image has ``max_num_tiles`` times (class token, then patches) keys; unused tiles and class
-    tokens have no place. Cells on the padding of the canvas have a place, and no box. The tower
-    reads each tile with padding behind it.
+    The keys of an image are ``max_num_tiles`` tiles, each a class token and its patches. Class
+    tokens and unused tiles are outside the grid. Cells on the padding of the canvas have a row and
+    column but no box. In the tower, each tile is followed by padding.
     """
     vision = config.vision_config
     tile, patch, max_tiles = vision.image_size, vision.patch_size, vision.max_num_tiles
@@ -31,8 +31,8 @@ def aspect_ratio_tiles(
     ratio_ids = ratio_ids[ratio_ids > 0]
     if len(ratio_ids) != len(images):
         raise GeometryError(
-            f"There must be one aspect_ratio_id per image; there are {len(images)} images, "
-            f"{len(ratio_ids)} ids."
+            f"The processor returned {len(ratio_ids)} aspect_ratio_ids for {len(images)} images; "
+            "it must return one per image."
         )
     side = tile // patch
     grids = []
@@ -55,7 +55,7 @@ def aspect_ratio_tiles(
 def _scale_on_canvas(
     image: Image.Image, canvas_height: int, canvas_width: int, tile: int
 ) -> tuple[float, float]:
-    """How far an image is stretched, in x and y, to fit its canvas without losing its aspect."""
+    """Return the scale, in x and y, by which an image is resized to its canvas."""
     width, height = image.size
     target_width, target_height = (
         np.clip(width, tile, canvas_width),

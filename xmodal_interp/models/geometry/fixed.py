@@ -1,4 +1,4 @@
-"""Every image becomes pixels of one size, and these a grid of squares, each of them a token."""
+"""Images of one size, cut into a grid of squares with one token each."""
 
 from __future__ import annotations
 
@@ -21,35 +21,33 @@ from xmodal_interp.models.geometry.patches import patch_side
 from xmodal_interp.models.geometry.replaying import shown
 
 Show = Callable[[Any, Image.Image, int, int], Box]
-"""``(processor, image, width, height) -> box``: what an image's pixels show of it."""
+"""``(processor, image, width, height) -> box``: the part of the image that the pixels show."""
 
 Count = Callable[[Any, Any], int]
 """``(config, processor) -> number``."""
 
 
 def kept_class_token(config: Any, _processor: Any) -> int:
-    """One where the features keep the tower's class token, as a LLaVA's configuration says."""
+    """Return 1 if the image features include the tower's class token (LLaVA), else 0."""
     return int(getattr(config, "vision_feature_select_strategy", "default") == "full")
 
 
 def counted_class_token(_config: Any, processor: Any) -> int:
-    """One where the processor counts a class token beside the patches."""
+    """Return 1 if the processor counts a class token besides the patches, else 0."""
     return int(bool(getattr(processor, "num_additional_image_tokens", 0)))
 
 
 @dataclass(frozen=True)
 class FixedGrid:
-    """Every image is resized, and cropped or padded, to the same size, then cut into squares.
+    """Images resized, and cropped or padded, to one size, then cut into squares.
 
     Attributes:
-        cell: The side of a token's square, px of the resized image.
-        show: What the resized image shows.
-        before: How many tokens without a place the model puts before those of the grid, or what
-            says so.
-        shift: How far up and left of its square a token looks, in squares.
-        tower_before: How many positions without a place the vision tower has before the patches,
-            or what says so; None where it reads them window by window, so that no position has one
-            patch.
+        cell: Function that returns the side of a token's square, px of the resized image.
+        show: Function that returns the part of the image that the resized pixels show.
+        before: Number of tokens before those of the grid (class tokens), or a function for it.
+        shift: How far up and left of its square a token's receptive field is centred, in squares.
+        tower_before: Number of vision-tower positions before the patches, or a function for it.
+            None if the tower reads windows, so that a position has no single patch.
     """
 
     cell: Count = patch_side
@@ -61,7 +59,7 @@ class FixedGrid:
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image."""
+        """Return one grid per image."""
         pixels = inputs.get("pixel_values_images", inputs.get("pixel_values"))
         height, width = pixels.shape[-2:]
         side = self.cell(config, processor)
@@ -82,11 +80,11 @@ def _number(told: int | Count, config: Any, processor: Any) -> int:
 
 
 fixed_grid = FixedGrid(before=kept_class_token, tower_before=counted_class_token)
-"""Of patches; features and tower may have a class token, as is configured (LLaVA)."""
+"""One token per patch; features and tower may have a class token, by configuration (LLaVA)."""
 
 
 def squares(box: Box, width: int, height: int, side: int) -> Cells:
-    """Whole squares from the top left of pixels that show a box."""
+    """Cut pixels that show a box into whole squares, from the top left."""
     rows, cols = height // side, width // side
     x0, y0, x1, y1 = box
     right, bottom = x0 + (x1 - x0) * cols * side / width, y0 + (y1 - y0) * rows * side / height

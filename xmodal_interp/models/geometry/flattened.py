@@ -1,4 +1,4 @@
-"""Patches that come flattened to vectors, each with its row and column in front."""
+"""Patches flattened to vectors that start with their row and column."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from xmodal_interp.models.geometry.tiling import whole
 
 @dataclass(frozen=True)
 class FlattenedPatches:
-    """As many patches as fit, the image's aspect kept, and padding behind them (Pix2Struct).
+    """As many patches as fit at the image's aspect ratio, followed by padding (Pix2Struct).
 
-    The sides are rounded down to whole patches, each for itself, so that the boxes fill the image
-    exactly. Where the processor draws a question above the image, rows and columns are those of
-    both, and no box is known.
+    Each side is rounded down to whole patches independently, so the boxes fill the image exactly.
+    If the processor draws the question above the image, rows and columns include it, and boxes are
+    not known.
 
     Attributes:
-        queries: Attribute of the configuration that says how many learned queries read the patches
-            of an image, if its tokens are such.
+        queries: Configuration attribute with the number of learned queries per image, if image
+            tokens are learned queries.
     """
 
     queries: str | None = None
@@ -34,7 +34,7 @@ class FlattenedPatches:
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image."""
+        """Return one grid per image."""
         headed = bool(setting(processor, "is_vqa", default=False))
         grids = []
         for image, patches in zip(images, np.asarray(inputs["flattened_patches"]), strict=True):

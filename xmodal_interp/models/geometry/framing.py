@@ -1,4 +1,4 @@
-"""Pages that are shrunk into a frame of one size, their margins cut off before (Donut and kin)."""
+"""Pages that are cropped to their content and resized into a fixed frame (Donut)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from xmodal_interp.models.geometry.tiling import whole
 
 
 def framed(processor: Any, image: Image.Image, width: int, height: int) -> Box:
-    """What is shown where an image is shrunk into a frame, and padded on both ends.
+    """Return the box of an image that is resized into a frame and padded at both ends.
 
-    Processors that know no such frame resize and crop, as :func:`shown` replays.
+    Processors without ``align_long_axis`` resize and crop as in :func:`shown`.
 
     Raises:
-        GeometryError: The image is turned to fit the frame, or the settings do not lead to these
-            pixels.
+        GeometryError: The processor rotates the image to fit the frame, or its settings do not lead
+            to these pixels.
     """
     if not hasattr(processor.image_processor, "align_long_axis"):
         return shown(processor, image, width, height)
@@ -34,9 +34,9 @@ def framed(processor: Any, image: Image.Image, width: int, height: int) -> Box:
         (size["width"] - size["height"]) * (w - h) < 0
     ):
         raise GeometryError(
-            "A box in an image needs pixels that stand as they do there. "
-            f"{type(processor.image_processor).__name__} turns an image of {w} x {h} by 90 degrees "
-            f"to fit {size['width']} x {size['height']}; switch do_align_long_axis off."
+            f"{type(processor.image_processor).__name__} rotates an image of {w} x {h} by 90 "
+            f"degrees to fit {size['width']} x {size['height']}, so its tokens have no boxes. "
+            "Set do_align_long_axis=False."
         )
     new_w, new_h = _shrunk(processor, w, h, size)
     if not setting(processor, "do_pad", default=False):
@@ -47,7 +47,7 @@ def framed(processor: Any, image: Image.Image, width: int, height: int) -> Box:
 
 
 def _shrunk(processor: Any, width: int, height: int, size: Any) -> tuple[int, int]:
-    """Width and height after the shorter side is resized, and the longer one shrunk."""
+    """Return width and height after resizing the shorter side and shrinking the longer one."""
     if setting(processor, "do_resize", default=False):
         shorter = min(size["height"], size["width"])
         if width <= height:
@@ -65,7 +65,7 @@ def _shrunk(processor: Any, width: int, height: int, size: Any) -> tuple[int, in
 
 
 def _without_margins(settings: Any, image: Image.Image) -> Box:
-    """What the processor keeps of an image: its own function cuts a view out of the pixels."""
+    """Return the box that the processor keeps; its function returns a view of the pixels."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     kept = settings.crop_margin(pixels)
     y0, x0 = divmod(int(kept.storage_offset()), image.width)

@@ -1,7 +1,7 @@
-"""What a rule returns: the tokens of one image with their rows, columns and boxes.
+"""The tokens of one image with their rows, columns and boxes: the result of a geometry rule.
 
-A tiled image has two views: the image itself in full detail, from the tiles side by side, and often
-a thumbnail of all of it. Each view has rows and columns of its own.
+A tiled image has up to two views: the tiles side by side, in full detail, and a thumbnail of the
+whole image. Each view has separate rows and columns.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from PIL import Image
 from xmodal_interp.errors import GeometryError
 
 NOWHERE = -1
-"""The row and column of a token without a place: class tokens, line breaks, padding tiles; also the
-tile of a token that is of no tile."""
+"""The row and column of tokens outside the grid (class tokens, line breaks, padding tiles), and the
+tile of tokens that belong to no tile."""
 
 IMAGE, THUMBNAIL = "image", "thumbnail"
 VIEWS: tuple[str, ...] = (IMAGE, THUMBNAIL)
@@ -26,17 +26,17 @@ VIEWS: tuple[str, ...] = (IMAGE, THUMBNAIL)
 
 @dataclass(frozen=True, eq=False)
 class Thumbnail:
-    """The thumbnail of a tiled image or video: rows and columns of its own, for the same tokens.
+    """The thumbnail of a tiled image or video, with separate rows and columns.
 
     Attributes:
-        rows: Rows of its tokens.
-        cols: Columns of its tokens.
-        places: Row and column of each token of the image, of a video frame, row and column;
-            ``NOWHERE`` for those not of this view.
-        patch_rows: Rows of its vision-tower patches.
-        patch_cols: Columns of them.
-        patch_places: The same of each vision-tower position; ``NOWHERE`` for those not of this
-            view.
+        rows: Number of rows of its tokens.
+        cols: Number of columns of its tokens.
+        places: Row and column of each token of the image (for videos: frame, row and column);
+            ``NOWHERE`` for tokens of other views.
+        patch_rows: Number of rows of its vision-tower patches.
+        patch_cols: Number of columns of its vision-tower patches.
+        patch_places: Row and column (for videos: frame, row and column) of each vision-tower
+            position; ``NOWHERE`` for positions of other views.
     """
 
     rows: int
@@ -48,43 +48,43 @@ class Thumbnail:
 
 
 class Viewed:
-    """What images and videos have in common: tokens of the tiles, and of a thumbnail."""
+    """Common parts of images and videos: tokens of the tiles and of a thumbnail."""
 
     places: Int[np.ndarray, "token axis"]
     thumbnail: Thumbnail | None
 
     @property
     def n_tokens(self) -> int:
-        """Tokens it takes: class tokens, line breaks and thumbnail included."""
+        """Number of tokens, including class tokens, line breaks and the thumbnail."""
         return len(self.places)
 
     @property
     def places_by_view(self) -> Int[np.ndarray, "token axis"]:
-        """The place of each token in the view that it is of."""
+        """Row and column of each token in its own view."""
         if self.thumbnail is None:
             return self.places
         return np.where(self.in_thumbnail[:, None], self.thumbnail.places, self.places)
 
     @property
     def in_thumbnail(self) -> np.ndarray:
-        """Whether each token is of the thumbnail, ``[token]``."""
+        """Whether each token belongs to the thumbnail, ``[token]``."""
         if self.thumbnail is None:
             return np.zeros(len(self.places), dtype=bool)
         inside: np.ndarray = self.thumbnail.places[:, 0] >= 0
         return inside
 
     def of_view(self, view: str, what: str) -> Any:
-        """Itself, or its thumbnail: what has the rows, columns and places of a view.
+        """Return the object with the rows, columns and places of a view: self or the thumbnail.
 
         Raises:
-            GeometryError: It has no such view.
+            GeometryError: There is no such view.
         """
         if view not in VIEWS or (view == THUMBNAIL and self.thumbnail is None):
             known = VIEWS if self.thumbnail is not None else (IMAGE,)
             kind = what.partition(" ")[0].lower()
             raise GeometryError(
-                f"A view must be one that the {kind} has. {what} has "
-                f"{' and '.join(map(repr, known))}; got {view!r}."
+                f"{what} has no view {view!r}. The views of this {kind} are "
+                f"{' and '.join(map(repr, known))}."
             )
         return self if view == IMAGE else self.thumbnail
 
@@ -96,23 +96,23 @@ class ImageGrid(Viewed):
     Attributes:
         width: Width of the original image, px.
         height: Height of the original image, px.
-        rows: Rows of the grid of tokens; of the tiles side by side, where there are several.
-        cols: Columns of the grid of tokens.
-        places: Row and column of each token; ``NOWHERE`` for tokens without one, and for those of
-            the thumbnail, whose rows and columns are in ``thumbnail``.
-        boxes: ``(x0, y0, x1, y1)`` of each token in pixels of the original image, those of the
-            thumbnail included; NaN without a place.
-        patch_rows: Rows of the grid of vision-tower patches.
-        patch_cols: Columns of it.
-        patch_places: Row and column of each vision-tower position, tile by tile as the tower reads
-            them; ``NOWHERE`` for a class token, a learned query, padding, and for a patch of an
-            overlap that no token reads.
-        tiles: Which tile each token is of, 0-based in reading order; ``NOWHERE`` for tokens of no
-            tile. None where the image is not tiled.
-        thumbnail: The view of the whole image beside the tiles, if there is one.
+        rows: Number of rows of tokens, over all tiles side by side.
+        cols: Number of columns of tokens, over all tiles side by side.
+        places: Row and column of each token; ``NOWHERE`` for tokens outside the grid, and for those
+            of the thumbnail, whose rows and columns are in ``thumbnail``.
+        boxes: ``(x0, y0, x1, y1)`` of each token, thumbnail included, in pixels of the original
+            image; NaN outside the grid.
+        patch_rows: Number of rows of vision-tower patches.
+        patch_cols: Number of columns of vision-tower patches.
+        patch_places: Row and column of each vision-tower position, in the order of the tower;
+            ``NOWHERE`` for class tokens, learned queries, padding, and patches in an overlap that
+            no token reads.
+        tiles: The tile of each token, 0-based in reading order; ``NOWHERE`` for tokens of no tile.
+            None if the image is not tiled.
+        thumbnail: The thumbnail view, if there is one.
         patch_boxes: ``(x0, y0, x1, y1)`` of each vision-tower position in pixels of the original
-            image, NaN without a place. None where the patches fill the same box as the tokens.
-        reason: Why the tokens have no places, where the family has no rule for them.
+            image; NaN outside the grid. None if the patches fill the same box as the tokens.
+        reason: Why the tokens have no rows and columns, if the family has no rule for them.
     """
 
     width: int
@@ -132,16 +132,19 @@ class ImageGrid(Viewed):
     def arranged(
         self, values: Float[np.ndarray, " token"], view: str = IMAGE, *, number: int = 0
     ) -> Float[np.ndarray, "row col"]:
-        """One value per token, or per vision-tower position, on the cells of a view.
+        """Arrange one value per token, or per vision-tower position, on the grid of a view.
 
         Args:
-            values: In sequence order, tokens without a place included.
+            values: Values in sequence order, including tokens outside the grid.
             view: ``"image"`` or ``"thumbnail"``.
-            number: Which image it is, for messages.
+            number: Number of the image, for messages.
+
+        Returns:
+            The values on the grid; NaN in cells without a token.
 
         Raises:
-            GeometryError: The tokens have no places, there is no such view, or the number of values
-                is neither that of the tokens nor that of the vision positions.
+            GeometryError: The tokens have no rows and columns, there is no such view, or the number
+                of values is neither that of the tokens nor that of the vision positions.
         """
         of = self.of_view(view, f"Image {number}")
         if values.shape == (len(of.places),) and of.rows:
@@ -152,9 +155,9 @@ class ImageGrid(Viewed):
             raise GeometryError(f"Image {number} has no grid. {self.reason}")
         if values.shape == (len(of.places),) and self.thumbnail is not None:
             raise GeometryError(
-                f"A view must have rows of tokens. Those of image {number} in the view {view!r} "
-                "were all cut off with its padding, for it is long and narrow; its thumbnail has "
-                f"{self.thumbnail.rows} x {self.thumbnail.cols}: view='thumbnail'."
+                f"Image {number} is so narrow that no tokens are left in the view {view!r} without "
+                f"its padding. Use view='thumbnail', which has {self.thumbnail.rows} x "
+                f"{self.thumbnail.cols} tokens."
             )
         raise GeometryError(
             f"Image {number} has {len(of.places)} tokens ({of.rows} x {of.cols}) and "
@@ -168,7 +171,7 @@ Rule = Callable[[Any, Any, Mapping[str, Any], Sequence[Image.Image]], list[Image
 
 
 def unplaced(size: tuple[int, int], n_tokens: int, reason: str) -> ImageGrid:
-    """The grid of an image whose tokens have no known places, and why."""
+    """Return the grid of an image whose tokens have no rows and columns, with the reason."""
     nothing = np.full((n_tokens, 2), NOWHERE)
     none = np.empty((0, 2), dtype=int)
     boxes = np.full((n_tokens, 4), np.nan)
@@ -178,12 +181,12 @@ def unplaced(size: tuple[int, int], n_tokens: int, reason: str) -> ImageGrid:
 def place_on_grid(
     values: Float[np.ndarray, " token"], places: Int[np.ndarray, "token axis"], *shape: int
 ) -> Float[np.ndarray, "..."]:
-    """Values on their cells; NaN on cells without a token.
+    """Return values on the cells of a grid; NaN in cells without a token.
 
     Args:
-        values: One per token.
-        places: The cell of each token: row and column, of a video frame, row and column.
-        *shape: How many rows and columns there are, or frames, rows and columns.
+        values: One value per token.
+        places: Row and column of each token (for videos: frame, row and column).
+        *shape: Number of rows and columns (for videos: frames, rows and columns).
     """
     out = np.full(shape, np.nan)
     placed = places[:, 0] >= 0
@@ -192,5 +195,5 @@ def place_on_grid(
 
 
 def raster(rows: int, cols: int) -> Int[np.ndarray, "token 2"]:
-    """Row and column of every cell, row by row."""
+    """Return row and column of every cell, row by row."""
     return np.stack(np.divmod(np.arange(rows * cols), cols), axis=1)

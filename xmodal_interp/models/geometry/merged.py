@@ -1,4 +1,4 @@
-"""Every image keeps its aspect; blocks of patches are merged into one token (Qwen2-VL and kin)."""
+"""Images that keep their aspect ratio, with blocks of patches merged into one token (Qwen2-VL)."""
 
 from __future__ import annotations
 
@@ -25,22 +25,21 @@ from xmodal_interp.models.geometry.replaying import setting
 from xmodal_interp.models.geometry.tiling import own_function, whole
 
 Content = Callable[[Any, Image.Image, int, int], tuple[int, int]]
-"""``(processor, image, width, height) -> width, height``: which of the pixels are the image's."""
+"""``(processor, image, width, height) -> width, height``: the pixels that are not padding."""
 
 
 @dataclass(frozen=True)
 class MergedPatches:
-    """Squares of patches give one token each; the processor tells the grid of patches.
+    """Blocks of patches with one token each; the processor returns the grid of patches.
 
-    The vision tower reads the patches square by square. Unless the processor pads, it rounds the
-    sides of the image to whole squares, each for itself, so that the boxes fill the image exactly.
+    The vision tower reads the patches block by block. Unless the processor pads, it rounds each
+    side of the image to whole blocks independently, so the boxes fill the image exactly.
 
     Attributes:
-        content: Which part of the pixels, from the top left, is the image, where the rest is
-            padding. None where there is none.
-        by_rows: Whether the vision tower reads its patches row by row instead.
-        framed: Whether a token without a place stands before all others, one behind each row, and
-            one behind all.
+        content: Function that returns the size of the image at the top left of padded pixels. None
+            if there is no padding.
+        by_rows: Whether the vision tower reads its patches row by row instead of block by block.
+        framed: Whether marker tokens precede the first row and follow each row and the last token.
     """
 
     content: Content | None = None
@@ -50,13 +49,12 @@ class MergedPatches:
     def __call__(
         self, processor: Any, _config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image."""
+        """Return one grid per image."""
         grid_thw = inputs.get("image_grid_thw")
         if grid_thw is None or len(grid_thw) != len(images):
             raise GeometryError(
-                "The processor must return one row of image_grid_thw per image. There are "
-                f"{len(images)} images and "
-                f"{0 if grid_thw is None else len(grid_thw)} rows."
+                f"The processor returned {0 if grid_thw is None else len(grid_thw)} rows of "
+                f"image_grid_thw for {len(images)} images; it must return one per image."
             )
         merge = processor.image_processor.merge_size
         grids = []
@@ -76,7 +74,7 @@ class MergedPatches:
         return grids
 
     def _box(self, processor: Any, image: Image.Image, rows: int, cols: int) -> Box:
-        """What all of the patches show."""
+        """Return the box of all patches."""
         if self.content is None:
             return whole(image)
         side = processor.image_processor.patch_size
@@ -91,7 +89,7 @@ merged_patches = MergedPatches()
 def within_patches(
     processor: Any, image: Image.Image, _width: int, _height: int
 ) -> tuple[int, int]:
-    """An image that is only ever made smaller, to a number of patches, then padded (Kimi)."""
+    """Return the size of an image shrunk to at most a number of patches, then padded (Kimi)."""
     (height, width), _ = own_function(processor, "navit_resize")(
         height=image.height,
         width=image.width,
@@ -104,7 +102,7 @@ def within_patches(
 
 
 def within_tokens(processor: Any, image: Image.Image, width: int, height: int) -> tuple[int, int]:
-    """An image that is made larger only where it has too few tokens, then padded (GLM-5)."""
+    """Return the size of an image enlarged only if it has too few tokens, then padded (GLM-5)."""
     settings = processor.image_processor
     return size_within_tokens(settings, image.size, settings.temporal_patch_size, width, height)
 
@@ -112,16 +110,16 @@ def within_tokens(processor: Any, image: Image.Image, width: int, height: int) -
 def size_within_tokens(
     settings: Any, size: tuple[int, int], n_frames: int, width: int, height: int
 ) -> tuple[int, int]:
-    """Width and height of a picture in the padded pixels, px.
+    """Return width and height of a picture in the padded pixels, px.
 
-    It is made larger only where all of its frames have too few tokens.
+    The picture is enlarged only if all of its frames together have too few tokens.
 
     Args:
-        settings: The processor of images or of videos.
+        settings: The image processor or the video processor.
         size: Width and height of the picture, px.
-        n_frames: How many frames there are; an image counts as those that give a token.
+        n_frames: Number of frames; for an image, the number of frames merged into one token.
         width: Width of the padded pixels.
-        height: Height of them.
+        height: Height of the padded pixels.
     """
     w, h = size
     scale = min(height / h, width / w)

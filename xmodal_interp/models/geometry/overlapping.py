@@ -1,4 +1,4 @@
-"""Crops that overlap, so that each patch that counts has others around it (Molmo 2)."""
+"""Overlapping crops, which give each patch that is used a margin of context (Molmo 2)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from xmodal_interp.models.geometry.tiling import own_function, whole
 def overlapping_crops(
     processor: Any, _config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
 ) -> list[ImageGrid]:
-    """A thumbnail, then the image row by row, from crops that overlap; tokens pool patches.
+    """Place the thumbnail, then the image row by row; tokens pool patches of overlapping crops.
 
-    The image is resized, without regard to its shape, to whole windows and a margin; each crop is a
-    window with its margins. Where crops overlap, the processor says which of them is read
-    (``image_token_pooling``); the tower's patches that no token reads have no place. A token at the
-    end of an odd row or column is smaller. One that reads patches of two crops is of no tile.
+    The image is resized without keeping its aspect ratio to whole windows and a margin; each crop
+    is a window with its margins. ``image_token_pooling`` of the processor says which crop a token
+    reads in an overlap; patches that no token reads are outside the grid. The last token of an odd
+    row or column is smaller. A token that reads patches of two crops belongs to no tile.
 
     Raises:
-        GeometryError: The settings do not lead to as many crops as the processor returned.
+        GeometryError: The processor returned another number of crops than its settings give.
     """
     pooling = np.asarray(inputs["image_token_pooling"])
     shapes = np.asarray(inputs["image_grids"]).tolist()
@@ -38,8 +38,8 @@ def overlapping_crops(
         crops = _crops(processor, image)
         if len(crops) != count:
             raise GeometryError(
-                "The processor's settings must lead to the crops it returned. Replayed were "
-                f"{len(crops)}, the whole image among them; returned {count}."
+                f"The processor returned {count} crops, but its settings lead to {len(crops)}, the "
+                "whole image included. Use the checkpoint's own processor settings."
             )
         patches = joined(crops)
         n_tokens = shape[0] * shape[1] + shape[2] * shape[3]
@@ -62,7 +62,7 @@ def overlapping_crops(
 
 
 def _crops(processor: Any, image: Image.Image) -> list[Cells]:
-    """The patches of the whole image, then of each crop, all with their places."""
+    """Return the patches of the whole image, then those of each crop."""
     side, crop = setting(processor, "patch_size"), setting(processor, "size")["height"]
     margins = setting(processor, "overlap_margins")
     tile_rows, tile_cols, height, width = own_function(processor, "compute_crop_geometry")(
@@ -86,15 +86,15 @@ def _crops(processor: Any, image: Image.Image) -> list[Cells]:
 def pooled_cells(
     patches: Cells, read: Int[np.ndarray, "token patch"], places: Int[np.ndarray, "token 2"]
 ) -> Cells:
-    """The cells of tokens, from the patches that each of them reads; ``NOWHERE`` is none.
+    """Return the cells of tokens that pool patches.
 
     Args:
         patches: All patches.
-        read: Which of them each token reads.
+        read: Indices of the patches that each token reads; ``NOWHERE`` for unused entries.
         places: Row and column of each token.
 
     Returns:
-        Cells about the patches that are read; of a tile where all of these are of the same.
+        For each token, the bounding box of its patches, and their tile if they all have the same.
     """
     none = (read < 0)[..., None]
     boxes, tiles = patches.boxes[read], patches.tiles[read]

@@ -1,4 +1,4 @@
-"""An image is cut into squares from its top left, the last of them filled up with padding."""
+"""Images cut into squares from the top left, with padding in the last of a row or column."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from xmodal_interp.models.geometry.patches import vision_of
 from xmodal_interp.models.geometry.replaying import setting
 
 Resized = Callable[[Any, Image.Image], tuple[int, int]]
-"""``(processor, image) -> width, height``: the size at which an image is cut."""
+"""``(processor, image) -> width, height``: the size of the image when it is cut."""
 
 
 def as_it_is(_processor: Any, image: Image.Image) -> tuple[int, int]:
-    """An image that is not resized (Inkling 2)."""
+    """Return the size of an image that is not resized (Inkling 2)."""
     return image.size
 
 
 def shrunk(processor: Any, image: Image.Image) -> tuple[int, int]:
-    """An image that is made smaller, its shape kept, where it is larger than a size (Fuyu)."""
+    """Return the size of an image shrunk, aspect ratio kept, to a maximal size (Fuyu)."""
     if not setting(processor, "do_resize", default=False):
         return image.size
     size = setting(processor, "size")
@@ -37,7 +37,7 @@ def shrunk(processor: Any, image: Image.Image) -> tuple[int, int]:
 
 
 def scaled(processor: Any, image: Image.Image) -> tuple[int, int]:
-    """An image that is scaled by a fraction, up to a longest edge at most (Inkling)."""
+    """Return the size of an image scaled by a factor, up to a maximal longest edge (Inkling)."""
     fraction = setting(processor, "rescale_image_frac")
     if fraction is None:
         return image.size
@@ -53,14 +53,14 @@ def scaled(processor: Any, image: Image.Image) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class PaddedSquares:
-    """Squares of pixels, row by row, each of them a token; the shape of the image is kept.
+    """Squares of pixels with one token each, row by row; the aspect ratio is kept.
 
     Attributes:
         square: Setting of the image processor that holds the height and width of a square.
-        resized: The size at which an image is cut.
-        spare_column: Whether a column of padding follows where the squares fill the width.
-        merged: Whether a vision tower reads each square as a square of patches, behind a class
-            token. Otherwise the squares are projected one by one, without a tower.
+        resized: Function that returns the size of the image when it is cut.
+        spare_column: Whether a column of padding is added even if the squares fill the width.
+        merged: Whether a vision tower reads each square as a block of patches, after a class token.
+            If not, there is no tower: each square is projected to a token.
     """
 
     square: str = "size"
@@ -71,7 +71,7 @@ class PaddedSquares:
     def __call__(
         self, processor: Any, config: Any, _inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image."""
+        """Return one grid per image."""
         square = setting(processor, self.square)
         grids = []
         for image in images:

@@ -1,4 +1,4 @@
-"""The vision tower's patches, and how many of them give one token."""
+"""The patches of the vision tower, and the number of them per token."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from xmodal_interp.errors import GeometryError
 
 
 def patch_side(config: Any, processor: Any = None) -> int:
-    """The side of the vision tower's square patches, px.
+    """Return the side of the vision tower's square patches, px.
 
-    Towers of timm don't say in their configuration; there the processor does.
+    The configuration of a timm tower has no patch size; the processor's is used instead.
     """
     vision = vision_of(config)
     side = vision.patch_size if hasattr(vision, "patch_size") else processor.patch_size
@@ -19,12 +19,12 @@ def patch_side(config: Any, processor: Any = None) -> int:
 
 
 def block_of(config: Any, merge: str | int, rows: int, cols: int) -> int:
-    """The side of the square of patches that gives one token.
+    """Return the side of the block of patches that gives one token, in patches.
 
-    Of encoder-decoder models, the encoder's configuration says so.
+    For encoder-decoder models it is read from the configuration of the encoder.
 
     Raises:
-        GeometryError: The configuration gives a number of tokens that no square leads to.
+        GeometryError: No square block leads to the number of tokens in the configuration.
     """
     if isinstance(merge, int):
         return merge
@@ -35,26 +35,26 @@ def block_of(config: Any, merge: str | int, rows: int, cols: int) -> int:
 
 
 def block_side(rows: int, cols: int, n_tokens: int) -> int:
-    """The side of the square blocks by which rows x cols patches give so many tokens.
+    """Return the side of the square blocks that merge rows x cols patches into n_tokens tokens.
 
     Raises:
-        GeometryError: No side divides both and gives this number.
+        GeometryError: There is no such side.
     """
     for side in range(1, min(rows, cols) + 1):
         divides = rows % side == 0 and cols % side == 0
         if divides and (rows // side) * (cols // side) == n_tokens:
             return side
     raise GeometryError(
-        f"Square blocks of patches must give the image's tokens. {rows} x {cols} patches cannot "
-        f"give {n_tokens} tokens."
+        f"No square blocks merge {rows} x {cols} patches into {n_tokens} tokens. Check that "
+        "processor and model belong together."
     )
 
 
 def vision_of(config: Any) -> Any:
-    """The configuration of the vision tower.
+    """Return the configuration of the vision tower.
 
-    That of an encoder-decoder model is in the encoder's, or is the encoder's own; that of a model
-    with a vision-language model inside is in the inner one's.
+    For an encoder-decoder model it is in the encoder's configuration or is that configuration. For
+    a model that contains a vision-language model it is in the inner configuration.
     """
     encoder = getattr(config, "encoder", None)
     owners = (config, encoder, getattr(config, "vlm_config", None))

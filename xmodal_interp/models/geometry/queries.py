@@ -1,6 +1,6 @@
-"""Image tokens that are learned queries: each may look anywhere, so that none has a place.
+"""Image tokens that are learned queries: each attends to the whole image and has no row and column.
 
-Where a query looks is a question for its cross-attention to the patches, which do have places.
+The patches do have rows and columns; the cross-attention of a query shows which of them it uses.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from xmodal_interp.models.geometry.tiling import Tiling, split_canvas, whole
 
 @dataclass(frozen=True)
 class QueryTokens:
-    """So many tokens without a place; the vision tower's patches have theirs (Q-Former).
+    """Learned queries without rows and columns, and vision-tower patches on a grid (Q-Former).
 
     Attributes:
-        n_tokens: Attribute of the configuration that says how many queries an image has.
+        n_tokens: Configuration attribute with the number of queries per image.
         class_token: Whether the vision tower has a class token before the patches.
-        show: What the resized image shows.
-        reason: Why the tokens have no place, where the family's record does not say so.
-        n_frames: How many images a prompt must have, where the processor takes them as the frames
-            of one video, and puts the tokens of so many into it whatever it is given.
+        show: Function that returns the part of the image that the resized pixels show.
+        reason: Why the tokens have no rows and columns, if the family's record has no reason.
+        n_frames: Number of images that each prompt must have, for processors that take the images
+            as the frames of one video and always insert the tokens of this many frames.
     """
 
     n_tokens: str
@@ -51,17 +51,17 @@ class QueryTokens:
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image, without rows and columns of tokens.
+        """Return one grid per image, without rows and columns of tokens.
 
         Raises:
-            GeometryError: A prompt has another number of images than a video has frames.
+            GeometryError: A prompt does not have ``n_frames`` images.
         """
         n_tokens = attrgetter(self.n_tokens)(config)
         if self.n_frames is not None and inputs["pixel_values"].shape[1] != self.n_frames:
             raise GeometryError(
-                f"The model type {config.model_type!r} reads videos of {self.n_frames} frames, and "
-                f"takes them as images. Give each prompt {self.n_frames} images, the frames in "
-                f"order; got {inputs['pixel_values'].shape[1]}."
+                f"The model type {config.model_type!r} takes the {self.n_frames} frames of a video "
+                f"as images; got {inputs['pixel_values'].shape[1]}. Give each prompt "
+                f"{self.n_frames} images, the frames in order."
             )
         height, width = inputs["pixel_values"].shape[-2:]
         grids = []
@@ -77,10 +77,11 @@ class QueryTokens:
 def resampled_patches(
     processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
 ) -> list[ImageGrid]:
-    """A perceiver reads each image, or its four quarters and all of it (Idefics2).
+    """Place patches that a perceiver resamples, of each image or its quarters (Idefics2).
 
-    The mask tells how many of the padded pixels are an image's. Patches have no place where they
-    are padding, in part or in whole: they are hidden from all others.
+    With image splitting, the four quarters are followed by the whole image. The pixel mask gives
+    the size of the image in the padded pixels. Patches on padding, entirely or in part, are masked
+    in the tower and outside the grid.
     """
     n_tokens = config.perceiver_config.resampler_n_latents
     masks = np.asarray(inputs["pixel_attention_mask"]).astype(bool)
@@ -105,13 +106,13 @@ def resampled_patches(
 def query_crops(
     processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
 ) -> list[ImageGrid]:
-    """So many queries look at each image, or at each of its tiles, as it has patches (Aria).
+    """Place learned queries whose number depends on the number of patches of a view (Aria).
 
-    An image, or a tile, lies at the top left of its pixels. Patches have no place where they are
-    padding in whole: they are hidden from all others.
+    An image or tile is at the top left of its pixels. Patches entirely on padding are masked in the
+    tower and outside the grid.
 
     Raises:
-        GeometryError: The configuration knows no number of queries for this number of patches.
+        GeometryError: The configuration has no number of queries for this number of patches.
     """
     masks = np.asarray(inputs["pixel_mask"]).astype(bool)
     side = patch_side(config)
@@ -119,9 +120,8 @@ def query_crops(
     known = config.projector_patch_to_query_dict
     if n_patches not in known:
         raise GeometryError(
-            "The configuration must tell how many queries an image of so many patches has. There "
-            f"are {n_patches} patches; projector_patch_to_query_dict knows "
-            f"{', '.join(map(str, known))}."
+            f"projector_patch_to_query_dict of the configuration has no number of queries for "
+            f"{n_patches} patches. Resize images to one of {', '.join(map(str, known))} patches."
         )
     each = iter(masks)
     grids = []
@@ -136,12 +136,12 @@ def query_crops(
 
 
 def _queries(n_tokens: int, patches: Cells) -> Cells:
-    """The queries that look at some patches: without a place, but of the tile that these are of."""
+    """Return the queries of some patches: outside the grid, but with the tile of the patches."""
     return replace(nowhere(n_tokens), tiles=np.full(n_tokens, patches.tiles.max(initial=NOWHERE)))
 
 
 def _crops(tiling: Tiling | None, image: Image.Image) -> Iterator[tuple[Box, tuple[int, int], int]]:
-    """What each crop shows, its row and column among the others, and its number."""
+    """Yield the box of each crop, its row and column among the crops, and its number."""
     if tiling is None:
         yield whole(image), (0, 0), NOWHERE
         return
@@ -165,15 +165,15 @@ def _padded(
     *,
     in_part: bool = False,
 ) -> Cells:
-    """The patches of one picture, those on its padding without a place.
+    """Return the patches of one picture; those on its padding are outside the grid.
 
     Args:
-        mask: Which pixels are the picture's, ``[height, width]``: those at the top left.
-        box: What these show.
+        mask: True for pixels of the picture, ``[height, width]``; they are at the top left.
+        box: The box that these pixels show.
         side: The side of a patch, px.
-        at: Row and column of the picture among others of its size, side by side.
-        tile: Its number among them.
-        in_part: Whether patches that are padding in part have a place.
+        at: Row and column of the picture among the tiles.
+        tile: Number of the picture among the tiles.
+        in_part: Whether patches that are partly on padding are on the grid.
     """
     height, width = mask.shape
     rows, cols = height // side, width // side

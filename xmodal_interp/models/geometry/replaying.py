@@ -1,7 +1,7 @@
-"""What an image processor does to every image alike, replayed from its settings.
+"""Reproduce the steps of an image processor from its settings.
 
-Resizing, centred cropping and padding to a square, as a box: which part of the original image the
-resulting pixels show.
+Resizing, centre cropping and padding to a square are expressed as a box: the part of the original
+image that the resulting pixels show.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from xmodal_interp.models.geometry.cells import Box
 
 
 def setting(processor: Any, name: str, default: Any = None) -> Any:
-    """A setting of the image processor, as the processor that owns it would call it.
+    """Return a setting that the processor uses for images.
 
-    A processor's own defaults for images go before those of its image processor.
+    Defaults of the processor override the settings of its image processor.
     """
     return _setting(processor, "image", name, default)
 
 
 def video_setting(processor: Any, name: str, default: Any = None) -> Any:
-    """A setting of the video processor, likewise."""
+    """Return a setting that the processor uses for videos."""
     return _setting(processor, "video", name, default)
 
 
@@ -40,10 +40,10 @@ def _setting(processor: Any, part: str, name: str, default: Any) -> Any:
 
 
 def shown(processor: Any, image: Image.Image, width: int, height: int) -> Box:
-    """Which part of an image is seen in its pixels of ``width`` x ``height``.
+    """Return the part of an image that its processed pixels (``width`` x ``height``) show.
 
-    It reaches over the edge of the image where this was padded. Rounding of the resized size is
-    part of the replay, so the box is exact up to the resampling filter.
+    The box extends beyond the image if the processor pads. Sizes are rounded as in the processor,
+    so the box is exact up to the resampling filter.
 
     Raises:
         GeometryError: The settings do not lead to these pixels.
@@ -52,7 +52,7 @@ def shown(processor: Any, image: Image.Image, width: int, height: int) -> Box:
 
 
 def shown_by(settings: Any, size: tuple[int, int], width: int, height: int) -> Box:
-    """The same for a picture of ``size`` (width, height) by the settings of its processor.
+    """Like :func:`shown`, for a picture of ``size`` (width, height) and the settings as an object.
 
     Raises:
         GeometryError: The settings do not lead to these pixels.
@@ -78,15 +78,15 @@ def shown_by(settings: Any, size: tuple[int, int], width: int, height: int) -> B
 
 
 def fitted(processor: Any, image: Image.Image, width: int, height: int) -> Box:
-    """What is shown where the longer side is resized, and the shorter one padded on both ends.
+    """Return the box of an image that is resized by its longer side and padded at both ends.
 
     Raises:
-        GeometryError: The processor does not pad to these pixels.
+        GeometryError: The processor does not pad.
     """
     if not setting(processor, "do_pad", default=True):
         raise GeometryError(
-            "An image that is fitted into a square must be padded to it. "
-            f"{type(processor.image_processor).__name__} has do_pad=False."
+            f"{type(processor.image_processor).__name__} has do_pad=False, so images are not "
+            "padded to a square. Set do_pad=True."
         )
     smallest = setting(processor, "min_size", 1)
     scale = width / max(image.size)
@@ -97,16 +97,16 @@ def fitted(processor: Any, image: Image.Image, width: int, height: int) -> Box:
 
 
 def at_the_top(processor: Any, image: Image.Image, width: int, height: int) -> Box:
-    """What is shown where an image is resized into a square, and padded right and below.
+    """Return the box of an image that is resized into a square, padded at the right and bottom.
 
     Raises:
-        GeometryError: The processor is told another way of resizing.
+        GeometryError: The size of the processor has no ``max_height`` and ``max_width``.
     """
     size = setting(processor, "size")
     if not (size.get("max_height") and size.get("max_width")):
         raise GeometryError(
-            "An image that is resized into a square needs a size with max_height and max_width. "
-            f"{type(processor.image_processor).__name__} has {dict(size)}."
+            f"{type(processor.image_processor).__name__} has the size {dict(size)}. Set a size "
+            "with max_height and max_width."
         )
     new_h, new_w = get_image_size_for_max_height_width(
         (image.height, image.width), size["max_height"], size["max_width"]
@@ -115,20 +115,20 @@ def at_the_top(processor: Any, image: Image.Image, width: int, height: int) -> B
 
 
 def shown_in_frames(processor: Any, image: Image.Image, width: int, height: int) -> Box:
-    """What is shown where a processor of videos is given the images, as frames."""
+    """Return the box of an image that is passed to a video processor as a frame."""
     return shown_by(processor.video_processor, image.size, width, height)
 
 
 def check_replayed(replayed: tuple[int, int], returned: tuple[int, int]) -> None:
-    """Refuse pixels of another width and height than the settings lead to.
+    """Compare the size that the settings lead to with the size that the processor returned.
 
     Raises:
         GeometryError: They differ.
     """
     if replayed != returned:
         raise GeometryError(
-            "The processor's settings must lead to the pixels it returned. Replayed were "
-            f"{replayed[0]} x {replayed[1]}, returned {returned[0]} x {returned[1]}."
+            f"The processor returned {returned[0]} x {returned[1]} pixels, but its settings lead "
+            f"to {replayed[0]} x {replayed[1]}. Use the checkpoint's own processor settings."
         )
 
 
@@ -137,7 +137,7 @@ def _pads_to_square(settings: Any) -> bool:
 
 
 def _resized(settings: Any, width: int, height: int) -> tuple[int, int]:
-    """Width and height after the resize."""
+    """Return width and height after the resize."""
     size = settings.size
     shortest = size.get("shortest_edge")
     if shortest is not None:
@@ -147,11 +147,11 @@ def _resized(settings: Any, width: int, height: int) -> tuple[int, int]:
     if size.get("height") is not None and size.get("width") is not None:
         return size["width"], size["height"]
     raise GeometryError(
-        "A fixed grid needs a size with a shortest_edge, or with height and width. "
-        f"{type(settings).__name__} has {dict(size)}."
+        f"{type(settings).__name__} has the size {dict(size)}. Set a size with shortest_edge, or "
+        "with height and width."
     )
 
 
 def _crop_start(length: int, wanted: int) -> float:
-    """Where a centred crop starts; negative where the image was padded to it."""
+    """Return the start of a centre crop; negative if the image is padded to the crop."""
     return (length - wanted) // 2 if length >= wanted else -((wanted - length) // 2)

@@ -1,4 +1,4 @@
-"""Tiles of one size, and behind them all of the image at another: two inputs, read one by one."""
+"""Tiles of one size, then the whole image at another size, as two inputs of the tower."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from xmodal_interp.models.geometry.replaying import fitted, setting
 from xmodal_interp.models.geometry.tiles import on_tiles
 from xmodal_interp.models.geometry.tiling import Layout, Tiling, even, own_function, whole
 
-_MERGE, _SHIFT = 4, 1.5 / 4  # of two convolutions, each of kernel 3 and stride 2
+_MERGE, _SHIFT = 4, 1.5 / 4  # two convolutions with kernel 3 and stride 2
 
 
 @dataclass(frozen=True)
 class SeparateTiles:
-    """Tokens of the tiles, then of the whole image; two convolutions make cells of the patches.
+    """Tokens of the tiles, then of the whole image; two convolutions merge patches into cells.
 
-    The vision tower reads the whole image first (``pixel_values``), and then the tiles
-    (``pixel_values_local``). Cells look a little up and left of their squares of patches, but not
-    over the edge of their tile.
+    The vision tower reads the whole image first (``pixel_values``), then the tiles
+    (``pixel_values_local``). The receptive field of a cell is centred slightly up and left of its
+    block of patches, within its tile.
 
     Attributes:
-        layout: How an image is cut; None where it has no tiles.
-        show: What the whole image shows.
-        encoded: Whether an encoder behind the convolutions reads the cells; its positions are then
-            those of the tower.
+        layout: Function that returns the tiles of an image, or None if it is not tiled.
+        show: Function that returns the part of the image that the whole view shows.
+        encoded: Whether an encoder after the convolutions reads the cells. Its positions then are
+            the positions of the tower.
         class_token: Whether that encoder has a class token before the cells.
-        queries: Whether it has learned queries behind the cells, one for each: these are the
-            tokens, and have no place.
-        by_rows: Whether tokens go row by row through all tiles side by side, with a token without a
-            place behind each row, and behind each row of the whole image.
-        behind: Tokens without a place behind all others.
+        queries: Whether that encoder has one learned query per cell, after the cells. The queries
+            then are the tokens, and are outside the grid.
+        by_rows: Whether tokens are ordered row by row over all tiles side by side. Each row, also
+            of the whole image, then ends with a newline token.
+        behind: Number of tokens outside the grid after all others.
     """
 
     layout: Layout
@@ -62,10 +62,10 @@ class SeparateTiles:
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image.
+        """Return one grid per image.
 
         Raises:
-            GeometryError: The settings do not lead to as many tiles as the processor returned.
+            GeometryError: The processor returned another number of tiles than its settings give.
         """
         tilings = [self.layout(processor, image) for image in images]
         _check_tiles(tilings, inputs)
@@ -88,12 +88,12 @@ class SeparateTiles:
         return grids
 
     def _encoded(self, cells: Cells) -> Cells:
-        """The positions of the encoder."""
+        """Return the positions of the encoder."""
         n_queries = len(cells) if self.queries else 0
         return joined([nowhere(int(self.class_token)), cells, nowhere(n_queries)])
 
     def _tokens(self, cells: Sequence[Cells]) -> list[Cells]:
-        """The tokens in sequence order, from the cells of the whole image and of each tile."""
+        """Return the tokens in sequence order, from the cells of the whole image and each tile."""
         views = [*cells[1:], cells[0]]
         if self.queries:
             views = [nowhere(len(view)) for view in views]
@@ -108,34 +108,34 @@ def _check_tiles(tilings: Sequence[Tiling | None], inputs: Mapping[str, Any]) ->
     returned = np.asarray(inputs["num_local_patches"]).reshape(-1).tolist()
     if wanted != returned:
         raise GeometryError(
-            "The processor's settings must lead to the tiles it returned for each image. Replayed "
-            f"were {wanted}, returned {returned}."
+            f"The processor returned {returned} tiles for the images, but its settings lead to "
+            f"{wanted}. Use the checkpoint's own processor settings."
         )
 
 
 def _views(
     tiling: Tiling | None, box: Box, of_whole: tuple[int, int], of_tile: tuple[int, int]
 ) -> list[Cells]:
-    """The whole image, then each tile, cut into rows and columns."""
+    """Return the cells of the whole image, then those of each tile."""
     tiles = [] if tiling is None else on_tiles(tiling, *of_tile)
     return [rectangle(*of_whole, box, thumbnail=tiling is not None), *tiles]
 
 
 def _looking(cells: Cells) -> Cells:
-    """The cells of a tile where the convolutions look, within the tile."""
+    """Shift the boxes of a tile's cells to their receptive fields, within the tile."""
     boxes = shifted(cells, _SHIFT).boxes
     low, high = cells.boxes[:, :2].min(0), cells.boxes[:, 2:].max(0)
     return replace(cells, boxes=np.clip(boxes, np.tile(low, 2), np.tile(high, 2)))
 
 
 def _by_rows(cells: Cells) -> Cells:
-    """Row by row, a token without a place behind each."""
+    """Order cells row by row, with a newline token after each row."""
     row, col = cells.places.T
     return with_breaks(cells[np.lexsort((col, row))], int(row.max()) + 1)
 
 
 def windows(processor: Any, image: Image.Image) -> Tiling | None:
-    """Square windows on an image whose sides are rounded to a number of them (Step-3.7)."""
+    """Return square tiles of an image whose sides are rounded to whole tiles (Step-3.7)."""
     plan = processor.image_processor._plan_patches(
         *image.size, setting(processor, "size")["height"], setting(processor, "patch_size")
     )
@@ -144,7 +144,7 @@ def windows(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def squared(processor: Any, image: Image.Image, _width: int, _height: int) -> Box:
-    """All of an image; a thin line of one is padded, right or below, to a square (Step-3.7)."""
+    """Return the box of an image that is padded to a square if it is very narrow (Step-3.7)."""
     if not processor.image_processor._is_extreme_aspect(*image.size):
         return whole(image)
     side = float(max(image.size))
@@ -152,7 +152,7 @@ def squared(processor: Any, image: Image.Image, _width: int, _height: int) -> Bo
 
 
 def large_pages(processor: Any, image: Image.Image) -> Tiling | None:
-    """An image larger than a tile, resized onto the canvas of nearest aspect (DeepSeek-OCR 2)."""
+    """Return tiles of an image larger than one tile, on the closest canvas (DeepSeek-OCR 2)."""
     tile = setting(processor, "tile_size")
     if not setting(processor, "crop_to_patches", default=False) or max(image.size) <= tile:
         return None
@@ -166,7 +166,7 @@ def large_pages(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def fitted_or_squeezed(processor: Any, image: Image.Image, width: int, height: int) -> Box:
-    """Padded to a square; stretched to a small one where nothing is cut (Unlimited-OCR)."""
+    """Return the box of an image padded to a square, or stretched if small and not tiled."""
     cut = setting(processor, "crop_to_patches", default=False)
     if not cut and max(width, height) <= setting(processor, "maximum_pad_value"):
         return whole(image)

@@ -1,4 +1,4 @@
-"""Every image keeps its aspect, and the processor tells the size that it was resized to."""
+"""Images that keep their aspect ratio; the processor returns the resized size of each."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from xmodal_interp.models.geometry.tiling import whole
 
 @dataclass(frozen=True)
 class PositionedPatches:
-    """Patches that come with their column and row; squares of them give a token (Gemma 4).
+    """Patches with column and row from the processor; blocks of them give a token (Gemma 4).
 
-    The sides are rounded down to whole squares, each for itself, so that the boxes fill the image
-    exactly. The tower also reads padding, whose patches have no place.
+    Each side is rounded down to whole blocks independently, so the boxes fill the image exactly.
+    The tower also reads padding patches, which are outside the grid.
 
     Attributes:
-        merged: Whether the processor has merged the squares, so that each patch gives a token.
+        merged: Whether the processor has already merged the blocks, so each patch gives a token.
     """
 
     merged: bool = False
@@ -32,7 +32,7 @@ class PositionedPatches:
     def __call__(
         self, processor: Any, _config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image."""
+        """Return one grid per image."""
         block = 1 if self.merged else processor.image_processor.pooling_kernel_size
         grids = []
         for image, positions in zip(images, np.asarray(inputs["image_position_ids"]), strict=True):
@@ -47,10 +47,10 @@ class PositionedPatches:
 def sized_patches(
     _processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
 ) -> list[ImageGrid]:
-    """Rows of tokens, each from a block of patches; the tower reads patch row by row (Pixtral).
+    """Place rows of tokens, each from a block of patches; the tower is in raster order (Pixtral).
 
-    The sides are rounded up to whole blocks, each for itself, so that the boxes fill the image
-    exactly. What stands between the rows in the sequence are no image tokens.
+    Each side is rounded up to whole blocks independently, so the boxes fill the image exactly.
+    Tokens between the rows in the sequence are not image tokens.
     """
     sizes = told_sizes(inputs, images)
     side, merge = patch_side(config), config.spatial_merge_size
@@ -63,16 +63,16 @@ def sized_patches(
 
 
 def told_sizes(inputs: Mapping[str, Any], images: Sequence[Image.Image]) -> list[tuple[int, int]]:
-    """Height and width that each image was resized to, px, as the processor tells them.
+    """Return the height and width that each image was resized to, px, from ``image_sizes``.
 
     Raises:
-        GeometryError: It does not tell one size per image.
+        GeometryError: The processor did not return one size per image.
     """
     sizes = np.asarray(inputs["image_sizes"]).reshape(-1, 2).tolist()
     if len(sizes) != len(images):
         raise GeometryError(
-            f"The processor must return one of image_sizes per image. There are {len(images)} "
-            f"images and {len(sizes)} sizes."
+            f"The processor returned {len(sizes)} image_sizes for {len(images)} images; it must "
+            "return one per image."
         )
     return [(height, width) for height, width in sizes]
 
@@ -80,16 +80,16 @@ def told_sizes(inputs: Mapping[str, Any], images: Sequence[Image.Image]) -> list
 def counted_patches(
     _processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
 ) -> list[ImageGrid]:
-    """Rows of tokens, each from a block of patches, whose rows and columns are told (Nemotron).
+    """Place rows of tokens, each from a block of patches, by ``image_grid_hw`` (Nemotron).
 
-    The sides are rounded to whole blocks, each for itself. The tower reads class tokens and
-    registers before the patches, and these row by row.
+    Each side is rounded to whole blocks independently. The tower reads class tokens and registers,
+    then the patches row by row.
     """
     counts = np.asarray(inputs["image_grid_hw"]).reshape(-1, 2).tolist()
     if len(counts) != len(images):
         raise GeometryError(
-            f"The processor must return one row of image_grid_hw per image. There are "
-            f"{len(images)} images and {len(counts)} rows."
+            f"The processor returned {len(counts)} rows of image_grid_hw for {len(images)} images; "
+            "it must return one per image."
         )
     merge, before = round(1 / config.downsample_ratio), vision_of(config).num_summary_tokens
     grids = []

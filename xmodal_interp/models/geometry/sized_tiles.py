@@ -1,4 +1,4 @@
-"""Tiles and a thumbnail, each with rows and columns of its own, which the processor tells."""
+"""Tiles and a thumbnail whose rows and columns the processor returns."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class SizedTiles:
-    """Tiles of one size, row by row, and a thumbnail of another before or behind them.
+    """Tiles of one size, row by row, and a thumbnail of another size before or after them.
 
-    The sides of the image are rounded to whole squares of patches, for the tiles and for the
-    thumbnail, each side for itself, so that both fill it exactly. The vision tower reads the
-    patches of each row by row.
+    Each side of the image is rounded to whole blocks of patches independently, for the tiles and
+    for the thumbnail, so both fill the image exactly. The vision tower reads the patches of each
+    view row by row.
 
     Attributes:
-        layout: How an image is cut.
-        sizes: The input that has rows and columns of patches of each tile and thumbnail, in order.
-        block: The side of the square of patches that gives a token, by processor and configuration.
-        thumbnail: Where the thumbnail stands.
-        padded: Whether the tower reads all of them at one length, with padding behind the patches.
+        layout: Function that returns the tiles of an image, or None if it is not tiled.
+        sizes: Name of the input with the rows and columns of patches of each view, in order.
+        block: Function of processor and configuration that returns the side of the block of patches
+            that gives one token.
+        thumbnail: Whether the thumbnail is first or last.
+        padded: Whether the patches of each view are padded to a common length for the tower.
     """
 
     layout: Layout
@@ -47,19 +48,19 @@ class SizedTiles:
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image.
+        """Return one grid per image.
 
         Raises:
-            GeometryError: The sizes are not those of the images' tiles, or differ among the tiles
-                of an image.
+            GeometryError: The number of sizes is not that of the tiles and thumbnails, or the tiles
+                of an image differ in size.
         """
         tilings = [self.layout(processor, image) for image in images]
         counts = [self._count(processor, tiling) for tiling in tilings]
         shapes = [(rows, cols) for rows, cols in np.asarray(inputs[self.sizes]).tolist()]
         if sum(counts) != len(shapes):
             raise GeometryError(
-                f"The processor must return {self.sizes} for each tile and thumbnail. Its settings "
-                f"lead to {sum(counts)} of them; it returned {len(shapes)}."
+                f"The processor returned {len(shapes)} {self.sizes}, but its settings lead to "
+                f"{sum(counts)} tiles and thumbnails. Use the checkpoint's own processor settings."
             )
         block = self.block(processor, config)
         length = inputs["pixel_values"].shape[1] if self.padded else None
@@ -81,7 +82,7 @@ class SizedTiles:
         return sized_views(tiling, shapes, whole(image), self.thumbnail, told_by=self.sizes)
 
     def _count(self, processor: Any, tiling: Tiling | None) -> int:
-        """Of how many tiles, the thumbnail among them, an image is made."""
+        """Return the number of tiles of an image, thumbnail included."""
         if tiling is None or len(tiling.boxes) == 1:
             return 1
         return len(tiling.boxes) + bool(setting(processor, "use_thumbnail", default=True))
@@ -90,14 +91,14 @@ class SizedTiles:
 def sized_views(
     tiling: Tiling | None, shapes: Sequence[Shape], box: Box, thumbnail: End, *, told_by: str
 ) -> list[Cells]:
-    """The cells of each tile of a picture, and of its thumbnail, in sequence order.
+    """Return the cells of each tile of a picture and of its thumbnail, in sequence order.
 
     Args:
-        tiling: How the picture is cut; None where it is read whole.
-        shapes: Rows and columns of each tile and of the thumbnail, in that order.
-        box: The whole picture, px.
-        thumbnail: Where the thumbnail stands.
-        told_by: The input that has the shapes, for messages.
+        tiling: The tiles of the picture; None if it is not tiled.
+        shapes: Rows and columns of each tile and of the thumbnail, in sequence order.
+        box: The box of the whole picture, px.
+        thumbnail: Whether the thumbnail is first or last.
+        told_by: Name of the input with the shapes, for messages.
 
     Raises:
         GeometryError: The tiles differ in rows or columns.
@@ -110,9 +111,8 @@ def sized_views(
     if len(of_tiles) > 1:
         known = ", ".join(f"{rows} x {cols}" for rows, cols in sorted(of_tiles))
         raise GeometryError(
-            "All tiles of an image must have the same rows and columns, so that it has rows "
-            f"and columns itself. {told_by} says {known}. Have the image processor resize "
-            "all of them alike."
+            f"The tiles of an image differ in rows and columns ({told_by}: {known}). Set the image "
+            "processor to resize all tiles to one size."
         )
     parts = on_tiles(tiling, *of_tiles.pop())
     small = [
@@ -123,7 +123,7 @@ def sized_views(
 
 
 def large_on_canvas(processor: Any, image: Image.Image) -> Tiling | None:
-    """An image with too many tokens, resized onto the canvas of nearest aspect (LFM2-VL)."""
+    """Return tiles of an image with too many tokens, on the closest canvas (LFM2-VL)."""
     settings = processor.image_processor
     fewest, most = setting(processor, "min_tiles"), setting(processor, "max_tiles")
     if not setting(processor, "do_image_splitting", default=False) or fewest == most == 1:
@@ -139,17 +139,17 @@ def large_on_canvas(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def slices(processor: Any, image: Image.Image) -> Tiling | None:
-    """An image of more pixels than a slice has, cut to slices of nearly that many (MiniCPM-V)."""
+    """Return slices of an image with more pixels than one slice holds (MiniCPM-V)."""
     return _sliced(processor.image_processor, partial(setting, processor), image.size)
 
 
 def frame_slices(processor: Any, video: Video) -> Tiling | None:
-    """The same of the frames of a video, by the settings of the video processor."""
+    """Return slices of the frames of a video, by the settings of the video processor."""
     return _sliced(processor.video_processor, partial(video_setting, processor), video.size)
 
 
 def _sliced(own: Any, told: Callable[..., Any], size: tuple[int, int]) -> Tiling | None:
-    """How a picture is cut by a processor's own function, with the settings that it is told."""
+    """Return the tiles of a picture, from the processor's function and settings."""
     if not told("slice_mode", default=False):
         return None
     width, height = size
@@ -161,12 +161,12 @@ def _sliced(own: Any, told: Callable[..., Any], size: tuple[int, int]) -> Tiling
 
 
 def slice_block(processor: Any, _config: Any) -> int:
-    """The side of the square of patches that gives a token of a slice (MiniCPM-V)."""
+    """Return the side of the block of patches that gives a token of a slice (MiniCPM-V)."""
     return _merged(setting(processor, "downsample_mode"))
 
 
 def frame_slice_block(processor: Any) -> int:
-    """The same in the frames of a video."""
+    """Return the side of the block of patches that gives a token of a frame (MiniCPM-V)."""
     return _merged(video_setting(processor, "downsample_mode"))
 
 

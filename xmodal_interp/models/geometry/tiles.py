@@ -1,4 +1,4 @@
-"""The image on tiles that are read one by one, with or without a thumbnail of all of it."""
+"""Images cut into tiles, with or without a thumbnail of the whole image."""
 
 from __future__ import annotations
 
@@ -25,23 +25,25 @@ End = Literal["first", "last"]
 
 @dataclass(frozen=True)
 class SplitTiles:
-    """Tiles of one size, row by row, and a thumbnail before or behind them.
+    """Tiles of one size, row by row, and a thumbnail before or after them.
 
-    Where the image fills a single tile there is no thumbnail, and no tile to speak of. The sides of
-    the image are rounded to whole tiles each for itself, so that the tiles fill it exactly, unless
+    If the image fills a single tile, there is no thumbnail and tokens have no tile. Each side of
+    the image is rounded to whole tiles independently, so the tiles fill the image exactly, unless
     the layout pads.
 
     Attributes:
-        layout: How an image is cut.
-        merge: The side of the square of patches that gives a token: a number, or the attribute of
-            the configuration that holds it, its inverse, or the number of tokens of a tile.
-        thumbnail: Where the thumbnail stands.
-        class_token: Where the vision tower has a class token in each tile.
-        class_token_if: Attribute of the configuration that says whether it has one; if there is
-            none, it has.
-        thumbnail_of_one: Whether a single tile comes with a thumbnail, too.
-        shift: How far up and left of its square of patches a token looks, in squares.
-        halved_with: An input with which the processor says that squares have half the side.
+        layout: Function that returns the tiles of an image, or None if it is not tiled.
+        merge: The side of the block of patches that gives a token: a number, or a configuration
+            attribute that holds it, its inverse, or the number of tokens of a tile.
+        thumbnail: Whether the thumbnail is first or last.
+        class_token: Whether the vision tower has a class token first or last in each tile; None if
+            it has none.
+        class_token_if: Boolean configuration attribute that enables the class token; always enabled
+            if None.
+        thumbnail_of_one: Whether an image of a single tile also has a thumbnail.
+        shift: How far up and left of its block of patches a token's receptive field is centred, in
+            blocks.
+        halved_with: Name of an input whose presence halves the side of the blocks.
     """
 
     layout: Layout
@@ -56,7 +58,7 @@ class SplitTiles:
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
     ) -> list[ImageGrid]:
-        """One grid per image."""
+        """Return one grid per image."""
         height, width = inputs["pixel_values"].shape[-2:]
         side = patch_side(config, processor)
         rows, cols = height // side, width // side
@@ -80,7 +82,7 @@ class SplitTiles:
     def _arranged(
         self, tiling: Tiling | None, rows: int, cols: int, image: Image.Image
     ) -> list[Cells]:
-        """The cells of each tile, and of the thumbnail, in sequence order."""
+        """Return the cells of each tile and of the thumbnail, in sequence order."""
         if tiling is None or (len(tiling.boxes) == 1 and not self.thumbnail_of_one):
             return [rectangle(rows, cols, whole(image) if tiling is None else tiling.boxes[0])]
         parts = on_tiles(tiling, rows, cols)
@@ -89,7 +91,7 @@ class SplitTiles:
 
 
 def on_tiles(tiling: Tiling, rows: int, cols: int) -> list[Cells]:
-    """The cells of each tile, in the rows and columns of the whole image."""
+    """Return the cells of each tile, with rows and columns of the whole image."""
     return [
         rectangle(
             rows,

@@ -1,4 +1,4 @@
-"""How processors cut an image into tiles: the arrangements, replayed from their settings."""
+"""How processors cut an image into tiles, reproduced from their settings."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Tiling:
     """Tiles side by side.
 
     Attributes:
-        rows: Rows of tiles.
-        cols: Columns of tiles.
-        boxes: What each tile shows, row by row, in pixels of the original image.
+        rows: Number of rows of tiles.
+        cols: Number of columns of tiles.
+        boxes: The box of each tile, row by row, in pixels of the original image.
     """
 
     rows: int
@@ -34,16 +34,16 @@ class Tiling:
 
 
 Layout = Callable[[Any, Image.Image], Tiling | None]
-"""``(processor, image) -> tiling``; None where the image is read whole."""
+"""``(processor, image) -> tiling``; None if the image is not tiled."""
 
 
 def whole(image: Image.Image) -> Box:
-    """All of an image."""
+    """Return the box of the whole image."""
     return 0.0, 0.0, float(image.width), float(image.height)
 
 
 def even(rows: int, cols: int, box: Box) -> Tiling:
-    """Tiles of one size that fill a box."""
+    """Return tiles of equal size that fill a box."""
     x0, y0, x1, y1 = box
     width, height = (x1 - x0) / cols, (y1 - y0) / rows
     boxes = tuple(
@@ -55,10 +55,10 @@ def even(rows: int, cols: int, box: Box) -> Tiling:
 
 
 def own_function(processor: Any, name: str) -> Callable[..., Any]:
-    """A function of the module in which the image processor's class, or its parent, is written.
+    """Return a function from the module of the image processor's class or of a parent class.
 
     Raises:
-        GeometryError: There is none.
+        GeometryError: There is no such function.
     """
     settings = type(processor.image_processor)
     for kind in settings.__mro__:
@@ -67,13 +67,13 @@ def own_function(processor: Any, name: str) -> Callable[..., Any]:
             function: Callable[..., Any] = found
             return function
     raise GeometryError(
-        f"Tiles are replayed with the image processor's own {name}. There is none beside "
-        f"{settings.__name__}."
+        f"The module of {settings.__name__} has no function {name}, which computes the tiles of "
+        "this family. Pass the image processor of this model type."
     )
 
 
 def best_canvas(processor: Any, image: Image.Image) -> Tiling | None:
-    """Resized, without regard to its shape, onto the canvas of tiles that fits best (InternVL)."""
+    """Resize to the best fitting canvas of tiles; aspect ratio not kept (InternVL)."""
     if not setting(processor, "crop_to_patches", default=False):
         return None
     size = _size(processor)
@@ -87,7 +87,7 @@ def best_canvas(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def covering_canvas(processor: Any, image: Image.Image) -> Tiling | None:
-    """Like :func:`best_canvas`, by default onto the fewest tiles that lose little (Ovis2)."""
+    """Like :func:`best_canvas`, by default with the fewest tiles that cover the image (Ovis2)."""
     if not setting(processor, "use_covering_area_grid", default=False):
         return best_canvas(processor, image)
     largest = setting(processor, "max_patches")
@@ -102,7 +102,7 @@ def covering_canvas(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def page_canvas(processor: Any, image: Image.Image) -> Tiling:
-    """Like :func:`best_canvas`; onto more tiles where a wide page would be small (Docling)."""
+    """Like :func:`best_canvas`, with more tiles for a wide page (Docling)."""
     names = ("size", "crop_to_patches", "min_patches", "max_patches")
     spread = ("dense_max_patches", "dense_max_scale", "dense_min_aspect", "dense_max_aspect")
     settings = {name: setting(processor, name) for name in (*names, *spread)}
@@ -111,7 +111,7 @@ def page_canvas(processor: Any, image: Image.Image) -> Tiling:
 
 
 def longest_edge(processor: Any, image: Image.Image) -> Tiling | None:
-    """Resized to a longest edge, and that up to whole tiles on both sides (Idefics3, SmolVLM)."""
+    """Resize to a longest edge, then round both sides up to whole tiles (Idefics3, SmolVLM)."""
     if not setting(processor, "do_image_splitting", default=False):
         return None
     tile = setting(processor, "max_image_size")["longest_edge"]
@@ -131,7 +131,7 @@ def longest_edge(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def _to_longest_edge(width: int, height: int, longest: int) -> tuple[int, int]:
-    """Width and height with the aspect kept, the shorter side even, and bounded."""
+    """Return width and height with the aspect ratio kept, the shorter side even, and bounded."""
     aspect = width / height
     if width >= height:
         width, height = longest, int(longest / aspect)
@@ -140,7 +140,7 @@ def _to_longest_edge(width: int, height: int, longest: int) -> tuple[int, int]:
         height, width = longest, int(longest * aspect)
         width += width % 2
     width, height = max(width, 1), max(height, 1)
-    bound = 4096  # MAX_IMAGE_SIZE of these processors: a constant, not a setting
+    bound = 4096  # MAX_IMAGE_SIZE of these processors, a constant of their code
     aspect = width / height
     if width >= height and width > bound:
         width, height = bound, int(bound / aspect)
@@ -150,7 +150,7 @@ def _to_longest_edge(width: int, height: int, longest: int) -> tuple[int, int]:
 
 
 def padded_canvas(processor: Any, image: Image.Image) -> Tiling:
-    """Resized with its shape kept, to the top left of the canvas that fits best (Llama 4)."""
+    """Resize to the top left of the best fitting canvas; aspect ratio kept (Llama 4)."""
     size = setting(processor, "size")
     tile = size["height"]
     largest = setting(processor, "max_patches")
@@ -175,7 +175,7 @@ def padded_canvas(processor: Any, image: Image.Image) -> Tiling:
 
 
 def crops(processor: Any, image: Image.Image) -> Tiling | None:
-    """Pan and scan: a long image is cut into near-square crops, each resized (Gemma 3)."""
+    """Pan and scan: cut a long image into nearly square crops (Gemma 3)."""
     if not setting(processor, "do_pan_and_scan", default=False):
         return None
     width, height = image.size
@@ -200,9 +200,9 @@ def crops(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def split_canvas(processor: Any, image: Image.Image) -> Tiling | None:
-    """Resized with its shape kept, to the middle of the canvas that suits it best (Aria).
+    """Resize to the centre of the best fitting canvas; aspect ratio kept (Aria).
 
-    The last tiles of a row or column are smaller where the canvas is no whole number of tiles.
+    The last tiles of a row or column are smaller if the canvas is not a whole number of tiles.
     """
     if not setting(processor, "split_image", default=False):
         return None
@@ -226,7 +226,7 @@ def split_canvas(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def largest_canvas(processor: Any, image: Image.Image) -> Tiling | None:
-    """Resized, without regard to its shape, onto the canvas that it fits into (PerceptionLM)."""
+    """Resize to the canvas that the processor chooses; aspect ratio not kept (PerceptionLM)."""
     settings = processor.image_processor
     if setting(processor, "vision_input_type") != "thumb+tile":
         return None

@@ -1,4 +1,4 @@
-"""The tokens of videos: a grid for each frame, or for each few frames that are merged."""
+"""The tokens of videos: one grid per frame, or per group of merged frames."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class VideoGrid(Viewed):
     Attributes:
         width: Width of the original frames, px.
         height: Height of the original frames, px.
-        frames: How many frames of tokens there are; one may stand for several of the video's.
-        rows: Rows of tokens of a frame; of its tiles side by side, where there are several.
-        cols: Columns of tokens of a frame.
-        places: Frame, row and column of each token; ``NOWHERE`` for tokens without a place, and for
-            those of thumbnails, whose places are in ``thumbnail``.
-        boxes: ``(x0, y0, x1, y1)`` of each token in pixels of the original frames, NaN without a
-            place.
-        times: When each frame of tokens begins, in seconds; NaN where the pace is not known.
-        patch_frames: How many frames the vision tower reads.
-        patch_rows: Rows of its patches in a frame.
-        patch_cols: Columns of its patches in a frame.
-        patch_places: Frame, row and column of each position of the vision tower, in its order;
-            ``NOWHERE`` for a class token.
-        tiles: Which tile of its frame each token is of, 0-based in reading order; ``NOWHERE`` for
-            tokens of no tile. None where frames are not tiled.
-        thumbnail: The view of whole frames beside their tiles, if there is one.
+        frames: Number of frames of tokens; each may merge several frames of the video.
+        rows: Number of rows of tokens of a frame, over all its tiles side by side.
+        cols: Number of columns of tokens of a frame, over all its tiles side by side.
+        places: Frame, row and column of each token; ``NOWHERE`` for tokens outside the grid, and
+            for those of thumbnails, whose places are in ``thumbnail``.
+        boxes: ``(x0, y0, x1, y1)`` of each token in pixels of the original frames; NaN outside the
+            grid.
+        times: Start of each frame of tokens, in seconds; NaN if ``fps`` is not known.
+        patch_frames: Number of frames that the vision tower reads.
+        patch_rows: Number of rows of vision-tower patches in a frame.
+        patch_cols: Number of columns of vision-tower patches in a frame.
+        patch_places: Frame, row and column of each vision-tower position, in the order of the
+            tower; ``NOWHERE`` for class tokens.
+        tiles: The tile of each token within its frame, 0-based in reading order; ``NOWHERE`` for
+            tokens of no tile. None if frames are not tiled.
+        thumbnail: The view of untiled frames, if there is one.
     """
 
     width: int
@@ -60,16 +60,15 @@ class VideoGrid(Viewed):
     def arranged(
         self, values: Float[np.ndarray, " token"], view: str = IMAGE, *, number: int = 0
     ) -> Float[np.ndarray, "frame row col"]:
-        """One value per token, or per vision-tower position, on the cells of each frame.
+        """Arrange one value per token, or per vision-tower position, on the grid of each frame.
 
         Args:
-            values: In sequence order, tokens without a place included.
-            view: ``"image"``: the frames; ``"thumbnail"``: those of their tokens that show a frame
-                whole, beside its tiles.
-            number: Which video it is, for messages.
+            values: Values in sequence order, including tokens outside the grid.
+            view: ``"image"`` for the frames, ``"thumbnail"`` for the thumbnails of tiled frames.
+            number: Number of the video, for messages.
 
         Returns:
-            NaN on cells without a token.
+            The values on the grid; NaN in cells without a token.
 
         Raises:
             GeometryError: There is no such view, or the number of values is neither that of the
@@ -93,22 +92,22 @@ VideoRule = Callable[[Any, Any, Mapping[str, Any], Sequence[Video]], list[VideoG
 
 
 FrameContent = Callable[[Any, Video, int, int], tuple[int, int]]
-"""``(settings, video, width, height) -> width, height``: which of its pixels are a frame's."""
+"""``(settings, video, width, height) -> width, height``: the pixels that are not padding."""
 
 
 @dataclass(frozen=True)
 class MergedFrames:
-    """Frames that are resized to whole blocks of patches and merged in time (Qwen2-VL and kin).
+    """Frames that are resized to whole blocks of patches and merged in time (Qwen2-VL).
 
-    Where the processor leaves out tokens that look as in the frame before (VideoLLaMA3), it tells
-    which are left.
+    If the processor drops tokens that repeat the frame before (VideoLLaMA3), its compression mask
+    gives the tokens that are kept.
 
     Attributes:
-        in_model: Whether the model merges frames, after the processor; else the processor has done
-            so, and tells how many are left.
+        in_model: Whether the model merges frames. If not, the processor does, and returns the
+            number of merged frames.
         by_rows: Whether the vision tower reads its patches row by row, not block by block.
-        content: Which part of the pixels, from the top left, is the frame, where the rest is
-            padding. None where there is none.
+        content: Function that returns the size of the frame at the top left of padded pixels. None
+            if there is no padding.
     """
 
     in_model: bool = False
@@ -118,7 +117,7 @@ class MergedFrames:
     def __call__(
         self, processor: Any, _config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
     ) -> list[VideoGrid]:
-        """One grid per video."""
+        """Return one grid per video."""
         grid_thw = np.asarray(inputs["video_grid_thw"]).tolist()
         settings = processor.video_processor
         merge = settings.merge_size
@@ -142,7 +141,7 @@ class MergedFrames:
         return grids
 
     def _box(self, settings: Any, video: Video, rows: int, cols: int) -> Box:
-        """What all of the patches show."""
+        """Return the box of all patches."""
         x0, y0, x1, y1 = whole(video)
         if self.content is None:
             return x0, y0, x1, y1
@@ -152,22 +151,22 @@ class MergedFrames:
 
 
 FrameShow = Callable[[Any, tuple[int, int], int, int], Box]
-"""``(settings, size, width, height) -> box``: what of a frame of ``size`` its pixels show."""
+"""``(settings, size, width, height) -> box``: the part of a frame of ``size`` that is shown."""
 
 
 @dataclass(frozen=True)
 class SingleFrames:
-    """Each frame is resized to one size and gives a grid of its own.
+    """Frames that are resized to one size and get a separate grid each.
 
-    Frames that a processor puts behind those of the shorter videos of a batch are not read.
+    Frames that a processor appends to pad the shorter videos of a batch are ignored.
 
     Attributes:
-        merge: The side of the square of patches that gives a token, as for tiles.
-        before: Tokens without a place before each frame's: a class token.
-        behind: Tokens without a place behind the last frame's: a newline token.
+        merge: The side of the block of patches that gives a token, as in :class:`SplitTiles`.
+        before: Number of tokens outside the grid before those of each frame (class tokens).
+        behind: Number of tokens outside the grid after the last frame (newline token).
         class_token: Whether the vision tower has a class token before the patches of each frame, or
-            the attribute of the configuration that says so; None where the processor does.
-        show: What of a frame is seen, by the settings of the video processor.
+            the configuration attribute that holds this; None to use the processor's number.
+        show: Function that returns the part of a frame that is shown, from the video processor.
     """
 
     merge: str | int = 1
@@ -179,10 +178,10 @@ class SingleFrames:
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
     ) -> list[VideoGrid]:
-        """One grid per video.
+        """Return one grid per video.
 
-        Where the patches of a frame are no whole number of squares, the last of a row or column is
-        smaller in the tower, but the model spreads all of them evenly: so do the boxes.
+        If the patches of a frame are not a whole number of blocks, the model pools them evenly, so
+        the boxes are of equal size too.
         """
         pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
         height, width = pixels.shape[-2:]
@@ -210,19 +209,19 @@ class SingleFrames:
 def video_grid(
     video: Video, frames: Sequence[Cells], tower: Sequence[Cells], *, behind: int = 0
 ) -> VideoGrid:
-    """The grid of a video.
+    """Return the grid of a video.
 
     Args:
-        video: Its frames, open.
+        video: The video, with opened frames.
         frames: The cells of each frame of tokens.
         tower: The cells of each frame that the vision tower reads.
-        behind: Tokens without a place behind the last frame's.
+        behind: Number of tokens outside the grid after the last frame.
 
     Raises:
         GeometryError: There is no frame of tokens.
     """
     if not frames:
-        raise GeometryError("A video must have at least one frame of tokens; it has none.")
+        raise GeometryError("The video has no frame of tokens. Give it more frames.")
     token, patch = joined([*frames, nowhere(behind)]), joined(tower)
     main, small = _by_view([*frames, nowhere(behind)])
     main_patches, small_patches = _by_view(tower)
@@ -248,7 +247,7 @@ def video_grid(
 def _by_view(
     frames: Sequence[Cells],
 ) -> tuple[Int[np.ndarray, "token 3"], Int[np.ndarray, "token 3"]]:
-    """Frame, row and column of the cells of all frames: in the frames, and in thumbnails."""
+    """Return frame, row and column of all cells: within the frames, and within the thumbnails."""
     cells = joined(frames)
     frame = np.repeat(np.arange(len(frames)), [len(each) for each in frames])
     places = np.column_stack([np.where(cells.places[:, 0] < 0, NOWHERE, frame), cells.places])
@@ -257,7 +256,7 @@ def _by_view(
 
 
 def _extent(places: Int[np.ndarray, "token 3"]) -> tuple[int, int, int]:
-    """Frames, rows and columns that these places fill."""
+    """Return the numbers of frames, rows and columns that the cells span."""
     frames, rows, cols = (places.max(0) + 1).tolist()
     return frames, rows, cols
 
@@ -267,6 +266,6 @@ def _times(sizes: tuple[int, ...]) -> str:
 
 
 def whole(video: Video) -> Box:
-    """What a frame shows: all of it, in pixels."""
+    """Return the box of a whole frame, px."""
     width, height = video.size
     return 0.0, 0.0, float(width), float(height)

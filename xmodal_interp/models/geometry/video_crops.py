@@ -1,4 +1,4 @@
-"""Frames that are read as pictures are: cut into tiles with a thumbnail, or pooled from patches."""
+"""Frames processed like images: cut into tiles with a thumbnail, or pooled from patches."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ _SIZES = "target_sizes_videos"
 def pooled_frames(
     processor: Any, _config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
 ) -> list[VideoGrid]:
-    """Each frame is resized without regard to its shape; tokens pool patches (Molmo 2).
+    """Place tokens that pool patches of frames resized without their aspect ratio (Molmo 2).
 
-    Which patches a token pools, the processor says (``video_token_pooling``). Where they are no
-    whole number of windows, the tokens at the edges are smaller.
+    ``video_token_pooling`` of the processor gives the patches of each token. If the patches are not
+    a whole number of windows, the tokens at the edges are smaller.
 
     Raises:
-        GeometryError: The processor's settings do not lead to the patches that it returned, or it
-            returned other frames than those of the videos.
+        GeometryError: The processor returned another number of patches than its settings give, or
+            another number of frames than the videos have.
     """
     pooling = np.asarray(inputs["video_token_pooling"])
     n = video_setting(processor, "size")["height"] // video_setting(processor, "patch_size")
     if n**2 != inputs["pixel_values_videos"].shape[1]:
         raise GeometryError(
-            "The video processor's settings must lead to the patches it returned. Replayed were "
-            f"{n} x {n} of each frame; returned {inputs['pixel_values_videos'].shape[1]}."
+            f"The video processor returned {inputs['pixel_values_videos'].shape[1]} patches per "
+            f"frame, but its settings lead to {n} x {n}. Use the checkpoint's own settings."
         )
     grids, first_token, first_patch = [], 0, 0
     shapes = np.asarray(inputs["video_grids"]).tolist()
     for video, (n_frames, rows, cols) in zip(videos, shapes, strict=True):
         if n_frames != len(video):
             raise GeometryError(
-                "A processor must return each frame of a video once. It returned "
-                f"{n_frames} for a video of {len(video)}."
+                f"The processor returned {n_frames} frames for a video of {len(video)}. Set it to "
+                "return each frame once."
             )
         patches, places = rectangle(n, n, whole(video)), raster(rows, cols)
         frames = []
@@ -67,20 +67,20 @@ def pooled_frames(
 def sliced_frames(
     processor: Any, _config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
 ) -> list[VideoGrid]:
-    """Each frame is read whole, and cut into slices behind that if it is large (MiniCPM-V).
+    """Place each frame, followed by its slices if the frame is large (MiniCPM-V).
 
-    Where it is cut, the whole frame is its thumbnail.
+    The whole frame is the thumbnail of its slices.
 
     Raises:
-        GeometryError: The processor puts several frames into one picture or does not resize them;
-            or the sizes it returned are not those of the frames and their slices.
+        GeometryError: The processor stacks several frames into one picture or does not resize them,
+            or the number of sizes is not that of the frames and their slices.
     """
     for name, wanted in {"stack_frames": 1, "do_resize": True}.items():
         told = video_setting(processor, name, wanted)
         if told != wanted:
             raise GeometryError(
-                "Each frame of a video must be resized by itself to be placed. The video processor "
-                f"has {name}={told}; set it to {wanted}."
+                f"The video processor has {name}={told}, so frames are not resized one by one and "
+                f"cannot be placed. Set {name}={wanted}."
             )
     tilings = [frame_slices(processor, video) for video in videos]
     counts = [1 if tiling is None else 1 + len(tiling.boxes) for tiling in tilings]
@@ -88,8 +88,8 @@ def sliced_frames(
     n_expected = sum(count * len(video) for count, video in zip(counts, videos, strict=True))
     if n_expected != len(shapes):
         raise GeometryError(
-            f"The processor must return {_SIZES} for each frame and slice. Its settings "
-            f"lead to {n_expected} of them; it returned {len(shapes)}."
+            f"The processor returned {len(shapes)} {_SIZES}, but its settings lead to {n_expected} "
+            "frames and slices. Use the checkpoint's own processor settings."
         )
     block = frame_slice_block(processor)
     grids, start = [], 0
@@ -106,5 +106,5 @@ def sliced_frames(
 
 
 def _frame(video: Video, tiling: Tiling | None, shapes: Sequence[Shape]) -> Cells:
-    """The cells of a frame: of all of it, then of its slices."""
+    """Return the cells of the whole frame, then those of its slices."""
     return joined(sized_views(tiling, shapes, whole(video), "first", told_by=_SIZES))

@@ -1,6 +1,7 @@
-"""What some processors do with frames, and others don't.
+"""Rules for processors that handle frames in a special way.
 
-They tell the places of their patches (Gemma 4), make them square (SmolVLM) or pad them (GLM-5).
+They return the positions of patches (Gemma 4), resize frames to squares (SmolVLM) or pad them
+(GLM-5).
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from xmodal_interp.models.opening import Video
 
 @dataclass(frozen=True)
 class PositionedFrames:
-    """Each frame is read as an image of its own; squares of its patches give a token.
+    """Frames that are read as separate images; blocks of their patches give a token.
 
-    As for images, the sides are rounded down to whole squares, so that the boxes fill the frame
-    exactly, and the patches of each frame are followed by padding without a place.
+    As for images, the sides are rounded down to whole blocks, so the boxes fill the frame exactly.
+    The patches of each frame are followed by padding, which is outside the grid.
 
     Attributes:
-        merged: Whether the processor has merged the squares, so that each patch gives a token.
+        merged: Whether the processor has already merged the blocks, so each patch gives a token.
     """
 
     merged: bool = False
@@ -35,17 +36,17 @@ class PositionedFrames:
     def __call__(
         self, processor: Any, _config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
     ) -> list[VideoGrid]:
-        """One grid per video.
+        """Return one grid per video.
 
         Raises:
-            GeometryError: The processor returned another number of frames than were given.
+            GeometryError: The processor returned another number of frames than the videos have.
         """
         counts = np.asarray(inputs["num_frames_per_video"]).tolist()
         given = [len(video) for video in videos]
         if counts != given:
             raise GeometryError(
-                "The processor must return the frames that it was given. It got videos of "
-                f"{', '.join(map(str, given))} frames, and returned {', '.join(map(str, counts))}."
+                f"The processor returned {', '.join(map(str, counts))} frames for videos of "
+                f"{', '.join(map(str, given))}. Set it to return each frame once."
             )
         positions = np.asarray(inputs["video_position_ids"])
         block = 1 if self.merged else processor.video_processor.pooling_kernel_size
@@ -60,13 +61,13 @@ class PositionedFrames:
 
 
 def squeezed(settings: Any, size: tuple[int, int], width: int, height: int) -> Box:
-    """What is shown where a frame of ``size`` is made square without regard to its shape: all.
+    """Return the box of a frame of ``size`` that is resized to a square: the whole frame.
 
     Args:
         settings: The video processor.
         size: Width and height of the frame, px.
-        width: Width of the pixels that were returned.
-        height: Height of them.
+        width: Width of the returned pixels.
+        height: Height of the returned pixels.
 
     Raises:
         GeometryError: The settings do not lead to these pixels.
@@ -77,5 +78,5 @@ def squeezed(settings: Any, size: tuple[int, int], width: int, height: int) -> B
 
 
 def within_video_tokens(settings: Any, video: Video, width: int, height: int) -> tuple[int, int]:
-    """Frames that are made larger only where all of them have too few tokens, then padded."""
+    """Return the size of frames enlarged only if all together have too few tokens, then padded."""
     return size_within_tokens(settings, video.size, len(video), width, height)
