@@ -1,4 +1,4 @@
-"""The four blocks between image and text, and the one-row summary of the exercise."""
+"""The four blocks between image and text, and the one-row summary."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_cell_by_cell(options: dict[str, object]) -> None:
             assert getattr(row, name) == pytest.approx(value, rel=1e-5), (row.block, name)
 
 
-def test_blocks_share_out_every_row_and_uniform_attention_has_lift_one() -> None:
+def test_blocks_sum_to_one_per_row_and_uniform_attention_has_lift_one() -> None:
     sample = sample_of("b s vvvvvv tttt", [random_call(12)], [grid(2, 3)])
     table = block_statistics(sample)
     total = (table["mean"] * table["n_visible_cells"]).groupby(table["head"]).sum()
@@ -110,16 +110,16 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as caught:
         block_statistics(sample_of("tt", [random_call(2)]))
     assert str(caught.value) == (
-        "Blocks are between image and text. Sample 'fake' has no image tokens among its 2 "
-        "positions."
+        "Sample 'fake' has no image tokens among its 2 positions. Block statistics require a "
+        "sample with an image or a video."
     )
     cross = sample_of("tt", [random_call(2)], cross_keys=sample_of("t", []).tokens)
     with pytest.raises(InputError) as caught:
         block_statistics(cross)
     assert str(caught.value) == (
-        "A block of attention is about image and text tokens in one sequence. In sample 'fake' the "
-        "image is outside it: text reaches it by cross-attention (layers not kept), where every "
-        "key is an image key."
+        "A statistic of attention blocks requires image and text tokens in one sequence. In sample "
+        "'fake' text reaches the image by cross-attention (layers not kept), where every key is an "
+        "image key."
     )
     rows = random_call(4).select_rows(torch.tensor([2, 3]))
     with pytest.raises(NotRecordedError) as caught:
