@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads use no CPU; read at import
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # no busy waiting; set before torch imports
 import torch
 import typer
 from rich.console import Console

@@ -42,7 +42,7 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import TEXT, VISUAL_KINDS
 
-TIED = 1e-6  # relative differences from the peak below this are float32 rounding
+TIED = 1e-6  # largest relative difference from the peak that counts as a tie in float32
 SHORT = {"image": "V", "text": "T"}
 _COLUMNS = ("tower", "kind", "layer", "head", "block", "query_kind", "key_kind")
 

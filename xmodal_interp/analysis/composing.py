@@ -53,8 +53,8 @@ def query_patches(
         image.
 
     Raises:
-        GeometryError: The image tokens have a row and column themselves, the patches have none, or
-            the keys of the connector's attention are not these patches.
+        GeometryError: The image tokens have a row and column, the patches have no row and column,
+            or the keys of the connector's attention are not these patches.
         InputError: The image does not exist, or alpha is outside 0 to 1.
         NotRecordedError: Some layers of the connector were not kept.
     """

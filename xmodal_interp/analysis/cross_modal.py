@@ -5,8 +5,9 @@
    that ``q`` sees.
 3. ``lift_q = ratio_q / null_q``, computed for each query and then averaged. It is 1 if the head has
    no preference for the image.
-4. The same without attention sinks, which receive attention from most queries: sinks are excluded
-   from the image keys and from the total.
+4. ``sink_free_ratio`` and ``sink_free_lift``: the same values without attention sinks, keys that
+   receive a large share of attention from most queries. Sinks are excluded from the image keys and
+   from the total.
 
 Only queries that see the image are counted. In a causal model, text before the image cannot attend
 to it, and including it would make the average depend on the position of the image. The direction is

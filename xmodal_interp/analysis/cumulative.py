@@ -34,7 +34,7 @@ from xmodal_interp.vocabulary import Tower
 
 Order = Literal["increasing", "decreasing", "random"]
 Head = tuple[int, int]
-_KEPT = 0.95  # of the accuracy of the whole model
+_KEPT = 0.95  # of the accuracy of the intact model
 
 
 @checked
@@ -82,10 +82,10 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
         One row per order, draw and step: ``tower, kind, order, draw`` (the number of the random
         order; 0 for the other orders), ``n_removed, share_removed`` (of all heads of the tower,
         ranked or not), then ``accuracy`` (0 to 1), ``log_prob`` (nats per token), ``margin``
-        (logits), and ``n``. ``.attrs["summary"]`` has for each order and draw ``auc`` (mean
-        accuracy over the removed share, trapezoid rule) and ``share_at_95``: the largest share of
-        the tower's heads up to which accuracy stays at or above 95% of the accuracy with no head
-        removed (NaN if that is 0).
+        (logits), and ``n`` (number of items). ``.attrs["summary"]`` has for each order and draw
+        ``auc`` (mean accuracy over the removed share, trapezoid rule) and ``share_at_95``: the
+        largest removed share up to which accuracy stays at or above 95% of the accuracy of the
+        intact model (NaN if that is 0).
 
     Raises:
         LayerError: The ranking names a head that does not exist.

@@ -219,7 +219,7 @@ def _places(
 
 
 def _cell_px(boxes: Float[np.ndarray, "cell 4"]) -> Float[np.ndarray, "2"]:
-    """Height and width of a cell."""
+    """Return the median height and width of the cells."""
     width, height = np.nanmedian(boxes[:, 2:] - boxes[:, :2], axis=0)
     return np.array([height, width])
 

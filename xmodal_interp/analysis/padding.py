@@ -17,12 +17,12 @@ from xmodal_interp.sample import Sample
 
 
 def present(sample: Sample) -> Bool[Tensor, " position"]:
-    """True at the positions that are not padding."""
+    """Return a mask of the positions that are not padding."""
     return torch.tensor(sample.tokens["kind"].ne("padding").to_numpy(dtype=bool))
 
 
 def first_position(sample: Sample) -> int:
-    """The first position that is not padding."""
+    """Return the first position that is not padding."""
     return int(np.flatnonzero(present(sample))[0])
 
 

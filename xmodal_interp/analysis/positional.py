@@ -209,7 +209,7 @@ class _Bins:
 
 
 def _rotary(sample: Sample) -> Int[Tensor, "position axis"] | None:
-    """Return rotary positions if they differ between axes, else None; 0 for padding."""
+    """Return the rotary positions (0 for padding), or None if all axes have the same."""
     if not set(_ROPE) <= set(sample.tokens.columns):
         return None
     rotary = torch.tensor(sample.tokens[_ROPE].fillna(0).to_numpy(dtype="int64"))

@@ -80,7 +80,8 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
         One row per layer, head and question kind (``"all"`` first): ``tower, kind, layer, head,
         question_kind``, then ``accuracy_drop`` (0 to 1), ``log_prob_drop`` (nats per answer token),
         ``margin_drop`` (logits), each with ``_low`` and ``_high`` ends of its 95% interval
-        (NaN with fewer than 2 clusters), ``n``, and ``n_clusters`` (number of distinct images).
+        (NaN with fewer than 2 clusters), ``n`` (number of items), and ``n_clusters`` (number of
+        distinct images).
         ``.attrs["base"]`` holds the scores of the intact model, by question kind.
 
     Raises:

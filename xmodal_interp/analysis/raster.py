@@ -183,7 +183,7 @@ def raster_profile(
         profile["share_difference"] = profile["share"] - profile["share_control"]
         columns += ["share_control", "share_difference"]
     profile = profile.sort_values([*by, "axis", "index"], ignore_index=True)[columns]
-    profile.index.name = "number"  # to_json(orient="table") names it "index", as the column
+    profile.index.name = "number"  # the default name in JSON, "index", is a column here
     profile.attrs = {**table.attrs, "analysis": "raster_profile"}
     return profile
 

@@ -291,12 +291,12 @@ def _seeing(
 
 
 def _counted(sample: Sample, tower: Tower, n_positions: int) -> Bool[Tensor, " position"]:
-    """True at the positions of a tower that are not padding."""
+    """Return a mask of the positions of a tower that are not padding."""
     return present(sample) if tower == "language" else torch.ones(n_positions, dtype=torch.bool)
 
 
 def _dropped(sample: Sample, sinks: Sinks, tower: Tower, n_positions: int) -> Bool[Tensor, " key"]:
-    """True at the positions whose attention is removed."""
+    """Return a mask of the keys whose attention is removed."""
     drop = torch.zeros(n_positions, dtype=torch.bool)
     if isinstance(sinks, str):
         if sinks not in ("keep", "drop_first"):

@@ -115,7 +115,7 @@ def each_once(positions: Int[Tensor, " position"]) -> Int[Tensor, " once"]:
 def image_keys(
     sample: Sample, image: int | None, kind: AttentionKind = "self"
 ) -> Bool[Tensor, " key"]:
-    """True at the keys that are tokens of the image, or of any image or video if it is None.
+    """Return a mask of the keys that are tokens of the image, or of any image or video if None.
 
     Raises:
         InputError: There are no such tokens.

@@ -101,8 +101,8 @@ def sink_rate(
 
     Returns:
         One row per sample and layer: ``sample, tower, kind, layer``, then ``first`` (share of heads
-        whose sink is the first position), ``any`` (share of heads with a sink anywhere),
-        ``n_heads``. Their mean over samples and layers is the paper's metric.
+        for which the first position is a sink), ``any`` (share of heads with at least one sink),
+        ``n_heads``. The paper reports the mean of ``first`` over samples and layers.
     """
     _check_threshold(threshold)
     parameters: dict[str, Any] = {
@@ -133,7 +133,7 @@ def sink_keys(
     threshold: float = THRESHOLD,
     always: int | None = None,
 ) -> Bool[Tensor, "head key"]:
-    """True at the sinks of each head, computed over the query rows, and at the key ``always``."""
+    """Return a mask of each head's sinks over the query rows, including the key ``always``."""
     _check_threshold(threshold)
     share, _, n_queries = _received(call, rows, heads)
     sink = (share > threshold) & (n_queries >= MIN_QUERIES)

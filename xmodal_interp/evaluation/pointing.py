@@ -67,8 +67,7 @@ _MEANS = [
     *("image_mass", "padding_mass", "hit_chance", "energy_chance"),
 ]
 TIED = 1e-6
-"""Probabilities whose relative difference from the peak is below this are tied (float32 rounding).
-"""
+"""Largest relative difference from the peak that counts as a tie in float32."""
 
 
 @checked
