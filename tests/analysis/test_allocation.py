@@ -12,7 +12,7 @@ SEGMENTS = ["system", "image", "instruction", "output"]
 LAYOUT = "b s vvvv tt oo"
 
 
-def test_five_positions_by_eye() -> None:
+def test_worked_example_of_five_positions() -> None:
     last = [0.5, 0.1, 0.2, 0.2, 0.0]
     answer = [0.2, 0.2, 0.2, 0.2, 0.2]
     matrix = [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0], last, answer]

@@ -12,7 +12,7 @@ from xmodal_interp.errors import InputError, NotRecordedError
 BLOCKS = ["V-V", "V-T", "T-V", "T-T"]
 
 
-def test_four_positions_by_eye() -> None:
+def test_worked_example_of_four_positions() -> None:
     matrix = [
         [1.0, 0.0, 0.0, 0.0],
         [0.5, 0.5, 0.0, 0.0],
@@ -62,8 +62,8 @@ def test_blocks_sum_to_one_per_row_and_uniform_attention_has_lift_one() -> None:
     assert even["lift"].to_numpy() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_cells_of_the_exercise() -> None:
-    """196 image and 10 text tokens: 1,960 of 42,436 cells, but of 21,321 visible ones."""
+def test_number_of_visible_cells_in_a_vit_layout() -> None:
+    """196 image and 10 text tokens: T-V has 1,960 of all 42,436 and of the 21,321 visible cells."""
     table = block_statistics(sample_of("v" * 196 + "t" * 10, [uniform_call(206)], [grid(14, 14)]))
     cells = table[table["head"] == 0].set_index("block")["n_visible_cells"]
     assert cells["T-V"] == 1960
@@ -72,8 +72,8 @@ def test_cells_of_the_exercise() -> None:
     assert cells["T-V"] / cells.sum() == pytest.approx(0.0919, abs=5e-5)
 
 
-def test_summary_is_that_of_the_exercise_where_its_assumptions_hold() -> None:
-    """Image first, no other token, every cell visible."""
+def test_summary_equals_plain_block_means_if_every_cell_is_visible() -> None:
+    """The image is first, there are no other tokens, and there is no mask."""
     call = random_call(9, causal=False)
     row = cross_modal_summary(sample_of("vvvvvv ttt", [call], [grid(2, 3)])).iloc[0]
     slow = seed_statistics(call.probs()[0].numpy(), 6)

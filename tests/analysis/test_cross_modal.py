@@ -25,7 +25,7 @@ from xmodal_interp.sample import Sample
 VALUES = ["ratio", "null", "lift", "sink_free_ratio", "sink_free_lift"]
 
 
-def by_eye() -> Sample:
+def worked_example() -> Sample:
     """BOS, two image tokens, two words."""
     matrix = [
         [1.0, 0.0, 0.0, 0.0, 0.0],
@@ -37,8 +37,8 @@ def by_eye() -> Sample:
     return sample_of("b vv tt", [dense_call(matrix)], [grid(1, 2)])
 
 
-def test_five_positions_by_eye() -> None:
-    tokens = token_ratio(by_eye())
+def test_worked_example_of_five_positions() -> None:
+    tokens = token_ratio(worked_example())
     assert list(tokens) == [
         *("sample", "tower", "kind", "direction", "layer", "head", "query", "token"),
         *(*VALUES, "n_image_tokens", "n_sinks"),
@@ -51,7 +51,7 @@ def test_five_positions_by_eye() -> None:
     assert tokens["lift"].tolist() == pytest.approx([0.8, 1.0])
     assert tokens["sink_free_ratio"].tolist() == pytest.approx([0.4 / 0.5, 0.4 / 0.8])
     assert tokens["sink_free_lift"].tolist() == pytest.approx([0.8 / (2 / 3), 0.5 / (2 / 4)])
-    row = cross_modal_ratio(by_eye()).iloc[0]
+    row = cross_modal_ratio(worked_example()).iloc[0]
     assert row[VALUES].tolist() == pytest.approx([0.4, 0.45, 0.9, 0.65, 1.1])
     assert row[["n_queries", "n_image_tokens", "n_sinks"]].tolist() == [2, 2, 1]
 
@@ -106,7 +106,7 @@ def test_null_of_a_llava_layout() -> None:
     assert every["n_queries"].tolist() == [20, 20]
 
 
-def test_the_worked_example_of_the_exercise_corrected() -> None:
+def test_worked_example_with_explicit_scores() -> None:
     """Two image and two text tokens; scores are already divided by sqrt(d_k)."""
     scores = torch.tensor(
         [[1.2, 0.8, 0.3, 0.1], [0.7, 1.5, 0.2, 0.4], [0.9, 1.8, 2.1, 0.5], [0.3, 0.4, 0.8, 1.9]]
@@ -253,20 +253,20 @@ def test_refusals_with_cross_attention() -> None:
 
 
 def test_refusals() -> None:
-    assert refusal(InputError, by_eye(), by=("token",)) == (
+    assert refusal(InputError, worked_example(), by=("token",)) == (
         "by must contain only 'layer' and 'head'; got ('token',)."
     )
-    assert refusal(InputError, by_eye(), queries=[2, 3]) == (
+    assert refusal(InputError, worked_example(), queries=[2, 3]) == (
         "Positions [2] of sample 'fake' are image tokens, but queries must be text (the direction "
         "is text->image). Use block_statistics for image queries."
     )
-    assert refusal(InputError, by_eye(), image=3) == (
+    assert refusal(InputError, worked_example(), image=3) == (
         "Sample 'fake' has no tokens of image 3; it has 1 images, numbered from 0."
     )
-    assert refusal(InputError, by_eye(), sink_threshold=0.0) == (
+    assert refusal(InputError, worked_example(), sink_threshold=0.0) == (
         "threshold must be above 0 and at most 1; got 0.0."
     )
-    assert refusal(LayerError, by_eye(), heads=[4]) == (
+    assert refusal(LayerError, worked_example(), heads=[4]) == (
         "A head must lie between -1 and 0; got 4. (language self-attention, layer 0, call 0)"
     )
     assert refusal(InputError, []) == "cross_modal_ratio needs at least one sample; got none."

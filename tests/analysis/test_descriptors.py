@@ -24,7 +24,7 @@ def eyes(call: object, rows: int, cols: int, cell: float, *, class_token: bool =
     return sample_of(layout, [call], [grid(rows, cols, cell, class_token=class_token)])
 
 
-def test_entropy_of_three_positions_by_eye() -> None:
+def test_worked_example_of_entropy_of_three_positions() -> None:
     matrix = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
     table = attention_entropy(sample_of("btt", [dense_call(matrix)]))
     assert list(table) == [
@@ -98,7 +98,7 @@ def test_no_queries_have_no_entropy(queries: object) -> None:
     assert table[["entropy", "null", "relative_entropy"]].isna().all(axis=None)
 
 
-def test_distance_of_three_patches_by_eye() -> None:
+def test_worked_example_of_distance_of_three_patches() -> None:
     matrix = [[1.0, 0.0, 0.0], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]]
     call = dense_call(matrix, tower="vision", causal=False)
     table = attention_distance(eyes(call, 1, 3, 10.0))

@@ -12,7 +12,7 @@ from xmodal_interp.errors import InputError
 TEXT = ("text->text",)
 
 
-def test_three_positions_by_eye() -> None:
+def test_worked_example_of_three_positions() -> None:
     matrix = [[1.0, 0.0, 0.0], [0.4, 0.6, 0.0], [0.1, 0.3, 0.6]]
     table = positional_bias(sample_of("ttt", [dense_call(matrix)]), blocks=TEXT)
     assert list(table) == [

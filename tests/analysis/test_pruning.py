@@ -74,7 +74,7 @@ def test_share_at_95_is_nan_for_an_accuracy_of_zero() -> None:
     assert half["share_at_95"] == 0.5
 
 
-def test_scores_by_eye() -> None:
+def test_worked_example_of_scores() -> None:
     """A two-word answer whose first word is right with a margin of 2; a wrong one-word answer."""
     logits = torch.tensor([[[2.0, 0, 0], [0, 2, 0]], [[9.0, 9, 9], [0, 0, 2]]])
     gold, lengths = torch.tensor([[0, 2], [1, 0]]), torch.tensor([2, 1])

@@ -30,7 +30,7 @@ def looking(at: np.ndarray, name: str = "fake") -> Sample:
     return sample_of(layout, [dense_call(probs)], [grid(*at.shape)], name=name)
 
 
-def test_two_by_two_by_eye() -> None:
+def test_worked_example_of_two_by_two() -> None:
     sample = looking(np.array([[1.0, 2.0], [3.0, 2.0]]))
     cells = raster_map(sample)
     assert list(cells) == ["tower", "kind", "layer", "head", "row", "col", "lift"]

@@ -31,7 +31,7 @@ def null_stack(n_positions: int, n_layers: int) -> Sample:
     return sample_of("b" + "t" * (n_positions - 1), calls)
 
 
-def test_two_layers_by_eye() -> None:
+def test_worked_example_of_two_layers() -> None:
     first = dense_call([[1.0, 0.0], [0.5, 0.5]], layer=0)
     second = dense_call([[1.0, 0.0], [1.0, 0.0]], layer=1)
     table = attention_rollout(sample_of("bt", [first, second]), [1])

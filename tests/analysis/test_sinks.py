@@ -10,7 +10,7 @@ from xmodal_interp.analysis import attention_sinks, sink_rate
 from xmodal_interp.errors import InputError
 
 
-def test_three_positions_by_eye() -> None:
+def test_worked_example_of_three_positions() -> None:
     matrix = [[1.0, 0.0, 0.0], [0.8, 0.2, 0.0], [0.3, 0.6, 0.1]]
     table = attention_sinks(sample_of("btt", [dense_call(matrix)]), min_queries=1)
     assert list(table) == [

@@ -10,7 +10,7 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation.intervals import bootstrap_interval, holm_adjusted
 
 
-def test_by_eye() -> None:
+def test_worked_examples() -> None:
     """Three equal samples have an interval of width 0; a hit and a miss have a wide one.
 
     Wilson's interval of 1 hit of 2 with z = 1.645: 0.5 +- 1.645 sqrt(1/8 + 1.645^2/16) / 2.353.
@@ -69,7 +69,7 @@ def test_labels_are_read_by_position() -> None:
     assert bootstrap_interval(pd.Series(values, index=range(50, 74)), clusters=labels) == expected
 
 
-def test_the_kernel_for_many_series_agrees() -> None:
+def test_mean_intervals_agree_with_bootstrap_interval() -> None:
     """The draws differ, so the intervals agree up to the noise of the quantiles."""
     values = np.random.default_rng(2).normal(size=(3, 80))
     clusters = np.arange(80) // 2

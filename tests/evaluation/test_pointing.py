@@ -27,7 +27,7 @@ def placed(sample: Sample, **labels: object) -> Sample:
     return replace(sample, tokens=tokens, labels=labels)
 
 
-def by_eye(row: list[float]) -> Sample:
+def worked_example(row: list[float]) -> Sample:
     """Nine image tokens of 10 x 10 px, then one word that attends to them with the given row."""
     probs = torch.zeros(10, 10)
     probs[-1, :9] = torch.tensor(row)
@@ -39,8 +39,8 @@ def by_eye(row: list[float]) -> Sample:
     )
 
 
-def test_three_by_three_by_eye() -> None:
-    sample = by_eye([0, 0.3, 0.4, 0, 0.1, 0, 0, 0, 0])
+def test_worked_example_of_three_by_three() -> None:
+    sample = worked_example([0, 0.3, 0.4, 0, 0.1, 0, 0, 0, 0])
     (row,) = pointing_hits(sample).to_dict("records")
     assert (row["hit"], row["any_object"], row["other_object"]) == (1, 1, 0)
     assert row["energy"] == pytest.approx((0.3 + 0.4 / 2) / 0.8)
@@ -51,7 +51,7 @@ def test_three_by_three_by_eye() -> None:
     assert pointing_hits(sample, criterion="centre")["hit"][0] == 1
     assert pointing_hits(sample, [[10, 0, 24, 10]], criterion="centre")["hit"][0] == 0
     assert pointing_hits(sample, [[10, 0, 24, 10]])["hit"][0] == 1
-    elsewhere = by_eye([0, 0, 0, 0, 0, 0, 0.6, 0, 0.2])
+    elsewhere = worked_example([0, 0, 0, 0, 0, 0, 0.6, 0, 0.2])
     (row,) = pointing_hits(elsewhere).to_dict("records")
     assert (row["hit"], row["any_object"], row["other_object"]) == (0, 1, 0.5)
     assert row["energy"] == 0
@@ -159,14 +159,16 @@ def test_a_flat_map_has_the_hit_rate_of_a_random_token() -> None:
     assert [row["hit"], row["hit_chance"]] == pytest.approx([2 / 9] * 2)
     assert row["any_object"] == pytest.approx(5 / 9)  # a token in two boxes counts once
     assert row["other_object"] == pytest.approx((1 / 9 + 3 / 9) / 2)
-    two = placed(by_eye([0, 0.3, 0, 0, 0, 0, 0, 0, 0.3]), **by_eye([0.1] * 9).labels)
+    two = placed(
+        worked_example([0, 0.3, 0, 0, 0, 0, 0, 0, 0.3]), **worked_example([0.1] * 9).labels
+    )
     assert pointing_hits(two)["hit"].tolist() == [0.5]
     assert best_head(pointing_hits([two] * 3).assign(picture=[0, 1, 2]))["hit"].tolist() == [0.5]
 
 
 def test_boxes_are_matched_by_position_not_by_index() -> None:
     """``series[i]`` is by label: after ``sort_values`` it is the entry of another sample."""
-    samples = [by_eye([0] * at + [0.5] + [0] * (8 - at)) for at in (0, 4, 8)]
+    samples = [worked_example([0] * at + [0.5] + [0] * (8 - at)) for at in (0, 4, 8)]
     boxes = [[0, 0, 9, 9], [11, 11, 19, 19], [21, 21, 29, 29]]
     others = [[[21, 0, 29, 9]], [], np.array([[0, 0, 9, 9], [0, 0, 5, 5]])]
     expected = pointing_hits(samples, boxes, other_boxes=others)
@@ -191,7 +193,7 @@ def test_boxes_are_matched_by_position_not_by_index() -> None:
 
 def padded(attention: list[float], **labels: object) -> Sample:
     """An image of 25 x 20 px padded to 30 x 30: tokens extend over its right edge and below it."""
-    sample = by_eye(attention)
+    sample = worked_example(attention)
     return replace(sample, grids=(replace(sample.grids[0], width=25, height=20),), labels=labels)
 
 
@@ -291,7 +293,7 @@ def test_nan_is_left_out_of_the_selection() -> None:
     assert np.isnan([row["hit_low"], row["hit_high"]]).all()  # one sample has no interval
 
 
-SAMPLE = by_eye([0, 0.3, 0.4, 0, 0.1, 0, 0, 0, 0])
+SAMPLE = worked_example([0, 0.3, 0.4, 0, 0.1, 0, 0, 0, 0])
 BEFORE = placed(sample_of("t vvvvvvvvv t", [random_call(11)], [grid(3, 3)]), box=[0, 0, 15, 15])
 REFUSALS = {
     "no box": (
