@@ -105,12 +105,15 @@ def on_patches(
 
     Raises:
         GeometryError: As for :func:`query_patches`, or ``values`` has the wrong length.
+        InputError: ``values`` are not numbers.
     """
     shares = query_patches(sample, image, alpha=alpha)
     try:
         given = torch.as_tensor(values).detach().cpu().double()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"values are numbers, one per token; got {quoted(values)}.") from error
+        raise InputError(
+            f"values must be numbers, one per image token; got {quoted(values)}."
+        ) from error
     if given.shape != shares.shape[:1]:
         raise GeometryError(
             f"values has shape {tuple(given.shape)}, but image {image} has {len(shares)} tokens. "
