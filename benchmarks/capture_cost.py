@@ -1,16 +1,16 @@
-"""What capturing costs, as ratios to the plain forward, measured side by side in one run.
+"""Measure the cost of capturing, as ratios to a plain forward in the same run.
 
 python benchmarks/capture_cost.py --tokens 1024 --tokens 3072
 
-A Llama of more than 100M random weights reads a prompt of which nine tenths stand for image tokens.
-Each way of capturing runs once a round, in random order, so that whatever else the machine does
-falls on all alike. Reported are the medians of the ratios to the mean of the two plain forwards of
-the same round, once in time and once in the time that processors spent on this process, where a
-forward that had to wait for another process is not the slower one; what the two plain forwards
-differ by is noise. It is less still in two comparisons within the same forwards: of the layers that
-are listened to with those between them that are not, and of the time inside of the recorder's hooks
-with the time outside. Peak memory is measured in a process of its own per way, as the growth of the
-resident set during the forward.
+A Llama with 136M random weights runs on a prompt in which nine tenths of the tokens represent image
+tokens. In each round every variant runs once, in random order, so that other load on the machine
+affects all variants equally. The table has the median ratio to the mean of two plain forwards of
+the same round, in wall time and in CPU time. CPU time does not count waiting for other processes.
+The ratio between the two plain forwards shows the noise.
+
+Two comparisons within the same forward have less noise: recorded layers with unrecorded ones, and
+time inside the recorder's hooks with time outside of them. Peak memory is measured in a separate
+process per variant, as the growth of the resident set during the forward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits takes no time; read by:
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # no busy waiting; set before torch imports
 import torch
 import typer
 from rich.console import Console
@@ -46,7 +46,7 @@ WAYS = (
 
 
 def build() -> LlamaForCausalLM:
-    """136M weights: 8 layers, width 1024, 16 query and 4 key heads."""
+    """Build a Llama with 136M weights: 8 layers, width 1024, 16 query and 4 key heads."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
@@ -63,13 +63,13 @@ def build() -> LlamaForCausalLM:
 def runner(
     way: str, model: LlamaForCausalLM, n_tokens: int, layers: Sequence[int] | None = None
 ) -> Callable[[], int]:
-    """A function that runs one forward in this way and returns the bytes it has kept.
+    """Return a function that runs one forward and returns the number of bytes kept.
 
     Args:
-        way: One of ``WAYS``.
-        model: What runs.
+        way: Variant, one of ``WAYS``.
+        model: The model to run.
         n_tokens: Length of the prompt.
-        layers: Which layers are listened to; all if not given.
+        layers: Layers to record, all if not given.
     """
     ids = torch.randint(0, 8192, (1, n_tokens), generator=torch.Generator().manual_seed(1))
     n_image = n_tokens * 9 // 10
@@ -105,10 +105,10 @@ def runner(
 def time_ratios(
     ways: tuple[str, ...], n_tokens: int, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """What each way takes over the mean plain forward of its round, medians: time, CPU time.
+    """Return each variant's median ratio to the mean plain forward: wall time, CPU time.
 
-    In a process whose allocator gives nothing back: else the same forward asks the kernel for a
-    tenth of a million pages in one process and for half a million in another, whatever it keeps.
+    Runs in a process whose allocator does not return memory to the kernel. Otherwise the number of
+    pages that the same forward requests varies between 0.1 and 0.5 million between processes.
     """
     return _alone(_time_ratios, ways, n_tokens, rounds, MMAP_MAX=0, TRIM_THRESHOLD=2**40)
 
@@ -125,7 +125,7 @@ def _time_ratios(
         for way in random.Random(number).sample(ways, len(ways)):
             start = [clock() for clock in clocks]
             runs[way]()
-            if number > 0:  # the first round warms up
+            if number > 0:  # the first round is a warm-up
                 for times, clock, began in zip(took[way], clocks, start, strict=True):
                     times.append(clock() - began)
     wall, processor = (
@@ -141,10 +141,10 @@ def _median_ratio(times: list[float], plain: list[float], again: list[float]) ->
 
 
 def layer_ratio(way: str, n_tokens: int, rounds: int) -> float:
-    """Time of layers that are listened to, over that of the others in the same forward.
+    """Return the time of recorded layers divided by that of the other layers in the same forward.
 
-    Of each two forwards, one listens to the even layers and one to the odd ones; the geometric mean
-    of both ratios is free of what the layers differ in. The median over the pairs.
+    Of two forwards, one records the even layers and the other the odd ones. The geometric mean of
+    both ratios cancels differences between layers. Returns the median over pairs of forwards.
     """
     model = build()
     clock: list[float] = []
@@ -163,7 +163,7 @@ def layer_ratio(way: str, n_tokens: int, rounds: int) -> float:
 
 
 def share_inside(way: str, n_tokens: int, rounds: int) -> float:
-    """Time inside of the recorder's hooks over the time outside of them: hardly any noise."""
+    """Return the time inside the recorder's hooks divided by the time outside of them."""
     run, inside = runner(way, build(), n_tokens), [0.0]
 
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,7 +181,7 @@ def share_inside(way: str, n_tokens: int, rounds: int) -> float:
     try:
         for name, method in originals.items():
             setattr(_Recorder, name, timed(method))
-        run()  # warms up
+        run()  # warm-up
         inside[0], start = 0.0, time.perf_counter()
         for _ in range(rounds):
             run()
@@ -193,14 +193,14 @@ def share_inside(way: str, n_tokens: int, rounds: int) -> float:
 
 
 def peak_memory(way: str, n_tokens: int) -> tuple[float, float]:
-    """Peak growth of the resident set in a forward, and what was kept of it; MB, own process."""
-    return _alone(_peak, way, n_tokens, MMAP_THRESHOLD=2**20)  # what is freed is given back at once
+    """Return the peak growth of the resident set in a forward, and the kept part, in MB."""
+    return _alone(_peak, way, n_tokens, MMAP_THRESHOLD=2**20)  # return freed memory at once
 
 
 def _alone(function: Callable[..., _Result], *args: Any, **malloc: int) -> _Result:
-    """What a function returns in a process of its own, under settings of the C allocator."""
+    """Call a function in a separate process, with settings of the C allocator."""
     settings = {f"MALLOC_{name}_": str(value) for name, value in malloc.items()}
-    os.environ.update(settings)  # read when a process begins
+    os.environ.update(settings)  # read when a process starts
     try:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             return pool.apply(function, args)
@@ -215,14 +215,14 @@ def _peak(way: str, n_tokens: int) -> tuple[float, float]:
     runner(way, model, 64)()
     run = runner(way, model, n_tokens)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _resident("VmRSS")
     kept = run() / 2**20
     return _resident("VmHWM") - before, kept
 
 
 def _resident(entry: str) -> float:
-    """An entry of this process's status, MB."""
+    """Return an entry of this process's status, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 2**10
 
@@ -232,7 +232,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Timed rounds")] = 7,
     eager: Annotated[bool, typer.Option(help="Measure eager with output_attentions too")] = True,
 ) -> None:
-    """Print the table."""
+    """Print the table of costs for each prompt length."""
     torch.set_num_threads(2)
     ways = WAYS if eager else WAYS[:-1]
     for n_tokens in tokens:
@@ -242,7 +242,7 @@ def main(
             "way",
             "time / plain",
             "CPU time / plain",
-            "layers heard / not",
+            "recorded / other layers",
             "inside hooks / outside",
             "peak over idle, MB",
             "kept, MB",
@@ -254,9 +254,9 @@ def main(
             peak, kept = peak_memory(way, n_tokens)
             plain_peak = peak if way == "plain" else plain_peak
             extra = f"{peak - plain_peak - kept:.0f}"
-            listens = way.startswith(("keep", "mass"))
-            inside = f"{share_inside(way, n_tokens, min(rounds, 3)):.1%}" if listens else ""
-            layers = f"{layer_ratio(way, n_tokens, rounds):.3f}" if listens else ""
+            records = way.startswith(("keep", "mass"))
+            inside = f"{share_inside(way, n_tokens, min(rounds, 3)):.1%}" if records else ""
+            layers = f"{layer_ratio(way, n_tokens, rounds):.3f}" if records else ""
             times = (f"{wall[way]:.3f}", f"{processor[way]:.3f}", layers, inside)
             table.add_row(way, *times, f"{peak:.0f}", f"{kept:.0f}", extra)
         Console(width=120).print(table)

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Chunked prefill changes the answer of VLMs whose image tokens attend to each other in both directions.
 #
-# Versions: transformers 5.23.0, torch 2.14.1 (CPU), Python 3.11. Seen on 2026-11-29.
+# Versions: transformers 5.23.0, torch 2.14.1 (CPU), Python 3.11. Observed on 2026-11-29.
 #
-# `generate(prefill_chunk_size=n)` is described as a way to save memory: the prompt is read n tokens at
-# a time into the cache. Under a causal mask this gives the logits of one pass. Gemma 3 and PaliGemma
-# let the tokens of an image (PaliGemma: all of the prompt) attend to each other in both directions,
-# but a chunk's queries can only attend to keys that are already in the cache. Each chunk that ends
-# inside such a block is therefore a different computation: its tokens miss the rest of the block. The
-# call raises nothing and warns of nothing. A chunk that holds the whole prompt gives exactly the logits
-# of the ordinary call, and so does a causal model (LLaVA) for every chunk size.
+# `generate(prefill_chunk_size=n)` is documented as a way to save memory: the prompt is added to the
+# cache n tokens at a time. Under a causal mask the logits are those of a single pass. In Gemma 3 and
+# PaliGemma the tokens of an image (PaliGemma: of the whole prompt) attend to each other in both
+# directions, but the queries of a chunk can only attend to keys that are already in the cache. If a
+# chunk ends inside such a block, its tokens do not attend to the rest of the block, and the logits
+# differ. There is no error and no warning. With a chunk that holds the whole prompt, the logits are
+# exactly those of a call without chunks. A causal model (LLaVA) has the same logits for every chunk size.
 #
-# Output seen (largest difference of the logits of the first new token):
+# Observed output (largest difference of the logits of the first new token):
 #                 4 tokens       20 tokens      64 tokens
 #     llava       at most 1e-5   at most 1e-5   0
 #     gemma3      more than .01  at most 1e-5   0       (17 tokens to the end of the image)

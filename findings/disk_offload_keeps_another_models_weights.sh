@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# accelerate offloads a second model into the same folder without writing it: it then computes with the first one's weights.
+# If two models are offloaded to the same folder, accelerate runs the second with the weights of the first.
 #
-# Versions: accelerate 1.15.0, torch 2.14.1 (CPU), Python 3.11. Seen on 2026-11-29.
+# Versions: accelerate 1.15.0, torch 2.14.1 (CPU), Python 3.11. Observed on 2026-11-29.
 #
 # `disk_offload(model, folder)` and `dispatch_model(..., offload_dir=folder)` write the weights only if
-# the folder has no `index.json` yet (accelerate/big_modeling.py). A folder that holds an offloaded
-# model is taken as it is, whatever model it was made of. Two models with the same names and shapes,
-# such as a checkpoint and its fine-tuned version, then share the weights of the one that was offloaded
-# first: no error, no warning, and wrong outputs. A model with a weight that the folder lacks raises a
-# KeyError with the name of the weight, in its first forward. A fresh folder for each model is right.
+# the folder has no `index.json` yet (accelerate/big_modeling.py). Otherwise they use the weights in the
+# folder, even if these are from another model. Two models with the same names and shapes, such as a
+# checkpoint and its fine-tuned version, then both run with the weights of the model that was offloaded
+# first. Outputs are wrong, without an error or a warning. If the folder lacks a weight of the model, its
+# first forward raises a KeyError with the name of the weight. Use a separate folder for each model.
 #
-# Output seen:
+# Observed output:
 #     first model:            16.0 before offloading, 16.0 after
 #     second, same folder:    64.0 before offloading, 16.0 after
 #     third, dispatch_model: 144.0 before offloading, 16.0 after

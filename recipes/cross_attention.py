@@ -1,7 +1,7 @@
-r"""Text that reaches the image by cross-attention, through the same tap: a Mllama.
+r"""Record and draw the cross-attention of a Mllama from text to the image.
 
-Without weights of its own the recipe builds a tiny random Mllama, so its maps mean nothing; give it
-a checkpoint to see some that do:
+By default the recipe builds a tiny Mllama with random weights, whose maps are meaningless. Pass a
+checkpoint for meaningful maps:
 
     python recipes/cross_attention.py
     python recipes/cross_attention.py --model meta-llama/Llama-3.2-11B-Vision-Instruct \
@@ -25,12 +25,12 @@ from xmodal_interp.shapes.processors import build_processor
 
 def main(
     model: Annotated[str | None, typer.Option(help="Hub id or folder of a Mllama")] = None,
-    image: Annotated[Path | None, typer.Option(help="An image; a generated scene if none")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image; default: a generated scene")] = None,
     prompt: Annotated[str, typer.Option(help="A question")] = "where is the red circle ?",
-    phrase: Annotated[str, typer.Option(help="Words of it to follow")] = "red circle",
-    folder: Annotated[Path, typer.Option(help="Where the pictures go")] = Path("runs/crossattn"),
+    phrase: Annotated[str, typer.Option(help="Query phrase in the question")] = "red circle",
+    folder: Annotated[Path, typer.Option(help="Output folder")] = Path("runs/crossattn"),
 ) -> None:
-    """Capture, print and draw."""
+    """Capture the sample, print its cross-attention layers and write the figures."""
     folder.mkdir(parents=True, exist_ok=True)
     vlm = xi.load(model) if model else xi.VLM(untrained("mllama"), build_processor("mllama"))
     picture = image or sample_scene(np.random.default_rng(7), width=144, height=96).image()
@@ -47,7 +47,7 @@ def main(
         )
         probs = sample.probs(layer, queries=phrase, kind="cross").mean((0, 1))
         peak = np.unravel_index(np.nanargmax(sample.grid(probs)), sample.grid(probs).shape)
-        typer.echo(f"  {phrase!r} looks most at row {peak[0]}, column {peak[1]}")
+        typer.echo(f"  {phrase!r} attends most to row {peak[0]}, column {peak[1]}")
     figures.side_by_side(
         {f"cross-attention, layer {i}": figures.View(sample, i, kind="cross") for i in layers},
         path=folder / "cross_attention.png",
@@ -57,7 +57,7 @@ def main(
         for i in layers
     }
     figures.map_overlays(sample, maps, f"probability of {phrase!r}", path=folder / "maps.png")
-    typer.echo(f"Pictures in {folder}")
+    typer.echo(f"Figures written to {folder}")
 
 
 if __name__ == "__main__":

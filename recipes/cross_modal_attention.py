@@ -1,6 +1,6 @@
-r"""How does text look at an image? The blocks, the maps, the heads, before and after training.
+r"""Analyse the attention from text to image: blocks, maps, heads, before and after training.
 
-The shipped LLaVA on a generated scene; or any model on your picture:
+Uses the shipped LLaVA on a generated scene, or any model on your image:
 
     python recipes/cross_modal_attention.py
     python recipes/cross_modal_attention.py --model llava-hf/llava-1.5-7b-hf --image cat.png \
@@ -24,18 +24,20 @@ from xmodal_interp.shapes.architectures import untrained
 
 def main(
     model: Annotated[str, typer.Option(help="Hub id, folder, llava or qwen2_vl")] = "llava",
-    image: Annotated[Path | None, typer.Option(help="An image; a generated scene if none")] = None,
-    prompt: Annotated[str | None, typer.Option(help="A question about it")] = None,
-    phrase: Annotated[str | None, typer.Option(help="Words of the question to follow")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image; default: a generated scene")] = None,
+    prompt: Annotated[str | None, typer.Option(help="A question about the image")] = None,
+    phrase: Annotated[str | None, typer.Option(help="Query phrase in the question")] = None,
     layer: Annotated[int, typer.Option(help="Layer; negative counts from the last")] = -1,
-    folder: Annotated[Path, typer.Option(help="Where tables and pictures go")] = Path("runs/cross"),
+    folder: Annotated[Path, typer.Option(help="Output folder")] = Path("runs/cross"),
 ) -> None:
-    """Write every table and picture."""
+    """Write all tables and figures."""
     folder.mkdir(parents=True, exist_ok=True)
     vlm = xi.load(model)
     scene = sample_scene(np.random.default_rng(7))
     if (prompt is None) != (phrase is None) or (image is not None and prompt is None):
-        raise typer.BadParameter("--image goes with --prompt, and --prompt with --phrase.")
+        raise typer.BadParameter(
+            "--image requires --prompt; --prompt and --phrase require each other."
+        )
     picture = scene.image() if image is None else image
     prompt = prompt or f"What color is the {scene.things[0].shape}?"
     phrase = phrase or scene.things[0].shape
@@ -67,7 +69,7 @@ def main(
     if model in SHIPPED:
         before = xi.capture(xi.VLM(untrained(model), vlm.processor), picture, prompt)
         figures.before_after(before, sample, phrase, layer, path=folder / "before_after.png")
-    typer.echo(f"{len(list(folder.iterdir()))} files in {folder}")
+    typer.echo(f"{len(list(folder.iterdir()))} files written to {folder}")
 
 
 if __name__ == "__main__":

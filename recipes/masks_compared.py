@@ -1,7 +1,7 @@
-r"""What may attend to what: a language model, a vision transformer, a VLM, as they really run.
+r"""Compare the attention masks of a language model, a vision transformer and a VLM.
 
-It is often said that a LLaVA-like model lets image tokens see each other both ways. It does not:
-its language model is causal throughout, image included. Here each mask is measured on a running
+LLaVA-like models are often drawn with bidirectional attention between image tokens. Their language
+model is causal throughout, including image tokens. This recipe measures each mask on a running
 model.
 
     python recipes/masks_compared.py
@@ -27,11 +27,11 @@ from xmodal_interp.shapes import sample_scene
 
 def main(
     model: Annotated[str, typer.Option(help="Hub id, folder, llava or qwen2_vl")] = "llava",
-    image: Annotated[Path | None, typer.Option(help="An image; a generated scene if none")] = None,
-    prompt: Annotated[str, typer.Option(help="A question about it")] = "how many shapes ?",
-    folder: Annotated[Path, typer.Option(help="Where the pictures go")] = Path("runs/masks"),
+    image: Annotated[Path | None, typer.Option(help="Image; default: a generated scene")] = None,
+    prompt: Annotated[str, typer.Option(help="A question about the image")] = "how many shapes ?",
+    folder: Annotated[Path, typer.Option(help="Output folder")] = Path("runs/masks"),
 ) -> None:
-    """Measure, print and draw."""
+    """Measure the masks, print the table and write the figures."""
     folder.mkdir(parents=True, exist_ok=True)
     vlm = xi.load(model)
     picture = sample_scene(np.random.default_rng(7)).image() if image is None else image
@@ -62,16 +62,15 @@ def main(
     between = visible[images][:, images]
     typer.echo(
         f"Image tokens see {above_diagonal(between)['visible_above_diagonal']:.0%} of the image "
-        "tokens "
-        "behind them: 0% is causal, 100% is the block that is often drawn."
+        "tokens after them: 0% is causal, 100% is bidirectional."
     )
     figures.mask_comparison(views, path=folder / "masks.png")
     figures.side_by_side(views, path=folder / "attention.png")
-    typer.echo(f"Pictures in {folder}")
+    typer.echo(f"Figures written to {folder}")
 
 
 def above_diagonal(visible: torch.Tensor) -> dict[str, float]:
-    """Share of visible cells above and below the diagonal of a square block."""
+    """Return the share of visible cells above and below the diagonal of a square block."""
     above = torch.ones_like(visible).triu(1)
     below = torch.ones_like(visible).tril(-1)
     return {

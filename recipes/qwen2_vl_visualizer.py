@@ -1,6 +1,6 @@
-r"""Where does a phrase of the question look, layer by layer and head by head? For a Qwen2-VL.
+r"""Draw the attention of a phrase on the image in a Qwen2-VL, layer by layer and head by head.
 
-The shipped one, which needs torchvision, on a generated scene; or any other on your picture:
+Uses the shipped model (requires torchvision) on a generated scene, or any Qwen2-VL on your image:
 
     python recipes/qwen2_vl_visualizer.py
     python recipes/qwen2_vl_visualizer.py --model Qwen/Qwen2-VL-7B-Instruct --image cat.png \
@@ -21,18 +21,20 @@ from xmodal_interp.shapes import sample_scene
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Hub id, folder, or shipped")] = "qwen2_vl",
-    image: Annotated[Path | None, typer.Option(help="An image; a generated scene if none")] = None,
-    prompt: Annotated[str | None, typer.Option(help="A question about it")] = None,
-    phrase: Annotated[str | None, typer.Option(help="Words of the question to follow")] = None,
+    model: Annotated[str, typer.Option(help="Hub id, folder, or qwen2_vl")] = "qwen2_vl",
+    image: Annotated[Path | None, typer.Option(help="Image; default: a generated scene")] = None,
+    prompt: Annotated[str | None, typer.Option(help="A question about the image")] = None,
+    phrase: Annotated[str | None, typer.Option(help="Query phrase in the question")] = None,
     layers: Annotated[list[int], typer.Option(help="Layers to show")] = [-4, -3, -2, -1],  # noqa: B006
-    save_path: Annotated[Path, typer.Option(help="The picture of the layers")] = Path(
+    save_path: Annotated[Path, typer.Option(help="Figure of the layers")] = Path(
         "runs/qwen/layers.png"
     ),
 ) -> None:
-    """Draw the layers, the heads of the last one, and the token x image matrix."""
+    """Draw the layers, the heads of the last given layer, and the token x image matrix."""
     if (prompt is None) != (phrase is None) or (image is not None and prompt is None):
-        raise typer.BadParameter("--image goes with --prompt, and --prompt with --phrase.")
+        raise typer.BadParameter(
+            "--image requires --prompt; --prompt and --phrase require each other."
+        )
     save_path.parent.mkdir(parents=True, exist_ok=True)
     scene = sample_scene(np.random.default_rng(11), width=128, height=72)
     name = scene.things[0].name
@@ -54,7 +56,7 @@ def main(
         sample, layers[-1], path=save_path.with_stem(f"{save_path.stem}_token_patch")
     )
     xi.token_ratio(sample).to_csv(save_path.with_suffix(".csv"), index=False)
-    typer.echo(f"Pictures in {save_path.parent}")
+    typer.echo(f"Figures written to {save_path.parent}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Train one of the two shipped models from nothing. Interrupt it whenever you like.
+"""Train one of the two shipped models from scratch. Training can be interrupted at any time.
 
-The same command goes on from the last evaluation:
+The same command resumes from the last evaluation:
 
     python recipes/train_shapes_model.py llava runs/llava --export checkpoints/llava
 """
@@ -19,22 +19,20 @@ from xmodal_interp.shapes.training import Settings, Trainer
 
 def main(
     family: Annotated[str, typer.Argument(help="llava or qwen2_vl")],
-    folder: Annotated[Path, typer.Argument(help="Where the state of the run is kept")],
-    export: Annotated[Path, typer.Option(help="Where the finished checkpoint goes")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the state of the run")],
+    export: Annotated[Path, typer.Option(help="Folder for the finished checkpoint")],
     steps: Annotated[int, typer.Option(help="Training steps of 32 images")] = Settings(
         "llava"
     ).steps,
-    seed: Annotated[int, typer.Option(help="Seed of the first weights and of the scenes")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads; torch's choice if not given")
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the scenes")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's")] = None,
 ) -> None:
     """Train, then write the checkpoint."""
     if threads is not None:
         torch.set_num_threads(threads)
     trainer = Trainer(Settings(family, seed=seed, steps=steps))
     if trainer.resume(folder):
-        typer.echo(f"Going on from step {trainer.step} in {folder}.")
+        typer.echo(f"Resuming from step {trainer.step} in {folder}.")
     with tqdm(total=steps, initial=trainer.step, unit="step", mininterval=5) as bar:
 
         def report(step: int, loss: float) -> None:

@@ -58,7 +58,7 @@ def test_nonsense_is_refused(name: str) -> None:
 
 
 def test_no_heads_are_an_error_of_analyses() -> None:
-    with pytest.raises(LayerError, match="At least one head is needed"):
+    with pytest.raises(LayerError, match="heads is empty"):
         xi.cross_modal_ratio(SAMPLE, heads=[])
 
 

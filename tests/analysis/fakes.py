@@ -1,4 +1,4 @@
-"""Samples made by hand: a row of characters for the positions, matrices for the attention."""
+"""Build samples for tests: one character per position, and explicit attention matrices."""
 
 import functools
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ ROLES = {"b": "template", "s": "system", "v": "user", "t": "user", "o": "generat
 
 
 def grid(rows: int, cols: int, cell: float = 10.0, *, class_token: bool = False) -> ImageGrid:
-    """A grid of square cells, ``cell`` px wide; patches are tokens, a class token before them."""
+    """A grid of square cells, ``cell`` px wide; patches are the tokens, after the class token."""
     places = np.stack(np.divmod(np.arange(rows * cols), cols), axis=1)
     corners = places[:, ::-1] * cell
     boxes = np.concatenate([corners, corners + cell], axis=1)
@@ -30,7 +30,10 @@ def grid(rows: int, cols: int, cell: float = 10.0, *, class_token: bool = False)
 
 
 def tokens(layout: str, grids: Sequence[ImageGrid]) -> pd.DataFrame:
-    """b: BOS, s: system, v: image, t: user's text, o: answer, p: padding; spaces part images."""
+    """Token table. b: BOS, s: system, v: image, t: user's text, o: answer, p: padding.
+
+    Spaces are ignored.
+    """
     letters = layout.replace(" ", "")
     table = pd.DataFrame({name: [None] * len(letters) for name in TOKEN_COLUMNS})
     table["token"] = [f"{letter}{i}" for i, letter in enumerate(letters)]
@@ -118,12 +121,12 @@ def sample_of(
 
 @functools.cache
 def captured(family: str) -> Sample:
-    """What a tiny random model attends to; captured once, since no analysis changes a sample."""
+    """A sample of a tiny random model; cached, because no analysis changes a sample."""
     return capture(tiny_vlm(family), picture(), QUESTION, max_new_tokens=2)
 
 
 @functools.cache
 def shipped(*, blank: bool = False) -> Sample:
-    """What the shipped model attends to, in a scene or in a grey image."""
+    """A sample of the shipped model, on a scene or on a grey image."""
     image = picture().point(lambda _: 128) if blank else picture()
     return capture(load(), image, QUESTION)

@@ -9,10 +9,10 @@ from xmodal_interp.analysis import attention_allocation
 from xmodal_interp.errors import InputError
 
 SEGMENTS = ["system", "image", "instruction", "output"]
-LAYOUT = "b s vvvv tt oo"  # the rows of the last word and of the answer predict the answer
+LAYOUT = "b s vvvv tt oo"
 
 
-def test_five_positions_by_eye() -> None:
+def test_worked_example_of_five_positions() -> None:
     last = [0.5, 0.1, 0.2, 0.2, 0.0]
     answer = [0.2, 0.2, 0.2, 0.2, 0.2]
     matrix = [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0], last, answer]
@@ -41,7 +41,7 @@ def test_is_lambda_and_epsilon_of_the_paper() -> None:
         assert means.loc[name].tolist() == pytest.approx(slow, rel=1e-5)
 
 
-def test_segments_share_out_each_query() -> None:
+def test_segments_sum_to_one_for_each_query() -> None:
     sample = sample_of(LAYOUT, [random_call(10), uniform_call(10, layer=1)], [grid(2, 2)])
     table = attention_allocation(sample)
     sums = table.groupby(["layer", "head"])[["allocation_mean", "null"]].sum()
@@ -66,6 +66,6 @@ def test_refuses_a_sample_without_an_image() -> None:
     with pytest.raises(InputError) as caught:
         attention_allocation(sample_of("btt", [random_call(3)]))
     assert str(caught.value) == (
-        "Allocation is between image and text. Sample 'fake' has no image tokens among its 3 "
-        "positions."
+        "Sample 'fake' has no image tokens among its 3 positions. attention_allocation requires a "
+        "sample with an image or a video."
     )

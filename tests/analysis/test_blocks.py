@@ -1,4 +1,4 @@
-"""The four blocks between image and text, and the one-row summary of the exercise."""
+"""The four blocks between image and text, and the one-row summary."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from xmodal_interp.errors import InputError, NotRecordedError
 BLOCKS = ["V-V", "V-T", "T-V", "T-T"]
 
 
-def test_four_positions_by_eye() -> None:
+def test_worked_example_of_four_positions() -> None:
     matrix = [
         [1.0, 0.0, 0.0, 0.0],
         [0.5, 0.5, 0.0, 0.0],
@@ -53,7 +53,7 @@ def test_cell_by_cell(options: dict[str, object]) -> None:
             assert getattr(row, name) == pytest.approx(value, rel=1e-5), (row.block, name)
 
 
-def test_blocks_share_out_every_row_and_uniform_attention_has_lift_one() -> None:
+def test_blocks_sum_to_one_per_row_and_uniform_attention_has_lift_one() -> None:
     sample = sample_of("b s vvvvvv tttt", [random_call(12)], [grid(2, 3)])
     table = block_statistics(sample)
     total = (table["mean"] * table["n_visible_cells"]).groupby(table["head"]).sum()
@@ -62,8 +62,8 @@ def test_blocks_share_out_every_row_and_uniform_attention_has_lift_one() -> None
     assert even["lift"].to_numpy() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_cells_of_the_exercise() -> None:
-    """196 image and 10 text tokens: 1,960 of 42,436 cells, but of 21,321 visible ones."""
+def test_number_of_visible_cells_in_a_vit_layout() -> None:
+    """196 image and 10 text tokens: T-V has 1,960 of all 42,436 and of the 21,321 visible cells."""
     table = block_statistics(sample_of("v" * 196 + "t" * 10, [uniform_call(206)], [grid(14, 14)]))
     cells = table[table["head"] == 0].set_index("block")["n_visible_cells"]
     assert cells["T-V"] == 1960
@@ -72,8 +72,8 @@ def test_cells_of_the_exercise() -> None:
     assert cells["T-V"] / cells.sum() == pytest.approx(0.0919, abs=5e-5)
 
 
-def test_summary_is_that_of_the_exercise_where_its_assumptions_hold() -> None:
-    """Image first, no other token, every cell visible."""
+def test_summary_equals_plain_block_means_if_every_cell_is_visible() -> None:
+    """The image is first, there are no other tokens, and there is no mask."""
     call = random_call(9, causal=False)
     row = cross_modal_summary(sample_of("vvvvvv ttt", [call], [grid(2, 3)])).iloc[0]
     slow = seed_statistics(call.probs()[0].numpy(), 6)
@@ -110,16 +110,16 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as caught:
         block_statistics(sample_of("tt", [random_call(2)]))
     assert str(caught.value) == (
-        "Blocks are between image and text. Sample 'fake' has no image tokens among its 2 "
-        "positions."
+        "Sample 'fake' has no image tokens among its 2 positions. Block statistics require a "
+        "sample with an image or a video."
     )
     cross = sample_of("tt", [random_call(2)], cross_keys=sample_of("t", []).tokens)
     with pytest.raises(InputError) as caught:
         block_statistics(cross)
     assert str(caught.value) == (
-        "A block of attention is about image and text tokens in one sequence. In sample 'fake' the "
-        "image is outside it: text reaches it by cross-attention (layers not kept), where every "
-        "key is an image key."
+        "A statistic of attention blocks requires image and text tokens in one sequence. In sample "
+        "'fake' text reaches the image by cross-attention (layers not kept), where every key is an "
+        "image key."
     )
     rows = random_call(4).select_rows(torch.tensor([2, 3]))
     with pytest.raises(NotRecordedError) as caught:

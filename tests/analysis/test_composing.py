@@ -1,4 +1,4 @@
-"""Query tokens on the patches that they take, beside a slow replica written from the layers."""
+"""Rollout of learned-query tokens to image patches, compared with a slow replica."""
 
 import copy
 from dataclasses import replace
@@ -20,7 +20,7 @@ from xmodal_interp.evaluation import pointing_hits
 
 SIZE = (150, 70)
 TYPES = ["blip-2", "instructblip", "idefics2", "aria", "kosmos-2", "kosmos-2.5"]
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # raised by the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 
@@ -34,7 +34,7 @@ def sample_of(model_type: str, *, splits: bool = False) -> xi.Sample:
 
 
 def composed(sample: xi.Sample, alpha: float) -> torch.Tensor:
-    """Whole rollout matrices over patches and queries, multiplied; patches stay what they are."""
+    """The product of full rollout matrices over patches and queries; patches map to themselves."""
     n_patches, n_tokens = len(sample.grids[0].patch_places), sample.grids[0].n_tokens
     layers = sorted(
         (key[2], key[1] == "cross", call)
@@ -63,10 +63,10 @@ def test_shares_are_those_of_the_slow_replica(model_type: str, alpha: float) -> 
     assert shares.shape == (sample.grids[0].n_tokens, len(sample.grids[0].patch_places))
     assert (shares - expected).abs().max() < 1e-6
     assert (shares.sum(1) - 1).abs().max() < 1e-6
-    assert shares.std(0).max() > 1e-3  # tokens differ in what they take
+    assert shares.std(0).max() > 1e-3  # tokens have different shares
 
 
-def test_the_pictures_of_an_image_are_taken_apart() -> None:
+def test_tiles_of_an_image_are_separate() -> None:
     whole, split = sample_of("idefics2"), sample_of("idefics2", splits=True)
     grid, shares = split.grids[0], xi.query_patches(split)
     assert grid.thumbnail is not None
@@ -85,7 +85,7 @@ def test_the_pictures_of_an_image_are_taken_apart() -> None:
     assert np.nansum(views["thumbnail"]) == pytest.approx(amounts[32:].sum(), rel=1e-5)
 
 
-def test_one_cross_attention_is_what_it_is_for_every_alpha() -> None:
+def test_alpha_does_not_change_a_single_cross_attention() -> None:
     sample = sample_of("blip-2")
     only = {key: call for key, call in sample.calls.items() if key[1] == "cross"}
     layers = {"connector.cross": [0]}
@@ -97,7 +97,7 @@ def test_one_cross_attention_is_what_it_is_for_every_alpha() -> None:
 
 
 def test_deep_connectors_are_composed_in_float64() -> None:
-    """A cross-attention and 60 layers above it, in float64 from scores to shares."""
+    """A cross-attention and 60 self-attention layers after it, in float64 throughout."""
     sample = sample_of("blip-2")
     first = next(call for key, call in sample.calls.items() if key[1] == "cross")
     n = first.n_queries
@@ -131,18 +131,18 @@ def test_refusals() -> None:
     sample = sample_of("blip-2")
     with pytest.raises(InputError, match=r"alpha is a number from 0 to 1; got 1\.5"):
         xi.query_patches(sample, alpha=1.5)
-    with pytest.raises(InputError, match="there is no image 1"):
+    with pytest.raises(InputError, match="There is no image 1"):
         xi.query_patches(sample, 1)
-    with pytest.raises(GeometryError, match=r"8 tokens; got values of shape \(3,\)"):
+    with pytest.raises(GeometryError, match=r"values has shape \(3,\), but image 0 has 8 tokens"):
         xi.on_patches(sample, np.ones(3))
     lacking = {key: c for key, c in sample.calls.items() if key[:3] != ("connector", "self", 1)}
-    with pytest.raises(NotRecordedError, match="lacks for image 0: self 1"):
+    with pytest.raises(NotRecordedError, match="lacks these connector layers for image 0: self 1"):
         xi.query_patches(xi.Sample(**{**vars(sample), "calls": lacking}))
-    with pytest.raises(GeometryError, match=r"tokens have places of their own: use sample\.grid"):
+    with pytest.raises(GeometryError, match=r"tokens with a row and column: use sample\.grid"):
         xi.query_patches(xi.capture(tiny_vlm("llava"), Image.new("RGB", SIZE), QUESTION))
 
 
-def test_overlays_and_the_pointing_game_are_on_patches(tmp_path: Path) -> None:
+def test_overlays_and_the_pointing_game_use_patches(tmp_path: Path) -> None:
     sample = sample_of("blip-2")
     probs = sample.probs(-1, queries="circle", keys=sample.where("image")).mean((0, 1))
     expected = xi.on_patches(sample, probs)

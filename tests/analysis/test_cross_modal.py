@@ -1,4 +1,4 @@
-"""The cross-modal ratio: by eye, cell by cell, and what it must not pretend."""
+"""The cross-modal ratio: worked examples, slow replicas and refusals."""
 
 import json
 
@@ -25,7 +25,7 @@ from xmodal_interp.sample import Sample
 VALUES = ["ratio", "null", "lift", "sink_free_ratio", "sink_free_lift"]
 
 
-def by_eye() -> Sample:
+def worked_example() -> Sample:
     """BOS, two image tokens, two words."""
     matrix = [
         [1.0, 0.0, 0.0, 0.0, 0.0],
@@ -37,8 +37,8 @@ def by_eye() -> Sample:
     return sample_of("b vv tt", [dense_call(matrix)], [grid(1, 2)])
 
 
-def test_five_positions_by_eye() -> None:
-    tokens = token_ratio(by_eye())
+def test_worked_example_of_five_positions() -> None:
+    tokens = token_ratio(worked_example())
     assert list(tokens) == [
         *("sample", "tower", "kind", "direction", "layer", "head", "query", "token"),
         *(*VALUES, "n_image_tokens", "n_sinks"),
@@ -51,7 +51,7 @@ def test_five_positions_by_eye() -> None:
     assert tokens["lift"].tolist() == pytest.approx([0.8, 1.0])
     assert tokens["sink_free_ratio"].tolist() == pytest.approx([0.4 / 0.5, 0.4 / 0.8])
     assert tokens["sink_free_lift"].tolist() == pytest.approx([0.8 / (2 / 3), 0.5 / (2 / 4)])
-    row = cross_modal_ratio(by_eye()).iloc[0]
+    row = cross_modal_ratio(worked_example()).iloc[0]
     assert row[VALUES].tolist() == pytest.approx([0.4, 0.45, 0.9, 0.65, 1.1])
     assert row[["n_queries", "n_image_tokens", "n_sinks"]].tolist() == [2, 2, 1]
 
@@ -71,7 +71,7 @@ def test_cell_by_cell() -> None:
     np.testing.assert_allclose(cross_modal_ratio(sample, sink_threshold=1.0)[VALUES], means)
 
 
-def test_detected_sinks_leave_each_head_apart() -> None:
+def test_sinks_are_detected_and_excluded_per_head() -> None:
     n = 24
     quiet = torch.full((n, n), 1.0).tril()
     loud = quiet.clone()
@@ -98,7 +98,7 @@ def test_uniform_attention_has_lift_one() -> None:
 
 
 def test_null_of_a_llava_layout() -> None:
-    """35 text, 576 image, 20 text: 0.927 over the text that sees the image, not 0.337 over all."""
+    """35 text, 576 image, 20 text: 0.927 over text that sees the image (0.337 over all text)."""
     sample = sample_of("b" + "s" * 34 + "v" * 576 + "t" * 20, [uniform_call(631)], [grid(24, 24)])
     assert cross_modal_ratio(sample)["null"].tolist() == pytest.approx([0.927] * 2, abs=5e-4)
     every = cross_modal_ratio(sample, queries=[*range(35), *range(611, 631)])
@@ -106,8 +106,8 @@ def test_null_of_a_llava_layout() -> None:
     assert every["n_queries"].tolist() == [20, 20]
 
 
-def test_the_worked_example_of_the_exercise_corrected() -> None:
-    """Two image and two text tokens, scores already divided by sqrt(d_k), text token 1."""
+def test_worked_example_with_explicit_scores() -> None:
+    """Two image and two text tokens; scores are already divided by sqrt(d_k)."""
     scores = torch.tensor(
         [[1.2, 0.8, 0.3, 0.1], [0.7, 1.5, 0.2, 0.4], [0.9, 1.8, 2.1, 0.5], [0.3, 0.4, 0.8, 1.9]]
     )
@@ -139,7 +139,7 @@ def test_the_worked_example_of_the_exercise_corrected() -> None:
     assert asked(causal=True, scaling=0.5)[1] == pytest.approx(0.585, abs=5e-4)
 
 
-def test_text_before_the_image_is_not_zero_but_unseen() -> None:
+def test_text_before_the_image_is_nan_not_zero() -> None:
     sample = sample_of("ss vv tt", [random_call(6)], [grid(1, 2)])
     tokens = token_ratio(sample, queries=[0, 4])
     early = tokens[tokens["query"] == 0]
@@ -156,7 +156,7 @@ def test_a_layer_whose_window_does_not_reach_the_image_is_nan() -> None:
     assert table["ratio"].notna().tolist() == [True, False]
 
 
-def test_rows_are_averaged_over_what_by_leaves_out() -> None:
+def test_table_is_averaged_over_axes_that_are_not_in_by() -> None:
     calls = [random_call(9, layer=layer) for layer in range(3)]
     sample = sample_of("b vvvv tttt", calls, [grid(2, 2)])
     full = cross_modal_ratio(sample)
@@ -169,7 +169,7 @@ def test_rows_are_averaged_over_what_by_leaves_out() -> None:
     )
 
 
-def test_too_few_rows_tell_no_sink() -> None:
+def test_sink_columns_are_nan_with_too_few_rows() -> None:
     call = random_call(24)
     for n_kept, known in ((7, False), (8, True)):
         rows = call.select_rows(torch.arange(24 - n_kept, 24))
@@ -233,39 +233,40 @@ def refusal(error: type[Exception], sample: object, **options: object) -> str:
     return str(caught.value)
 
 
-def test_refuses_to_pretend_with_cross_attention() -> None:
+def test_refusals_with_cross_attention() -> None:
     sample = two_images_by_cross_attention()
     assert refusal(InputError, sample) == (
-        "The ratio of self-attention is about image and text tokens in one sequence. In sample "
-        "'fake' the image is outside it: text reaches it by cross-attention (layers 0), where "
-        "every key is an image key."
+        "The ratio of self-attention requires image and text tokens in one sequence. In sample "
+        "'fake' text reaches the image by cross-attention (layers 0), where every key is an image "
+        "key."
     )
     assert refusal(InputError, sample, kind="cross") == (
-        "Every key of a cross-attention is an image key, so that the ratio is 1 whatever the model "
-        "does. Sample 'fake' has 2 images, image=None; ask for one of several images."
+        "With kind='cross' and image=None the ratio of sample 'fake' (2 images) is always 1, "
+        "because every key of a cross-attention is an image key. Pass image= for a sample with "
+        "several images."
     )
     two = sample_of("b vv vv t", [random_call(6)], [grid(1, 2), grid(1, 2)])
     assert refusal(NotRecordedError, two, kind="cross", image=0) == (
-        "Only what was kept can be asked for. Sample 'fake' holds no language cross-attention; it "
-        "holds: language self."
+        "Sample 'fake' holds no language cross-attention; it holds: language self. Capture that "
+        "tower, or choose another."
     )
 
 
 def test_refusals() -> None:
-    assert refusal(InputError, by_eye(), by=("token",)) == (
-        "by names what a row is for, out of layer, head; got ('token',)."
+    assert refusal(InputError, worked_example(), by=("token",)) == (
+        "by must contain only 'layer' and 'head'; got ('token',)."
     )
-    assert refusal(InputError, by_eye(), queries=[2, 3]) == (
-        "The ratio is text->image: queries are text. Positions [2] of sample 'fake' are image "
-        "tokens; for these ask block_statistics."
+    assert refusal(InputError, worked_example(), queries=[2, 3]) == (
+        "Positions [2] of sample 'fake' are image tokens, but queries must be text (the direction "
+        "is text->image). Use block_statistics for image queries."
     )
-    assert refusal(InputError, by_eye(), image=3) == (
-        "The question is about an image. Sample 'fake' has no tokens of image 3; it has 1 images."
+    assert refusal(InputError, worked_example(), image=3) == (
+        "Sample 'fake' has no tokens of image 3; it has 1 images, numbered from 0."
     )
-    assert refusal(InputError, by_eye(), sink_threshold=0.0) == (
-        "A sink threshold is a share of attention, above 0 and at most 1; got 0.0."
+    assert refusal(InputError, worked_example(), sink_threshold=0.0) == (
+        "threshold must be above 0 and at most 1; got 0.0."
     )
-    assert refusal(LayerError, by_eye(), heads=[4]) == (
+    assert refusal(LayerError, worked_example(), heads=[4]) == (
         "A head must lie between -1 and 0; got 4. (language self-attention, layer 0, call 0)"
     )
     assert refusal(InputError, []) == "cross_modal_ratio needs at least one sample; got none."
@@ -275,12 +276,12 @@ def test_refusals() -> None:
         "Sample 'fake' has none; choose queries by position, or put the question behind the image."
     )
     assert refusal(InputError, late, queries=[0, 1]) == (
-        "A query must see the image to be counted. None of the queries [0, 1] of sample 'fake' "
-        "does, in any layer asked for; choose text behind the image."
+        "None of the queries [0, 1] of sample 'fake' sees the image in any chosen layer. Choose "
+        "queries after the image."
     )
     blind = sample_of("tt", [random_call(2, layer=1)])
     assert refusal(InputError, blind) == (
-        "The question is about an image. Sample 'fake' has no image tokens; it has 0 images."
+        "Sample 'fake' has no image tokens; it has 0 images, numbered from 0."
     )
 
 

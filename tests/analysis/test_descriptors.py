@@ -1,4 +1,4 @@
-"""Entropy and distance of heads, beside what uniform attention would have."""
+"""Entropy and distance of heads, compared with uniform attention."""
 
 import math
 
@@ -19,12 +19,12 @@ from xmodal_interp.sample import Sample
 
 
 def eyes(call: object, rows: int, cols: int, cell: float, *, class_token: bool = False) -> Sample:
-    """A sample of which the vision tower matters only."""
+    """A sample with one call of the vision tower."""
     layout = "v" * (rows * cols) + "t"
     return sample_of(layout, [call], [grid(rows, cols, cell, class_token=class_token)])
 
 
-def test_entropy_of_three_positions_by_eye() -> None:
+def test_worked_example_of_entropy_of_three_positions() -> None:
     matrix = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
     table = attention_entropy(sample_of("btt", [dense_call(matrix)]))
     assert list(table) == [
@@ -32,7 +32,7 @@ def test_entropy_of_three_positions_by_eye() -> None:
         *("entropy", "null", "relative_entropy", "n_queries", "sink_mass"),
     ]
     row = table.iloc[0]
-    assert row["n_queries"] == 2  # the first has no choice
+    assert row["n_queries"] == 2  # the first query sees one key only
     assert row["entropy"] == pytest.approx(math.log(2) / 2)
     assert row["null"] == pytest.approx((math.log(2) + math.log(3)) / 2)
     assert row["relative_entropy"] == pytest.approx(0.5)
@@ -68,8 +68,8 @@ def test_entropy_leaves_out_padding() -> None:
     assert table["relative_entropy"].between(0, 1).all()
 
 
-def test_entropy_beside_learned_sinks_is_that_of_the_row_among_its_keys() -> None:
-    """A row of zeros and a sink of ln 2: half the mass on two keys alike, half on the sink."""
+def test_entropy_with_learned_sinks_is_that_of_the_renormalised_row() -> None:
+    """Scores of 0 on two keys and a sink of ln 2: half the mass is on the sink."""
     call = uniform_call(2, n_heads=1, sinks=torch.tensor([math.log(2)]))
     (row,) = attention_entropy(sample_of("bt", [call])).to_dict("records")
     assert [row["entropy"], row["null"]] == pytest.approx([math.log(2)] * 2)
@@ -92,13 +92,13 @@ def test_entropy_beside_learned_sinks_is_that_of_the_row_among_its_keys() -> Non
 
 @pytest.mark.parametrize("queries", [[], slice(4, 4), np.array([], dtype=int)])
 def test_no_queries_have_no_entropy(queries: object) -> None:
-    """Such as the answer's tokens of a sample without an answer, among many that have one."""
+    """For example the answer tokens of a sample without an answer."""
     table = attention_entropy(sample_of("bvvt", [random_call(4)], [grid(1, 2)]), queries=queries)
     assert table["n_queries"].tolist() == [0] * 4
     assert table[["entropy", "null", "relative_entropy"]].isna().all(axis=None)
 
 
-def test_distance_of_three_patches_by_eye() -> None:
+def test_worked_example_of_distance_of_three_patches() -> None:
     matrix = [[1.0, 0.0, 0.0], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]]
     call = dense_call(matrix, tower="vision", causal=False)
     table = attention_distance(eyes(call, 1, 3, 10.0))
@@ -136,7 +136,7 @@ def test_distance_cell_by_cell(tower: str) -> None:
     ("side", "patch", "px"), [(14, 16.0, 116.49), (24, 14.0, 175.04), (7, 32.0, 115.50)]
 )
 def test_distance_of_uniform_attention(side: int, patch: float, px: float) -> None:
-    """With a class token: the rest of its row is rescaled, else the distance would shrink."""
+    """With a class token: its mass is removed and the rest of each row is rescaled."""
     call = uniform_call(side**2 + 1, n_heads=1, tower="vision", causal=False)
     row = attention_distance(eyes(call, side, side, patch, class_token=True)).iloc[0]
     assert row["distance_px"] == pytest.approx(px, abs=5e-3)
@@ -171,8 +171,8 @@ def test_of_a_model() -> None:
 @pytest.mark.parametrize(
     ("model_type", "tower", "size", "px"),
     [
-        ("blip-2", "vision", (128, 128), 128 / 8),  # its tokens have no place, its patches have
-        ("molmo2", "vision", (96, 96), 96 / 13),  # an odd number, two by two
+        ("blip-2", "vision", (128, 128), 128 / 8),  # only its patches have a row and column
+        ("molmo2", "vision", (96, 96), 96 / 13),  # odd number of patches, pooled 2 x 2
         ("step3p7", "vision", (80, 40), 40 / 12),  # the thumbnail has more tokens than the tiles
         ("step3p7", "language", (80, 40), 40 / 3),
     ],
@@ -186,13 +186,13 @@ def test_distance_in_px_is_that_of_the_cells_of_the_image(
     np.testing.assert_allclose(table["distance_px"], table["distance_grid"] * px)
 
 
-def test_distance_between_queries_is_refused() -> None:
+def test_distance_between_learned_queries_is_refused() -> None:
     sample = capture(VLM(*real("blip-2")), picture(), "where?")
     with pytest.raises(GeometryError) as error:
         attention_distance(sample, tower="language")
     assert str(error.value) == (
-        "A distance is between places on an image. Image 0 of sample 'sample-0' has none in the "
-        f"language tower. {sample.grids[0].reason}"
+        "The positions of image 0 of sample 'sample-0' have no row and column in the language "
+        f"tower. {sample.grids[0].reason}"
     )
 
 
@@ -201,32 +201,30 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as caught:
         attention_entropy(sample, tower="vision", queries="red")
     assert str(caught.value) == (
-        "Queries are positions of the text and its image tokens: for the language tower only. Got "
-        "'red' for the vision tower; leave them out there."
+        "queries can only be given for the language tower; got 'red' for the vision tower. Leave "
+        "queries out."
     )
     with pytest.raises(InputError) as caught:
         attention_distance(sample, tower="connector")
     assert str(caught.value) == (
-        "A distance is between places on the image. The positions of the connector have none; "
-        "choose tower='vision' or tower='language'."
+        "attention_distance is not defined for tower='connector', whose positions have no place on "
+        "the image. Choose tower='vision' or tower='language'."
     )
     with pytest.raises(InputError) as caught:
         attention_distance(sample_of("tt", [random_call(2, tower="vision")]))
-    assert str(caught.value) == (
-        "A distance is between places on an image. Sample 'fake' has no image."
-    )
+    assert str(caught.value) == ("Sample 'fake' has no image. attention_distance requires one.")
     with pytest.raises(GeometryError) as caught:
         attention_distance(eyes(random_call(5, tower="vision", causal=False), 2, 2, 8.0))
     assert str(caught.value) == (
-        "The grid of an image has a place for each position of the tower. Image 0 of sample 'fake' "
-        "has 4 places, vision self-attention, layer 0, call 0 has 5 keys."
+        "The grid of image 0 of sample 'fake' has 4 places, but vision self-attention, layer 0, "
+        "call 0 has 5 keys."
     )
 
 
-def test_distance_in_the_sequence_needs_the_image_in_it() -> None:
+def test_language_distance_refuses_cross_attention() -> None:
     with pytest.raises(InputError) as caught:
         attention_distance(captured("mllama"), tower="language")
     assert str(caught.value).startswith(
-        "A distance between the image tokens of the sequence is about image and text tokens in one "
-        "sequence. In sample 'sample-0' the image is outside it: text reaches it by cross-attention"
+        "attention_distance with tower='language' requires image and text tokens in one sequence. "
+        "In sample 'sample-0' text reaches the image by cross-attention"
     )

@@ -21,7 +21,7 @@ def test_rows_are_in_the_order_of_the_axes() -> None:
     ]
 
 
-def test_provenance_is_told_once_if_only_the_date_and_the_item_differ() -> None:
+def test_provenance_is_listed_once_if_only_the_date_and_the_item_differ() -> None:
     samples = [
         sample_of("t", [], provenance={"model": model, "item": item, **of_sample})
         for model, item, of_sample in (
@@ -42,7 +42,7 @@ def test_provenance_is_told_once_if_only_the_date_and_the_item_differ() -> None:
     ]
 
 
-def test_samples_of_one_name_are_numbered_in_the_order_given() -> None:
+def test_samples_with_the_same_name_are_numbered_in_the_order_given() -> None:
     names = ["a", "b", "a", "a (2)", "a"]
     table = over_samples(
         [sample_of("t", [], name=name) for name in names],

@@ -1,4 +1,4 @@
-"""A sample has the same numbers alone and in a padded batch, in every analysis."""
+"""Every analysis returns the same numbers for a sample alone and in a padded batch."""
 
 import functools
 from collections.abc import Callable
@@ -32,11 +32,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of proc
 @functools.cache
 def alone_and_padded(kind: str) -> tuple[Sample, Sample]:
     """One sample, alone and as the shorter one of a batch."""
-    return looking_both_ways(LAYOUTS[kind]) if kind in LAYOUTS else captured(MODELS[kind]())
+    return bidirectional(LAYOUTS[kind]) if kind in LAYOUTS else captured(MODELS[kind]())
 
 
-def looking_both_ways(start: str) -> tuple[Sample, Sample]:
-    """Every query sees every key that is no padding, and so does padding."""
+def bidirectional(start: str) -> tuple[Sample, Sample]:
+    """Every query, also at padding, sees every key that is not padding."""
     torch.manual_seed(0)
     layout = f"{start} {'t' * 12}"
     held = torch.tensor([letter != "p" for letter in layout.replace(" ", "")])
@@ -100,7 +100,7 @@ ANALYSES: dict[str, Callable[[Sample], pd.DataFrame]] = {
 
 
 def comparable(table: pd.DataFrame, sample: Sample) -> pd.DataFrame:
-    """The table without rows of padding, its positions counted without padding."""
+    """The table without rows of padding, with positions counted without padding."""
     place = np.cumsum(sample.tokens["kind"].ne("padding").to_numpy(dtype=bool)) - 1
     if "token_kind" in table:
         table = table[table["token_kind"].ne("padding")].reset_index(drop=True)

@@ -1,4 +1,4 @@
-"""Attention against distance and position, in raw and against its null."""
+"""Attention by distance and position, as raw values and relative to the null."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from xmodal_interp.errors import InputError
 TEXT = ("text->text",)
 
 
-def test_three_positions_by_eye() -> None:
+def test_worked_example_of_three_positions() -> None:
     matrix = [[1.0, 0.0, 0.0], [0.4, 0.6, 0.0], [0.1, 0.3, 0.6]]
     table = positional_bias(sample_of("ttt", [dense_call(matrix)]), blocks=TEXT)
     assert list(table) == [
@@ -57,8 +57,8 @@ def test_uniform_attention_has_lift_one_in_every_bin() -> None:
     np.testing.assert_allclose(table["raw"], table["null"], atol=1e-7)
 
 
-def test_the_naive_column_mean_measures_the_mask() -> None:
-    """Over 64 positions it falls from 0.0741 to 0.0002, though attention is uniform."""
+def test_the_column_mean_of_a_causal_matrix_measures_the_mask() -> None:
+    """Under uniform attention over 64 positions it falls from 0.0741 to 0.0002."""
     naive = uniform_call(64).probs()[0, 0].mean(0)
     assert naive[[0, 32, 63]].tolist() == pytest.approx([0.0741, 0.0107, 0.0002], abs=5e-5)
     table = positional_bias(sample_of("t" * 64, [uniform_call(64)]), blocks=TEXT, n_bins=64)
@@ -73,7 +73,7 @@ def test_all_samples_get_the_same_bins() -> None:
     assert table.groupby("sample")["start"].nunique().to_dict() == {"6": 2, "20": 5}
 
 
-def test_a_head_that_looks_back_a_step() -> None:
+def test_recency_of_a_previous_token_head() -> None:
     shifted = torch.zeros(9, 9)
     shifted[torch.arange(1, 9), torch.arange(8)] = 1.0
     shifted[0, 0] = 1.0
@@ -127,21 +127,19 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as caught:
         positional_bias(sample, blocks=("text->image", "image->text"))
     assert str(caught.value) == (
-        "Blocks are out of text->text, text->image, image->image; got image->text."
+        "blocks must be among text->text, text->image, image->image; got image->text."
     )
     with pytest.raises(InputError) as caught:
         positional_bias(sample)
     assert str(caught.value) == (
-        "The question is about an image. Sample 'fake' has no image tokens; it has 0 images."
+        "Sample 'fake' has no image tokens; it has 0 images, numbered from 0."
     )
     with pytest.raises(InputError) as caught:
         positional_bias(sample, blocks=TEXT, n_bins=0)
-    assert str(caught.value) == "There is at least one bin; got n_bins=0."
+    assert str(caught.value) == "n_bins must be at least 1; got 0."
     with pytest.raises(InputError) as caught:
         recency_index(sample, window=0)
-    assert str(caught.value) == (
-        "A window has at least one position, the query's own; got window=0."
-    )
+    assert str(caught.value) == "window must be at least 1, the query itself; got 0."
     with pytest.raises(InputError) as caught:
         positional_bias([], blocks=TEXT)
     assert str(caught.value) == "positional_bias needs at least one sample; got none."
@@ -150,16 +148,16 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as caught:
         positional_bias(cross)
     assert str(caught.value) == (
-        "A profile of text->image or image->image is about image and text tokens in one sequence. "
-        "In sample 'fake' the image is outside it: text reaches it by cross-attention (layers not "
-        "kept), where every key is an image key."
+        "A profile of text->image or image->image requires image and text tokens in one sequence. "
+        "In sample 'fake' text reaches the image by cross-attention (layers not kept), where every "
+        "key is an image key."
     )
 
 
 def test_rotary_distance_where_the_tokens_of_an_image_share_their_time() -> None:
     sample = captured("qwen2_vl")
     table = positional_bias(sample, layers=[1], heads=[2], n_bins=16)
-    told = sample.tokens[["rope_t", "rope_h", "rope_w"]].to_numpy(dtype=int)
+    rotary = sample.tokens[["rope_t", "rope_h", "rope_w"]].to_numpy(dtype=int)
     call = sample.call(1)
     probs, visible = call.probs([2])[0, 0].numpy(), call.visible()[0, 0].numpy()
     width = -(-len(sample) // 16)
@@ -170,7 +168,7 @@ def test_rotary_distance_where_the_tokens_of_an_image_share_their_time() -> None
         for i in queries:
             for j in keys:
                 if visible[i, j]:
-                    start = abs(told[i] - told[j]).max() // width * width
+                    start = abs(rotary[i] - rotary[j]).max() // width * width
                     cells.setdefault(start, []).append(probs[i, j] * visible[i].sum())
         assert part["start"].tolist() == sorted(cells)
         assert part["n_cells"].tolist() == [len(cells[start]) for start in sorted(cells)]
@@ -180,5 +178,5 @@ def test_rotary_distance_where_the_tokens_of_an_image_share_their_time() -> None
     assert furthest["rope_distance"] < furthest["distance"]
 
 
-def test_no_rotary_profile_where_it_would_be_that_of_the_sequence() -> None:
+def test_no_rotary_profile_for_one_dimensional_positions() -> None:
     assert set(positional_bias(captured("llava"), layers=[0])["axis"]) == {"distance", "key"}

@@ -1,4 +1,4 @@
-"""Heads that matter are found, the numbers are those of one forward per question and head."""
+"""Head pruning and pruning curves, compared with one forward per question and head."""
 
 import functools
 import inspect
@@ -41,7 +41,7 @@ def means_of(vlm: VLM, positions: str) -> HeadMeans:
 
 
 def replica_scores(vlm: VLM, item: dict, removal: dict, mode: str) -> tuple[float, ...]:
-    """One question, one forward, no batch, nothing replayed."""
+    """Scores of one question by one forward, without a batch and without replay."""
     inputs, (prompt,) = vlm.prepare([[item["image"]]], [item["prompt"]])
     n_prompt = inputs["input_ids"].shape[1]
     for word in answer_ids(vlm, prompt.text, item["answer"]):
@@ -66,7 +66,7 @@ def replica_scores(vlm: VLM, item: dict, removal: dict, mode: str) -> tuple[floa
     return replicas.answer_scores(logits, inputs["input_ids"][0].tolist(), n_prompt)
 
 
-def test_nothing_is_kept_of_an_accuracy_of_zero() -> None:
+def test_share_at_95_is_nan_for_an_accuracy_of_zero() -> None:
     curve = pd.DataFrame({"order": "increasing", "draw": 0, "share_removed": [0, 0.5, 1]})
     (never,) = _summary(curve.assign(accuracy=[0.0, 0.0, 0.0]))
     assert (never["auc"], np.isnan(never["share_at_95"])) == (0, True)
@@ -74,8 +74,8 @@ def test_nothing_is_kept_of_an_accuracy_of_zero() -> None:
     assert half["share_at_95"] == 0.5
 
 
-def test_scores_by_eye() -> None:
-    """An answer of two words, the first right with a margin of 2; then one of one word, wrong."""
+def test_worked_example_of_scores() -> None:
+    """A two-word answer whose first word is right with a margin of 2; a wrong one-word answer."""
     logits = torch.tensor([[[2.0, 0, 0], [0, 2, 0]], [[9.0, 9, 9], [0, 0, 2]]])
     gold, lengths = torch.tensor([[0, 2], [1, 0]]), torch.tensor([2, 1])
     accuracy, log_prob, margin = _scores(logits, gold, lengths)
@@ -88,7 +88,7 @@ def test_scores_by_eye() -> None:
 @pytest.mark.parametrize(
     ("family", "mode"), [("llava", "uniform"), ("llava", "mean"), ("qwen2_vl", "zero")]
 )
-def test_head_pruning_is_one_forward_per_question_and_head(family: str, mode: str) -> None:
+def test_head_pruning_equals_one_forward_per_question_and_head(family: str, mode: str) -> None:
     vlm = tiny_vlm(family)
     table = head_pruning(vlm, ITEMS, mode=mode, layers=[0, 2], heads=[-1], **QUIET)
     assert table.columns.tolist() == [
@@ -124,7 +124,7 @@ def test_every_head_has_a_row_and_an_interval_around_its_drop(tower: str, n: int
         assert (table[metric] <= table[f"{metric}_high"] + 1e-9).all()
 
 
-def test_batches_do_not_matter_and_mllama_can_be_pruned() -> None:
+def test_batch_size_does_not_matter_in_mllama() -> None:
     vlm = tiny_vlm("mllama")
     tables = [
         head_pruning(vlm, ITEMS, layers=[0], heads=[0, 1], mode="mean", batch_size=size, **QUIET)
@@ -134,7 +134,7 @@ def test_batches_do_not_matter_and_mllama_can_be_pruned() -> None:
 
 
 def test_questions_about_one_image_are_resampled_together() -> None:
-    """With one image there is nothing to resample, and no interval; with two there is."""
+    """One image is one cluster and has no interval; two images have one."""
     one = head_pruning(tiny_vlm("llava"), ITEMS[:2], layers=[0], heads=[0], **QUIET)
     two = head_pruning(tiny_vlm("llava"), ITEMS[1:3], layers=[0], heads=[0], **QUIET)
     assert (one["n_clusters"][0], two["n_clusters"][0]) == (1, 2)
@@ -142,7 +142,7 @@ def test_questions_about_one_image_are_resampled_together() -> None:
     assert two["log_prob_drop_low"][0] < two["log_prob_drop"][0]
 
 
-def test_the_curve_goes_from_the_model_to_no_heads() -> None:
+def test_curve_runs_from_the_intact_model_to_all_ranked_heads_removed() -> None:
     vlm = tiny_vlm("llava")
     ranking = head_pruning(vlm, ITEMS, layers=[1, 3], **QUIET)
     curve = pruning_curve(vlm, ITEMS, ranking, steps=3, n_random=2, progress=False)
@@ -166,7 +166,7 @@ def test_the_curve_goes_from_the_model_to_no_heads() -> None:
     ]
 
 
-def test_every_layer_keeps_heads() -> None:
+def test_keep_per_layer_keeps_heads_in_every_layer() -> None:
     ranking = pd.DataFrame(
         {"layer": [0, 0, 1, 1], "head": [0, 1, 0, 1], "importance": [1, 2, 3, 4]}
     )
@@ -179,10 +179,10 @@ def test_every_layer_keeps_heads() -> None:
         progress=False,
     )
     assert curve["n_removed"].tolist() == [0, 1, 2]
-    assert curve["share_removed"].tolist() == [0, 1 / 32, 2 / 32]  # of all heads, not of these
+    assert curve["share_removed"].tolist() == [0, 1 / 32, 2 / 32]  # of all heads of the tower
 
 
-def test_a_curve_is_of_the_tower_of_its_ranking() -> None:
+def test_curve_uses_the_tower_of_its_ranking() -> None:
     vlm, options = tiny_vlm("llava"), {"orders": ["increasing"], "steps": 2, "progress": False}
     ranking = head_pruning(vlm, ITEMS[:1], tower="vision", layers=[1], **QUIET)
     curve = pruning_curve(vlm, ITEMS[:1], ranking, **options)
@@ -221,20 +221,20 @@ REFUSALS = {
     "tower": (
         lambda vlm: pruning_curve(vlm, ITEMS, RANKING, tower="language"),
         InputError,
-        "A ranking is of the heads that are removed: one tower's, of self-attention. The tower of "
-        "this one is 'vision', asked for was 'language'; choose its rows, or another tower=.",
+        "The ranking's column 'tower' holds 'vision'; it must hold only 'language'. Select rows of "
+        "one tower's self-attention, or pass another tower=.",
     ),
     "towers": (
         lambda vlm: pruning_curve(vlm, ITEMS, RANKING.assign(tower=["vision", "language"])),
         InputError,
-        "A ranking is of the heads that are removed: one tower's, of self-attention. The tower of "
-        "this one is 'vision' and 'language'; choose its rows, or another tower=.",
+        "The ranking's column 'tower' holds 'vision' and 'language'; it must hold a single value. "
+        "Select rows of one tower's self-attention, or pass another tower=.",
     ),
     "kind": (
         lambda vlm: pruning_curve(vlm, ITEMS, RANKING.assign(kind="cross")),
         InputError,
-        "A ranking is of the heads that are removed: one tower's, of self-attention. The kind of "
-        "this one is 'cross', asked for was 'self'; choose its rows, or another tower=.",
+        "The ranking's column 'kind' holds 'cross'; it must hold only 'self'. Select rows of one "
+        "tower's self-attention, or pass another tower=.",
     ),
     "layer": (
         lambda vlm: head_pruning(vlm, ITEMS, layers=[9], **QUIET),
@@ -259,21 +259,21 @@ REFUSALS = {
     "steps": (
         lambda vlm: pruning_curve(vlm, ITEMS, "random", steps=1),
         InputError,
-        "A curve has at least 2 steps, none and all removed; got 1.",
+        "steps must be at least 2; got 1.",
     ),
     "column": (
         lambda vlm: pruning_curve(vlm, ITEMS, pd.DataFrame({"layer": [0], "head": [0]})),
         InputError,
-        "A ranking has the columns layer, head and log_prob_drop. It has layer, head; missing: "
-        "log_prob_drop. Choose the importance with by=.",
+        "The ranking lacks the columns log_prob_drop; it has layer, head. Name the column with the "
+        "importance with by=.",
     ),
     "twice": (
         lambda vlm: pruning_curve(
             vlm, ITEMS, pd.DataFrame({"layer": [0, 0], "head": [1, 1], "x": [1, 2]}), by="x"
         ),
         InputError,
-        "A ranking has one row, with a number, for each head. It has 2 rows for 1 heads, 0 of them "
-        "without a number.",
+        "The ranking has 2 rows for 1 heads, and 0 NaN in 'x'. Pass one row with a number for each "
+        "head.",
     ),
     "no answer": (
         lambda vlm: answer_accuracy(vlm, [{"image": picture(), "prompt": "what ?"}]),
@@ -290,7 +290,7 @@ REFUSALS = {
     "an empty answer": (
         lambda vlm: answer_accuracy(vlm, [{**ITEMS[0], "answer": ""}]),
         InputError,
-        "A known answer is text that is not empty. Item 0 has ''.",
+        "Item 0 has the empty answer ''. Give each item an answer with at least one character.",
     ),
     "an image by two names": (
         lambda vlm: answer_accuracy(

@@ -18,7 +18,7 @@ from xmodal_interp.sample import Sample
 
 
 def looking(at: np.ndarray, name: str = "fake") -> Sample:
-    """Two words after an image: half of their attention on BOS, half on the cells as given."""
+    """An image, then two words with half of their attention on BOS and half on the given cells."""
     n = at.size
     probs = torch.eye(n + 3)
     row = torch.tensor(at / at.sum() / 2).flatten()
@@ -30,7 +30,7 @@ def looking(at: np.ndarray, name: str = "fake") -> Sample:
     return sample_of(layout, [dense_call(probs)], [grid(*at.shape)], name=name)
 
 
-def test_two_by_two_by_eye() -> None:
+def test_worked_example_of_two_by_two() -> None:
     sample = looking(np.array([[1.0, 2.0], [3.0, 2.0]]))
     cells = raster_map(sample)
     assert list(cells) == ["tower", "kind", "layer", "head", "row", "col", "lift"]
@@ -56,7 +56,7 @@ def test_slopes_of_a_known_surface(shape: tuple[int, int]) -> None:
     )
 
 
-def test_map_is_averaged_over_samples_and_uniform_attention_has_none() -> None:
+def test_map_is_averaged_over_samples_and_uniform_attention_has_no_bias() -> None:
     left, right = np.array([[3.0, 1.0]] * 2), np.array([[1.0, 3.0]] * 2)
     table = raster_map([looking(left, "a"), looking(right, "b")])
     assert table["lift"].tolist() == pytest.approx([1.0] * 4)
@@ -67,7 +67,7 @@ def test_map_is_averaged_over_samples_and_uniform_attention_has_none() -> None:
     assert raster_profile(even)["lift"].to_numpy() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_rows_per_sample_are_what_can_be_resampled() -> None:
+def test_per_sample_rows_equal_those_of_each_sample_alone() -> None:
     rng = np.random.default_rng(0)
     samples = [looking(rng.uniform(1, 3, (3, 4)), name=name) for name in ("a", "b", "b")]
     control = [looking(rng.uniform(1, 3, (3, 4))) for _ in range(2)]
@@ -98,7 +98,7 @@ def test_control_is_subtracted() -> None:
     assert raster_bias(sample, control=[control] * 2).attrs["parameters"]["n_control"] == 2
 
 
-def test_profile_is_that_of_the_probabilities() -> None:
+def test_profile_equals_sums_of_probabilities() -> None:
     calls = [random_call(16, layer=layer) for layer in range(2)]
     sample = sample_of("b" + "v" * 12 + "ttt", calls, [grid(3, 4)])
     table = raster_profile(sample)
@@ -122,7 +122,7 @@ def test_only_queries_that_see_the_whole_image_count() -> None:
     assert raster_bias(blind).loc[:, "row_slope":].isna().all(axis=None)
 
 
-def test_what_the_grid_cannot_tell_is_nan() -> None:
+def test_slopes_that_the_grid_cannot_separate_are_nan() -> None:
     row = raster_bias(looking(np.array([[1.0, 2.0], [1.0, 2.0]]))).iloc[0]
     assert row["col_slope"] == pytest.approx(np.log(2) / 2, abs=1e-6)
     assert np.isnan(row["edge_slope"])  # all four cells are at the edge
@@ -144,42 +144,40 @@ def test_refusals() -> None:
     with pytest.raises(GeometryError) as caught:
         raster_bias([square, wide])
     assert str(caught.value) == (
-        "Maps are averaged and compared over one grid, the same layers and heads. The grid was "
-        "2 x 2 so far, that of sample 'wide' is 2 x 3; ask for samples of one shape at a time."
+        "Sample 'wide' has a grid of 2 x 3, the other samples have 2 x 2. Pass samples whose image "
+        "grids have the same shape."
     )
     with pytest.raises(InputError) as caught:
         raster_map([])
-    assert str(caught.value) == "A raster needs at least one sample; got none."
+    assert str(caught.value) == "raster_map needs at least one sample; got none."
     cross = sample_of("ttt", [random_call(3)], cross_keys=sample_of("t", []).tokens)
     with pytest.raises(InputError) as caught:
         raster_profile(cross)
     assert str(caught.value) == (
-        "The raster of an image is about image and text tokens in one sequence. In sample 'fake' "
-        "the image is outside it: text reaches it by cross-attention (layers not kept), where "
-        "every key is an image key."
+        "A raster map requires image and text tokens in one sequence. In sample 'fake' text "
+        "reaches the image by cross-attention (layers not kept), where every key is an image key."
     )
 
 
-def test_refuses_samples_of_which_other_layers_were_kept() -> None:
+def test_refuses_samples_with_different_kept_layers() -> None:
     calls = [random_call(7, layer=layer) for layer in range(2)]
     both = sample_of("b vvvv tt", calls, [grid(2, 2)])
     one = sample_of("b vvvv tt", calls[1:], [grid(2, 2)], name="one")
     with pytest.raises(GeometryError) as caught:
         raster_map([both, one])
     assert str(caught.value) == (
-        "Maps are averaged and compared over one grid, the same layers and heads. The layers were "
-        "[0, 1] so far, those of sample 'one' are [1]; choose layers= that all have."
+        "Sample 'one' has the layers [1], the other samples have [0, 1]. Choose layers= that all "
+        "samples have."
     )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("analysis", [raster_bias, raster_map, raster_profile])
-def test_learned_queries_have_no_place(analysis: Callable[[Sample], pd.DataFrame]) -> None:
+def test_learned_queries_are_refused(analysis: Callable[[Sample], pd.DataFrame]) -> None:
     sample = capture(VLM(*real("blip-2")), picture(), QUESTION)
     with pytest.raises(GeometryError) as caught:
         analysis(sample)
     assert str(caught.value) == (
-        "A raster is of image tokens that have a row and a column. Those of image 0 of sample "
-        "'sample-0' have none. They are learned queries: see xi.on_patches for attention on the "
-        "patches."
+        "The tokens of image 0 of sample 'sample-0' have no row and column. They are learned "
+        "queries: use xi.on_patches for attention on the patches."
     )

@@ -1,4 +1,4 @@
-"""How often intervals hold the true number: by simulation, and for binomials exactly."""
+"""Coverage of the intervals: by simulation, and exact for binomials."""
 
 import math
 
@@ -11,15 +11,15 @@ RATES = (0.5, 0.7, 0.9, 0.97)
 
 
 def covered(values: np.ndarray, clusters: np.ndarray, true: float, **more: object) -> float:
-    """The share of series (one a trial) whose interval holds the true number."""
+    """The share of series (one per trial) whose interval contains the true value."""
     low, high = mean_intervals(values, clusters, **{"n_draws": 1000, "seed": 0, **more})
     return float(((low <= true + 1e-12) & (true - 1e-12 <= high)).mean())
 
 
 @pytest.mark.parametrize("n", [10, 20, 30, 100])
 def test_rates_of_independent_samples_are_covered(n: int) -> None:
-    """Exactly, over all counts of hits. Only whole hits are possible: at n = 10 no interval is
-    nearer to 95% for all rates at once.
+    """Exact coverage over all counts of hits. Counts are integers, so at n = 10 no interval is
+    closer to 95% for all rates at once.
     """
     hits = np.arange(n + 1)
     values = (np.arange(n) < hits[:, None]).astype(float)  # a series for each count
@@ -67,14 +67,14 @@ def test_clusters_of_different_sizes_are_covered() -> None:
 @pytest.mark.parametrize("gain", [0.0, 0.03, 0.3])
 @pytest.mark.parametrize("n", [10, 30])
 def test_differences_of_rates_are_covered(n: int, gain: float) -> None:
-    """Of ``n`` answers ``gain`` become wrong and a tenth of these become right."""
+    """Values are 1 with probability ``gain`` and -1 with a tenth of it."""
     rng = np.random.default_rng(2)
     drawn = rng.random((4000, n))
     values = (drawn < gain).astype(float) - (drawn > 1 - gain / 10)
     held = covered(values, np.arange(n), 0.9 * gain, series="rate difference")
     assert held > 0.92
     if gain == 0.3:
-        assert held < 0.98  # rare changes are held by every interval that has a width
+        assert held < 0.98  # with rare changes, every interval with a width covers
 
 
 MEANS = {
@@ -87,13 +87,13 @@ MEANS = {
 @pytest.mark.parametrize("name", MEANS)
 @pytest.mark.parametrize(("n", "least"), [(4, 0.65), (12, 0.90), (30, 0.92)])
 def test_means_are_covered(name: str, n: int, least: float) -> None:
-    """The percentile bootstrap holds 0.89, 0.88 and 0.83 of these with 10 clusters."""
+    """For comparison, the percentile bootstrap covers 0.89, 0.88 and 0.83 with 10 clusters."""
     draw, mean = MEANS[name]
     values = draw(np.random.default_rng(3), (1000, n))
     assert least <= covered(values, np.arange(n), mean) <= 0.985
 
 
-def test_each_series_has_its_own_clusters() -> None:
+def test_clusters_are_counted_per_series() -> None:
     values = np.array([[1.0, 1, 0, 1], [1, np.nan, np.nan, 0], [np.nan] * 4, [0.2, 0.4, 0.6, 0.1]])
     found = known_mean_intervals(values, np.array([0, 0, 1, 2]), n_draws=10, seed=0)
     assert found.n_clusters.tolist() == [3, 2, 0, 3]

@@ -1,4 +1,4 @@
-"""Attention rollout: by eye, against the papers' own recipe, and against constants of the null."""
+"""Attention rollout: worked examples, the papers' formulas, and known values of the null."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ def null_stack(n_positions: int, n_layers: int) -> Sample:
     return sample_of("b" + "t" * (n_positions - 1), calls)
 
 
-def test_two_layers_by_eye() -> None:
+def test_worked_example_of_two_layers() -> None:
     first = dense_call([[1.0, 0.0], [0.5, 0.5]], layer=0)
     second = dense_call([[1.0, 0.0], [1.0, 0.0]], layer=1)
     table = attention_rollout(sample_of("bt", [first, second]), [1])
@@ -106,7 +106,7 @@ def test_one_layer_is_half_attention_half_identity() -> None:
     np.testing.assert_allclose(rollout_matrix(sample, alpha=0.3).numpy(), closed, atol=1e-6)
 
 
-def test_attention_to_itself_goes_nowhere() -> None:
+def test_identity_attention_has_identity_rollout() -> None:
     calls = [dense_call(torch.eye(4), layer=layer) for layer in range(3)]
     whole = rollout_matrix(sample_of("bttt", calls))
     torch.testing.assert_close(whole, torch.eye(4).double())
@@ -134,7 +134,7 @@ def test_order_of_positions_does_not_matter_without_a_mask() -> None:
     torch.testing.assert_close(moved, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_sinks_are_dropped_wherever_a_row_sees_something_else() -> None:
+def test_sinks_are_dropped_from_rows_that_see_other_keys() -> None:
     sink = [[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.8, 0.1, 0.1]]
     sample = sample_of("btt", [dense_call(sink)])
     matrix = rollout_matrix(sample, sinks="drop_first")
@@ -154,7 +154,7 @@ def test_baseline_is_the_rollout_of_uniform_attention() -> None:
     np.testing.assert_allclose(same["log2_ratio"], 0.0, atol=1e-6)
 
 
-def test_padding_is_left_out_and_poisons_nothing() -> None:
+def test_padding_is_left_out_and_does_not_change_other_rows() -> None:
     mask = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
     mask[..., :2] = False
     calls = [random_call(10, layer=layer, causal=False, mask=mask) for layer in range(3)]
@@ -177,7 +177,7 @@ def test_learned_sinks_leave_rows_that_sum_to_one() -> None:
     torch.testing.assert_close(matrix.sum(1), torch.ones(8).double())
 
 
-def test_vision_tower_asks_the_class_token_of_an_image() -> None:
+def test_vision_tower_starts_at_the_class_token() -> None:
     calls = [random_call(5, layer=layer, tower="vision", causal=False) for layer in range(2)]
     sample = sample_of("b vvvv t", calls, [grid(2, 2, class_token=True)])
     table = attention_rollout(sample, tower="vision")
@@ -205,7 +205,7 @@ def test_of_a_model(family: str) -> None:
 
 
 @pytest.mark.parametrize("fusion", ["mean", "max"])
-def test_share_of_each_token_by_its_norms(fusion: str) -> None:
+def test_alpha_of_each_token_from_norms(fusion: str) -> None:
     calls = [
         replace(random_call(8, layer=layer, n_heads=4), update_share=torch.rand(1, 8))
         for layer in range(3)
@@ -233,7 +233,7 @@ DEEP = {
 
 @pytest.mark.parametrize("name", DEEP)
 def test_deep_stacks_keep_the_digits_of_small_shares(name: str) -> None:
-    """In float32 136 of 144 image tokens were 0 after 80 layers, and log2_ratio minus infinity."""
+    """In float32, 136 of 144 image tokens are 0 after 80 layers and log2_ratio is -inf."""
     options = DEEP[name]
     layout = "b" + "v" * 16 + "tt"
     calls = [random_call(19, layer=layer, n_heads=2, spread=4) for layer in range(60)]
@@ -248,11 +248,11 @@ def test_deep_stacks_keep_the_digits_of_small_shares(name: str) -> None:
     even = np.stack([np.tril(np.ones((19, 19))) / np.arange(1, 20)[:, None]] * 2)
     null = rollout_of_a_variant(np.stack([even] * 60), alphas, **more)
     np.testing.assert_allclose(table["null"], null[18], rtol=1e-6)
-    with np.errstate(invalid="ignore"):  # nothing can be on a sink that is dropped: 0 / 0
+    with np.errstate(invalid="ignore"):  # 0 / 0 at dropped sinks
         expected = np.log2(slow[18] / null[18])
     np.testing.assert_allclose(table["log2_ratio"], expected, atol=1e-5)
     if name != "paper":
-        assert table["rollout"].min() < 1e-45  # all that float32 has is above
+        assert table["rollout"].min() < 1e-45  # the smallest number of float32
 
 
 def test_large_scores_and_norms_do_not_end_in_zeros() -> None:
@@ -284,76 +284,73 @@ def refusal(error: type[Exception], sample: Sample, *args: object, **options: ob
 def test_refusals() -> None:
     sample = stack(3)
     assert refusal(InputError, sample, alpha=1.5) == (
-        "alpha is the share of attention, 0 to 1, or 'norm'; got 1.5."
+        "alpha must be between 0 and 1, or 'norm'; got 1.5."
     )
     assert refusal(InputError, sample, alpha="norms") == (
-        "alpha is the share of attention, 0 to 1, or 'norm'; got 'norms'."
+        "alpha must be between 0 and 1, or 'norm'; got 'norms'."
     )
     assert refusal(NotRecordedError, sample, alpha="norm") == (
-        "alpha='norm' needs the share of attention in each token's update. language "
-        "self-attention, layer 0, call 0 was captured without; capture with Keep(norms=True)."
+        "language self-attention, layer 0, call 0 was captured without the norms that alpha='norm' "
+        "requires. Capture with Keep(norms=True)."
     )
     assert refusal(InputError, sample, alpha=[0.5, 0.5]) == (
-        "alpha is one number, or one per layer. There are 3 layers and 2 numbers."
+        "alpha has 2 numbers for 3 layers. Pass one number, or one per layer."
     )
     assert refusal(InputError, sample, discard=1.0) == (
-        "discard is the share of entries to drop, 0 to below 1; got 1.0."
+        "discard must be at least 0 and below 1; got 1.0."
     )
     assert refusal(InputError, sample, baseline="flat") == (
-        "baseline is 'uniform' or None; got 'flat'."
+        "baseline must be 'uniform' or None; got 'flat'."
     )
     assert refusal(InputError, sample, baseline="uniform", discard=0.5) == (
-        "Uniform attention has no lowest entries to discard: a baseline goes with discard=0. "
-        "Got baseline='uniform' and discard=0.5; leave one out."
+        "baseline='uniform' requires discard=0, because uniform attention has no lowest entries to "
+        "discard; got discard=0.5. Leave one of them out."
     )
     assert refusal(InputError, sample, sinks="drop") == (
-        "sinks is 'keep', 'drop_first' or positions; got 'drop'."
+        "sinks must be 'keep', 'drop_first' or positions; got 'drop'."
     )
     assert refusal(InputError, sample, layers=(2, 1)) == (
-        "layers is the start and stop of a slice over 3 layers; got (2, 1), which leaves none."
+        "layers=(2, 1) selects none of the 3 layers. Pass the start and stop of a slice with at "
+        "least one layer."
     )
     assert refusal(InputError, sample, tower="connector") == (
-        "Rollout goes through self-attention over one sequence; got tower='connector'. Choose "
-        "'language' or 'vision'."
+        "attention_rollout is not defined for tower='connector'. Choose 'language' or 'vision'."
     )
     with pytest.raises(InputError) as caught:
         Rule("median", 0.5, 0.0)
     assert str(caught.value) == "fusion must be one of mean, max, min; got 'median'."
 
 
-def test_refuses_what_was_not_kept() -> None:
+def test_refuses_layers_and_rows_that_were_not_kept() -> None:
     calls = [random_call(8, layer=layer) for layer in (0, 2)]
     sample = sample_of(SEQUENCE, calls, [grid(2, 2)])
     assert refusal(NotRecordedError, sample) == (
-        "Rollout multiplies every layer from start to stop. Of language layers 0 to 2, [1] were "
-        "not kept (kept were [0, 2]). Capture all layers, or choose layers=(start, stop) among the "
-        "kept."
+        "Rollout requires all language layers from 0 to 2, but [1] were not kept (kept: [0, 2]). "
+        "Capture all layers, or choose layers=(start, stop) within the kept ones."
     )
     rows = [random_call(8).select_rows(torch.tensor([5, 6, 7]))]
     sample = sample_of(SEQUENCE, rows, [grid(2, 2)])
     assert refusal(NotRecordedError, sample) == (
-        "Rollout goes through every position, so every query row is needed. language "
-        "self-attention, layer 0, call 0 holds 3 rows for 8 keys; capture with "
-        "Keep(queries='all')."
+        "Rollout requires every query row, but language self-attention, layer 0, call 0 holds 3 "
+        "rows for 8 keys. Capture with Keep(queries='all')."
     )
 
 
-def test_refuses_positions_that_mean_nothing() -> None:
+def test_refuses_padding_and_phrases_in_the_vision_tower() -> None:
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
     mask[..., 0] = False
     padded = sample_of("pbt", [random_call(3, causal=False, mask=mask)])
     assert refusal(InputError, padded, [0]) == (
-        "Rollout starts at a position that sees something; [0] see nothing. Choose others than "
-        "padding."
+        "The query positions [0] are padding or see no key. Choose other queries."
     )
     eyes = random_call(4, tower="vision", causal=False)
     sample = sample_of("b vvvv t", [eyes], [grid(2, 2)])
     assert refusal(InputError, sample, "red", tower="vision") == (
-        "A phrase names text positions; give those of the vision tower as numbers. Got 'red'."
+        "queries must be numbers in the vision tower, where a phrase has no positions; got 'red'."
     )
     assert refusal(InputError, sample, tower="vision") == (
-        "Without queries, rollout of the vision tower asks the class token; this tower has 0. Give "
-        "positions."
+        "The vision tower has 0 class tokens, so there is no default for queries. Pass positions "
+        "as queries."
     )
 
 
@@ -361,7 +358,6 @@ def test_refuses_cross_attention() -> None:
     cross = random_call(3, kind="cross", causal=False)
     sample = sample_of("btt", [random_call(3), cross], cross_keys=stack(1).tokens)
     assert refusal(InputError, sample) == (
-        "Rollout is about image and text tokens in one sequence. In sample 'fake' the image is "
-        "outside it: text reaches it by cross-attention (layers 0), where every key is an image "
-        "key."
+        "Rollout requires image and text tokens in one sequence. In sample 'fake' text reaches the "
+        "image by cross-attention (layers 0), where every key is an image key."
     )

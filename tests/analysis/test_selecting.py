@@ -1,4 +1,4 @@
-"""Layers and heads are taken once, in any spelling of numbers, in every analysis."""
+"""Selection of layers, heads and positions: repetitions, masks, NumPy and torch integers."""
 
 import inspect
 import json
@@ -40,7 +40,7 @@ BY_LAYER_AND_HEAD: dict[str, Callable[..., pd.DataFrame]] = {
 
 
 @pytest.mark.parametrize("name", BY_LAYER_AND_HEAD)
-def test_what_is_named_twice_counts_once(name: str) -> None:
+def test_repeated_layers_and_heads_count_once(name: str) -> None:
     ask, sample = BY_LAYER_AND_HEAD[name], captured("llava")
     last = (sample.layers("vision") if name == "distance" else sample.layers())[-1]
     once = ask(sample, layers=[last, 0], heads=[1, 0])
@@ -49,7 +49,7 @@ def test_what_is_named_twice_counts_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BY_LAYER_AND_HEAD)
-def test_numbers_of_a_table_are_numbers(name: str) -> None:
+def test_numpy_and_torch_integers_are_accepted(name: str) -> None:
     ask, sample = BY_LAYER_AND_HEAD[name], captured("llava")
     plain = ask(sample, layers=1, heads=2)
     for layer, head in (
@@ -75,7 +75,7 @@ OVER_QUERIES = [
 
 
 @pytest.mark.parametrize("analysis", OVER_QUERIES)
-def test_a_position_that_is_named_twice_counts_once(analysis: Callable[..., pd.DataFrame]) -> None:
+def test_repeated_positions_count_once(analysis: Callable[..., pd.DataFrame]) -> None:
     sample = replace(shipped(), labels={"box": [0, 0, 40, 40]})
     last = sample.last
     once = analysis(sample, queries=[last, last - 1])
@@ -84,7 +84,7 @@ def test_a_position_that_is_named_twice_counts_once(analysis: Callable[..., pd.D
 
 
 @pytest.mark.parametrize("name", BY_LAYER_AND_HEAD)
-def test_masks_are_masks_and_have_the_right_length(name: str) -> None:
+def test_boolean_masks_must_have_the_right_length(name: str) -> None:
     ask, sample = BY_LAYER_AND_HEAD[name], captured("llava")
     n_layers = len(sample.layers("vision") if name == "distance" else sample.layers())
     n_heads = sample.call(0, tower="vision" if name == "distance" else "language").n_heads
@@ -142,7 +142,7 @@ def test_a_keyword_that_is_a_word_of_the_question_is_an_error_everywhere(keyword
     evaluation.pointing_game(collides, BOX, n_bootstrap=5)
 
 
-def test_pointing_takes_each_layer_once() -> None:
+def test_pointing_counts_repeated_layers_once() -> None:
     sample = shipped()
     once = evaluation.pointing_game(sample, BOX, layers=[3], n_bootstrap=5)
     for layers in ([3, -1], np.int64(3), np.array([3, 3])):
@@ -150,14 +150,14 @@ def test_pointing_takes_each_layer_once() -> None:
         pd.testing.assert_frame_equal(once, again)
 
 
-def test_heads_to_ablate_are_taken_once() -> None:
+def test_repeated_heads_are_ablated_once() -> None:
     found = checked_heads({np.int64(3): np.array([0, 5]), -1: [5, -3, 1]}, {3: 8}, "language")
     assert found == {3: (0, 5, 1)}
     assert all(type(head) is int for head in found[3])
     assert xi.ablate_heads({np.int64(3): np.array([0, 5])}).heads_in({3: 8}) == {3: (0, 5)}
 
 
-def test_positions_and_options_of_a_table_are_numbers() -> None:
+def test_positions_and_options_accept_numpy_and_torch_numbers() -> None:
     sample = shipped()
     last = sample.last
     plain = xi.attention_rollout(sample, [last])["rollout"]
@@ -174,10 +174,10 @@ def test_positions_and_options_of_a_table_are_numbers() -> None:
     assert ratio.tolist() == xi.cross_modal_ratio(sample, queries=last)["ratio"].tolist()
     assert torch.equal(sample.probs(np.int64(1), np.int64(2)), sample.probs(1, 2))
     assert sample.call(np.int64(1)) is sample.call(1)
-    assert sample.probs(1, heads=[0, 0]).shape[0] == 2  # as indexing does
+    assert sample.probs(1, heads=[0, 0]).shape[0] == 2  # like tensor indexing
 
 
-def test_what_is_kept_is_json_whatever_named_it() -> None:
+def test_kept_layers_are_json_for_every_input_type() -> None:
     for layers in ([1, 2], np.array([1, 2]), range(1, 3), [np.int64(1), 2]):
         keep = xi.Keep(layers=layers, towers=("language",))
         assert keep == xi.Keep(layers=(1, 2), towers=("language",))
@@ -190,7 +190,7 @@ def test_what_is_kept_is_json_whatever_named_it() -> None:
 
 
 @pytest.mark.usefixtures("any_type")
-def test_figures_take_numbers_of_a_table() -> None:
+def test_figures_accept_numpy_integers() -> None:
     sample = shipped()
     for figure in (
         figures.attention_matrix(sample, np.int64(1), np.int64(2)),
@@ -215,8 +215,8 @@ REFUSALS = {
     "no heads": (
         lambda: xi.cross_modal_ratio(SAMPLE, heads=[]),
         LayerError,
-        "At least one head is needed; got none. Leave heads out for all. (language self-attention, "
-        "layer 0, call 0)",
+        "heads is empty for language self-attention, layer 0, call 0. Name at least one head, or "
+        "leave heads out for all.",
     ),
     "slice": (
         lambda: xi.cross_modal_ratio(SAMPLE, layers=slice(0, 2)),
@@ -243,17 +243,17 @@ REFUSALS = {
     "by": (
         lambda: xi.cross_modal_ratio(SAMPLE, by="layer"),
         InputError,
-        "by is a list, such as ['layer']; got 'layer'.",
+        "by must be a list, such as ['layer']; got 'layer'.",
     ),
     "blocks": (
         lambda: xi.positional_bias(SAMPLE, blocks="text->image"),
         InputError,
-        "blocks is a list, such as ['text->image']; got 'text->image'.",
+        "blocks must be a list, such as ['text->image']; got 'text->image'.",
     ),
     "orders": (
         lambda: xi.pruning_curve(tiny_vlm("llava"), [], "random", orders="random"),
         InputError,
-        "orders is a list, such as ['increasing']; got 'random'.",
+        "orders must be a list, such as ['increasing']; got 'random'.",
     ),
     "keep": (
         lambda: xi.Keep(layers="last"),
@@ -263,15 +263,15 @@ REFUSALS = {
     "rollout's layers": (
         lambda: inspect.unwrap(xi.attention_rollout)(SAMPLE, layers=[0, 1, 2]),
         InputError,
-        "layers is the start and stop of a slice, such as (0, -1) or (2, None); got [0, 1, 2].",
+        "layers must be the start and stop of a slice, such as (0, -1) or (2, None); got "
+        "[0, 1, 2].",
     ),
     "hybrid": (
         lambda: xi.attention_rollout(hybrid([1, 2, 5])),
         InputError,
-        "Rollout multiplies the attention of every layer from start to stop. In the language "
-        "tower, [0, 3, 4] have none: such layers mix positions by a convolution, a recurrence or "
-        "linear attention, and what they do would be missing. Choose layers between them: layers= "
-        "one of (1, 3), (5, 6).",
+        "Layers [0, 3, 4] of the language tower are not softmax attention (but convolution, "
+        "recurrence or linear attention), so rollout through them is not defined. Choose "
+        "consecutive attention layers: layers= one of (1, 3), (5, 6).",
     ),
 }
 

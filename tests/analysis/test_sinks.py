@@ -10,7 +10,7 @@ from xmodal_interp.analysis import attention_sinks, sink_rate
 from xmodal_interp.errors import InputError
 
 
-def test_three_positions_by_eye() -> None:
+def test_worked_example_of_three_positions() -> None:
     matrix = [[1.0, 0.0, 0.0], [0.8, 0.2, 0.0], [0.3, 0.6, 0.1]]
     table = attention_sinks(sample_of("btt", [dense_call(matrix)]), min_queries=1)
     assert list(table) == [
@@ -67,7 +67,7 @@ def test_rate_is_the_share_of_heads() -> None:
     assert rate.attrs["analysis"] == "sink_rate"
 
 
-def test_samples_of_one_name_keep_their_rates_apart() -> None:
+def test_samples_with_the_same_name_have_separate_rates() -> None:
     n = 12
     on_first, even = torch.zeros(n, n), torch.ones(n, n).tril() / torch.arange(1, n + 1)[:, None]
     on_first[:, 0] = 1.0
@@ -78,7 +78,7 @@ def test_samples_of_one_name_keep_their_rates_apart() -> None:
     assert rate.attrs["n_samples"] == 2
 
 
-def test_padding_is_no_first_position_and_rows_may_be_few() -> None:
+def test_first_position_is_not_padding_and_some_rows_suffice() -> None:
     mask = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril()
     mask[..., :2] = False
     sample = sample_of("pp b vvvv ttt", [random_call(10, causal=False, mask=mask)], [grid(2, 2)])
@@ -95,9 +95,7 @@ def test_of_a_model() -> None:
     assert (table["sink"] == (table["received"] > 0.3)).all()
 
 
-def test_refuses_a_threshold_that_is_no_share() -> None:
+def test_refuses_a_threshold_above_one() -> None:
     with pytest.raises(InputError) as caught:
         attention_sinks(sample_of("bt", [random_call(2)]), threshold=30.0)
-    assert str(caught.value) == (
-        "A sink threshold is a share of attention, above 0 and at most 1; got 30.0."
-    )
+    assert str(caught.value) == ("threshold must be above 0 and at most 1; got 30.0.")

@@ -1,4 +1,4 @@
-"""A sample with a video: its tokens are visual, not text, wherever the two are told apart."""
+"""Analyses count video tokens as image tokens, not as text."""
 
 import functools
 
@@ -22,7 +22,7 @@ def sample(n_images: int = 0) -> xi.Sample:
 
 
 def shares(of: xi.Sample, queries: np.ndarray, keys: np.ndarray, layer: int = 0) -> float:
-    """Mean over heads and queries of the probability on some keys."""
+    """Mean over heads and queries of the probability on the keys."""
     probs = of.probs(layer, queries=queries.tolist())
     return float(probs[:, :, torch.from_numpy(keys)].sum(-1).mean())
 
@@ -32,7 +32,7 @@ def test_blocks(n_images: int) -> None:
     of = sample(n_images)
     table = xi.block_statistics(of, layers=0).groupby("block")["mass"].mean()
     other = np.flatnonzero(of.tokens["kind"].isin(["text", "special"]))
-    sees = other[other > of.visual.min()]  # what comes before sees none of it
+    sees = other[other > of.visual.min()]  # earlier tokens do not see the image
     assert len(of.visual) == len(of.where("video")) + len(of.where("image"))
     assert table["T-V"] == pytest.approx(shares(of, sees, of.visual), abs=1e-6)
     assert table["V-V"] == pytest.approx(shares(of, of.visual, of.visual), abs=1e-6)

@@ -1,4 +1,4 @@
-"""Tokens taken away in the order of a map, and brought back in it."""
+"""Deletion and insertion curves."""
 
 import dataclasses
 
@@ -65,7 +65,7 @@ def test_deletion_is_insertion_in_the_reverse_order(family: str) -> None:
 
 
 def test_a_step_is_a_forward_with_mean_tokens() -> None:
-    """One item, a third of the tokens: the same by hand, on the embeddings."""
+    """One item, a third of the tokens: compare with an explicit edit of the embeddings."""
     vlm, salience = tiny_vlm("llava"), maps("llava")
     curve = deletion_curve(vlm, ITEMS[:1], [salience[0].reshape(12, 12)], steps=4, **QUIET)
     (batch,) = batches_of(vlm, ITEMS[:1], batch_size=1)
@@ -82,7 +82,7 @@ def test_a_step_is_a_forward_with_mean_tokens() -> None:
     assert curve["probability"][1] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_the_asked_thing_matters_more_than_the_rest() -> None:
+def test_deleting_the_asked_object_lowers_the_score_most() -> None:
     vlm, rng = load(), np.random.default_rng(11)
     items, inside = [], []
     while len(items) < 6:
@@ -105,13 +105,13 @@ REFUSALS = {
     "shape": (
         lambda vlm: deletion_curve(vlm, ITEMS[:1], [np.ones(9)], **QUIET),
         InputError,
-        "A map has a number for each image token, in a row or as a grid. Item 0 has 144 tokens "
-        "(12 x 12); its map has shape (9,) with 0 NaN.",
+        "The map of item 0 has shape (9,) with 0 NaN, but the image has 144 tokens (12 x 12). Pass "
+        "one number per image token, as a sequence or as a grid.",
     ),
     "number": (
         lambda vlm: deletion_curve(vlm, ITEMS, [np.ones(144)], **QUIET),
         InputError,
-        "maps must be one per item; got 1 for 2 items.",
+        "Pass one map per item; got 1 for 2 items.",
     ),
     "steps": (
         lambda vlm: insertion_curve(vlm, ITEMS, "random", steps=1, **QUIET),
@@ -121,7 +121,7 @@ REFUSALS = {
     "no curve": (
         lambda vlm: curve_areas(deletion_curve(vlm, ITEMS[:1], "centre", steps=2, **QUIET), "x"),
         InputError,
-        "An area is that of a curve with item, step and x; missing: x.",
+        "curve lacks the columns x. Pass the result of deletion_curve or insertion_curve.",
     ),
     "cross": (
         lambda _: deletion_curve(tiny_vlm("mllama"), ITEMS[:1], "random", **QUIET),
@@ -161,12 +161,13 @@ def test_embeddings_are_replaced_in_whole_forwards_only() -> None:
 
 
 @pytest.mark.parametrize("maps", ["centre", "rows and columns"])
-def test_tokens_without_a_place_are_not_ranked_by_one(maps: str) -> None:
-    """Index -1 of a row or column would be the last one."""
+def test_tokens_without_row_and_column_cannot_be_ranked_by_them(maps: str) -> None:
+    """Their row and column are -1, which would index the last one."""
     (grid,) = tiny_vlm("llava").prepare([[picture()]], ["what ?"])[1][0].grids
     headed = np.concatenate([[[-1, -1]], grid.places])
     boxes = np.concatenate([np.full((1, 4), np.nan), grid.boxes])
     stray = dataclasses.replace(grid, places=headed, boxes=boxes)
     given = "centre" if maps == "centre" else [np.ones((grid.rows, grid.cols))]
-    with pytest.raises(InputError, match=f"1 of {len(headed)} image tokens have none"):
+    message = f"1 of {len(headed)} image tokens of item 0 have no row and column"
+    with pytest.raises(InputError, match=message):
         _values(stray, given, 0, seed=0)

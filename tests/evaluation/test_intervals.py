@@ -1,4 +1,4 @@
-"""Intervals over samples, and corrections for many tests."""
+"""Intervals over samples, and corrections for multiple tests."""
 
 import numpy as np
 import pandas as pd
@@ -10,8 +10,8 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation.intervals import bootstrap_interval, holm_adjusted
 
 
-def test_by_eye() -> None:
-    """Three equal samples of a mean leave no doubt; two clusters of hits and misses much.
+def test_worked_examples() -> None:
+    """Three equal samples have an interval of width 0; a hit and a miss have a wide one.
 
     Wilson's interval of 1 hit of 2 with z = 1.645: 0.5 +- 1.645 sqrt(1/8 + 1.645^2/16) / 2.353.
     """
@@ -26,7 +26,7 @@ def test_by_eye() -> None:
     assert holm_adjusted([0.5, 0.9, 0.001]).tolist() == [1, 1, 0.003]
 
 
-def test_it_is_the_replica() -> None:
+def test_equals_the_replica() -> None:
     values = np.random.default_rng(1).exponential(size=30)
     found = bootstrap_interval(values, n=300, seed=5, level=0.9)
     expected = replicas.bca(values.tolist(), 300, 5, student=1.699127)
@@ -42,7 +42,7 @@ def test_a_rate_of_independent_samples_has_wilsons_interval(hits: int, n: int) -
     repeated = bootstrap_interval(
         np.repeat([1] * hits + [0] * (n - hits), 3), clusters=np.repeat(np.arange(n), 3)
     )
-    assert repeated[1:3] == pytest.approx(found[1:3])  # saying it three times adds nothing
+    assert repeated[1:3] == pytest.approx(found[1:3])  # repeated samples add no information
 
 
 def test_fewer_than_two_clusters_have_no_interval() -> None:
@@ -54,7 +54,7 @@ def test_fewer_than_two_clusters_have_no_interval() -> None:
     assert np.isnan([low, high]).all()
 
 
-def test_all_hits_and_no_change_have_a_width() -> None:
+def test_intervals_of_constant_rates_have_a_width() -> None:
     hits = bootstrap_interval([1.0] * 30)
     assert (hits.low, hits.high) == pytest.approx((0.8865, 1.0), abs=1e-4)
     unchanged = bootstrap_interval([1.0] * 15 + [0.0] * 15, paired=[1.0] * 15 + [0.0] * 15)
@@ -69,8 +69,8 @@ def test_labels_are_read_by_position() -> None:
     assert bootstrap_interval(pd.Series(values, index=range(50, 74)), clusters=labels) == expected
 
 
-def test_the_kernel_for_many_series_agrees() -> None:
-    """Other draws, so agreement up to the noise of the quantiles."""
+def test_mean_intervals_agree_with_bootstrap_interval() -> None:
+    """The draws differ, so the intervals agree up to the noise of the quantiles."""
     values = np.random.default_rng(2).normal(size=(3, 80))
     clusters = np.arange(80) // 2
     low, high = mean_intervals(values, clusters, n_draws=4000, seed=1)
@@ -80,7 +80,7 @@ def test_the_kernel_for_many_series_agrees() -> None:
 
 
 def test_resampling_tokens_covers_too_little_and_samples_enough() -> None:
-    """40 samples of 20 tokens that share an offset: how often the interval holds the true 0."""
+    """Coverage of the true value 0 with 40 samples of 20 tokens that share an offset."""
     rng = np.random.default_rng(0)
     hits = {"tokens": 0, "samples": 0}
     for trial in range(100):
@@ -114,22 +114,22 @@ def test_holm_is_monotone_and_never_smaller() -> None:
     p = np.random.default_rng(5).uniform(size=40) ** 3
     adjusted = holm_adjusted(p)
     assert (adjusted >= p).all()
-    assert (adjusted <= np.minimum(1, 40 * p) + 1e-12).all()  # no stricter than Bonferroni
+    assert (adjusted <= np.minimum(1, 40 * p) + 1e-12).all()  # at most Bonferroni
     assert (np.diff(adjusted[np.argsort(p)]) >= 0).all()
 
 
 REFUSALS = {
     "none": (
         lambda: bootstrap_interval([]),
-        "values must hold a number for each sample, and at least one; got shape (0,) with 0 NaN.",
+        "values has shape (0,) with 0 NaN. Pass a number for each sample, and at least one sample.",
     ),
     "nan": (
         lambda: bootstrap_interval([1.0, float("nan")]),
-        "values must hold a number for each sample, and at least one; got shape (2,) with 1 NaN.",
+        "values has shape (2,) with 1 NaN. Pass a number for each sample, and at least one sample.",
     ),
     "paired": (
         lambda: bootstrap_interval([1.0, 2.0], paired=[1.0]),
-        "paired must hold the same samples as values; got 1 for 2.",
+        "paired must have the same samples as values; got 1 for 2.",
     ),
     "clusters": (
         lambda: bootstrap_interval([1.0, 2.0], clusters=["a"]),
@@ -137,15 +137,15 @@ REFUSALS = {
     ),
     "level": (
         lambda: bootstrap_interval([1.0, 2.0], level=-1),
-        "level is between 0 and 1, such as 0.95; got -1.",
+        "level must be between 0 and 1, such as 0.95; got -1.",
     ),
     "draws": (
         lambda: bootstrap_interval([1.0, 2.0], n=0),
-        "There is at least one draw; got n=0.",
+        "n must be at least 1; got 0.",
     ),
     "p": (
         lambda: holm_adjusted([0.1, 1.5]),
-        "P-values are a row of numbers from 0 to 1; got [0.1, 1.5].",
+        "p_values must be numbers from 0 to 1, in one row; got [0.1, 1.5].",
     ),
 }
 

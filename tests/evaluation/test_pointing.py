@@ -1,4 +1,4 @@
-"""Peaks and masses against boxes, and the head that is honestly the best."""
+"""The pointing game, and the selection of the best head."""
 
 import inspect
 from dataclasses import replace
@@ -27,38 +27,38 @@ def placed(sample: Sample, **labels: object) -> Sample:
     return replace(sample, tokens=tokens, labels=labels)
 
 
-def by_eye(row: list[float]) -> Sample:
-    """Nine tokens of 10 x 10 px, then one word, whose attention to them is the row."""
+def worked_example(row: list[float]) -> Sample:
+    """Nine image tokens of 10 x 10 px, then one word that attends to them with the given row."""
     probs = torch.zeros(10, 10)
     probs[-1, :9] = torch.tensor(row)
     probs[-1, 9] = 1 - sum(row)
     return placed(
         sample_of("vvvvvvvvvt", [dense_call(probs)], [grid(3, 3)]),
-        box=[10, 0, 25, 10],  # the middle token of the first row, and half of the one behind it
+        box=[10, 0, 25, 10],  # token 1, and half of token 2
         other_boxes=[[0, 20, 10, 30], [20, 20, 30, 30]],
     )
 
 
-def test_three_by_three_by_eye() -> None:
-    sample = by_eye([0, 0.3, 0.4, 0, 0.1, 0, 0, 0, 0])
+def test_worked_example_of_three_by_three() -> None:
+    sample = worked_example([0, 0.3, 0.4, 0, 0.1, 0, 0, 0, 0])
     (row,) = pointing_hits(sample).to_dict("records")
     assert (row["hit"], row["any_object"], row["other_object"]) == (1, 1, 0)
     assert row["energy"] == pytest.approx((0.3 + 0.4 / 2) / 0.8)
     assert row["image_mass"] == pytest.approx(0.8)
     assert row["hit_chance"] == pytest.approx(2 / 9)
     assert row["energy_chance"] == pytest.approx(1.5 / 9)  # 150 of 900 px
-    # The centre of the peak, x = 25, is on the edge of the box, which counts.
+    # The centre of the peak, x = 25, is on the edge of the box, which counts as inside.
     assert pointing_hits(sample, criterion="centre")["hit"][0] == 1
     assert pointing_hits(sample, [[10, 0, 24, 10]], criterion="centre")["hit"][0] == 0
     assert pointing_hits(sample, [[10, 0, 24, 10]])["hit"][0] == 1
-    elsewhere = by_eye([0, 0, 0, 0, 0, 0, 0.6, 0, 0.2])
+    elsewhere = worked_example([0, 0, 0, 0, 0, 0, 0.6, 0, 0.2])
     (row,) = pointing_hits(elsewhere).to_dict("records")
     assert (row["hit"], row["any_object"], row["other_object"]) == (0, 1, 0.5)
     assert row["energy"] == 0
 
 
 @pytest.mark.parametrize("criterion", ["overlap", "centre"])
-def test_it_is_the_replica(criterion: str) -> None:
+def test_equals_the_replica(criterion: str) -> None:
     rng = np.random.default_rng(0)
     samples, boxes = [], []
     for number in range(4):
@@ -150,23 +150,25 @@ def test_the_best_of_many_random_heads_is_no_better_than_chance() -> None:
     assert np.mean([row["hit"] for row in scored]) == pytest.approx(0.3, abs=0.05)
 
 
-def test_a_flat_map_points_at_all_tokens_alike() -> None:
-    """Not at the first one, which lies in the box here: a random token's chance is 2 of 9."""
+def test_a_flat_map_has_the_hit_rate_of_a_random_token() -> None:
+    """The first token, which argmax returns, is in the box; the hit is 2 / 9 all the same."""
     probs = torch.full((10, 10), 0.1)
     labels = {"box": [0, 0, 15, 9], "other_boxes": [[12, 0, 15, 9], [0, 25, 30, 30]]}
     sample = placed(sample_of("vvvvvvvvvt", [dense_call(probs)], [grid(3, 3)]), **labels)
     (row,) = pointing_hits(sample).to_dict("records")
     assert [row["hit"], row["hit_chance"]] == pytest.approx([2 / 9] * 2)
-    assert row["any_object"] == pytest.approx(5 / 9)  # no token counts twice
+    assert row["any_object"] == pytest.approx(5 / 9)  # a token in two boxes counts once
     assert row["other_object"] == pytest.approx((1 / 9 + 3 / 9) / 2)
-    two = placed(by_eye([0, 0.3, 0, 0, 0, 0, 0, 0, 0.3]), **by_eye([0.1] * 9).labels)
+    two = placed(
+        worked_example([0, 0.3, 0, 0, 0, 0, 0, 0, 0.3]), **worked_example([0.1] * 9).labels
+    )
     assert pointing_hits(two)["hit"].tolist() == [0.5]
     assert best_head(pointing_hits([two] * 3).assign(picture=[0, 1, 2]))["hit"].tolist() == [0.5]
 
 
-def test_boxes_are_read_by_position_whatever_the_index() -> None:
-    """After ``sort_values`` a Series of pandas gives, by ``[i]``, another sample's entry."""
-    samples = [by_eye([0] * at + [0.5] + [0] * (8 - at)) for at in (0, 4, 8)]
+def test_boxes_are_matched_by_position_not_by_index() -> None:
+    """``series[i]`` is by label: after ``sort_values`` it is the entry of another sample."""
+    samples = [worked_example([0] * at + [0.5] + [0] * (8 - at)) for at in (0, 4, 8)]
     boxes = [[0, 0, 9, 9], [11, 11, 19, 19], [21, 21, 29, 29]]
     others = [[[21, 0, 29, 9]], [], np.array([[0, 0, 9, 9], [0, 0, 5, 5]])]
     expected = pointing_hits(samples, boxes, other_boxes=others)
@@ -189,25 +191,25 @@ def test_boxes_are_read_by_position_whatever_the_index() -> None:
         pd.testing.assert_frame_equal(found, expected, obj=name)
 
 
-def hanging(attention: list[float], **labels: object) -> Sample:
-    """A picture of 25 x 20 px padded to 30 x 30: tokens hang over its right edge, and below it."""
-    sample = by_eye(attention)
+def padded(attention: list[float], **labels: object) -> Sample:
+    """An image of 25 x 20 px padded to 30 x 30: tokens extend over its right edge and below it."""
+    sample = worked_example(attention)
     return replace(sample, grids=(replace(sample.grids[0], width=25, height=20),), labels=labels)
 
 
-def test_tokens_that_hang_over_the_picture_count_by_the_part_on_it() -> None:
-    sample = hanging([0.1, 0, 0.3, 0, 0, 0, 0.2, 0, 0], box=[0, 0, 25, 20])
+def test_tokens_over_the_edge_count_by_their_part_on_the_image() -> None:
+    sample = padded([0.1, 0, 0.3, 0, 0, 0, 0.2, 0, 0], box=[0, 0, 25, 20])
     (row,) = pointing_hits(sample).to_dict("records")
     assert (row["hit"], row["energy"], row["energy_chance"]) == (1, 1, 1)
     assert row["image_mass"] == pytest.approx(0.6)
     assert row["padding_mass"] == pytest.approx(0.2)
     assert row["hit_chance"] == pytest.approx(6 / 9)
-    right = [20, 0, 25, 10]  # all that is there of the third token, whose own centre is at x = 25
+    right = [20, 0, 25, 10]  # the visible part of the third token, whose full centre is x = 25
     (row,) = pointing_hits(sample, [right]).to_dict("records")
     assert (row["hit"], row["energy"]) == (1, pytest.approx(0.3 / 0.4))
     assert row["energy_chance"] == pytest.approx(1 / 6)
     assert pointing_hits(sample, [[20, 0, 24, 10]], criterion="centre")["hit"].tolist() == [1]
-    on_padding = hanging([0.1, 0, 0, 0, 0, 0, 0, 0.2, 0], box=[0, 0, 25, 30])
+    on_padding = padded([0.1, 0, 0, 0, 0, 0, 0, 0.2, 0], box=[0, 0, 25, 30])
     (row,) = pointing_hits(on_padding).to_dict("records")
     assert (row["hit"], row["energy"]) == (0, 1)
 
@@ -222,7 +224,7 @@ def test_the_box_of_the_whole_picture_has_all_energy(family: str) -> None:
     assert table["energy_chance"].to_numpy() == pytest.approx(1.0)
 
 
-def test_a_head_that_gives_the_image_nothing_points_nowhere() -> None:
+def test_a_head_without_attention_on_the_image_has_hit_and_energy_zero() -> None:
     probs = torch.zeros(2, 10, 10)
     probs[0, -1, 9] = 1.0
     probs[1, -1, 0] = 1.0
@@ -238,7 +240,7 @@ def layered(*layers: int, **more: object) -> Sample:
     return placed(sample_of("vvvvvvvvvt", calls, [grid(3, 3)]), box=[0, 0, 15, 15])
 
 
-def test_a_layer_that_does_not_see_the_image_is_unknown() -> None:
+def test_a_layer_that_does_not_see_the_image_is_nan() -> None:
     near = random_call(14, layer=1, sliding_window=3)
     sample = sample_of("b vvvvvvvvv tttt", [random_call(14), near], [grid(3, 3)])
     samples = [placed(sample, box=[0, 0, 15, 15])] * 3
@@ -252,7 +254,7 @@ def test_a_layer_that_does_not_see_the_image_is_unknown() -> None:
 
 
 def test_questions_about_one_picture_are_resampled_together() -> None:
-    """One picture, in memory or in a file, leaves nothing to resample: there is no interval."""
+    """One picture, in memory or in a file, is one cluster and has no interval."""
     rng = np.random.default_rng(0)
     pictures = [
         Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)) for _ in range(2)
@@ -283,7 +285,7 @@ def test_no_picture_is_in_both_halves() -> None:
     assert row["chosen_with"] == pytest.approx(2 / 3)
 
 
-def test_what_is_not_known_is_left_out_of_the_choice() -> None:
+def test_nan_is_left_out_of_the_selection() -> None:
     hits = hits_of([[np.nan, np.nan, 0], [np.nan, 1, 0], [1, np.nan, 1], [1, 1, 1]])
     (row,) = best_head(hits, n_bootstrap=10).to_dict("records")
     assert (row["head"], row["chosen_with"], row["hit"]) == (1, 1, 1)
@@ -291,22 +293,22 @@ def test_what_is_not_known_is_left_out_of_the_choice() -> None:
     assert np.isnan([row["hit_low"], row["hit_high"]]).all()  # one sample has no interval
 
 
-SAMPLE = by_eye([0, 0.3, 0.4, 0, 0.1, 0, 0, 0, 0])
+SAMPLE = worked_example([0, 0.3, 0.4, 0, 0.1, 0, 0, 0, 0])
 BEFORE = placed(sample_of("t vvvvvvvvv t", [random_call(11)], [grid(3, 3)]), box=[0, 0, 15, 15])
 REFUSALS = {
     "no box": (
         lambda: pointing_hits(replace(SAMPLE, labels={"kind": "count"})),
-        "Every sample needs the box of the thing it asks about. Sample 'fake' has no label 'box'; "
-        "its labels are kind. Pass boxes, or leave the sample out.",
+        "Sample 'fake' has no label 'box'; its labels are kind. Pass boxes=, or leave the sample "
+        "out.",
     ),
     "outside": (
         lambda: pointing_hits(SAMPLE, [[40, 40, 50, 50]]),
-        "A box must hold at least one image token, by the criterion 'overlap'. Sample 'fake': the "
-        "box is [40, 40, 50, 50], the tokens cover [0.0, 0.0, 30.0, 30.0].",
+        "The box [40, 40, 50, 50] of sample 'fake' contains no image token by the criterion "
+        "'overlap'. The image tokens cover [0.0, 0.0, 30.0, 30.0].",
     ),
     "no box at all": (
         lambda: pointing_hits(SAMPLE, [[10, 0, 5, 10]]),
-        "A box is x0 < x1, y0 < y1, in the order x0, y0, x1, y1; got [10, 0, 5, 10].",
+        "A box must be x0, y0, x1, y1 with x0 < x1 and y0 < y1; got [10, 0, 5, 10].",
     ),
     "boxes": (
         lambda: pointing_hits([SAMPLE, SAMPLE], [[0, 0, 9, 9]]),
@@ -318,32 +320,30 @@ REFUSALS = {
     ),
     "blind": (
         lambda: pointing_hits(BEFORE, queries=[0]),
-        "Queries must see the image. In sample 'fake', positions [0] see no token of image 0 in "
-        "any layer asked for; choose text behind the image.",
+        "Query positions [0] of sample 'fake' see no token of image 0 in any chosen layer. Choose "
+        "queries after the image.",
     ),
     "other layers": (
         lambda: pointing_game([layered(0, 1), layered(1)]),
-        "Samples are averaged over the same layers and heads. The layers of sample 'fake' are "
-        "[0, 1], those of 'fake (2)' are [1]; choose layers= that all have.",
+        "Sample 'fake' has the layers [0, 1], but 'fake (2)' has [1]. Choose layers= that all "
+        "samples have.",
     ),
     "unknown": (
         lambda: best_head(hits_of([[np.nan, np.nan], [np.nan, np.nan], [1, 0]])),
-        "A head is chosen by the mean of 'hit' over the first half of the samples; there no head "
-        "has a number.",
+        "All values of 'hit' in the first half of the samples are NaN, so no head can be chosen.",
     ),
     "one picture": (
         lambda: best_head(hits_of([[1, 0], [1, 0]]).assign(picture=0)),
-        "Choosing and scoring a head needs two or more pictures: one half to choose with, one to "
-        "score with. All samples show the same.",
+        "All samples show the same picture. At least two pictures are required: one to choose a "
+        "head, another to score it.",
     ),
     "columns": (
         lambda: best_head(hits_of([[1, 0], [1, 0]]), "energy"),
-        "Choosing a head needs the columns layer, head, energy; got layer, head, hit.",
+        "hits must have the columns layer, head and energy; got layer, head, hit.",
     ),
     "one sample": (
         lambda: best_head(hits_of([[1, 0]])),
-        "Choosing and scoring a head needs the same two or more samples for each; got 1 rows per "
-        "head.",
+        "hits has 1 rows per head. It must have the same samples for each head, and at least two.",
     ),
 }
 

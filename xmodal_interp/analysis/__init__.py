@@ -1,4 +1,4 @@
-"""One question per file: a sample (or a store, or a list of samples) in, a tidy table out."""
+"""Analyses: each takes a sample, a list of samples or a store and returns a tidy table."""
 
 from xmodal_interp.analysis.allocation import attention_allocation
 from xmodal_interp.analysis.answering import answer_accuracy

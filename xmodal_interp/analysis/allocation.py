@@ -1,15 +1,16 @@
-"""Where the attention of the answer goes: system prompt, image, instruction, or the answer itself.
+"""Attention of the answer per segment: system prompt, image, instruction and the answer itself.
 
 Chen et al. 2024 (FastV, arXiv 2403.06764): with ``alpha_qs`` the attention of output token ``q``
 summed over segment ``s``,
 
     lambda_s = sum over q of alpha_qs        epsilon_s = lambda_s / |s|
 
-The four segments share out each query's attention. The paper's lambda is a sum over output tokens,
-so it grows with the length of the answer; the mean does not, and both are given. A query here is a
-position that predicts an output token: the last of the prompt, then every generated token that the
-model has read. (The paper ranks image tokens by the attention received from all other tokens, its
-code by the last row of one layer; neither is what this function returns.)
+Every key that is not padding is in one of the four segments. The paper's lambda is a sum over
+output tokens and grows with the length of the answer. The mean over output tokens does not; both
+are returned. The queries are the positions that predict an output token: the last position of the
+prompt, and every generated token that was fed back to the model. (The paper ranks image tokens by
+the attention they receive from all other tokens, its code by the last row of one layer. This
+function returns neither.)
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def attention_allocation(
     layers: Layers = None,
     heads: Positions | None = None,
 ) -> pd.DataFrame:
-    """Attention of the answer per segment, in all and per token (FastV, Chen et al. 2024).
+    """Return the attention of the answer per segment, in total and per token (Chen et al. 2024).
 
     Segments: ``system`` is the prompt up to where the user's turn begins, ``image`` all image and
     video tokens, ``instruction`` the rest of the prompt, ``output`` the generated tokens.
@@ -47,18 +48,18 @@ def attention_allocation(
     Args:
         samples: One sample or many.
         layers: Layers, all if not given.
-        heads: Heads, all if not given; the paper averages over them.
+        heads: Heads, all if not given. The paper averages over heads.
 
     Returns:
         One row per sample, layer, head and segment: ``sample, tower, kind, layer, head, segment``,
-        then ``allocation_sum`` (the paper's lambda), ``allocation_mean`` (per query, 0 to 1),
-        ``efficiency_sum`` (the paper's epsilon, per token of the segment), ``efficiency_mean``,
-        ``null`` (the mean allocation if attention were uniform over the visible keys), ``lift``
-        (allocation / null, query by query, averaged), ``n_tokens``, ``n_queries``. NaN for a
-        segment without tokens.
+        then ``allocation_sum`` (the paper's lambda), ``allocation_mean`` (mean over queries, 0 to
+        1), ``efficiency_sum`` (the paper's epsilon, per token of the segment),
+        ``efficiency_mean``, ``null`` (the mean allocation if attention were uniform over the
+        visible keys), ``lift`` (mean over queries of allocation / null), ``n_tokens``,
+        ``n_queries``. NaN for a segment without tokens.
 
     Raises:
-        InputError: No image, or an image that is not in the sequence.
+        InputError: The sample has no image, or text reaches the image by cross-attention.
     """
     return over_samples(
         samples,
@@ -86,7 +87,7 @@ def _allocation(sample: Sample, layers: Layers, heads: Positions | None) -> pd.D
             "efficiency_sum": mass.sum(1) / n_tokens,
             "efficiency_mean": mass.mean(1) / n_tokens,
             "null": null.where(n_tokens > 0, torch.nan).mean(1),
-            "lift": (mass / null).nanmean(1),  # the first query sees no output yet: 0 / 0
+            "lift": (mass / null).nanmean(1),  # 0 / 0 for the first query, which sees no output
             "n_tokens": n_tokens,
             "n_queries": torch.tensor(len(queries)),
         }
@@ -101,8 +102,8 @@ def _segments(sample: Sample) -> np.ndarray:
     image = tokens["kind"].isin(VISUAL_KINDS).to_numpy(dtype=bool)
     if not image.any():
         raise InputError(
-            f"Allocation is between image and text. Sample {sample.name!r} has no image tokens "
-            f"among its {len(sample)} positions."
+            f"Sample {sample.name!r} has no image tokens among its {len(sample)} positions. "
+            "attention_allocation requires a sample with an image or a video."
         )
     users = image | tokens["role"].eq("user").fillna(value=False).to_numpy(dtype=bool)
     segment = np.full(len(tokens), "instruction", dtype=object)

@@ -1,4 +1,4 @@
-"""How often a model, generating freely, answers questions with known answers."""
+"""Accuracy of generated answers to questions with known answers."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from xmodal_interp.models.entries import PROMPT, Items, entry, listed
 def answer_accuracy(
     vlm: VLM, items: Items, *, batch_size: int = 32, max_new_tokens: int = 20
 ) -> pd.DataFrame:
-    """Generate an answer to every question, greedily, and compare it with the known one.
+    """Generate an answer to each question with greedy decoding and compare it with the known one.
 
-    An answer is correct if it is the known one but for case and white space. Works inside of
-    ``intervene`` too.
+    An answer is correct if it equals the known one, except for case and white space. The function
+    can also be called inside a ``with xi.intervene(...)`` block.
 
     Args:
         vlm: Model and processor.
         items: Dicts with ``image``, ``prompt``, ``answer``, and optionally ``kind``.
-        batch_size: The largest number of questions at a time; only questions of one length share a
-            batch.
-        max_new_tokens: Longest answer, in tokens.
+        batch_size: The largest number of questions in a batch. Only prompts of equal length are
+            batched together.
+        max_new_tokens: The largest number of generated tokens.
 
     Returns:
-        One row per item, in their order: ``item, question_kind, prompt, answer, predicted,
-        correct``.
-        The mean of ``correct`` is the accuracy.
+        One row per item, in the order given: ``item, question_kind, prompt, answer, predicted,
+        correct``. The mean of ``correct`` is the accuracy.
 
     Raises:
-        InputError: No items, or one without image, prompt or answer.
+        InputError: There are no items, or an item lacks an image, a prompt or an answer.
     """
     items = listed(items)
     answers = [str(entry(item, "answer", title=f"Item {i}")) for i, item in enumerate(items)]
     blank = [index for index, answer in enumerate(answers) if not answer.strip()]
     if blank:
         raise InputError(
-            f"A known answer is text that is not empty. Item {blank[0]} has {answers[blank[0]]!r}."
+            f"Item {blank[0]} has the empty answer {answers[blank[0]]!r}. Give each item an answer "
+            "with at least one character."
         )
     predicted = [""] * len(items)
     for batch in batches_of(vlm, items, batch_size=batch_size, answers=False):
@@ -71,7 +71,7 @@ def answer_accuracy(
 
 
 def same_answer(known: str, given: str) -> bool:
-    """Whether two answers are the same but for case and white space."""
+    """Whether two answers are equal, except for case and white space."""
     return _plain(known) == _plain(given)
 
 

@@ -1,19 +1,19 @@
-"""The four blocks of attention between image (V) and text (T): who looks at whom, and how much.
+"""Statistics of the four attention blocks within and between image (V) and text (T).
 
-A block is named query kind - key kind, so that ``T-V`` is text looking at the image. Tokens of
-videos are image tokens here. Text is every token that is neither image, video nor padding; the two
-key kinds share out each row. Per block, layer and head:
+A block is named by its query kind and key kind: ``T-V`` is the attention of text on the image.
+Video tokens count as image tokens. Text is every token that is neither image, video nor padding.
+A cell is one query and one key; it is visible if the query may attend to the key. Per block, layer
+and head:
 
-* ``mass``: probability per query, summed over the block's keys, averaged over the queries that see
-  any of them;
-* ``mean``: probability per cell, over visible cells only. ``mean`` of blocks of different size are
-  not comparable: the mean is the mass over the number of keys, and it falls with the resolution of
-  the image.
-* ``null`` and ``lift``: the mass if attention were uniform over the visible keys, and mass / null
-  query by query, averaged.
+* ``mass``: probability summed over the block's keys, averaged over the queries that see at least
+  one of them;
+* ``mean``: probability per visible cell. It is not comparable between blocks of different size: it
+  is the mass divided by the number of keys, and falls as the resolution of the image rises.
+* ``null`` and ``lift``: the mass under attention that is uniform over the visible keys, and
+  mass / null of each query, averaged over queries.
 
-A block without a visible cell (``V-T`` where the image comes first in a causal model) is NaN and
-``visible`` is False: it is not that the image does not look, it cannot.
+A block without a visible cell has NaN, and ``visible`` is False. An example is ``V-T`` in a causal
+model whose image comes before the text.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import TEXT, VISUAL_KINDS
 
-TIED = 1e-6  # probabilities this close, relative to the peak, are equal in float32
+TIED = 1e-6  # largest relative difference from the peak that counts as a tie in float32
 SHORT = {"image": "V", "text": "T"}
 _COLUMNS = ("tower", "kind", "layer", "head", "block", "query_kind", "key_kind")
 
@@ -54,7 +54,7 @@ def block_statistics(
     layers: Layers = None,
     heads: Positions | None = None,
 ) -> pd.DataFrame:
-    """Attention within and between image and text, over visible cells only.
+    """Return the attention within and between image and text, over visible cells only.
 
     Args:
         samples: One sample or many.
@@ -64,11 +64,12 @@ def block_statistics(
     Returns:
         Four rows per sample, layer and head: ``sample, tower, kind, layer, head, block, query_kind,
         key_kind``, then ``mass`` (0 to 1), ``mean`` (per visible cell), ``null``, ``lift``,
-        ``n_queries`` (that see any of the block), ``n_visible_cells``, ``visible``.
+        ``n_queries`` (queries that see at least one key of the block), ``n_visible_cells``,
+        ``visible``.
 
     Raises:
-        InputError: No image, or an image that is not in the sequence.
-        NotRecordedError: Query rows that were not kept.
+        InputError: The sample has no image, or text reaches the image by cross-attention.
+        NotRecordedError: Some query rows were not kept.
     """
     return over_samples(
         samples,
@@ -82,10 +83,10 @@ def block_statistics(
 def cross_modal_summary(
     samples: Sample | Iterable[Sample], layer: int = -1, *, heads: Positions | None = None
 ) -> pd.DataFrame:
-    """One layer in one row: the four blocks, the most attended patch, the cross-modal ratio.
+    """Summarise one layer in one row: four block means, the most attended patch, the ratio.
 
-    Everything is averaged over heads. Unlike the usual average over matrix blocks, only visible
-    cells count, and only text behind the image is asked for the patch and the ratio.
+    All values are averaged over heads. Block means are over visible cells only, not over all cells
+    of the matrix block. The queries of the patch and of the ratio are the text after the image.
 
     Args:
         samples: One sample or many.
@@ -95,12 +96,13 @@ def cross_modal_summary(
     Returns:
         One row per sample: ``sample, tower, kind, layer``, then
         ``tv_mean, vt_mean, vv_mean, tt_mean`` (probability per visible cell, the query's kind
-        first; NaN where nothing is visible), ``most_attended_patch`` (index among the image and
-        video tokens; NA where several are attended alike), ``image, row, col, video, frame`` (where
-        it is), ``cross_modal_ratio``.
+        first; NaN where no cell is visible), ``most_attended_patch`` (index among the image and
+        video tokens; NA if several are tied), ``image, row, col, video, frame`` (its place),
+        ``cross_modal_ratio``.
 
     Raises:
-        InputError: No image, no text behind it, or an image that is not in the sequence.
+        InputError: The sample has no image or no text after it, or text reaches the image by
+            cross-attention.
     """
 
     def table_of(sample: Sample) -> pd.DataFrame:
@@ -111,7 +113,7 @@ def cross_modal_summary(
         chosen = heads_of(call, heads)
         attended = received(call, queries_of(sample, TEXT), chosen)[:, tokens].mean(0)
         peaks = (attended >= attended.max() * (1 - TIED)).nonzero()[:, 0]
-        best = int(peaks[0]) if len(peaks) == 1 else None  # a flat map has no peak
+        best = int(peaks[0]) if len(peaks) == 1 else None
         place = sample.tokens.reindex([-1 if best is None else int(tokens[best])]).iloc[0]
         ratio = cross_modal_ratio(sample, layers=layer, heads=heads, by=("layer",))["ratio"]
         row = {
@@ -135,7 +137,7 @@ def cross_modal_summary(
 
 
 def _blocks(sample: Sample, layers: Layers, heads: Positions | None) -> pd.DataFrame:
-    refuse_cross_attention(sample, "A block of attention")
+    refuse_cross_attention(sample, "A statistic of attention blocks")
     kinds = sample.tokens["kind"]
     of_kind = {
         "image": torch.tensor(kinds.isin(VISUAL_KINDS).to_numpy(dtype=bool)),
@@ -143,8 +145,8 @@ def _blocks(sample: Sample, layers: Layers, heads: Positions | None) -> pd.DataF
     }
     if not of_kind["image"].any():
         raise InputError(
-            f"Blocks are between image and text. Sample {sample.name!r} has no image tokens among "
-            f"its {len(sample)} positions."
+            f"Sample {sample.name!r} has no image tokens among its {len(sample)} positions. "
+            "Block statistics require a sample with an image or a video."
         )
     keys = torch.stack(list(of_kind.values()))
     tables = []
@@ -166,7 +168,7 @@ def _block_values(
     queries: Int[Tensor, " query"],
     keys: Bool[Tensor, "group key"],
 ) -> dict[str, np.ndarray]:
-    """Values of the blocks between some queries and each group of keys, ``[head, group]``."""
+    """Values of the blocks between the queries and each group of keys, ``[head, group]``."""
     mass = call.mass(keys, heads, queries)[0].cpu().double()
     null = null_mass(call, keys, heads, queries).cpu().double()
     cells = (null * n_visible(call, queries, heads).cpu()[..., None]).round()

@@ -1,16 +1,17 @@
-"""Which patches are in an image token that is a learned query: through the connector's attention.
+"""Rollout through the connector: the share of each image patch in each learned-query token.
 
-The tokens of a Q-Former, a perceiver or a resampler have no row and column: each reads all of the
-image by cross-attention. Rollout (Abnar & Zuidema 2020, arXiv 2005.00928) through the connector's
-own layers, in the order in which they ran, tells what each took. With ``S`` the share of every
-patch in every query, at first 0:
+The output tokens of a Q-Former, a perceiver or a resampler have no row and column: each attends to
+the whole image by cross-attention. Rollout (Abnar & Zuidema 2020, arXiv 2005.00928) through the
+connector's layers, in the order in which they ran, computes the share of each patch in each token.
+With ``S`` the ``[query, patch]`` matrix of shares, initially 0:
 
     self-attention    S <- alpha A S            + (1 - alpha) S
     cross-attention   S <- alpha (A_p + A_l S)  + (1 - alpha) S
 
-``A`` is the mean over heads; ``A_p`` are its columns of patches, ``A_l`` those of the queries
-themselves, which a perceiver has among the keys, behind the patches. What a query has from its
-learned start and from the question's words is left out at the end: each row is scaled to sum to 1.
+``A`` is the mean over heads, ``A_p`` its columns of patches, ``A_l`` its columns of learned
+queries (in a perceiver the learned queries are keys too, after the patches). Each row of the
+result is scaled to sum to 1, which removes the part from the learned query embedding and from the
+words of the question.
 """
 
 from __future__ import annotations
@@ -36,23 +37,26 @@ from xmodal_interp.sample import Sample
 def query_patches(
     sample: Sample, image: int = 0, *, alpha: float = 0.5
 ) -> Float[Tensor, "token patch"]:
-    """The share of each vision-tower patch in each image token that is a learned query.
+    """Return the share of each vision patch in each image token, for learned-query tokens.
 
     Args:
-        sample: A sample of a model whose image tokens are queries, with its connector's calls.
-        image: Which image.
-        alpha: Share of attention against the residual stream in each layer, 0 to 1; 0.5 is that of
-            the rollout paper. A single cross-attention gives the same for every alpha above 0.
+        sample: A sample of a model whose image tokens are learned queries, with all calls of its
+            connector.
+        image: Index of the image.
+        alpha: Weight of attention in each layer, 0 to 1; the residual stream has 1 - alpha. The
+            rollout paper uses 0.5. If the connector is a single cross-attention, the result is the
+            same for every alpha above 0.
 
     Returns:
-        float64; patches in the order of ``sample.grids[image].patch_places``, class token included.
-        Rows sum to 1; NaN where a token takes nothing from the image.
+        A float64 tensor. Patches are in the order of ``sample.grids[image].patch_places``,
+        including the class token. Rows sum to 1, or are NaN if the token gets nothing from the
+        image.
 
     Raises:
-        GeometryError: The image's tokens have places of their own, its patches have none, or the
-            connector's attention is not about these patches.
-        InputError: There is no such image, or alpha is no share.
-        NotRecordedError: Not all of the connector's layers were kept.
+        GeometryError: The image tokens have a row and column, the patches have no row and column,
+            or the keys of the connector's attention are not these patches.
+        InputError: The image does not exist, or alpha is outside 0 to 1.
+        NotRecordedError: Some layers of the connector were not kept.
     """
     alpha = real_number(alpha, "alpha", 0, 1)
     (sample,) = samples_of([sample])
@@ -66,8 +70,8 @@ def query_patches(
         shares[:n] = alpha * taken + (1 - alpha) * shares[:n]
     if len(shares) < grid.n_tokens:
         raise GeometryError(
-            "The connector's queries must be the image's tokens. Image "
-            f"{image} has {grid.n_tokens} tokens, {calls[0].name} has {calls[0].n_queries} queries."
+            f"Image {image} has {grid.n_tokens} tokens, but {calls[0].name} has "
+            f"{calls[0].n_queries} queries. Every image token must be a query of the connector."
         )
     of_tokens = shares[: grid.n_tokens]
     return of_tokens / of_tokens.sum(1, keepdim=True)
@@ -83,62 +87,70 @@ def on_patches(
     view: str = "image",
     alpha: float = 0.5,
 ) -> Float[np.ndarray, "row col"]:
-    """An amount on each image token that is a learned query, on the patches that are in it.
+    """Distribute values on learned-query tokens over the image patches.
+
+    The result is ``values @ query_patches(sample, image)``, arranged as a grid.
 
     Args:
         sample: As for :func:`query_patches`.
-        values: ``[token]``, such as the attention of a text token on each; their sum stays, over
-            both views and the class token.
-        image: Which image.
-        view: ``"image"``, or the ``"thumbnail"`` that is read beside its tiles.
+        values: ``[token]``, such as the attention of a text token on each image token. The sum is
+            preserved over both views and the class token together.
+        image: Index of the image.
+        view: ``"image"``, or ``"thumbnail"`` for models that also encode a downscaled copy of the
+            image.
         alpha: As for :func:`query_patches`.
 
     Returns:
-        The patches' grid, NaN where the image has no patch.
+        The grid of patches, NaN where there is no patch.
 
     Raises:
-        GeometryError: As for :func:`query_patches`, or not one value per token.
+        GeometryError: As for :func:`query_patches`, or ``values`` has the wrong length.
+        InputError: ``values`` are not numbers.
     """
     shares = query_patches(sample, image, alpha=alpha)
     try:
         given = torch.as_tensor(values).detach().cpu().double()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"values are numbers, one per token; got {quoted(values)}.") from error
+        raise InputError(
+            f"values must be numbers, one per image token; got {quoted(values)}."
+        ) from error
     if given.shape != shares.shape[:1]:
         raise GeometryError(
-            f"Each image token must have one value. Image {image} has {len(shares)} tokens; got "
-            f"values of shape {tuple(given.shape)}."
+            f"values has shape {tuple(given.shape)}, but image {image} has {len(shares)} tokens. "
+            "Pass one value per image token."
         )
     return sample.grids[image].arranged((given @ shares).numpy(), view, number=image)
 
 
 def are_queries(grid: ImageGrid) -> bool:
-    """Whether an image's tokens have no place, but its patches have."""
+    """Whether the patches of an image have a row and column, and its tokens do not."""
     placed = grid.places_by_view[:, 0] >= 0
     return not bool(placed.any()) and bool((grid.patch_places[:, 0] >= 0).any())
 
 
 def _grid(sample: Sample, image: int) -> ImageGrid:
     if not 0 <= image < len(sample.grids):
-        raise InputError(f"The sample has {len(sample.grids)} images; there is no image {image}.")
+        raise InputError(f"There is no image {image}: the sample has {len(sample.grids)} images.")
     grid = sample.grids[image]
     if not are_queries(grid):
         placed = bool((grid.places_by_view[:, 0] >= 0).any())
-        why = "tokens have places of their own: use sample.grid" if placed else "patches have none"
+        why = (
+            "has tokens with a row and column: use sample.grid instead."
+            if placed
+            else "has no patches with a row and column, so values cannot be placed on them."
+        )
         raise GeometryError(
-            "Query tokens are composed onto patches where the tokens have no place and the "
-            f"patches have. Image {image} of sample {sample.name!r}: its {why}. "
-            f"{grid.reason or ''}".strip()
+            f"Image {image} of sample {sample.name!r} {why} {grid.reason or ''}".strip()
         )
     return grid
 
 
 def _calls(sample: Sample, image: int) -> list[AttentionCall]:
-    """The connector's calls about an image, in the order in which they ran.
+    """The connector's calls for one image, in the order in which they ran.
 
     Raises:
         GeometryError: The model has no connector.
-        NotRecordedError: Layers or rows are missing.
+        NotRecordedError: Some layers were not kept.
     """
     keys = [key for key in sample.calls if key[0] == "connector" and key[3] == image]
     wanted = {
@@ -149,16 +161,14 @@ def _calls(sample: Sample, image: int) -> list[AttentionCall]:
     missing = sorted(wanted - {key[1:3] for key in keys})
     if not wanted and not keys:
         raise GeometryError(
-            "Query tokens are composed through the attention of a connector. This model has none: "
-            "its queries are positions of the vision tower, beside the patches; ask "
-            "xi.attention_rollout(sample, positions, tower='vision')."
+            "This model has no attention in a connector: its learned queries are positions of the "
+            "vision tower. Use xi.attention_rollout(sample, positions, tower='vision') instead."
         )
     if missing or not keys:
         named = ", ".join(f"{kind} {layer}" for kind, layer in missing) or "all"
         raise NotRecordedError(
-            "Composing query tokens needs every attention layer of the connector. Sample "
-            f"{sample.name!r} lacks for image {image}: {named}. Capture with all layers of the "
-            "tower 'connector'."
+            f"Sample {sample.name!r} lacks these connector layers for image {image}: {named}. "
+            "Capture all attention layers of the tower 'connector'."
         )
     return [sample.calls[key] for key in keys]
 
@@ -166,18 +176,17 @@ def _calls(sample: Sample, image: int) -> list[AttentionCall]:
 def _across(
     call: AttentionCall, probs: Float[Tensor, "query key"], shares: Float[Tensor, "query patch"]
 ) -> Float[Tensor, "query patch"]:
-    """What the queries take in a cross-attention.
+    """``A_p + A_l S`` of a cross-attention: the share of each patch in its output.
 
     Raises:
-        GeometryError: Its keys are neither the patches nor the patches and the queries.
+        GeometryError: The keys are neither the patches nor the patches and the queries.
     """
     n_queries, n_patches = shares.shape
     n_others = call.n_keys - n_patches
     if n_others not in (0, n_queries):
         raise GeometryError(
-            "The keys of a connector's cross-attention must be an image's patches, or these and "
-            f"the queries. {call.name} has {call.n_keys} keys and {n_queries} queries; the image "
-            f"has {n_patches} patches."
+            f"{call.name} has {call.n_keys} keys and {n_queries} queries, but the image has "
+            f"{n_patches} patches. The keys must be the patches, or the patches and the queries."
         )
     if n_others == 0:
         return probs
@@ -193,9 +202,10 @@ def _across(
 
 
 def _pieces(call: AttentionCall) -> Iterator[tuple[int, int, int]]:
-    """Start and stop of the keys of each picture that the image was read in, and its queries.
+    """Yield start and stop of the keys, and the number of queries, of each tile of the image.
 
-    Each picture's queries are the last of its keys, and see themselves: there a block ends.
+    The keys of a tile are its patches, then its queries. Queries see themselves, so the last key
+    that a query sees is the last key of its tile.
     """
     visible = call.visible()[0, 0].cpu().numpy()
     stops = call.n_keys - np.argmax(visible[:, ::-1], axis=1)

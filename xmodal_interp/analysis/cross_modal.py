@@ -1,15 +1,17 @@
-"""How much of a text token's attention goes to the image, and how much that is.
+"""Share of each text token's attention that goes to the image, and its ratio to the uniform null.
 
-1. ``ratio_q = sum of A_qj over image keys j``: the raw mass, of each layer, head and query ``q``.
-2. ``null_q = |I visible to q| / v_q``: what the ratio would be if ``q`` attended evenly to its
-   ``v_q`` visible keys.
-3. ``lift_q = ratio_q / null_q``, query by query, and only then averaged: 1 means no preference for
-   the image.
-4. The same without the sinks: keys that collect attention whatever the query are taken out of the
-   image and out of the total.
+1. ``ratio_q = sum of A_qj over image keys j``: probability mass, per layer, head and query ``q``.
+2. ``null_q = |I visible to q| / v_q``: the ratio if attention were uniform over the ``v_q`` keys
+   that ``q`` sees.
+3. ``lift_q = ratio_q / null_q``, computed for each query and then averaged. It is 1 if the head has
+   no preference for the image.
+4. ``sink_free_ratio`` and ``sink_free_lift``: the same values without attention sinks, keys that
+   receive a large share of attention from most queries. Sinks are excluded from the image keys and
+   from the total.
 
-Only queries that see the image count: text before the image cannot look at it in a causal model,
-and averaging over it would measure where the image stands. The direction is always text to image.
+Only queries that see the image are counted. In a causal model, text before the image cannot attend
+to it, and including it would make the average depend on the position of the image. The direction is
+always text to image.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ BY = ("layer", "head")
 
 @dataclass(frozen=True)
 class _Question:
-    """What is asked of every sample; the fields are the arguments of the public functions."""
+    """The arguments of the public functions, applied to every sample."""
 
     queries: Selector
     layers: Layers
@@ -69,41 +71,40 @@ def cross_modal_ratio(
     sink_threshold: float = THRESHOLD,
     by: Sequence[str] = BY,
 ) -> pd.DataFrame:
-    """The share of attention that text gives to the image, beside that of uniform attention.
+    """Return the share of text attention on the image, with its null under uniform attention.
 
     Args:
         samples: One sample or many.
-        queries: ``"text"`` (text behind the last image, prompt and answer), ``"last"`` (the last
-            position of the prompt), or positions or a phrase.
+        queries: ``"text"`` (text after the last image, in prompt and answer), ``"last"`` (the last
+            position of the prompt), positions, or a phrase.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
-        image: Which image; all images and videos together if not given.
-        kind: ``"self"``; or ``"cross"`` for families where text reaches the images by
-            cross-attention: there every key is an image key, so that the share of one of several
-            images is asked for.
-        sink_threshold: The sink-free columns leave out the first position and every key that
-            receives more than this share of the attention of the queries that see it
-            (``attention_sinks``). They are judged over the query rows that were kept: with
-            ``Keep(queries="text")`` over the text behind the image only, so that the sinks may be
-            others than of the whole sample.
-        by: What a row is for: ``("layer", "head")``, ``("layer",)``, ``("head",)`` or ``()``; the
-            rest is averaged over.
+        image: Index of the image; all images and videos together if not given.
+        kind: ``"self"``, or ``"cross"`` for models in which text reaches the images by
+            cross-attention. Every key of a cross-attention is an image key, so ``image`` must then
+            name one of several images.
+        sink_threshold: A key that receives more than this mean share of attention from the queries
+            that see it is a sink (see ``attention_sinks``). The sink-free columns exclude sinks and
+            the first position. Only kept query rows count: with ``Keep(queries="text")`` these are
+            the text rows after the image, and the sinks can differ from those of a full capture.
+        by: The axes that stay: ``("layer", "head")``, ``("layer",)``, ``("head",)`` or ``()``. The
+            table is averaged over the other axes.
 
     Returns:
         One row per sample and ``by``: ``sample, tower, kind, direction, layer, head``, then
-        ``ratio`` (probability mass, 0 to 1), ``null``, ``lift`` (ratio / null of each query, then
-        averaged), ``sink_free_ratio``, ``sink_free_lift``, ``n_queries`` (those that see the
-        image), ``n_image_tokens``, ``n_sinks`` (keys left out; an average where averaged). NaN
-        where no query sees the image; the sink-free columns and ``n_sinks`` also where only some
-        rows were kept and these are fewer than 8, too few to tell a sink.
+        ``ratio`` (probability mass, 0 to 1), ``null``, ``lift`` (mean over queries of
+        ratio / null), ``sink_free_ratio``, ``sink_free_lift``, ``n_queries`` (queries that see the
+        image), ``n_image_tokens``, ``n_sinks`` (number of excluded keys, averaged like the other
+        columns). NaN where no query sees the image. The sink-free columns and ``n_sinks`` are also
+        NaN if only some query rows were kept and these are fewer than 8, too few to detect a sink.
 
     Raises:
-        InputError: No image, no text behind it, queries that are image tokens, or a family that has
-            to be asked otherwise.
+        InputError: The sample has no image or no text after it, a query is an image token, or
+            ``kind`` does not fit the model.
     """
     refuse_text(by, "by", "['layer']")
     if not set(by) <= set(BY):
-        raise InputError(f"by names what a row is for, out of {', '.join(BY)}; got {tuple(by)!r}.")
+        raise InputError(f"by must contain only {' and '.join(map(repr, BY))}; got {tuple(by)!r}.")
 
     question = _Question(queries, layers, heads, image, kind, sink_threshold)
 
@@ -122,9 +123,8 @@ def cross_modal_ratio(
         out = means.assign(**counts).fillna({"n_queries": 0}).astype({"n_queries": "int64"})
         if not out["n_queries"].any():
             raise InputError(
-                f"A query must see the image to be counted. None of the queries {queries!r} of "
-                f"sample {sample.name!r} does, in any layer asked for; choose text behind the "
-                "image."
+                f"None of the queries {queries!r} of sample {sample.name!r} sees the image in any "
+                "chosen layer. Choose queries after the image."
             )
         return out.reset_index()
 
@@ -143,12 +143,12 @@ def token_ratio(
     kind: AttentionKind = "self",
     sink_threshold: float = THRESHOLD,
 ) -> pd.DataFrame:
-    """``cross_modal_ratio`` of every single query token; arguments as there.
+    """Return ``cross_modal_ratio`` of each query token; the arguments are the same.
 
     Returns:
         One row per sample, layer, head and query: ``sample, tower, kind, direction, layer, head,
         query, token``, then ``ratio``, ``null``, ``lift``, ``sink_free_ratio``, ``sink_free_lift``,
-        ``n_image_tokens``, ``n_sinks``. A query that does not see the image has NaN for a ratio,
+        ``n_image_tokens``, ``n_sinks``. The ratio of a query that does not see the image is NaN,
         not 0.
     """
     question = _Question(queries, layers, heads, image, kind, sink_threshold)
@@ -204,13 +204,13 @@ def _shares(
     keys: Bool[Tensor, " key"],
     dropped: Bool[Tensor, "head key"],
 ) -> tuple[Float[Tensor, "head query"], Float[Tensor, "head query"], Float[Tensor, "head query"]]:
-    """Mass on ``keys``, its null and its lift, with each head's dropped keys taken out.
+    """Return the mass on ``keys``, its null and its lift, without the dropped keys of each head.
 
-    The rest is renormalised. With nothing dropped, nothing is renormalised: learned sinks keep
-    their share. NaN where no key is visible.
+    Where keys are dropped, the other probabilities are renormalised. Otherwise they are not: the
+    share of learned sinks stays outside the ratio. NaN where no key is visible.
     """
     ratio, null = torch.empty(2, len(heads), len(queries), dtype=torch.float32)
-    for pattern in dropped.unique(dim=0):  # heads mostly share their sinks
+    for pattern in dropped.unique(dim=0):  # most heads have the same sinks
         same = (dropped == pattern).all(1).nonzero()[:, 0]
         groups = torch.stack([keys & ~pattern, ~pattern]).float()
         these = [heads[i] for i in same]
@@ -227,9 +227,9 @@ def _check_kind(sample: Sample, image: int | None, kind: AttentionKind) -> None:
         refuse_cross_attention(sample, "The ratio of self-attention")
     elif image is None or len(sample.grids) < 2:
         raise InputError(
-            "Every key of a cross-attention is an image key, so that the ratio is 1 whatever the "
-            f"model does. Sample {sample.name!r} has {len(sample.grids)} images, image={image!r}; "
-            "ask for one of several images."
+            f"With kind='cross' and image={image!r} the ratio of sample {sample.name!r} "
+            f"({len(sample.grids)} images) is always 1, because every key of a cross-attention is "
+            "an image key. Pass image= for a sample with several images."
         )
 
 
@@ -238,6 +238,6 @@ def _refuse_image_queries(sample: Sample, queries: Int[Tensor, " query"]) -> Non
     images = kinds.index[kinds.isin(VISUAL_KINDS)].tolist()
     if images:
         raise InputError(
-            f"The ratio is {DIRECTION}: queries are text. Positions {images[:6]} of sample "
-            f"{sample.name!r} are image tokens; for these ask block_statistics."
+            f"Positions {images[:6]} of sample {sample.name!r} are image tokens, but queries must "
+            f"be text (the direction is {DIRECTION}). Use block_statistics for image queries."
         )

@@ -1,8 +1,8 @@
-"""How many heads an answer needs: take more and more of them away, in an order of importance.
+"""Cumulative head pruning: remove more and more heads in order of importance and score the answers.
 
-Heads are removed in order of increasing importance, k = 0 to all of them (Michel et al. 2019,
-arXiv:1905.10650, section 4). The curve is read against the reverse order and against random orders:
-an importance that says nothing gives a curve inside the random band.
+Heads are removed in order of increasing importance, from none to all (Michel et al. 2019,
+arXiv:1905.10650, section 4). The curve is compared with the reverse order and with random orders.
+If the importance carries no information, the curve lies within the range of the random orders.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from xmodal_interp.vocabulary import Tower
 
 Order = Literal["increasing", "decreasing", "random"]
 Head = tuple[int, int]
-_KEPT = 0.95  # of the accuracy of the whole model
+_KEPT = 0.95  # of the accuracy of the intact model
 
 
 @checked
@@ -54,38 +54,42 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Remove more and more heads by importance, and watch the answers (Michel et al. 2019).
+    """Score known answers while more and more heads are removed (Michel et al. 2019).
 
     Args:
         vlm: Model and processor.
-        items: Dicts with ``image``, ``prompt`` and ``answer``. Take others than the ranking was
-            made of: a ranking fits its own questions best.
-        ranking: A table with ``layer``, ``head`` and an importance for each, such as
-            ``head_pruning`` returns (where there is a ``question_kind``, the rows ``"all"``); or
-            ``"random"`` for random orders only. Heads that it leaves out stay.
-        by: Which column is the importance.
-        orders: ``"increasing"`` takes the least important head first, ``"decreasing"`` the most
-            important, ``"random"`` any.
-        n_random: How many random orders.
-        steps: How many points each curve has, none and all removed included.
-        keep_per_layer: How many heads every layer keeps; those that come last in its order.
-        mode: What takes a head's place.
-        tower: Part of the model; that of the ranking if not given, or else ``"language"``.
+        items: Dicts with ``image``, ``prompt`` and ``answer``. Use other items than for the
+            ranking, which is overfitted to the items that it was computed from.
+        ranking: A table with the columns ``layer``, ``head`` and an importance, such as the result
+            of ``head_pruning`` (if it has the column ``question_kind``, its rows ``"all"`` are
+            used); or ``"random"`` for random orders only. Heads that are not in the table are never
+            removed.
+        by: The column with the importance.
+        orders: ``"increasing"`` removes the least important head first, ``"decreasing"`` the most
+            important one, ``"random"`` removes heads in random order.
+        n_random: Number of random orders.
+        steps: Number of points of each curve, including no head removed and all removed.
+        keep_per_layer: Number of heads that are kept in every layer: the last ones in the order of
+            removal.
+        mode: How a head is removed: ``"uniform"``, ``"zero"`` or ``"mean"``; see ``ablate_heads``.
+        tower: Part of the model. If not given, the tower of the ranking, or ``"language"`` if the
+            ranking has no column ``tower``.
         batch_size: The largest number of questions per forward.
         seed: Seed of the random orders.
-        progress: Whether to show a bar.
+        progress: Whether to show a progress bar.
 
     Returns:
-        One row per order, draw and step: ``tower, kind, order, draw`` (0 but for random orders),
-        ``n_removed, share_removed`` (of all heads of the tower, ranked or not), then ``accuracy``
-        (0 to 1), ``log_prob`` (nats per token), ``margin`` (logits), and ``n``.
-        ``.attrs["summary"]`` has for each order and draw ``auc`` (mean accuracy over the removed
-        share, by trapezoids) and ``share_at_95``: the largest share of the tower's heads removed
-        up to which accuracy stays at 95% of the base (NaN where the base is 0).
+        One row per order, draw and step: ``tower, kind, order, draw`` (the number of the random
+        order; 0 for the other orders), ``n_removed, share_removed`` (of all heads of the tower,
+        ranked or not), then ``accuracy`` (0 to 1), ``log_prob`` (nats per token), ``margin``
+        (logits), and ``n`` (number of items). ``.attrs["summary"]`` has for each order and draw
+        ``auc`` (mean accuracy over the removed share, trapezoid rule) and ``share_at_95``: the
+        largest removed share up to which accuracy stays at or above 95% of the accuracy of the
+        intact model (NaN if that is 0).
 
     Raises:
         LayerError: The ranking names a head that does not exist.
-        InputError: An unknown order or column, fewer than two steps, or a ranking of heads of
+        InputError: An order or column is unknown, ``steps`` is below 2, or the ranking is of
             another tower or of cross-attention.
         UnsupportedModelError: Positions of the model depend on later ones.
     """
@@ -148,24 +152,24 @@ def _check(named: Sequence[str], steps: int, n_random: int) -> None:
     if unknown or not named:
         raise InputError(f"orders must be among {', '.join(known)}; got {list(named)!r}.")
     if steps < 2:
-        raise InputError(f"A curve has at least 2 steps, none and all removed; got {steps}.")
+        raise InputError(f"steps must be at least 2; got {steps}.")
     if "random" in named and n_random < 1:
-        raise InputError(f"Random orders need n_random of at least 1; got {n_random}.")
+        raise InputError(f"n_random must be at least 1 for the order 'random'; got {n_random}.")
 
 
 def _tower_of(ranking: pd.DataFrame | str, tower: Tower | None) -> Tower:
-    """The tower that is asked for, or that a ranking is of."""
+    """Return the given tower, or the tower of the ranking."""
     given: dict[str, Any] = {"tower": tower, "kind": "self"}
     for name, wanted in given.items():
         if isinstance(ranking, str) or name not in ranking.columns:
             continue
         there = ranking[name].unique().tolist()
         if len(there) != 1 or wanted not in (None, there[0]):
+            required = f"only {wanted!r}" if wanted is not None else "a single value"
             raise InputError(
-                f"A ranking is of the heads that are removed: one tower's, of self-attention. The "
-                f"{name} of this one is {' and '.join(map(repr, there)) or 'none'}"
-                f"{'' if wanted is None else f', asked for was {wanted!r}'}; choose its rows, or "
-                f"another tower=."
+                f"The ranking's column {name!r} holds {' and '.join(map(repr, there)) or 'no rows'}"
+                f"; it must hold {required}. Select rows of one tower's self-attention, or pass "
+                "another tower=."
             )
         given[name] = there[0]
     found: Tower = given["tower"] or "language"
@@ -173,28 +177,28 @@ def _tower_of(ranking: pd.DataFrame | str, tower: Tower | None) -> Tower:
 
 
 def _ranked(vlm: VLM, ranking: pd.DataFrame | str, by: str, tower: Tower) -> list[Head]:
-    """Heads from the least to the most important."""
+    """Return the ranked heads, from the least to the most important."""
     if isinstance(ranking, str):
         if ranking != "random":
             raise InputError(
-                "A ranking is a table with layer, head and an importance, or 'random'; got "
-                f"{ranking!r}."
+                "ranking must be a table with the columns layer, head and an importance, or "
+                f"'random'; got {ranking!r}."
             )
         return chosen_heads(vlm, tower, None, None)
     missing = [name for name in ("layer", "head", by) if name not in ranking.columns]
     if missing:
         raise InputError(
-            f"A ranking has the columns layer, head and {by}. It has {', '.join(ranking.columns)}; "
-            f"missing: {', '.join(missing)}. Choose the importance with by=."
+            f"The ranking lacks the columns {', '.join(missing)}; it has "
+            f"{', '.join(ranking.columns)}. Name the column with the importance with by=."
         )
     rows = ranking
     if "question_kind" in rows.columns and rows["question_kind"].eq(ALL_KINDS).any():
         rows = rows[rows["question_kind"].eq(ALL_KINDS)]
     if rows.duplicated(["layer", "head"]).any() or rows[by].isna().any():
         raise InputError(
-            f"A ranking has one row, with a number, for each head. It has {len(rows)} rows for "
-            f"{len(rows[['layer', 'head']].drop_duplicates())} heads, {int(rows[by].isna().sum())} "
-            "of them without a number."
+            f"The ranking has {len(rows)} rows for "
+            f"{len(rows[['layer', 'head']].drop_duplicates())} heads, and "
+            f"{int(rows[by].isna().sum())} NaN in {by!r}. Pass one row with a number for each head."
         )
     ordered = rows.sort_values(by, kind="stable")
     heads = list(zip(ordered["layer"].tolist(), ordered["head"].tolist(), strict=True))
@@ -204,7 +208,7 @@ def _ranked(vlm: VLM, ranking: pd.DataFrame | str, by: str, tower: Tower) -> lis
 
 
 def _sparing(sequence: Sequence[Head], keep_per_layer: int) -> list[Head]:
-    """The heads that may go, in order: the last ones of each layer stay."""
+    """Return the sequence without the last ``keep_per_layer`` heads of each layer."""
     left: dict[int, int] = {}
     for layer, _ in sequence:
         left[layer] = left.get(layer, 0) + 1
@@ -224,13 +228,13 @@ def _by_layer(heads: Sequence[Head]) -> Removal:
 
 
 def _summary(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Area under each accuracy curve, and how far it may be pruned."""
+    """Return the area under each accuracy curve and the removable share, per order and draw."""
     found = []
     for (order, draw), curve in table.groupby(["order", "draw"], sort=False):
         share, accuracy = curve["share_removed"].to_numpy(), curve["accuracy"].to_numpy()
         area = np.trapezoid(accuracy, share) / share[-1] if share[-1] > 0 else accuracy[0]
         fell = np.flatnonzero(accuracy < _KEPT * accuracy[0])
         kept = share[fell[0] - 1] if len(fell) else share[-1]
-        kept = kept if accuracy[0] > 0 else np.nan  # of nothing, everything is 95%
+        kept = kept if accuracy[0] > 0 else np.nan  # 95% of 0 is always reached
         found.append({"order": order, "draw": draw, "auc": float(area), "share_at_95": float(kept)})
     return found

@@ -1,14 +1,14 @@
-"""What a head is like: how spread its attention is, and how far it reaches over the image.
+"""Entropy of attention and mean attention distance of each head.
 
-Entropy: ``H_i = -sum_j A_ij ln A_ij``, beside ``ln v_i``, the most that a query with ``v_i``
-visible keys can have. (Dividing by the length of the sequence instead would make every causal head
-look focused.) Learned sinks take part in the softmax and are no key: a row then sums to ``1 - s``,
-and its entropy is that of the row divided by this sum, ``H_i / (1 - s) + ln(1 - s)``.
+Entropy: ``H_i = -sum_j A_ij ln A_ij``, reported with its maximum ``ln v_i`` for a query with
+``v_i`` visible keys. (Dividing by the logarithm of the sequence length instead would make every
+causal head look focused.) Learned sinks take part in the softmax but are not keys: a row then sums
+to ``1 - s``, and the entropy is that of the renormalised row, ``H_i / (1 - s) + ln(1 - s)``.
 
 Distance: ``sum_j A_ij |p_i - p_j|`` over the places ``p`` of patches, averaged over queries
-(Dosovitskiy et al. 2021, arXiv 2010.11929). Class tokens have no place: they are taken out and the
-rest of the row is renormalised; the mass that they had is reported. Uniform attention over a square
-grid reaches about 0.52 of its side.
+(Dosovitskiy et al. 2021, arXiv 2010.11929). Class tokens have no place: they are removed, the rest
+of the row is renormalised, and the removed mass is reported. The distance of uniform attention over
+a square grid is about 0.52 of its side.
 """
 
 from __future__ import annotations
@@ -49,33 +49,33 @@ def attention_entropy(
     layers: Layers = None,
     heads: Positions | None = None,
 ) -> pd.DataFrame:
-    """How spread attention is: mean entropy of the rows, beside that of uniform attention.
+    """Return the mean entropy of self-attention rows, with that of uniform attention.
 
-    Self-attention. Queries that see a single key have no choice and are left out.
+    Queries that see only one key always have entropy 0 and are left out.
 
     Args:
         samples: One sample or many.
-        tower: Part of the model; in the vision tower each image is described apart.
-        queries: As in ``cross_modal_ratio``, in the language tower only; all that are held if not
-            given.
+        tower: Part of the model. The vision tower has separate rows for each image.
+        queries: As in ``cross_modal_ratio``, for the language tower only; all kept query rows if
+            not given.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
 
     Returns:
         One row per sample, layer, head (and image): ``sample, tower, kind, layer, head, image`` (NA
-        in the language tower), then ``entropy`` (nats, of the attention among the keys), ``null``
-        (nats, uniform attention), ``relative_entropy`` (of each row, then averaged: 0 looks at one
-        key, 1 at all alike), ``n_queries``, ``sink_mass`` (0 to 1: what learned sinks take of the
-        rows; 0 in a model without).
+        in the language tower), then ``entropy`` (nats, over the keys), ``null`` (nats, uniform
+        attention), ``relative_entropy`` (mean over queries of entropy / null: 0 if all attention is
+        on one key, 1 if it is uniform), ``n_queries``, ``sink_mass`` (mean probability of the
+        learned sinks, 0 to 1; 0 in a model without learned sinks).
 
     Raises:
-        InputError: Queries that are given for another tower than the language tower.
-        NotRecordedError: A tower that was not kept.
+        InputError: ``queries`` is given for another tower than the language tower.
+        NotRecordedError: The tower was not kept.
     """
     if tower != "language" and queries is not None:
         raise InputError(
-            "Queries are positions of the text and its image tokens: for the language tower only. "
-            f"Got {queries!r} for the {tower} tower; leave them out there."
+            f"queries can only be given for the language tower; got {queries!r} for the {tower} "
+            "tower. Leave queries out."
         )
 
     def table_of(sample: Sample) -> pd.DataFrame:
@@ -106,12 +106,14 @@ def attention_distance(
     layers: Layers = None,
     heads: Positions | None = None,
 ) -> pd.DataFrame:
-    """How far attention between the patches of an image reaches (Dosovitskiy et al. 2021).
+    """Return the mean distance between patches and the patches they attend to.
+
+    See Dosovitskiy et al. 2021.
 
     Args:
         samples: One sample or many.
-        tower: ``"vision"``: between patches; ``"language"``: between the image tokens of the
-            sequence.
+        tower: ``"vision"`` for the patches of the vision tower, ``"language"`` for the image tokens
+            of the sequence.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
 
@@ -119,23 +121,24 @@ def attention_distance(
         One row per sample, layer, head and image: ``sample, tower, kind, layer, head, image``, then
         ``distance_px`` (pixels of the original image), ``distance_grid`` (cells of the grid),
         ``null_px``, ``null_grid`` (uniform attention over the visible patches),
-        ``relative_distance`` (px over null px), ``outside`` (mass on what has no place on this
-        image, taken out before renormalising), ``n_queries``.
+        ``relative_distance`` (``distance_px / null_px``), ``outside`` (mass on keys that are not
+        patches of this image, removed before renormalising), ``n_queries``.
 
     Raises:
-        InputError: The connector, whose positions have no place, or the language tower where the
-            image is not in its sequence.
-        GeometryError: A grid that does not fit the positions of the tower, or without places.
+        InputError: ``tower`` is ``"connector"``, or ``"language"`` in a model in which text reaches
+            the image by cross-attention.
+        GeometryError: The grid of the image has no places, or does not fit the positions of the
+            tower.
     """
     if tower == "connector":
         raise InputError(
-            "A distance is between places on the image. The positions of the connector have none; "
-            "choose tower='vision' or tower='language'."
+            "attention_distance is not defined for tower='connector', whose positions have no "
+            "place on the image. Choose tower='vision' or tower='language'."
         )
 
     def table_of(sample: Sample) -> pd.DataFrame:
         if tower == "language":
-            refuse_cross_attention(sample, "A distance between the image tokens of the sequence")
+            refuse_cross_attention(sample, "attention_distance with tower='language'")
         tables = []
         for image in range(len(sample.grids)):
             positions, places, cell_px = _places(sample, image, tower)
@@ -149,7 +152,7 @@ def attention_distance(
                 tables.append(keyed(table, tower=tower, kind="self", layer=call.layer))
         if not tables:
             raise InputError(
-                f"A distance is between places on an image. Sample {sample.name!r} has no image."
+                f"Sample {sample.name!r} has no image. attention_distance requires one."
             )
         return stacked(tables)
 
@@ -188,7 +191,7 @@ def _entropy(
 def _places(
     sample: Sample, image: int, tower: Tower
 ) -> tuple[Int[Tensor, " patch"], Float[Tensor, "patch 2"], Float[Tensor, "2"]]:
-    """Positions of an image's patches, their row and column, height and width of a cell in px."""
+    """Return the positions of an image's patches, their row and column, and the cell size in px."""
     grid = sample.grids[image]
     positions, places, boxes = (
         np.arange(len(grid.patch_places)),
@@ -200,12 +203,12 @@ def _places(
     placed = places[:, 0] >= 0
     if not placed.any():
         raise GeometryError(
-            f"A distance is between places on an image. Image {image} of sample {sample.name!r} "
-            f"has none in the {tower} tower. {grid.reason or ''}".rstrip()
+            f"The positions of image {image} of sample {sample.name!r} have no row and column in "
+            f"the {tower} tower. {grid.reason or ''}".rstrip()
         )
     if boxes is not None:
         size = _cell_px(boxes[placed])
-    else:  # the patches fill the same box as the tokens
+    else:  # the patches cover the same area as the tokens
         fewer = np.array([grid.rows / grid.patch_rows, grid.cols / grid.patch_cols])
         size = _cell_px(grid.boxes[grid.places[:, 0] >= 0]) * fewer
     return (
@@ -216,7 +219,7 @@ def _places(
 
 
 def _cell_px(boxes: Float[np.ndarray, "cell 4"]) -> Float[np.ndarray, "2"]:
-    """Height and width of a cell."""
+    """Return the median height and width of the cells."""
     width, height = np.nanmedian(boxes[:, 2:] - boxes[:, :2], axis=0)
     return np.array([height, width])
 
@@ -225,8 +228,8 @@ def _check_places(sample: Sample, call: AttentionCall, image: int, tower: Tower)
     n_places = len(sample.grids[image].patch_places) if tower == "vision" else call.n_keys
     if n_places != call.n_keys:
         raise GeometryError(
-            f"The grid of an image has a place for each position of the tower. Image {image} of "
-            f"sample {sample.name!r} has {n_places} places, {call.name} has {call.n_keys} keys."
+            f"The grid of image {image} of sample {sample.name!r} has {n_places} places, but "
+            f"{call.name} has {call.n_keys} keys."
         )
 
 
@@ -237,7 +240,7 @@ def _distances(
     places: Float[Tensor, "patch 2"],
     cell_px: Float[Tensor, "2"],
 ) -> dict[str, Float[Tensor, "head 1"] | Int[Tensor, "head 1"]]:
-    """Mean distance of the patches from what they attend to, rows renormalised over the patches."""
+    """Return the mean distance from each patch to its attended patches, rows renormalised."""
     names = ("distance_px", "distance_grid", "null_px", "null_grid", "outside")
     sums = torch.zeros(len(names), len(heads), dtype=torch.float64)
     n_queries = torch.zeros(len(heads), dtype=torch.long)

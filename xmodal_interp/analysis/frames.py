@@ -1,10 +1,10 @@
-"""Tidy tables: numbers with axes become rows, keys first, and the table says where it came from.
+"""Build tidy tables from arrays with named axes, with key columns first and provenance in attrs.
 
-Every table's ``.attrs`` hold ``analysis`` (the name of the function), ``parameters`` (what it was
-asked), ``provenance`` (of the sample, or what several samples have in common; a list where they
-differ in more than their date and item) and ``n_samples``; where samples of one name were numbered
-also ``numbered`` (what they are called in the table, and their own name). All of it can be written
-as JSON.
+The ``.attrs`` of every table hold ``analysis`` (the name of the function), ``parameters`` (its
+arguments), ``provenance`` (of the sample; for several samples the entries they share, or a list if
+they differ in more than date and item) and ``n_samples``. If several samples have the same name,
+``numbered`` maps their names in the table to their original name. All attributes can be written as
+JSON.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from xmodal_interp.ordered import in_order
 from xmodal_interp.sample import Sample
 
 Cells = np.ndarray | Tensor | float
-"""Values with one axis per key, or what broadcasts to that."""
+"""Values with one axis per key, or broadcastable to that shape."""
 
 Columns = dict[str, np.ndarray]
-"""A part of a table, before many parts become one frame: a frame for each would take the time."""
+"""Columns of a part of a table. Parts are concatenated before one DataFrame is built, for speed."""
 
-_PLAIN: tuple[Any, ...] = (bytes, range)  # sequences that hold no samples
+_PLAIN: tuple[Any, ...] = (bytes, range)  # sequences that cannot hold samples
 
 _OF_SAMPLE = ("created", "item", "images", "videos", "batch_size")
-"""Provenance that may be another one for every sample of a run."""
+"""Provenance entries that may differ between the samples of one run."""
 
 
 def long_table(axes: Mapping[str, Sequence[Any]], values: Mapping[str, Cells]) -> Columns:
-    """One row per combination of the axes' entries; one column per axis, then one per value.
+    """Return one row per combination of axis entries, with a column per axis and per value.
 
     Args:
         axes: Name and entries of each axis.
-        values: Name and cells of each column, of the shape of the axes or broadcast to it.
+        values: Name and cells of each column, broadcastable to the shape of the axes.
     """
     shape = tuple(len(entries) for entries in axes.values())
     table: Columns = {}
@@ -52,13 +52,13 @@ def long_table(axes: Mapping[str, Sequence[Any]], values: Mapping[str, Cells]) -
 
 
 def keyed(table: Columns, **keys: str | int | np.ndarray) -> Columns:
-    """The table with key columns in front, in the order given; most are the same in all rows."""
+    """Return the table with key columns inserted in front; scalar keys fill their column."""
     n_rows = len(next(iter(table.values())))
     return {name: np.full(n_rows, value) for name, value in keys.items()} | table
 
 
 def stacked(tables: Iterable[Columns]) -> pd.DataFrame:
-    """The tables, all of the same columns, one below the other."""
+    """Concatenate tables that have the same columns."""
     parts = list(tables)
     return pd.DataFrame({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
@@ -70,18 +70,17 @@ def over_samples(
     analysis: str,
     parameters: Mapping[str, Any],
 ) -> pd.DataFrame:
-    """The tables of all samples, one below the other, with a ``sample`` column in front.
+    """Concatenate the tables of all samples, with a ``sample`` column in front.
 
-    Samples of one name are numbered in the order given (``sample-0``, ``sample-0 (2)``), so that
-    each has rows of its own; ``.attrs["numbered"]`` has the names that were given so, and what the
-    samples are called. To choose names: ``capture(..., name=)``, or
-    ``dataclasses.replace(sample, name=...)``.
+    Samples with the same name are numbered in the order given (``sample-0``, ``sample-0 (2)``), so
+    that each has separate rows. ``.attrs["numbered"]`` maps the numbered names to the original
+    name. To choose names, use ``capture(..., name=)`` or ``dataclasses.replace(sample, name=...)``.
 
-    ``.attrs`` also say where the tables come from. Samples are read one at a time, so a store may
-    be larger than memory.
+    ``.attrs`` also hold the provenance. Samples are read one at a time, so a store may be larger
+    than memory.
 
     Raises:
-        InputError: No sample came.
+        InputError: There are no samples.
     """
     tables: list[pd.DataFrame] = []
     provenance: list[Mapping[str, Any]] = []
@@ -108,7 +107,7 @@ def over_samples(
 
 
 def own_name(name: str, names: dict[str, str]) -> str:
-    """A name that no sample before has in the table; ``names``, which it is added to, has these."""
+    """Return the name, numbered if it is among ``names`` already, and add it to ``names``."""
     own, number = name, 1
     while own in names:
         number += 1
@@ -118,14 +117,14 @@ def own_name(name: str, names: dict[str, str]) -> str:
 
 
 def samples_of(samples: Sample | Iterable[Sample]) -> Sequence[Sample]:
-    """One sample or many, always as a sequence; a store is one.
+    """Return one sample or many as a sequence; a store is a sequence already.
 
     Raises:
-        InputError: A string, such as the path of a store that was not opened, or no list.
+        InputError: ``samples`` is a string, such as the path of a store, or not a list of samples.
     """
     if isinstance(samples, (str, PathLike)):
         raise InputError(
-            "An analysis takes a sample, a list of samples or an open store (xi.open_store(path)); "
+            "samples must be a sample, a list of samples or an open store (xi.open_store(path)); "
             f"got {samples!r}."
         )
     if isinstance(samples, Sample):
@@ -135,14 +134,14 @@ def samples_of(samples: Sample | Iterable[Sample]) -> Sequence[Sample]:
     several = in_order(samples, "samples")
     if not all(isinstance(each, Sample) for each in several):
         raise InputError(
-            "An analysis takes a sample, a list of samples or an open store "
+            "samples must be a sample, a list of samples or an open store "
             f"(xi.open_store(path)); got {quoted(samples)}."
         )
     return several
 
 
 def note_origin(provenance: list[Mapping[str, Any]], sample: Sample) -> None:
-    """Add the sample's provenance, unless there is one that differs in its date or item only."""
+    """Add the sample's provenance, unless the list has one that differs only in date or item."""
     if all(_common(known) != _common(sample.provenance) for known in provenance):
         provenance.append(sample.provenance)
 
@@ -159,7 +158,7 @@ def stamped(
     provenance: Sequence[Mapping[str, Any]],
     n_samples: int,
 ) -> pd.DataFrame:
-    """The table with ``.attrs`` that say what it is and where it came from."""
+    """Set the table's ``.attrs`` and return the table."""
     origins = [plain(one if n_samples == 1 else _common(one)) for one in provenance]
     table.attrs = {
         "analysis": analysis,
@@ -171,7 +170,7 @@ def stamped(
 
 
 def plain(value: Any) -> Any:
-    """The value in JSON's own types: sequences as lists, a slice as ``"start:stop:step"``."""
+    """Convert a value to JSON types: sequences to lists, a slice to ``"start:stop:step"``."""
     if isinstance(value, Mapping):
         return {str(name): plain(entry) for name, entry in value.items()}
     if isinstance(value, slice):

@@ -1,8 +1,8 @@
-"""What a statistic is measured against: the same call with attention uniform over the visible keys.
+"""The null model of every statistic: attention that is uniform over the visible keys.
 
-The null model is an attention call too: with queries of zero, every visible key of a row has the
-same probability, so that the null of any statistic is that statistic of ``uniform(call)``. Where a
-statistic is linear in the probabilities, ``null_mass`` is the shorter way.
+The null model is an attention call too: if all queries are zero, every visible key of a row has the
+same probability. The null of any statistic is therefore that statistic of ``uniform(call)``. For
+the mass on groups of keys, ``null_mass`` computes it directly.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.masks import hides
 
-D_NULL = 8  # width of the null's heads of zeros; the fused kernel takes that many values at a time
+D_NULL = 8  # head width of the null's zero q and k; the fused kernel processes 8 values at a time
 
 
 def uniform(call: AttentionCall) -> AttentionCall:
-    """The call with uniform attention over the same visible keys.
+    """Return the call with uniform attention over the same visible keys.
 
-    It has one head, unless the mask differs between heads.
+    The result has one head, unless the mask differs between heads.
     """
     mask = call.mask
     if mask is not None and mask.dtype != torch.bool:
@@ -46,7 +46,7 @@ def uniform(call: AttentionCall) -> AttentionCall:
 def n_visible(
     call: AttentionCall, queries: Int[Tensor, " query"], heads: Sequence[int]
 ) -> Float[Tensor, "head query"]:
-    """How many keys each query may attend to, for every head, though few masks differ by head."""
+    """Return how many keys each query sees, expanded over heads if the mask has one head."""
     counts = call.n_visible(queries)[0].float()
     return counts.expand(len(heads), -1) if counts.shape[0] == 1 else counts[list(heads)]
 
@@ -57,7 +57,7 @@ def null_mass(
     heads: Sequence[int],
     queries: Int[Tensor, " query"],
 ) -> Float[Tensor, "head query group"]:
-    """``AttentionCall.null_mass`` for every head, though few masks differ by head."""
+    """Return ``AttentionCall.null_mass``, expanded over heads if the mask has one head."""
     even = call.null_mass(groups, queries)[0]
     return even.expand(len(heads), -1, -1) if even.shape[0] == 1 else even[list(heads)]
 
@@ -65,7 +65,7 @@ def null_mass(
 def received(
     call: AttentionCall, queries: Int[Tensor, " query"], heads: Sequence[int]
 ) -> Float[Tensor, "head key"]:
-    """Probability that each key receives, summed over the queries that see anything."""
+    """Return the probability that each key receives, summed over queries that see some key."""
     seeing = queries[call.n_visible(queries)[0].gt(0).all(0).to(queries.device)]
     rows = call if len(seeing) == call.n_queries else call.select_rows(seeing)
     ones = torch.ones(1, len(seeing), dtype=torch.float32, device=call.device)
@@ -80,9 +80,9 @@ def cells_of(
 ) -> tuple[
     Float[Tensor, "head query key"], Float[Tensor, "#head query key"], Float[Tensor, "head query 1"]
 ]:
-    """Probabilities, whether each cell is visible, how many keys each query sees.
+    """Return probabilities, whether each cell is visible, and how many keys each query sees.
 
-    A row that sees nothing is 0, and 1 stands for its count.
+    A query that sees no key has probabilities 0 and a count of 1.
     """
     counts = n_visible(call, rows, heads).cpu().double()[..., None]
     seen = call.visible(rows)[0][..., keys].cpu().double()

@@ -1,7 +1,8 @@
-"""Positions but for the padding of a batch: the company of a sample must not change its numbers.
+"""Exclude padding: results must not depend on the other samples in the batch.
 
-Padding is no key of anything, but where attention looks both ways it is a query, and it moves all
-positions behind it. Analyses ask here which rows count and where a position stands.
+Padding tokens are never visible keys. They are queries in bidirectional attention, and they shift
+the positions after them. These functions return the rows to use and the position of each token
+without padding.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from xmodal_interp.sample import Sample
 
 
 def present(sample: Sample) -> Bool[Tensor, " position"]:
-    """True on the positions that are no padding."""
+    """Return a mask of the positions that are not padding."""
     return torch.tensor(sample.tokens["kind"].ne("padding").to_numpy(dtype=bool))
 
 
 def first_position(sample: Sample) -> int:
-    """The first position that is no padding."""
+    """Return the first position that is not padding."""
     return int(np.flatnonzero(present(sample))[0])
 
 
 def places_of(sample: Sample) -> Int[Tensor, " position"]:
-    """The number of each position among those that are no padding, from 0.
+    """Return the index of each position among those that are not padding, from 0.
 
-    Padding has the number of the position before it, or -1.
+    A padding position has the index of the last position before it that is not padding, or -1.
     """
     return present(sample).long().cumsum(0) - 1
 
 
 def rows_of(sample: Sample, call: AttentionCall) -> Int[Tensor, " query"]:
-    """The query positions that a call of the language tower holds and that are no padding."""
+    """Return the query positions that a call of the language tower holds, without padding."""
     rows = call.query_positions
     return rows[present(sample).to(rows.device)[rows]]

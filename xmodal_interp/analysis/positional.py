@@ -1,18 +1,18 @@
-"""Attention against position: how far back it reaches, and which places of the sequence it prefers.
+"""Positional bias: attention as a function of relative distance and of key position.
 
-For the visible cells ``(i, j)`` of a block, collected by distance ``d = i - j`` or by key position
+For the visible cells ``(i, j)`` of a block, binned by distance ``d = i - j`` or by key position
 ``j``:
 
     raw(d) = mean A_ij        null(d) = mean 1 / v_i        lift(d) = mean A_ij v_i
 
 ``v_i`` is the number of keys that query ``i`` sees. Under attention uniform over the visible keys
-the lift is 1 in every bin, while the naive mean over a column of a causal matrix falls from 0.074
-to 0.0002 over 64 positions: it measures the mask.
+the lift is 1 in every bin. The mean over each column of that causal matrix, in contrast, falls from
+0.074 to 0.0002 over 64 positions, which is an effect of the mask alone.
 
-Distances and positions are places in the sequence, padding not counted. Where the rotary embedding
-was told others on several axes (Qwen2-VL: time, row and column, where the tokens of an image share
-their time), there is a third profile, over the *rotary* distance: the largest of the distances
-along the axes.
+Distances and positions are counted in the sequence, without padding. If the rotary embedding
+received positions with several axes that differ (Qwen2-VL: time, row and column; the tokens of an
+image have the same time), there is a third profile over the *rotary* distance: the largest of the
+distances along the axes.
 """
 
 from __future__ import annotations
@@ -65,37 +65,37 @@ def positional_bias(
     heads: Positions | None = None,
     n_bins: int = 32,
 ) -> pd.DataFrame:
-    """Profiles of attention over relative distance and over key position, apart for text and image.
+    """Return attention profiles over relative distance and key position, per block.
 
     Args:
-        samples: One sample or many; all get the same bins.
-        blocks: Query kind and key kind, out of ``text->text``, ``text->image``, ``image->image``.
-            Tokens of videos count as the image's, special tokens are in none.
+        samples: One sample or many; all have the same bins.
+        blocks: Query kind and key kind: ``text->text``, ``text->image``, ``image->image``. Video
+            tokens count as image tokens; special tokens are in no block.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
-        n_bins: Bins of equal width cover the longest sample; a shorter one has fewer, single
-            positions if it can.
+        n_bins: Number of bins of equal width that cover the longest sample; a bin is at least one
+            position wide. Shorter samples fill fewer bins.
 
     Returns:
         One row per sample, layer, head, block, axis and bin:
-        ``sample, tower, kind, layer, head, block, axis`` (``distance``, in positions, negative
-        where a query looks ahead; ``key``, its place in the sequence, padding not counted; or
-        ``rope_distance``, never negative, where rotary positions have several axes),
+        ``sample, tower, kind, layer, head, block, axis`` (``distance``: query position minus key
+        position, negative if the key comes after the query; ``key``: position of the key, without
+        padding; ``rope_distance``: rotary distance, only if rotary positions have several axes),
         ``start, stop`` (the bin, stop excluded), then ``raw``, ``null``, ``lift``, ``n_cells``.
         Bins without a visible cell are left out. To average over samples, weight by ``n_cells``.
 
     Raises:
-        InputError: An unknown block, or one that the sample cannot have.
-        NotRecordedError: Query rows that were not kept.
+        InputError: A block is unknown, or the sample has no image tokens in the sequence for it.
+        NotRecordedError: Some query rows were not kept.
     """
     refuse_text(blocks, "blocks", "['text->image']")
     unknown = [block for block in blocks if block not in BLOCKS]
     if unknown or not len(blocks):
         raise InputError(
-            f"Blocks are out of {', '.join(BLOCKS)}; got {', '.join(unknown) or 'none'}."
+            f"blocks must be among {', '.join(BLOCKS)}; got {', '.join(unknown) or 'none'}."
         )
     if n_bins < 1:
-        raise InputError(f"There is at least one bin; got n_bins={n_bins}.")
+        raise InputError(f"n_bins must be at least 1; got {n_bins}.")
     samples = samples_of(samples)
     longest = max((int(places_of(sample)[-1]) + 1 for sample in samples), default=1)
     bins = _Bins(width=-(-longest // n_bins), longest=longest)
@@ -136,29 +136,27 @@ def recency_index(
     layers: Layers = None,
     heads: Positions | None = None,
 ) -> pd.DataFrame:
-    """How much attention stays within the last few positions, beside that of uniform attention.
+    """Return the share of attention on the last few positions, with that of uniform attention.
 
     Args:
         samples: One sample or many.
-        window: How many positions, the query's own included.
+        window: Number of positions, including the query itself.
         queries: ``"text"``, ``"last"``, positions or a phrase, as in ``cross_modal_ratio``; all
-            text if not given.
+            text tokens if not given.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
 
     Returns:
         One row per sample, layer and head: ``sample, tower, kind, layer, head, window``, then
-        ``mass`` (0 to 1), ``null``, ``lift`` (mass / null, query by query, averaged: the recency
-        index), ``n_queries``. Queries that see nothing beyond the window are left out; NaN if none
-        remains.
+        ``mass`` (0 to 1), ``null``, ``lift`` (the recency index: mean over queries of
+        mass / null), ``n_queries``. Queries that see only keys in the window are left out; NaN if
+        no query remains.
 
     Raises:
-        InputError: A window below 1.
+        InputError: ``window`` is below 1.
     """
     if window < 1:
-        raise InputError(
-            f"A window has at least one position, the query's own; got window={window}."
-        )
+        raise InputError(f"window must be at least 1, the query itself; got {window}.")
 
     def table_of(sample: Sample) -> pd.DataFrame:
         chosen_queries = (
@@ -192,7 +190,7 @@ def recency_index(
 
 @dataclass(frozen=True)
 class _Bins:
-    """Bins of ``width`` positions, aligned at 0, for all distances and places of a sequence."""
+    """Bins of ``width`` positions, aligned at 0, for all distances and positions of a sequence."""
 
     width: int
     longest: int
@@ -206,16 +204,16 @@ class _Bins:
         return [b * self.width for b in range(self.lowest, -self.lowest)]
 
     def of(self, places: Int[Tensor, "query key"]) -> Int[Tensor, "query key"]:
-        """Index of the bin of each place."""
+        """Return the bin index of each distance or position."""
         return torch.div(places, self.width, rounding_mode="floor") - self.lowest
 
 
 def _rotary(sample: Sample) -> Int[Tensor, "position axis"] | None:
-    """Rotary positions, where they differ between the axes; padding, which no query sees, has 0."""
+    """Return the rotary positions (0 for padding), or None if all axes have the same."""
     if not set(_ROPE) <= set(sample.tokens.columns):
         return None
-    told = torch.tensor(sample.tokens[_ROPE].fillna(0).to_numpy(dtype="int64"))
-    return told if bool((told != told[:, :1]).any()) else None
+    rotary = torch.tensor(sample.tokens[_ROPE].fillna(0).to_numpy(dtype="int64"))
+    return rotary if bool((rotary != rotary[:, :1]).any()) else None
 
 
 def _profile(
@@ -227,7 +225,7 @@ def _profile(
     place_of: Int[Tensor, " position"],
     rope: Int[Tensor, "position axis"] | None,
 ) -> Columns:
-    """Means per head, axis and bin over the visible cells between queries and keys."""
+    """Return means per head, axis and bin over the visible cells of the queries and keys."""
     starts, axes = bins.starts, AXES if rope is not None else AXES[:2]
     sums: dict[str, Tensor] = {}
     for rows in row_chunks(call, queries, len(heads)):
@@ -263,7 +261,10 @@ def _recent(
     place_of: Int[Tensor, " position"],
     window: int,
 ) -> tuple[Float[Tensor, "head query"], Float[Tensor, "head query"]]:
-    """Mass on the last ``window`` keys of each query, and its null (NaN where nothing is seen)."""
+    """Return the mass on the last ``window`` keys of each query, and its null.
+
+    The null is NaN for a query that sees no key.
+    """
     keys = torch.arange(call.n_keys)
     mass, null = [], []
     for rows in row_chunks(call, queries, len(heads)):

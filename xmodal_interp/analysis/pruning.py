@@ -1,12 +1,12 @@
-"""Which heads an answer needs: take heads away and see how much worse the model answers.
+"""Head pruning: remove one head at a time and measure how much the scores of known answers drop.
 
-Single removal (Michel et al. 2019, arXiv:1905.10650, section 3): one head at a time,
+Following Michel et al. 2019 (arXiv:1905.10650, section 3),
 
-    drop = score of the model as it is - score without the head
+    drop = score of the intact model - score without the head
 
 for three scores (:mod:`xmodal_interp.analysis.teacher_forcing`), each with an interval over samples
-(:mod:`xmodal_interp.analysis.resampling`); base and ablated run answer the same questions, so the
-drops are paired.
+(:mod:`xmodal_interp.analysis.resampling`). Intact and pruned model answer the same questions, so
+the drops are paired differences.
 """
 
 from __future__ import annotations
@@ -58,35 +58,35 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Remove every head once and measure how much worse known answers become (Michel et al. 2019).
+    """Measure how much the scores of known answers drop without each head (Michel et al. 2019).
 
     Args:
         vlm: Model and processor.
         items: Dicts with ``image`` or ``video`` (or several), ``prompt``, ``answer``, and
-            optionally ``kind``, by which the table is split too.
-        mode: What takes the head's place: ``"uniform"``, ``"zero"`` or ``"mean"``; see
-            ``ablate_heads``. Means are taken on the items' own prompts, image and text positions
-            apart.
+            optionally ``kind``. If given, the table has separate rows for each ``kind``.
+        mode: How a head is removed: ``"uniform"``, ``"zero"`` or ``"mean"``; see ``ablate_heads``.
+            Means are taken over the prompts of the items, separately for image and text positions.
         layers: Layers, all if not given.
         heads: Heads of each layer, all if not given.
         tower: Part of the model.
-        batch_size: The largest number of questions per forward; only questions of one length share
-            a forward.
-        n_bootstrap: Resamples of the intervals. Questions about the same image are resampled
-            together.
+        batch_size: The largest number of questions per forward. Only prompts of equal length are
+            batched together.
+        n_bootstrap: Number of bootstrap resamples for the intervals. Questions about the same image
+            are resampled together.
         seed: Seed of the resamples.
-        progress: Whether to show a bar.
+        progress: Whether to show a progress bar.
 
     Returns:
         One row per layer, head and question kind (``"all"`` first): ``tower, kind, layer, head,
         question_kind``, then ``accuracy_drop`` (0 to 1), ``log_prob_drop`` (nats per answer token),
         ``margin_drop`` (logits), each with ``_low`` and ``_high`` ends of its 95% interval
-        (NaN with fewer than 2 clusters), ``n``, and ``n_clusters`` (items with other pictures).
-        ``.attrs["base"]`` holds the scores of the model as it is, by question kind.
+        (NaN with fewer than 2 clusters), ``n`` (number of items), and ``n_clusters`` (number of
+        distinct images).
+        ``.attrs["base"]`` holds the scores of the intact model, by question kind.
 
     Raises:
-        LayerError: A layer or head that does not exist.
-        InputError: No items, or one without image, prompt or answer.
+        LayerError: A layer or head does not exist.
+        InputError: There are no items, or an item lacks an image, a prompt or an answer.
         UnsupportedModelError: Positions of the model depend on later ones.
     """
     chosen = chosen_heads(vlm, tower, layers, heads)
@@ -139,10 +139,10 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
 
 
 def chosen_heads(vlm: VLM, tower: Tower, layers: Layers, heads: Layers) -> list[tuple[int, int]]:
-    """Layers and heads of a tower, counted from 0, in order.
+    """Return the chosen ``(layer, head)`` pairs of a tower, counted from 0, sorted.
 
     Raises:
-        LayerError: One that does not exist.
+        LayerError: A layer or head does not exist.
     """
     counts = head_counts(vlm.model, tower)
     row = None if heads is None else entries_of(heads)
@@ -159,7 +159,7 @@ def chosen_heads(vlm: VLM, tower: Tower, layers: Layers, heads: Layers) -> list[
 
 
 def _of_kinds(items: Sequence[ItemDict]) -> dict[str, np.ndarray]:
-    """Which items are of each question kind; all of them first."""
+    """Return the indices of the items of each question kind, starting with all items."""
     found: dict[str, list[int]] = {ALL_KINDS: list(range(len(items)))}
     for index, item in enumerate(items):
         if item.get("kind") is not None:
@@ -168,6 +168,6 @@ def _of_kinds(items: Sequence[ItemDict]) -> dict[str, np.ndarray]:
 
 
 def _shown(index: int, item: ItemDict) -> Hashable:
-    """What tells whether two items share images and videos."""
+    """Return a key that is equal for items with the same images and videos."""
     images, videos = visuals_of(item, title=f"Item {index}")
     return shown([*images, *(frame for video in videos for frame in video.frames)])

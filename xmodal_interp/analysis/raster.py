@@ -1,22 +1,23 @@
-"""Which places of the image grid a model prefers, whatever is there.
+"""Spatial bias: which places of the image grid get more attention, independent of the content.
 
 1. ``raster_map``: attention of text on each cell of the grid, averaged over the queries that see
    the whole image, and divided by its mean over the cells. This *lift* is 1 everywhere if the model
-   has no preference within the image. It is averaged over samples: what the images show averages
-   out, what their places do stays.
+   has no preference within the image. It is averaged over samples: the effect of image content
+   averages out, the effect of position remains.
 2. ``raster_profile``: the share of each row and of each column.
-3. ``raster_bias``: least squares of the log lift on the place,
+3. ``raster_bias``: a least-squares fit of the log lift,
 
        ln lift(y, x) = c + a y + b x + e max(|y|, |x|)
 
-   with ``y, x`` from -1 (top, left edge) to 1 (bottom, right edge): ``a`` > 0 prefers the bottom,
-   ``b`` > 0 the right, ``e`` > 0 the edge over the centre; the unit is from centre to edge.
-4. The control: the same of blank or noise images, and the difference. Bias of position is in both;
-   what is left in the difference is content that did not average out.
+   with ``y, x`` from -1 (top, left edge) to 1 (bottom, right edge). ``a`` > 0 prefers the bottom,
+   ``b`` > 0 the right, ``e`` > 0 the edge over the centre. A slope is the change from the centre to
+   the edge.
+4. The control: the same statistics for blank or noise images, and the difference. Positional bias
+   is in both, so the difference is content that did not average out.
 
-With rotary positions alone a single layer leans to the bottom, which is near the text; the rollout
-of a causal stack leans to the top. The published case: pruning image tokens by attention at shallow
-layers removes mostly the top (arXiv 2412.13180).
+With rotary positions alone, a single layer prefers the bottom of the image, which is near the text;
+the rollout of a causal stack prefers the top. A published example: pruning image tokens by their
+attention in shallow layers removes mostly the top of the image (arXiv 2412.13180).
 """
 
 from __future__ import annotations
@@ -71,27 +72,31 @@ def raster_map(
     image: int = 0,
     per_sample: bool = False,
 ) -> pd.DataFrame:
-    """Attention on each cell of the image grid, relative to the mean cell, averaged over samples.
+    """Return attention on each cell of the image grid, relative to the mean cell.
+
+    The map is averaged over samples.
 
     Args:
-        samples: One sample or many, with grids of one shape; the more and the more varied, the less
-            content is left.
+        samples: One sample or many, with grids of the same shape. The influence of image content
+            falls with the number and variety of the samples.
         queries: ``"text"``, ``"last"``, positions or a phrase, as in ``cross_modal_ratio``.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
-        image: Which image of each sample.
-        per_sample: Whether to return rows for each sample instead of those of the mean map: what
-            whoever resamples samples draws from.
+        image: Index of the image in each sample.
+        per_sample: Whether to return the map of each sample instead of the mean map, for example to
+            bootstrap over samples.
 
     Returns:
         One row per layer, head and cell with a token: ``tower, kind, layer, head, row, col``, then
-        ``lift`` (1 is the mean of the cells). NaN where in some sample no query sees the whole
-        image. With ``per_sample`` the first column is ``sample``, and one row is of one sample.
+        ``lift`` (attention divided by the mean over cells). NaN if in some sample no query sees the
+        whole image. With ``per_sample`` there is one row per sample too, and the first column is
+        ``sample``.
 
     Raises:
-        InputError: No sample, no image, no text behind it, or an image that is not in the sequence.
-        GeometryError: Grids of different shapes, tokens without places, or samples of which other
-            layers were kept.
+        InputError: There are no samples, a sample has no image or no text after it, or text reaches
+            the image by cross-attention.
+        GeometryError: Grids have different shapes, image tokens have no row and column, or the
+            samples have different kept layers.
     """
     table: pd.DataFrame | None = None
     provenance: list[Mapping[str, Any]] = []
@@ -109,7 +114,7 @@ def raster_map(
             lifts.append(cells["lift"].copy())
         note_origin(provenance, sample)
     if table is None:
-        raise InputError("A raster needs at least one sample; got none.")
+        raise InputError("raster_map needs at least one sample; got none.")
     n_samples = len(names)
     if per_sample:
         table = pd.concat(
@@ -140,24 +145,24 @@ def raster_profile(
     image: int = 0,
     per_sample: bool = False,
 ) -> pd.DataFrame:
-    """The share of the image's attention that each row and each column of the grid gets.
+    """Return the share of the attention on the image that each grid row and column gets.
 
     Args:
-        samples: As for ``raster_map``, and so are ``queries``, ``layers``, ``heads`` and ``image``.
+        samples: As for ``raster_map``.
         control: Samples of blank or noise images with the same question.
-        queries: Query positions.
+        queries: As for ``raster_map``.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
-        image: Which image of each sample.
-        per_sample: Whether to return rows for each sample instead of those of the mean map: what
-            whoever resamples samples draws from.
+        image: Index of the image in each sample.
+        per_sample: Whether to return rows for each sample instead of those of the mean map, for
+            example to bootstrap over samples.
 
     Returns:
         One row per layer, head, axis and index: ``tower, kind, layer, head, axis`` (``row`` or
         ``col``), ``index``, then ``share`` (of the attention on the image, 0 to 1), ``null`` (the
-        share of its cells), ``lift`` (their ratio). With a control also ``share_control`` and
-        ``share_difference``. With ``per_sample`` the first column is ``sample``; the control is
-        the mean of its samples.
+        share of the image's cells), ``lift`` (share / null). With a control also ``share_control``
+        and ``share_difference``. With ``per_sample`` the first column is ``sample``; the control is
+        averaged over its samples.
     """
     table = _with_control(samples, control, queries, layers, heads, image, per_sample)
     by = _keys(table)
@@ -178,7 +183,7 @@ def raster_profile(
         profile["share_difference"] = profile["share"] - profile["share_control"]
         columns += ["share_control", "share_difference"]
     profile = profile.sort_values([*by, "axis", "index"], ignore_index=True)[columns]
-    profile.index.name = "number"  # the "index" of to_json(orient="table") would be the column's
+    profile.index.name = "number"  # the default name in JSON, "index", is a column here
     profile.attrs = {**table.attrs, "analysis": "raster_profile"}
     return profile
 
@@ -194,25 +199,25 @@ def raster_bias(
     image: int = 0,
     per_sample: bool = False,
 ) -> pd.DataFrame:
-    """How attention on an image tilts from top to bottom, left to right and centre to edge.
+    """Return the slopes of attention from top to bottom, left to right and centre to edge.
 
     Args:
-        samples: As for ``raster_map``, and so are ``queries``, ``layers``, ``heads`` and ``image``.
+        samples: As for ``raster_map``.
         control: Samples of blank or noise images with the same question.
-        queries: Query positions.
+        queries: As for ``raster_map``.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
-        image: Which image of each sample.
-        per_sample: Whether to return rows for each sample instead of those of the mean map: what
-            whoever resamples samples draws from.
+        image: Index of the image in each sample.
+        per_sample: Whether to return rows for each sample instead of those of the mean map, for
+            example to bootstrap over samples.
 
     Returns:
         One row per layer and head: ``tower, kind, layer, head``, then
         ``row_slope, col_slope, edge_slope`` (change of ln lift from the centre to the bottom edge,
-        to the right edge, to any edge; 0.7 doubles the attention). With a control each slope also
-        as ``..._control`` and ``..._difference``. NaN where a cell gets no attention at all, where
-        no query sees the whole image, or where the grid is too small to tell the terms apart.
-        With ``per_sample`` the first column is ``sample``; the control is the mean of its samples.
+        to the right edge, to any edge; 0.7 is a factor of 2). With a control also each slope as
+        ``..._control`` and ``..._difference``. NaN if a cell gets no attention, if no query sees
+        the whole image, or if the grid is too small to separate the terms. With ``per_sample`` the
+        first column is ``sample``; the control is averaged over its samples.
     """
     table = _with_control(samples, control, queries, layers, heads, image, per_sample)
     by = _keys(table)
@@ -237,7 +242,7 @@ def _with_control(
     image: int,
     per_sample: bool,  # noqa: FBT001
 ) -> pd.DataFrame:
-    """The map, beside that of the control; attributes say how many samples the control had."""
+    """Return the map with the control's lift as a column and ``n_control`` in its parameters."""
     asked: dict[str, Any] = {"queries": queries, "layers": layers, "heads": heads, "image": image}
     table = raster_map(samples, per_sample=per_sample, **asked)
     if control is None:
@@ -252,23 +257,22 @@ def _with_control(
 
 
 def _keys(table: pd.DataFrame) -> list[str]:
-    """The columns that tell one map from another."""
+    """Return the columns that identify a map."""
     return [name for name in ("sample", *HEAD_KEYS) if name in table.columns]
 
 
 def _cells(
     sample: Sample, queries: Selector, layers: Layers, heads: Positions | None, image: int
 ) -> pd.DataFrame:
-    refuse_cross_attention(sample, "The raster of an image")
+    refuse_cross_attention(sample, "A raster map")
     tokens = image_keys(sample, image).nonzero()[:, 0]
     places = image_places(sample.tokens).iloc[tokens.tolist()]
     placed = places["row"].notna().to_numpy(dtype=bool)
     if not placed.any():
-        learned = "They are learned queries: see xi.on_patches for attention on the patches."
+        learned = "They are learned queries: use xi.on_patches for attention on the patches."
         grid = sample.grids[image]
         raise GeometryError(
-            f"A raster is of image tokens that have a row and a column. Those of image {image} of "
-            f"sample {sample.name!r} have none. "
+            f"The tokens of image {image} of sample {sample.name!r} have no row and column. "
             f"{learned if are_queries(grid) else grid.reason or ''}".rstrip()
         )
     tokens, places = tokens[torch.tensor(placed)], places[placed].astype("int64")
@@ -290,7 +294,10 @@ def _lift(
     queries: Int[Tensor, " query"],
     tokens: Int[Tensor, " cell"],
 ) -> Float[np.ndarray, "head cell"]:
-    """Attention on each cell over the mean cell, of the queries that see all cells; else NaN."""
+    """Return attention on each cell divided by the mean cell, over queries that see all cells.
+
+    NaN if no query sees all cells.
+    """
     cells = torch.zeros(1, call.n_keys, dtype=torch.float32)
     cells[0, tokens] = 1.0
     seen = call.null_mass(cells, queries)[0, ..., 0] * call.n_visible(queries)[0]
@@ -304,7 +311,7 @@ def _lift(
 def _design(
     row: Float[np.ndarray, " cell"], col: Float[np.ndarray, " cell"]
 ) -> Float[np.ndarray, "cell term"]:
-    """Constant, height and width (-1 to 1), and eccentricity (0 to 1) of each cell."""
+    """Return the terms of the fit per cell: constant, y and x (-1 to 1), eccentricity (0 to 1)."""
     y, x = (2 * place / max(place.max(), 1) - (place.max() > 0) for place in (row, col))
     return np.column_stack([np.ones_like(y), y, x, np.maximum(np.abs(y), np.abs(x))])
 
@@ -312,7 +319,7 @@ def _design(
 def _slopes(
     lift: Float[np.ndarray, "map cell"], design: Float[np.ndarray, "cell term"]
 ) -> Float[np.ndarray, "map slope"]:
-    """Least squares of the log lift on the place; NaN for a term that is the same in all cells."""
+    """Fit the log lift by least squares; NaN for a term that is the same in all cells."""
     log_lift = np.log(lift, out=np.full_like(lift, np.nan), where=lift > 0)
     varying = np.ptp(design, axis=0) > 0
     varying[0] = True
@@ -325,14 +332,12 @@ def _refuse_other_cells(table: pd.DataFrame, other: pd.DataFrame, sample: Sample
     layers = [one["layer"].unique().tolist() for one in (table, other)]
     if layers[0] != layers[1]:
         raise GeometryError(
-            "Maps are averaged and compared over one grid, the same layers and heads. The layers "
-            f"were {layers[0]} so far, those of sample {sample.name!r} are {layers[1]}; choose "
-            "layers= that all have."
+            f"Sample {sample.name!r} has the layers {layers[1]}, the other samples have "
+            f"{layers[0]}. Choose layers= that all samples have."
         )
     if not table[CELL_KEYS].equals(other[CELL_KEYS]):
         shapes = [f"{t['row'].max() + 1} x {t['col'].max() + 1}" for t in (table, other)]
         raise GeometryError(
-            "Maps are averaged and compared over one grid, the same layers and heads. The grid "
-            f"was {shapes[0]} so far, that of sample {sample.name!r} is {shapes[1]}; ask for "
-            "samples of one shape at a time."
+            f"Sample {sample.name!r} has a grid of {shapes[1]}, the other samples have "
+            f"{shapes[0]}. Pass samples whose image grids have the same shape."
         )

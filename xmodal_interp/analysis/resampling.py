@@ -1,24 +1,26 @@
-"""Intervals over samples, as kernels on bare arrays.
+"""Confidence intervals over samples, as functions of plain arrays.
 
-What is independent are clusters of samples (those that share an image), never heads, tokens or
-rows. With fewer than 2 clusters there is no interval: it is NaN.
+The independent units are clusters of samples (samples that share an image), never heads, tokens or
+rows. With fewer than 2 clusters the interval is NaN.
 
-* A **rate** (values 0 or 1, or shares between) has Wilson's score interval (Wilson 1927), with the
-  effective number of samples in place of their number. With ``C`` clusters of ``m`` samples it is
-  ``C / tau``, where ``tau`` is the variance of the clusters' rates over ``p (1 - p)``: 1 where a
-  cluster is all hits or all misses, ``1 / m`` where its samples are independent. Few clusters tell
-  little about ``tau``, so a quarter of a cluster of the first sort is added to them.
-* The **difference of two rates** of the same samples (values -1, 0 or 1) has the intervals of its
-  two parts, gains and losses, combined by the square-and-add rule of Newcombe (1998).
-* A **mean** has the BCa bootstrap interval (Efron 1987) with Student's quantiles in place of the
-  normal ones, times ``sqrt(C / (C - 1))`` (Hesterberg 2015); with fewer than 10 clusters, whose
-  resamples are too few, Student's interval with the jackknife's standard error.
+* A **rate** (values 0 or 1, or shares between them) has Wilson's score interval (Wilson 1927), with
+  the effective number of samples instead of their number. With ``C`` clusters of ``m`` samples it
+  is ``C / tau``, where ``tau`` is the variance of the clusters' rates divided by ``p (1 - p)``:
+  1 if each cluster is all hits or all misses, ``1 / m`` if its samples are independent. With few
+  clusters the estimate of ``tau`` is poor, so a quarter of a cluster that is all hits or all misses
+  is added as a prior.
+* The **difference of two rates** on the same samples (values -1, 0 or 1) combines the intervals of
+  its two parts, gains and losses, by the square-and-add rule of Newcombe (1998).
+* A **mean** has the BCa bootstrap interval (Efron 1987), with Student's quantiles instead of normal
+  ones, times ``sqrt(C / (C - 1))`` (Hesterberg 2015). With fewer than 10 clusters, which is too few
+  to resample, it has Student's interval with the jackknife standard error.
 
-The bootstrap draws whole clusters. All series are resampled with the same draws, so differences
-between them, and a difference to a base run taken before, are paired.
+The bootstrap resamples whole clusters. All series use the same draws, so differences between series
+are paired.
 
-The percentile bootstrap that these replace covered a rate of 0.97 by 0.58 at 30 samples, and had no
-width where all samples were hits. tests/analysis/test_resampling.py measures the coverage.
+For comparison, the percentile bootstrap has a coverage of 0.58 for a rate of 0.97 at 30 samples,
+and its interval has zero width if all samples are hits. tests/analysis/test_resampling.py measures
+the coverage of these intervals.
 """
 
 from __future__ import annotations
@@ -36,17 +38,17 @@ from jaxtyping import Float, Int
 from xmodal_interp.models import ImageLike
 
 Series = Literal["rate", "rate difference", "mean"]
-"""What values are: 0 to 1; -1 to 1, the difference of two rates; or anything."""
+"""Type of values: ``"rate"`` (0 to 1), ``"rate difference"`` (-1 to 1), ``"mean"`` (any)."""
 
 Ends = tuple[Float[np.ndarray, " series"], Float[np.ndarray, " series"]]
 
-LEVEL = 0.95  # of every interval
-FEW = 10  # clusters; below, a mean's interval is Student's
-_PRIOR = 0.25  # of a cluster that is all hits or all misses, counted with the others
+LEVEL = 0.95  # coverage of every interval
+FEW = 10  # with fewer clusters, the interval of a mean is Student's
+_PRIOR = 0.25  # weight of the prior cluster, which is all hits or all misses
 
 
 def shown(pictures: Iterable[ImageLike]) -> Hashable:
-    """What tells whether two samples show the same pictures: their paths, else their pixels."""
+    """Return a key that is equal for the same images: paths, or a hash of the pixels."""
     return tuple(
         str(one) if isinstance(one, (str, PathLike)) else hash((one.size, one.tobytes()))
         for one in pictures
@@ -54,18 +56,18 @@ def shown(pictures: Iterable[ImageLike]) -> Hashable:
 
 
 def series_of(values: Float[np.ndarray, "*axes"]) -> Series:
-    """``"rate"`` where every number is 0 or 1 (NaN is none), else ``"mean"``."""
+    """Return ``"rate"`` if every value except NaN is 0 or 1, else ``"mean"``."""
     return "rate" if np.isin(values[~np.isnan(values)], (0, 1)).all() else "mean"
 
 
 def cluster_numbers(labels: Sequence[Hashable]) -> Int[np.ndarray, " sample"]:
-    """Labels as numbers 0, 1, ... in order of first appearance."""
+    """Number the labels 0, 1, ... in order of first appearance."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int64)
 
 
 def cluster_draws(n_clusters: int, n_draws: int, seed: int) -> Int[np.ndarray, "draw cluster"]:
-    """How often each cluster is drawn, with replacement."""
+    """Draw clusters with replacement and return how often each is drawn."""
     shares = np.full(n_clusters, 1 / n_clusters)
     return np.random.default_rng(seed).multinomial(n_clusters, shares, size=n_draws)
 
@@ -79,18 +81,18 @@ def mean_intervals(
     level: float = LEVEL,
     series: Series = "mean",
 ) -> Ends:
-    """Interval of the mean over samples, for many series at once.
+    """Return the interval of the mean over samples, for many series at once.
 
     Args:
         values: One row per series.
         clusters: The cluster of each sample, numbered from 0.
-        n_draws: How many resamples; only means need them.
+        n_draws: Number of bootstrap resamples; used for means only.
         seed: Seed of the draws.
-        level: Coverage aimed at.
-        series: What the values are, which decides the method.
+        level: Nominal coverage.
+        series: Type of the values, which determines the method.
 
     Returns:
-        Low and high end of each series' interval; NaN with fewer than 2 clusters.
+        Low and high end of each interval; NaN with fewer than 2 clusters.
     """
     n_clusters = int(clusters.max()) + 1
     if n_clusters < 2:
@@ -110,7 +112,7 @@ def mean_intervals(
 
 
 class KnownIntervals(NamedTuple):
-    """Ends of the intervals of some series, and how many clusters each is over."""
+    """Ends of the interval of each series, and the number of clusters that it is computed from."""
 
     low: Float[np.ndarray, " series"]
     high: Float[np.ndarray, " series"]
@@ -125,7 +127,7 @@ def known_mean_intervals(
     seed: int,
     series: Series = "mean",
 ) -> KnownIntervals:
-    """``mean_intervals`` of each series over the samples in which it has a number (not NaN)."""
+    """Return ``mean_intervals`` of each series over the samples in which it is not NaN."""
     ends = np.full((2, len(values)), np.nan)
     counts = np.zeros(len(values), dtype=np.int64)
     known = ~np.isnan(values)
@@ -145,12 +147,12 @@ def student_interval(
     without: Float[np.ndarray, "cluster series"],
     level: float,
 ) -> Ends:
-    """``estimate`` plus and minus Student's quantile times the jackknife's standard error.
+    """Return ``estimate`` plus and minus Student's quantile times the jackknife standard error.
 
     Args:
         estimate: The statistic of all clusters.
         without: The statistic without each cluster in turn.
-        level: Coverage aimed at.
+        level: Nominal coverage.
     """
     n = len(without)
     error = np.sqrt((n - 1) / n * ((without - without.mean(0)) ** 2).sum(0))
@@ -164,13 +166,13 @@ def bca_interval(
     without: Float[np.ndarray, "cluster series"],
     level: float,
 ) -> Ends:
-    """The bias-corrected and accelerated bootstrap interval, expanded for few clusters.
+    """Return the bias-corrected and accelerated bootstrap interval, expanded for few clusters.
 
     Args:
         estimate: The statistic of all clusters.
         drawn: The statistic of each resample of clusters.
         without: The statistic without each cluster in turn, for the acceleration.
-        level: Coverage aimed at.
+        level: Nominal coverage.
     """
     n_draws, n = len(drawn), len(without)
     below = ((drawn < estimate).sum(0) + (drawn == estimate).sum(0) / 2) / n_draws
@@ -192,10 +194,10 @@ def bca_interval(
 
 
 def student_quantile(level: float, freedom: int) -> float:
-    """The ``t`` that Student's distribution exceeds in size with a probability of ``1 - level``.
+    """Return ``t`` with ``P(|T| > t) = 1 - level`` for Student's distribution.
 
-    With ``t = sqrt(freedom) tan(angle)`` its density is ``cos(angle) ** (freedom - 1)``, up to a
-    factor.
+    With ``t = sqrt(freedom) tan(angle)``, its density is proportional to
+    ``cos(angle) ** (freedom - 1)``.
 
     Example:
         >>> round(student_quantile(0.95, 9), 4)
@@ -211,7 +213,7 @@ def student_quantile(level: float, freedom: int) -> float:
 def _by_cluster(
     values: Float[np.ndarray, "series sample"], clusters: Int[np.ndarray, " sample"]
 ) -> tuple[Float[np.ndarray, "series cluster"], Float[np.ndarray, " cluster"]]:
-    """Sum of each series over each cluster, and how many samples each cluster has."""
+    """Return the sum of each series over each cluster, and the number of samples per cluster."""
     sizes = np.bincount(clusters).astype(float)
     sums = np.zeros((len(values), len(sizes)))
     np.add.at(sums.T, clusters, values.T)
@@ -221,11 +223,11 @@ def _by_cluster(
 def _rates(
     values: Float[np.ndarray, "series sample"], clusters: Int[np.ndarray, " sample"], level: float
 ) -> Ends:
-    """Wilson's interval of each rate, with the effective number of samples."""
+    """Return Wilson's interval of each rate, with the effective number of samples."""
     sums, sizes = _by_cluster(values, clusters)
     n_clusters, n = len(sizes), sizes.sum()
     rate = values.mean(1)
-    size = (sizes**2).mean()  # of a typical cluster, squared
+    size = (sizes**2).mean()  # mean squared cluster size
     prior = (rate * n_clusters + _PRIOR / 2) / (n_clusters + _PRIOR)
     squares = ((sums - prior[:, None] * sizes) ** 2).sum(1)
     squares += _PRIOR * size * (prior**2 + (1 - prior) ** 2) / 2
@@ -243,7 +245,7 @@ def _rates(
 def _rate_differences(
     values: Float[np.ndarray, "series sample"], clusters: Int[np.ndarray, " sample"], level: float
 ) -> Ends:
-    """Interval of gains minus losses, from those of each."""
+    """Return the interval of gains minus losses, combined from the intervals of both."""
     gains, losses = values.clip(min=0), (-values).clip(min=0)
     gain, loss = gains.mean(1), losses.mean(1)
     gain_low, gain_high = _rates(gains, clusters, level)

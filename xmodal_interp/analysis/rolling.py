@@ -1,4 +1,4 @@
-"""The numbers of attention rollout: rows pushed down through layers. Formulas: ``rollout``."""
+"""Computation of attention rollout; :mod:`xmodal_interp.analysis.rollout` has the formulas."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from xmodal_interp.errors import InputError, NotRecordedError
 Fusion = Literal["mean", "max", "min"]
 
 Alpha = float | tuple[float, ...] | str
-"""The share of attention in a layer: one number, one per layer, or ``"norm"``."""
+"""The weight of attention in a layer: one number, one per layer, or ``"norm"``."""
 
 
 def alpha_of(given: Any) -> Any:
-    """An alpha of any spelling (numbers, a list, an array, a tensor) as ``Rule`` takes it."""
+    """Convert alpha (a number, list, array, tensor or string) to the types of ``Rule``."""
     plain = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(plain, Iterable) and not isinstance(plain, str):
         return tuple(alpha_of(each) for each in plain)
@@ -32,9 +32,9 @@ def alpha_of(given: Any) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """How the heads of a layer become one matrix, and how much of it is attention.
+    """How heads are fused, how attention is weighted, and what is discarded.
 
-    Fields are the arguments of ``attention_rollout``.
+    The fields are the arguments of ``attention_rollout``.
     """
 
     fusion: str
@@ -48,23 +48,19 @@ class Rule:
         if self.alpha != "norm" and not all(
             isinstance(alpha, (int, float)) and 0 <= alpha <= 1 for alpha in alphas
         ):
-            raise InputError(
-                f"alpha is the share of attention, 0 to 1, or 'norm'; got {self.alpha!r}."
-            )
+            raise InputError(f"alpha must be between 0 and 1, or 'norm'; got {self.alpha!r}.")
         if not 0 <= self.discard < 1:
-            raise InputError(
-                f"discard is the share of entries to drop, 0 to below 1; got {self.discard}."
-            )
+            raise InputError(f"discard must be at least 0 and below 1; got {self.discard}.")
 
     def alphas(self, calls: Sequence[AttentionCall]) -> list[Float[Tensor, "#query"]]:
-        """The share of attention in each layer, and in each row of it where rows differ."""
+        """Return the weight of attention per layer, and per row with ``"norm"``."""
         if self.alpha == "norm":
             return [_norm_share(call) for call in calls]
         given = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,) * len(calls)
         if len(given) != len(calls):
             raise InputError(
-                f"alpha is one number, or one per layer. There are {len(calls)} layers and "
-                f"{len(given)} numbers."
+                f"alpha has {len(given)} numbers for {len(calls)} layers. Pass one number, or one "
+                "per layer."
             )
         return [torch.tensor([alpha], dtype=torch.float64) for alpha in given]
 
@@ -72,8 +68,8 @@ class Rule:
 def _norm_share(call: AttentionCall) -> Float[Tensor, " query"]:
     if call.update_share is None:
         raise NotRecordedError(
-            "alpha='norm' needs the share of attention in each token's update. "
-            f"{call.name} was captured without; capture with Keep(norms=True)."
+            f"{call.name} was captured without the norms that alpha='norm' requires. Capture with "
+            "Keep(norms=True)."
         )
     return call.update_share[0].double()
 
@@ -85,16 +81,16 @@ def rolled(
     sinks: Bool[Tensor, " key"],
     counted: Bool[Tensor, " key"],
 ) -> Float[Tensor, "row key"]:
-    """``start @ B_L ... B_1``, from the top layer down, in float64.
+    """Return ``start @ B_L ... B_1``, computed from the last layer to the first in float64.
 
-    With 80 layers and an alpha of 0.9 a share may be 1e-75, which is 0 in float32.
+    With 80 layers and an alpha of 0.9 a share can be 1e-75, which is 0 in float32.
 
     Args:
-        start: Rows of the highest layer.
-        calls: The layers, bottom first.
-        rule: How the heads of a layer become one matrix, and how much of it is attention.
-        sinks: Keys whose attention is taken away.
-        counted: Positions that are no padding: what is discarded is a share of the entries between
+        start: Rows to multiply with the last layer.
+        calls: The layers, first to last.
+        rule: Options of the rollout.
+        sinks: Keys whose attention is removed.
+        counted: Positions that are not padding; ``discard`` is a share of the entries between
             these.
     """
     rows = start.double()
@@ -113,9 +109,10 @@ def _through(
     sinks: Bool[Tensor, " key"],
     counted: Bool[Tensor, " key"],
 ) -> Float[Tensor, "row key"]:
-    """One layer with its fused matrix, in chunks of rows, or whole where entries are discarded.
+    """Multiply rows with ``B`` of one layer, in chunks of the fused matrix.
 
-    Of the matrix only the rows that something is on are computed.
+    Only the rows of the fused matrix that get a nonzero factor are computed. With ``discard`` the
+    fused matrix is computed whole.
     """
     out = torch.zeros_like(rows)
     needed = rows.ne(0).any(0).nonzero()[:, 0]
@@ -136,7 +133,7 @@ def _through(
 def _shares(
     total: Float[Tensor, " query"], alpha: Float[Tensor, "#query"]
 ) -> tuple[Float[Tensor, " query"], Float[Tensor, " query"]]:
-    """Factors of ``F`` and ``I`` in each row of ``B``; where nothing is attended, all is ``I``."""
+    """Return the factors of ``F`` and ``I`` in each row of ``B``; 0 and 1 if ``F`` is 0."""
     attends = total > 0
     residual = torch.where(attends, 1 - alpha, 1.0)
     norm = alpha * total + residual
@@ -146,9 +143,9 @@ def _shares(
 def _fused(
     call: AttentionCall, needed: Int[Tensor, " query"], rule: Rule, counted: Bool[Tensor, " key"]
 ) -> Iterator[tuple[Int[Tensor, " query"], Float[Tensor, "query key"]]]:
-    """The fused matrix chunk by chunk; rows that see nothing are 0."""
+    """Yield the fused matrix chunk by chunk; rows that see no key are 0."""
     if rule.discard == 0:
-        for rows in row_chunks(call, needed, 2 * call.n_heads):  # float64 takes twice the memory
+        for rows in row_chunks(call, needed, 2 * call.n_heads):  # twice the memory for float64
             yield rows, _over_heads(call, rows, rule.fusion)
         return
     every = torch.arange(call.n_queries, device=call.device)

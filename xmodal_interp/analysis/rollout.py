@@ -1,27 +1,27 @@
-"""Attention rollout: how much of each input position is in a position after many layers.
+"""Attention rollout: the share of each input position in a position after many layers.
 
 Abnar & Zuidema 2020 (arXiv 2005.00928):
 
     F_l = fuse over heads of A_l                      mean, max or min
-    F_l = discard(F_l)                                optionally: the lowest entries become 0
-    F_l = without_sinks(F_l)                          optionally: their columns become 0, and
-                                                      each row is scaled back to its former sum
-    B_l = rownorm(alpha_l F_l + (1 - alpha_l) I)      every row over its keys
+    F_l = discard(F_l)                                optional: set the lowest entries to 0
+    F_l = without_sinks(F_l)                          optional: set the columns of sinks to 0
+                                                      and rescale each row to its former sum
+    B_l = rownorm(alpha_l F_l + (1 - alpha_l) I)      normalise each row
     R   = B_L ... B_2 B_1
 
-1. Only some rows of ``R`` are wanted: start with their unit vectors and multiply from the top layer
-   down, ``r <- r B_l``. That is ``O(L S^2)`` time for a row and no matrix (the whole product is
-   ``O(L S^3)``).
-2. With ``baseline="uniform"`` the same is done to attention that is uniform over the visible keys.
-   It is no formality: in a causal stack position 0 is absorbing, and rollout of uniform attention
-   of 24 layers puts 0.97 of position 63 there, and most of the image's share in its top rows,
-   whatever the image shows. ``log2_ratio`` is what the model adds to that.
+1. For some rows of ``R``, start with their unit vectors and multiply from the last layer to the
+   first, ``r <- r B_l``. A row takes ``O(L S^2)`` time and no matrix is stored; the full product
+   takes ``O(L S^3)``.
+2. ``baseline="uniform"`` also computes the rollout of attention that is uniform over the visible
+   keys. In a causal stack, position 0 attends only to itself and collects most of the rollout:
+   after 24 layers of uniform attention, 0.97 of position 63 is at position 0, and most of the share
+   of an image is in its top rows. ``log2_ratio`` compares the model with this baseline.
 
-All products are taken in float64, whose smallest number is 1e-308: after 80 layers with an alpha of
-0.9 most shares are below 1e-45, the smallest of float32.
+All products are computed in float64, whose smallest normal number is 1e-308. After 80 layers with
+an alpha of 0.9, most shares are below 1e-45, the smallest number of float32.
 
-A row that sees nothing keeps what it has. With ``discard`` a layer's fused matrix is held whole,
-one layer at a time.
+The row of a position that sees no key stays as it is. With ``discard``, the whole fused matrix of
+one layer at a time is in memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Sinks = Positions | Collection[int] | str
 """``"keep"``, ``"drop_first"``, or positions."""
 
 Alphas = SupportsFloat | Sequence[SupportsFloat] | np.ndarray | Tensor | str
-"""The share of attention in a layer, of any spelling."""
+"""The weight of attention: a number, one number per layer in any sequence type, or ``"norm"``."""
 
 
 @checked
@@ -75,60 +75,62 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
     tower: Tower = "language",
     image: int = 0,
 ) -> pd.DataFrame:
-    """Share of every input position in some positions after the layers (Abnar & Zuidema 2020).
+    """Return the share of each input position in the query positions after the layers.
+
+    See Abnar & Zuidema 2020.
 
     Args:
         samples: One sample or many.
-        queries: Positions or a phrase; ``"last"`` (of the prompt) if not given. In the vision tower
-            positions of its own; the class token if not given.
-        fusion: How the heads of a layer become one matrix.
-        alpha: Share of attention against the residual stream, 0 to 1; one for all layers, or one
-            for each, bottom first; or ``"norm"``: of each token, by the norms of the attention's
-            output and of the residual stream (captured with ``Keep(norms=True)``). 0.5 is the
-            paper's.
-        discard: The lowest share of all ``S x S`` entries of each fused matrix becomes 0, invisible
-            ones included (but for padding): of a causal matrix nothing that counts is discarded
-            below one half. 0 to below 1.
-        baseline: ``"uniform"`` adds the rollout of attention uniform over the visible keys, with
-            the same options.
-        sinks: ``"keep"``; ``"drop_first"``, which takes attention to the first position away
-            wherever a row sees something else; or positions to treat so.
-        layers: Start and stop as of a slice, None for open: ``(0, -1)`` leaves the last layer out,
-            as LLaVA does in its vision tower. Layers that mix positions without a matrix of
-            probabilities (convolution, recurrence, linear attention) cannot be among them: of a
-            model that has such layers, choose attention layers that follow each other. Those
-            behind the last attention layer are never counted.
+        queries: Positions or a phrase; ``"last"`` (of the prompt) if not given. For the vision
+            tower, positions of that tower; the class token if not given.
+        fusion: How the heads of a layer are combined into one matrix: ``"mean"``, ``"max"`` or
+            ``"min"``.
+        alpha: Weight of attention, 0 to 1; the residual stream has 1 - alpha. One number for all
+            layers, one per layer (first layer first), or ``"norm"``: computed for each token from
+            the norms of the attention output and the residual stream (requires
+            ``Keep(norms=True)``). The paper uses 0.5.
+        discard: Share of the ``S x S`` entries of each fused matrix that is set to 0, lowest
+            entries first; at least 0 and below 1. Invisible entries count, except those of
+            padding: below 0.5, only invisible entries of a causal matrix are discarded.
+        baseline: ``"uniform"`` adds the rollout of attention that is uniform over the visible keys,
+            with the same options.
+        sinks: ``"keep"``; ``"drop_first"`` removes attention to the first position from all rows
+            that see other keys; positions are removed in the same way.
+        layers: Start and stop of a slice over layers, None for open: ``(0, -1)`` leaves out the
+            last layer, as LLaVA does in its vision tower. Layers without softmax attention
+            (convolution, recurrence, linear attention) cannot be in the slice: in such a model,
+            choose consecutive attention layers. Layers after the last attention layer are ignored.
         tower: ``"language"`` or ``"vision"``.
-        image: In the vision tower: which image; videos are numbered behind the images.
+        image: Index of the image in the vision tower; videos are numbered after the images.
 
     Returns:
         One row per sample, query and key: ``sample, tower, kind, query, key``, then
         ``query_token``, ``token, token_kind, image, row, col, video, frame`` of the key, and
-        ``rollout`` (the keys of a query sum to 1). With a baseline also ``null`` and ``log2_ratio``
-        (log2 of rollout over null; minus infinity where nothing arrives, or less than 1e-308, the
-        smallest number of float64; NaN where nothing can).
-        Queries that see nothing, such as padding, are left out.
+        ``rollout`` (sums to 1 over the keys of a query). With a baseline also ``null`` and
+        ``log2_ratio`` (log2 of rollout / null; minus infinity if rollout is 0 or underflows
+        float64, which ends at 1e-308; NaN if null is 0 too). Queries that see no key, such as
+        padding, are left out.
 
     Raises:
-        InputError: An option outside its range, an image that is not in the sequence, or a layer
-            without a matrix of probabilities.
-        NotRecordedError: Layers, rows or norms that were not kept.
+        InputError: An option is outside its range, text reaches the image by cross-attention, or a
+            layer is not softmax attention.
+        NotRecordedError: Layers, query rows or norms were not kept.
     """
     rule = Rule(fusion, alpha_of(alpha), discard)
     if not (baseline is None or (isinstance(baseline, str) and baseline == "uniform")):
-        raise InputError(f"baseline is 'uniform' or None; got {quoted(baseline)}.")
+        raise InputError(f"baseline must be 'uniform' or None; got {quoted(baseline)}.")
     if baseline is not None and discard > 0:
         raise InputError(
-            "Uniform attention has no lowest entries to discard: a baseline goes with discard=0. "
-            f"Got baseline={baseline!r} and discard={discard}; leave one out."
+            f"baseline={baseline!r} requires discard=0, because uniform attention has no lowest "
+            f"entries to discard; got discard={discard}. Leave one of them out."
         )
 
     def table_of(sample: Sample) -> pd.DataFrame:
         n_visuals = len(sample.grids) + len(sample.video_grids)
         if image >= max(n_visuals, 1):
             raise InputError(
-                f"Sample {sample.name!r} has {n_visuals} images and videos, numbered from 0; there "
-                f"is no image {image}."
+                f"There is no image {image}: sample {sample.name!r} has {n_visuals} images and "
+                "videos, numbered from 0."
             )
         calls = _calls(sample, layers, tower, image)
         positions = position_table(sample, tower, image, calls[0].n_keys)
@@ -175,9 +177,9 @@ def rollout_matrix(
     tower: Tower = "language",
     image: int = 0,
 ) -> Float[Tensor, "query key"]:
-    """All rows of the rollout at once, float64, ``S x S``; arguments as in ``attention_rollout``.
+    """Return all rows of the rollout, float64, ``S x S``; arguments as in ``attention_rollout``.
 
-    Rows sum to 1; the row of a position that sees nothing is its unit vector.
+    Rows sum to 1. The row of a position that sees no key is its unit vector.
     """
     (sample,) = samples_of([sample])
     rule = Rule(fusion, alpha_of(alpha), discard)
@@ -191,13 +193,12 @@ def rollout_matrix(
 def _calls(
     sample: Sample, layers: tuple[int | None, int | None] | None, tower: Tower, image: int
 ) -> list[AttentionCall]:
-    """The chosen layers, bottom first: all between start and stop, with all their rows."""
+    """Return the calls of all layers between start and stop, first to last."""
     if tower == "language":
         refuse_cross_attention(sample, "Rollout")
     elif tower == "connector":
         raise InputError(
-            "Rollout goes through self-attention over one sequence; got tower='connector'. Choose "
-            "'language' or 'vision'."
+            "attention_rollout is not defined for tower='connector'. Choose 'language' or 'vision'."
         )
     held = sample.layers(tower, "self")
     there = sample.provenance.get("layers", {}).get(f"{tower}.self", [])
@@ -205,7 +206,7 @@ def _calls(
     given: Any = layers
     if given is not None and np.shape(given) != (2,):
         raise InputError(
-            "layers is the start and stop of a slice, such as (0, -1) or (2, None); got "
+            "layers must be the start and stop of a slice, such as (0, -1) or (2, None); got "
             f"{layers!r}."
         )
     part = whole_slice(slice(*((None, None) if layers is None else layers)), "layer")
@@ -214,15 +215,15 @@ def _calls(
         _refuse_gaps(chosen, there, tower)
     if not chosen:
         raise InputError(
-            f"layers is the start and stop of a slice over {n_layers} layers; got {layers}, which "
-            "leaves none."
+            f"layers={layers} selects none of the {n_layers} layers. Pass the start and stop of a "
+            "slice with at least one layer."
         )
     missing = sorted(set(chosen) - set(held))
     if held and missing:
         raise NotRecordedError(
-            f"Rollout multiplies every layer from start to stop. Of {tower} layers {chosen.start} "
-            f"to {chosen.stop - 1}, {missing} were not kept (kept were {held}). Capture all "
-            "layers, or choose layers=(start, stop) among the kept."
+            f"Rollout requires all {tower} layers from {chosen.start} to {chosen.stop - 1}, but "
+            f"{missing} were not kept (kept: {held}). Capture all layers, or choose "
+            "layers=(start, stop) within the kept ones."
         )
     calls = list(
         calls_of(sample, list(chosen), tower=tower, call=image if tower == "vision" else 0)
@@ -230,37 +231,35 @@ def _calls(
     for call in calls:
         if call.n_queries != call.n_keys:
             raise NotRecordedError(
-                f"Rollout goes through every position, so every query row is needed. {call.name} "
-                f"holds {call.n_queries} rows for {call.n_keys} keys; capture with "
-                "Keep(queries='all')."
+                f"Rollout requires every query row, but {call.name} holds {call.n_queries} rows "
+                f"for {call.n_keys} keys. Capture with Keep(queries='all')."
             )
     return calls
 
 
 def _refuse_gaps(chosen: range, there: Collection[int], tower: Tower) -> None:
-    """Refuse layers that mix positions without a matrix that could be multiplied."""
+    """Raise InputError if a chosen layer is not softmax attention."""
     gaps = sorted(set(chosen) - set(there))
     if gaps:
         starts = [layer for layer in sorted(there) if layer - 1 not in there]
         stops = [layer + 1 for layer in sorted(there) if layer + 1 not in there]
         runs = ", ".join(f"({a}, {b})" for a, b in zip(starts, stops, strict=True))
         raise InputError(
-            "Rollout multiplies the attention of every layer from start to stop. In the "
-            f"{tower} tower, {gaps} have none: such layers mix positions by a convolution, a "
-            "recurrence or linear attention, and what they do would be missing. Choose layers "
-            f"between them: layers= one of {runs}."
+            f"Layers {gaps} of the {tower} tower are not softmax attention (but convolution, "
+            "recurrence or linear attention), so rollout through them is not defined. Choose "
+            f"consecutive attention layers: layers= one of {runs}."
         )
 
 
 def _rows(
     sample: Sample, queries: Selector | None, tower: Tower, positions: pd.DataFrame
 ) -> Int[Tensor, " query"]:
-    """The positions that were asked for."""
+    """Return the query positions."""
     if tower == "language":
         return queries_of(sample, LAST if queries is None else queries)
     if has_phrase(queries):
         raise InputError(
-            f"A phrase names text positions; give those of the {tower} tower as numbers. Got "
+            f"queries must be numbers in the {tower} tower, where a phrase has no positions; got "
             f"{queries!r}."
         )
     if queries is not None:
@@ -268,8 +267,8 @@ def _rows(
     classes = positions.index[positions["token_kind"] == "special"]
     if len(classes) != 1:
         raise InputError(
-            "Without queries, rollout of the vision tower asks the class token; this tower has "
-            f"{len(classes)}. Give positions."
+            f"The {tower} tower has {len(classes)} class tokens, so there is no default for "
+            "queries. Pass positions as queries."
         )
     return torch.tensor(classes.to_numpy())
 
@@ -277,7 +276,7 @@ def _rows(
 def _seeing(
     calls: Sequence[AttentionCall], positions: pd.DataFrame, rows: Int[Tensor, " query"]
 ) -> Int[Tensor, " seeing"]:
-    """The rows that see something in every layer and are not padding."""
+    """Return the rows that see a key in every layer and are not padding."""
     seeing = torch.tensor(
         positions["token_kind"].iloc[rows.tolist()].ne("padding").to_numpy(dtype=bool)
     )
@@ -285,23 +284,23 @@ def _seeing(
         seeing &= call.n_visible(rows)[0].gt(0).all(0).cpu()
     if not seeing.any():
         raise InputError(
-            f"Rollout starts at a position that sees something; {rows.tolist()[:6]} see nothing. "
-            "Choose others than padding."
+            f"The query positions {rows.tolist()[:6]} are padding or see no key. Choose other "
+            "queries."
         )
     return rows[seeing]
 
 
 def _counted(sample: Sample, tower: Tower, n_positions: int) -> Bool[Tensor, " position"]:
-    """True on the positions of a tower that are no padding."""
+    """Return a mask of the positions of a tower that are not padding."""
     return present(sample) if tower == "language" else torch.ones(n_positions, dtype=torch.bool)
 
 
 def _dropped(sample: Sample, sinks: Sinks, tower: Tower, n_positions: int) -> Bool[Tensor, " key"]:
-    """True on the positions whose attention is taken away."""
+    """Return a mask of the keys whose attention is removed."""
     drop = torch.zeros(n_positions, dtype=torch.bool)
     if isinstance(sinks, str):
         if sinks not in ("keep", "drop_first"):
-            raise InputError(f"sinks is 'keep', 'drop_first' or positions; got {sinks!r}.")
+            raise InputError(f"sinks must be 'keep', 'drop_first' or positions; got {sinks!r}.")
         if sinks == "drop_first":
             drop[first_position(sample) if tower == "language" else 0] = True
     else:

@@ -1,4 +1,4 @@
-"""Which layers, heads, queries and keys an analysis is about, and the refusals they share."""
+"""Select the layers, heads, queries and keys of an analysis, and raise the errors they share."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind, Tower
 
 Layers = SupportsIndex | Collection[Any] | np.ndarray | Tensor | None
-"""Layers, negative ones counted from the last, or a mask of them; None means all that are held."""
+"""Layers (negative ones count from the last) or a mask of layers; None for all kept layers."""
 
 POSITION_COLUMNS = ("token", "token_kind", "image", "row", "col", "video", "frame")
-"""What tables say of a position beside its number; the last two are of videos only."""
+"""Columns that describe a position in a table; ``video`` and ``frame`` are NA for images."""
 
-CHUNK_BYTES = 8 * 2**20  # of float32 probabilities at a time; what follows takes a few times that
+CHUNK_BYTES = 8 * 2**20  # of float32 probabilities per chunk; callers use a few times that
 
 
 def calls_of(
@@ -39,21 +39,21 @@ def calls_of(
     kind: AttentionKind = "self",
     call: int = 0,
 ) -> Iterator[AttentionCall]:
-    """The chosen layers' calls, one at a time, so that a store reads one layer at a time.
+    """Yield the calls of the chosen layers one at a time, so that a store reads one at a time.
 
-    Each layer comes once, in the order given, however often it was named: ``[3, -1]`` of four
-    layers is one.
+    Each layer is yielded once, in the order given, without repetitions: of four layers, ``[3, -1]``
+    is one layer.
 
     Raises:
-        NotRecordedError: Nothing of this tower was kept.
-        LayerError: There is no such layer, or none was named.
+        NotRecordedError: No attention of this tower and kind was kept.
+        LayerError: A layer does not exist, or ``layers`` is empty.
     """
     held = sample.layers(tower, kind)
     if not held:
         kept = sorted({f"{key[0]} {key[1]}" for key in sample.calls})
         raise NotRecordedError(
-            f"Only what was kept can be asked for. Sample {sample.name!r} holds no {tower} "
-            f"{kind}-attention; it holds: {', '.join(kept) or 'nothing'}."
+            f"Sample {sample.name!r} holds no {tower} {kind}-attention; it holds: "
+            f"{', '.join(kept) or 'nothing'}. Capture that tower, or choose another."
         )
     come: set[int] = set()
     exists = sample.provenance.get("layers", {}).get(f"{tower}.{kind}") or held
@@ -67,7 +67,10 @@ def calls_of(
 def image_calls(
     sample: Sample, layers: Layers, tower: Tower
 ) -> Iterator[tuple[int | None, AttentionCall]]:
-    """The chosen self-attention calls and the image each is about (None in the language tower)."""
+    """Yield the chosen self-attention calls with the index of their image.
+
+    The index is None in the language tower.
+    """
     numbers = sorted({key[3] for key in sample.calls if key[:2] == (tower, "self")})
     for number in numbers or [0]:
         for call in calls_of(sample, layers, tower=tower, call=number):
@@ -75,10 +78,10 @@ def image_calls(
 
 
 def heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
-    """The chosen heads as non-negative numbers, each once, in the order given.
+    """Return the chosen heads as non-negative numbers, without repetitions, in the order given.
 
     Raises:
-        LayerError: There is no such head, or none was named.
+        LayerError: A head does not exist, or ``heads`` is empty.
     """
     if heads is None:
         return list(range(call.n_heads))
@@ -88,34 +91,34 @@ def heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
         raise LayerError(f"{error} ({call.name})") from None
     if not chosen:
         raise LayerError(
-            f"At least one head is needed; got none. Leave heads out for all. ({call.name})"
+            f"heads is empty for {call.name}. Name at least one head, or leave heads out for all."
         )
     return list(dict.fromkeys(chosen))
 
 
 def queries_of(sample: Sample, queries: Selector) -> Int[Tensor, " query"]:
-    """Positions of the queries, each once, in the order given; see :meth:`Sample.positions`.
+    """Return the query positions without repetitions, in the order given.
 
-    A mean over queries counts each of them once.
+    See :meth:`Sample.positions`. A mean over queries counts each of them once.
 
     Raises:
-        InputError: ``"text"`` where no text comes after the image.
+        InputError: ``queries`` is ``"text"`` and no text is after the image.
     """
     return each_once(sample.positions(queries))
 
 
 def each_once(positions: Int[Tensor, " position"]) -> Int[Tensor, " once"]:
-    """The positions without repetitions, in the order given."""
+    """Return the positions without repetitions, in the order given."""
     return torch.tensor(list(dict.fromkeys(positions.tolist())), dtype=torch.long)
 
 
 def image_keys(
     sample: Sample, image: int | None, kind: AttentionKind = "self"
 ) -> Bool[Tensor, " key"]:
-    """True on the keys that are tokens of an image, or of any image or video.
+    """Return a mask of the keys that are tokens of the image, or of any image or video if None.
 
     Raises:
-        InputError: There is no such token.
+        InputError: There are no such tokens.
     """
     table = (
         sample.cross_keys if kind == "cross" and sample.cross_keys is not None else sample.tokens
@@ -127,22 +130,23 @@ def image_keys(
     if not keys.any():
         wanted = "image tokens" if image is None else f"tokens of image {image}"
         raise InputError(
-            f"The question is about an image. Sample {sample.name!r} has no {wanted}; it has "
-            f"{len(sample.grids)} images."
+            f"Sample {sample.name!r} has no {wanted}; it has {len(sample.grids)} images, numbered "
+            "from 0."
         )
     return torch.tensor(keys)
 
 
 def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -> pd.DataFrame:
-    """What stands at every position; in the vision tower, of one image (videos are behind those).
+    """Return a table that describes the positions of the language tower, or of one image.
 
-    Tokens of a thumbnail have no place beside those of the image.
+    In the vision tower, ``image`` counts the images first and then the videos. Tokens of a
+    thumbnail have no row and column, because those would collide with the tokens of the image.
 
     Returns:
-        ``token, token_kind, image, row, col, video, frame``, a row per position.
+        ``token, token_kind, image, row, col, video, frame``, one row per position.
 
     Raises:
-        GeometryError: The image has not as many places as the tower has positions.
+        GeometryError: The grid of the image and the tower have different numbers of positions.
     """
     if tower == "language":
         table = sample.tokens[["token", "kind", "image", "video", "frame"]]
@@ -155,9 +159,8 @@ def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -
     places = pd.DataFrame(grid.patch_places, columns=axes, dtype="Int64")
     if len(places) != n_positions:
         raise GeometryError(
-            f"The grid of an image has a place for each position of the tower. {kind.capitalize()} "
-            f"{number} of sample {sample.name!r} has {len(places)} places, the {tower} tower has "
-            f"{n_positions} positions."
+            f"{kind.capitalize()} {number} of sample {sample.name!r} has a grid of {len(places)} "
+            f"places, but the {tower} tower has {n_positions} positions."
         )
     nowhere = places["row"] < 0
     kinds = nowhere.map({True: "special", False: kind}).astype("string")
@@ -168,26 +171,30 @@ def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -
 
 
 def image_places(tokens: pd.DataFrame) -> pd.DataFrame:
-    """``row, col`` of each token in the grid of its image.
+    """Return ``row, col`` of each token in the grid of its image.
 
-    Those of a thumbnail are in a grid of their own; here they have no place.
+    Both are NA for tokens of a thumbnail, which have a separate grid.
     """
     small = tokens["view"].eq("thumbnail").fillna(value=False).astype(bool)
     return tokens[["row", "col"]].mask(small)
 
 
 def refuse_text(given: object, name: str, example: str) -> None:
-    """Refuse a text where a list of names is wanted: it would be read letter by letter.
+    """Reject a string where a list of names is expected: it would be iterated by letters.
 
     Raises:
-        InputError: It is one.
+        InputError: ``given`` is a string.
     """
     if isinstance(given, str):
-        raise InputError(f"{name} is a list, such as {example}; got {given!r}.")
+        raise InputError(f"{name} must be a list, such as {example}; got {given!r}.")
 
 
 def refuse_cross_attention(sample: Sample, question: str) -> None:
-    """Refuse a question about image and text in one sequence where they are not in one.
+    """Reject a sample whose image tokens are not in the text sequence.
+
+    Args:
+        sample: The sample.
+        question: Name of the analysis, for the error message.
 
     Raises:
         InputError: Text reaches the image by cross-attention.
@@ -195,12 +202,12 @@ def refuse_cross_attention(sample: Sample, question: str) -> None:
     if sample.cross_keys is not None:
         layers = ", ".join(str(layer) for layer in sample.layers("language", "cross"))
         raise InputError(
-            f"{question} is about image and text tokens in one sequence. In sample {sample.name!r} "
-            "the image is outside it: text reaches it by cross-attention (layers "
-            f"{layers or 'not kept'}), where every key is an image key."
+            f"{question} requires image and text tokens in one sequence. In sample {sample.name!r} "
+            f"text reaches the image by cross-attention (layers {layers or 'not kept'}), where "
+            "every key is an image key."
         )
 
 
 def row_chunks(call: AttentionCall, queries: Int[Tensor, " query"], n_heads: int) -> list[Tensor]:
-    """Queries in chunks whose probabilities take a few MB."""
+    """Split queries into chunks whose probabilities take a few MB."""
     return list(queries.split(max(1, CHUNK_BYTES // max(4 * call.n_keys * n_heads, 1))))

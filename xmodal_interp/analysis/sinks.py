@@ -1,10 +1,10 @@
-"""Attention sinks: keys that collect attention whatever the query (Gu et al. 2025).
+"""Attention sinks: keys that receive a large share of attention from most queries.
 
-arXiv 2410.10781, with ``alpha_k`` called ``received_k`` here: ``received_k = 1 / n_k * sum_i A_ik``
-over the ``n_k`` queries ``i`` that see key ``k``; key ``k`` is a sink of a head where
-``received_k > threshold``. Under attention uniform over the visible keys the first of ``T`` causal
-positions receives ``H_T / T`` (the harmonic number over ``T``: 0.0741 at 64), which is why a
-threshold means something only beside its null.
+Gu et al. 2025 (arXiv 2410.10781), whose ``alpha_k`` is called ``received_k`` here:
+``received_k = 1 / n_k * sum_i A_ik`` over the ``n_k`` queries ``i`` that see key ``k``. Key ``k``
+is a sink of a head if ``received_k > threshold``. Under attention uniform over the visible keys,
+the first of ``T`` causal positions receives ``H_T / T`` (``H_T`` is the harmonic number; 0.0741 for
+``T`` = 64). Tables therefore have this null next to the received share.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
 
 THRESHOLD = 0.3  # epsilon of Gu et al.
-MIN_QUERIES = 8  # a key that fewer queries see is not judged
+MIN_QUERIES = 8  # a key that fewer queries see is never a sink
 
 
 @checked
@@ -46,30 +46,30 @@ def attention_sinks(
     n_positions: int | None = None,
     min_queries: int = MIN_QUERIES,
 ) -> pd.DataFrame:
-    """How much attention keys receive, and which of them are sinks (Gu et al. 2025).
+    """Return the attention that keys receive, and whether they are sinks (Gu et al. 2025).
 
-    Language self-attention. If only some query rows were kept, these are averaged over.
+    Language self-attention, averaged over the kept query rows.
 
     Args:
         samples: One sample or many.
-        threshold: A key is a sink of a head that receives more than this; a share of attention, 0
-            to 1.
+        threshold: A key that receives more than this mean probability is a sink of the head; above
+            0 and at most 1.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
-        n_positions: Use the first so many positions only, padding not counted; the paper uses 64.
-            All if not given.
-        min_queries: Keys that fewer queries see are not judged: the last position always receives
-            what it gives itself.
+        n_positions: Use only the first ``n_positions`` positions, without padding. The paper uses
+            64. All if not given.
+        min_queries: Keys that fewer queries see are never sinks. Only one query sees the last
+            position, for example: the last position itself.
 
     Returns:
         One row per sample, layer, head and key, for the first position and for every key that is a
         sink of some head of the layer: ``sample, tower, kind, layer, head, key, token, token_kind,
         image, row, col, video, frame``, then ``received`` (mean probability), ``null`` (the same
-        under uniform attention over the visible keys), ``lift`` (their ratio), ``sink``,
-        ``n_queries``.
+        under uniform attention over the visible keys), ``lift`` (received / null), ``sink``,
+        ``n_queries`` (queries that see the key).
 
     Raises:
-        InputError: A threshold outside 0 to 1.
+        InputError: ``threshold`` is not above 0 and at most 1.
     """
     _check_threshold(threshold)
     parameters: dict[str, Any] = {
@@ -97,12 +97,12 @@ def sink_rate(
     n_positions: int | None = None,
     min_queries: int = MIN_QUERIES,
 ) -> pd.DataFrame:
-    """The share of heads that have a sink (Gu et al. 2025); arguments as in ``attention_sinks``.
+    """Return the share of heads with a sink (Gu et al. 2025); arguments as in ``attention_sinks``.
 
     Returns:
         One row per sample and layer: ``sample, tower, kind, layer``, then ``first`` (share of heads
-        whose sink is the first position), ``any`` (share of heads with a sink anywhere),
-        ``n_heads``. Their mean over samples and layers is the paper's metric.
+        for which the first position is a sink), ``any`` (share of heads with at least one sink),
+        ``n_heads``. The paper reports the mean of ``first`` over samples and layers.
     """
     _check_threshold(threshold)
     parameters: dict[str, Any] = {
@@ -133,7 +133,7 @@ def sink_keys(
     threshold: float = THRESHOLD,
     always: int | None = None,
 ) -> Bool[Tensor, "head key"]:
-    """True on the sinks of each head, judged over some rows, and on the key ``always``."""
+    """Return a mask of each head's sinks over the query rows, including the key ``always``."""
     _check_threshold(threshold)
     share, _, n_queries = _received(call, rows, heads)
     sink = (share > threshold) & (n_queries >= MIN_QUERIES)
@@ -151,7 +151,7 @@ def _sinks(
     n_positions: int | None,
     min_queries: int,
 ) -> pd.DataFrame:
-    """The table of ``attention_sinks`` for one sample."""
+    """Return the table of ``attention_sinks`` for one sample."""
     first, places = first_position(sample), places_of(sample)
     tables = []
     for call in calls_of(sample, layers):
@@ -182,7 +182,7 @@ def _sinks(
 def _received(
     call: AttentionCall, rows: Int[Tensor, " query"], heads: Sequence[int]
 ) -> tuple[Float[Tensor, "head key"], Float[Tensor, "head key"], Float[Tensor, "head key"]]:
-    """Per key: mean probability over the queries that see it, its null, and how many these are."""
+    """Return per key the mean probability over queries that see it, its null, and their number."""
     seen_by, null = torch.zeros(2, len(heads), call.n_keys, dtype=torch.float32)
     for chunk in row_chunks(call, rows, 1):
         seen = call.visible(chunk)[0].float().cpu()
@@ -196,6 +196,4 @@ def _received(
 def _check_threshold(threshold: float) -> None:
     real_number(threshold, "threshold")
     if not 0 < threshold <= 1:
-        raise InputError(
-            f"A sink threshold is a share of attention, above 0 and at most 1; got {threshold}."
-        )
+        raise InputError(f"threshold must be above 0 and at most 1; got {threshold}.")

@@ -1,23 +1,23 @@
-"""How well a model answers while heads are removed: three scores per question, teacher-forced.
+"""Teacher-forced scores of known answers while heads are removed: three scores per question.
 
-The known answer stands behind the prompt; position p predicts token p + 1. For an answer a_1..a_n
+The known answer is appended to the prompt; position p predicts token p + 1. For an answer a_1..a_n
 with log-probabilities l_t = log p(a_t | image, prompt, a_<t):
 
 ==========  =======================================================================
-accuracy    1 if every a_t is the most probable token at its place, else 0
+accuracy    1 if every a_t is the most probable token at its position, else 0
 log_prob    (1/n) sum_t l_t, in nats per token
-margin      logit of a_1 minus the largest other logit there
+margin      logit of a_1 minus the largest other logit at that position
 ==========  =======================================================================
 
-Accuracy alone has little resolution: a model may keep answering right while its confidence falls.
+Accuracy alone has little resolution: answers can stay correct while their probability falls.
 
-This is the probability of the answer in generation only if no position depends on later ones;
-``check_causal`` compares once.
+These scores equal those of generating the answer only if no position depends on later ones, which
+``check_causal`` verifies once.
 
-A batch is run once as it is, then once per removal. Whatever ran before the first edited layer is
-replayed from memory (:mod:`xmodal_interp.hooks.replaying`), after a check for each first layer, on
-the first batch, that this gives the scores of the whole forward; where it does not, or raises,
-whole forwards are run.
+Each batch runs once unchanged, then once per removal. The outputs of blocks before the first edited
+layer are replayed from memory (:mod:`xmodal_interp.hooks.replaying`). For each first edited layer,
+the first batch verifies that the replay gives the scores of the whole forward. If the scores differ
+or the replay raises, whole forwards are run instead.
 """
 
 from __future__ import annotations
@@ -48,19 +48,23 @@ from xmodal_interp.vocabulary import Tower
 METRICS: tuple[str, ...] = ("accuracy", "log_prob", "margin")
 
 Removal = Mapping[int, Sequence[int]]
-"""Heads by layer; empty for the model as it is."""
+"""Heads to remove by layer; empty for the intact model."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ablation:
-    """What removing a head means, for one model and data set."""
+    """How heads are removed, for one model and data set."""
 
     mode: AblationMode
     tower: Tower
     means: tuple[HeadMeans, ...] = ()
 
     def interventions(self, removal: Removal, batch: Batch) -> list[Any]:
-        """Means are taken, and put back, by class of position; the other modes have one class."""
+        """Return the interventions that remove heads in one batch.
+
+        Mean ablation of the language tower has one intervention per class of positions (image and
+        text); the other modes have one intervention.
+        """
         if not removal:
             return []
         if not self.means:
@@ -79,7 +83,7 @@ class Ablation:
 
 
 def ablation_of(vlm: VLM, batches: Sequence[Batch], mode: AblationMode, tower: Tower) -> Ablation:
-    """The ablation with its means, which are taken on the prompts of the batches."""
+    """Return the ablation; with mode ``"mean"``, means are computed over the batches' prompts."""
     if mode != "mean":
         return Ablation(mode, tower)
     by_class = tower == "language" and vlm.family.in_sequence
@@ -96,14 +100,14 @@ def removal_scores(
     *,
     progress: bool,
 ) -> Float[np.ndarray, "removal metric item"]:
-    """The three scores of every item under every removal, in the order of ``METRICS``.
+    """Return the three scores of every item under every removal, in the order of ``METRICS``.
 
     Args:
         vlm: Model and processor.
-        batches: Prompts with answers behind them.
-        removals: Heads by layer, both counted from 0; an empty one gives the model as it is.
-        ablation: What removing means.
-        progress: Whether to show a bar.
+        batches: Prompts followed by answers.
+        removals: Heads by layer, both counted from 0; an empty mapping is the intact model.
+        ablation: How heads are removed.
+        progress: Whether to show a progress bar.
     """
     scores = np.empty((len(removals), len(METRICS), sum(len(batch.index) for batch in batches)))
     check_causal(vlm, batches[0])
@@ -130,7 +134,7 @@ def removal_scores(
 
 @torch.no_grad()
 def answer_scores(vlm: VLM, batch: Batch) -> Float[np.ndarray, "metric item"]:
-    """The three scores of each item of a batch, by one forward."""
+    """Return the three scores of each item of a batch, computed in one forward."""
     longest = max(len(ids) for ids in batch.answers)
     logits = _last_logits(vlm, batch.inputs, longest + 1)
     gold = prompt_ids(batch.inputs)[:, -longest:]
@@ -140,14 +144,14 @@ def answer_scores(vlm: VLM, batch: Batch) -> Float[np.ndarray, "metric item"]:
 
 @torch.no_grad()
 def check_causal(vlm: VLM, batch: Batch) -> None:
-    """Refuse a model whose positions depend on later ones.
+    """Reject a model whose positions depend on later ones.
 
-    Two forwards, with and without the last token of the batch: the logits of that token's
-    prediction must be the same in both, to 1e-4 of the largest in float32 and to 8 units in the
-    last place in lower precision.
+    Compare two forwards, with and without the last token of the batch. The logits that predict that
+    token must agree to 1e-4 of the largest logit in float32, and to 8 units in the last place in
+    lower precision.
 
     Raises:
-        UnsupportedModelError: They are not.
+        UnsupportedModelError: The logits differ.
     """
     refuse_canvas(vlm.model)
     whole = _last_logits(vlm, batch.inputs, 2)[:, -2]
@@ -156,17 +160,16 @@ def check_causal(vlm: VLM, batch: Batch) -> None:
     limit = max(1e-4, 8 * torch.finfo(whole.dtype).eps) * float(cut.abs().max())
     if not change <= limit:
         raise UnsupportedModelError(
-            "The score of a known answer is defined where no position depends on later ones. In "
-            f"this {type(vlm.model).__name__} the logits that predict the last answer token change "
-            f"by {change:.2g} when that token is appended; use xi.answer_accuracy, which generates "
-            "the answers."
+            f"Positions of this {type(vlm.model).__name__} depend on later ones: the logits that "
+            f"predict the last answer token change by {change:.2g} when that token is appended, so "
+            "known answers cannot be scored. Use xi.answer_accuracy, which generates the answers."
         )
 
 
 def _last_logits(
     vlm: VLM, inputs: Mapping[str, Any], n: int
 ) -> Float[Tensor, "item position vocabulary"]:
-    """The logits of one forward, of the last ``n`` positions if the model can leave out others."""
+    """Return the logits of one forward, limited to the last ``n`` positions if supported."""
     takes = inspect.signature(vlm.model.forward).parameters
     options = {"logits_to_keep": n} if "logits_to_keep" in takes else {}
     logits: Tensor = vlm.run(dict(inputs), **options).logits
@@ -178,7 +181,7 @@ def _scores(
     gold: Int[Tensor, "item answer"],
     lengths: Int[Tensor, " item"],
 ) -> Float[Tensor, "metric item"]:
-    """Answers stand at the right end of their rows; ``lengths`` says how many tokens each has."""
+    """Return the scores; answers are right-aligned in their rows and have ``lengths`` tokens."""
     longest = gold.shape[1]
     counted = torch.arange(longest, device=gold.device) >= longest - lengths[:, None]
     right = (logits.argmax(-1) == gold) | ~counted
@@ -196,15 +199,15 @@ def replays(
     earlier: Mapping[nn.Module, Any],
     base: Float[np.ndarray, "metric item"],
 ) -> bool:
-    """Whether a forward with the outputs of earlier blocks gives what the whole one gave.
+    """Whether a forward with replayed outputs of earlier blocks gives the same scores.
 
-    It does not where a block acts by more than what it returns: the layers of Gemma 3n that share
-    keys and values write them into a dictionary of the forward.
+    It does not if a block has side effects: the layers of Gemma 3n that share keys and values, for
+    example, write them into a dictionary of the forward.
 
     Args:
         vlm: Model and processor.
-        batch: Prompts with answers behind them.
-        earlier: What the blocks before a layer returned.
+        batch: Prompts followed by answers.
+        earlier: Outputs of the blocks before a layer.
         base: The scores of the whole forward.
     """
     if not earlier:
@@ -212,13 +215,13 @@ def replays(
     try:
         with replay(dict(earlier)):
             again = answer_scores(vlm, batch)
-    except Exception:  # noqa: BLE001 - any error of the model's code: without replay it does not occur
+    except Exception:  # noqa: BLE001 - the model's code may raise anything during a replay
         return False
     return np.allclose(again, base, rtol=1e-4, atol=1e-5)
 
 
 def origin(vlm: VLM) -> dict[str, Any]:
-    """Which model under which versions gave the numbers; JSON-ready."""
+    """Return the provenance of the scores (model and versions), as JSON types."""
     about = provenance(vlm, {}, 0, Keep())
     of_captures = ("layers", "max_new_tokens", "kept", "created")
     return {name: value for name, value in about.items() if name not in of_captures}

@@ -1,4 +1,4 @@
-"""How good is a map, or a ranking of heads, against what is known?"""
+"""Evaluate maps and head rankings against ground truth."""
 
 from xmodal_interp.evaluation.choosing import best_head
 from xmodal_interp.evaluation.faithfulness import curve_areas, deletion_curve, insertion_curve

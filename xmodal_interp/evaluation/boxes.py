@@ -1,4 +1,4 @@
-"""Image tokens against labelled boxes, all in pixels of the original image."""
+"""Compare image tokens with labelled boxes, in pixels of the original image."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ Criterion = Literal["overlap", "centre"]
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """What of an image has a box: its tokens, or the patches that are in them.
+    """The parts of an image that have a box: its tokens, or patches if tokens are learned queries.
 
     Attributes:
         keys: Key positions of the image's tokens.
-        boxes: Of each cell the part that is on the picture, px of the original image. A processor
-            that pads a picture makes cells that hang over its edge, and cells of padding alone,
-            whose part has no area.
-        shares: What part of each token is from each cell, where cells are no tokens.
+        boxes: Box of each cell, clipped to the image, in px of the original image. If a processor
+            pads an image, some cells extend over its edge; cells of padding alone have no area.
+        shares: Share of each patch in each token if cells are patches; None if they are tokens.
     """
 
     keys: Int[Tensor, " key"]
@@ -44,21 +43,21 @@ class Cells:
 
     @property
     def on_picture(self) -> Bool[Tensor, " cell"]:
-        """Whether some part of each cell is on the picture."""
+        """True for each cell that overlaps the image."""
         return areas(self.boxes) > 0
 
     def amounts(self, on_keys: Float[Tensor, "*axis key"]) -> Float[Tensor, "*axis cell"]:
-        """Amounts on the cells, from amounts on the keys."""
+        """Convert amounts on the keys to amounts on the cells."""
         return on_keys if self.shares is None else on_keys @ self.shares.to(on_keys)
 
 
 def placed_cells(sample: Sample, image: int, kind: AttentionKind = "self") -> Cells:
-    """An image's tokens that have a box, be it on padding (class tokens have none).
+    """Return the image tokens that have a box, including those on padding.
 
-    Where all of them are learned queries: the patches that are in them.
+    Class tokens have no box. If the tokens are learned queries, return the patches instead.
 
     Raises:
-        InputError: There is no such token.
+        InputError: The image has no tokens.
         NotRecordedError: The tokens are learned queries, and the connector was not kept.
     """
     keys = image_keys(sample, image, kind).nonzero()[:, 0]
@@ -78,21 +77,21 @@ def placed_cells(sample: Sample, image: int, kind: AttentionKind = "self") -> Ce
 
 
 def areas(boxes: Float[Tensor, "cell 4"]) -> Float[Tensor, " cell"]:
-    """Area of each box, square px."""
+    """Return the area of each box, square px."""
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
 def _clipped(boxes: Float[Tensor, "cell 4"], grid: ImageGrid) -> Float[Tensor, "cell 4"]:
-    """The part of each box that is on the picture."""
+    """Clip the boxes to the image."""
     edges = torch.tensor([grid.width, grid.height] * 2, dtype=boxes.dtype)
     return torch.minimum(boxes.clamp(min=0), edges)
 
 
 def overlap_shares(tokens: Float[Tensor, "token 4"], box: Box) -> Float[Tensor, " token"]:
-    """The share of each token's area that lies in the box; 0 for a token without area.
+    """Return the share of each token's area that is in the box; 0 for a token without area.
 
     Raises:
-        InputError: A box that is no box.
+        InputError: The box is invalid.
     """
     corners = _corners(box).to(tokens.dtype)
     low = torch.maximum(tokens[:, :2], corners[:2])
@@ -105,9 +104,9 @@ def overlap_shares(tokens: Float[Tensor, "token 4"], box: Box) -> Float[Tensor, 
 def tokens_inside(
     tokens: Float[Tensor, "token 4"], box: Box, criterion: Criterion
 ) -> Bool[Tensor, " token"]:
-    """Which tokens count as in the box: those that overlap it, or those whose centre it holds.
+    """True for tokens in the box: tokens that overlap it, or tokens whose centre is in it.
 
-    A token without area, on padding alone, is in no box.
+    A token without area (on padding alone) is never in a box.
     """
     if criterion == "overlap":
         return overlap_shares(tokens, box) > 0
@@ -118,11 +117,11 @@ def tokens_inside(
 
 
 def _corners(box: Box) -> Float[Tensor, "4"]:
-    """The four numbers of a box, in a list, an array or a row of a table."""
+    """Return the four numbers of a box given as a list, an array or a row of a table."""
     try:
         edges = [float(edge) for edge in in_order(box, "A box")]
     except (TypeError, OverflowError):  # not numbers
         edges = []
     if len(edges) != 4 or not (edges[0] < edges[2] and edges[1] < edges[3]):
-        raise InputError(f"A box is x0 < x1, y0 < y1, in the order x0, y0, x1, y1; got {box!r}.")
+        raise InputError(f"A box must be x0, y0, x1, y1 with x0 < x1 and y0 < y1; got {box!r}.")
     return torch.tensor(edges, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The head that is honestly the best: chosen on one half of the samples, scored on the other."""
+"""Select the best head on one half of the samples and score it on the other half."""
 
 from __future__ import annotations
 
@@ -26,56 +26,56 @@ HEAD_KEYS = ["tower", "kind", "layer", "head"]
 def best_head(
     hits: pd.DataFrame, value: str = "hit", *, n_bootstrap: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """The head that is best on the first half of the samples, scored on the second half.
+    """Select the best head on the first half of the samples and score it on the second half.
 
     Args:
-        hits: What :func:`pointing_hits` returned, or any table with ``layer``, ``head`` and one row
-            for each sample and head; samples in random order. Where it has the column
-            ``picture``, no picture is in both halves, and intervals are over pictures.
-        value: The column to be best in. Of equal heads, the first one. Samples in which a head has
-            no number (NaN) are left out of its mean; a head without any is not chosen.
-        n_bootstrap: Resamples of the interval, where the value is no rate.
+        hits: The result of :func:`pointing_hits`, or any table with ``layer``, ``head`` and one row
+            for each sample and head, samples in random order. If it has the column ``picture``, no
+            picture is in both halves, and intervals are over pictures.
+        value: The column to maximise. Of tied heads, the first is chosen. NaN values are left out
+            of the mean of a head; a head with NaN only is not chosen.
+        n_bootstrap: Number of bootstrap resamples for the interval, if the value is not a rate.
         seed: Seed of the resamples.
 
     Returns:
-        One row: the keys of the head, ``chosen_with`` (mean of the value in the first half, too
-        high by the choice), then ``{value}``, ``{value}_low``, ``{value}_high`` (mean and 95%
+        One row: the keys of the head, ``chosen_with`` (mean of the value in the first half, biased
+        upwards by the selection), then ``{value}``, ``{value}_low``, ``{value}_high`` (mean and 95%
         interval in the second half; NaN with fewer than 2 clusters), ``n_chosen`` and ``n``
-        (samples with a number, of each half), ``n_clusters`` (different pictures among ``n``).
+        (samples that are not NaN, in the first and second half), ``n_clusters`` (distinct pictures
+        among ``n``).
 
     Raises:
-        InputError: Fewer than two samples or pictures, a table that lacks a row or a column, or no
-            head with a number in the first half.
+        InputError: There are fewer than two samples or pictures, the table lacks a row or a column,
+            or all values in the first half are NaN.
     """
     keys = [name for name in HEAD_KEYS if name in hits.columns]
     if not {"layer", "head", value} <= set(hits.columns):
         raise InputError(
-            f"Choosing a head needs the columns layer, head, {value}; got "
-            f"{', '.join(hits.columns)}."
+            f"hits must have the columns layer, head and {value}; got {', '.join(hits.columns)}."
         )
     wide = {key: of_head[value].to_numpy(float) for key, of_head in hits.groupby(keys, sort=True)}
     lengths = {len(values) for values in wide.values()}
     if len(lengths) != 1 or max(lengths) < 2:
         raise InputError(
-            "Choosing and scoring a head needs the same two or more samples for each; got "
-            f"{' or '.join(map(str, sorted(lengths))) or 'no'} rows per head."
+            f"hits has {' or '.join(map(str, sorted(lengths))) or 'no'} rows per head. It must "
+            "have the same samples for each head, and at least two."
         )
     values = np.stack(list(wide.values()))  # [head, sample]
     pictures = np.arange(values.shape[1])
     if "picture" in hits.columns:
         of_first = next(of_head["picture"] for _, of_head in hits.groupby(keys, sort=True))
         pictures = cluster_numbers(of_first.tolist())
-    first = pictures < (pictures.max() + 2) // 2  # half of them, the middle one included
+    first = pictures < (pictures.max() + 2) // 2  # the first half is larger by one if odd
     if first.all():
         raise InputError(
-            "Choosing and scoring a head needs two or more pictures: one half to choose with, one "
-            "to score with. All samples show the same."
+            "All samples show the same picture. At least two pictures are required: one to choose "
+            "a head, another to score it."
         )
     means = _known_means(values[:, first])
     if np.isnan(means).all():
         raise InputError(
-            f"A head is chosen by the mean of {value!r} over the first half of the samples; there "
-            "no head has a number."
+            f"All values of {value!r} in the first half of the samples are NaN, so no head can be "
+            "chosen."
         )
     best = int(np.nanargmax(means))
     scored = values[best : best + 1, ~first]
@@ -99,7 +99,7 @@ def best_head(
 
 
 def _known_means(values: Float[np.ndarray, "series sample"]) -> Float[np.ndarray, " series"]:
-    """Means over the samples that have a number; NaN where none has."""
+    """Return means over samples that are not NaN; NaN if all are."""
     known = ~np.isnan(values)
     counts = known.sum(1)
     sums = np.where(known, values, 0.0).sum(1)

@@ -1,17 +1,18 @@
-"""Does a map show what the model uses? Take image tokens away in its order, or bring them back.
+"""Faithfulness of saliency maps: deletion and insertion curves over image tokens.
 
-Petsiuk et al. 2018 (RISE, arXiv:1806.07421), on the image tokens of the language model instead of
-pixels: a token is taken away by putting the mean image token of the sample in its place. Image
+Petsiuk et al. 2018 (RISE, arXiv:1806.07421), applied to the image tokens of the language model
+instead of pixels. A token is removed by replacing it with the mean image token of the sample. Image
 features that some models add inside the language model are replaced by their mean as well.
 
-* deletion: from the whole image, the most salient token first; a faithful map makes the score fall
-  fast, so its area is small.
-* insertion: from no token, the most salient first; a faithful map makes it rise fast.
+* deletion: start from the whole image and remove the most salient tokens first. With a faithful map
+  the score falls fast, so the area under the curve is small.
+* insertion: start without image tokens and restore the most salient tokens first. With a faithful
+  map the score rises fast, so the area is large.
 
-The score is the probability of the known answer, teacher-forced: the geometric mean over its
-tokens. The area under a curve s_0..s_n is the normalised trapezoid sum
-(s_0 / 2 + s_1 + ... + s_n / 2) / n. Read it against a random order (``maps="random"``) and against
-the centre prior (``"centre"``).
+The score is the teacher-forced probability of the known answer: the geometric mean over its tokens.
+The area under a curve s_0..s_n is the normalised trapezoid sum
+(s_0 / 2 + s_1 + ... + s_n / 2) / n. Compare it with a random order (``maps="random"``) and with the
+centre prior (``maps="centre"``).
 """
 
 from __future__ import annotations
@@ -51,26 +52,28 @@ def deletion_curve(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Take image tokens away, the most salient first, and watch the answer (Petsiuk et al. 2018).
+    """Score the answer while image tokens are removed, most salient first (Petsiuk et al. 2018).
 
     Args:
-        vlm: Model and processor; its images must be among the tokens of the sequence.
+        vlm: Model and processor; image tokens must be in the text sequence.
         items: Dicts with one ``image``, ``prompt``, ``answer``, and optionally ``kind``.
         maps: For each item, one value per image token, in sequence order or as a ``[row, col]``
-            grid; or ``"random"``, or ``"centre"`` (the nearer to the centre, the more salient).
-        steps: How many points the curve has, none and all tokens included.
+            grid; or ``"random"``, or ``"centre"`` (tokens nearer to the centre are more salient).
+        steps: Number of points of the curve, including no token removed and all removed.
         batch_size: The largest number of items per forward.
         seed: Seed of the random order.
-        progress: Whether to show a bar.
+        progress: Whether to show a progress bar.
 
     Returns:
         One row per item and step: ``item, question_kind, step, share_changed`` (0 to 1),
-        ``probability`` (0 to 1), ``accuracy`` (0 or 1). :func:`curve_areas` sums it up.
+        ``probability`` (0 to 1), ``accuracy`` (0 or 1). :func:`curve_areas` returns the area under
+        each curve.
 
     Raises:
-        InputError: Maps that do not fit the image tokens, or items without one image.
-        UnsupportedModelError: Text reaches the image by cross-attention, or in another way that
-            replaced tokens leave open; or positions depend on later ones.
+        InputError: A map does not fit the image tokens, or an item does not have one image.
+        UnsupportedModelError: Text reaches the image by cross-attention, or the image still
+            influences the output when all its tokens are replaced, or positions depend on later
+            ones.
     """
     return _curve(vlm, items, maps, "deletion_curve", steps, batch_size, seed, progress)
 
@@ -86,27 +89,28 @@ def insertion_curve(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Bring image tokens back, the most salient first (Petsiuk et al. 2018).
+    """Score the answer while image tokens are restored, most salient first (Petsiuk et al. 2018).
 
-    Takes and returns what :func:`deletion_curve` does; ``share_changed`` is the share brought back.
+    Arguments and result are those of :func:`deletion_curve`; ``share_changed`` is the share of
+    restored tokens.
     """
     return _curve(vlm, items, maps, "insertion_curve", steps, batch_size, seed, progress)
 
 
 @checked
 def curve_areas(curve: pd.DataFrame, value: str = "probability") -> pd.DataFrame:
-    """The area under each item's curve: ``item, question_kind, area``, 0 to 1 for probabilities.
+    """Return the area under each item's curve: ``item, question_kind, area`` (0 to 1).
 
-    Give the areas of two maps to ``bootstrap_interval(..., paired=...)`` to compare them.
+    To compare two maps, pass their areas to ``bootstrap_interval(..., paired=...)``.
 
     Raises:
-        InputError: A table that is no curve.
+        InputError: The table lacks a column of a curve.
     """
     missing = [name for name in ("item", "step", value) if name not in curve.columns]
     if missing:
         raise InputError(
-            f"An area is that of a curve with item, step and {value}; missing: "
-            f"{', '.join(missing)}."
+            f"curve lacks the columns {', '.join(missing)}. Pass the result of deletion_curve or "
+            "insertion_curve."
         )
     rows = [
         {
@@ -122,7 +126,7 @@ def curve_areas(curve: pd.DataFrame, value: str = "probability") -> pd.DataFrame
 
 
 def area(scores: Float[np.ndarray, " step"]) -> float:
-    """The normalised trapezoid sum of RISE: 1 for a curve that stays at 1, 0.5 for a line to 0."""
+    """Return the normalised trapezoid sum: 1 for a constant 1, 0.5 for a line from 1 to 0."""
     return float((scores.sum() - (scores[0] + scores[-1]) / 2) / (len(scores) - 1))
 
 
@@ -143,7 +147,7 @@ def _curve(
         one_of(maps, "maps", ("random", "centre"))
     maps = maps if isinstance(maps, str) else in_order(maps, "maps")
     if not isinstance(maps, str) and len(maps) != len(items):
-        raise InputError(f"maps must be one per item; got {len(maps)} for {len(items)} items.")
+        raise InputError(f"Pass one map per item; got {len(maps)} for {len(items)} items.")
     shares = np.linspace(0, 1, steps)
     scores = np.empty((len(items), steps, 2))
     batches = batches_of(vlm, items, batch_size=batch_size)
@@ -155,7 +159,7 @@ def _curve(
                 check_images_gone(vlm, batch.inputs, image)
             with remember_blocks(vlm.model) as memory:
                 base = answer_scores(vlm, batch)
-            vision = memory.before("language", "self", 0)  # the edit comes behind it
+            vision = memory.before("language", "self", 0)  # the edit is after the vision tower
             if number == 0:
                 reusable = replays(vlm, batch, vision, base)
             vision = vision if reusable else {}
@@ -194,12 +198,14 @@ def _curve(
 def _orders(
     batch: Batch, maps: Maps, seed: int
 ) -> tuple[Bool[Tensor, "item position"], list[np.ndarray]]:
-    """Where the image tokens are, and for each item their order, the most salient first."""
+    """Return a mask of the image tokens, and their order for each item, most salient first."""
     image = torch.zeros(len(batch.index), batch.n_ids, dtype=torch.bool)
     orders = []
     for row, index, prompt in zip(image, batch.index, batch.prompts, strict=True):
         if len(prompt.grids) != 1:
-            raise InputError(f"A map is of one image. Item {index} has {len(prompt.grids)} images.")
+            raise InputError(
+                f"Item {index} has {len(prompt.grids)} images. Pass items with one image."
+            )
         positions = np.flatnonzero(prompt.tokens["kind"].eq("image").to_numpy(dtype=bool))
         row[torch.from_numpy(positions)] = True
         values = _values(prompt.grids[0], maps, index, seed)
@@ -224,9 +230,9 @@ def _values(grid: ImageGrid, maps: Maps, index: int, seed: int) -> Float[np.ndar
     values = given[grid.places[:, 0], grid.places[:, 1]] if on_grid else given
     if values.shape != (grid.n_tokens,) or np.isnan(values).any():
         raise InputError(
-            "A map has a number for each image token, in a row or as a grid. Item "
-            f"{index} has {grid.n_tokens} tokens ({grid.rows} x {grid.cols}); its map has shape "
-            f"{given.shape} with {int(np.isnan(given).sum())} NaN."
+            f"The map of item {index} has shape {given.shape} with {int(np.isnan(given).sum())} "
+            f"NaN, but the image has {grid.n_tokens} tokens ({grid.rows} x {grid.cols}). Pass one "
+            "number per image token, as a sequence or as a grid."
         )
     return values
 
@@ -235,16 +241,15 @@ def _all_placed(grid: ImageGrid, index: int, what: str) -> None:
     stray = int((grid.places[:, 0] < 0).sum())
     if stray:
         raise InputError(
-            f"To rank tokens by {what}, each must have a row and a column. Of item {index}, "
-            f"{stray} of {grid.n_tokens} image tokens have none among those of the image; give a "
-            "value for each token."
+            f"Tokens cannot be ranked by {what}: {stray} of {grid.n_tokens} image tokens of item "
+            f"{index} have no row and column. Pass a map with one value per token."
         )
 
 
 def _first(
     image: Bool[Tensor, "item position"], orders: Sequence[np.ndarray], share: float
 ) -> Bool[Tensor, "item position"]:
-    """The most salient share of each item's tokens."""
+    """Return a mask of the most salient share of each item's tokens."""
     first = torch.zeros_like(image)
     for row, order in zip(first, orders, strict=True):
         row[torch.from_numpy(order[: round(share * len(order))])] = True

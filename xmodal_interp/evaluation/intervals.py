@@ -1,9 +1,9 @@
-"""How sure a number is: intervals over samples, and corrections for many tests.
+"""Confidence intervals over samples, and corrections for multiple tests.
 
-Samples are what is independent. Tokens, rows and heads of one sample are not: an interval from
-resampled tokens is far too narrow. So values come one row per sample, or with the cluster (the
-sample, the image) that each belongs to, and whole clusters are drawn. The methods are those of
-:mod:`xmodal_interp.analysis.resampling`, which says what each is for.
+Samples are independent; tokens, rows and heads of one sample are not, and an interval from
+resampled tokens is far too narrow. Pass one value per sample, or also the cluster (for example the
+image) of each value: whole clusters are resampled. :mod:`xmodal_interp.analysis.resampling`
+describes the methods.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Interval(NamedTuple):
     """A statistic and its interval.
 
     Attributes:
-        estimate: The statistic of the samples as they are.
-        low: Low end; NaN where there is no interval.
-        high: High end; NaN where there is no interval.
-        n: How many clusters of samples (samples, if they are in none) there are.
-        n_draws: How many times they were resampled; 0 for a method without resamples.
+        estimate: The statistic of the given samples.
+        low: Low end; NaN with fewer than 2 clusters.
+        high: High end; NaN with fewer than 2 clusters.
+        n: Number of clusters, or of samples if no clusters are given.
+        n_draws: Number of bootstrap resamples; 0 for a method without resampling.
         seed: Seed of the draws.
         method: ``"wilson"``, ``"bca"``, ``"student"``, or ``"none"`` with fewer than 2 clusters.
     """
@@ -65,29 +65,28 @@ def bootstrap_interval(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval:
-    """Interval of a statistic of samples: BCa bootstrap (Efron 1987), or Wilson's for a rate.
+    """Return the interval of a statistic: BCa bootstrap (Efron 1987), or Wilson's for a rate.
 
-    The mean of values that are all 0 or 1 is a rate, and has Wilson's interval; so has, combined by
-    Newcombe's rule, the difference of two such rates. With fewer than 10 clusters, any other
-    statistic has Student's interval with the standard error of the jackknife.
+    The mean of values that are all 0 or 1 is a rate and has Wilson's interval. The difference of
+    two such rates combines their Wilson intervals by Newcombe's rule. With fewer than 10 clusters,
+    any other statistic has Student's interval with the jackknife standard error.
 
     Args:
-        values: ``[sample]`` or ``[sample, ...]``: what the statistic is given, samples drawn with
-            replacement along the first axis.
-        statistic: From such an array to a number.
-        paired: Values of a second method on the same samples: the interval is that of the
-            statistic's difference, ``statistic(values) - statistic(paired)``, both from the same
-            draws.
-        clusters: A label per sample, by position; samples of one label are drawn together.
-        n: How many draws.
-        level: Coverage aimed at, between 0 and 1.
+        values: ``[sample]`` or ``[sample, ...]``. Samples are drawn along the first axis, with
+            replacement.
+        statistic: Function of such an array that returns a number.
+        paired: Values of a second method on the same samples. The interval is then that of
+            ``statistic(values) - statistic(paired)``, both from the same draws.
+        clusters: One label per sample; samples with the same label are drawn together.
+        n: Number of draws.
+        level: Nominal coverage, between 0 and 1.
         seed: Seed of the draws.
 
     Returns:
         The interval; its ends are NaN with fewer than 2 clusters.
 
     Raises:
-        InputError: No samples, NaN among them, lengths that differ, or a level or number of draws
+        InputError: There are no samples, a value is NaN, lengths differ, or ``level`` or ``n`` is
             outside its range.
 
     Example:
@@ -96,9 +95,9 @@ def bootstrap_interval(
     """
     real_number(level, "level")
     if not 0 < level < 1:
-        raise InputError(f"level is between 0 and 1, such as 0.95; got {level!r}.")
+        raise InputError(f"level must be between 0 and 1, such as 0.95; got {level!r}.")
     if whole_number(n, "n", -MOST) < 1:
-        raise InputError(f"There is at least one draw; got n={n!r}.")
+        raise InputError(f"n must be at least 1; got {n!r}.")
     first = _checked("values", values, None)
     second = None if paired is None else _checked("paired", paired, len(first))
     numbers = np.arange(len(first))
@@ -147,13 +146,14 @@ def _numbers(ends: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
 
 
 def holm_adjusted(p_values: Values) -> Float[np.ndarray, " test"]:
-    """P-values corrected for the number of tests (Holm 1979): the k-th smallest of m, times m - k.
+    """Return p-values corrected for multiple tests (Holm 1979).
 
-    With k counted from 0, made monotone and cut at 1. Rejecting where the adjusted value is below
-    alpha keeps the chance of any false rejection below alpha, whatever the dependence.
+    The k-th smallest of m p-values (k from 0) is multiplied by m - k; the results are made monotone
+    and clipped at 1. If hypotheses with an adjusted value below alpha are rejected, the probability
+    of any false rejection is below alpha, also for dependent tests.
 
     Raises:
-        InputError: A number that is no probability.
+        InputError: A value is not a probability.
 
     Example:
         >>> holm_adjusted([0.01, 0.04, 0.03]).tolist()
@@ -161,7 +161,7 @@ def holm_adjusted(p_values: Values) -> Float[np.ndarray, " test"]:
     """
     p = _as_numbers("p_values", p_values)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
-        raise InputError(f"P-values are a row of numbers from 0 to 1; got {p.tolist()}.")
+        raise InputError(f"p_values must be numbers from 0 to 1, in one row; got {p.tolist()}.")
     order = np.argsort(p, kind="stable")
     scaled = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     adjusted = np.empty_like(p)
@@ -173,18 +173,18 @@ def _as_numbers(name: str, values: Values) -> np.ndarray:
     try:
         return np.asarray(values, dtype=float)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{name} are numbers; got {quoted(values)}.") from error
+        raise InputError(f"{name} must be numbers; got {quoted(values)}.") from error
 
 
 def _checked(name: str, values: Values, length: int | None) -> np.ndarray:
     array = _as_numbers(name, values)
     if array.ndim == 0 or len(array) == 0 or np.isnan(array).any():
         raise InputError(
-            f"{name} must hold a number for each sample, and at least one; got shape {array.shape} "
-            f"with {int(np.isnan(array).sum())} NaN."
+            f"{name} has shape {array.shape} with {int(np.isnan(array).sum())} NaN. Pass a number "
+            "for each sample, and at least one sample."
         )
     if length is not None and len(array) != length:
         raise InputError(
-            f"{name} must hold the same samples as values; got {len(array)} for {length}."
+            f"{name} must have the same samples as values; got {len(array)} for {length}."
         )
     return array

@@ -1,30 +1,30 @@
-"""Does a head look at the thing it is asked about? The pointing game, and the share in the box.
+"""The pointing game: how much of each head's attention on the image is in a labelled box.
 
 For a query row of a head, restricted to the tokens of an image (``m_t``, token boxes ``b_t``), and
 a labelled box ``B``, both in pixels of the original image:
 
-* hit: the peak ``argmax_t m_t`` lies in the box (Zhang et al. 2018, arXiv:1608.00507): the centre
-  of its token box does (``"centre"``), or its token box overlaps it (``"overlap"``). Tokens are
-  coarse, so ``"centre"`` misses small things that a head does look at. Where tokens are learned
-  queries, the patches that are in them stand for tokens. Where several tokens are the peak, its hit
-  is the share of these that lie in the box: a flat map has the hit of a random token.
-  A map that is 0 everywhere points nowhere: its hit is 0, its energy too.
-* energy: ``sum_t m_t |b_t & B| / |b_t|`` over ``sum_t m_t`` (the energy-based pointing game of Wang
-  et al. 2020, arXiv:1910.01279), tokens on the rim of the box counted in part.
+* hit: 1 if the peak ``argmax_t m_t`` is in the box (Zhang et al. 2018, arXiv:1608.00507). With the
+  criterion ``"centre"`` the centre of the token must be in the box, with ``"overlap"`` the token
+  must overlap the box. Tokens are coarse, so ``"centre"`` can miss small objects. If several tokens
+  are tied at the peak, the hit is the share of them that is in the box: a flat map has the hit rate
+  of a random token. If ``m_t`` is 0 everywhere, hit and energy are 0. If tokens are learned
+  queries, image patches are used instead of tokens.
+* energy: ``sum_t m_t |b_t & B| / |b_t|`` divided by ``sum_t m_t`` (the energy-based pointing game
+  of Wang et al. 2020, arXiv:1910.01279). Tokens at the edge of the box count in part.
 
-Boxes ``b_t`` are the parts of the tokens that are on the picture: where the processor pads, tokens
-hang over its edge, and the box of the whole picture has an energy of 1 all the same. Tokens on
-padding alone are left out of the energy; what they get is ``padding_mass``. They can be the peak,
-which is then a miss. Uniform attention has ``energy_chance``: the box's share of the picture, if
-all tokens are of one size there.
+The boxes ``b_t`` are clipped to the image. If the processor pads, tokens extend over the edge of
+the image; with clipped boxes, a box of the whole image still has an energy of 1. Tokens on padding
+alone are left out of the energy, and their mass is ``padding_mass``. If one of them is the peak,
+the hit is 0. ``energy_chance`` is the energy of uniform attention: the box's share of the image if
+all tokens on it have the same size.
 
-A random token is not the null to beat: things stand out from the background, and a head that looks
-at *some* thing scores far above it. Hence ``any_object``, how often the peak is in any thing's box,
-and ``other_object``, how often it is in one particular other thing's: a head that does not know
-which thing is meant has ``hit`` equal to ``other_object``.
+A random token is too weak a baseline: objects are salient, and a head that attends to *any* object
+scores far above it. ``any_object`` is therefore the rate of peaks in the box of any object, and
+``other_object`` the mean rate of peaks in the box of one of the other objects. For a head that is
+independent of which object the question is about, ``hit`` equals ``other_object``.
 
-The best of many heads looks better than it is: :func:`best_head` chooses it on one half of the
-samples and scores it on the other.
+The score of the best of many heads is biased upwards. :func:`best_head` selects it on one half of
+the samples and scores it on the other.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _MEANS = [
     *("image_mass", "padding_mass", "hit_chance", "energy_chance"),
 ]
 TIED = 1e-6
-"""Probabilities this close, relative to the peak, are equal: float32 tells no more apart."""
+"""Largest relative difference from the peak that counts as a tie in float32."""
 
 
 @checked
@@ -84,40 +84,38 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How often each head of the language tower looks at the labelled thing.
+    """Return how often each head of the language tower attends to the labelled object.
 
     Args:
-        samples: One sample or many; one labelled thing each.
-        boxes: The box of the thing that each sample asks about: one per sample, or the name of the
-            label that holds it (``sample.labels["box"]``). A list, array, Series or table of four
-            columns is read by position, whatever its index.
-        other_boxes: Boxes of the other things in the picture, given in the same ways. Without them,
+        samples: One sample or many, each with one labelled object.
+        boxes: The box of the object that each sample asks about: one per sample, or the name of a
+            label (``sample.labels["box"]``). A list, array, Series or table of four columns is
+            matched to the samples by position; an index is ignored.
+        other_boxes: Boxes of the other objects in the image, given in the same ways. Without them,
             ``any_object`` and ``other_object`` are NaN.
-        queries: Whose attention: ``"last"`` (of the prompt), ``"text"``, positions, a phrase, or a
-            function that gives one of these for a sample. Several rows are averaged.
+        queries: ``"last"`` (of the prompt), ``"text"``, positions, a phrase, or a function that
+            returns one of these for a sample. Several query rows are averaged.
         criterion: ``"overlap"`` or ``"centre"``.
         layers: Layers, all if not given.
-        image: Which image the boxes are on.
-        kind: ``"self"``, or ``"cross"`` where text reaches the image by cross-attention.
-        n_bootstrap: Resamples of the intervals.
+        image: Index of the image with the boxes.
+        kind: ``"self"``, or ``"cross"`` if text reaches the image by cross-attention.
+        n_bootstrap: Number of bootstrap resamples for the intervals.
         seed: Seed of the resamples.
 
     Returns:
         One row per layer and head: ``tower, kind, layer, head``, then means over the samples:
         ``hit`` (0 to 1), ``energy`` (0 to 1), ``any_object``, ``other_object`` (0 to 1),
-        ``image_mass`` (probability on the image), ``padding_mass`` (the part of it on tokens of
-        padding alone), ``hit_chance`` (of a random token), ``energy_chance`` (of uniform
+        ``image_mass`` (probability on the image), ``padding_mass`` (its part on tokens of padding
+        alone), ``hit_chance`` (hit rate of a random token), ``energy_chance`` (energy of uniform
         attention); ``hit_low``, ``hit_high``, ``energy_low``, ``energy_high`` (95% intervals over
-        samples; those that show the same pictures are one cluster), ``n``, and ``n_clusters``
-        (different pictures among these). All are means over the samples that have a number, ``n``
-        of them for ``hit``; NaN in a layer in which no query of any sample can see the image, and
-        intervals also with fewer than 2 clusters. ``.attrs["n_pictures"]`` is how many different
-        pictures there were.
+        samples, in which samples of the same picture are one cluster), ``n`` (samples whose ``hit``
+        is not NaN), and ``n_clusters`` (distinct pictures among these). Means leave out samples
+        with NaN. A layer in which no query of any sample sees the image has NaN; so have intervals
+        with fewer than 2 clusters. ``.attrs["n_pictures"]`` is the number of distinct pictures.
 
     Raises:
-        InputError: A sample without a box, a box outside the image's tokens, no image tokens,
-            queries that cannot see the image in any layer, or samples of which other layers were
-            kept.
+        InputError: A sample has no box or no image tokens, a box has no image token in it, no query
+            sees the image in any layer, or the samples have different kept layers.
     """
     hits = pointing_hits(
         samples,
@@ -164,14 +162,14 @@ def pointing_hits(
     image: int = 0,
     kind: AttentionKind = "self",
 ) -> pd.DataFrame:
-    """:func:`pointing_game` before averaging: one row per sample, layer and head.
+    """Return the values of :func:`pointing_game` before averaging; the arguments are the same.
 
     Returns:
-        ``sample, tower, kind, layer, head``, then ``hit`` (0 or 1; between where several tokens are
-        the peak), ``energy`` (0 to 1), ``any_object`` (as ``hit``), ``other_object`` (0 to 1),
-        ``image_mass``, ``padding_mass``, ``hit_chance``, ``energy_chance``, ``picture`` (samples
-        that show the same images and videos have the same number). NaN in a layer in which no query
-        can see the image.
+        One row per sample, layer and head: ``sample, tower, kind, layer, head``, then ``hit`` (0 or
+        1; between 0 and 1 if several tokens are tied at the peak), ``energy`` (0 to 1),
+        ``any_object`` (as ``hit``), ``other_object`` (0 to 1), ``image_mass``, ``padding_mass``,
+        ``hit_chance``, ``energy_chance``, ``picture`` (samples with the same images and videos have
+        the same number). NaN in a layer in which no query sees the image.
     """
     one_of(criterion, "criterion", get_args(Criterion))
     many = samples_of(samples)
@@ -185,9 +183,8 @@ def pointing_hits(
         box = sample.labels.get(boxes) if isinstance(boxes, str) else asked_about[number]
         if box is None:
             raise InputError(
-                f"Every sample needs the box of the thing it asks about. Sample {sample.name!r} "
-                f"has no label {boxes!r}; its labels are {', '.join(sample.labels) or 'none'}. "
-                "Pass boxes, or leave the sample out."
+                f"Sample {sample.name!r} has no label {boxes!r}; its labels are "
+                f"{', '.join(sample.labels) or 'none'}. Pass boxes=, or leave the sample out."
             )
         others = (
             sample.labels.get(other_boxes, ())
@@ -203,8 +200,8 @@ def pointing_hits(
             (x0, y0, _, _), (_, _, x1, y1) = tokens.amin(0).tolist(), tokens.amax(0).tolist()
             given = in_order(box, "A box")
             raise InputError(
-                f"A box must hold at least one image token, by the criterion {criterion!r}. Sample "
-                f"{sample.name!r}: the box is {given}, the tokens cover {[x0, y0, x1, y1]}."
+                f"The box {given} of sample {sample.name!r} contains no image token by the "
+                f"criterion {criterion!r}. The image tokens cover {[x0, y0, x1, y1]}."
             )
         elsewhere = [tokens_inside(tokens, other, criterion) for other in others]
         asked = queries(sample) if callable(queries) else queries
@@ -224,9 +221,8 @@ def pointing_hits(
             tables.append(keyed(table, tower="language", kind=kind, layer=call.layer))
         if blind:
             raise InputError(
-                f"Queries must see the image. In sample {sample.name!r}, positions "
-                f"{rows.tolist()} see no token of image {image} in any layer asked for; choose "
-                "text behind the image."
+                f"Query positions {rows.tolist()} of sample {sample.name!r} see no token of image "
+                f"{image} in any chosen layer. Choose queries after the image."
             )
         whole = stacked(tables)
         whole["picture"] = pictures.setdefault(_shown(sample, number), len(pictures))
@@ -245,7 +241,7 @@ def pointing_hits(
 
 
 def _of_samples(given: Any, name: str, n: int) -> Any:
-    """The name of a label, or one entry per sample."""
+    """Return the name of a label, or a list with one entry per sample."""
     if isinstance(given, str):
         return given
     entries = in_order(given, name)
@@ -259,14 +255,16 @@ def _of_samples(given: Any, name: str, n: int) -> Any:
 def _with_boxes(boxes: Tensor, sample: Sample, image: int) -> Tensor:
     if not len(boxes):
         raise InputError(
-            f"A box is compared with the boxes of image tokens. Those of image {image} of sample "
-            f"{sample.name!r} have none."
+            f"The tokens of image {image} of sample {sample.name!r} have no boxes to compare with."
         )
     return boxes
 
 
 def _shown(sample: Sample, number: int) -> Hashable:
-    """What tells whether two samples show the same; if that is not known, each its own."""
+    """Return a key that is equal for samples with the same images and videos.
+
+    If the sample does not hold its images, return its number, which is unique.
+    """
     frames = [frame for video in sample.videos for frame in video.frames]
     n_visuals = len(sample.grids) + len(sample.video_grids)
     if not n_visuals or len(sample.images) + len(sample.videos) != n_visuals:
@@ -278,7 +276,7 @@ def _shown(sample: Sample, number: int) -> Hashable:
 
 
 def _refuse_other_layers(hits: pd.DataFrame) -> None:
-    """Refuse samples of which other layers or heads were kept than of the first."""
+    """Raise InputError if a sample has other layers or heads than the first sample."""
     known: tuple[str, list[tuple[int, int]]] | None = None
     for name, of_sample in hits.groupby("sample", sort=False):
         there = list(zip(of_sample["layer"].tolist(), of_sample["head"].tolist(), strict=True))
@@ -286,9 +284,8 @@ def _refuse_other_layers(hits: pd.DataFrame) -> None:
         if there != known[1]:
             layers = [sorted({layer for layer, _ in each}) for each in (known[1], there)]
             raise InputError(
-                "Samples are averaged over the same layers and heads. The layers of sample "
-                f"{known[0]!r} are {layers[0]}, those of {str(name)!r} are {layers[1]}; choose "
-                "layers= that all have."
+                f"Sample {known[0]!r} has the layers {layers[0]}, but {str(name)!r} has "
+                f"{layers[1]}. Choose layers= that all samples have."
             )
 
 
@@ -303,7 +300,7 @@ def _scores(
     peaks = (probs >= probs.amax(1, keepdim=True) * (1 - TIED)) & (mass > 0)[:, None]
 
     def pointed_at(tokens: Bool[Tensor, " token"]) -> Float[Tensor, " head"]:
-        """The share of each head's peaks that are among these tokens."""
+        """Return the share of each head's peaks that are among these tokens."""
         return (peaks & tokens).sum(1).double() / peaks.sum(1).clamp(min=1)
 
     unknown = torch.full((len(probs),), torch.nan, dtype=torch.float64)
