@@ -148,7 +148,7 @@ def test_a_figure_in_no_known_format_is_refused(store) -> None:
     path = store.parent / "a.foo"
     result = run(app, ["plot", str(store), "overlay", "--queries", "shapes", "--path", str(path)])
     assert result.exit_code == 1
-    assert result.output.startswith("error: A figure is written to a file that ends in ")
+    assert result.output.startswith("error: The file of a figure must end in ")
     assert not path.exists()
 
 

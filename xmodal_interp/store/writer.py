@@ -299,9 +299,9 @@ class StoreWriter:
 
     def _failure(self, name: str, error: OSError) -> str:
         return (
-            f"Writing sample {name!r} to {self.path} failed: {error.strerror or error}; the "
-            f"{len(self.names)} samples already in the store are intact. Free disk space or choose "
-            "another disk, and run again."
+            f"Writing sample {name!r} to {self.path} failed: {error.strerror or error}. Free disk "
+            "space or choose another disk, and run again; samples already safe in the store: "
+            f"{len(self.names)}."
         )
 
 
