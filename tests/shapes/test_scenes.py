@@ -23,7 +23,7 @@ def test_a_box_is_the_extent_of_the_pixels(shape: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(96, 96), (128, 72), (72, 128), (200, 150)])
-def test_shapes_do_not_overlap_and_stay_inside(size: tuple[int, int]) -> None:
+def test_objects_do_not_overlap_and_stay_inside(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     for _ in range(100):
         scene = sample_scene(rng, width=size[0], height=size[1])

@@ -52,7 +52,7 @@ def _ratio(table: pd.DataFrame) -> list[str]:
 
 
 def _listed(layers: list[int]) -> str:
-    """Return such as ``"0, 1 and 3"``."""
+    """Return layers as text, such as ``"0, 1 and 3"``."""
     return " and ".join([", ".join(map(str, layers[:-1])), str(layers[-1])])
 
 

@@ -76,7 +76,7 @@ def _earlier(folder: Path, *, force: bool) -> dict[str, str]:
 
 
 def _listed(mark: Path) -> dict[str, str] | None:
-    """Return the list of an earlier demo; None without a readable one."""
+    """Return the file list of an earlier demo, or None if it does not exist or is damaged."""
     try:
         listed = json.loads(mark.read_text("utf-8"))
         files = dict(listed["files"]) if listed["made_by"] == _MADE_BY else None

@@ -77,7 +77,7 @@ def run_demo(folder: Path, *, n_scenes: int = 200, force: bool = False) -> Findi
 
     Args:
         folder: A new or empty folder, or one of an earlier demo, whose files are replaced. Other
-            files in it stay as they are.
+            files in it are not changed.
         n_scenes: Number of held-out scenes.
         force: Overwrite files of the same names that the demo did not write, or that were changed.
 

@@ -29,7 +29,7 @@ def layer_curves(
     Args:
         table: A table with ``layer`` and the value, one row per layer (and entry of ``by``).
         value: Column to draw.
-        by: Column that has one line per entry (``head``, ``tower``, ...).
+        by: Column whose entries are drawn as separate lines (``head``, ``tower``, ...).
         null: Column of the null model, or its value as a number.
         interval: Columns of the lower and the upper end of an interval.
         label: Name of the value on the axis; the column name if not given.
@@ -95,7 +95,7 @@ def pruning_curve_plot(
             a band for their range.
         value: Column to draw.
         x: Column with the amount removed.
-        by: Column that has one line per entry.
+        by: Column whose entries are drawn as separate lines.
         interval: Columns of the lower and the upper end of an interval.
         label: Name of the value on the axis; the column name if not given.
         title: Title of the figure.

@@ -161,7 +161,7 @@ def name_blocks(
     text: Callable[[Run, Run], str],
     inches: tuple[float, float],
 ) -> None:
-    """Write a text in the upper right corner of each block that is large enough for it."""
+    """Write the text of each block in its upper right corner, if the block is large enough."""
     x = np.concatenate([[0], columns.widths(inches[0]).cumsum()])
     y = np.concatenate([[0], rows.widths(inches[1]).cumsum()])
     for row in rows.runs():

@@ -35,7 +35,7 @@ def line_page(
         title: Title of the figure.
         entries: Texts of the legend at the right; they determine its width.
         height: Height of each axes, in inches.
-        titled: Whether each axes has a title.
+        titled: Whether to leave room for a title above each axes.
     """
     n_rows, n_cols = shape
     legend = 0.6 + 0.062 * max((len(entry) for entry in entries), default=0) if entries else 0.15

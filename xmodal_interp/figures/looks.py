@@ -63,7 +63,7 @@ class Look:
     def left_out(
         self, place: Place, call: AttentionCall | None = None, heads: Positions | None = None
     ) -> Bool[np.ndarray, " token"] | None:
-        """Return True on the tokens of an image that ``hide`` excludes; None if it is None.
+        """Return True on the image tokens that ``hide`` excludes, or None if ``hide`` is None.
 
         Args:
             place: The image.

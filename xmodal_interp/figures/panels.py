@@ -118,7 +118,7 @@ def note_on(place: Place, rows: Sequence[Sequence[Panel]], look: Look) -> str:
 
 
 def _span(amounts: Sequence[float]) -> str:
-    """Return such as ``"0.24"``, or ``"0.10 to 0.24"`` for several panels."""
+    """Return the range of numbers as text, such as ``"0.24"`` or ``"0.10 to 0.24"``."""
     ends = [f"{end:.3g}" for end in (min(amounts), max(amounts))]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 

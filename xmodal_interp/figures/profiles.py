@@ -37,7 +37,7 @@ def positional_profiles(
             weighted by ``n_cells``.
         value: ``"lift"``, with uniform attention at 1; or ``"raw"``, with the column ``null`` as
             the null model.
-        by: Column that has one line per entry.
+        by: Column whose entries are drawn as separate lines.
         title: Title of the figure.
         path: Where to save the figure.
 
@@ -96,7 +96,7 @@ def raster_profiles(
             are averaged. Controls are dotted.
         value: ``"share"``, with the column ``null`` as the null model; or ``"lift"``, with uniform
             attention at 1.
-        by: Column that has one line per entry.
+        by: Column whose entries are drawn as separate lines.
         title: Title of the figure.
         path: Where to save the figure.
 

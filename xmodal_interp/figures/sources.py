@@ -24,7 +24,7 @@ _CHUNK = 2**24  # largest number of probabilities computed at once
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The choice of one attention matrix.
+    """Selection of one attention matrix.
 
     Attributes:
         source: A sample, or a recorded call of any model.

@@ -17,12 +17,12 @@ def about(sample: Sample) -> str:
 
 
 def layer_name(call: AttentionCall) -> str:
-    """Return such as ``"language layer 3"`` or ``"language cross-attention layer 3"``."""
+    """Return a layer's name: ``"language layer 3"`` or ``"language cross-attention layer 3"``."""
     return f"{call.tower} {'cross-attention ' if call.kind == 'cross' else ''}layer {call.layer}"
 
 
 def heads_name(call: AttentionCall, heads: Positions | None) -> str:
-    """Return such as ``"head 3"`` or ``"mean of 8 heads"``."""
+    """Return a name for the chosen heads, such as ``"head 3"`` or ``"mean of 8 heads"``."""
     if heads is None:
         return f"mean of {call.n_heads} heads" if call.n_heads > 1 else "its only head"
     chosen = resolve(heads, call.n_heads, "head").tolist()
@@ -33,7 +33,7 @@ def heads_name(call: AttentionCall, heads: Positions | None) -> str:
 
 
 def named(sample: Sample, positions: Sequence[int], longest: int = 24) -> str:
-    """Return the text at some positions, such as ``"red circle"``, or how many tokens they are."""
+    """Return the text of some tokens, such as ``"red circle"``, or for many tokens their number."""
     table = sample.tokens.iloc[list(positions)]
     together = list(positions) == list(range(positions[0], positions[-1] + 1))
     if together and table["kind"].eq("text").all():

@@ -1,13 +1,13 @@
-"""Synthetic scenes of coloured shapes, with exact ground truth.
+"""Synthetic scenes of coloured objects, with exact ground truth.
 
-A :class:`Scene` has a canvas and a tuple of :class:`Thing` objects, each with a colour, a shape and
-a box in pixels. ``render`` draws the shapes anti-aliased from signed distances, so that their boxes
-are exact. Shapes do not overlap, no two share both colour and shape, and none is on a mid-line of
-the canvas. Every question of :mod:`xmodal_interp.shapes.questions` therefore has exactly one right
-answer.
+A :class:`Scene` has a canvas and a tuple of objects (:class:`Thing`), each with a colour, a shape
+and a box in pixels. ``render`` draws the objects anti-aliased from signed distances, so that their
+boxes are exact. Objects do not overlap, no two have the same colour and shape, and none has its
+centre near a mid-line of the canvas. Every question of :mod:`xmodal_interp.shapes.questions`
+therefore has exactly one right answer.
 
 ``Scene.recolored`` returns a counterfactual scene: the same pixels, noise included, except for the
-colour of one shape.
+colour of one object.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 
 SMALLEST, LARGEST = 9.0, 14.0  # radius, px, on a canvas whose shorter side is 96 px
-GAP = 3.0  # px between boxes, and between x of centres: descriptions list shapes from left to right
+GAP = 3.0  # px between boxes, and between x of centres: descriptions go from left to right
 MARGIN = 4.5  # px between a centre and a mid-line, so that quadrants are unambiguous
 _NOISE = 4.0  # standard deviation of the pixel noise, grey levels
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: centre ``x``, ``y`` and ``radius`` in pixels; ``gain`` scales the colour."""
+    """One object: centre ``x``, ``y`` and ``radius`` in pixels; ``gain`` scales the colour."""
 
     color: str
     shape: str
@@ -51,13 +51,13 @@ class Thing:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Exact extent of the shape, ``(x0, y0, x1, y1)`` in pixels."""
+        """Exact extent of the object, ``(x0, y0, x1, y1)`` in pixels."""
         r = self.radius * (0.9 if self.shape == "square" else 1.0)
         return (self.x - r, self.y - r, self.x + r, self.y + r)
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """Rows and columns of the pixels that the shape and its anti-aliased edge can cover."""
+        """Rows and columns of the pixels that the object and its anti-aliased edge can cover."""
         x0, y0, x1, y1 = self.box
         return (
             slice(max(0, int(y0) - 2), int(y1) + 3),
@@ -81,7 +81,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene: canvas size in pixels, shapes, grey background, and seed of the pixel noise."""
+    """A scene: canvas size in pixels, objects, grey background, and seed of the pixel noise."""
 
     width: int
     height: int
@@ -109,13 +109,13 @@ class Scene:
         return Image.fromarray(self.render())
 
     def recolored(self, index: int, color: str) -> Scene:
-        """Return the scene with shape ``index`` in another ``color``; other pixels are the same."""
+        """Return the scene with object ``index`` in another ``color``; other pixels are the same."""
         things = list(self.things)
         things[index] = replace(things[index], color=color)
         return replace(self, things=tuple(things))
 
     def blank(self) -> Scene:
-        """Return the scene without shapes, the control of position statistics."""
+        """Return the scene without objects, the control of position statistics."""
         return replace(self, things=())
 
 
@@ -132,10 +132,10 @@ def sample_scene(
         rng: Random generator; the same state gives the same scene.
         width: Canvas width in pixels.
         height: Canvas height in pixels. Radii scale with the shorter side.
-        n_things: Smallest and largest number of shapes, both included.
+        n_things: Smallest and largest number of objects, both included.
 
     Returns:
-        A scene whose shapes have distinct (colour, shape) pairs and do not overlap.
+        A scene whose objects have distinct (colour, shape) pairs and do not overlap.
     """
     n = int(rng.integers(n_things[0], n_things[1] + 1))
     unit = min(width, height) / 96
@@ -160,7 +160,7 @@ def sample_scene(
 def _layout(
     rng: np.random.Generator, n: int, width: int, height: int, unit: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return centres and radii of ``n`` shapes, by rejection sampling of 64 layouts at a time."""
+    """Return centres and radii of ``n`` objects, by rejection sampling of 64 layouts at a time."""
     upper = np.triu_indices(n, 1)
     while True:
         r = rng.uniform(SMALLEST * unit, LARGEST * unit, (64, n))

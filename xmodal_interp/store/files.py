@@ -129,7 +129,7 @@ def sample_numbers(path: Path) -> dict[str, int]:
 
 
 def _number_of(folder: Path) -> int | None:
-    """Return the order number in a sample's ``sample.json``; None without a readable one."""
+    """Return the order number in a sample's ``sample.json``, or None if it cannot be read."""
     try:
         number = read_record(folder).get("number")
     except StoreError:  # reading the sample reports the damage

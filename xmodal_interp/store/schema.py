@@ -324,7 +324,7 @@ def _check_pictures(record: Mapping[str, Any]) -> None:
 def _check_type(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
     wrong = isinstance(value, bool) or (isinstance(value, int) and value < 0)
     if not isinstance(value, kind) or wrong:
-        raise ValueError(f"its {name} is {str(value)[:40]!r}")
+        raise ValueError(f"its member {name} has the invalid value {str(value)[:40]!r}")
 
 
 def check_stamp(found: Mapping[str, Any] | None, path: Path) -> None:

@@ -144,7 +144,7 @@ class StoreWriter:
         return max(self._numbers.values(), default=-1) + 1
 
     def _kept_number(self, name: str) -> int | None:
-        """Return the order number in a sample's ``sample.json``; None without a readable one."""
+        """Return the order number in a sample's ``sample.json``, or None if it cannot be read."""
         try:
             number = self.record(name).get("number")
         except StoreError:  # reading the sample reports the damage
