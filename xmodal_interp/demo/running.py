@@ -259,7 +259,7 @@ def _shown(vlm: VLM, before: VLM, items: list[dict[str, Any]]) -> dict[str, Any]
     """
     item = of_kind(items, "place")[3]
     after = capture(vlm, item["image"], item["prompt"], max_new_tokens=4)
-    pointed = of_kind(items, "color")[0]  # the first of the store
+    pointed = of_kind(items, "color")[0]  # the first sample of the store
     first = capture(before, pointed["image"], pointed["prompt"], max_new_tokens=2)
     return {"after": after, "pointed_before": first, "phrase": item["subject"]}
 

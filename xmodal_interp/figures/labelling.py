@@ -26,7 +26,7 @@ NAMES = 1.2
 _PITCH = 0.115  # smallest distance of two legible names, inches
 _BROAD = 0.75  # width of a run's name that is written along the axis, inches
 _MOST_FOR_NAMES = 0.65  # largest share of an axis for tokens with names
-_LEAST_FOR_LINES = 0.09  # smallest width of both runs next to a line, inches: a line hides less
+_LEAST_FOR_LINES = 0.09  # a line would hide runs narrower than this, inches
 _BELOW_NAMES = 0.68  # inches between a matrix and the legend of its groups
 
 

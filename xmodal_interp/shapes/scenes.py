@@ -109,7 +109,7 @@ class Scene:
         return Image.fromarray(self.render())
 
     def recolored(self, index: int, color: str) -> Scene:
-        """Return the scene with object ``index`` in another ``color``; other pixels are the same."""
+        """Return the scene with object ``index`` in another ``color`` and no other change."""
         things = list(self.things)
         things[index] = replace(things[index], color=color)
         return replace(self, things=tuple(things))

@@ -186,7 +186,7 @@ def _checked_line(text: str, file: str) -> dict[str, Any] | None:
         digest = line.pop("digest", None)
         if digest not in (None, schema.digest_of(line)):
             return None
-    except InputError:  # an infinite number
+    except InputError:  # the line contains an infinite number
         return None
     kinds = {**_LINES[file], **(_WITH_DIGEST[file] if digest else {})}
     fits = line.keys() == kinds.keys() and all(isinstance(line[n], k) for n, k in kinds.items())

@@ -30,9 +30,9 @@ _NO_STATE = frozenset(  # attributes that do not affect results
         *("all_tied_weights_keys", "_tied_weights_keys", "_keys_to_ignore_on_save"),
         *("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"),
         *("gradient_checkpointing", "_gradient_checkpointing_func", "_caches"),
-        *("to", "cuda", "npu", "xpu", "mlu", "musa", "sdaa", "hpu"),  # accelerate replaces them
+        *("to", "cuda", "npu", "xpu", "mlu", "musa", "sdaa", "hpu"),  # accelerate replaces these
         *("forward", "config", "generation_config", "init_kwargs", "init_inputs"),
-        *("is_training", "compute_dtype", "compute_type_is_set"),  # bitsandbytes, at the first run
+        *("is_training", "compute_dtype", "compute_type_is_set"),  # set by bitsandbytes
         *("files_loaded", "is_local", "local_files_only", "vocab_file", "tokenizer_file"),
     }
 )
