@@ -145,7 +145,7 @@ def test_nothing_is_written_through_links_or_removed_elsewhere(earlier, tmp_path
 def test_a_demo_is_not_written_into_a_store(findings) -> None:
     inside = findings.folder / "store" / "samples"
     for folder in (inside, inside.parent):
-        with pytest.raises(InputError, match="is inside the store"):
+        with pytest.raises(InputError, match="belongs to the store"):
             run_demo(folder)
 
 

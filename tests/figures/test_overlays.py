@@ -105,8 +105,8 @@ def test_sinks_are_left_out_of_colours_and_scale() -> None:
     assert "\u00d7: 1 left out." in words(figure)
     (cross,) = panels(figure)[0].lines
     assert np.ravel(cross.get_xydata()).tolist() == [25.0, 5.0]
-    by_hand = panels(figures.overlay(sample, 10, hide=[4]))[0].images[1]
-    np.testing.assert_array_equal(by_hand.get_array(), hidden.get_array())
+    explicit = panels(figures.overlay(sample, 10, hide=[4]))[0].images[1]
+    np.testing.assert_array_equal(explicit.get_array(), hidden.get_array())
     assert "nothing to leave out" in words(figures.overlay(fake(spread=0.0), 9, hide="sinks"))
 
 

@@ -52,7 +52,7 @@ def _earlier(folder: Path, *, force: bool) -> dict[str, str]:
     around = store_around(folder / MARK)
     if around is not None:
         raise InputError(
-            f"{str(folder)!r} is inside the store {str(around)!r}, where the demo must not be "
+            f"{str(folder)!r} belongs to the store {str(around)!r}, where the demo must not be "
             "written. Choose another folder."
         )
     inside = [each.name for each in folder.iterdir()] if folder.exists() else []
