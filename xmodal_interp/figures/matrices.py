@@ -226,7 +226,7 @@ def _note(matrix: Matrix, side: float) -> str:
 
 
 def _block_mass(matrix: Matrix) -> Callable[[Run, Run], str]:
-    """Return a function that writes the mean share of attention that a block receives."""
+    """Return a function that formats the mean share of attention of a block."""
 
     def text(row: Run, column: Run) -> str:
         block = matrix.probs[row.start : row.stop, column.start : column.stop]
