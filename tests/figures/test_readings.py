@@ -111,8 +111,8 @@ def test_a_query_without_visible_keys_is_nan() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_a_query_that_sees_the_image_in_a_later_layer_is_shown() -> None:
-    """T5Gemma 2: layer 0 has a window, layer 1 has none, and layers 2 and 3 are the decoder's."""
+def test_a_query_may_attend_to_the_image_in_a_later_layer_only() -> None:
+    """In T5Gemma 2, layer 0 has a window, layer 1 has none, and layers 2 and 3 are the decoder."""
     vlm = VLM(real("t5gemma2")[0], settled("t5gemma2"))
     question = asked_in_full(vlm, "where is the red circle?", 1)
     sample = capture(vlm, picture(90, 90), question, max_new_tokens=1)
@@ -125,5 +125,5 @@ def test_a_query_that_sees_the_image_in_a_later_layer_is_shown() -> None:
     assert query_positions(sample, place, "circle", 1) == [circle]
     assert query_positions(sample, place, "last", 2) == [last]
     for query, layer in (("circle", 0), ("circle", 2), ("last", 0), ("last", 1)):
-        with pytest.raises(InputError, match="sees none of the 16 tokens of image 0"):
+        with pytest.raises(InputError, match="cannot attend to any of the 16 tokens of image 0"):
             query_positions(sample, place, query, layer)
