@@ -122,7 +122,7 @@ def test_families_are_listed_and_written() -> None:
         (["doctor", "no/such-model"], "could not be loaded"),
         (
             ["analyze", "nowhere", "sink-rate"],
-            "A store is a folder that capture_dataset has written",
+            "Pass a folder that capture_dataset has written",
         ),
         (["capture", "x", "--prompt", "what ?"], "--image with --prompt, or --items"),
         (["capture", "x", "--items", "none.csv"], "Items come from a file that exists"),
@@ -148,7 +148,7 @@ def test_a_figure_in_no_known_format_is_refused(store) -> None:
     path = store.parent / "a.foo"
     result = run(app, ["plot", str(store), "overlay", "--queries", "shapes", "--path", str(path)])
     assert result.exit_code == 1
-    assert result.output.startswith("error: A figure is written to a file that ends in ")
+    assert result.output.startswith("error: The file of a figure must end in ")
     assert not path.exists()
 
 
@@ -229,7 +229,10 @@ def test_items_that_cannot_be_read(tmp_path, name, content, words) -> None:
 
 def test_a_picture_that_cannot_be_written(store, tmp_path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    wrong = {tmp_path / "file" / "a.png": "A figure ", tmp_path / "no_ending": "A figure "}
+    wrong = {
+        tmp_path / "file" / "a.png": "Cannot write the figure",
+        tmp_path / "no_ending": "The file of a figure must end in",
+    }
     for path, words in {**wrong, tmp_path: "is a folder."}.items():
         options = ["--queries", "shapes", "--path", str(path)]
         result = run(app, ["plot", str(store), "overlay", *options])

@@ -150,10 +150,9 @@ def test_other_settings(tmp_path):
     with pytest.raises(StoreError) as refusal:
         run(tmp_path, items(1), max_new_tokens=2, keep=xi.Keep(layers=(1,)), system="be brief .")
     assert str(refusal.value) == (
-        f"All samples of a store are made by one model with the same settings. In {tmp_path}, "
-        "kept.layers is None in the store and [1] now; max_new_tokens is 0 in the store and 2 now; "
-        "system is None in the store and 'be brief .' now. Use the same settings, or another "
-        "folder."
+        f"The settings differ from those of the store {tmp_path}: kept.layers is None in the store "
+        "and [1] now; max_new_tokens is 0 in the store and 2 now; system is None in the store and "
+        "'be brief .' now. Use the same settings, or another folder."
     )
 
 

@@ -1,4 +1,4 @@
-"""The demo on few scenes: what it finds, what it writes, and what it never touches."""
+"""The demo on few scenes: its findings, its files, and the user's files that it leaves alone."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def findings(tmp_path_factory) -> Findings:
     return run_demo(tmp_path_factory.mktemp("demo") / "out", n_scenes=N_SCENES)
 
 
-def test_the_model_sees_and_one_head_points(findings) -> None:
+def test_the_model_answers_and_one_head_attends_to_the_object(findings) -> None:
     accuracy = findings.tables["accuracy"].set_index("question_kind")["accuracy"]
     assert set(accuracy.index) == {"color", "shape", "place", "count", "existence", "description"}
     assert accuracy.min() > 0.8
@@ -36,7 +36,7 @@ def test_the_model_sees_and_one_head_points(findings) -> None:
     assert findings.tables["pointing"]["hit_chance"].mean() < 0.2
 
 
-def test_tables_can_be_read_back_as_they_were(findings) -> None:
+def test_tables_are_read_back_unchanged(findings) -> None:
     for name, table in findings.tables.items():
         back = pd.read_parquet(findings.folder / "tables" / f"{name}.parquet")
         pd.testing.assert_frame_equal(back, table.rename_axis(None), check_dtype=False)
@@ -60,7 +60,7 @@ def test_the_page_shows_every_picture_and_links_every_table(findings) -> None:
     assert (findings.folder / "report.md").exists()
 
 
-def test_the_store_holds_the_questions_about_colour(findings) -> None:
+def test_the_store_contains_the_colour_questions(findings) -> None:
     store = open_store(findings.folder / "store")
     assert len(store) == N_SCENES
     assert {"box", "other_boxes", "answer"} <= set(store[0].labels)
@@ -68,7 +68,7 @@ def test_the_store_holds_the_questions_about_colour(findings) -> None:
 
 @pytest.fixture
 def earlier(findings, tmp_path) -> Path:
-    """A copy of what a demo has made, and a file that was put beside."""
+    """Return a copy of a demo's folder, with one other file."""
     folder = tmp_path / "again"
     shutil.copytree(findings.folder, folder)
     (folder / "tables" / "mine.csv").write_text("years,of,work")
@@ -109,8 +109,8 @@ def test_files_that_were_changed_since_are_left_alone(earlier) -> None:
     with pytest.raises(InputError) as error:
         rewritten(earlier)
     assert str(error.value) == (
-        f"The demo replaces only files that it made. In {str(earlier)!r} some were changed since: "
-        "report.md. Choose another folder, or pass --force to overwrite them."
+        f"Files of an earlier demo in {str(earlier)!r} have changed: report.md. Choose another "
+        "folder, or pass --force to overwrite them."
     )
     assert (earlier / "report.md").read_text() == "my notes"
     rewritten(earlier, force=True)
@@ -118,7 +118,7 @@ def test_files_that_were_changed_since_are_left_alone(earlier) -> None:
 
 
 def test_other_files_of_the_same_names_are_left_alone(earlier) -> None:
-    with pytest.raises(InputError, match=r"other ones of the same names: tables/mine\.csv"):
+    with pytest.raises(InputError, match=r"did not write, at the paths of tables/mine\.csv"):
         rewritten(earlier, ("report.md", "tables/mine.csv"))
     assert (earlier / "tables" / "mine.csv").read_text() == "years,of,work"
     assert open_store(earlier / "store")[0].call(0) is not None  # nothing was removed either
@@ -129,23 +129,23 @@ def test_nothing_is_written_through_links_or_removed_elsewhere(earlier, tmp_path
     precious.write_text("work")
     (earlier / "report.md").unlink()
     (earlier / "report.md").symlink_to(precious)
-    with pytest.raises(InputError, match=r"changed since: report\.md"):
+    with pytest.raises(InputError, match=r"have changed: report\.md"):
         rewritten(earlier)
     with pytest.raises(InputError, match="symbolic links"):
         rewritten(earlier, force=True)
     digest = hashlib.sha256(b"work").hexdigest()
-    for name in ("../precious.txt", str(precious)):  # a list that someone else wrote
+    for name in ("../precious.txt", str(precious)):  # a list that another program wrote
         listed = {"made_by": "xmodal demo", "files": {name: digest}}
         (earlier / MARK).write_text(json.dumps(listed))
-        with pytest.raises(InputError, match="holds other files"):
+        with pytest.raises(InputError, match="contains files that the demo did not write"):
             rewritten(earlier)
     assert precious.read_text() == "work"
 
 
-def test_no_demo_in_a_store(findings) -> None:
+def test_a_demo_is_not_written_into_a_store(findings) -> None:
     inside = findings.folder / "store" / "samples"
     for folder in (inside, inside.parent):
-        with pytest.raises(InputError, match="must not be written into a store"):
+        with pytest.raises(InputError, match="belongs to the store"):
             run_demo(folder)
 
 
@@ -154,8 +154,8 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path) -> None:
     with pytest.raises(InputError) as error:
         run_demo(tmp_path)
     assert str(error.value) == (
-        f"The demo needs a new or an empty folder; {str(tmp_path)!r} holds other files. Choose "
-        "another one: xmodal demo FOLDER. Or pass --force to overwrite files of the same names."
+        f"{str(tmp_path)!r} contains files that the demo did not write. Choose a new or empty "
+        "folder (xmodal demo FOLDER), or pass --force to overwrite files of the same names."
     )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     rewritten(tmp_path, force=True)

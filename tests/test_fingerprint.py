@@ -173,7 +173,7 @@ def test_a_run_is_not_gone_on_with_in_another_state(tmp_path, way: str) -> None:
     vlm = xi.load()
     run = functools.partial(capture_dataset, vlm, items(2), tmp_path, progress=False)
     capture_dataset(vlm, items(1), tmp_path, progress=False)
-    refused = pytest.raises(StoreError, match="All samples of a store are made by one model")
+    refused = pytest.raises(StoreError, match="The settings differ from those of the store")
     if way == "intervention":
         with (
             pytest.raises(xi.errors.CaptureError, match="did not run"),
@@ -199,9 +199,8 @@ def test_a_store_of_an_earlier_release_is_only_read(tmp_path, monkeypatch) -> No
     with pytest.raises(StoreError) as refusal:
         capture_dataset(shipped(), items(1), tmp_path, progress=False)
     assert str(refusal.value) == (
-        f"The samples in {tmp_path} can be read, but none can be added: the store was written by a "
-        "release that recorded a model's state differently, and whether this is the same model "
-        "cannot be checked. Write to another folder."
+        f"{tmp_path} can be read, but not extended: it was written by a release that recorded a "
+        "model's state differently, so the model cannot be compared. Write to another folder."
     )
 
 

@@ -64,14 +64,13 @@ UNUSABLE = {
     ),
     "no json": (
         {"image": PICTURE, "prompt": "?", "words": {"a"}},
-        "Item 0 ('item-000000'): What a store keeps beside tensors must be JSON: text, finite "
-        "numbers, true, false, null, lists and objects; got {'a'} (set).",
+        "Item 0 ('item-000000'): JSON cannot represent a value that the store must keep: got {'a'} "
+        "(set). Use strings, finite numbers, booleans, None, lists and dicts.",
     ),
     "unsafe name": (
         {"image": PICTURE, "prompt": "?", "name": "train/7"},
-        "Item 0: A sample's name is the name of a folder: up to 200 bytes, printable, without "
-        "\" * / : < > ? \\ |, and no dot or space at its ends. 'train/7' cannot be one: it "
-        "contains '/'.",
+        "Item 0: 'train/7' is not a valid sample name: it contains '/'. Use up to 200 bytes of "
+        'printable characters without " * / : < > ? \\ |, and no dot or space at either end.',
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Samples to draw: images cropped, resized, reached by cross-attention, and made by hand."""
+"""Samples for figures: cropped and resized images, cross-attention, and constructed samples."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ SIZES = {"llava": (160, 96), "qwen2_vl": (128, 72), "mllama": (160, 96)}
 
 @functools.cache
 def sample_of(family: str, question: str = QUESTION) -> Sample:
-    """A captured sample with a rectangular image, two tokens generated."""
+    """Return a captured sample with a rectangular image and two generated tokens."""
     return xi.capture(tiny_vlm(family), picture(*SIZES[family]), question, max_new_tokens=2)
 
 
 def fake(layout: str = "bsvvvvvvtto", rows: int = 2, cols: int = 3, **more: object) -> Sample:
-    """A sample made by hand: 2 x 3 image tokens of 10 px, four heads, one layer."""
+    """Return a constructed sample: 2 x 3 image tokens of 10 px, four heads, one layer."""
     torch.manual_seed(1)
     call = more.pop("call", None) or fakes.random_call(len(layout), **more)
     sample = fakes.sample_of(layout, [call], [fakes.grid(rows, cols)])
@@ -33,20 +33,20 @@ def fake(layout: str = "bsvvvvvvtto", rows: int = 2, cols: int = 3, **more: obje
 
 
 def titles(figure: Figure) -> list[str]:
-    """Titles of its axes, as they are drawn."""
+    """Return the titles of a figure's axes."""
     return [axes.get_title() for axes in figure.axes if axes.get_title()]
 
 
 def words(figure: Figure) -> str:
-    """Everything that is written on the figure itself."""
+    """Return the text of a figure outside its axes."""
     return "\n".join(text.get_text() for text in figure.texts)
 
 
 def panels(figure: Figure) -> list[Axes]:
-    """The axes with values over an image: a ground and a map."""
+    """Return the axes with a map over an image."""
     return [axes for axes in figure.axes if len(axes.images) == 2]
 
 
 def bars(figure: Figure) -> list[Axes]:
-    """The colour bars."""
+    """Return the axes of the colour bars."""
     return [axes for axes in figure.axes if hasattr(axes, "_colorbar")]

@@ -20,13 +20,13 @@ from xmodal_interp.figures.scales import scale_of
 from xmodal_interp.figures.visibility import measured, visible_shares
 
 
-def test_the_matrix_shows_every_cell_and_hides_the_invisible() -> None:
+def test_the_matrix_has_every_visible_cell_and_greys_masked_ones() -> None:
     sample = fake()
     figure = figures.attention_matrix(sample, head=1)
     axes = figure.axes[0]
     drawn = axes.images[0].get_array()
     seen = np.tri(11, dtype=bool)
-    np.testing.assert_array_equal(~np.ma.getmaskarray(drawn), seen)  # all names fit: no stretching
+    np.testing.assert_array_equal(~np.ma.getmaskarray(drawn), seen)  # names fit without widening
     probs = sample.probs(-1, 1)[0].numpy()
     low = axes.images[0].norm.vmin
     np.testing.assert_allclose(drawn[seen], np.maximum(probs[seen], low), rtol=1e-5)
@@ -36,7 +36,7 @@ def test_the_matrix_shows_every_cell_and_hides_the_invisible() -> None:
     np.testing.assert_allclose(grey[:3], 0.7, atol=0.01)
 
 
-def test_text_is_named_token_by_token_and_images_once() -> None:
+def test_text_tokens_have_single_labels_and_images_one_label() -> None:
     sample = sample_of("llava")
     figure = figures.attention_matrix(sample)
     axes = figure.axes[0]
@@ -48,7 +48,7 @@ def test_text_is_named_token_by_token_and_images_once() -> None:
     boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
     assert all(above.y0 > below.y1 - 2 for above, below in itertools.pairwise(boxes))
     hidden_in_row = np.ma.getmaskarray(axes.images[0].get_array()).sum(1)
-    heights = np.unique(hidden_in_row, return_counts=True)[1]  # each row hides more than the next
+    heights = np.unique(hidden_in_row, return_counts=True)[1]  # number of drawn rows per token
     assert f"drawn {heights.max()} times as wide" in words(figure)
     blocks = [text.get_text() for text in axes.texts]
     mass = sample.probs(-1)[:, 146:155].mean(0)[:, 2:146].sum(1).mean()
@@ -56,7 +56,7 @@ def test_text_is_named_token_by_token_and_images_once() -> None:
     assert "hidden" in blocks
 
 
-def test_many_short_runs_are_not_hidden_by_lines_and_are_named_in_a_legend() -> None:
+def test_many_short_runs_have_no_lines_and_a_legend() -> None:
     groups = ("special", *["image 0"] * 100, *["text", "special"] * 40)
     labels = Labels(tuple("" if name == "image 0" else "word" for name in groups), groups)
     page = Figure((3, 3))
@@ -69,7 +69,7 @@ def test_many_short_runs_are_not_hidden_by_lines_and_are_named_in_a_legend() -> 
     assert [text.get_text() for text in legend.get_texts()] == ["special", "text"]
 
 
-def test_zoom_is_the_block_of_text_and_image() -> None:
+def test_zoom_shows_the_block_of_text_and_image() -> None:
     sample = sample_of("qwen2_vl")
     figure = figures.attention_matrix(sample, 1, 2, zoom="text-image", show="lift")
     text, image = sample.text_after_image(), sample.where("image")
@@ -94,7 +94,7 @@ def test_the_token_patch_matrix_has_a_column_per_token_in_raster_order() -> None
     assert separators == list(range(16, 144, 16))
 
 
-def test_rows_that_were_kept_are_all_that_is_drawn() -> None:
+def test_only_recorded_queries_are_drawn() -> None:
     text = xi.capture(tiny_vlm("llava"), picture(), "What color?", keep=Keep(queries="text"))
     figure = figures.attention_matrix(text)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
@@ -102,7 +102,7 @@ def test_rows_that_were_kept_are_all_that_is_drawn() -> None:
     assert "image 0\n144 tokens" not in names
 
 
-def test_wide_names_only_where_they_fit() -> None:
+def test_named_tokens_are_widened_only_if_they_fit() -> None:
     few = Labels(("a", *[""] * 500, "b"), ("text", *["image 0"] * 500, "text"))
     assert few.widths(5.0).tolist() == [13, *[1] * 500, 13]  # 0.115 inches of 5 each
     many = Labels(("a",) * 100 + ("",) * 500, ("text",) * 100 + ("image 0",) * 500)
@@ -112,7 +112,7 @@ def test_wide_names_only_where_they_fit() -> None:
     assert groups == ("special", "text", *["image 0"] * 6, "text", "text", "generated")
 
 
-def test_masks_are_measured() -> None:
+def test_visible_shares_are_computed_from_the_mask() -> None:
     sample = fake()
     view = figures.View(sample)
     shares = visible_shares(view)
@@ -123,7 +123,7 @@ def test_masks_are_measured() -> None:
         "visible: 54.5% of all cells\nvisible keys after the query: text: 0%, image 0: 0%"
     )
     block = torch.ones(11, 11, dtype=torch.bool).tril()
-    block[2:8, 2:8] = True  # the image sees itself both ways, as in Gemma 3
+    block[2:8, 2:8] = True  # bidirectional attention within the image, as in Gemma 3
     both_ways = fake(call=fakes.random_call(11, mask=block[None, None]))
     assert measured(figures.View(both_ways)).endswith("text: 0%, image 0: 100%")
     figure = figures.mask_structure(both_ways)
@@ -132,7 +132,7 @@ def test_masks_are_measured() -> None:
     assert {"58.3%", "100%", "0%"} >= {"100%"} <= {t.get_text() for t in figure.axes[1].texts}
 
 
-def test_masks_side_by_side_with_their_measures() -> None:
+def test_masks_side_by_side_have_visible_shares() -> None:
     sample = sample_of("llava")
     figure = figures.mask_comparison(
         {
@@ -152,7 +152,7 @@ def test_masks_side_by_side_with_their_measures() -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_towers_side_by_side_say_whether_they_share_a_scale(shared: bool) -> None:
+def test_towers_side_by_side_note_whether_they_share_a_scale(shared: bool) -> None:
     sample, bare = fake(), fakes.random_call(5, tower="vision", causal=False)
     named = figures.View(bare, head=0, query_names=list("abcde"), key_names=list("vwxyz"))
     figure = figures.side_by_side({"VLM": sample, "ViT": bare, "one head": named}, shared=shared)
@@ -165,7 +165,7 @@ def test_towers_side_by_side_say_whether_they_share_a_scale(shared: bool) -> Non
     assert [label.get_text() for label in matrices[2].get_xticklabels()] == list("vwxyz")
 
 
-def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     for call, message in (
         (
             lambda: inspect.unwrap(figures.attention_matrix)(fake(), zoom="all"),
@@ -177,20 +177,20 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             lambda: figures.attention_matrix(sample_of("mllama"), zoom="text-image"),
-            "zoom shows text against image tokens. The text of sample 'sample-0' reaches them by "
-            "cross-attention; pass kind='cross'.",
+            "zoom is not available for kind='self': the text of sample 'sample-0' attends to image "
+            "tokens by cross-attention. Pass kind='cross'.",
         ),
         (
             lambda: figures.side_by_side({}),
-            "A comparison needs at least one sample or call, by title, such as {'before': sample}; "
-            "got none.",
+            "sources must be a mapping from titles to samples, calls or views, such as "
+            "{'before': sample}; got an empty one.",
         ),
         (
             lambda: figures.side_by_side(
                 {"x": figures.View(fakes.random_call(3), key_names=["a"])}
             ),
-            "There is one name per key. language self-attention, layer 0, call 0 has 3; got 1 "
-            "names.",
+            "key_names must have 3 names, one per key of language self-attention, layer 0, call 0; "
+            "got 1.",
         ),
     ):
         with pytest.raises(InputError) as error:
@@ -202,8 +202,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError) as heads:
         figures.mask_structure(differing)
     assert str(heads.value) == (
-        "Heads that see different keys are drawn one at a time. Those of language self-attention, "
-        "layer 0, call 0 do; choose one with head=."
+        "The heads of language self-attention, layer 0, call 0 have different masks and cannot be "
+        "averaged. Choose one with head=."
     )
     alone = figures.mask_structure(differing, head=3).axes[0].images[0].get_array()
     np.testing.assert_array_equal(alone, np.eye(11))
@@ -211,6 +211,6 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError) as size:
         figures.attention_matrix(fake())
     assert str(size.value) == (
-        "A matrix to be drawn has at most 100 cells. language self-attention, layer 0, call 0 has "
-        "11 queries and 11 keys; keep fewer queries, or draw token_patch_matrix or an overlay."
+        "language self-attention, layer 0, call 0 has 11 queries and 11 keys, more than the 100 "
+        "cells that can be drawn. Record fewer queries, or draw token_patch_matrix or an overlay."
     )

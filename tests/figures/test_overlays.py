@@ -20,7 +20,7 @@ from xmodal_interp.figures.scales import check_show, scale_for
 from xmodal_interp.sample import Sample
 
 
-def test_an_overlay_says_what_it_shows() -> None:
+def test_an_overlay_has_titles_a_note_and_a_colour_bar() -> None:
     sample = sample_of("llava")
     figure = figures.overlay(sample, "red circle", layer=1, head=2)
     assert titles(figure) == ["image", '"red circle"']
@@ -34,7 +34,7 @@ def test_an_overlay_says_what_it_shows() -> None:
     assert panels(smooth)[0].images[1].get_interpolation() == "bilinear"
 
 
-def test_it_draws_the_probabilities_of_the_sample() -> None:
+def test_an_overlay_draws_the_probabilities_of_the_sample() -> None:
     sample = sample_of("qwen2_vl")
     drawn = panels(figures.overlay(sample, "red circle", 1, 2))[0].images[1].get_array()
     probs = sample.probs(1, 2, "red circle", sample.where("image"))[0].mean(0)
@@ -57,7 +57,7 @@ def test_all_panels_have_one_scale_and_one_bar(show: str) -> None:
             assert panels(figure)[0].images[1].norm.vmax == pytest.approx(largest)
 
 
-def test_what_is_hidden_is_see_through_not_zero() -> None:
+def test_masked_tokens_are_transparent_not_zero() -> None:
     figure = figures.overlays(fake(), [1, 4, 9])
     hidden, some, none = (axes.images[1] for axes in panels(figure))
     assert [np.ma.count_masked(drawn.get_array()) for drawn in (hidden, some, none)] == [6, 3, 0]
@@ -66,7 +66,7 @@ def test_what_is_hidden_is_see_through_not_zero() -> None:
     assert (alpha[np.ma.getmaskarray(some.get_array())] == 0).all()
 
 
-def test_the_weakest_is_seen_through_and_lifts_below_one_are_blue() -> None:
+def test_neutral_lifts_are_transparent_and_lifts_below_one_are_blue() -> None:
     lift = panels(figures.overlay(fake(), 9, show="lift"))[0].images[1]
     red, _, blue, alpha = lift.cmap(lift.norm([-2.0, 0.0, 2.0])).T
     assert blue[0] > red[0]
@@ -87,7 +87,7 @@ def test_true_boxes_are_drawn_in_pixels_and_named_once() -> None:
 
 
 def sunk() -> Sample:
-    """A sample whose third image token gets most of everything that sees it."""
+    """Return a sample whose third image token receives most attention of all later queries."""
     matrix = torch.ones(18, 18).tril()
     matrix[:, 4] *= 60
     matrix /= matrix.sum(1, keepdim=True)
@@ -105,12 +105,12 @@ def test_sinks_are_left_out_of_colours_and_scale() -> None:
     assert "\u00d7: 1 left out." in words(figure)
     (cross,) = panels(figure)[0].lines
     assert np.ravel(cross.get_xydata()).tolist() == [25.0, 5.0]
-    by_hand = panels(figures.overlay(sample, 10, hide=[4]))[0].images[1]
-    np.testing.assert_array_equal(by_hand.get_array(), hidden.get_array())
+    explicit = panels(figures.overlay(sample, 10, hide=[4]))[0].images[1]
+    np.testing.assert_array_equal(explicit.get_array(), hidden.get_array())
     assert "nothing to leave out" in words(figures.overlay(fake(spread=0.0), 9, hide="sinks"))
 
 
-def test_cross_attention_reaches_the_image_too() -> None:
+def test_cross_attention_is_drawn_on_the_image() -> None:
     figure = figures.overlay(sample_of("mllama"), "red circle")
     assert "language cross-attention layer 3, mean of 8 heads" in words(figure)
 
@@ -131,8 +131,9 @@ def test_before_and_after_share_a_scale_and_the_change_has_its_own() -> None:
     with pytest.raises(GeometryError) as other:
         figures.before_after(fake(), sample_of("llava"), [8, 150])
     assert str(other.value) == (
-        "Before and after are compared token by token, on the same boxes. Before has 2 x 3 tokens "
-        "on 30 x 20 px, after 12 x 12 on 160 x 96 px."
+        "The samples differ in their image tokens: before has 2 x 3 tokens on 30 x 20 px, after "
+        "has 12 x 12 on 160 x 96 px. Pass samples of the same image, made with the same processor "
+        "settings."
     )
 
 
@@ -152,15 +153,15 @@ def test_maps_of_tokens_and_of_patches() -> None:
     with pytest.raises(GeometryError) as shape:
         figures.map_overlays(sample, {"p": np.zeros(7)}, "x")
     assert str(shape.value) == (
-        "Image 0 has 144 tokens (9 x 16) and 576 vision positions (18 x 32); got values of shape "
-        "(7,)."
+        "A map of shape (7,) fits no grid of image 0. The image has 144 tokens (9 x 16) and 576 "
+        "vision positions (18 x 32)."
     )
     with pytest.raises(InputError) as meaning:
         inspect.unwrap(scale_for)("sum", [tokens], "x")
     assert str(meaning.value) == "meaning must be one of amount, difference, ratio; got 'sum'."
 
 
-def test_patches_look_from_where_they_were_asked() -> None:
+def test_patch_overlays_use_the_patch_at_the_point() -> None:
     sample = sample_of("llava")
     figure = figures.patch_overlays(sample, [(33.0, 1.0)], layer=0)
     (axes,) = panels(figure)
@@ -171,12 +172,11 @@ def test_patches_look_from_where_they_were_asked() -> None:
     with pytest.raises(GeometryError) as outside:
         figures.patch_overlays(sample, [(5, 5)])
     assert str(outside.value) == (
-        "A point lies on a patch. No patch of image 0 covers (5, 5); they cover x 32 to 128 and y "
-        "0 to 96 px."
+        "No patch of image 0 covers the point (5, 5). Patches cover x 32 to 128 and y 0 to 96 px."
     )
 
 
-def test_figures_show_and_save_themselves_and_change_nothing(tmp_path: Path) -> None:
+def test_figures_are_displayed_and_saved_without_changing_settings(tmp_path: Path) -> None:
     settings = dict(mpl.rcParams)
     path = tmp_path / "new" / "overlay.png"
     figure = figures.overlay(fake(), 9, path=path)
@@ -185,7 +185,7 @@ def test_figures_show_and_save_themselves_and_change_nothing(tmp_path: Path) -> 
     assert dict(mpl.rcParams) == settings
 
 
-def test_tokens_are_drawn_as_they_stand() -> None:
+def test_special_characters_of_tokens_are_drawn_literally() -> None:
     sample = fake()
     strange = sample.tokens.assign(token=["$x$"] * 8 + ["a$b$", "\n", "\u0120so"])
     strange["kind"] = strange["kind"].mask(strange.index >= 8, "special")
@@ -195,15 +195,16 @@ def test_tokens_are_drawn_as_they_stand() -> None:
     figure.draw_without_rendering()
 
 
-def test_refusals() -> None:
+def test_errors() -> None:
     sample = fake()
     for bad, message in (
         ({"vmax": 0}, "vmax must be above 0 for a probability; got 0."),
         ({"show": "lift", "vmax": 1}, "vmax must be above 1 for a lift; got 1."),
-        ({"power": 2}, "power must lie between 0 (a log scale) and 1 (linear); got 2."),
+        ({"power": 2}, "power must be between 0 (a log scale) and 1 (linear); got 2."),
         (
             {"hide": [1, 3]},
-            "hide names tokens of image 0, which are among the positions 2 to 7; got 1.",
+            "hide holds positions that are not tokens of image 0: 1. Its tokens are among the "
+            "positions 2 to 7.",
         ),
     ):
         with pytest.raises(InputError) as error:
@@ -221,7 +222,9 @@ def test_refusals() -> None:
     )
     with pytest.raises(InputError) as layers:
         figures.layer_overlays(sample, 9, [])
-    assert str(layers.value) == ("layers is a list of at least one layer, such as [0, -1]; got [].")
+    assert str(layers.value) == (
+        "layers must be a list of at least one layer, such as [0, -1]; got []."
+    )
     with pytest.raises(InputError) as show:
         check_show("weight")
     assert str(show.value) == "show must be one of probability, share, lift; got 'weight'."
@@ -235,8 +238,8 @@ def test_refusals() -> None:
     assert str(nowhere.value) == "hide must be positions; got 'sinks'."
 
 
-def test_a_uniform_map_is_drawn_as_uniform_whatever_the_picture() -> None:
-    """Every even area of the picture has one colour, at each level of the scale."""
+def test_a_uniform_map_is_drawn_uniformly_over_any_image() -> None:
+    """Uniform areas of the image have the same colour, for weak and strong values."""
     pixels = np.full((60, 90, 3), 30, np.uint8)
     pixels[20:40, 10:30] = (220, 30, 30)
     pixels[20:40, 50:70] = 250
@@ -258,21 +261,22 @@ def test_a_uniform_map_is_drawn_as_uniform_whatever_the_picture() -> None:
             assert np.ptp(values) == np.ptp(alpha) == 0
 
 
-def test_what_is_not_drawn_is_stated() -> None:
-    """LLaVA-NeXT's thumbnail has no cells; of a narrow picture it is all that there is."""
+def test_the_note_states_attention_that_is_not_drawn() -> None:
+    """LLaVA-NeXT's thumbnail tokens have no cells; a narrow image has no other tokens."""
     vlm = xi.VLM(real("llava_next")[0], settled("llava_next"))
     sample = xi.capture(vlm, picture(96, 96), QUESTION)
     position = int(sample.find("red")[0])
     keys, places = sample.where("image"), sample.grids[0].places
     probs = sample.probs(0, queries=[position], keys=keys).mean((0, 1)).numpy()
-    without = f"{probs[places[:, 0] < 0].sum():.3g} of the {probs.sum():.3g} that the image gets."
+    part, total = probs[places[:, 0] < 0].sum(), probs.sum()
+    amounts = f"which receive {part:.3g} of the {total:.3g} that the image receives."
     said = words(figures.overlay(sample, "red", 0)).replace("\n", " ")
-    assert f"not drawn: tokens of the thumbnail, or without a place, which get {without}" in said
+    assert f"not drawn: tokens of the thumbnail, or without a place, {amounts}" in said
     table = xi.attention_rollout(sample, [position])
     total = table.loc[table["image"].eq(0), "rollout"].sum()
     drawn = table.loc[table["image"].eq(0) & table["row"].notna(), "rollout"].sum()
     said = words(figures.rollout_overlay(table, sample)).replace("\n", " ")
-    assert f"which get {total - drawn:.3g} of the {total:.3g} that" in said
+    assert f"which receive {total - drawn:.3g} of the {total:.3g} that" in said
     narrow = xi.capture(vlm, picture(96, 96).resize((400, 3)), QUESTION)
     assert not (narrow.grids[0].places[:, 0] >= 0).any()
     assert "One cell per thumbnail token" in words(figures.overlay(narrow, "red", 0))

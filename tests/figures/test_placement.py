@@ -15,7 +15,7 @@ from xmodal_interp.figures.scales import scale_of
 @pytest.mark.parametrize(
     ("family", "expected"), [("llava", (32, 128, 96, 0)), ("qwen2_vl", (0, 128, 72, 0))]
 )
-def test_the_map_covers_what_the_tokens_cover(family: str, expected: tuple[float, ...]) -> None:
+def test_the_map_covers_the_token_boxes(family: str, expected: tuple[float, ...]) -> None:
     place = place_of(sample_of(family))
     boxes = place.grid.boxes
     assert extent(place.grid) == pytest.approx(expected)
@@ -25,7 +25,7 @@ def test_the_map_covers_what_the_tokens_cover(family: str, expected: tuple[float
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
 def test_every_token_is_drawn_inside_its_box(family: str) -> None:
-    """The drawn array, read at the centre of a token's box, holds that token's value."""
+    """The drawn array has a token's value at the centre of the token's box."""
     place = place_of(sample_of(family))
     values = np.arange(len(place.keys), dtype=float)
     axes = Figure().add_subplot()
@@ -61,12 +61,12 @@ def test_patches_are_finer_than_merged_tokens() -> None:
     token, patch = (place_of(sample_of("qwen2_vl")), of_patches(place_of(sample_of("qwen2_vl"))))
     assert patch.grid.rows == 2 * token.grid.rows
     assert extent(patch.grid) == extent(token.grid)
-    merged = patch.grid.boxes.reshape(-1, 4, 4)  # four patches of a token follow each other
+    merged = patch.grid.boxes.reshape(-1, 4, 4)  # four consecutive patches are one token
     corners = np.concatenate([merged[..., :2].min(1), merged[..., 2:].max(1)], axis=1)
     np.testing.assert_allclose(corners, token.grid.boxes)
 
 
-def test_names_of_boxes_stay_inside_and_off_each_other() -> None:
+def test_names_of_boxes_stay_inside_the_image_and_do_not_overlap() -> None:
     place = place_of(sample_of("qwen2_vl"))
     axes = Figure(figsize=(3, 2)).add_axes((0, 0, 1, 1))
     drawing.draw_image(axes, place)
@@ -81,27 +81,25 @@ def test_names_of_boxes_stay_inside_and_off_each_other() -> None:
         assert frame.y0 <= name.y0 <= name.y1 <= frame.y1
 
 
-def test_refusals() -> None:
+def test_errors() -> None:
     text_only = fakes.sample_of("btto", [fakes.random_call(4)])
     with pytest.raises(InputError) as none:
         place_of(text_only)
-    assert str(none.value) == (
-        "An overlay is drawn on an image. The sample 'fake' has none; capture it with an image."
-    )
+    assert str(none.value) == "Sample 'fake' has no image to draw on. Capture it with an image."
     with pytest.raises(InputError) as number:
         place_of(fake(), 2)
     assert str(number.value) == "image must be between 0 and 0; got 2."
     with pytest.raises(InputError) as pixels:
         place_of(dataclasses.replace(fake(), images=()))
     assert str(pixels.value) == (
-        "An overlay is drawn on the image's pixels. The sample 'fake' knows the grids of 1 images "
-        "and has the pixels of 0; give it its images with dataclasses.replace(sample, images=...)."
+        "Sample 'fake' has the grids of 1 images, but the pixels of 0. Add the images with "
+        "dataclasses.replace(sample, images=...)."
     )
     grid = fakes.grid(1, 2)
     skewed = dataclasses.replace(grid, boxes=grid.boxes + np.array([[0, 0, 0, 0], [3, 0, 3, 0]]))
     with pytest.raises(GeometryError) as uneven:
         extent(skewed)
     assert str(uneven.value) == (
-        "An overlay needs token boxes that are the cells of one even grid. A box of this image is "
-        "1.50 px off; its grid is 1 x 2."
+        "The token boxes of this image do not form a regular 1 x 2 grid: a box is 1.50 px off. "
+        "Overlays require a regular grid."
     )

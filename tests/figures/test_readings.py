@@ -17,7 +17,7 @@ from xmodal_interp.sample import Sample
 
 
 def slow_values(sample: Sample, show: str, queries: list[int], heads: list[int]) -> np.ndarray:
-    """Cell by cell: the mean over heads and queries that see the token."""
+    """Compute cell by cell the mean over heads and queries that can attend to the token."""
     call = sample.call(-1)
     probs, seen = call.probs()[0].double(), call.visible()[0, 0]
     out = []
@@ -35,7 +35,7 @@ def slow_values(sample: Sample, show: str, queries: list[int], heads: list[int])
 
 @pytest.mark.parametrize("show", ["probability", "share", "lift"])
 def test_values_are_means_over_visible_cells(show: str) -> None:
-    """The query 4 stands in the image and sees three of its tokens; the other sees all."""
+    """Query 4 is an image token with three visible image tokens; query 9 is after the image."""
     sample, place = fake(), place_of(fake())
     for queries in ([4], [4, 9]):
         read = reading(sample, place, queries, -1, [1, 3])
@@ -51,7 +51,7 @@ def test_uniform_attention_has_lift_one_and_equal_shares() -> None:
     np.testing.assert_allclose(read.values("share"), 1 / 6, rtol=1e-5)
 
 
-def test_shares_are_of_what_is_not_left_out() -> None:
+def test_shares_exclude_left_out_tokens() -> None:
     sample = fake()
     read = reading(sample, place_of(sample), [9], 0)
     left_out = np.array([True, False, False, False, False, False])
@@ -63,7 +63,7 @@ def test_shares_are_of_what_is_not_left_out() -> None:
     )
 
 
-def test_cross_attention_is_read_from_its_own_keys() -> None:
+def test_cross_attention_uses_the_image_keys() -> None:
     sample = sample_of("mllama")
     place = place_of(sample)
     assert place.kind == "cross"
@@ -73,7 +73,7 @@ def test_cross_attention_is_read_from_its_own_keys() -> None:
     np.testing.assert_allclose(read.values("probability"), expected[place.keys], rtol=1e-5)
 
 
-def test_a_list_is_a_panel_per_entry_and_a_phrase_a_panel_per_token() -> None:
+def test_a_list_has_a_panel_per_entry_and_a_phrase_a_panel_per_token() -> None:
     sample = sample_of("llava")
     place = place_of(sample)
     red, circle = sample.find("red circle").tolist()
@@ -85,23 +85,23 @@ def test_a_list_is_a_panel_per_entry_and_a_phrase_a_panel_per_token() -> None:
     assert panel_name(sample, [len(sample) - 1]).endswith('" (answer)')
 
 
-def test_refusals() -> None:
+def test_errors() -> None:
     sample = sample_of("llava")
     place = place_of(sample)
     with pytest.raises(InputError) as blind:
         query_positions(sample, place, "user:")
     assert str(blind.value) == (
-        "An overlay needs a query that can see the image. \"user:\" of sample 'sample-0' sees none "
-        "of the 144 tokens of image 0; ask for a later position."
+        "\"user:\" of sample 'sample-0' cannot attend to any of the 144 tokens of image 0. Choose "
+        "a later position."
     )
     with pytest.raises(InputError) as empty:
         query_positions(sample, place, [])
-    assert str(empty.value) == "An overlay needs at least one query; the selection is empty."
+    assert str(empty.value) == "The selection of queries is empty. Pass at least one position."
     with pytest.raises(PhraseError, match="'green dog' is not in"):
         query_positions(sample, place, "green dog")
 
 
-def test_a_row_that_sees_nothing_is_no_number() -> None:
+def test_a_query_without_visible_keys_is_nan() -> None:
     mask = torch.ones(11, 11, dtype=torch.bool).tril()
     mask[9] = False
     sample = fake(call=fakes.random_call(11, mask=mask[None, None]))
@@ -111,8 +111,8 @@ def test_a_row_that_sees_nothing_is_no_number() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_a_query_that_sees_the_image_in_a_later_layer_is_shown() -> None:
-    """T5Gemma 2: layer 0 has a window, layer 1 has none, and layers 2 and 3 are the decoder's."""
+def test_a_query_may_attend_to_the_image_in_a_later_layer_only() -> None:
+    """In T5Gemma 2, layer 0 has a window, layer 1 has none, and layers 2 and 3 are the decoder."""
     vlm = VLM(real("t5gemma2")[0], settled("t5gemma2"))
     question = asked_in_full(vlm, "where is the red circle?", 1)
     sample = capture(vlm, picture(90, 90), question, max_new_tokens=1)
@@ -125,5 +125,5 @@ def test_a_query_that_sees_the_image_in_a_later_layer_is_shown() -> None:
     assert query_positions(sample, place, "circle", 1) == [circle]
     assert query_positions(sample, place, "last", 2) == [last]
     for query, layer in (("circle", 0), ("circle", 2), ("last", 0), ("last", 1)):
-        with pytest.raises(InputError, match="sees none of the 16 tokens of image 0"):
+        with pytest.raises(InputError, match="cannot attend to any of the 16 tokens of image 0"):
             query_positions(sample, place, query, layer)

@@ -17,11 +17,11 @@ HEADS = pd.DataFrame(
 
 
 def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
-    """Points of each named line."""
+    """Return the points of each line, by label."""
     return {str(line.get_label()): [tuple(p) for p in line.get_xydata()] for line in axes.lines}
 
 
-def test_a_grid_has_every_heads_value_in_its_cell() -> None:
+def test_a_head_grid_has_the_value_of_each_head() -> None:
     figure = figures.head_grid(HEADS, "drop", label="drop of accuracy")
     axes = figure.axes[0]
     drawn = axes.images[0].get_array()
@@ -34,7 +34,7 @@ def test_a_grid_has_every_heads_value_in_its_cell() -> None:
     assert "Grey: no value." in words(figure)
 
 
-def test_amounts_start_at_zero_and_ratios_part_at_one() -> None:
+def test_amounts_start_at_zero_and_ratios_diverge_at_one() -> None:
     table = HEADS.assign(drop=[1.0, 2, 3, 4])
     amount = figures.head_grid(table, "drop").axes[0].images[0]
     assert (amount.norm.vmin, amount.norm.vmax) == (0, 4)
@@ -45,7 +45,7 @@ def test_amounts_start_at_zero_and_ratios_part_at_one() -> None:
     assert (close.norm.vmin, close.norm.vmax) == (3, 4)
 
 
-def test_any_analysis_by_layer_with_its_null_dashed() -> None:
+def test_layer_curves_have_a_dashed_null_model() -> None:
     table = analysis.cross_modal_ratio(sample_of("llava"), by=("layer",))
     figure = figures.layer_curves(table, "ratio", null="null")
     drawn = lines(figure.axes[0])
@@ -56,7 +56,7 @@ def test_any_analysis_by_layer_with_its_null_dashed() -> None:
     assert figure.axes[0].get_legend() is not None
 
 
-def test_lines_of_a_column_with_intervals() -> None:
+def test_layer_curves_have_a_line_and_an_interval_per_entry() -> None:
     table = HEADS.assign(drop=[1.0, 2, 3, 4], low=[0.5, 1, 2, 3], high=[2.0, 3, 4, 5], even=1.0)
     figure = figures.layer_curves(table, "drop", by="head", null=1.0, interval=("low", "high"))
     axes = figure.axes[0]
@@ -71,7 +71,7 @@ def test_lines_of_a_column_with_intervals() -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["0", "1", "null model"]
 
 
-def test_random_orders_become_a_mean_and_a_band() -> None:
+def test_random_orders_are_drawn_as_mean_and_band() -> None:
     rows = [("increasing", 0, 0.0, 0.9), ("increasing", 0, 1.0, 0.3)]
     rows += [
         ("random", d, s, a) for d, a in ((0, 0.2), (1, 0.4)) for s, a in ((0.0, 0.9), (1.0, a))
@@ -104,10 +104,10 @@ def test_positional_profiles_are_weighted_means(value: str) -> None:
     null = lines(figure.axes[3])["null model"]
     assert null[0][1] == pytest.approx(1.0 if value == "lift" else rows["null"].mean(), rel=0.02)
     gaps = np.isnan(np.array(lines(figure.axes[0])["1"])[:, 1])
-    assert gaps.any()  # between the text before the image and behind it there is no line
+    assert gaps.any()  # no line between the text before the image and the text after it
 
 
-def test_raster_profiles_go_down_the_rows() -> None:
+def test_raster_profiles_have_rows_downwards() -> None:
     samples = [sample_of("llava")]
     table = analysis.raster_profile(samples, control=samples, layers=[0, 3])
     figure = figures.raster_profiles(table)
@@ -119,7 +119,7 @@ def test_raster_profiles_go_down_the_rows() -> None:
     assert [line.get_linestyle() for line in down.lines].count(":") == table.layer.nunique()
 
 
-def test_rollout_lies_on_the_image() -> None:
+def test_rollout_is_drawn_on_the_image() -> None:
     sample = sample_of("qwen2_vl")
     table = analysis.attention_rollout(sample, "red circle", baseline="uniform")
     figure = figures.rollout_overlay(table, sample, power=1)
@@ -136,20 +136,19 @@ def test_rollout_lies_on_the_image() -> None:
     with pytest.raises(InputError) as other:
         figures.rollout_overlay(table, fake())
     assert str(other.value) == (
-        f"A rollout overlay needs rows of the image's tokens. The table has {len(table)} rows, "
-        "none of image 0 of sample 'fake'."
+        f"The table has {len(table)} rows, but none for tokens of image 0 of sample 'fake'. Pass a "
+        "table that attention_rollout returned for this sample."
     )
 
 
-def test_a_rollout_is_of_one_of_the_samples_of_a_name() -> None:
+def test_rollout_overlay_requires_one_of_several_samples_with_a_name() -> None:
     sample = sample_of("llava")
     table = analysis.attention_rollout([sample, sample])
     with pytest.raises(InputError) as several:
         figures.rollout_overlay(table, sample)
     assert str(several.value) == (
-        "A rollout overlay is of one sample. The table has 'sample-0', 'sample-0 (2)', all of the "
-        "name 'sample-0': choose one, as by table[table['sample'] == 'sample-0'], or give samples "
-        "names of their own."
+        "The table has several samples named 'sample-0': 'sample-0', 'sample-0 (2)'. Choose one "
+        "with table[table['sample'] == 'sample-0'], or give each sample a unique name."
     )
     second = figures.rollout_overlay(table[table["sample"] == "sample-0 (2)"], sample)
     alone = figures.rollout_overlay(analysis.attention_rollout(sample), sample)
@@ -157,48 +156,48 @@ def test_a_rollout_is_of_one_of_the_samples_of_a_name() -> None:
     np.testing.assert_array_equal(*shown)
 
 
-def test_everything_is_written_to_files(tmp_path: Path) -> None:
+def test_figures_are_written_to_files(tmp_path: Path) -> None:
     figures.head_grid(HEADS, "drop", path=tmp_path / "grid.svg")
     figures.layer_curves(HEADS[HEADS["head"] == 0], "drop", path=tmp_path / "curve.pdf")
     assert (tmp_path / "grid.svg").read_text().startswith("<?xml")
     assert (tmp_path / "curve.pdf").read_bytes()[:4] == b"%PDF"
 
 
-def test_refusals() -> None:
+def test_errors() -> None:
     with pytest.raises(InputError) as column:
         figures.head_grid(HEADS, "score")
     assert str(column.value) == (
-        "A grid of heads needs the columns layer, head, score. The table has layer, head, drop; "
-        "missing: score."
+        "A grid of heads requires the columns layer, head, score; missing: score. The table has "
+        "layer, head, drop."
     )
     twice = pd.concat([HEADS.assign(sample="a"), HEADS.assign(sample="b", drop=0.3)])
     with pytest.raises(InputError) as several:
         figures.head_grid(twice, "drop")
     assert str(several.value) == (
-        "A grid of heads shows one row per layer and head; layer 0, head 0 has 2. Choose rows by "
-        "sample, or average them first: table.groupby(['layer', 'head'], as_index=False)['drop']"
+        "A grid of heads requires one row per layer and head; layer 0, head 0 has 2. Select rows "
+        "by sample, or average them: table.groupby(['layer', 'head'], as_index=False)['drop']"
         ".mean()."
     )
     with pytest.raises(InputError) as curve:
         figures.layer_curves(HEADS, "drop")
     assert str(curve.value).startswith(
-        "A curve by layer shows one row per layer; layer 0 has 2. Choose rows by head, or average"
+        "A curve by layer requires one row per layer; layer 0 has 2. Select rows by head, or "
     )
     with pytest.raises(InputError) as empty:
         figures.head_grid(HEADS.head(0), "drop")
-    assert str(empty.value) == "A grid of heads needs at least one row; the table has none."
+    assert str(empty.value) == "The table is empty. A grid of heads requires at least one row."
     with pytest.raises(InputError) as text:
         figures.layer_curves(HEADS.query("head == 0").assign(drop="T-V"), "drop")
-    assert str(text.value) == "A curve by layer draws numbers. The column drop holds str."
+    assert str(text.value) == "A curve by layer requires a numeric column 'drop'; got dtype str."
     with pytest.raises(InputError) as nothing:
         figures.head_grid(HEADS.assign(drop=np.nan), "drop")
-    assert str(nothing.value) == ("A grid of heads needs a number; the column 'drop' has only NaN.")
+    assert str(nothing.value) == "The column 'drop' has only NaN. Choose a column with numbers."
     no_image = fakes.sample_of("btto", [fakes.random_call(4)])
-    with pytest.raises(InputError, match="The sample 'fake' has none"):
+    with pytest.raises(InputError, match="Sample 'fake' has no image to draw on"):
         figures.token_patch_matrix(no_image)
 
 
-def test_lifts_part_at_one() -> None:
+def test_lifts_diverge_at_one() -> None:
     table = HEADS.assign(lift=[0.9, 1.0, 1.1, 0.95])
     drawn = figures.head_grid(table, "lift")
     image = drawn.axes[0].images[0]

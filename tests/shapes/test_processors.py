@@ -1,4 +1,4 @@
-"""The shipped processors are those that the recipe builds, and read videos where they can."""
+"""The shipped processors match those that the recipe builds, and the Qwen2-VL one reads videos."""
 
 import pytest
 from transformers import AutoProcessor
@@ -10,7 +10,7 @@ from xmodal_interp.shapes.processors import build_processor
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_the_shipped_templates_are_those_of_the_recipe(family: str) -> None:
+def test_the_shipped_templates_match_the_recipe(family: str) -> None:
     shipped = AutoProcessor.from_pretrained(shipped_path(family))
     assert shipped.chat_template == build_processor(family).chat_template
 
@@ -19,7 +19,7 @@ def test_the_shipped_templates_are_those_of_the_recipe(family: str) -> None:
 def test_the_shipped_qwen2_vl_reads_videos() -> None:
     scene, blank = picture(seed=3), picture(seed=3)
     blank.paste((0, 0, 0), (0, 0, *blank.size))
-    film = xi.Video([scene, scene, blank, blank], fps=2)  # two frames make one row of tokens
+    film = xi.Video([scene, scene, blank, blank], fps=2)  # two frames are merged into one
     sample = xi.capture(xi.load("qwen2_vl"), [], "how many shapes ?", videos=film, max_new_tokens=1)
     assert sample.video_grids[0].frames == 2
     tokens = sample.where("video", frame=0)

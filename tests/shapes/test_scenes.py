@@ -1,4 +1,4 @@
-"""Scenes: the ground truth is true."""
+"""The ground truth of scenes is right."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_a_box_is_the_extent_of_the_pixels(shape: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(96, 96), (128, 72), (72, 128), (200, 150)])
-def test_things_keep_their_distance_and_stay_inside(size: tuple[int, int]) -> None:
+def test_objects_do_not_overlap_and_stay_inside(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     for _ in range(100):
         scene = sample_scene(rng, width=size[0], height=size[1])
@@ -37,7 +37,7 @@ def test_things_keep_their_distance_and_stay_inside(size: tuple[int, int]) -> No
                 assert apart or a.box[1] > b.box[3] or b.box[1] > a.box[3]
 
 
-def test_the_recoloured_twin_differs_in_one_box_only() -> None:
+def test_a_recoloured_scene_differs_in_one_box_only() -> None:
     scene = sample_scene(np.random.default_rng(3))
     other = next(color for color in COLORS if color != scene.things[0].color)
     twin = scene.recolored(0, other)
@@ -82,7 +82,7 @@ def test_a_scene_is_the_same_for_the_same_seed() -> None:
     assert np.array_equal(one.render(), two.render())
 
 
-def test_an_unknown_kind_is_refused() -> None:
+def test_an_unknown_question_kind_raises() -> None:
     with pytest.raises(ValueError, match="kind must be one of color, shape, place, count") as error:
         ask(sample_scene(np.random.default_rng(0)), "size", np.random.default_rng(0))
     assert "got 'size'" in str(error.value)

@@ -1,4 +1,4 @@
-"""Training: packing changes no logits, a resumed run is the same run."""
+"""Packing does not change logits, and a resumed run equals an uninterrupted one."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ CANVAS = {"llava": (96, 96), "qwen2_vl": (128, 72)}
 
 
 @pytest.mark.parametrize("family", CANVAS)
-def test_packed_logits_are_those_of_the_questions_asked_one_by_one(family: str) -> None:
+def test_packed_logits_equal_those_of_separate_prompts(family: str) -> None:
     model, processor = untrained(family), build_processor(family)
     packer = Packer(family, *CANVAS[family])
     scene = sample_scene(
@@ -40,7 +40,7 @@ def test_packed_logits_are_those_of_the_questions_asked_one_by_one(family: str) 
 
 
 @pytest.mark.parametrize("family", CANVAS)
-def test_packed_attention_is_attention_under_the_mask_of_packs(family: str) -> None:
+def test_packed_attention_equals_attention_with_the_block_mask(family: str) -> None:
     packer, rng = Packer(family, *CANVAS[family]), np.random.default_rng(5)
     scenes = [sample_scene(rng, width=CANVAS[family][0], height=CANVAS[family][1]) for _ in "ab"]
     batch = packer.pack(scenes, rng)
@@ -62,7 +62,7 @@ def test_packed_attention_is_attention_under_the_mask_of_packs(family: str) -> N
             torch.testing.assert_close(ours.grad, theirs.grad, atol=close, rtol=0)
 
 
-def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path) -> None:
     settings = Settings("llava", steps=2, batch=2, warmup=1, evaluate_every=1)
     whole, first, second = (Trainer(settings) for _ in range(3))
     train(whole, 2)
@@ -72,7 +72,7 @@ def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path) -> None:
     train(second, 1)
     for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    with pytest.raises(ValueError, match="A run resumes only with its own settings"):
+    with pytest.raises(ValueError, match="is of a run with the settings"):
         Trainer(Settings("llava", steps=3)).resume(tmp_path)
 
 
@@ -84,7 +84,7 @@ def train(trainer: Trainer, n_steps: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
-def test_the_seed_reproduces_the_first_weights(family: str) -> None:
+def test_the_seed_reproduces_the_untrained_weights(family: str) -> None:
     one, two, other = untrained(family), untrained(family), untrained(family, seed=1)
     same = [torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True)]
     differs = [

@@ -1,4 +1,4 @@
-"""What the store's tests write: samples made by hand, and samples of the shipped model."""
+"""Samples for the tests of the store: constructed ones, and ones of the shipped model."""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ from xmodal_interp.shapes.scenes import sample_scene
 from xmodal_interp.vocabulary import TOKEN_COLUMNS
 
 SETTINGS = {"model": "none", "kept": {"layers": None, "values": False}}
-N = 5  # positions of a sample made by hand
+N = 5  # number of positions of a constructed sample
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def shipped(name: str = "llava") -> xi.VLM:
 
 
 def items(n: int, *, first: int = 0) -> list[dict[str, Any]]:
-    """Questions of different lengths, each about a scene of its own."""
+    """Return questions of different lengths, each about a different scene."""
     made = []
     for i in range(first, first + n):
         scene = sample_scene(np.random.default_rng(i))
@@ -39,7 +39,7 @@ def items(n: int, *, first: int = 0) -> list[dict[str, Any]]:
 
 
 def call(layer: int = 0, **changes: Any) -> AttentionCall:
-    """Two heads on one key head, five queries and keys."""
+    """Return a call with two query heads, one key head, five queries and five keys."""
     make = torch.Generator().manual_seed(layer)
     fields = {
         "tower": "language",
@@ -56,7 +56,7 @@ def call(layer: int = 0, **changes: Any) -> AttentionCall:
 
 
 def sample(name: str = "one", calls: Iterable[AttentionCall] = (), **changes: Any) -> Sample:
-    """One image of 1 x 2 tokens, then three words."""
+    """Return a sample with one image of 1 x 2 tokens, then three words."""
     tokens = pd.DataFrame(
         {column: [None] * N for column in TOKEN_COLUMNS},
         index=pd.RangeIndex(N, name="position"),
@@ -97,7 +97,7 @@ def sample(name: str = "one", calls: Iterable[AttentionCall] = (), **changes: An
 
 
 def assert_same(found: Sample, expected: Sample) -> None:
-    """Every field alike, every tensor bit for bit."""
+    """Assert that two samples have equal fields and bit-identical tensors."""
     for name in ("name", "text", "question", "answer", "n_prompt"):
         assert getattr(found, name) == getattr(expected, name)
     pd.testing.assert_frame_equal(found.tokens, expected.tokens)

@@ -1,4 +1,4 @@
-"""Damage and malice: what is done to a store's files is found, and never read as other numbers."""
+"""Damaged and crafted files of a store are detected, and never read as wrong numbers."""
 
 import contextlib
 import io
@@ -23,8 +23,8 @@ N_FLIPS = 72
 
 
 @pytest.fixture(autouse=True)
-def _nobody_else_reads(any_type):
-    """The type checks of tests read every call of a Sample that is made."""
+def _no_type_checks(any_type):
+    """Disable the type checks of tests, which read every call of a new Sample."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def path(written, tmp_path):
 
 
 def everything(path, wanted=("b", "a", "c")):
-    """What a store gives: names, failures, and some samples, read whole."""
+    """Return a store's names, failures and some samples, with all tensors and images read."""
     store = open_store(path)
     samples = [store[name] for name in wanted]
     for each in samples:
@@ -58,7 +58,7 @@ def everything(path, wanted=("b", "a", "c")):
 
 
 def is_refused(path, expected, wanted):
-    """Whether damage is refused; what is read in spite of it must be what was written."""
+    """Return whether reading raises; if it does not, assert that all values are as written."""
     try:
         names, failures, samples = everything(path, wanted)
     except StoreError:
@@ -77,12 +77,12 @@ def is_refused(path, expected, wanted):
 def is_found(path):
     try:
         return not check_store(path)["ok"].all()
-    except StoreError:  # the manifest says that it is of another version
+    except StoreError:  # the damaged manifest states another version
         return True
 
 
-def test_flipped_bytes_are_found_and_never_read_as_other_numbers(written, path):
-    """In every file: refused or read as it was written, and always found by ``check``."""
+def test_flipped_bytes_are_found_and_never_read_as_wrong_numbers(written, path):
+    """In every file: reading raises or returns the written values, and ``check`` finds it."""
     chosen = np.random.default_rng(0)
     expected = everything(written)
     all_files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name != schema.LOCK]
@@ -99,21 +99,21 @@ def test_flipped_bytes_are_found_and_never_read_as_other_numbers(written, path):
         if not is_found(path) and file.name not in (schema.SAMPLE, schema.MANIFEST):
             missed.append((file.name, place, bits))
         file.write_bytes(whole)
-    assert missed == []  # of JSON that is read whole, another space is no damage
+    assert missed == []  # JSON files are excluded: changed white space is not damage
 
 
-def test_without_verifying_damage_may_pass(path):
+def test_damage_may_go_unnoticed_without_verifying(path):
     file = path / schema.SAMPLES / "b" / "language-self-000.safetensors"
     content = bytearray(file.read_bytes())
     content[-2] ^= 64
     file.write_bytes(content)
-    with pytest.raises(StoreError, match="its checksum is not the one it was written with"):
+    with pytest.raises(StoreError, match="its checksum differs from the recorded one"):
         open_store(path)["b"].call(0)
     other = open_store(path, verify=False)["b"].call(0).probs()
     assert not torch.equal(other, open_store(path)["a"].call(0).probs())
 
 
-def test_a_file_is_compared_once_and_again_when_it_changed(path, monkeypatch):
+def test_a_file_is_compared_once_and_again_if_it_changes(path, monkeypatch):
     compared = []
     original = files.sha256_of
     monkeypatch.setattr(files, "sha256_of", lambda p: compared.append(p.name) or original(p))
@@ -129,7 +129,7 @@ def test_a_file_is_compared_once_and_again_when_it_changed(path, monkeypatch):
 
 
 def rewritten(path, name, change):
-    """A sample's record, changed by someone who can compute digests."""
+    """Change a sample's ``sample.json`` and update its digest."""
     folder = path / schema.SAMPLES / name
     record = files.read_record(folder)
     change(record)
@@ -138,14 +138,14 @@ def rewritten(path, name, change):
 
 
 def swapped(path, file, content):
-    """Another content of a file, listed with its checksum."""
+    """Replace the content of a file and update its checksum."""
     (path / schema.SAMPLES / "b" / file).write_bytes(content)
     about = {"bytes": len(content), "sha256": files.sha256_of(path / schema.SAMPLES / "b" / file)}
     rewritten(path, "b", lambda record: record["files"].__setitem__(file, about))
 
 
 def npz(places_header, n_bytes=64):
-    """Grids whose ``places`` have a header that claims more than there is."""
+    """Return an npz file whose ``places`` array has this header and ``n_bytes`` of data."""
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
         header = io.BytesIO()
@@ -166,28 +166,32 @@ def replace_member(name, value):
 
 
 CRAFTED = {
-    "a picture outside": lambda record: record["images"][0].__setitem__("file", "../../x.png"),
-    "a file outside": lambda record: record["files"].__setitem__(
+    "a picture outside the folder": lambda record: record["images"][0].__setitem__(
+        "file", "../../x.png"
+    ),
+    "a file outside the folder": lambda record: record["files"].__setitem__(
         "../a/tokens.parquet", {"bytes": 1, "sha256": "0" * 64}
     ),
-    "a layer outside": lambda record: record["calls"][0].__setitem__("tower", "../a/language"),
-    "a mask that is not there": lambda record: record["calls"][0]["shared"].update(mask="shared-9"),
-    "tensors of another name": lambda record: record["calls"][0]["tensors"].append("__class__"),
-    "a layer that is text": lambda record: record["calls"][0].__setitem__("layer", "0"),
+    "a layer in another folder": lambda record: record["calls"][0].__setitem__(
+        "tower", "../a/language"
+    ),
+    "a missing mask": lambda record: record["calls"][0]["shared"].update(mask="shared-9"),
+    "an unknown tensor name": lambda record: record["calls"][0]["tensors"].append("__class__"),
+    "a layer that is a string": lambda record: record["calls"][0].__setitem__("layer", "0"),
     "no calls": replace_member("calls", {}),
     "no files": lambda record: record.pop("files"),
     "a text that is a number": replace_member("text", 3),
-    "a picture of no size": lambda record: record["images"][0].__setitem__("width", -8),
-    "grids of no size": lambda record: record["grids"][0].__setitem__("rows", "many"),
+    "a picture of negative width": lambda record: record["images"][0].__setitem__("width", -8),
+    "grids without numbers": lambda record: record["grids"][0].__setitem__("rows", "many"),
     "a mask of a huge shape": lambda record: record["shared"]["shared-0"].update(
         shape=[10**6, 10**6]
     ),
-    "labels in labels": replace_member("labels", [[]]),
+    "labels that are a list": replace_member("labels", [[]]),
 }
 
 
 @pytest.mark.parametrize("how", CRAFTED)
-def test_crafted_records_are_refused(path, how):
+def test_crafted_records_raise(path, how):
     rewritten(path, "b", CRAFTED[how])
     with pytest.raises(StoreError, match="sample 'b'"):
         everything(path)
@@ -204,7 +208,7 @@ def test_crafted_records_are_refused(path, how):
         (schema.TOKENS, lambda: packing.table_bytes(pd.DataFrame({"token": ["a"]}))),
     ],
 )
-def test_crafted_tables_and_grids_are_refused_before_they_are_unpacked(
+def test_crafted_tables_and_grids_raise_before_they_are_uncompressed(
     path, file, content, monkeypatch
 ):
     monkeypatch.setattr(schema, "MAX_GRID_BYTES", 2**20)
@@ -220,14 +224,14 @@ def deep(n):
 @pytest.mark.parametrize(
     "name", [schema.MANIFEST, schema.NAMES, schema.FAILURES, f"{schema.SAMPLES}/b/{schema.SAMPLE}"]
 )
-def test_deep_json_is_refused(path, name):
+def test_deep_json_raises(path, name):
     (path / name).write_text(deep(100_000))
     with contextlib.suppress(StoreError):
         everything(path)
     assert is_found(path)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes among its files")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes in folders")
 @pytest.mark.parametrize(
     "name",
     [
@@ -236,7 +240,7 @@ def test_deep_json_is_refused(path, name):
         f"{schema.SAMPLES}/b/language-self-000.safetensors",
     ],
 )
-def test_pipes_are_not_waited_for(path, name):
+def test_pipes_raise_without_blocking(path, name):
     (path / name).unlink()
     os.mkfifo(path / name)
     with pytest.raises(StoreError):
@@ -244,7 +248,7 @@ def test_pipes_are_not_waited_for(path, name):
     assert is_found(path)
 
 
-def test_an_image_elsewhere_that_changed_or_is_no_file(tmp_path):
+def test_an_image_outside_the_store_that_changed_or_is_not_a_file(tmp_path):
     picture = tmp_path / "picture.png"
     made = sample("d")
     made.images[0].save(picture)
@@ -257,13 +261,13 @@ def test_an_image_elsewhere_that_changed_or_is_no_file(tmp_path):
     with pytest.raises(StoreError) as refusal:
         open_store(tmp_path / "other")[0].images[0].load()
     assert str(refusal.value) == (
-        f"The images of a stored sample must stay as they were. {picture} has changed since it was "
-        "captured."
+        f"{picture}, an image of a stored sample, has changed since it was captured. Restore the "
+        "original image, or capture the sample again."
     )
     open_store(tmp_path / "other", verify=False)[0].images[0].load()
     picture.unlink()
     os.mkfifo(picture)
-    with pytest.raises(StoreError, match="is no regular file"):
+    with pytest.raises(StoreError, match="is not a regular file"):
         open_store(tmp_path / "other")[0].images[0].load()
 
 

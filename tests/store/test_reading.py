@@ -1,4 +1,4 @@
-"""Reading: what is lazy, what a store answers to, and what it refuses."""
+"""Reading a store: laziness, indexing and errors."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ from xmodal_interp.sample import Sample
 from xmodal_interp.store import StoreWriter, check_store, files, open_store, schema
 
 RUN_CHECK = (
-    "Run `xmodal check` on the store to see what else is; delete a damaged sample's folder and "
-    "capture it again."
+    "Run `xmodal check` on the store to list all damaged files; delete a damaged sample's folder "
+    "and capture the sample again."
 )
 
 
@@ -37,8 +37,8 @@ def of_sample(store_path, name="b"):
 
 
 @pytest.fixture(autouse=True)
-def _nobody_else_reads():
-    """The type checks of tests look into every mapping that a Sample is given."""
+def _no_type_checks():
+    """Disable the type checks of tests, which read every mapping passed to a Sample."""
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)
@@ -46,7 +46,7 @@ def _nobody_else_reads():
 
 @pytest.fixture
 def opened_files(monkeypatch):
-    """Names of the tensor files that are opened."""
+    """Return a list to which the names of opened tensor files are added."""
     names: list[str] = []
 
     def counted(path, **options):
@@ -69,7 +69,7 @@ def test_a_layer_reads_its_own_file(store_path, opened_files):
     assert opened_files == ["language-self-001.safetensors", schema.SHARED]
     assert found.call(1) is held
     found.call(2)
-    assert opened_files[2:] == ["language-self-002.safetensors"]  # the mask is held by layer 1
+    assert opened_files[2:] == ["language-self-002.safetensors"]  # layer 1's mask is reused
 
 
 def test_images_are_read_when_used(store_path):
@@ -79,8 +79,8 @@ def test_images_are_read_when_used(store_path):
     with pytest.raises(StoreError) as refusal:
         image.load()
     assert str(refusal.value) == (
-        "A store is read as it was written. image-0.png of sample 'b' in "
-        f"{of_sample(store_path)} is damaged: it is missing. {RUN_CHECK}"
+        f"image-0.png of sample 'b' in {of_sample(store_path)} is damaged: it is missing. "
+        f"{RUN_CHECK}"
     )
 
 
@@ -103,28 +103,25 @@ def test_sequence(store_path):
     assert len(store.failures) == 0
 
 
-def test_a_stored_sample_goes_to_other_processes(store_path):
+def test_a_stored_sample_can_be_pickled(store_path):
     found = open_store(store_path)[0]
     assert_same(pickle.loads(pickle.dumps(found)), found)
 
 
-def test_what_is_not_in_the_store(store_path):
+def test_missing_samples_and_layers(store_path):
     store = open_store(store_path)
     with pytest.raises(IndexError) as refusal:
         store[3]
-    assert str(refusal.value) == f"{store_path} has 3 samples; there is no sample 3."
+    assert str(refusal.value) == f"{store_path} has no sample 3: it has 3 samples."
     with pytest.raises(NotRecordedError) as refusal:
         store["x"]
-    assert str(refusal.value) == (
-        f"A sample is asked for by a name that the store has. {store_path} has no 'x', but 'b', "
-        "'a', 'c'."
-    )
+    assert str(refusal.value) == f"{store_path} has no sample 'x'. It has 'b', 'a', 'c'."
     with pytest.raises(NotRecordedError) as refusal:
-        store[0].call(3)  # the sample's provenance knows of layer 3
+        store[0].call(3)  # the sample's provenance lists layer 3
     assert "kept layers [0, 1, 2], not 3." in str(refusal.value)
 
 
-def test_rows_that_were_not_kept(tmp_path):
+def test_queries_that_were_not_recorded(tmp_path):
     with StoreWriter(tmp_path, SETTINGS) as writer:
         rows = call(q=torch.randn(1, 2, 2, 3), rows=torch.tensor([1, 4]))
         writer.write(sample(calls=[rows]))
@@ -135,13 +132,15 @@ def test_rows_that_were_not_kept(tmp_path):
 
 
 def test_no_store(tmp_path):
-    for path, what in ((tmp_path, "no manifest.json in it"), (tmp_path / "x", "no such folder")):
+    for path, problem in (
+        (tmp_path, "it contains no file manifest.json"),
+        (tmp_path / "x", "it does not exist"),
+    ):
         for action in (open_store, check_store):
             with pytest.raises(StoreError) as refusal:
                 action(path)
             assert str(refusal.value) == (
-                f"A store is a folder that capture_dataset has written; {path} is not one: there "
-                f"is {what}."
+                f"{path} is not a store: {problem}. Pass a folder that capture_dataset has written."
             )
 
 
@@ -153,15 +152,15 @@ def test_another_version_or_format(store_path, of):
     with pytest.raises(StoreError) as refusal:
         open_store(store_path)[0]
     assert str(refusal.value) == (
-        f"This release reads version 2 of the store format. {path} is of version 3; open it with "
+        f"{path} has version 3 of the store format, but this release reads version 2. Open it with "
         "the release that wrote it, or capture again."
     )
     path.write_text(json.dumps({**json.loads(written), "format": "zarr"}))
     with pytest.raises(StoreError) as refusal:
         open_store(store_path)[0]
     assert str(refusal.value) == (
-        f"A file of a store says that its format is xmodal_interp.store. {path} says zarr; "
-        "another program wrote it, or it is damaged."
+        f"{path} is not a file of a store, or is damaged: its format is zarr instead of "
+        "xmodal_interp.store."
     )
 
 
@@ -186,7 +185,7 @@ def test_another_version_of_one_file(store_path, file, monkeypatch):
     with pytest.raises(StoreError) as refusal:
         open_store(store_path)[0].call(0)
     assert str(refusal.value) == (
-        f"This release reads version 2 of the store format. {path} is of version 9; open it with "
+        f"{path} has version 9 of the store format, but this release reads version 2. Open it with "
         "the release that wrote it, or capture again."
     )
 
@@ -196,12 +195,12 @@ def test_truncated_tensors(store_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
     store = open_store(store_path)
-    store[0].call(0)  # the other layers are as they were
+    store[0].call(0)  # other layers can be read
     with pytest.raises(StoreError) as refusal:
         store[0].call(1)
     assert str(refusal.value) == (
-        "A store is read as it was written. language-self-001.safetensors of sample 'b' in "
-        f"{path.parent} is damaged: it has {len(whole) - 8} bytes, not {len(whole)}. {RUN_CHECK}"
+        f"language-self-001.safetensors of sample 'b' in {path.parent} is damaged: it has "
+        f"{len(whole) - 8} bytes instead of {len(whole)}. {RUN_CHECK}"
     )
     path.unlink()
     with pytest.raises(StoreError) as refusal:
@@ -233,16 +232,16 @@ def test_edited_json(store_path):
     with pytest.raises(StoreError) as refusal:
         open_store(store_path)[0]
     assert str(refusal.value) == (
-        f"A store is read as it was written. sample.json of sample 'b' in {path.parent} is "
-        f"damaged: its digest is not that of its content. {RUN_CHECK}"
+        f"sample.json of sample 'b' in {path.parent} is damaged: its digest does not match its "
+        f"content. {RUN_CHECK}"
     )
     manifest = store_path / schema.MANIFEST
     manifest.write_text(manifest.read_text().replace("none", "some"))
     with pytest.raises(StoreError) as refusal:
         open_store(store_path)
     assert str(refusal.value) == (
-        f"A store is read as it was written. manifest.json of the store in {store_path} is "
-        f"damaged: its digest is not that of its settings. {RUN_CHECK}"
+        f"manifest.json of the store in {store_path} is damaged: its digest does not match its "
+        f"settings. {RUN_CHECK}"
     )
 
 
@@ -271,12 +270,12 @@ def test_check(store_path):
     assert {
         tuple(row) for row in table.loc[~table["ok"], ["sample", "file", "problem"]].to_numpy()
     } == {
-        ("a", flipped.name, "its checksum is not the one it was written with"),
-        ("a", cut.name, f"it has 10 bytes, not {size}"),
+        ("a", flipped.name, "its checksum differs from the recorded one"),
+        ("a", cut.name, f"it has 10 bytes instead of {size}"),
         ("a", schema.SHARED, "it is missing"),
-        ("a", "notes.txt", "it is no part of the sample"),
-        ("d", schema.SAMPLE, "it is of sample 'c'"),
-        ("c", schema.SAMPLE, "the sample was written, and its folder is not there"),
+        ("a", "notes.txt", "it is not part of the sample"),
+        ("d", schema.SAMPLE, "it belongs to sample 'c'"),
+        ("c", schema.SAMPLE, "the sample was written, but its folder does not exist"),
     }
 
 
@@ -286,10 +285,10 @@ def test_check_without_samples(store_path):
     assert check_store(store_path)["ok"].tolist() == [True, True, False, False, False]
 
 
-def test_a_missing_order_is_no_loss(store_path):
+def test_order_is_restored_without_the_list_of_names(store_path):
     (store_path / schema.NAMES).unlink()
     assert open_store(store_path).names == ("b", "a", "c")
-    for name in "abc":  # as the first release wrote them
+    for name in "abc":  # records of the first release have no number
         record = files.read_record(of_sample(store_path, name))
         del record["number"]
         text = schema.json_text({**record, "digest": schema.digest_of(record)})
@@ -297,7 +296,7 @@ def test_a_missing_order_is_no_loss(store_path):
     assert open_store(store_path).names == ("a", "b", "c")
 
 
-def test_tables_are_read_as_typed(store_path):
+def test_tables_keep_their_column_types(store_path):
     found = open_store(store_path)[0]
     pd.testing.assert_series_equal(found.tokens.dtypes, sample().tokens.dtypes)
     assert found.grid(np.arange(2.0)).tolist() == [[0, 1]]

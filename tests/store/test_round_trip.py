@@ -1,4 +1,4 @@
-"""What comes back from a store is what was written, bit for bit."""
+"""Samples read from a store equal the written ones, bit for bit."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def written(path, samples: list[Sample], **options) -> Store:
 
 CALLS = {
     "causal": call(),
-    "nothing hidden": call(causal=False, mask=None),
+    "no mask": call(causal=False, mask=None),
     "values": call(v=torch.randn(1, 1, N, 3)),
     "half": call(q=torch.randn(1, 2, N, 3).bfloat16(), k=torch.randn(1, 1, N, 3).bfloat16()),
     "soft-cap, sinks, window": call(softcap=30.0, sinks=torch.randn(2), sliding_window=2),
@@ -98,7 +98,7 @@ def test_images_without_copies(tmp_path):
     assert not list(store.path.rglob("*.png"))
 
 
-def test_stored_image_is_an_image(tmp_path):
+def test_stored_image_is_a_pil_image(tmp_path):
     found = written(tmp_path, [sample()])[0].images[0]
     assert (found.size, found.mode) == ((8, 4), "RGB")
     assert found.resize((4, 2)).size == (4, 2)
@@ -131,7 +131,7 @@ def test_a_mask_is_stored_once(tmp_path):
 
 
 def test_a_copy_of_a_stored_sample_has_the_masks_of_its_layers(tmp_path):
-    """Stored masks are freed one after the other, so that several are read into the same memory."""
+    """Several masks are read into the same memory, because each is freed before the next."""
     masks = [torch.rand(1, 1, 64, 64) < 0.5 for _ in range(8)]
     biases = [torch.randn(1, 2, 64, 64) for _ in range(8)]
     square = {"q": torch.randn(1, 2, 64, 4), "k": torch.randn(1, 1, 64, 4), "causal": False}
@@ -167,7 +167,7 @@ def test_padded_batch_with_stitched_decoding(tmp_path):
         assert found.provenance == json.loads(schema.json_text(expected.provenance))
 
 
-def test_two_images_of_the_model_that_calls_once_per_image(tmp_path):
+def test_two_images_of_a_model_with_one_vision_call_per_image(tmp_path):
     images = [each["image"].resize((96, 64 + 32 * i)) for i, each in enumerate(items(2))]
     made = xi.capture(shipped("qwen2_vl"), images, "where is the red circle ?", max_new_tokens=2)
     assert {key[3] for key in made.calls if key[0] == "vision"} == {0, 1}
@@ -176,7 +176,7 @@ def test_two_images_of_the_model_that_calls_once_per_image(tmp_path):
     pd.testing.assert_series_equal(found.tokens["image"], made.tokens["image"])
 
 
-def test_every_file_says_its_format_and_version(tmp_path):
+def test_every_file_states_format_and_version(tmp_path):
     stored = written(tmp_path, [sample(calls=[call(mask=torch.ones(1, 1, N, N).bool())])])
     with StoreWriter(tmp_path, SETTINGS) as writer:
         writer.note_failure({"item": 0, "name": None, "error": "E", "message": "m"})

@@ -1,4 +1,4 @@
-"""Videos in a store: grids and frames come back as they were; stores without them still open."""
+"""Videos in a store: grids and frames are read unchanged; stores without videos can be read."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ def captured(**options) -> xi.Sample:
     return xi.capture(vlm_of("qwen2_vl"), noise(64, 48, 1), QUESTION, videos=videos, **options)
 
 
-def test_a_sample_with_videos_comes_back(tmp_path) -> None:
+def test_a_sample_with_videos_is_read_unchanged(tmp_path) -> None:
     before = captured(max_new_tokens=2)
     with StoreWriter(tmp_path, SETTINGS) as writer:
         writer.write(before)
@@ -33,7 +33,7 @@ def test_a_sample_with_videos_comes_back(tmp_path) -> None:
     assert check_store(tmp_path)["ok"].all()
 
 
-def test_slices_of_frames_come_back(tmp_path) -> None:
+def test_slices_of_frames_are_read_unchanged(tmp_path) -> None:
     vlm = vlm_of("minicpm_ocr")
     processor = copy.copy(vlm.processor)
     processor.video_processor = copy.copy(processor.video_processor)
@@ -50,7 +50,7 @@ def test_slices_of_frames_come_back(tmp_path) -> None:
     assert check_store(tmp_path)["ok"].all()
 
 
-def test_without_images_the_frames_are_where_they_came_from(tmp_path) -> None:
+def test_frames_that_are_not_stored_are_read_from_their_source(tmp_path) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for i, path in enumerate(paths):
         noise(64, 64, i).save(path)
@@ -74,7 +74,7 @@ def test_a_sample_without_videos_has_neither_file_nor_arrays(tmp_path) -> None:
     assert not (folder / schema.VIDEO_GRIDS).exists()
     record = json.loads((folder / schema.SAMPLE).read_text())
     assert record.pop("video_grids") == record.pop("videos") == []
-    del record["digest"]  # as a store that was written before there were videos has it
+    del record["digest"]  # releases without videos wrote neither member
     record["digest"] = schema.digest_of(record)
     (folder / schema.SAMPLE).write_text(schema.json_text(record))
     old = open_store(tmp_path)[0]
@@ -82,7 +82,7 @@ def test_a_sample_without_videos_has_neither_file_nor_arrays(tmp_path) -> None:
     assert_same(old, sample())
 
 
-def test_a_damaged_file_of_grids_is_named(tmp_path) -> None:
+def test_the_error_names_a_damaged_grid_file(tmp_path) -> None:
     with StoreWriter(tmp_path, SETTINGS) as writer:
         writer.write(captured())
     path = next(tmp_path.rglob(schema.VIDEO_GRIDS))
@@ -91,7 +91,7 @@ def test_a_damaged_file_of_grids_is_named(tmp_path) -> None:
         open_store(tmp_path)[0]
 
 
-def test_what_is_no_video_is_refused() -> None:
+def test_a_path_instead_of_a_video_raises() -> None:
     with pytest.raises(InputError) as refusal:
         checked(3, "x", {"video": "clip.mp4", "prompt": "?"})
     assert str(refusal.value) == "A video is a Video of frames. Item 3 ('x') has a str."

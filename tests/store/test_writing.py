@@ -1,4 +1,4 @@
-"""Writing: a sample is there whole or not at all, whatever happens."""
+"""Writing a store: after any failure, a sample is complete or absent."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ def leftovers(path: Path) -> list[str]:
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """The disk is full after so many files."""
+    """Return a function that makes writing fail after a number of files."""
 
     def after(n_files):
         left = [n_files]
@@ -27,7 +27,7 @@ def full_disk(monkeypatch):
         def write_file(path, content, *, append=False):
             left[0] -= 1
             if left[0] < 0:
-                with path.open("ab") as file:  # what fitted
+                with path.open("ab") as file:  # a partial write
                     file.write(content[:7])
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
             original(path, content, append=append)
@@ -51,9 +51,8 @@ def test_full_disk(tmp_path, full_disk, monkeypatch, n_files):
         with pytest.raises(StoreError) as refusal:
             store.write(sample("two"))
         assert str(refusal.value) == (
-            f"A sample is written whole or not at all. Writing 'two' to {tmp_path} failed: No "
-            "space left on device. Samples that are safe in the store: 1. Make room, or choose "
-            "another disk, and run again."
+            f"Writing sample 'two' to {tmp_path} failed: No space left on device. Free disk space "
+            "or choose another disk, and run again; samples already safe in the store: 1."
         )
         assert refusal.value.__cause__.errno == errno.ENOSPC
         assert leftovers(tmp_path) == []
@@ -65,8 +64,8 @@ def test_full_disk(tmp_path, full_disk, monkeypatch, n_files):
     assert open_store(tmp_path).names == ("one", "two")
 
 
-def test_full_disk_behind_the_sample(tmp_path, full_disk, monkeypatch):
-    """The line in the list of names is cut off; the sample keeps its place."""
+def test_full_disk_after_the_sample(tmp_path, full_disk, monkeypatch):
+    """The line in ``names.jsonl`` is truncated; the sample keeps its number."""
     with StoreWriter(tmp_path, SETTINGS) as store:
         store.write(sample("z"))
         full_disk(5)
@@ -79,7 +78,7 @@ def test_full_disk_behind_the_sample(tmp_path, full_disk, monkeypatch):
     assert check_store(tmp_path)["ok"].all()
 
 
-def test_a_refusal_leaves_nothing_behind(tmp_path):
+def test_a_refused_folder_is_unchanged(tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("years of work")
@@ -115,16 +114,16 @@ def test_links_are_not_followed(tmp_path, name, is_there):
     if not is_there:
         target.rename(tmp_path / "elsewhere")
     place.symlink_to(target)
-    with pytest.raises(StoreError, match=f"{name} in .* is a symbolic link; replace it by what"):
+    with pytest.raises(StoreError, match=f"{name} in .* is a symbolic link, which"):
         StoreWriter(tmp_path / "run", SETTINGS)
     assert target.exists() == is_there
     with pytest.raises(OSError, match="symbolic links"):
         writer.write_file(place if name != schema.SAMPLES else tmp_path / "run" / name, b"")
 
 
-@pytest.mark.parametrize("at", ["behind the rename", "within the line", "before the list"])
-def test_a_kill_between_the_sample_and_its_name_loses_no_order(tmp_path, monkeypatch, at):
-    """The order is kept whether the list is read as it was left, or mended by the next writer."""
+@pytest.mark.parametrize("at", ["after the rename", "within the line", "before the list"])
+def test_a_kill_before_a_name_is_listed_keeps_the_order(tmp_path, monkeypatch, at):
+    """The order is right both for a reader and after the next writer has repaired the list."""
     for name in ("c", "b"):
         with StoreWriter(tmp_path, SETTINGS) as store, monkeypatch.context() as patch:
             if name == "b":
@@ -144,14 +143,14 @@ def test_a_kill_between_the_sample_and_its_name_loses_no_order(tmp_path, monkeyp
     assert open_store(tmp_path).names == ("c", "b", "a")
     assert [line["number"] for line in files.read_lines(names)] == [0, 1, 2]
     assert files.line_problems(names) == []
-    shutil.rmtree(tmp_path / schema.SAMPLES / "b")  # a damaged sample, to be captured again
+    shutil.rmtree(tmp_path / schema.SAMPLES / "b")  # as a user does with a damaged sample
     with StoreWriter(tmp_path, SETTINGS) as store:
         store.write(sample("b"))
     assert open_store(tmp_path).names == ("c", "b", "a")
 
 
 def test_lists_of_the_first_release(tmp_path):
-    """Lines without digests are read and added to; damaged ones are left out and reported."""
+    """Lists without digests are read and extended; damaged lines are skipped and reported."""
     with StoreWriter(tmp_path, SETTINGS) as store:
         for name in ("z", "y"):
             store.write(sample(name))
@@ -174,25 +173,23 @@ def test_lists_of_the_first_release(tmp_path):
     assert open_store(tmp_path).failures.to_dict("records") == [good]
 
 
-def test_no_room_for_a_store(tmp_path, full_disk, monkeypatch):
+def test_full_disk_before_the_manifest(tmp_path, full_disk, monkeypatch):
     full_disk(0)
     with pytest.raises(StoreError) as refusal:
         StoreWriter(tmp_path / "run", SETTINGS)
-    assert str(refusal.value).startswith(
-        f"A store is written to a folder that can be written to. {tmp_path / 'run'} cannot: "
-    )
+    assert str(refusal.value).startswith(f"Cannot write a store to {tmp_path / 'run'}: ")
     monkeypatch.undo()
     with StoreWriter(tmp_path / "run", SETTINGS) as store:  # neither manifest nor lock is left
         store.write(sample())
     assert len(open_store(tmp_path / "run")) == 1
 
 
-def test_a_crash_leaves_nothing_half_written(tmp_path, monkeypatch):
+def test_a_crash_leaves_no_incomplete_sample(tmp_path, monkeypatch):
     with StoreWriter(tmp_path, SETTINGS) as store:
         store.write(sample("one"))
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", failing_rename)
-            patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a crash cleans up nothing
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # no clean-up after a crash
             with pytest.raises(KeyboardInterrupt):
                 store.write(sample("two"))
     (tmp_path / schema.SAMPLES / f"{schema.UNFINISHED}old").mkdir()
@@ -214,7 +211,7 @@ def test_an_interrupt_cleans_up(tmp_path, monkeypatch):
     assert len(open_store(tmp_path)) == 0
 
 
-def test_a_line_that_was_cut_off(tmp_path):
+def test_a_truncated_line(tmp_path):
     with StoreWriter(tmp_path, SETTINGS) as store:
         store.write(sample("b"))
     names = tmp_path / schema.NAMES
@@ -234,8 +231,8 @@ def test_writing_a_name_twice(tmp_path):
             with pytest.raises(StoreError) as refusal:
                 store.write(sample(name))
             assert str(refusal.value) == (
-                f"A sample is written once, and names differ in more than case. {tmp_path} has "
-                f"'one'; got {name!r}. Choose another name, or another folder."
+                f"{tmp_path} already has a sample 'one', ignoring case; got {name!r}. Choose "
+                "another name, or another folder."
             )
     assert_same(open_store(tmp_path)[0], sample("one"))
 
@@ -264,8 +261,8 @@ def test_unsafe_names(tmp_path, name, problem):
     with StoreWriter(tmp_path, SETTINGS) as store, pytest.raises(InputError) as refusal:
         store.write(sample(name))
     assert str(refusal.value) == (
-        "A sample's name is the name of a folder: up to 200 bytes, printable, without "
-        f'" * / : < > ? \\ |, and no dot or space at its ends. {name!r} cannot be one: {problem}.'
+        f"{name!r} is not a valid sample name: {problem}. Use up to 200 bytes of printable "
+        'characters without " * / : < > ? \\ |, and no dot or space at either end.'
     )
     assert list((tmp_path / schema.SAMPLES).iterdir()) == []
 
@@ -275,8 +272,8 @@ def test_labels_that_are_not_json(tmp_path):
         with pytest.raises(InputError) as refusal:
             store.write(sample(labels={"colors": {"red"}}))
         assert str(refusal.value) == (
-            "What a store keeps beside tensors must be JSON: text, finite numbers, true, false, "
-            "null, lists and objects; got {'red'} (set)."
+            "JSON cannot represent a value that the store must keep: got {'red'} (set). Use "
+            "strings, finite numbers, booleans, None, lists and dicts."
         )
         with pytest.raises(InputError, match="Out of range float values are not JSON compliant"):
             store.write(sample(labels={"iou": float("nan")}))
@@ -290,35 +287,35 @@ def test_other_settings(tmp_path):
     with pytest.raises(StoreError) as refusal:
         StoreWriter(tmp_path, other)
     assert str(refusal.value) == (
-        "All samples of a store are made by one model with the same settings. In "
-        f"{tmp_path}, kept.layers is None in the store and [1, 2] now; kept.values is False in the "
-        "store and not set now; model is 'none' in the store and 'other' now; system is not set "
-        "in the store and None now. Use the same settings, or another folder."
+        f"The settings differ from those of the store {tmp_path}: kept.layers is None in the store "
+        "and [1, 2] now; kept.values is False in the store and not set now; model is 'none' in the "
+        "store and 'other' now; system is not set in the store and None now. Use the same "
+        "settings, or another folder."
     )
-    StoreWriter(tmp_path, SETTINGS).close()  # the refused one has given the lock back
+    StoreWriter(tmp_path, SETTINGS).close()  # the refused writer has released the lock
 
 
 def test_another_version(tmp_path):
     StoreWriter(tmp_path, SETTINGS).close()
     path = tmp_path / schema.MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 3}))
-    with pytest.raises(StoreError, match=r"reads version 2 .* is of version 3"):
+    with pytest.raises(StoreError, match=r"has version 3 .* reads version 2"):
         StoreWriter(tmp_path, SETTINGS)
 
 
-def test_a_folder_with_other_things(tmp_path):
+def test_a_folder_with_other_files(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(StoreError) as refusal:
         StoreWriter(tmp_path, SETTINGS)
     assert str(refusal.value) == (
-        f"A store is written to a new or empty folder, or added to. {tmp_path} has no "
-        "manifest.json, but thesis.tex."
+        f"{tmp_path} is neither empty nor a store: it has no manifest.json, but thesis.tex. Choose "
+        "a new or empty folder."
     )
 
 
 def test_a_path_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(StoreError, match="A store is written to a folder that can be written to"):
+    with pytest.raises(StoreError, match="Cannot write a store to"):
         StoreWriter(tmp_path / "run", SETTINGS)
 
 
@@ -327,8 +324,8 @@ def test_one_writer_at_a_time(tmp_path):
         with pytest.raises(StoreError) as refusal:
             StoreWriter(tmp_path, SETTINGS)
         assert str(refusal.value) == (
-            f"A store has one writer at a time. Another one is at work on {tmp_path}; wait for it, "
-            "or write to another folder."
+            f"Another writer has {tmp_path} open. Wait until it has finished, or write to another "
+            "folder."
         )
         assert len(open_store(tmp_path)) == 0  # reading needs no lock
     StoreWriter(tmp_path, SETTINGS).close()

@@ -1,4 +1,4 @@
-"""The demo: the whole story on the shipped model, from held-out scenes to one report."""
+"""Demo of the toolkit on the shipped model, from held-out scenes to a report."""
 
 from xmodal_interp.demo.running import Findings, run_demo
 

@@ -1,4 +1,4 @@
-"""The findings in words, each with its figure and what it is to be compared with."""
+"""Findings of the demo as sentences, each with its number and a baseline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Tables = dict[str, pd.DataFrame]
 
 
 def telling(tables: Tables, n_scenes: int) -> list[str]:
-    """A line for each finding, read off the tables; ``n_scenes`` were asked about."""
+    """Return one line per finding of the tables; ``n_scenes`` is the number of scenes."""
     return [
         _answers(tables["accuracy"], n_scenes),
         _pointing(tables),
@@ -28,13 +28,12 @@ def _pointing(tables: Tables) -> str:
     heads = tables["pointing"].set_index(["layer", "head"])
     other = heads.loc[(best["layer"], best["head"]), "other_object"]
     return (
-        f"Asked for a colour, layer {best['layer']} head {best['head']} has its peak on the asked "
-        f"thing in {best['hit']:.1%} of the scenes ({best['hit_low']:.1%} to "
-        f"{best['hit_high']:.1%}), "
-        f"on another given thing in {other:.1%}. The best head of the untrained model: "
-        f"{random['hit']:.1%}; a random place: {heads['hit_chance'].mean():.1%}. (The head was "
-        "chosen "
-        f"on one half of the scenes and scored on the other, n = {best['n']}.)"
+        f"In colour questions, the peak of layer {best['layer']} head {best['head']} is on the "
+        f"object asked about in {best['hit']:.1%} of the scenes ({best['hit_low']:.1%} to "
+        f"{best['hit_high']:.1%}), and on a given other object in {other:.1%}. "
+        f"Best head of the untrained model: {random['hit']:.1%}; random place: "
+        f"{heads['hit_chance'].mean():.1%}. (The head was chosen on one half of the scenes and "
+        f"scored on the other, n = {best['n']}.)"
     )
 
 
@@ -43,27 +42,27 @@ def _ratio(table: pd.DataFrame) -> list[str]:
     ratios = ", ".join(f"{value:.2f}" for value in table["ratio"])
     below = table.loc[table["lift"] < 1, "layer"].tolist()
     lines = [
-        f"Share of the last token's attention on the image, layer by layer: {ratios}. Uniform "
-        f"attention would give {null:.2f}."
+        f"Share of the last token's attention on the image, by layer: {ratios}; with uniform "
+        f"attention: {null:.2f}."
     ]
     if below:
-        named = f"Layer {below[0]} looks" if len(below) == 1 else f"Layers {_listed(below)} look"
-        lines.append(f"{named} at the image less than uniform attention would.")
+        named = f"Layer {below[0]} has" if len(below) == 1 else f"Layers {_listed(below)} have"
+        lines.append(f"{named} less attention on the image than uniform attention.")
     return lines
 
 
 def _listed(layers: list[int]) -> str:
-    """Such as ``"0, 1 and 3"``."""
+    """Return layers as text, such as ``"0, 1 and 3"``."""
     return " and ".join([", ".join(map(str, layers[:-1])), str(layers[-1])])
 
 
 def _heads(table: pd.DataFrame) -> list[str]:
-    """The heads that each kind of question needs, where the loss is beyond doubt."""
+    """Return a line per ``question_kind``: the heads with a loss whose interval excludes 0."""
     lines = []
     for kind, rows in table[table["question_kind"] != "all"].groupby("question_kind", sort=False):
         sure = rows[rows["accuracy_drop_low"] > 0].nlargest(3, "accuracy_drop")
         if sure.empty:
-            lines.append(f"No single head is needed for {kind} questions.")
+            lines.append(f"No single head is required for {kind} questions.")
             continue
         columns = ["layer", "head", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high"]
         named = [
@@ -71,7 +70,10 @@ def _heads(table: pd.DataFrame) -> list[str]:
             f"{100 * high:.0f})"
             for layer, head, drop, low, high in sure[columns].to_numpy(float)
         ]
-        lines.append(f"Made uniform, these heads break {kind} questions: {'; '.join(named)}.")
+        lines.append(
+            "Accuracy lost when a head's attention is made uniform, "
+            f"{kind} questions: {'; '.join(named)}."
+        )
     return lines
 
 
@@ -79,4 +81,7 @@ def _curve(table: pd.DataFrame) -> str:
     summary = pd.DataFrame(table.attrs["summary"])
     shares = summary.groupby("order", sort=False)["share_at_95"].mean()
     parts = [f"{100 * share:.0f}% in {order} order" for order, share in shares.items()]
-    return f"Heads that can go before accuracy falls below 95% of what it was: {', '.join(parts)}."
+    return (
+        "Share of heads that can be removed before accuracy falls below 95% of its initial value: "
+        f"{', '.join(parts)}."
+    )

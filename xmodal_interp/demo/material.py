@@ -1,4 +1,4 @@
-"""What the demo asks: held-out scenes, and one question of every kind about each."""
+"""Input of the demo: held-out scenes, and one question of every kind about each."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 
 from xmodal_interp.shapes import KINDS, Scene, ask_all, sample_scene
 
-HELD_OUT = 2**40  # training draws its scenes from (seed, step): it never comes here
+HELD_OUT = 2**40  # first part of the seed; training uses (seed, step), which is never this large
 
 
 def held_out_scenes(n_scenes: int) -> list[Scene]:
-    """Scenes unseen in training, each good for a question of every kind."""
+    """Return scenes not used in training, each of which allows a question of every kind."""
     scenes: list[Scene] = []
     number = 0
     while len(scenes) < n_scenes:
@@ -25,10 +25,10 @@ def held_out_scenes(n_scenes: int) -> list[Scene]:
 
 
 def questions_about(scenes: list[Scene]) -> list[dict[str, Any]]:
-    """Items for the analyses: image, prompt, answer, kind, and boxes.
+    """Return items for the analyses: image, prompt, answer, question kind and boxes.
 
-    ``box`` is the asked thing's, ``other_boxes`` are those of the rest, in pixels; none for
-    questions about the whole scene.
+    ``box`` is the box of the object asked about, ``other_boxes`` are those of the other objects, in
+    pixels. Questions about the whole scene have neither.
     """
     items = []
     for number, scene in enumerate(scenes):
@@ -52,5 +52,5 @@ def questions_about(scenes: list[Scene]) -> list[dict[str, Any]]:
 
 
 def of_kind(items: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
-    """The items of some kinds."""
+    """Return the items of some question kinds."""
     return [item for item in items if item["kind"] in kinds]

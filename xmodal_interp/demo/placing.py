@@ -1,8 +1,8 @@
-"""Where the demo's files go: beside a user's files, never over them.
+"""Write the demo's files into a folder without overwriting a user's files.
 
-1. The demo lists what it made, with checksums, in ``.xmodal-demo``.
-2. A later demo works in a hidden folder; then it removes the files of the list that nobody changed
-   and moves its own into their places. All other files stay.
+1. The demo lists the files that it wrote, with checksums, in ``.xmodal-demo``.
+2. A later demo writes to a hidden folder. At the end it removes the listed files that are unchanged
+   and moves the new files to their final paths. All other files stay.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ _MADE_BY = "xmodal demo"
 
 @contextmanager
 def workshop(folder: Path, *, force: bool = False) -> Iterator[Path]:
-    """A hidden folder to write the demo's files to; after the block they are in their places.
+    """Yield a hidden folder for the demo's files; after the block they are moved to ``folder``.
 
     Args:
-        folder: Where they shall be: a new or empty folder, or one of an earlier demo, whose files
-            are replaced.
-        force: Overwrite files that the earlier demo did not make, or that were changed since.
+        folder: Final folder: new, empty, or of an earlier demo, whose files are replaced.
+        force: Overwrite files that the earlier demo did not write, or that were changed since.
 
     Raises:
-        InputError: The folder holds such files without ``force``, is inside a store, or has
-            symbolic links in the place of the demo's files. Before anything is written, if that is
-            known by then.
+        InputError: The folder holds such files and ``force`` is False, is inside a store, or has
+            symbolic links at paths of the demo's files. Raised before the block if the folder
+            alone shows the problem, else after it.
     """
     earlier = _earlier(folder, force=force)
     hidden, is_new = folder / WORKSHOP, not folder.exists()
@@ -49,12 +48,12 @@ def workshop(folder: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def _earlier(folder: Path, *, force: bool) -> dict[str, str]:
-    """The files that an earlier demo made, and their checksums."""
+    """Return the files that an earlier demo wrote, and their checksums."""
     around = store_around(folder / MARK)
     if around is not None:
         raise InputError(
-            f"The demo must not be written into a store, such as {str(around)!r}. Choose another "
-            "folder."
+            f"{str(folder)!r} belongs to the store {str(around)!r}, where the demo must not be "
+            "written. Choose another folder."
         )
     inside = [each.name for each in folder.iterdir()] if folder.exists() else []
     if not {*inside} - {WORKSHOP}:
@@ -64,20 +63,20 @@ def _earlier(folder: Path, *, force: bool) -> dict[str, str]:
         if force:
             return {}
         raise InputError(
-            f"The demo needs a new or an empty folder; {str(folder)!r} holds other files. Choose "
-            "another one: xmodal demo FOLDER. Or pass --force to overwrite files of the same names."
+            f"{str(folder)!r} contains files that the demo did not write. Choose a new or empty "
+            "folder (xmodal demo FOLDER), or pass --force to overwrite files of the same names."
         )
     changed = [name for name, digest in made.items() if _digest(folder / name) not in (digest, "")]
     if changed and not force:
         raise InputError(
-            f"The demo replaces only files that it made. In {str(folder)!r} some were changed "
-            f"since: {_some(changed)}. Choose another folder, or pass --force to overwrite them."
+            f"Files of an earlier demo in {str(folder)!r} have changed: {_some(changed)}. Choose "
+            "another folder, or pass --force to overwrite them."
         )
     return made
 
 
 def _listed(mark: Path) -> dict[str, str] | None:
-    """The list of an earlier demo; None if there is none that can be read."""
+    """Return the file list of an earlier demo, or None if it does not exist or is damaged."""
     try:
         listed = json.loads(mark.read_text("utf-8"))
         files = dict(listed["files"]) if listed["made_by"] == _MADE_BY else None
@@ -91,7 +90,7 @@ def _listed(mark: Path) -> dict[str, str] | None:
 
 
 def _place(hidden: Path, folder: Path, earlier: dict[str, str], *, force: bool) -> None:
-    """Move what was made into its place, and remove what an earlier demo made."""
+    """Move the new files to their final paths, and remove those of an earlier demo."""
     made = {
         path.relative_to(hidden).as_posix(): _digest(path)
         for path in sorted(hidden.rglob("*"))
@@ -100,17 +99,16 @@ def _place(hidden: Path, folder: Path, earlier: dict[str, str], *, force: bool) 
     blocked = [name for name in made if _is_blocked(folder, name)]
     if blocked:
         raise InputError(
-            f"The demo writes regular files in its own folders. {str(folder)!r} has symbolic "
-            f"links, or folders for files, in the place of {_some(blocked)}. Choose another folder."
+            f"{str(folder)!r} has symbolic links or folders at the paths of {_some(blocked)}. "
+            "Choose another folder."
         )
     theirs = [name for name in made if name not in earlier and (folder / name).exists()]
     if theirs and not force:
         raise InputError(
-            f"The demo replaces only files that it made. {str(folder)!r} holds other ones of the "
-            f"same names: {_some(theirs)}. Choose another folder, or pass --force to overwrite "
-            "them."
+            f"{str(folder)!r} contains files that the demo did not write, at the paths of "
+            f"{_some(theirs)}. Choose another folder, or pass --force to overwrite them."
         )
-    _write_mark(folder, {**earlier, **made})  # a demo that is stopped here can be run again
+    _write_mark(folder, {**earlier, **made})  # a demo that is interrupted here can be run again
     for name, digest in earlier.items():
         if _digest(folder / name) == digest and not _is_blocked(folder, name):
             (folder / name).unlink()
@@ -133,7 +131,10 @@ def _write_mark(folder: Path, made: dict[str, str]) -> None:
 
 
 def _is_blocked(folder: Path, name: str) -> bool:
-    """Whether a file is a folder, a folder on the way to it a file, or one of them a link."""
+    """Return whether a file cannot be written to this path.
+
+    The path is a folder, one of its parents is not, or one of them is a symbolic link.
+    """
     folders = [folder / parent for parent in Path(name).parents if parent.name]
     wrong = any(each.exists() and not each.is_dir() for each in folders)
     linked = any(each.is_symlink() for each in (folder / name, *folders))
@@ -143,14 +144,14 @@ def _is_blocked(folder: Path, name: str) -> bool:
 def _remove_workshop(hidden: Path) -> None:
     if hidden.is_symlink():
         raise InputError(
-            f"{str(hidden)!r} is a symbolic link; remove it, or choose another folder."
+            f"{str(hidden)!r} is a symbolic link. Remove it, or choose another folder."
         )
     if hidden.exists():
         shutil.rmtree(hidden)
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file; empty if it does not exist."""
+    """Return the SHA-256 of a file; an empty string if it does not exist."""
     if path.is_symlink() or not path.is_file():
         return "something else" if path.is_symlink() or path.exists() else ""
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""One page that shows what the demo found: ``report.html``, and the same as Markdown."""
+"""Report of the demo: ``report.html``, and the same content as ``report.md``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_report(
     pictures: list[Captioned],
     lines: list[str],
 ) -> None:
-    """Write both pages into ``folder``; pictures and tables are linked, relative to it."""
+    """Write both pages to ``folder``; links to pictures and tables are relative to it."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template),
         autoescape=True,
@@ -55,7 +55,7 @@ def _template(name: str) -> str:
 
 
 def _inches(path: Path) -> float:
-    """Width of a picture as it was drawn, so that letters have one size on the page."""
+    """Return the drawn width of a picture, so that all pictures have one text size on the page."""
     with Image.open(path) as image:
         return round(float(image.width / image.info["dpi"][0]), 2)
 

@@ -1,13 +1,12 @@
 """Run the demo: answers, store, tables, pictures, report.
 
-1. Draw held-out scenes and ask one question of every kind about each.
-2. Let the shipped model answer the colour questions and capture them into a store, some of them
-   on the untrained model too.
-3. Let it answer the others.
-4. Which head points at the asked thing? How much of the attention is on the image? Which head
-   breaks which kind of question? Where in the image and in the text does attention go by position
-   alone?
-5. Draw, and write one page.
+1. Draw held-out scenes, and create one question of every kind about each.
+2. Capture the shipped model on the colour questions into a store, and the untrained model on some
+   of them.
+3. Generate answers to other questions.
+4. Measure which heads attend to the object asked about, the share of attention on the image, the
+   loss of accuracy when heads are removed, and the bias of attention by position.
+5. Draw the pictures and write the report.
 """
 
 from __future__ import annotations
@@ -52,20 +51,20 @@ from xmodal_interp.store import Store
 from xmodal_interp.vocabulary import LAST
 
 _BATCH = 32
-_MEASURED = 12  # samples that ratios are averaged over
-_ABLATED = 8  # questions of each kind that every head is removed on
-_DESCRIBED = 24  # scenes to be described: long answers take long
+_MEASURED = 12  # number of samples over which ratios are averaged
+_ABLATED = 8  # number of questions of each kind for head removal
+_DESCRIBED = 24  # number of description questions; their long answers are slow
 _ROWS = Keep(towers=("language",), queries="text")
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the demo found.
+    """Results of the demo.
 
     Attributes:
-        folder: Where everything was written.
-        tables: Every table by name; each is in ``tables/`` as CSV too.
-        lines: The findings in words.
+        folder: Folder with all files.
+        tables: Tables by name; ``tables/`` contains each as CSV and Parquet.
+        lines: The findings as sentences.
     """
 
     folder: Path
@@ -74,16 +73,16 @@ class Findings:
 
 
 def run_demo(folder: Path, *, n_scenes: int = 200, force: bool = False) -> Findings:
-    """Run the demo on the shipped LLaVA; offline, within a minute on two cores.
+    """Run the demo on the shipped LLaVA, offline, in about a minute on two cores.
 
     Args:
         folder: A new or empty folder, or one of an earlier demo, whose files are replaced. Other
-            files in it stay as they are.
-        n_scenes: Held-out scenes.
-        force: Overwrite files of the same names that the demo did not make, or that were changed.
+            files in it are not changed.
+        n_scenes: Number of held-out scenes.
+        force: Overwrite files of the same names that the demo did not write, or that were changed.
 
     Raises:
-        InputError: The folder holds such files without ``force``, or is inside a store.
+        InputError: The folder holds such files and ``force`` is False, or is inside a store.
     """
     folder = user_path(folder)
     with workshop(folder, force=force) as hidden:
@@ -92,7 +91,7 @@ def run_demo(folder: Path, *, n_scenes: int = 200, force: bool = False) -> Findi
 
 
 def _run(folder: Path, n_scenes: int) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """Write everything to a folder; the tables, and the findings in words."""
+    """Write all files to a folder; return the tables and the findings as sentences."""
     vlm = load()
     items = questions_about(held_out_scenes(n_scenes))
     tables: dict[str, pd.DataFrame] = {}
@@ -107,14 +106,14 @@ def _run(folder: Path, n_scenes: int) -> tuple[dict[str, pd.DataFrame], list[str
         step("capturing the untrained model")
         before = VLM(untrained("llava"), vlm.processor)
         first = _captured(before, of_kind(items, "color")[: n_scenes // 3])
-        step("measuring where heads point")
+        step("measuring attention to the object asked about")
         tables |= _pointing(samples, first)
         tables |= _ratio(samples, first)
         step("measuring blocks, positions and sinks")
         tables |= _positions(vlm, samples, items)
         step("removing heads, one by one")
         tables |= _removals(vlm, items)
-        step("drawing")
+        step("drawing pictures")
         shown = _shown(vlm, before, items)
         tables["rollout"] = attention_rollout(shown["after"], shown["phrase"], baseline="uniform")
         pictures = draw_all(shown, tables, store, folder / "pictures")
@@ -126,7 +125,7 @@ def _run(folder: Path, n_scenes: int) -> tuple[dict[str, pd.DataFrame], list[str
 
 @contextmanager
 def _steps() -> Iterator[Any]:
-    """A line that tells what is going on, and for how long."""
+    """Show the current step and the elapsed time; yield a function that sets the step."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("loading", total=None)
@@ -134,7 +133,10 @@ def _steps() -> Iterator[Any]:
 
 
 def _asked(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Beside its colour question, every scene is asked one other, in turn; some are described."""
+    """Return one question per scene besides its colour question, and some descriptions.
+
+    The kinds of the questions alternate over the scenes.
+    """
     others = [kind for kind in KINDS if kind not in ("color", "description")]
     asked = [
         item
@@ -150,7 +152,7 @@ def _number(item: dict[str, Any]) -> int:
 
 
 def _accuracy(samples: list[Sample], answers: pd.DataFrame) -> pd.DataFrame:
-    """By kind of question; those about colours were answered while they were captured."""
+    """Return the accuracy by ``question_kind``; colour answers are taken from the samples."""
     captured = [same_answer(sample.labels["answer"], sample.answer) for sample in samples]
     correct = pd.concat([pd.DataFrame({"question_kind": "color", "correct": captured}), answers])
     table = correct.groupby("question_kind", sort=False)["correct"].agg(["mean", "size"])
@@ -158,7 +160,7 @@ def _accuracy(samples: list[Sample], answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def _store(vlm: VLM, items: list[dict[str, Any]], folder: Path) -> Store:
-    """The colour questions, text rows of the language tower: what the tables are made of."""
+    """Capture the colour questions into a store: text queries of the language tower."""
     labels = ("name", "image", "prompt", "answer", "kind", "subject", "box", "other_boxes")
     chosen = [{key: item[key] for key in labels} for item in of_kind(items, "color")]
     return capture_dataset(
@@ -250,10 +252,14 @@ def _removals(vlm: VLM, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
 
 
 def _shown(vlm: VLM, before: VLM, items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples for the pictures: a place question, captured whole; a colour question, untrained."""
+    """Return samples for the pictures.
+
+    These are a place question with all towers and queries, and a colour question on the untrained
+    model.
+    """
     item = of_kind(items, "place")[3]
     after = capture(vlm, item["image"], item["prompt"], max_new_tokens=4)
-    pointed = of_kind(items, "color")[0]  # the first of the store
+    pointed = of_kind(items, "color")[0]  # the first sample of the store
     first = capture(before, pointed["image"], pointed["prompt"], max_new_tokens=2)
     return {"after": after, "pointed_before": first, "phrase": item["subject"]}
 

@@ -1,4 +1,4 @@
-"""Figures of samples and of the tables that analyses return; the only part that uses matplotlib."""
+"""Figures of samples and of analysis tables; only this package imports matplotlib."""
 
 from xmodal_interp.figures.changes import before_after
 from xmodal_interp.figures.curves import layer_curves, pruning_curve_plot

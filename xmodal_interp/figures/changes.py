@@ -1,4 +1,4 @@
-"""Where two models look: before and after training, and what has changed."""
+"""Attention of two models on one image side by side, and the difference."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def before_after(
     path: FigurePath = None,
     **look: Unpack[Options],
 ) -> Picture:
-    """Where a phrase looks in two models (before and after training), and what has changed.
+    """Draw a phrase's attention in two models, such as before and after training, and the change.
 
     Args:
         before: The first model's sample.
-        after: The second model's, of the same image and prompt.
-        queries: A phrase or positions, averaged.
+        after: The second model's sample, of the same image and prompt.
+        queries: A phrase or positions; their attention is averaged.
         layer: Layer index; negative ones count from the last.
-        head: A head, or several to average; the mean of all if not given.
-        image: Which image.
+        head: A head, or several to average; all heads are averaged if not given.
+        image: Index of the image.
         path: Where to save the figure.
-        **look: See ``Look``. For a lift, what has changed is shown as a ratio.
+        **look: Drawing options; see ``Look``. The change of a lift is drawn as a ratio.
 
     Raises:
-        GeometryError: The two samples have other tokens on the image.
+        GeometryError: The image tokens of the two samples differ in number or place.
     """
     chosen, place, other = Look(**look), place_of(before, image), place_of(after, image)
     grid, grid_after = place.grid, other.grid
@@ -55,9 +55,10 @@ def before_after(
     )
     if not same:
         raise GeometryError(
-            "Before and after are compared token by token, on the same boxes. Before has "
-            f"{grid.rows} x {grid.cols} tokens on {grid.width} x {grid.height} px, after "
-            f"{grid_after.rows} x {grid_after.cols} on {grid_after.width} x {grid_after.height} px."
+            f"The samples differ in their image tokens: before has {grid.rows} x {grid.cols} "
+            f"tokens on {grid.width} x {grid.height} px, after has {grid_after.rows} x "
+            f"{grid_after.cols} on {grid_after.width} x {grid_after.height} px. Pass samples of "
+            "the same image, made with the same processor settings."
         )
     panels, values = [], []
     for name, sample, where in (("before", before, place), ("after", after, other)):
@@ -75,7 +76,7 @@ def before_after(
 
 
 def _change(look: Look, before: np.ndarray, after: np.ndarray) -> Panel:
-    """What has changed, under a scale of its own."""
+    """Return the panel of the change, with a separate colour scale."""
     if look.show == "lift":
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = after / before

@@ -1,4 +1,4 @@
-"""Lines from tidy tables: a value layer by layer, and what is left when heads are removed."""
+"""Line plots of analysis tables: a value by layer, and accuracy as heads are removed."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def layer_curves(
     title: str | None = None,
     path: FigurePath = None,
 ) -> Picture:
-    """A value layer by layer, a line for each entry of a column, the null model dashed.
+    """Draw a value by layer, with one line per entry of a column and the null model dashed.
 
     Args:
-        table: Any analysis with ``layer`` and the value, one row per layer (and entry of ``by``).
-        value: Which column.
-        by: A line for each entry of this column (``head``, ``tower``, ...).
-        null: The column of the null model, or a number.
-        interval: The columns of the lower and of the upper end of an interval.
-        label: What the value is; the column's name if not given.
-        title: Of the figure.
+        table: A table with ``layer`` and the value, one row per layer (and entry of ``by``).
+        value: Column to draw.
+        by: Column whose entries are drawn as separate lines (``head``, ``tower``, ...).
+        null: Column of the null model, or its value as a number.
+        interval: Columns of the lower and the upper end of an interval.
+        label: Name of the value on the axis; the column name if not given.
+        title: Title of the figure.
         path: Where to save the figure.
 
     Raises:
-        InputError: A column that the table lacks or that holds no numbers, or several rows for one
-            layer (and entry).
+        InputError: The table lacks a column, a column is not numeric, or the table has several
+            rows for one layer (and entry).
     """
     if by is not None:
         string(by, "by")
@@ -88,21 +88,21 @@ def pruning_curve_plot(
     title: str | None = None,
     path: FigurePath = None,
 ) -> Picture:
-    """How answers get worse as heads are removed: a line per order, repeated draws as a band.
+    """Draw accuracy against the share of heads removed, with one line per order of removal.
 
     Args:
-        table: Of ``pruning_curve``. Several draws of one order become their mean and, as a band,
-            their range.
-        value: Which column.
-        x: How much was removed.
-        by: A line for each entry of this column.
-        interval: The columns of the lower and of the upper end of an interval, if there are any.
-        label: What the value is; the column's name if not given.
-        title: Of the figure.
+        table: Table of ``pruning_curve``. Several draws of one order are drawn as their mean, with
+            a band for their range.
+        value: Column to draw.
+        x: Column with the amount removed.
+        by: Column whose entries are drawn as separate lines.
+        interval: Columns of the lower and the upper end of an interval.
+        label: Name of the value on the axis; the column name if not given.
+        title: Title of the figure.
         path: Where to save the figure.
 
     Raises:
-        InputError: A column that the table lacks or that holds no numbers.
+        InputError: The table lacks a column, or a column is not numeric.
     """
     drawn = [x, value, *(interval or ())]
     columns_of(table, [by, *drawn], "A pruning curve", numbers=drawn)

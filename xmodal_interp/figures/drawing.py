@@ -1,4 +1,4 @@
-"""An image, and what lies over it, drawn in pixels of the original image."""
+"""Draw an image, heat maps, boxes and marks in pixel coordinates of the original image."""
 
 from __future__ import annotations
 
@@ -16,15 +16,21 @@ from xmodal_interp.figures.placement import Box, Boxes, Place, extent, uncovered
 from xmodal_interp.figures.scales import Scale
 from xmodal_interp.figures.style import SMALL, bare, plain
 
-_LONGEST = 1024  # px: larger images are drawn smaller, in the same coordinates
+_LONGEST = 1024  # px; larger images are downscaled for drawing, in unchanged coordinates
 DARK, LIGHT = (0, 100), (195, 255)
-"""Grey levels between which the outlines of an image are drawn as a ground for colours."""
+"""Ranges of grey levels for the outlines of an image below a heat map."""
 
 
 def draw_image(axes: Axes, place: Place, ground: tuple[int, int] | None = None) -> None:
-    """The image in its own pixel coordinates: as it is, or its outlines as a ground for colours.
+    """Draw the image in its pixel coordinates, unchanged or as grey outlines.
 
-    A ground shows no brightness, only where it changes: colours over it depend on values alone.
+    Outlines show where brightness changes, not how bright the image is, so the colours of a map
+    over them depend on its values alone.
+
+    Args:
+        axes: Axes to draw on.
+        place: The image.
+        ground: Range of grey levels for outlines; None draws the image unchanged.
     """
     picture = place.image
     if max(picture.size) > _LONGEST:
@@ -43,7 +49,7 @@ def draw_image(axes: Axes, place: Place, ground: tuple[int, int] | None = None) 
 
 
 def _outlines(picture: Image.Image) -> Float[np.ndarray, "row col"]:
-    """Brightness beside that of the surroundings, -1 to 1; 0 on every even area."""
+    """Return brightness minus that of the surroundings, scaled to -1 to 1; 0 in uniform areas."""
     grays = picture.convert("L")
     around = grays.filter(ImageFilter.GaussianBlur(max(1.0, max(picture.size) / 200)))
     detail = np.asarray(grays, dtype=float) - np.asarray(around, dtype=float)
@@ -55,7 +61,7 @@ def _outlines(picture: Image.Image) -> Float[np.ndarray, "row col"]:
 def draw_map(
     axes: Axes, place: Place, grid: np.ndarray, scale: Scale, *, smooth: bool
 ) -> AxesImage:
-    """Values ``[row, col]`` over their tokens; NaN is see-through."""
+    """Draw values ``[row, col]`` over their tokens; NaN is transparent."""
     drawn = axes.imshow(
         scale.drawn(grid),
         extent=extent(place.grid),
@@ -69,7 +75,7 @@ def draw_map(
 
 
 def draw_uncovered(axes: Axes, place: Place) -> None:
-    """Dim what no token covers."""
+    """Hatch and dim the parts of the image that no token covers."""
     for x0, y0, x1, y1 in uncovered(place):
         axes.add_patch(
             Rectangle(
@@ -86,7 +92,7 @@ def draw_uncovered(axes: Axes, place: Place) -> None:
 
 
 def draw_rows(axes: Axes, place: Place) -> None:
-    """Lines between the rows of the grid, and the rows' numbers at the left."""
+    """Draw lines between the rows of the grid, and the row numbers at the left."""
     left, right, bottom, top = extent(place.grid)
     edges = np.linspace(top, bottom, place.grid.rows + 1)
     axes.hlines(edges, left, right, color="white", linewidth=0.5, zorder=3)
@@ -99,7 +105,7 @@ def draw_rows(axes: Axes, place: Place) -> None:
 
 
 def draw_marks(axes: Axes, place: Place, tokens: np.ndarray) -> None:
-    """A cross on each token (index into the image's tokens) that was left out."""
+    """Draw a cross on each left-out token (index into the image's tokens)."""
     x0, y0, x1, y1 = place.grid.boxes[tokens].T
     axes.plot(
         *((x0 + x1) / 2, (y0 + y1) / 2, "x"),
@@ -112,7 +118,7 @@ def draw_marks(axes: Axes, place: Place, tokens: np.ndarray) -> None:
 
 
 def draw_boxes(axes: Axes, place: Place, boxes: Boxes) -> None:
-    """Outlines, with their names if they have some, to be seen on any ground."""
+    """Outline boxes, with their names if given, in white with a black halo."""
     items = list(boxes.items()) if isinstance(boxes, Mapping) else []
     for x0, y0, x1, y1 in boxes.values() if isinstance(boxes, Mapping) else boxes:
         outline = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white")
@@ -136,7 +142,10 @@ def draw_boxes(axes: Axes, place: Place, boxes: Boxes) -> None:
 def _name_places(
     axes: Axes, place: Place, items: Sequence[tuple[str, Box]]
 ) -> list[tuple[float, float, bool]]:
-    """Where names go, in pixels: above or below their box, inside the image, off each other."""
+    """Return the position of each name in pixels, and whether it is below its box.
+
+    Names stay inside the image and avoid each other.
+    """
     inches = axes.get_position().width * axes.figure.get_figwidth()  # type: ignore[union-attr]
     unit = place.grid.width / inches / 72  # pixels of the image per point
     tall = (1.3 * SMALL + 4) * unit

@@ -1,4 +1,4 @@
-"""One number per layer and head, as a grid."""
+"""Grid of one number per layer and head."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from xmodal_interp.figures.scales import Meaning, Scale, finite, scale_for, valu
 from xmodal_interp.figures.style import SMALL, FigurePath, Picture, saved, styled
 from xmodal_interp.figures.tables import columns_of, one_row_each
 
-_CELL = (0.5, 0.3)  # inches of a cell with a number in it
+_CELL = (0.5, 0.3)  # width and height of a cell with a number, inches
 _BARE_CELL = (0.25, 0.2)
-_MOST_WRITTEN = 600  # cells; a larger grid has no room for numbers
+_MOST_WRITTEN = 600  # largest number of cells for which numbers are written
 
 
 @checked
@@ -33,22 +33,23 @@ def head_grid(
     vmax: float | None = None,
     path: FigurePath = None,
 ) -> Picture:
-    """A value of every head: layers from top to bottom, heads from left to right.
+    """Draw a value of every head: layers from top to bottom, heads from left to right.
 
     Args:
-        table: Any analysis with ``layer``, ``head`` and the value, one row for each head.
-        value: Which column.
-        meaning: ``"amount"``, ``"difference"`` (colours part at 0) or ``"ratio"`` (a lift: colours
-            part at 1, on a log scale). If not given, a difference if there are both signs, a ratio
-            if the column is a lift (``lift``, ``..._lift``, ``lift_...``), else an amount. Amounts
-            are coloured from 0, or from the smallest if that is not far below the largest.
-        label: What the value is, for the colour bar; the column's name if not given.
-        title: Of the figure.
-        vmax: Upper end of the colour scale; that of the values if not given.
+        table: A table with ``layer``, ``head`` and the value, one row per head.
+        value: Column to draw.
+        meaning: ``"amount"`` (colours from 0, or from the smallest value if it is above half of the
+            largest), ``"difference"`` (diverging colours around 0) or ``"ratio"`` (diverging
+            colours around 1, on a log scale). If not given: a difference if there are negative
+            values, a ratio if the column is a lift (``lift``, ``..._lift``, ``lift_...``), else an
+            amount.
+        label: Label of the colour bar; the column name if not given.
+        title: Title of the figure.
+        vmax: Upper end of the colour scale; the largest value if not given.
         path: Where to save the figure.
 
     Raises:
-        InputError: A column that the table lacks, or several rows for one head.
+        InputError: The table lacks a column, has several rows for one head, or only NaN.
     """
     columns_of(table, ["layer", "head", value], "A grid of heads")
     one_row_each(table, ["layer", "head"], value, "A grid of heads")
@@ -57,7 +58,7 @@ def head_grid(
     cells = grid.to_numpy(dtype=float)
     numbers = finite([cells])
     if not len(numbers):
-        raise InputError(f"A grid of heads needs a number; the column {value!r} has only NaN.")
+        raise InputError(f"The column {value!r} has only NaN. Choose a column with numbers.")
     both_signs = numbers.min() < 0 < numbers.max() or numbers.max() <= 0 > numbers.min()
     is_lift = "lift" in str(value).split("_")
     usual: Meaning = "difference" if both_signs else "ratio" if is_lift else "amount"
@@ -86,7 +87,7 @@ def head_grid(
 
 
 def _write(axes: Axes, cells: np.ndarray, scale: Scale) -> None:
-    """The numbers, dark on light cells and light on dark ones."""
+    """Write the numbers: black on light cells, white on dark cells."""
     colors = scale.cmap(scale.norm(scale.drawn(cells)))
     largest = float(np.nanmax(np.abs(cells)))
     digits = 0 if largest >= 100 else 1 if largest >= 10 else 2 if largest >= 0.1 else 3
@@ -109,7 +110,7 @@ def _write(axes: Axes, cells: np.ndarray, scale: Scale) -> None:
 
 
 def _number(axis: Axis, numbers: list[Any], inches: float) -> None:
-    """As many of the layers' or heads' numbers as can be read."""
+    """Label every layer or head, or every n-th one where labels would overlap."""
     step = max(1, int(np.ceil(0.18 / inches)))
     axis.set_ticks(range(0, len(numbers), step), labels=[str(n) for n in numbers[::step]])
     axis.set_tick_params(length=0)

@@ -1,8 +1,8 @@
-"""Matrices with labelled axes: image tokens named by the run, text tokens one by one.
+"""Matrices with labelled axes: one label per run of image tokens, one per text token.
 
-A prompt has hundreds of image tokens and a few words. Drawn to scale, the words are hairlines; so
-that they can be read, a token with a name of its own is drawn several times as wide as an image
-token, and the figure says so.
+A prompt has hundreds of image tokens and a few words. At equal width, text tokens would be too thin
+to label. A token with a name is therefore drawn several times as wide as an image token, and a note
+on the figure gives the factor.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from xmodal_interp.figures.scales import Scale
 from xmodal_interp.figures.style import SMALL, group_color, readable
 
 NAMES = 1.2
-"""Inches that names beside or below a matrix take, with the label of the axis."""
+"""Inches for the names and the axis label left of or below a matrix."""
 
-_PITCH = 0.115  # inches between two names that can both be read
-_BROAD = 0.75  # inches that the name of a run takes if it is written along the axis
-_MOST_FOR_NAMES = 0.65  # share of an axis that tokens with names of their own may take
-_LEAST_FOR_LINES = 0.09  # inches of both neighbours of a line; lines hide what is narrower
+_PITCH = 0.115  # smallest distance of two legible names, inches
+_BROAD = 0.75  # width of a run's name that is written along the axis, inches
+_MOST_FOR_NAMES = 0.65  # largest share of an axis for tokens with names
+_LEAST_FOR_LINES = 0.09  # a line would hide runs narrower than this, inches
 _BELOW_NAMES = 0.68  # inches between a matrix and the legend of its groups
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbours of one group: positions ``start`` to ``stop`` of an axis."""
+    """Adjacent positions of one group: ``start`` to ``stop`` (exclusive) of an axis."""
 
     group: str
     start: int
@@ -41,10 +41,10 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """What stands along one axis of a matrix.
+    """Labels of one axis of a matrix.
 
     Attributes:
-        names: One per position; empty where only the run has a name.
+        names: One per position; empty for positions labelled only by their run.
         groups: One per position: ``image 0``, ``text``, ``generated``, ``special``, ...
     """
 
@@ -55,12 +55,12 @@ class Labels:
         return len(self.names)
 
     def take(self, index: np.ndarray) -> Labels:
-        """Some of the positions."""
+        """Return the labels of the positions in ``index``."""
         chosen = index.tolist()
         return Labels(tuple(self.names[i] for i in chosen), tuple(self.groups[i] for i in chosen))
 
     def runs(self) -> list[Run]:
-        """Neighbours of one group."""
+        """Return the runs of adjacent positions of one group, in order."""
         found, start = [], 0
         for group, members in groupby(self.groups):
             stop = start + len(list(members))
@@ -69,7 +69,10 @@ class Labels:
         return found
 
     def widths(self, inches: float) -> np.ndarray:
-        """How wide each position is drawn on an axis of this length, in units of the narrowest."""
+        """Return the drawn width of each position on an axis of this length.
+
+        The unit is the narrowest position.
+        """
         single = np.array([bool(name) for name in self.names], dtype=bool)
         n_single, n_other = int(single.sum()), int((~single).sum())
         share = n_single * _PITCH / inches
@@ -80,7 +83,7 @@ class Labels:
 
 
 def labels_of(table: pd.DataFrame) -> Labels:
-    """Labels of a token table."""
+    """Return the labels of a token table."""
     names, groups = [], []
     for kind, role, image, token in zip(
         table["kind"], table["role"], table["image"], table["token"], strict=True
@@ -98,7 +101,7 @@ def labels_of(table: pd.DataFrame) -> Labels:
 
 
 def plain_labels(n: int, group: str, names: Sequence[str] | None = None) -> Labels:
-    """Labels of positions that no table describes."""
+    """Return labels for ``n`` positions of one group, for calls without a token table."""
     shown = (
         ("",) * n if names is None else tuple(readable(name, 12) if name else "" for name in names)
     )
@@ -113,14 +116,14 @@ def draw_matrix(
     scale: Scale,
     inches: tuple[float, float],
 ) -> AxesImage:
-    """A matrix ``[row, column]`` with its labels; NaN has the colour of what is hidden.
+    """Draw a matrix ``[row, column]`` with its labels; NaN has the colour of hidden cells.
 
     Args:
-        axes: Where.
+        axes: Axes to draw on.
         values: The matrix.
-        rows: What stands along the rows.
-        columns: What stands along the columns.
-        scale: Colours.
+        rows: Labels of the rows.
+        columns: Labels of the columns.
+        scale: Colour scale.
         inches: Width and height of the axes.
     """
     wide, tall = columns.widths(inches[0]), rows.widths(inches[1])
@@ -158,7 +161,7 @@ def name_blocks(
     text: Callable[[Run, Run], str],
     inches: tuple[float, float],
 ) -> None:
-    """Write in the upper right corner of each block what it is, where there is room."""
+    """Write the text of each block in its upper right corner, if the block is large enough."""
     x = np.concatenate([[0], columns.widths(inches[0]).cumsum()])
     y = np.concatenate([[0], rows.widths(inches[1]).cumsum()])
     for row in rows.runs():
@@ -181,28 +184,28 @@ def name_blocks(
 
 
 def legible_side(labels: Labels, least: float, most: float) -> float:
-    """Inches at which all names can be read, or ``least`` if that is more than ``most``."""
+    """Return the inches at which all names are legible, or ``least`` if they exceed ``most``."""
     needed = sum(bool(name) for name in labels.names) * _PITCH
     needed = needed / _MOST_FOR_NAMES if "" in labels.names else needed
     return float(max(least, needed)) if needed <= most else least
 
 
 def widened(labels: Labels, inches: float) -> int:
-    """How many times as wide as an image token a token with a name is drawn."""
+    """Return the width of a token with a name, in widths of an image token."""
     return int(labels.widths(inches).max(initial=1))
 
 
 def _label(
     axes: Axes, labels: Labels, edges: np.ndarray, inches: float, *, upright: bool
 ) -> set[str]:
-    """Names, a strip in the colours of the groups, and lines between runs.
+    """Draw names, a strip in the group colours, and lines between runs.
 
     Returns:
-        The groups that are named at one of their runs, or by their tokens.
+        The groups that have a label on one of their runs or tokens.
     """
     scale = inches / max(edges[-1], 1)
     legible = bool((np.diff(edges)[[bool(n) for n in labels.names]] * scale >= 0.95 * _PITCH).all())
-    # Place, text, group, whether the text runs along the axis.
+    # (coordinate, text, group, whether the text is written along the axis)
     ticks: list[tuple[float, str, str, bool]] = []
     before = Run("", 0, 0)
     for run in labels.runs():
@@ -238,13 +241,13 @@ def _label(
 
 
 def _parted(neighbours: Sequence[tuple[Run, float]]) -> bool:
-    """Whether a line between two runs, with their inches, shows more than it hides."""
+    """Return whether two adjacent runs, given with their inches, are wide enough for a line."""
     ends_image = any(run.group.startswith("image") and wide >= 0.5 for run, wide in neighbours)
     return all(wide > 0 and (ends_image or wide >= _LEAST_FOR_LINES) for _, wide in neighbours)
 
 
 def _strip(axes: Axes, start: float, stop: float, group: str, *, upright: bool) -> None:
-    """A bar beside the matrix that says of which group these positions are."""
+    """Draw a bar in the group's colour along these positions, next to the matrix."""
     inches = axes.get_position().width * axes.figure.get_figwidth()  # type: ignore[union-attr]
     tall = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]
     thin, gap = 0.06 / (inches if upright else tall), 0.025 / (inches if upright else tall)

@@ -1,7 +1,7 @@
-"""A figure laid out in inches: a heading, a body that axes are put into, a note below.
+"""Figure layout in inches: a heading, a body for the axes, a note below.
 
-With fixed places nothing moves when a label is long, titles don't collide, and an axes has the size
-that was asked for, so that what is legible can be computed.
+Every axes has a fixed position and size. Long labels move nothing, titles do not overlap, and the
+size of legible text can be computed in advance.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from xmodal_interp.figures.style import LARGE, NORMAL, SMALL, Picture, plain, wr
 
 MARGIN = 0.15
 BAR = 1.1
-"""Inches that a colour bar takes, with its label and the gap before it."""
+"""Width of a colour bar with its label and the gap before it, inches."""
 
 _NARROWEST = 4.8
-_LINE = {LARGE: 0.19, SMALL: 0.14}  # inches that a line of text takes
+_LINE = {LARGE: 0.19, SMALL: 0.14}  # height of a line of text, inches
 
 
 @dataclass(frozen=True, eq=False)
 class Sheet:
-    """A picture and the inches of its body.
+    """A picture with a body that is addressed in inches.
 
     Attributes:
         picture: The figure.
@@ -34,32 +34,32 @@ class Sheet:
     top: float
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Axes with their upper left corner at this place of the body."""
+        """Add axes with the upper left corner at (``left``, ``top``) of the body."""
         wide, tall = self.picture.get_size_inches()
         bottom = tall - self.top - top - height
         return self.picture.add_axes((left / wide, bottom / tall, width / wide, height / tall))
 
     def bar(self, scale: Scale, left: float, top: float, height: float) -> None:
-        """The colour bar of a scale."""
+        """Add the colour bar of a scale."""
         scale.bar(self.picture, self.axes(left, top, 0.13, height), height)
 
     def text(
         self, left: float, top: float, text: str, align: str = "right", size: float = NORMAL
     ) -> None:
-        """Text beside axes, centred on ``top``."""
+        """Add text next to axes, vertically centred on ``top``."""
         wide, tall = self.picture.get_size_inches()
         place = (left / wide, 1 - (self.top + top) / tall)
         self.picture.text(*place, plain(text), ha=align, va="center", size=size)
 
 
 def sheet(width: float, height: float, title: str, note: str = "") -> Sheet:
-    """An empty sheet with a body of this size, in inches.
+    """Return an empty sheet with a body of this size, in inches.
 
     Args:
-        width: Of the whole figure; narrow ones are widened so that the title fits.
-        height: Of the body.
-        title: What the figure shows.
-        note: How it is drawn.
+        width: Width of the whole figure; narrow figures are widened so that the title fits.
+        height: Height of the body.
+        title: Heading of the figure.
+        note: Small text below the body, on how the figure is drawn.
     """
     width = max(width, _NARROWEST)
     heading = wrapped(title, width - 2 * MARGIN)

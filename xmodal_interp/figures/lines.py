@@ -1,4 +1,4 @@
-"""What figures of lines share: panels with one legend, colours, the null model dashed."""
+"""Shared parts of line plots: panels with one legend, line styles, the dashed null model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xmodal_interp.figures.layout import Sheet, sheet
 from xmodal_interp.figures.style import LINE_COLORS, SEQUENTIAL, SMALL, plain
 
 NULL: dict[str, Any] = {"color": "black", "linestyle": (0, (4, 3)), "linewidth": 1.0}
-"""How a null model is drawn."""
+"""Line style of a null model."""
 
 _WIDTH, _LEFT, _BELOW = 4.0, 0.85, 0.5  # inches
 _MARKERS = "osD^vPX"
@@ -28,14 +28,14 @@ def line_page(
     height: float = 2.6,
     titled: bool = False,
 ) -> tuple[Sheet, np.ndarray]:
-    """Axes in rows and columns.
+    """Return a sheet with a grid of axes, and the axes as ``[row, column]``.
 
     Args:
-        shape: Rows and columns.
-        title: Of the figure.
-        entries: What the legend at the right will say.
-        height: Of each axes, in inches.
-        titled: Whether axes have titles of their own.
+        shape: Number of rows and of columns.
+        title: Title of the figure.
+        entries: Texts of the legend at the right; they determine its width.
+        height: Height of each axes, in inches.
+        titled: Whether to leave room for a title above each axes.
     """
     n_rows, n_cols = shape
     legend = 0.6 + 0.062 * max((len(entry) for entry in entries), default=0) if entries else 0.15
@@ -50,7 +50,7 @@ def line_page(
 
 
 def line_styles(names: Sequence[Any]) -> list[dict[str, Any]]:
-    """A look for each line: numbers along a colour map, words in colours far apart."""
+    """Return a style per line: a sequential colour map for many lines, distinct colours for few."""
     numbers = all(isinstance(name, (int, np.integer)) for name in names)
     if len(names) > len(LINE_COLORS) or (numbers and len(names) > 3):
         colors = mpl.colormaps[SEQUENTIAL](np.linspace(0, 0.9, len(names)))
@@ -62,13 +62,13 @@ def line_styles(names: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def draw_null(axes: Axes, lines: Sequence[tuple[pd.DataFrame, Any]], x: str, null: str) -> None:
-    """The null model's column: once if it is the same for all lines, else in each line's colour.
+    """Draw the null model: once if it is the same for all lines, else in each line's colour.
 
     Args:
-        axes: Where.
+        axes: Axes to draw on.
         lines: Rows and colour of each line.
-        x: The column along the axis.
-        null: The column of the null model.
+        x: Column along the horizontal axis.
+        null: Column of the null model.
     """
     curves = [rows.groupby(x)[null].mean() for rows, _ in lines]
     together = pd.concat(curves, axis=1)
@@ -82,7 +82,7 @@ def draw_null(axes: Axes, lines: Sequence[tuple[pd.DataFrame, Any]], x: str, nul
 
 
 def legend(axes: Axes, heading: str | None = None) -> None:
-    """The legend, right of the axes."""
+    """Add the legend to the right of the axes."""
     handles, labels = axes.get_legend_handles_labels()
     box = axes.legend(
         handles,

@@ -1,4 +1,4 @@
-"""The options that all overlays share."""
+"""Drawing options that all overlays share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xmodal_interp.figures.scales import Scale, Show, check_show, scale_of
 
 
 class MapOptions(TypedDict, total=False):
-    """Keyword arguments of every figure on an image; they are explained at ``Look``."""
+    """Keyword arguments of every figure on an image; see ``Look``."""
 
     hide: Positions | Literal["sinks"] | None
     boxes: Boxes | None
@@ -28,7 +28,7 @@ class MapOptions(TypedDict, total=False):
 
 
 class Options(MapOptions, total=False):
-    """Keyword arguments of every overlay; they are explained at ``Look``."""
+    """Keyword arguments of every overlay; see ``Look``."""
 
     show: Show
 
@@ -38,16 +38,16 @@ class Look:
     """How an overlay is drawn.
 
     Attributes:
-        show: ``"probability"``, ``"share"`` of the attention that the image gets, or ``"lift"``:
-            times uniform attention over what is visible.
-        hide: Tokens to leave out of colours and scale and to mark with a cross: positions, or
-            ``"sinks"``: those that ``attention_sinks`` finds in any of the heads that are shown.
-        boxes: Boxes ``(x0, y0, x1, y1)`` in pixels to outline, such as the true place of a thing;
-            with names if a mapping.
+        show: ``"probability"``; ``"share"``, probability divided by the total on the image; or
+            ``"lift"``, probability divided by uniform attention over the visible keys.
+        hide: Tokens to exclude from the colour scale and mark with a cross: positions, or
+            ``"sinks"`` for those that ``attention_sinks`` finds in any of the drawn heads.
+        boxes: Boxes ``(x0, y0, x1, y1)`` in pixels to outline, such as an object's true box; a
+            mapping gives them names.
         smooth: Interpolate between tokens (bilinear); otherwise each token is one cell.
-        vmax: Upper end of the colour scale; that of the values if not given.
-        power: Colours of probabilities and shares grow with this power of the value: with the
-            square root, weak attention shows beside strong; 1 is linear, 0 a log scale.
+        vmax: Upper end of the colour scale; the largest value if not given.
+        power: Exponent of the colour scale for probabilities and shares: 1 is linear, 0 is a log
+            scale. The default, the square root, keeps weak attention visible next to strong.
     """
 
     show: Show = "probability"
@@ -63,15 +63,16 @@ class Look:
     def left_out(
         self, place: Place, call: AttentionCall | None = None, heads: Positions | None = None
     ) -> Bool[np.ndarray, " token"] | None:
-        """Which tokens of an image are left out.
+        """Return True on the image tokens that ``hide`` excludes, or None if ``hide`` is None.
 
         Args:
             place: The image.
-            call: Where sinks are looked for; without one there are none to be found.
-            heads: In which heads, all if not given.
+            call: Attention call in which sinks are searched; required for ``hide="sinks"``.
+            heads: Heads in which sinks are searched; all if not given.
 
         Raises:
-            InputError: Positions that are not tokens of this image.
+            InputError: ``hide`` holds positions that are not tokens of this image, or is
+                ``"sinks"`` without a call.
         """
         if self.hide is None:
             return None
@@ -89,16 +90,16 @@ class Look:
         strangers = sorted(set(chosen.tolist()) - set(place.keys.tolist()))
         if strangers:
             raise InputError(
-                f"hide names tokens of image {place.number}, which are among the positions "
-                f"{place.keys.min()} to {place.keys.max()}; got "
-                f"{', '.join(map(str, strangers[:6]))}."
+                f"hide holds positions that are not tokens of image {place.number}: "
+                f"{', '.join(map(str, strangers[:6]))}. Its tokens are among the positions "
+                f"{place.keys.min()} to {place.keys.max()}."
             )
         return np.isin(place.keys, chosen)
 
     def scale(self, panels: Iterable[np.ndarray]) -> Scale:
-        """One scale for all panels, in colours that lie over an image."""
+        """Return one colour scale for all panels, with the transparency of an overlay."""
         return self.over_image(scale_of(self.show, panels, vmax=self.vmax, power=self.power))
 
     def over_image(self, scale: Scale) -> Scale:
-        """A scale in colours that lie over an image."""
+        """Return the scale with the transparency of an overlay."""
         return scale.over(LIGHT if scale.diverging else DARK)

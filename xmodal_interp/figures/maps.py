@@ -1,4 +1,4 @@
-"""Any numbers on an image: relevance, rollout, where a patch of the vision tower looks."""
+"""Overlays of any values on an image: relevance, rollout, attention of vision-tower patches."""
 
 from __future__ import annotations
 
@@ -35,26 +35,27 @@ def map_overlays(
     path: FigurePath = None,
     **look: Unpack[MapOptions],
 ) -> Picture:
-    """Any maps of one image side by side, under one colour scale.
+    """Draw maps of one image side by side, with one colour scale.
 
     Args:
         sample: The sample.
-        maps: Title and values of each: one per token of the image, or per position of the vision
-            tower, in sequence order; or ``[row, col]`` of either grid. NaN is see-through.
-        label: What the values are, for the colour bar.
-        meaning: ``"amount"``, from 0; ``"difference"``, around 0; ``"ratio"``, around 1.
-        image: Which image.
-        title: Of the figure, below the question.
+        maps: Values by panel title: one value per token of the image, or per position of the vision
+            tower, in sequence order; or an array ``[row, col]`` of either grid. NaN is transparent.
+        label: Label of the colour bar.
+        meaning: Colour scale: ``"amount"``, from 0; ``"difference"``, around 0; ``"ratio"``,
+            around 1.
+        image: Index of the image.
+        title: Second line of the figure's title, below the question.
         path: Where to save the figure.
-        **look: See ``Look``.
+        **look: Drawing options; see ``Look``.
 
     Raises:
-        GeometryError: Values that fit no grid of the image.
+        GeometryError: The shape of a map fits no grid of the image.
     """
     if not isinstance(maps, Mapping):
-        raise InputError(f"maps are arrays by their titles; got {quoted(maps)}.")
+        raise InputError(f"maps must be a mapping from titles to arrays; got {quoted(maps)}.")
     if not maps:
-        raise InputError("Maps side by side need at least one map; got none.")
+        raise InputError("maps is empty; pass at least one map.")
     place = place_of(sample, image)
     fitting = {
         name: _fitted(place, np.asarray(values, dtype=float)) for name, values in maps.items()
@@ -62,8 +63,8 @@ def map_overlays(
     places = {finer for finer, _ in fitting.values()}
     if len(places) > 1:
         raise GeometryError(
-            "Maps side by side lie on one grid. Some of these are on image tokens, some on the "
-            "patches of the vision tower; draw them in two figures."
+            "Some maps are on image tokens, others on the patches of the vision tower. Draw the "
+            "two kinds in separate figures."
         )
     if places == {True}:
         place = of_patches(place)
@@ -83,15 +84,15 @@ def rollout_overlay(
     path: FigurePath = None,
     **look: Unpack[MapOptions],
 ) -> Picture:
-    """The rollout of ``attention_rollout`` on the image, a panel per query.
+    """Draw a table of ``attention_rollout`` on the image, with one panel per query.
 
     Args:
-        table: Its table; rows of samples of another name are passed over.
+        table: The table; rows of samples with another name are ignored.
         sample: The sample.
-        value: ``"rollout"``; or ``"log2_ratio"``: beside the rollout of uniform attention.
-        image: Which image.
+        value: ``"rollout"``; or ``"log2_ratio"``, the ratio to the rollout of uniform attention.
+        image: Index of the image.
         path: Where to save the figure.
-        **look: See ``Look``.
+        **look: Drawing options; see ``Look``.
     """
     place = place_of(sample, image)
     columns_of(table, ["image", "row", "col", value], "A rollout overlay")
@@ -99,8 +100,8 @@ def rollout_overlay(
     cells = of_sample[of_sample["image"].eq(image).fillna(value=False) & of_sample["row"].notna()]
     if not len(cells):
         raise InputError(
-            f"A rollout overlay needs rows of the image's tokens. The table has {len(table)} rows, "
-            f"none of image {image} of sample {sample.name!r}."
+            f"The table has {len(table)} rows, but none for tokens of image {image} of sample "
+            f"{sample.name!r}. Pass a table that attention_rollout returned for this sample."
         )
     vision = "tower" in cells and cells["tower"].eq("vision").all()
     shape = (
@@ -145,26 +146,27 @@ def patch_overlays(
     path: FigurePath = None,
     **look: Unpack[MapOptions],
 ) -> Picture:
-    """Where patches of the vision tower look: a panel per point of the image.
+    """Draw the attention of single patches of the vision tower, with one panel per point.
 
     Args:
         sample: The sample.
-        points: ``(x, y)`` in pixels of the original image; the patch there asks, and is outlined.
+        points: ``(x, y)`` in pixels of the original image. The patch at this point is the query and
+            is outlined.
         layer: Layer of the vision tower; negative ones count from the last.
-        head: A head, or several to average; the mean of all if not given.
-        image: Which image.
+        head: A head, or several to average; all heads are averaged if not given.
+        image: Index of the image.
         path: Where to save the figure.
-        **look: See ``Look``.
+        **look: Drawing options; see ``Look``.
 
     Raises:
-        GeometryError: A point that no patch covers.
+        GeometryError: No patch covers a point, or the call does not have one position per patch.
     """
     place = of_patches(place_of(sample, image))
     call = sample.call(layer, tower="vision", call=image)
     if call.n_keys != len(place.keys):
         raise GeometryError(
-            f"A call of the vision tower has one position per patch. {call.name} has "
-            f"{call.n_keys}, the image has {len(place.keys)}."
+            f"{call.name} has {call.n_keys} keys, but image {image} has {len(place.keys)} patches. "
+            "Patch overlays require a vision layer with one position per patch."
         )
     patches = [_patch_at(place, x, y) for x, y in points]
     probs = call.probs(head, patches)[0].mean(0).double().cpu().numpy()
@@ -181,16 +183,19 @@ def patch_overlays(
 
 
 def _rows_of(table: pd.DataFrame, sample: Sample) -> pd.DataFrame:
-    """The rows of a sample, which may have been numbered there as one of several of its name."""
+    """Return the table's rows of a sample.
+
+    If several samples of a table share a name, the analysis has numbered their names.
+    """
     if "sample" not in table:
         return table
     numbered = table.attrs.get("numbered", {})
     alike = [name for name in table["sample"].unique() if numbered.get(name, name) == sample.name]
     if len(alike) > 1:
         raise InputError(
-            f"A rollout overlay is of one sample. The table has {', '.join(map(repr, alike))}, all "
-            f"of the name {sample.name!r}: choose one, as by table[table['sample'] == "
-            f"{alike[0]!r}], or give samples names of their own."
+            f"The table has several samples named {sample.name!r}: "
+            f"{', '.join(map(repr, alike))}. Choose one with table[table['sample'] == "
+            f"{alike[0]!r}], or give each sample a unique name."
         )
     return table[table["sample"].isin(alike)]
 
@@ -241,13 +246,13 @@ def _drawn(
 
 
 def _undrawn(place: Place, values: np.ndarray) -> tuple[float, float] | None:
-    """What tokens without a cell have of all values; None where that is nothing."""
+    """Return the sum over tokens without a cell and over all tokens; None if the first is 0."""
     without = np.nansum(values[place.without_cell]) if place.shares is None else 0.0
     return (float(without), float(np.nansum(values))) if without else None
 
 
 def _fitted(place: Place, values: np.ndarray) -> tuple[bool, np.ndarray]:
-    """Whether values are on patches, and one value per token or patch."""
+    """Return whether values are on patches, and the values as one per token or patch."""
     grid = place.grid
     for on_patches, shape, places in (
         (False, (grid.rows, grid.cols), grid.places),
@@ -258,9 +263,9 @@ def _fitted(place: Place, values: np.ndarray) -> tuple[bool, np.ndarray]:
         if values.shape == shape:
             return on_patches, np.where(places[:, 0] < 0, np.nan, values[tuple(places.T)])
     raise GeometryError(
-        f"Image {place.number} has {len(grid.places)} tokens ({grid.rows} x {grid.cols}) and "
-        f"{len(grid.patch_places)} vision positions ({grid.patch_rows} x {grid.patch_cols}); "
-        f"got values of shape {values.shape}."
+        f"A map of shape {values.shape} fits no grid of image {place.number}. The image has "
+        f"{len(grid.places)} tokens ({grid.rows} x {grid.cols}) and {len(grid.patch_places)} "
+        f"vision positions ({grid.patch_rows} x {grid.patch_cols})."
     )
 
 
@@ -269,8 +274,8 @@ def _patch_at(place: Place, x: float, y: float) -> int:
     inside = np.flatnonzero((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1))
     if not len(inside):
         raise GeometryError(
-            f"A point lies on a patch. No patch of image {place.number} covers ({x:g}, {y:g}); "
-            f"they cover x {np.nanmin(x0):g} to {np.nanmax(x1):g} and y {np.nanmin(y0):g} to "
+            f"No patch of image {place.number} covers the point ({x:g}, {y:g}). Patches cover x "
+            f"{np.nanmin(x0):g} to {np.nanmax(x1):g} and y {np.nanmin(y0):g} to "
             f"{np.nanmax(y1):g} px."
         )
     return int(inside[0])

@@ -33,8 +33,8 @@ from xmodal_interp.figures.wording import about, heads_name, layer_name
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import AttentionKind
 
-_SIDES = (5.6, 9.0)  # inches, for few and for many tokens with names
-_PITCH = 0.21  # inches per row of a token-patch matrix
+_SIDES = (5.6, 9.0)  # side of a matrix with few and with many named tokens, inches
+_PITCH = 0.21  # height of a row of a token-patch matrix, inches
 
 
 @checked
@@ -50,17 +50,22 @@ def attention_matrix(
     image: int = 0,
     path: FigurePath = None,
 ) -> Picture:
-    """Who attends to whom: queries in rows, keys in columns, what the mask hides in grey.
+    """Draw an attention matrix: queries in rows, keys in columns, masked cells in grey.
 
     Args:
         sample: The sample.
         layer: Layer index; negative ones count from the last.
-        head: A head, or several to average; the mean of all if not given.
+        head: A head, or several to average; all heads are averaged if not given.
         zoom: ``"text-image"`` adds the block of text after the image against the image's tokens.
-        show: ``"probability"`` on a log scale, or ``"lift"``: times uniform attention.
-        kind: ``"cross"`` for the cross-attention of families that have it.
-        image: Which image to zoom on.
+        show: ``"probability"`` on a log scale, or ``"lift"``, probability divided by uniform
+            attention.
+        kind: ``"self"``, or ``"cross"`` for models with cross-attention.
+        image: Index of the image for ``zoom``.
         path: Where to save the figure.
+
+    Raises:
+        InputError: A wrong argument, a sample without the image or without text after it, or a
+            matrix that is too large to draw.
     """
     check_show(show, ("probability", "lift"))
     if not (zoom is None or (isinstance(zoom, str) and zoom == "text-image")):
@@ -68,8 +73,8 @@ def attention_matrix(
     place = place_of(sample, image) if zoom else None
     if place is not None and place.kind != kind:
         raise InputError(
-            f"zoom shows text against image tokens. The text of sample {sample.name!r} reaches "
-            f"them by {place.kind}-attention; pass kind={place.kind!r}."
+            f"zoom is not available for kind={kind!r}: the text of sample {sample.name!r} attends "
+            f"to image tokens by {place.kind}-attention. Pass kind={place.kind!r}."
         )
     matrix = matrix_of(View(sample, layer, head, kind=kind))
     values = matrix.probs if show == "probability" else matrix.lift
@@ -99,11 +104,11 @@ def attention_matrix(
 def _zoomed(
     sample: Sample, matrix: Matrix, place: Place, values: np.ndarray, *, mean: bool
 ) -> tuple[np.ndarray, Labels]:
-    """The block of text after the image against its tokens in raster order."""
+    """Return the block of text after the image against image tokens, in raster order."""
     rows = np.flatnonzero(np.isin(matrix.call.query_positions.cpu(), sample.text_after_image()))
     if not len(rows):
         raise InputError(
-            f"zoom shows the text after the image; sample {sample.name!r} has none that was kept."
+            f"Sample {sample.name!r} has no recorded queries after the image. Draw it without zoom."
         )
     block = place.on_cells(values[np.ix_(rows, place.keys)], mean=mean)
     return block[:, _raster(place)], matrix.rows.take(rows)
@@ -112,7 +117,7 @@ def _zoomed(
 def _draw_legend_image(
     page: Sheet, place: Place, left: float, top: float, room: tuple[float, float]
 ) -> None:
-    """The image with its rows of tokens numbered, where there is room for it."""
+    """Draw the image with numbered token rows, if there is room for it."""
     aspect = place.grid.width / place.grid.height
     height = min(room[1] - top, room[0] / aspect, 2.4)
     if height > 0.9:
@@ -135,16 +140,17 @@ def token_patch_matrix(
     vmax: float | None = None,
     path: FigurePath = None,
 ) -> Picture:
-    """Text tokens in rows, the tokens of an image in columns, row by row of the image.
+    """Draw attention of text tokens (rows) to image tokens (columns, in raster order).
 
     Args:
         sample: The sample.
         layer: Layer index; negative ones count from the last.
-        head: A head, or several to average; the mean of all if not given.
+        head: A head, or several to average; all heads are averaged if not given.
         queries: A phrase or positions; all text after the image if not given.
-        image: Which image.
-        show: ``"probability"``, ``"share"`` of the attention on the image, or ``"lift"``.
-        vmax: Upper end of the colour scale; that of the values if not given.
+        image: Index of the image.
+        show: ``"probability"``, ``"share"`` of the attention on the image, or ``"lift"``; see
+            ``Look``.
+        vmax: Upper end of the colour scale; the largest value if not given.
         path: Where to save the figure.
     """
     check_show(show)
@@ -172,7 +178,7 @@ def _draw_block(
     place: Place,
     scale: Scale,
 ) -> Axes:
-    """Text tokens against image tokens in raster order, with lines between the image's rows."""
+    """Draw text tokens against image tokens, with lines between the image's rows."""
     axes = page.axes(*where)
     order = _raster(place)
     draw_matrix(
@@ -193,24 +199,24 @@ def _draw_block(
 
 
 def _raster(place: Place) -> np.ndarray:
-    """The tokens that have a place, row by row of the image."""
+    """Return the indices of tokens that have a place on the image, in raster order."""
     row, col = place.grid.places.T
     order = np.lexsort((col, row))
     return np.asarray(order[row[order] >= 0])
 
 
 def _wide(n_tokens: int) -> float:
-    """Inches for so many image tokens in a row."""
+    """Return the width in inches for a number of image tokens."""
     return float(np.clip(0.04 * n_tokens, 4.5, 9.0))
 
 
 def _tall(n_rows: int) -> float:
-    """Inches for so many text tokens."""
+    """Return the height in inches for a number of text tokens."""
     return float(np.clip(_PITCH * n_rows, 1.7, 10.0))
 
 
 def _note(matrix: Matrix, side: float) -> str:
-    """How the matrix is drawn."""
+    """Return the note on how the matrix is drawn."""
     times = max(widened(matrix.rows, side), widened(matrix.columns, side))
     grey = "Grey: hidden by the mask." if not matrix.visible.all() else "Nothing is hidden."
     wide = (
@@ -220,7 +226,7 @@ def _note(matrix: Matrix, side: float) -> str:
 
 
 def _block_mass(matrix: Matrix) -> Callable[[Run, Run], str]:
-    """What a block holds: the share of its queries' attention, on average."""
+    """Return a function that formats the mean share of attention of a block."""
 
     def text(row: Run, column: Run) -> str:
         block = matrix.probs[row.start : row.stop, column.start : column.stop]

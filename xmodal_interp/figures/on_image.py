@@ -1,8 +1,8 @@
-"""Overlays: where text looks, drawn on the image in the image's own geometry.
+"""Overlays: attention of text tokens to image tokens, drawn on the image.
 
-Every figure has the image itself first, then panels that share one colour scale and one colour bar.
-A cell is one image token, drawn over the pixels that it covers; parts that no token covers are
-dimmed and hatched.
+The first panel of every figure is the image itself. The other panels share one colour scale and one
+colour bar. A cell is one image token, drawn over the pixels that it covers. Parts of the image that
+no token covers are dimmed and hatched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xmodal_interp.figures.wording import about, heads_name, layer_name, named, 
 from xmodal_interp.sample import Sample, Selector
 
 Queries = Selector | Sequence[str | int]
-"""A phrase, positions, or a list of phrases and positions."""
+"""A phrase, positions, or a sequence of both."""
 
 
 @checked
@@ -39,16 +39,16 @@ def overlay(
     path: FigurePath = None,
     **look: Unpack[Options],
 ) -> Picture:
-    """Where a phrase looks: the mean of its tokens, in one layer.
+    """Draw a phrase's attention on the image: the mean of its tokens, in one layer.
 
     Args:
         sample: The sample.
         queries: A phrase of the prompt or the answer, or positions.
         layer: Layer index; negative ones count from the last.
-        head: A head, or several to average; the mean of all if not given.
-        image: Which image.
+        head: A head, or several to average; all heads are averaged if not given.
+        image: Index of the image.
         path: Where to save the figure.
-        **look: See ``Look``.
+        **look: Drawing options; see ``Look``.
     """
     chosen, place = Look(**look), place_of(sample, image)
     positions = query_positions(sample, place, queries, layer)
@@ -70,18 +70,18 @@ def overlays(
     path: FigurePath = None,
     **look: Unpack[Options],
 ) -> Picture:
-    """Where each text token looks, one panel per token.
+    """Draw the attention of each text token on the image, with one panel per token.
 
     Args:
         sample: The sample.
-        queries: A phrase or positions: a panel for each token. A list: a panel for each entry,
-            phrases as the mean of their tokens. All text after the image, and what was generated,
-            if not given.
+        queries: A phrase or positions, drawn with one panel per token; or a list of phrases and
+            positions, drawn with one panel per entry, where a phrase is the mean of its tokens. If
+            not given, all text after the image, generated tokens included.
         layer: Layer index; negative ones count from the last.
-        head: A head, or several to average; the mean of all if not given.
-        image: Which image.
+        head: A head, or several to average; all heads are averaged if not given.
+        image: Index of the image.
         path: Where to save the figure.
-        **look: See ``Look``.
+        **look: Drawing options; see ``Look``.
     """
     chosen, place = Look(**look), place_of(sample, image)
     groups = query_groups(sample, place, queries)
@@ -106,16 +106,16 @@ def head_overlays(
     path: FigurePath = None,
     **look: Unpack[Options],
 ) -> Picture:
-    """Where a phrase looks in each head of a layer, and in the mean of these heads.
+    """Draw a phrase's attention on the image for each head of a layer, and for their mean.
 
     Args:
         sample: The sample.
-        queries: A phrase or positions, averaged.
+        queries: A phrase or positions; their attention is averaged.
         layer: Layer index; negative ones count from the last.
-        heads: Heads, all if not given.
-        image: Which image.
+        heads: Heads; all if not given.
+        image: Index of the image.
         path: Where to save the figure.
-        **look: See ``Look``.
+        **look: Drawing options; see ``Look``.
     """
     chosen, place = Look(**look), place_of(sample, image)
     positions = query_positions(sample, place, queries)
@@ -137,16 +137,16 @@ def layer_overlays(
     path: FigurePath = None,
     **look: Unpack[Options],
 ) -> Picture:
-    """Where a phrase looks, layer by layer.
+    """Draw a phrase's attention on the image, with one panel per layer.
 
     Args:
         sample: The sample.
-        queries: A phrase or positions, averaged.
-        layers: Layers, such as ``[-4, -3, -2, -1]``; all that are held if not given.
-        head: A head, or several to average; the mean of all if not given.
-        image: Which image.
+        queries: A phrase or positions; their attention is averaged.
+        layers: Layers, such as ``[-4, -3, -2, -1]``; all recorded layers if not given.
+        head: A head, or several to average; all heads are averaged if not given.
+        image: Index of the image.
         path: Where to save the figure.
-        **look: See ``Look``.
+        **look: Drawing options; see ``Look``.
     """
     chosen, place = Look(**look), place_of(sample, image)
     positions = query_positions(sample, place, queries)
@@ -154,7 +154,7 @@ def layer_overlays(
     row = entries_of(wanted)
     if row is None or isinstance(wanted, SupportsIndex) or not len(row):
         raise InputError(
-            f"layers is a list of at least one layer, such as [0, -1]; got {quoted(layers)}."
+            f"layers must be a list of at least one layer, such as [0, -1]; got {quoted(layers)}."
         )
     wanted = numbers(wanted, "layer", max(sample.layers(kind=place.kind), default=-1) + 1)
     reads = [reading(sample, place, positions, layer, head) for layer in wanted]
@@ -175,16 +175,18 @@ def token_head_grid(
     path: FigurePath = None,
     **look: Unpack[Options],
 ) -> Picture:
-    """Where each text token looks in each head: tokens in rows, heads in columns, then their mean.
+    """Draw the attention of each text token in each head: tokens in rows, heads in columns.
+
+    The last column is the mean of the heads.
 
     Args:
         sample: The sample.
         queries: As for ``overlays``.
         layer: Layer index; negative ones count from the last.
-        heads: Heads, all if not given.
-        image: Which image.
+        heads: Heads; all if not given.
+        image: Index of the image.
         path: Where to save the figure.
-        **look: See ``Look``.
+        **look: Drawing options; see ``Look``.
     """
     chosen, place = Look(**look), place_of(sample, image)
     groups = query_groups(sample, place, queries)
@@ -216,7 +218,7 @@ def _panel(
 def _figure(
     sample: Sample, place: Place, panels: Sequence[Panel], look: Look, what: str
 ) -> Picture:
-    """The image, then panels of values."""
+    """Draw the image, then the panels."""
     rows = in_rows([Panel(place.name), *panels])
     return _drawn(place, rows, look, f"{about(sample)}\n{what}")
 
@@ -228,7 +230,7 @@ def _drawn(
     title: str,
     row_titles: Sequence[str] = (),
 ) -> Picture:
-    """Panels under one scale."""
+    """Draw panels with one colour scale."""
     values = [panel.values for row in rows for panel in row if panel.values is not None]
     scale = look.scale(values)
     scaled = [[panel.under(scale) for panel in row] for row in rows]
@@ -236,13 +238,13 @@ def _drawn(
 
 
 def _parts(groups: Sequence[Sequence[int]]) -> list[range]:
-    """Where each group stands in the groups strung together."""
+    """Return the range of each group's indices in the concatenated groups."""
     ends = np.cumsum([len(group) for group in groups]).tolist()
     return [range(end - len(group), end) for group, end in zip(groups, ends, strict=True)]
 
 
 def _by_head(read: Reading, heads: Positions | None) -> list[tuple[str, Sequence[int] | None]]:
-    """Name and index of each head that was read, then of their mean."""
+    """Return name and index of each chosen head, then of their mean."""
     n_heads = read.call.n_heads
     chosen = range(n_heads) if heads is None else resolve(heads, n_heads, "head").tolist()
     single: list[tuple[str, Sequence[int] | None]] = [

@@ -1,7 +1,7 @@
-"""Panels of one image, laid out in inches: titles don't collide, and the aspect is the image's.
+"""Rows of panels of one image, laid out in inches, with the image's aspect ratio.
 
-Rows of panels, above them what the figure is about, at the right the colour bars, below them a note
-on how it is drawn.
+The figure's title is above the panels, the colour bars are at the right, and a note on how the
+figure is drawn is below.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xmodal_interp.figures.scales import Scale
 from xmodal_interp.figures.style import HIDDEN, SMALL, Picture, plain
 
 _MOST_IN_A_ROW = 6
-_BAR_HEIGHTS = (1.5, 2.6)  # inches: room for the label, but no longer than it has to be
+_BAR_HEIGHTS = (1.5, 2.6)  # smallest (room for the label) and largest height, inches
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +29,12 @@ class Panel:
     """Values on one image.
 
     Attributes:
-        title: Above the panel.
-        values: One per token of the image, NaN where hidden; None shows the image alone.
-        scale: Their colours; panels with the same scale share one colour bar.
+        title: Text above the panel.
+        values: One per token of the image, NaN where hidden; None draws the image alone.
+        scale: Colour scale; panels with the same scale share one colour bar.
         left_out: Tokens to mark as left out.
         outlined: Boxes to outline on this panel only.
-        undrawn: What tokens without a cell get, and what all tokens get.
+        undrawn: Attention to tokens without a cell, and to all tokens of the image.
     """
 
     title: str
@@ -45,7 +45,7 @@ class Panel:
     undrawn: tuple[float, float] | None = None
 
     def under(self, scale: Scale) -> Panel:
-        """The panel with its colours."""
+        """Return the panel with a colour scale."""
         return self if self.values is None else replace(self, scale=scale)
 
 
@@ -57,15 +57,15 @@ def panel_figure(
     note: str = "",
     row_titles: Sequence[str] = (),
 ) -> Picture:
-    """Panels in rows.
+    """Draw panels in rows.
 
     Args:
         place: The image.
         rows: Panels of each row; rows may differ in length.
-        look: How to draw.
-        title: What the figure shows.
-        note: How it is drawn.
-        row_titles: What each row is, at its left.
+        look: Drawing options.
+        title: Title of the figure.
+        note: Text below the panels, on how they are drawn.
+        row_titles: Text at the left of each row.
     """
     n_cols = max(len(row) for row in rows)
     width, height = _panel_size(place, n_cols)
@@ -89,7 +89,7 @@ def panel_figure(
 
 
 def note_on(place: Place, rows: Sequence[Sequence[Panel]], look: Look) -> str:
-    """How a figure is drawn, in words."""
+    """Return the note on how a figure is drawn."""
     panels = [panel for row in rows for panel in row]
     parts = [
         f"interpolated between {place.unit}s (bilinear)"
@@ -103,8 +103,8 @@ def note_on(place: Place, rows: Sequence[Sequence[Panel]], look: Look) -> str:
         of_thumbnail = " of the thumbnail, or" if place.grid.thumbnail is not None else ""
         without, whole = (_span(amounts) for amounts in zip(*undrawn, strict=True))
         parts.append(
-            f"not drawn: tokens{of_thumbnail} without a place, which get {without} of the {whole} "
-            "that the image gets"
+            f"not drawn: tokens{of_thumbnail} without a place, which receive {without} of the "
+            f"{whole} that the image receives"
         )
     marked = [int(panel.left_out.sum()) for panel in panels if panel.left_out is not None]
     if any(marked):
@@ -118,20 +118,20 @@ def note_on(place: Place, rows: Sequence[Sequence[Panel]], look: Look) -> str:
 
 
 def _span(amounts: Sequence[float]) -> str:
-    """Such as ``"0.24"``, or ``"0.10 to 0.24"`` of several panels."""
+    """Return the range of numbers as text, such as ``"0.24"`` or ``"0.10 to 0.24"``."""
     ends = [f"{end:.3g}" for end in (min(amounts), max(amounts))]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def in_rows(panels: Sequence[Panel]) -> list[Sequence[Panel]]:
-    """Panels in rows of about equal length, as few rows as will do."""
+    """Split panels into the fewest rows, of about equal length."""
     n_rows = -(-len(panels) // _MOST_IN_A_ROW)
     length = -(-len(panels) // n_rows)
     return [panels[i : i + length] for i in range(0, len(panels), length)]
 
 
 def _panel_size(place: Place, n_cols: int) -> tuple[float, float]:
-    """Width and height in inches: the image's aspect, smaller where there are many."""
+    """Return width and height in inches, with the image's aspect; smaller for many columns."""
     side = 2.0 if n_cols <= 4 else 1.75 if n_cols <= 6 else 1.3
     aspect = float(np.clip(place.grid.width / place.grid.height, 1 / 6, 6.0))
     return side * aspect**0.5, side / aspect**0.5
@@ -163,5 +163,5 @@ def _draw(axes: Axes, place: Place, panel: Panel, look: Look) -> None:
 
 
 def _without_names(boxes: Boxes) -> Boxes:
-    """Names are written once, on the image itself."""
+    """Drop the names of boxes: they are written once, on the image itself."""
     return list(boxes.values()) if isinstance(boxes, Mapping) else boxes

@@ -1,8 +1,8 @@
-"""Where image tokens lie on their image, in pixels of the original, and how values lie over it.
+"""Positions of image tokens on their image, in pixels of the original image.
 
-The only place that turns token boxes into drawing coordinates. An image is drawn from its pixel
-edges (0, 0) to (width, height), so a token with the box (x0, y0, x1, y1) covers just these
-coordinates. What no token covers (a centre crop leaves borders) stays uncovered and is dimmed.
+Only this module turns token boxes into drawing coordinates. An image is drawn from its pixel edges
+(0, 0) to (width, height), and a token with the box (x0, y0, x1, y1) covers these coordinates. Parts
+of the image that no token covers, such as the borders left by a centre crop, are dimmed.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ Box = tuple[float, float, float, float]
 """``(x0, y0, x1, y1)`` in pixels of the original image."""
 
 Boxes = Sequence[Box] | Mapping[str, Box]
-"""Boxes to draw, with names if they have some."""
+"""Boxes to draw, optionally with names."""
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One image of a sample, and the keys that stand for it.
+    """One image of a sample, and the keys of its tokens.
 
     Attributes:
-        number: Which image.
-        image: Its pixels.
-        grid: Its grid.
-        name: What panels call it.
-        kind: By which attention text reaches it.
+        number: Index of the image.
+        image: The pixels.
+        grid: The grid of image tokens.
+        name: Title of the image's panel.
+        kind: Kind of attention by which text attends to the image: ``"self"`` or ``"cross"``.
         keys: Key positions of its tokens, in the order of ``grid.places``.
-        unit: What one cell is.
-        shares: ``[key, cell]``, where cells are not keys: what part of each key is from each cell.
-        present: True on the positions of the sequence that are no padding, if there is a sequence.
+        unit: Name of one cell.
+        shares: ``[key, cell]``, only if cells are not keys: the share of each key that comes from
+            each cell.
+        present: True on positions of the sequence that are not padding.
     """
 
     number: int
@@ -57,23 +58,23 @@ class Place:
 
     @property
     def cells(self) -> str:
-        """What its cells are called."""
+        """The plural name of its cells."""
         return "patches" if self.unit.startswith("patch") else "tokens"
 
     @property
     def without_cell(self) -> Bool[np.ndarray, " key"]:
-        """True on keys that no cell stands for: tokens of a thumbnail, line breaks."""
+        """True on keys without a cell: tokens of a thumbnail, line breaks."""
         if self.shares is not None:
             return np.zeros(len(self.keys), dtype=bool)
         without: np.ndarray = self.grid.places[:, 0] < 0
         return without
 
     def on_cells(self, values: np.ndarray, *, mean: bool = False) -> np.ndarray:
-        """One value per cell from one per key, ``[..., key]``; NaN where no key has one.
+        """Convert values per key, ``[..., key]``, to values per cell; NaN where no key has one.
 
         Args:
-            values: Amounts on keys, shared out to the cells that are in them.
-            mean: Whether a cell's value is the mean over the keys that it is in, as of a lift.
+            values: Values on keys. Each is distributed over the key's cells.
+            mean: Average over the keys of a cell instead of summing, as for a lift.
         """
         if self.shares is None:
             return values
@@ -84,37 +85,37 @@ class Place:
             return np.where(parts > 0, amounts / parts if mean else amounts, np.nan)
 
     def on_grid(self, values: np.ndarray) -> np.ndarray:
-        """One value per cell as ``[row, col]``, NaN where the image has no cell."""
+        """Arrange values per cell as ``[row, col]``, NaN where the image has no cell."""
         return place_on_grid(values, self.grid.places, self.grid.rows, self.grid.cols)
 
 
 def place_of(sample: Sample, image: int = 0) -> Place:
-    """An image of a sample with its keys.
+    """Return an image of a sample with its keys.
 
-    Where its tokens are learned queries, the cells are the patches that are in them.
+    If the image's tokens are learned queries, the cells are the patches of the vision tower, and
+    values are distributed over them with the connector's attention.
 
     Raises:
-        InputError: The sample has no images, or not this one, or its pixels are not at hand.
-        NotRecordedError: Its tokens are learned queries, and the connector's layers were not kept.
+        InputError: The sample has no images, not this one, or not its pixels.
+        NotRecordedError: The tokens are learned queries, and the connector's layers were not
+            recorded.
     """
     if not isinstance(sample, Sample):
         raise InputError(
-            f"A figure shows one sample, such as store[0]; got a {type(sample).__name__}."
+            f"sample must be one Sample, such as store[0]; got a {type(sample).__name__}."
         )
     whole_number(image, "image", 0)
     n_images = len(sample.grids)
     if n_images == 0:
         raise InputError(
-            f"An overlay is drawn on an image. The sample {sample.name!r} has none; "
-            "capture it with an image."
+            f"Sample {sample.name!r} has no image to draw on. Capture it with an image."
         )
     if not 0 <= image < n_images:
         raise InputError(f"image must be between 0 and {n_images - 1}; got {image}.")
     if len(sample.images) != n_images:
         raise InputError(
-            f"An overlay is drawn on the image's pixels. The sample {sample.name!r} knows the "
-            f"grids of {n_images} images and has the pixels of {len(sample.images)}; give it its "
-            "images with dataclasses.replace(sample, images=...)."
+            f"Sample {sample.name!r} has the grids of {n_images} images, but the pixels of "
+            f"{len(sample.images)}. Add the images with dataclasses.replace(sample, images=...)."
         )
     crossed = sample.cross_keys is not None
     table = sample.cross_keys if sample.cross_keys is not None else sample.tokens
@@ -135,9 +136,9 @@ def place_of(sample: Sample, image: int = 0) -> Place:
 
 
 def _as_thumbnail(place: Place) -> Place:
-    """The place, or that of its thumbnail, where the image has no other tokens with a place.
+    """Return the place of the thumbnail if no other token of the image has a place.
 
-    Of a picture that is long and narrow, tiles may be cut off with their padding.
+    This happens for long and narrow images whose tiles were removed together with their padding.
     """
     grid, view = place.grid, place.grid.thumbnail
     if view is None or (grid.places[:, 0] >= 0).any():
@@ -156,7 +157,7 @@ def _as_thumbnail(place: Place) -> Place:
 
 
 def of_patches(place: Place) -> Place:
-    """The same image with the patches of the vision tower for tokens."""
+    """Return the same image with the patches of the vision tower as cells."""
     if place.shares is not None:
         return replace(place, keys=np.arange(len(place.grid.places)), shares=None, unit="patch")
     grid = place.grid
@@ -175,14 +176,17 @@ def of_patches(place: Place) -> Place:
 
 
 def extent(grid: ImageGrid) -> tuple[float, float, float, float]:
-    """Left, right, bottom and top of a grid of tokens, in pixels of the original image.
+    """Return left, right, bottom and top of a token grid, in pixels of the original image.
 
     Raises:
-        GeometryError: The boxes are not the cells of one even grid.
+        GeometryError: The boxes are not the cells of one regular grid.
     """
     held = (grid.places[:, 0] >= 0) & ~np.isnan(grid.boxes).any(1)
     if not held.any():
-        raise GeometryError("An overlay needs tokens with a box; no token of this image has one.")
+        raise GeometryError(
+            "No token of this image has a box, so nothing can be drawn on it. Draw an attention "
+            "matrix instead."
+        )
     boxes, (row, col) = grid.boxes[held], grid.places[held].T
     width, height = (boxes[:, 2:] - boxes[:, :2]).mean(0)
     x, y = float((boxes[:, 0] - col * width).mean()), float((boxes[:, 1] - row * height).mean())
@@ -191,14 +195,14 @@ def extent(grid: ImageGrid) -> tuple[float, float, float, float]:
     off = np.abs(even - boxes).max()
     if off > 0.01 * min(width, height):
         raise GeometryError(
-            "An overlay needs token boxes that are the cells of one even grid. A box of this image "
-            f"is {off:.2f} px off; its grid is {grid.rows} x {grid.cols}."
+            f"The token boxes of this image do not form a regular {grid.rows} x {grid.cols} grid: "
+            f"a box is {off:.2f} px off. Overlays require a regular grid."
         )
     return x, x + grid.cols * float(width), y + grid.rows * float(height), y
 
 
 def uncovered(place: Place) -> list[Box]:
-    """Parts of the image that no token covers: cropped borders, cells without a token."""
+    """Return the parts of the image that no token covers: cropped borders and empty cells."""
     grid = place.grid
     left, right, bottom, top = extent(grid)
     borders = [

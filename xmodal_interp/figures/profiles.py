@@ -1,4 +1,4 @@
-"""Attention against place: distance and position in the sequence, rows and columns of the image."""
+"""Attention by position: distance and key position in the sequence, image rows and columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIDES = {
     "rope_distance": "rotary distance",
 }
 _VALUES = {"raw": "attention probability", "lift": "lift of attention"}
-_STEEP = 8.0  # largest over smallest value from which on an axis is logarithmic
+_STEEP = 8.0  # an axis is logarithmic if the ratio of largest to smallest value is above this
 
 
 @checked
@@ -30,18 +30,19 @@ def positional_profiles(
     title: str | None = None,
     path: FigurePath = None,
 ) -> Picture:
-    """Profiles of ``positional_bias``: blocks in rows, distance and key position in columns.
+    """Draw a table of ``positional_bias``: blocks in rows, distance and key position in columns.
 
     Args:
-        table: Of ``positional_bias``. Rows that differ in other columns are averaged, each with
-            as much weight as it has cells.
-        value: ``"lift"``, with uniform attention at 1; or ``"raw"``, beside the column ``null``.
-        by: A line for each entry of this column.
-        title: Of the figure.
+        table: Table of ``positional_bias``. Rows that differ only in other columns are averaged,
+            weighted by ``n_cells``.
+        value: ``"lift"``, with uniform attention at 1; or ``"raw"``, with the column ``null`` as
+            the null model.
+        by: Column whose entries are drawn as separate lines.
+        title: Title of the figure.
         path: Where to save the figure.
 
     Raises:
-        InputError: A column that the table lacks.
+        InputError: The table lacks a column.
     """
     nulls = ["null"] if value == "raw" else []
     columns_of(
@@ -88,18 +89,19 @@ def raster_profiles(
     title: str | None = None,
     path: FigurePath = None,
 ) -> Picture:
-    """Profiles of ``raster_profile``: over the image's rows, drawn downwards, and over its columns.
+    """Draw a table of ``raster_profile``: over the rows of the image (downwards) and its columns.
 
     Args:
-        table: Of ``raster_profile``. Heads (or what else differs) are averaged. Controls, if there
-            are any, are dotted.
-        value: ``"share"``, beside the column ``null``; or ``"lift"``, with uniform attention at 1.
-        by: A line for each entry of this column.
-        title: Of the figure.
+        table: Table of ``raster_profile``. Rows that differ only in other columns, such as heads,
+            are averaged. Controls are dotted.
+        value: ``"share"``, with the column ``null`` as the null model; or ``"lift"``, with uniform
+            attention at 1.
+        by: Column whose entries are drawn as separate lines.
+        title: Title of the figure.
         path: Where to save the figure.
 
     Raises:
-        InputError: A column that the table lacks.
+        InputError: The table lacks a column.
     """
     nulls = ["null"] if value == "share" else []
     columns_of(table, ["axis", "index", value, by, *nulls], "A raster profile")
@@ -144,7 +146,7 @@ def _lines(
     upright: bool = False,
     dotted: bool = False,
 ) -> None:
-    """A line per entry; upright ones have the place along the vertical axis."""
+    """Draw one line per entry; ``upright`` puts the position on the vertical axis."""
     for name, style in zip(names, line_styles(names), strict=True):
         line = rows[rows[by] == name].sort_values(x)
         look = {**style, "linestyle": ":", "marker": ""} if dotted else style
@@ -153,14 +155,14 @@ def _lines(
 
 
 def _means(table: pd.DataFrame, keys: list[str], values: list[str]) -> pd.DataFrame:
-    """Means with the number of cells as weights."""
+    """Return means weighted by the number of cells."""
     weighted = table[values].mul(table["n_cells"], axis=0).assign(n_cells=table["n_cells"])
     sums = weighted.groupby([table[key] for key in keys]).sum()
     return sums[values].div(sums["n_cells"], axis=0).reset_index()
 
 
 def _with_gaps(means: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """A row without values behind each bin whose next one is missing: the line breaks there."""
+    """Add a row of NaN after each bin whose next bin is missing, so that the line breaks there."""
     ordered = means.sort_values([*keys, "start"])
     following = ordered.groupby(keys)["start"].shift(-1)
     last = ordered[following.notna() & (following != ordered["stop"])]

@@ -1,11 +1,11 @@
-"""The numbers behind an overlay: what chosen queries and heads give to each token of an image.
+"""Values of an overlay: attention of chosen queries and heads to each token of an image.
 
-1. Ask the call for the exact probabilities of these queries on the image's tokens, and for what the
-   mask lets them see.
-2. Leave out what is hidden: a cell that no chosen query can see is NaN, never 0.
-3. Average over the chosen heads and queries, over visible cells only.
-4. Turn into a share of the image's attention, or a lift, if that is to be shown.
-5. Where tokens are learned queries, put it on the patches that are in them.
+1. Compute the exact probabilities of these queries on the image's tokens, and which of the tokens
+   the mask makes visible.
+2. Exclude masked tokens: a token that no chosen query may attend to is NaN, never 0.
+3. Average over the chosen heads and queries, over visible tokens only.
+4. For ``show="share"`` or ``"lift"``, convert the probabilities.
+5. If the tokens are learned queries, distribute the values over the patches of the vision tower.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from xmodal_interp.sample import Sample, Selector
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Attention of some queries on the tokens of one image, in one layer.
+    """Attention of some queries to the tokens of one image, in one layer.
 
     Attributes:
-        call: The call it was read from.
+        call: The attention call.
         place: The image.
-        heads: Which heads were read, in order; all if None.
-        probs: Probabilities; NaN in rows that see nothing.
-        visible: What the mask lets each query see; the head axis may have length 1.
-        n_visible: How many keys each query sees, image or not.
+        heads: The chosen heads, in order; all if None.
+        probs: Probabilities; NaN in rows without a visible key.
+        visible: True where a query may attend to a token; the head axis may have length 1.
+        n_visible: Number of visible keys of each query, on the image or elsewhere.
     """
 
     call: AttentionCall
@@ -54,13 +54,13 @@ class Reading:
         queries: Sequence[int] | None = None,
         left_out: Bool[np.ndarray, " token"] | None = None,
     ) -> Float[np.ndarray, " cell"]:
-        """One value per cell of the place, NaN where it is hidden from every query or left out.
+        """Return one value per cell, NaN where it is hidden from every query or left out.
 
         Args:
-            show: What the values are.
-            heads: Which of the heads that were read, all if not given.
-            queries: Which of the queries that were read, all if not given.
-            left_out: Tokens to leave out; shares are of what the others get.
+            show: Quantity to return; see ``Look``.
+            heads: Indices into the chosen heads; all if not given.
+            queries: Indices into the chosen queries; all if not given.
+            left_out: Tokens to leave out; shares are of the attention on the other tokens.
         """
         head = slice(None) if heads is None else list(heads)
         query = slice(None) if queries is None else list(queries)
@@ -79,13 +79,13 @@ class Reading:
     def undrawn(
         self, heads: Sequence[int] | None = None, queries: Sequence[int] | None = None
     ) -> tuple[float, float] | None:
-        """Attention on tokens that have no cell (a thumbnail's, line breaks), and on all tokens.
+        """Return the attention to tokens without a cell (thumbnail, line breaks) and to all tokens.
 
-        Both are means over the queries and heads; None where all tokens have a cell.
+        Both are means over the queries and heads. Return None if all tokens have a cell.
 
         Args:
-            heads: Which of the heads that were read, all if not given.
-            queries: Which of the queries that were read, all if not given.
+            heads: Indices into the chosen heads; all if not given.
+            queries: Indices into the chosen queries; all if not given.
         """
         without = self.place.without_cell
         if not without.any():
@@ -103,14 +103,14 @@ def reading(
     layer: int,
     heads: Positions | None = None,
 ) -> Reading:
-    """What some queries give to the tokens of an image.
+    """Return the attention of some queries to the tokens of an image.
 
     Args:
         sample: The sample.
         place: The image and its keys.
         queries: A phrase or positions.
         layer: Layer index; negative ones count from the last.
-        heads: Heads, all if not given.
+        heads: Heads; all if not given.
     """
     call = sample.call(layer, kind=place.kind)
     rows = sample.positions(queries)
@@ -128,30 +128,30 @@ def reading(
 def query_positions(
     sample: Sample, place: Place, queries: Selector, layer: int | None = None
 ) -> list[int]:
-    """Positions of the queries, of which one at least must see the image.
+    """Return the positions of the queries; at least one must be able to attend to the image.
 
     Args:
         sample: The sample.
         place: The image and its keys.
         queries: A phrase or positions.
-        layer: The layer that is shown; any layer will do if not given. Layers see differently
-            where some have a window, or are those of a decoder.
+        layer: The drawn layer, whose mask is tested; one of all recorded layers suffices if not
+            given. Masks differ between layers with and without a window, and between encoder and
+            decoder.
 
     Raises:
-        InputError: There are none, or none sees a token of the image.
+        InputError: The selection is empty, or the mask hides the image from all of its positions.
     """
     positions: list[int] = each_once(sample.positions(queries)).tolist()
     if not positions:
-        raise InputError("An overlay needs at least one query; the selection is empty.")
+        raise InputError("The selection of queries is empty. Pass at least one position.")
     layers = sample.layers(kind=place.kind) if layer is None else [layer]
     first = sample.call(min(layers, default=0), kind=place.kind)
     keys = torch.from_numpy(place.keys)
     calls = (sample.call(each, kind=place.kind) for each in layers)
     if not any(bool(call.visible(positions)[..., keys].any()) for call in calls):
         raise InputError(
-            f"An overlay needs a query that can see the image. {named(sample, positions)} of "
-            f"sample {sample.name!r} sees none of the {len(keys)} tokens of image {place.number}; "
-            f"{_advice(first, keys, max(positions))}"
+            f"{named(sample, positions)} of sample {sample.name!r} cannot attend to any of the "
+            f"{len(keys)} tokens of image {place.number}. {_advice(first, keys, max(positions))}"
         )
     return positions
 
@@ -161,16 +161,19 @@ def _advice(call: AttentionCall, keys: Tensor, last: int) -> str:
     sees = call.visible(rows)[..., keys].any(-1).flatten(0, 1).any(0).cpu()
     seeing = rows.cpu()[sees]
     if not len(seeing):
-        return "no position that was kept does."
+        return "No recorded query can."
     if bool((seeing > last).any()):
-        return "ask for a later position."
-    return f"ask for a position from {int(seeing.min())} to {int(seeing.max())}."
+        return "Choose a later position."
+    return f"Choose a position from {int(seeing.min())} to {int(seeing.max())}."
 
 
 def query_groups(
     sample: Sample, place: Place, queries: Selector | Sequence[str | int] | None
 ) -> list[list[int]]:
-    """The queries of each panel: a token each, or an entry each where a list has a phrase in it."""
+    """Return the positions of each panel.
+
+    A list of phrases and positions gives one panel per entry, anything else one panel per token.
+    """
     if queries is None:
         queries = torch.from_numpy(sample.text_after_image())
     if isinstance(queries, Sequence) and not isinstance(queries, str):
@@ -182,5 +185,5 @@ def query_groups(
 
 
 def flat(groups: Sequence[Sequence[int]]) -> list[int]:
-    """The positions of all groups, one after the other."""
+    """Return the positions of all groups in one list."""
     return [position for group in groups for position in group]

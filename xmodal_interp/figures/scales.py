@@ -1,11 +1,11 @@
-"""What a colour means: one scale per figure, with its colour bar.
+"""Colour scales and their colour bars, one scale per figure.
 
-* ``"probability"``: as it is, from 0.
-* ``"share"``: of the attention that an image gets, from 0.
+* ``"probability"``: attention probability, from 0.
+* ``"share"``: probability divided by the total on the image, from 0.
 * ``"lift"``: probability times the number of visible keys, so that 1 is uniform attention; on a log
   scale around 1.
 
-What the mask hides is no number: it is NaN here and has a colour of its own.
+Cells that the mask hides are NaN, never 0, and are drawn in a separate colour.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from xmodal_interp.figures.style import DIVERGING, HEAT, HIDDEN, NORMAL, SEQUENT
 Show = Literal["probability", "share", "lift"]
 
 Meaning = Literal["amount", "difference", "ratio"]
-"""What values of any origin are: amounts from 0, differences around 0, or ratios around 1."""
+"""Quantity for the choice of a colour scale: from 0, around 0, or around 1 on a log scale."""
 
 FAINTEST = 1e-4
-"""Where the log scale of probabilities ends."""
+"""Lower end of the log scale of probabilities; lower if the largest value requires it."""
 
 WIDEST = 4.0
-"""Where the log scale of lifts ends, if nothing else is asked for: 2 ** 4 times uniform."""
+"""Default limit of the log2 scale of lifts: 2 ** 4 times uniform attention."""
 
 _LABELS = {"probability": "attention probability", "share": "share of image attention"}
 
-_HIDDEN_DARK = "#8a8a8a"  # where the middle of the scale is white
+_HIDDEN_DARK = "#8a8a8a"  # hidden cells on scales whose middle is white
 
-# opacity over an image of values that say nothing, and of the strongest
+# opacity over an image of the weakest values and of the strongest
 _FAINT, _STRONG = 0.0, 0.95
 
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """Colours for values.
+    """A colour scale.
 
     Attributes:
-        norm: From drawn values to [0, 1].
-        cmap: From there to colours; NaN has the colour of what is hidden.
-        label: What the colour bar says.
+        norm: Maps drawn values to [0, 1].
+        cmap: Maps [0, 1] to colours, and NaN to the colour of hidden cells.
+        label: Label of the colour bar.
         log2: Whether the logarithm to base 2 is drawn.
-        extend: Which ends of the colour bar stand for values beyond it.
-        bar_cmap: Colours of the colour bar, if they are not those of ``cmap``.
+        extend: The ends of the colour bar that include values beyond them.
+        bar_cmap: Colours of the colour bar, if they differ from ``cmap``.
     """
 
     norm: Normalize
@@ -66,20 +66,20 @@ class Scale:
 
     @property
     def diverging(self) -> bool:
-        """Whether the scale has a middle that says nothing, instead of an end that does."""
+        """Whether the neutral value is the middle of the scale instead of its lower end."""
         return float(self.norm.vmin or 0) < 0
 
     def drawn(self, values: np.ndarray) -> np.ma.MaskedArray[Any, Any]:
-        """Values as they are drawn: NaN masked, zeros on a log scale at its lower end."""
+        """Return values for ``imshow``: NaN masked, zeros of a log scale at its lower end."""
         hidden, low, high = np.isnan(values), float(self.norm.vmin or 0), float(self.norm.vmax or 0)
-        if self.log2:  # what is beyond an end stays beyond it, but finite
+        if self.log2:  # values beyond an end stay beyond it, but become finite
             values = np.log2(np.clip(values, 2.0 ** (low - 1), 2.0 ** (high + 1)))
         elif isinstance(self.norm, LogNorm):
             values = np.maximum(values, low)
         return np.ma.masked_array(values, mask=hidden)
 
     def bar(self, figure: Figure, axes: Axes, height: float) -> None:
-        """The colour bar, in axes of its own that are ``height`` inches high."""
+        """Draw the colour bar into ``axes``, which are ``height`` inches high."""
         bar = figure.colorbar(
             ScalarMappable(self.norm, self.bar_cmap or self.cmap), cax=axes, extend=self.extend
         )
@@ -93,9 +93,10 @@ class Scale:
             bar.minorticks_off()
 
     def over(self, ground: tuple[int, int]) -> Scale:
-        """Colours over the outlines of an image: what says little is see-through, and so is NaN.
+        """Return the scale for an overlay: neutral values and NaN are transparent.
 
-        What the colour bar shows is the colours over the ground's middle grey.
+        The colour bar shows the colours over the middle grey of ``ground``, the range of grey
+        levels of the image's outlines.
         """
         colors = (self.cmap if self.diverging else mpl.colormaps[HEAT])(np.linspace(0, 1, 256))
         says = np.abs(np.linspace(-1, 1, 256)) if self.diverging else np.linspace(0, 1, 256)
@@ -109,7 +110,7 @@ class Scale:
 
 
 def check_show(show: str, allowed: Sequence[str] = get_args(Show)) -> None:
-    """Refuse what cannot be shown."""
+    """Raise InputError if ``show`` is not one of the allowed values."""
     if not isinstance(show, str) or show not in allowed:
         raise InputError(f"show must be one of {', '.join(allowed)}; got {quoted(show)}.")
 
@@ -117,13 +118,13 @@ def check_show(show: str, allowed: Sequence[str] = get_args(Show)) -> None:
 def scale_of(
     show: Show, panels: Iterable[np.ndarray], *, vmax: float | None = None, power: float = 1.0
 ) -> Scale:
-    """One scale for all panels of a figure.
+    """Return one colour scale for all panels of a figure.
 
     Args:
-        show: What the values are.
-        panels: Their values; NaN is left out.
-        vmax: Upper end; that of the values if not given. For a lift, its inverse is the lower end.
-        power: Colours of probabilities and shares grow with this power of the value; 0 is a log
+        show: Quantity of the values.
+        panels: Values of the panels; NaN is ignored.
+        vmax: Upper end; the largest value if not given. For a lift, its inverse is the lower end.
+        power: Exponent of the colour scale for probabilities and shares: 1 is linear, 0 is a log
             scale.
     """
     lowest = 1 if show == "lift" else 0
@@ -136,7 +137,7 @@ def scale_of(
 
 
 def label_of(show: Show) -> str:
-    """What a colour bar says of values."""
+    """Return the label of the colour bar for a quantity."""
     return _LABELS[show]
 
 
@@ -148,9 +149,17 @@ def value_scale(
     power: float = 1.0,
     vmin: float = 0.0,
 ) -> Scale:
-    """Amounts from ``vmin`` (on a log scale, the smallest); arguments as in ``scale_of``."""
+    """Return a scale from ``vmin``, or from the smallest value if it is a log scale.
+
+    Args:
+        panels: Values of the panels; NaN is ignored.
+        label: Label of the colour bar.
+        vmax: Upper end; the largest value if not given.
+        power: Exponent of the colour scale: 1 is linear, 0 is a log scale.
+        vmin: Lower end of a scale that is not a log scale.
+    """
     if not 0 <= real_number(power, "power") <= 1:
-        raise InputError(f"power must lie between 0 (a log scale) and 1 (linear); got {power}.")
+        raise InputError(f"power must be between 0 (a log scale) and 1 (linear); got {power}.")
     values = finite(panels)
     top = float(values.max(initial=0.0)) or 1.0
     end = top if vmax is None else vmax
@@ -178,7 +187,7 @@ def scale_for(
     vmax: float | None = None,
     power: float = 1.0,
 ) -> Scale:
-    """A scale for values of any origin; ``power`` is for amounts."""
+    """Return a scale for any quantity; ``power`` applies to amounts only."""
     if vmax is not None and not real_number(vmax, "vmax") > 0:
         raise InputError(f"vmax must be above 0; got {vmax}.")
     if meaning == "amount":
@@ -193,7 +202,7 @@ def scale_for(
 
 
 def difference_scale(panels: Iterable[np.ndarray], label: str, vmax: float | None = None) -> Scale:
-    """Differences, centred on 0."""
+    """Return a diverging scale centred on 0."""
     largest = float(np.abs(finite(panels)).max(initial=0.0)) or 1.0
     end = largest if vmax is None else vmax
     beyond = largest > end * (1 + 1e-6)
@@ -202,7 +211,10 @@ def difference_scale(panels: Iterable[np.ndarray], label: str, vmax: float | Non
 
 
 def ratio_scale(panels: Iterable[np.ndarray], label: str, vmax: float | None = None) -> Scale:
-    """Ratios, on a log scale centred on 1; what is further than ``WIDEST`` is cut off."""
+    """Return a diverging log scale centred on 1, at most ``WIDEST`` wide unless ``vmax`` is given.
+
+    Values beyond an end have the colour of that end.
+    """
     with np.errstate(divide="ignore"):
         largest = float(np.abs(np.log2(finite(panels))).max(initial=0.0))
     end = float(np.clip(np.ceil(largest), 1, WIDEST)) if vmax is None else float(np.log2(vmax))
@@ -216,7 +228,7 @@ def ratio_scale(panels: Iterable[np.ndarray], label: str, vmax: float | None = N
 
 
 def finite(panels: Iterable[np.ndarray]) -> np.ndarray:
-    """All numbers of all panels in one row, NaN left out."""
+    """Return the values of all panels in one flat array, without NaN."""
     flat = [np.asarray(panel, dtype=float).ravel() for panel in panels]
     values = np.concatenate(flat) if flat else np.empty(0)
     return values[~np.isnan(values)]

@@ -1,4 +1,4 @@
-"""Attention matrices to draw, from a sample or from any recorded call, and their labels."""
+"""Attention matrices and their labels, from a sample or from any recorded call."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 MOST_CELLS = 40_000_000
-"""Larger matrices are refused: a figure has no room for them."""
+"""Largest number of cells of a drawn matrix; larger ones raise InputError."""
 
-_CHUNK = 2**24  # probabilities that are computed at once
+_CHUNK = 2**24  # largest number of probabilities computed at once
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One attention matrix.
+    """Selection of one attention matrix.
 
     Attributes:
-        source: A sample, or a call of any tower of any model.
+        source: A sample, or a recorded call of any model.
         layer: For a sample: layer index; negative ones count from the last.
-        head: A head, or several to average; the mean of all if not given.
-        tower: For a sample: which part of the model.
+        head: A head, or several to average; all heads are averaged if not given.
+        tower: For a sample: ``"vision"``, ``"connector"`` or ``"language"``.
         kind: For a sample: ``"self"`` or ``"cross"``.
-        call: For a sample: which call of the layer; in the vision tower, the image.
-        query_names: For a call: what stands at each query.
-        key_names: For a call: what stands at each key.
+        call: For a sample: index of the layer's call; in the vision tower, of the image.
+        query_names: For a call: one name per query.
+        key_names: For a call: one name per key.
     """
 
     source: Sample | AttentionCall
@@ -49,12 +49,12 @@ class View:
     def __post_init__(self) -> None:
         if not isinstance(self.source, (Sample, AttentionCall)):
             raise InputError(
-                "A matrix is that of one sample, such as store[0], or of one attention call; got a "
+                "source must be one Sample, such as store[0], or one AttentionCall; got a "
                 f"{type(self.source).__name__}."
             )
 
     def found(self) -> AttentionCall:
-        """The call."""
+        """Return the attention call."""
         if isinstance(self.source, AttentionCall):
             return self.source
         return self.source.call(self.layer, tower=self.tower, kind=self.kind, call=self.call)
@@ -63,15 +63,20 @@ class View:
 def views_of(
     sources: Mapping[str, Sample | AttentionCall | View], layer: int = -1
 ) -> dict[str, View]:
-    """What to draw side by side, by title; ``layer`` is for those that are no views yet.
+    """Return the view of each source, by title.
+
+    Args:
+        sources: Samples, calls or views by title.
+        layer: Layer of the samples; views keep their own.
 
     Raises:
-        InputError: No mapping, an empty one, or something in it that has no matrix.
+        InputError: ``sources`` is not a mapping, is empty, or holds another type of object.
     """
     if not isinstance(sources, Mapping) or not sources:
         raise InputError(
-            "A comparison needs at least one sample or call, by title, such as {'before': sample}; "
-            f"got {'none' if isinstance(sources, Mapping) else f'a {type(sources).__name__}'}."
+            "sources must be a mapping from titles to samples, calls or views, such as "
+            "{'before': sample}; got "
+            f"{'an empty one' if isinstance(sources, Mapping) else f'a {type(sources).__name__}'}."
         )
     return {
         title: source if isinstance(source, View) else View(source, layer)
@@ -81,15 +86,15 @@ def views_of(
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """What a view shows.
+    """One attention matrix, averaged over heads.
 
     Attributes:
-        call: Where it comes from.
-        probs: Mean probabilities; NaN where hidden.
-        visible: What the mask lets each query see.
-        n_visible: How many keys each query sees.
-        rows: What stands at the queries.
-        columns: What stands at the keys.
+        call: The attention call.
+        probs: Mean probabilities; NaN where hidden by the mask.
+        visible: True where a query may attend to a key.
+        n_visible: Number of visible keys of each query.
+        rows: Labels of the queries.
+        columns: Labels of the keys.
     """
 
     call: AttentionCall
@@ -106,10 +111,11 @@ class Matrix:
 
 
 def matrix_of(view: View) -> Matrix:
-    """Probabilities and labels of a view, the first sample of its batch.
+    """Return probabilities and labels of a view; of a batch, the first sample.
 
     Raises:
-        InputError: The matrix is too large to be drawn, or names do not fit it.
+        InputError: The matrix is too large to draw, its heads have different masks, or the number
+            of names is wrong.
     """
     call = view.found()
     seen = visible_cells(view)
@@ -123,17 +129,17 @@ def matrix_of(view: View) -> Matrix:
 
 
 def visible_cells(view: View) -> Bool[np.ndarray, "query key"]:
-    """What the mask lets each query see, read from the call.
+    """Return True where the call's mask lets a query attend to a key.
 
     Raises:
-        InputError: The matrix is too large, or the chosen heads see different keys.
-        PositionError: A head that there is not.
+        InputError: The matrix is too large to draw, or the chosen heads have different masks.
+        PositionError: The call has no such head.
     """
     call = view.found()
     if call.n_queries * call.n_keys > MOST_CELLS:
         raise InputError(
-            f"A matrix to be drawn has at most {MOST_CELLS:,} cells. {call.name} has "
-            f"{call.n_queries} queries and {call.n_keys} keys; keep fewer queries, or draw "
+            f"{call.name} has {call.n_queries} queries and {call.n_keys} keys, more than the "
+            f"{MOST_CELLS:,} cells that can be drawn. Record fewer queries, or draw "
             "token_patch_matrix or an overlay."
         )
     seen = call.visible()[0]
@@ -142,17 +148,17 @@ def visible_cells(view: View) -> Bool[np.ndarray, "query key"]:
         seen = seen if seen.shape[0] == 1 else seen[heads]
     if bool((seen != seen[:1]).any()):
         raise InputError(
-            f"Heads that see different keys are drawn one at a time. Those of {call.name} do; "
-            "choose one with head=."
+            f"The heads of {call.name} have different masks and cannot be averaged. Choose one "
+            "with head=."
         )
     return np.asarray(seen[0].cpu().numpy(), dtype=bool)
 
 
 def axis_labels(view: View) -> tuple[Labels, Labels]:
-    """What stands at the queries and at the keys.
+    """Return the labels of the queries and of the keys.
 
     Raises:
-        InputError: There is not one name per query, or per key.
+        InputError: The number of names differs from the number of queries or keys.
     """
     call = view.found()
     held = call.query_positions.cpu().numpy()
@@ -174,7 +180,8 @@ def axis_labels(view: View) -> tuple[Labels, Labels]:
     ):
         if given is not None and len(given) != n:
             raise InputError(
-                f"There is one name per {what}. {call.name} has {n}; got {len(given)} names."
+                f"{what}_names must have {n} names, one per {what} of {call.name}; got "
+                f"{len(given)}."
             )
     group = "text" if call.tower == "language" else "image"
     other = group if call.kind == "self" else "keys"

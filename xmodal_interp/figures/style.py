@@ -1,7 +1,7 @@
-"""What all figures share: a figure that shows itself, one look, one way to write tokens and save.
+"""Shared parts of all figures: the figure class, style, text of tokens, saving.
 
-Figures are made through matplotlib's objects, never through pyplot: nothing global is changed, no
-window opens, no backend is needed, and a figure that nobody holds is freed.
+Figures are built with matplotlib's object interface, never with pyplot. No global state changes, no
+window opens, no backend is required, and a figure without references is freed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from xmodal_interp.printable import printable
 from xmodal_interp.store import store_around
 
 FigurePath = str | PathLike[str] | None
-"""Where to save a figure; the ending (png, pdf, svg) chooses the format. None saves nothing."""
+"""Path to save a figure to; the suffix (png, pdf, svg) chooses the format. None does not save."""
 
 SMALL, NORMAL, LARGE = 7.5, 9.0, 10.5
-"""Text sizes in points, at the size a figure is saved in."""
+"""Text sizes in points."""
 
 HIDDEN = "#b3b3b3"
-"""Cells that the mask hides."""
+"""Colour of cells that the mask hides."""
 
 SEQUENTIAL, HEAT, DIVERGING = "viridis", "magma", "RdBu_r"
-"""Colour maps for all eyes: of matrices, of overlays, of what has a middle."""
+"""Colour maps of matrices, overlays and diverging scales, chosen to suit colour-blind readers."""
 
 GROUP_COLORS: Mapping[str, str] = {
     "image": "#0077bb",
@@ -49,7 +49,7 @@ GROUP_COLORS: Mapping[str, str] = {
 
 LINE_COLORS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#ee3377", "#777777")
 
-_LETTERS = [  # scripts that the font of matplotlib lacks, if one of these is installed
+_LETTERS = [  # fonts for scripts that matplotlib's font lacks; used if installed
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "PingFang SC"),
     *("Hiragino Sans", "Microsoft YaHei", "SimHei", "WenQuanYi Zen Hei", "Arial Unicode MS"),
 ]
@@ -86,7 +86,7 @@ _Made = TypeVar("_Made")
 
 
 class Picture(Figure):
-    """A matplotlib figure that a notebook shows as the last value of a cell."""
+    """A matplotlib figure that is displayed when it is the last value of a notebook cell."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -95,7 +95,7 @@ class Picture(Figure):
 
 
 def styled(function: Callable[_Arguments, _Made]) -> Callable[_Arguments, _Made]:
-    """Draw under the look of this package, and leave matplotlib's settings as they were."""
+    """Decorate a function to draw with this package's style, then restore matplotlib's settings."""
 
     @wraps(function)
     def inside(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Made:
@@ -106,36 +106,36 @@ def styled(function: Callable[_Arguments, _Made]) -> Callable[_Arguments, _Made]
 
 
 def saved(picture: Picture, path: FigurePath) -> Picture:
-    """The figure, written to ``path`` if there is one; its folder is made.
+    """Return the figure, after writing it to ``path`` if given; missing folders are created.
 
     Raises:
-        InputError: The file's name ends in no format that matplotlib writes, it is inside a store,
-            or no file can be written there.
+        InputError: matplotlib cannot write a format of this suffix, the path is inside a store, or
+            the file cannot be written.
     """
     if path is not None:
         target = user_path(path)
         known = picture.canvas.get_supported_filetypes()
         if target.suffix[1:].lower() not in known:
             raise InputError(
-                f"A figure is written to a file that ends in {', '.join(known)}; got {str(path)!r}."
+                f"The file of a figure must end in {', '.join(known)}; got {str(path)!r}."
             )
         around = store_around(target)
         if around is not None:
             raise InputError(
-                f"A figure is not written into a store. {str(path)!r} is inside the store "
-                f"{str(around)!r}; choose another path."
+                f"{str(path)!r} is inside the store {str(around)!r}, where figures must not be "
+                "saved. Choose another path."
             )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.savefig(target)
         except OSError as error:
-            raise InputError(f"A figure could not be written to {str(path)!r}: {error}.") from error
+            raise InputError(f"Cannot write the figure to {str(path)!r}: {error}.") from error
     return picture
 
 
 def readable(text: str, longest: int = 16) -> str:
-    """Text of a token as it can be drawn: white space made visible, cut to ``longest``."""
-    # the marks that byte-level and sentencepiece tokenisers put before a word
+    """Return a token's text for drawing: white space visible, cut to ``longest`` characters."""
+    # byte-level and sentencepiece tokenisers put these marks before a word
     shown = text.strip(" \u0120\u2581")
     shown = shown.replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\u010a", "\u21b5")
     shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in shown) or "\u2423"
@@ -143,12 +143,12 @@ def readable(text: str, longest: int = 16) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib draws as it stands: not as a formula, without control characters."""
+    """Return text that matplotlib draws literally: dollar signs escaped, no control characters."""
     return re.sub(r"(?<!\\)\$", r"\\$", printable(text))
 
 
 def wrapped(text: str, width: float, size: float = LARGE) -> str:
-    """Text broken into lines that fit into ``width`` inches at ``size`` points."""
+    """Return text broken into lines that fit into ``width`` inches at ``size`` points."""
     letters = max(12, int(width * 72 / (0.56 * size)))
     lines = [
         textwrap.wrap(line, letters, break_on_hyphens=False) or [""] for line in text.split("\n")
@@ -157,12 +157,12 @@ def wrapped(text: str, width: float, size: float = LARGE) -> str:
 
 
 def group_color(group: str) -> str:
-    """The colour of a token group such as ``"image 0"``."""
+    """Return the colour of a token group such as ``"image 0"``."""
     return GROUP_COLORS.get(group.split(" ")[0], "#444444")
 
 
 def bare(axes: Axes) -> None:
-    """No ticks and no frame: an axes that holds a picture."""
+    """Remove ticks and frame from axes."""
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

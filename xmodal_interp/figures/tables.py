@@ -1,4 +1,4 @@
-"""What every figure of a table asks of it: its columns, and one row per place in the figure."""
+"""Checks of the tables given to figures: columns, and one row per plotted point."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from xmodal_interp.errors import InputError
 def columns_of(
     table: pd.DataFrame, columns: Sequence[str], what: str, numbers: Sequence[str] = ()
 ) -> None:
-    """Refuse a table that lacks a column, has no rows, or text where numbers are drawn.
+    """Raise InputError if a table lacks a column, has no rows, or a column is not numeric.
 
     Args:
         table: The table.
-        columns: What it must have.
-        what: The figure, for the message.
-        numbers: Which of the columns must hold numbers.
+        columns: Required columns.
+        what: Name of the figure, for the message.
+        numbers: Required columns that must be numeric.
     """
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise InputError(
-            f"{what} needs the columns {', '.join(columns)}. The table has "
-            f"{', '.join(map(str, table.columns))}; missing: {', '.join(missing)}."
+            f"{what} requires the columns {', '.join(columns)}; missing: {', '.join(missing)}. "
+            f"The table has {', '.join(map(str, table.columns))}."
         )
     if not len(table):
-        raise InputError(f"{what} needs at least one row; the table has none.")
+        raise InputError(f"The table is empty. {what} requires at least one row.")
     text = [name for name in numbers if not pd.api.types.is_numeric_dtype(table[name])]
     if text:
         raise InputError(
-            f"{what} draws numbers. The column {text[0]} holds {table[text[0]].dtype}."
+            f"{what} requires a numeric column {text[0]!r}; got dtype {table[text[0]].dtype}."
         )
 
 
 def one_row_each(table: pd.DataFrame, keys: Sequence[str], value: str, what: str) -> None:
-    """Refuse a table with several rows for one place in the figure: it would hide all but one."""
+    """Raise InputError if a table has several rows per entry of ``keys``: only one can be drawn."""
     counts = table.groupby(list(keys), dropna=False).size()
     if counts.max() <= 1:
         return
@@ -52,7 +52,7 @@ def one_row_each(table: pd.DataFrame, keys: Sequence[str], value: str, what: str
         and len(same[name].unique()) > 1
     ]
     raise InputError(
-        f"{what} shows one row per {' and '.join(keys)}; {where} has {len(same)}. Choose rows by "
-        f"{' or '.join(differing) or 'another column'}, or average them first: "
+        f"{what} requires one row per {' and '.join(keys)}; {where} has {len(same)}. Select rows "
+        f"by {' or '.join(differing) or 'another column'}, or average them: "
         f"table.groupby({list(keys)!r}, as_index=False)[{value!r}].mean()."
     )

@@ -1,4 +1,4 @@
-"""Attention of different kinds side by side: language, vision, both, cross-attention."""
+"""Attention matrices of different towers and attention kinds side by side."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ def side_by_side(
     title: str = "Attention side by side",
     path: FigurePath = None,
 ) -> Picture:
-    """Attention matrices side by side, what the mask hides in grey.
+    """Draw attention matrices side by side, with masked cells in grey.
 
     Args:
-        sources: Title and what to draw: a sample (its last language layer), a call of any tower
+        sources: Matrices by panel title: a sample (its last language layer), a call of any tower
             (from ``xmodal_interp.record`` on any model), or a ``View`` that chooses tower, layer,
             head and names.
-        shared: One colour scale for all; otherwise each has its own.
-        show: ``"probability"`` on a log scale, or ``"lift"``: times uniform attention.
-        title: Of the figure.
+        shared: Use one colour scale for all panels instead of one per panel.
+        show: ``"probability"`` on a log scale, or ``"lift"``, probability divided by uniform
+            attention.
+        title: Title of the figure.
         path: Where to save the figure.
     """
     check_show(show, ("probability", "lift"))

@@ -1,4 +1,4 @@
-"""Who may attend to whom: the mask that each layer really used, measured from its calls."""
+"""Attention masks that layers used, read from their recorded calls."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ def mask_structure(
     call: int = 0,
     path: FigurePath = None,
 ) -> Picture:
-    """What each query of a layer may attend to, and how much of each block that is.
+    """Draw the mask of a layer, and the visible share of each block of token groups.
 
-    Nothing is assumed of the model: both panels are counted from the mask that the call was given.
+    Both panels are computed from the mask that was passed to the call, not from the model's type.
 
     Args:
         sample: The sample.
         layer: Layer index; negative ones count from the last.
-        head: A head, where heads see different keys.
-        tower: Part of the model.
+        head: Head index; required if the heads have different masks.
+        tower: ``"vision"``, ``"connector"`` or ``"language"``.
         kind: ``"self"``, ``"cross"`` or ``"channel"``.
-        call: Which call of the layer; in the vision tower, the image.
+        call: Index of the layer's call; in the vision tower, of the image.
         path: Where to save the figure.
     """
     view = View(sample, layer, head, tower=tower, kind=kind, call=call)
     shares = visible_shares(view)
     table = (0.8 * shares.shape[1], 0.5 * shares.shape[0])
     left = NAMES + _SIDE + 1.2
-    title = f"{about(sample)}\nWhat the mask of {layer_name(view.found())} lets be seen"
+    title = f"{about(sample)}\nAttention mask of {layer_name(view.found())}"
     page = sheet(left + table[0] + 0.35, _SIDE + NAMES, title, _note([view], _SIDE))
     _draw(page, view, NAMES, 0.05, _SIDE)
     axes = page.axes(left, 0.35, *table)
@@ -85,12 +85,12 @@ def mask_structure(
 def mask_comparison(
     sources: Mapping[str, Sample | AttentionCall | View], layer: int = 0, *, path: FigurePath = None
 ) -> Picture:
-    """The masks of several models or layers side by side, with what was measured below each.
+    """Draw the masks of several models or layers side by side, with visible shares below each.
 
     Args:
-        sources: Title and sample, call of any tower (from ``xmodal_interp.record`` on any model),
-            or ``View`` of either.
-        layer: For samples: which layer of the language tower.
+        sources: Masks by panel title: a sample, a call of any tower (from ``xmodal_interp.record``
+            on any model), or a ``View`` of either.
+        layer: For samples: layer of the language tower.
         path: Where to save the figure.
     """
     views = views_of(sources, layer)
@@ -102,7 +102,7 @@ def mask_comparison(
     top = 0.1 + 0.2 * max(title.count("\n") + 1 for title in titles)
     body = top + _SMALL_SIDE + NAMES + 0.55
     note = _note(list(views.values()), _SMALL_SIDE)
-    page = sheet(step * len(views) + 0.15, body, "Who may attend to whom, measured", note)
+    page = sheet(step * len(views) + 0.15, body, "Attention masks", note)
     for i, (title, view) in enumerate(zip(titles, views.values(), strict=True)):
         axes = _draw(page, view, step * i + NAMES, top, _SMALL_SIDE)
         axes.set_title(title)
@@ -112,7 +112,7 @@ def mask_comparison(
 
 
 def visible_shares(view: View) -> pd.DataFrame:
-    """Visible share of every block: query groups in rows, key groups in columns."""
+    """Return the visible share of every block: query groups in rows, key groups in columns."""
     seen = visible_cells(view)
     rows, columns = axis_labels(view)
     in_row, in_column = _members(rows), _members(columns)
@@ -124,7 +124,7 @@ def visible_shares(view: View) -> pd.DataFrame:
 
 
 def measured(view: View) -> str:
-    """In words: how much is visible, and how much of what comes later, within each group."""
+    """Return text: the visible share of all cells, and of later keys within each token group."""
     seen = visible_cells(view)
     call = view.found()
     lines = [f"visible: {seen.mean():.1%} of all cells"]

@@ -1,4 +1,4 @@
-"""What figures say: which layer, which heads, which tokens, which question, and how it is drawn."""
+"""Texts in figures: names of layers, heads and tokens, and the question."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from xmodal_interp.sample import Sample
 
 
 def about(sample: Sample) -> str:
-    """The question, and the answer if there is one."""
+    """Return the question, followed by the answer if there is one."""
     return (
         f'"{sample.question}" \u2192 "{sample.answer}"' if sample.answer else f'"{sample.question}"'
     )
 
 
 def layer_name(call: AttentionCall) -> str:
-    """Such as ``"language layer 3"``; cross-attention says that it is."""
+    """Return a layer's name: ``"language layer 3"`` or ``"language cross-attention layer 3"``."""
     return f"{call.tower} {'cross-attention ' if call.kind == 'cross' else ''}layer {call.layer}"
 
 
 def heads_name(call: AttentionCall, heads: Positions | None) -> str:
-    """Such as ``"head 3"`` or ``"mean of 8 heads"``."""
+    """Return a name for the chosen heads, such as ``"head 3"`` or ``"mean of 8 heads"``."""
     if heads is None:
         return f"mean of {call.n_heads} heads" if call.n_heads > 1 else "its only head"
     chosen = resolve(heads, call.n_heads, "head").tolist()
@@ -33,7 +33,7 @@ def heads_name(call: AttentionCall, heads: Positions | None) -> str:
 
 
 def named(sample: Sample, positions: Sequence[int], longest: int = 24) -> str:
-    """Positions by their text, as it stands in the sample: ``"red circle"``."""
+    """Return the text of some tokens, such as ``"red circle"``, or for many tokens their number."""
     table = sample.tokens.iloc[list(positions)]
     together = list(positions) == list(range(positions[0], positions[-1] + 1))
     if together and table["kind"].eq("text").all():
@@ -45,6 +45,6 @@ def named(sample: Sample, positions: Sequence[int], longest: int = 24) -> str:
 
 
 def panel_name(sample: Sample, positions: Sequence[int]) -> str:
-    """The text of a panel's query; what the model generated is marked as answer."""
+    """Return the text of a panel's query; generated tokens are marked ``(answer)``."""
     generated = sample.tokens["role"].iloc[list(positions)].eq("generated").all()
     return named(sample, positions, 18) + (" (answer)" if generated else "")

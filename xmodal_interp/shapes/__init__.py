@@ -1,4 +1,4 @@
-"""Synthetic scenes with known answers, and the two tiny models trained on them."""
+"""Synthetic scenes with known answers, and the tiny models trained on them."""
 
 from xmodal_interp.shapes.questions import KINDS, Question, ask, ask_all
 from xmodal_interp.shapes.scenes import Scene, Thing, sample_scene

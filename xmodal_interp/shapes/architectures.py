@@ -1,7 +1,4 @@
-"""The two shipped architectures, before training.
-
-Real Hugging Face classes, a million weights each.
-"""
+"""Tiny untrained models of Hugging Face classes, with about a million weights each."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ from xmodal_interp.shapes.processors import (
 )
 
 FAMILIES: tuple[str, ...] = ("llava", "qwen2_vl", "mllama")
-_INIT = 0.06  # a width of 128 needs larger first weights than the 0.02 of billion-weight models
+_INIT = 0.06  # a width of 128 requires larger initial weights than the 0.02 of large models
 _TEXT: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -49,12 +46,13 @@ _TEXT: dict[str, Any] = {
 
 
 def untrained(family: str, seed: int = 0) -> PreTrainedModel:
-    """The model as it was before training: the same seed gives the same first weights.
+    """Return a model with random weights; the same seed gives the same weights.
 
     Args:
         family: ``"llava"`` (CLIP vision tower, MLP projector, Llama), ``"qwen2_vl"``, or
-            ``"mllama"`` (cross-attention; its gates are opened, or it would not look at all).
-        seed: Seed of the first weights; the shipped checkpoints grew from 0.
+            ``"mllama"`` (cross-attention; its gates are set to 1, because the default 0 would
+            remove the image's effect).
+        seed: Seed of the weights; training of the shipped checkpoints started from seed 0.
     """
     ids = vocabulary(family)
     special: dict[str, Any] = {

@@ -1,11 +1,12 @@
-"""Many questions about one image in one training sequence.
+"""Pack many questions about one image into one training sequence.
 
-The image is most of a prompt (144 of 153 tokens), so a batch packs a fixed set of questions behind
-one image: ``[<bos> user: IMAGE | question answer | question answer | ...]``. A block mask lets each
-question see the image and itself only, and its positions restart behind the image, so that the
-packed logits are the logits of the questions asked one by one.
+Most tokens of a prompt are image tokens (144 of 153). A batch therefore packs a fixed set of
+questions after one image: ``[<bos> user: IMAGE | question answer | question answer | ...]``. With a
+block mask, each question attends only to the image and to itself, and its positions restart after
+the image. The packed logits are therefore equal to those of separate prompts.
 
-``packed_attention`` computes that mask in two parts, which takes a third less time on a CPU.
+``packed_attention`` computes attention with this mask in two parts, which takes a third less time
+on a CPU.
 """
 
 from __future__ import annotations
@@ -41,28 +42,28 @@ FOCUS: tuple[str, ...] = (
     *("color", "shape", *("place",) * 8),
     *("count", "existence", "description"),
 )
-# words, "assistant:" included
+# number of words, including "assistant:" in prompts
 _PROMPT = {"color": 7, "shape": 6, "place": 7, "count": 5, "existence": 7, "description": 5}
 _ANSWER = {"color": 1, "shape": 1, "place": 2, "count": 1, "existence": 1, "description": 15}
-IGNORE = -100  # the label of positions without a loss
+IGNORE = -100  # label of positions without a loss
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch.
+    """One training batch: inputs of a model's forward, and labels.
 
-    Everything a model's forward needs, and the labels (``[batch, position]``, already shifted).
+    Labels are ``[batch, position]``, already shifted.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
-    kinds: np.ndarray  # [position], the question kind at each position, "" in the prefix
+    kinds: np.ndarray  # [position], question kind at each position, "" in the prefix
 
 
 class Packer:
-    """Packs scenes of one size for one family.
+    """Pack scenes of one size for one model family.
 
-    The layout depends on both only, so it is made once.
+    The layout is the same for all scenes, so it is computed once.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Packer:
         self.positions = self._positions(lengths)
 
     def _positions(self, lengths: list[int]) -> Tensor:
-        """``[position]`` for LLaVA, ``[3, position]`` (time, row, column) for Qwen2-VL."""
+        """Return ``[position]`` for LLaVA, ``[3, position]`` (time, row, column) for Qwen2-VL."""
         if self.family == "llava":
             parts = [
                 np.arange(len(self.prefix)),
@@ -104,14 +105,14 @@ class Packer:
             return torch.from_numpy(np.concatenate(parts))
         rows, cols = self.grid
         row, col = np.divmod(np.arange(rows * cols), cols)
-        end = 3 + max(rows, cols)  # text goes on behind the larger side, not behind the token count
+        end = 3 + max(rows, cols)  # M-RoPE continues text after the larger side of the image
         image = np.stack([np.full(rows * cols, 3), 3 + row, 3 + col])
         text = [np.arange(3), np.array([end]), *(end + 1 + np.arange(n) for n in lengths)]
         before, *after = (np.tile(part, (3, 1)) for part in text)
         return torch.from_numpy(np.concatenate([before, image, *after], 1))
 
     def pack(self, scenes: list[Scene], rng: np.random.Generator) -> Batch:
-        """Ask every slot's question of every scene."""
+        """Return a batch with one question per slot for every scene."""
         ids = np.full((len(scenes), self.mask.shape[-1]), self.ids["<pad>"])
         labels = np.full_like(ids, IGNORE)
         ids[:, : len(self.prefix)] = self.prefix
@@ -140,10 +141,7 @@ class Packer:
         labels[len(prompt) - 1 : len(prompt) + len(answer)] = [*answer, self.ids["<eos>"]]
 
     def _pixels(self, images: np.ndarray) -> dict[str, Tensor]:
-        """What the processor makes of ``uint8 [batch, height, width, 3]``.
-
-        Equal to it, but batched.
-        """
+        """Convert ``uint8 [batch, height, width, 3]`` to the processor's output, in one batch."""
         pixels = (
             torch.from_numpy(images).permute(0, 3, 1, 2).float().mul_(1 / 255).sub_(0.5).div_(0.5)
         )
@@ -153,7 +151,7 @@ class Packer:
         blocks = pixels.reshape(n, channels, rows, MERGE, p, cols, MERGE, p).permute(
             0, 2, 5, 3, 6, 1, 4, 7
         )
-        # a still image is a film of two equal frames
+        # Qwen2-VL represents an image as a video of two equal frames
         frames = blocks.unsqueeze(6).expand(*blocks.shape[:6], 2, p, p)
         grid = torch.tensor([[1, rows * MERGE, cols * MERGE]]).expand(n, 3)
         return {"pixel_values": frames.reshape(-1, channels * 2 * p * p), "image_grid_thw": grid}
@@ -161,10 +159,15 @@ class Packer:
 
 @contextmanager
 def packed_attention(model: PreTrainedModel, prefix: int) -> Iterator[None]:
-    """Have the language model attend as packed batches allow; ``prefix`` counts their first part.
+    """Use a faster attention function for packed batches inside the ``with`` block.
 
-    For training only: any other input must not be given to the model inside the block. At its end
-    the model has the attention that it had, and transformers knows of this one no more.
+    For training only: inside the block, the model must be given packed batches only. After the
+    block, the model's attention implementation is restored and the function is unregistered from
+    transformers.
+
+    Args:
+        model: The model; only its language model is changed.
+        prefix: Number of tokens before the first question.
     """
     before = {
         "": model.config._attn_implementation,
@@ -177,7 +180,7 @@ def packed_attention(model: PreTrainedModel, prefix: int) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-        del AttentionInterface._global_mapping[name]  # what is registered has no other way back
+        del AttentionInterface._global_mapping[name]  # there is no public function to unregister
 
 
 def _packed_attention(
@@ -191,7 +194,7 @@ def _packed_attention(
     prefix: int,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The prefix sees nothing but itself, causally, so only the questions need the mask."""
+    """Compute causal attention for the prefix, and masked attention for the questions."""
     head = scaled_dot_product_attention(
         query[:, :, :prefix],
         key[:, :, :prefix],

@@ -1,7 +1,4 @@
-"""The tokenizer and the processors of the shipped models.
-
-A few dozen whole words, real Hugging Face classes.
-"""
+"""Tokenizer and processors of the tiny models: Hugging Face classes, a few dozen words."""
 
 from __future__ import annotations
 
@@ -16,9 +13,9 @@ from xmodal_interp.shapes.scenes import COLORS, SHAPES
 IMAGE_TOKEN = {"llava": "<image>", "qwen2_vl": "<|image_pad|>", "mllama": "<|image|>"}
 VISION_START, VISION_END, VIDEO_TOKEN = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
 PATCH = {"llava": 8, "qwen2_vl": 4, "mllama": 8}  # px
-SIDE = 96  # px, the canvas the models are trained on
+SIDE = 96  # px, side of the training images
 MERGE = 2  # Qwen2-VL joins 2 x 2 patches into one token
-TILE, MAX_TILES = 48, 4  # Mllama cuts a picture into up to four square tiles, px
+TILE, MAX_TILES = 48, 4  # Mllama cuts an image into up to four square tiles of 48 px
 
 _WORDS = (
     *(
@@ -40,7 +37,7 @@ _WORDS = (
 
 
 def vocabulary(family: str) -> dict[str, int]:
-    """Word to token id, for one of ``"llava"``, ``"qwen2_vl"``, ``"mllama"``."""
+    """Return the token id of each word, for ``"llava"``, ``"qwen2_vl"`` or ``"mllama"``."""
     special = ["<pad>", "<bos>", "<eos>", "<unk>", IMAGE_TOKEN[family]]
     extra = [VISION_START, VISION_END, VIDEO_TOKEN] if family == "qwen2_vl" else []
     words = [*special, *extra, *_WORDS, *NUMBERS.values(), *COLORS, *SHAPES]
@@ -48,9 +45,9 @@ def vocabulary(family: str) -> dict[str, int]:
 
 
 def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that lower-cases and splits off punctuation.
+    """Return a word-level tokenizer that lower-cases and splits off punctuation.
 
-    Offsets refer to the text as given.
+    Offsets refer to the original text.
     """
     words = Tokenizer(models.WordLevel(vocabulary(family), unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
@@ -72,9 +69,9 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
 
 
 def build_processor(family: str) -> Any:
-    """The processor of a family, from scratch and offline.
+    """Return the processor of a family, built offline.
 
-    Only ``Qwen2VLProcessor`` needs torchvision: it carries a video processor.
+    Only ``Qwen2VLProcessor`` requires torchvision, because it contains a video processor.
     """
     tokenizer = build_tokenizer(family)
     if family == "llava":
@@ -125,7 +122,10 @@ def build_processor(family: str) -> Any:
 
 
 def _chat_template(image: str, video: str = "") -> str:
-    """``<bos>user: IMAGE question assistant: answer<eos>``, all parts in the order given."""
+    """Return the template ``<bos>user: IMAGE question assistant: answer<eos>``.
+
+    Images and texts of a message keep their order.
+    """
     shown = "{% elif part['type'] == 'video' %}" + video if video else ""
     return (
         "{{ bos_token }}{% for message in messages %}"

@@ -1,10 +1,10 @@
-"""Questions about a scene whose answers are known, and what each is about.
+"""Questions about a scene, with their answers and the object that each is about.
 
-Six kinds: ``color``, ``shape``, ``place``, ``count``, ``existence`` and ``description``. All but
-``count`` and ``description`` need the model to find one thing among several, so attention to the
-right place matters (a task that mean pooling solves tells nothing about attention). Half of the
-existence questions are about a thing that is not there, most of them "hard": its colour and its
-shape both occur, on different things.
+The six question kinds are ``color``, ``shape``, ``place``, ``count``, ``existence`` and
+``description``. All except ``count`` and ``description`` require the model to find one object among
+several, and so to attend to the right place; mean pooling cannot solve them. Half of the existence
+questions are about an object that does not exist. Most of these are "hard": the colour and the
+shape both occur, on different objects.
 """
 
 from __future__ import annotations
@@ -18,12 +18,21 @@ from xmodal_interp.shapes.scenes import COLORS, SHAPES, Scene
 
 KINDS: tuple[str, ...] = ("color", "shape", "place", "count", "existence", "description")
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
-_HARD = 0.6  # share of the negative existence questions made of a colour and a shape that do occur
+_HARD = 0.6  # share of negative existence questions whose colour and shape both occur
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its answer, the words of its subject, and the thing it is about (or None)."""
+    """A question with its answer.
+
+    Attributes:
+        kind: Question kind, one of ``KINDS``.
+        text: The question.
+        answer: The right answer.
+        subject: The words in the question for the object; None for the whole scene.
+        thing: Index of the object in the scene; None if the question is not about one object, or
+            the object does not exist.
+    """
 
     kind: str
     text: str
@@ -33,7 +42,7 @@ class Question:
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
-    """One question of a kind, or None where the scene has no unambiguous one.
+    """Return a random question of a kind, or None if the scene allows no unambiguous one.
 
     A colour question names a shape that occurs once, a shape question a colour that occurs once.
     """
@@ -65,14 +74,14 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
 
 
 def ask_all(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """One question of every kind that the scene allows, in the order of ``KINDS``."""
+    """Return one question of every kind that the scene allows, in the order of ``KINDS``."""
     return [question for kind in KINDS if (question := ask(scene, kind, rng)) is not None]
 
 
 def place(scene: Scene, index: int) -> str:
-    """The quadrant of a thing.
+    """Return the quadrant of an object.
 
-    ``"top left"``, ``"top right"``, ``"bottom left"`` or ``"bottom right"``.
+    It is ``"top left"``, ``"top right"``, ``"bottom left"`` or ``"bottom right"``.
     """
     thing = scene.things[index]
     vertical = "top" if thing.y < scene.height / 2 else "bottom"

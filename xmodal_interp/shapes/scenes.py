@@ -1,13 +1,13 @@
-"""A small world of coloured shapes, with exact ground truth.
+"""Synthetic scenes of coloured objects, with exact ground truth.
 
-A :class:`Scene` is data: a canvas and a tuple of :class:`Thing` objects, each with a colour, a
-shape and a box in pixels. ``render`` draws it, anti-aliased, from signed distances, so that the box
-of a thing is the box of its pixels. Nothing overlaps, no two things share both colour and shape,
-and no thing sits on the mid-lines of the canvas: every question that
-:mod:`xmodal_interp.shapes.questions` asks has exactly one right answer.
+A :class:`Scene` has a canvas and a tuple of objects (:class:`Thing`), each with a colour, a shape
+and a box in pixels. ``render`` draws the objects anti-aliased from signed distances, so that their
+boxes are exact. Objects do not overlap, no two have the same colour and shape, and none has its
+centre near a mid-line of the canvas. Every question of :mod:`xmodal_interp.shapes.questions`
+therefore has exactly one right answer.
 
-``Scene.recolored`` gives the counterfactual twin: the same pixels, noise included, but for the
-paint of one thing.
+``Scene.recolored`` returns a counterfactual scene: the same pixels, noise included, except for the
+colour of one object.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 
 SMALLEST, LARGEST = 9.0, 14.0  # radius, px, on a canvas whose shorter side is 96 px
-GAP = 3.0  # px between boxes, and between the x of centres: the order of a description shows
-MARGIN = 4.5  # px between a centre and a mid-line: "top left" is never a matter of taste
+GAP = 3.0  # px between boxes, and between x of centres: descriptions go from left to right
+MARGIN = 4.5  # px between a centre and a mid-line, so that quadrants are unambiguous
 _NOISE = 4.0  # standard deviation of the pixel noise, grey levels
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: ``x``, ``y``, ``radius`` in pixels; ``gain`` scales the paint (1 is nominal)."""
+    """One object: centre ``x``, ``y`` and ``radius`` in pixels; ``gain`` scales the colour."""
 
     color: str
     shape: str
@@ -46,18 +46,18 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """What the questions call it, such as ``"red circle"``."""
+        """Colour and shape, such as ``"red circle"``."""
         return f"{self.color} {self.shape}"
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """``(x0, y0, x1, y1)`` in pixels, the exact extent of the shape."""
+        """Exact extent of the object, ``(x0, y0, x1, y1)`` in pixels."""
         r = self.radius * (0.9 if self.shape == "square" else 1.0)
         return (self.x - r, self.y - r, self.x + r, self.y + r)
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """Rows and columns of the pixels that the shape and its soft edge can touch."""
+        """Rows and columns of the pixels that the object and its anti-aliased edge can cover."""
         x0, y0, x1, y1 = self.box
         return (
             slice(max(0, int(y0) - 2), int(y1) + 3),
@@ -65,7 +65,7 @@ class Thing:
         )
 
     def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Signed distance in pixels of the points ``(x, y)`` to the outline; negative inside."""
+        """Return the signed distance of points ``(x, y)`` to the outline, px; negative inside."""
         dx, dy, r = np.abs(x - self.x), y - self.y, self.radius
         if self.shape == "circle":
             outside = np.hypot(dx, dy) - r
@@ -81,7 +81,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A canvas in pixels, its grey background, its things, and the seed of its pixel noise."""
+    """A scene: canvas size in pixels, objects, grey background, and seed of the pixel noise."""
 
     width: int
     height: int
@@ -90,7 +90,7 @@ class Scene:
     noise_seed: int
 
     def render(self) -> np.ndarray:
-        """Draw the scene: ``uint8 [height, width, 3]``."""
+        """Draw the scene as ``uint8 [height, width, 3]``."""
         y, x = np.mgrid[: self.height, : self.width].astype(np.float32) + np.float32(0.5)
         canvas = np.full((self.height, self.width, 3), self.background, np.float32)
         for thing in self.things:
@@ -105,17 +105,17 @@ class Scene:
         return np.clip(np.rint(canvas + _NOISE * noise), 0, 255).astype(np.uint8)
 
     def image(self) -> Image.Image:
-        """The scene as a PIL image."""
+        """Return the scene as a PIL image."""
         return Image.fromarray(self.render())
 
     def recolored(self, index: int, color: str) -> Scene:
-        """The same scene, pixel for pixel, with thing ``index`` painted in another ``color``."""
+        """Return the scene with object ``index`` in another ``color`` and no other change."""
         things = list(self.things)
         things[index] = replace(things[index], color=color)
         return replace(self, things=tuple(things))
 
     def blank(self) -> Scene:
-        """The same canvas with nothing on it: the control of every position statistic."""
+        """Return the scene without objects, the control of position statistics."""
         return replace(self, things=())
 
 
@@ -126,16 +126,16 @@ def sample_scene(
     height: int = 96,
     n_things: tuple[int, int] = (2, 4),
 ) -> Scene:
-    """Draw a scene.
+    """Return a random scene.
 
     Args:
-        rng: The source of all randomness; the same state gives the same scene.
+        rng: Random generator; the same state gives the same scene.
         width: Canvas width in pixels.
         height: Canvas height in pixels. Radii scale with the shorter side.
-        n_things: Smallest and largest number of things, both included.
+        n_things: Smallest and largest number of objects, both included.
 
     Returns:
-        A scene whose things have distinct (colour, shape) pairs and keep their distance.
+        A scene whose objects have distinct (colour, shape) pairs and do not overlap.
     """
     n = int(rng.integers(n_things[0], n_things[1] + 1))
     unit = min(width, height) / 96
@@ -160,10 +160,7 @@ def sample_scene(
 def _layout(
     rng: np.random.Generator, n: int, width: int, height: int, unit: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centres and radii of ``n`` things by rejection.
-
-    A few dozen candidates are drawn at a time.
-    """
+    """Return centres and radii of ``n`` objects, by rejection sampling of 64 layouts at a time."""
     upper = np.triu_indices(n, 1)
     while True:
         r = rng.uniform(SMALLEST * unit, LARGEST * unit, (64, n))

@@ -1,13 +1,12 @@
-"""How the shipped models were trained, from nothing, on two CPU cores.
+"""Train the shipped models from scratch, on two CPU cores.
 
-1. Every step draws fresh scenes from ``(seed, step)``: nothing is seen twice, and a resumed run
-   sees what an uninterrupted one would have seen.
-2. All questions about an image are packed behind it (:mod:`xmodal_interp.shapes.packing`).
-   Place is learned last (its second word must find the thing again), so the second half of the
-   steps asks more of it.
-3. Cross-entropy on the answers and their end only.
-4. Muon (Jordan et al. 2024) moves the hidden matrices, AdamW embeddings, head, norms, biases and
-   convolutions; warm-up, then a cosine down to 3%.
+1. Every step draws new scenes from ``(seed, step)``. No scene repeats, and a resumed run uses the
+   same scenes as an uninterrupted one.
+2. All questions about an image are packed after it (:mod:`xmodal_interp.shapes.packing`). Place
+   questions are learned last, so the second half of the steps has more of them.
+3. The loss is cross-entropy on the tokens of the answers and their end-of-sequence tokens.
+4. Muon (Jordan et al. 2024) optimises hidden matrices; AdamW optimises embeddings, head, norms,
+   biases and convolutions. The learning rate warms up, then follows a cosine down to 3%.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from xmodal_interp.shapes.processors import build_processor
 from xmodal_interp.shapes.questions import KINDS
 from xmodal_interp.shapes.scenes import sample_scene
 
-# width x height; all 144 tokens, half of the steps not square
+# width x height; all have 144 tokens, and half of Qwen2-VL's steps are not square
 CANVASES = {
     "llava": ((96, 96),),
     "qwen2_vl": ((96, 96), (96, 96), (128, 72), (72, 128)),
 }
-_EVALUATED = (4, 64)  # batches, and scenes in each
-_HELD_OUT = 2**31  # scenes of the evaluations come from seeds beyond every training step
+_EVALUATED = (4, 64)  # number of batches, and of scenes in each
+_HELD_OUT = 2**31  # seed of evaluation scenes, larger than every training step
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers of a training run; they are written beside the checkpoint."""
+    """Settings of a training run; they are saved with the checkpoint."""
 
     family: str
     seed: int = 0
@@ -51,15 +50,12 @@ class Settings:
     adamw_lr: float = 3e-3
     weight_decay: float = 0.05
     warmup: int = 150
-    focus_from: float = 0.45  # share of the steps after which FOCUS is asked instead of SLOTS
+    focus_from: float = 0.45  # share of the steps after which FOCUS replaces SLOTS
     evaluate_every: int = 250
 
 
 class Trainer:
-    """One run: model, optimisers and the step reached.
-
-    ``save`` and ``resume`` make it interruptible at any step.
-    """
+    """A training run: model, optimisers and current step, which ``save`` and ``resume`` handle."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -72,9 +68,11 @@ class Trainer:
         self.history: list[dict[str, float]] = []
 
     def run(self, folder: Path, report: Callable[[int, float], None]) -> None:
-        """Train to the end, saving the state in ``folder`` at every evaluation.
+        """Train to the last step.
 
-        ``report(step, loss)`` after every step.
+        Args:
+            folder: Folder in which the state is saved at every evaluation.
+            report: Called with step and loss after every step.
         """
         losses: list[float] = []
         with packed_attention(self.model, len(self.packers[0].prefix)):
@@ -90,7 +88,7 @@ class Trainer:
                     self.save(folder)
 
     def _train_step(self) -> float:
-        """One step, with whatever attention the model has; ``run`` packs it."""
+        """Train one step, with the model's current attention function; return the loss."""
         settings = self.settings
         early = self.step < settings.focus_from * settings.steps
         packers = self.packers if early else self.focused
@@ -112,7 +110,7 @@ class Trainer:
         return float(loss.detach())
 
     def save(self, folder: Path) -> None:
-        """Write all that ``resume`` needs, in one file that is replaced whole."""
+        """Write the state for ``resume`` to one file, which is replaced atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "settings": asdict(self.settings),
@@ -125,16 +123,19 @@ class Trainer:
         (folder / "state.tmp").replace(folder / "state.pt")
 
     def resume(self, folder: Path) -> bool:
-        """Take up the state in ``folder``, if there is one. Another run's settings are refused."""
+        """Load the state in ``folder``; return False if it does not exist.
+
+        Raises:
+            ValueError: The state is of a run with other settings.
+        """
         path = folder / "state.pt"
         if not path.exists():
             return False
         state = torch.load(path, weights_only=True)
         if state["settings"] != asdict(self.settings):
             raise ValueError(
-                f"A run resumes only with its own settings. {path} has {state['settings']}, "
-                f"asked for were {asdict(self.settings)}. Choose another folder, or the same "
-                "settings."
+                f"{path} is of a run with the settings {state['settings']}; got "
+                f"{asdict(self.settings)}. Choose another folder, or the same settings."
             )
         self.step, self.history = state["step"], state["history"]
         self.model.load_state_dict(state["model"])
@@ -143,10 +144,7 @@ class Trainer:
         return True
 
     def export(self, folder: Path) -> None:
-        """Write the checkpoint as users load it.
-
-        Float16 weights, config, processor, and ``training.json``.
-        """
+        """Write the checkpoint: float16 weights, config, processor and ``training.json``."""
         self.model.eval().to(torch.float16).save_pretrained(folder)
         self.model.float()
         build_processor(self.settings.family).save_pretrained(folder)
@@ -160,7 +158,10 @@ class Trainer:
 
 @torch.no_grad()
 def packed_accuracy(model: PreTrainedModel, packer: Packer) -> dict[str, float]:
-    """Share of held-out questions answered in full, teacher-forced, by kind."""
+    """Return the share of held-out questions with a fully right answer, by question kind.
+
+    The answers are teacher-forced.
+    """
     model.eval()
     right, asked = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     n_batches, size = _EVALUATED

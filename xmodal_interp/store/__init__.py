@@ -1,4 +1,4 @@
-"""The format on disk: what it is, writing it, reading it, checking it."""
+"""The on-disk format of samples: schema, writer, reader and integrity check."""
 
 from xmodal_interp.store.checking import check_store
 from xmodal_interp.store.files import store_around

@@ -1,4 +1,4 @@
-"""Is a store whole: every file there, every checksum right."""
+"""Check that every file of a store exists and matches its checksum."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def check_store(path: str | PathLike[str]) -> pd.DataFrame:
 
     Returns:
         One row per file: ``sample`` (empty for the files of the store itself), ``file``, ``ok``,
-        and ``problem``, empty if there is none. Samples that ``names.jsonl`` has and the store has
-        not are a row too. Leftovers of interrupted writes are no part of a store.
+        and ``problem``, which is empty for intact files. A sample that ``names.jsonl`` lists but
+        the store lacks also has a row. Leftovers of interrupted writes are ignored.
 
     Raises:
-        StoreError: There is no store, or it is of another format or version.
+        StoreError: The store does not exist, or has another format or version.
     """
     folder = user_path(path)
     if not (folder / schema.MANIFEST).is_file() or _is_of_another_version(folder):
@@ -38,16 +38,16 @@ def check_store(path: str | PathLike[str]) -> pd.DataFrame:
     for name in names:
         try:
             rows += _sample_rows(folder / schema.SAMPLES / name)
-        except OSError as error:  # a folder that may not be listed
+        except OSError as error:  # no permission to list the folder
             rows.append((name, schema.SAMPLE, False, f"it cannot be read: {error}"))
-    gone = "the sample was written, and its folder is not there"
+    gone = "the sample was written, but its folder does not exist"
     listed = _listed(folder)
     rows += [(name, schema.SAMPLE, False, gone) for name in listed if name not in set(names)]
     return pd.DataFrame(rows, columns=["sample", "file", "ok", "problem"])
 
 
 def _is_of_another_version(folder: Path) -> bool:
-    """Whether a manifest says so; one that is damaged does not."""
+    """Return whether a readable manifest states another version; False if it is damaged."""
     try:
         stamp = json.loads((folder / schema.MANIFEST).read_text("utf-8"))
         is_one = isinstance(stamp, dict) and stamp.get("format") == schema.FORMAT
@@ -57,7 +57,7 @@ def _is_of_another_version(folder: Path) -> bool:
 
 
 def _store_rows(folder: Path) -> Iterator[_Row]:
-    """Rows of the manifest and of the lists."""
+    """Yield the rows of the manifest and of the ``.jsonl`` files."""
     try:
         files.read_manifest(folder)
         yield "", schema.MANIFEST, True, ""
@@ -73,18 +73,18 @@ def _store_rows(folder: Path) -> Iterator[_Row]:
 
 
 def _listed(folder: Path) -> list[str]:
-    """The samples that the list of names has; none if it cannot be read."""
+    """Return the names in ``names.jsonl``; an empty list if it cannot be read."""
     try:
         return list(files.sample_numbers(folder))
-    except StoreError:  # a row says so
+    except StoreError:  # _store_rows reports it
         return []
 
 
 def _folders(samples: Path) -> list[str]:
-    """The names of the samples that are there, in the order they were written if that is known."""
+    """Return the names of existing samples, in the order they were written if it can be read."""
     try:
         return files.sample_names(samples.parent)
-    except (OSError, StoreError):  # a row says what is wrong with the list
+    except (OSError, StoreError):  # _store_rows reports what is wrong with the list
         inside = samples.iterdir() if samples.is_dir() else ()
         return sorted(each.name for each in inside if each.name[0] != "." and each.is_dir())
 
@@ -95,7 +95,7 @@ def _sample_rows(folder: Path) -> Iterator[_Row]:
     except StoreError as error:
         yield folder.name, schema.SAMPLE, False, str(error)
         return
-    problem = "" if record["name"] == folder.name else f"it is of sample {record['name']!r}"
+    problem = "" if record["name"] == folder.name else f"it belongs to sample {record['name']!r}"
     yield folder.name, schema.SAMPLE, not problem, problem
     for file, expected in record["files"].items():
         problem = files.file_problem(folder / file, expected["bytes"], expected["sha256"])
@@ -103,4 +103,4 @@ def _sample_rows(folder: Path) -> Iterator[_Row]:
     for extra in sorted(
         {each.name for each in folder.iterdir()} - {schema.SAMPLE, *record["files"]}
     ):
-        yield folder.name, extra, False, "it is no part of the sample"
+        yield folder.name, extra, False, "it is not part of the sample"

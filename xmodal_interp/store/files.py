@@ -1,4 +1,4 @@
-"""Reading one file of a store, whole and of this version, or a refusal that names it."""
+"""Read and verify single files of a store; a damaged file raises StoreError with its name."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _DAMAGED = (
     *(RecursionError, MemoryError, zipfile.BadZipFile, zlib.error),
     *(SafetensorError, pa.ArrowException),
 )
-"""What the readers of JSON, npz, Parquet and safetensors raise on content they cannot make out."""
+"""Exceptions that readers of JSON, npz, Parquet and safetensors raise for invalid content."""
 
-_OTHER_CHECKSUM = "its checksum is not the one it was written with"
+_OTHER_CHECKSUM = "its checksum differs from the recorded one"
 _LINES: dict[str, dict[str, type | tuple[type, ...]]] = {
     schema.NAMES: {"name": str},
     schema.FAILURES: {"item": int, "name": (str, type(None)), "error": str, "message": str},
@@ -39,26 +39,27 @@ _WITH_DIGEST: dict[str, dict[str, type]] = {schema.NAMES: {"number": int}, schem
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a store.
+    """Return the manifest of a store.
 
     Raises:
-        StoreError: There is none, or it is damaged or of another format or version.
+        StoreError: The manifest does not exist, is damaged, or has another format or version.
     """
     file = path / schema.MANIFEST
     if not file.is_file():
-        what = "no such folder" if not path.exists() else f"no {schema.MANIFEST} in it"
+        what = (
+            "it does not exist" if not path.exists() else f"it contains no file {schema.MANIFEST}"
+        )
         raise StoreError(
-            f"A store is a folder that capture_dataset has written; {path} is not one: there is "
-            f"{what}."
+            f"{path} is not a store: {what}. Pass a folder that capture_dataset has written."
         )
     manifest = _read_json(file)
 
     def checked() -> dict[str, Any]:
         if manifest.get("digest") != schema.digest_of(manifest.get("settings")):
-            raise ValueError("its digest is not that of its settings")
+            raise ValueError("its digest does not match its settings")
         checksum = manifest.pop("checksum", None)
         if checksum not in (None, schema.digest_of(manifest)) or not _is_manifest(manifest):
-            raise ValueError("its checksum is not that of its content")
+            raise ValueError("its checksum does not match its content")
         return manifest
 
     return _whole(file, checked)
@@ -75,7 +76,7 @@ def _is_manifest(manifest: Mapping[str, Any]) -> bool:
 
 
 def store_around(path: Path) -> Path | None:
-    """The store that a path lies in, links followed; None if it is in none."""
+    """Return the store that contains a path, following links; None if no store contains it."""
     for folder in path.resolve().parents:
         manifest = folder / schema.MANIFEST
         try:
@@ -88,17 +89,17 @@ def store_around(path: Path) -> Path | None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The ``sample.json`` of a sample's folder, checked against its own digest.
+    """Return the ``sample.json`` of a sample's folder, after comparing it with its digest.
 
     Raises:
-        StoreError: It is missing, damaged or of another version.
+        StoreError: The file is missing, damaged or of another version.
     """
     path = folder / schema.SAMPLE
     record = _read_json(path)
 
     def checked() -> dict[str, Any]:
         if record.pop("digest", None) != schema.digest_of(record):
-            raise ValueError("its digest is not that of its content")
+            raise ValueError("its digest does not match its content")
         schema.check_record(record)
         return record
 
@@ -106,7 +107,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def sample_names(path: Path) -> list[str]:
-    """Names of the samples that are there, in the order they were written."""
+    """Return the names of the existing samples, in the order they were written."""
     folder = path / schema.SAMPLES
     inside = folder.iterdir() if folder.is_dir() else ()
     there = {each.name for each in inside if each.name[0] != "." and each.is_dir()}
@@ -119,7 +120,7 @@ def sample_names(path: Path) -> list[str]:
 
 
 def sample_numbers(path: Path) -> dict[str, int]:
-    """The place in the order of each sample that ``names.jsonl`` lists."""
+    """Return the order number of each sample in ``names.jsonl``."""
     lines = read_lines(path / schema.NAMES)
     numbers: dict[str, int] = {}
     for i, line in enumerate(lines):
@@ -128,39 +129,39 @@ def sample_numbers(path: Path) -> dict[str, int]:
 
 
 def _number_of(folder: Path) -> int | None:
-    """The place in the order that a sample itself has kept, if it can be read."""
+    """Return the order number in a sample's ``sample.json``, or None if it cannot be read."""
     try:
         number = read_record(folder).get("number")
-    except StoreError:  # what is wrong with it is said when the sample is read
+    except StoreError:  # reading the sample reports the damage
         return None
     return number if isinstance(number, int) else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``.jsonl`` file; damaged ones are left out.
+    """Return the lines of a ``.jsonl`` file, without damaged ones.
 
     Raises:
-        StoreError: The file is of another format or version, or cannot be read.
+        StoreError: The file has another format or version, or cannot be read.
     """
     return [line for line in _lines(path) if isinstance(line, dict)]
 
 
 def line_problems(path: Path) -> list[str]:
-    """What is wrong with the lines of a ``.jsonl`` file; empty if nothing is.
+    """Return the problems of a ``.jsonl`` file's lines; an empty list if it is intact.
 
     Raises:
-        StoreError: The file is of another format or version, or cannot be read.
+        StoreError: The file has another format or version, or cannot be read.
     """
     return [line for line in _lines(path) if isinstance(line, str)]
 
 
 def line_text(line: Mapping[str, Any]) -> str:
-    """A line of a ``.jsonl`` file, with its digest."""
+    """Return a line of a ``.jsonl`` file, with its digest."""
     return schema.json_text({**line, "digest": schema.digest_of(line)})
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any] | str]:
-    """Each line without its digest, or what is wrong with it."""
+    """Yield each line without its digest, or a string that describes its damage."""
     if not path.is_symlink() and not path.exists():
         return
     first, *texts = _whole(path, lambda: _text(path, schema.MAX_LINES_BYTES)).split("\n")
@@ -168,16 +169,16 @@ def _lines(path: Path) -> Iterator[dict[str, Any] | str]:
         stamp = _json_object(first)
         if "format" in stamp:
             schema.check_stamp(stamp, path)
-        yield "line 1 is not the format and version"
+        yield "line 1 does not state format and version"
         texts = [first, *texts] if "format" not in stamp else texts
-    if texts[-1:] == [""]:  # behind the end of the last line
+    if texts[-1:] == [""]:  # after the newline of the last line
         texts.pop()
     for number, text in enumerate(texts, 2):
         yield _checked_line(text, path.name) or f"line {number} is damaged"
 
 
 def _checked_line(text: str, file: str) -> dict[str, Any] | None:
-    """A line as it was written, with a digest or, in the first release, without; else None."""
+    """Return an intact line without its digest, or None; the first release wrote no digests."""
     line = _json_object(text)
     try:
         if schema.json_text(line) != text:
@@ -185,7 +186,7 @@ def _checked_line(text: str, file: str) -> dict[str, Any] | None:
         digest = line.pop("digest", None)
         if digest not in (None, schema.digest_of(line)):
             return None
-    except InputError:  # an infinite number
+    except InputError:  # the line contains an infinite number
         return None
     kinds = {**_LINES[file], **(_WITH_DIGEST[file] if digest else {})}
     fits = line.keys() == kinds.keys() and all(isinstance(line[n], k) for n, k in kinds.items())
@@ -193,7 +194,7 @@ def _checked_line(text: str, file: str) -> dict[str, Any] | None:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    """An object of JSON; empty if the text is none."""
+    """Return a JSON object as a dict; an empty dict if the text is not a JSON object."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -203,13 +204,14 @@ def _json_object(text: str) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class SampleFiles:
-    """The files of one sample: each is compared with its checksum when it is first read.
+    """The files of one sample; each is compared with its checksum when it is first read.
 
     Attributes:
         folder: The sample's folder.
-        sums: ``bytes`` and ``sha256`` by file, as ``sample.json`` has them.
+        sums: ``bytes`` and ``sha256`` by file, from ``sample.json``.
         verify: Whether checksums are compared; sizes always are.
-        verified: Files that were compared, as they were then; shared by the samples of a store.
+        verified: Path, size and modification time of files already compared; shared by the samples
+            of a store.
     """
 
     folder: Path
@@ -218,10 +220,10 @@ class SampleFiles:
     verified: set[tuple[Path, int, int]] = field(default_factory=set)
 
     def read_table(self, file: str) -> pd.DataFrame:
-        """A Parquet file.
+        """Return the table of a Parquet file.
 
         Raises:
-            StoreError: It is missing, damaged or of another version.
+            StoreError: The file is missing, damaged or of another version.
         """
         path = self.folder / file
         table, stamp = self._read(file, lambda: packing.table_from(path.read_bytes()))
@@ -229,10 +231,10 @@ class SampleFiles:
         return table
 
     def read_tokens(self) -> pd.DataFrame:
-        """The table of positions.
+        """Return the token table.
 
         Raises:
-            StoreError: It is missing, damaged or of another version.
+            StoreError: The file is missing, damaged or of another version.
         """
         table = self.read_table(schema.TOKENS)
         missing = [name for name in TOKEN_COLUMNS if name not in table]
@@ -243,7 +245,7 @@ class SampleFiles:
         return table
 
     def read_grids(self, numbers: Sequence[Mapping[str, Any]]) -> tuple[ImageGrid, ...]:
-        """The grids of the images, from their arrays and their numbers.
+        """Return the grids of the images, from the arrays in the file and from ``numbers``.
 
         Raises:
             StoreError: The file is missing, damaged or of another version.
@@ -256,7 +258,7 @@ class SampleFiles:
         return grids
 
     def read_video_grids(self, numbers: Sequence[Mapping[str, Any]]) -> tuple[VideoGrid, ...]:
-        """The grids of the videos, likewise.
+        """Return the grids of the videos, from the arrays in the file and from ``numbers``.
 
         Raises:
             StoreError: The file is missing, damaged or of another version.
@@ -269,10 +271,10 @@ class SampleFiles:
         return grids
 
     def read_tensors(self, file: str, names: Sequence[str]) -> dict[str, Tensor]:
-        """Some tensors of a safetensors file, by their names.
+        """Return some tensors of a safetensors file, by name.
 
         Raises:
-            StoreError: It is missing, not of its size, damaged or of another version.
+            StoreError: The file is missing, damaged or of another version.
         """
         path = self.folder / file
 
@@ -284,10 +286,10 @@ class SampleFiles:
         return self._read(file, read)
 
     def parsed(self, file: str, parse: Callable[[], _T]) -> _T:
-        """What ``parse`` makes of the content of a file that was read.
+        """Return ``parse()``, which converts content that was read from ``file``.
 
         Raises:
-            StoreError: It does not fit the rest of the sample.
+            StoreError: The content does not fit the rest of the sample.
         """
         return _whole(self.folder / file, parse)
 
@@ -295,7 +297,7 @@ class SampleFiles:
         """Compare a file with its size and checksum.
 
         Raises:
-            StoreError: It is missing or damaged.
+            StoreError: The file is missing or damaged.
         """
         self._read(file, lambda: None)
 
@@ -307,7 +309,7 @@ class SampleFiles:
                 raise ValueError(f"{schema.SAMPLE} does not list it")
             found = _regular(path)
             if found.st_size != about["bytes"]:
-                raise ValueError(f"it has {found.st_size} bytes, not {about['bytes']}")
+                raise ValueError(f"it has {found.st_size} bytes instead of {about['bytes']}")
             as_it_is = (path, found.st_size, found.st_mtime_ns)
             if self.verify and as_it_is not in self.verified:
                 if sha256_of(path) != about["sha256"]:
@@ -319,11 +321,11 @@ class SampleFiles:
 
 
 def file_problem(path: Path, n_bytes: int, digest: str) -> str:
-    """What is wrong with a file of a sample; empty if nothing is."""
+    """Return the problem of a sample's file; an empty string if it is intact."""
     try:
         found = _regular(path)
         if found.st_size != n_bytes:
-            return f"it has {found.st_size} bytes, not {n_bytes}"
+            return f"it has {found.st_size} bytes instead of {n_bytes}"
         return "" if sha256_of(path) == digest else _OTHER_CHECKSUM
     except FileNotFoundError:
         return "it is missing"
@@ -332,28 +334,28 @@ def file_problem(path: Path, n_bytes: int, digest: str) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """Return the SHA-256 of a file as a hexadecimal string."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _regular(path: Path) -> Any:
-    """The size and times of a regular file: opening a pipe would wait for its other end.
+    """Return size and times of a regular file; opening a pipe would block.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The path is not a regular file.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     return found
 
 
 def _text(path: Path, limit: int) -> str:
-    """A text file that is not above a size."""
+    """Return the content of a text file; raise ValueError if it is larger than ``limit`` bytes."""
     size = _regular(path).st_size
     if size > limit:
-        raise ValueError(f"it has {size} bytes, and at most {limit} are read")
+        raise ValueError(f"it has {size} bytes, more than the limit of {limit}")
     return path.read_text("utf-8", errors="replace")
 
 
@@ -364,7 +366,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _whole(path: Path, read: Callable[[], _T]) -> _T:
-    """What ``read`` returns; what it raises is said with file and sample."""
+    """Return ``read()``; convert its exceptions to a StoreError with the file and sample."""
     try:
         return read()
     except StoreError:
@@ -379,7 +381,7 @@ def _damaged(path: Path, problem: str) -> StoreError:
     of_sample = path.parent.parent.name == schema.SAMPLES
     whose = f"sample {path.parent.name!r}" if of_sample else "the store"
     return StoreError(
-        f"A store is read as it was written. {path.name} of {whose} in {path.parent} is damaged: "
-        f"{problem}. Run `xmodal check` on the store to see what else is; delete a damaged "
-        "sample's folder and capture it again."
+        f"{path.name} of {whose} in {path.parent} is damaged: {problem}. Run `xmodal check` on the "
+        "store to list all damaged files; delete a damaged sample's folder and capture the sample "
+        "again."
     )

@@ -1,4 +1,4 @@
-"""From a sample to the bytes of its files, and from such bytes to tables, grids and images."""
+"""Convert a sample to the bytes of its files, and these bytes to tables and grids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TEXT_STAMP = {name: str(value) for name, value in schema.STAMP.items()}
 
 
 def sample_record(sample: Sample, shared: schema.SharedTensors, *, images: bool) -> dict[str, Any]:
-    """``sample.json`` but for its checksums; masks and biases go to the shared tensors."""
+    """Return ``sample.json`` without its checksums; add masks and biases to ``shared``."""
     sources = sample.provenance.get("images") or [None] * len(sample.images)
     digests = sample.provenance.get("image_digests") or [None] * len(sample.images)
     nothing: list[list[None]] = [[None] * len(each) for each in sample.videos]
@@ -66,7 +66,7 @@ def _pictures(
     *,
     stored: bool,
 ) -> list[dict[str, Any]]:
-    """Where each picture is, its size, and the digest of a file outside the store."""
+    """Return file or source of each picture, its size, and the digest of a source file."""
     return [
         {
             "file": f"{kind}-{i}.png" if stored else None,
@@ -86,7 +86,10 @@ def _frames(video: Video) -> tuple[Image.Image, ...]:
 def sample_files(
     sample: Sample, shared: schema.SharedTensors, *, images: bool
 ) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every file but ``sample.json``, one at a time: a layer is a lot."""
+    """Yield name and content of every file except ``sample.json``.
+
+    Only one file is in memory at a time, because the tensors of a layer are large.
+    """
     yield schema.TOKENS, table_bytes(sample.tokens)
     if sample.cross_keys is not None:
         yield schema.CROSS_KEYS, table_bytes(sample.cross_keys)
@@ -110,12 +113,12 @@ def sample_files(
 
 
 def tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
-    """A safetensors file."""
+    """Return the bytes of a safetensors file."""
     return save(tensors, metadata=_TEXT_STAMP)
 
 
 def table_bytes(table: pd.DataFrame) -> bytes:
-    """A Parquet file; types and index come back as they were."""
+    """Return the bytes of a Parquet file that preserves column types and index."""
     arrow = pa.Table.from_pandas(table)
     sink = io.BytesIO()
     stamped = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **_TEXT_STAMP})
@@ -124,16 +127,20 @@ def table_bytes(table: pd.DataFrame) -> bytes:
 
 
 def table_from(content: bytes) -> tuple[pd.DataFrame, dict[str, str]]:
-    """The table of a Parquet file, and what the file says of its format.
+    """Return the table of a Parquet file, and the format and version in its metadata.
 
     Raises:
-        ValueError: It is larger than any table of a sample; such as pyarrow raises otherwise.
+        ValueError: The table exceeds ``MAX_ROWS`` or ``MAX_TABLE_BYTES``. For invalid files, the
+            exceptions of pyarrow.
     """
     file = parquet.ParquetFile(io.BytesIO(content))
     about = file.metadata
     n_bytes = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
     if about.num_rows > schema.MAX_ROWS or n_bytes > schema.MAX_TABLE_BYTES:
-        raise ValueError(f"it has {about.num_rows} rows and {n_bytes} bytes, more than are read")
+        raise ValueError(
+            f"it has {about.num_rows} rows and {n_bytes} bytes, more than the limits of "
+            f"{schema.MAX_ROWS} and {schema.MAX_TABLE_BYTES}"
+        )
     arrow = file.read()
     metadata = arrow.schema.metadata or {}
     stamp = {name: metadata.get(name.encode(), b"").decode() for name in _TEXT_STAMP}
@@ -152,10 +159,11 @@ def _grid_numbers(grid: ImageGrid | VideoGrid) -> dict[str, Any]:
 
 
 def grid_bytes(grids: Sequence[ImageGrid | VideoGrid]) -> bytes:
-    """An npz file with the arrays ``INDEX.NAME`` of ``GRID_ARRAYS``, or of ``VIDEO_ARRAYS``.
+    """Return the bytes of an npz file with the arrays ``INDEX.NAME`` of each grid.
 
-    Those of ``OPTIONAL_GRID_ARRAYS`` and ``OPTIONAL_VIDEO_ARRAYS`` only where the grid has them,
-    ``INDEX.thumbnail.places`` and ``INDEX.thumbnail.patch_places`` if there is a thumbnail.
+    ``NAME`` is one of ``GRID_ARRAYS`` (``VIDEO_ARRAYS`` for videos), one of
+    ``OPTIONAL_GRID_ARRAYS`` (``OPTIONAL_VIDEO_ARRAYS``) that is not None, or, for grids with a
+    thumbnail, ``thumbnail.places`` or ``thumbnail.patch_places``.
     """
     arrays: dict[str, np.ndarray] = {}
     for i, grid in enumerate(grids):
@@ -171,7 +179,7 @@ def grid_bytes(grids: Sequence[ImageGrid | VideoGrid]) -> bytes:
 def _array_names(
     kind: type[ImageGrid] | type[VideoGrid],
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Arrays that a grid always has, and those that it may have."""
+    """Return the names of a grid's required arrays, and of its optional ones."""
     if kind is VideoGrid:
         return schema.VIDEO_ARRAYS, schema.OPTIONAL_VIDEO_ARRAYS
     return schema.GRID_ARRAYS, schema.OPTIONAL_GRID_ARRAYS
@@ -187,10 +195,11 @@ def _npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
 def grids_from(
     content: bytes, numbers: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[ImageGrid, ...], dict[str, Any]]:
-    """The grids of an npz file, and what the file says of its format.
+    """Return the grids of an npz file, and the format and version stored in it.
 
     Raises:
-        ValueError: It is larger than any grids; such as NumPy and zipfile raise otherwise.
+        ValueError: The arrays exceed ``MAX_GRID_BYTES``. For invalid files, the exceptions of NumPy
+            and zipfile.
     """
     with _loaded(content) as arrays:
         grids = tuple(
@@ -203,10 +212,11 @@ def grids_from(
 def video_grids_from(
     content: bytes, numbers: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[VideoGrid, ...], dict[str, Any]]:
-    """The video grids of an npz file, and what the file says of its format.
+    """Return the video grids of an npz file, and the format and version stored in it.
 
     Raises:
-        ValueError: It is larger than any grids; such as NumPy and zipfile raise otherwise.
+        ValueError: The arrays exceed ``MAX_GRID_BYTES``. For invalid files, the exceptions of NumPy
+            and zipfile.
     """
     with _loaded(content) as arrays:
         grids = tuple(
@@ -216,24 +226,26 @@ def video_grids_from(
 
 
 def _loaded(content: bytes) -> np.lib.npyio.NpzFile:
-    """The arrays of an npz file, if they are as large as their headers say, and not too large."""
+    """Return the arrays of an npz file, after comparing their sizes with headers and limit."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         n_bytes = sum(member.file_size for member in archive.infolist())
         if n_bytes > schema.MAX_GRID_BYTES:
-            raise ValueError(f"its arrays have {n_bytes} bytes, more than are read")
+            raise ValueError(
+                f"its arrays have {n_bytes} bytes, more than the limit of {schema.MAX_GRID_BYTES}"
+            )
         for member in archive.infolist():
             with archive.open(member) as file:
                 version = np.lib.format.read_magic(file)
                 read = np.lib.format.read_array_header_1_0
                 shape, _, dtype = read(file) if version == (1, 0) else _no_header(version)
             if math.prod(shape) * dtype.itemsize > member.file_size:
-                raise ValueError(f"{member.filename} is shorter than its shape {shape}")
+                raise ValueError(f"{member.filename} has too few bytes for its shape {shape}")
     loaded: np.lib.npyio.NpzFile = np.load(io.BytesIO(content), allow_pickle=False)
     return loaded
 
 
 def _no_header(version: tuple[int, int]) -> NoReturn:
-    raise ValueError(f"its arrays are of NumPy's format {version}, not (1, 0)")
+    raise ValueError(f"its arrays have NumPy's format version {version} instead of (1, 0)")
 
 
 def _stamp_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -246,7 +258,7 @@ def _fields(
     arrays: Mapping[str, np.ndarray],
     at: str,
 ) -> dict[str, Any]:
-    """What a grid is made of; the names of its arrays begin with ``at``."""
+    """Return the constructor arguments of a grid; the names of its arrays begin with ``at``."""
     always, optional = _array_names(kind)
     named = schema.VIDEO_NUMBERS if kind is VideoGrid else schema.GRID_NUMBERS
     own: dict[str, Any] = {name: numbers[name] for name in named}
@@ -259,7 +271,7 @@ def _fields(
 
 
 def image_bytes(image: Image.Image) -> bytes:
-    """A PNG file: lossless."""
+    """Return the bytes of a PNG file."""
     sink = io.BytesIO()
     text = PngImagePlugin.PngInfo()
     for name, value in _TEXT_STAMP.items():

@@ -1,6 +1,7 @@
-"""Reading a store.
+"""Read a store lazily.
 
-Opening costs the list of names, a sample its texts and tables, a call the file of its layer.
+Opening a store reads the list of names. Reading a sample reads its texts and tables. Reading a call
+reads the file of its layer.
 """
 
 from __future__ import annotations
@@ -33,29 +34,29 @@ from xmodal_interp.store.files import (
 
 
 def open_store(path: str | PathLike[str], *, verify: bool = True) -> Store:
-    """Open a store for reading; samples are read when they are asked for.
+    """Open a store for reading; samples are read when they are accessed.
 
     Args:
         path: The store's folder.
-        verify: Compare each file with its checksum when it is first read (about 1 GB/s), so that a
-            damaged one raises StoreError. Without, damage may pass for other numbers.
+        verify: Compare each file with its checksum when it is first read (about 1 GB/s), and raise
+            StoreError for a damaged one. If False, damage may go unnoticed and change results.
 
     Raises:
-        StoreError: There is no store, or it is of another format or version.
+        StoreError: The store does not exist, or has another format or version.
     """
     return Store(path, verify=verify)
 
 
 class Store(Sequence[Sample]):
-    """Samples on disk, in the order they were written; an analysis takes it like a list of them.
+    """Samples on disk, in the order they were written. Analyses accept it like a list of samples.
 
-    ``store[0]``, ``store[-1]``, ``store["name"]``, ``store[:10]``, ``store[[0, 2]]``,
-    ``store[mask]``, ``len(store)`` and iteration work as they read. What is written after it was
-    opened is not in it.
+    Supports ``store[0]``, ``store[-1]``, ``store["name"]``, ``store[:10]``, ``store[[0, 2]]``,
+    ``store[mask]``, ``len(store)`` and iteration. Samples that are written after the store was
+    opened are not included.
 
     Attributes:
         path: The store's folder.
-        manifest: Format, version and the settings that all samples have in common.
+        manifest: Format, version and the settings shared by all samples.
         names: The names of the samples.
     """
 
@@ -68,7 +69,7 @@ class Store(Sequence[Sample]):
         self._known = frozenset(self.names)
 
     def __repr__(self) -> str:
-        """A line that tells what is in it."""
+        """Return a line with path, number of samples and settings."""
         settings = self.manifest["settings"]
         made = ", ".join(str(settings[n]) for n in ("model", "dtype", "backend") if n in settings)
         kept = settings.get("kept", {})
@@ -83,7 +84,7 @@ class Store(Sequence[Sample]):
         return (self._read(name) for name in self.names)
 
     def __contains__(self, item: object) -> bool:
-        """Whether there is a sample of this name; a sample is looked up by its name too."""
+        """Return whether the store has a sample of this name; ``item`` is a name or a sample."""
         return (item.name if isinstance(item, Sample) else item) in self._known
 
     @overload
@@ -98,8 +99,7 @@ class Store(Sequence[Sample]):
         if isinstance(index, str):
             if index not in self._known:
                 raise NotRecordedError(
-                    f"A sample is asked for by a name that the store has. {self.path} has no "
-                    f"{index!r}, but {_names_there(self.names)}."
+                    f"{self.path} has no sample {index!r}. It has {_names_there(self.names)}."
                 )
             return self._read(index)
         if isinstance(index, (list, tuple)) and any(isinstance(one, str) for one in index):
@@ -112,17 +112,17 @@ class Store(Sequence[Sample]):
             ]
         place = number(index, "sample")
         if not -len(self) <= place < len(self):
-            raise NoSampleError(f"{self.path} has {len(self)} samples; there is no sample {place}.")
+            raise NoSampleError(f"{self.path} has no sample {place}: it has {len(self)} samples.")
         return self._read(self.names[place])
 
     @property
     def n_bytes(self) -> int:
-        """Size on disk."""
+        """Size on disk, bytes."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     @property
     def failures(self) -> pd.DataFrame:
-        """What could not be captured and is still missing: ``item, name, error, message``."""
+        """Items that failed and are still missing: columns ``item, name, error, message``."""
         lines = {
             (line["name"] if line["name"] is not None else line["item"]): line
             for line in read_lines(self.path / schema.FAILURES)
@@ -136,10 +136,10 @@ class Store(Sequence[Sample]):
 
 
 class StoredCalls(Mapping[CallKey, AttentionCall]):
-    """The calls of one stored sample; its keys are known, a call is read when it is asked for.
+    """The calls of one stored sample, by key; a call is read when it is accessed.
 
-    A call and a mask are shared as long as someone holds them, and read again after that: going
-    through the layers of a sample keeps one layer in memory.
+    Calls and masks are cached only while other references to them exist. Iterating over the layers
+    of a sample therefore keeps one layer in memory.
     """
 
     def __init__(self, files: SampleFiles, record: Mapping[str, Any]) -> None:
@@ -159,7 +159,7 @@ class StoredCalls(Mapping[CallKey, AttentionCall]):
         return iter(self._records)
 
     def __contains__(self, key: object) -> bool:
-        """Whether there is such a call; looking does not read it."""
+        """Return whether the sample has a call of this key, without reading the call."""
         return key in self._records
 
     def __getitem__(self, key: CallKey) -> AttentionCall:
@@ -190,12 +190,12 @@ class StoredCalls(Mapping[CallKey, AttentionCall]):
 
 
 class StoredImage(Image.Image):
-    """An RGB image whose pixels are read when they are asked for.
+    """An RGB image whose pixels are read when they are accessed.
 
     Args:
-        path: Its file.
+        path: The image file.
         size: Width and height, px.
-        check: Called before the file is read; raises StoreError if it is not the one captured.
+        check: Called before the file is read; raises StoreError if the file has changed.
     """
 
     def __init__(self, path: Path, size: tuple[int, int], check: Callable[[], None]) -> None:
@@ -203,20 +203,18 @@ class StoredImage(Image.Image):
         self._mode, self._size, self._path, self._check = "RGB", size, path, check
 
     def load(self) -> Any:
-        """Read the pixels, if they were not yet; Pillow calls this before it uses them."""
+        """Read the pixels on the first call; Pillow calls this before it uses them."""
         if self._im is None:
             self._check()
             try:
                 picture = open_image(self._path)
             except (InputError, Image.DecompressionBombError) as error:
-                raise StoreError(
-                    f"The images of a stored sample must stay where they were. {error}"
-                ) from error
+                raise StoreError(f"Cannot read an image of a stored sample. {error}") from error
             if picture.size != self._size:
                 raise StoreError(
-                    f"The images of a stored sample must stay as they were. {self._path} is "
-                    f"{' x '.join(map(str, picture.size))} px, not "
-                    f"{' x '.join(map(str, self._size))}."
+                    f"{self._path} has {' x '.join(map(str, picture.size))} px, but had "
+                    f"{' x '.join(map(str, self._size))} px when it was captured. Restore the "
+                    "original image, or capture the sample again."
                 )
             self._im = picture.im
         return super().load()
@@ -225,22 +223,22 @@ class StoredImage(Image.Image):
 def read_sample(
     folder: Path, *, verify: bool = True, verified: set[tuple[Path, int, int]] | None = None
 ) -> Sample:
-    """A stored sample: its texts and tables now, its tensors and pixels when asked for.
+    """Return a stored sample; its tensors and pixels are read when they are accessed.
 
     Args:
         folder: The sample's folder.
         verify: Compare files with their checksums.
-        verified: Files that were compared already; added to.
+        verified: Files already compared, as in ``SampleFiles``; updated in place.
 
     Raises:
-        StoreError: A file that is missing, damaged or of another version.
+        StoreError: A file is missing, damaged or of another version.
     """
     record = read_record(folder)
     known = set() if verified is None else verified
     files = SampleFiles(folder, record["files"], verify, known)
     tokens = files.read_tokens()
     has_cross_keys = schema.CROSS_KEYS in record["files"]
-    of_videos = record.get("video_grids")  # stores written before there were videos lack it
+    of_videos = record.get("video_grids")  # stores of releases without videos lack it
     return Sample(
         name=record["name"],
         tokens=tokens,
@@ -260,7 +258,7 @@ def read_sample(
 
 
 def _images(files: SampleFiles, records: Sequence[Mapping[str, Any]]) -> tuple[StoredImage, ...]:
-    """Images at hand: stored, or where they came from; none if one of them is neither."""
+    """Return the images, from the store or their source; an empty tuple if one has neither."""
     if not all(record["file"] or record["source"] for record in records):
         return ()
     return tuple(_image(files, record) for record in records)
@@ -279,25 +277,26 @@ def _image(files: SampleFiles, record: Mapping[str, Any]) -> StoredImage:
 
 
 def _check_source(path: Path, digest: str | None) -> None:
-    """Raise StoreError for a picture outside the store that is another one than was captured."""
+    """Raise StoreError if an image outside the store has changed since it was captured."""
     if path.exists() and not path.is_file():
         raise StoreError(
-            f"The images of a stored sample must stay where they were. {path} is no regular file."
+            f"{path}, an image of a stored sample, is not a regular file. Restore the original "
+            "image, or capture the sample again."
         )
     if digest is not None and path.exists() and sha256_of(path) != digest:
         raise StoreError(
-            f"The images of a stored sample must stay as they were. {path} has changed since it "
-            "was captured."
+            f"{path}, an image of a stored sample, has changed since it was captured. Restore the "
+            "original image, or capture the sample again."
         )
 
 
 def _videos(files: SampleFiles, records: Sequence[Mapping[str, Any]]) -> tuple[Video, ...]:
-    """Videos whose frames are at hand; none if those of one are not."""
+    """Return the videos; an empty tuple if the frames of one are not available."""
     videos = [Video(_images(files, r["frames"]), r["fps"]) for r in records]
     return tuple(videos) if all(len(video) for video in videos) else ()
 
 
 def _names_there(names: Sequence[str]) -> str:
-    """The first few names of a store's samples, and how many more there are."""
+    """Return the first few names of a store's samples, and the number of the others."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{', '.join(map(repr, names[:5])) or 'no samples'}{more}"

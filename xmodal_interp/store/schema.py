@@ -1,20 +1,20 @@
-"""The format of a store, version 2, and the functions between samples and its files.
+"""The format of a store, version 2, and functions that convert calls to and from it.
 
 A store is a folder::
 
-    manifest.json               what all samples share
-    names.jsonl                 the names in the order they were written; absent without samples
-    failures.jsonl              what could not be captured; MAY be absent
+    manifest.json               settings shared by all samples
+    names.jsonl                 sample names in the order they were written; absent without samples
+    failures.jsonl              items that could not be captured; MAY be absent
     samples/NAME/               one sample
         sample.json             texts, labels, provenance, grids, calls, checksums
         tokens.parquet          one row per position
         cross_keys.parquet      one row per key of cross-attention; MAY be absent
         grids.npz               places and boxes of each image's tokens; absent without images;
-                                ``tiles``, ``patch_boxes`` and those of a ``thumbnail`` only where
-                                there are any
-        video_grids.npz         the same of each video, and ``times``; absent without videos
+                                ``tiles``, ``patch_boxes`` and ``thumbnail`` arrays only for grids
+                                that have them
+        video_grids.npz         the same for each video, and ``times``; absent without videos
         TOWER-KIND-LAYER.safetensors    the tensors of one layer
-        shared.safetensors      masks and position biases; absent if there are none
+        shared.safetensors      masks and position biases; absent if no call has any
         image-INDEX.png         the images, RGB; MAY be absent
         video-INDEX-FRAME.png   the frames of the videos, RGB; MAY be absent
 
@@ -22,38 +22,41 @@ A store is a folder::
    ``version`` (in ``.jsonl`` on the first line, alone), safetensors and Parquet in their metadata,
    npz as arrays of length 1, PNG as text chunks. A reader MUST refuse another name or version.
 2. ``manifest.json`` MUST hold ``settings``, an object of everything that all samples have in common
-   (model, revision, digests of config and weights, dtype, backend, processor, versions, what is
-   kept), and ``digest``, the SHA-256 of the settings as canonical JSON. It MAY hold ``checksum``,
-   the SHA-256 of all its other members. A writer MUST NOT add a sample made with other settings.
-   Of stores whose settings have digests of the model, ``model`` and ``revision`` MAY differ.
-3. A sample MUST be written whole to a folder beside the others whose name begins with
-   ``.writing-``, flushed to the disk and then renamed to its own name. A reader MUST ignore names
-   that begin with a dot; a writer SHOULD remove them, if no other writer is at work (it holds a
-   lock on ``.lock``). A folder that is there is a sample that is there, whatever ``names.jsonl``
-   says: it gives the order only. Samples that it lacks are ordered by the ``number`` of their
-   ``sample.json``; those without one come last, sorted.
-4. ``NAME`` MUST obey :func:`check_name`, MUST be unique, also where case is ignored, and MUST NOT
-   be written twice.
+   (model, revision, digests of config and weights, dtype, backend, processor, versions, recorded
+   quantities), and ``digest``, the SHA-256 of the settings as canonical JSON. It MAY hold
+   ``checksum``, the SHA-256 of all its other members. A writer MUST NOT add a sample made with
+   other settings. If the settings contain digests of the model, ``model`` and ``revision`` MAY
+   differ.
+3. A sample MUST be written completely to a folder in ``samples`` whose name begins with
+   ``.writing-``, flushed to the disk and then renamed to its final name. A reader MUST ignore names
+   that begin with a dot. A writer MUST hold a lock on ``.lock``, where the file system has locks;
+   with the lock, it SHOULD remove names that begin with ``.writing-``. Every other folder is a
+   sample, whether ``names.jsonl`` lists it or not: the list only defines the order. Samples that
+   are not listed are ordered by the ``number`` in their ``sample.json``; those without one come
+   last, sorted by name.
+4. ``NAME`` MUST obey :func:`check_name`, MUST be unique, ignoring case, and MUST NOT be written
+   twice.
 5. ``sample.json`` MUST list every other file of its folder in ``files`` with ``bytes`` and
    ``sha256``, and hold ``digest``, the SHA-256 of its other members as canonical JSON.
 6. Each member of ``calls`` is one attention call: its scalars, the names of its ``tensors`` and, in
-   ``shared``, which shared tensors are its ``mask`` and ``bias``. A layer's file MUST hold
-   the tensors of that layer only, named ``CALL.NAME``, as the model made them: no rounding.
+   ``shared``, the names of the shared tensors that are its ``mask`` and ``bias``. A layer's file
+   MUST hold the tensors of that layer only, named ``CALL.NAME``, in the model's dtype and without
+   rounding.
    A call MUST hold ``q`` and ``k``, or ``dense``; it MAY hold ``v``, ``sinks``, ``rows``,
    ``update_share`` and ``segments``.
-7. A causal flag is a flag. A mask or bias that several calls have in common MUST be stored once.
-   Boolean ones are packed 8 to a byte, most significant bit first (``packed`` with their
-   ``shape``); additive ones are stored as they are.
-8. JSON MUST be strict (no NaN). Nothing is ever pickled.
-9. ``sample.json`` MAY lack ``video_grids`` and ``videos``: then there are no videos.
+7. A causal mask is stored as a flag, not as a tensor. A mask or bias that several calls share MUST
+   be stored once. Boolean masks are packed 8 to a byte, most significant bit first (``packed`` with
+   their ``shape``); additive masks are stored unchanged.
+8. JSON MUST be strict (no NaN). Pickle MUST NOT be used.
+9. ``sample.json`` MAY lack ``video_grids`` and ``videos`` if the sample has no videos.
 10. A line of ``names.jsonl`` MUST hold ``name``, one of ``failures.jsonl`` ``item``, ``name``,
-    ``error`` and ``message``. Lines and ``sample.json`` of a release after the first also hold
-    ``number`` (names only: the place in the order, from 0) and, in lines, ``digest``, the SHA-256
-    of the line's other members. Lines are canonical JSON. A reader MUST leave out other lines; a
-    writer SHOULD write the file anew without them.
+    ``error`` and ``message``. Since the second release, every line also holds ``digest``, the
+    SHA-256 of its other members, and lines of ``names.jsonl`` and ``sample.json`` hold ``number``,
+    the index in the order of writing, from 0. Lines are canonical JSON. A reader MUST skip other
+    lines; a writer SHOULD rewrite the file without them.
 11. The names in ``files`` MUST be plain: no separators, no ``..``. Every file of a store MUST be a
     regular file. A writer MUST NOT follow symbolic links inside the store. A reader SHOULD compare
-    a file with its checksum before it uses it, and MUST refuse content above the limits below.
+    a file with its checksum before using it, and MUST refuse content above the limits below.
 """
 
 from __future__ import annotations
@@ -88,11 +91,11 @@ GRIDS, VIDEO_GRIDS = "grids.npz", "video_grids.npz"
 SHARED = "shared.safetensors"
 UNFINISHED, LOCK = ".writing-", ".lock"
 
-MAX_JSON_BYTES = 2**28  # of manifest.json or one sample.json
-MAX_LINES_BYTES = 2**30  # of a .jsonl file
-MAX_ROWS = 2**22  # of a Parquet file
-MAX_TABLE_BYTES = 2**30  # of a Parquet file when it is unpacked
-MAX_GRID_BYTES = 2**28  # of an npz file when it is unpacked
+MAX_JSON_BYTES = 2**28  # manifest.json or one sample.json
+MAX_LINES_BYTES = 2**30  # a .jsonl file
+MAX_ROWS = 2**22  # a Parquet file
+MAX_TABLE_BYTES = 2**30  # a Parquet file, uncompressed
+MAX_GRID_BYTES = 2**28  # an npz file, uncompressed
 
 GRID_ARRAYS = ("places", "boxes", "patch_places")
 GRID_NUMBERS = ("width", "height", "rows", "cols", "patch_rows", "patch_cols")
@@ -123,7 +126,7 @@ _FORBIDDEN = set('/\\:*?"<>|')
 _DEVICES = frozenset(
     ("CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10)))
 )
-_MAX_NAME_BYTES = 200  # file systems allow 255, and the folder it is written in has a prefix
+_MAX_NAME_BYTES = 200  # below the usual limit of 255, because the temporary folder adds a prefix
 
 
 @dataclass
@@ -131,8 +134,8 @@ class SharedTensors:
     """Masks and biases of one sample, each stored once.
 
     Attributes:
-        tensors: What goes to the file, by name.
-        records: ``shape`` and whether it is ``packed``, by name.
+        tensors: Tensors as they are stored, by name.
+        records: ``shape`` of each, and whether it is ``packed``, by name.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -141,12 +144,12 @@ class SharedTensors:
     _by_content: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def add(self, tensor: Tensor) -> str:
-        """Take a tensor in, if it is not held yet, and return its name.
+        """Add a tensor unless an equal one was added before, and return its name.
 
-        Layers that share the same memory are found by its address. The address counts as long as
-        the tensor exists, because the masks of a stored sample are freed one after the other and
-        the next one is read into the same memory. Equal content is found by its hash, because
-        stitched decode steps build each layer's mask anew.
+        A tensor in the same memory is found by its address. An address is compared only while the
+        tensor added from it exists, because masks of a stored sample are freed one after the other
+        and the next mask may be read into the same memory. Equal content in other memory is found
+        by its hash: stitching decode steps creates a new mask for each layer.
         """
         memory = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         known, name = self._by_memory.get(memory, (None, ""))
@@ -165,7 +168,7 @@ class SharedTensors:
 
 
 def call_record(call: AttentionCall, shared: SharedTensors) -> dict[str, Any]:
-    """What ``sample.json`` says about a call; its mask and bias go to the shared tensors."""
+    """Return the member of ``sample.json`` for a call; add its mask and bias to ``shared``."""
     held = {name: getattr(call, name) for name in (*_OWN, *_SHARED)}
     record = {name: getattr(call, name) for name in (*_SCALARS, *_OPTIONAL_SCALARS)}
     record["tensors"] = [name for name in _OWN if held[name] is not None]
@@ -174,7 +177,7 @@ def call_record(call: AttentionCall, shared: SharedTensors) -> dict[str, Any]:
 
 
 def call_tensors(calls: Iterable[AttentionCall]) -> dict[str, Tensor]:
-    """The tensors of one layer's file, by ``CALL.NAME``."""
+    """Return the tensors of one layer's file, by ``CALL.NAME``."""
     return {
         f"{call.call}.{name}": plain(tensor)
         for call in calls
@@ -186,71 +189,71 @@ def call_tensors(calls: Iterable[AttentionCall]) -> dict[str, Tensor]:
 def stored_call(
     record: Mapping[str, Any], own: Mapping[str, Tensor], shared: Mapping[str, Tensor]
 ) -> AttentionCall:
-    """The call of a record, from its tensors by name (``q``) and its shared ones (``mask``)."""
+    """Return the call of a record, given its tensors and shared tensors by name."""
     fields: dict[str, Any] = {name: record[name] for name in (*_SCALARS, *_OPTIONAL_SCALARS)}
     return AttentionCall(**{**fields, "q": None, "k": None, **own, **shared})
 
 
 def call_key(record: Mapping[str, Any]) -> CallKey:
-    """What the call of a record is kept under."""
+    """Return the key of a record's call in ``Sample.calls``."""
     return record["tower"], record["kind"], record["layer"], record["call"]
 
 
 def layer_file(tower: str, kind: str, layer: int) -> str:
-    """Name of the file of one layer, such as ``language-self-003.safetensors``."""
+    """Return the file name of one layer, such as ``language-self-003.safetensors``."""
     return f"{tower}-{kind}-{layer:03d}.safetensors"
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU that shares no memory, as safetensors wants it."""
+    """Return a contiguous copy on the CPU; safetensors refuses tensors that share memory."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def packed(mask: Tensor) -> Tensor:
-    """A boolean tensor as ``uint8 [ceil(n / 8)]``."""
+    """Return a boolean tensor packed to ``uint8 [ceil(n / 8)]``."""
     return torch.from_numpy(np.packbits(mask.detach().cpu().numpy()))
 
 
 def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The boolean tensor of a shape that was packed.
+    """Return the boolean tensor of this shape from its packed bits.
 
     Raises:
-        ValueError: There are not as many bits as the shape has elements.
+        ValueError: The number of bytes does not fit the shape.
     """
     if len(bits) != -(-math.prod(shape) // 8):
-        raise ValueError(f"its mask of shape {list(shape)} has {len(bits)} bytes")
+        raise ValueError(f"its packed mask of shape {list(shape)} has {len(bits)} bytes")
     flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
     return torch.from_numpy(flat.view(np.bool_).reshape(tuple(shape)))
 
 
 def json_text(value: Any) -> str:
-    """Canonical JSON: strict, sorted, one line.
+    """Return canonical JSON: strict, sorted by key, on one line.
 
-    Numpy numbers and arrays become plain ones, keys become text.
+    NumPy numbers and arrays are converted to numbers and lists, keys to strings.
 
     Raises:
-        InputError: Something that JSON has no word for.
+        InputError: JSON cannot represent the value.
     """
     try:
         text = json.dumps(value, allow_nan=False, default=_plain_number)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
-            f"What a store keeps beside tensors must be JSON: text, finite numbers, true, false, "
-            f"null, lists and objects; {error}."
+            f"JSON cannot represent a value that the store must keep: {error}. Use strings, finite "
+            "numbers, booleans, None, lists and dicts."
         ) from error
-    return json.dumps(json.loads(text), sort_keys=True)  # sorted by the keys as they are read
+    return json.dumps(json.loads(text), sort_keys=True)  # sort after keys are converted to strings
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of something as canonical JSON, hexadecimal."""
+    """Return the SHA-256 of a value's canonical JSON as a hexadecimal string."""
     return hashlib.sha256(json_text(value).encode()).hexdigest()
 
 
 def check_name(name: str) -> None:
-    """Refuse a sample name that cannot be a folder's name on every file system.
+    """Check that a sample name is a valid folder name on every common file system.
 
     Raises:
-        InputError: What is wrong with it.
+        InputError: The name is not valid.
     """
     size = len(name.encode(errors="replace"))
     forbidden = sorted(_FORBIDDEN & set(name))
@@ -261,23 +264,24 @@ def check_name(name: str) -> None:
         (name[-1:] in (".", " "), "it ends with a dot or a space"),
         (bool(forbidden), f"it contains {', '.join(map(repr, forbidden))}"),
         (not name.isprintable(), "it contains characters that cannot be printed"),
-        (name.partition(".")[0].rstrip().upper() in _DEVICES, "Windows keeps it for a device"),
+        (name.partition(".")[0].rstrip().upper() in _DEVICES, "Windows reserves it for a device"),
         (not unicodedata.is_normalized("NFC", name), "it is not in Unicode normal form NFC"),
     )
     problem = next((text for is_so, text in problems if is_so), None)
     if problem:
         raise InputError(
-            f"A sample's name is the name of a folder: up to {_MAX_NAME_BYTES} bytes, printable, "
-            f"without {' '.join(sorted(_FORBIDDEN))}, and no dot or space at its ends. "
-            f"{name!r} cannot be one: {problem}."
+            f"{name!r} is not a valid sample name: {problem}. Use up to {_MAX_NAME_BYTES} bytes of "
+            f"printable characters without {' '.join(sorted(_FORBIDDEN))}, and no dot or space at "
+            "either end."
         )
 
 
 def check_record(record: Mapping[str, Any]) -> None:
-    """Refuse a ``sample.json`` that does not have the members of one, of their types.
+    """Check that a ``sample.json`` has all required members with the right types.
 
     Raises:
-        ValueError: What is wrong with it; KeyError for a member that is missing.
+        ValueError: A member has a wrong value.
+        KeyError: A member is missing.
     """
     files, shared = record["files"], record["shared"]
     for file, about in files.items():
@@ -320,25 +324,25 @@ def _check_pictures(record: Mapping[str, Any]) -> None:
 def _check_type(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
     wrong = isinstance(value, bool) or (isinstance(value, int) and value < 0)
     if not isinstance(value, kind) or wrong:
-        raise ValueError(f"its {name} is {str(value)[:40]!r}")
+        raise ValueError(f"its member {name} has the invalid value {str(value)[:40]!r}")
 
 
 def check_stamp(found: Mapping[str, Any] | None, path: Path) -> None:
-    """Refuse what is not of this format and version; numbers may come as text.
+    """Check format and version of a file; the version may be a number or a string.
 
     Raises:
-        StoreError: Another format, or another version.
+        StoreError: The format or the version differs.
     """
     stamp = found if isinstance(found, Mapping) else {}
     if stamp.get("format") != FORMAT:
         raise StoreError(
-            f"A file of a store says that its format is {FORMAT}. {path} says "
-            f"{stamp.get('format') or 'nothing'}; another program wrote it, or it is damaged."
+            f"{path} is not a file of a store, or is damaged: its format is "
+            f"{stamp.get('format') or 'not stated'} instead of {FORMAT}."
         )
     if str(stamp.get("version")) != str(VERSION):
         raise StoreError(
-            f"This release reads version {VERSION} of the store format. {path} is of version "
-            f"{stamp.get('version')}; open it with the release that wrote it, or capture again."
+            f"{path} has version {stamp.get('version')} of the store format, but this release "
+            f"reads version {VERSION}. Open it with the release that wrote it, or capture again."
         )
 
 

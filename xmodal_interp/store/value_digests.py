@@ -1,4 +1,4 @@
-"""Digests of Python values: what a hook, a module or a processor holds, as JSON and SHA-256."""
+"""Digests of Python values: the state of hooks, modules and processors as JSON and SHA-256."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from xmodal_interp.store.schema import digest_of
 
 LIBRARIES = ("transformers.", "accelerate.", "xmodal_interp.")
-"""Their functions are known by name: which version runs is a setting of a store."""
+"""Functions of these libraries are described by name; the settings contain their versions."""
 
-_CHUNK = 2**26  # bytes that are copied from another device at once
-_MAX_NODES = 100_000  # of one value; what is further inside counts by its class
+_CHUNK = 2**26  # bytes copied from another device at once
+_MAX_NODES = 100_000  # limit per value; values beyond it are described by their class only
 _ORIGIN = ("_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version")
-_NO_STATE = frozenset(  # attributes that change no number
+_NO_STATE = frozenset(  # attributes that do not affect results
     {
         *(*_ORIGIN, "warnings_issued", "deprecation_warnings", "verbose", "hf_device_map"),
         *("_is_hf_initialized", "_output_capturing_hooks_installed", "_compiled_call_impl"),
@@ -30,29 +30,30 @@ _NO_STATE = frozenset(  # attributes that change no number
         *("all_tied_weights_keys", "_tied_weights_keys", "_keys_to_ignore_on_save"),
         *("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"),
         *("gradient_checkpointing", "_gradient_checkpointing_func", "_caches"),
-        *("to", "cuda", "npu", "xpu", "mlu", "musa", "sdaa", "hpu"),  # accelerate replaces them
+        *("to", "cuda", "npu", "xpu", "mlu", "musa", "sdaa", "hpu"),  # accelerate replaces these
         *("forward", "config", "generation_config", "init_kwargs", "init_inputs"),
-        *("is_training", "compute_dtype", "compute_type_is_set"),  # bitsandbytes, at the first run
+        *("is_training", "compute_dtype", "compute_type_is_set"),  # set by bitsandbytes
         *("files_loaded", "is_local", "local_files_only", "vocab_file", "tokenizer_file"),
     }
 )
 
 
 def described(value: Any) -> Any:
-    """A Python value as JSON that changes when the value does.
+    """Return a JSON description of a Python value that changes when the value changes.
 
-    Tensors and arrays are represented by their digests, functions by their code, defaults and
-    closure, other objects by their class and attributes, modules by their class.
+    Tensors and arrays are represented by their digests; functions by their code, defaults and
+    closure; modules by their class; other objects by their class and attributes.
     """
     return Describer().describe(value)
 
 
 class Describer:
-    """One walk through a value; an object that holds itself is described once.
+    """Traversal of one value; an object that contains itself is described once.
 
     Args:
-        tensors: If given, the digests of tensors are added to it and left out of the description,
-            and so is what is None: some kinds of weights move between attributes while they run.
+        tensors: If given, digests of tensors are added to this set instead of the description, and
+            values that are None are left out. Some quantised weights move between attributes while
+            the model runs.
     """
 
     def __init__(self, tensors: set[str] | None = None) -> None:
@@ -61,7 +62,7 @@ class Describer:
         self._n_nodes = 0
 
     def describe(self, value: Any) -> Any:
-        """The value as JSON."""
+        """Return the description of a value as JSON."""
         self._n_nodes += 1
         if self._tensors is not None and isinstance(value, Tensor):
             self._tensors.add(tensor_digest(value))
@@ -107,7 +108,7 @@ class Describer:
 
     def _function(self, function: types.FunctionType) -> Any:
         name = f"{function.__module__}.{function.__qualname__}"
-        if name.startswith(LIBRARIES):  # their versions are settings too
+        if name.startswith(LIBRARIES):  # the settings contain their versions
             return name
         cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         parts = [function.__defaults__, function.__kwdefaults__, cells]
@@ -121,7 +122,7 @@ class Describer:
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """What an object holds, except what changes no number."""
+    """Return the attributes of an object, except those that do not affect results."""
     held = getattr(value, "__dict__", {})
     return {
         name: each
@@ -132,12 +133,12 @@ def attributes_of(value: Any) -> dict[str, Any]:
 
 
 def _of_class(value: Any, name: str) -> Any:
-    """What an object's class has by a name: an attribute that is computed once is no setting."""
+    """Return the class attribute of this name, or None; used to skip cached properties."""
     return next((vars(kind)[name] for kind in type(value).__mro__ if name in vars(kind)), None)
 
 
 def _plain(value: Any) -> Any:
-    """What JSON or a digest can represent directly; None for anything else."""
+    """Return a value that JSON or a digest represents directly; None for any other value."""
     if isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -151,25 +152,25 @@ def _plain(value: Any) -> Any:
         return {"array": hashlib.sha256(about + held).hexdigest()}
     if value is None or isinstance(value, (bytes, complex, torch.dtype, slice)):
         return repr(value)
-    return None  # it is made of other values
+    return None
 
 
 def class_of(value: Any) -> str:
-    """The qualified name of a value's class, or of the value if it has one."""
+    """Return the qualified name of a value, or of its class if the value has none."""
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def _is_filled(cell: types.CellType) -> bool:
     try:
-        cell.cell_contents  # noqa: B018  # reading an empty one raises
+        cell.cell_contents  # noqa: B018  # reading an empty cell raises
     except ValueError:
         return False
     return True
 
 
 def _code(code: types.CodeType) -> str:
-    """SHA-256 of what a function does; functions inside it included."""
+    """Return the SHA-256 of a function's code, including nested functions."""
     constants = [
         _code(each) if isinstance(each, types.CodeType) else described(each)
         for each in code.co_consts
@@ -178,18 +179,18 @@ def _code(code: types.CodeType) -> str:
 
 
 def portable(value: Any) -> Any:
-    """JSON without where something came from: a model that is moved stays the same."""
+    """Return JSON without paths and origin, so that moving a model does not change its digest."""
     if isinstance(value, dict):
         return {k: portable(v) for k, v in value.items() if k not in _ORIGIN}
     return [portable(v) for v in value] if isinstance(value, list) else value
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and bytes, for any way of holding them."""
+    """Return the SHA-256 of a tensor's dtype, shape and bytes, for any layout or subclass."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode())
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         held = tensor.detach()
-    if hasattr(type(held), "__tensor_flatten__"):  # a kind of its own, such as torchao's
+    if hasattr(type(held), "__tensor_flatten__"):  # a tensor subclass, such as torchao's
         names, about = cast("Any", held).__tensor_flatten__()
         parts: list[Any] = [getattr(held, name) for name in names]
         digest.update(digest_of([class_of(type(held)), list(names), described(about)]).encode())
@@ -205,7 +206,7 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def _quantised(tensor: Tensor) -> list[Tensor]:
-    """The integers of a tensor of torch's quantised types, and their scales and zero points."""
+    """Return the integers, scales and zero points of a tensor with a quantised dtype."""
     if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         about = torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
         return [tensor.int_repr(), about]
@@ -214,7 +215,7 @@ def _quantised(tensor: Tensor) -> list[Tensor]:
 
 
 def _sparse(tensor: Tensor) -> list[Tensor]:
-    """The parts of a sparse tensor; a dense one itself."""
+    """Return the parts of a sparse tensor; a dense tensor is returned as its only part."""
     if tensor.layout == torch.strided:
         return [tensor]
     if tensor.is_mkldnn:
@@ -224,7 +225,7 @@ def _sparse(tensor: Tensor) -> list[Tensor]:
 
 
 def _chunks(tensor: Tensor) -> Iterator[np.ndarray]:
-    """The bytes of a dense tensor; from another device, some at a time."""
+    """Yield the bytes of a dense tensor, in chunks if it is on another device."""
     flat = tensor.resolve_conj().resolve_neg().reshape(-1)
     n_each = len(flat) if flat.device.type == "cpu" else _CHUNK // flat.element_size()
     for chunk in flat.split(max(n_each, 1)):

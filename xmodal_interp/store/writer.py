@@ -1,9 +1,9 @@
-"""Writing a store: each sample whole or not at all.
+"""Write a store: each sample completely or not at all.
 
-1. Refuse a folder that holds something else, before anything is made in it.
-2. Take the store's lock, so that no second writer removes what this one is writing.
-3. Make the manifest, or compare it with the settings at hand; mend lists that a crash cut off.
-4. Write a sample's files to a folder of their own, flush them to the disk, rename the folder, add
+1. Refuse a folder that contains other files, before anything is created in it.
+2. Take the store's lock, so that no second writer removes unfinished files of this one.
+3. Create the manifest, or compare it with the given settings. Repair lists that a crash truncated.
+4. Write a sample's files to a temporary folder, flush them to the disk, rename the folder and add
    its name to the list.
 """
 
@@ -30,35 +30,35 @@ from xmodal_interp.sample import Sample
 from xmodal_interp.store import files, packing, schema
 
 _ORIGIN = ("model", "revision")
-"""Settings that name where a model came from; its digests identify it by content."""
+"""Settings for a model's origin; they are not compared if digests identify its content."""
 
 
 class StoreWriter:
-    """A store that is open for writing; a context manager, for it holds the store's lock.
+    """A store that is open for writing; a context manager that holds the store's lock.
 
-    Leftovers of an interrupted writer are removed; a refusal leaves nothing behind. Full disks and
-    other errors of the file system leave the store as it was before the sample that did not fit.
+    Leftovers of an interrupted writer are removed. If opening fails, nothing is created. If writing
+    a sample fails, for example on a full disk, the store is left as before this sample.
 
     Attributes:
         path: The store's folder.
-        names: Names of the samples that are in it, in the order they were written.
-        n_bytes: What this writer has written, bytes.
+        names: Names of the samples in the store, in the order they were written.
+        n_bytes: Number of bytes written by this writer.
 
     Raises:
-        StoreError: A folder with other things in it, or inside another store; a store of another
-            version or made with other settings; symbolic links in the place of its files; a second
-            writer; a disk that cannot be written to.
+        StoreError: The folder contains other files or is inside another store; the store has
+            another version or other settings, contains symbolic links, or is open in another
+            writer; or the disk cannot be written to.
     """
 
     def __init__(
         self, path: str | PathLike[str], settings: Mapping[str, Any], *, images: bool = True
     ) -> None:
-        """Open a store, or make one.
+        """Open a store, or create one.
 
         Args:
             path: A store, or a folder that is new or empty.
-            settings: What all samples have in common; JSON-ready.
-            images: Store the images too, as PNG.
+            settings: Settings shared by all samples; JSON can represent them.
+            images: Whether to store the images, as PNG.
         """
         self.path = user_path(path)
         self.names: list[str] = []
@@ -76,10 +76,7 @@ class StoreWriter:
             raise
         except OSError as error:
             self.close()
-            raise StoreError(
-                f"A store is written to a folder that can be written to. {self.path} cannot: "
-                f"{error}."
-            ) from error
+            raise StoreError(f"Cannot write a store to {self.path}: {error}.") from error
 
     def _open(self, settings: Mapping[str, Any]) -> None:
         self._check_folder(settings)
@@ -88,11 +85,11 @@ class StoreWriter:
         is_new = not lock.exists()
         try:
             self._lock = _locked(lock, self.path)
-            self._check_folder(settings)  # again, for now no other writer can change it
+            self._check_folder(settings)  # again: with the lock, no other writer can change it
             if not (self.path / schema.MANIFEST).exists():
                 self._create(settings)
         except (StoreError, OSError):
-            with suppress(OSError):  # one that another process has put a file into stays
+            with suppress(OSError):  # a folder in which another process created a file stays
                 if is_new and self._lock is not None:
                     lock.unlink()
                 for folder in reversed(made):
@@ -110,17 +107,17 @@ class StoreWriter:
             self._write_lines(schema.FAILURES, lines)
 
     def _check_folder(self, settings: Mapping[str, Any]) -> None:
-        """Refuse a folder that is no place for a store of these settings."""
+        """Raise StoreError if the folder cannot hold a store with these settings."""
         around = files.store_around(self.path)
         if around is not None:
             raise StoreError(
-                f"A store must not be inside another one. {self.path} is inside the store {around}."
+                f"{self.path} is inside the store {around}. Choose a folder outside of it."
             )
         for name in (schema.SAMPLES, schema.MANIFEST, schema.NAMES, schema.FAILURES, schema.LOCK):
             if (self.path / name).is_symlink():
                 raise StoreError(
-                    f"A store is written to its own files. {name} in {self.path} is a symbolic "
-                    "link; replace it by what it points to, or write to another folder."
+                    f"{name} in {self.path} is a symbolic link, which a store must not contain. "
+                    "Replace it by its target, or write to another folder."
                 )
         if (self.path / schema.MANIFEST).exists():
             _check_same(self.path, files.read_manifest(self.path)["settings"], settings)
@@ -131,12 +128,12 @@ class StoreWriter:
         others = [name for name in found if name not in known and name[0] != "."]
         if others:
             raise StoreError(
-                f"A store is written to a new or empty folder, or added to. {self.path} has no "
-                f"{schema.MANIFEST}, but {', '.join(sorted(others)[:5])}."
+                f"{self.path} is neither empty nor a store: it has no {schema.MANIFEST}, but "
+                f"{', '.join(sorted(others)[:5])}. Choose a new or empty folder."
             )
 
     def _number(self, listed: Mapping[str, int]) -> None:
-        """Give every sample its place in the order: the one it had, or one behind the last."""
+        """Number every sample in the order of writing: its earlier number, or the next free one."""
         self._listed, self._numbers = {*listed}, dict(listed)
         for name in self.names:
             number = listed.get(name, self._kept_number(name))
@@ -147,15 +144,15 @@ class StoreWriter:
         return max(self._numbers.values(), default=-1) + 1
 
     def _kept_number(self, name: str) -> int | None:
-        """The place in the order that a sample itself has kept; None if it has none."""
+        """Return the order number in a sample's ``sample.json``, or None if it cannot be read."""
         try:
             number = self.record(name).get("number")
-        except StoreError:  # a damaged sample is refused when it is read
+        except StoreError:  # reading the sample reports the damage
             return None
         return number if isinstance(number, int) else None
 
     def __contains__(self, name: str) -> bool:
-        """Whether a sample of this name is in the store."""
+        """Return whether a sample of this name is in the store."""
         return self._folded.get(name.casefold()) == name
 
     def __enter__(self) -> StoreWriter:
@@ -170,16 +167,16 @@ class StoreWriter:
         self.close()
 
     def close(self) -> None:
-        """Give the lock back; what is written stays."""
+        """Release the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def record(self, name: str) -> dict[str, Any]:
-        """What ``sample.json`` says of a sample that is in the store.
+        """Return the ``sample.json`` of a sample in the store.
 
         Raises:
-            StoreError: It is missing or damaged.
+            StoreError: The file is missing or damaged.
         """
         return files.read_record(self.path / schema.SAMPLES / name)
 
@@ -187,21 +184,21 @@ class StoreWriter:
         """Add a sample.
 
         Raises:
-            InputError: A name that cannot be a folder's, or labels that are not JSON.
-            StoreError: A name that is taken, or a disk that is full or failing.
+            InputError: The name is not valid, or JSON cannot represent the labels.
+            StoreError: The name is taken, or the disk is full or cannot be written to.
         """
         schema.check_name(sample.name)
         taken = self._folded.get(sample.name.casefold())
         if taken is not None:
             raise StoreError(
-                f"A sample is written once, and names differ in more than case. {self.path} has "
-                f"{taken!r}; got {sample.name!r}. Choose another name, or another folder."
+                f"{self.path} already has a sample {taken!r}, ignoring case; got {sample.name!r}. "
+                "Choose another name, or another folder."
             )
-        number = self._numbers.get(sample.name, self._next_number)  # one that was deleted: its old
+        number = self._numbers.get(sample.name, self._next_number)  # a deleted sample's number
         unfinished = self.path / schema.SAMPLES / f"{schema.UNFINISHED}{sample.name}"
         shared = schema.SharedTensors()
         record = packing.sample_record(sample, shared, images=self._images) | {"number": number}
-        record = json.loads(schema.json_text(record))  # refused before anything is written
+        record = json.loads(schema.json_text(record))  # raises before anything is written
         try:
             unfinished.mkdir()
             n_bytes = self._fill(unfinished, sample, shared, record)
@@ -215,15 +212,15 @@ class StoreWriter:
         except OSError as error:
             raise StoreError(self._failure(sample.name, error)) from error
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)  # gone already, if all went well
+            shutil.rmtree(unfinished, ignore_errors=True)  # exists only after an error
 
     def note_failure(self, failure: Mapping[str, Any]) -> None:
-        """Add a line to the list of what could not be captured.
+        """Add a line to ``failures.jsonl``.
 
-        A ``name`` that is written later counts no more.
+        ``Store.failures`` ignores the line once a sample of this name is written.
 
         Raises:
-            StoreError: A disk that is full or failing.
+            StoreError: The disk is full or cannot be written to.
         """
         try:
             self._append(schema.FAILURES, files.line_text(failure))
@@ -250,7 +247,7 @@ class StoreWriter:
         return len(content) + sum(int(each["bytes"]) for each in sums.values())
 
     def _list(self, name: str) -> None:
-        """Add a name to the list of names; a list whose last line was cut off is written anew."""
+        """Add a name to ``names.jsonl``; rewrite the list if its last line was truncated."""
         if not self._is_list_whole:
             self._write_names()
         elif name not in self._listed:
@@ -263,7 +260,7 @@ class StoreWriter:
         return files.line_text({"name": name, "number": self._numbers[name]})
 
     def _write_names(self) -> None:
-        """Write the list of names anew: of samples that are there and of those that were."""
+        """Rewrite ``names.jsonl`` with the existing samples and those that were deleted."""
         in_order = sorted(self._numbers, key=self._numbers.__getitem__)
         self._write_lines(schema.NAMES, map(self._line_of, in_order))
         self._listed, self._is_list_whole = {*in_order}, True
@@ -273,7 +270,7 @@ class StoreWriter:
         self._replace(file, text)
 
     def _replace(self, file: str, text: str) -> None:
-        """Write a file of the store as a whole, or leave it as it was."""
+        """Replace a file of the store atomically."""
         unfinished = self.path / f"{schema.UNFINISHED}{file}"
         try:
             write_file(unfinished, text.encode())
@@ -283,7 +280,7 @@ class StoreWriter:
         _sync_folder(self.path)
 
     def _append(self, file: str, line: str) -> None:
-        """Add a line; one that was cut off before is ended first."""
+        """Append a line, after a line break if the last line was truncated."""
         path = self.path / file
         before = path.read_bytes()[-1:] if path.exists() else b""
         start = "" if before == b"\n" else "\n" if before else schema.json_text(schema.STAMP) + "\n"
@@ -302,14 +299,14 @@ class StoreWriter:
 
     def _failure(self, name: str, error: OSError) -> str:
         return (
-            f"A sample is written whole or not at all. Writing {name!r} to {self.path} failed: "
-            f"{error.strerror or error}. Samples that are safe in the store: {len(self.names)}. "
-            "Make room, or choose another disk, and run again."
+            f"Writing sample {name!r} to {self.path} failed: {error.strerror or error}. Free disk "
+            "space or choose another disk, and run again; samples already safe in the store: "
+            f"{len(self.names)}."
         )
 
 
 def write_file(path: Path, content: bytes, *, append: bool = False) -> None:
-    """Write a file and flush it to the disk; a symbolic link in its place is an OSError."""
+    """Write a file and flush it to the disk; raise OSError if the path is a symbolic link."""
     how = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC)
     how |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     with os.fdopen(os.open(path, how, 0o666), "ab" if append else "wb") as file:
@@ -319,14 +316,14 @@ def write_file(path: Path, content: bytes, *, append: bool = False) -> None:
 
 
 def _made_folders(path: Path) -> list[Path]:
-    """Make a folder and those it is in; which of them were missing, the outermost first."""
+    """Create a folder and its parents; return those that did not exist, the outermost first."""
     missing = [each for each in (path, *path.parents) if not each.exists()]
     path.mkdir(parents=True, exist_ok=True)
     return missing[::-1]
 
 
 def _sync_folder(path: Path) -> None:
-    """A rename is on the disk only when its folder is; Windows does so by itself."""
+    """Flush a folder, so that renames in it are on the disk; not required on Windows."""
     if sys.platform != "win32":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -336,7 +333,10 @@ def _sync_folder(path: Path) -> None:
 
 
 def _locked(path: Path, store: Path) -> int:
-    """A lock that ends with the process, however it ends; file systems without locks go without."""
+    """Return the handle of a lock that the system releases when the process ends.
+
+    Nothing is locked on Windows and on file systems without locks.
+    """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     if sys.platform != "win32":
         import fcntl
@@ -346,8 +346,8 @@ def _locked(path: Path, store: Path) -> int:
         except BlockingIOError:
             os.close(handle)
             raise StoreError(
-                f"A store has one writer at a time. Another one is at work on {store}; wait for "
-                "it, or write to another folder."
+                f"Another writer has {store} open. Wait until it has finished, or write to another "
+                "folder."
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
@@ -359,12 +359,11 @@ def _locked(path: Path, store: Path) -> int:
 def _check_same(path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     if stored.get("fingerprint") != settings.get("fingerprint"):
         raise StoreError(
-            f"The samples in {path} can be read, but none can be added: the store was written by a "
-            "release that recorded a model's state differently, and whether this is the same model "
-            "cannot be checked. Write to another folder."
+            f"{path} can be read, but not extended: it was written by a release that recorded a "
+            "model's state differently, so the model cannot be compared. Write to another folder."
         )
     before, now = _flat(stored), _flat(settings)
-    if "weights_digest" in before and "weights_digest" in now:  # its content, so not where it was
+    if "weights_digest" in before and "weights_digest" in now:  # digests identify the model
         before, now = _without_origin(before), _without_origin(now)
     changed = [
         f"{name} is {_shown(before, name)} in the store and {_shown(now, name)} now"
@@ -373,8 +372,8 @@ def _check_same(path: Path, stored: Mapping[str, Any], settings: Mapping[str, An
     ]
     if changed:
         raise StoreError(
-            f"All samples of a store are made by one model with the same settings. In {path}, "
-            f"{'; '.join(changed)}. Use the same settings, or another folder."
+            f"The settings differ from those of the store {path}: {'; '.join(changed)}. Use the "
+            "same settings, or another folder."
         )
 
 
@@ -387,7 +386,7 @@ def _shown(settings: Mapping[str, Any], name: str) -> str:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names, such as ``kept.layers``."""
+    """Return nested settings by dotted names, such as ``kept.layers``."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         nested = isinstance(value, Mapping)
