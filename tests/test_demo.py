@@ -1,4 +1,4 @@
-"""The demo on few scenes: what it finds, what it writes, and what it never touches."""
+"""The demo on few scenes: its results, the files it writes, and files that it must not change."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def findings(tmp_path_factory) -> Findings:
     return run_demo(tmp_path_factory.mktemp("demo") / "out", n_scenes=N_SCENES)
 
 
-def test_the_model_sees_and_one_head_points(findings) -> None:
+def test_accuracy_of_the_model_and_of_its_best_head(findings) -> None:
     accuracy = findings.tables["accuracy"].set_index("question_kind")["accuracy"]
     assert set(accuracy.index) == {"color", "shape", "place", "count", "existence", "description"}
     assert accuracy.min() > 0.8
@@ -36,7 +36,7 @@ def test_the_model_sees_and_one_head_points(findings) -> None:
     assert findings.tables["pointing"]["hit_chance"].mean() < 0.2
 
 
-def test_tables_can_be_read_back_as_they_were(findings) -> None:
+def test_tables_can_be_read_back(findings) -> None:
     for name, table in findings.tables.items():
         back = pd.read_parquet(findings.folder / "tables" / f"{name}.parquet")
         pd.testing.assert_frame_equal(back, table.rename_axis(None), check_dtype=False)
@@ -53,7 +53,7 @@ def test_the_page_shows_every_picture_and_links_every_table(findings) -> None:
     assert len(shown) == 14
     for picture in shown:
         with Image.open(findings.folder / picture) as image:
-            assert len(image.convert("RGB").getcolors(2**24)) > 16  # something is drawn
+            assert len(image.convert("RGB").getcolors(2**24)) > 16  # not blank
     links = re.findall(r'href="(tables/[^"]+)"', page)
     assert all((findings.folder / link).exists() for link in links)
     assert {Path(link).stem for link in links} == set(findings.tables)
@@ -68,7 +68,7 @@ def test_the_store_holds_the_questions_about_colour(findings) -> None:
 
 @pytest.fixture
 def earlier(findings, tmp_path) -> Path:
-    """A copy of what a demo has made, and a file that was put beside."""
+    """A copy of a demo's output folder with an additional file of the user."""
     folder = tmp_path / "again"
     shutil.copytree(findings.folder, folder)
     (folder / "tables" / "mine.csv").write_text("years,of,work")
@@ -86,7 +86,7 @@ def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_an_earlier_demo_is_replaced_and_other_files_stay(earlier) -> None:
+def test_an_earlier_demo_is_replaced_and_other_files_are_kept(earlier) -> None:
     for _ in range(2):
         rewritten(earlier)
         assert files_in(earlier) == {MARK, "report.md", "tables/mine.csv"}
@@ -95,7 +95,7 @@ def test_an_earlier_demo_is_replaced_and_other_files_stay(earlier) -> None:
     assert not (earlier / "pictures").exists()
 
 
-def test_a_demo_that_fails_leaves_the_earlier_one(earlier, tmp_path) -> None:
+def test_a_failed_demo_keeps_the_earlier_one(earlier, tmp_path) -> None:
     before = files_in(earlier)
     for folder in (earlier, tmp_path / "new"):
         with pytest.raises(FileNotFoundError):
@@ -104,7 +104,7 @@ def test_a_demo_that_fails_leaves_the_earlier_one(earlier, tmp_path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_files_that_were_changed_since_are_left_alone(earlier) -> None:
+def test_changed_files_are_not_overwritten(earlier) -> None:
     (earlier / "report.md").write_text("my notes")
     with pytest.raises(InputError) as error:
         rewritten(earlier)
@@ -117,14 +117,14 @@ def test_files_that_were_changed_since_are_left_alone(earlier) -> None:
     assert files_in(earlier) == {MARK, "report.md", "tables/mine.csv"}
 
 
-def test_other_files_of_the_same_names_are_left_alone(earlier) -> None:
+def test_other_files_of_the_same_names_are_not_overwritten(earlier) -> None:
     with pytest.raises(InputError, match=r"other ones of the same names: tables/mine\.csv"):
         rewritten(earlier, ("report.md", "tables/mine.csv"))
     assert (earlier / "tables" / "mine.csv").read_text() == "years,of,work"
-    assert open_store(earlier / "store")[0].call(0) is not None  # nothing was removed either
+    assert open_store(earlier / "store")[0].call(0) is not None  # the earlier demo is complete
 
 
-def test_nothing_is_written_through_links_or_removed_elsewhere(earlier, tmp_path) -> None:
+def test_links_are_not_followed_and_no_file_outside_is_removed(earlier, tmp_path) -> None:
     precious = tmp_path / "precious.txt"
     precious.write_text("work")
     (earlier / "report.md").unlink()
@@ -134,7 +134,7 @@ def test_nothing_is_written_through_links_or_removed_elsewhere(earlier, tmp_path
     with pytest.raises(InputError, match="symbolic links"):
         rewritten(earlier, force=True)
     digest = hashlib.sha256(b"work").hexdigest()
-    for name in ("../precious.txt", str(precious)):  # a list that someone else wrote
+    for name in ("../precious.txt", str(precious)):  # a forged list of files
         listed = {"made_by": "xmodal demo", "files": {name: digest}}
         (earlier / MARK).write_text(json.dumps(listed))
         with pytest.raises(InputError, match="holds other files"):
@@ -142,14 +142,14 @@ def test_nothing_is_written_through_links_or_removed_elsewhere(earlier, tmp_path
     assert precious.read_text() == "work"
 
 
-def test_no_demo_in_a_store(findings) -> None:
+def test_a_demo_inside_a_store_is_an_error(findings) -> None:
     inside = findings.folder / "store" / "samples"
     for folder in (inside, inside.parent):
         with pytest.raises(InputError, match="must not be written into a store"):
             run_demo(folder)
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path) -> None:
+def test_a_folder_with_other_files_is_an_error(tmp_path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError) as error:
         run_demo(tmp_path)
