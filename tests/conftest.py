@@ -14,7 +14,7 @@ import pytest
 import torch
 from jaxtyping import config as jaxtyping_config
 
-torch.set_num_threads(1)  # more threads do not speed up tiny models, and two processes run
+torch.set_num_threads(1)  # tests run in two processes, and tiny models need one thread
 
 _SHAPED = re.compile(r"\b(Bool|Float|Int)\[")
 _jaxtyped = jaxtyping.jaxtyped
@@ -59,7 +59,7 @@ def _resolved(annotation, fn):
     return typing.Any if is_parameters else hint
 
 
-jaxtyping.jaxtyped = _typed  # before the package is imported
+jaxtyping.jaxtyped = _typed  # must be set before the package is imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -326,15 +326,15 @@ def test_rotary_positions_are_those_of_the_model() -> None:
     """Image tokens share their time; text continues after the longer side of the image grid."""
     vlm = tiny_vlm("qwen2_vl")
     tokens = capture(vlm, picture(128, 72), QUESTION, **STEPS).tokens
-    told = tokens[["rope_t", "rope_h", "rope_w"]].to_numpy(dtype=int)
+    rope = tokens[["rope_t", "rope_h", "rope_w"]].to_numpy(dtype=int)
     image = tokens["kind"].eq("image").to_numpy(dtype=bool)
-    first = told[image][0, 0]
-    assert (told[image][:, 0] == first).all()
-    np.testing.assert_array_equal(told[image][:, 1] - first, tokens["row"][image].to_numpy(int))
-    np.testing.assert_array_equal(told[image][:, 2] - first, tokens["col"][image].to_numpy(int))
-    behind = told[np.flatnonzero(image)[-1] + 1 :]
-    assert behind[0].tolist() == [first + 16] * 3
-    np.testing.assert_array_equal(behind, behind[:1] + np.arange(len(behind))[:, None])
+    first = rope[image][0, 0]
+    assert (rope[image][:, 0] == first).all()
+    np.testing.assert_array_equal(rope[image][:, 1] - first, tokens["row"][image].to_numpy(int))
+    np.testing.assert_array_equal(rope[image][:, 2] - first, tokens["col"][image].to_numpy(int))
+    after = rope[np.flatnonzero(image)[-1] + 1 :]
+    assert after[0].tolist() == [first + 16] * 3
+    np.testing.assert_array_equal(after, after[:1] + np.arange(len(after))[:, None])
     padded = capture_batch(vlm, [[picture()], [picture()]], [QUESTION, "how many shapes ?"])[1]
     shown = padded.tokens["kind"].ne("padding").to_numpy(dtype=bool)
     times = padded.tokens["rope_t"]

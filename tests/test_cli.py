@@ -201,9 +201,9 @@ def test_a_store_can_be_extended_by_single_images(tmp_path) -> None:
         result = run(app, ["capture", store, "--prompt", prompt, "--name", name, *options])
         assert result.exit_code == 0, result.output
     assert open_store(store).names == ("a", "b")
-    told = " ".join(run(app, ["info", store]).output.split())
-    assert "layers 1," in told
-    assert "max_new_tokens 1 " in told
+    printed = " ".join(run(app, ["info", store]).output.split())
+    assert "layers 1," in printed
+    assert "max_new_tokens 1 " in printed
 
 
 def test_the_shipped_models_take_a_dtype(tmp_path) -> None:

@@ -225,7 +225,7 @@ def test_skipped_items_are_listed_and_tried_again(tmp_path, monkeypatch):
 
     def refusing(vlm, images, prompts, **options):
         if asked[3]["prompt"] in prompts:
-            raise IndexError("index out of range in self")  # as from a position table too short
+            raise IndexError("index out of range in self")  # as if the input were too long
         return original(vlm, images, prompts, **options)
 
     monkeypatch.setattr(dataset, "capture_batch", refusing)

@@ -104,8 +104,8 @@ def towers_by_image(
             continue
         read = _read_by(stream[0].module, visuals, family)
         grids, module = [each.grid for each in read], stream[0].module
-        told = next((of for at, of in (orders or {}).items() if module.startswith(f"{at}.")), None)
-        in_module = None if told is None else _orders_of(grids, told)
+        given = next((of for at, of in (orders or {}).items() if module.startswith(f"{at}.")), None)
+        in_module = None if given is None else _orders_of(grids, given)
         shares = calls_by_image(stream, grids, in_module, tiles)
         side = (windows or {}).get(module.rpartition(".")[0])
         if side is not None and read and key[1] != "channel":
@@ -160,23 +160,23 @@ def _without_windows(call: AttentionCall, grid: ImageGrid | VideoGrid, side: int
 
 
 def _first_reading(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
-    """Return the calls before any tower runs for the second time.
+    """Return the calls up to the point where a tower runs again after the language model.
 
-    Without a KV cache, the language model runs on the whole prompt for each new token. The towers
-    then run again too, unless their features are cached.
+    Without a KV cache, the language model runs on the whole prompt for each new token, and the
+    towers run again too, unless their features are cached.
 
     Raises:
         CaptureError: A tower ran again although the language model has a cache.
     """
     lengths = {key: [call.n_queries for call in of] for key, of in _layers(calls).items()}
     again = any(key[0] == "language" and reread(of) for key, of in lengths.items())
-    heard: set[Layer] = set()
+    seen: set[Layer] = set()
     language_has_begun = False
     for number, call in enumerate(calls):
         key = call.tower, call.kind, call.layer
         if call.tower == "language":
             language_has_begun = True
-        elif language_has_begun and key in heard and call.tower != "other":
+        elif language_has_begun and key in seen and call.tower != "other":
             if again:
                 return calls[:number]
             raise CaptureError(
@@ -184,7 +184,7 @@ def _first_reading(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
                 "else than generate runs parts of the model, such as a logits processor: give that "
                 "a copy of the model (copy.deepcopy)."
             )
-        heard.add(key)
+        seen.add(key)
     return calls
 
 

@@ -142,7 +142,7 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
     Raises:
         InputError: An image or a video that cannot be read, an empty prompt, or a model that needs
             further inputs.
-        GeometryError: Videos for a model type whose video tokens have no known places.
+        GeometryError: Videos for a model type whose video tokens cannot be placed on a grid.
         CaptureError: Attention that could not be recorded.
     """
     images: list[ImageLike] = [*image] if is_several(image) else [image]  # type: ignore[list-item]
@@ -183,7 +183,7 @@ def capture_batch(
         raise InputError(f"keep must be a Keep, such as Keep(layers=[0, 1]); got {keep!r}.")
     images, prompts = in_order(images, "images"), in_order(prompts, "prompts")
     if not prompts:
-        raise InputError("prompts must have at least one entry; got an empty list.")
+        raise InputError("prompts is empty; pass at least one prompt.")
     clips = [()] * len(prompts) if videos is None else in_order(videos, "videos")
     if not len(images) == len(prompts) == len(clips or prompts):
         raise InputError(
@@ -227,14 +227,14 @@ def _run(
     """Run the model once and return one sample for each prompt."""
     inputs, ready = vlm.prepare(images, prompts, system=system, videos=videos)
     check_whole(vlm.model, inputs)
-    listening = record(
+    recorder = record(
         vlm.model,
         towers=keep.towers,
         layers=keep.layers_asked,
         values=keep.values,
         norms=keep.norms,
     )
-    with torch.no_grad(), listening as recording:
+    with torch.no_grad(), recorder as recording:
         if max_new_tokens > 0:
             output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **generation)
             new = output[:, prompt_ids(inputs).shape[1] :]
@@ -259,8 +259,8 @@ def _run(
         return samples
     of_samples = rotary.expand(-1, len(samples), -1).unbind(1)
     return [
-        replace(sample, tokens=_placed(sample.tokens, told))
-        for sample, told in zip(samples, of_samples, strict=True)
+        replace(sample, tokens=_placed(sample.tokens, rotary_of_sample))
+        for sample, rotary_of_sample in zip(samples, of_samples, strict=True)
     ]
 
 
@@ -345,8 +345,8 @@ def _placed(tokens: pd.DataFrame, rotary: Tensor) -> pd.DataFrame:
     """Add the positions that the rotary embedding received; padding tokens get NA."""
     shown = tokens["kind"].ne("padding").to_numpy(dtype=bool)
     columns = {
-        f"rope_{axis}": pd.arrays.IntegerArray(told[: len(tokens)].numpy().copy(), ~shown)
-        for axis, told in zip(AXES, rotary.long(), strict=True)
+        f"rope_{axis}": pd.arrays.IntegerArray(positions[: len(tokens)].numpy().copy(), ~shown)
+        for axis, positions in zip(AXES, rotary.long(), strict=True)
     }
     return tokens.assign(**columns)
 

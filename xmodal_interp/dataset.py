@@ -27,7 +27,7 @@ from xmodal_interp.models.entries import Items, listed
 from xmodal_interp.store import Store, StoreWriter, open_store
 
 _Ready = tuple[Item, tuple[list[Image.Image], list[Video]]]
-"""An item, and its images and videos."""
+"""An item with its opened images and videos."""
 
 _logger = logging.getLogger(__name__)
 

@@ -59,10 +59,10 @@ class NoSampleError(XmodalError, IndexError):
 
 
 class GeometryError(XmodalError, ValueError):
-    """Image or video tokens without known places.
+    """Tokens or maps that do not match the grid of an image or a video.
 
-    The number of tokens does not match the grid; there is no such view, or no rule for videos; or a
-    map does not have the shape of the grid that it is drawn or compared on.
+    The number of tokens does not match the grid, the view does not exist, the places of the tokens
+    are unknown, or a map does not have the shape of the grid on which it is drawn or compared.
     """
 
 

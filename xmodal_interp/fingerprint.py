@@ -39,8 +39,8 @@ from xmodal_interp.store.value_digests import (
 )
 
 FINGERPRINT = 2
-"""Version of the fingerprint, raised when the digests of a model change. Nothing can be added to a
-store of another version."""
+"""Version of the fingerprint, incremented when the digests of an unchanged model change. A store of
+another version is read-only."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _OF_LAST_RUN = ("_cached",)

@@ -26,7 +26,7 @@ def user_path(given: Any) -> Path:
         RuntimeError,
         TypeError,
         UnicodeEncodeError,
-    ) as error:  # no such user, bytes
+    ) as error:  # unknown user after ~, or bytes
         raise InputError(f"{quoted(given)} cannot be the path of a file: {error}.") from error
     if not usable:
         raise InputError(

@@ -55,7 +55,7 @@ def span_of(
         )
     index = 0 if occurrence is None else operator.index(occurrence)
     if not -len(spans) <= index < len(spans):
-        raise PhraseError(f"{phrase!r} occurs {len(spans)} times; there is no occurrence {index}.")
+        raise PhraseError(f"There is no occurrence {index}: {phrase!r} occurs {len(spans)} times.")
     return spans[index]
 
 
