@@ -84,15 +84,15 @@ def towers_by_image(
             first run is used.
         prompts: The prompts of the batch.
         family: The family record of the model type.
-        orders: By path of a module that reorders patches: for each picture of the images, then of
-            the videos, the index of the patch at each position, ``[patch]``.
+        orders: For each module that reorders patches (by its path), one order per picture, first of
+            the images, then of the videos: ``[patch]``, the index of the patch at each position.
         tiles: The number of tiles of each image, if the tiles are read after all images.
-        windows: By path of a block that cuts pictures into square windows: the side of a window in
-            patches.
+        windows: For each block that cuts pictures into square windows (by its path), the side of a
+            window in patches.
 
     Returns:
-        For each layer, one dict per sample: call by number of the image or video. If the module
-        reads no image or video, its call is call 0 of each sample.
+        For each layer a list with one dict per sample, which maps the number of an image or video
+        to its call. If the module reads no image or video, its call is call 0 of each sample.
 
     Raises:
         CaptureError: The calls cannot be assigned to the images.

@@ -134,7 +134,7 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
             unless it already contains their placeholders.
         videos: A :class:`Video`, or a list of videos.
         max_new_tokens: Number of tokens to generate greedily; 0 runs the prompt only.
-        keep: What to keep; by default the queries and keys of all layers.
+        keep: The parts of the attention to keep; by default the queries and keys of all layers.
         system: A system message.
         generation: Further arguments of ``model.generate``.
         name: Name of the sample in tables and stores; by default ``"sample-0"``.

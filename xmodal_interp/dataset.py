@@ -64,7 +64,7 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
         path: Folder of the store: new, empty, or a store made with the same settings.
         max_new_tokens: Number of tokens to generate greedily; 0 runs the prompts only.
         batch_size: Number of samples per batch; may differ when a run is resumed.
-        keep: What to keep; by default the queries and keys of all layers.
+        keep: The parts of the attention to keep; by default the queries and keys of all layers.
         system: A system message.
         images: Store the images too (as PNG). If False, a sample reads its images from their
             original paths.

@@ -60,9 +60,10 @@ class Sample:
 
     Attributes:
         name: Name of the sample, unique in a store.
-        tokens: One row per position of prompt and answer, with ``TOKEN_COLUMNS``. Models with a
-            rotary embedding add ``rope_t``, ``rope_h`` and ``rope_w``: the time, row and column
-            positions that the embedding received (equal if it has one axis).
+        tokens: One row per position of prompt and answer, with ``TOKEN_COLUMNS``. The last
+            generated token has no row, because the model does not run on it. Models with a rotary
+            embedding add ``rope_t``, ``rope_h`` and ``rope_w``: the time, row and column positions
+            that the embedding received (equal if it has one axis).
         text: The rendered prompt and the answer; ``start`` and ``end`` count its characters.
         question: The question, without the chat template.
         answer: The generated text, without special tokens; empty if nothing was generated.
