@@ -61,7 +61,7 @@ class Sample:
     Attributes:
         name: Name of the sample, unique in a store.
         tokens: One row per position of prompt and answer, with ``TOKEN_COLUMNS``. The last
-            generated token has no row, because the model does not run on it. Models with a rotary
+            generated token has no row if the model did not run on it. Models with a rotary
             embedding add ``rope_t``, ``rope_h`` and ``rope_w``: the time, row and column positions
             that the embedding received (equal if it has one axis).
         text: The rendered prompt and the answer; ``start`` and ``end`` count its characters.
