@@ -185,7 +185,7 @@ WRONG = {
     ),
     "messages": (
         {"prompt": [{"role": "user"}]},
-        "A prompt is a string; got [{'role': 'user'}].",
+        "A prompt must be a string; got [{'role': 'user'}].",
     ),
     "name": (
         {"vlm": "llava"},
