@@ -149,7 +149,7 @@ CHECKS: Mapping[str, Check] = {
 """The check of each argument name, applied by ``checked``."""
 
 _READ_AGAIN = ("queries", "layers", "heads", "head", "alpha", "by", "blocks")
-"""Arguments that are read for each sample, and kept with the table."""
+"""Arguments that are read once per sample and once for the attributes of the table."""
 
 
 def checked(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
@@ -169,7 +169,7 @@ def checked(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
         for name, check in checks.items():
             if name in given and not (given[name] is None and parameters[name].default is None):
                 check(given[name], name)
-        names = [*parameters, *("" for _ in args)]  # of too many arguments, Python says so
+        names = [*parameters, *("" for _ in args)]  # padded: Python raises for too many arguments
         positional: Any = [lists.get(name, each) for name, each in zip(names, args, strict=False)]
         named: Any = {name: given[name] for name in kwargs}
         return function(*positional, **named)

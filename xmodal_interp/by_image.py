@@ -180,9 +180,9 @@ def _first_reading(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
             if again:
                 return calls[:number]
             raise CaptureError(
-                f"{call.name} ran again while the language model generated with a cache. Something "
-                "else than generate runs parts of the model, such as a logits processor: give that "
-                "a copy of the model (copy.deepcopy)."
+                f"{call.name} ran again during generation with a cache: other code than generate, "
+                "such as a logits processor, runs parts of the model. Pass a copy of the model "
+                "(copy.deepcopy) to that code."
             )
         seen.add(key)
     return calls

@@ -37,7 +37,7 @@ def in_order(given: Any, name: str) -> list[Any]:
 
 
 def held(given: Any) -> Any:
-    """An iterator, which can be read once only, or a dict's view as a list; else as it is."""
+    """Convert an iterator or a dict view to a list; return any other value unchanged."""
     return list(given) if isinstance(given, (Iterator, KeysView, ValuesView)) else given
 
 
