@@ -1,8 +1,8 @@
-"""What every test runs under: no network, one thread, the same random numbers in any order."""
+"""Set-up of all tests: offline, one thread, the same random seed in each test."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it stands first
+os.environ["HF_HUB_OFFLINE"] = "1"  # must be set before huggingface_hub is imported
 
 import functools
 import re
@@ -14,17 +14,18 @@ import pytest
 import torch
 from jaxtyping import config as jaxtyping_config
 
-torch.set_num_threads(1)  # tiny models are no faster with more, and two processes run
+torch.set_num_threads(1)  # tests run in two processes, and tiny models need one thread
 
 _SHAPED = re.compile(r"\b(Bool|Float|Int)\[")
 _jaxtyped = jaxtyping.jaxtyped
 
 
 def _typed(*, typechecker):
-    """``jaxtyping.jaxtyped`` for what has shapes, the type checker alone for other functions.
+    """``jaxtyping.jaxtyped`` for functions with shapes, the type checker alone for all others.
 
-    jaxtyping binds the arguments of each call to compare shapes: 60 microseconds, 5,000 times in a
-    capture, three quarters of its time in tests. Its import hook takes this name from the package.
+    jaxtyping binds the arguments of each call to compare shapes. That takes 60 microseconds, 5,000
+    times in a capture: three quarters of a capture's time in tests. The import hook of jaxtyping
+    looks up ``jaxtyping.jaxtyped``, which is therefore replaced by this function.
     """
 
     def decorate(fn):
@@ -48,7 +49,7 @@ def _typed(*, typechecker):
 
 
 def _resolved(annotation, fn):
-    """What an annotation names; anything, where only mypy knows the name, as in jaxtyping."""
+    """Resolve an annotation; return Any if its name exists for mypy only, as jaxtyping does."""
     holder = types.SimpleNamespace(__annotations__={"value": annotation})
     try:
         hint = typing.get_type_hints(holder, fn.__globals__, include_extras=True)["value"]
@@ -58,20 +59,20 @@ def _resolved(annotation, fn):
     return typing.Any if is_parameters else hint
 
 
-jaxtyping.jaxtyped = _typed  # before the package is imported
+jaxtyping.jaxtyped = _typed  # must be set before the package is imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-types",
         action="store_true",
-        help="test every model type of transformers for images and text, not a third of them",
+        help="test all vision-language model types of transformers instead of a third of them",
     )
 
 
 @pytest.fixture
 def any_type():
-    """The type checks of tests would refuse what users may well pass."""
+    """Disable the runtime type checks of tests, to pass arguments of wrong types."""
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)

@@ -1,6 +1,6 @@
-"""Random arguments for the public functions: each call must end in a result or in our own error.
+"""Call public functions with random arguments: only errors of this package may be raised.
 
-``python -m tests.fuzzing 10000`` makes as many calls and lists what was raised raw.
+``python -m tests.fuzzing 10000`` makes 10,000 calls and lists all other ("raw") exceptions.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ VALUES: dict[str, Callable[[], Any]] = {
 
 
 def targets(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
-    """Functions with arguments that work."""
+    """Return the functions to call, each with valid arguments."""
     vlm = xi.load()
     sample = xi.capture(vlm, picture(), QUESTION)
     ratio = xi.cross_modal_ratio(sample)
@@ -130,7 +130,10 @@ def _first(function: Callable[..., Any]) -> str:
 
 
 def raw_errors(n: int, seed: int) -> Counter[str]:
-    """Make ``n`` calls with one or two arguments changed; what was raised raw, by where."""
+    """Make ``n`` calls with one or two random arguments; count results, errors and raw exceptions.
+
+    Raw exceptions are counted by function, arguments and line.
+    """
     rng, found = random.Random(seed), Counter[str]()
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -153,7 +156,7 @@ def raw_errors(n: int, seed: int) -> Counter[str]:
                 function(**options)
             except XmodalError:
                 found["refused"] += 1
-            except Exception as error:  # noqa: BLE001  # what no caller can catch as ours
+            except Exception as error:  # noqa: BLE001  # any exception that is not an XmodalError
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 ours = [
                     each

@@ -1,6 +1,6 @@
-"""Slow versions of the analyses, written straight from the papers, to compare the fast ones with.
+"""Slow reference versions of the analyses, written from the equations of the papers.
 
-They take whole probability matrices (``[head, query, key]``) and loops, and no shortcut.
+They take whole probability matrices (``[head, query, key]``) and use plain loops.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def rollout_of_abnar_and_zuidema(attentions: np.ndarray) -> np.ndarray:
-    """Abnar & Zuidema 2020, section 3 of the text: add the identity, re-normalise, multiply up.
+    """Abnar & Zuidema 2020, section 3: add the identity, normalise rows, multiply all layers.
 
     ``attentions``: ``[layer, head, query, key]``.
     """
@@ -32,7 +32,7 @@ def rollout_of_a_variant(
     discard: float = 0.0,
     sinks: Sequence[int] = (),
 ) -> np.ndarray:
-    """The whole product of layers, one row at a time, with every option of the fast version."""
+    """Rollout as a product of whole layers, row by row, with all options of the fast version."""
     n = attentions.shape[-1]
     product = np.eye(n)
     for layer, alpha in zip(attentions, alphas, strict=True):
@@ -56,7 +56,7 @@ def rollout_of_a_variant(
 
 
 def seed_statistics(probs: np.ndarray, n_visual: int) -> dict[str, float]:
-    """The exercise ``analyze_cross_modal_attention``: image first, every cell visible."""
+    """Statistics of an image-first sequence in which every query sees every key."""
     mean = probs.mean(axis=0)
     text = mean[n_visual:]
     return {
@@ -72,7 +72,7 @@ def seed_statistics(probs: np.ndarray, n_visual: int) -> dict[str, float]:
 def ratio_of_a_query(
     row: np.ndarray, visible: np.ndarray, image: Sequence[int], sinks: Sequence[int] = ()
 ) -> tuple[float, float, float]:
-    """Ratio, null and lift of one query, cell by cell, with sinks taken out and the rest scaled."""
+    """Ratio, null and lift of one query, cell by cell; sinks are removed and the rest rescaled."""
     total = on_image = n_image = n_all = 0.0
     for key, p in enumerate(row):
         if key in sinks or not visible[key]:
@@ -113,14 +113,14 @@ def block(
 def fastv_allocation(
     probs: np.ndarray, outputs: Sequence[int], segment: Sequence[int]
 ) -> tuple[float, float]:
-    """Chen et al. 2024: lambda (summed over output tokens) and epsilon of a segment, head mean."""
+    """Chen et al. 2024: lambda (sum over output tokens) and epsilon of a segment; mean of heads."""
     mean = probs.mean(axis=0)
     allocation = sum(mean[q, k] for q in outputs for k in segment)
     return allocation, allocation / len(segment)
 
 
 def received(probs: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Gu et al. 2025: mean attention that each key receives from the queries that see it."""
+    """Gu et al. 2025: the mean attention of each key over the queries that see it."""
     n = len(probs)
     out = np.zeros(n)
     for k in range(n):
@@ -137,7 +137,10 @@ def profile(
     axis: str,
     width: int,
 ) -> dict[int, tuple[float, float, float, int]]:
-    """Start of each bin to mean probability, mean 1/v, mean probability times v, and cells."""
+    """By start of a bin: mean probability, mean 1/v, mean of probability times v, cell count.
+
+    ``v`` is the number of keys that the query sees.
+    """
     bins: dict[int, list[tuple[float, float, float]]] = {}
     for q in queries:
         for k in keys:
@@ -153,12 +156,15 @@ def profile(
 
 
 def entropy(row: np.ndarray) -> float:
-    """Of one row, in nats."""
+    """Entropy of one row, in nats."""
     return -sum(p * math.log(p) for p in row if p > 0)
 
 
 def attention_distance(probs: np.ndarray, places: np.ndarray, height: float, width: float) -> float:
-    """Dosovitskiy et al. 2021: mean distance in px; class tokens (place -1) out, rows rescaled."""
+    """Dosovitskiy et al. 2021: mean distance in px, without class tokens (place -1).
+
+    Rows are rescaled to sum to 1 over patches.
+    """
     patches = [i for i, (row, _) in enumerate(places) if row >= 0]
     means = []
     for q in patches:
@@ -173,7 +179,7 @@ def attention_distance(probs: np.ndarray, places: np.ndarray, height: float, wid
 
 
 def uniform_output(values: np.ndarray, visible: np.ndarray, n_heads: int) -> np.ndarray:
-    """U V, head by head and query by query: the mean of the values that a query can see.
+    """Output of uniform attention: for each query the mean of the values that it can see.
 
     ``values``: ``[kv_head, key, d_head]``; ``visible``: ``[query, key]``; out ``[head, query, d]``.
     """
@@ -189,7 +195,7 @@ def uniform_output(values: np.ndarray, visible: np.ndarray, n_heads: int) -> np.
 def knocked_out(
     probs: np.ndarray, queries: Sequence[int], keys: Sequence[int], *, renormalise: bool
 ) -> np.ndarray:
-    """Geva et al. 2023: blocked cells become 0; the edge to oneself stays."""
+    """Geva et al. 2023: blocked cells become 0, except a query's attention to itself."""
     out = probs.copy()
     for head in range(len(probs)):
         for query in queries:
@@ -202,7 +208,7 @@ def knocked_out(
 
 
 def answer_scores(logits: np.ndarray, ids: Sequence[int], n_prompt: int) -> tuple[float, ...]:
-    """Accuracy, mean log-probability and first margin of the answer behind a prompt.
+    """Accuracy, mean log-probability and first margin of the answer after a prompt.
 
     ``logits``: ``[position, vocabulary]`` of prompt and answer.
     """
@@ -219,7 +225,7 @@ def answer_scores(logits: np.ndarray, ids: Sequence[int], n_prompt: int) -> tupl
 def pointed_at(
     row: np.ndarray, boxes: np.ndarray, box: Sequence[float], *, criterion: str
 ) -> tuple[bool, float]:
-    """Pointing game and energy of one map, token by token and pixel area by pixel area."""
+    """Pointing game and energy of one map, computed token by token from overlap areas."""
     peak = max(range(len(row)), key=lambda token: row[token])
     x0, y0, x1, y1 = boxes[peak]
     if criterion == "centre":
@@ -235,7 +241,8 @@ def pointed_at(
 
 
 def bca(values: Sequence[float], n: int, seed: int, student: float) -> tuple[float, float]:
-    """Efron 1987, section 3, for a mean: two ends, each the quantile of the resampled means at
+    """Efron 1987, section 3: the BCa interval of a mean. Each end is the quantile of the resampled
+    means at
 
         Phi(z0 + (z0 + z) / (1 - a (z0 + z)))
 
@@ -261,7 +268,7 @@ def bca(values: Sequence[float], n: int, seed: int, student: float) -> tuple[flo
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Wilson 1927: all rates that a score test at 5% does not reject, by trying them."""
+    """Wilson 1927: the rates that a score test at 5% does not reject, by grid search."""
     z = NormalDist().inv_cdf(0.975)
     rates = np.linspace(0, 1, 1_000_001)
     kept = rates[np.abs(hits / n - rates) <= z * np.sqrt(rates * (1 - rates) / n)]

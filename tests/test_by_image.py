@@ -1,4 +1,4 @@
-"""Each image gets its own vision attention, however the tower cut and packed the images."""
+"""Vision calls are split by image, for towers that batch, tile, window or pack images."""
 
 import copy
 
@@ -41,10 +41,10 @@ def test_an_image_has_the_same_attention_in_a_batch(model_type) -> None:
         for key in keys:
             ours, theirs = other.calls[key], one.calls[key]
             if key[:2] == ("vision", "self") and ours.n_queries > theirs.n_queries:
-                places = other.grids[0].patch_places[:, 0]  # padded to the larger image
+                places = other.grids[0].patch_places[:, 0]  # -1 where padded to the larger image
                 ours = reordered(ours, torch.from_numpy(np.flatnonzero(places >= 0)))
             if ours.n_keys != theirs.n_keys:
-                continue  # latents attend to the padded patches, hidden
+                continue  # the keys of latents include masked padding patches
             assert ours.n_samples == theirs.n_samples == 1
             assert torch.equal(ours.visible().expand_as(theirs.visible()), theirs.visible())
             torch.testing.assert_close(
@@ -59,7 +59,7 @@ def test_an_image_has_the_same_attention_in_a_batch(model_type) -> None:
         *("lfm2_vl", "minicpmv4_6", "molmo2", "hunyuan_vl"),
     ],
 )
-def test_images_of_one_prompt_come_apart(model_type) -> None:
+def test_images_of_one_prompt_are_separated(model_type) -> None:
     vlm = xi.VLM(*real(model_type))
     sample = xi.capture(vlm, PICTURES, QUESTIONS[0])
     for number, picture in enumerate(PICTURES):
@@ -69,7 +69,7 @@ def test_images_of_one_prompt_come_apart(model_type) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["step3p7", "unlimited_ocr"])
-def test_tiles_of_several_images_come_behind_all_of_them(model_type) -> None:
+def test_tiles_that_are_read_after_all_images(model_type) -> None:
     vlm, pictures = xi.VLM(*real(model_type)), [noise(130, 64, 0), noise(64, 200, 1)]
     sample = xi.capture(vlm, pictures, QUESTIONS[0])
     assert len({len(grid.patch_places) for grid in sample.grids}) == 2
@@ -84,8 +84,8 @@ def test_tiles_of_several_images_come_behind_all_of_them(model_type) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "exaone4_5", "llava_next"])
-def test_positions_of_the_tower_are_where_the_grid_says(model_type) -> None:
-    """Paint one patch: in the first layer, only the query that stands for it changes."""
+def test_grid_places_match_the_positions_of_the_tower(model_type) -> None:
+    """Paint one patch: in the first layer, its query changes the most."""
     vlm = xi.VLM(*real(model_type))
     size = vlm.prepare([[noise(64, 48, 2)]], QUESTIONS[:1])[1][0].grids[0]
     plain = Image.new("RGB", (size.patch_cols * 8, size.patch_rows * 8), (90, 90, 90))
@@ -99,13 +99,13 @@ def test_positions_of_the_tower_are_where_the_grid_says(model_type) -> None:
         painted.paste((250, 20, 20), tuple(b + s for b, s in zip(box, shift * 2, strict=True)))
         after = xi.capture(vlm, painted, QUESTIONS[0]).call(0, tower="vision").q
         change = (after - before).norm(dim=-1).sum(1)[0]
-        placed = grid.patch_places[:, 0] >= 0  # a thumbnail sees it too, and so does a class token
+        placed = grid.patch_places[:, 0] >= 0  # without thumbnail and class token, which change too
         best = np.flatnonzero(placed)[int(change[torch.from_numpy(placed)].argmax())]
         assert tuple(grid.patch_places[best]) == (row, col)
 
 
 @pytest.mark.parametrize("model_type", ["minicpmv4_6", "minicpmv4_7"])
-def test_windows_that_are_merged_are_in_the_order_of_the_image(model_type) -> None:
+def test_merged_windows_are_in_image_order(model_type) -> None:
     vlm = xi.VLM(*real(model_type))
     before = xi.capture(vlm, PICTURES, QUESTIONS[0])
     for number, grid in enumerate(before.grids):
@@ -124,7 +124,7 @@ def test_windows_that_are_merged_are_in_the_order_of_the_image(model_type) -> No
             assert np.unravel_index(arranged.argmax(), arranged.shape) == (row, col)
 
 
-def test_a_piece_for_each_token_goes_to_its_image() -> None:
+def test_pieces_per_token_are_assigned_to_their_image() -> None:
     grids = xi.capture(xi.VLM(*real("llava")), PICTURES, QUESTIONS[0]).grids
     counts = [grid.n_tokens for grid in grids]
     q, k = torch.randn(sum(counts), 1, 1, 2), torch.randn(sum(counts), 1, 4, 2)
@@ -135,20 +135,19 @@ def test_a_piece_for_each_token_goes_to_its_image() -> None:
     assert torch.equal(first.q[0, 0], q[: counts[0], 0, 0])
 
 
-def test_pieces_that_fit_no_image_are_refused() -> None:
+def test_pieces_that_match_no_image_are_an_error() -> None:
     grids = xi.capture(xi.VLM(*real("llava")), PICTURES, QUESTIONS[0]).grids
     q = torch.randn(3, 1, 7, 2)
     with pytest.raises(CaptureError) as error:
         calls_by_image([AttentionCall("vision", "self", 0, "attn", 0, q, q, 1.0)], grids)
     assert str(error.value) == (
-        "The calls of a tower must be those of its images: pieces that add up to the patches of "
-        "each, or as many alike for each. vision self-attention, layer 0, call 0: 3 pieces of 7, "
-        "7, 7, ... keys, for 2 images of 65, 65, ... patches. Capture the samples one by one, or "
-        "leave the tower out."
+        "vision self-attention, layer 0, call 0: 3 pieces of 7, 7, 7, ... keys cannot be assigned "
+        "to 2 images of 65, 65, ... patches. Capture the samples one by one, or leave the tower "
+        "out of Keep(towers=...)."
     )
 
 
-def test_images_that_see_each_other_are_refused() -> None:
+def test_packed_images_that_attend_to_each_other_are_an_error() -> None:
     grids = xi.capture(xi.VLM(*real("llava")), PICTURES, QUESTIONS[0]).grids
     q = torch.randn(1, 1, 130, 2)
     with pytest.raises(CaptureError) as error:
@@ -163,8 +162,8 @@ def test_images_that_see_each_other_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("side", [4, 8, 5], ids=["4", "8", "5, padded"])
 @pytest.mark.parametrize("tiled", [False, True])
-def test_windows_of_a_picture_are_put_back_in_its_order(side: int, *, tiled: bool) -> None:
-    """In the order of the image, what a patch sees is the square window around it."""
+def test_windows_are_put_into_image_order(side: int, *, tiled: bool) -> None:
+    """In image order, a patch attends to the square window that contains it."""
     known = real("got_ocr2")[0]
     config = copy.deepcopy(known.config)
     config.vision_config.window_size = side

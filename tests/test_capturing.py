@@ -1,4 +1,4 @@
-"""Capture end to end: a real model class, a real processor, a picture, a question."""
+"""Capture end to end: a model, a processor, a picture and a question."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_rows_are_the_same_with_and_without_cache(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
-def test_a_padded_batch_gives_each_sample_its_own_rows(family: str) -> None:
+def test_samples_of_a_padded_batch_equal_single_captures(family: str) -> None:
     vlm = tiny_vlm(family)
     questions = [QUESTION, "how many shapes ?"]
     pictures = [picture(seed=1), picture(seed=2)]
@@ -81,7 +81,7 @@ def test_two_images_of_different_size() -> None:
     assert sample.text_after_image().min() > sample.where("image", image=1).max()
 
 
-def test_what_stands_where() -> None:
+def test_token_table() -> None:
     sample = capture(
         tiny_vlm("llava"), picture(160, 96), QUESTION, system="describe the image", **STEPS
     )
@@ -94,22 +94,19 @@ def test_what_stands_where() -> None:
     assert tokens.loc[sample.where(role="system"), "token"].tolist() == ["describe", "the", "image"]
     assert tokens.loc[sample.last, "token"] == "assistant:"
     assert tokens.loc[sample.last, "role"] == "template"
-    assert (tokens["role"] == "generated").sum() == 4  # the fifth was never read by the model
+    assert (tokens["role"] == "generated").sum() == 4  # the fifth is not fed to the model
     assert len(sample) == sample.call(0).n_queries == sample.call(0).n_keys
 
 
-def test_phrases_are_found_or_refused() -> None:
+def test_missing_and_ambiguous_phrases_are_errors() -> None:
     sample = capture(tiny_vlm("llava"), picture(), "is the red circle near the blue circle ?")
     with pytest.raises(PhraseError) as missing:
         sample.find("green")
-    assert str(missing.value) == (
-        f"A phrase must occur in the sample's text. 'green' is not in {sample.text!r}."
-    )
+    assert str(missing.value) == (f"'green' is not in the sample's text {sample.text!r}.")
     with pytest.raises(PhraseError) as several:
         sample.find("circle")
     assert str(several.value) == (
-        "A phrase must be unique, or one occurrence chosen. 'circle' occurs 2 times in "
-        f"{sample.text!r}; pass occurrence=0 to 1."
+        f"'circle' occurs 2 times in {sample.text!r}; choose one with occurrence=0 to 1."
     )
     assert sample.find("circle", 1) == sample.find("blue circle")[1]
     assert sample.find("circle", -2) == sample.find("red circle")[1]
@@ -117,21 +114,21 @@ def test_phrases_are_found_or_refused() -> None:
         sample.find("ircle")
 
 
-def test_a_list_of_phrases_is_all_of_their_positions() -> None:
+def test_a_list_of_phrases_selects_all_their_positions() -> None:
     sample = capture(tiny_vlm("llava"), picture(), QUESTION)
     red, circle = sample.find("red circle").tolist()
     assert sample.positions(["circle", "red"]).tolist() == [red, circle]
     assert sample.positions(["circle", "red circle", -len(sample)]).tolist() == [0, red, circle]
-    assert sample.positions([circle, red]).tolist() == [circle, red]  # numbers stay as they are
+    assert sample.positions([circle, red]).tolist() == [circle, red]  # numbers keep their order
     probs = sample.probs(0, queries=("circle", "red"), keys=["red"])
     assert torch.equal(probs, sample.probs(0, queries=[red, circle], keys=[red]))
     with pytest.raises(PhraseError, match="'green' is not in"):
         sample.probs(0, queries=["green", "circle"])
-    with pytest.raises(InputError, match="A phrase names text positions"):
+    with pytest.raises(InputError, match="A phrase selects text positions only"):
         sample.probs(0, tower="vision", queries=["red"])
 
 
-def test_only_what_was_kept_can_be_asked_for() -> None:
+def test_layers_and_rows_that_were_not_kept_are_errors() -> None:
     keep = Keep(towers=("language",), layers=(1, 3), queries="text")
     sample = capture(tiny_vlm("llava"), picture(), QUESTION, keep=keep)
     assert sample.layers() == [1, 3]
@@ -140,19 +137,19 @@ def test_only_what_was_kept_can_be_asked_for() -> None:
     with pytest.raises(NotRecordedError) as layer:
         sample.call(2)
     assert str(layer.value) == (
-        "Only what was kept can be asked for. language self-attention kept layers [1, 3], not 2. "
-        "Capture again with this layer."
+        "Layer 2 of language self-attention was not kept; kept layers: [1, 3]. Capture again with "
+        "this layer."
     )
     with pytest.raises(NotRecordedError, match="does not hold the query rows 5;"):
         sample.probs(1, queries=[5])
     with pytest.raises(LayerError) as unknown:
         sample.call(9)
     assert str(unknown.value) == (
-        "A layer must exist. language self-attention has layers [0, 1, 2, 3]; got layer 9, call 0."
+        "There is no layer 9, call 0: language self-attention has layers [0, 1, 2, 3]."
     )
 
 
-def test_bad_input_is_refused_with_the_reason(tmp_path) -> None:
+def test_error_messages_name_the_bad_input(tmp_path) -> None:
     vlm = tiny_vlm("llava")
     with pytest.raises(InputError) as missing:
         capture(vlm, tmp_path / "none.png", QUESTION)
@@ -171,7 +168,7 @@ def test_bad_input_is_refused_with_the_reason(tmp_path) -> None:
     with pytest.raises(InputError) as empty:
         capture(vlm, picture(), "  ")
     assert str(empty.value) == "The prompt is empty or only white space."
-    with pytest.raises(GeometryError, match="there is no image 1"):
+    with pytest.raises(GeometryError, match="There is no image 1: the sample has 1 images"):
         capture(vlm, picture(), QUESTION).grid(np.zeros(144), 1)
 
 
@@ -188,7 +185,7 @@ WRONG = {
     ),
     "messages": (
         {"prompt": [{"role": "user"}]},
-        "A prompt is a string; got [{'role': 'user'}].",
+        "A prompt must be a string; got [{'role': 'user'}].",
     ),
     "name": (
         {"vlm": "llava"},
@@ -198,15 +195,15 @@ WRONG = {
         {"max_new_tokens": -1},
         "max_new_tokens must be a whole number, 0 or more; got -1.",
     ),
-    "tokens in words": (
+    "tokens as a string": (
         {"max_new_tokens": "3"},
         "max_new_tokens must be a whole number, 0 or more; got '3'.",
     ),
-    "half a token": (
+    "tokens as a fraction": (
         {"max_new_tokens": 2.5},
         "max_new_tokens must be a whole number, 0 or more; got 2.5.",
     ),
-    "tokens twice": (
+    "tokens in generation": (
         {"generation": {"max_new_tokens": 5}},
         "generation contains max_new_tokens. Pass it as a separate argument: max_new_tokens=5.",
     ),
@@ -215,12 +212,12 @@ WRONG = {
         "generation must be a mapping of arguments of model.generate to their values; got "
         "'greedy'.",
     ),
-    "a placeholder too many": (
+    "one placeholder too many": (
         {"prompt": "<image> <image> what ?"},
         "The prompt '<image> <image> what ?' contains <image> 2 times for 1 images. Write it once "
         "for each image.",
     ),
-    "an image too many": (
+    "one image too many": (
         {"prompt": "<image> what ?", "image": [picture()] * 2},
         "The prompt '<image> what ?' contains <image> 1 times for 2 images. Write it once for each "
         "image.",
@@ -235,7 +232,7 @@ WRONG = {
 
 @pytest.mark.usefixtures("any_type")
 @pytest.mark.parametrize("wrong", WRONG)
-def test_arguments_of_another_type(wrong: str) -> None:
+def test_wrong_arguments_are_errors(wrong: str) -> None:
     given, message = WRONG[wrong]
     asked = {"vlm": tiny_vlm("llava"), "image": picture(), "prompt": QUESTION, **given}
     with pytest.raises(InputError) as refusal:
@@ -243,24 +240,24 @@ def test_arguments_of_another_type(wrong: str) -> None:
     assert str(refusal.value) == message
 
 
-def test_a_file_is_turned_as_its_camera_says(tmp_path) -> None:
+def test_exif_orientation_is_applied(tmp_path) -> None:
     turned = Image.new("RGB", (40, 20), "red")
     exif = turned.getexif()
-    exif[274] = 6  # stored lying on its side
+    exif[274] = 6  # orientation: rotated by 90 degrees
     turned.save(tmp_path / "photo.jpg", exif=exif)
     sample = capture(tiny_vlm("llava"), tmp_path / "photo.jpg", QUESTION)
     assert sample.images[0].size == (20, 40)
-    assert sample.tokens["y0"].min() == pytest.approx(10)  # the square in the middle of its height
+    assert sample.tokens["y0"].min() == pytest.approx(10)  # the centre crop is square
     assert sample.tokens["y1"].max() == pytest.approx(30)
 
 
-def test_a_vlm_is_printed_in_a_line() -> None:
+def test_repr_of_a_vlm() -> None:
     assert repr(tiny_vlm("llava")) == (
         "VLM(LlavaForConditionalGeneration, LlavaProcessor; llava, torch.float32, cpu)"
     )
 
 
-def test_models_that_cannot_be_labelled_are_refused(tmp_path) -> None:
+def test_unsupported_models_are_errors(tmp_path) -> None:
     from transformers import BertConfig, GPT2Config, LlamaForCausalLM
 
     with pytest.raises(UnsupportedModelError) as text_only:
@@ -291,7 +288,7 @@ def test_models_that_cannot_be_labelled_are_refused(tmp_path) -> None:
     )
 
 
-def test_a_prompt_with_its_own_placeholder_is_taken_as_it_is() -> None:
+def test_a_prompt_with_a_placeholder_is_not_rendered() -> None:
     processor = build_processor("llava")
     processor.chat_template = None
     vlm = VLM(untrained("llava"), processor)
@@ -307,7 +304,7 @@ def test_a_prompt_with_its_own_placeholder_is_taken_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
-def test_generation_without_a_cache_reads_the_prompt_again(family: str) -> None:
+def test_generation_without_a_cache_gives_the_same_calls(family: str) -> None:
     vlm = tiny_vlm(family)
     cached = capture(vlm, picture(), QUESTION, **STEPS)
     options = {"min_new_tokens": 5, "use_cache": False}
@@ -322,18 +319,18 @@ def test_generation_without_a_cache_reads_the_prompt_again(family: str) -> None:
 
 
 def test_rotary_positions_are_those_of_the_model() -> None:
-    """Image tokens share their time; the text goes on behind the larger side of the image."""
+    """Image tokens share their time; text continues after the longer side of the image grid."""
     vlm = tiny_vlm("qwen2_vl")
     tokens = capture(vlm, picture(128, 72), QUESTION, **STEPS).tokens
-    told = tokens[["rope_t", "rope_h", "rope_w"]].to_numpy(dtype=int)
+    rope = tokens[["rope_t", "rope_h", "rope_w"]].to_numpy(dtype=int)
     image = tokens["kind"].eq("image").to_numpy(dtype=bool)
-    first = told[image][0, 0]
-    assert (told[image][:, 0] == first).all()
-    np.testing.assert_array_equal(told[image][:, 1] - first, tokens["row"][image].to_numpy(int))
-    np.testing.assert_array_equal(told[image][:, 2] - first, tokens["col"][image].to_numpy(int))
-    behind = told[np.flatnonzero(image)[-1] + 1 :]
-    assert behind[0].tolist() == [first + 16] * 3
-    np.testing.assert_array_equal(behind, behind[:1] + np.arange(len(behind))[:, None])
+    first = rope[image][0, 0]
+    assert (rope[image][:, 0] == first).all()
+    np.testing.assert_array_equal(rope[image][:, 1] - first, tokens["row"][image].to_numpy(int))
+    np.testing.assert_array_equal(rope[image][:, 2] - first, tokens["col"][image].to_numpy(int))
+    after = rope[np.flatnonzero(image)[-1] + 1 :]
+    assert after[0].tolist() == [first + 16] * 3
+    np.testing.assert_array_equal(after, after[:1] + np.arange(len(after))[:, None])
     padded = capture_batch(vlm, [[picture()], [picture()]], [QUESTION, "how many shapes ?"])[1]
     shown = padded.tokens["kind"].ne("padding").to_numpy(dtype=bool)
     times = padded.tokens["rope_t"]
@@ -342,7 +339,7 @@ def test_rotary_positions_are_those_of_the_model() -> None:
 
 
 def test_rotary_positions_with_other_axes_are_left_out() -> None:
-    """HunYuan-VL has four: none of its numbers is taken for a time, a row or a column."""
+    """HunYuan-VL has four axes; they are not stored as time, row and column."""
     sample = capture(VLM(*real("hunyuan_vl")), picture(), QUESTION, **STEPS)
     assert "row" in sample.tokens.columns
     assert not {"rope_t", "rope_h", "rope_w"} & set(sample.tokens.columns)

@@ -1,4 +1,4 @@
-"""Videos through capture: labelled, put back together, generated from, with real processors."""
+"""Capture of videos: token labels, grids, generation and batches, with real processors."""
 
 import copy
 
@@ -14,7 +14,7 @@ from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import open_video
 from xmodal_interp.models.padding import runs_alone
 
-pytestmark = pytest.mark.filterwarnings(  # of the processors, about themselves
+pytestmark = pytest.mark.filterwarnings(  # processors warn about their own deprecations
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 QUESTION = "where is the red circle?"
@@ -29,15 +29,15 @@ EITHER = {
     **dict.fromkeys(("glm4v", "glm46v", "smolvlm"), "Image features and image tokens do not match"),
     "molmo2": "pixel_values and pixel_values_videos are provided at the same time",
 }
-"""Types whose videos take image tokens, so that the model refuses both in one batch, and how."""
+"""Types that use image tokens for videos and raise this error for images and videos together."""
 BOTH = [name for name in TYPES if name not in EITHER]
 WITHOUT_TOWER = {"gemma4_unified"}
-"""Types that project patches right into the language model."""
+"""Types without a vision tower: patches are projected into the language model."""
 WITH_TOWER = [name for name in TYPES if name not in WITHOUT_TOWER]
 ONLY_CACHED = {"ernie4_5_vl_moe"}
-"""Types that cannot generate without a cache, recorded or not."""
+"""Types that cannot generate without a cache, also without recording."""
 MERGING = {"minicpmv4_6", "minicpmv4_7"}
-"""Types whose tower merges four patches into one behind its first layer."""
+"""Types whose tower merges four patches into one after its first layer."""
 STEPS = {"max_new_tokens": 4, "generation": {"min_new_tokens": 4}}
 
 
@@ -59,7 +59,7 @@ def close(one: AttentionCall, other: AttentionCall) -> None:
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_a_question_about_a_video(model_type: str) -> None:
+def test_tokens_grids_and_calls_of_a_video(model_type: str) -> None:
     vlm, video = vlm_of(model_type), clip(4, 0)
     sample = xi.capture(vlm, [], QUESTION, videos=video, **STEPS)
     (grid,) = sample.video_grids
@@ -100,7 +100,7 @@ def test_a_question_about_a_video(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_the_answer_is_that_of_plain_generation(model_type: str) -> None:
+def test_answers_equal_those_without_capture(model_type: str) -> None:
     vlm, video = vlm_of(model_type), clip(4, 0)
     inputs, _ = vlm.prepare([[]], [QUESTION], videos=[[video]])
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -120,8 +120,8 @@ def test_the_answer_is_that_of_plain_generation(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", BOTH)
-def test_images_and_videos_come_apart(model_type: str) -> None:
-    """The tower sees each as it does alone; calls are numbered by images, then by videos."""
+def test_images_and_videos_are_separated(model_type: str) -> None:
+    """Each has the same calls as when captured alone, numbered by images, then by videos."""
     vlm = vlm_of(model_type)
     pictures, videos = [noise(64, 48, 1)], [clip(4, 0), clip(4, 1)]
     together = xi.capture(vlm, pictures, QUESTION, videos=videos)
@@ -165,13 +165,13 @@ def test_a_padded_batch_with_images_and_videos(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", EITHER)
-def test_types_that_read_either_refuse_both(model_type: str) -> None:
+def test_types_that_take_images_or_videos_raise_for_both(model_type: str) -> None:
     with pytest.raises(ValueError, match=EITHER[model_type]):
         xi.capture(vlm_of(model_type), noise(64, 48, 1), QUESTION, videos=clip(4, 0))
 
 
-def test_a_prompt_of_ones_own_may_have_the_video_first() -> None:
-    """InternVL reads what the prompt has in its order; calls are numbered by images first."""
+def test_a_prompt_may_have_the_video_before_the_image() -> None:
+    """InternVL reads images and videos in prompt order; calls are numbered by images first."""
     vlm, image, video = vlm_of("internvl"), noise(64, 48, 1), clip(4, 0)
     sample = xi.capture(vlm, image, "user: <video> <IMG_CONTEXT> which ?", videos=video)
     assert sample.where("video").max() < sample.where("image").min()
@@ -181,8 +181,8 @@ def test_a_prompt_of_ones_own_may_have_the_video_first() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["smolvlm", "gemma4", "glm5_next"])
-def test_videos_of_other_lengths_and_shapes_come_apart(model_type: str) -> None:
-    """What shorter ones are padded with is no part of them."""
+def test_videos_of_different_lengths_and_shapes_are_separated(model_type: str) -> None:
+    """Padding of shorter videos is removed."""
     vlm, videos = vlm_of(model_type), [clip(3, 0), clip(1, 1, 64, 96)]
     merged = 2 if model_type == "glm5_next" else 1
     together = xi.capture(vlm, [], QUESTION, videos=videos)
@@ -197,7 +197,7 @@ def test_videos_of_other_lengths_and_shapes_come_apart(model_type: str) -> None:
             close(ours, alone.call(layer, tower="vision"))
 
 
-def test_only_text_behind_the_video_is_kept() -> None:
+def test_keep_text_keeps_text_after_the_video() -> None:
     vlm, video = vlm_of("qwen2_vl"), clip(4, 0)
     sample = xi.capture(vlm, [], QUESTION, videos=video, keep=xi.Keep(queries="text"))
     rows = sample.call(0).query_positions.numpy()
@@ -205,7 +205,7 @@ def test_only_text_behind_the_video_is_kept() -> None:
     assert rows.min() > sample.where("video").max()
 
 
-def test_refusals() -> None:
+def test_error_messages() -> None:
     vlm = vlm_of("qwen2_vl")
     refusal = (
         "A video must be xi.Video([frame, ...], fps=...), each frame a path or a PIL image; got "
@@ -229,10 +229,10 @@ def test_refusals() -> None:
     sample = xi.capture(vlm, [], QUESTION, videos=clip(2, 0))
     with pytest.raises(GeometryError) as image_grid:
         sample.grid(np.zeros(24))
-    assert str(image_grid.value) == "The sample has 0 images; there is no image 0."
+    assert str(image_grid.value) == "There is no image 0: the sample has 0 images."
     with pytest.raises(GeometryError) as frame:
         sample.grid(np.zeros(24), video=0, frame=1)
-    assert str(frame.value) == "The sample has 1 frames; there is no frame 1."
+    assert str(frame.value) == "There is no frame 1: the sample has 1 frames."
     with pytest.raises(GeometryError) as count:
         sample.grid(np.zeros(7), video=0)
     assert str(count.value) == (
@@ -241,7 +241,7 @@ def test_refusals() -> None:
     )
 
 
-def test_a_chat_template_without_videos_is_refused() -> None:
+def test_a_chat_template_without_videos_is_an_error() -> None:
     vlm = xi.VLM(*real("qwen2_vl"))
     processor = copy.copy(vlm.processor)
     processor.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
@@ -254,8 +254,8 @@ def test_a_chat_template_without_videos_is_refused() -> None:
 
 
 @pytest.mark.parametrize("model_type", WITH_TOWER)
-def test_positions_of_the_tower_are_where_the_grid_says(model_type: str) -> None:
-    """Paint one patch of one frame: in the first layer, its query changes more than any other."""
+def test_grid_places_match_the_positions_of_the_tower(model_type: str) -> None:
+    """Paint one patch of one frame: in the first layer, its query changes the most."""
     vlm = vlm_of(model_type)
     (grid,) = vlm.prepare([[]], [QUESTION], videos=[[clip(4, 0)]])[1][0].video_grids
     size = grid.patch_cols * 8, grid.patch_rows * 8
@@ -273,12 +273,12 @@ def test_positions_of_the_tower_are_where_the_grid_says(model_type: str) -> None
         after = xi.capture(vlm, [], QUESTION, videos=xi.Video(painted, fps=2.0))
         queries = (each.call(first, tower="vision").q for each in (after, before))
         change = torch.sub(*queries).norm(dim=-1).sum(1)[0]
-        change[torch.from_numpy(grid.patch_places[:, 0] < 0)] = 0  # a class token hears of all
+        change[torch.from_numpy(grid.patch_places[:, 0] < 0)] = 0  # a class token sees all patches
         assert tuple(grid.patch_places[int(change.argmax())]) == (frame, row, col)
 
 
-def test_tokens_that_a_processor_leaves_out_have_no_place() -> None:
-    """VideoLLaMA3 keeps the first frame, and of the others what has changed."""
+def test_tokens_that_a_processor_drops_have_no_place() -> None:
+    """VideoLLaMA3 keeps the first frame, and only the changed patches of later frames."""
     vlm = vlm_of("video_llama_3")
     still = [Image.new("RGB", (96, 64), (90, 90, 90)) for _ in range(3)]
     still[2].paste((250, 20, 20), (64, 0, 96, 32))
@@ -290,7 +290,7 @@ def test_tokens_that_a_processor_leaves_out_have_no_place() -> None:
     assert second.n_tokens == 2 * second.rows * second.cols
     shown = ~np.isnan(sample.grid(np.ones(first.n_tokens), video=0))
     assert shown[0].all()
-    assert shown[1].sum() == 1  # a frame keeps one token at least
+    assert shown[1].sum() == 1  # each frame keeps at least one token
     changed = sample.tokens.iloc[sample.where("video", video=0, frame=2)]
     assert len(changed) == shown[2].sum() < n_cells
     assert (changed["x1"] > 64).all()

@@ -1,4 +1,4 @@
-"""The command line: every command does its work, and refuses in one line."""
+"""The command line: results, files, exit codes and one-line errors."""
 
 import pandas as pd
 import pytest
@@ -36,8 +36,8 @@ def test_analyze_prints_and_writes(store, tmp_path) -> None:
     assert len(pd.read_parquet(path)) == 32
 
 
-def test_printed_tables_can_be_read(store) -> None:
-    """At 80 columns, where every cell is whole; what all rows share is said once."""
+def test_printed_tables_fit_the_terminal(store) -> None:
+    """80 columns, no truncated cells; values that all rows share are printed once."""
     printed = run(app, ["analyze", str(store), "block-statistics", "--rows", "1000"]).output
     table = block_statistics(open_store(store))
     lines = printed.splitlines()
@@ -55,7 +55,7 @@ def test_printed_tables_can_be_read(store) -> None:
     assert dict(zip(heads[0], row, strict=True))["mass"] == f"{there['mass']:.4g}"
 
 
-def test_plot_writes_a_picture(store, tmp_path) -> None:
+def test_plot_writes_a_figure(store, tmp_path) -> None:
     path = tmp_path / "layers.png"
     options = ["--queries", "shapes", "--path", str(path)]
     result = run(app, ["plot", str(store), "layer-overlays", *options])
@@ -77,7 +77,7 @@ def test_info_of_a_store_and_of_a_model(store) -> None:
 def test_check_finds_damage(store) -> None:
     good = run(app, ["check", str(store)])
     assert good.exit_code == 0
-    assert "all as they were written" in good.output
+    assert "none damaged or missing" in good.output
     tensors = next(store.glob("samples/counted/*.safetensors"))
     whole = tensors.read_bytes()
     try:
@@ -107,7 +107,7 @@ def test_doctor_fails_with_exit_code_1(monkeypatch) -> None:
     )
 
 
-def test_families_are_listed_and_written() -> None:
+def test_families_prints_a_table_and_a_markdown_page() -> None:
     listed = run(app, ["families"])
     assert listed.exit_code == 0
     assert "97 types, measured with torch " in listed.output
@@ -125,10 +125,10 @@ def test_families_are_listed_and_written() -> None:
             "Pass a folder that capture_dataset has written",
         ),
         (["capture", "x", "--prompt", "what ?"], "--image with --prompt, or --items"),
-        (["capture", "x", "--items", "none.csv"], "Items come from a file that exists"),
+        (["capture", "x", "--items", "none.csv"], "The file of items 'none.csv' does not exist."),
         (
             ["capture", "x", "--items", "none.csv", "--image", "a.png"],
-            "--items goes without --image, --prompt and --name.",
+            "--items cannot be combined with --image, --prompt or --name.",
         ),
         (
             ["capture", "x", "--image", "a.png", "--prompt", "?", "--dtype", "float17"],
@@ -136,7 +136,7 @@ def test_families_are_listed_and_written() -> None:
         ),
     ],
 )
-def test_refusals_are_one_line_with_exit_code_1(arguments, words) -> None:
+def test_errors_are_one_line_with_exit_code_1(arguments, words) -> None:
     result = run(app, arguments)
     assert result.exit_code == 1
     assert result.output.startswith("error:")
@@ -144,7 +144,7 @@ def test_refusals_are_one_line_with_exit_code_1(arguments, words) -> None:
     assert "Traceback" not in result.output
 
 
-def test_a_figure_in_no_known_format_is_refused(store) -> None:
+def test_a_figure_in_an_unknown_format_is_an_error(store) -> None:
     path = store.parent / "a.foo"
     result = run(app, ["plot", str(store), "overlay", "--queries", "shapes", "--path", str(path)])
     assert result.exit_code == 1
@@ -155,15 +155,18 @@ def test_a_figure_in_no_known_format_is_refused(store) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["analyze", "block-statistics", "--queries", "shapes"], "takes no --queries"),
-        (["plot", "layer-overlays", "--queries", "shapes", "--layer", "9"], "takes no --layer"),
-        (["plot", "token-head-grid", "--head", "9"], "takes no --head"),
-        (["plot", "overlay"], "needs --queries"),
+        (["analyze", "block-statistics", "--queries", "shapes"], "does not take --queries"),
+        (
+            ["plot", "layer-overlays", "--queries", "shapes", "--layer", "9"],
+            "does not take --layer",
+        ),
+        (["plot", "token-head-grid", "--head", "9"], "does not take --head"),
+        (["plot", "overlay"], "requires --queries"),
         (["plot", "attention-matrix", "--head", "99"], "99"),
         (["plot", "mask-structure", "--head", "99"], "99"),
     ],
 )
-def test_options_are_used_or_refused(store, tmp_path, arguments, words) -> None:
+def test_wrong_options_are_errors(store, tmp_path, arguments, words) -> None:
     command, name, *options = arguments
     path = tmp_path / ("a.png" if command == "plot" else "a.csv")
     result = run(app, [command, str(store), name, *options, "--path", str(path)])
@@ -172,9 +175,9 @@ def test_options_are_used_or_refused(store, tmp_path, arguments, words) -> None:
     assert not path.exists()
 
 
-def test_an_error_within_an_analysis_is_not_blamed_on_the_options(store, monkeypatch) -> None:
+def test_a_type_error_inside_an_analysis_is_raised(store, monkeypatch) -> None:
     def broken(store, queries=None):
-        return len(store) + queries  # a number and a text
+        return len(store) + queries  # an int and a string
 
     monkeypatch.setitem(ANALYSES, "token-ratio", broken)
     result = run(app, ["analyze", str(store), "token-ratio", "--queries", "shapes"])
@@ -190,7 +193,7 @@ def test_help_lists_every_name_with_its_options(monkeypatch) -> None:
     assert any("--queries --layer --head" in line for line in lines)
 
 
-def test_a_store_goes_on_with_one_image_at_a_time(tmp_path) -> None:
+def test_a_store_can_be_extended_by_single_images(tmp_path) -> None:
     picture().save(tmp_path / "scene.png")
     store = str(tmp_path / "store")
     options = ["--image", str(tmp_path / "scene.png"), "--layers", "1", "--max-new-tokens", "1"]
@@ -198,9 +201,9 @@ def test_a_store_goes_on_with_one_image_at_a_time(tmp_path) -> None:
         result = run(app, ["capture", store, "--prompt", prompt, "--name", name, *options])
         assert result.exit_code == 0, result.output
     assert open_store(store).names == ("a", "b")
-    told = " ".join(run(app, ["info", store]).output.split())
-    assert "layers 1," in told
-    assert "max_new_tokens 1 " in told
+    printed = " ".join(run(app, ["info", store]).output.split())
+    assert "layers 1," in printed
+    assert "max_new_tokens 1 " in printed
 
 
 def test_the_shipped_models_take_a_dtype(tmp_path) -> None:
@@ -213,13 +216,13 @@ def test_the_shipped_models_take_a_dtype(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("empty.csv", b"", "must be readable as CSV in UTF-8"),
-        ("cut.jsonl", b'{"image": "a', "must be readable as JSONL in UTF-8"),
-        ("latin.csv", b"image,prompt\na.png,\xe9\n", "must be readable as CSV in UTF-8"),
-        ("rows.csv", b"image,prompt\n", "At least one item is needed; rows.csv has none."),
+        ("empty.csv", b"", "empty.csv cannot be read as CSV in UTF-8"),
+        ("cut.jsonl", b'{"image": "a', "cut.jsonl cannot be read as JSONL in UTF-8"),
+        ("latin.csv", b"image,prompt\na.png,\xe9\n", "latin.csv cannot be read as CSV in UTF-8"),
+        ("rows.csv", b"image,prompt\n", "rows.csv has no rows; it must have at least one item."),
     ],
 )
-def test_items_that_cannot_be_read(tmp_path, name, content, words) -> None:
+def test_unreadable_items_are_errors(tmp_path, name, content, words) -> None:
     (tmp_path / name).write_bytes(content)
     result = run(app, ["capture", str(tmp_path / "store"), "--items", str(tmp_path / name)])
     assert result.exit_code == 1
@@ -227,7 +230,7 @@ def test_items_that_cannot_be_read(tmp_path, name, content, words) -> None:
     assert not (tmp_path / "store").exists()
 
 
-def test_a_picture_that_cannot_be_written(store, tmp_path) -> None:
+def test_a_figure_that_cannot_be_written_is_an_error(store, tmp_path) -> None:
     (tmp_path / "file").write_text("not a folder")
     wrong = {
         tmp_path / "file" / "a.png": "Cannot write the figure",
@@ -248,7 +251,7 @@ def test_wrong_usage_is_exit_code_2() -> None:
 
 
 @pytest.mark.parametrize("command", ["analyze", "plot"])
-def test_outputs_overwrite_nothing_and_stay_out_of_stores(store, tmp_path, command) -> None:
+def test_outputs_never_overwrite_files_or_enter_stores(store, tmp_path, command) -> None:
     ending = "png" if command == "plot" else "csv"
     name = "mask-structure" if command == "plot" else "block-statistics"
     there, link, folder = (tmp_path / f"{n}.{ending}" for n in ("there", "link", "folder"))
@@ -262,10 +265,10 @@ def test_outputs_overwrite_nothing_and_stay_out_of_stores(store, tmp_path, comma
         there: "exists. Choose another --path, or pass --force to overwrite it.",
         link: "is a symbolic link.",
         folder: "is a folder.",
-        store / f"new.{ending}": "Nothing else is written into a store.",
-        sample / "image-0.png": "Nothing else is written into a store.",
-        store / "manifest.json": "Nothing else is written into a store.",
-        tmp_path / "store" / f"new.{ending}": "Nothing else is written into a store.",
+        store / f"new.{ending}": "where only samples are written.",
+        sample / "image-0.png": "where only samples are written.",
+        store / "manifest.json": "where only samples are written.",
+        tmp_path / "store" / f"new.{ending}": "where only samples are written.",
     }
     for path, words in refused.items():
         for force in ([], ["--force"]) if path != there else ([],):
@@ -280,7 +283,7 @@ def test_outputs_overwrite_nothing_and_stay_out_of_stores(store, tmp_path, comma
     assert there.read_bytes() != b"years of work"
 
 
-def test_a_refused_capture_leaves_nothing_behind(tmp_path) -> None:
+def test_a_failed_capture_leaves_no_files(tmp_path) -> None:
     picture().save(tmp_path / "scene.png")
     folder = tmp_path / "thesis"
     folder.mkdir()

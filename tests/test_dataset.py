@@ -1,4 +1,4 @@
-"""From a data set to a store: what is captured, gone on with, refused and noted."""
+"""Capture of data sets: resumed runs, batches, errors and failures."""
 
 import logging
 import re
@@ -18,7 +18,7 @@ from xmodal_interp.store import check_store, open_store, schema, writer
 
 @pytest.fixture
 def captured(monkeypatch):
-    """How many samples each call of the model was about."""
+    """The batch size of each call of ``capture_batch``."""
     sizes: list[int] = []
 
     def counted(vlm, images, prompts, **options):
@@ -34,7 +34,7 @@ def run(path, asked, **options):
     return capture_dataset(shipped(), asked, path, **{"progress": False, **options})
 
 
-def test_samples_are_those_of_capture(tmp_path):
+def test_samples_equal_those_of_capture(tmp_path):
     asked = items(2)
     store = run(tmp_path, asked, max_new_tokens=3)
     assert store.names == ("item-000000", "item-000001")
@@ -83,7 +83,7 @@ def test_rows_of_a_table(tmp_path):
     ]
 
 
-def test_going_on(tmp_path, captured, caplog, capsys):
+def test_resuming(tmp_path, captured, caplog, capsys):
     asked = items(5)
     run(tmp_path, asked[:2])
     assert captured == [1, 1]
@@ -92,17 +92,18 @@ def test_going_on(tmp_path, captured, caplog, capsys):
     assert captured[2:] == [2, 1]
     assert len(store) == 5
     assert caplog.messages == [
-        f"{tmp_path}: 2 of 5 samples were there already, 3 were captured, 0 failed."
+        f"{tmp_path}: 2 of 5 samples were already in the store, 3 were captured, 0 failed."
     ]
     run(tmp_path, asked, progress=True)
     assert captured[4:] == []
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert f"{tmp_path}: 5 of 5 samples were there already, 0 were captured, 0 failed." in shown.err
+    counted = f"{tmp_path}: 5 of 5 samples were already in the store, 0 were captured, 0 failed."
+    assert counted in shown.err
     assert "sample/s" in shown.err
 
 
-def test_an_interrupt_leaves_a_store_to_go_on_with(tmp_path, captured):
+def test_an_interrupted_run_can_be_resumed(tmp_path, captured):
     def interrupted():
         yield from items(3)
         raise KeyboardInterrupt
@@ -139,9 +140,9 @@ def test_another_item_of_the_same_name(tmp_path):
         with pytest.raises(StoreError) as refusal:
             run(tmp_path, [item], on_error="skip")
         assert str(refusal.value) == (
-            "An item keeps its name from run to run. Item 0 ('item-000000') has another prompt, "
-            f"other labels or another image than the sample 'item-000000' in {tmp_path}. Give "
-            "items names of their own (name or id), or write to another folder."
+            "Item 0 ('item-000000') differs in prompt, labels or images from the sample "
+            f"'item-000000' in {tmp_path}. Give each item a unique name or id, or write to another "
+            "folder."
         )
 
 
@@ -156,7 +157,7 @@ def test_other_settings(tmp_path):
     )
 
 
-def test_another_model_or_another_state_of_it(tmp_path):
+def test_another_model_or_changed_weights(tmp_path):
     run(tmp_path, items(1))
     with pytest.raises(StoreError, match="model_type is 'llava' in the store and 'qwen2_vl' now"):
         capture_dataset(shipped("qwen2_vl"), items(1), tmp_path, progress=False)
@@ -179,7 +180,7 @@ def test_probabilities_instead_of_queries_and_keys(tmp_path):
         assert call.dense.dtype == torch.float16
         probs = exact.calls[key].probs()
         error = (call.probs() - probs).abs()
-        assert (error <= probs * 2**-11 + 2**-25).all()  # half a step of float16; subnormal below
+        assert (error <= probs * 2**-11 + 2**-25).all()  # half an ulp of float16, or of subnormals
         assert torch.equal(call.visible(), exact.calls[key].visible())
         file = f"{key[0]}-{key[1]}-{key[2]:03d}.safetensors"
         size = (tmp_path / "dense" / schema.SAMPLES / dense.name / file).stat().st_size
@@ -204,30 +205,30 @@ def test_text_rows_of_some_layers(tmp_path):
     with pytest.raises(NotRecordedError) as refusal:
         found.probs(2)
     assert str(refusal.value) == (
-        "Only what was kept can be asked for. language self-attention kept layers [1, 3], not 2. "
-        "Capture again with this layer."
+        "Layer 2 of language self-attention was not kept; kept layers: [1, 3]. Capture again with "
+        "this layer."
     )
     with pytest.raises(NotRecordedError, match="does not hold the query rows 0;"):
         found.probs(1, queries=[0])
-    with pytest.raises(NotRecordedError, match="vision self-attention kept layers none, not 0"):
+    with pytest.raises(NotRecordedError, match="Layer 0 of vision self-attention was not kept"):
         found.call(0, tower="vision")
     assert found.call(1).v is None
 
 
 @pytest.mark.usefixtures("any_type")
-def test_skipping_and_trying_again(tmp_path, monkeypatch):
-    """Failures are listed until they are mended; the rest of a batch is captured alone."""
+def test_skipped_items_are_listed_and_tried_again(tmp_path, monkeypatch):
+    """Failures are listed until they succeed; the other items of the batch are captured alone."""
     asked = [{**each, "name": name} for each, name in zip(items(4), "abcd", strict=True)]
     broken = [asked[0], {**asked[1], "image": "nowhere.png"}, *asked[2:], "e"]
     original = dataset.capture_batch
 
     def refusing(vlm, images, prompts, **options):
         if asked[3]["prompt"] in prompts:
-            raise IndexError("index out of range in self")  # a table of positions that is too short
+            raise IndexError("index out of range in self")  # as if the input were too long
         return original(vlm, images, prompts, **options)
 
     monkeypatch.setattr(dataset, "capture_batch", refusing)
-    for _ in range(2):  # nothing is listed twice
+    for _ in range(2):  # a failure is listed once
         store = run(tmp_path, broken, batch_size=3, on_error="skip")
         assert store.names == ("a", "c")
         assert store.failures.fillna("").to_dict("records") == [
@@ -248,7 +249,7 @@ def test_skipping_and_trying_again(tmp_path, monkeypatch):
                 "item": 4,
                 "name": "",
                 "error": "InputError",
-                "message": "An item is a dict with image and prompt. Item 4 is a str.",
+                "message": "Item 4 is a str; it must be a dict with image and prompt.",
             },
         ]
     monkeypatch.setattr(dataset, "capture_batch", original)
@@ -258,14 +259,14 @@ def test_skipping_and_trying_again(tmp_path, monkeypatch):
     assert check_store(tmp_path)["ok"].all()
 
 
-def test_what_the_model_refuses_names_its_items(tmp_path, monkeypatch):
+def test_errors_of_the_model_name_the_items(tmp_path, monkeypatch):
     def refusing(*_, **__):
-        raise CaptureError("unheard")
+        raise CaptureError("missed")
 
     monkeypatch.setattr(dataset, "capture_batch", refusing)
-    with pytest.raises(CaptureError, match="unheard") as refusal:
+    with pytest.raises(CaptureError, match="missed") as refusal:
         run(tmp_path, items(2), batch_size=2)
-    assert str(refusal.value) == "unheard"
+    assert str(refusal.value) == "missed"
     assert refusal.value.__notes__ == ["Raised by Item 0 ('item-000000'), Item 1 ('item-000001')."]
 
 
@@ -276,13 +277,13 @@ def test_what_the_model_refuses_names_its_items(tmp_path, monkeypatch):
         (
             {"train": []},
             {},
-            "items is a sequence of dicts, or one split of a data set; got a dict.",
+            "items must be a sequence of dicts, or one split of a data set; got a dict.",
         ),
         ([], {"batch_size": 0}, "batch_size must be 1 or more; got 0."),
         ([], {"on_error": "ignore"}, "on_error must be 'raise' or 'skip'; got 'ignore'."),
     ],
 )
-def test_options(tmp_path, asked, options, message):
+def test_invalid_options(tmp_path, asked, options, message):
     with pytest.raises(InputError) as refusal:
         run(tmp_path, asked, **options)
     assert str(refusal.value) == message

@@ -53,7 +53,7 @@ def test_the_page_shows_every_picture_and_links_every_table(findings) -> None:
     assert len(shown) == 14
     for picture in shown:
         with Image.open(findings.folder / picture) as image:
-            assert len(image.convert("RGB").getcolors(2**24)) > 16  # something is drawn
+            assert len(image.convert("RGB").getcolors(2**24)) > 16  # not blank
     links = re.findall(r'href="(tables/[^"]+)"', page)
     assert all((findings.folder / link).exists() for link in links)
     assert {Path(link).stem for link in links} == set(findings.tables)
@@ -86,7 +86,7 @@ def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_an_earlier_demo_is_replaced_and_other_files_stay(earlier) -> None:
+def test_an_earlier_demo_is_replaced_and_other_files_are_kept(earlier) -> None:
     for _ in range(2):
         rewritten(earlier)
         assert files_in(earlier) == {MARK, "report.md", "tables/mine.csv"}
@@ -95,7 +95,7 @@ def test_an_earlier_demo_is_replaced_and_other_files_stay(earlier) -> None:
     assert not (earlier / "pictures").exists()
 
 
-def test_a_demo_that_fails_leaves_the_earlier_one(earlier, tmp_path) -> None:
+def test_a_failed_demo_keeps_the_earlier_one(earlier, tmp_path) -> None:
     before = files_in(earlier)
     for folder in (earlier, tmp_path / "new"):
         with pytest.raises(FileNotFoundError):
@@ -104,7 +104,7 @@ def test_a_demo_that_fails_leaves_the_earlier_one(earlier, tmp_path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_files_that_were_changed_since_are_left_alone(earlier) -> None:
+def test_changed_files_are_not_overwritten(earlier) -> None:
     (earlier / "report.md").write_text("my notes")
     with pytest.raises(InputError) as error:
         rewritten(earlier)
@@ -121,10 +121,10 @@ def test_other_files_of_the_same_names_are_left_alone(earlier) -> None:
     with pytest.raises(InputError, match=r"did not write, at the paths of tables/mine\.csv"):
         rewritten(earlier, ("report.md", "tables/mine.csv"))
     assert (earlier / "tables" / "mine.csv").read_text() == "years,of,work"
-    assert open_store(earlier / "store")[0].call(0) is not None  # nothing was removed either
+    assert open_store(earlier / "store")[0].call(0) is not None  # the earlier demo is complete
 
 
-def test_nothing_is_written_through_links_or_removed_elsewhere(earlier, tmp_path) -> None:
+def test_links_are_not_followed_and_no_file_outside_is_removed(earlier, tmp_path) -> None:
     precious = tmp_path / "precious.txt"
     precious.write_text("work")
     (earlier / "report.md").unlink()
@@ -149,7 +149,7 @@ def test_a_demo_is_not_written_into_a_store(findings) -> None:
             run_demo(folder)
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path) -> None:
+def test_a_folder_with_other_files_is_an_error(tmp_path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError) as error:
         run_demo(tmp_path)

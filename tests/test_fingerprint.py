@@ -1,4 +1,4 @@
-"""Which model made a store: what changes a fingerprint, and what a resumed run refuses."""
+"""Changes of a model that change its fingerprint, and resumed runs with a changed model."""
 
 import copy
 import functools
@@ -63,25 +63,25 @@ def replace_forward(vlm: xi.VLM) -> None:
 STATES = {
     "one number of a weight": (edit_one_number, {"weights_digest"}),
     "a buffer": (edit_frequencies, {"buffers_digest"}),
-    "how it generates": (
+    "a generation setting": (
         lambda vlm: setattr(vlm.model.generation_config, "repetition_penalty", 1.5),
         {"generation_digest"},
     ),
     "an added token": (lambda vlm: vlm.tokenizer.add_tokens(["zebra"]), {"tokenizer_digest"}),
-    "the side of padding": (
+    "the padding side": (
         lambda vlm: setattr(vlm.tokenizer, "padding_side", "right"),
         {"tokenizer_digest"},
     ),
-    "the pixels": (resize, {"processor_digest"}),
-    "the prompt": (
+    "image normalisation": (resize, {"processor_digest"}),
+    "the chat template": (
         lambda vlm: setattr(vlm.processor, "chat_template", "{{ messages }}"),
         {"processor_digest"},
     ),
-    "training": (lambda vlm: vlm.model.train(), {"training", "modules_digest"}),
-    "dropout of one block": (drop, {"training", "modules_digest"}),
-    "a factor": (rescale, {"modules_digest"}),
+    "training mode": (lambda vlm: vlm.model.train(), {"training", "modules_digest"}),
+    "training mode of one block": (drop, {"training", "modules_digest"}),
+    "a scaling": (rescale, {"modules_digest"}),
     "a hook": (steer, {"hooks"}),
-    "another forward": (replace_forward, {"hooks"}),
+    "a replaced forward": (replace_forward, {"hooks"}),
     "the backend of one tower": (
         lambda vlm: vlm.model.set_attn_implementation({"vision_config": "eager"}),
         {"config_digest"},
@@ -90,7 +90,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_another_state_is_seen(state: str) -> None:
+def test_a_changed_model_changes_the_fingerprint(state: str) -> None:
     change, names = STATES[state]
     vlm = xi.load()
     before = fingerprint(vlm)
@@ -98,7 +98,7 @@ def test_another_state_is_seen(state: str) -> None:
     assert changed(before, fingerprint(vlm)) == names
 
 
-def test_settings_of_the_process_are_seen() -> None:
+def test_global_settings_change_the_fingerprint() -> None:
     vlm, plain = shipped(), fingerprint(shipped())
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert changed(plain, fingerprint(vlm)) == {"hooks"}
@@ -115,7 +115,7 @@ def test_settings_of_the_process_are_seen() -> None:
     assert changed(plain, fingerprint(vlm)) == set()
 
 
-def test_another_attention_function_of_the_same_name_is_seen(monkeypatch) -> None:
+def test_a_replaced_attention_function_changes_the_fingerprint(monkeypatch) -> None:
     functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
     vlm = xi.load()
     vlm.model.set_attn_implementation("sdpa")
@@ -131,7 +131,7 @@ def test_another_attention_function_of_the_same_name_is_seen(monkeypatch) -> Non
     assert found["hooks"][0].startswith("attention 'sdpa': ")
 
 
-def test_interventions_are_seen() -> None:
+def test_interventions_change_the_fingerprint() -> None:
     found = []
     for heads, mode in (({1: [0]}, "zero"), ({1: [1]}, "zero"), ({1: [0]}, "uniform")):
         with pytest.raises(xi.errors.CaptureError, match="did not run"):  # noqa: SIM117
@@ -143,19 +143,19 @@ def test_interventions_are_seen() -> None:
     assert found[0]["interventions"][0].startswith("HeadAblation(mode='zero', tower='language', ")
 
 
-def test_running_a_model_changes_nothing() -> None:
+def test_running_a_model_does_not_change_the_fingerprint() -> None:
     vlm = xi.load()
     before = fingerprint(vlm)
     item = items(1)[0]
     xi.capture(vlm, item["image"], item["prompt"], max_new_tokens=3)
     vlm.tokenizer(["a", "b c"], padding=True, truncation=True, max_length=4)
     inputs, _ = vlm.prepare([[item["image"]]], [item["prompt"]])
-    vlm.model(**inputs, output_attentions=True, output_hidden_states=True)  # puts on hooks, to stay
+    vlm.model(**inputs, output_attentions=True, output_hidden_states=True)  # leaves its own hooks
     with xi.record(vlm.model):
         assert fingerprint(vlm) == before
 
 
-def test_another_path_is_the_same_model(tmp_path) -> None:
+def test_the_path_of_a_model_does_not_matter(tmp_path) -> None:
     folder = tmp_path / "model"
     shipped().model.save_pretrained(folder)
     shipped().processor.save_pretrained(folder)
@@ -169,7 +169,7 @@ def test_another_path_is_the_same_model(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("way", ["hook", "intervention", "weights", "training"])
-def test_a_run_is_not_gone_on_with_in_another_state(tmp_path, way: str) -> None:
+def test_a_run_cannot_be_resumed_with_a_changed_model(tmp_path, way: str) -> None:
     vlm = xi.load()
     run = functools.partial(capture_dataset, vlm, items(2), tmp_path, progress=False)
     capture_dataset(vlm, items(1), tmp_path, progress=False)
@@ -188,7 +188,7 @@ def test_a_run_is_not_gone_on_with_in_another_state(tmp_path, way: str) -> None:
         run()
 
 
-def test_a_store_of_an_earlier_release_is_only_read(tmp_path, monkeypatch) -> None:
+def test_a_store_of_an_earlier_release_is_read_only(tmp_path, monkeypatch) -> None:
     def as_before(_: xi.VLM) -> dict:
         return {"weights_digest": "of 16 numbers of each"}
 
@@ -204,7 +204,7 @@ def test_a_store_of_an_earlier_release_is_only_read(tmp_path, monkeypatch) -> No
     )
 
 
-def test_offloaded_weights_are_those_in_memory(tmp_path) -> None:
+def test_offloaded_weights_have_the_same_digests(tmp_path) -> None:
     plain = fingerprint(shipped())
     for offload in (
         lambda model: accelerate.cpu_offload(model, torch.device("cpu")),
@@ -221,7 +221,7 @@ def test_offloaded_weights_are_those_in_memory(tmp_path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:.*quant:DeprecationWarning")
-def test_quantised_weights_of_equal_integers_differ_by_their_scales() -> None:
+def test_scales_of_quantised_weights_change_the_fingerprint() -> None:
     def quantised(factor: float) -> xi.VLM:
         vlm = xi.load()
         layer = last_layer(vlm)
@@ -243,7 +243,7 @@ def test_quantised_weights_of_equal_integers_differ_by_their_scales() -> None:
     assert changed(fingerprint(once), fingerprint(twice)) == {"modules_digest"}
 
 
-def test_scales_that_a_weight_or_a_module_keeps_beside_parameters_are_seen() -> None:
+def test_scales_in_attributes_change_the_fingerprint() -> None:
     def with_scale(where: str, scale: float) -> dict:
         vlm = xi.load()
         linear = last_layer(vlm).mlp.down_proj
@@ -258,8 +258,8 @@ def test_scales_that_a_weight_or_a_module_keeps_beside_parameters_are_seen() -> 
         assert changed(one, other) == {"modules_digest"}
 
 
-def test_any_change_of_any_number_is_seen() -> None:
-    """Slices that are moved, negated or exchanged have the same sums, and other digests."""
+def test_any_change_of_a_tensor_changes_its_digest() -> None:
+    """Includes permuted and negated slices, dtypes, shapes and single bits."""
     weight = torch.randn(64, 48)
     known = {tensor_digest(weight)}
     edits = [weight.flip(0), weight.roll(1, 1), -weight, weight[:, torch.randperm(48)], weight.T]
@@ -267,7 +267,7 @@ def test_any_change_of_any_number_is_seen() -> None:
     for place in np.random.default_rng(0).choice(weight.numel(), 200, replace=False):
         one = weight.clone()
         bits = one.view(torch.int32).view(-1)
-        bits[place] ^= 1  # the last bit of one
+        bits[place] ^= 1  # flips the lowest bit of one number
         edits.append(one)
     known |= {tensor_digest(each) for each in edits}
     assert len(known) > 200
@@ -275,7 +275,7 @@ def test_any_change_of_any_number_is_seen() -> None:
     assert tensor_digest(weight.bfloat16()) != tensor_digest(weight.half())
 
 
-def test_hooks_are_told_apart_by_what_they_do() -> None:
+def test_hooks_are_compared_by_code_and_closure() -> None:
     def hook(alpha, vector):
         def steered(*given):
             return given[-1] + alpha * vector

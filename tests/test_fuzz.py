@@ -1,4 +1,4 @@
-"""Whatever the public functions are given, they return, or raise an error of this package."""
+"""Public functions with random arguments return a result or raise an error of this package."""
 
 import inspect
 
@@ -20,7 +20,7 @@ N_CALLS = 250
 
 
 @pytest.mark.usefixtures("any_type")
-def test_random_arguments_end_in_results_or_in_our_errors() -> None:
+def test_random_arguments_raise_only_errors_of_this_package() -> None:
     """``python -m tests.fuzzing 10000`` makes more calls."""
     found = raw_errors(N_CALLS, seed=0)
     assert [what for what in found if what.startswith("raw ")] == []
@@ -52,7 +52,7 @@ def item() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", NONSENSE)
-def test_nonsense_is_refused(name: str) -> None:
+def test_invalid_arguments_are_errors(name: str) -> None:
     with pytest.raises(InputError):
         NONSENSE[name]()
 
@@ -62,7 +62,7 @@ def test_no_heads_are_an_error_of_analyses() -> None:
         xi.cross_modal_ratio(SAMPLE, heads=[])
 
 
-def test_deep_labels_name_the_item(tmp_path) -> None:
+def test_an_error_in_nested_labels_names_the_item(tmp_path) -> None:
     items = [{**item(), "extra": nested(5000)}]
     with pytest.raises(InputError, match=r"^Item 0 \('item-000000'\)"):
         xi.capture_dataset(xi.load(), items, tmp_path / "store", progress=False)

@@ -1,4 +1,4 @@
-"""Items of a data set: what their entries become, and what is refused."""
+"""Items of a data set: their entries, digests and errors."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_entries_of_an_item(tmp_path):
 
 PICTURE = items(1)[0]["image"]
 UNUSABLE = {
-    "no dict": ("a.png", "An item is a dict with image and prompt. Item 0 is a str."),
+    "no dict": ("a.png", "Item 0 is a str; it must be a dict with image and prompt."),
     "no image": (
         {"prompt": "?", "picture": 1},
         "Item 0 ('item-000000') has no 'image' or 'images' (its entries are prompt, picture). Give "
@@ -51,7 +51,7 @@ UNUSABLE = {
     ),
     "wrong image": (
         {"image": np.zeros((4, 4, 3)), "prompt": "?"},
-        "An image is a path or a PIL image. Item 0 ('item-000000') has a ndarray.",
+        "Item 0 ('item-000000'): an image must be a path or a PIL image; got ndarray.",
     ),
     "missing image": (
         {"image": "nowhere.png", "prompt": "?", "id": 5},
@@ -60,7 +60,7 @@ UNUSABLE = {
     ),
     "empty prompt": (
         {"image": PICTURE, "prompt": " "},
-        "A prompt is a text that is not empty. Item 0 ('item-000000') has ' '.",
+        "Item 0 ('item-000000'): the prompt must be a non-empty string; got ' '.",
     ),
     "no json": (
         {"image": PICTURE, "prompt": "?", "words": {"a"}},
@@ -85,17 +85,16 @@ def test_unusable_item(tmp_path, case):
     assert len(open_store(tmp_path)) == 0
 
 
-def test_two_items_of_one_name(tmp_path):
+def test_two_items_of_the_same_name(tmp_path):
     with pytest.raises(InputError) as refusal:
         run(tmp_path, [{**each, "name": name} for each, name in zip(items(2), "xX", strict=True)])
     assert str(refusal.value) == (
-        "Items must have different names, also where case is ignored. Item 1 ('X') has the name of "
-        "item 0."
+        "Item 1 ('X') has the same name as item 0; names must be unique, ignoring case."
     )
     assert open_store(tmp_path).names == ("x",)
 
 
-def test_an_image_that_is_cut_off(tmp_path):
+def test_a_truncated_image_file(tmp_path):
     PICTURE.save(tmp_path / "whole.png")
     cut = tmp_path / "cut.png"
     cut.write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
@@ -121,6 +120,6 @@ def test_pictures_are_identified_by_their_content(tmp_path):
     with pytest.raises(InputError) as refusal:
         digest(tmp_path / "nowhere.png")
     assert str(refusal.value) == (
-        f"Item 0 ('x'): An image must be a file that can be read; "
-        f"{str(tmp_path / 'nowhere.png')!r} cannot: No such file or directory."
+        f"Item 0 ('x'): The image {str(tmp_path / 'nowhere.png')!r} cannot be read: No such file "
+        "or directory."
     )

@@ -1,4 +1,4 @@
-"""Paths as users write them, and stores as they are indexed."""
+"""Paths with ``~``, invalid paths, and indexing of stores."""
 
 import inspect
 import json
@@ -31,7 +31,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_tilde_is_the_home_folder_everywhere(home: Path) -> None:
+def test_a_tilde_is_expanded_everywhere(home: Path) -> None:
     with StoreWriter("~/runs/one", SETTINGS, images=False) as writer:
         writer.write(stored())
     assert (home / "runs" / "one" / "manifest.json").exists()
@@ -53,12 +53,12 @@ def test_a_tilde_is_the_home_folder_everywhere(home: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["a\0b", 3, None, b"bytes", "\ud800.png", "~nobody-at-all/x"])
-def test_what_cannot_be_a_path_is_refused(path: object) -> None:
+def test_invalid_paths_are_errors(path: object) -> None:
     with pytest.raises(InputError):
         user_path(path)
 
 
-def test_a_store_is_indexed_as_an_array_is(tmp_path: Path) -> None:
+def test_a_store_is_indexed_like_an_array(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "s", SETTINGS, images=False) as writer:
         for name in "abc":
             writer.write(stored(name))
@@ -84,8 +84,8 @@ def test_tables_of_analyses_can_be_written_as_json_tables() -> None:
     assert [row["index"] for row in written] == table["index"].tolist()
 
 
-def test_a_picture_that_the_processor_refuses_is_one_line(tmp_path) -> None:
-    """Qwen2-VL's image processor (transformers 5.23, smart_resize) takes no ratio over 200."""
+def test_an_error_of_the_processor_is_one_line(tmp_path) -> None:
+    """Qwen2-VL's image processor (transformers 5.23, smart_resize) limits aspect ratios to 200."""
     vlm = xi.VLM(real("qwen2_vl")[0], settled("qwen2_vl"))
     narrow = Image.new("RGB", (3000, 10))
     with pytest.raises(InputError) as refusal:

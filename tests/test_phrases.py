@@ -1,4 +1,4 @@
-"""Phrases are whole words, where words are what a script makes of them."""
+"""Phrases match whole words, with the word boundaries of their script."""
 
 import pytest
 
@@ -29,38 +29,36 @@ FOUND = [
 
 
 @pytest.mark.parametrize(("phrase", "text", "found"), FOUND, ids=[each[1] for each in FOUND])
-def test_found_where_the_script_lets_words_begin_and_end(phrase: str, text: str, found: str):
+def test_phrases_start_and_end_at_word_boundaries(phrase: str, text: str, found: str):
     start, end = span_of(phrase, text, None, hidden=lambda *_: False)
     assert text[start:end] == found
     assert text.rindex(found) == start
 
 
 LONGER = [
-    ("cross", "the crossing", "a longer word: 'crossing'"),
-    ("cross", "across, crossing; Across", "longer words: 'across', 'crossing', 'Across'"),
-    ("양이", "빨간 고양이가", "a longer word: '고양이가'"),
-    ("cafe", f"the {NFD}s", f"a longer word: '{NFD}s'"),
-    ("แม", "แม่", "a longer word: 'แม่'"),
-    ("e", "ae be ce de", "longer words: 'ae', 'be', 'ce', ..."),
+    ("cross", "the crossing", ("a longer word", "'crossing'")),
+    ("cross", "across, crossing; Across", ("longer words", "'across', 'crossing', 'Across'")),
+    ("양이", "빨간 고양이가", ("a longer word", "'고양이가'")),
+    ("cafe", f"the {NFD}s", ("a longer word", f"'{NFD}s'")),
+    ("แม", "แม่", ("a longer word", "'แม่'")),
+    ("e", "ae be ce de", ("longer words", "'ae', 'be', 'ce', ...")),
 ]
 
 
 @pytest.mark.parametrize(("phrase", "text", "words"), LONGER, ids=[each[1] for each in LONGER])
-def test_only_inside_longer_words(phrase: str, text: str, words: str) -> None:
+def test_a_phrase_inside_longer_words_is_an_error(phrase: str, text: str, words) -> None:
     with pytest.raises(PhraseError) as refusal:
         span_of(phrase, text, None, hidden=lambda *_: False)
     assert str(refusal.value) == (
-        f"A phrase must occur in the sample's text as whole words. {phrase!r} occurs only inside "
-        f"{words}."
+        f"{phrase!r} occurs only inside {words[0]} of the sample's text: {words[1]}. Pass a phrase "
+        "of whole words."
     )
 
 
-def test_a_word_of_a_marker_is_no_longer_word() -> None:
+def test_words_in_placeholders_are_not_suggested() -> None:
     with pytest.raises(PhraseError) as refusal:
         span_of("ima", "<image> of a cat", None, hidden=lambda start, _: start < 7)
-    assert str(refusal.value) == (
-        "A phrase must occur in the sample's text. 'ima' is not in '<image> of a cat'."
-    )
+    assert str(refusal.value) == ("'ima' is not in the sample's text '<image> of a cat'.")
 
 
 def test_occurrences_do_not_overlap() -> None:
@@ -72,19 +70,19 @@ def test_occurrences_do_not_overlap() -> None:
 @pytest.mark.parametrize(
     ("phrase", "occurrence", "message"),
     [
-        (None, None, "A phrase is a text; got None."),
-        ("cat", 0.5, "An occurrence is a whole number, 0 for the first; got 0.5."),
-        ("cat", True, "An occurrence is a whole number, 0 for the first; got True."),
+        (None, None, "A phrase must be a string; got None."),
+        ("cat", 0.5, "occurrence must be an integer, 0 for the first; got 0.5."),
+        ("cat", True, "occurrence must be an integer, 0 for the first; got True."),
     ],
 )
-def test_something_else_than_a_phrase(phrase, occurrence, message: str) -> None:
+def test_wrong_types_are_errors(phrase, occurrence, message: str) -> None:
     with pytest.raises(InputError) as refusal:
         span_of(phrase, "a cat", occurrence, hidden=lambda *_: False)
     assert str(refusal.value) == message
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_a_sample_asked_in_chinese() -> None:
+def test_a_sample_with_a_chinese_question() -> None:
     sample = capture(VLM(*real("idefics3")), picture(64, 48), "这只猫在哪里")
     found = sample.find("猫")
     start, end = sample.text.index("猫"), sample.text.index("猫") + 1

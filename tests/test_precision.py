@@ -1,8 +1,8 @@
-"""Settings of the process do not change numbers.
+"""Results do not depend on global precision settings of torch.
 
 ``torch.set_float32_matmul_precision("medium")`` multiplies float32 matrices in bfloat16 on the CPU
 (torch 2.14.1, oneDNN), ``torch.autocast`` rounds the operands of products, and
-``torch.set_default_dtype`` is the dtype of tensors that are made without one.
+``torch.set_default_dtype`` sets the dtype of tensors that are created without one.
 """
 
 from collections.abc import Callable, Iterator
@@ -82,7 +82,7 @@ def test_tables_are_the_same(sample, setting) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_probabilities_are_those_of_the_recorded_operands(setting) -> None:
-    vlm = tiny_vlm("llava")  # made before: its weights have the default dtype
+    vlm = tiny_vlm("llava")  # created before, because its weights have the default dtype
     with SETTINGS[setting]():
         sample = xi.capture(vlm, picture(), QUESTION)
         probs = sample.probs(1)
@@ -93,7 +93,7 @@ def test_probabilities_are_those_of_the_recorded_operands(setting) -> None:
     torch.testing.assert_close(probs.double(), scores.softmax(-1)[0], atol=1e-5, rtol=0)
 
 
-def test_operands_under_autocast_are_those_that_the_kernel_computed_with() -> None:
+def test_operands_under_autocast_are_those_of_the_kernel() -> None:
     vlm = tiny_vlm("llava")
     seen = []
     kernel = functional.scaled_dot_product_attention
@@ -115,11 +115,11 @@ def test_operands_under_autocast_are_those_that_the_kernel_computed_with() -> No
     assert call.q.dtype == call.k.dtype == torch.bfloat16
     assert torch.equal(call.q, query.bfloat16())
     assert sample.provenance["autocast"] == "bfloat16"
-    assert sample.provenance["dtype"] == "float32"  # of the weights
+    assert sample.provenance["dtype"] == "float32"  # dtype of the weights
     assert "autocast" not in xi.capture(vlm, picture(), QUESTION).provenance
 
 
-def test_the_precision_of_products_is_stated() -> None:
+def test_provenance_states_the_matmul_precision() -> None:
     vlm = tiny_vlm("llava")
     with matmul_precision("medium"):
         sample = xi.capture(vlm, picture(), QUESTION)
@@ -127,7 +127,7 @@ def test_the_precision_of_products_is_stated() -> None:
 
 
 class Padded(nn.Module):
-    """Torch's own attention module with both of its masks, one boolean and one of numbers."""
+    """``nn.MultiheadAttention`` with a boolean padding mask and a float attention mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Padded(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_masks_of_torchs_own_module_under_another_default(dtype) -> None:
+def test_masks_of_multihead_attention_under_another_default_dtype(dtype) -> None:
     torch.manual_seed(0)
     model, x = Padded().eval(), torch.randn(2, 5, 8)
     padding = torch.zeros(2, 5, dtype=torch.bool)
@@ -153,7 +153,7 @@ def test_masks_of_torchs_own_module_under_another_default(dtype) -> None:
     assert torch.equal(*probs)
 
 
-def test_settings_are_as_before_afterwards() -> None:
+def test_full_precision_restores_the_settings() -> None:
     matmul = torch.backends.mkldnn.matmul
     with matmul_precision("medium"), torch.autocast("cpu", dtype=torch.bfloat16):
         with full_precision():

@@ -1,4 +1,4 @@
-"""Text of users is shown as it stands, wherever it goes: terminal, Markdown, SVG, CSV."""
+"""User text is printed literally: terminal, Markdown, SVG, CSV."""
 
 import dataclasses
 from xml.etree import ElementTree
@@ -22,14 +22,14 @@ HOSTILE = "[/x] [bold]a[/] \x1b[31mred \x00\x0b\u2028 \u202eback $x$ <b>&| `c` =
 
 
 @pytest.mark.parametrize("arguments", [["check", "[/x]"], ["analyze", "[row, col]", "sink-rate"]])
-def test_messages_are_no_markup(arguments: list[str]) -> None:
+def test_markup_in_messages_is_escaped(arguments: list[str]) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     assert result.output.startswith("error: ")
     assert arguments[1] in result.output.replace("\n", " ")
 
 
-def test_a_terminal_is_given_no_commands(tmp_path, monkeypatch) -> None:
+def test_control_characters_are_escaped(tmp_path, monkeypatch) -> None:
     out = Console(width=400, file=(tmp_path / "out").open("w"))
     monkeypatch.setattr(printing, "out", out)
     printing.say(HOSTILE, to=out)
@@ -40,7 +40,7 @@ def test_a_terminal_is_given_no_commands(tmp_path, monkeypatch) -> None:
     assert line.strip() == cell.strip() == shown
 
 
-def test_printing_a_stored_question(tmp_path) -> None:
+def test_markup_in_settings_of_a_store_is_escaped(tmp_path) -> None:
     question = HOSTILE.replace("\x00", "")
     hostile = dataclasses.replace(stored(), question=question)
     with StoreWriter(tmp_path / "store", {"model": "[/x]"}, images=False) as writer:
@@ -51,7 +51,7 @@ def test_printing_a_stored_question(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["svg", "pdf"])
-def test_figures_of_any_text_are_files_that_can_be_read(tmp_path, ending: str) -> None:
+def test_figures_with_hostile_text_are_valid_files(tmp_path, ending: str) -> None:
     made = fake()
     tokens = made.tokens.assign(token=[HOSTILE] * len(made))
     sample = dataclasses.replace(made, question=HOSTILE, answer=HOSTILE, tokens=tokens)
@@ -71,7 +71,7 @@ def test_figures_of_any_text_are_files_that_can_be_read(tmp_path, ending: str) -
             ElementTree.parse(path)
 
 
-def test_cells_are_no_formulas_and_numbers_stay() -> None:
+def test_formulas_are_escaped_and_numbers_are_not_changed() -> None:
     table = pd.DataFrame({"token": ["=1+1", "-", "+x", "@y", "plain", None], "value": -1.5})
     safe = for_spreadsheets(table)
     assert safe["token"].tolist()[:5] == ["'=1+1", "-", "'+x", "'@y", "plain"]
@@ -79,13 +79,13 @@ def test_cells_are_no_formulas_and_numbers_stay() -> None:
     assert table["token"][0] == "=1+1"
 
 
-def test_written_tables_are_safe_too(tmp_path) -> None:
+def test_formulas_are_escaped_in_csv_files(tmp_path) -> None:
     table = pd.DataFrame({"token": ["=1+1"], "value": [-1.0]})
     printing.write(table, tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text() == "token,value\n'=1+1,-1.0\n"
 
 
-def test_markdown_shows_the_text() -> None:
+def test_markdown_is_escaped() -> None:
     assert markdown_escaped("a|b\n# *c* <i>") == r"a\|b\\n\# \*c\* \<i\>"
     plain = jinja2.Environment(loader=jinja2.FunctionLoader(_template), trim_blocks=True)
     plain.filters["md"] = lambda value: markdown_escaped(str(value))
@@ -99,7 +99,7 @@ def test_markdown_shows_the_text() -> None:
     assert "\n# b" not in page
 
 
-def test_printable_keeps_what_is_for_reading() -> None:
+def test_printable_keeps_visible_characters() -> None:
     text = "naïve 日本語 👩\u200d🔬 a\u00a0b\nc\td"
     assert printable(text) == text
     assert printable("a\nb", lines=False) == r"a\nb"

@@ -1,4 +1,4 @@
-"""Recipes and the notebook run as they stand."""
+"""Recipes, the notebook and the examples of the README run without errors."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_recipe_writes_its_pictures(name: str, tmp_path: Path) -> None:
+def test_a_recipe_writes_its_figures(name: str, tmp_path: Path) -> None:
     option, n_pictures = PICTURES[name]
     target = tmp_path / "layers.png" if option == "--save-path" else tmp_path
     command = [sys.executable, str(ROOT / "recipes" / name), option, str(target)]
@@ -27,7 +27,7 @@ def test_a_recipe_writes_its_pictures(name: str, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.png"))) == n_pictures
 
 
-def test_the_notebook_runs_and_is_committed_with_its_pictures(tmp_path: Path) -> None:
+def test_the_notebook_runs_and_is_committed_with_outputs(tmp_path: Path) -> None:
     notebook = nbformat.read(ROOT / "notebooks" / "story.ipynb", as_version=4)
     pictures = [
         output
@@ -49,7 +49,9 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "layers.png").exists()
 
 
-def test_the_family_of_the_readme_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_family_example_of_the_readme_passes_the_doctor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     code = (ROOT / "README.md").read_text().split("<!-- family -->\n```python\n")[1].split("```")[0]
     monkeypatch.chdir(ROOT)
     names: dict = {}

@@ -1,4 +1,4 @@
-"""Models and inputs that many tests share: tiny, random, offline."""
+"""Tiny random models and inputs shared by tests; offline."""
 
 import functools
 
@@ -16,7 +16,7 @@ QUESTION = "What color is the red circle?"
 
 @functools.cache
 def tiny_vlm(family: str) -> VLM:
-    """A random model whose attention is far from uniform: its query weights are scaled up."""
+    """Return a random model with large query weights, so that its attention is not uniform."""
     model = untrained(family, seed=3)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -26,5 +26,5 @@ def tiny_vlm(family: str) -> VLM:
 
 
 def picture(width: int = 96, height: int = 96, seed: int = 0) -> Image.Image:
-    """A scene with a few shapes."""
+    """Return a scene with a few shapes."""
     return sample_scene(np.random.default_rng(seed), width=width, height=height).image()

@@ -1,4 +1,4 @@
-"""Checks of arguments that functions share: each raises an error that names the argument."""
+"""Checks of arguments, shared by public functions; each error names the argument."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xmodal_interp.ordered import held
 from xmodal_interp.vocabulary import TOWERS, AttentionKind
 
 Check = Callable[[Any, str], Any]
-"""Given a value and the argument's name; raises InputError."""
+"""Takes a value and the name of its argument; raises InputError if the value is invalid."""
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
@@ -25,14 +25,14 @@ _Made = TypeVar("_Made")
 _DEEPEST = 5
 
 MOST = 10_000_000
-"""The largest number of repetitions that can be asked for."""
+"""Default upper bound of integer arguments."""
 
 
 def whole_number(value: Any, name: str, low: int, high: int = MOST) -> int:
-    """A whole number from ``low`` to ``high``.
+    """Return ``value`` as an ``int``.
 
     Raises:
-        InputError: Something else.
+        InputError: ``value`` is not an integer from ``low`` to ``high``.
     """
     number = None
     if not isinstance(value, (bool, np.bool_)):
@@ -41,15 +41,15 @@ def whole_number(value: Any, name: str, low: int, high: int = MOST) -> int:
         except (TypeError, ValueError):
             number = None
     if number is None or not low <= number <= high:
-        raise InputError(f"{name} is a whole number from {low} to {high}; got {quoted(value)}.")
+        raise InputError(f"{name} must be an integer from {low} to {high}; got {quoted(value)}.")
     return number
 
 
 def real_number(value: Any, name: str, low: float = -math.inf, high: float = math.inf) -> float:
-    """A number from ``low`` to ``high``, both included; not NaN.
+    """Return ``value`` as a ``float``.
 
     Raises:
-        InputError: Something else.
+        InputError: ``value`` is not a number from ``low`` to ``high`` (both included), or is NaN.
     """
     number = math.nan
     if not isinstance(value, (bool, np.bool_, str, bytes)):
@@ -59,50 +59,50 @@ def real_number(value: Any, name: str, low: float = -math.inf, high: float = mat
             number = math.nan
     if not low <= number <= high:
         bounds = f" from {low:g} to {high:g}" if math.isfinite(low) or math.isfinite(high) else ""
-        raise InputError(f"{name} is a number{bounds}; got {quoted(value)}.")
+        raise InputError(f"{name} must be a number{bounds}; got {quoted(value)}.")
     return number
 
 
 def one_of(value: Any, name: str, allowed: Sequence[Any]) -> None:
-    """Raise InputError for a value that is not among those allowed."""
+    """Raise InputError if ``value`` is not in ``allowed``."""
     if not any(value is each or (isinstance(value, str) and value == each) for each in allowed):
         names = ", ".join(str(each) for each in allowed)
         raise InputError(f"{name} must be one of {names}; got {quoted(value)}.")
 
 
 def string(value: Any, name: str) -> None:
-    """Raise InputError for something that is not a string, or holds half of a surrogate pair."""
+    """Raise InputError if ``value`` is not a string, or contains an unpaired surrogate."""
     if not isinstance(value, str):
-        raise InputError(f"{name} is a string; got {quoted(value)}.")
+        raise InputError(f"{name} must be a string; got {quoted(value)}.")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise InputError(
-            f"{name} must be valid Unicode; {quoted(value)} has half of a surrogate pair."
+            f"{name} must be valid Unicode; {quoted(value)} contains an unpaired surrogate."
         )
 
 
 def strings(value: Any, name: str) -> None:
-    """Raise InputError for something that is not a list of strings, or one string."""
+    """Raise InputError if ``value`` is neither a string nor a list of strings."""
     if isinstance(value, str):
         return
     is_list = isinstance(value, (list, tuple, set, frozenset, np.ndarray))
     if not is_list or not all(isinstance(each, str) for each in value):
-        raise InputError(f"{name} is a string, or a list of them; got {quoted(value)}.")
+        raise InputError(f"{name} must be a string or a list of strings; got {quoted(value)}.")
 
 
 def function(value: Any, name: str) -> None:
-    """Raise InputError for something that cannot be called."""
+    """Raise InputError if ``value`` is not callable."""
     if not callable(value):
-        raise InputError(f"{name} is a function; got {quoted(value)}.")
+        raise InputError(f"{name} must be a function; got {quoted(value)}.")
 
 
 def table(value: Any, name: str) -> None:
-    """Raise InputError for something that is not a pandas table."""
+    """Raise InputError if ``value`` is not a DataFrame."""
     if not isinstance(value, pd.DataFrame):
-        raise InputError(f"{name} is a table (pandas.DataFrame); got {quoted(value)}.")
+        raise InputError(f"{name} must be a pandas.DataFrame; got {quoted(value)}.")
 
 
 def shallow(value: Any, name: str) -> None:
-    """Raise InputError for lists within lists within lists, which nothing here takes."""
+    """Raise InputError if ``value`` is a list nested five or more levels deep."""
     inner = value
     for _ in range(_DEEPEST):
         if not isinstance(inner, (list, tuple)) or not inner:
@@ -112,24 +112,24 @@ def shallow(value: Any, name: str) -> None:
 
 
 def count(low: int, high: int = MOST) -> Check:
-    """A check of a whole number in these bounds."""
+    """Return a check for integers from ``low`` to ``high``."""
     return lambda value, name: whole_number(value, name, low, high)
 
 
 def amount(low: float, high: float = math.inf) -> Check:
-    """A check of a number in these bounds."""
+    """Return a check for numbers from ``low`` to ``high``."""
     return lambda value, name: real_number(value, name, low, high)
 
 
 def choice(*allowed: Any) -> Check:
-    """A check of one of a few values."""
+    """Return a check for values in ``allowed``."""
     return lambda value, name: one_of(value, name, allowed)
 
 
 CHECKS: Mapping[str, Check] = {
     **dict.fromkeys(("image", "video", "frame"), count(0)),
     "n_bootstrap": count(1),
-    # functions say themselves what numbers are too small
+    # the functions check the lower bound themselves
     **dict.fromkeys(("n_bins", "window", "steps", "batch_size", "n_random"), count(-MOST)),
     **dict.fromkeys(("n_positions", "min_queries"), count(0)),
     **dict.fromkeys(("value", "label", "title", "x"), string),
@@ -146,16 +146,17 @@ CHECKS: Mapping[str, Check] = {
     "statistic": function,
     "per_sample": choice(True, False),
 }
-"""How an argument of this name is checked, wherever it has no check of another kind."""
+"""The check of each argument name, applied by ``checked``."""
 
 _READ_AGAIN = ("queries", "layers", "heads", "head", "alpha", "by", "blocks")
-"""Arguments that are read for each sample, and kept with the table."""
+"""Arguments that are read once per sample and once for the attributes of the table."""
 
 
 def checked(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-    """Check the arguments of a public function by their names (``CHECKS``) before it is called.
+    """Decorate a public function: check its arguments by name (``CHECKS``) before each call.
 
-    None passes where it is the default. Iterators that are read more than once become lists.
+    None is accepted where it is the default. Iterators are converted to lists, because some
+    arguments are read more than once.
     """
     parameters = inspect.signature(function).parameters
     checks = {name: CHECKS[name] for name in parameters if name in CHECKS}
@@ -168,7 +169,7 @@ def checked(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
         for name, check in checks.items():
             if name in given and not (given[name] is None and parameters[name].default is None):
                 check(given[name], name)
-        names = [*parameters, *("" for _ in args)]  # of too many arguments, Python says so
+        names = [*parameters, *("" for _ in args)]  # padded: Python raises for too many arguments
         positional: Any = [lists.get(name, each) for name, each in zip(names, args, strict=False)]
         named: Any = {name: given[name] for name in kwargs}
         return function(*positional, **named)

@@ -1,12 +1,13 @@
-"""The calls of a vision tower (or a connector), image by image and video by video.
+"""Split the calls of a vision tower or a connector into one call per image and per video.
 
-A tower may run once per image, once over a batch of images, frames, tiles or windows, or over
-several images in one packed row. Pieces are counted in the order that they come; each image or
-video has as many positions as its grid has patches, or the same multiple or part of it. A tower may
-also read all images whole, and then the tiles of all in a second call.
+A tower may run once per image, once over a batch of images, frames, tiles or windows, or once over
+several images packed into one row. Each entry of such a batch is a *piece*. Pieces are assigned to
+images and videos in order: each image or video takes as many positions as its grid has patches, or
+the same multiple or fraction of that number. Some towers read all whole images in one call, then
+the tiles of all images in a second call.
 
-Models read all images of a batch, then all of its videos, but for those whose family says
-otherwise. However that is, the calls of a sample are numbered by its images, then by its videos.
+A model reads all images of a batch, then all videos, unless ``Family.in_order`` is set. In both
+cases the calls of a sample are numbered by its images first, then by its videos.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ class Visual:
     """An image or a video of a batch.
 
     Attributes:
-        sample: Which sample it is of.
-        number: Its number among the images of the sample, then its videos.
-        grid: Where its tokens and patches are.
-        position: Its first position in the prompt; 0 where it is not in the sequence.
+        sample: Index of its sample in the batch.
+        number: Index among the images, then the videos, of the sample.
+        grid: Places of its tokens and patches.
+        position: Its first position in the prompt; 0 if it has no tokens in the prompt.
     """
 
     sample: int
@@ -44,16 +45,16 @@ class Visual:
 
     @property
     def is_video(self) -> bool:
-        """Whether it is a video."""
+        """True for a video, False for an image."""
         return isinstance(self.grid, VideoGrid)
 
 
 def visuals_of(prompts: Sequence[Prompt], *, in_order: bool) -> list[Visual]:
-    """What a model reads, in the order that it does.
+    """Return the images and videos of a batch in the order that the model reads them.
 
     Args:
         prompts: The prompts of a batch.
-        in_order: Whether as the prompts have it, or all images, then all videos.
+        in_order: If True, the order of the prompts; if False, all images, then all videos.
     """
     visuals = []
     for sample, prompt in enumerate(prompts):
@@ -76,24 +77,25 @@ def towers_by_image(
     tiles: Sequence[int] | None = None,
     windows: Mapping[str, int] | None = None,
 ) -> dict[Layer, list[dict[int, AttentionCall]]]:
-    """The calls of every layer that reads images or sounds, shared out among the samples.
+    """Split the calls of all vision, audio and connector layers by sample and image.
 
     Args:
-        calls: All calls of a batch, in order; what a tower reads again for each new token counts
-            once.
+        calls: All calls of a batch, in order. If a tower runs again for each new token, only its
+            first run is used.
         prompts: The prompts of the batch.
-        family: What is known of the model's type.
-        orders: Modules that read patches in another order: for each picture of the images, then of
-            the videos, ``[patch]``, which patch stands at each position.
-        tiles: How many tiles of each image are read behind all images, if they are.
-        windows: Blocks that cut pictures into square windows, and the side of these in patches.
+        family: The family record of the model type.
+        orders: For each module that reorders patches (by its path), one order per picture, first of
+            the images, then of the videos: ``[patch]``, the index of the patch at each position.
+        tiles: The number of tiles of each image, if the tiles are read after all images.
+        windows: For each block that cuts pictures into square windows (by its path), the side of a
+            window in patches.
 
     Returns:
-        For each layer and sample, its calls by the numbers of its images, then of its videos.
-        Where there are none, what ran is call 0 of each sample.
+        For each layer a list with one dict per sample, which maps the number of an image or video
+        to its call. If the module reads no image or video, its call is call 0 of each sample.
 
     Raises:
-        CaptureError: Pieces that cannot be shared out.
+        CaptureError: The calls cannot be assigned to the images.
     """
     visuals = visuals_of(prompts, in_order=family.in_order)
     towers: dict[Layer, list[dict[int, AttentionCall]]] = {}
@@ -102,8 +104,8 @@ def towers_by_image(
             continue
         read = _read_by(stream[0].module, visuals, family)
         grids, module = [each.grid for each in read], stream[0].module
-        told = next((of for at, of in (orders or {}).items() if module.startswith(f"{at}.")), None)
-        in_module = None if told is None else _orders_of(grids, told)
+        given = next((of for at, of in (orders or {}).items() if module.startswith(f"{at}.")), None)
+        in_module = None if given is None else _orders_of(grids, given)
         shares = calls_by_image(stream, grids, in_module, tiles)
         side = (windows or {}).get(module.rpartition(".")[0])
         if side is not None and read and key[1] != "channel":
@@ -120,7 +122,7 @@ def towers_by_image(
 def _orders_of(
     grids: Sequence[ImageGrid | VideoGrid], orders: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """The orders of images and videos, from those of the pictures that each is made of."""
+    """Join the patch orders of pictures into one order for each image and video."""
     counts = [len(grid.patch_places) for grid in grids]
     if sum(counts) != sum(map(len, orders)):
         return orders
@@ -132,15 +134,16 @@ def _orders_of(
 
 
 def _without_windows(call: AttentionCall, grid: ImageGrid | VideoGrid, side: int) -> AttentionCall:
-    """A call over windows with its positions in the order of the grid's patches.
+    """Put the positions of a call over windows into the order of the grid's patches.
 
-    What windows are padded with is left out, which probabilities allow, and queries and keys do
-    not. A call that is about other patches than the grid's stays as it is.
+    Padding positions of windows are removed, which is possible only if the call holds
+    probabilities. The call is returned unchanged if it holds queries and keys of padded windows, or
+    if its number of positions does not match the grid.
 
     Args:
         call: The windows of each picture row by row, one picture after the other.
-        grid: Its pictures are of one size.
-        side: Of a window, patches.
+        grid: A grid whose pictures have the same size.
+        side: Side of a window in patches.
     """
     view = grid.thumbnail or grid
     rows, cols = view.patch_rows, view.patch_cols
@@ -157,36 +160,36 @@ def _without_windows(call: AttentionCall, grid: ImageGrid | VideoGrid, side: int
 
 
 def _first_reading(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
-    """The calls before a tower reads again what it read before the language model did.
+    """Return the calls up to the point where a tower runs again after the language model.
 
-    Without a cache, a language model reads the whole prompt again for each new token, and the
-    towers with it, unless their features are kept.
+    Without a KV cache, the language model runs on the whole prompt for each new token, and the
+    towers run again too, unless their features are cached.
 
     Raises:
-        CaptureError: With a cache, a tower ran again.
+        CaptureError: A tower ran again although the language model has a cache.
     """
     lengths = {key: [call.n_queries for call in of] for key, of in _layers(calls).items()}
     again = any(key[0] == "language" and reread(of) for key, of in lengths.items())
-    heard: set[Layer] = set()
+    seen: set[Layer] = set()
     language_has_begun = False
     for number, call in enumerate(calls):
         key = call.tower, call.kind, call.layer
         if call.tower == "language":
             language_has_begun = True
-        elif language_has_begun and key in heard and call.tower != "other":
+        elif language_has_begun and key in seen and call.tower != "other":
             if again:
                 return calls[:number]
             raise CaptureError(
-                f"{call.name} ran again while the language model generated with a cache. Something "
-                "else than generate runs parts of the model, such as a logits processor: give that "
-                "a copy of the model (copy.deepcopy)."
+                f"{call.name} ran again during generation with a cache: other code than generate, "
+                "such as a logits processor, runs parts of the model. Pass a copy of the model "
+                "(copy.deepcopy) to that code."
             )
-        heard.add(key)
+        seen.add(key)
     return calls
 
 
 def _layers(calls: Sequence[AttentionCall]) -> dict[Layer, list[AttentionCall]]:
-    """The calls of each layer, in order."""
+    """Group calls by layer, in order."""
     layers: dict[Layer, list[AttentionCall]] = {}
     for call in calls:
         layers.setdefault((call.tower, call.kind, call.layer), []).append(call)
@@ -194,7 +197,7 @@ def _layers(calls: Sequence[AttentionCall]) -> dict[Layer, list[AttentionCall]]:
 
 
 def _read_by(module: str, visuals: list[Visual], family: Family) -> list[Visual]:
-    """Which of the images and videos a module reads."""
+    """Return the images and videos that a module reads."""
     if family.video_tower is None:
         return visuals
     of_videos = family.video_tower in module.split(".")
@@ -207,18 +210,20 @@ def calls_by_image(
     orders: Sequence[Tensor] | None = None,
     tiles: Sequence[int] | None = None,
 ) -> list[AttentionCall]:
-    """One call per image or video, of one layer; ``call`` is its place in the order.
+    """Split the calls of one layer into one call per image or video.
+
+    ``AttentionCall.call`` of each is the index of its grid.
 
     Args:
         stream: The layer's calls, in order.
         grids: The grids of all images and videos of the batch, in the order that they are read.
-        orders: For each of them ``[patch]``, which patch stands at each position of the tower, if
-            not in order.
-        tiles: How many tiles of each image come in a second call, behind all images; None if each
-            image is read as one.
+        orders: For each grid, the index of the patch at each position of the tower, ``[patch]``;
+            None if the tower does not reorder patches.
+        tiles: The number of tiles of each image, if the tiles are read in a second call after all
+            images; None otherwise.
 
     Raises:
-        CaptureError: Pieces that cannot be shared out among several.
+        CaptureError: The pieces cannot be assigned to the images.
     """
     shares = None if tiles is None else _behind_wholes(stream, tiles)
     if shares is None:
@@ -236,9 +241,10 @@ def calls_by_image(
 def _behind_wholes(
     stream: Sequence[AttentionCall], tiles: Sequence[int]
 ) -> list[Sequence[AttentionCall]] | None:
-    """The pieces of each image, from a call over all images and one over all tiles.
+    """Return the pieces of each image, from a call over all images and a call over all tiles.
 
-    Each image, and each tile, may have several pieces: windows. None if these are no such calls.
+    An image or a tile may consist of several pieces (windows). Return None if the calls do not have
+    this form.
     """
     if len(stream) != 2 or len(tiles) <= 1 or not any(tiles):
         return None
@@ -257,12 +263,12 @@ def _behind_wholes(
 def _shares(
     pieces: Sequence[AttentionCall], grids: Sequence[ImageGrid | VideoGrid]
 ) -> list[Sequence[AttentionCall]]:
-    """The pieces of each image or video."""
+    """Return the pieces of each image or video."""
     if len(grids) <= 1:
         return [pieces]
     ends = list(accumulate(piece.n_keys for piece in pieces))
     wanted = list(accumulate(len(grid.patch_places) for grid in grids))
-    of_channels = pieces[0].kind == "channel"  # their number says nothing about patches
+    of_channels = pieces[0].kind == "channel"  # the number of channels does not depend on patches
     bounds = [] if of_channels else _bounds(wanted, ends[-1])
     if bounds:
         if len(pieces) == 1 and pieces[0].n_queries == pieces[0].n_keys:
@@ -273,7 +279,7 @@ def _shares(
     tokens = [0, *accumulate(grid.n_tokens for grid in grids)]
     pooled = not of_channels and all(piece.n_queries == 1 for piece in pieces)
     if pooled and len(pieces) == tokens[-1]:
-        return [pieces[start:stop] for start, stop in pairwise(tokens)]  # each pools its patches
+        return [pieces[start:stop] for start, stop in pairwise(tokens)]  # one piece per token
     counts = _in_proportion(pieces, wanted)
     if counts:
         return [pieces[start:stop] for start, stop in pairwise(counts)]
@@ -284,21 +290,21 @@ def _shares(
     keys = ", ".join(str(piece.n_keys) for piece in pieces[:5])
     patches = ", ".join(str(len(grid.patch_places)) for grid in grids[:5])
     raise CaptureError(
-        "The calls of a tower must be those of its images: pieces that add up to the patches of "
-        f"each, or as many alike for each. {pieces[0].name}: {len(pieces)} pieces of {keys}, ... "
-        f"keys, for {len(grids)} images of {patches}, ... patches. Capture the samples one by one, "
-        "or leave the tower out."
+        f"{pieces[0].name}: {len(pieces)} pieces of {keys}, ... keys cannot be assigned to "
+        f"{len(grids)} images of {patches}, ... patches. Capture the samples one by one, or leave "
+        "the tower out of Keep(towers=...)."
     )
 
 
 def _in_proportion(pieces: Sequence[AttentionCall], wanted: Sequence[int]) -> list[int]:
-    """The first piece of each image, and the end, if pieces are alike, with as many patches each.
+    """Return the index of the first piece of each image, and the number of pieces.
 
-    Tiles with a class token each have more positions than patches. Empty if they are no such tiles.
+    All pieces must have the same size and the same number of patches. Pieces with a class token
+    have more positions than patches. Return an empty list if the pieces do not have this form.
 
     Args:
-        pieces: In order.
-        wanted: The patches of all images up to each.
+        pieces: The pieces, in order.
+        wanted: Cumulative number of patches after each image.
     """
     sizes = {piece.n_keys for piece in pieces}
     per_piece, rest = divmod(wanted[-1], len(pieces))
@@ -310,11 +316,13 @@ def _in_proportion(pieces: Sequence[AttentionCall], wanted: Sequence[int]) -> li
 
 
 def _bounds(wanted: Sequence[int], n_positions: int) -> list[int]:
-    """Where each image begins, and the end, if all have the same positions per patch; else none.
+    """Return the first position of each image, and the number of positions.
+
+    Return an empty list if images do not have the same number of positions per patch.
 
     Args:
-        wanted: The patches of all images up to each.
-        n_positions: The positions of all.
+        wanted: Cumulative number of patches after each image.
+        n_positions: Number of positions of all images.
     """
     n_patches = wanted[-1]
     if not n_patches or any(end * n_positions % n_patches for end in wanted):

@@ -1,7 +1,7 @@
-"""The calls of the language tower, position by position: a row and a key for each token.
+"""Join the language calls of a layer into one call with a query row and a key for each token.
 
-Decode steps are stitched to the prefill. Where an encoder reads the prompt and a decoder writes the
-answer, the layers of both are laid out over the positions of both.
+Decode steps are appended to the prefill. In encoder-decoder models, the calls of encoder and
+decoder layers have the positions of both stacks: first the encoder's, then the decoder's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from xmodal_interp.hooks.modules import Identity
 
 @dataclass(frozen=True)
 class Stacks:
-    """Which layers of the language tower are whose.
+    """The encoder and decoder of a language tower.
 
     Attributes:
-        encoder: Paths of the attention modules that are in an encoder.
-        merged: Whether the decoder attends to itself and to the encoder at once.
+        encoder: Paths of the attention modules in the encoder; empty for decoder-only models.
+        merged: Whether each decoder layer attends to decoder and encoder positions in one call.
     """
 
     encoder: frozenset[str]
@@ -34,7 +34,7 @@ class Stacks:
 
 
 def stacks_of(model: Any, identities: Collection[Identity]) -> Stacks:
-    """The stacks of a model with these attention modules."""
+    """Return the stacks of a model with these attention modules."""
     language = [each for each in identities if each.tower == "language"]
     if not model.config.is_encoder_decoder:
         return Stacks(frozenset(), merged=False)
@@ -46,13 +46,13 @@ def stacks_of(model: Any, identities: Collection[Identity]) -> Stacks:
 def call_by_position(
     stream: Sequence[AttentionCall], n_positions: int, n_encoder: int, stacks: Stacks
 ) -> AttentionCall:
-    """One layer's calls as one, over all positions of a sample.
+    """Join the calls of one layer into one call over all positions of a sample.
 
     Args:
         stream: The layer's calls for this sample, in order.
-        n_positions: How many positions it has.
-        n_encoder: How many of them an encoder reads, before those of the decoder.
-        stacks: Which layers are whose.
+        n_positions: Number of positions of the sample.
+        n_encoder: How many of these, from the first, are read by an encoder; 0 without an encoder.
+        stacks: The encoder and decoder of the model.
     """
     if n_encoder == 0:
         return stitch(stream, n_positions)
@@ -62,11 +62,13 @@ def call_by_position(
 
 
 def without_padding_keys(call: AttentionCall, n_keys: int | None) -> AttentionCall:
-    """A cross-attention without the keys after those of a sample's images, if no row can see them.
+    """Remove the padding keys after the image keys of a cross-attention call.
+
+    The call is returned unchanged if it is not cross-attention or if a query can see these keys.
 
     Args:
         call: A call of one sample.
-        n_keys: How many keys its images have, if text reaches them by cross-attention.
+        n_keys: Number of keys of the sample's images; None if text does not cross-attend to images.
     """
     if call.kind != "cross" or n_keys is None or call.n_keys <= n_keys:
         return call

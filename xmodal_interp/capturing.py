@@ -1,9 +1,9 @@
-"""From images and questions to samples: prepare, run, record, put together.
+"""Run a model on images and questions, record its attention, and return samples.
 
 1. ``VLM.prepare`` makes model inputs and token tables.
-2. The model generates (or runs once) as the user configured it, while the recorder listens.
-3. Decode steps are stitched to the prefill: one row per token, whichever cache was used.
-4. A batch is taken apart: each sample gets its own rows, its own images of the vision tower.
+2. The model generates (or runs once) with the user's settings, while ``record`` records its calls.
+3. Decode steps are appended to the prefill: one query row per token, with any kind of cache.
+4. The calls of a batch are split into samples, those of the vision tower also into images.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from xmodal_interp.vocabulary import TOWERS, Tower
 
 @dataclass(frozen=True, eq=False)
 class _Heard:
-    """The calls of a batch: as they came, those of the towers by image, and the model's stacks."""
+    """The calls of a batch by layer, those of other towers by image, and the model's stacks."""
 
     streams: Mapping[Layer, Sequence[AttentionCall]]
     by_image: Mapping[Layer, Sequence[Mapping[int, AttentionCall]]]
@@ -67,19 +67,19 @@ class _Heard:
 
 @dataclass(frozen=True)
 class Keep:
-    """What a capture keeps.
+    """Selects the parts of the attention that a capture keeps.
 
     Attributes:
-        towers: Parts of the model.
-        layers: Layers, all if None: numbers from 0, or a mask with an entry for each number up to
-            the highest of the towers.
-        values: Keep V too.
+        towers: Towers to keep.
+        layers: Layers to keep, numbered from 0; or a boolean mask with one entry per layer of the
+            deepest tower. None keeps all layers.
+        values: Keep the values V too.
         norms: Keep the share of attention in each token's update, for ``attention_rollout`` with
             ``alpha="norm"``.
-        queries: Which query rows of language layers: ``"all"``, or ``"text"`` (text after the image
-            or video, and what is generated).
-        probabilities: Keep dense float16 probabilities instead of queries and keys: larger, and
-            rounded to 11 bits, but they need nothing else to be read.
+        queries: Query rows of language layers to keep: ``"all"``, or ``"text"`` (text after the
+            last image or video, and generated tokens).
+        probabilities: Keep dense float16 probabilities instead of queries and keys. They are larger
+            and rounded to 11 bits, but can be read without computing anything.
     """
 
     towers: tuple[Tower, ...] = TOWERS
@@ -106,7 +106,7 @@ class Keep:
 
     @property
     def layers_asked(self) -> Collection[Any] | np.ndarray | Tensor | None:
-        """``layers`` as they were given: a mask has an entry for each layer of the model."""
+        """``layers`` as they were passed: a mask stays a mask."""
         return getattr(self, "_mask", self.layers)
 
 
@@ -122,28 +122,28 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
     generation: Mapping[str, Any] | None = None,
     name: str | None = None,
 ) -> Sample:
-    """Run a model on images or videos and a question, and keep its attention.
+    """Run a model on images or videos and a question, and record its attention.
 
-    The model runs as it is, with its own attention backend and cache; its outputs are bit for bit
-    those without capture.
+    The model keeps its attention backend and its cache. Its outputs are bitwise identical to those
+    without capture.
 
     Args:
         vlm: Model and processor.
-        image: Path or PIL image, or a list of them in order; an empty list asks about no image.
-        prompt: The question; it is put into the model's chat template behind images and videos,
-            unless it holds their placeholders itself.
-        videos: A :class:`Video`, its frames in order, or a list of them.
-        max_new_tokens: How many tokens to generate, greedily; 0 runs the prompt only.
-        keep: What to keep; queries and keys of all layers if not given.
+        image: A path, a PIL image, or a list of these in order; an empty list for no image.
+        prompt: The question. It is put after the images and videos in the model's chat template,
+            unless it already contains their placeholders.
+        videos: A :class:`Video`, or a list of videos.
+        max_new_tokens: Number of tokens to generate greedily; 0 runs the prompt only.
+        keep: The parts of the attention to keep; by default the queries and keys of all layers.
         system: A system message.
         generation: Further arguments of ``model.generate``.
-        name: What to call the sample in tables and stores; ``"sample-0"`` if not given.
+        name: Name of the sample in tables and stores; by default ``"sample-0"``.
 
     Raises:
-        InputError: An unreadable image, something that is no video, an empty prompt, or a model
-            that needs more than these.
-        GeometryError: Videos for a model type without a rule that places their tokens.
-        CaptureError: Attention ran that could not be heard.
+        InputError: An image or a video that cannot be read, an empty prompt, or a model that needs
+            further inputs.
+        GeometryError: Videos for a model type whose video tokens cannot be placed on a grid.
+        CaptureError: Attention that could not be recorded.
     """
     images: list[ImageLike] = [*image] if is_several(image) else [image]  # type: ignore[list-item]
     clips: list[Video] = [*videos] if is_several(videos) else [videos]  # type: ignore[list-item]
@@ -171,24 +171,25 @@ def capture_batch(
     system: str | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> list[Sample]:
-    """``capture`` for several samples in a padded batch; returns one sample each.
+    """Run ``capture`` on a padded batch and return one sample for each prompt.
 
-    The numbers of a sample do not depend on the other samples. Where padding would change them, the
-    model runs once for each group of samples that can share a run: see :meth:`VLM.batches`.
+    Results of a sample do not depend on the other samples in the batch. Where padding would change
+    them, the batch is split into groups that can share a run: see :meth:`VLM.batches`.
     """
     check_vlm(vlm)
     max_new_tokens = checked_length(max_new_tokens, generation)
     keep = Keep() if keep is None else keep
     if not isinstance(keep, Keep):
-        raise InputError(f"keep is a Keep, such as Keep(layers=[0, 1]); got {keep!r}.")
+        raise InputError(f"keep must be a Keep, such as Keep(layers=[0, 1]); got {keep!r}.")
     images, prompts = in_order(images, "images"), in_order(prompts, "prompts")
     if not prompts:
-        raise InputError("A batch needs at least one sample; got none.")
+        raise InputError("prompts is empty; pass at least one prompt.")
     clips = [()] * len(prompts) if videos is None else in_order(videos, "videos")
     if not len(images) == len(prompts) == len(clips or prompts):
         raise InputError(
-            f"Each sample has a list of images, a prompt and a list of videos. Got {len(images)} "
-            f"lists of images, {len(prompts)} prompts and {len(clips)} lists of videos."
+            "images, prompts and videos must have one entry for each sample; got "
+            f"{len(images)} lists of images, {len(prompts)} prompts and {len(clips)} lists of "
+            "videos."
         )
     clips = clips or [()] * len(prompts)
     pictures = [list(of_sample) for of_sample in images]
@@ -196,7 +197,7 @@ def capture_batch(
     groups = vlm.batches(pictures)
     for group in groups:
         options = dict(generation or {})
-        if "past_key_values" in options and len(groups) > 1:  # each run fills its own
+        if "past_key_values" in options and len(groups) > 1:  # each run needs an empty cache
             options["past_key_values"] = copy.deepcopy(options["past_key_values"])
         of_group = _run(
             vlm,
@@ -223,17 +224,17 @@ def _run(
     keep: Keep,
     generation: Mapping[str, Any],
 ) -> list[Sample]:
-    """Samples that share one run of the model."""
+    """Run the model once and return one sample for each prompt."""
     inputs, ready = vlm.prepare(images, prompts, system=system, videos=videos)
     check_whole(vlm.model, inputs)
-    listening = record(
+    recorder = record(
         vlm.model,
         towers=keep.towers,
         layers=keep.layers_asked,
         values=keep.values,
         norms=keep.norms,
     )
-    with torch.no_grad(), listening as recording:
+    with torch.no_grad(), recorder as recording:
         if max_new_tokens > 0:
             output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **generation)
             new = output[:, prompt_ids(inputs).shape[1] :]
@@ -254,19 +255,19 @@ def _run(
     samples = [_sample(vlm, i, ready, new, heard, keep, about) for i in range(len(ready))]
     rotary = recording.rotary.whole() if recording.rotary else None
     n_read = len(ready[0].tokens) + max(new.shape[1] - 1, 0)
-    if rotary is None or rotary.shape[::2] != (len(AXES), n_read):  # not token by token, by axes
+    if rotary is None or rotary.shape[::2] != (len(AXES), n_read):  # other axes, or not per token
         return samples
     of_samples = rotary.expand(-1, len(samples), -1).unbind(1)
     return [
-        replace(sample, tokens=_placed(sample.tokens, told))
-        for sample, told in zip(samples, of_samples, strict=True)
+        replace(sample, tokens=_placed(sample.tokens, rotary_of_sample))
+        for sample, rotary_of_sample in zip(samples, of_samples, strict=True)
     ]
 
 
 def provenance(
     vlm: VLM, layers: Mapping[str, Sequence[int]], max_new_tokens: int, keep: Keep
 ) -> dict[str, Any]:
-    """What made a sample: model, versions and settings; JSON-ready."""
+    """Return the model, versions and settings of a capture as JSON-serialisable values."""
     config = vlm.model.config
     return {
         "model": vlm.name,
@@ -286,7 +287,7 @@ def provenance(
     }
 
 
-@cache  # the metadata of a package is a file
+@cache  # package metadata is read from disk
 def _versions() -> Mapping[str, str]:
     of_packages = {name: version(name) for name in ("torch", "transformers")}
     return of_packages | {"python": platform.python_version()}
@@ -304,7 +305,7 @@ def _sample(
     prompt = ready[index]
     n_prompt = len(prompt.tokens)
     ids = _until_end(new[index].tolist(), vlm)
-    fed = ids[: max(new.shape[1] - 1, 0)]  # the model never read the last token it gave
+    fed = ids[: max(new.shape[1] - 1, 0)]  # the last generated token is not fed to the model
     added, text = generated_table(fed, ids, vlm.tokenizer, n_prompt, prompt.text)
     tokens = pd.concat([prompt.tokens, added]) if len(added) else prompt.tokens
     n_cross_keys = None if prompt.cross_keys is None else len(prompt.cross_keys)
@@ -314,7 +315,7 @@ def _sample(
             own = [call.select_sample(index) for call in stream]
             whole = call_by_position(own, len(tokens), prompt.n_encoder, heard.stacks)
             calls[tower, kind, layer, 0] = without_padding_keys(whole, n_cross_keys)
-        elif tower == "other":  # neither the tokens of the prompt nor images, but one row a sample
+        elif tower == "other":  # positions are neither tokens nor patches; one batch row per sample
             for number, call in enumerate(stream):
                 own_call = replace(call.select_sample(index), call=number)
                 calls[tower, kind, layer, number] = own_call
@@ -341,17 +342,17 @@ def _sample(
 
 
 def _placed(tokens: pd.DataFrame, rotary: Tensor) -> pd.DataFrame:
-    """The tokens with the positions that the rotary embedding was told; padding has none."""
+    """Add the positions that the rotary embedding received; padding tokens get NA."""
     shown = tokens["kind"].ne("padding").to_numpy(dtype=bool)
     columns = {
-        f"rope_{axis}": pd.arrays.IntegerArray(told[: len(tokens)].numpy().copy(), ~shown)
-        for axis, told in zip(AXES, rotary.long(), strict=True)
+        f"rope_{axis}": pd.arrays.IntegerArray(positions[: len(tokens)].numpy().copy(), ~shown)
+        for axis, positions in zip(AXES, rotary.long(), strict=True)
     }
     return tokens.assign(**columns)
 
 
 def _text_rows(sample: Sample) -> Sample:
-    """The sample with the query rows of text behind images and videos only, in language calls."""
+    """Keep only the query rows of text after images and videos in language calls."""
     wanted = torch.from_numpy(sample.text_after_image())
     calls = {
         key: call.select_rows(wanted[wanted < call.n_queries].to(call.q.device))
@@ -363,9 +364,10 @@ def _text_rows(sample: Sample) -> Sample:
 
 
 def _dense(sample: Sample) -> Sample:
-    """The sample with float16 probabilities in the place of queries and keys.
+    """Replace queries and keys by float16 probabilities.
 
-    The masks stay, for they say what is visible; position bias and sinks are in the probabilities.
+    Masks stay, because they define visibility. The position bias and the sinks are dropped: the
+    probabilities include them.
     """
     calls = {
         key: replace(call, dense=call.probs().half(), q=None, k=None, bias=None, sinks=None)
@@ -375,6 +377,6 @@ def _dense(sample: Sample) -> Sample:
 
 
 def _until_end(ids: list[int], vlm: VLM) -> list[int]:
-    """Generated ids up to the first end-of-sequence token, without it."""
+    """Return the generated ids before the first end-of-sequence token."""
     stop = vlm.end_ids
     return next((ids[:i] for i, token in enumerate(ids) if token in stop), ids)

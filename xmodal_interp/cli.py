@@ -1,4 +1,4 @@
-"""``xmodal``: the same functions from the command line."""
+"""The command line ``xmodal``: each command calls a public function."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help=(
-        "How does a vision-language model look at an image?\n\n"
-        "Start with `xmodal demo`. Then capture a model of your own: "
+        "Record and analyse the attention of a vision-language model.\n\n"
+        "Start with `xmodal demo`. Then capture your own model: "
         "`xmodal capture runs/mine --model Qwen/Qwen2-VL-2B-Instruct --image cat.png "
-        "--prompt 'Where is the cat?'`, ask a question of the store: "
-        "`xmodal analyze runs/mine cross-modal-ratio`, and look: "
+        "--prompt 'Where is the cat?'`, analyse the store: "
+        "`xmodal analyze runs/mine cross-modal-ratio`, and draw a figure: "
         "`xmodal plot runs/mine layer-overlays --queries cat --path cat_layers.png`."
     ),
 )
 
 
 def _one_of(offer: Offer, metavar: str) -> Any:
-    """An argument that is one of the names: they are listed below the options of the command."""
+    """Return a command argument whose value must be one of the names in ``offer``."""
 
     def known(name: str) -> str:
         if name not in offer:
@@ -48,76 +48,78 @@ def _one_of(offer: Offer, metavar: str) -> Any:
         return name
 
     return typer.Argument(
-        help="One of the list below",
+        help="A name from the list below",
         metavar=metavar,
         callback=known,
         autocompletion=lambda: list(offer),
     )
 
 
-Folder = Annotated[Path, typer.Argument(help="The folder of a store", metavar="STORE")]
-Model = Annotated[str, typer.Option(help=f"Hub id, folder, or shipped: {', '.join(SHIPPED)}")]
+Folder = Annotated[Path, typer.Argument(help="Folder of a store", metavar="STORE")]
+Model = Annotated[str, typer.Option(help=f"Hub id, folder, or shipped model: {', '.join(SHIPPED)}")]
 Dtype = Annotated[
-    str, typer.Option(help="Weights: auto (as they are stored), float32, bfloat16, float16")
+    str, typer.Option(help="Dtype of the weights: auto (as stored), float32, bfloat16, float16")
 ]
 DeviceMap = Annotated[
     str | None, typer.Option(help="Passed to from_pretrained, such as auto or cuda")
 ]
 
 
-Force = Annotated[
-    bool, typer.Option("--force", help="Overwrite files that were not made by this command")
-]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files")]
 
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Where everything goes")] = Path("xmodal_demo"),
-    scenes: Annotated[int, typer.Option(min=20, help="Held-out scenes")] = 200,
+    folder: Annotated[Path, typer.Argument(help="Output folder")] = Path("xmodal_demo"),
+    scenes: Annotated[int, typer.Option(min=20, help="Number of held-out scenes")] = 200,
     force: Force = False,
 ) -> None:
-    """Run the whole story on the shipped model: store, tables, pictures, one report.
+    """Run the demo on the shipped model: write a store, tables, pictures and a report.
 
-    It takes about a minute on two cores and needs no network.
+    It takes about a minute on two cores, offline.
     """
     findings = run_demo(folder, n_scenes=scenes, force=force)
     for line in findings.lines:
         say(f"• {line}")
-    say(f"\nEverything is in {folder}; begin with {folder / 'report.html'}.")
+    say(f"\nAll files are in {folder}; start with {folder / 'report.html'}.")
 
 
 @app.command()
 def capture(
     store: Annotated[
-        Path, typer.Argument(help="Folder of the store: new, or one to continue", metavar="STORE")
+        Path, typer.Argument(help="Folder of a new or an existing store", metavar="STORE")
     ],
     model: Model = "llava",
     image: Annotated[
-        list[Path] | None, typer.Option(help="An image; repeat the option for several")
+        list[Path] | None, typer.Option(help="An image; repeat the option for several images")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question about it")] = None,
-    name: Annotated[str | None, typer.Option(help="What to call the sample in the store")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question about the image")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the sample in the store")] = None,
     items: Annotated[
         Path | None, typer.Option(help="A CSV or JSONL file with columns image, prompt, ...")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate")] = 20,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at once")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Number of tokens to generate")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of samples per batch")] = 1,
     layers: Annotated[
-        list[int] | None, typer.Option(help="Layer to keep; repeat for several; all if not given")
+        list[int] | None,
+        typer.Option(help="A layer to keep; repeat the option for several; default: all"),
     ] = None,
     text_rows: Annotated[
         bool,
-        typer.Option("--text-rows", help="Keep only the query rows of text after the image"),
+        typer.Option("--text-rows", help="Keep only query rows of text after the image"),
     ] = False,
     probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Keep dense float16 probabilities, not Q and K")
+        bool,
+        typer.Option(
+            "--probabilities", help="Keep dense float16 probabilities instead of queries and keys"
+        ),
     ] = False,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> None:
-    """Run a model on images and questions, and keep its attention in a store.
+    """Run a model on images and questions, and write its attention to a store.
 
-    Call it again with the same store and settings: only what is missing is captured.
+    Run it again with the same store and settings to capture only the missing samples.
     """
     written = capture_dataset(
         _loaded(model, dtype, device_map),
@@ -139,18 +141,18 @@ def analyze(
     store: Folder,
     name: Annotated[str, _one_of(ANALYSES, "ANALYSIS")],
     path: Annotated[
-        Path | None, typer.Option(help="Write the table here: .csv, .parquet or .json")
+        Path | None, typer.Option(help="File for the table: .csv, .parquet or .json")
     ] = None,
     queries: Annotated[
         str | None,
         typer.Option(
-            help="Whose attention: a phrase, `last` (last prompt token) or `text` (after the image)"
+            help="Query tokens: a phrase, `last` (last prompt token) or `text` (after the image)"
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows to print")] = 20,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows to print")] = 20,
     force: Force = False,
 ) -> None:
-    """Ask one question of every sample of a store; print the table, or write it."""
+    """Run one analysis on all samples of a store; print the table or write it to a file."""
     if path is not None:
         check_output(path, force=force)
     function = ANALYSES[name]
@@ -166,15 +168,16 @@ def analyze(
 def plot(
     store: Folder,
     name: Annotated[str, _one_of(FIGURES, "FIGURE")],
-    path: Annotated[Path, typer.Option(help="Where to write it: .png, .pdf, .svg")],
+    path: Annotated[Path, typer.Option(help="Output file: .png, .pdf or .svg")],
     sample: Annotated[str, typer.Option(help="Name or number of the sample")] = "0",
     queries: Annotated[
-        str | None, typer.Option(help="Whose attention: a phrase of the question or answer")
+        str | None, typer.Option(help="Query tokens: a phrase of the question or answer")
     ] = None,
     layer: Annotated[
-        int | None, typer.Option(help="Layer; negative counts from the last; mostly the last")
+        int | None,
+        typer.Option(help="Layer; -1 is the last; default: that of the figure, usually the last"),
     ] = None,
-    head: Annotated[int | None, typer.Option(help="Head; the mean of all if not given")] = None,
+    head: Annotated[int | None, typer.Option(help="Head; default: the mean of all heads")] = None,
     force: Force = False,
 ) -> None:
     """Draw one figure of one sample."""
@@ -193,7 +196,7 @@ def info(
         typer.Argument(help="Folder of a store, folder or Hub id of a model, or a shipped model"),
     ],
 ) -> None:
-    """Tell what a store holds, or what attention a model has."""
+    """Print the settings of a store, or the attention layers of a model."""
     if (user_path(what) / "manifest.json").exists():
         show_store(open_store(what))
         return
@@ -214,34 +217,34 @@ def info(
 
 @app.command()
 def check(store: Folder) -> None:
-    """Verify every checksum of a store; exit code 1 if anything is damaged or missing."""
+    """Verify all checksums of a store; exit code 1 if a file is damaged or missing."""
     table = check_store(store)
     bad = table[~table["ok"]]
     if len(bad):
         show(bad)
         say(f"{len(bad)} of {len(table)} files are damaged or missing", to=err)
         raise typer.Exit(1)
-    say(f"{len(table)} files, all as they were written")
+    say(f"{len(table)} files, none damaged or missing")
 
 
 @app.command()
 def doctor(
     name: Annotated[
-        str, typer.Argument(help=f"Hub id, folder, or shipped: {', '.join(SHIPPED)}")
+        str, typer.Argument(help=f"Hub id, folder, or shipped model: {', '.join(SHIPPED)}")
     ] = "llava",
-    image: Annotated[Path | None, typer.Argument(help="An image; a plain one if not given")] = None,
+    image: Annotated[Path | None, typer.Argument(help="An image; default: a plain one")] = None,
     prompt: Annotated[str, typer.Argument(help="A question")] = "What is in the image?",
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> None:
     """Check whether recordings of a model's attention can be trusted; exit code 1 if not.
 
-    Are there as many image tokens as predicted, do outputs and generated tokens stay the same, is
-    every layer recorded, are the probabilities the model's own, does hiding a key through the tap
-    change the output? Each check shows what was measured and what passes; then each layer, with its
-    errors.
+    Checks that the number of image tokens is as predicted, that recording changes neither outputs
+    nor generated tokens, that every layer is recorded, that the probabilities are those of the
+    model, and that hiding a key changes the output. Prints the measured value and the limit of each
+    check, then the errors of each layer.
 
-    Try it on your own picture: `xmodal doctor Qwen/Qwen2-VL-2B-Instruct cat.png "Where is it?"`
+    Example: `xmodal doctor Qwen/Qwen2-VL-2B-Instruct cat.png "Where is it?"`
     """
     checkup = checked(_loaded(name, dtype, device_map), image, prompt)
     show(checkup.table)
@@ -259,9 +262,9 @@ def families(
         bool, typer.Option("--markdown", help="Print the table as a Markdown page")
     ] = False,
 ) -> None:
-    """List every model type: layers by tower, exactness, where image tokens stand, processor.
+    """List all known model types: layers, largest error of probabilities, rule for image tokens.
 
-    Measured on tiny models; `xmodal doctor NAME` tells it of a model of your own.
+    Measured on tiny models; `xmodal doctor NAME` measures your own model.
     """
     if markdown:
         typer.echo(support.markdown(), nl=False)
@@ -269,12 +272,12 @@ def families(
     table = support.families()
     show(table[["model_type", "layers", "worst_error", "geometry"]])
     made = ", ".join(f"{library} {version}" for library, version in table.attrs.items())
-    say(f"{len(table)} types, measured with {made}; more: --markdown")
+    say(f"{len(table)} types, measured with {made}; --markdown prints all columns")
 
 
 def _loaded(name: str, dtype: str, device_map: str | None) -> VLM:
     options: dict[str, Any] = {}
-    if dtype != "auto" or name not in SHIPPED:  # those are kept as float16, computed as trained
+    if dtype != "auto" or name not in SHIPPED:  # shipped: stored in float16, run in float32
         options["dtype"] = dtype
     if device_map is not None:
         options["device_map"] = device_map
@@ -284,13 +287,13 @@ def _loaded(name: str, dtype: str, device_map: str | None) -> VLM:
 def _asked(
     items: Path | None, images: list[Path] | None, prompt: str | None, name: str | None
 ) -> list[dict[str, Any]]:
-    """The items of a file, or the one that the options tell."""
+    """Return the items of a file, or the single item given by the options."""
     if items is not None:
         if images or prompt is not None or name is not None:
-            raise InputError("--items goes without --image, --prompt and --name.")
+            raise InputError("--items cannot be combined with --image, --prompt or --name.")
         return read_items(items)
     if not images or prompt is None:
-        raise InputError("There must be something to capture: --image with --prompt, or --items.")
+        raise InputError("Nothing to capture: pass --image with --prompt, or --items.")
     return [{"image": [str(path) for path in images], "prompt": prompt, "name": name}]
 
 
@@ -300,8 +303,8 @@ def _sample(store: Store, which: str) -> Sample:
     if not which.lstrip("-").isdigit() or not -len(store) <= int(which) < len(store):
         shown = ", ".join(store.names[:5]) + (", ..." if len(store) > 5 else "")
         raise InputError(
-            f"--sample must be a name or a number from 0 to {len(store) - 1}; got {which!r}. "
-            f"Names are {shown}."
+            f"--sample must be a number from 0 to {len(store) - 1} or a name ({shown}); got "
+            f"{which!r}."
         )
     return store[int(which)]
 

@@ -1,8 +1,8 @@
-"""From a data set to a store: item by item or batch by batch, resumable at any point.
+"""Capture a data set into a store, one item or one batch at a time; resumable at any point.
 
-1. Each item is checked on its own, so that an error names the item.
-2. What the store holds under the item's name is passed over, if it is the same item.
-3. Batches go through ``capture_batch``; each sample is written whole as soon as it is there.
+1. Each item is checked separately, so that an error names the item.
+2. An item whose sample is already in the store is skipped.
+3. Batches are captured with ``capture_batch``; each sample is written atomically.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from xmodal_interp.models.entries import Items, listed
 from xmodal_interp.store import Store, StoreWriter, open_store
 
 _Ready = tuple[Item, tuple[list[Image.Image], list[Video]]]
-"""An item, and its images and videos."""
+"""An item with its opened images and videos."""
 
 _logger = logging.getLogger(__name__)
 
@@ -45,39 +45,40 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
     progress: bool = True,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> Store:
-    """Capture many samples into a store; call it again to go on where it stopped.
+    """Capture many samples into a store; call it again to resume.
 
-    All weights are read once, at about 1 GB/s for each core, to tell whether a store was made with
-    the same model in the same state.
+    A second call with the same settings captures the missing samples and reports how many were
+    already in the store. Samples are written atomically, so an interrupted run leaves no partial
+    sample.
 
-    A sample is in the store whole or not at all, whenever the run ends. A second call with the same
-    settings captures what is missing; how many were there already is said on the progress bar, or
-    to the log.
+    All weights are read once (about 1 GB/s for each core) to verify that an existing store was made
+    with the same model in the same state.
 
     Args:
         vlm: Model and processor.
-        items: Dicts, a ``datasets.Dataset``, or a table with a row for each: ``image`` (a path or
-            PIL image, or a list of them) or ``images``, a :class:`Video` in ``video`` (or a list of
-            them in ``videos``), or both; ``prompt`` or ``question``; ``name`` or ``id``, else the
-            item is called by its place in the order (``item-000003``). All other
-            entries must be JSON-able and become the sample's labels.
-        path: The store's folder: new or empty, or a store made with the same settings.
-        max_new_tokens: How many tokens to generate, greedily; 0 runs the prompts only.
-        batch_size: How many samples to run at once. Not a setting: a run may go on with another.
-        keep: What to keep; queries and keys of all layers if not given.
+        items: Dicts, a ``datasets.Dataset``, or a DataFrame with one row per item. An item has
+            ``image`` (a path or PIL image, or a list of these) or ``images``, and/or ``video`` (a
+            :class:`Video`) or ``videos`` (a list of videos); ``prompt`` or ``question``; and
+            ``name`` or ``id`` (default: its index, such as ``item-000003``). All other entries
+            must be JSON-serialisable and become the sample's labels.
+        path: Folder of the store: new, empty, or a store made with the same settings.
+        max_new_tokens: Number of tokens to generate greedily; 0 runs the prompts only.
+        batch_size: Number of samples per batch; may differ when a run is resumed.
+        keep: The parts of the attention to keep; by default the queries and keys of all layers.
         system: A system message.
-        images: Store the images too (PNG); without, a sample finds its images by their paths.
+        images: Store the images too (as PNG). If False, a sample reads its images from their
+            original paths.
         progress: Show a progress bar.
-        on_error: ``"skip"`` notes an item that cannot be used or that the model refuses in the
-            store's ``failures`` and goes on; the next call tries it again.
+        on_error: ``"raise"``, or ``"skip"``: list items that cannot be captured in the store's
+            ``failures`` and continue. The next call tries them again.
 
     Returns:
-        The store, open for reading.
+        The store, opened for reading.
 
     Raises:
-        InputError: An item or an option that cannot be used.
-        StoreError: A store made with another model or other settings; an item that is not the one
-            stored under its name; a full disk. What was written before is safe.
+        InputError: An invalid item or option.
+        StoreError: The store was made with another model or other settings, holds another item of
+            the same name, or cannot be written. Samples written before the error are kept.
     """
     check_vlm(vlm)
     _check_options(items, batch_size, on_error)
@@ -92,7 +93,7 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
         run = _Run(vlm, writer, bar, keep, max_new_tokens, system, skips=on_error == "skip")
         run.work(items, batch_size)
         message = (
-            f"{writer.path}: {run.n_there} of {run.n_items} samples were there already, "
+            f"{writer.path}: {run.n_there} of {run.n_items} samples were already in the store, "
             f"{run.n_captured} were captured, {run.n_failed} failed."
         )
         _logger.info(message)
@@ -104,7 +105,7 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
 def run_settings(
     vlm: VLM, keep: Keep, max_new_tokens: int, *, system: str | None, images: bool
 ) -> dict[str, Any]:
-    """What all samples of one store have in common: a run with other settings is refused."""
+    """Return the settings that all samples of a store share; a run with others is an error."""
     about = provenance(vlm, {}, max_new_tokens, keep)
     about["kept"]["images"] = images
     del about["layers"], about["created"], about["versions"]["python"]
@@ -137,7 +138,7 @@ class _Run:
             self._capture(batch)
 
     def _missing(self, items: Iterable[Mapping[str, Any]]) -> Iterator[_Ready]:
-        """Items that the store lacks, with their images opened."""
+        """Yield the items that are not in the store yet, with their images opened."""
         for number, raw in enumerate(items):
             self.n_items += 1
             name = None
@@ -159,13 +160,13 @@ class _Run:
             return False
         if self.writer.record(item.name)["provenance"].get("item") != item.digest:
             raise StoreError(
-                f"An item keeps its name from run to run. {item.title} has another prompt, other "
-                f"labels or another image than the sample {item.name!r} in {self.writer.path}. "
-                "Give items names of their own (name or id), or write to another folder."
+                f"{item.title} differs in prompt, labels or images from the sample {item.name!r} "
+                f"in {self.writer.path}. Give each item a unique name or id, or write to another "
+                "folder."
             )
         self.n_there += 1
         if not self.bar.disable:
-            self.bar.initial += 1  # the rate is that of what is captured now
+            self.bar.initial += 1  # excluded from the rate that the bar shows
         self.bar.update()
         return True
 
@@ -180,7 +181,7 @@ class _Run:
                 keep=self.keep,
                 system=self.system,
             )
-        except Exception as error:  # whatever a model raises on an input it cannot take
+        except Exception as error:  # a model may raise any exception on an input
             if not self.skips:
                 error.add_note(f"Raised by {', '.join(item.title for item, _ in batch)}.")
                 raise
@@ -188,7 +189,7 @@ class _Run:
                 self._note(batch[0][0].number, batch[0][0].name, error)
                 return
             samples = []
-        if not samples:  # one of the batch was refused: the others are captured alone
+        if not samples:  # the batch failed: capture its items one by one
             for each in batch:
                 self._capture([each])
             return
@@ -224,7 +225,7 @@ class _Run:
 def _check_options(items: Any, batch_size: int, on_error: str) -> None:
     if isinstance(items, (Mapping, str)):
         raise InputError(
-            "items is a sequence of dicts, or one split of a data set; got a "
+            "items must be a sequence of dicts, or one split of a data set; got a "
             f"{type(items).__name__}."
         )
     if batch_size < 1:

@@ -1,6 +1,6 @@
-"""What can go wrong, as users meet it.
+"""The exceptions of this package.
 
-Every message says the rule, what came, and what is known or what to do.
+Each message states what is wrong with the value that was passed, then how to fix it.
 """
 
 from __future__ import annotations
@@ -14,29 +14,28 @@ _short.maxlist = _short.maxtuple = _short.maxset = _short.maxdict = _short.maxar
 
 
 def quoted(value: Any) -> str:
-    """What was given, for a message: its ``repr``, cut where it is long or deeply nested."""
+    """Return the ``repr`` of a value for a message, shortened if it is long or deeply nested."""
     return _short.repr(value)
 
 
 class XmodalError(Exception):
-    """Any refusal of this package; catch it to catch them all."""
+    """Base class of all exceptions of this package."""
 
 
 class UnsupportedModelError(XmodalError, ValueError):
-    """A model that cannot be read.
+    """A model that is not supported.
 
-    Its type has no family record, or it has no vision part, no attention modules, an adapter that
-    adds positions without a token, or text that reaches the image by cross-attention where image
-    tokens are asked for.
+    Its type has no family record; or it has no vision tower, no attention modules, an adapter that
+    adds positions without a token, or cross-attention to the image where image tokens are needed.
     """
 
 
 class InputError(XmodalError, ValueError):
-    """An image, a prompt or an option that cannot be used."""
+    """An invalid image, prompt or option."""
 
 
 class CaptureError(XmodalError, RuntimeError):
-    """Attention that was not seen, or that cannot be listened to, put together or edited."""
+    """Attention that was missed, or that cannot be recorded, joined or edited."""
 
 
 class LayerError(XmodalError, LookupError):
@@ -48,24 +47,24 @@ class PositionError(XmodalError, LookupError):
 
 
 class PhraseError(XmodalError, LookupError):
-    """A phrase that does not occur in the text, or more often than the caller allowed for."""
+    """A phrase that does not occur in the text, or occurs several times."""
 
 
 class NotRecordedError(XmodalError, LookupError):
-    """Something that exists in the model but was not kept: values, rows, layers."""
+    """Layers, rows or values that the model has but that were not kept."""
 
 
 class NoSampleError(XmodalError, IndexError):
-    """A sample beyond the end of a store."""
+    """A sample index outside the store."""
 
 
 class GeometryError(XmodalError, ValueError):
-    """No places for image or video tokens.
+    """Tokens or maps that do not match the grid of an image or a video.
 
-    Counts and grid do not fit together, a view or a rule for videos is missing, or maps do not fit
-    the grid they are to be drawn or compared on.
+    The number of tokens does not match the grid, the view does not exist, the places of the tokens
+    are unknown, or a map does not have the shape of the grid on which it is drawn or compared.
     """
 
 
 class StoreError(XmodalError, OSError):
-    """A store that is missing, damaged, of another version, or made with other settings."""
+    """A store that is missing or damaged, has another version, or was made with other settings."""

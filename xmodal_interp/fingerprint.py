@@ -1,14 +1,14 @@
-"""Which model made a store, and in which state: digests that change when its numbers would.
+"""Fingerprint of a model: digests that change whenever its outputs may change.
 
-1. Weights and buffers: SHA-256 of all bytes of every parameter and buffer, those that an offload
-   hook holds and the scales of quantised ones included.
-2. The modules: their classes and plain attributes (scalings, adapters that are switched off), which
-   of them are in training mode, which have a replaced ``forward``.
+1. Weights and buffers: SHA-256 of all bytes of every parameter and buffer, including offloaded
+   weights and the scales of quantised weights.
+2. Modules: their classes and plain attributes (scalings, disabled adapters), their training mode,
+   replaced ``forward`` methods.
 3. The configs, the generation settings, the processor and its tokenizer.
-4. What acts on the model from outside: forward hooks, interventions, autocast.
+4. External state: forward hooks, interventions, autocast.
 
-Where the files are, on which device the weights are, and how many threads compute are left out:
-they don't make another model.
+The location of the files, the device of the weights and the number of threads are left out, because
+they do not change the model.
 """
 
 from __future__ import annotations
@@ -39,27 +39,28 @@ from xmodal_interp.store.value_digests import (
 )
 
 FINGERPRINT = 2
-"""Raised when digests of the same model change; a store of another number is only read."""
+"""Version of the fingerprint, incremented when the digests of an unchanged model change. A store of
+another version is read-only."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _OF_LAST_RUN = ("_cached",)
-"""How the names of attributes end that a module sets when it runs."""
+"""Suffixes of the attributes that a module sets when it runs."""
 _BY_LENGTH = ("dynamic", "longrope")
-"""Rotary embeddings of transformers that compute their frequencies anew for a long prompt."""
+"""Types of rotary embeddings in transformers that recompute their frequencies for long prompts."""
 
 
 def fingerprint(vlm: VLM) -> dict[str, Any]:
-    """Digests of a model, its processor and everything that changes what the model computes.
+    """Return digests of a model, its processor and all state that changes the model's outputs.
 
-    Reads every byte of the weights once, about 1.2 GB/s for each core. Weights that are not in
-    memory are read from where an offload hook keeps them.
+    Reads every byte of the weights once, at about 1.2 GB/s for each core. Offloaded weights are
+    read from the storage of their offload hook.
 
     Returns:
-        JSON-ready: ``fingerprint`` (the version of this function), SHA-256 by ``config_digest``,
-        ``processor_digest``, ``tokenizer_digest``, ``generation_digest``, ``weights_digest``,
-        ``buffers_digest`` and ``modules_digest``; ``training``, the modules in training mode;
-        ``hooks``, ``interventions``, ``autocast`` and ``matmul_precision``, empty or off for a
-        model that runs as it was loaded.
+        A JSON-serialisable dict: ``fingerprint``, the version of this function; the SHA-256 digests
+        ``config_digest``, ``processor_digest``, ``tokenizer_digest``, ``generation_digest``,
+        ``weights_digest``, ``buffers_digest`` and ``modules_digest``; ``training``, the modules in
+        training mode; and ``hooks``, ``interventions``, ``autocast`` and ``matmul_precision``,
+        which are empty or at their defaults for a model as it was loaded.
     """
     model = vlm.model
     generation = getattr(model, "generation_config", None)
@@ -81,7 +82,7 @@ def fingerprint(vlm: VLM) -> dict[str, Any]:
 
 
 def _config(config: Any) -> Any:
-    """A config without its origin; the attention backends of its parts are no part of its JSON."""
+    """Return a config without its path, and the attention backends, which its JSON lacks."""
     subs = getattr(config, "sub_configs", {})
     parts = {name: getattr(config, name, None) for name in subs}
     backends = {
@@ -93,9 +94,9 @@ def _config(config: Any) -> Any:
 
 
 def _processor(processor: Any) -> Any:
-    """The settings of a processor and of its parts, without the tokenizer.
+    """Return the settings of a processor and its parts, without the tokenizer.
 
-    Its private attributes are what some processors keep from one step of a call to the next.
+    Private attributes are left out: some processors use them for temporary state.
     """
     held = {n: v for n, v in attributes_of(processor).items() if n != "tokenizer" and n[0] != "_"}
     settings = portable(json.loads(processor.to_json_string()))
@@ -103,7 +104,7 @@ def _processor(processor: Any) -> Any:
 
 
 def _tokenizer(tokenizer: Any) -> Any:
-    """Vocabulary, rules and settings of a tokenizer."""
+    """Return the vocabulary, rules and settings of a tokenizer."""
     rules = ("_tokenizer", "sp_model")
     held = {name: each for name, each in attributes_of(tokenizer).items() if name not in rules}
     fast: Any = getattr(tokenizer, "_tokenizer", None)
@@ -120,14 +121,14 @@ def _tokenizer(tokenizer: Any) -> Any:
 
 
 def _intervention(intervention: Any) -> str:
-    """Its class, the settings of it that are words, and a digest of all of them."""
+    """Return the class of an intervention, its string settings, and a digest of all settings."""
     words = [f"{k}={v!r}" for k, v in attributes_of(intervention).items() if isinstance(v, str)]
     digest = digest_of(described(intervention))
     return f"{type(intervention).__name__}({', '.join(words)}) {digest[:16]}"
 
 
 def _training(model: nn.Module) -> list[str]:
-    """The modules in training mode; those inside of one that is are left out."""
+    """Return the outermost modules in training mode."""
     found: list[str] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{other}.") or not other for other in found)
@@ -137,7 +138,7 @@ def _training(model: nn.Module) -> list[str]:
 
 
 def _autocast(model: nn.Module) -> list[str]:
-    """Where autocast is on, and the type that it computes in."""
+    """Return device type and dtype of each enabled autocast."""
     kinds = {"cpu", next(model.parameters()).device.type} - {"meta"}
     return [
         f"{kind} {str(torch.get_autocast_dtype(kind)).removeprefix('torch.')}"
@@ -150,7 +151,10 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def _hooks(model: nn.Module) -> list[str]:
-    """Hooks, replaced forwards and attention functions of users: where, what, and a digest."""
+    """Describe the hooks, replaced forwards and attention functions that were set by users.
+
+    Each entry has the place, the name and a digest.
+    """
     found = [
         (name.removeprefix("_global_"), each)
         for name in ("_global_forward_pre_hooks", "_global_forward_hooks")
@@ -176,7 +180,10 @@ def _sub_configs(model: Any) -> list[str]:
 
 
 def _replaced_forward(module: nn.Module) -> Any:
-    """What was set in the place of a module's ``forward``; an offload hook's keeps the original."""
+    """Return the function that replaces a module's ``forward``, or None.
+
+    An offload hook also replaces ``forward``; it keeps the previous one as ``_old_forward``.
+    """
     held = vars(module)
     forward = held.get("_old_forward" if "_hf_hook" in held else "forward")
     own = getattr(forward, "__func__", None)
@@ -184,7 +191,7 @@ def _replaced_forward(module: nn.Module) -> Any:
 
 
 def _acts(hook: Any) -> bool:
-    """Whether a hook is not one that a library puts on every model it runs."""
+    """Whether a hook was set by the user, not by a library such as accelerate."""
     function = hook.func if isinstance(hook, functools.partial) else hook
     where = getattr(function, "__module__", None) or type(function).__module__
     return not str(where).startswith(LIBRARIES)
@@ -195,12 +202,12 @@ def _title(hook: Any) -> str:
 
 
 def _modules(model: nn.Module) -> list[Any]:
-    """Class and attributes of every module by its path, and the digests of tensors among them."""
+    """Return path, class, attributes and the digests of tensor attributes of every module."""
     rows = []
     for path, module in model.named_modules():
         held = {n: v for n, v in attributes_of(module).items() if n not in _OF_EVERY_MODULE}
         held = {n: v for n, v in held.items() if not n.endswith(_OF_LAST_RUN)}
-        if hasattr(module, "config"):  # the tensors that a whole model keeps are of its last run
+        if hasattr(module, "config"):  # tensors kept by a whole model are from its last run
             held = {n: v for n, v in held.items() if not isinstance(v, Tensor)}
         weights = [each for each in module._parameters.values() if each is not None]
         tensors: set[str] = set()
@@ -211,7 +218,7 @@ def _modules(model: nn.Module) -> list[Any]:
 
 
 def _packed(module: nn.Module) -> dict[str, Any]:
-    """What a module writes to a state dict beside its parameters and buffers."""
+    """Return the entries of a module's state dict that are not parameters or buffers."""
     if type(module)._save_to_state_dict is nn.Module._save_to_state_dict:
         return {}
     state: dict[str, Any] = {}
@@ -226,7 +233,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers. Of rotary frequencies that follow the length of the prompt, the original ones."""
+    """Yield the buffers, except rotary frequencies that depend on the length of the last prompt."""
     for path, module, name, tensor in _held(model, "_buffers"):
         by_length = any(kind in str(getattr(module, "rope_type", "")) for kind in _BY_LENGTH)
         if not by_length or not name.endswith("inv_freq") or name.endswith("original_inv_freq"):
@@ -234,7 +241,7 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _held(model: nn.Module, where: str) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Path and module of every parameter or buffer; one that has several names comes once."""
+    """Yield path, module, name and tensor of every parameter or buffer; shared tensors once."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         for name, tensor in getattr(module, where).items():
@@ -244,7 +251,7 @@ def _held(model: nn.Module, where: str) -> Iterator[tuple[str, nn.Module, str, T
 
 
 def _offloaded(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A tensor, or the one that accelerate brings when the module runs."""
+    """Return a tensor; for an offloaded one, the tensor that accelerate loads for a run."""
     if not tensor.is_meta:
         return tensor
     hook = getattr(module, "_hf_hook", None)
@@ -257,7 +264,7 @@ def _offloaded(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def _digests(tensors: Iterator[tuple[str, Tensor]]) -> list[tuple[str, str]]:
-    """Names and digests, hashed on several cores: hashing releases Python's lock."""
+    """Return names and digests, computed in threads: hashing releases the GIL."""
     named = list(tensors)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(tensor_digest, [tensor for _, tensor in named])

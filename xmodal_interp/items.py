@@ -1,4 +1,4 @@
-"""One item of a data set: its name, its images and videos, what is asked, and what else it says."""
+"""Items of a data set: name, images, videos, prompt and labels."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _KEYS = (*_NAMES, *IMAGES, *VIDEOS, *PROMPT)
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One item by its proper names.
+    """One item of a data set, after validation.
 
     Attributes:
-        number: Its place in the data set.
+        number: Its index in the data set.
         name: Name of its sample.
         images: Its images, not opened yet.
-        prompt: What to ask.
-        labels: All its other entries, as JSON has them.
-        videos: Its videos, their frames not read yet.
+        prompt: The question.
+        labels: All other entries, as JSON values.
+        videos: Its videos, whose frames are not read yet.
     """
 
     number: int
@@ -46,17 +46,17 @@ class Item:
 
     @property
     def title(self) -> str:
-        """Such as ``"Item 3 ('x')"``, for messages."""
+        """The item in messages, such as ``"Item 3 ('x')"``."""
         return f"Item {self.number} ({self.name!r})"
 
     @property
     def digest(self) -> str:
-        """Changes with the item's prompt, labels and pictures.
+        """Digest of the item's prompt, labels and pictures.
 
-        Files are identified by their content, because they may be moved.
+        Files are hashed by content, so that they may be moved.
 
         Raises:
-            InputError: A file that cannot be read.
+            InputError: A file cannot be read.
         """
         pictures, frames = self.picture_digests
         clips = [[video.fps, *each] for video, each in zip(self.videos, frames, strict=True)]
@@ -64,10 +64,10 @@ class Item:
 
     @cached_property
     def picture_digests(self) -> tuple[list[str], list[list[str]]]:
-        """SHA-256 of each image, and of the frames of each video.
+        """SHA-256 of each image, and of each frame of each video.
 
         Raises:
-            InputError: A file that cannot be read.
+            InputError: A file cannot be read.
         """
         try:
             return (
@@ -79,25 +79,24 @@ class Item:
 
     @property
     def sources(self) -> list[str | None]:
-        """Where its images are, if they are files."""
+        """The paths of its images; None for images in memory."""
         return [_source(image) for image in self.images]
 
     @property
     def frame_sources(self) -> list[list[str | None]]:
-        """Where the frames of each of its videos are, if they are files."""
+        """The paths of the frames of each video; None for frames in memory."""
         return [[_source(frame) for frame in video.frames] for video in self.videos]
 
 
 def _content(picture: ImageLike) -> str:
-    """SHA-256 of a file's bytes, or of a picture in memory and what changes its looks."""
+    """Return the SHA-256 of a file, or of the pixels and metadata of a picture in memory."""
     if not isinstance(picture, Image.Image):
         try:
             with user_path(picture).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise InputError(
-                f"An image must be a file that can be read; {str(picture)!r} cannot: "
-                f"{error.strerror or error}."
+                f"The image {str(picture)!r} cannot be read: {error.strerror or error}."
             ) from error
     looks = (picture.size, picture.mode, picture.getexif().get(ExifTags.Base.Orientation, 1))
     palette = picture.getpalette(None) if picture.mode in ("P", "PA") else None
@@ -110,19 +109,19 @@ def _source(picture: ImageLike) -> str | None:
 
 
 def name_of(number: int, raw: Any, seen: dict[str, int]) -> str:
-    """What an item is called: its ``name``, its ``id``, or its place in the order.
+    """Return the name of an item: its ``name``, its ``id``, or one made from its index.
 
     Args:
-        number: Its place.
+        number: Its index.
         raw: The item.
-        seen: The items before it by their names, which it is added to.
+        seen: Index of each earlier item by its name; this item is added.
 
     Raises:
-        InputError: An item that is no dict, or a name that is taken or cannot be one.
+        InputError: The item is not a dict, or its name is invalid or already used.
     """
     if not isinstance(raw, Mapping):
         raise InputError(
-            f"An item is a dict with image and prompt. Item {number} is a {type(raw).__name__}."
+            f"Item {number} is a {type(raw).__name__}; it must be a dict with image and prompt."
         )
     given = [raw[key] for key in _NAMES if raw.get(key) is not None]
     name = str(given[0]) if given else f"item-{number:06d}"
@@ -133,29 +132,31 @@ def name_of(number: int, raw: Any, seen: dict[str, int]) -> str:
     first = seen.setdefault(name.casefold(), number)
     if first != number:
         raise InputError(
-            "Items must have different names, also where case is ignored. "
-            f"Item {number} ({name!r}) has the name of item {first}."
+            f"Item {number} ({name!r}) has the same name as item {first}; names must be unique, "
+            "ignoring case."
         )
     return name
 
 
 def checked(number: int, name: str, raw: Mapping[str, Any]) -> Item:
-    """An item, its prompt and labels checked; its images are not opened yet.
+    """Validate the entries of an item, without opening its images.
 
     Raises:
-        InputError: An entry that is missing or cannot be used.
+        InputError: An entry is missing or invalid.
     """
     title = f"Item {number} ({name!r})"
     images, videos = visuals_of(raw, title=title)
     prompt = entry(raw, *PROMPT, title=title)
     wrong = [type(i).__name__ for i in images if not isinstance(i, (Image.Image, str, PathLike))]
     if wrong:
-        raise InputError(f"An image is a path or a PIL image. {title} has a {', a '.join(wrong)}.")
+        raise InputError(
+            f"{title}: an image must be a path or a PIL image; got {', '.join(wrong)}."
+        )
     wrong = [type(video).__name__ for video in videos if not isinstance(video, Video)]
     if wrong:
-        raise InputError(f"A video is a Video of frames. {title} has a {', a '.join(wrong)}.")
+        raise InputError(f"{title}: a video must be an xi.Video; got {', '.join(wrong)}.")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f"A prompt is a text that is not empty. {title} has {prompt!r}.")
+        raise InputError(f"{title}: the prompt must be a non-empty string; got {prompt!r}.")
     rest = {k: v for k, v in raw.items() if k not in _KEYS}
     if raw.get("name") is not None and "id" in raw:
         rest["id"] = raw["id"]
@@ -167,10 +168,10 @@ def checked(number: int, name: str, raw: Mapping[str, Any]) -> Item:
 
 
 def opened_images(item: Item) -> tuple[list[Image.Image], list[Video]]:
-    """The images of an item, and its videos, read.
+    """Open the images and videos of an item and read their pixels.
 
     Raises:
-        InputError: One that is not there, or cannot be read.
+        InputError: A file does not exist or cannot be read.
     """
     try:
         opened = [open_image(image) for image in item.images]
@@ -180,37 +181,38 @@ def opened_images(item: Item) -> tuple[list[Image.Image], list[Video]]:
             image.load()
     except InputError as error:
         raise InputError(f"{item.title}: {error}") from error
-    except (OSError, SyntaxError) as error:  # a PIL image that was opened, and is cut off
+    except (OSError, SyntaxError) as error:  # raised by Pillow for a truncated file
         raise InputError(f"{item.title} has an image that cannot be read: {error}.") from error
     return opened, videos
 
 
 def read_items(path: Path) -> list[dict[str, Any]]:
-    """Items of a CSV or JSONL file with columns ``image`` and ``prompt``, images relative to it.
+    """Read items from a CSV or JSONL file with the columns ``image`` and ``prompt``.
+
+    Relative image paths are resolved against the folder of the file.
 
     Raises:
-        InputError: No such file, another ending, what cannot be read, a column that is missing, or
-            no rows.
+        InputError: The file does not exist, has another extension, cannot be read, lacks a column,
+            or has no rows.
     """
     path = user_path(path)
     if not path.exists():
-        raise InputError(f"Items come from a file that exists; there is no {str(path)!r}.")
+        raise InputError(f"The file of items {str(path)!r} does not exist.")
     if path.suffix not in (".csv", ".jsonl"):
-        raise InputError(f"Items come from a .csv or .jsonl file; got {path.name!r}.")
+        raise InputError(f"The file of items must be .csv or .jsonl; got {path.name!r}.")
     try:
         table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
-    except (ValueError, OSError) as error:  # empty, cut off, or in other letters than UTF-8
+    except (ValueError, OSError) as error:  # empty, truncated, or not UTF-8
         raise InputError(
-            f"Items must be readable as {path.suffix[1:].upper()} in UTF-8; {path.name} is not: "
-            f"{error}"
+            f"{path.name} cannot be read as {path.suffix[1:].upper()} in UTF-8: {error}"
         ) from error
     if not {"image", "prompt"} <= set(table.columns):
         raise InputError(
-            f"Items must have the columns image and prompt; {path.name} has "
+            f"{path.name} must have the columns image and prompt; it has "
             f"{', '.join(map(str, table.columns))}."
         )
     if table.empty:
-        raise InputError(f"At least one item is needed; {path.name} has none.")
+        raise InputError(f"{path.name} has no rows; it must have at least one item.")
     records = [{str(k): v for k, v in record.items()} for record in table.to_dict("records")]
     for record in records:
         given = record["image"] if isinstance(record["image"], list) else [record["image"]]

@@ -1,4 +1,4 @@
-"""What the command line offers by name: analyses and figures, and the options that each takes."""
+"""The analyses and figures of the command line by name, and the options of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xmodal_interp import analysis, figures
 from xmodal_interp.errors import InputError
 
 Offer = Mapping[str, Callable[..., Any]]
-"""Functions by the names that they have on the command line."""
+"""Functions by their names on the command line."""
 
 ANALYSES: Offer = {
     function.__name__.replace("_", "-"): function
@@ -49,32 +49,32 @@ FIGURES: Offer = {
 def options_of(
     function: Callable[..., Any], name: str, given: Mapping[str, object]
 ) -> dict[str, Any]:
-    """The options that were given, if the function takes them all and needs no other.
+    """Return the options that were passed, after a check against the function's parameters.
 
     Args:
         function: An analysis or a figure; its first parameter is the store or the sample.
         name: Its name on the command line.
-        given: Option to value; None where it was not given.
+        given: The value of each option; None if the option was not passed.
 
     Raises:
-        InputError: An option that the function does not take, or one that it needs.
+        InputError: The function does not take an option, or a required option is missing.
     """
     _, *others = inspect.signature(function).parameters.values()
     options = {option: value for option, value in given.items() if value is not None}
     for option in options:
         if option not in {parameter.name for parameter in others}:
-            raise InputError(f"{name} takes no --{option}.")
+            raise InputError(f"{name} does not take --{option}.")
     for parameter in others:
         needed = (
             parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
         )
         if needed and parameter.name not in options:
-            raise InputError(f"{name} needs --{parameter.name}.")
+            raise InputError(f"{name} requires --{parameter.name}.")
     return options
 
 
 def described(offer: Offer, options: tuple[str, ...]) -> str:
-    """A Markdown list: each name, what the function does, and which of the options it takes."""
+    """Return a Markdown list: each name, the summary of its function, and its options."""
     lines = []
     for name, function in offer.items():
         doc = (inspect.getdoc(function) or "").splitlines()[0]

@@ -1,9 +1,12 @@
-"""Where a phrase stands in a text.
+"""Find a phrase in a text.
 
-A phrase is made of whole words: it does not begin or end within one. What a word is depends on
-the script. Most put spaces between words. Some do not (Chinese, Japanese, Thai, ...): there a
-phrase may begin and end anywhere but within a character. Korean puts spaces between words, and
-particles behind them without one: there a phrase begins where a word does, and the word may go on.
+A phrase matches whole words only. Word boundaries depend on the script:
+
+* Scripts with spaces between words: a match starts and ends at a word boundary.
+* Scripts without spaces (Chinese, Japanese, Thai, ...): a match may start and end between any two
+  characters, but not between a character and its combining marks.
+* Korean, which attaches particles to words: a match starts at a word boundary and may end inside a
+  word.
 """
 
 from __future__ import annotations
@@ -27,20 +30,19 @@ _N_SHOWN = 3
 def span_of(
     phrase: str, text: str, occurrence: int | None, *, hidden: Callable[[int, int], bool]
 ) -> tuple[int, int]:
-    """First character of a phrase in a text, and one past the last.
+    """Return the start and the end (exclusive) of a phrase in a text.
 
-    Upper and lower case are alike, whole words only, and any white space between them.
+    The match ignores case, covers whole words, and allows any white space between words.
 
     Args:
-        phrase: What to find.
-        text: Where.
-        occurrence: Which one, 0-based, if there are several; negative counts from the last.
-        hidden: Whether the characters from start to end are no text.
+        phrase: The phrase to find.
+        text: The text to search.
+        occurrence: Index of the match if there are several; negative ones count from the last.
+        hidden: Function of start and end; matches for which it returns True are ignored.
 
     Raises:
-        InputError: The phrase is no text, or the occurrence no whole number.
-        PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` was not
-            given.
+        InputError: ``phrase`` is not a string, or ``occurrence`` is not an integer.
+        PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` is None.
     """
     _check_types(phrase, occurrence)
     spans = [span for span in _spans(phrase, text, whole=True) if not hidden(*span)]
@@ -48,28 +50,28 @@ def span_of(
         raise PhraseError(_missing(phrase, text, hidden))
     if occurrence is None and len(spans) > 1:
         raise PhraseError(
-            f"A phrase must be unique, or one occurrence chosen. {phrase!r} occurs "
-            f"{len(spans)} times in {text!r}; pass occurrence=0 to {len(spans) - 1}."
+            f"{phrase!r} occurs {len(spans)} times in {text!r}; choose one with occurrence=0 to "
+            f"{len(spans) - 1}."
         )
     index = 0 if occurrence is None else operator.index(occurrence)
     if not -len(spans) <= index < len(spans):
-        raise PhraseError(f"{phrase!r} occurs {len(spans)} times; there is no occurrence {index}.")
+        raise PhraseError(f"There is no occurrence {index}: {phrase!r} occurs {len(spans)} times.")
     return spans[index]
 
 
 def has_word(word: str, text: str, hidden: Callable[[int, int], bool]) -> bool:
-    """Whether a text has a word, upper and lower case alike, where it is not hidden."""
+    """Whether a text contains a word outside hidden characters, ignoring case."""
     return any(not hidden(*span) for span in _spans(word, text, whole=True))
 
 
 def has_phrase(selector: Any) -> TypeGuard[str | Sequence[str | int]]:
-    """Whether positions are named by a phrase, or in a list by one at least."""
+    """Whether a selector is a phrase or a list with at least one phrase."""
     in_list = isinstance(selector, (list, tuple)) and any(isinstance(one, str) for one in selector)
     return isinstance(selector, str) or in_list
 
 
 def _spans(phrase: str, text: str, *, whole: bool) -> Iterator[tuple[int, int]]:
-    """Where a phrase occurs, as whole words or anywhere; no two overlap."""
+    """Yield start and end of non-overlapping matches, as whole words only or anywhere."""
     words = r"\s+".join(re.escape(word) for word in phrase.split())
     pattern, at = re.compile(words, re.IGNORECASE), 0
     while words and (match := pattern.search(text, at)) is not None:
@@ -82,12 +84,12 @@ def _spans(phrase: str, text: str, *, whole: bool) -> Iterator[tuple[int, int]]:
 
 
 def _goes_on(text: str, at: int, *, korean: bool = False) -> bool:
-    """Whether the character at ``at`` continues the word of the one before it.
+    """Whether the character at ``at`` continues the word of the character before it.
 
     Args:
         text: The text.
-        at: Which character.
-        korean: Whether Korean continues a word.
+        at: Index of the character.
+        korean: If False, a Korean character never continues a word.
     """
     if not 0 < at < len(text):
         return False
@@ -101,7 +103,7 @@ def _goes_on(text: str, at: int, *, korean: bool = False) -> bool:
 
 
 def _in_word(character: str) -> bool:
-    """Letters, digits, the underscore, and the accents and vowel signs put on letters."""
+    """Whether a character is a letter, digit, underscore, or combining mark of a letter."""
     if character.isalnum() or character == "_":
         return True
     is_mark = unicodedata.category(character) in _MARKS
@@ -109,20 +111,20 @@ def _in_word(character: str) -> bool:
 
 
 def _name(character: str) -> str:
-    """A character's name in Unicode, which begins with its script; empty for those without one."""
+    """Return the Unicode name of a character, which starts with its script; empty if unnamed."""
     return unicodedata.name(character, "")
 
 
 def _missing(phrase: str, text: str, hidden: Callable[[int, int], bool]) -> str:
-    """The refusal of a phrase that does not occur, or within words only."""
+    """Return the message for a phrase that does not occur, or occurs only inside longer words."""
     within = [span for span in _spans(phrase, text, whole=False) if not hidden(*span)]
     if not within:
-        return f"A phrase must occur in the sample's text. {phrase!r} is not in {text!r}."
+        return f"{phrase!r} is not in the sample's text {text!r}."
     words = list(dict.fromkeys(repr(_word_around(text, *span)) for span in within))
     shown = ", ".join(words[:_N_SHOWN]) + (", ..." if len(words) > _N_SHOWN else "")
     return (
-        f"A phrase must occur in the sample's text as whole words. {phrase!r} occurs only inside "
-        f"{'a longer word' if len(words) == 1 else 'longer words'}: {shown}."
+        f"{phrase!r} occurs only inside {'a longer word' if len(words) == 1 else 'longer words'} "
+        f"of the sample's text: {shown}. Pass a phrase of whole words."
     )
 
 
@@ -136,7 +138,7 @@ def _word_around(text: str, start: int, end: int) -> str:
 
 def _check_types(phrase: str, occurrence: int | None) -> None:
     if not isinstance(phrase, str):
-        raise InputError(f"A phrase is a text; got {quoted(phrase)}.")
+        raise InputError(f"A phrase must be a string; got {quoted(phrase)}.")
     if occurrence is None:
         return
     try:
@@ -145,5 +147,5 @@ def _check_types(phrase: str, occurrence: int | None) -> None:
         operator.index(occurrence)
     except (TypeError, ValueError):
         raise InputError(
-            f"An occurrence is a whole number, 0 for the first; got {quoted(occurrence)}."
+            f"occurrence must be an integer, 0 for the first; got {quoted(occurrence)}."
         ) from None

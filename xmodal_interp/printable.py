@@ -1,7 +1,7 @@
-"""Text of users as it can be shown anywhere: no control characters, no markup, no formulas.
+"""Escape user text for output: control characters, Markdown markup, spreadsheet formulas.
 
-Prompts, answers, tokens, paths and names come from outside. A terminal, a spreadsheet, an SVG
-file and a Markdown page each read some characters as commands.
+Terminals, spreadsheets, SVG files and Markdown pages each interpret some characters of prompts,
+answers, tokens, paths and names as commands.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import unicodedata
 
 import pandas as pd
 
-_BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # turn the reading order of what follows
+_BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # change the direction of the following text
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def printable(text: str, *, lines: bool = True) -> str:
-    r"""The text with an escape such as ``\x1b`` for each character that is not for reading.
+    r"""Replace control characters by escapes such as ``\x1b``.
 
-    These are control characters, halves of surrogate pairs, and marks that turn the reading order.
+    Unpaired surrogates and characters that change the text direction are replaced too.
 
     Args:
-        text: Any text.
-        lines: Whether line breaks and tabs stay.
+        text: Any string.
+        lines: If True, line breaks and tabs are kept.
     """
     return "".join(
         letter if _is_shown(letter, lines=lines) else letter.encode("unicode_escape").decode()
@@ -39,14 +39,15 @@ def _is_shown(letter: str, *, lines: bool) -> bool:
 
 
 def markdown_escaped(text: str) -> str:
-    """One line of Markdown that shows the text as it is."""
+    """Return one line of Markdown that renders as the given text."""
     return _MARKDOWN.sub(r"\\\1", printable(text, lines=False))
 
 
 def for_spreadsheets(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with an apostrophe before texts that a spreadsheet would take for a formula.
+    """Put an apostrophe before strings that a spreadsheet would run as a formula.
 
-    Such a text begins with ``=``, ``+``, ``-``, ``@`` or white space, and goes on. Numbers stay.
+    These are strings of two or more characters that start with ``=``, ``+``, ``-``, ``@``, a tab or
+    a carriage return. Numbers are not changed.
     """
     texts = [
         name

@@ -1,4 +1,4 @@
-"""What the command line says: tables on a terminal and in files, refusals in one line."""
+"""Output of the command line: tables on the terminal and in files, errors in one line."""
 
 from __future__ import annotations
 
@@ -23,26 +23,29 @@ out, err = Console(), Console(stderr=True)
 
 
 class Group(TyperGroup):
-    """Refusals in one line, without a traceback: exit code 1. Wrong usage is 2, as ever."""
+    """Prints errors of this package in one line, without a traceback, and exits with code 1.
+
+    Wrong usage exits with code 2, as in any command of typer.
+    """
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
+        """Run a command; turn errors of this package and Ctrl-C into exit codes."""
         try:
             return super().invoke(ctx)
         except XmodalError as error:
             say("error:", str(error), style="bold red", to=err)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            say("stopped; what was written before is whole", to=err)
+            say("stopped; files that were already written are complete", to=err)
             raise typer.Exit(130) from None
 
 
 def say(*parts: str, style: str = "", to: Console = out) -> None:
-    """Print a line as it stands: nothing in it is markup, nor a command to the terminal.
+    """Print a line literally: markup and control characters are escaped.
 
     Args:
-        *parts: What to print, with a space between.
-        style: Of the first part, if there are several.
+        *parts: Strings to print, separated by spaces.
+        style: Style of the first part, if there are several.
         to: The console.
     """
     first, *others = (Text(printable(part)) for part in parts)
@@ -52,7 +55,7 @@ def say(*parts: str, style: str = "", to: Console = out) -> None:
 
 
 def show(table: pd.DataFrame) -> None:
-    """Print a table; cells that are too wide for the terminal are folded."""
+    """Print a table; cells wider than the terminal are wrapped."""
     shown = Table(box=None, header_style="bold")
     for column, dtype in table.dtypes.items():
         right = pd.api.types.is_numeric_dtype(dtype)
@@ -63,15 +66,15 @@ def show(table: pd.DataFrame) -> None:
 
 
 def show_long(table: pd.DataFrame, rows: int) -> None:
-    """Print the first rows of a long table of an analysis, so that every cell can be read.
+    """Print the first rows of a long table without truncating cells.
 
-    What all rows have in common is said above it. Columns that don't fit side by side come in
-    parts below each other, each behind the columns that say what a row is for: those before the
-    first fraction.
+    Columns with one value in all rows are printed once, above the table. If the other columns are
+    wider than the terminal, the table is printed in several parts. Each part repeats the key
+    columns: those before the first float column.
 
     Args:
         table: The table.
-        rows: How many rows at most.
+        rows: Largest number of rows to print.
     """
     same = [name for name in table if len(table[name].unique()) == 1]
     for name in same:
@@ -82,13 +85,16 @@ def show_long(table: pd.DataFrame, rows: int) -> None:
         show(differing[part])
     if len(table) > rows:
         say(
-            f"... {len(table) - rows} more rows; --rows {len(table)} shows all, --path FILE writes "
-            "them"
+            f"... {len(table) - rows} more rows; --rows {len(table)} prints all, --path FILE "
+            "writes them to a file"
         )
 
 
 def _side_by_side(table: pd.DataFrame, width: int) -> list[list[str]]:
-    """The columns in parts that are at most so wide, if the keys leave room for any other."""
+    """Split columns into parts of at most ``width`` characters, each with the key columns.
+
+    A part has at least one other column, even if it is wider.
+    """
     widths = {
         str(name): 2 + max(cell_len(str(name)), *(cell_len(_cell(value)) for value in table[name]))
         for name in table
@@ -109,7 +115,7 @@ def _side_by_side(table: pd.DataFrame, width: int) -> list[list[str]]:
 
 
 def show_store(store: Store) -> None:
-    """Print how large a store is, and the settings that its samples were made with."""
+    """Print the size of a store and the settings of its samples."""
     say(f"{store.path}: {len(store)} samples, {store.n_bytes / 1e6:.1f} MB")
     about = {**store.manifest, **store.manifest["settings"]}
     rows = [(name, _in_words(value)) for name, value in about.items() if name != "settings"]
@@ -117,18 +123,18 @@ def show_store(store: Store) -> None:
 
 
 def check_output(path: Path, *, force: bool) -> None:
-    """Refuse a file that a command must not write to.
+    """Check that a command may write to a file.
 
     Raises:
-        InputError: It is inside a store, is a symbolic link or a folder, or exists and is not to be
-            overwritten.
+        InputError: The file is inside a store, is a symbolic link or a folder, or exists and
+            ``force`` is False.
     """
     path = user_path(path)
     around = store_around(path)
     if around is not None:
         raise InputError(
-            f"Nothing else is written into a store. {str(path)!r} is inside the store "
-            f"{str(around)!r}; choose another --path."
+            f"{str(path)!r} is inside the store {str(around)!r}, where only samples are written. "
+            "Choose another --path."
         )
     if path.is_symlink() or path.is_dir():
         what = "a symbolic link" if path.is_symlink() else "a folder"
@@ -140,10 +146,10 @@ def check_output(path: Path, *, force: bool) -> None:
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
-    """Write a table in the format that the file's name says.
+    """Write a table in the format given by the file's extension.
 
     Raises:
-        InputError: Another ending than .csv, .parquet, .json, or no file can be written there.
+        InputError: The extension is not .csv, .parquet or .json, or the file cannot be written.
     """
     writers: dict[str, Callable[[pd.DataFrame], object]] = {
         ".csv": lambda t: for_spreadsheets(t).to_csv(path, index=False),
@@ -167,7 +173,7 @@ def _cell(value: object) -> str:
 
 
 def _in_words(value: object) -> str:
-    """A setting as one reads it: lists with commas, names before what they stand for."""
+    """Format a setting: lists are separated by commas, the entries of a mapping as name value."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_in_words(each)}" for name, each in value.items())
     if isinstance(value, list):

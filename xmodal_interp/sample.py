@@ -1,7 +1,7 @@
-"""One sample: what stands at each position, and every attention call the model made on it.
+"""A sample: the tokens of a prompt and its answer, and all attention calls of the model on them.
 
-A sample in memory and a sample in a store are the same thing to an analysis: the calls come from a
-mapping, which for a store reads a layer when it is asked for.
+Analyses treat samples in memory and in a store alike. The calls of a stored sample are a mapping
+that reads a layer from disk on access.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from xmodal_interp.vocabulary import (
 )
 
 CallKey = tuple[Tower, AttentionKind, int, int]
-"""Tower, kind, layer, call: what a call is kept under."""
+"""The key of an attention call: tower, attention kind, layer, call."""
 
 Selector = str | Positions | Sequence[str | int]
 """Positions, a keyword (``"last"``, ``"text"``), a phrase of the text, or a list of these.
 
-``"last"`` is the last position of the prompt, ``"text"`` all text after the last image or video. A
-string that is a keyword and also a word of the sample's text is an error; ``sample.last``,
-``sample.find("last")`` and ``vocabulary.LAST`` say which one is meant.
+``"last"`` selects the last position of the prompt, ``"text"`` all text after the last image or
+video. A keyword that is also a word of the sample's text is an error. Pass ``sample.last`` or
+``vocabulary.LAST`` for the keyword, ``sample.find("last")`` for the word.
 """
 
 
@@ -60,22 +60,23 @@ class Sample:
 
     Attributes:
         name: Name of the sample, unique in a store.
-        tokens: One row per position that the model has read, prompt and answer: ``TOKEN_COLUMNS``;
-            where the model has a rotary embedding also ``rope_t, rope_h, rope_w``, the positions
-            that it was told (time, row, column; all the same where it has one axis).
+        tokens: One row per position of prompt and answer, with ``TOKEN_COLUMNS``. The last
+            generated token has no row if the model did not run on it. Models with a rotary
+            embedding add ``rope_t``, ``rope_h`` and ``rope_w``: the time, row and column positions
+            that the embedding received (equal if it has one axis).
         text: The rendered prompt and the answer; ``start`` and ``end`` count its characters.
-        question: What was asked.
-        answer: What the model generated, without special tokens; empty if nothing was generated.
-        n_prompt: How many positions the prompt has.
+        question: The question, without the chat template.
+        answer: The generated text, without special tokens; empty if nothing was generated.
+        n_prompt: Number of positions of the prompt.
         grids: The grid of each image.
-        images: The images; a stored sample reads them when they are first asked for.
-        calls: Every call by tower, kind, layer and call. Language calls span prompt and answer: one
-            row per token.
-        cross_keys: For cross-attention families: one row per image key.
-        labels: Whatever the caller wanted kept with the sample (the true answer, a box, a split).
+        images: The images; a stored sample reads them on first access.
+        calls: All attention calls, by tower, attention kind, layer and call. Language calls have
+            one query row per token of prompt and answer.
+        cross_keys: For models whose text cross-attends to images: one row per image key.
+        labels: Further values stored with the sample (the true answer, a box, a split).
         provenance: Model, revision, versions, backend, dtype, settings.
         video_grids: The grid of each video.
-        videos: The videos; a stored sample reads their frames when they are first asked for.
+        videos: The videos; a stored sample reads their frames on first access.
     """
 
     name: str
@@ -94,7 +95,7 @@ class Sample:
     videos: tuple[Video, ...] = ()
 
     def __repr__(self) -> str:
-        """A line that tells what is in it."""
+        """Return a one-line summary."""
         parts = sorted({key[:2] for key in self.calls})
         towers = ", ".join(f"{len(self.layers(t, k))} {t} {k}" for t, k in parts)
         counts = self.tokens["kind"].value_counts().items()
@@ -103,12 +104,12 @@ class Sample:
         return f"Sample({self.name!r}: {asked}; {kinds} tokens; layers: {towers})"
 
     def __len__(self) -> int:
-        """Positions, prompt and answer."""
+        """Return the number of positions of prompt and answer."""
         return len(self.tokens)
 
     @property
     def last(self) -> int:
-        """The last position of the prompt, which predicts the first word of the answer."""
+        """The last position of the prompt, which predicts the first token of the answer."""
         return self.n_prompt - 1
 
     def where(
@@ -120,11 +121,18 @@ class Sample:
         video: int | None = None,
         frame: int | None = None,
     ) -> Int[np.ndarray, " position"]:
-        """Positions of a token kind, role, image, video or frame, ascending; may be empty."""
+        """Return the positions that match all given values, ascending; may be empty.
+
+        Args:
+            kind: A token kind: ``"image"``, ``"video"``, ``"text"``, ``"special"`` or
+                ``"padding"``.
+            role: ``"system"``, ``"user"``, ``"generated"`` or ``"template"``.
+            image: Index of an image.
+            video: Index of a video.
+            frame: Index of a frame of a video.
+        """
         if kind is not None and not (isinstance(kind, str) and kind in TOKEN_KINDS):
-            raise InputError(
-                f"A token kind is one of {', '.join(TOKEN_KINDS)}; got {quoted(kind)}."
-            )
+            raise InputError(f"kind must be one of {', '.join(TOKEN_KINDS)}; got {quoted(kind)}.")
         if role is not None:
             one_of(role, "role", ROLES)
         for name, which in (("image", image), ("video", video), ("frame", frame)):
@@ -139,56 +147,61 @@ class Sample:
 
     @property
     def visual(self) -> Int[np.ndarray, " position"]:
-        """Positions of image and video tokens, ascending; may be empty."""
+        """The positions of image and video tokens, ascending; may be empty."""
         return np.flatnonzero(self.tokens["kind"].isin(VISUAL_KINDS).to_numpy(dtype=bool))
 
     def text_after_image(self) -> Int[np.ndarray, " position"]:
-        """Text positions of prompt and answer after the last image or video, which can see all.
+        """Return the positions of text tokens after the last image or video token.
 
-        Special tokens and padding are left out. For cross-attention families, all text.
+        They include the answer, but not special or padding tokens. Where text cross-attends to
+        images, they are all text tokens.
         """
         text = self.where("text")
         return text[text > int(self.visual.max(initial=-1))]
 
     def find(self, phrase: str, occurrence: int | None = None) -> Int[np.ndarray, " position"]:
-        """Positions whose characters a phrase covers: whole words, upper and lower case alike.
+        """Return the positions of the tokens of a phrase.
 
-        In scripts without spaces (Chinese, Thai, ...) any characters; Korean particles may follow.
+        The phrase matches whole words, ignoring case. In scripts without spaces (Chinese, Thai,
+        ...) it matches any characters; a Korean phrase may be followed by particles.
 
         Args:
-            phrase: As it stands in the question or in the answer.
-            occurrence: Which one, 0-based, if there are several; negative counts from the last.
+            phrase: A phrase of the question or the answer.
+            occurrence: Index of the match if there are several; negative ones count from the last.
 
         Raises:
-            InputError: The phrase is no text, or the occurrence no whole number.
-            PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` was
-                not given.
+            InputError: ``phrase`` is not a string, or ``occurrence`` is not an integer.
+            PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` is
+                None.
         """
         start, end = span_of(phrase, self.text, occurrence, hidden=self._in_placeholder)
         touched = (self.tokens["start"] < end) & (self.tokens["end"] > start)
         if not touched.any():
             raise PhraseError(
-                f"{phrase!r} is in the text, but no token is known to stand for it: this sample's "
-                "tokens could not be matched with its prompt. Give positions instead."
+                f"{phrase!r} is in the text, but its tokens are unknown: the tokens of this sample "
+                "could not be aligned with its prompt. Pass positions instead."
             )
         return np.flatnonzero(touched.to_numpy(dtype=bool, na_value=False))
 
     def _in_placeholder(self, start: int, end: int) -> bool:
-        """Whether these characters lie inside of a placeholder or another special token."""
+        """Whether the characters lie inside a placeholder or another special token."""
         inside = (self.tokens["start"] <= start) & (self.tokens["end"] >= end)
         return bool((inside & self.tokens["kind"].isin([*VISUAL_KINDS, "special"])).any())
 
     def positions(self, selector: Selector) -> Int[Tensor, " position"]:
-        """A keyword, a phrase, an index, a slice, a mask or a list as positions.
+        """Convert a selector to positions.
 
-        ``"last"`` is the last position of the prompt, ``"text"`` the text after all images and
-        videos. Positions of a list with strings are ascending, each once.
+        ``"last"`` selects the last position of the prompt, ``"text"`` the text after all images and
+        videos. The positions of a list that contains strings are sorted and unique.
+
+        Args:
+            selector: A keyword, a phrase, an index, a slice, a boolean mask or a list.
 
         Raises:
-            InputError: ``"text"`` where no text comes after the image.
+            InputError: ``"text"`` for a sample without text after the image.
             PhraseError: An unknown or ambiguous phrase, or a keyword that is also a word of this
                 sample's text.
-            PositionError: An index outside the sequence, or a mask of another length.
+            PositionError: An index outside the sequence, or a mask of the wrong length.
         """
         if isinstance(selector, str):
             return torch.from_numpy(self._named(selector))
@@ -197,7 +210,7 @@ class Sample:
         return resolve(cast("Positions", selector), len(self), "position")
 
     def _named(self, name: str) -> Int[np.ndarray, " position"]:
-        """Positions of a keyword or a phrase."""
+        """Return the positions of a keyword or a phrase."""
         if name not in KEYWORDS:
             return self.find(name)
         if not isinstance(name, Keyword) and has_word(name, self.text, self._in_placeholder):
@@ -206,23 +219,22 @@ class Sample:
                 TEXT: "sample.text_after_image() (all text after the image)",
             }
             raise PhraseError(
-                f"{name!r} is a keyword, and also a word in the text of sample {self.name!r}: it "
-                f"could mean either. Pass {meant[Keyword(name)]} or sample.find({name!r}) (the "
-                f"word); for many samples, xmodal_interp.vocabulary.{name.upper()} is the keyword."
+                f"{name!r} is ambiguous: it is a keyword and a word in the text of sample "
+                f"{self.name!r}. Pass {meant[Keyword(name)]}, sample.find({name!r}) (the word), or "
+                f"for many samples xmodal_interp.vocabulary.{name.upper()} (the keyword)."
             )
         if name == LAST:
             return np.array([self.last])
         after = self.text_after_image()
         if len(after) == 0:
             raise InputError(
-                "queries='text' means the text that can see the image: text behind the last image "
-                f"token. Sample {self.name!r} has none; choose queries by position, or put the "
-                "question behind the image."
+                f"queries='text' selects text after the last image token; sample {self.name!r} has "
+                "no such text. Choose queries by position, or put the question after the image."
             )
         return after
 
     def layers(self, tower: Tower = "language", kind: AttentionKind = "self") -> list[int]:
-        """The layers that are held, ascending."""
+        """Return the layers whose calls were kept, ascending."""
         return sorted({key[2] for key in self.calls if key[0] == tower and key[1] == kind})
 
     def call(
@@ -233,16 +245,17 @@ class Sample:
         kind: AttentionKind = "self",
         call: SupportsIndex = 0,
     ) -> AttentionCall:
-        """One attention call. In the vision tower, ``call`` is the image; videos come behind.
+        """Return one attention call.
 
         Args:
             layer: Layer index; negative ones count from the last layer of the model.
-            tower: Part of the model.
-            kind: ``"self"``, ``"cross"`` or ``"channel"``.
-            call: Which call of the layer.
+            tower: The tower.
+            kind: The attention kind: ``"self"``, ``"cross"`` or ``"channel"``.
+            call: Index of the call of this layer. In the vision tower, the index of the image;
+                videos follow the images.
 
         Raises:
-            LayerError: There is no such layer.
+            LayerError: The layer or call does not exist.
             NotRecordedError: The layer exists, but was not kept.
         """
         one_of(tower, "tower", TOWERS)
@@ -257,14 +270,14 @@ class Sample:
             return self.calls[key]
         if index in exists:
             raise NotRecordedError(
-                f"Only what was kept can be asked for. {tower} {kind}-attention kept layers "
-                f"{held or 'none'}, not {index}. Capture again with this layer."
+                f"Layer {index} of {tower} {kind}-attention was not kept; kept layers: "
+                f"{held or 'none'}. Capture again with this layer."
             )
         n_calls = len({k[3] for k in self.calls if k[:3] == key[:3]})
-        has = f"layers {known}" if known else "none"
+        has = f"layers {known}" if known else "no layers"
         has += f", with calls 0 to {n_calls - 1}" if n_calls else ""
         got = f"layer {layer}, call {call}"
-        raise LayerError(f"A layer must exist. {tower} {kind}-attention has {has}; got {got}.")
+        raise LayerError(f"There is no {got}: {tower} {kind}-attention has {has}.")
 
     def probs(
         self,
@@ -277,16 +290,17 @@ class Sample:
         kind: AttentionKind = "self",
         call: SupportsIndex = 0,
     ) -> Float[Tensor, "head query key"]:
-        """Exact attention probabilities, float32; rows that see nothing are NaN.
+        """Return exact attention probabilities in float32; rows without visible keys are NaN.
 
         Args:
             layer: Layer index; negative ones count from the last.
-            heads: Heads, all if not given.
-            queries: Positions, a phrase or a list of phrases, all if not given.
-            keys: The same. The keys of cross-attention are given by position only.
-            tower: Part of the model; positions of other towers than the language tower are its own.
-            kind: ``"self"``, ``"cross"`` or ``"channel"``.
-            call: Which call of the layer; in the vision tower, the image.
+            heads: Heads; all by default.
+            queries: Positions, a phrase or a list of phrases; all by default.
+            keys: Like ``queries``. Keys of cross-attention are selected by position only.
+            tower: The tower. In towers other than the language tower, ``queries`` and ``keys`` are
+                positions in that tower.
+            kind: The attention kind: ``"self"``, ``"cross"`` or ``"channel"``.
+            call: Index of the call of this layer; in the vision tower, the index of the image.
         """
         one_of(tower, "tower", TOWERS)
         one_of(kind, "kind", get_args(AttentionKind))
@@ -296,8 +310,8 @@ class Sample:
         key: Any = self.positions(keys) if self_keys and has_phrase(keys) else keys
         if has_phrase(query) or has_phrase(key):
             raise InputError(
-                "A phrase names text positions; give vision-tower and cross-attention positions as "
-                "numbers."
+                "A phrase selects text positions only. Pass queries and keys of other towers, and "
+                "keys of cross-attention, as numbers."
             )
         return self.call(layer, tower=tower, kind=kind, call=call).probs(heads, query, key)[0]
 
@@ -310,29 +324,31 @@ class Sample:
         video: int | None = None,
         frame: int | None = None,
     ) -> Float[np.ndarray, "*frame row col"]:
-        """One value per token of an image or a video as a grid, NaN where there is no token.
+        """Arrange one value per token of an image or a video on its grid, NaN without a token.
 
         Args:
-            values: ``[token]`` in sequence order, class tokens, line breaks and the tokens of a
-                thumbnail included.
-            image: Which image, where no video is given.
-            view: ``"image"``, or the ``"thumbnail"`` that some models read beside tiles.
-            video: Which video.
-            frame: Which of the video's frames of tokens; all if not given.
+            values: ``[token]`` in sequence order, including class tokens, line breaks and the
+                tokens of a thumbnail.
+            image: Index of the image; ignored if ``video`` is given.
+            view: ``"image"``, or ``"thumbnail"`` for models that read one in addition to tiles.
+            video: Index of the video.
+            frame: Index of a frame of tokens of the video; all by default.
 
         Returns:
-            ``[row, col]``; of a video, all frames, ``[frame, row, col]``.
+            ``[row, col]``; ``[frame, row, col]`` for all frames of a video.
 
         Raises:
-            GeometryError: The number of values is not that of the tokens, they have no known
-                places, or there is no such image, view, video or frame.
+            GeometryError: The number of values does not match the tokens, the tokens have no known
+                places, or the image, view, video or frame does not exist.
         """
         string(view, "view")
         bare = values.detach().float().cpu() if isinstance(values, Tensor) else values
         try:
             flat = np.asarray(bare, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise InputError(f"values are numbers, one per token; got {quoted(values)}.") from error
+            raise InputError(
+                f"values must be numbers, one per token; got {quoted(values)}."
+            ) from error
         if video is not None:
             _check_number(video, len(self.video_grids), "video")
             frames = self.video_grids[video].arranged(flat, view, number=video)
@@ -342,9 +358,10 @@ class Sample:
         return self.grids[image].arranged(flat, view, number=image)
 
     def groups(self) -> dict[str, Bool[np.ndarray, " position"]]:
-        """Key groups of the language tower.
+        """Return the key groups of the language tower as boolean masks.
 
-        ``image 0``, ..., ``video 0``, ..., ``text``, ``special``, ``padding``; each key in one.
+        Groups are ``image 0``, ..., ``video 0``, ..., ``text``, ``special`` and ``padding``; each
+        key is in one group. Empty groups are left out.
         """
         kinds = self.tokens["kind"]
         groups = {
@@ -360,4 +377,4 @@ class Sample:
 def _check_number(number: int, n: int, what: str) -> None:
     whole_number(number, what, -MOST)
     if not 0 <= number < n:
-        raise GeometryError(f"The sample has {n} {what}s; there is no {what} {number}.")
+        raise GeometryError(f"There is no {what} {number}: the sample has {n} {what}s.")

@@ -1,10 +1,10 @@
-"""The glossary in code: what axes, towers and token kinds are called.
+"""Names of axes, towers, attention kinds and token kinds.
 
 Axes, always in this order and 0-based: ``sample``, ``layer``, ``head`` (a query head), ``kv_head``,
-``query``, ``key``, ``d_head``. ``q``, ``k``, ``v`` are what the scores are made of (projected,
-normed, rotated); ``scores`` come before the softmax, ``probs`` after it and before dropout.
-``visible`` is True where a query may attend to a key. ``lift`` is a probability times the number of
-visible keys, so that it is 1 everywhere under uniform attention.
+``query``, ``key``, ``d_head``. ``q``, ``k`` and ``v`` are the operands of the attention kernel
+(projected, normed, rotated). ``scores`` are the values before the softmax, ``probs`` those after it
+and before dropout. ``visible`` is True where a query may attend to a key. ``lift`` is a probability
+times the number of visible keys: 1 everywhere for uniform attention.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Literal
 Tower = Literal["vision", "audio", "other", "connector", "language"]
 AttentionKind = Literal["self", "cross", "channel"]
 """``self``: queries and keys are the same positions. ``cross``: the keys are other positions, or
-the queries are no positions (learned queries of a pooling head). ``channel``: queries and keys are
-channels, so that probabilities are not about positions at all."""
+the queries are learned (a pooling head). ``channel``: queries and keys are channels, not
+positions."""
 TokenKind = Literal["image", "video", "text", "special", "padding"]
 
 TOWERS: tuple[Tower, ...] = ("vision", "audio", "other", "connector", "language")
@@ -25,10 +25,10 @@ VISUAL_KINDS: tuple[TokenKind, ...] = ("image", "video")
 
 
 class Keyword(str):
-    """A name for positions of every sample, as functions have it for a default.
+    """A selector such as ``"last"`` that is never searched for in the text.
 
-    A plain string of the same letters is a keyword too, unless the sample's text has that word:
-    then it could mean either, which is an error.
+    A plain string with the same characters is a keyword too, but raises an error if the sample's
+    text contains that word.
     """
 
     __slots__ = ()
@@ -37,7 +37,7 @@ class Keyword(str):
 LAST = Keyword("last")
 """The last position of the prompt, which predicts the first token of the answer."""
 TEXT = Keyword("text")
-"""The text of prompt and answer after the last image or video, which can see all of them."""
+"""All text of prompt and answer after the last image or video."""
 KEYWORDS: tuple[Keyword, ...] = (LAST, TEXT)
 
 TOKEN_COLUMNS: tuple[str, ...] = (
@@ -45,7 +45,13 @@ TOKEN_COLUMNS: tuple[str, ...] = (
     *("x0", "y0", "x1", "y1", "start", "end"),
     *("view", "tile", "video", "frame"),
 )
-"""Columns of a token table: text, kind, role (``system``, ``user``, ``generated`` or ``template``),
-image, place on the grid, box in pixels of the original image, character span; whether the place is
-in the ``image`` (of a video: the frame) or in its ``thumbnail``, and the tile, where there are any;
-for videos which, and which of its frames (after temporal merging)."""
+"""Columns of a token table:
+
+* ``token``, ``kind``, ``role`` (``system``, ``user``, ``generated`` or ``template``);
+* ``image``: index of the image; ``row``, ``col``: place on its grid;
+* ``x0``, ``y0``, ``x1``, ``y1``: box in pixels of the original image;
+* ``start``, ``end``: span of characters in the sample's text;
+* ``view``: whether the place is in the ``image`` (or video frame) or its ``thumbnail``; ``tile``:
+  index of the tile, for models that read tiles;
+* ``video``, ``frame``: index of the video and of its frame after temporal merging.
+"""

@@ -122,8 +122,8 @@ def test_a_keyword_that_is_a_word_of_the_question_is_an_error_everywhere(keyword
         assert plain.positions(named).tolist() == meant
     assert collides.positions(default).tolist() == meant
     message = (
-        f"{keyword!r} is a keyword, and also a word in the text of sample 'sample-0': it could "
-        f"mean either. Pass {'sample.last' if keyword == 'last' else 'sample.text_after_image()'} "
+        f"{keyword!r} is ambiguous: it is a keyword and a word in the text of sample 'sample-0'. "
+        f"Pass {'sample.last' if keyword == 'last' else 'sample.text_after_image()'} "
     )
     for ask in (
         lambda: collides.positions(keyword),
@@ -238,7 +238,7 @@ REFUSALS = {
     "words": (
         lambda: SAMPLE.positions(["red", "blue"]),
         PhraseError,
-        "A phrase must occur in the sample's text. 'red' is not in 'b0 v1 v2 v3 v4 t5 t6'.",
+        "'red' is not in the sample's text 'b0 v1 v2 v3 v4 t5 t6'.",
     ),
     "by": (
         lambda: xi.cross_modal_ratio(SAMPLE, by="layer"),

@@ -116,7 +116,7 @@ REFUSALS = {
     "steps": (
         lambda vlm: insertion_curve(vlm, ITEMS, "random", steps=1, **QUIET),
         InputError,
-        "steps is a whole number from 2 to 10000000; got 1.",
+        "steps must be an integer from 2 to 10000000; got 1.",
     ),
     "no curve": (
         lambda vlm: curve_areas(deletion_curve(vlm, ITEMS[:1], "centre", steps=2, **QUIET), "x"),

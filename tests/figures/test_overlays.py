@@ -213,7 +213,7 @@ def test_errors() -> None:
     with pytest.raises(LayerError) as layer:
         figures.overlay(sample, 9, layer=7)
     assert str(layer.value) == (
-        "A layer must exist. language self-attention has layers [0]; got layer 7, call 0."
+        "There is no layer 7, call 0: language self-attention has layers [0]."
     )
     with pytest.raises(LayerError) as head:
         figures.overlay(sample, 9, head=9)

@@ -371,5 +371,5 @@ def test_parts_of_the_model_run_by_a_logits_processor_are_refused() -> None:
     inputs, _ = vlm.prepare([[picture(seed=1)]], [QUESTION])
     with pytest.raises(CaptureError, match="ran on a sequence of 3 positions after its prompt"):
         captured_with(lambda ids: vlm.model.get_decoder()(input_ids=ids[:, :3]))
-    with pytest.raises(CaptureError, match="ran again while the language model generated"):
+    with pytest.raises(CaptureError, match="ran again during generation with a cache"):
         captured_with(lambda _: vlm.model.model.vision_tower(inputs["pixel_values"]))

@@ -110,7 +110,7 @@ def test_without_a_rule_tokens_are_labelled_by_kind() -> None:
     assert image["image"].eq(0).all()
     assert image[["row", "col", "x0"]].isna().all(axis=None)
     assert {"text", "special"} & set(sample.tokens["kind"])
-    with pytest.raises(PhraseError, match="no token is known to stand for it"):
+    with pytest.raises(PhraseError, match="its tokens are unknown"):
         sample.find("red circle")
     with pytest.raises(GeometryError):
         sample.grid(image["start"].to_numpy(float))

@@ -63,7 +63,7 @@ def test_frames_that_are_not_stored_are_read_from_their_source(tmp_path) -> None
     again = xi.capture_dataset(vlm_of("qwen2_vl"), items, tmp_path / "store", **options)
     assert len(again) == 1
     slower = [{**items[0], "video": xi.Video(paths, fps=2.0)}]
-    with pytest.raises(StoreError, match="An item keeps its name from run to run"):
+    with pytest.raises(StoreError, match="differs in prompt, labels or images from the sample"):
         xi.capture_dataset(vlm_of("qwen2_vl"), slower, tmp_path / "store", **options)
 
 
@@ -94,7 +94,7 @@ def test_the_error_names_a_damaged_grid_file(tmp_path) -> None:
 def test_a_path_instead_of_a_video_raises() -> None:
     with pytest.raises(InputError) as refusal:
         checked(3, "x", {"video": "clip.mp4", "prompt": "?"})
-    assert str(refusal.value) == "A video is a Video of frames. Item 3 ('x') has a str."
+    assert str(refusal.value) == "Item 3 ('x'): a video must be an xi.Video; got str."
     video = clip(2, 0)
     item = checked(0, "x", {"videos": [video], "prompt": "?", "n": 3})
     assert (item.images, item.videos, item.labels) == ((), (video,), {"n": 3})
