@@ -357,7 +357,7 @@ def test_refusals() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_the_message_names_inputs_that_are_missing() -> None:
-    with pytest.raises(InputError, match="PI0ForConditionalGeneration requires state besides images"):
+    with pytest.raises(InputError, match="requires state besides images"):
         xi.doctor(xi.VLM(*real("pi0")), picture(), "pick it up")
 
 
