@@ -308,7 +308,7 @@ class _Editor:
             raise CaptureError(
                 f"{self.known[module].module} has {n_keys} keys for {n_queries} queries after "
                 f"{before or 0} positions (a static or sliding cache), so the positions of its "
-                "queries are unknown. Generate with the default cache, or intervene without "
-                "positions."
+                "queries are unknown. Generate with past_key_values=DynamicCache(), which keeps "
+                "every key, or intervene without positions."
             )
         return start
