@@ -129,7 +129,7 @@ def test_a_stored_sample_gives_the_same(tmp_path: Path) -> None:
 
 def test_refusals() -> None:
     sample = sample_of("blip-2")
-    with pytest.raises(InputError, match=r"alpha is a number from 0 to 1; got 1\.5"):
+    with pytest.raises(InputError, match=r"alpha must be a number from 0 to 1; got 1\.5"):
         xi.query_patches(sample, alpha=1.5)
     with pytest.raises(InputError, match="There is no image 1"):
         xi.query_patches(sample, 1)

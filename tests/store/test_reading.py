@@ -118,7 +118,7 @@ def test_missing_samples_and_layers(store_path):
     assert str(refusal.value) == f"{store_path} has no sample 'x'. It has 'b', 'a', 'c'."
     with pytest.raises(NotRecordedError) as refusal:
         store[0].call(3)  # the sample's provenance lists layer 3
-    assert "kept layers [0, 1, 2], not 3." in str(refusal.value)
+    assert "was not kept; kept layers: [0, 1, 2]." in str(refusal.value)
 
 
 def test_queries_that_were_not_recorded(tmp_path):
