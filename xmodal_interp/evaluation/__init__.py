@@ -1,18 +1,5 @@
 """Evaluate maps and head rankings against ground truth."""
 
-from xmodal_interp.evaluation.choosing import best_head
-from xmodal_interp.evaluation.faithfulness import curve_areas, deletion_curve, insertion_curve
-from xmodal_interp.evaluation.intervals import Interval, bootstrap_interval, holm_adjusted
-from xmodal_interp.evaluation.pointing import pointing_game, pointing_hits
+import lazy_loader
 
-__all__ = [
-    "Interval",
-    "best_head",
-    "bootstrap_interval",
-    "curve_areas",
-    "deletion_curve",
-    "holm_adjusted",
-    "insertion_curve",
-    "pointing_game",
-    "pointing_hits",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from transformers.image_transforms import convert_to_rgb
 
 from xmodal_interp.arguments import real_number
 from xmodal_interp.errors import InputError, quoted
@@ -181,6 +180,8 @@ def _rgb(image: Image.Image, composite: Composite | None) -> Image.Image:
         )
     if transparent and composite is not None:
         return composite(image.convert("RGBA"))
+    from transformers.image_transforms import convert_to_rgb
+
     return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
 
 

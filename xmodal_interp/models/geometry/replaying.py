@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
-from transformers.image_utils import get_image_size_for_max_height_width
 
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import Box
@@ -102,6 +101,8 @@ def at_the_top(processor: Any, image: Image.Image, width: int, height: int) -> B
     Raises:
         GeometryError: The size of the processor has no ``max_height`` and ``max_width``.
     """
+    from transformers.image_utils import get_image_size_for_max_height_width
+
     size = setting(processor, "size")
     if not (size.get("max_height") and size.get("max_width")):
         raise GeometryError(

@@ -1,0 +1,16 @@
+from .choosing import best_head
+from .faithfulness import curve_areas, deletion_curve, insertion_curve
+from .intervals import Interval, bootstrap_interval, holm_adjusted
+from .pointing import pointing_game, pointing_hits
+
+__all__ = [
+    "Interval",
+    "best_head",
+    "bootstrap_interval",
+    "curve_areas",
+    "deletion_curve",
+    "holm_adjusted",
+    "insertion_curve",
+    "pointing_game",
+    "pointing_hits",
+]
