@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 import xmodal_interp as xi
 from tests.tiny import picture, tiny_vlm
 from xmodal_interp.errors import InputError
-from xmodal_interp.models import CheckpointReport
+from xmodal_interp.models import CheckpointReport, loading
 from xmodal_interp.models.loading import shipped_path
 
 CHECK = "all weights come from the checkpoint"
@@ -102,3 +102,26 @@ def test_truncated_files_are_refused(tmp_path: Path, name: str, message: str) ->
         file.truncate(100)
     with pytest.raises(InputError, match=message):
         xi.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ImportError("\nThe processor requires the Torchvision library but it was not found.\n"),
+            r"needs a package that is not installed: The processor requires the Torchvision "
+            r"library but it was not found\.$",
+        ),
+        (RuntimeError(), r"could not be loaded: RuntimeError Save one there with processor"),
+    ],
+    ids=["package", "no message"],
+)
+def test_the_reason_why_a_processor_is_not_loaded_is_named(monkeypatch, error, message) -> None:
+    """transformers 5.23 begins the message about a missing package with an empty line."""
+
+    def fail(*_args: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", fail)
+    with pytest.raises(InputError, match=message):
+        xi.load()

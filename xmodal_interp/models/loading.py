@@ -70,7 +70,7 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  
         config = AutoConfig.from_pretrained(source, **shared)
     except OSError as error:
         raise InputError(
-            f"{source!r} could not be loaded: {str(error).splitlines()[0].rstrip('.')}. "
+            f"{source!r} could not be loaded: {_first_line(error).rstrip('.')}. "
             f"Give a folder, a Hub id, or one of the shipped models {', '.join(SHIPPED)}."
         ) from error
     except ValueError as error:
@@ -105,12 +105,23 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  
         )
     try:
         processor = AutoProcessor.from_pretrained(source, **shared)
+    except ImportError as error:
+        raise InputError(
+            f"The processor of {source!r} needs a package that is not installed: "
+            f"{_first_line(error)}"
+        ) from error
     except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
         raise InputError(
-            f"The processor of {source!r} could not be loaded: {str(error).splitlines()[0]} Save "
-            "one there with processor.save_pretrained, or pass your own with VLM(model, processor)."
+            f"The processor of {source!r} could not be loaded: {_first_line(error)} Save one "
+            "there with processor.save_pretrained, or pass your own with VLM(model, processor)."
         ) from error
     return VLM(model.eval(), processor, family, loading)
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of a message that is not empty, or the name of the error's class."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
 
 
 def _check_dtype(dtype: Any) -> None:
