@@ -19,8 +19,7 @@ import typer
 import xmodal_interp as xi
 from xmodal_interp import figures
 from xmodal_interp.shapes import sample_scene
-from xmodal_interp.shapes.architectures import untrained
-from xmodal_interp.shapes.processors import build_processor
+from xmodal_interp.shapes.tiny_models import build_processor, untrained
 
 
 def main(

@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.models.real import real
 from tests.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.capturing import Keep, capture, capture_batch
+from xmodal_interp.capturing.run import Keep, capture, capture_batch
 from xmodal_interp.errors import (
     GeometryError,
     InputError,
@@ -18,8 +18,7 @@ from xmodal_interp.errors import (
 )
 from xmodal_interp.models import VLM, load
 from xmodal_interp.models.records import family_of
-from xmodal_interp.shapes.architectures import untrained
-from xmodal_interp.shapes.processors import build_processor
+from xmodal_interp.shapes.tiny_models import build_processor, untrained
 
 STEPS = {"max_new_tokens": 5, "generation": {"min_new_tokens": 5}}
 

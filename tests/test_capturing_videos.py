@@ -12,7 +12,7 @@ from tests.models.real import real
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import open_video
-from xmodal_interp.models.padding import runs_alone
+from xmodal_interp.models.processor_calls import runs_alone
 
 pytestmark = pytest.mark.filterwarnings(  # processors warn about their own deprecations
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"

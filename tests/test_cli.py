@@ -6,9 +6,9 @@ from typer.testing import CliRunner
 
 from tests.tiny import picture
 from xmodal_interp import block_statistics
-from xmodal_interp.cli import app
+from xmodal_interp.cli.commands import app
+from xmodal_interp.cli.menu import ANALYSES, FIGURES
 from xmodal_interp.hooks.knockout import KnockOut
-from xmodal_interp.menu import ANALYSES, FIGURES
 from xmodal_interp.models import support
 from xmodal_interp.store import open_store
 

@@ -10,8 +10,8 @@ import torch
 
 import xmodal_interp as xi
 from tests.store.made import assert_same, items, shipped
-from xmodal_interp import dataset
-from xmodal_interp.dataset import capture_dataset
+from xmodal_interp.capturing.dataset import capture_dataset
+from xmodal_interp.capturing.run import dataset
 from xmodal_interp.errors import CaptureError, InputError, NotRecordedError, StoreError
 from xmodal_interp.store import check_store, open_store, schema, writer
 
@@ -87,7 +87,7 @@ def test_resuming(tmp_path, captured, caplog, capsys):
     asked = items(5)
     run(tmp_path, asked[:2])
     assert captured == [1, 1]
-    with caplog.at_level(logging.INFO, logger="xmodal_interp.dataset"):
+    with caplog.at_level(logging.INFO, logger="xmodal_interp.capturing.dataset"):
         store = run(tmp_path, iter(asked), batch_size=2)
     assert captured[2:] == [2, 1]
     assert len(store) == 5

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from xmodal_interp.demo import run_demo
-from xmodal_interp.demo.placing import MARK, workshop
-from xmodal_interp.demo.running import Findings
+from xmodal_interp.demo.output_folder import MARK, workshop
+from xmodal_interp.demo.pipeline import Findings
 from xmodal_interp.errors import InputError
 from xmodal_interp.store import open_store
 

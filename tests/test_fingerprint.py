@@ -14,11 +14,10 @@ from torch import nn
 
 import xmodal_interp as xi
 from tests.store.made import items, shipped
-from xmodal_interp.dataset import capture_dataset
+from xmodal_interp.capturing.dataset import capture_dataset
+from xmodal_interp.capturing.fingerprint import described, fingerprint, tensor_digest
 from xmodal_interp.errors import StoreError
-from xmodal_interp.fingerprint import fingerprint
 from xmodal_interp.hooks import ablate_heads, intervene
-from xmodal_interp.store.value_digests import described, tensor_digest
 
 
 def changed(before: dict, after: dict) -> set[str]:
@@ -193,7 +192,7 @@ def test_a_store_of_an_earlier_release_is_read_only(tmp_path, monkeypatch) -> No
         return {"weights_digest": "of 16 numbers of each"}
 
     with monkeypatch.context() as patch:
-        patch.setattr("xmodal_interp.dataset.fingerprint", as_before)
+        patch.setattr("xmodal_interp.capturing.dataset.fingerprint", as_before)
         capture_dataset(shipped(), items(1), tmp_path, progress=False)
     assert len(xi.open_store(tmp_path)) == 1
     with pytest.raises(StoreError) as refusal:

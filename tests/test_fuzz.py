@@ -11,7 +11,7 @@ import xmodal_interp as xi
 from tests.figures.made import fake
 from tests.fuzzing import nested, raw_errors
 from xmodal_interp import evaluation
-from xmodal_interp.analysis.frames import samples_of
+from xmodal_interp.analysis.tables import samples_of
 from xmodal_interp.errors import InputError, LayerError
 from xmodal_interp.evaluation import faithfulness
 from xmodal_interp.store.schema import check_name

@@ -18,9 +18,9 @@ from tests.models.real import real, settled
 from tests.store.made import SETTINGS
 from tests.store.made import sample as stored
 from xmodal_interp import figures
-from xmodal_interp.cli import app
+from xmodal_interp.arguments import user_path
+from xmodal_interp.cli.commands import app
 from xmodal_interp.errors import InputError, LayerError, PositionError
-from xmodal_interp.paths import user_path
 from xmodal_interp.store import StoreWriter
 
 

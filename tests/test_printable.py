@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from tests.figures.made import fake
 from tests.store.made import sample as stored
-from xmodal_interp import figures, printing
-from xmodal_interp.cli import app
+from xmodal_interp import figures
+from xmodal_interp.cli import printing
+from xmodal_interp.cli.commands import app
 from xmodal_interp.demo.report import _template
-from xmodal_interp.printable import for_spreadsheets, markdown_escaped, printable
+from xmodal_interp.escaping import for_spreadsheets, markdown_escaped, printable
 from xmodal_interp.store import StoreWriter
 
 HOSTILE = "[/x] [bold]a[/] \x1b[31mred \x00\x0b\u2028 \u202eback $x$ <b>&| `c` =1+1"

@@ -8,8 +8,7 @@ from PIL import Image
 
 from xmodal_interp.models import VLM
 from xmodal_interp.shapes import sample_scene
-from xmodal_interp.shapes.architectures import untrained
-from xmodal_interp.shapes.processors import build_processor
+from xmodal_interp.shapes.tiny_models import build_processor, untrained
 
 QUESTION = "What color is the red circle?"
 

@@ -34,11 +34,10 @@ from .analysis import (
     token_ratio,
 )
 from .attention import AttentionCall
-from .capturing import Keep, capture, capture_batch
-from .dataset import capture_dataset
+from .capturing.dataset import capture_dataset
+from .capturing.run import Keep, capture, capture_batch
 from .hooks import (
     ablate_heads,
-    doctor,
     intervene,
     knock_out_attention,
     mean_head_outputs,
@@ -47,6 +46,7 @@ from .hooks import (
 from .models import VLM, Family, Video, load
 from .sample import Sample
 from .store import Store, check_store, open_store
+from .verification import doctor
 
 __all__ = [
     "VLM",

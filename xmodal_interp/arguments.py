@@ -1,20 +1,107 @@
-"""Checks of arguments, shared by public functions; each error names the argument."""
+"""Checks of arguments, shared by public functions; each error names the argument.
+
+Convert sequences that users pass to lists, by position.
+
+``series[0]`` of a pandas Series is the row labelled 0: the wrong entry after ``sort_values``, a
+``KeyError`` after a filter. Therefore sequences with one entry per sample or item are converted
+here before they are indexed.
+
+Conversion of user input to paths.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    Set,
+    ValuesView,
+)
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, get_args
+from pathlib import Path
+from typing import Any, ParamSpec, TypeGuard, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
 
 from xmodal_interp.errors import InputError, quoted
-from xmodal_interp.ordered import held
 from xmodal_interp.vocabulary import TOWERS, AttentionKind
+
+
+def in_order(given: Any, name: str) -> list[Any]:
+    """Return the entries of a list, array, tensor, Series, DataFrame or iterator, by position.
+
+    Args:
+        given: The sequence. The entries of a DataFrame are its rows, as tuples.
+        name: Name of the argument, for the message.
+
+    Raises:
+        InputError: A string, a dict, a set or a single number.
+    """
+    if isinstance(given, pd.DataFrame):
+        return list(given.itertuples(index=False, name=None))
+    unordered = isinstance(given, (str, bytes, Mapping, Set)) or not isinstance(given, Iterable)
+    if unordered or getattr(given, "ndim", 1) == 0:
+        raise InputError(
+            f"{name} must be an ordered sequence, such as a list; got {type(given).__name__} "
+            f"{given!r:.80}."
+        )
+    return list(given)
+
+
+def held(given: Any) -> Any:
+    """Convert an iterator or a dict view to a list; return any other value unchanged."""
+    return list(given) if isinstance(given, (Iterator, KeysView, ValuesView)) else given
+
+
+def is_several(given: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether an argument is a list of values rather than a single value.
+
+    An array is a single value, because it may be a picture.
+    """
+    return isinstance(given, (list, tuple, pd.Series, pd.Index))
+
+
+_LONGEST = 255  # limit of one name in bytes on common file systems
+
+
+def user_path(given: Any) -> Path:
+    """Return a path with ``~`` replaced by the home folder.
+
+    Raises:
+        InputError: The value is not a path, or cannot be the path of a file.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise InputError(f"A path must be a string or a pathlib.Path; got {quoted(given)}.")
+    try:
+        path = Path(given).expanduser()
+        usable = b"\0" not in os.fsencode(path)
+    except (
+        RuntimeError,
+        TypeError,
+        UnicodeEncodeError,
+    ) as error:  # unknown user after ~, or bytes
+        raise InputError(f"{quoted(given)} cannot be the path of a file: {error}.") from error
+    if not usable:
+        raise InputError(
+            f"{quoted(given)} cannot be the path of a file: it contains a null character."
+        )
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > _LONGEST:
+        raise InputError(
+            f"{quoted(given)} cannot be the path of a file: one of its names has {longest} bytes, "
+            f"and the limit is {_LONGEST}."
+        )
+    return path
+
 
 Check = Callable[[Any, str], Any]
 """Takes a value and the name of its argument; raises InputError if the value is invalid."""

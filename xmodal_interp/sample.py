@@ -28,7 +28,7 @@ from xmodal_interp.errors import (
     quoted,
 )
 from xmodal_interp.models import ImageGrid, Video, VideoGrid
-from xmodal_interp.phrases import has_phrase, has_word, span_of
+from xmodal_interp.text_search import has_phrase, has_word, span_of
 from xmodal_interp.vocabulary import (
     KEYWORDS,
     LAST,

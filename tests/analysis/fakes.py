@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.models import ImageGrid, load
 from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import TOKEN_COLUMNS

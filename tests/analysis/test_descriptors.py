@@ -12,7 +12,7 @@ from tests.replicas import attention_distance as slow_distance
 from tests.replicas import entropy
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.analysis import attention_distance, attention_entropy
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import VLM
 from xmodal_interp.sample import Sample

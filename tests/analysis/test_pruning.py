@@ -10,16 +10,14 @@ import torch
 
 from tests import replicas
 from tests.tiny import picture, tiny_vlm
-from xmodal_interp.analysis.answering import answer_accuracy
-from xmodal_interp.analysis.cumulative import _summary, pruning_curve
-from xmodal_interp.analysis.pruning import head_pruning
-from xmodal_interp.analysis.teacher_forcing import _scores
+from xmodal_interp.analysis.answers import _scores, answer_accuracy
+from xmodal_interp.analysis.pruning import _summary, head_pruning, pruning_curve
 from xmodal_interp.errors import InputError, LayerError
 from xmodal_interp.hooks.ablation import ablate_heads
-from xmodal_interp.hooks.calibration import HeadMeans, mean_head_outputs
+from xmodal_interp.hooks.head_means import HeadMeans, mean_head_outputs
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.models import VLM, load
-from xmodal_interp.models.batching import answer_ids
+from xmodal_interp.models.known_answers import answer_ids
 
 QUESTIONS = [
     ("color", "what color is the circle ?", "red"),

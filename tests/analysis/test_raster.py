@@ -11,7 +11,7 @@ from tests.analysis.fakes import dense_call, grid, random_call, sample_of, shipp
 from tests.models.real import real
 from tests.tiny import QUESTION, picture
 from xmodal_interp.analysis import raster_bias, raster_map, raster_profile
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import VLM
 from xmodal_interp.sample import Sample

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from xmodal_interp.analysis.resampling import known_mean_intervals, mean_intervals, student_quantile
+from xmodal_interp.analysis.bootstrap import known_mean_intervals, mean_intervals, student_quantile
 
 RATES = (0.5, 0.7, 0.9, 0.97)
 

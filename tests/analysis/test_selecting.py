@@ -16,7 +16,7 @@ from tests.figures.made import words
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp import evaluation, figures, vocabulary
 from xmodal_interp.errors import InputError, LayerError, PhraseError, PositionError
-from xmodal_interp.hooks.heads import checked_heads
+from xmodal_interp.hooks.attention_modules import checked_heads
 from xmodal_interp.sample import Sample
 
 BOX = [[20, 20, 60, 60]]

@@ -11,8 +11,8 @@ import xmodal_interp as xi
 from tests.models.real import prompt as written
 from tests.models.real import real, settled
 from tests.models.records import RECORDS
-from xmodal_interp.hooks.painting import painted_patches
-from xmodal_interp.models import windows
+from xmodal_interp.models.geometry import patch_order
+from xmodal_interp.verification.painting import painted_patches
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
@@ -57,6 +57,6 @@ def test_keys_and_tokens_change_at_their_labels(model_type: str) -> None:
 @pytest.mark.parametrize("windowed", ["qwen2_5_vl", "muse_glimmer", "muse_spark"])
 def test_an_order_that_is_not_undone_is_detected(windowed: str, monkeypatch) -> None:
     """An example is Muse, whose tower sorts patches in its forward without a method for it."""
-    monkeypatch.setattr(windows, "_sorts_by_windows", lambda _module: False)
+    monkeypatch.setattr(patch_order, "_sorts_by_windows", lambda _module: False)
     found = painted(xi.VLM(real(windowed)[0], settled(windowed)))
     assert [patch for patch in found.patches if not patch.at_its_place] != []

@@ -17,12 +17,12 @@ from torch import Tensor
 from tests.conformance.test_teacher_forcing import ANSWER, NAMES, SOME, vlm_of
 from tests.models.test_capturing_families import asked
 from tests.tiny import picture
-from xmodal_interp.analysis.teacher_forcing import answer_scores
+from xmodal_interp.analysis.answers import answer_scores
 from xmodal_interp.errors import CaptureError, UnsupportedModelError
 from xmodal_interp.evaluation.faithfulness import deletion_curve
 from xmodal_interp.hooks.embeddings import check_images_gone, mean_embeddings
 from xmodal_interp.models import FAMILIES, VLM
-from xmodal_interp.models.batching import batches_of
+from xmodal_interp.models.known_answers import batches_of
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"

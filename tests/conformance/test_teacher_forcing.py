@@ -20,15 +20,15 @@ from transformers import GenerationMixin
 from tests.models.real import real, settled
 from tests.models.test_capturing_families import BUILT, REFUSED, SOME, asked
 from tests.tiny import picture
+from xmodal_interp.analysis.answers import answer_scores, check_causal
 from xmodal_interp.analysis.pruning import head_pruning
-from xmodal_interp.analysis.teacher_forcing import answer_scores, check_causal
 from xmodal_interp.errors import UnsupportedModelError
 from xmodal_interp.evaluation.faithfulness import deletion_curve
 from xmodal_interp.hooks.ablation import ablate_heads
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.models import VLM
-from xmodal_interp.models.batching import batches_of
-from xmodal_interp.models.sequences import with_answer, without_last
+from xmodal_interp.models.known_answers import batches_of
+from xmodal_interp.models.labels import with_answer, without_last
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.tiny import picture, tiny_vlm
-from xmodal_interp.analysis.teacher_forcing import answer_scores
+from xmodal_interp.analysis.answers import answer_scores
 from xmodal_interp.errors import CaptureError, InputError, UnsupportedModelError
 from xmodal_interp.evaluation.boxes import overlap_shares
 from xmodal_interp.evaluation.faithfulness import (
@@ -19,7 +19,7 @@ from xmodal_interp.evaluation.faithfulness import (
 )
 from xmodal_interp.hooks.embeddings import mean_embeddings
 from xmodal_interp.models import load
-from xmodal_interp.models.batching import batches_of
+from xmodal_interp.models.known_answers import batches_of
 from xmodal_interp.shapes import ask, sample_scene
 
 ITEMS = [

@@ -12,10 +12,10 @@ from tests.analysis import fakes
 from tests.figures.made import bars, fake, sample_of, titles, words
 from tests.tiny import picture, tiny_vlm
 from xmodal_interp import figures
-from xmodal_interp.capturing import Keep
+from xmodal_interp.capturing.run import Keep
 from xmodal_interp.errors import InputError
-from xmodal_interp.figures import sources
-from xmodal_interp.figures.labelling import Labels, draw_matrix, labels_of
+from xmodal_interp.figures import matrix_sources
+from xmodal_interp.figures.matrix_axes import Labels, draw_matrix, labels_of
 from xmodal_interp.figures.scales import scale_of
 from xmodal_interp.figures.visibility import measured, visible_shares
 
@@ -207,7 +207,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     alone = figures.mask_structure(differing, head=3).axes[0].images[0].get_array()
     np.testing.assert_array_equal(alone, np.eye(11))
-    monkeypatch.setattr(sources, "MOST_CELLS", 100)
+    monkeypatch.setattr(matrix_sources, "MOST_CELLS", 100)
     with pytest.raises(InputError) as size:
         figures.attention_matrix(fake())
     assert str(size.value) == (

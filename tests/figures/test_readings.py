@@ -7,11 +7,11 @@ from tests.figures.made import fake, sample_of
 from tests.models.real import real, settled
 from tests.models.test_capturing_families import asked_in_full
 from tests.tiny import picture
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import InputError, PhraseError
+from xmodal_interp.figures.overlay_values import query_groups, query_positions, reading
 from xmodal_interp.figures.placement import place_of
-from xmodal_interp.figures.readings import query_groups, query_positions, reading
-from xmodal_interp.figures.wording import named, panel_name
+from xmodal_interp.figures.style import named, panel_name
 from xmodal_interp.models import VLM
 from xmodal_interp.sample import Sample
 

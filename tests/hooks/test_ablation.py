@@ -23,8 +23,8 @@ from tests.replicas import uniform_output
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.ablation import ablate_heads
-from xmodal_interp.hooks.calibration import mean_head_outputs
-from xmodal_interp.hooks.heads import head_counts
+from xmodal_interp.hooks.attention_modules import head_counts
+from xmodal_interp.hooks.head_means import mean_head_outputs
 from xmodal_interp.sample import Sample
 
 

@@ -14,7 +14,7 @@ from tests.conformance.building import tiny
 from tests.tiny import QUESTION, picture
 from xmodal_interp.errors import CaptureError, UnsupportedModelError
 from xmodal_interp.hooks import attention_modules, record
-from xmodal_interp.hooks.modules import layers_without_matrix
+from xmodal_interp.hooks.attention_modules import layers_without_matrix
 
 HEADS, WIDTH, TOKENS = 2, 8, 5
 

@@ -17,13 +17,12 @@ from tests.hooks.conditions import (
 )
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import record
-from xmodal_interp.hooks.exactness import Exactness, tolerance
-from xmodal_interp.hooks.recorder import listening
-from xmodal_interp.hooks.recording import Choice
+from xmodal_interp.hooks.recorder import Choice, listening
 from xmodal_interp.models import VLM
+from xmodal_interp.verification.exactness import Exactness, tolerance
 
 HALVES = [torch.bfloat16, torch.float16]
 

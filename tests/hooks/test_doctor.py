@@ -13,10 +13,10 @@ from tests.models.real import real, settled
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.errors import CaptureError, GeometryError, InputError
 from xmodal_interp.hooks import recorder
-from xmodal_interp.hooks.checkup import COLUMNS, Checkup
-from xmodal_interp.hooks.exactness import LAYER_COLUMNS
-from xmodal_interp.models import FAMILIES, windows
-from xmodal_interp.models.geometry import anyres_tiles
+from xmodal_interp.models import FAMILIES
+from xmodal_interp.models.geometry import anyres_tiles, patch_order
+from xmodal_interp.verification.doctor import COLUMNS, Checkup
+from xmodal_interp.verification.exactness import LAYER_COLUMNS
 
 TOKENS = "the number of image tokens is as predicted"
 WEIGHTS = "all weights come from the checkpoint"
@@ -423,7 +423,7 @@ def test_a_family_with_a_wrong_image_token_fails() -> None:
 
 
 def test_patches_in_another_order_fail(monkeypatch) -> None:
-    monkeypatch.setattr(windows, "_sorts_by_windows", lambda _module: False)
+    monkeypatch.setattr(patch_order, "_sorts_by_windows", lambda _module: False)
     checkup = xi.doctor(xi.VLM(real("muse_glimmer")[0], settled("muse_glimmer")))
     assert failed(checkup) == [PLACED]
     assert "the key at (" in check_of(checkup, PLACED)["note"]

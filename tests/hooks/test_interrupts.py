@@ -22,9 +22,9 @@ from transformers.modeling_utils import AttentionInterface
 
 import xmodal_interp as xi
 from tests.models.real import real, settled
-from xmodal_interp import restoring
-from xmodal_interp.hooks import compiled, own_context, tapping
-from xmodal_interp.hooks import kernel as kernels
+from xmodal_interp import contexts
+from xmodal_interp.hooks import compiled, tap
+from xmodal_interp.hooks import torch_attention as kernels
 
 BLIP = "blip"  # its attention computes its own softmax: it is recorded by a TorchFunctionMode
 
@@ -43,10 +43,10 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             AttentionInterface.get_interface,
             vars(AttentionInterface).get("__getitem__"),
         ),
-        "open": (tapping._open, kernels._open, restoring.DeferredSignals._is_open),
+        "open": (tap._open, kernels._open, contexts.DeferredSignals._is_open),
         "contexts": (
-            *(tapping._listeners.get(), kernels._listeners.get()),
-            *(own_context._blocks.get(), compiled._observers.get()),
+            *(tap._listeners.get(), kernels._listeners.get()),
+            *(contexts._blocks.get(), compiled._observers.get()),
         ),
         "handlers": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)),
     }
@@ -146,7 +146,7 @@ def test_a_signal_is_deferred_while_a_block_is_entered_or_exited() -> None:
         stack.callback(made.append, "restored")
         return "value"
 
-    with pytest.raises(KeyboardInterrupt), restoring.Block(change):
+    with pytest.raises(KeyboardInterrupt), contexts.Block(change):
         made.append("entered")
     assert made == ["changed", "restored"]
 
@@ -155,7 +155,7 @@ def test_a_signal_is_deferred_while_a_block_is_entered_or_exited() -> None:
         made.append("restored")
 
     made.clear()
-    with pytest.raises(KeyboardInterrupt), restoring.Block(lambda stack: stack.callback(back)):
+    with pytest.raises(KeyboardInterrupt), contexts.Block(lambda stack: stack.callback(back)):
         made.append("entered")
     assert made == ["entered", "restored"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -20,8 +20,8 @@ from tests.tiny import tiny_vlm
 from xmodal_interp.errors import CaptureError, InputError, LayerError, PositionError
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.ablation import ablate_heads
-from xmodal_interp.hooks.calibration import HeadMeans
-from xmodal_interp.hooks.heads import head_counts
+from xmodal_interp.hooks.attention_modules import head_counts
+from xmodal_interp.hooks.head_means import HeadMeans
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.hooks.knockout import knock_out_attention
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from tests.hooks.conditions import assert_complete_and_exact, first, of
 from tests.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import attention_modules, record
 from xmodal_interp.hooks.bypass import DENSE_NOTE, KERNEL_NOTE

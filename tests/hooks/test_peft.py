@@ -7,11 +7,12 @@ from torch import nn
 
 from tests.hooks.conditions import STEPS, assert_complete_and_exact, of
 from tests.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.fingerprint import fingerprint
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import InputError, UnsupportedModelError
-from xmodal_interp.fingerprint import fingerprint
-from xmodal_interp.hooks import doctor, record
+from xmodal_interp.hooks import record
 from xmodal_interp.models import VLM, load
+from xmodal_interp.verification import doctor
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.hooks.ablation import ablate_heads
+from xmodal_interp.hooks.block_cache import BlockOutputs, remember_blocks, replay
 from xmodal_interp.hooks.interventions import intervene
-from xmodal_interp.hooks.replaying import BlockOutputs, remember_blocks, replay
 
 FAMILIES = ["llava", "qwen2_vl", "mllama"]
 

@@ -12,13 +12,13 @@ from tests.hooks.edited import call_of, inputs_of, logits
 from tests.models.real import real, settled
 from tests.models.test_capturing_families import asked_in_full
 from tests.tiny import picture, tiny_vlm
-from xmodal_interp.capturing import capture, capture_batch
+from xmodal_interp.capturing.run import capture, capture_batch
 from xmodal_interp.errors import CaptureError, InputError, LayerError, PositionError
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.ablation import ablate_heads
+from xmodal_interp.hooks.attention_modules import Identity
 from xmodal_interp.hooks.interventions import Site, intervene
 from xmodal_interp.hooks.knockout import knock_out_attention
-from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.models import VLM
 
 ASKED = ["What color is the red circle?", "red square ?"]  # the second is padded

@@ -9,7 +9,7 @@ from tests.models.real import real, settled
 from tests.models.test_capturing_families import asked
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.analysis import rollout_matrix
-from xmodal_interp.capturing import Keep, capture, capture_batch
+from xmodal_interp.capturing.run import Keep, capture, capture_batch
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks import record
 from xmodal_interp.models import VLM

@@ -20,7 +20,7 @@ from tests.models.real import prompt as written
 from tests.models.real import real, settled
 from tests.models.records import RECORDS
 from xmodal_interp.models import FAMILIES, VLM
-from xmodal_interp.models.labelling import Prompt
+from xmodal_interp.models.labels import Prompt
 
 QUESTION = "where is the red circle?"
 INTO_LAYERS = {"granite4_vision"}

@@ -11,8 +11,8 @@ from tests.models.painting import vlm_of
 from tests.tiny import QUESTION, tiny_vlm
 from xmodal_interp.errors import GeometryError, PhraseError
 from xmodal_interp.models.alignment import counted_alignment, reported_alignment, shifted
-from xmodal_interp.models.labelling import Prompt
-from xmodal_interp.models.tokens import generated_table
+from xmodal_interp.models.labels import Prompt
+from xmodal_interp.models.token_table import generated_table
 from xmodal_interp.sample import Sample
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors

@@ -6,11 +6,10 @@ import torch
 
 from tests.models.real import real
 from tests.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.analysis.teacher_forcing import answer_scores
+from xmodal_interp.analysis.answers import answer_scores
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import VLM, Video
-from xmodal_interp.models.batching import answer_ids, batches_of
-from xmodal_interp.models.entries import listed
+from xmodal_interp.models.known_answers import answer_ids, batches_of, listed
 
 ITEMS = [
     {"image": picture(seed=0), "prompt": QUESTION, "answer": "red"},

@@ -18,8 +18,8 @@ from tests.models.real import prompt, real, settled
 from tests.models.records import RECORDS
 from tests.store.made import assert_same
 from tests.tiny import picture
+from xmodal_interp.capturing.fingerprint import fingerprint
 from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.fingerprint import fingerprint
 from xmodal_interp.models import FAMILIES, VLM, prompt_ids
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import StoreWriter, check_store, open_store

@@ -9,7 +9,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from tests.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention import AttentionCall, stitch
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks import record
 

@@ -20,9 +20,8 @@ from xmodal_interp.models.geometry import (
     fused_stages,
     query_crops,
 )
-from xmodal_interp.models.geometry.cells import at_top_left, rectangle
-from xmodal_interp.shapes.architectures import untrained
-from xmodal_interp.shapes.processors import build_processor
+from xmodal_interp.models.geometry.grid import at_top_left, rectangle
+from xmodal_interp.shapes.tiny_models import build_processor, untrained
 
 SIZES = [(96, 96), (160, 96), (96, 144), (384, 192), (192, 192)]
 

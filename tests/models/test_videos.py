@@ -11,7 +11,7 @@ from tests.models.painting import language_inputs, painted, textured, vlm_of
 from tests.tiny import QUESTION, tiny_vlm
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import FAMILIES, VLM, Video
-from xmodal_interp.models.labelling import Prompt
+from xmodal_interp.models.labels import Prompt
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"

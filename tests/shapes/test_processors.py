@@ -6,7 +6,7 @@ from transformers import AutoProcessor
 import xmodal_interp as xi
 from tests.tiny import picture
 from xmodal_interp.models.loading import shipped_path
-from xmodal_interp.shapes.processors import build_processor
+from xmodal_interp.shapes.tiny_models import build_processor
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from xmodal_interp.shapes import KINDS, ask, ask_all, sample_scene
-from xmodal_interp.shapes.questions import place
-from xmodal_interp.shapes.scenes import COLORS, Scene, Thing
+from xmodal_interp.shapes.scenes import COLORS, Scene, Thing, place
 
 
 def bare(thing: Thing, width: int = 96, height: int = 96) -> np.ndarray:

@@ -7,11 +7,9 @@ from transformers import AttentionInterface
 
 from xmodal_interp.models import VLM
 from xmodal_interp.shapes import sample_scene
-from xmodal_interp.shapes.architectures import untrained
-from xmodal_interp.shapes.packing import IGNORE, Packer, packed_attention
-from xmodal_interp.shapes.processors import build_processor
-from xmodal_interp.shapes.questions import ask
-from xmodal_interp.shapes.training import Settings, Trainer
+from xmodal_interp.shapes.scenes import ask
+from xmodal_interp.shapes.tiny_models import build_processor, untrained
+from xmodal_interp.shapes.training import IGNORE, Packer, Settings, Trainer, packed_attention
 
 CANVAS = {"llava": (96, 96), "qwen2_vl": (128, 72)}
 

@@ -14,8 +14,7 @@ import xmodal_interp as xi
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.models import ImageGrid, Thumbnail
 from xmodal_interp.sample import Sample
-from xmodal_interp.shapes.questions import ask_all
-from xmodal_interp.shapes.scenes import sample_scene
+from xmodal_interp.shapes.scenes import ask_all, sample_scene
 from xmodal_interp.vocabulary import TOKEN_COLUMNS
 
 SETTINGS = {"model": "none", "kept": {"layers": None, "values": False}}

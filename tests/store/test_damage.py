@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from tests.store.made import SETTINGS, N, assert_same, call, sample
 from xmodal_interp.errors import StoreError
-from xmodal_interp.store import StoreWriter, check_store, files, open_store, packing, schema
+from xmodal_interp.store import StoreWriter, check_store, encoding, files, open_store, schema
 
 N_FLIPS = 72
 
@@ -205,7 +205,7 @@ def test_crafted_records_raise(path, how):
         (schema.GRIDS, lambda: npz({"descr": "|O", "fortran_order": False, "shape": (1,)})),
         (schema.GRIDS, lambda: npz({"descr": "|i1", "fortran_order": False, "shape": (1,)}, 2**21)),
         (schema.TOKENS, huge_table),
-        (schema.TOKENS, lambda: packing.table_bytes(pd.DataFrame({"token": ["a"]}))),
+        (schema.TOKENS, lambda: encoding.table_bytes(pd.DataFrame({"token": ["a"]}))),
     ],
 )
 def test_crafted_tables_and_grids_raise_before_they_are_uncompressed(

@@ -168,7 +168,7 @@ def test_another_version_or_format(store_path, of):
 def test_another_version_of_one_file(store_path, file, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(schema.STAMP, "version", 9)
-        patch.setattr("xmodal_interp.store.packing._TEXT_STAMP", {**schema.STAMP, "version": "9"})
+        patch.setattr("xmodal_interp.store.encoding._TEXT_STAMP", {**schema.STAMP, "version": "9"})
         patch.setattr(schema, "VERSION", 9)
         with StoreWriter(store_path.with_name("later"), SETTINGS) as writer:
             writer.write(sample("b", [call(0)]))

@@ -9,8 +9,8 @@ import pytest
 import xmodal_interp as xi
 from tests.store.made import SETTINGS, assert_same, assert_same_fields, sample
 from tests.test_capturing_videos import QUESTION, clip, noise, vlm_of
+from xmodal_interp.capturing.items import checked
 from xmodal_interp.errors import InputError, StoreError
-from xmodal_interp.items import checked
 from xmodal_interp.store import StoreWriter, check_store, open_store, schema
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

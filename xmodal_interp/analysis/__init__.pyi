@@ -1,15 +1,14 @@
 from .allocation import attention_allocation
-from .answering import answer_accuracy
+from .answers import answer_accuracy
 from .blocks import block_statistics, cross_modal_summary
-from .composing import on_patches, query_patches
+from .connector_rollout import on_patches, query_patches
 from .cross_modal import cross_modal_ratio, token_ratio
-from .cumulative import pruning_curve
 from .descriptors import attention_distance, attention_entropy
 from .positional import positional_bias, recency_index
-from .pruning import head_pruning
-from .raster import raster_bias, raster_map, raster_profile
+from .pruning import head_pruning, pruning_curve
 from .rollout import attention_rollout, rollout_matrix
 from .sinks import attention_sinks, sink_rate
+from .spatial_bias import raster_bias, raster_map, raster_profile
 
 __all__ = [
     "answer_accuracy",

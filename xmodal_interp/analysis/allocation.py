@@ -21,9 +21,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
-from xmodal_interp.analysis.nulls import null_mass
-from xmodal_interp.analysis.selecting import Layers, calls_of, heads_of, refuse_cross_attention
+from xmodal_interp.analysis.selection import (
+    Layers,
+    calls_of,
+    heads_of,
+    null_mass,
+    refuse_cross_attention,
+)
+from xmodal_interp.analysis.tables import keyed, long_table, over_samples, stacked
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import InputError

@@ -27,15 +27,17 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from xmodal_interp.analysis.cross_modal import cross_modal_ratio
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
-from xmodal_interp.analysis.nulls import n_visible, null_mass, received
-from xmodal_interp.analysis.selecting import (
+from xmodal_interp.analysis.selection import (
     Layers,
     calls_of,
     heads_of,
+    n_visible,
+    null_mass,
     queries_of,
+    received,
     refuse_cross_attention,
 )
+from xmodal_interp.analysis.tables import keyed, long_table, over_samples, stacked
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError

@@ -24,19 +24,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
-from xmodal_interp.analysis.nulls import null_mass
-from xmodal_interp.analysis.padding import first_position, rows_of
-from xmodal_interp.analysis.selecting import (
+from xmodal_interp.analysis.selection import (
     Layers,
     calls_of,
+    first_position,
     heads_of,
     image_keys,
+    null_mass,
     queries_of,
     refuse_cross_attention,
     refuse_text,
+    rows_of,
 )
 from xmodal_interp.analysis.sinks import MIN_QUERIES, THRESHOLD, sink_keys
+from xmodal_interp.analysis.tables import keyed, long_table, over_samples, stacked
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError

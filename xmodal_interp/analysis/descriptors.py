@@ -21,18 +21,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
-from xmodal_interp.analysis.nulls import cells_of, n_visible
-from xmodal_interp.analysis.padding import rows_of
-from xmodal_interp.analysis.selecting import (
+from xmodal_interp.analysis.selection import (
     Layers,
     calls_of,
+    cells_of,
     heads_of,
     image_calls,
+    n_visible,
     queries_of,
     refuse_cross_attention,
     row_chunks,
+    rows_of,
 )
+from xmodal_interp.analysis.tables import keyed, long_table, over_samples, stacked
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import GeometryError, InputError

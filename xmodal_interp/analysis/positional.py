@@ -26,25 +26,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import (
+from xmodal_interp.analysis.selection import (
+    Layers,
+    calls_of,
+    cells_of,
+    heads_of,
+    image_keys,
+    places_of,
+    queries_of,
+    refuse_cross_attention,
+    refuse_text,
+    row_chunks,
+)
+from xmodal_interp.analysis.tables import (
     Columns,
     keyed,
     long_table,
     over_samples,
     samples_of,
     stacked,
-)
-from xmodal_interp.analysis.nulls import cells_of
-from xmodal_interp.analysis.padding import places_of
-from xmodal_interp.analysis.selecting import (
-    Layers,
-    calls_of,
-    heads_of,
-    image_keys,
-    queries_of,
-    refuse_cross_attention,
-    refuse_text,
-    row_chunks,
 )
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions

@@ -17,16 +17,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
-from xmodal_interp.analysis.nulls import received
-from xmodal_interp.analysis.padding import first_position, places_of, rows_of
-from xmodal_interp.analysis.selecting import (
+from xmodal_interp.analysis.selection import (
     POSITION_COLUMNS,
     Layers,
     calls_of,
+    first_position,
     heads_of,
+    places_of,
+    received,
     row_chunks,
+    rows_of,
 )
+from xmodal_interp.analysis.tables import keyed, long_table, over_samples, stacked
 from xmodal_interp.arguments import checked, real_number
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError

@@ -1,7 +1,18 @@
 """Exact computations on one attention call, with bounded memory."""
 
+from xmodal_interp.attention.assembling import (
+    decoder_layer,
+    encoder_layer,
+    joined,
+    part_of,
+    pieces_of,
+    reordered,
+    reread,
+    stitch,
+    with_keys,
+)
 from xmodal_interp.attention.call import AttentionCall
-from xmodal_interp.attention.positions import (
+from xmodal_interp.attention.indexing import (
     Positions,
     entries_of,
     number,
@@ -9,9 +20,6 @@ from xmodal_interp.attention.positions import (
     resolve,
     whole_slice,
 )
-from xmodal_interp.attention.segmenting import joined, part_of, pieces_of, reordered
-from xmodal_interp.attention.stitching import reread, stitch
-from xmodal_interp.attention.two_stacks import decoder_layer, encoder_layer, with_keys
 
 __all__ = [
     "AttentionCall",

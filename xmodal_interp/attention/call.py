@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodal_interp.attention import operands
-from xmodal_interp.attention.positions import Positions, index_of_kept, resolve
+from xmodal_interp.attention.indexing import Positions, index_of_kept, resolve
 from xmodal_interp.errors import LayerError, PositionError
 
 if TYPE_CHECKING:

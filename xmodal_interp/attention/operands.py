@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodal_interp.attention import kernels, masks
-from xmodal_interp.attention.precision import full_precision
+from xmodal_interp.attention.kernels import full_precision
 from xmodal_interp.errors import NotRecordedError
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
-from .choosing import best_head
 from .faithfulness import curve_areas, deletion_curve, insertion_curve
+from .head_selection import best_head
 from .intervals import Interval, bootstrap_interval, holm_adjusted
 from .pointing import pointing_game, pointing_hits
 

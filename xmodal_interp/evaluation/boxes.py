@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_interp.analysis.composing import are_queries, query_patches
-from xmodal_interp.analysis.selecting import image_keys
+from xmodal_interp.analysis.connector_rollout import are_queries, query_patches
+from xmodal_interp.analysis.selection import image_keys
+from xmodal_interp.arguments import in_order
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import ImageGrid
-from xmodal_interp.ordered import in_order
 from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import AttentionKind
 

@@ -27,16 +27,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from xmodal_interp.analysis.frames import stamped
-from xmodal_interp.analysis.teacher_forcing import answer_scores, check_causal, origin, replays
-from xmodal_interp.arguments import checked, one_of, whole_number
+from xmodal_interp.analysis.answers import answer_scores, check_causal, origin, replays
+from xmodal_interp.analysis.tables import stamped
+from xmodal_interp.arguments import checked, in_order, one_of, whole_number
 from xmodal_interp.errors import InputError
+from xmodal_interp.hooks.block_cache import remember_blocks, replay
 from xmodal_interp.hooks.embeddings import check_images_gone, check_in_sequence, mean_embeddings
-from xmodal_interp.hooks.replaying import remember_blocks, replay
 from xmodal_interp.models import VLM, ImageGrid
-from xmodal_interp.models.batching import Batch, batches_of
-from xmodal_interp.models.entries import Items, listed
-from xmodal_interp.ordered import in_order
+from xmodal_interp.models.known_answers import Batch, Items, batches_of, listed
 
 Maps = Iterable[np.ndarray] | Literal["random", "centre"]
 

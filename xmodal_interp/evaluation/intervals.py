@@ -2,7 +2,7 @@
 
 Samples are independent; tokens, rows and heads of one sample are not, and an interval from
 resampled tokens is far too narrow. Pass one value per sample, or also the cluster (for example the
-image) of each value: whole clusters are resampled. :mod:`xmodal_interp.analysis.resampling`
+image) of each value: whole clusters are resampled. :mod:`xmodal_interp.analysis.bootstrap`
 describes the methods.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from xmodal_interp.analysis.resampling import (
+from xmodal_interp.analysis.bootstrap import (
     FEW,
     LEVEL,
     Series,
@@ -24,9 +24,8 @@ from xmodal_interp.analysis.resampling import (
     series_of,
     student_interval,
 )
-from xmodal_interp.arguments import MOST, checked, real_number, whole_number
+from xmodal_interp.arguments import MOST, checked, in_order, real_number, whole_number
 from xmodal_interp.errors import InputError, quoted
-from xmodal_interp.ordered import in_order
 
 Values = Iterable[float] | np.ndarray
 Statistic = Callable[[np.ndarray], float]

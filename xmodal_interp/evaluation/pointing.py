@@ -38,16 +38,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from xmodal_interp.analysis.frames import (
+from xmodal_interp.analysis.bootstrap import Series, known_mean_intervals, shown
+from xmodal_interp.analysis.selection import Layers, calls_of, queries_of
+from xmodal_interp.analysis.tables import (
     keyed,
     long_table,
     over_samples,
     samples_of,
     stacked,
 )
-from xmodal_interp.analysis.resampling import Series, known_mean_intervals, shown
-from xmodal_interp.analysis.selecting import Layers, calls_of, queries_of
-from xmodal_interp.arguments import checked, one_of
+from xmodal_interp.arguments import checked, in_order, one_of
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation.boxes import (
     Box,
@@ -56,8 +56,7 @@ from xmodal_interp.evaluation.boxes import (
     placed_cells,
     tokens_inside,
 )
-from xmodal_interp.evaluation.choosing import HEAD_KEYS
-from xmodal_interp.ordered import in_order
+from xmodal_interp.evaluation.head_selection import HEAD_KEYS
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import LAST, AttentionKind
 

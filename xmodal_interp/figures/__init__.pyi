@@ -1,20 +1,19 @@
 from .changes import before_after
-from .curves import layer_curves, pruning_curve_plot
-from .heads import head_grid
-from .looks import Look
-from .maps import map_overlays, patch_overlays, rollout_overlay
-from .matrices import attention_matrix, token_patch_matrix
-from .on_image import (
+from .curves import layer_curves, positional_profiles, pruning_curve_plot, raster_profiles
+from .head_grids import head_grid
+from .image_overlays import (
     head_overlays,
     layer_overlays,
     overlay,
     overlays,
     token_head_grid,
 )
-from .profiles import positional_profiles, raster_profiles
-from .sources import View
+from .looks import Look
+from .maps import map_overlays, patch_overlays, rollout_overlay
+from .matrices import attention_matrix, token_patch_matrix
+from .matrix_sources import View
+from .side_by_side import side_by_side
 from .style import Picture
-from .towers import side_by_side
 from .visibility import mask_comparison, mask_structure
 
 __all__ = [

@@ -11,12 +11,20 @@ from xmodal_interp.attention import Positions
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.figures.drawing import LIGHT
 from xmodal_interp.figures.looks import Look, Options
+from xmodal_interp.figures.overlay_values import query_positions, reading
 from xmodal_interp.figures.panels import Panel, note_on, panel_figure
 from xmodal_interp.figures.placement import place_of
-from xmodal_interp.figures.readings import query_positions, reading
 from xmodal_interp.figures.scales import difference_scale, label_of, ratio_scale
-from xmodal_interp.figures.style import FigurePath, Picture, readable, saved, styled
-from xmodal_interp.figures.wording import heads_name, layer_name, named
+from xmodal_interp.figures.style import (
+    FigurePath,
+    Picture,
+    heads_name,
+    layer_name,
+    named,
+    readable,
+    saved,
+    styled,
+)
 from xmodal_interp.sample import Sample, Selector
 
 

@@ -1,14 +1,168 @@
-"""Line plots of analysis tables: a value by layer, and accuracy as heads are removed."""
+"""Line plots of analysis tables: a value by layer, and accuracy as heads are removed.
+
+Checks of the tables given to figures: columns, and one row per plotted point.
+
+Shared parts of line plots: panels with one legend, line styles, the dashed null model.
+
+Attention by position: distance and key position in the sequence, image rows and columns.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from xmodal_interp.arguments import checked, string
-from xmodal_interp.figures.lines import NULL, draw_null, legend, line_page, line_styles
-from xmodal_interp.figures.style import FigurePath, Picture, plain, saved, styled
-from xmodal_interp.figures.tables import columns_of, one_row_each
+from xmodal_interp.errors import InputError
+from xmodal_interp.figures.layout import Sheet, sheet
+from xmodal_interp.figures.style import (
+    LINE_COLORS,
+    SEQUENTIAL,
+    SMALL,
+    FigurePath,
+    Picture,
+    plain,
+    saved,
+    styled,
+)
+
+
+def columns_of(
+    table: pd.DataFrame, columns: Sequence[str], what: str, numbers: Sequence[str] = ()
+) -> None:
+    """Raise InputError if a table lacks a column, has no rows, or a column is not numeric.
+
+    Args:
+        table: The table.
+        columns: Required columns.
+        what: Name of the figure, for the message.
+        numbers: Required columns that must be numeric.
+    """
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise InputError(
+            f"{what} requires the columns {', '.join(columns)}; missing: {', '.join(missing)}. "
+            f"The table has {', '.join(map(str, table.columns))}."
+        )
+    if not len(table):
+        raise InputError(f"The table is empty. {what} requires at least one row.")
+    text = [name for name in numbers if not pd.api.types.is_numeric_dtype(table[name])]
+    if text:
+        raise InputError(
+            f"{what} requires a numeric column {text[0]!r}; got dtype {table[text[0]].dtype}."
+        )
+
+
+def one_row_each(table: pd.DataFrame, keys: Sequence[str], value: str, what: str) -> None:
+    """Raise InputError if a table has several rows per entry of ``keys``: only one can be drawn."""
+    counts = table.groupby(list(keys), dropna=False).size()
+    if counts.max() <= 1:
+        return
+    crowded = table[table.duplicated(list(keys))]
+    place = {key: crowded[key].iloc[0] for key in keys}
+    where = ", ".join(f"{key} {entry}" for key, entry in place.items())
+    same = table[(table[list(place)] == list(place.values())).all(axis=1)]
+    differing = [
+        str(name)
+        for name in table.columns
+        if name not in keys
+        and not pd.api.types.is_float_dtype(table[name])
+        and len(same[name].unique()) > 1
+    ]
+    raise InputError(
+        f"{what} requires one row per {' and '.join(keys)}; {where} has {len(same)}. Select rows "
+        f"by {' or '.join(differing) or 'another column'}, or average them: "
+        f"table.groupby({list(keys)!r}, as_index=False)[{value!r}].mean()."
+    )
+
+
+NULL: dict[str, Any] = {"color": "black", "linestyle": (0, (4, 3)), "linewidth": 1.0}
+"""Line style of a null model."""
+
+_WIDTH, _LEFT, _BELOW = 4.0, 0.85, 0.5  # inches
+_MARKERS = "osD^vPX"
+
+
+def line_page(
+    shape: tuple[int, int],
+    title: str,
+    entries: Sequence[str],
+    *,
+    height: float = 2.6,
+    titled: bool = False,
+) -> tuple[Sheet, np.ndarray]:
+    """Return a sheet with a grid of axes, and the axes as ``[row, column]``.
+
+    Args:
+        shape: Number of rows and of columns.
+        title: Title of the figure.
+        entries: Texts of the legend at the right; they determine its width.
+        height: Height of each axes, in inches.
+        titled: Whether to leave room for a title above each axes.
+    """
+    n_rows, n_cols = shape
+    legend = 0.6 + 0.062 * max((len(entry) for entry in entries), default=0) if entries else 0.15
+    above = 0.28 if titled else 0.1
+    across, down = _LEFT + _WIDTH, above + height + _BELOW
+    page = sheet(across * n_cols + 0.1 + legend, down * n_rows, title)
+    every = [
+        [page.axes(across * c + _LEFT, down * r + above, _WIDTH, height) for c in range(n_cols)]
+        for r in range(n_rows)
+    ]
+    return page, np.array(every, dtype=object)
+
+
+def line_styles(names: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return a style per line: a sequential colour map for many lines, distinct colours for few."""
+    numbers = all(isinstance(name, (int, np.integer)) for name in names)
+    if len(names) > len(LINE_COLORS) or (numbers and len(names) > 3):
+        colors = mpl.colormaps[SEQUENTIAL](np.linspace(0, 0.9, len(names)))
+        return [{"color": tuple(c), "linewidth": 1.2, "marker": "o", "ms": 2.5} for c in colors]
+    return [
+        {"color": LINE_COLORS[i], "linewidth": 1.4, "marker": _MARKERS[i], "ms": 3.5}
+        for i in range(len(names))
+    ]
+
+
+def draw_null(axes: Axes, lines: Sequence[tuple[pd.DataFrame, Any]], x: str, null: str) -> None:
+    """Draw the null model: once if it is the same for all lines, else in each line's colour.
+
+    Args:
+        axes: Axes to draw on.
+        lines: Rows and colour of each line.
+        x: Column along the horizontal axis.
+        null: Column of the null model.
+    """
+    curves = [rows.groupby(x)[null].mean() for rows, _ in lines]
+    together = pd.concat(curves, axis=1)
+    if np.allclose(together.max(axis=1), together.min(axis=1), rtol=1e-4, equal_nan=True):
+        mean = together.mean(axis=1).sort_index()
+        axes.plot(mean.index, mean, label="null model", **NULL)
+        return
+    for curve, (_, color) in zip(curves, lines, strict=True):
+        axes.plot(curve.index, curve, **{**NULL, "color": color})
+    axes.plot([], [], label="null model", **NULL)
+
+
+def legend(axes: Axes, heading: str | None = None) -> None:
+    """Add the legend to the right of the axes."""
+    handles, labels = axes.get_legend_handles_labels()
+    box = axes.legend(
+        handles,
+        [plain(label) for label in labels],
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1.0),
+        borderaxespad=0,
+        ncols=1 if len(labels) <= 16 else 2,
+        title=heading,
+    )
+    box.get_title().set_fontsize(SMALL)
 
 
 @checked
@@ -131,3 +285,166 @@ def pruning_curve_plot(
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     legend(axes, by)
     return saved(page.picture, path)
+
+
+_SIDES = {
+    "distance": "distance (positions back)",
+    "key": "position of the key",
+    "rope_distance": "rotary distance",
+}
+_VALUES = {"raw": "attention probability", "lift": "lift of attention"}
+_STEEP = 8.0  # an axis is logarithmic if the ratio of largest to smallest value is above this
+
+
+@checked
+@styled
+def positional_profiles(
+    table: pd.DataFrame,
+    value: str = "lift",
+    *,
+    by: str = "layer",
+    title: str | None = None,
+    path: FigurePath = None,
+) -> Picture:
+    """Draw a table of ``positional_bias``: blocks in rows, distance and key position in columns.
+
+    Args:
+        table: Table of ``positional_bias``. Rows that differ only in other columns are averaged,
+            weighted by ``n_cells``.
+        value: ``"lift"``, with uniform attention at 1; or ``"raw"``, with the column ``null`` as
+            the null model.
+        by: Column whose entries are drawn as separate lines.
+        title: Title of the figure.
+        path: Where to save the figure.
+
+    Raises:
+        InputError: The table lacks a column.
+    """
+    nulls = ["null"] if value == "raw" else []
+    columns_of(
+        table,
+        ["block", "axis", "start", "stop", "n_cells", value, by, *nulls],
+        "A positional profile",
+    )
+    means = _means(table, ["block", "axis", by, "start", "stop"], [value, *nulls])
+    means = _with_gaps(means, ["block", "axis", by])
+    means["place"] = (means["start"] + means["stop"] - 1) / 2
+    blocks, sides = list(dict.fromkeys(table["block"])), list(dict.fromkeys(table["axis"]))
+    names = sorted(table[by].unique())
+    shape = (len(blocks), len(sides))
+    heading = title or f"{_VALUES.get(value, value)} by position"
+    entries = [*map(str, names), by, "null model"]
+    page, grid = line_page(shape, heading, entries, height=1.9, titled=True)
+    for r, block in enumerate(blocks):
+        for c, side in enumerate(sides):
+            axes = grid[r, c]
+            rows = means[(means["block"] == block) & (means["axis"] == side)]
+            _lines(axes, rows, "place", value, by, names)
+            if nulls:
+                draw_null(axes, [(rows, "black")], "place", "null")
+            else:
+                axes.axhline(1.0, label="null model", **NULL)
+            if _steep(rows[value]):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_locator(NullLocator())
+            axes.set(xlabel=_SIDES.get(side, side), ylabel=plain(_VALUES.get(value, value)))
+            axes.set_title(plain(str(block).replace("->", " \u2192 ")))
+    legend(grid[0, -1], by)
+    return saved(page.picture, path)
+
+
+@checked
+@styled
+def raster_profiles(
+    table: pd.DataFrame,
+    value: str = "share",
+    *,
+    by: str = "layer",
+    title: str | None = None,
+    path: FigurePath = None,
+) -> Picture:
+    """Draw a table of ``raster_profile``: over the rows of the image (downwards) and its columns.
+
+    Args:
+        table: Table of ``raster_profile``. Rows that differ only in other columns, such as heads,
+            are averaged. Controls are dotted.
+        value: ``"share"``, with the column ``null`` as the null model; or ``"lift"``, with uniform
+            attention at 1.
+        by: Column whose entries are drawn as separate lines.
+        title: Title of the figure.
+        path: Where to save the figure.
+
+    Raises:
+        InputError: The table lacks a column.
+    """
+    nulls = ["null"] if value == "share" else []
+    columns_of(table, ["axis", "index", value, by, *nulls], "A raster profile")
+    control = f"{value}_control" if f"{value}_control" in table else None
+    columns = [value, *nulls, *([control] if control else [])]
+    means = table.groupby(["axis", by, "index"], as_index=False)[columns].mean()
+    names = sorted(table[by].unique())
+    entries = [*map(str, names), by, "null model", *(["control (dotted)"] if control else [])]
+    heading = title or f"{value} of image attention by row and column"
+    page, grid = line_page((1, 2), heading, entries, titled=True)
+    down, across = grid[0]
+    for axes, axis in ((down, "row"), (across, "col")):
+        upright = axis == "row"
+        rows = means[means["axis"] == axis]
+        _lines(axes, rows, "index", value, by, names, upright=upright)
+        if control:
+            _lines(axes, rows, "index", control, by, names, upright=upright, dotted=True)
+        null = rows.groupby("index")["null"].mean() if nulls else None
+        places = rows["index"].unique()
+        level = [1.0] * len(places) if null is None else null.reindex(places)
+        axes.plot(*((level, places) if upright else (places, level)), label="null model", **NULL)
+        for side in ("x", "y"):
+            if (side == "y") == upright:
+                getattr(axes, f"{side}axis").set_major_locator(MaxNLocator(integer=True))
+    down.invert_yaxis()
+    down.set(xlabel=plain(value), ylabel="row of the image, top first", title="rows")
+    across.set(xlabel="column of the image", ylabel=plain(value), title="columns")
+    if control:
+        across.plot([], [], color="black", linestyle=":", linewidth=1.2, label="control (dotted)")
+    legend(across, by)
+    return saved(page.picture, path)
+
+
+def _lines(
+    axes: Axes,
+    rows: pd.DataFrame,
+    x: str,
+    value: str,
+    by: str,
+    names: list[object],
+    *,
+    upright: bool = False,
+    dotted: bool = False,
+) -> None:
+    """Draw one line per entry; ``upright`` puts the position on the vertical axis."""
+    for name, style in zip(names, line_styles(names), strict=True):
+        line = rows[rows[by] == name].sort_values(x)
+        look = {**style, "linestyle": ":", "marker": ""} if dotted else style
+        pair = (line[value], line[x]) if upright else (line[x], line[value])
+        axes.plot(*pair, label=None if dotted else str(name), **look)
+
+
+def _means(table: pd.DataFrame, keys: list[str], values: list[str]) -> pd.DataFrame:
+    """Return means weighted by the number of cells."""
+    weighted = table[values].mul(table["n_cells"], axis=0).assign(n_cells=table["n_cells"])
+    sums = weighted.groupby([table[key] for key in keys]).sum()
+    return sums[values].div(sums["n_cells"], axis=0).reset_index()
+
+
+def _with_gaps(means: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Add a row of NaN after each bin whose next bin is missing, so that the line breaks there."""
+    ordered = means.sort_values([*keys, "start"])
+    following = ordered.groupby(keys)["start"].shift(-1)
+    last = ordered[following.notna() & (following != ordered["stop"])]
+    gaps = last[keys].assign(start=last["stop"], stop=last["stop"] + 1)
+    return pd.concat([ordered, gaps], ignore_index=True)
+
+
+def _steep(values: pd.Series) -> bool:
+    return bool(values.min() > 0 and values.max() > _STEEP * values.min())

@@ -12,13 +12,21 @@ import pandas as pd
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import GeometryError, InputError, quoted
+from xmodal_interp.figures.curves import columns_of
 from xmodal_interp.figures.looks import Look, MapOptions
 from xmodal_interp.figures.panels import Panel, in_rows, note_on, panel_figure
 from xmodal_interp.figures.placement import Box, Place, of_patches, place_of
 from xmodal_interp.figures.scales import Meaning, label_of, scale_for
-from xmodal_interp.figures.style import FigurePath, Picture, readable, saved, styled
-from xmodal_interp.figures.tables import columns_of
-from xmodal_interp.figures.wording import about, heads_name, layer_name
+from xmodal_interp.figures.style import (
+    FigurePath,
+    Picture,
+    about,
+    heads_name,
+    layer_name,
+    readable,
+    saved,
+    styled,
+)
 from xmodal_interp.sample import Sample
 
 

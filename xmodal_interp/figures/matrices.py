@@ -13,7 +13,8 @@ from xmodal_interp.arguments import checked
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.figures.drawing import draw_image, draw_rows
-from xmodal_interp.figures.labelling import (
+from xmodal_interp.figures.layout import BAR, Sheet, sheet
+from xmodal_interp.figures.matrix_axes import (
     NAMES,
     Labels,
     Run,
@@ -23,13 +24,19 @@ from xmodal_interp.figures.labelling import (
     name_blocks,
     widened,
 )
-from xmodal_interp.figures.layout import BAR, Sheet, sheet
+from xmodal_interp.figures.matrix_sources import Matrix, View, matrix_of
+from xmodal_interp.figures.overlay_values import flat, query_groups, reading
 from xmodal_interp.figures.placement import Place, place_of
-from xmodal_interp.figures.readings import flat, query_groups, reading
 from xmodal_interp.figures.scales import Scale, Show, check_show, scale_of
-from xmodal_interp.figures.sources import Matrix, View, matrix_of
-from xmodal_interp.figures.style import FigurePath, Picture, saved, styled
-from xmodal_interp.figures.wording import about, heads_name, layer_name
+from xmodal_interp.figures.style import (
+    FigurePath,
+    Picture,
+    about,
+    heads_name,
+    layer_name,
+    saved,
+    styled,
+)
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import AttentionKind
 

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
-from xmodal_interp.analysis.composing import are_queries, query_patches
-from xmodal_interp.analysis.padding import present
+from xmodal_interp.analysis.connector_rollout import are_queries, query_patches
+from xmodal_interp.analysis.selection import present
 from xmodal_interp.arguments import whole_number
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import ImageGrid, place_on_grid

@@ -12,21 +12,22 @@ from matplotlib.patches import Patch
 
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.figures.labelling import NAMES, Labels, draw_matrix, widened
 from xmodal_interp.figures.layout import Sheet, sheet
+from xmodal_interp.figures.matrix_axes import NAMES, Labels, draw_matrix, widened
+from xmodal_interp.figures.matrix_sources import View, axis_labels, views_of, visible_cells
 from xmodal_interp.figures.scales import Scale
-from xmodal_interp.figures.sources import View, axis_labels, views_of, visible_cells
 from xmodal_interp.figures.style import (
     HIDDEN,
     SMALL,
     FigurePath,
     Picture,
+    about,
     group_color,
+    layer_name,
     saved,
     styled,
     wrapped,
 )
-from xmodal_interp.figures.wording import about, layer_name
 from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import AttentionKind, Tower
 

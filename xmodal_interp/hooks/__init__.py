@@ -1,23 +1,19 @@
-"""Record and edit attention calls: the tap, the recorder, interventions, and the doctor."""
+"""Record and edit attention calls: the tap, the recorder and interventions."""
 
 from xmodal_interp.hooks.ablation import ablate_heads
-from xmodal_interp.hooks.calibration import mean_head_outputs
-from xmodal_interp.hooks.checkup import Checkup, doctor
+from xmodal_interp.hooks.attention_modules import Identity, attention_modules
+from xmodal_interp.hooks.head_means import mean_head_outputs
 from xmodal_interp.hooks.interventions import active_interventions, intervene
 from xmodal_interp.hooks.knockout import knock_out_attention
-from xmodal_interp.hooks.modules import Identity, attention_modules
-from xmodal_interp.hooks.recorder import record
-from xmodal_interp.hooks.recording import Recording
-from xmodal_interp.hooks.tapping import registered_function
+from xmodal_interp.hooks.recorder import Recording, record
+from xmodal_interp.hooks.tap import registered_function
 
 __all__ = [
-    "Checkup",
     "Identity",
     "Recording",
     "ablate_heads",
     "active_interventions",
     "attention_modules",
-    "doctor",
     "intervene",
     "knock_out_attention",
     "mean_head_outputs",

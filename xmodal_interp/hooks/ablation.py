@@ -26,11 +26,11 @@ from torch import Tensor
 from xmodal_interp.arguments import one_of
 from xmodal_interp.attention.masks import additive_rows
 from xmodal_interp.errors import InputError, quoted
-from xmodal_interp.hooks.calibration import HeadMeans
-from xmodal_interp.hooks.heads import checked_heads
+from xmodal_interp.hooks.attention_modules import checked_heads
+from xmodal_interp.hooks.head_means import HeadMeans
 from xmodal_interp.hooks.interventions import Site
-from xmodal_interp.hooks.selection import Chosen, Selection
-from xmodal_interp.hooks.tapping import RawCall
+from xmodal_interp.hooks.positions import Chosen, Selection
+from xmodal_interp.hooks.tap import RawCall
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 AblationMode = Literal["zero", "uniform", "mean"]

@@ -27,12 +27,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
+from xmodal_interp.attention.kernels import full_precision, product_eps
 from xmodal_interp.attention.operands import exact_rows
 from xmodal_interp.attention.operands import visible as visible_rows_of
-from xmodal_interp.attention.precision import full_precision, product_eps
 from xmodal_interp.errors import CaptureError
-from xmodal_interp.hooks.reading import other_readings
-from xmodal_interp.hooks.tapping import RawCall
+from xmodal_interp.hooks.interface_calls import other_readings
+from xmodal_interp.hooks.tap import RawCall
 
 _N_ROWS, _N_ROWS_UNKNOWN, _N_ROWS_OTHER = 4, 16, 64
 _N_FIRST, _EVERY = 3, 8  # check the first 3 calls of a layer, and every 8th decode step after them

@@ -2,7 +2,7 @@
 
 A module can bypass the interface in three ways:
 
-1. ``torch.nn.MultiheadAttention``: see :mod:`xmodal_interp.hooks.multihead`.
+1. ``torch.nn.MultiheadAttention``: see :mod:`xmodal_interp.hooks.torch_attention`.
 2. A direct call of ``scaled_dot_product_attention``: its queries and keys are recorded.
 3. An inline softmax: its result, the probabilities, is recorded. Its scores may contain more than
    ``q k^T`` (a relative position, chunks of keys), so the call has no queries and keys, and a note.
@@ -29,8 +29,8 @@ from torch.overrides import (
 )
 
 from xmodal_interp.attention.masks import hidden_below
-from xmodal_interp.hooks.heads import n_heads_of
-from xmodal_interp.hooks.tapping import RawCall
+from xmodal_interp.hooks.attention_modules import n_heads_of
+from xmodal_interp.hooks.tap import RawCall
 
 KERNEL = functional.scaled_dot_product_attention  # the original: inside a block it is wrapped
 SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)

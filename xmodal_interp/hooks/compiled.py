@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from xmodal_interp.contexts import Block, in_a_block, own_context
 from xmodal_interp.errors import CaptureError
-from xmodal_interp.hooks.multihead import is_torchs, quiet_modules
-from xmodal_interp.hooks.own_context import in_a_block, own_context
-from xmodal_interp.restoring import Block
+from xmodal_interp.hooks.torch_attention import is_torchs, quiet_modules
 
 _observers: ContextVar[tuple[QuietCalls, ...]] = ContextVar("xmodal_interp_quiet", default=())
 _lock = threading.Lock()

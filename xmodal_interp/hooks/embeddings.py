@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from xmodal_interp.contexts import own_context
 from xmodal_interp.errors import CaptureError, UnsupportedModelError
-from xmodal_interp.hooks.own_context import own_context
 from xmodal_interp.models import VLM
 
 

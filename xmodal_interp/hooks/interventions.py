@@ -29,20 +29,24 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from xmodal_interp.attention import AttentionCall
+from xmodal_interp.contexts import Block, own_context
 from xmodal_interp.errors import CaptureError, LayerError, PositionError
 from xmodal_interp.hooks.agreement import Agreement
-from xmodal_interp.hooks.callers import is_running
+from xmodal_interp.hooks.attention_modules import (
+    Identity,
+    attention_modules,
+    is_running,
+    layers_of,
+    module_of,
+    n_heads_of,
+    ranged,
+)
 from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
-from xmodal_interp.hooks.heads import layers_of, n_heads_of, ranged
-from xmodal_interp.hooks.modules import Identity, attention_modules, module_of
-from xmodal_interp.hooks.own_context import own_context
-from xmodal_interp.hooks.reading import as_attention_call, whole_mask
+from xmodal_interp.hooks.interface_calls import as_attention_call, whole_mask
+from xmodal_interp.hooks.positions import RunningBatch, Selection
 from xmodal_interp.hooks.refusals import refuse_split
-from xmodal_interp.hooks.running_batch import RunningBatch
-from xmodal_interp.hooks.selection import Selection
-from xmodal_interp.hooks.tapping import RawCall, listeners, tap
+from xmodal_interp.hooks.tap import RawCall, listeners, tap
 from xmodal_interp.models import VLM
-from xmodal_interp.restoring import Block
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 

@@ -11,26 +11,51 @@
 
 Keys of a growing cache are kept once: if a call's keys begin with the keys of the previous call,
 the previous call becomes a view.
+
+The settings and the result of a recording.
+
+One run of an attention module, from its forward pre-hook to its forward hook.
+
+The attention modules of a recorded model: known by name, or discovered while it runs.
+
+A module that is not recognised by name is discovered when it uses transformers' attention interface
+or calls torch's kernel. This includes modules that contain another attention module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
-from functools import partial, wraps
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial, wraps
 from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import GenerationMixin
 
+from xmodal_interp.arguments import held
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.attention.precision import full_precision
+from xmodal_interp.attention.kernels import full_precision
+from xmodal_interp.contexts import Block, own_context
 from xmodal_interp.errors import InputError
+from xmodal_interp.hooks.agreement import Agreement
+from xmodal_interp.hooks.attention_modules import (
+    Identity,
+    attention_holders,
+    attention_modules,
+    block_of,
+    identity_of,
+    in_continuous_batching,
+    is_running,
+    layers_without_matrix,
+    module_of,
+    named_callers,
+    weighs_no_tokens,
+)
 from xmodal_interp.hooks.bypass import Bypass, DenseCall, Heard, kernel_call
-from xmodal_interp.hooks.callers import in_continuous_batching, is_running
 from xmodal_interp.hooks.compiled import (
     QuietCalls,
     quiet_calls,
@@ -38,13 +63,7 @@ from xmodal_interp.hooks.compiled import (
     refuse_when_compiled_code_runs,
     replaced_forward,
 )
-from xmodal_interp.hooks.kernel import SCALED_DOT_PRODUCT, kernel_calls
-from xmodal_interp.hooks.key_cache import KeptCall, KeyCache, own_copy, seen_keys
-from xmodal_interp.hooks.members import Members
-from xmodal_interp.hooks.modules import layers_without_matrix, module_of
-from xmodal_interp.hooks.multihead import is_torchs, multihead_call, quiet_modules
-from xmodal_interp.hooks.own_context import own_context
-from xmodal_interp.hooks.reading import (
+from xmodal_interp.hooks.interface_calls import (
     as_attention_call,
     as_computed,
     as_dense_call,
@@ -52,7 +71,8 @@ from xmodal_interp.hooks.reading import (
     segments,
     whole_mask,
 )
-from xmodal_interp.hooks.recording import Choice, Recording
+from xmodal_interp.hooks.key_cache import KeptCall, KeyCache, own_copy, seen_keys
+from xmodal_interp.hooks.position_ids import RotaryPositions
 from xmodal_interp.hooks.refusals import (
     ReduceError,
     chosen_layers,
@@ -64,14 +84,216 @@ from xmodal_interp.hooks.refusals import (
     refuse_unseen,
     refuse_vmap,
 )
-from xmodal_interp.hooks.rotary import RotaryPositions
-from xmodal_interp.hooks.runs import Run
-from xmodal_interp.hooks.tapping import RawCall, tap
-from xmodal_interp.hooks.updates import UpdateShares
+from xmodal_interp.hooks.tap import RawCall, WrappedFunction, tap
+from xmodal_interp.hooks.torch_attention import (
+    SCALED_DOT_PRODUCT,
+    is_torchs,
+    kernel_calls,
+    multihead_call,
+    quiet_modules,
+)
+from xmodal_interp.hooks.update_norms import UpdateShares
 from xmodal_interp.models import VLM
-from xmodal_interp.ordered import held
-from xmodal_interp.restoring import Block
 from xmodal_interp.vocabulary import TOWERS, Tower
+
+
+@dataclass(eq=False)
+class Recording:
+    """The result of :func:`record`.
+
+    Attributes:
+        calls: Every call, in the order in which the model made them; set at the end of the block.
+        results: The results of ``reduce``, one per call, if it was given (``calls`` is then empty).
+        modules: Every attention module that is recorded.
+        without_matrix: Layers that mix tokens without softmax attention: linear attention, state
+            spaces, convolutions.
+        unseen: Names of modules that ran without a recorded call.
+        rotary: Position ids that the rotary embedding of the language tower received.
+        agreement: The comparison of recorded probabilities with the model's outputs.
+    """
+
+    modules: tuple[Identity, ...]
+    without_matrix: tuple[Identity, ...] = ()
+    calls: list[AttentionCall] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    rotary: RotaryPositions | None = None
+    agreement: Agreement = field(default_factory=Agreement)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings of a recording: the arguments of :func:`record`, and two more.
+
+    ``inspect`` is called with every raw call, whose tensors belong to the model, and with the
+    :class:`AttentionCall` made from it. ``refuse`` is whether an error is raised if the
+    probabilities of a call do not give its output (see :mod:`xmodal_interp.hooks.agreement`).
+    """
+
+    towers: Sequence[Tower] = TOWERS
+    layers: Collection[Any] | np.ndarray | Tensor | None = None
+    values: bool = False
+    norms: bool = False
+    reduce: Callable[[AttentionCall], Any] | None = None
+    inspect: Callable[[Heard, AttentionCall], None] | None = None
+    refuse: bool = True
+
+    def wants(self, identity: Identity) -> bool:
+        """Whether a layer is to be recorded."""
+        return identity.tower in self.towers and (
+            self.layers is None or identity.layer in self.layers
+        )
+
+
+@dataclass(eq=False)
+class Run:
+    """One run of an attention module.
+
+    Attributes:
+        module: The module: a known attention module or a holder of one.
+        start: The number of calls that were kept before this run.
+        n_heard: The number of recorded calls through the interface.
+        inside: The number of functions of the interface that are running, 0 if none.
+        aside: Bypassed calls, recorded outside the interface; they are kept only if the run made no
+            call through the interface.
+        silent: Names of attention modules in this run (itself included) without a recorded call.
+        heard_inside: Whether any call was recorded during the run.
+        bypass: The function mode that observes torch functions, or None.
+    """
+
+    module: nn.Module
+    start: int
+    n_heard: int = 0
+    inside: int = 0
+    aside: list[Heard] = field(default_factory=list)
+    silent: list[str] = field(default_factory=list)
+    heard_inside: bool = False
+    bypass: Bypass | None = None
+
+
+_FORWARD = ("forward", "_call_impl")  # functions that run during a call of a module
+
+
+class Members:
+    """The attention modules of a model.
+
+    Attributes:
+        known: The modules that are recorded, with their identities; discovered ones are added.
+        holders: Modules named attention that contain a known module, with its identity.
+        heard: Known modules that made a recorded call.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.known = attention_modules(model)
+        self.holders = attention_holders(model, self.known)
+        self.heard: set[nn.Module] = set()
+
+    def identity(self, module: nn.Module) -> Identity:
+        """Return the identity of a known module or a holder."""
+        return self.known[module] if module in self.known else self.holders[module]
+
+    def listens_to(self, module: nn.Module) -> bool:
+        """Whether a module is a known attention module or a holder of one."""
+        return module in self.known or module in self.holders
+
+    def silent_among_heard(self, hollow: Collection[nn.Module]) -> list[str]:
+        """Return the names of holders that ran without a recorded call, although they should have.
+
+        A holder is left out if no layer of its tower and kind was recorded: then the input did not
+        use that tower.
+
+        Args:
+            hollow: Holders that ran while no module inside them made a recorded call.
+        """
+        heard = {(self.known[each].tower, self.known[each].kind) for each in self.heard}
+        return [
+            identity.module
+            for module, identity in self.holders.items()
+            if module in hollow
+            and (identity.tower, identity.kind) in heard
+            and self.heard.isdisjoint(module.modules())
+        ]
+
+    def owner(self, asking: nn.Module, running: nn.Module | None) -> nn.Module | None:
+        """Return the module that a call of the interface belongs to; None for another model's call.
+
+        Args:
+            asking: The module that is an argument of the call.
+            running: The known module or holder that is running, or None.
+        """
+        if asking in self.known:
+            return asking
+        if running in self.known:
+            return running  # ``asking`` is a helper of the running module
+        named = asking if asking in self._parts else self._innermost()
+        return None if named is None else self.proved(named)
+
+    def calling_kernel(self) -> nn.Module | None:
+        """Return the module that a call of torch's kernel belongs to.
+
+        None if the call was made by the interface (it is recorded there), by another model, or by a
+        module that does not mix tokens.
+        """
+        module = self._innermost(outside=WrappedFunction)
+        if isinstance(module, nn.TransformerEncoderLayer):  # calls a kernel instead of self_attn
+            module = module.self_attn
+        return None if module is None or weighs_no_tokens(module) else self.proved(module)
+
+    def proved(self, module: nn.Module) -> nn.Module:
+        """Add a discovered attention module to the known ones, and return it.
+
+        If the known modules inside it made no call, the outer module replaces them and is recorded
+        under the identity of the first one.
+        """
+        if module in self.known:
+            return module
+        inner = [each for each in module.modules() if each in self.known]
+        if inner and self._stands_in(module, inner):
+            identity = self.known[inner[0]]
+            for each in inner:
+                del self.known[each]
+            self.known[module] = replace(identity, module=self._parts[module])
+        else:
+            alone = identity_of(self.model, module, self.known.values())
+            if alone is not None:
+                self.known[module] = alone
+        return module
+
+    def _stands_in(self, module: nn.Module, inner: Sequence[nn.Module]) -> bool:
+        """Whether a module replaces the known modules inside it: smaller than a block, no calls."""
+        block = block_of(self.model, self.known[inner[0]]) or self.model
+        within = module is not block and any(part is module for part in block.modules())
+        return within and self.heard.isdisjoint(inner)
+
+    def _innermost(self, outside: type | None = None) -> nn.Module | None:
+        """Return the innermost module of this model whose forward is running, or None.
+
+        Another model may run inside a method of this model, such as an assistant model or a logits
+        processor inside ``generate``; its calls are not this model's. A module that runs inside a
+        forward of this model belongs to it even if it is not registered as a submodule.
+        """
+        found: nn.Module | None = None
+        of_another = False
+        for caller, function in named_callers():
+            if outside is not None and isinstance(caller, outside):
+                return None
+            if not isinstance(caller, nn.Module):
+                continue
+            if isinstance(caller, GenerationMixin) and function not in _FORWARD:
+                continue  # in ``generate``, a logits processor may compute attention too
+            if caller in self._parts:
+                found = found or caller
+                if function in _FORWARD or not of_another:
+                    return found
+            else:
+                of_another |= function in _FORWARD
+        return None
+
+    @cached_property
+    def _parts(self) -> dict[nn.Module, str]:
+        return {module: path for path, module in self.model.named_modules()}
+
 
 Sort = nn.Module | type[nn.Module]
 P = ParamSpec("P")

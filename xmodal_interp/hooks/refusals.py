@@ -18,9 +18,8 @@ from xmodal_interp.errors import (
     XmodalError,
     quoted,
 )
+from xmodal_interp.hooks.attention_modules import Identity, ranged
 from xmodal_interp.hooks.bypass import DenseCall, Heard
-from xmodal_interp.hooks.heads import ranged
-from xmodal_interp.hooks.modules import Identity
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 

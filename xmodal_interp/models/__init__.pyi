@@ -1,21 +1,20 @@
-from .checkpoint import CheckpointReport
-from .decoding import checked_length
 from .family import Family
+from .generation import checked_length
 from .geometry import ImageGrid, Thumbnail, VideoGrid, place_on_grid
-from .labelling import Prompt
+from .geometry.patch_order import square_windows, tiles_behind, window_orders
+from .labels import Prompt, check_whole, prompt_ids
 from .loading import SHIPPED, load
-from .opening import ImageLike, Video, open_image, open_video
-from .records import FAMILIES
-from .sequences import check_whole, prompt_ids
-from .tokens import generated_table
-from .training_mode import (
+from .media import ImageLike, Video, open_image, open_video
+from .model_state import (
+    CheckpointReport,
     described_training,
     evaluation_mode,
+    input_device,
     modules_in_training,
 )
+from .records import FAMILIES
+from .token_table import generated_table
 from .vlm import VLM, check_vlm
-from .windows import square_windows, tiles_behind, window_orders
-from .wrapping import input_device
 
 __all__ = [
     "FAMILIES",

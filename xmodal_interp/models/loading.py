@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
+from xmodal_interp.arguments import user_path
+from xmodal_interp.contexts import Block
 from xmodal_interp.errors import InputError, UnsupportedModelError, quoted
-from xmodal_interp.models.checkpoint import CheckpointReport
+from xmodal_interp.models.model_state import CheckpointReport
 from xmodal_interp.models.records import family_of
 from xmodal_interp.models.vlm import VLM
-from xmodal_interp.paths import user_path
-from xmodal_interp.restoring import Block
 
 SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")
 

@@ -13,28 +13,32 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from xmodal_interp.arguments import string
+from xmodal_interp.arguments import in_order, string
 from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.models import calling, geometry
-from xmodal_interp.models.checkpoint import CheckpointReport
-from xmodal_interp.models.decoding import GREEDY, check_decoding
+from xmodal_interp.models import geometry, processor_calls
 from xmodal_interp.models.family import Family
+from xmodal_interp.models.generation import GREEDY, check_decoding
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
-from xmodal_interp.models.labelling import Labeller, Made, Prompt
-from xmodal_interp.models.opening import ImageLike, Video, flat, open_image, open_video
-from xmodal_interp.models.padding import batches_alike, padding_side
-from xmodal_interp.models.records import family_of, refuse_other_class
-from xmodal_interp.models.rendering import Rendered, Writer, closed_up
-from xmodal_interp.models.sequences import (
+from xmodal_interp.models.labels import (
+    Labeller,
+    Made,
+    Prompt,
     as_generated,
     as_given,
     prompt_ids,
     read_at,
     with_start,
 )
-from xmodal_interp.models.training_mode import evaluation_mode
-from xmodal_interp.models.wrapping import input_device, refuse_virtual_tokens
-from xmodal_interp.ordered import in_order
+from xmodal_interp.models.media import ImageLike, Video, flat, open_image, open_video
+from xmodal_interp.models.model_state import (
+    CheckpointReport,
+    evaluation_mode,
+    input_device,
+    refuse_virtual_tokens,
+)
+from xmodal_interp.models.processor_calls import batches_alike, padding_side
+from xmodal_interp.models.prompts import Rendered, Writer, closed_up
+from xmodal_interp.models.records import family_of, refuse_other_class
 
 _generating: ContextVar[tuple[object, Mapping[str, Any]]] = ContextVar(
     "xmodal_interp_generating", default=(None, {})
@@ -137,7 +141,7 @@ class VLM:
         images, questions = in_order(images, "images"), in_order(questions, "questions")
         for question in questions:
             string(question, "A prompt")
-        composite = calling.composite_of(self.processor)
+        composite = processor_calls.composite_of(self.processor)
         opened = [
             tuple(open_image(image, composite) for image in of_sample) for of_sample in images
         ]
@@ -156,10 +160,10 @@ class VLM:
         texts = [prompt.text for prompt in prompts]
         side = padding_side(self.model.config, in_encoder=self.family.in_sequence)
         given = {
-            **calling.texts_and_images(self.family, texts, opened),
-            **calling.options(self.processor, self.family, texts, side),
-            **(calling.policy(questions) if self.family.writes_prompt else {}),
-            **calling.videos(shown),
+            **processor_calls.texts_and_images(self.family, texts, opened),
+            **processor_calls.options(self.processor, self.family, texts, side),
+            **(processor_calls.policy(questions) if self.family.writes_prompt else {}),
+            **processor_calls.videos(shown),
         }
         try:
             inputs = self.processor(**given)
@@ -167,7 +171,7 @@ class VLM:
             *(ValueError, TypeError, RuntimeError, StopIteration),
             *(ArithmeticError, LookupError, AttributeError),
         ) as error:  # processors rarely check their inputs: any of these errors may be raised
-            calling.refuse_other_numbers(self.placeholder, texts, opened, error)
+            processor_calls.refuse_other_numbers(self.placeholder, texts, opened, error)
             raise InputError(
                 f"{type(self.processor).__name__} failed on this input: {error} (images of "
                 f"{', '.join(f'{one.width} x {one.height}' for one in flat(opened)) or 'none'} px)."

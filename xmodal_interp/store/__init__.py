@@ -1,7 +1,7 @@
 """The on-disk format of samples: schema, writer, reader and integrity check."""
 
-from xmodal_interp.store.checking import check_store
 from xmodal_interp.store.files import store_around
+from xmodal_interp.store.integrity import check_store
 from xmodal_interp.store.reader import Store, open_store
 from xmodal_interp.store.schema import check_name, digest_of, json_text
 from xmodal_interp.store.writer import StoreWriter

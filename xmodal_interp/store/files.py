@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.models import ImageGrid, VideoGrid
-from xmodal_interp.store import packing, schema
+from xmodal_interp.store import encoding, schema
 from xmodal_interp.vocabulary import TOKEN_COLUMNS
 
 _T = TypeVar("_T")
@@ -226,7 +226,7 @@ class SampleFiles:
             StoreError: The file is missing, damaged or of another version.
         """
         path = self.folder / file
-        table, stamp = self._read(file, lambda: packing.table_from(path.read_bytes()))
+        table, stamp = self._read(file, lambda: encoding.table_from(path.read_bytes()))
         schema.check_stamp(stamp, path)
         return table
 
@@ -252,7 +252,7 @@ class SampleFiles:
         """
         path = self.folder / schema.GRIDS
         grids, stamp = self._read(
-            schema.GRIDS, lambda: packing.grids_from(path.read_bytes(), numbers)
+            schema.GRIDS, lambda: encoding.grids_from(path.read_bytes(), numbers)
         )
         schema.check_stamp(stamp, path)
         return grids
@@ -265,7 +265,7 @@ class SampleFiles:
         """
         path = self.folder / schema.VIDEO_GRIDS
         grids, stamp = self._read(
-            schema.VIDEO_GRIDS, lambda: packing.video_grids_from(path.read_bytes(), numbers)
+            schema.VIDEO_GRIDS, lambda: encoding.video_grids_from(path.read_bytes(), numbers)
         )
         schema.check_stamp(stamp, path)
         return grids

@@ -17,10 +17,10 @@ import pandas as pd
 from PIL import Image
 from torch import Tensor
 
+from xmodal_interp.arguments import user_path
 from xmodal_interp.attention import AttentionCall, number, resolve, whole_slice
 from xmodal_interp.errors import InputError, NoSampleError, NotRecordedError, StoreError
 from xmodal_interp.models import Video, open_image
-from xmodal_interp.paths import user_path
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.store import schema
 from xmodal_interp.store.files import (

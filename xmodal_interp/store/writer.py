@@ -24,10 +24,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from xmodal_interp.arguments import user_path
 from xmodal_interp.errors import StoreError
-from xmodal_interp.paths import user_path
 from xmodal_interp.sample import Sample
-from xmodal_interp.store import files, packing, schema
+from xmodal_interp.store import encoding, files, schema
 
 _ORIGIN = ("model", "revision")
 """Settings for a model's origin; they are not compared if digests identify its content."""
@@ -197,7 +197,7 @@ class StoreWriter:
         number = self._numbers.get(sample.name, self._next_number)  # a deleted sample's number
         unfinished = self.path / schema.SAMPLES / f"{schema.UNFINISHED}{sample.name}"
         shared = schema.SharedTensors()
-        record = packing.sample_record(sample, shared, images=self._images) | {"number": number}
+        record = encoding.sample_record(sample, shared, images=self._images) | {"number": number}
         record = json.loads(schema.json_text(record))  # raises before anything is written
         try:
             unfinished.mkdir()
@@ -236,7 +236,7 @@ class StoreWriter:
     ) -> int:
         sums: dict[str, dict[str, Any]] = {}
         record["files"] = sums
-        for file, content in packing.sample_files(sample, shared, images=self._images):
+        for file, content in encoding.sample_files(sample, shared, images=self._images):
             write_file(folder / file, content)
             digest = hashlib.sha256(content).hexdigest()
             sums[file] = {"bytes": len(content), "sha256": digest}

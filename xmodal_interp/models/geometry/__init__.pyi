@@ -1,60 +1,72 @@
 from .anyres import anyres_tiles
-from .applying import applied, name_of
-from .choosing import Chosen
-from .convolved import code_grid, code_rows, fused_stages
-from .cross import aspect_ratio_tiles
-from .fixed import FixedGrid, fixed_grid
-from .flattened import FlattenedPatches
-from .framing import framed
+from .convolutions import code_grid, code_rows, fused_stages
 from .grid import (
     NOWHERE,
     ImageGrid,
     Rule,
     Thumbnail,
+    applied,
+    name_of,
     place_on_grid,
     raster,
     unplaced,
 )
-from .merged import (
-    MergedPatches,
-    merged_patches,
-    within_patches,
-    within_tokens,
-)
-from .overlapping import overlapping_crops
-from .padded import PaddedSquares, scaled, shrunk
-from .queries import QueryTokens, query_crops, resampled_patches
-from .replaying import at_the_top, fitted, shown_in_frames
-from .separate import (
-    SeparateTiles,
-    fitted_or_squeezed,
-    large_pages,
-    squared,
-    windows,
-)
-from .sized import PositionedPatches, counted_patches, sized_patches
-from .sized_tiles import (
-    SizedTiles,
-    large_on_canvas,
-    slice_block,
-    slices,
-)
-from .tiles import SplitTiles
-from .tiling import (
+from .learned_queries import QueryTokens, query_crops, resampled_patches
+from .overlapping_crops import overlapping_crops
+from .processor_steps import (
+    at_the_top,
     best_canvas,
     covering_canvas,
     crops,
+    fitted,
     largest_canvas,
     longest_edge,
     padded_canvas,
     page_canvas,
+    shown_in_frames,
 )
-from .video import MergedFrames, SingleFrames, VideoGrid, VideoRule
-from .video_crops import pooled_frames, sliced_frames
-from .video_frames import (
+from .resized_images import (
+    MergedPatches,
+    PositionedPatches,
+    counted_patches,
+    merged_patches,
+    sized_patches,
+    within_patches,
+    within_tokens,
+)
+from .tiles import (
+    SeparateTiles,
+    SizedTiles,
+    SplitTiles,
+    fitted_or_squeezed,
+    large_on_canvas,
+    large_pages,
+    slice_block,
+    slices,
+    squared,
+    windows,
+)
+from .video import (
+    MergedFrames,
     PositionedFrames,
+    SingleFrames,
+    VideoGrid,
+    VideoRule,
+    pooled_frames,
+    sliced_frames,
     squeezed,
     within_video_tokens,
+)
+from .whole_images import (
+    Chosen,
+    FixedGrid,
+    FlattenedPatches,
+    PaddedSquares,
+    aspect_ratio_tiles,
+    fixed_grid,
+    framed,
+    scaled,
+    shrunk,
 )
 
 __all__ = [

@@ -1,4 +1,12 @@
-"""The tokens of videos: one grid per frame, or per group of merged frames."""
+"""The tokens of videos: one grid per frame, or per group of merged frames.
+
+Frames processed like images: cut into tiles with a thumbnail, or pooled from patches.
+
+Rules for processors that handle frames in a special way.
+
+They return the positions of patches (Gemma 4), resize frames to squares (SmolVLM) or pad them
+(GLM-5).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +18,37 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.cells import Box, Cells, in_blocks, joined, nowhere, rectangle
-from xmodal_interp.models.geometry.grid import IMAGE, NOWHERE, Thumbnail, Viewed, place_on_grid
-from xmodal_interp.models.geometry.patches import block_of, patch_side
-from xmodal_interp.models.geometry.replaying import shown_by
-from xmodal_interp.models.opening import Video
+from xmodal_interp.models.geometry.grid import (
+    IMAGE,
+    NOWHERE,
+    Box,
+    Cells,
+    Thumbnail,
+    Viewed,
+    block_of,
+    in_blocks,
+    joined,
+    nowhere,
+    patch_side,
+    place_on_grid,
+    raster,
+    rectangle,
+)
+from xmodal_interp.models.geometry.overlapping_crops import pooled_cells
+from xmodal_interp.models.geometry.processor_steps import (
+    Tiling,
+    check_replayed,
+    shown_by,
+    video_setting,
+)
+from xmodal_interp.models.geometry.resized_images import size_within_tokens
+from xmodal_interp.models.geometry.tiles import (
+    Shape,
+    frame_slice_block,
+    frame_slices,
+    sized_views,
+)
+from xmodal_interp.models.media import Video
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,3 +303,153 @@ def whole(video: Video) -> Box:
     """Return the box of a whole frame, px."""
     width, height = video.size
     return 0.0, 0.0, float(width), float(height)
+
+
+_SIZES = "target_sizes_videos"
+
+
+def pooled_frames(
+    processor: Any, _config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
+) -> list[VideoGrid]:
+    """Place tokens that pool patches of frames resized without their aspect ratio (Molmo 2).
+
+    ``video_token_pooling`` of the processor gives the patches of each token. If the patches are not
+    a whole number of windows, the tokens at the edges are smaller.
+
+    Raises:
+        GeometryError: The processor returned another number of patches than its settings give, or
+            another number of frames than the videos have.
+    """
+    pooling = np.asarray(inputs["video_token_pooling"])
+    n = video_setting(processor, "size")["height"] // video_setting(processor, "patch_size")
+    if n**2 != inputs["pixel_values_videos"].shape[1]:
+        raise GeometryError(
+            f"The video processor returned {inputs['pixel_values_videos'].shape[1]} patches per "
+            f"frame, but its settings lead to {n} x {n}. Use the checkpoint's own settings."
+        )
+    grids, first_token, first_patch = [], 0, 0
+    shapes = np.asarray(inputs["video_grids"]).tolist()
+    for video, (n_frames, rows, cols) in zip(videos, shapes, strict=True):
+        if n_frames != len(video):
+            raise GeometryError(
+                f"The processor returned {n_frames} frames for a video of {len(video)}. Set it to "
+                "return each frame once."
+            )
+        patches, places = rectangle(n, n, whole(video)), raster(rows, cols)
+        frames = []
+        for _ in range(n_frames):
+            read = pooling[first_token : first_token + len(places)]
+            frames.append(
+                pooled_cells(patches, np.where(read < 0, NOWHERE, read - first_patch), places)
+            )
+            first_token, first_patch = first_token + len(places), first_patch + len(patches)
+        grids.append(video_grid(video, frames, [patches] * n_frames))
+    return grids
+
+
+def sliced_frames(
+    processor: Any, _config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
+) -> list[VideoGrid]:
+    """Place each frame, followed by its slices if the frame is large (MiniCPM-V).
+
+    The whole frame is the thumbnail of its slices.
+
+    Raises:
+        GeometryError: The processor stacks several frames into one picture or does not resize them,
+            or the number of sizes is not that of the frames and their slices.
+    """
+    for name, wanted in {"stack_frames": 1, "do_resize": True}.items():
+        told = video_setting(processor, name, wanted)
+        if told != wanted:
+            raise GeometryError(
+                f"The video processor has {name}={told}, so frames are not resized one by one and "
+                f"cannot be placed. Set {name}={wanted}."
+            )
+    tilings = [frame_slices(processor, video) for video in videos]
+    counts = [1 if tiling is None else 1 + len(tiling.boxes) for tiling in tilings]
+    shapes = [(rows, cols) for rows, cols in np.asarray(inputs[_SIZES]).tolist()]
+    n_expected = sum(count * len(video) for count, video in zip(counts, videos, strict=True))
+    if n_expected != len(shapes):
+        raise GeometryError(
+            f"The processor returned {len(shapes)} {_SIZES}, but its settings lead to {n_expected} "
+            "frames and slices. Use the checkpoint's own processor settings."
+        )
+    block = frame_slice_block(processor)
+    grids, start = [], 0
+    for video, tiling, count in zip(videos, tilings, counts, strict=True):
+        frames, tower = [], []
+        for _ in range(len(video)):
+            own = shapes[start : start + count]
+            start += count
+            merged = [(rows // block, cols // block) for rows, cols in own]
+            frames.append(_frame(video, tiling, merged))
+            tower.append(_frame(video, tiling, own))
+        grids.append(video_grid(video, frames, tower))
+    return grids
+
+
+def _frame(video: Video, tiling: Tiling | None, shapes: Sequence[Shape]) -> Cells:
+    """Return the cells of the whole frame, then those of its slices."""
+    return joined(sized_views(tiling, shapes, whole(video), "first", told_by=_SIZES))
+
+
+@dataclass(frozen=True)
+class PositionedFrames:
+    """Frames that are read as separate images; blocks of their patches give a token.
+
+    As for images, the sides are rounded down to whole blocks, so the boxes fill the frame exactly.
+    The patches of each frame are followed by padding, which is outside the grid.
+
+    Attributes:
+        merged: Whether the processor has already merged the blocks, so each patch gives a token.
+    """
+
+    merged: bool = False
+
+    def __call__(
+        self, processor: Any, _config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
+    ) -> list[VideoGrid]:
+        """Return one grid per video.
+
+        Raises:
+            GeometryError: The processor returned another number of frames than the videos have.
+        """
+        counts = np.asarray(inputs["num_frames_per_video"]).tolist()
+        given = [len(video) for video in videos]
+        if counts != given:
+            raise GeometryError(
+                f"The processor returned {', '.join(map(str, counts))} frames for videos of "
+                f"{', '.join(map(str, given))}. Set it to return each frame once."
+            )
+        positions = np.asarray(inputs["video_position_ids"])
+        block = 1 if self.merged else processor.video_processor.pooling_kernel_size
+        grids = []
+        for video, first in zip(videos, np.cumsum([0, *counts]).tolist(), strict=False):
+            cols, rows = (positions[first].max(0) + 1).tolist()
+            tokens = rectangle(rows // block, cols // block, whole(video))
+            padding = nowhere(positions.shape[1] - rows * cols)
+            tower = joined([rectangle(rows, cols, whole(video)), padding])
+            grids.append(video_grid(video, [tokens] * len(video), [tower] * len(video)))
+        return grids
+
+
+def squeezed(settings: Any, size: tuple[int, int], width: int, height: int) -> Box:
+    """Return the box of a frame of ``size`` that is resized to a square: the whole frame.
+
+    Args:
+        settings: The video processor.
+        size: Width and height of the frame, px.
+        width: Width of the returned pixels.
+        height: Height of the returned pixels.
+
+    Raises:
+        GeometryError: The settings do not lead to these pixels.
+    """
+    side = settings.max_image_size["longest_edge"]
+    check_replayed((side, side) if settings.do_resize else size, (width, height))
+    return 0.0, 0.0, float(size[0]), float(size[1])
+
+
+def within_video_tokens(settings: Any, video: Video, width: int, height: int) -> tuple[int, int]:
+    """Return the size of frames enlarged only if all together have too few tokens, then padded."""
+    return size_within_tokens(settings, video.size, len(video), width, height)

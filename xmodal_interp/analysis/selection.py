@@ -1,0 +1,326 @@
+"""Select the layers, heads, queries and keys of an analysis, and raise the errors they share.
+
+Exclude padding: results must not depend on the other samples in the batch.
+
+Padding tokens are never visible keys. They are queries in bidirectional attention, and they shift
+the positions after them. These functions return the rows to use and the position of each token
+without padding.
+
+The null model of every statistic: attention that is uniform over the visible keys.
+
+The null model is an attention call too: if all queries are zero, every visible key of a row has the
+same probability. The null of any statistic is therefore that statistic of ``uniform(call)``. For
+the mass on groups of keys, ``null_mass`` computes it directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, SupportsIndex
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from xmodal_interp.attention import AttentionCall, Positions, numbers, resolve
+from xmodal_interp.attention.masks import hides
+from xmodal_interp.errors import (
+    GeometryError,
+    InputError,
+    LayerError,
+    NotRecordedError,
+    PositionError,
+)
+from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind, Tower
+
+Layers = SupportsIndex | Collection[Any] | np.ndarray | Tensor | None
+"""Layers (negative ones count from the last) or a mask of layers; None for all kept layers."""
+
+POSITION_COLUMNS = ("token", "token_kind", "image", "row", "col", "video", "frame")
+"""Columns that describe a position in a table; ``video`` and ``frame`` are NA for images."""
+
+CHUNK_BYTES = 8 * 2**20  # of float32 probabilities per chunk; callers use a few times that
+
+
+def calls_of(
+    sample: Sample,
+    layers: Layers,
+    *,
+    tower: Tower = "language",
+    kind: AttentionKind = "self",
+    call: int = 0,
+) -> Iterator[AttentionCall]:
+    """Yield the calls of the chosen layers one at a time, so that a store reads one at a time.
+
+    Each layer is yielded once, in the order given, without repetitions: of four layers, ``[3, -1]``
+    is one layer.
+
+    Raises:
+        NotRecordedError: No attention of this tower and kind was kept.
+        LayerError: A layer does not exist, or ``layers`` is empty.
+    """
+    held = sample.layers(tower, kind)
+    if not held:
+        kept = sorted({f"{key[0]} {key[1]}" for key in sample.calls})
+        raise NotRecordedError(
+            f"Sample {sample.name!r} holds no {tower} {kind}-attention; it holds: "
+            f"{', '.join(kept) or 'nothing'}. Capture that tower, or choose another."
+        )
+    come: set[int] = set()
+    exists = sample.provenance.get("layers", {}).get(f"{tower}.{kind}") or held
+    for layer in held if layers is None else numbers(layers, "layer", max(exists) + 1):
+        found = sample.call(layer, tower=tower, kind=kind, call=call)
+        if found.layer not in come:
+            come.add(found.layer)
+            yield found
+
+
+def image_calls(
+    sample: Sample, layers: Layers, tower: Tower
+) -> Iterator[tuple[int | None, AttentionCall]]:
+    """Yield the chosen self-attention calls with the index of their image.
+
+    The index is None in the language tower.
+    """
+    numbers = sorted({key[3] for key in sample.calls if key[:2] == (tower, "self")})
+    for number in numbers or [0]:
+        for call in calls_of(sample, layers, tower=tower, call=number):
+            yield (None if tower == "language" else number), call
+
+
+def heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
+    """Return the chosen heads as non-negative numbers, without repetitions, in the order given.
+
+    Raises:
+        LayerError: A head does not exist, or ``heads`` is empty.
+    """
+    if heads is None:
+        return list(range(call.n_heads))
+    try:
+        chosen: list[int] = resolve(heads, call.n_heads, "head").tolist()
+    except PositionError as error:
+        raise LayerError(f"{error} ({call.name})") from None
+    if not chosen:
+        raise LayerError(
+            f"heads is empty for {call.name}. Name at least one head, or leave heads out for all."
+        )
+    return list(dict.fromkeys(chosen))
+
+
+def queries_of(sample: Sample, queries: Selector) -> Int[Tensor, " query"]:
+    """Return the query positions without repetitions, in the order given.
+
+    See :meth:`Sample.positions`. A mean over queries counts each of them once.
+
+    Raises:
+        InputError: ``queries`` is ``"text"`` and no text is after the image.
+    """
+    return each_once(sample.positions(queries))
+
+
+def each_once(positions: Int[Tensor, " position"]) -> Int[Tensor, " once"]:
+    """Return the positions without repetitions, in the order given."""
+    return torch.tensor(list(dict.fromkeys(positions.tolist())), dtype=torch.long)
+
+
+def image_keys(
+    sample: Sample, image: int | None, kind: AttentionKind = "self"
+) -> Bool[Tensor, " key"]:
+    """Return a mask of the keys that are tokens of the image, or of any image or video if None.
+
+    Raises:
+        InputError: There are no such tokens.
+    """
+    table = (
+        sample.cross_keys if kind == "cross" and sample.cross_keys is not None else sample.tokens
+    )
+    chosen = table["kind"].isin(VISUAL_KINDS)
+    if image is not None:
+        chosen &= table["image"].eq(image)
+    keys = chosen.fillna(value=False).to_numpy(dtype=bool)
+    if not keys.any():
+        wanted = "image tokens" if image is None else f"tokens of image {image}"
+        raise InputError(
+            f"Sample {sample.name!r} has no {wanted}; it has {len(sample.grids)} images, numbered "
+            "from 0."
+        )
+    return torch.tensor(keys)
+
+
+def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -> pd.DataFrame:
+    """Return a table that describes the positions of the language tower, or of one image.
+
+    In the vision tower, ``image`` counts the images first and then the videos. Tokens of a
+    thumbnail have no row and column, because those would collide with the tokens of the image.
+
+    Returns:
+        ``token, token_kind, image, row, col, video, frame``, one row per position.
+
+    Raises:
+        GeometryError: The grid of the image and the tower have different numbers of positions.
+    """
+    if tower == "language":
+        table = sample.tokens[["token", "kind", "image", "video", "frame"]]
+        table = table.join(image_places(sample.tokens)).rename(columns={"kind": "token_kind"})
+        return table[list(POSITION_COLUMNS)].reset_index(drop=True)
+    video = image - len(sample.grids)
+    kind, number = ("image", image) if video < 0 else ("video", video)
+    grid = sample.grids[image] if video < 0 else sample.video_grids[video]
+    axes = ["row", "col"] if video < 0 else ["frame", "row", "col"]
+    places = pd.DataFrame(grid.patch_places, columns=axes, dtype="Int64")
+    if len(places) != n_positions:
+        raise GeometryError(
+            f"{kind.capitalize()} {number} of sample {sample.name!r} has a grid of {len(places)} "
+            f"places, but the {tower} tower has {n_positions} positions."
+        )
+    nowhere = places["row"] < 0
+    kinds = nowhere.map({True: "special", False: kind}).astype("string")
+    table = places.mask(nowhere).reindex(columns=list(POSITION_COLUMNS))
+    table = table.assign(token=None, token_kind=kinds, **{kind: number})
+    integers = dict.fromkeys(("image", "row", "col", "video", "frame"), "Int64")
+    return table.astype({"token": "string", **integers})
+
+
+def image_places(tokens: pd.DataFrame) -> pd.DataFrame:
+    """Return ``row, col`` of each token in the grid of its image.
+
+    Both are NA for tokens of a thumbnail, which have a separate grid.
+    """
+    small = tokens["view"].eq("thumbnail").fillna(value=False).astype(bool)
+    return tokens[["row", "col"]].mask(small)
+
+
+def refuse_text(given: object, name: str, example: str) -> None:
+    """Reject a string where a list of names is expected: it would be iterated by letters.
+
+    Raises:
+        InputError: ``given`` is a string.
+    """
+    if isinstance(given, str):
+        raise InputError(f"{name} must be a list, such as {example}; got {given!r}.")
+
+
+def refuse_cross_attention(sample: Sample, question: str) -> None:
+    """Reject a sample whose image tokens are not in the text sequence.
+
+    Args:
+        sample: The sample.
+        question: Name of the analysis, for the error message.
+
+    Raises:
+        InputError: Text reaches the image by cross-attention.
+    """
+    if sample.cross_keys is not None:
+        layers = ", ".join(str(layer) for layer in sample.layers("language", "cross"))
+        raise InputError(
+            f"{question} requires image and text tokens in one sequence. In sample {sample.name!r} "
+            f"text reaches the image by cross-attention (layers {layers or 'not kept'}), where "
+            "every key is an image key."
+        )
+
+
+def row_chunks(call: AttentionCall, queries: Int[Tensor, " query"], n_heads: int) -> list[Tensor]:
+    """Split queries into chunks whose probabilities take a few MB."""
+    return list(queries.split(max(1, CHUNK_BYTES // max(4 * call.n_keys * n_heads, 1))))
+
+
+def present(sample: Sample) -> Bool[Tensor, " position"]:
+    """Return a mask of the positions that are not padding."""
+    return torch.tensor(sample.tokens["kind"].ne("padding").to_numpy(dtype=bool))
+
+
+def first_position(sample: Sample) -> int:
+    """Return the first position that is not padding."""
+    return int(np.flatnonzero(present(sample))[0])
+
+
+def places_of(sample: Sample) -> Int[Tensor, " position"]:
+    """Return the index of each position among those that are not padding, from 0.
+
+    A padding position has the index of the last position before it that is not padding, or -1.
+    """
+    return present(sample).long().cumsum(0) - 1
+
+
+def rows_of(sample: Sample, call: AttentionCall) -> Int[Tensor, " query"]:
+    """Return the query positions that a call of the language tower holds, without padding."""
+    rows = call.query_positions
+    return rows[present(sample).to(rows.device)[rows]]
+
+
+D_NULL = 8  # head width of the null's zero q and k; the fused kernel processes 8 values at a time
+
+
+def uniform(call: AttentionCall) -> AttentionCall:
+    """Return the call with uniform attention over the same visible keys.
+
+    The result has one head, unless the mask differs between heads.
+    """
+    mask = call.mask
+    if mask is not None and mask.dtype != torch.bool:
+        mask = ~hides(mask)
+    n_heads = 1 if mask is None else mask.shape[1]
+    device = call.device
+    return replace(
+        call,
+        q=torch.zeros(1, n_heads, call.n_queries, D_NULL, dtype=torch.float32, device=device),
+        k=torch.zeros(1, n_heads, call.n_keys, D_NULL, dtype=torch.float32, device=device),
+        v=None,
+        mask=mask,
+        bias=None,
+        softcap=None,
+        sinks=None,
+        dense=None,
+    )
+
+
+def n_visible(
+    call: AttentionCall, queries: Int[Tensor, " query"], heads: Sequence[int]
+) -> Float[Tensor, "head query"]:
+    """Return how many keys each query sees, expanded over heads if the mask has one head."""
+    counts = call.n_visible(queries)[0].float()
+    return counts.expand(len(heads), -1) if counts.shape[0] == 1 else counts[list(heads)]
+
+
+def null_mass(
+    call: AttentionCall,
+    groups: Float[Tensor, "group key"] | Bool[Tensor, "group key"],
+    heads: Sequence[int],
+    queries: Int[Tensor, " query"],
+) -> Float[Tensor, "head query group"]:
+    """Return ``AttentionCall.null_mass``, expanded over heads if the mask has one head."""
+    even = call.null_mass(groups, queries)[0]
+    return even.expand(len(heads), -1, -1) if even.shape[0] == 1 else even[list(heads)]
+
+
+def received(
+    call: AttentionCall, queries: Int[Tensor, " query"], heads: Sequence[int]
+) -> Float[Tensor, "head key"]:
+    """Return the probability that each key receives, summed over queries that see some key."""
+    seeing = queries[call.n_visible(queries)[0].gt(0).all(0).to(queries.device)]
+    rows = call if len(seeing) == call.n_queries else call.select_rows(seeing)
+    ones = torch.ones(1, len(seeing), dtype=torch.float32, device=call.device)
+    return rows.received(ones, list(heads))[0]
+
+
+def cells_of(
+    call: AttentionCall,
+    heads: Sequence[int],
+    rows: Int[Tensor, " query"],
+    keys: Int[Tensor, " key"],
+) -> tuple[
+    Float[Tensor, "head query key"], Float[Tensor, "#head query key"], Float[Tensor, "head query 1"]
+]:
+    """Return probabilities, whether each cell is visible, and how many keys each query sees.
+
+    A query that sees no key has probabilities 0 and a count of 1.
+    """
+    counts = n_visible(call, rows, heads).cpu().double()[..., None]
+    seen = call.visible(rows)[0][..., keys].cpu().double()
+    seen = seen if seen.shape[0] == 1 else seen[list(heads)]
+    probs = call.probs(list(heads), rows, keys)[0].cpu().double()
+    return probs.where(counts > 0, 0.0), seen, counts.clamp(min=1)

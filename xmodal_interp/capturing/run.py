@@ -1,0 +1,382 @@
+"""Run a model on images and questions, record its attention, and return samples.
+
+1. ``VLM.prepare`` makes model inputs and token tables.
+2. The model generates (or runs once) with the user's settings, while ``record`` records its calls.
+3. Decode steps are appended to the prefill: one query row per token, with any kind of cache.
+4. The calls of a batch are split into samples, those of the vision tower also into images.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from xmodal_interp.arguments import held, in_order, is_several
+from xmodal_interp.attention import AttentionCall, entries_of, numbers
+from xmodal_interp.attention.kernels import lowered_precision
+from xmodal_interp.capturing.language_calls import (
+    Stacks,
+    call_by_position,
+    stacks_of,
+    without_padding_keys,
+)
+from xmodal_interp.capturing.vision_calls import Layer, towers_by_image
+from xmodal_interp.errors import InputError, quoted
+from xmodal_interp.hooks import record
+from xmodal_interp.hooks.position_ids import AXES
+from xmodal_interp.hooks.refusals import check_towers
+from xmodal_interp.models import (
+    VLM,
+    ImageLike,
+    Prompt,
+    Video,
+    check_vlm,
+    check_whole,
+    checked_length,
+    generated_table,
+    input_device,
+    prompt_ids,
+    square_windows,
+    tiles_behind,
+    window_orders,
+)
+from xmodal_interp.sample import CallKey, Sample
+from xmodal_interp.vocabulary import TOWERS, Tower
+
+
+@dataclass(frozen=True, eq=False)
+class _Heard:
+    """The calls of a batch by layer, those of other towers by image, and the model's stacks."""
+
+    streams: Mapping[Layer, Sequence[AttentionCall]]
+    by_image: Mapping[Layer, Sequence[Mapping[int, AttentionCall]]]
+    stacks: Stacks
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Selects the parts of the attention that a capture keeps.
+
+    Attributes:
+        towers: Towers to keep.
+        layers: Layers to keep, numbered from 0; or a boolean mask with one entry per layer of the
+            deepest tower. None keeps all layers.
+        values: Keep the values V too.
+        norms: Keep the share of attention in each token's update, for ``attention_rollout`` with
+            ``alpha="norm"``.
+        queries: Query rows of language layers to keep: ``"all"``, or ``"text"`` (text after the
+            last image or video, and generated tokens).
+        probabilities: Keep dense float16 probabilities instead of queries and keys. They are larger
+            and rounded to 11 bits, but can be read without computing anything.
+    """
+
+    towers: tuple[Tower, ...] = TOWERS
+    layers: Collection[Any] | np.ndarray | Tensor | None = None
+    values: bool = False
+    norms: bool = False
+    queries: str = "all"
+    probabilities: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.queries, str) or self.queries not in ("all", "text"):
+            raise InputError(f"queries must be 'all' or 'text'; got {quoted(self.queries)}.")
+        object.__setattr__(self, "towers", held(self.towers))
+        object.__setattr__(self, "layers", held(self.layers))
+        check_towers(self.towers)
+        object.__setattr__(self, "towers", tuple(self.towers))
+        if self.layers is None:
+            return
+        row = entries_of(self.layers)
+        if row is not None and row.dtype == bool:
+            object.__setattr__(self, "_mask", tuple(row.tolist()))
+        n_masked = None if row is None else len(row)
+        object.__setattr__(self, "layers", tuple(numbers(self.layers, "layer", n_masked)))
+
+    @property
+    def layers_asked(self) -> Collection[Any] | np.ndarray | Tensor | None:
+        """``layers`` as they were passed: a mask stays a mask."""
+        return getattr(self, "_mask", self.layers)
+
+
+def capture(  # noqa: PLR0913  # the settings of a run; all but three have defaults
+    vlm: VLM,
+    image: ImageLike | Iterable[ImageLike],
+    prompt: str,
+    *,
+    videos: Video | Iterable[Video] = (),
+    max_new_tokens: int = 0,
+    keep: Keep | None = None,
+    system: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Sample:
+    """Run a model on images or videos and a question, and record its attention.
+
+    The model keeps its attention backend and its cache. Its outputs are bitwise identical to those
+    without capture.
+
+    Args:
+        vlm: Model and processor.
+        image: A path, a PIL image, or a list of these in order; an empty list for no image.
+        prompt: The question. It is put after the images and videos in the model's chat template,
+            unless it already contains their placeholders.
+        videos: A :class:`Video`, or a list of videos.
+        max_new_tokens: Number of tokens to generate greedily; 0 runs the prompt only.
+        keep: The parts of the attention to keep; by default the queries and keys of all layers.
+        system: A system message.
+        generation: Further arguments of ``model.generate``.
+        name: Name of the sample in tables and stores; by default ``"sample-0"``.
+
+    Raises:
+        InputError: An image or a video that cannot be read, an empty prompt, or a model that needs
+            further inputs.
+        GeometryError: Videos for a model type whose video tokens cannot be placed on a grid.
+        CaptureError: Attention that could not be recorded.
+    """
+    images: list[ImageLike] = [*image] if is_several(image) else [image]  # type: ignore[list-item]
+    clips: list[Video] = [*videos] if is_several(videos) else [videos]  # type: ignore[list-item]
+    sample = capture_batch(
+        vlm,
+        [images],
+        [prompt],
+        videos=[clips],
+        max_new_tokens=max_new_tokens,
+        keep=keep,
+        system=system,
+        generation=generation,
+    )[0]
+    return sample if name is None else replace(sample, name=name)
+
+
+def capture_batch(
+    vlm: VLM,
+    images: Iterable[Iterable[ImageLike]],
+    prompts: Iterable[str],
+    *,
+    videos: Iterable[Iterable[Video]] | None = None,
+    max_new_tokens: int = 0,
+    keep: Keep | None = None,
+    system: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> list[Sample]:
+    """Run ``capture`` on a padded batch and return one sample for each prompt.
+
+    Results of a sample do not depend on the other samples in the batch. Where padding would change
+    them, the batch is split into groups that can share a run: see :meth:`VLM.batches`.
+    """
+    check_vlm(vlm)
+    max_new_tokens = checked_length(max_new_tokens, generation)
+    keep = Keep() if keep is None else keep
+    if not isinstance(keep, Keep):
+        raise InputError(f"keep must be a Keep, such as Keep(layers=[0, 1]); got {keep!r}.")
+    images, prompts = in_order(images, "images"), in_order(prompts, "prompts")
+    if not prompts:
+        raise InputError("prompts is empty; pass at least one prompt.")
+    clips = [()] * len(prompts) if videos is None else in_order(videos, "videos")
+    if not len(images) == len(prompts) == len(clips or prompts):
+        raise InputError(
+            "images, prompts and videos must have one entry for each sample; got "
+            f"{len(images)} lists of images, {len(prompts)} prompts and {len(clips)} lists of "
+            "videos."
+        )
+    clips = clips or [()] * len(prompts)
+    pictures = [list(of_sample) for of_sample in images]
+    samples: dict[int, Sample] = {}
+    groups = vlm.batches(pictures)
+    for group in groups:
+        options = dict(generation or {})
+        if "past_key_values" in options and len(groups) > 1:  # each run needs an empty cache
+            options["past_key_values"] = copy.deepcopy(options["past_key_values"])
+        of_group = _run(
+            vlm,
+            [pictures[i] for i in group],
+            [prompts[i] for i in group],
+            [list(clips[i]) for i in group],
+            system,
+            max_new_tokens,
+            keep,
+            options,
+        )
+        for index, sample in zip(group, of_group, strict=True):
+            samples[index] = replace(sample, name=f"sample-{index}")
+    return [samples[index] for index in range(len(prompts))]
+
+
+def _run(
+    vlm: VLM,
+    images: Sequence[Sequence[ImageLike]],
+    prompts: Sequence[str],
+    videos: Sequence[Sequence[Video]],
+    system: str | None,
+    max_new_tokens: int,
+    keep: Keep,
+    generation: Mapping[str, Any],
+) -> list[Sample]:
+    """Run the model once and return one sample for each prompt."""
+    inputs, ready = vlm.prepare(images, prompts, system=system, videos=videos)
+    check_whole(vlm.model, inputs)
+    recorder = record(
+        vlm.model,
+        towers=keep.towers,
+        layers=keep.layers_asked,
+        values=keep.values,
+        norms=keep.norms,
+    )
+    with torch.no_grad(), recorder as recording:
+        if max_new_tokens > 0:
+            output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **generation)
+            new = output[:, prompt_ids(inputs).shape[1] :]
+        else:
+            vlm.run(inputs)
+            new = prompt_ids(inputs)[:, :0]
+    streams: dict[Layer, list[AttentionCall]] = defaultdict(list)
+    for call in recording.calls:
+        streams[call.tower, call.kind, call.layer].append(call)
+    layers: dict[str, list[int]] = defaultdict(list)
+    for identity in recording.modules:
+        layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
+    about = provenance(vlm, layers, max_new_tokens, keep)
+    orders, tiles = window_orders(vlm.model, inputs), tiles_behind(inputs)
+    windows = square_windows(vlm.model)
+    by_image = towers_by_image(recording.calls, ready, vlm.family, orders, tiles, windows)
+    heard = _Heard(streams, by_image, stacks_of(vlm.model, recording.modules))
+    samples = [_sample(vlm, i, ready, new, heard, keep, about) for i in range(len(ready))]
+    rotary = recording.rotary.whole() if recording.rotary else None
+    n_read = len(ready[0].tokens) + max(new.shape[1] - 1, 0)
+    if rotary is None or rotary.shape[::2] != (len(AXES), n_read):  # other axes, or not per token
+        return samples
+    of_samples = rotary.expand(-1, len(samples), -1).unbind(1)
+    return [
+        replace(sample, tokens=_placed(sample.tokens, rotary_of_sample))
+        for sample, rotary_of_sample in zip(samples, of_samples, strict=True)
+    ]
+
+
+def provenance(
+    vlm: VLM, layers: Mapping[str, Sequence[int]], max_new_tokens: int, keep: Keep
+) -> dict[str, Any]:
+    """Return the model, versions and settings of a capture as JSON-serialisable values."""
+    config = vlm.model.config
+    return {
+        "model": vlm.name,
+        "model_class": type(vlm.model).__name__,
+        "model_type": config.model_type,
+        "revision": getattr(config, "_commit_hash", None),
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        **lowered_precision(input_device(vlm.model)),
+        "backend": config._attn_implementation,
+        "processor": type(vlm.processor).__name__,
+        **({"checkpoint": vlm.loading.differences} if vlm.loading else {}),
+        "layers": {name: sorted(set(of)) for name, of in layers.items()},
+        "max_new_tokens": max_new_tokens,
+        "kept": {**asdict(keep), "towers": list(keep.towers)},
+        "versions": dict(_versions()),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@cache  # package metadata is read from disk
+def _versions() -> Mapping[str, str]:
+    of_packages = {name: version(name) for name in ("torch", "transformers")}
+    return of_packages | {"python": platform.python_version()}
+
+
+def _sample(
+    vlm: VLM,
+    index: int,
+    ready: Sequence[Prompt],
+    new: Tensor,
+    heard: _Heard,
+    keep: Keep,
+    about: dict[str, Any],
+) -> Sample:
+    prompt = ready[index]
+    n_prompt = len(prompt.tokens)
+    ids = _until_end(new[index].tolist(), vlm)
+    fed = ids[: max(new.shape[1] - 1, 0)]  # the last generated token is not fed to the model
+    added, text = generated_table(fed, ids, vlm.tokenizer, n_prompt, prompt.text)
+    tokens = pd.concat([prompt.tokens, added]) if len(added) else prompt.tokens
+    n_cross_keys = None if prompt.cross_keys is None else len(prompt.cross_keys)
+    calls: dict[CallKey, AttentionCall] = {}
+    for (tower, kind, layer), stream in heard.streams.items():
+        if tower == "language":
+            own = [call.select_sample(index) for call in stream]
+            whole = call_by_position(own, len(tokens), prompt.n_encoder, heard.stacks)
+            calls[tower, kind, layer, 0] = without_padding_keys(whole, n_cross_keys)
+        elif tower == "other":  # positions are neither tokens nor patches; one batch row per sample
+            for number, call in enumerate(stream):
+                own_call = replace(call.select_sample(index), call=number)
+                calls[tower, kind, layer, number] = own_call
+        else:
+            for number, call in sorted(heard.by_image[tower, kind, layer][index].items()):
+                calls[tower, kind, layer, number] = call
+    sample = Sample(
+        name=f"sample-{index}",
+        tokens=tokens,
+        text=text,
+        question=prompt.question,
+        answer=vlm.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+        n_prompt=n_prompt,
+        grids=prompt.grids,
+        images=prompt.images,
+        calls=calls,
+        cross_keys=prompt.cross_keys,
+        provenance=about,
+        video_grids=prompt.video_grids,
+        videos=prompt.videos,
+    )
+    sample = sample if keep.queries == "all" else _text_rows(sample)
+    return _dense(sample) if keep.probabilities else sample
+
+
+def _placed(tokens: pd.DataFrame, rotary: Tensor) -> pd.DataFrame:
+    """Add the positions that the rotary embedding received; padding tokens get NA."""
+    shown = tokens["kind"].ne("padding").to_numpy(dtype=bool)
+    columns = {
+        f"rope_{axis}": pd.arrays.IntegerArray(positions[: len(tokens)].numpy().copy(), ~shown)
+        for axis, positions in zip(AXES, rotary.long(), strict=True)
+    }
+    return tokens.assign(**columns)
+
+
+def _text_rows(sample: Sample) -> Sample:
+    """Keep only the query rows of text after images and videos in language calls."""
+    wanted = torch.from_numpy(sample.text_after_image())
+    calls = {
+        key: call.select_rows(wanted[wanted < call.n_queries].to(call.q.device))
+        if key[0] == "language" and call.q is not None
+        else call
+        for key, call in sample.calls.items()
+    }
+    return replace(sample, calls=calls)
+
+
+def _dense(sample: Sample) -> Sample:
+    """Replace queries and keys by float16 probabilities.
+
+    Masks stay, because they define visibility. The position bias and the sinks are dropped: the
+    probabilities include them.
+    """
+    calls = {
+        key: replace(call, dense=call.probs().half(), q=None, k=None, bias=None, sinks=None)
+        for key, call in sample.calls.items()
+    }
+    return replace(sample, calls=calls)
+
+
+def _until_end(ids: list[int], vlm: VLM) -> list[int]:
+    """Return the generated ids before the first end-of-sequence token."""
+    stop = vlm.end_ids
+    return next((ids[:i] for i, token in enumerate(ids) if token in stop), ids)

@@ -1,0 +1,1 @@
+"""The command line ``xmodal``: its commands, the analyses and figures they offer, its output."""

@@ -1,0 +1,322 @@
+"""The command line ``xmodal``: each command calls a public function."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+from xmodal_interp.arguments import user_path
+from xmodal_interp.capturing.dataset import capture_dataset
+from xmodal_interp.capturing.items import read_items
+from xmodal_interp.capturing.run import Keep
+from xmodal_interp.cli.menu import ANALYSES, FIGURES, Offer, described, options_of
+from xmodal_interp.cli.printing import (
+    Group,
+    check_output,
+    err,
+    say,
+    show,
+    show_long,
+    show_store,
+    write,
+)
+from xmodal_interp.demo import run_demo
+from xmodal_interp.errors import InputError
+from xmodal_interp.hooks import attention_modules
+from xmodal_interp.models import SHIPPED, VLM, load, support
+from xmodal_interp.sample import Sample
+from xmodal_interp.store import Store, check_store, open_store
+from xmodal_interp.verification import doctor as checked
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help=(
+        "Record and analyse the attention of a vision-language model.\n\n"
+        "Start with `xmodal demo`. Then capture your own model: "
+        "`xmodal capture runs/mine --model Qwen/Qwen2-VL-2B-Instruct --image cat.png "
+        "--prompt 'Where is the cat?'`, analyse the store: "
+        "`xmodal analyze runs/mine cross-modal-ratio`, and draw a figure: "
+        "`xmodal plot runs/mine layer-overlays --queries cat --path cat_layers.png`."
+    ),
+)
+
+
+def _one_of(offer: Offer, metavar: str) -> Any:
+    """Return a command argument whose value must be one of the names in ``offer``."""
+
+    def known(name: str) -> str:
+        if name not in offer:
+            raise typer.BadParameter(f"must be one of {', '.join(offer)}; got {name!r}.")
+        return name
+
+    return typer.Argument(
+        help="A name from the list below",
+        metavar=metavar,
+        callback=known,
+        autocompletion=lambda: list(offer),
+    )
+
+
+Folder = Annotated[Path, typer.Argument(help="Folder of a store", metavar="STORE")]
+Model = Annotated[str, typer.Option(help=f"Hub id, folder, or shipped model: {', '.join(SHIPPED)}")]
+Dtype = Annotated[
+    str, typer.Option(help="Dtype of the weights: auto (as stored), float32, bfloat16, float16")
+]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Passed to from_pretrained, such as auto or cuda")
+]
+
+
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files")]
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Output folder")] = Path("xmodal_demo"),
+    scenes: Annotated[int, typer.Option(min=20, help="Number of held-out scenes")] = 200,
+    force: Force = False,
+) -> None:
+    """Run the demo on the shipped model: write a store, tables, pictures and a report.
+
+    It takes about a minute on two cores, offline.
+    """
+    findings = run_demo(folder, n_scenes=scenes, force=force)
+    for line in findings.lines:
+        say(f"• {line}")
+    say(f"\nAll files are in {folder}; start with {folder / 'report.html'}.")
+
+
+@app.command()
+def capture(
+    store: Annotated[
+        Path, typer.Argument(help="Folder of a new or an existing store", metavar="STORE")
+    ],
+    model: Model = "llava",
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image; repeat the option for several images")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question about the image")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the sample in the store")] = None,
+    items: Annotated[
+        Path | None, typer.Option(help="A CSV or JSONL file with columns image, prompt, ...")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Number of tokens to generate")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of samples per batch")] = 1,
+    layers: Annotated[
+        list[int] | None,
+        typer.Option(help="A layer to keep; repeat the option for several; default: all"),
+    ] = None,
+    text_rows: Annotated[
+        bool,
+        typer.Option("--text-rows", help="Keep only query rows of text after the image"),
+    ] = False,
+    probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--probabilities", help="Keep dense float16 probabilities instead of queries and keys"
+        ),
+    ] = False,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+) -> None:
+    """Run a model on images and questions, and write its attention to a store.
+
+    Run it again with the same store and settings to capture only the missing samples.
+    """
+    written = capture_dataset(
+        _loaded(model, dtype, device_map),
+        _asked(items, image, prompt, name),
+        store,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        keep=Keep(
+            layers=None if not layers else tuple(layers),
+            queries="text" if text_rows else "all",
+            probabilities=probabilities,
+        ),
+    )
+    show_store(written)
+
+
+@app.command(epilog="Analyses:\n\n" + described(ANALYSES, ("queries",)))
+def analyze(
+    store: Folder,
+    name: Annotated[str, _one_of(ANALYSES, "ANALYSIS")],
+    path: Annotated[
+        Path | None, typer.Option(help="File for the table: .csv, .parquet or .json")
+    ] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            help="Query tokens: a phrase, `last` (last prompt token) or `text` (after the image)"
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows to print")] = 20,
+    force: Force = False,
+) -> None:
+    """Run one analysis on all samples of a store; print the table or write it to a file."""
+    if path is not None:
+        check_output(path, force=force)
+    function = ANALYSES[name]
+    table = function(open_store(store), **options_of(function, name, {"queries": queries}))
+    if path is None:
+        show_long(table, rows)
+    else:
+        write(table, path)
+        say(f"{len(table)} rows written to {path}")
+
+
+@app.command(epilog="Figures:\n\n" + described(FIGURES, ("queries", "layer", "head")))
+def plot(
+    store: Folder,
+    name: Annotated[str, _one_of(FIGURES, "FIGURE")],
+    path: Annotated[Path, typer.Option(help="Output file: .png, .pdf or .svg")],
+    sample: Annotated[str, typer.Option(help="Name or number of the sample")] = "0",
+    queries: Annotated[
+        str | None, typer.Option(help="Query tokens: a phrase of the question or answer")
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(help="Layer; -1 is the last; default: that of the figure, usually the last"),
+    ] = None,
+    head: Annotated[int | None, typer.Option(help="Head; default: the mean of all heads")] = None,
+    force: Force = False,
+) -> None:
+    """Draw one figure of one sample."""
+    check_output(path, force=force)
+    function = FIGURES[name]
+    options = options_of(function, name, {"queries": queries, "layer": layer, "head": head})
+    chosen = _sample(open_store(store), sample)
+    function(chosen, **options, path=path)
+    say(f"{chosen.name}: {chosen.question!r} -> {chosen.answer!r}; written to {path}")
+
+
+@app.command()
+def info(
+    what: Annotated[
+        str,
+        typer.Argument(help="Folder of a store, folder or Hub id of a model, or a shipped model"),
+    ],
+) -> None:
+    """Print the settings of a store, or the attention layers of a model."""
+    if (user_path(what) / "manifest.json").exists():
+        show_store(open_store(what))
+        return
+    vlm = load(what)
+    modules = attention_modules(vlm.model).values()
+    rows = pd.DataFrame([(i.tower, i.kind, i.layer, i.module) for i in modules])
+    rows.columns = pd.Index(["tower", "kind", "layer", "module"])
+    groups = rows.groupby(["tower", "kind"], sort=False)
+    table = groups.agg(layers=("layer", "nunique"), first=("module", "first")).reset_index()
+    config = vlm.model.config
+    n_weights = sum(weight.numel() for weight in vlm.model.parameters())
+    say(
+        f"{vlm.name}: {type(vlm.model).__name__}, {n_weights / 1e6:.1f}M weights, "
+        f"{config._attn_implementation}, geometry {vlm.family.rule}"
+    )
+    show(table)
+
+
+@app.command()
+def check(store: Folder) -> None:
+    """Verify all checksums of a store; exit code 1 if a file is damaged or missing."""
+    table = check_store(store)
+    bad = table[~table["ok"]]
+    if len(bad):
+        show(bad)
+        say(f"{len(bad)} of {len(table)} files are damaged or missing", to=err)
+        raise typer.Exit(1)
+    say(f"{len(table)} files, none damaged or missing")
+
+
+@app.command()
+def doctor(
+    name: Annotated[
+        str, typer.Argument(help=f"Hub id, folder, or shipped model: {', '.join(SHIPPED)}")
+    ] = "llava",
+    image: Annotated[Path | None, typer.Argument(help="An image; default: a plain one")] = None,
+    prompt: Annotated[str, typer.Argument(help="A question")] = "What is in the image?",
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+) -> None:
+    """Check whether recordings of a model's attention can be trusted; exit code 1 if not.
+
+    Checks that the number of image tokens is as predicted, that recording changes neither outputs
+    nor generated tokens, that every layer is recorded, that the probabilities are those of the
+    model, and that hiding a key changes the output. Prints the measured value and the limit of each
+    check, then the errors of each layer.
+
+    Example: `xmodal doctor Qwen/Qwen2-VL-2B-Instruct cat.png "Where is it?"`
+    """
+    checkup = checked(_loaded(name, dtype, device_map), image, prompt)
+    show(checkup.table)
+    if len(checkup.layers):
+        show_long(checkup.layers, len(checkup.layers))
+    verdict = "PASS" if checkup.ok else "FAIL"
+    say(verdict, checkup.summary, style="bold")
+    if not checkup.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def families(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as a Markdown page")
+    ] = False,
+) -> None:
+    """List all known model types: layers, largest error of probabilities, rule for image tokens.
+
+    Measured on tiny models; `xmodal doctor NAME` measures your own model.
+    """
+    if markdown:
+        typer.echo(support.markdown(), nl=False)
+        return
+    table = support.families()
+    show(table[["model_type", "layers", "worst_error", "geometry"]])
+    made = ", ".join(f"{library} {version}" for library, version in table.attrs.items())
+    say(f"{len(table)} types, measured with {made}; --markdown prints all columns")
+
+
+def _loaded(name: str, dtype: str, device_map: str | None) -> VLM:
+    options: dict[str, Any] = {}
+    if dtype != "auto" or name not in SHIPPED:  # shipped: stored in float16, run in float32
+        options["dtype"] = dtype
+    if device_map is not None:
+        options["device_map"] = device_map
+    return load(name, **options)
+
+
+def _asked(
+    items: Path | None, images: list[Path] | None, prompt: str | None, name: str | None
+) -> list[dict[str, Any]]:
+    """Return the items of a file, or the single item given by the options."""
+    if items is not None:
+        if images or prompt is not None or name is not None:
+            raise InputError("--items cannot be combined with --image, --prompt or --name.")
+        return read_items(items)
+    if not images or prompt is None:
+        raise InputError("Nothing to capture: pass --image with --prompt, or --items.")
+    return [{"image": [str(path) for path in images], "prompt": prompt, "name": name}]
+
+
+def _sample(store: Store, which: str) -> Sample:
+    if which in store.names:
+        return store[which]
+    if not which.lstrip("-").isdigit() or not -len(store) <= int(which) < len(store):
+        shown = ", ".join(store.names[:5]) + (", ..." if len(store) > 5 else "")
+        raise InputError(
+            f"--sample must be a number from 0 to {len(store) - 1} or a name ({shown}); got "
+            f"{which!r}."
+        )
+    return store[int(which)]
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,183 @@
+"""Output of the command line: tables on the terminal and in files, errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import typer
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from xmodal_interp.arguments import user_path
+from xmodal_interp.errors import InputError, XmodalError
+from xmodal_interp.escaping import for_spreadsheets, printable
+from xmodal_interp.store import Store, store_around
+
+out, err = Console(), Console(stderr=True)
+
+
+class Group(TyperGroup):
+    """Prints errors of this package in one line, without a traceback, and exits with code 1.
+
+    Wrong usage exits with code 2, as in any command of typer.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; turn errors of this package and Ctrl-C into exit codes."""
+        try:
+            return super().invoke(ctx)
+        except XmodalError as error:
+            say("error:", str(error), style="bold red", to=err)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            say("stopped; files that were already written are complete", to=err)
+            raise typer.Exit(130) from None
+
+
+def say(*parts: str, style: str = "", to: Console = out) -> None:
+    """Print a line literally: markup and control characters are escaped.
+
+    Args:
+        *parts: Strings to print, separated by spaces.
+        style: Style of the first part, if there are several.
+        to: The console.
+    """
+    first, *others = (Text(printable(part)) for part in parts)
+    if others:
+        first.stylize(style)
+    to.print(first, *others, highlight=False, soft_wrap=True)
+
+
+def show(table: pd.DataFrame) -> None:
+    """Print a table; cells wider than the terminal are wrapped."""
+    shown = Table(box=None, header_style="bold")
+    for column, dtype in table.dtypes.items():
+        right = pd.api.types.is_numeric_dtype(dtype)
+        shown.add_column(Text(str(column)), justify="right" if right else "left")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(Text(_cell(value)) for value in row))
+    out.print(shown)
+
+
+def show_long(table: pd.DataFrame, rows: int) -> None:
+    """Print the first rows of a long table without truncating cells.
+
+    Columns with one value in all rows are printed once, above the table. If the other columns are
+    wider than the terminal, the table is printed in several parts. Each part repeats the key
+    columns: those before the first float column.
+
+    Args:
+        table: The table.
+        rows: Largest number of rows to print.
+    """
+    same = [name for name in table if len(table[name].unique()) == 1]
+    for name in same:
+        if not (table[name].isna() | table[name].eq("")).all():
+            say(f"{name}: {_cell(table[name].iloc[0])}")
+    differing = table.drop(columns=same).head(rows)
+    for part in _side_by_side(differing, out.width) if differing.columns.size else ():
+        show(differing[part])
+    if len(table) > rows:
+        say(
+            f"... {len(table) - rows} more rows; --rows {len(table)} prints all, --path FILE "
+            "writes them to a file"
+        )
+
+
+def _side_by_side(table: pd.DataFrame, width: int) -> list[list[str]]:
+    """Split columns into parts of at most ``width`` characters, each with the key columns.
+
+    A part has at least one other column, even if it is wider.
+    """
+    widths = {
+        str(name): 2 + max(cell_len(str(name)), *(cell_len(_cell(value)) for value in table[name]))
+        for name in table
+    }
+    fractions = [pd.api.types.is_float_dtype(dtype) for dtype in table.dtypes]
+    n_keys = fractions.index(True) if any(fractions) else 0
+    names = list(widths)
+    keys, values = names[:n_keys], names[n_keys:]
+    parts, left = [[*keys]], width - sum(widths[name] for name in keys)
+    room = left
+    for name in values:
+        if widths[name] > room and len(parts[-1]) > len(keys):
+            parts.append([*keys])
+            room = left
+        parts[-1].append(name)
+        room -= widths[name]
+    return parts
+
+
+def show_store(store: Store) -> None:
+    """Print the size of a store and the settings of its samples."""
+    say(f"{store.path}: {len(store)} samples, {store.n_bytes / 1e6:.1f} MB")
+    about = {**store.manifest, **store.manifest["settings"]}
+    rows = [(name, _in_words(value)) for name, value in about.items() if name != "settings"]
+    show(pd.DataFrame(rows, columns=["setting", "value"]))
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Check that a command may write to a file.
+
+    Raises:
+        InputError: The file is inside a store, is a symbolic link or a folder, or exists and
+            ``force`` is False.
+    """
+    path = user_path(path)
+    around = store_around(path)
+    if around is not None:
+        raise InputError(
+            f"{str(path)!r} is inside the store {str(around)!r}, where only samples are written. "
+            "Choose another --path."
+        )
+    if path.is_symlink() or path.is_dir():
+        what = "a symbolic link" if path.is_symlink() else "a folder"
+        raise InputError(f"--path must be a file; {str(path)!r} is {what}.")
+    if path.exists() and not force:
+        raise InputError(
+            f"{str(path)!r} exists. Choose another --path, or pass --force to overwrite it."
+        )
+
+
+def write(table: pd.DataFrame, path: Path) -> None:
+    """Write a table in the format given by the file's extension.
+
+    Raises:
+        InputError: The extension is not .csv, .parquet or .json, or the file cannot be written.
+    """
+    writers: dict[str, Callable[[pd.DataFrame], object]] = {
+        ".csv": lambda t: for_spreadsheets(t).to_csv(path, index=False),
+        ".parquet": lambda t: t.to_parquet(path, index=False),
+        ".json": lambda t: t.to_json(path, orient="records", indent=1),
+    }
+    if path.suffix not in writers:
+        raise InputError(f"--path must end in {', '.join(writers)}; got {path.name!r}.")
+    path = user_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writers[path.suffix](table)
+    except OSError as error:
+        raise InputError(f"A table could not be written to {str(path)!r}: {error}.") from error
+
+
+def _cell(value: object) -> str:
+    if value is pd.NA or (isinstance(value, float) and pd.isna(value)):
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value), lines=False)
+
+
+def _in_words(value: object) -> str:
+    """Format a setting: lists are separated by commas, the entries of a mapping as name value."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_in_words(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)

@@ -1,0 +1,189 @@
+"""Values of an overlay: attention of chosen queries and heads to each token of an image.
+
+1. Compute the exact probabilities of these queries on the image's tokens, and which of the tokens
+   the mask makes visible.
+2. Exclude masked tokens: a token that no chosen query may attend to is NaN, never 0.
+3. Average over the chosen heads and queries, over visible tokens only.
+4. For ``show="share"`` or ``"lift"``, convert the probabilities.
+5. If the tokens are learned queries, distribute the values over the patches of the vision tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from xmodal_interp.analysis.selection import each_once
+from xmodal_interp.attention import AttentionCall, Positions
+from xmodal_interp.errors import InputError
+from xmodal_interp.figures.placement import Place
+from xmodal_interp.figures.scales import Show
+from xmodal_interp.figures.style import named
+from xmodal_interp.sample import Sample, Selector
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Attention of some queries to the tokens of one image, in one layer.
+
+    Attributes:
+        call: The attention call.
+        place: The image.
+        heads: The chosen heads, in order; all if None.
+        probs: Probabilities; NaN in rows without a visible key.
+        visible: True where a query may attend to a token; the head axis may have length 1.
+        n_visible: Number of visible keys of each query, on the image or elsewhere.
+    """
+
+    call: AttentionCall
+    place: Place
+    heads: Positions | None
+    probs: Float[np.ndarray, "head query token"]
+    visible: Bool[np.ndarray, "mask_head query token"]
+    n_visible: Float[np.ndarray, "mask_head query"]
+
+    def values(
+        self,
+        show: Show,
+        heads: Sequence[int] | None = None,
+        queries: Sequence[int] | None = None,
+        left_out: Bool[np.ndarray, " token"] | None = None,
+    ) -> Float[np.ndarray, " cell"]:
+        """Return one value per cell, NaN where it is hidden from every query or left out.
+
+        Args:
+            show: Quantity to return; see ``Look``.
+            heads: Indices into the chosen heads; all if not given.
+            queries: Indices into the chosen queries; all if not given.
+            left_out: Tokens to leave out; shares are of the attention on the other tokens.
+        """
+        head = slice(None) if heads is None else list(heads)
+        query = slice(None) if queries is None else list(queries)
+        weights = self.n_visible[..., None] if show == "lift" else 1.0
+        seen = np.broadcast_to(self.visible, self.probs.shape)
+        cells = np.where(seen, self.probs * weights, 0.0)[head][:, query]
+        counts = seen[head][:, query].sum((0, 1))
+        if left_out is not None:
+            counts = np.where(left_out, 0, counts)
+        with np.errstate(invalid="ignore"):
+            means = np.where(counts > 0, cells.sum((0, 1)) / np.maximum(counts, 1), np.nan)
+            if show == "share":
+                means /= np.nansum(means)
+        return self.place.on_cells(means, mean=show == "lift")
+
+    def undrawn(
+        self, heads: Sequence[int] | None = None, queries: Sequence[int] | None = None
+    ) -> tuple[float, float] | None:
+        """Return the attention to tokens without a cell (thumbnail, line breaks) and to all tokens.
+
+        Both are means over the queries and heads. Return None if all tokens have a cell.
+
+        Args:
+            heads: Indices into the chosen heads; all if not given.
+            queries: Indices into the chosen queries; all if not given.
+        """
+        without = self.place.without_cell
+        if not without.any():
+            return None
+        head = slice(None) if heads is None else list(heads)
+        query = slice(None) if queries is None else list(queries)
+        mass = np.nan_to_num(self.probs)[head][:, query].mean((0, 1))
+        return float(mass[without].sum()), float(mass.sum())
+
+
+def reading(
+    sample: Sample,
+    place: Place,
+    queries: Selector,
+    layer: int,
+    heads: Positions | None = None,
+) -> Reading:
+    """Return the attention of some queries to the tokens of an image.
+
+    Args:
+        sample: The sample.
+        place: The image and its keys.
+        queries: A phrase or positions.
+        layer: Layer index; negative ones count from the last.
+        heads: Heads; all if not given.
+    """
+    call = sample.call(layer, kind=place.kind)
+    rows = sample.positions(queries)
+    keys = torch.from_numpy(place.keys)
+    return Reading(
+        call,
+        place,
+        heads,
+        call.probs(heads, rows, keys)[0].double().cpu().numpy(),
+        call.visible(rows)[0][..., keys].cpu().numpy(),
+        call.n_visible(rows)[0].double().cpu().numpy(),
+    )
+
+
+def query_positions(
+    sample: Sample, place: Place, queries: Selector, layer: int | None = None
+) -> list[int]:
+    """Return the positions of the queries; at least one must be able to attend to the image.
+
+    Args:
+        sample: The sample.
+        place: The image and its keys.
+        queries: A phrase or positions.
+        layer: The drawn layer, whose mask is tested; one of all recorded layers suffices if not
+            given. Masks differ between layers with and without a window, and between encoder and
+            decoder.
+
+    Raises:
+        InputError: The selection is empty, or the mask hides the image from all of its positions.
+    """
+    positions: list[int] = each_once(sample.positions(queries)).tolist()
+    if not positions:
+        raise InputError("The selection of queries is empty. Pass at least one position.")
+    layers = sample.layers(kind=place.kind) if layer is None else [layer]
+    first = sample.call(min(layers, default=0), kind=place.kind)
+    keys = torch.from_numpy(place.keys)
+    calls = (sample.call(each, kind=place.kind) for each in layers)
+    if not any(bool(call.visible(positions)[..., keys].any()) for call in calls):
+        raise InputError(
+            f"{named(sample, positions)} of sample {sample.name!r} cannot attend to any of the "
+            f"{len(keys)} tokens of image {place.number}. {_advice(first, keys, max(positions))}"
+        )
+    return positions
+
+
+def _advice(call: AttentionCall, keys: Tensor, last: int) -> str:
+    rows = call.query_positions
+    sees = call.visible(rows)[..., keys].any(-1).flatten(0, 1).any(0).cpu()
+    seeing = rows.cpu()[sees]
+    if not len(seeing):
+        return "No recorded query can."
+    if bool((seeing > last).any()):
+        return "Choose a later position."
+    return f"Choose a position from {int(seeing.min())} to {int(seeing.max())}."
+
+
+def query_groups(
+    sample: Sample, place: Place, queries: Selector | Sequence[str | int] | None
+) -> list[list[int]]:
+    """Return the positions of each panel.
+
+    A list of phrases and positions gives one panel per entry, anything else one panel per token.
+    """
+    if queries is None:
+        queries = torch.from_numpy(sample.text_after_image())
+    if isinstance(queries, Sequence) and not isinstance(queries, str):
+        groups = [sample.positions(entry).tolist() for entry in queries]
+    else:
+        groups = [[position] for position in sample.positions(queries).tolist()]
+    query_positions(sample, place, flat(groups))
+    return groups
+
+
+def flat(groups: Sequence[Sequence[int]]) -> list[int]:
+    """Return the positions of all groups in one list."""
+    return [position for group in groups for position in group]

@@ -1,0 +1,65 @@
+"""Record the position ids that the rotary embedding of the language model receives.
+
+The position id of a token is not always its index in the sequence. In Qwen2-VL (arXiv 2409.12191)
+the tokens of an image share one time and have a row and a column, and the ids of the text after it
+continue from the larger side of the image, not from its number of tokens. In every family the
+rotary module receives these ids, so a hook on it records them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from xmodal_interp.attention import reread
+from xmodal_interp.contexts import own_context
+from xmodal_interp.hooks.attention_modules import Identity
+
+AXES = ("t", "h", "w")
+"""Time, row and column; for a model with one axis, the same number three times.
+
+Models with more axes are not recorded (HunYuan-VL has four, in another order)."""
+
+
+class RotaryPositions:
+    """The position ids that the first rotary module of the language tower received, by call."""
+
+    def __init__(self, model: nn.Module, known: Mapping[nn.Module, Identity]) -> None:
+        language = [each.module for each in known.values() if each.tower == "language"]
+        self.module = next(
+            (
+                module
+                for path, module in model.named_modules()
+                if type(module).__name__.endswith("RotaryEmbedding")
+                and any(of.startswith(path.rpartition(".")[0]) for of in language)
+            ),
+            None,
+        )
+        self.heard: list[Tensor] = []
+
+    def listen(self, stack: ExitStack) -> None:
+        """Register a hook on the module until the stack is closed."""
+        if self.module is not None:
+            own = stack.enter_context(own_context())
+            hook = self.module.register_forward_pre_hook(own(self._enter), with_kwargs=True)
+            stack.callback(hook.remove)
+
+    def _enter(self, module: nn.Module, args: Any, options: dict[str, Any]) -> None:  # noqa: ARG002
+        told = options.get("position_ids", args[1] if len(args) > 1 else None)
+        if not isinstance(told, Tensor) or told.is_floating_point():
+            return
+        if told.ndim == 2 or (told.ndim == 3 and len(told) in (1, len(AXES))):
+            self.heard.append(told.detach().clone() if told.ndim == 3 else told.detach()[None])
+
+    def whole(self) -> Int[Tensor, "axis sample position"] | None:
+        """Return the position ids of the whole sequence; None if none were recorded."""
+        if not self.heard:
+            return None
+        again = reread([each.shape[-1] for each in self.heard])
+        joined = self.heard[-1] if again else torch.cat(self.heard, -1)
+        return joined.cpu().expand(len(AXES), -1, -1) if joined.shape[0] == 1 else joined.cpu()

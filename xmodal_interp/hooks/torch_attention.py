@@ -1,0 +1,304 @@
+"""The operands of torch's own attention, ``nn.MultiheadAttention`` and ``nn.TransformerEncoder``.
+
+The functions that these modules call take hidden states and the weights of the projections, so
+queries and keys are computed from their arguments.
+
+Two properties of torch 2.14 (``torch/nn/modules/activation.py`` and ``transformer.py``) determine
+how the modules are observed:
+
+* In evaluation mode they call fused kernels, unless a ``TorchFunctionMode`` is active or, for an
+  encoder layer, one of its modules has a hook. The fused kernels round differently, so these
+  modules get no mode and no hook (:func:`quiet_modules`); their ``forward`` is wrapped instead.
+* An encoder in evaluation mode converts a padded batch to a nested tensor, so the attention
+  receives samples of different lengths. They are padded here; padding queries see no key.
+
+Observe calls of torch's attention functions by any module.
+
+Four functions compute attention in torch 2.14:
+
+* ``torch.nn.functional.scaled_dot_product_attention``, which takes queries, keys and values;
+* ``torch.nn.functional.multi_head_attention_forward``, which also computes the projections;
+* ``torch._native_multi_head_attention`` and ``torch._transformer_encoder_layer_fwd``: the fused
+  kernels of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in evaluation mode.
+
+Inside a block each function is wrapped so that observers see every call; arguments and results stay
+the same. If one of these functions calls another one, only the outer call is observed. Code that
+imported a function earlier, by ``from torch.nn.functional import scaled_dot_product_attention``, is
+not observed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from xmodal_interp.contexts import Block
+from xmodal_interp.hooks.tap import RawCall
+
+SCALED_DOT_PRODUCT = "scaled_dot_product_attention"
+MULTIHEAD = "multi_head_attention_forward"
+FUSED_MULTIHEAD = "_native_multi_head_attention"
+FUSED_LAYER = "_transformer_encoder_layer_fwd"
+
+HearKernel = Callable[[str, tuple[Any, ...], Mapping[str, Any], Any], None]
+"""An observer: takes the function's name, its arguments by position and by name, and its result."""
+
+_HOMES: dict[str, Any] = {
+    SCALED_DOT_PRODUCT: functional,
+    MULTIHEAD: functional,
+    FUSED_MULTIHEAD: torch,
+    FUSED_LAYER: torch,
+}
+_listeners: ContextVar[tuple[HearKernel, ...]] = ContextVar("xmodal_interp_kernel", default=())
+_inside: ContextVar[bool] = ContextVar("xmodal_interp_in_kernel", default=False)
+_lock = threading.Lock()
+_open = 0
+_originals: dict[str, Callable[..., Any]] = {}
+
+
+def kernel_calls(hear: HearKernel) -> Block[None]:
+    """Call ``hear`` after every call made inside the ``with`` block, in this thread."""
+    return Block(partial(_kernel_calls, hear))
+
+
+def _kernel_calls(hear: HearKernel, stack: ExitStack) -> None:
+    _listeners.set((*_listeners.get(), hear))
+    stack.callback(_forget, hear)
+    _install()
+    stack.callback(_remove)
+
+
+def _forget(hear: HearKernel) -> None:
+    """Remove an observer; the previous tuple is not restored, as blocks may exit in any order."""
+    _listeners.set(tuple(each for each in _listeners.get() if each is not hear))
+
+
+def _install() -> None:
+    global _open
+    with _lock:
+        if _open == 0:
+            for name, home in _HOMES.items():
+                function = getattr(home, name)
+                if not isinstance(function, _Observed):
+                    _originals[name] = function
+                    setattr(home, name, _Observed(name, function))
+        _open += 1
+
+
+def _remove() -> None:
+    global _open
+    with _lock:
+        _open -= 1
+        if _open == 0:
+            for name, home in _HOMES.items():
+                if isinstance(getattr(home, name), _Observed):  # not replaced by other code
+                    setattr(home, name, _originals[name])
+
+
+class _Observed:
+    """A function of torch that calls the observers after each call."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.name, self.function = name, function
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or not _listeners.get() or _inside.get():
+            return self.function(*args, **options)
+        token = _inside.set(True)
+        try:
+            output = self.function(*args, **options)
+        finally:
+            _inside.reset(token)
+        for hear in _listeners.get():
+            hear(self.name, args, options, output)
+        return output
+
+
+MULTIHEAD_NOTE = "recorded without transformers' attention interface"
+
+_TORCHS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_FUSED = (
+    *("query", "key", "value", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias"),
+    *("out_proj_weight", "out_proj_bias", "mask", "need_weights", "average_attn_weights"),
+    "mask_type",
+)
+_LAYER = (
+    *("query", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias", "out_proj_weight"),
+    *("out_proj_bias", "use_gelu", "norm_first", "eps", "norm_weight", "norm_bias"),
+    *("norm_weight_2", "norm_bias_2", "weight_1", "bias_1", "weight_2", "bias_2"),
+    *("mask", "mask_type"),
+)
+_PARAMETERS = tuple(inspect.signature(functional.multi_head_attention_forward).parameters)
+_ARGUMENTS = {MULTIHEAD: _PARAMETERS, FUSED_MULTIHEAD: _FUSED, FUSED_LAYER: _LAYER}
+
+
+def quiet_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield modules whose results change if they have hooks.
+
+    These are torch's own attention modules and all modules inside torch's encoder layers.
+    """
+    for module in model.modules():
+        if is_torchs(module):
+            yield module
+            if isinstance(module, nn.TransformerEncoderLayer):
+                yield from (part for part in module.modules() if part is not module)
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether a module runs torch's own attention code, which checks for modes and hooks."""
+    owner = next((kind for kind in _TORCHS if isinstance(module, kind)), None)
+    forward = type(module).forward
+    return owner is not None and (forward is owner.forward or "super" in forward.__code__.co_names)
+
+
+@dataclass(frozen=True, eq=False)
+class _States:
+    """Hidden states ``[sample, position, d_model]``; for nested ones, ``real`` marks no padding."""
+
+    states: Tensor
+    real: Tensor | None = None
+
+    @classmethod
+    def of(cls, states: Tensor) -> _States:
+        states = states.detach()
+        if not states.is_nested:
+            return cls(states)
+        padded = torch.nested.to_padded_tensor(states, 0.0)
+        lengths = torch.tensor([len(each) for each in states.unbind()], device=padded.device)
+        return cls(padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
+
+
+def multihead_call(
+    module: nn.Module, function: str, args: tuple[Any, ...], options: Mapping[str, Any]
+) -> RawCall:
+    """Return the attention call of one of torch's functions.
+
+    Args:
+        module: The attention module.
+        function: The name of the function.
+        args: Its arguments by position.
+        options: Its arguments by name.
+    """
+    given = {**dict(zip(_ARGUMENTS[function], args, strict=False)), **options}
+    with torch.no_grad():
+        if function == MULTIHEAD:
+            return _unfused(module, given)
+        return _fused(module, given)
+
+
+def _fused(module: nn.Module, given: Mapping[str, Any]) -> RawCall:
+    if given.get("norm_first"):
+        states = _States.of(given["query"])
+        norm = given["norm_weight"], given["norm_bias"], given["eps"]
+        normed = functional.layer_norm(states.states, states.states.shape[-1:], *norm)
+        query = key = value = _States(normed, states.real)
+    else:
+        query = _States.of(given["query"])
+        key, value = (_States.of(given.get(name, given["query"])) for name in ("key", "value"))
+    weights, biases = given["in_proj_weight"].chunk(3), given["in_proj_bias"].chunk(3)
+    q, k, v = (
+        _heads(functional.linear(x.states, weight, bias), given["num_heads"])
+        for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    )
+    mask = None if given.get("mask") is None else ~_hidden(given["mask"], given.get("mask_type"))
+    if query.real is not None and key.real is not None:
+        inside = query.real[:, None, :, None] & key.real[:, None, None]
+        mask = inside if mask is None else mask & inside
+    return _call(module, q, k, v, mask)
+
+
+def _hidden(mask: Tensor, mask_type: int | None) -> Tensor:
+    """Return True where the fused kernels hide a key; they convert every mask to booleans."""
+    hidden = mask.bool()
+    if mask_type == 1 and hidden.ndim == 2:  # [sample, key]
+        return hidden[:, None, None]
+    return hidden[None, None] if hidden.ndim == 2 else hidden
+
+
+def _unfused(module: nn.Module, given: Mapping[str, Any]) -> RawCall:
+    query, key, value = (given[name].detach() for name in ("query", "key", "value"))
+    if query.ndim == 2:  # no batch
+        query, key, value = (t[:, None] for t in (query, key, value))
+    query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+    n_heads = given["num_heads"]
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    weights = (
+        [given[name] for name in names]
+        if given.get("use_separate_proj_weight")
+        else given["in_proj_weight"].chunk(3)
+    )
+    bias = given["in_proj_bias"]
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    flat = [
+        functional.linear(x, weight, bias)
+        for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    ]
+    for place, name in ((1, "static_k"), (2, "static_v")):
+        if given.get(name) is not None:  # [sample * head, key, d_head]
+            flat[place] = (
+                given[name].detach().unflatten(0, (-1, n_heads)).transpose(1, 2).flatten(2)
+            )
+    for place, name in ((1, "bias_k"), (2, "bias_v")):
+        if given.get(name) is not None:
+            flat[place] = torch.cat([flat[place], given[name].expand(len(query), -1, -1)], 1)
+    if given.get("add_zero_attn"):
+        flat[1:] = [functional.pad(t, (0, 0, 0, 1)) for t in flat[1:]]
+    q, k, v = (_heads(t, n_heads) for t in flat)
+    unmasked = given.get("key_padding_mask") is None and not given.get("need_weights", True)
+    if given.get("is_causal") and unmasked:  # torch ignores the mask in this case
+        return _call(module, q, k, v, None, causal=True)
+    return _call(module, q, k, v, _mask(given, n_heads, len(q), k.shape[2]))
+
+
+def _heads(flat: Tensor, n_heads: int) -> Tensor:
+    by_head: Tensor = flat.unflatten(-1, (n_heads, -1))
+    return by_head.transpose(1, 2)
+
+
+def _mask(given: Mapping[str, Any], n_heads: int, n_samples: int, n_keys: int) -> Tensor | None:
+    """Combine both masks into one, True (or 0) where visible; ``torch.nn`` uses True for hidden."""
+    parts: list[Tensor] = []
+    hidden, padding = given.get("attn_mask"), given.get("key_padding_mask")
+    if hidden is not None:
+        whole = hidden[None] if hidden.ndim == 2 else hidden
+        parts.append(whole.unflatten(0, (-1, 1 if len(whole) == 1 else n_heads)))
+    if padding is not None:
+        parts.append(padding.view(n_samples, 1, 1, -1))
+    if not parts:
+        return None
+    missing = n_keys - parts[0].shape[-1]  # keys that the function adds itself are always visible
+    if all(part.dtype == torch.bool for part in parts):
+        seen = [functional.pad(~part, (0, missing), value=True) for part in parts]
+        return seen[0] if len(seen) == 1 else seen[0] & seen[1]
+    added = [
+        functional.pad(
+            torch.zeros(part.shape, dtype=torch.float32, device=part.device).masked_fill(
+                part, -torch.inf
+            )
+            if part.dtype == torch.bool
+            else part,
+            (0, missing),
+        )
+        for part in parts
+    ]
+    return added[0] if len(added) == 1 else added[0] + added[1]
+
+
+def _call(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False
+) -> RawCall:
+    if mask is not None:
+        mask = mask.expand(-1, -1, q.shape[2], -1)
+    return RawCall(module, q, k, v, mask, "sdpa", {"is_causal": causal}, note=MULTIHEAD_NOTE)

@@ -1,0 +1,218 @@
+"""Images that keep their aspect ratio, with blocks of patches merged into one token (Qwen2-VL).
+
+Images that keep their aspect ratio; the processor returns the resized size of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import floor
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from xmodal_interp.errors import GeometryError
+from xmodal_interp.models.geometry.grid import (
+    Box,
+    ImageGrid,
+    image_grid,
+    in_blocks,
+    joined,
+    nowhere,
+    patch_side,
+    rectangle,
+    vision_of,
+    with_breaks,
+)
+from xmodal_interp.models.geometry.processor_steps import own_function, setting, whole
+
+Content = Callable[[Any, Image.Image, int, int], tuple[int, int]]
+"""``(processor, image, width, height) -> width, height``: the pixels that are not padding."""
+
+
+@dataclass(frozen=True)
+class MergedPatches:
+    """Blocks of patches with one token each; the processor returns the grid of patches.
+
+    The vision tower reads the patches block by block. Unless the processor pads, it rounds each
+    side of the image to whole blocks independently, so the boxes fill the image exactly.
+
+    Attributes:
+        content: Function that returns the size of the image at the top left of padded pixels. None
+            if there is no padding.
+        by_rows: Whether the vision tower reads its patches row by row instead of block by block.
+        framed: Whether marker tokens precede the first row and follow each row and the last token.
+    """
+
+    content: Content | None = None
+    by_rows: bool = False
+    framed: bool = False
+
+    def __call__(
+        self, processor: Any, _config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+    ) -> list[ImageGrid]:
+        """Return one grid per image."""
+        grid_thw = inputs.get("image_grid_thw")
+        if grid_thw is None or len(grid_thw) != len(images):
+            raise GeometryError(
+                f"The processor returned {0 if grid_thw is None else len(grid_thw)} rows of "
+                f"image_grid_thw for {len(images)} images; it must return one per image."
+            )
+        merge = processor.image_processor.merge_size
+        grids = []
+        for image, (_, rows, cols) in zip(images, np.asarray(grid_thw).tolist(), strict=True):
+            box = self._box(processor, image, rows, cols)
+            patches = rectangle(rows, cols, box)
+            tokens = rectangle(rows // merge, cols // merge, box)
+            if self.framed:
+                tokens = joined([nowhere(1), with_breaks(tokens, rows // merge), nowhere(1)])
+            grids.append(
+                image_grid(
+                    image.size,
+                    [tokens],
+                    [patches if self.by_rows else in_blocks(patches, cols, merge)],
+                )
+            )
+        return grids
+
+    def _box(self, processor: Any, image: Image.Image, rows: int, cols: int) -> Box:
+        """Return the box of all patches."""
+        if self.content is None:
+            return whole(image)
+        side = processor.image_processor.patch_size
+        width, height = cols * side, rows * side
+        content_w, content_h = self.content(processor, image, width, height)
+        return 0.0, 0.0, image.width * width / content_w, image.height * height / content_h
+
+
+merged_patches = MergedPatches()
+
+
+def within_patches(
+    processor: Any, image: Image.Image, _width: int, _height: int
+) -> tuple[int, int]:
+    """Return the size of an image shrunk to at most a number of patches, then padded (Kimi)."""
+    (height, width), _ = own_function(processor, "navit_resize")(
+        height=image.height,
+        width=image.width,
+        patch_size=setting(processor, "patch_size"),
+        merge_kernel_size=setting(processor, "merge_size"),
+        max_patches=setting(processor, "max_patches"),
+        max_size_per_side=setting(processor, "size")["max_height"],
+    )
+    return width, height
+
+
+def within_tokens(processor: Any, image: Image.Image, width: int, height: int) -> tuple[int, int]:
+    """Return the size of an image enlarged only if it has too few tokens, then padded (GLM-5)."""
+    settings = processor.image_processor
+    return size_within_tokens(settings, image.size, settings.temporal_patch_size, width, height)
+
+
+def size_within_tokens(
+    settings: Any, size: tuple[int, int], n_frames: int, width: int, height: int
+) -> tuple[int, int]:
+    """Return width and height of a picture in the padded pixels, px.
+
+    The picture is enlarged only if all of its frames together have too few tokens.
+
+    Args:
+        settings: The image processor or the video processor.
+        size: Width and height of the picture, px.
+        n_frames: Number of frames; for an image, the number of frames merged into one token.
+        width: Width of the padded pixels.
+        height: Height of the padded pixels.
+    """
+    w, h = size
+    scale = min(height / h, width / w)
+    side = settings.patch_size * settings.merge_size * settings.patch_expand_factor
+    fewest = settings.min_image_tokens * settings.temporal_patch_size * side**2
+    if n_frames * h * w >= fewest:
+        scale = min(1.0, scale)
+    return max(1, min(width, floor(w * scale))), max(1, min(height, floor(h * scale)))
+
+
+@dataclass(frozen=True)
+class PositionedPatches:
+    """Patches with column and row from the processor; blocks of them give a token (Gemma 4).
+
+    Each side is rounded down to whole blocks independently, so the boxes fill the image exactly.
+    The tower also reads padding patches, which are outside the grid.
+
+    Attributes:
+        merged: Whether the processor has already merged the blocks, so each patch gives a token.
+    """
+
+    merged: bool = False
+
+    def __call__(
+        self, processor: Any, _config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+    ) -> list[ImageGrid]:
+        """Return one grid per image."""
+        block = 1 if self.merged else processor.image_processor.pooling_kernel_size
+        grids = []
+        for image, positions in zip(images, np.asarray(inputs["image_position_ids"]), strict=True):
+            cols, rows = (positions.max(0) + 1).tolist()
+            tokens = rectangle(rows // block, cols // block, whole(image))
+            padding = nowhere(len(positions) - rows * cols)
+            patches = rectangle(rows, cols, whole(image))
+            grids.append(image_grid(image.size, [tokens], [patches, padding]))
+        return grids
+
+
+def sized_patches(
+    _processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+) -> list[ImageGrid]:
+    """Place rows of tokens, each from a block of patches; the tower is in raster order (Pixtral).
+
+    Each side is rounded up to whole blocks independently, so the boxes fill the image exactly.
+    Tokens between the rows in the sequence are not image tokens.
+    """
+    sizes = told_sizes(inputs, images)
+    side, merge = patch_side(config), config.spatial_merge_size
+    grids = []
+    for image, (height, width) in zip(images, sizes, strict=True):
+        rows, cols = height // side, width // side
+        tokens = rectangle(rows // merge, cols // merge, whole(image))
+        grids.append(image_grid(image.size, [tokens], [rectangle(rows, cols, whole(image))]))
+    return grids
+
+
+def told_sizes(inputs: Mapping[str, Any], images: Sequence[Image.Image]) -> list[tuple[int, int]]:
+    """Return the height and width that each image was resized to, px, from ``image_sizes``.
+
+    Raises:
+        GeometryError: The processor did not return one size per image.
+    """
+    sizes = np.asarray(inputs["image_sizes"]).reshape(-1, 2).tolist()
+    if len(sizes) != len(images):
+        raise GeometryError(
+            f"The processor returned {len(sizes)} image_sizes for {len(images)} images; it must "
+            "return one per image."
+        )
+    return [(height, width) for height, width in sizes]
+
+
+def counted_patches(
+    _processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+) -> list[ImageGrid]:
+    """Place rows of tokens, each from a block of patches, by ``image_grid_hw`` (Nemotron).
+
+    Each side is rounded to whole blocks independently. The tower reads class tokens and registers,
+    then the patches row by row.
+    """
+    counts = np.asarray(inputs["image_grid_hw"]).reshape(-1, 2).tolist()
+    if len(counts) != len(images):
+        raise GeometryError(
+            f"The processor returned {len(counts)} rows of image_grid_hw for {len(images)} images; "
+            "it must return one per image."
+        )
+    merge, before = round(1 / config.downsample_ratio), vision_of(config).num_summary_tokens
+    grids = []
+    for image, (rows, cols) in zip(images, counts, strict=True):
+        tokens = rectangle(rows // merge, cols // merge, whole(image))
+        tower = [nowhere(before), rectangle(rows, cols, whole(image))]
+        grids.append(image_grid(image.size, [tokens], tower))
+    return grids

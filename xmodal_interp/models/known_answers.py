@@ -1,0 +1,223 @@
+"""Questions with known answers as model inputs, in batches without padding.
+
+1. Each item is prepared separately by :meth:`VLM.prepare`.
+2. The tokens of its answer are appended to its prompt. Masks and token types of these positions are
+   those of generated tokens.
+3. Items whose inputs have the same shape share a batch.
+
+The inputs of an item therefore do not depend on the other items of its batch. Without padding there
+is no mask and no shift of positions, and the backend can use its fast path.
+
+Read the entries of an item: an image, a question about it, its known answer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from xmodal_interp.arguments import in_order, is_several
+from xmodal_interp.errors import InputError
+from xmodal_interp.models.labels import Prompt, with_answer
+from xmodal_interp.models.token_table import separator_behind
+from xmodal_interp.models.vlm import VLM, check_vlm
+
+ItemDict = Mapping[str, Any]
+"""A mapping with ``image`` or ``images``, or ``video`` or ``videos`` (or both); ``prompt`` or
+``question``; ``answer``; and optionally ``kind``. An entry that is None counts as missing."""
+
+Items = Iterable[ItemDict] | pd.DataFrame
+"""An iterable of dicts, or a table with one row per item."""
+
+IMAGES, VIDEOS, PROMPT = ("image", "images"), ("video", "videos"), ("prompt", "question")
+
+
+def listed(items: Items) -> list[ItemDict]:
+    """Return all items as dicts; empty cells of a table are left out.
+
+    Raises:
+        InputError: An item is not a mapping.
+    """
+    if isinstance(items, pd.DataFrame):
+        return [
+            {str(name): value for name, value in row.dropna().items()}
+            for _, row in items.iterrows()
+        ]
+    found = in_order(items, "items")
+    for index, item in enumerate(found):
+        if not isinstance(item, Mapping):
+            raise InputError(
+                f"Item {index} is a {type(item).__name__}. "
+                "Give a dict with image, prompt and answer."
+            )
+    return found
+
+
+def entry(item: ItemDict, *names: str, title: str) -> Any:
+    """Return the entry that has one of these names; ``title`` names the item in messages.
+
+    Raises:
+        InputError: The item has no such entry, or several.
+    """
+    there = _names_in(item, names)
+    if len(there) != 1:
+        between = " and " if there else " or "
+        raise InputError(
+            f"{title} has {'both' if there else 'no'} {between.join(map(repr, names))} (its "
+            f"entries are {', '.join(map(str, item)) or 'empty'}). Give exactly one that is not "
+            "None."
+        )
+    return item[there[0]]
+
+
+def visuals_of(item: ItemDict, *, title: str) -> tuple[list[Any], list[Any]]:
+    """Return the images and the videos of an item, neither opened nor checked.
+
+    Raises:
+        InputError: The item has neither, or has ``image`` and ``images`` (or ``video`` and
+            ``videos``) at once.
+    """
+    videos = _several(entry(item, *VIDEOS, title=title)) if _names_in(item, VIDEOS) else []
+    images = (
+        []
+        if videos and not _names_in(item, IMAGES)
+        else _several(entry(item, *IMAGES, title=title))
+    )
+    return images, videos
+
+
+def _names_in(item: ItemDict, names: Iterable[str]) -> list[str]:
+    return [name for name in names if item.get(name) is not None]
+
+
+def _several(given: Any) -> list[Any]:
+    return list(given) if is_several(given) else [given]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Items whose inputs have the same shape.
+
+    Attributes:
+        inputs: Arguments of the model. ``input_ids`` are ``[item, position]``. If the decoder has a
+            separate prompt, the answers are appended to its ``decoder_input_ids``.
+        index: The indices of the items.
+        prompts: The labelled positions of each prompt, answer not included.
+        answers: Token ids of each answer; empty if the batch has prompts only.
+    """
+
+    inputs: dict[str, Any]
+    index: tuple[int, ...]
+    prompts: tuple[Prompt, ...]
+    answers: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_ids(self) -> int:
+        """Number of positions of the ``input_ids``.
+
+        Raises:
+            InputError: The prompts have more positions than ids: the model puts image features
+                before the ids, or has an encoder and a decoder.
+        """
+        n = int(self.inputs["input_ids"].shape[1])
+        longest = max(len(prompt.columns["token"]) for prompt in self.prompts)
+        if longest > n:
+            raise InputError(
+                f"Positions of this batch cannot be chosen: its prompts have {longest} positions "
+                f"but {n} ids, because the model puts features before the ids or has an encoder. "
+                "Ablate to zero or to uniform attention, which requires no positions."
+            )
+        return n
+
+
+def batches_of(vlm: VLM, items: Items, *, batch_size: int, answers: bool = True) -> list[Batch]:
+    """Prepare items for the model.
+
+    Args:
+        vlm: Model and processor.
+        items: Dicts with ``image`` or ``video`` (or lists of them), ``prompt`` and ``answer``.
+        batch_size: The largest number of items per batch.
+        answers: Whether to append the answers to the prompts (teacher forcing).
+
+    Raises:
+        InputError: There are no items, an item is not a dict or lacks an image or video, a prompt
+            or an answer, or an answer changes the tokens of its prompt.
+    """
+    check_vlm(vlm)
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1; got {batch_size}.")
+    shapes: dict[Any, list[tuple[int, dict[str, Any], Prompt, tuple[int, ...]]]] = defaultdict(list)
+    for index, item in enumerate(listed(items)):
+        title = f"Item {index}"
+        images, videos = visuals_of(item, title=title)
+        question = entry(item, *PROMPT, title=title)
+        answer = str(entry(item, "answer", title=title)) if answers else ""
+        inputs, (prompt,) = vlm.prepare([images], [question], videos=[videos])
+        ids = answer_ids(vlm, prompt.text, answer) if answers else ()
+        if answers:
+            inputs = with_answer(vlm.model, inputs, ids, _last_text(prompt))
+        shapes[_shape(inputs)].append((index, inputs, prompt, ids))
+    if not shapes:
+        raise InputError("There are no items. Give at least one.")
+    return [
+        _joined(alike[start : start + batch_size])
+        for alike in shapes.values()
+        for start in range(0, len(alike), batch_size)
+    ]
+
+
+def answer_ids(vlm: VLM, text: str, answer: str) -> tuple[int, ...]:
+    """Return the token ids of an answer after a rendered prompt, without end-of-sequence token.
+
+    Raises:
+        InputError: The answer is empty, or the prompt is tokenized differently with it.
+    """
+    separator = separator_behind(text)
+    before = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = vlm.tokenizer(text + separator + answer, add_special_tokens=False)["input_ids"]
+    kept = list(whole[: len(before)]) == list(before) and len(whole) > len(before)
+    if not answer.strip() or not kept:
+        raise InputError(
+            f"The answer {answer!r} is empty, or changes the tokens of the prompt {text!r}. Give "
+            "an answer that starts a new token."
+        )
+    return tuple(whole[len(before) :])
+
+
+def _last_text(prompt: Prompt) -> int:
+    """Return the last text position of a prompt, or its last position if it has no text."""
+    kinds = prompt.columns["kind"]
+    return max((i for i, kind in enumerate(kinds) if kind == "text"), default=len(kinds) - 1)
+
+
+def _shape(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the shape of each input except its first axis, along which batches are joined."""
+    return tuple(
+        (name, tuple(value.shape[1:]) if isinstance(value, Tensor) else None)
+        for name, value in inputs.items()
+    )
+
+
+def _joined(
+    parts: Sequence[tuple[int, dict[str, Any], Prompt, tuple[int, ...]]],
+) -> Batch:
+    index, inputs, prompts, ids = zip(*parts, strict=True)
+    joined: dict[str, Any] = {}
+    for name, value in inputs[0].items():
+        values = [of[name] for of in inputs]
+        if isinstance(value, Tensor):
+            joined[name] = torch.cat(values)
+        elif isinstance(value, list):
+            joined[name] = [one for of in values for one in of]
+        else:
+            raise InputError(
+                "The processor must return tensors or lists with one entry per sample; it returned "
+                f"{type(value).__name__} for {name!r}."
+            )
+    return Batch(joined, index, prompts, ids)

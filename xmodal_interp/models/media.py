@@ -1,0 +1,196 @@
+"""Open the images and videos that users pass."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from xmodal_interp.arguments import real_number, user_path
+from xmodal_interp.errors import InputError, quoted
+
+ImageLike = Image.Image | str | PathLike[str]
+Composite = Callable[[Image.Image], Image.Image]
+
+_NOT_FRAMES = (
+    "A video must be xi.Video([frame, ...], fps=...), each frame a path or a PIL image; got {}. "
+    "Video files are not decoded: decode yours and choose the frames for the model."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """The frames of a video for a model. All of them are used: no frame is dropped or sampled.
+
+    Attributes:
+        frames: The frames in order, all of one size: paths or PIL images.
+        fps: Frames per second; None if not known.
+
+    Raises:
+        InputError: ``frames`` is not an iterable of images, such as the path of a video file, or
+            ``fps`` is not a positive number.
+    """
+
+    frames: Sequence[ImageLike]
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.frames, (str, PathLike)):
+            raise InputError(_NOT_FRAMES.format(repr(str(self.frames))))
+        if not isinstance(self.frames, Iterable):
+            raise InputError(
+                f"The frames of a video must be a list of images; got {quoted(self.frames)}."
+            )
+        object.__setattr__(self, "frames", tuple(self.frames))
+        if self.fps is not None:
+            real_number(self.fps, "fps", 0)
+
+    def opened(self) -> Video:
+        """Return the video with its frames opened as RGB images.
+
+        Raises:
+            InputError: There are no frames, they differ in size, or one cannot be read.
+        """
+        frames = tuple(open_image(frame) for frame in self.frames)
+        sizes = {frame.size for frame in frames}
+        if len(sizes) != 1:
+            raise InputError(
+                f"A video must have frames of one size; got {len(frames)} frames of "
+                f"{', '.join(f'{w} x {h}' for w, h in sorted(sizes)) or 'no size'}."
+            )
+        return Video(frames, self.fps)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the frames, px; the frames must be opened."""
+        first = self.frames[0]
+        if not isinstance(first, Image.Image):
+            raise InputError(
+                "The size of a video is unknown until its frames are opened. Call opened() first."
+            )
+        return first.size
+
+    def pixels(self) -> np.ndarray:
+        """Return the frames as ``uint8``, ``[frame, row, col, 3]``."""
+        return np.stack([np.asarray(open_image(frame)) for frame in self.frames])
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the metadata that video processors take."""
+        width, height = self.size
+        known = {} if self.fps is None else {"fps": self.fps, "duration": len(self) / self.fps}
+        return {
+            "total_num_frames": len(self),
+            "frames_indices": list(range(len(self))),
+            "width": width,
+            "height": height,
+            **known,
+        }
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self.frames)
+
+
+def open_video(video: Any) -> Video:
+    """Return a video with its frames opened.
+
+    Raises:
+        InputError: ``video`` is not a :class:`Video`, or a frame cannot be read.
+    """
+    if not isinstance(video, Video):
+        is_path = isinstance(video, (str, PathLike))
+        got = repr(str(video)) if is_path else f"an object of {type(video).__name__}"
+        raise InputError(_NOT_FRAMES.format(got))
+    return video.opened()
+
+
+def flat(nested: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return the entries of the lists of all samples as one list."""
+    return [each for of_sample in nested for each in of_sample]
+
+
+def open_image(image: ImageLike, composite: Composite | None = None) -> Image.Image:
+    """Return an RGB image from a path or a PIL image, rotated by its EXIF orientation.
+
+    Transparent pixels become white, as in the processors of transformers. Grey values of 16 bits
+    are scaled to 8 bits with a warning: 65535 becomes white, whereas transformers turns every value
+    above 255 white.
+
+    Args:
+        image: A path or a PIL image.
+        composite: Puts a transparent image on a background, for processors with another one than
+            white.
+
+    Raises:
+        InputError: ``image`` is neither a path nor a PIL image, the file does not exist or is not
+            an image, or the range of its grey values is not known.
+    """
+    if isinstance(image, Image.Image):
+        if not (image.width and image.height):
+            raise InputError(
+                f"An image must have at least one pixel; got {image.width} x {image.height} px."
+            )
+        return _rgb(_turned(image), composite)
+    if not isinstance(image, (str, PathLike)):
+        raise InputError(
+            f"An image must be a path or a PIL image; got an object of {type(image).__name__}. "
+            "Convert an array of bytes [row, col, 3] with PIL.Image.fromarray."
+        )
+    path = user_path(image)
+    try:
+        with Image.open(path) as opened:
+            return _rgb(_turned(opened), composite).copy()
+    except FileNotFoundError:
+        raise InputError(
+            f"There is no image file {str(path)!r}. Pass the path of an existing file, or a PIL "
+            "image."
+        ) from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise InputError(f"Pillow cannot read the image file {str(path)!r}: {error}.") from error
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """Rotate by the EXIF orientation; an upright image is returned without reading its pixels."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def _rgb(image: Image.Image, composite: Composite | None) -> Image.Image:
+    """Return the image in RGB. Grey values of 16 bits are scaled; Pillow alone would clip them."""
+    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
+    if image.mode == "RGB" and not transparent:
+        return image
+    widened = image.mode == "I" and image.format == "PPM"  # Pillow opens 16-bit PPM in mode I
+    if image.mode.startswith("I;16") or widened:
+        values = np.asarray(image).astype(np.float64)
+        _warn_of_scale(values)
+        return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise InputError(
+            f"The range of grey values of an image of mode {image.mode!r} is not known. Convert it "
+            "first: Image.fromarray(array) of an array of np.uint8 [row, col], 0 to 255, or of "
+            "np.uint16, 0 to 65535."
+        )
+    if transparent and composite is not None:
+        return composite(image.convert("RGBA"))
+    from transformers.image_transforms import convert_to_rgb
+
+    return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
+
+
+def _warn_of_scale(values: np.ndarray) -> None:
+    """Warn that grey values of 16 bits are scaled, and how to scale them differently."""
+    warnings.warn(
+        f"Grey values of 16 bits are scaled so that 65535 is white; those of this image are "
+        f"{int(values.min())} to {int(values.max())}. Pass image.convert('RGB') to do as "
+        "transformers does (every value above 255 is white), or bytes that you scaled yourself, "
+        "such as Image.fromarray((array >> 4).astype(np.uint8)) for values of 12 bits.",
+        UserWarning,
+        stacklevel=4,
+    )

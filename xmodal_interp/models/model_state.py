@@ -1,0 +1,170 @@
+"""Report how the weights of a model differ from its checkpoint.
+
+transformers initialises weights that the checkpoint lacks at random, prints a report and continues.
+Results of such a model are meaningless, so the report is kept.
+
+Wrapped models: weights that accelerate offloads, adapters that PEFT adds.
+
+Find modules in training mode, and switch them to evaluation mode for a while.
+
+``model.training`` is the flag of the outermost module only. A module that is added later, such as
+an adapter of PEFT, starts in training mode with dropout on, although ``model.training`` is False.
+Therefore the flag of every module is read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from xmodal_interp.contexts import Block
+from xmodal_interp.errors import InputError, UnsupportedModelError
+
+_SHOWN = 5  # names in a message
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """The differences between a checkpoint and the model loaded from it; empty if there are none.
+
+    Attributes:
+        missing: Weights of the model that the checkpoint lacks; they are random.
+        mismatched: Weights that have another shape in the checkpoint; they are random.
+        unexpected: Weights of the checkpoint that the model does not use.
+    """
+
+    missing: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, loading_info: Any) -> CheckpointReport:
+        """Return the report of ``from_pretrained(..., output_loading_info=True)``.
+
+        Raises:
+            InputError: ``loading_info`` is neither a mapping nor a report.
+        """
+        if isinstance(loading_info, cls):
+            return loading_info
+        if not isinstance(loading_info, Mapping):
+            raise InputError(
+                f"loading must be a mapping; got a {type(loading_info).__name__}. Pass the second "
+                "result of from_pretrained(name, output_loading_info=True)."
+            )
+        return cls(*(_names(loading_info.get(f"{f.name}_keys", ())) for f in fields(cls)))
+
+    def __bool__(self) -> bool:
+        """Whether there is a difference."""
+        return bool(self.missing or self.mismatched or self.unexpected)
+
+    @property
+    def n_random(self) -> int:
+        """Number of random weights."""
+        return len(self.missing) + len(self.mismatched)
+
+    @property
+    def differences(self) -> dict[str, list[str]]:
+        """The names of the weights for each kind of difference that occurs; JSON-serialisable."""
+        return {f.name: list(names) for f in fields(self) if (names := getattr(self, f.name))}
+
+    def __str__(self) -> str:
+        """Each kind of difference that occurs, with the first weight names."""
+        about = {
+            "missing": "not in the checkpoint, so random",
+            "mismatched": "of another shape in the checkpoint, so random",
+            "unexpected": "in the checkpoint, but not in the model",
+        }
+        return "; ".join(
+            f"{about[kind]}: {_first(names)}" for kind, names in self.differences.items()
+        )
+
+
+def _names(keys: Iterable[Any]) -> tuple[str, ...]:
+    """Return sorted names; mismatched keys are tuples of name and two shapes."""
+    return tuple(sorted(key if isinstance(key, str) else str(key[0]) for key in keys))
+
+
+def _first(names: list[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device on which a model computes, to which its inputs must be moved.
+
+    Offloaded weights are on the meta device between calls; the hook that accelerate puts on each
+    module holds the execution device.
+
+    Raises:
+        InputError: The weights are on the meta device, and no hook of accelerate moves them.
+    """
+    first = next(model.parameters()).device
+    if first.type != "meta":
+        return first
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    raise InputError(
+        "The weights of this model are on the meta device, and no hook of accelerate moves them to "
+        "another device. Load the model with its weights: xi.load(name)."
+    )
+
+
+def refuse_virtual_tokens(model: Any) -> None:
+    """Raise UnsupportedModelError for an adapter that adds virtual tokens (prompt tuning)."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                f"The adapter {name!r} ({config.peft_type.value}) adds {config.num_virtual_tokens} "
+                "positions without a token, which cannot be labelled. Record the bare attention "
+                "with xi.record(model)."
+            )
+
+
+def modules_in_training(model: nn.Module) -> list[str]:
+    """Return the names of the modules in training mode; the model's own is ``"the model"``."""
+    return [name or "the model" for name, module in model.named_modules() if module.training]
+
+
+def evaluation_mode(model: nn.Module, *, warn: bool = True) -> Block[None]:
+    """Switch every module to evaluation mode inside a ``with`` block.
+
+    The flag of each module is restored afterwards.
+
+    Args:
+        model: The model.
+        warn: Whether to issue a UserWarning that names the modules which were in training mode.
+    """
+    names = modules_in_training(model)
+    if names and warn:
+        warnings.warn(
+            f"{described_training(names)}. They are in evaluation mode for this call; call "
+            "model.eval() to keep them there, or record a model in training mode with "
+            "xi.record(model).",
+            UserWarning,
+            stacklevel=2,
+        )
+    return Block(partial(_switch_off, model))
+
+
+def _switch_off(model: nn.Module, stack: ExitStack) -> None:
+    for module in [module for module in model.modules() if module.training]:
+        stack.callback(setattr, module, "training", True)
+        module.training = False
+
+
+def described_training(names: list[str]) -> str:
+    """Describe the modules in training mode: their number, and the names of the first three."""
+    first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    verb = "module is" if len(names) == 1 else "modules are"
+    return f"{len(names)} {verb} in training mode, so any dropout in them is active ({first})"

@@ -1,0 +1,330 @@
+"""Token tables: string, kind, role, image, grid cell, pixel box and character span per position.
+
+1. Each position is matched with its characters in the prompt, or belongs to the expansion of a
+   placeholder (see ``alignment``).
+2. The image and video tokens of an expansion get the rows, columns and boxes of its grid, in order.
+   The other tokens of an expansion are markers, line breaks and text that the processor inserted.
+3. Roles are found from the spans of the messages in the rendered prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from xmodal_interp.errors import GeometryError
+from xmodal_interp.models.alignment import IMAGE, VIDEO, Alignment, Position, special_ids
+from xmodal_interp.models.prompts import Span
+from xmodal_interp.vocabulary import TOKEN_COLUMNS
+
+if TYPE_CHECKING:
+    from xmodal_interp.models.geometry import ImageGrid, VideoGrid
+
+
+@dataclass(frozen=True)
+class Placeholders:
+    """Ids of the tokens whose embeddings are features of images or videos.
+
+    None if the family has no such token, or if images are not in the sequence.
+    """
+
+    image: int | None
+    video: int | None = None
+
+
+FEATURE = -1
+"""Used instead of a token id at the positions of image features that have no id."""
+
+
+Columns = dict[str, Any]
+"""Columns of a token table, one entry per position, before they get their dtypes."""
+
+
+def token_columns(
+    ids: Sequence[int],
+    attended: Sequence[bool],
+    alignment: Alignment,
+    tokenizer: Any,
+    placeholders: Placeholders,
+    spans: Sequence[Span],
+    aligned: Sequence[bool],
+) -> Columns:
+    """Return columns of the token table for each position of a prompt, padding included.
+
+    :func:`with_places` adds rows, columns and boxes. A word that is not in the vocabulary has the
+    kind ``text``, although the unknown token is a special token; ``token`` is the unknown token,
+    and ``start`` and ``end`` are the span of the word.
+
+    Args:
+        ids: Token ids as the model reads them.
+        attended: False on padding.
+        alignment: Alignment of the positions that are True in ``aligned``.
+        tokenizer: A fast tokenizer.
+        placeholders: Ids of image and video tokens.
+        spans: The span and role of each message.
+        aligned: Which positions the alignment covers.
+    """
+    pieces = _pieces(tokenizer, ids)
+    special = special_ids(tokenizer)
+    added = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    placed = iter(alignment.positions)
+    nothing = Position(-1, -1, None, None)
+    positions = [next(placed) if written else nothing for written in aligned]
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("token", "kind", "role", "image", "video", "start", "end")
+    }
+    number = _numbers(alignment.expansions)
+    for token, piece, seen, at in zip(ids, pieces, attended, positions, strict=True):
+        modality = None if at.expansion is None else alignment.expansions[at.expansion]
+        markers = special if modality is None else added
+        written = at.written or alignment.text[at.start : at.end]
+        outside = modality is None and at.end > at.start
+        lacking = token == tokenizer.unk_token_id and written.strip() != tokenizer.unk_token
+        if lacking and (outside or at.written is not None):
+            markers = markers - {token}
+        kind = _kind(token, placeholders, markers, modality) if seen else "padding"
+        written_here = outside or (kind == "text" and at.written is not None)
+        columns["token"].append(written if written_here and token not in special else piece)
+        columns["kind"].append(kind)
+        columns["role"].append(_role(kind, modality, at, spans))
+        of = np.nan if at.expansion is None else number[at.expansion]
+        columns["image"].append(of if kind == IMAGE else np.nan)
+        columns["video"].append(of if kind == VIDEO else np.nan)
+        columns["start"].append(at.start)
+        columns["end"].append(at.end)
+    return columns
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the vocabulary entry of each id."""
+    known: list[str] = tokenizer.convert_ids_to_tokens([max(token, 0) for token in ids])
+    return [
+        "<image>" if token == FEATURE else piece for token, piece in zip(ids, known, strict=True)
+    ]
+
+
+def _numbers(expansions: Sequence[str]) -> list[int]:
+    """Return the number of each expansion among those of its modality."""
+    return [list(expansions[:i]).count(modality) for i, modality in enumerate(expansions)]
+
+
+def _kind(token: int, placeholders: Placeholders, special: set[int], modality: str | None) -> str:
+    if token in (placeholders.image, placeholders.video):
+        in_video = modality == VIDEO or (modality is None and token == placeholders.video)
+        return VIDEO if in_video or token != placeholders.image else IMAGE
+    return "special" if token in special else "text"
+
+
+def _role(kind: str, modality: str | None, at: Position, spans: Sequence[Span]) -> str | None:
+    """Return the role of the message that overlaps the token's span.
+
+    Tokens outside all messages have the role ``template``, and so have markers and text in an
+    expansion.
+    """
+    if kind == "padding":
+        return None
+    if at.end <= at.start or (modality is not None and kind not in (IMAGE, VIDEO)):
+        return "template"
+    touched = (span.role for span in spans if at.start < span.end and at.end > span.start)
+    return next(touched, "template")
+
+
+def with_places(
+    columns: Columns, grids: Sequence[ImageGrid], videos: Sequence[VideoGrid] = ()
+) -> Columns:
+    """Add row, column, box, tile, view and frame of image and video tokens.
+
+    Raises:
+        GeometryError: An image or video has another number of tokens than its grid.
+    """
+    kinds = np.asarray(columns["kind"])
+    places = {name: np.full(len(kinds), np.nan) for name in _PLACES}
+    view = np.full(len(kinds), None, dtype=object)
+    for kind, all_of in ((IMAGE, grids), (VIDEO, videos)):
+        number, is_kind = np.asarray(columns[kind], dtype=float), kinds == kind
+        stray = int((is_kind & ~np.isin(number, np.arange(len(all_of)))).sum())
+        if stray:
+            raise GeometryError(
+                f"{stray} {kind} tokens belong to none of the {len(all_of)} {kind}s given. "
+                f"Write one {kind} placeholder per {kind}, or none."
+            )
+        for index, grid in enumerate(all_of):
+            _fill(places, view, np.flatnonzero(is_kind & (number == index)), grid, kind, index)
+    return {**columns, **places, "view": view}
+
+
+def token_table(columns: Columns) -> pd.DataFrame:
+    """Return a table with one row per position and the columns ``TOKEN_COLUMNS``."""
+    return _table(columns, len(columns["token"]))
+
+
+_PLACES = ("row", "col", "tile", "frame", "x0", "y0", "x1", "y1")
+
+
+def _fill(
+    columns: dict[str, np.ndarray],
+    view: np.ndarray,
+    positions: np.ndarray,
+    grid: Any,
+    kind: str,
+    index: int,
+) -> None:
+    """Write the rows, columns and boxes of a grid to the positions of its tokens."""
+    if grid.n_tokens != len(positions):
+        raise GeometryError(
+            f"The family's rule gives {kind} {index} {grid.n_tokens} tokens "
+            f"({grid.rows} x {grid.cols}), but the sequence has {len(positions)}. Check that "
+            "processor, family record and model belong together."
+        )
+    for name, values in _columns_of(grid, kind).items():
+        if name == "view":
+            view[positions] = values
+        else:
+            columns[name][positions] = values
+
+
+def _columns_of(grid: Any, kind: str) -> dict[str, np.ndarray]:
+    """Return columns for a grid's tokens in sequence order; NaN (view: None) outside the grid."""
+    boxes = dict(zip(("x0", "y0", "x1", "y1"), grid.boxes.T, strict=True))
+    *frames, row, col = _missing(grid.places_by_view).T
+    tile = np.full(len(row), np.nan) if grid.tiles is None else _missing(grid.tiles)
+    view = np.where(grid.in_thumbnail, "thumbnail", "image").astype(object)
+    view[np.isnan(row)] = None
+    columns = {"row": row, "col": col, "tile": tile, "view": view, **boxes}
+    return columns | {"frame": frames[0]} if kind == VIDEO else columns
+
+
+def _missing(numbers: np.ndarray) -> np.ndarray:
+    """Return the numbers as floats, NaN instead of ``NOWHERE``."""
+    return np.where(numbers < 0, np.nan, numbers.astype(float))
+
+
+def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
+    """Return one row per image token of all grids, in order: the keys of a cross-attention."""
+    counts = [grid.n_tokens for grid in grids]
+    n = sum(counts)
+    image, none = np.repeat(np.arange(len(grids)), counts), np.full(n, np.nan)
+    bare = {"kind": [IMAGE] * n, "image": image, "video": none, "start": -1, "end": -1}
+    return _table(with_places(bare, grids), n)
+
+
+def separator_behind(text: str) -> str:
+    """Return the separator of a prompt and its answer: a space, unless the prompt ends in one."""
+    return "" if text.endswith((" ", "\n")) else " "
+
+
+def generated_table(
+    read: Sequence[int], answer: Sequence[int], tokenizer: Any, n_before: int, text: str
+) -> tuple[pd.DataFrame, str]:
+    """Return table rows for the generated tokens, and the text of prompt and answer.
+
+    Args:
+        read: The generated tokens that the model has read; each is a position.
+        answer: All generated tokens.
+        tokenizer: The tokenizer.
+        n_before: Number of positions of the prompt.
+        text: The text of the prompt.
+    """
+    ids = list(read)
+    special = special_ids(tokenizer)
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    columns: dict[str, list[Any]] = {name: [] for name in ("token", "kind", "start", "end")}
+    decoded = tokenizer.decode(answer, skip_special_tokens=True)
+    begin = len(text) + len(separator_behind(text))
+    spans = _generated_spans(ids, decoded, tokenizer, special)
+    for token, piece, (start, end) in zip(ids, pieces, spans, strict=True):
+        columns["token"].append(piece if token in special else decoded[start:end].strip() or piece)
+        columns["kind"].append("special" if token in special else "text")
+        columns["start"].append(begin + start)
+        columns["end"].append(begin + end)
+    table = _table({**columns, "role": ["generated"] * len(ids)}, len(ids), n_before)
+    return table, text + (separator_behind(text) + decoded if decoded else "")
+
+
+def _generated_spans(
+    ids: Sequence[int], decoded: str, tokenizer: Any, special: set[int]
+) -> list[tuple[int, int]]:
+    """Return the span of each token in the decoded answer, without leading white space.
+
+    If the bytes of one character are spread over several tokens, each of them has this character. A
+    token may change the characters before it (some tokenizers remove spaces), so a character counts
+    as final only when no later token changes it. Tokens whose characters become final together are
+    then located one by one.
+
+    Args:
+        ids: The tokens; special tokens have no characters.
+        decoded: The whole answer, which may continue after these tokens.
+        tokenizer: The tokenizer.
+        special: Ids of special tokens.
+    """
+    spans: list[tuple[int, int]] = []
+    waiting: list[int] = []  # tokens without a final character yet
+    settled = 0
+    for number, token in enumerate(ids):
+        if token in special:
+            spans.append((settled, settled))
+            continue
+        so_far = tokenizer.decode(ids[: number + 1], skip_special_tokens=True)
+        stop = max(_n_in_common(so_far, decoded), settled)
+        unfinished = len(so_far) > stop  # the token ends within a character
+        end = min(stop + unfinished, len(decoded))
+        spans.append((settled, end))
+        if stop == settled and unfinished:
+            waiting.append(number)
+            continue
+        if waiting:
+            alone = [tokenizer.decode([ids[i]]).strip() for i in (*waiting, number)]
+            for i, span in zip(
+                (*waiting, number), _one_by_one(alone, decoded, settled, end), strict=False
+            ):
+                spans[i] = span
+        waiting, settled = [], stop
+    return [_without_space(decoded, start, end) for start, end in spans]
+
+
+def _one_by_one(pieces: Sequence[str], text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """Return the spans of consecutive pieces in a text, or [] if one of them is not found."""
+    spans = []
+    for piece in pieces:
+        at = text.find(piece, start, end) if piece else -1
+        if at < 0:
+            return []
+        spans.append((at, at + len(piece)))
+        start = at + len(piece)
+    return spans
+
+
+def _n_in_common(one: str, other: str) -> int:
+    """Return the length of the common prefix of two strings."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
+    """Return the span without leading white space."""
+    return end - len(text[start:end].lstrip()), end
+
+
+_INTEGERS = ("image", "video", "tile", "frame", "row", "col", "start", "end")
+_FLOATS = ("x0", "y0", "x1", "y1")
+
+
+def _table(columns: Columns, n_rows: int, start: int = 0) -> pd.DataFrame:
+    """Return a table of the columns TOKEN_COLUMNS with their dtypes; missing ones are empty."""
+    typed: dict[str, Any] = {}
+    for name in TOKEN_COLUMNS:
+        if name in _FLOATS:
+            typed[name] = np.broadcast_to(columns.get(name, np.nan), n_rows).astype(float)
+        elif name in _INTEGERS:
+            values = np.broadcast_to(np.asarray(columns.get(name, np.nan), dtype=float), n_rows)
+            missing = np.isnan(values)
+            typed[name] = pd.arrays.IntegerArray(
+                np.where(missing, 0, values).astype(np.int64), missing
+            )
+        else:
+            typed[name] = pd.array(columns.get(name, [None] * n_rows), dtype="string")
+    return pd.DataFrame(typed, index=pd.RangeIndex(start, start + n_rows, name="position"))

@@ -1,0 +1,497 @@
+"""The doctor: check on the user's own model and input that recordings can be trusted.
+
+1. Is the number of image tokens the one that the geometry of the model's family predicts?
+2. Do the labels place an image patch at the position whose key changes when the patch is changed?
+3. Is the model's output the same with and without recording, in a forward and in a generation?
+4. Is every attention layer that runs recorded, for any class and any implementation?
+5. Do the recomputed probabilities, applied to the values, give the output of the backend, in a
+   forward and in every step of a generation? Do they equal the probabilities of the modeling code's
+   eager function, if it has one? The same is checked with each backend and cache that is passed.
+6. Does hiding a key through the tap change the output, so that interventions have an effect?
+
+Everything is measured in one process, in evaluation mode. The model is not changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedModel
+
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.errors import CaptureError, GeometryError, InputError
+from xmodal_interp.hooks.agreement import Gap
+from xmodal_interp.hooks.attention_modules import module_of
+from xmodal_interp.hooks.compiled import refuse_compiled
+from xmodal_interp.hooks.interventions import intervene
+from xmodal_interp.hooks.knockout import knock_out_attention
+from xmodal_interp.hooks.recorder import Choice, Recording, listening
+from xmodal_interp.hooks.refusals import refuse_split
+from xmodal_interp.models import (
+    VLM,
+    ImageLike,
+    check_whole,
+    described_training,
+    evaluation_mode,
+    modules_in_training,
+)
+from xmodal_interp.verification.exactness import Exactness
+from xmodal_interp.verification.missed_attention import unheard_attention
+from xmodal_interp.verification.painting import (
+    difference,
+    painted_patches,
+    seeded,
+    tensors_of,
+)
+
+COLUMNS = ("check", "verdict", "value", "limit", "note")
+_NEW_TOKENS = 4
+_UNKNOWN = float("nan")
+_ATTENDED = 1e-3  # hiding a key with this probability changes the output measurably
+
+
+@dataclass(frozen=True, eq=False)
+class Checkup:
+    """The result of :func:`doctor`.
+
+    Attributes:
+        table: One row per check: ``check``, ``verdict`` (``pass``, ``fail`` or ``skipped``),
+            ``value`` (the measured value; NaN if it could not be measured), ``limit`` (the values
+            that pass, such as ``"at most 1e-05"``) and ``note``.
+        layers: One row per attention layer: ``tower, kind, layer, module, calls, output_error,
+            eager_error, note``; an error is NaN if it could not be measured.
+    """
+
+    table: pd.DataFrame
+    layers: pd.DataFrame
+
+    @property
+    def ok(self) -> bool:
+        """True if no check failed."""
+        return not self.table["verdict"].eq("fail").any()
+
+    @property
+    def summary(self) -> str:
+        """The result in one line."""
+        counts = self.table["verdict"].value_counts()
+        n_passed, n_skipped = int(counts.get("pass", 0)), int(counts.get("skipped", 0))
+        skipped = f", {n_skipped} skipped" if n_skipped else ""
+        if self.ok:
+            return f"{n_passed} checks passed{skipped}: recordings of this model can be trusted."
+        failed = self.table.loc[self.table["verdict"].eq("fail"), "check"]
+        return (
+            f"{n_passed} checks passed{skipped}, {len(failed)} failed ({'; '.join(failed)}): do "
+            "not trust recordings of this model."
+        )
+
+    def __repr__(self) -> str:
+        """The table and the summary."""
+        return f"{self.table.to_string(index=False)}\n{self.summary}"
+
+
+@dataclass(eq=False)
+class _Findings:
+    """Collects the rows of the table."""
+
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def judge(self, check: str, value: float, limit: str, note: str = "", *, passed: bool) -> None:
+        self.rows.append((check, "pass" if passed else "fail", value, limit, note))
+
+    def skip(self, check: str, note: str, value: float = _UNKNOWN) -> None:
+        self.rows.append((check, "skipped", value, "", note))
+
+    def checkup(self, layers: pd.DataFrame) -> Checkup:
+        return Checkup(pd.DataFrame(self.rows, columns=list(COLUMNS)), layers)
+
+
+def doctor(
+    model: VLM | nn.Module,
+    image: ImageLike | None = None,
+    prompt: str = "What is in the image?",
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    backends: Sequence[str] = (),
+    caches: Sequence[str] = (),
+) -> Checkup:
+    """Check that recordings of a model can be trusted, on an input of yours.
+
+    The checks run a few forwards of the model, and for a VLM two generations of four tokens. The
+    model, its configuration and the random state are restored.
+
+    Args:
+        model: A VLM, or any transformers model together with ``inputs``.
+        image: An image for a VLM. If not given, a generated image with many edges is used.
+        prompt: A question for a VLM.
+        inputs: Keyword arguments of the forward of a bare model.
+        backends: Further attention implementations to check, such as ``"eager"`` or one that you
+            registered.
+        caches: For a VLM: further caches to check in a generation, such as ``"static"`` (values of
+            ``cache_implementation`` of ``generate``).
+
+    Returns:
+        A table of checks, a table of layers, and the result (``ok``, ``summary``).
+
+    Raises:
+        InputError: A bare model was given without inputs, or a VLM with inputs; a backend is not
+            registered; or caches were given for a model that is not a VLM or does not generate.
+        CaptureError: The model is compiled.
+    """
+    findings, exactness = _Findings(), Exactness()
+    bare = module_of(model)
+    refuse_compiled(bare)
+    refuse_split(bare)
+    _check_names(model, backends, caches)
+    if isinstance(model, VLM):
+        if inputs is not None:
+            raise InputError(
+                "doctor got a VLM and inputs=, but a VLM makes its inputs from an image and a "
+                "prompt. Pass image= and prompt=, or the bare model: "
+                "doctor(vlm.model, inputs=...)."
+            )
+        given = _prepared(model, image, prompt, findings)
+        if given is None:
+            return findings.checkup(exactness.by_layer(()))
+    elif inputs is None:
+        name = getattr(bare, "main_input_name", "input_ids")
+        raise InputError(
+            f"doctor got a bare {type(bare).__name__} without inputs. Pass "
+            f"doctor(model, inputs=dict({name}=...)), or a VLM, which makes its own inputs."
+        )
+    else:
+        given = dict(inputs)
+    _state(model, findings)
+    with evaluation_mode(bare, warn=False), torch.no_grad():
+        if isinstance(model, VLM):
+            _placed(model, prompt, findings)
+        recording = _same_outputs(bare, given, exactness, findings)
+        if isinstance(model, VLM) and bare.can_generate():  # type: ignore[operator]
+            _same_answers(model, given, exactness, findings)
+        if recording is not None:
+            _seen(bare, given, recording, findings)
+            _exact(exactness, findings)
+            for backend in backends:
+                _with_backend(backend, bare, given, findings)
+            for cache in caches:
+                _with_cache(cache, model, given, findings)
+            _tapped(bare, given, recording, findings)
+    return findings.checkup(exactness.by_layer(recording.modules if recording else ()))
+
+
+def _check_names(model: VLM | nn.Module, backends: Sequence[str], caches: Sequence[str]) -> None:
+    for name, given in (("backends", backends), ("caches", caches)):
+        if isinstance(given, str):
+            raise InputError(f"{name} must be a list, such as [{given!r}]; got {given!r}.")
+    bare = module_of(model)
+    if caches and not (isinstance(model, VLM) and bare.can_generate()):  # type: ignore[operator]
+        raise InputError(
+            f"Got caches {', '.join(map(repr, caches))} for a {type(bare).__name__}, which is not "
+            "a VLM that generates. Leave caches= out."
+        )
+
+
+def _state(model: VLM | nn.Module, findings: _Findings) -> None:
+    """Check that all weights come from the checkpoint, and that dropout is off."""
+    if isinstance(model, VLM) and model.loading is not None:
+        check, n_random = "all weights come from the checkpoint", model.loading.n_random
+        note = f"weights {model.loading}" if model.loading else ""
+        findings.judge(check, n_random, "exactly 0", note, passed=not model.loading)
+    training = modules_in_training(module_of(model))
+    if training:
+        note = (
+            f"{described_training(training)}; the doctor and xi.capture switch them to evaluation "
+            "mode, but xi.record(model) does not: call model.eval()"
+        )
+        findings.skip("every module is in evaluation mode", note, len(training))
+
+
+def _prepared(
+    vlm: VLM, image: ImageLike | None, prompt: str, findings: _Findings
+) -> dict[str, Any] | None:
+    picture = _checkers() if image is None else image
+    check = "the number of image tokens is as predicted"
+    try:
+        inputs, (ready,) = vlm.prepare([[picture]], [prompt])
+    except GeometryError as error:
+        findings.judge(check, _UNKNOWN, "", str(error), passed=False)
+        return None
+    check_whole(vlm.model, inputs)
+    n_tokens = int(ready.tokens["kind"].eq("image").sum())
+    if n_tokens == 0 and vlm.family.marks_tokens:
+        findings.judge(check, 0, "more than 0", _unmarked(vlm), passed=False)
+        return inputs
+    if vlm.family.geometry is None or not vlm.family.in_sequence:
+        of_sequence = "the family has no rule that predicts their number"
+        other = "images are read by cross-attention, so there are no image tokens"
+        why = vlm.family.reason or (of_sequence if vlm.family.in_sequence else other)
+        findings.skip(check, why, n_tokens)
+        return inputs
+    expected = sum(grid.n_tokens for grid in ready.grids)
+    findings.judge(check, n_tokens, f"exactly {expected}", passed=n_tokens == expected)
+    return inputs
+
+
+def _unmarked(vlm: VLM) -> str:
+    """Return the reason why no position of a prompt with an image is labelled as an image token."""
+    family, config = vlm.family, vlm.model.config
+    if family.image_mask is not None:
+        return f"the model's input {family.image_mask!r} marks no position"
+    token_id = family.image_token_id(config)
+    if token_id is None:
+        return (
+            f"the family names image_token={family.image_token!r}, which the configuration of the "
+            "model does not have; name the attribute that holds the id of the image tokens"
+        )
+    return (
+        f"the family names image_token={family.image_token!r}, which is {token_id} in the "
+        "configuration of the model; no token of the prompt has this id"
+    )
+
+
+def _placed(vlm: VLM, prompt: str, findings: _Findings) -> None:
+    """Check that the positions that change with the image are the labelled ones."""
+    check = "painting a patch changes the key at its position"
+    try:
+        painted = painted_patches(vlm, prompt)
+    except (CaptureError, GeometryError, InputError) as error:
+        findings.skip(check, str(error))
+        return
+    wrong = [patch for patch in painted.patches if not patch.at_its_place]
+    if painted.patches:
+        note = "; ".join(
+            f"row, col {patch.place}: the key at {patch.found} changed" for patch in wrong
+        )
+        findings.judge(check, len(wrong), "exactly 0", note, passed=not wrong)
+    else:
+        findings.skip(check, painted.reason)
+    others = painted.unlabelled
+    if others is not None:
+        note = f"positions {_first_few([str(n) for n in others])}" if others else ""
+        check = "only image tokens change with the image"
+        findings.judge(check, len(others), "exactly 0", note, passed=not others)
+
+
+def _same_outputs(
+    model: nn.Module, inputs: Mapping[str, Any], exactness: Exactness, findings: _Findings
+) -> Recording | None:
+    """Check that outputs with recording are equal, up to the difference of two plain forwards."""
+    first, again = (tensors_of(seeded(lambda: model(**inputs))) for _ in range(2))
+    own = difference(first, again)
+    try:
+        choice = Choice(values=True, inspect=exactness.look, refuse=False)
+        with listening(model, choice) as recording:
+            recorded = tensors_of(seeded(lambda: model(**inputs)))
+    except CaptureError as error:
+        findings.judge(
+            "every attention layer that ran is recorded", _UNKNOWN, "", str(error), passed=False
+        )
+        return None
+    value = difference(first, recorded)
+    note = "" if own == 0 else "the limit is the difference between two plain forwards"
+    check = "outputs are the same with and without recording"
+    findings.judge(check, value, f"at most {own:.2g}", note, passed=value <= own)
+    return recording
+
+
+def _same_answers(
+    vlm: VLM, inputs: dict[str, Any], exactness: Exactness, findings: _Findings
+) -> None:
+    options = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
+    check = "generated tokens are the same with and without recording"
+    try:
+        plain = seeded(lambda: vlm.generate(inputs, **options))
+    except InputError as error:  # the model does not generate token by token
+        findings.skip(check, str(error))
+        return
+    try:
+        with listening(vlm.model, _measuring(exactness)):
+            recorded = seeded(lambda: vlm.generate(inputs, **options))
+    except CaptureError as error:
+        findings.judge(check, _UNKNOWN, "", str(error), passed=False)
+        return
+    same_shape = plain.shape == recorded.shape
+    n_changed = int((plain != recorded).sum()) if same_shape else recorded.numel()
+    note = f"changed tokens of {_NEW_TOKENS} generated ones"
+    findings.judge(check, n_changed, "exactly 0", note, passed=n_changed == 0)
+
+
+def _seen(
+    model: nn.Module, inputs: Mapping[str, Any], recording: Recording, findings: _Findings
+) -> None:
+    missed = unheard_attention(model, lambda: seeded(lambda: model(**inputs)), recording)
+    ran = {call.module for call in recording.calls}
+    idle = [each.module for each in recording.modules if each.module not in {*ran, *missed}]
+    found = {"not recorded": missed, "did not run": idle}
+    note = "; ".join(f"{what}: {_first_few(names)}" for what, names in found.items() if names)
+    check, expected = "every attention layer that ran is recorded", len(ran) + len(missed)
+    findings.judge(check, len(ran), f"exactly {expected}", note, passed=not missed)
+    if recording.without_matrix:
+        names = _first_few([identity.module for identity in recording.without_matrix])
+        check = "layers without softmax attention are not recorded"
+        findings.skip(check, names, len(recording.without_matrix))
+
+
+def _measuring(exactness: Exactness) -> Choice:
+    """Return the choice that measures every call and keeps none."""
+    return Choice(reduce=lambda _: None, inspect=exactness.look, refuse=False)
+
+
+def _exact(exactness: Exactness, findings: _Findings) -> None:
+    for check, gaps in (
+        ("probabilities give the backend's output", exactness.output_gaps),
+        ("probabilities equal those of eager attention", exactness.eager_gaps),
+    ):
+        _judge_gaps(check, gaps, exactness.n_calls, findings)
+
+
+def _judge_gaps(check: str, gaps: Sequence[Gap], n_calls: int, findings: _Findings) -> None:
+    """Add a row for the call with the largest ratio of error to limit."""
+    compared = f"{len(gaps)} of {n_calls} calls could be compared"
+    if not gaps:
+        findings.skip(check, compared)
+        return
+    worst = max(gaps, key=lambda gap: math.inf if math.isnan(gap.error) else gap.error / gap.limit)
+    note = compared if len(gaps) < n_calls else ""
+    limit = f"at most {worst.limit:.0e}"
+    findings.judge(check, worst.error, limit, note, passed=worst.agrees)
+
+
+def _with_backend(
+    backend: str, model: nn.Module, inputs: Mapping[str, Any], findings: _Findings
+) -> None:
+    check = f"probabilities give the output of backend {backend!r}"
+    exactness = Exactness()
+    try:
+        with _backend(model, backend), listening(model, _measuring(exactness)):
+            seeded(lambda: model(**inputs))
+    except CaptureError as error:
+        findings.judge(check, _UNKNOWN, "", str(error), passed=False)
+        return
+    except ImportError as error:
+        findings.skip(check, str(error).partition("\n")[0])
+        return
+    _judge_gaps(check, exactness.output_gaps, exactness.n_calls, findings)
+
+
+@contextmanager
+def _backend(model: nn.Module, name: str) -> Iterator[None]:
+    """Switch every part of the model that supports it to another attention implementation."""
+    configs = {
+        id(each.config): each.config
+        for each in model.modules()
+        if isinstance(each, PreTrainedModel)
+    }.values()
+    before = [(config, config._attn_implementation_internal) for config in configs]
+    try:
+        try:
+            model.set_attn_implementation(name)  # type: ignore[operator]
+        except ValueError as error:
+            raise InputError(
+                f"{name!r} is not an attention implementation of this model: {error}"
+            ) from error
+        yield
+    finally:
+        for config, setting in before:
+            config._attn_implementation_internal = setting
+
+
+def _with_cache(
+    cache: str, vlm: VLM | nn.Module, inputs: dict[str, Any], findings: _Findings
+) -> None:
+    assert isinstance(vlm, VLM)
+    check = f"probabilities give the output with cache {cache!r}"
+    exactness = Exactness()
+    options = {
+        "max_new_tokens": _NEW_TOKENS,
+        "min_new_tokens": _NEW_TOKENS,
+        "cache_implementation": cache,
+    }
+    try:
+        with listening(vlm.model, _measuring(exactness)):
+            seeded(lambda: vlm.generate(inputs, **options))
+    except CaptureError as error:
+        findings.judge(check, _UNKNOWN, "", str(error), passed=False)
+        return
+    _judge_gaps(check, exactness.output_gaps, exactness.n_calls, findings)
+
+
+def _tapped(
+    model: nn.Module, inputs: Mapping[str, Any], recording: Recording, findings: _Findings
+) -> None:
+    """Hide one key from a late query, in every layer that the tap can edit."""
+    check = "a key hidden through the tap changes the output"
+    editable = [call for call in recording.calls if not call.note]
+    towers = [c for c in editable if c.kind == "self" and c.n_keys > 1 and c.n_queries == c.n_keys]
+    chosen = [c for c in towers if c.tower == "language"] or towers
+    if not chosen:
+        findings.skip(check, "no self-attention layer uses transformers' attention interface")
+        return
+    tower, shape = chosen[-1].tower, (chosen[-1].n_samples, chosen[-1].n_queries)
+    same = (c for c in chosen if c.tower == tower and (c.n_samples, c.n_queries) == shape)
+    edge = _edge(chosen[-1])
+    if edge is None:
+        findings.skip(check, "each query sees one key only")
+        return
+    sample, query, key = edge
+    queries, keys = torch.zeros(2, *shape, dtype=torch.bool)
+    queries[sample, query] = keys[sample, key] = True
+    layers = sorted({call.layer for call in same})
+    cut = knock_out_attention(queries, keys, layers=layers, tower=tower)
+    plain = tensors_of(seeded(lambda: model(**inputs)))
+    try:
+        with intervene(model, cut):
+            changed = difference(plain, tensors_of(seeded(lambda: model(**inputs))))
+    except CaptureError as error:
+        findings.skip(check, str(error))
+        return
+    note = f"{tower} layers, query {query}, key {key}"
+    findings.judge(check, changed, "more than 0", note, passed=changed > 0)
+
+
+def _edge(call: AttentionCall) -> tuple[int, int, int] | None:
+    """Return a sample, a late query, and the other key that this query attends to most.
+
+    The query is the last one that attends to a key at another position with some probability
+    (with large scores, some queries attend to a single key). The sample is the one in which this
+    query sees the most keys, because in other samples its keys may be padding. None if each query
+    sees one key only.
+    """
+    best: tuple[float, tuple[int, int, int]] | None = None
+    for query in reversed(range(call.n_queries)):
+        visible = call.visible([query])[:, :, 0].expand(call.n_samples, -1, -1)
+        counts = visible.sum(-1).amin(1)
+        sample = int(counts.argmax())
+        keys = [key for key in visible[sample].all(0).nonzero()[:, 0].tolist() if key != query]
+        if counts[sample] < 2 or not keys:
+            continue
+        probs = call.probs(queries=[query])[sample, :, 0].amax(0)
+        key = max(keys, key=probs.tolist().__getitem__)
+        if best is None or float(probs[key]) > best[0]:
+            best = float(probs[key]), (sample, query, key)
+        if best[0] > _ATTENDED:
+            break
+    return None if best is None else best[1]
+
+
+def _checkers() -> Image.Image:
+    """Return an image of colored squares, so that patches differ from each other."""
+    side, cell = 224, 16
+    picture = Image.new("RGB", (side, side))
+    for place in range((side // cell) ** 2):
+        row, col = divmod(place, side // cell)
+        color = ((37 * row) % 256, (61 * col) % 256, (29 * (row + col)) % 256)
+        picture.paste(color, (col * cell, row * cell, (col + 1) * cell, (row + 1) * cell))
+    return picture
+
+
+def _first_few(names: list[str]) -> str:
+    """Return the first three names and the number of the others, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
