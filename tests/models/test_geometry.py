@@ -20,7 +20,7 @@ from xmodal_interp.models.geometry import (
     fused_stages,
     query_crops,
 )
-from xmodal_interp.models.geometry.grid import at_top_left, rectangle
+from xmodal_interp.models.geometry.cells import at_top_left, rectangle
 from xmodal_interp.shapes.tiny_models import build_processor, untrained
 
 SIZES = [(96, 96), (160, 96), (96, 144), (384, 192), (192, 192)]

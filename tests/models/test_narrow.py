@@ -6,7 +6,7 @@ import pytest
 from tests.models.painting import QUESTION, changes, embeddings, textured, vlm_of
 from tests.models.test_painting import fits
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.grid import rectangle, with_breaks
+from xmodal_interp.models.geometry.cells import rectangle, with_breaks
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"

@@ -1,16 +1,7 @@
 from .anyres import anyres_tiles
+from .cells import applied, name_of
 from .convolutions import code_grid, code_rows, fused_stages
-from .grid import (
-    NOWHERE,
-    ImageGrid,
-    Rule,
-    Thumbnail,
-    applied,
-    name_of,
-    place_on_grid,
-    raster,
-    unplaced,
-)
+from .grid import NOWHERE, ImageGrid, Rule, Thumbnail, VideoGrid, place_on_grid, raster, unplaced
 from .learned_queries import QueryTokens, query_crops, resampled_patches
 from .overlapping_crops import overlapping_crops
 from .processor_steps import (
@@ -50,7 +41,6 @@ from .video import (
     MergedFrames,
     PositionedFrames,
     SingleFrames,
-    VideoGrid,
     VideoRule,
     pooled_frames,
     sliced_frames,

@@ -11,16 +11,8 @@ import numpy as np
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 
-from xmodal_interp.models.geometry.grid import (
-    Box,
-    Cells,
-    ImageGrid,
-    image_grid,
-    nowhere,
-    raster,
-    rectangle,
-    with_breaks,
-)
+from xmodal_interp.models.geometry.cells import Cells, image_grid, nowhere, rectangle, with_breaks
+from xmodal_interp.models.geometry.grid import Box, ImageGrid, raster
 
 
 def anyres_tiles(

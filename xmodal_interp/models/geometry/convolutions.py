@@ -12,8 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from xmodal_interp.models.geometry.grid import (
-    ImageGrid,
+from xmodal_interp.models.geometry.cells import (
     at_top_left,
     image_grid,
     rectangle,
@@ -21,6 +20,7 @@ from xmodal_interp.models.geometry.grid import (
     vision_of,
     with_breaks,
 )
+from xmodal_interp.models.geometry.grid import ImageGrid
 from xmodal_interp.models.geometry.processor_steps import shown, whole
 from xmodal_interp.models.geometry.resized_images import told_sizes
 from xmodal_interp.models.geometry.whole_images import squares

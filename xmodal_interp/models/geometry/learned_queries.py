@@ -14,17 +14,15 @@ import numpy as np
 from PIL import Image
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.grid import (
-    NOWHERE,
-    Box,
+from xmodal_interp.models.geometry.cells import (
     Cells,
-    ImageGrid,
     at_top_left,
     image_grid,
     joined,
     nowhere,
     patch_side,
 )
+from xmodal_interp.models.geometry.grid import NOWHERE, Box, ImageGrid
 from xmodal_interp.models.geometry.processor_steps import (
     Tiling,
     setting,

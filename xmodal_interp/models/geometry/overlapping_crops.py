@@ -11,15 +11,8 @@ from jaxtyping import Int
 from PIL import Image
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.grid import (
-    NOWHERE,
-    Cells,
-    ImageGrid,
-    image_grid,
-    joined,
-    raster,
-    rectangle,
-)
+from xmodal_interp.models.geometry.cells import Cells, image_grid, joined, rectangle
+from xmodal_interp.models.geometry.grid import NOWHERE, ImageGrid, raster
 from xmodal_interp.models.geometry.processor_steps import own_function, setting, whole
 
 

@@ -14,9 +14,7 @@ import numpy as np
 from PIL import Image
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.grid import (
-    Box,
-    ImageGrid,
+from xmodal_interp.models.geometry.cells import (
     image_grid,
     in_blocks,
     joined,
@@ -26,6 +24,7 @@ from xmodal_interp.models.geometry.grid import (
     vision_of,
     with_breaks,
 )
+from xmodal_interp.models.geometry.grid import Box, ImageGrid
 from xmodal_interp.models.geometry.processor_steps import own_function, setting, whole
 
 Content = Callable[[Any, Image.Image, int, int], tuple[int, int]]

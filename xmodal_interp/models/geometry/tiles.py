@@ -16,10 +16,8 @@ import numpy as np
 from PIL import Image
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.grid import (
-    Box,
+from xmodal_interp.models.geometry.cells import (
     Cells,
-    ImageGrid,
     block_of,
     image_grid,
     joined,
@@ -29,6 +27,7 @@ from xmodal_interp.models.geometry.grid import (
     shifted,
     with_breaks,
 )
+from xmodal_interp.models.geometry.grid import Box, ImageGrid
 from xmodal_interp.models.geometry.processor_steps import (
     Layout,
     Tiling,

@@ -15,24 +15,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.grid import (
-    IMAGE,
-    NOWHERE,
-    Box,
+from xmodal_interp.models.geometry.cells import (
     Cells,
-    Thumbnail,
-    Viewed,
     block_of,
     in_blocks,
     joined,
     nowhere,
     patch_side,
-    place_on_grid,
-    raster,
     rectangle,
+)
+from xmodal_interp.models.geometry.grid import (
+    NOWHERE,
+    Box,
+    Thumbnail,
+    VideoGrid,
+    raster,
 )
 from xmodal_interp.models.geometry.overlapping_crops import pooled_cells
 from xmodal_interp.models.geometry.processor_steps import (
@@ -49,77 +49,6 @@ from xmodal_interp.models.geometry.tiles import (
     sized_views,
 )
 from xmodal_interp.models.media import Video
-
-
-@dataclass(frozen=True, eq=False)
-class VideoGrid(Viewed):
-    """The tokens of one video, in sequence order.
-
-    Attributes:
-        width: Width of the original frames, px.
-        height: Height of the original frames, px.
-        frames: Number of frames of tokens; each may merge several frames of the video.
-        rows: Number of rows of tokens of a frame, over all its tiles side by side.
-        cols: Number of columns of tokens of a frame, over all its tiles side by side.
-        places: Frame, row and column of each token; ``NOWHERE`` for tokens outside the grid, and
-            for those of thumbnails, whose places are in ``thumbnail``.
-        boxes: ``(x0, y0, x1, y1)`` of each token in pixels of the original frames; NaN outside the
-            grid.
-        times: Start of each frame of tokens, in seconds; NaN if ``fps`` is not known.
-        patch_frames: Number of frames that the vision tower reads.
-        patch_rows: Number of rows of vision-tower patches in a frame.
-        patch_cols: Number of columns of vision-tower patches in a frame.
-        patch_places: Frame, row and column of each vision-tower position, in the order of the
-            tower; ``NOWHERE`` for class tokens.
-        tiles: The tile of each token within its frame, 0-based in reading order; ``NOWHERE`` for
-            tokens of no tile. None if frames are not tiled.
-        thumbnail: The view of untiled frames, if there is one.
-    """
-
-    width: int
-    height: int
-    frames: int
-    rows: int
-    cols: int
-    places: Int[np.ndarray, "token 3"]
-    boxes: Float[np.ndarray, "token 4"]
-    times: Float[np.ndarray, " frame"]
-    patch_frames: int
-    patch_rows: int
-    patch_cols: int
-    patch_places: Int[np.ndarray, "patch 3"]
-    tiles: Int[np.ndarray, " token"] | None = None
-    thumbnail: Thumbnail | None = None
-
-    def arranged(
-        self, values: Float[np.ndarray, " token"], view: str = IMAGE, *, number: int = 0
-    ) -> Float[np.ndarray, "frame row col"]:
-        """Arrange one value per token, or per vision-tower position, on the grid of each frame.
-
-        Args:
-            values: Values in sequence order, including tokens outside the grid.
-            view: ``"image"`` for the frames, ``"thumbnail"`` for the thumbnails of tiled frames.
-            number: Number of the video, for messages.
-
-        Returns:
-            The values on the grid; NaN in cells without a token.
-
-        Raises:
-            GeometryError: There is no such view, or the number of values is neither that of the
-                tokens nor that of the vision positions.
-        """
-        of = self.of_view(view, f"Video {number}")
-        tokens = (self.frames, of.rows, of.cols)
-        patches = (self.patch_frames, of.patch_rows, of.patch_cols)
-        for places, shape in ((of.places, tokens), (of.patch_places, patches)):
-            if values.shape == (len(places),):
-                return place_on_grid(values, places, *shape)
-        raise GeometryError(
-            f"Video {number} has {len(self.places)} tokens ({_times(tokens)}) and "
-            f"{len(self.patch_places)} vision positions ({_times(patches)}); "
-            f"got values of shape {values.shape}."
-        )
-
 
 VideoRule = Callable[[Any, Any, Mapping[str, Any], Sequence[Video]], list[VideoGrid]]
 """``(processor, config, inputs, videos) -> grids``: one grid per video, in order."""
@@ -293,10 +222,6 @@ def _extent(places: Int[np.ndarray, "token 3"]) -> tuple[int, int, int]:
     """Return the numbers of frames, rows and columns that the cells span."""
     frames, rows, cols = (places.max(0) + 1).tolist()
     return frames, rows, cols
-
-
-def _times(sizes: tuple[int, ...]) -> str:
-    return " x ".join(map(str, sizes))
 
 
 def whole(video: Video) -> Box:

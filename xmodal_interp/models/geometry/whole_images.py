@@ -25,22 +25,18 @@ from PIL import Image
 from transformers.image_utils import SizeDict
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.geometry.grid import (
-    Box,
+from xmodal_interp.models.geometry.cells import (
     Cells,
-    ImageGrid,
-    Rule,
     image_grid,
     in_blocks,
     joined,
     nowhere,
     patch_side,
-    raster,
     rectangle,
     shifted,
-    unplaced,
     vision_of,
 )
+from xmodal_interp.models.geometry.grid import Box, ImageGrid, Rule, raster, unplaced
 from xmodal_interp.models.geometry.processor_steps import check_replayed, setting, shown, whole
 
 Show = Callable[[Any, Image.Image, int, int], Box]
