@@ -17,9 +17,9 @@ import typer
 
 import xmodal_interp as xi
 from xmodal_interp import figures
-from xmodal_interp.models import SHIPPED
 from xmodal_interp.shapes import sample_scene
 from xmodal_interp.shapes.tiny_models import untrained
+from xmodal_interp.vocabulary import SHIPPED
 
 
 def main(

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+import xmodal_interp as xi
 from tests.tiny import picture
 from xmodal_interp import block_statistics
 from xmodal_interp.cli.commands import app
@@ -179,7 +180,7 @@ def test_a_type_error_inside_an_analysis_is_raised(store, monkeypatch) -> None:
     def broken(store, queries=None):
         return len(store) + queries  # an int and a string
 
-    monkeypatch.setitem(ANALYSES, "token-ratio", broken)
+    monkeypatch.setattr(xi.analysis, "token_ratio", broken)
     result = run(app, ["analyze", str(store), "token-ratio", "--queries", "shapes"])
     assert isinstance(result.exception, TypeError)
 

@@ -25,6 +25,18 @@ def test_the_package_is_imported_without_what_it_does_not_need() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_help_of_the_command_line_imports_no_heavy_library() -> None:
+    program = (
+        "import sys; from typer.testing import CliRunner; "
+        "from xmodal_interp.cli.commands import app; "
+        "done = CliRunner().invoke(app, ['--help']); assert 'capture' in done.output; "
+        "heavy = {'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_public_name_exists() -> None:
     assert "capture" in xi.__all__
     for name in xi.__all__:

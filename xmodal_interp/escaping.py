@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 _BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # change the direction of the following text
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
@@ -49,10 +51,12 @@ def for_spreadsheets(table: pd.DataFrame) -> pd.DataFrame:
     These are strings of two or more characters that start with ``=``, ``+``, ``-``, ``@``, a tab or
     a carriage return. Numbers are not changed.
     """
+    from pandas.api.types import is_object_dtype, is_string_dtype
+
     texts = [
         name
         for name, dtype in table.dtypes.items()
-        if pd.api.types.is_string_dtype(dtype) or pd.api.types.is_object_dtype(dtype)
+        if is_string_dtype(dtype) or is_object_dtype(dtype)
     ]
     if not texts:
         return table

@@ -23,6 +23,9 @@ TOKEN_KINDS: tuple[TokenKind, ...] = ("image", "video", "text", "special", "padd
 ROLES: tuple[str, ...] = ("system", "user", "generated", "template")
 VISUAL_KINDS: tuple[TokenKind, ...] = ("image", "video")
 
+SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")
+"""Names of the tiny trained models that are shipped with the package."""
+
 
 class Keyword(str):
     """A selector such as ``"last"`` that is never searched for in the text.

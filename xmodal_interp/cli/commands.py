@@ -1,4 +1,8 @@
-"""The command line ``xmodal``: each command calls a public function."""
+"""The command line ``xmodal``: each command calls a public function.
+
+Commands use the public names of the package, which are imported when a command runs. ``--help``
+therefore imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import typer
 
-from xmodal_interp.arguments import user_path
-from xmodal_interp.capturing.dataset import capture_dataset
-from xmodal_interp.capturing.items import read_items
-from xmodal_interp.capturing.run import Keep
-from xmodal_interp.cli.menu import ANALYSES, FIGURES, Offer, described, options_of
+import xmodal_interp as xi
+from xmodal_interp.cli.menu import ANALYSES, FIGURES, listing, options_of
 from xmodal_interp.cli.printing import (
     Group,
     check_output,
@@ -24,13 +24,8 @@ from xmodal_interp.cli.printing import (
     show_store,
     write,
 )
-from xmodal_interp.demo import run_demo
 from xmodal_interp.errors import InputError
-from xmodal_interp.hooks import attention_modules
-from xmodal_interp.models import SHIPPED, VLM, load, support
-from xmodal_interp.sample import Sample
-from xmodal_interp.store import Store, check_store, open_store
-from xmodal_interp.verification import doctor as checked
+from xmodal_interp.vocabulary import SHIPPED
 
 app = typer.Typer(
     cls=Group,
@@ -48,7 +43,7 @@ app = typer.Typer(
 )
 
 
-def _one_of(offer: Offer, metavar: str) -> Any:
+def _one_of(offer: tuple[str, ...], metavar: str) -> Any:
     """Return a command argument whose value must be one of the names in ``offer``."""
 
     def known(name: str) -> str:
@@ -87,7 +82,7 @@ def demo(
 
     It takes about a minute on two cores, offline.
     """
-    findings = run_demo(folder, n_scenes=scenes, force=force)
+    findings = xi.demo.run_demo(folder, n_scenes=scenes, force=force)
     for line in findings.lines:
         say(f"• {line}")
     say(f"\nAll files are in {folder}; start with {folder / 'report.html'}.")
@@ -130,13 +125,13 @@ def capture(
 
     Run it again with the same store and settings to capture only the missing samples.
     """
-    written = capture_dataset(
+    written = xi.capture_dataset(
         _loaded(model, dtype, device_map),
         _asked(items, image, prompt, name),
         store,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        keep=Keep(
+        keep=xi.Keep(
             layers=None if not layers else tuple(layers),
             queries="text" if text_rows else "all",
             probabilities=probabilities,
@@ -145,7 +140,7 @@ def capture(
     show_store(written)
 
 
-@app.command(epilog="Analyses:\n\n" + described(ANALYSES, ("queries",)))
+@app.command(cls=listing("Analyses", "analysis", ANALYSES, ("queries",)))
 def analyze(
     store: Folder,
     name: Annotated[str, _one_of(ANALYSES, "ANALYSIS")],
@@ -164,8 +159,8 @@ def analyze(
     """Run one analysis on all samples of a store; print the table or write it to a file."""
     if path is not None:
         check_output(path, force=force)
-    function = ANALYSES[name]
-    table = function(open_store(store), **options_of(function, name, {"queries": queries}))
+    analysis, options = options_of("analysis", name, {"queries": queries})
+    table = analysis(xi.open_store(store), **options)
     if path is None:
         show_long(table, rows)
     else:
@@ -173,7 +168,7 @@ def analyze(
         say(f"{len(table)} rows written to {path}")
 
 
-@app.command(epilog="Figures:\n\n" + described(FIGURES, ("queries", "layer", "head")))
+@app.command(cls=listing("Figures", "figures", FIGURES, ("queries", "layer", "head")))
 def plot(
     store: Folder,
     name: Annotated[str, _one_of(FIGURES, "FIGURE")],
@@ -191,10 +186,10 @@ def plot(
 ) -> None:
     """Draw one figure of one sample."""
     check_output(path, force=force)
-    function = FIGURES[name]
-    options = options_of(function, name, {"queries": queries, "layer": layer, "head": head})
-    chosen = _sample(open_store(store), sample)
-    function(chosen, **options, path=path)
+    given = {"queries": queries, "layer": layer, "head": head}
+    figure, options = options_of("figures", name, given)
+    chosen = _sample(xi.open_store(store), sample)
+    figure(chosen, **options, path=path)
     say(f"{chosen.name}: {chosen.question!r} -> {chosen.answer!r}; written to {path}")
 
 
@@ -206,11 +201,15 @@ def info(
     ],
 ) -> None:
     """Print the settings of a store, or the attention layers of a model."""
+    import pandas as pd
+
+    from xmodal_interp.arguments import user_path
+
     if (user_path(what) / "manifest.json").exists():
-        show_store(open_store(what))
+        show_store(xi.open_store(what))
         return
-    vlm = load(what)
-    modules = attention_modules(vlm.model).values()
+    vlm = xi.load(what)
+    modules = xi.hooks.attention_modules(vlm.model).values()
     rows = pd.DataFrame([(i.tower, i.kind, i.layer, i.module) for i in modules])
     rows.columns = pd.Index(["tower", "kind", "layer", "module"])
     groups = rows.groupby(["tower", "kind"], sort=False)
@@ -227,7 +226,7 @@ def info(
 @app.command()
 def check(store: Folder) -> None:
     """Verify all checksums of a store; exit code 1 if a file is damaged or missing."""
-    table = check_store(store)
+    table = xi.check_store(store)
     bad = table[~table["ok"]]
     if len(bad):
         show(bad)
@@ -255,7 +254,7 @@ def doctor(
 
     Example: `xmodal doctor Qwen/Qwen2-VL-2B-Instruct cat.png "Where is it?"`
     """
-    checkup = checked(_loaded(name, dtype, device_map), image, prompt)
+    checkup = xi.doctor(_loaded(name, dtype, device_map), image, prompt)
     show(checkup.table)
     if len(checkup.layers):
         show_long(checkup.layers, len(checkup.layers))
@@ -275,6 +274,8 @@ def families(
 
     Measured on tiny models; `xmodal doctor NAME` measures your own model.
     """
+    from xmodal_interp.models import support
+
     if markdown:
         typer.echo(support.markdown(), nl=False)
         return
@@ -284,13 +285,13 @@ def families(
     say(f"{len(table)} types, measured with {made}; --markdown prints all columns")
 
 
-def _loaded(name: str, dtype: str, device_map: str | None) -> VLM:
+def _loaded(name: str, dtype: str, device_map: str | None) -> xi.VLM:
     options: dict[str, Any] = {}
     if dtype != "auto" or name not in SHIPPED:  # shipped: stored in float16, run in float32
         options["dtype"] = dtype
     if device_map is not None:
         options["device_map"] = device_map
-    return load(name, **options)
+    return xi.load(name, **options)
 
 
 def _asked(
@@ -300,13 +301,15 @@ def _asked(
     if items is not None:
         if images or prompt is not None or name is not None:
             raise InputError("--items cannot be combined with --image, --prompt or --name.")
+        from xmodal_interp.capturing.items import read_items
+
         return read_items(items)
     if not images or prompt is None:
         raise InputError("Nothing to capture: pass --image with --prompt, or --items.")
     return [{"image": [str(path) for path in images], "prompt": prompt, "name": name}]
 
 
-def _sample(store: Store, which: str) -> Sample:
+def _sample(store: xi.Store, which: str) -> xi.Sample:
     if which in store.names:
         return store[which]
     if not which.lstrip("-").isdigit() or not -len(store) <= int(which) < len(store):

@@ -1,4 +1,7 @@
-"""The analyses and figures of the command line by name, and the options of each."""
+"""The analyses and figures of the command line by name, and the options of each.
+
+The functions are imported when a command runs or its help is printed.
+"""
 
 from __future__ import annotations
 
@@ -6,59 +9,54 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from xmodal_interp import analysis, figures
+from typer.core import TyperCommand
+
+import xmodal_interp as xi
 from xmodal_interp.errors import InputError
 
-Offer = Mapping[str, Callable[..., Any]]
-"""Functions by their names on the command line."""
-
-ANALYSES: Offer = {
-    function.__name__.replace("_", "-"): function
-    for function in (
-        analysis.cross_modal_ratio,
-        analysis.token_ratio,
-        analysis.block_statistics,
-        analysis.cross_modal_summary,
-        analysis.attention_allocation,
-        analysis.attention_rollout,
-        analysis.positional_bias,
-        analysis.recency_index,
-        analysis.attention_sinks,
-        analysis.sink_rate,
-        analysis.raster_bias,
-        analysis.raster_profile,
-        analysis.attention_entropy,
-        analysis.attention_distance,
-    )
-}
-FIGURES: Offer = {
-    function.__name__.replace("_", "-"): function
-    for function in (
-        figures.overlay,
-        figures.overlays,
-        figures.head_overlays,
-        figures.layer_overlays,
-        figures.token_head_grid,
-        figures.attention_matrix,
-        figures.token_patch_matrix,
-        figures.mask_structure,
-    )
-}
+ANALYSES: tuple[str, ...] = (
+    "cross-modal-ratio",
+    "token-ratio",
+    "block-statistics",
+    "cross-modal-summary",
+    "attention-allocation",
+    "attention-rollout",
+    "positional-bias",
+    "recency-index",
+    "attention-sinks",
+    "sink-rate",
+    "raster-bias",
+    "raster-profile",
+    "attention-entropy",
+    "attention-distance",
+)
+FIGURES: tuple[str, ...] = (
+    "overlay",
+    "overlays",
+    "head-overlays",
+    "layer-overlays",
+    "token-head-grid",
+    "attention-matrix",
+    "token-patch-matrix",
+    "mask-structure",
+)
 
 
 def options_of(
-    function: Callable[..., Any], name: str, given: Mapping[str, object]
-) -> dict[str, Any]:
-    """Return the options that were passed, after a check against the function's parameters.
+    package: str, name: str, given: Mapping[str, object]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return a function and the options that were passed, after a check against its parameters.
 
     Args:
-        function: An analysis or a figure; its first parameter is the store or the sample.
-        name: Its name on the command line.
+        package: ``"analysis"`` or ``"figures"``.
+        name: Name of the function on the command line. Its first parameter is the store or the
+            sample.
         given: The value of each option; None if the option was not passed.
 
     Raises:
         InputError: The function does not take an option, or a required option is missing.
     """
+    function = _function(package, name)
     _, *others = inspect.signature(function).parameters.values()
     options = {option: value for option, value in given.items() if value is not None}
     for option in options:
@@ -70,15 +68,32 @@ def options_of(
         )
         if needed and parameter.name not in options:
             raise InputError(f"{name} requires --{parameter.name}.")
-    return options
+    return function, options
 
 
-def described(offer: Offer, options: tuple[str, ...]) -> str:
-    """Return a Markdown list: each name, the summary of its function, and its options."""
-    lines = []
-    for name, function in offer.items():
-        doc = (inspect.getdoc(function) or "").splitlines()[0]
-        parameters = inspect.signature(function).parameters
-        taken = " ".join(f"`--{option}`" for option in options if option in parameters)
-        lines.append(f"* `{name}`: {doc}{' ' if taken else ''}{taken}")
-    return "\n".join(lines)
+def listing(
+    title: str, package: str, names: tuple[str, ...], options: tuple[str, ...]
+) -> type[TyperCommand]:
+    """Return a class of commands whose help ends with a list of functions and their options."""
+
+    class Listing(TyperCommand):
+        """Adds the list when the help is printed, because it imports the functions."""
+
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            """Print the help and the list."""
+            lines = [f"{title}:", ""]
+            for name in names:
+                function = _function(package, name)
+                doc = (inspect.getdoc(function) or "").splitlines()[0]
+                parameters = inspect.signature(function).parameters
+                taken = " ".join(f"`--{option}`" for option in options if option in parameters)
+                lines.append(f"* `{name}`: {doc}{' ' if taken else ''}{taken}")
+            self.epilog = "\n".join(lines)
+            super().format_help(ctx, formatter)
+
+    return Listing
+
+
+def _function(package: str, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(getattr(xi, package), name.replace("-", "_"))
+    return function

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import typer
 from rich.cells import cell_len
 from rich.console import Console
@@ -14,10 +13,12 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from xmodal_interp.arguments import user_path
+import xmodal_interp as xi
 from xmodal_interp.errors import InputError, XmodalError
 from xmodal_interp.escaping import for_spreadsheets, printable
-from xmodal_interp.store import Store, store_around
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 out, err = Console(), Console(stderr=True)
 
@@ -58,7 +59,7 @@ def show(table: pd.DataFrame) -> None:
     """Print a table; cells wider than the terminal are wrapped."""
     shown = Table(box=None, header_style="bold")
     for column, dtype in table.dtypes.items():
-        right = pd.api.types.is_numeric_dtype(dtype)
+        right = dtype.kind in "biufc"
         shown.add_column(Text(str(column)), justify="right" if right else "left")
     for row in table.itertuples(index=False):
         shown.add_row(*(Text(_cell(value)) for value in row))
@@ -99,7 +100,7 @@ def _side_by_side(table: pd.DataFrame, width: int) -> list[list[str]]:
         str(name): 2 + max(cell_len(str(name)), *(cell_len(_cell(value)) for value in table[name]))
         for name in table
     }
-    fractions = [pd.api.types.is_float_dtype(dtype) for dtype in table.dtypes]
+    fractions = [dtype.kind == "f" for dtype in table.dtypes]
     n_keys = fractions.index(True) if any(fractions) else 0
     names = list(widths)
     keys, values = names[:n_keys], names[n_keys:]
@@ -114,11 +115,13 @@ def _side_by_side(table: pd.DataFrame, width: int) -> list[list[str]]:
     return parts
 
 
-def show_store(store: Store) -> None:
+def show_store(store: xi.Store) -> None:
     """Print the size of a store and the settings of its samples."""
+    import pandas as pd
+
     say(f"{store.path}: {len(store)} samples, {store.n_bytes / 1e6:.1f} MB")
     about = {**store.manifest, **store.manifest["settings"]}
-    rows = [(name, _in_words(value)) for name, value in about.items() if name != "settings"]
+    rows = [(name, _formatted(value)) for name, value in about.items() if name != "settings"]
     show(pd.DataFrame(rows, columns=["setting", "value"]))
 
 
@@ -129,8 +132,10 @@ def check_output(path: Path, *, force: bool) -> None:
         InputError: The file is inside a store, is a symbolic link or a folder, or exists and
             ``force`` is False.
     """
+    from xmodal_interp.arguments import user_path
+
     path = user_path(path)
-    around = store_around(path)
+    around = xi.store.store_around(path)
     if around is not None:
         raise InputError(
             f"{str(path)!r} is inside the store {str(around)!r}, where only samples are written. "
@@ -151,6 +156,8 @@ def write(table: pd.DataFrame, path: Path) -> None:
     Raises:
         InputError: The extension is not .csv, .parquet or .json, or the file cannot be written.
     """
+    from xmodal_interp.arguments import user_path
+
     writers: dict[str, Callable[[pd.DataFrame], object]] = {
         ".csv": lambda t: for_spreadsheets(t).to_csv(path, index=False),
         ".parquet": lambda t: t.to_parquet(path, index=False),
@@ -167,17 +174,19 @@ def write(table: pd.DataFrame, path: Path) -> None:
 
 
 def _cell(value: object) -> str:
+    import pandas as pd
+
     if value is pd.NA or (isinstance(value, float) and pd.isna(value)):
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else printable(str(value), lines=False)
 
 
-def _in_words(value: object) -> str:
+def _formatted(value: object) -> str:
     """Format a setting: lists are separated by commas, the entries of a mapping as name value."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_in_words(each)}" for name, each in value.items())
+        return ", ".join(f"{name} {_formatted(each)}" for name, each in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_in_words, value))
+        return ", ".join(map(_formatted, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value is None else str(value)

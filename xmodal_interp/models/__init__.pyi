@@ -3,7 +3,7 @@ from .generation import checked_length
 from .geometry import ImageGrid, Thumbnail, VideoGrid, place_on_grid
 from .geometry.patch_order import square_windows, tiles_behind, window_orders
 from .labels import Prompt, check_whole, prompt_ids
-from .loading import SHIPPED, load
+from .loading import load
 from .media import ImageLike, Video, open_image, open_video
 from .model_state import (
     CheckpointReport,
@@ -18,7 +18,6 @@ from .vlm import VLM, check_vlm
 
 __all__ = [
     "FAMILIES",
-    "SHIPPED",
     "VLM",
     "CheckpointReport",
     "Family",

@@ -21,8 +21,7 @@ from xmodal_interp.errors import InputError, UnsupportedModelError, quoted
 from xmodal_interp.models.model_state import CheckpointReport
 from xmodal_interp.models.records import family_of
 from xmodal_interp.models.vlm import VLM
-
-SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")
+from xmodal_interp.vocabulary import SHIPPED
 
 _LONGEST_NAME = 4096  # maximal length of a path in bytes
 _UNREADABLE = (OSError, RuntimeError, SafetensorError, EOFError, UnpicklingError)
