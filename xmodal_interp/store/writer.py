@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from xmodal_interp.arguments import user_path
 from xmodal_interp.errors import StoreError
 from xmodal_interp.sample import Sample
@@ -68,7 +70,7 @@ class StoreWriter:
         self._listed: set[str] = set()
         self._is_list_whole = True
         self._images = images
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
         try:
             self._open(json.loads(schema.json_text(settings)))
         except StoreError:
@@ -169,7 +171,7 @@ class StoreWriter:
     def close(self) -> None:
         """Release the lock."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def record(self, name: str) -> dict[str, Any]:
@@ -332,28 +334,24 @@ def _sync_folder(path: Path) -> None:
             os.close(handle)
 
 
-def _locked(path: Path, store: Path) -> int:
-    """Return the handle of a lock that the system releases when the process ends.
+def _locked(path: Path, store: Path) -> FileLock | None:
+    """Return the lock, which the system releases when the process ends.
 
-    Nothing is locked on Windows and on file systems without locks.
+    File systems without locks are used without one.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    if sys.platform != "win32":
-        import fcntl
-
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise StoreError(
-                f"Another writer has {store} open. Wait until it has finished, or write to another "
-                "folder."
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                os.close(handle)
-                raise
-    return handle
+    lock = FileLock(path, blocking=False, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StoreError(
+            f"Another writer has {store} open. Wait until it has finished, or write to another "
+            "folder."
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        return None
+    return lock
 
 
 def _check_same(path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
