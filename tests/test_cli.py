@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from tests.tiny import picture
+from tests.helpers.tiny import picture
 from xmodal_interp import block_statistics
 from xmodal_interp.cli import app
 from xmodal_interp.hooks.knockout import KnockOut

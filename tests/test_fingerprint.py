@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 import xmodal_interp as xi
-from tests.store.made import items, shipped
+from tests.helpers.store_samples import items, shipped
 from xmodal_interp.dataset import capture_dataset
 from xmodal_interp.errors import StoreError
 from xmodal_interp.fingerprint import fingerprint

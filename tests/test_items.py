@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.store.made import items, shipped
+from tests.helpers.store_samples import items, shipped
 from xmodal_interp.dataset import capture_dataset
 from xmodal_interp.errors import InputError
 from xmodal_interp.items import checked

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.models.real import real
-from tests.tiny import picture
+from tests.helpers.real import real
+from tests.helpers.tiny import picture
 from xmodal_interp.capturing import capture
 from xmodal_interp.errors import InputError, PhraseError
 from xmodal_interp.models import VLM

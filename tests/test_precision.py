@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import xmodal_interp as xi
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention.precision import full_precision
 
 

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tests.figures.made import fake
-from tests.store.made import sample as stored
+from tests.helpers.figure_samples import fake
+from tests.helpers.store_samples import sample as stored
 from xmodal_interp import figures, printing
 from xmodal_interp.cli import app
 from xmodal_interp.demo.report import _template

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import torch
 
-from tests.analysis.fakes import sample_of
+from tests.helpers.synthetic import sample_of
 from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
 
 

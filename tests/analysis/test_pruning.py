@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from tests import replicas
-from tests.tiny import picture, tiny_vlm
+from tests.helpers import replicas
+from tests.helpers.tiny import picture, tiny_vlm
 from xmodal_interp.analysis.answering import answer_accuracy
 from xmodal_interp.analysis.cumulative import _summary, pruning_curve
 from xmodal_interp.analysis.pruning import head_pruning

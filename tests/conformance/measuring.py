@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from tests.conformance.building import Tiny
 from tests.conformance.spying import Heard, spy
+from tests.helpers.building import Tiny
 from xmodal_interp.hooks.exactness import Exactness
 from xmodal_interp.hooks.recorder import listening
 from xmodal_interp.hooks.recording import Choice, Recording

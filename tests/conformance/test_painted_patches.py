@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 
 import xmodal_interp as xi
-from tests.models.real import prompt as written
-from tests.models.real import real, settled
-from tests.models.records import RECORDS
+from tests.helpers.families import RECORDS
+from tests.helpers.real import prompt as written
+from tests.helpers.real import real, settled
 from xmodal_interp.hooks.painting import painted_patches
 from xmodal_interp.models import windows
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests import replicas
+from tests.helpers import replicas
 from xmodal_interp.analysis.resampling import mean_intervals
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation.intervals import bootstrap_interval, holm_adjusted

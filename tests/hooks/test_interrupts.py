@@ -21,7 +21,7 @@ from torch.overrides import _get_current_function_mode_stack
 from transformers.modeling_utils import AttentionInterface
 
 import xmodal_interp as xi
-from tests.models.real import real, settled
+from tests.helpers.real import real, settled
 from xmodal_interp import restoring
 from xmodal_interp.hooks import compiled, own_context, tapping
 from xmodal_interp.hooks import kernel as kernels

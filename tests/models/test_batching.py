@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.models.real import real
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.real import real
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.analysis.teacher_forcing import answer_scores
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import VLM, Video

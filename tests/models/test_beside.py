@@ -15,9 +15,8 @@ from transformers import (
 )
 
 import xmodal_interp as xi
-from tests.models.real import real, settled
-from tests.models.test_capturing_families import asked
-from tests.tiny import picture
+from tests.helpers.real import asked, real, settled
+from tests.helpers.tiny import picture
 from xmodal_interp.analysis.teacher_forcing import METRICS, answer_scores
 from xmodal_interp.capturing import capture_batch
 from xmodal_interp.errors import GeometryError, InputError

@@ -3,7 +3,7 @@
 import pytest
 from transformers import BertTokenizer
 
-from tests.models.real import real
+from tests.helpers.real import real
 from xmodal_interp.models.tokens import generated_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
