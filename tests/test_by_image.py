@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import xmodal_interp as xi
-from tests.models.real import real, settled
+from tests.helpers.real import real, settled
 from xmodal_interp.attention import AttentionCall, reordered
 from xmodal_interp.capturing.vision_calls import calls_by_image
 from xmodal_interp.errors import CaptureError

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.models.real import real
-from tests.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.capturing.run import Keep, capture, capture_batch
+from tests.helpers.real import real
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.capturing import Keep, capture, capture_batch
 from xmodal_interp.errors import (
     GeometryError,
     InputError,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import xmodal_interp as xi
-from tests.models.real import real
+from tests.helpers.clips import QUESTION, clip, noise, vlm_of
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import open_video
@@ -17,7 +17,6 @@ from xmodal_interp.models.processor_calls import runs_alone
 pytestmark = pytest.mark.filterwarnings(  # processors warn about their own deprecations
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
-QUESTION = "where is the red circle?"
 TYPES = [
     *("gemma4", "gemma4_unified", "smolvlm", "glm5_next"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen2_5_omni_thinker", "exaone4_5"),
@@ -39,19 +38,6 @@ ONLY_CACHED = {"ernie4_5_vl_moe"}
 MERGING = {"minicpmv4_6", "minicpmv4_7"}
 """Types whose tower merges four patches into one after its first layer."""
 STEPS = {"max_new_tokens": 4, "generation": {"min_new_tokens": 4}}
-
-
-def noise(width: int, height: int, seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def clip(n_frames: int, seed: int, width: int = 96, height: int = 64) -> xi.Video:
-    return xi.Video([noise(width, height, 10 * seed + i) for i in range(n_frames)], fps=2.0)
-
-
-def vlm_of(model_type: str) -> xi.VLM:
-    return xi.VLM(*real(model_type))
 
 
 def close(one: AttentionCall, other: AttentionCall) -> None:

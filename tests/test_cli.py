@@ -4,8 +4,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-import xmodal_interp as xi
-from tests.tiny import picture
+from tests.helpers.tiny import picture
 from xmodal_interp import block_statistics
 from xmodal_interp.cli.commands import app
 from xmodal_interp.cli.menu import ANALYSES, FIGURES

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import xmodal_interp as xi
-from tests.figures.made import fake
-from tests.fuzzing import nested, raw_errors
+from tests.helpers.figure_samples import fake
+from tests.helpers.fuzzing import nested, raw_errors
 from xmodal_interp import evaluation
 from xmodal_interp.analysis.tables import samples_of
 from xmodal_interp.errors import InputError, LayerError
@@ -21,7 +21,7 @@ N_CALLS = 250
 
 @pytest.mark.usefixtures("any_type")
 def test_random_arguments_raise_only_errors_of_this_package() -> None:
-    """``python -m tests.fuzzing 10000`` makes more calls."""
+    """``python -m tests.helpers.fuzzing 10000`` makes more calls."""
     found = raw_errors(N_CALLS, seed=0)
     assert [what for what in found if what.startswith("raw ")] == []
     assert found["results"] > N_CALLS / 20

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import xmodal_interp as xi
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 
 FORMS = {
     "generator": lambda many: (each for each in many),

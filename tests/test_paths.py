@@ -12,11 +12,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import xmodal_interp as xi
-from tests.analysis.fakes import captured
-from tests.figures.made import fake
-from tests.models.real import real, settled
-from tests.store.made import SETTINGS
-from tests.store.made import sample as stored
+from tests.helpers.figure_samples import fake
+from tests.helpers.real import real, settled
+from tests.helpers.store_samples import SETTINGS
+from tests.helpers.store_samples import sample as stored
+from tests.helpers.synthetic import captured
 from xmodal_interp import figures
 from xmodal_interp.arguments import user_path
 from xmodal_interp.cli.commands import app

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.models.real import real
-from tests.tiny import picture
-from xmodal_interp.capturing.run import capture
+from tests.helpers.real import real
+from tests.helpers.tiny import picture
+from xmodal_interp.capturing import capture
 from xmodal_interp.errors import InputError, PhraseError
 from xmodal_interp.models import VLM
 from xmodal_interp.text_search import span_of

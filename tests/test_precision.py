@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 import xmodal_interp as xi
-from tests.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.attention.kernels import full_precision
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.attention.precision import full_precision
 
 
 @contextmanager

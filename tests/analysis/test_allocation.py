@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.analysis.fakes import dense_call, grid, random_call, sample_of, uniform_call
-from tests.replicas import fastv_allocation
+from tests.helpers.replicas import fastv_allocation
+from tests.helpers.synthetic import dense_call, grid, random_call, sample_of, uniform_call
 from xmodal_interp.analysis import attention_allocation
 from xmodal_interp.errors import InputError
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.analysis.fakes import dense_call, grid, random_call, sample_of, uniform_call
-from tests.replicas import block, seed_statistics
+from tests.helpers.replicas import block, seed_statistics
+from tests.helpers.synthetic import dense_call, grid, random_call, sample_of, uniform_call
 from xmodal_interp.analysis import block_statistics, cross_modal_summary
 from xmodal_interp.errors import InputError, NotRecordedError
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import xmodal_interp as xi
-from tests.analysis.fakes import random_call
-from tests.models.painting import textured
-from tests.models.real import real, settled
-from tests.tiny import QUESTION, tiny_vlm
+from tests.helpers.pixel_changes import textured
+from tests.helpers.real import real, settled
+from tests.helpers.synthetic import random_call
+from tests.helpers.tiny import QUESTION, tiny_vlm
 from xmodal_interp import figures
 from xmodal_interp.errors import GeometryError, InputError, NotRecordedError
 from xmodal_interp.evaluation import pointing_hits

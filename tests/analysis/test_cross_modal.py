@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import xmodal_interp as xi
-from tests.analysis.fakes import (
+from tests.helpers.replicas import ratio_of_a_query
+from tests.helpers.synthetic import (
     captured,
     dense_call,
     grid,
@@ -17,7 +18,6 @@ from tests.analysis.fakes import (
     shipped,
     uniform_call,
 )
-from tests.replicas import ratio_of_a_query
 from xmodal_interp.analysis import cross_modal_ratio, token_ratio
 from xmodal_interp.errors import InputError, LayerError, NotRecordedError
 from xmodal_interp.sample import Sample

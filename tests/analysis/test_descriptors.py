@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.analysis.fakes import captured, dense_call, grid, random_call, sample_of, uniform_call
-from tests.models.real import real
-from tests.replicas import attention_distance as slow_distance
-from tests.replicas import entropy
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.real import real
+from tests.helpers.replicas import attention_distance as slow_distance
+from tests.helpers.replicas import entropy
+from tests.helpers.synthetic import captured, dense_call, grid, random_call, sample_of, uniform_call
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.analysis import attention_distance, attention_entropy
 from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import GeometryError, InputError

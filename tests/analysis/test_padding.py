@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import xmodal_interp as xi
-from tests.analysis.fakes import grid, random_call, sample_of
-from tests.models.real import real
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.real import real
+from tests.helpers.synthetic import grid, random_call, sample_of
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp import evaluation
 from xmodal_interp.models import VLM, load
 from xmodal_interp.sample import Sample

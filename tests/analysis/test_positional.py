@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.analysis.fakes import captured, dense_call, grid, random_call, sample_of, uniform_call
-from tests.replicas import profile
+from tests.helpers.replicas import profile
+from tests.helpers.synthetic import captured, dense_call, grid, random_call, sample_of, uniform_call
 from xmodal_interp.analysis import positional_bias, recency_index
 from xmodal_interp.errors import InputError
 

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.analysis.fakes import dense_call, grid, random_call, sample_of, shipped, uniform_call
-from tests.models.real import real
-from tests.tiny import QUESTION, picture
+from tests.helpers.real import real
+from tests.helpers.synthetic import dense_call, grid, random_call, sample_of, shipped, uniform_call
+from tests.helpers.tiny import QUESTION, picture
 from xmodal_interp.analysis import raster_bias, raster_map, raster_profile
 from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import GeometryError, InputError

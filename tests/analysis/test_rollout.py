@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.analysis.fakes import captured, dense_call, grid, random_call, sample_of, uniform_call
-from tests.replicas import rollout_of_a_variant, rollout_of_abnar_and_zuidema
+from tests.helpers.replicas import rollout_of_a_variant, rollout_of_abnar_and_zuidema
+from tests.helpers.synthetic import captured, dense_call, grid, random_call, sample_of, uniform_call
 from xmodal_interp.analysis import attention_rollout, rollout_matrix
 from xmodal_interp.analysis.rollout import Rule
 from xmodal_interp.errors import InputError, NotRecordedError

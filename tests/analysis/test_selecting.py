@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import xmodal_interp as xi
-from tests.analysis.fakes import captured, grid, random_call, sample_of, shipped
-from tests.figures.made import words
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.figure_samples import words
+from tests.helpers.synthetic import captured, grid, random_call, sample_of, shipped
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp import evaluation, figures, vocabulary
 from xmodal_interp.errors import InputError, LayerError, PhraseError, PositionError
 from xmodal_interp.hooks.attention_modules import checked_heads

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.analysis.fakes import captured, dense_call, grid, random_call, sample_of, uniform_call
-from tests.replicas import received
+from tests.helpers.replicas import received
+from tests.helpers.synthetic import captured, dense_call, grid, random_call, sample_of, uniform_call
 from xmodal_interp.analysis import attention_sinks, sink_rate
 from xmodal_interp.errors import InputError
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import xmodal_interp as xi
-from tests.test_capturing_videos import QUESTION, clip, noise, vlm_of
+from tests.helpers.clips import QUESTION, clip, noise, vlm_of
 from xmodal_interp.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

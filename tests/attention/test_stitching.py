@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.attention_variants import BACKBONES, llava_over
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention import AttentionCall, stitch
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import record
@@ -14,44 +14,6 @@ from xmodal_interp.hooks import record
 STEPS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
-def llava_over(text: str, **options) -> LlavaForConditionalGeneration:
-    """The tiny LLaVA with another language model: one with windows, soft-caps or sinks."""
-    known = tiny_vlm("llava").model.config
-    small = {
-        "model_type": text,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": known.text_config.vocab_size,
-        "pad_token_id": 0,
-        **options,
-    }
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=known.vision_config.to_dict(),
-        text_config=small,
-        image_token_id=known.image_token_id,
-        image_seq_length=144,
-        vision_feature_layer=known.vision_feature_layer,
-        vision_feature_select_strategy=known.vision_feature_select_strategy,
-    )
-    model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "q_proj.weight" in name:
-                weight.mul_(20)
-    return model
-
-
-BACKBONES = {
-    "llama": {},
-    "mistral": {"sliding_window": 40},
-    "gemma2": {"sliding_window": 40, "query_pre_attn_scalar": 8},
-    "gpt_oss": {"sliding_window": 40, "num_local_experts": 2, "num_experts_per_tok": 1},
-}
 CACHES = {
     "dynamic": {},
     "static": {"cache_implementation": "static", "disable_compile": True},

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from tests.conformance import extras, pictures, prompts
 from tests.conformance.overrides import Record
-from tests.conformance.shrinking import SIDE
+from tests.helpers.tiny_configs import SIDE
 
 Inputs = dict[str, Any]
 

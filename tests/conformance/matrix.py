@@ -18,11 +18,11 @@ import torch
 import transformers
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from tests.conformance.building import tiny, types
 from tests.conformance.known import NO_VIDEO, NOT_SQUARE, WRONG
 from tests.conformance.measuring import Measured, measured
 from tests.conformance.overrides import CLIPS
-from tests.models.records import RECORDS
+from tests.helpers.building import tiny, types
+from tests.helpers.families import RECORDS
 from xmodal_interp.hooks import Identity
 from xmodal_interp.models import support
 

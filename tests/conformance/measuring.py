@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from tests.conformance.building import Tiny
 from tests.conformance.spying import Heard, spy
-from xmodal_interp.hooks.recorder import Choice, Recording, listening
-from xmodal_interp.verification.exactness import Exactness
+from tests.helpers.building import Tiny
+from xmodal_interp.hooks.exactness import Exactness
+from xmodal_interp.hooks.recorder import listening
+from xmodal_interp.hooks.recording import Choice, Recording
 
 WORST = pytest.StashKey[dict[str, float]]()  # by model, for the summary of a test run
 

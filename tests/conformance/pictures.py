@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from tests.conformance.shrinking import SIDE
+from tests.helpers.tiny_configs import SIDE
 
 Pixels = dict[str, Any]
 VISION = ("vision_config", "image_config", "encoder", "vlm_config")

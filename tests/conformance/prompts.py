@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.conformance.overrides import Record
 from tests.conformance.pictures import Pixels
-from tests.conformance.shrinking import FIRST_WORD, VOCABULARY
+from tests.helpers.tiny_configs import FIRST_WORD, VOCABULARY
 
 Inputs = dict[str, Any]
 IMAGE_TOKEN = ("image_token_id", "image_token_index", "image_patch_id")

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 import xmodal_interp as xi
-from tests.models.real import real, settled
-from tests.models.records import RECORDS
-from tests.models.test_capturing_families import BUILT, REFUSED, asked_in_full
-from tests.tiny import picture
+from tests.helpers.families import RECORDS
+from tests.helpers.real import GENERATING, asked_in_full, real, settled
+from tests.helpers.tiny import picture
 from xmodal_interp.models import VLM
 from xmodal_interp.sample import Sample
 
@@ -45,8 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "model_type" not in metafunc.fixturenames:
         return
     everything = metafunc.config.getoption("all_types")
-    names = [name for name in BUILT if name not in REFUSED]
-    chosen = names if everything else [n for n in names if n in SOME]
+    chosen = GENERATING if everything else [name for name in GENERATING if name in SOME]
     metafunc.parametrize("model_type", chosen)
 
 

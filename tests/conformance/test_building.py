@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.conformance.building import Tiny, representatives, tiny, types
 from tests.conformance.overrides import DUAL_ENCODERS, RECORDS, Record
 from tests.conformance.spying import spy
-from tests.conformance.weights import DYNAMICS
+from tests.helpers.building import Tiny, representatives, tiny, types
+from tests.helpers.random_weights import DYNAMICS
 
 SHARP = 0.1  # 0: uniform, 1: a single key
 

@@ -15,12 +15,12 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.attention.test_stitching import BACKBONES, llava_over
-from tests.conformance.building import STEPS, Tiny, representatives, tiny, types
 from tests.conformance.known import NO_VIDEO, NOT_SQUARE, WRONG
 from tests.conformance.measuring import WORST, Measured, measured
 from tests.conformance.overrides import CLIPS, DUAL_ENCODERS
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.attention_variants import BACKBONES, llava_over
+from tests.helpers.building import STEPS, Tiny, representatives, tiny, types
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.bypass import CHUNKED_NOTE
 

@@ -6,8 +6,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tests.conformance.building import representatives, types
 from tests.conformance.matrix import DOCUMENT, TABLE, measured_again, versions
+from tests.helpers.building import representatives, types
 from xmodal_interp.models import FAMILIES, support
 
 STALE = "is stale: run python -m tests.conformance.matrix"

@@ -14,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conformance.test_teacher_forcing import ANSWER, NAMES, SOME, vlm_of
-from tests.models.test_capturing_families import asked
-from tests.tiny import picture
-from xmodal_interp.analysis.answers import answer_scores
+from tests.helpers.real import ANSWER, GENERATING, SOME, asked, vlm_with_exact_steps
+from tests.helpers.tiny import picture
+from xmodal_interp.analysis.teacher_forcing import answer_scores
 from xmodal_interp.errors import CaptureError, UnsupportedModelError
 from xmodal_interp.evaluation.faithfulness import deletion_curve
 from xmodal_interp.hooks.embeddings import check_images_gone, mean_embeddings
@@ -44,8 +43,8 @@ OTHER_INPUTS = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "name" in metafunc.fixturenames:
         everything = metafunc.config.getoption("all_types")
-        in_sequence = [name for name in NAMES if FAMILIES[name].in_sequence]
-        some = {*ADDED_INSIDE, *OTHER_INPUTS, *SOME, "paligemma", *NAMES[1::6]}
+        in_sequence = [name for name in GENERATING if FAMILIES[name].in_sequence]
+        some = {*ADDED_INSIDE, *OTHER_INPUTS, *SOME, "paligemma", *GENERATING[1::6]}
         chosen = [name for name in in_sequence if everything or name in some]
         metafunc.parametrize("name", chosen)
 
@@ -57,7 +56,7 @@ def ready(vlm: VLM, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
 
 
 def test_with_every_token_replaced_two_images_give_the_same_logits(name: str) -> None:
-    vlm, logits = vlm_of(name), []
+    vlm, logits = vlm_with_exact_steps(name), []
     for seed in (0, 1):
         inputs, image = ready(vlm, seed)
         if name in OTHER_INPUTS:
@@ -77,7 +76,7 @@ def test_with_every_token_replaced_two_images_give_the_same_logits(name: str) ->
 @pytest.mark.parametrize("model_type", ["granite4_vision", "qwen3_vl"])
 def test_features_added_inside_are_deleted_token_by_token(model_type: str) -> None:
     """The expected means are inserted by a hook of this test, at every layer that adds features."""
-    vlm = vlm_of(model_type)
+    vlm = vlm_with_exact_steps(model_type)
     item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
     (batch,) = batches_of(vlm, [item], batch_size=1)
     kinds = np.array(batch.prompts[0].columns["kind"])
@@ -107,7 +106,7 @@ def test_features_added_inside_are_deleted_token_by_token(model_type: str) -> No
 
 def test_an_image_that_enters_in_another_way_is_refused() -> None:
     """Here a hook adds the image features to the hidden states."""
-    vlm = vlm_of("llava")
+    vlm = vlm_with_exact_steps("llava")
     inputs, image = ready(vlm)
     model = vlm.model
     seen: list[Tensor] = []

@@ -2,7 +2,7 @@
 
 from transformers import Gemma3Config, MllamaConfig
 
-from tests.conformance.shrinking import kept_layers, tiny_config
+from tests.helpers.tiny_configs import kept_layers, tiny_config
 
 
 def test_the_fewest_layers_that_include_every_kind_are_kept() -> None:

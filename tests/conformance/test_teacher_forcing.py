@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from tests.models.real import real, settled
-from tests.models.test_capturing_families import BUILT, REFUSED, SOME, asked
-from tests.tiny import picture
-from xmodal_interp.analysis.answers import answer_scores, check_causal
+from tests.helpers.real import ANSWER, GENERATING, asked, some_of, vlm_with_exact_steps
+from tests.helpers.tiny import picture
 from xmodal_interp.analysis.pruning import head_pruning
 from xmodal_interp.errors import UnsupportedModelError
 from xmodal_interp.evaluation.faithfulness import deletion_curve
@@ -33,33 +31,13 @@ from xmodal_interp.models.labels import with_answer, without_last
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
-NAMES = [name for name in BUILT if name not in REFUSED]
-ANSWER = "a red circle"
 LIMIT = 1e-5  # nats per token, in float32, of values around 10
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "name" in metafunc.fixturenames:
-        everything = metafunc.config.getoption("all_types")
-        some = [name for name in NAMES if name in (*SOME, "paligemma") or name in NAMES[1::6]]
-        metafunc.parametrize("name", NAMES if everything else some)
-
-
-def vlm_of(name: str) -> VLM:
-    """Return the tiny model of a type, without two causes of differences between its own steps.
-
-    Both are in transformers 5.23. Sparse attention (``DeepseekV32Indexer`` and its copies) keeps
-    the ``index_topk`` keys with the highest scores. Scores of 0 are frequent, and which of these
-    ties ``torch.topk`` keeps depends on the number of keys. The scan of Mamba2 clamps time steps at
-    ``time_step_limit``; its single step (``mamba2_selective_state_update``) does not.
-    """
-    vlm = VLM(real(name)[0], settled(name))
-    for module in vlm.model.modules():
-        if hasattr(module, "index_topk"):
-            module.index_topk = 10_000
-        if hasattr(module, "time_step_limit"):
-            module.time_step_limit = (0.0, float("inf"))
-    return vlm
+        names = GENERATING if metafunc.config.getoption("all_types") else some_of(GENERATING)
+        metafunc.parametrize("name", names)
 
 
 @contextmanager
@@ -103,7 +81,7 @@ def stepwise(vlm: VLM, item: dict[str, Any], ids: Sequence[int]) -> float:
 
 
 def test_the_score_of_an_answer_equals_that_of_its_steps(name: str) -> None:
-    vlm = vlm_of(name)
+    vlm = vlm_with_exact_steps(name)
     item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
     (batch,) = batches_of(vlm, [item], batch_size=1)
     (ids,) = batch.answers
@@ -116,7 +94,7 @@ def test_the_score_of_an_answer_equals_that_of_its_steps(name: str) -> None:
 
 def test_paligemma_can_be_pruned_and_its_tokens_deleted() -> None:
     """The processor returns ``labels``, and the answer is not in the bidirectional prefix."""
-    vlm = vlm_of("paligemma")
+    vlm = vlm_with_exact_steps("paligemma")
     item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
     (batch,) = batches_of(vlm, [item], batch_size=1)
     assert batch.inputs["token_type_ids"][0, -4:].tolist() == [0, 1, 1, 1]
@@ -129,7 +107,7 @@ def test_paligemma_can_be_pruned_and_its_tokens_deleted() -> None:
 
 def test_layers_that_share_keys_are_pruned_by_whole_forwards() -> None:
     """Gemma 3n stores shared keys in a dictionary, which layers that are skipped do not fill."""
-    vlm = vlm_of("gemma3n")
+    vlm = vlm_with_exact_steps("gemma3n")
     item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
     (batch,) = batches_of(vlm, [item], batch_size=1)
     table = head_pruning(
@@ -149,7 +127,7 @@ def test_layers_that_share_keys_are_pruned_by_whole_forwards() -> None:
 @pytest.mark.parametrize("model_type", ["paligemma", "dots3_note"])
 def test_a_model_whose_prompt_depends_on_the_answer_is_refused(model_type: str) -> None:
     """The causes are an answer in the bidirectional prefix, and ties of sparse attention."""
-    vlm = vlm_of(model_type)
+    vlm = vlm_with_exact_steps(model_type)
     item = {"image": picture(), "prompt": asked(vlm, 1), "answer": ANSWER}
     (batch,) = batches_of(vlm, [item], batch_size=1)
     if model_type == "paligemma":
@@ -163,7 +141,7 @@ def test_a_model_whose_prompt_depends_on_the_answer_is_refused(model_type: str) 
 
 def test_the_answer_after_an_image_has_no_image_type() -> None:
     """Gemma 3 attends in both directions between tokens of the image type."""
-    vlm = vlm_of("gemma3")
+    vlm = vlm_with_exact_steps("gemma3")
     inputs = {
         "input_ids": torch.arange(6)[None],
         "token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1]]),
@@ -173,7 +151,7 @@ def test_the_answer_after_an_image_has_no_image_type() -> None:
 
 
 def test_pixels_as_long_as_the_prompt_are_not_extended() -> None:
-    vlm = vlm_of("llava")
+    vlm = vlm_with_exact_steps("llava")
     inputs = {
         "input_ids": torch.arange(6)[None],
         "attention_mask": torch.ones(1, 6, dtype=torch.long),

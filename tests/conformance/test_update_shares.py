@@ -8,10 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conformance.test_teacher_forcing import NAMES, vlm_of
-from tests.conformance.test_teacher_forcing import pytest_generate_tests as pytest_generate_tests
-from tests.models.test_capturing_families import asked
-from tests.tiny import picture
+from tests.helpers.real import GENERATING, asked, some_of, vlm_with_exact_steps
+from tests.helpers.tiny import picture
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import record
 
@@ -23,8 +21,13 @@ SEVERAL_STREAMS = {"gemma3n", "glm5_next", "inkling2"}
 layers."""
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = GENERATING if metafunc.config.getoption("all_types") else some_of(GENERATING)
+    metafunc.parametrize("name", names)
+
+
 def test_every_language_layer_has_a_share_and_outputs_are_unchanged(name: str) -> None:
-    vlm = vlm_of(name)
+    vlm = vlm_with_exact_steps(name)
     inputs, _ = vlm.prepare([[picture()]], [asked(vlm, 1)])
     with torch.no_grad():
         plain = vlm.run(inputs).logits
@@ -37,7 +40,6 @@ def test_every_language_layer_has_a_share_and_outputs_are_unchanged(name: str) -
             return
         with record(vlm.model, towers=["language"], norms=True) as recording:
             assert torch.equal(vlm.run(inputs).logits, plain)
-    assert name in NAMES
     assert recording.calls
     for call in recording.calls:
         share = call.update_share

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tests.conformance import pictures
 from tests.conformance.overrides import Clip
 from tests.conformance.prompts import TYPES, first_of, n_tokens_of, padded, words
-from tests.conformance.shrinking import SIDE
+from tests.helpers.tiny_configs import SIDE
 
 Inputs = dict[str, Any]
 VIDEO_TOKEN = ("video_token_id", "video_token_index")

@@ -8,9 +8,9 @@ import torch
 from matplotlib.figure import Figure
 
 import xmodal_interp as xi
-from tests.analysis import fakes
-from tests.figures.made import bars, fake, sample_of, titles, words
-from tests.tiny import picture, tiny_vlm
+from tests.helpers import synthetic
+from tests.helpers.figure_samples import bars, fake, sample_of, titles, words
+from tests.helpers.tiny import picture, tiny_vlm
 from xmodal_interp import figures
 from xmodal_interp.capturing.run import Keep
 from xmodal_interp.errors import InputError
@@ -124,7 +124,7 @@ def test_visible_shares_are_computed_from_the_mask() -> None:
     )
     block = torch.ones(11, 11, dtype=torch.bool).tril()
     block[2:8, 2:8] = True  # bidirectional attention within the image, as in Gemma 3
-    both_ways = fake(call=fakes.random_call(11, mask=block[None, None]))
+    both_ways = fake(call=synthetic.random_call(11, mask=block[None, None]))
     assert measured(figures.View(both_ways)).endswith("text: 0%, image 0: 100%")
     figure = figures.mask_structure(both_ways)
     drawn = figure.axes[0].images[0].get_array()
@@ -153,7 +153,7 @@ def test_masks_side_by_side_have_visible_shares() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_towers_side_by_side_note_whether_they_share_a_scale(shared: bool) -> None:
-    sample, bare = fake(), fakes.random_call(5, tower="vision", causal=False)
+    sample, bare = fake(), synthetic.random_call(5, tower="vision", causal=False)
     named = figures.View(bare, head=0, query_names=list("abcde"), key_names=list("vwxyz"))
     figure = figures.side_by_side({"VLM": sample, "ViT": bare, "one head": named}, shared=shared)
     matrices = [axes for axes in figure.axes if axes.get_title()]
@@ -187,7 +187,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             lambda: figures.side_by_side(
-                {"x": figures.View(fakes.random_call(3), key_names=["a"])}
+                {"x": figures.View(synthetic.random_call(3), key_names=["a"])}
             ),
             "key_names must have 3 names, one per key of language self-attention, layer 0, call 0; "
             "got 1.",
@@ -198,7 +198,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         assert str(error.value) == message
     causal = torch.ones(11, 11, dtype=torch.bool).tril()
     masks = torch.stack([causal, causal, causal, torch.eye(11, dtype=torch.bool)])[None]
-    differing = fake(call=dataclasses.replace(fakes.random_call(11), mask=masks))
+    differing = fake(call=dataclasses.replace(synthetic.random_call(11), mask=masks))
     with pytest.raises(InputError) as heads:
         figures.mask_structure(differing)
     assert str(heads.value) == (

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import xmodal_interp as xi
-from tests.analysis import fakes
-from tests.figures.made import bars, fake, panels, sample_of, titles, words
-from tests.models.real import real, settled
-from tests.tiny import QUESTION, picture
+from tests.helpers import synthetic
+from tests.helpers.figure_samples import bars, fake, panels, sample_of, titles, words
+from tests.helpers.real import real, settled
+from tests.helpers.tiny import QUESTION, picture
 from xmodal_interp import figures
 from xmodal_interp.errors import GeometryError, InputError, LayerError
 from xmodal_interp.figures.placement import place_of
@@ -91,7 +91,7 @@ def sunk() -> Sample:
     matrix = torch.ones(18, 18).tril()
     matrix[:, 4] *= 60
     matrix /= matrix.sum(1, keepdim=True)
-    call = fakes.dense_call(matrix)
+    call = synthetic.dense_call(matrix)
     return fake("bs" + "v" * 6 + "t" * 10, call=call)
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tests.analysis import fakes
-from tests.figures.made import fake, sample_of
+from tests.helpers import synthetic
+from tests.helpers.figure_samples import fake, sample_of
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.figures import drawing
 from xmodal_interp.figures.placement import extent, of_patches, place_of, uncovered
@@ -51,7 +51,7 @@ def test_every_token_is_drawn_inside_its_box(family: str) -> None:
 def test_cropped_borders_and_empty_cells_are_uncovered() -> None:
     assert uncovered(place_of(sample_of("llava"))) == [(0, 0, 32, 96), (128, 0, 160, 96)]
     assert uncovered(place_of(sample_of("qwen2_vl"))) == []
-    grid = fakes.grid(1, 3)
+    grid = synthetic.grid(1, 3)
     hole = dataclasses.replace(grid, places=grid.places[:2], boxes=grid.boxes[:2])
     place = dataclasses.replace(place_of(fake()), grid=hole)
     assert uncovered(place) == [(20, 0, 30, 10)]
@@ -82,7 +82,7 @@ def test_names_of_boxes_stay_inside_the_image_and_do_not_overlap() -> None:
 
 
 def test_errors() -> None:
-    text_only = fakes.sample_of("btto", [fakes.random_call(4)])
+    text_only = synthetic.sample_of("btto", [synthetic.random_call(4)])
     with pytest.raises(InputError) as none:
         place_of(text_only)
     assert str(none.value) == "Sample 'fake' has no image to draw on. Capture it with an image."
@@ -95,7 +95,7 @@ def test_errors() -> None:
         "Sample 'fake' has the grids of 1 images, but the pixels of 0. Add the images with "
         "dataclasses.replace(sample, images=...)."
     )
-    grid = fakes.grid(1, 2)
+    grid = synthetic.grid(1, 2)
     skewed = dataclasses.replace(grid, boxes=grid.boxes + np.array([[0, 0, 0, 0], [3, 0, 3, 0]]))
     with pytest.raises(GeometryError) as uneven:
         extent(skewed)

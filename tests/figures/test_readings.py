@@ -2,12 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.analysis import fakes
-from tests.figures.made import fake, sample_of
-from tests.models.real import real, settled
-from tests.models.test_capturing_families import asked_in_full
-from tests.tiny import picture
-from xmodal_interp.capturing.run import capture
+from tests.helpers import synthetic
+from tests.helpers.figure_samples import fake, sample_of
+from tests.helpers.real import asked_in_full, real, settled
+from tests.helpers.tiny import picture
+from xmodal_interp.capturing import capture
 from xmodal_interp.errors import InputError, PhraseError
 from xmodal_interp.figures.overlay_values import query_groups, query_positions, reading
 from xmodal_interp.figures.placement import place_of
@@ -104,7 +103,7 @@ def test_errors() -> None:
 def test_a_query_without_visible_keys_is_nan() -> None:
     mask = torch.ones(11, 11, dtype=torch.bool).tril()
     mask[9] = False
-    sample = fake(call=fakes.random_call(11, mask=mask[None, None]))
+    sample = fake(call=synthetic.random_call(11, mask=mask[None, None]))
     read = reading(sample, place_of(sample), [8, 9], 0)
     assert np.isnan(read.values("probability", queries=[1])).all()
     np.testing.assert_allclose(read.values("lift"), read.values("lift", queries=[0]))

@@ -6,8 +6,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import FillBetweenPolyCollection
 
-from tests.analysis import fakes
-from tests.figures.made import bars, fake, panels, sample_of, titles, words
+from tests.helpers import synthetic
+from tests.helpers.figure_samples import bars, fake, panels, sample_of, titles, words
 from xmodal_interp import analysis, figures
 from xmodal_interp.errors import InputError
 
@@ -192,7 +192,7 @@ def test_errors() -> None:
     with pytest.raises(InputError) as nothing:
         figures.head_grid(HEADS.assign(drop=np.nan), "drop")
     assert str(nothing.value) == "The column 'drop' has only NaN. Choose a column with numbers."
-    no_image = fakes.sample_of("btto", [fakes.random_call(4)])
+    no_image = synthetic.sample_of("btto", [synthetic.random_call(4)])
     with pytest.raises(InputError, match="Sample 'fake' has no image to draw on"):
         figures.token_patch_matrix(no_image)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.hooks.edited import (
+from tests.helpers.intervened import (
     FAMILIES,
     HEADS,
     SITE,
@@ -19,8 +19,8 @@ from tests.hooks.edited import (
     out_projection,
     projected,
 )
-from tests.replicas import uniform_output
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.replicas import uniform_output
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.ablation import ablate_heads
 from xmodal_interp.hooks.attention_modules import head_counts

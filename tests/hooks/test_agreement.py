@@ -22,8 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import xmodal_interp as xi
-from tests.hooks.conditions import first, of
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.attention_variants import first, of
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks import recorder
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.conformance.building import tiny
-from tests.tiny import QUESTION, picture
+from tests.helpers.building import tiny
+from tests.helpers.tiny import QUESTION, picture
 from xmodal_interp.errors import CaptureError, UnsupportedModelError
 from xmodal_interp.hooks import attention_modules, record
 from xmodal_interp.hooks.attention_modules import layers_without_matrix
@@ -147,7 +147,7 @@ def test_attention_over_channels_is_a_separate_kind() -> None:
 
 def test_statistics_over_positions_exclude_attention_over_channels() -> None:
     import xmodal_interp as xi
-    from tests.models.real import real, settled
+    from tests.helpers.real import real, settled
 
     model = tiny("florence2").model
     vision = [i for i in attention_modules(model).values() if i.tower == "vision"]

@@ -176,7 +176,7 @@ def test_probabilities_of_a_model_without_the_interface_are_recorded() -> None:
 
 
 def test_recomputation_of_checkpoints_is_not_recorded() -> None:
-    from tests.tiny import QUESTION, picture, tiny_vlm
+    from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 
     vlm = tiny_vlm("llava")
     inputs = vlm.prepare([[picture()]], [QUESTION])[0]

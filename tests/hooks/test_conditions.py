@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.hooks.conditions import (
+from tests.helpers.attention_variants import (
     FAMILIES,
     OTHERS,
     STEPS,
@@ -15,7 +15,7 @@ from tests.hooks.conditions import (
     first,
     of,
 )
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import CaptureError

@@ -7,10 +7,9 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 import xmodal_interp as xi
-from tests.hooks.test_other_attention import FastAttn, Mixer, llava_with
-from tests.hooks.test_record import n_hooks
-from tests.models.real import real, settled
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.attention_variants import FastAttn, Mixer, llava_with, n_hooks
+from tests.helpers.real import real, settled
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.errors import CaptureError, GeometryError, InputError
 from xmodal_interp.hooks import recorder
 from xmodal_interp.models import FAMILIES

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-from tests.hooks.edited import (
+from tests.helpers.intervened import (
     FAMILIES,
     HEADS,
     backend,
@@ -16,7 +16,7 @@ from tests.hooks.edited import (
     logits,
     out_projection,
 )
-from tests.tiny import tiny_vlm
+from tests.helpers.tiny import tiny_vlm
 from xmodal_interp.errors import CaptureError, InputError, LayerError, PositionError
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.ablation import ablate_heads

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.hooks.edited import SITE, backend, call_of, inputs_of, logits, projected
-from tests.replicas import knocked_out
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.intervened import SITE, backend, call_of, inputs_of, logits, projected
+from tests.helpers.replicas import knocked_out
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks import attention_modules, record
 from xmodal_interp.hooks.ablation import ablate_heads

@@ -15,9 +15,16 @@ from transformers import (
     LogitsProcessorList,
 )
 
-from tests.hooks.conditions import assert_complete_and_exact, first, of
-from tests.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.capturing.run import capture
+from tests.helpers.attention_variants import (
+    FastAttn,
+    Mixer,
+    assert_complete_and_exact,
+    first,
+    llava_with,
+    of,
+)
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.capturing import capture
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import attention_modules, record
 from xmodal_interp.hooks.bypass import DENSE_NOTE, KERNEL_NOTE
@@ -79,42 +86,6 @@ def test_a_shared_part_is_recorded_when_another_model_runs_it() -> None:
     assert [(call.tower, call.layer) for call in recording.calls] == [
         ("language", layer) for layer in range(4)
     ]
-
-
-class Mixer(nn.Module):
-    """Attention in a class whose name does not contain "attention", computed in some ``way``."""
-
-    num_attention_heads = 8
-
-    def __init__(self, old: nn.Module, way: str = "kernel", *, parts: bool = True) -> None:
-        super().__init__()
-        for name, part in old.named_children() if parts else [("o", old)]:
-            self.add_module(name, part)
-        self.way = way
-
-    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
-        x = hidden_states.unflatten(-1, (8, -1)).transpose(1, 2)
-        if self.way == "kernel":
-            mixed = functional.scaled_dot_product_attention(x, x, x, is_causal=True)
-        else:
-            scores = (x @ x.transpose(-1, -2)).tril()
-            ways = {
-                "softmax": lambda: scores.softmax(-1),
-                "exp": lambda: scores.exp() / scores.exp().sum(-1, keepdim=True),
-            }
-            mixed = ways[self.way]() @ x
-        return mixed.transpose(1, 2).flatten(2), None
-
-
-class FastAttn(Mixer):
-    """The same in a class whose name contains "Attn"."""
-
-
-def llava_with(mixer) -> tuple[nn.Module, dict]:
-    model, inputs = of("llava")
-    layer = model.model.language_model.layers[1]
-    layer.self_attn = mixer(layer.self_attn)
-    return model, inputs
 
 
 @pytest.mark.parametrize("kind", [Mixer, FastAttn])

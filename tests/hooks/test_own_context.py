@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
-from tests.hooks.test_record import inputs_of
-from tests.tiny import tiny_vlm
+from tests.helpers.intervened import inputs_of
+from tests.helpers.tiny import tiny_vlm
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import record
 
@@ -21,7 +21,7 @@ def in_another_thread(run) -> None:
 
 
 def test_other_threads_are_not_recorded() -> None:
-    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+    model, inputs = tiny_vlm("llava").model, inputs_of(tiny_vlm("llava"))
     with record(model, norms=True) as recording:
         in_another_thread(lambda: model(**inputs))
         model.model.vision_tower(inputs["pixel_values"])
@@ -30,7 +30,7 @@ def test_other_threads_are_not_recorded() -> None:
 
 
 def test_a_model_that_ran_in_another_thread_only_is_an_error() -> None:
-    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+    model, inputs = tiny_vlm("llava").model, inputs_of(tiny_vlm("llava"))
     with pytest.raises(CaptureError) as error, record(model):
         in_another_thread(lambda: model(**inputs))
     assert str(error.value) == (
@@ -49,7 +49,7 @@ def recorded(model: torch.nn.Module, inputs: dict) -> list:
 
 
 def test_tasks_of_one_thread_record_at_once() -> None:
-    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+    model, inputs = tiny_vlm("llava").model, inputs_of(tiny_vlm("llava"))
 
     async def task() -> list:
         with record(model, norms=True) as recording:
@@ -68,7 +68,7 @@ def test_tasks_of_one_thread_record_at_once() -> None:
 
 
 def test_copies_of_a_model_are_not_recorded() -> None:
-    model, inputs = copy.deepcopy(tiny_vlm("llava").model), inputs_of("llava")
+    model, inputs = copy.deepcopy(tiny_vlm("llava").model), inputs_of(tiny_vlm("llava"))
     with torch.no_grad():
         alone = model(**inputs).logits
         with record(model, norms=True) as recording:

@@ -9,8 +9,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import xmodal_interp as xi
-from tests.conformance.building import tiny
-from tests.hooks.conditions import of
+from tests.helpers.attention_variants import of
+from tests.helpers.building import tiny
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks import record
 

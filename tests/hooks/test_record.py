@@ -7,21 +7,13 @@ import torch
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import AttentionInterface
 
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.attention_variants import n_hooks
+from tests.helpers.intervened import inputs_of
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.errors import CaptureError, InputError, UnsupportedModelError
 from xmodal_interp.hooks import attention_modules, record
 
 FAMILIES = ["llava", "qwen2_vl", "mllama"]
-
-
-def n_hooks(model: torch.nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def inputs_of(family: str, batch: int = 1) -> dict:
-    pictures = [[picture(seed=i)] for i in range(batch)]
-    questions = [QUESTION, "how many shapes ?", "is there a blue cross ?"][:batch]
-    return tiny_vlm(family).prepare(pictures, questions)[0]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -30,7 +22,7 @@ def inputs_of(family: str, batch: int = 1) -> dict:
 def test_outputs_are_bit_identical_and_probs_are_those_of_eager(
     family: str, backend: str, batch: int
 ) -> None:
-    model, inputs = tiny_vlm(family).model, inputs_of(family, batch)
+    model, inputs = tiny_vlm(family).model, inputs_of(tiny_vlm(family), batch)
     try:
         model.set_attn_implementation("eager")
         with torch.no_grad():
@@ -54,7 +46,7 @@ def test_outputs_are_bit_identical_and_probs_are_those_of_eager(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vision_towers_are_exact_too(family: str) -> None:
     """The probabilities recorded under both backends are equal."""
-    model, inputs = tiny_vlm(family).model, inputs_of(family, 2)
+    model, inputs = tiny_vlm(family).model, inputs_of(tiny_vlm(family), 2)
     try:
         model.set_attn_implementation("eager")
         with torch.no_grad(), record(model, towers=["vision"], values=True) as eager:
@@ -72,7 +64,7 @@ def test_vision_towers_are_exact_too(family: str) -> None:
 def test_every_attention_layer_is_recorded(family: str) -> None:
     model = tiny_vlm(family).model
     with torch.no_grad(), record(model) as recording:
-        model(**inputs_of(family))
+        model(**inputs_of(tiny_vlm(family)))
     recorded = {(call.tower, call.kind, call.layer) for call in recording.calls}
     known = {(i.tower, i.kind, i.layer) for i in attention_modules(model).values()}
     assert recorded == known
@@ -82,7 +74,9 @@ def test_every_attention_layer_is_recorded(family: str) -> None:
 def test_a_growing_cache_is_kept_once() -> None:
     model = tiny_vlm("llava").model
     with torch.no_grad(), record(model, towers=["language"], layers=[2]) as recording:
-        model.generate(**inputs_of("llava"), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        model.generate(
+            **inputs_of(tiny_vlm("llava")), max_new_tokens=6, min_new_tokens=6, do_sample=False
+        )
     assert len(recording.calls) == 6
     assert len({call.k.untyped_storage().data_ptr() for call in recording.calls}) == 1
     assert [call.n_keys for call in recording.calls] == list(range(154, 160))
@@ -93,10 +87,13 @@ def test_a_static_cache_is_copied_before_it_is_overwritten() -> None:
     model = tiny_vlm("llava").model
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with torch.no_grad(), record(model, towers=["language"]) as dynamic:
-        plain = model.generate(**inputs_of("llava"), **options)
+        plain = model.generate(**inputs_of(tiny_vlm("llava")), **options)
     with torch.no_grad(), record(model, towers=["language"]) as static:
         fixed = model.generate(
-            **inputs_of("llava"), **options, cache_implementation="static", disable_compile=True
+            **inputs_of(tiny_vlm("llava")),
+            **options,
+            cache_implementation="static",
+            disable_compile=True,
         )
     assert torch.equal(plain, fixed)
     for ours, theirs in zip(static.calls, dynamic.calls, strict=True):
@@ -132,7 +129,7 @@ def test_a_vlm_can_be_recorded_directly() -> None:
 
 
 def test_recordings_nest() -> None:
-    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+    model, inputs = tiny_vlm("llava").model, inputs_of(tiny_vlm("llava"))
     with torch.no_grad(), record(model) as outer:
         model(**inputs)
         with record(model, towers=["vision"]) as inner:
@@ -142,7 +139,7 @@ def test_recordings_nest() -> None:
 
 
 def test_reduce_keeps_results_instead_of_calls() -> None:
-    model, inputs = tiny_vlm("llava").model, inputs_of("llava")
+    model, inputs = tiny_vlm("llava").model, inputs_of(tiny_vlm("llava"))
     groups = torch.ones(1, 154)
     with (
         torch.no_grad(),
@@ -235,7 +232,7 @@ def keys_only(module, query, key, value, attention_mask, scaling=None, **options
 def test_a_mask_of_keys_hides_padding_and_later_keys(monkeypatch) -> None:
     monkeypatch.setitem(AttentionInterface._global_mapping, "keys_only", keys_only)
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "keys_only", flash_attention_mask)
-    model, inputs = tiny_vlm("llava").model, inputs_of("llava", 2)
+    model, inputs = tiny_vlm("llava").model, inputs_of(tiny_vlm("llava"), 2)
     try:
         model.set_attn_implementation({"": "sdpa", "text_config": "keys_only"})
         with torch.no_grad(), record(model, towers=["language"]) as recording:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.hooks.ablation import ablate_heads
 from xmodal_interp.hooks.block_cache import BlockOutputs, remember_blocks, replay
 from xmodal_interp.hooks.interventions import intervene

@@ -8,11 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.hooks.edited import call_of, inputs_of, logits
-from tests.models.real import real, settled
-from tests.models.test_capturing_families import asked_in_full
-from tests.tiny import picture, tiny_vlm
-from xmodal_interp.capturing.run import capture, capture_batch
+from tests.helpers.intervened import call_of, inputs_of, logits
+from tests.helpers.real import asked_in_full, real, settled
+from tests.helpers.tiny import picture, tiny_vlm
+from xmodal_interp.capturing import capture, capture_batch
 from xmodal_interp.errors import CaptureError, InputError, LayerError, PositionError
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.ablation import ablate_heads

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from tests.conformance.overrides import DUAL_ENCODERS
-from tests.conformance.shrinking import tiny_config
+from tests.helpers.tiny_configs import tiny_config
 from xmodal_interp.hooks import attention_modules
 
 WIDTH = 16

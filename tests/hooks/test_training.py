@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.hooks.conditions import FAMILIES, OTHERS, assert_complete_and_exact, first, of
+from tests.helpers.attention_variants import FAMILIES, OTHERS, assert_complete_and_exact, first, of
 from xmodal_interp.hooks import record
 
 

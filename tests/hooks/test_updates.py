@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
-from tests.models.real import real, settled
-from tests.models.test_capturing_families import asked
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.real import asked, real, settled
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.analysis import rollout_matrix
 from xmodal_interp.capturing.run import Keep, capture, capture_batch
 from xmodal_interp.errors import CaptureError, InputError

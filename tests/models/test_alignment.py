@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from tokenizers import AddedToken
 
-from tests.models.painting import vlm_of
-from tests.tiny import QUESTION, tiny_vlm
+from tests.helpers.pixel_changes import vlm_of
+from tests.helpers.tiny import QUESTION, tiny_vlm
 from xmodal_interp.errors import GeometryError, PhraseError
 from xmodal_interp.models.alignment import counted_alignment, reported_alignment, shifted
 from xmodal_interp.models.labels import Prompt

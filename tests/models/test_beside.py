@@ -15,11 +15,10 @@ from transformers import (
 )
 
 import xmodal_interp as xi
-from tests.models.real import real, settled
-from tests.models.test_capturing_families import asked
-from tests.tiny import picture
-from xmodal_interp.analysis.answers import METRICS, answer_scores
-from xmodal_interp.capturing.run import capture_batch
+from tests.helpers.real import asked, real, settled
+from tests.helpers.tiny import picture
+from xmodal_interp.analysis.teacher_forcing import METRICS, answer_scores
+from xmodal_interp.capturing import capture_batch
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import VLM, geometry
 from xmodal_interp.models.known_answers import batches_of

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import xmodal_interp as xi
-from tests.models.real import real, settled
-from tests.tiny import picture
+from tests.helpers.real import real, settled
+from tests.helpers.tiny import picture
 from xmodal_interp.errors import InputError
 
 QUESTIONS = ["where is the red circle?", "how many?"]

@@ -14,11 +14,10 @@ import pytest
 import torch
 
 import xmodal_interp as xi
-from tests.models.real import prompt, real, settled
-from tests.models.records import RECORDS
-from tests.store.made import assert_same
-from tests.tiny import picture
-from xmodal_interp.capturing.fingerprint import fingerprint
+from tests.helpers.families import RECORDS
+from tests.helpers.real import GENERATING, REFUSED, SOME, asked, real, settled
+from tests.helpers.store_samples import assert_same
+from tests.helpers.tiny import picture
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import FAMILIES, VLM, prompt_ids
 from xmodal_interp.sample import Sample
@@ -29,15 +28,6 @@ pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
 )
 N_NEW = 3
 SIZES = ((96, 96), (120, 64))  # width, height; px
-BUILT = [
-    name for name, record in RECORDS.items() if not record.obstacle and record.n_frames is None
-]  # those with n_frames read clips, not pictures
-REFUSED = {
-    "pi0": "PI0ForConditionalGeneration requires state besides images",
-    "diffusion_gemma": "DiffusionGemmaForBlockDiffusion generates by block diffusion",
-}
-SOME = ("mllama", "git", "blip", "kosmos-2", "florence2", "t5gemma2", "vision-encoder-decoder")
-"""One type for each way to read images whose tokens no id marks."""
 OTHER_PATCHES = {
     *("deepseek_vl_hybrid", "florence2", "granite4_vision", "fast_vlm", "gemma3n"),
     *("deepseek_ocr2", "unlimited_ocr", "minicpmv4_6", "minicpmv4_7", "pp_formulanet"),
@@ -60,29 +50,13 @@ class Captured:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     everything = metafunc.config.getoption("all_types")
-    names = [name for name in BUILT if name not in REFUSED]
-    chosen = names if everything else [n for n in names if n in SOME or n in names[::3]]
+    some = [name for name in GENERATING if name in SOME or name in GENERATING[::3]]
+    chosen = GENERATING if everything else some
     if "captured" in metafunc.fixturenames:
         metafunc.parametrize("captured", chosen, indirect=True, scope="module")
     if "pair" in metafunc.fixturenames:
         ruled = [name for name in chosen if FAMILIES[name].geometry and RECORDS[name].several]
         metafunc.parametrize("pair", ruled, indirect=True, scope="module")
-
-
-def asked(vlm: VLM, n_images: int) -> str:
-    """Return what a user would write: a bare question if possible, else the whole prompt."""
-    return asked_in_full(vlm, "where is the red circle?", n_images)
-
-
-def asked_in_full(vlm: VLM, bare: str, n_images: int) -> str:
-    """Return a question as a user would write it."""
-    if not vlm.family.reads_text:
-        return ""
-    if vlm.family.writes_prompt:
-        return "no red circles"  # a policy, the same for all
-    templated = getattr(vlm.processor, "chat_template", None) is not None
-    front = templated or vlm.family.in_front
-    return bare if front else prompt(vlm.family.model_type, n_images, bare)
 
 
 def captured_from(name: str, n_images: int) -> Captured:

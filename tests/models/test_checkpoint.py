@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import xmodal_interp as xi
-from tests.tiny import picture, tiny_vlm
+from tests.helpers.tiny import picture, tiny_vlm
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import CheckpointReport, loading
 from xmodal_interp.models.loading import shipped_path

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention import AttentionCall, stitch
 from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import CaptureError, InputError

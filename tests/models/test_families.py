@@ -16,10 +16,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import xmodal_interp as xi
-from tests.conformance.shrinking import tiny_config
-from tests.models.painting import embeddings, vlm_of
-from tests.models.real import real
-from tests.tiny import tiny_vlm
+from tests.helpers.pixel_changes import embeddings, vlm_of
+from tests.helpers.real import real
+from tests.helpers.tiny import tiny_vlm
+from tests.helpers.tiny_configs import tiny_config
 from xmodal_interp.errors import GeometryError, InputError, PhraseError, UnsupportedModelError
 from xmodal_interp.models import FAMILIES, VLM
 from xmodal_interp.models.records import family_of

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d
 from transformers import DonutImageProcessor, NougatImageProcessor, PPFormulaNetImageProcessor
 
-from tests.models.painting import painted, textured
+from tests.helpers.pixel_changes import painted, textured
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models import ImageGrid
 from xmodal_interp.models.geometry import FixedGrid, framed

@@ -3,8 +3,8 @@
 import pytest
 from transformers import BertTokenizer
 
-from tests.models.real import real
-from xmodal_interp.models.token_table import generated_table
+from tests.helpers.real import real
+from xmodal_interp.models.tokens import generated_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 WORDS = (

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.models.painting import vlm_of
-from tests.tiny import QUESTION, tiny_vlm
+from tests.helpers.pixel_changes import vlm_of
+from tests.helpers.tiny import QUESTION, tiny_vlm
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models import VLM
 from xmodal_interp.models.geometry import (

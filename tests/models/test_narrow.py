@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.models.painting import QUESTION, changes, embeddings, textured, vlm_of
-from tests.models.test_painting import fits
+from tests.helpers.pixel_changes import QUESTION, changes, embeddings, fits, textured, vlm_of
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import rectangle, with_breaks
 

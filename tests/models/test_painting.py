@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.models.painting import (
+from tests.helpers.pixel_changes import (
+    QUERYING,
     QUESTION,
     changes,
     embeddings,
+    fits,
     painted,
     places_of,
     textured,
@@ -88,17 +90,7 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qianfan_ocr", {"crop_to_patches": False}),
 )
 """Other settings than those of the records, which users may choose."""
-QUERYING = (
-    *("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria"),
-    *("kosmos-2", "kosmos-2.5"),
-)
 N_TOKENS = 4  # of each view
-
-
-def fits(box: np.ndarray, size: tuple[int, int]) -> bool:
-    """Whether a box contains no padding and at least one pixel."""
-    within = (box[:2] >= -1).all() and box[2] <= size[0] + 1 and box[3] <= size[1] + 1
-    return bool(within) and painted(Image.new("RGB", size), box) is not None
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")

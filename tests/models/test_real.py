@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from tests.models.real import inputs, real
-from tests.models.records import RECORDS
-from tests.tiny import picture
+from tests.helpers.families import RECORDS
+from tests.helpers.real import inputs, real
+from tests.helpers.tiny import picture
 
 SIZES = ((96, 96), (120, 64))  # width, height; px
 BUILT = [name for name, record in RECORDS.items() if not record.obstacle]

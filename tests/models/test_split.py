@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.models.painting import (
+from tests.helpers.pixel_changes import (
     QUESTION,
     changes,
     embeddings,
+    fits,
     language_inputs,
     middle_of,
     painted,
     textured,
     vlm_of,
 )
-from tests.models.test_painting import fits
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models import FAMILIES, VLM, ImageGrid
 

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.models.painting import TOWERS, painted, textured, tower_outputs, vlm_of, with_options
-from tests.models.records import RECORDS
-from tests.models.test_painting import QUERYING, fits
+from tests.helpers.families import RECORDS
+from tests.helpers.pixel_changes import (
+    QUERYING,
+    TOWERS,
+    fits,
+    painted,
+    textured,
+    tower_outputs,
+    vlm_of,
+    with_options,
+)
 from xmodal_interp.models import VLM
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import xmodal_interp as xi
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.evaluation import deletion_curve
 from xmodal_interp.models import VLM, evaluation_mode, modules_in_training
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import xmodal_interp as xi
-from tests.models.painting import QUESTION, language_inputs, painted, textured, vlm_of
+from tests.helpers.pixel_changes import QUESTION, language_inputs, painted, textured, vlm_of
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models import FAMILIES, VLM, Video, VideoGrid
 

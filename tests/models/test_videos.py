@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.models.painting import language_inputs, painted, textured, vlm_of
-from tests.tiny import QUESTION, tiny_vlm
+from tests.helpers.pixel_changes import language_inputs, painted, textured, vlm_of
+from tests.helpers.tiny import QUESTION, tiny_vlm
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import FAMILIES, VLM, Video
 from xmodal_interp.models.labels import Prompt

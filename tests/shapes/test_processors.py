@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoProcessor
 
 import xmodal_interp as xi
-from tests.tiny import picture
+from tests.helpers.tiny import picture
 from xmodal_interp.models.loading import shipped_path
 from xmodal_interp.shapes.tiny_models import build_processor
 

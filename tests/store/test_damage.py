@@ -15,7 +15,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from tests.store.made import SETTINGS, N, assert_same, call, sample
+from tests.helpers.store_samples import SETTINGS, N, assert_same, call, sample
 from xmodal_interp.errors import StoreError
 from xmodal_interp.store import StoreWriter, check_store, encoding, files, open_store, schema
 

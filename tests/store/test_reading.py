@@ -12,7 +12,7 @@ import torch
 from jaxtyping import config as jaxtyping_config
 from PIL import Image
 
-from tests.store.made import SETTINGS, N, assert_same, call, sample
+from tests.helpers.store_samples import SETTINGS, N, assert_same, call, sample
 from xmodal_interp.errors import NotRecordedError, StoreError
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import StoreWriter, check_store, files, open_store, schema

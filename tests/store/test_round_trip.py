@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import xmodal_interp as xi
-from tests.store.made import (
+from tests.helpers.store_samples import (
     SETTINGS,
     N,
     assert_same,

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import xmodal_interp as xi
-from tests.store.made import SETTINGS, assert_same, assert_same_fields, sample
-from tests.test_capturing_videos import QUESTION, clip, noise, vlm_of
-from xmodal_interp.capturing.items import checked
+from tests.helpers.clips import QUESTION, clip, noise, vlm_of
+from tests.helpers.store_samples import SETTINGS, assert_same, assert_same_fields, sample
 from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.store import StoreWriter, check_store, open_store, schema
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.made import SETTINGS, assert_same, sample
+from tests.helpers.store_samples import SETTINGS, assert_same, sample
 from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.store import StoreWriter, check_store, files, open_store, schema, writer
 

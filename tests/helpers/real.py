@@ -19,12 +19,26 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from tests.conformance.overrides import RECORDS as CONFORMANCE
-from tests.conformance.shrinking import tiny_config
-from tests.conformance.weights import randomize
-from tests.models.records import RECORDS, Record, Token
-from tests.models.tokenizing import tokenizer
+from tests.helpers.families import RECORDS, Record, Token
+from tests.helpers.random_weights import randomize
+from tests.helpers.tiny_configs import tiny_config
+from tests.helpers.tiny_tokenizer import tokenizer
+from xmodal_interp.models import VLM
 
 VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size")
+BUILT = [
+    name for name, record in RECORDS.items() if not record.obstacle and record.n_frames is None
+]
+"""Types that can be built and read pictures; those with ``n_frames`` read clips."""
+REFUSED = {
+    "pi0": "PI0ForConditionalGeneration requires state besides images",
+    "diffusion_gemma": "DiffusionGemmaForBlockDiffusion generates by block diffusion",
+}
+SOME = ("mllama", "git", "blip", "kosmos-2", "florence2", "t5gemma2", "vision-encoder-decoder")
+"""One type for each way to read images whose tokens no id marks."""
+GENERATING = [name for name in BUILT if name not in REFUSED]
+"""Types that generate an answer about a picture."""
+ANSWER = "a red circle"
 
 
 @functools.cache
@@ -35,7 +49,7 @@ def real(model_type: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         LookupError: The type has no record, or its record states that it cannot be built.
     """
     if model_type not in RECORDS:
-        raise LookupError(f"{model_type!r} has no record; add one in tests/models/records.")
+        raise LookupError(f"{model_type!r} has no record; add one in tests/helpers/families.")
     record = RECORDS[model_type]
     if record.obstacle:
         raise LookupError(f"{model_type!r} cannot be built: {record.obstacle}")
@@ -192,3 +206,41 @@ def _merged(settings: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, A
         nested = isinstance(value, Mapping) and isinstance(inner, Mapping)
         result[name] = _merged(inner, value) if nested else value
     return result
+
+
+def asked(vlm: VLM, n_images: int) -> str:
+    """Return what a user would write: a bare question if possible, else the whole prompt."""
+    return asked_in_full(vlm, "where is the red circle?", n_images)
+
+
+def asked_in_full(vlm: VLM, bare: str, n_images: int) -> str:
+    """Return a question as a user would write it."""
+    if not vlm.family.reads_text:
+        return ""
+    if vlm.family.writes_prompt:
+        return "no red circles"  # a policy, the same for all
+    templated = getattr(vlm.processor, "chat_template", None) is not None
+    front = templated or vlm.family.in_front
+    return bare if front else prompt(vlm.family.model_type, n_images, bare)
+
+
+def some_of(names: Sequence[str]) -> list[str]:
+    """Return every sixth type, and those of ``SOME``."""
+    return [name for name in names if name in (*SOME, "paligemma") or name in names[1::6]]
+
+
+def vlm_with_exact_steps(name: str) -> VLM:
+    """Return the tiny model of a type, without two causes of differences between its own steps.
+
+    Both are in transformers 5.23. Sparse attention (``DeepseekV32Indexer`` and its copies) keeps
+    the ``index_topk`` keys with the highest scores. Scores of 0 are frequent, and which of these
+    ties ``torch.topk`` keeps depends on the number of keys. The scan of Mamba2 clamps time steps at
+    ``time_step_limit``; its single step (``mamba2_selective_state_update``) does not.
+    """
+    vlm = VLM(real(name)[0], settled(name))
+    for module in vlm.model.modules():
+        if hasattr(module, "index_topk"):
+            module.index_topk = 10_000
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    return vlm

@@ -1,6 +1,6 @@
 """One record per model type, with the settings of its tiny offline copy."""
 
-from tests.models.records import (
+from tests.helpers.families import (
     elsewhere,
     fixed,
     fixed_others,
@@ -12,7 +12,7 @@ from tests.models.records import (
     tiled,
     tiled_others,
 )
-from tests.models.records.record import Record, Token
+from tests.helpers.families.record import Record, Token
 
 _KINDS = (
     *(elsewhere, fixed, fixed_others, merged),

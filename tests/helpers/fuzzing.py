@@ -1,6 +1,6 @@
 """Call public functions with random arguments: only errors of this package may be raised.
 
-``python -m tests.fuzzing 10000`` makes 10,000 calls and lists all other ("raw") exceptions.
+``python -m tests.helpers.fuzzing 10000`` makes 10,000 calls and lists all other ("raw") exceptions.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 
 import xmodal_interp as xi
-from tests.figures.made import fake
-from tests.store.made import SETTINGS
-from tests.store.made import sample as stored
-from tests.tiny import QUESTION, picture
+from tests.helpers.figure_samples import fake
+from tests.helpers.store_samples import SETTINGS
+from tests.helpers.store_samples import sample as stored
+from tests.helpers.tiny import QUESTION, picture
 from xmodal_interp import evaluation, figures
 from xmodal_interp.errors import XmodalError
 from xmodal_interp.store import StoreWriter

@@ -1,6 +1,6 @@
 """Types like Qwen-VL: images are resized to whole patches, and blocks of them are merged."""
 
-from tests.models.records.qwen_like import (
+from tests.helpers.families.qwen_like import (
     MROPE,
     PATCHES,
     QWEN3_VISION,
@@ -9,7 +9,7 @@ from tests.models.records.qwen_like import (
     QWEN_TOKENS,
     VISION,
 )
-from tests.models.records.record import Record, Token
+from tests.helpers.families.record import Record, Token
 
 _HYBRID_TEXT = {
     "head_dim": 16,

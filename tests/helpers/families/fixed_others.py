@@ -1,6 +1,6 @@
 """Types with a fixed grid whose encoder is not a plain vision transformer (codes, SAM, ...)."""
 
-from tests.models.records.record import Record, Token
+from tests.helpers.families.record import Record, Token
 
 _SQUARE = {"height": 64, "width": 64}
 _VIT = {"image_size": 64, "patch_size": 8}

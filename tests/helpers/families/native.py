@@ -1,7 +1,7 @@
 """Types that keep the aspect ratio of the image, each with a different grid."""
 
-from tests.models.records.qwen_like import PATCHES
-from tests.models.records.record import Record, Token
+from tests.helpers.families.qwen_like import PATCHES
+from tests.helpers.families.record import Record, Token
 
 _GEMMA4_NAMED = {
     "image_token": "<|image|>",

@@ -15,9 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from tests.conformance import methods
 from tests.conformance.inputs import inputs_for
 from tests.conformance.overrides import CLIPS, DUAL_ENCODERS, RECORDS, Record
-from tests.conformance.shrinking import tiny_config
 from tests.conformance.videos import video_inputs
-from tests.conformance.weights import randomize
+from tests.helpers.random_weights import randomize
+from tests.helpers.tiny_configs import tiny_config
 
 STEPS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 

@@ -1,6 +1,6 @@
 """Types that merge patches like Qwen-VL, with other tokens and size limits."""
 
-from tests.models.records.qwen_like import (
+from tests.helpers.families.qwen_like import (
     MROPE,
     PATCHES,
     QWEN3_VISION,
@@ -8,7 +8,7 @@ from tests.models.records.qwen_like import (
     QWEN_IMAGE,
     QWEN_TOKENS,
 )
-from tests.models.records.record import Record, Token
+from tests.helpers.families.record import Record, Token
 
 _MUSE_TOKENS = (
     "<|patch|>",

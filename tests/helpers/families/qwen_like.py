@@ -1,6 +1,6 @@
 """Common settings of types like Qwen-VL: tokens, patches, rotary sections."""
 
-from tests.models.records.record import Token
+from tests.helpers.families.record import Token
 
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_IDS = {

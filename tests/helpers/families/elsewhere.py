@@ -1,6 +1,6 @@
 """Types whose image tokens do not come from a placeholder that a user writes."""
 
-from tests.models.records.record import Record, Token
+from tests.helpers.families.record import Record, Token
 
 _SQUARE = {"height": 64, "width": 64}
 _VIT = {"image_size": 64, "patch_size": 8}

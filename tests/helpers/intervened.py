@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tests.tiny import QUESTION, picture
+from tests.helpers.tiny import QUESTION, picture
 from xmodal_interp.hooks import attention_modules
 from xmodal_interp.hooks.attention_modules import Identity
 from xmodal_interp.hooks.interventions import Intervention, Site, intervene

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.capturing.run import capture
 from xmodal_interp.models import ImageGrid, load

@@ -1,6 +1,6 @@
 """Types whose processor cuts an image into tiles, each in a different way."""
 
-from tests.models.records.record import Record, Token
+from tests.helpers.families.record import Record, Token
 
 _LFM_TAGS = tuple(f"<|img_row_{row}_col_{col}|>" for row in range(1, 5) for col in range(1, 5))
 _MINICPM_NAMED = {

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.models.real import prompt as written
-from tests.models.real import real, settled
-from tests.models.records import RECORDS
+from tests.helpers.families import RECORDS
+from tests.helpers.real import prompt as written
+from tests.helpers.real import real, settled
 from xmodal_interp.models import FAMILIES, VLM
 from xmodal_interp.models.labels import Prompt
 
@@ -272,3 +272,15 @@ def middle_of(model_type: str, box: np.ndarray) -> np.ndarray:
     """Return the part of a box to paint: its middle, for types whose convolutions overlap."""
     edge = (box[2:] - box[:2]) * OVERLAPPING.get(model_type, 0)
     return box + np.concatenate([edge, -edge])
+
+
+QUERYING = (
+    *("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria"),
+    *("kosmos-2", "kosmos-2.5"),
+)
+
+
+def fits(box: np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether a box contains no padding and at least one pixel."""
+    within = (box[:2] >= -1).all() and box[2] <= size[0] + 1 and box[3] <= size[1] + 1
+    return bool(within) and painted(Image.new("RGB", size), box) is not None

@@ -1,6 +1,6 @@
 """Types like GLM-V: merged patches, with size limits that include the number of frames."""
 
-from tests.models.records.record import Record, Token
+from tests.helpers.families.record import Record, Token
 
 _PATCHES = {
     "patch_size": 8,

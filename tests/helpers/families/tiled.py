@@ -1,6 +1,6 @@
 """Types whose processor cuts an image into tiles: AnyRes, and grids with a thumbnail."""
 
-from tests.models.records.record import Record, Token
+from tests.helpers.families.record import Record, Token
 
 _ANYRES = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]  # height, width; px
 _GRID_TAGS = tuple(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7))

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import xmodal_interp as xi
-from tests.analysis import fakes
-from tests.tiny import QUESTION, picture, tiny_vlm
+from tests.helpers import synthetic
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.sample import Sample
 
 SIZES = {"llava": (160, 96), "qwen2_vl": (128, 72), "mllama": (160, 96)}
@@ -26,8 +26,8 @@ def sample_of(family: str, question: str = QUESTION) -> Sample:
 def fake(layout: str = "bsvvvvvvtto", rows: int = 2, cols: int = 3, **more: object) -> Sample:
     """Return a constructed sample: 2 x 3 image tokens of 10 px, four heads, one layer."""
     torch.manual_seed(1)
-    call = more.pop("call", None) or fakes.random_call(len(layout), **more)
-    sample = fakes.sample_of(layout, [call], [fakes.grid(rows, cols)])
+    call = more.pop("call", None) or synthetic.random_call(len(layout), **more)
+    sample = synthetic.sample_of(layout, [call], [synthetic.grid(rows, cols)])
     image = Image.fromarray(np.zeros((rows * 10, cols * 10, 3), np.uint8))
     return dataclasses.replace(sample, images=(image,), question="why?", answer="so")
 
