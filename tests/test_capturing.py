@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.helpers.real import real
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.capturing import Keep, capture, capture_batch
+from xmodal_interp.capturing.run import Keep, capture, capture_batch
 from xmodal_interp.errors import (
     GeometryError,
     InputError,

@@ -9,6 +9,7 @@ from PIL import Image
 
 import xmodal_interp as xi
 from tests.helpers.clips import QUESTION, clip, noise, vlm_of
+from tests.helpers.real import real
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import open_video

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+import xmodal_interp as xi
 from tests.helpers.tiny import picture
 from xmodal_interp import block_statistics
 from xmodal_interp.cli.commands import app

@@ -10,8 +10,8 @@ import torch
 
 import xmodal_interp as xi
 from tests.helpers.store_samples import assert_same, items, shipped
-from xmodal_interp import dataset
-from xmodal_interp.dataset import capture_dataset
+from xmodal_interp.capturing import dataset
+from xmodal_interp.capturing.dataset import capture_dataset
 from xmodal_interp.errors import CaptureError, InputError, NotRecordedError, StoreError
 from xmodal_interp.store import check_store, open_store, schema, writer
 

@@ -14,7 +14,8 @@ from torch import nn
 
 import xmodal_interp as xi
 from tests.helpers.store_samples import items, shipped
-from xmodal_interp.dataset import capture_dataset
+from xmodal_interp.capturing.dataset import capture_dataset
+from xmodal_interp.capturing.fingerprint import described, fingerprint, tensor_digest
 from xmodal_interp.errors import StoreError
 from xmodal_interp.hooks import ablate_heads, intervene
 

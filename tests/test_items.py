@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.store_samples import items, shipped
-from xmodal_interp.dataset import capture_dataset
+from xmodal_interp.capturing.dataset import capture_dataset
+from xmodal_interp.capturing.items import checked
 from xmodal_interp.errors import InputError
 from xmodal_interp.store import open_store
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.helpers.real import real
 from tests.helpers.tiny import picture
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import InputError, PhraseError
 from xmodal_interp.models import VLM
 from xmodal_interp.text_search import span_of

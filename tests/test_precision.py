@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import xmodal_interp as xi
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.attention.precision import full_precision
+from xmodal_interp.attention.kernels import full_precision
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from tests.helpers.figure_samples import fake
 from tests.helpers.store_samples import sample as stored
-from xmodal_interp import figures, printing
-from xmodal_interp.cli import app
+from xmodal_interp import figures
+from xmodal_interp.cli import printing
+from xmodal_interp.cli.commands import app
 from xmodal_interp.demo.report import _template
 from xmodal_interp.escaping import for_spreadsheets, markdown_escaped, printable
 from xmodal_interp.store import StoreWriter

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tests.helpers.synthetic import sample_of
-from xmodal_interp.analysis.frames import keyed, long_table, over_samples, stacked
+from xmodal_interp.analysis.tables import keyed, long_table, over_samples, stacked
 
 
 def test_rows_are_in_the_order_of_the_axes() -> None:

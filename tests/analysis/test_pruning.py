@@ -10,10 +10,8 @@ import torch
 
 from tests.helpers import replicas
 from tests.helpers.tiny import picture, tiny_vlm
-from xmodal_interp.analysis.answering import answer_accuracy
-from xmodal_interp.analysis.cumulative import _summary, pruning_curve
-from xmodal_interp.analysis.pruning import head_pruning
-from xmodal_interp.analysis.teacher_forcing import _scores
+from xmodal_interp.analysis.answers import _scores, answer_accuracy
+from xmodal_interp.analysis.pruning import _summary, head_pruning, pruning_curve
 from xmodal_interp.errors import InputError, LayerError
 from xmodal_interp.hooks.ablation import ablate_heads
 from xmodal_interp.hooks.head_means import HeadMeans, mean_head_outputs

@@ -19,9 +19,8 @@ from torch.utils import _pytree
 
 from tests.conformance.spying import Heard, spy
 from tests.helpers.building import Tiny
-from xmodal_interp.hooks.exactness import Exactness
-from xmodal_interp.hooks.recorder import listening
-from xmodal_interp.hooks.recording import Choice, Recording
+from xmodal_interp.hooks.recorder import Choice, Recording, listening
+from xmodal_interp.verification.exactness import Exactness
 
 WORST = pytest.StashKey[dict[str, float]]()  # by model, for the summary of a test run
 

@@ -11,8 +11,8 @@ import xmodal_interp as xi
 from tests.helpers.families import RECORDS
 from tests.helpers.real import prompt as written
 from tests.helpers.real import real, settled
-from xmodal_interp.hooks.painting import painted_patches
-from xmodal_interp.models import windows
+from xmodal_interp.models.geometry import patch_order
+from xmodal_interp.verification.painting import painted_patches
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.helpers.real import ANSWER, GENERATING, SOME, asked, vlm_with_exact_steps
 from tests.helpers.tiny import picture
-from xmodal_interp.analysis.teacher_forcing import answer_scores
+from xmodal_interp.analysis.answers import answer_scores
 from xmodal_interp.errors import CaptureError, UnsupportedModelError
 from xmodal_interp.evaluation.faithfulness import deletion_curve
 from xmodal_interp.hooks.embeddings import check_images_gone, mean_embeddings

@@ -19,6 +19,7 @@ from transformers import GenerationMixin
 
 from tests.helpers.real import ANSWER, GENERATING, asked, some_of, vlm_with_exact_steps
 from tests.helpers.tiny import picture
+from xmodal_interp.analysis.answers import answer_scores, check_causal
 from xmodal_interp.analysis.pruning import head_pruning
 from xmodal_interp.errors import UnsupportedModelError
 from xmodal_interp.evaluation.faithfulness import deletion_curve

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.tiny import picture, tiny_vlm
-from xmodal_interp.analysis.teacher_forcing import answer_scores
+from xmodal_interp.analysis.answers import answer_scores
 from xmodal_interp.errors import CaptureError, InputError, UnsupportedModelError
 from xmodal_interp.evaluation.boxes import overlap_shares
 from xmodal_interp.evaluation.faithfulness import (

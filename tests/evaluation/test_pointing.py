@@ -12,7 +12,7 @@ from PIL import Image
 from tests.helpers import replicas
 from tests.helpers.synthetic import dense_call, grid, random_call, sample_of
 from tests.helpers.tiny import QUESTION, tiny_vlm
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation import best_head, pointing_game, pointing_hits
 from xmodal_interp.sample import Sample

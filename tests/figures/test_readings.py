@@ -6,7 +6,7 @@ from tests.helpers import synthetic
 from tests.helpers.figure_samples import fake, sample_of
 from tests.helpers.real import asked_in_full, real, settled
 from tests.helpers.tiny import picture
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import InputError, PhraseError
 from xmodal_interp.figures.overlay_values import query_groups, query_positions, reading
 from xmodal_interp.figures.placement import place_of

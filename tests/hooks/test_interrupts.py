@@ -22,9 +22,9 @@ from transformers.modeling_utils import AttentionInterface
 
 import xmodal_interp as xi
 from tests.helpers.real import real, settled
-from xmodal_interp import restoring
-from xmodal_interp.hooks import compiled, own_context, tapping
-from xmodal_interp.hooks import kernel as kernels
+from xmodal_interp import contexts
+from xmodal_interp.hooks import compiled, tap
+from xmodal_interp.hooks import torch_attention as kernels
 
 BLIP = "blip"  # its attention computes its own softmax: it is recorded by a TorchFunctionMode
 

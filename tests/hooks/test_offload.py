@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.helpers.attention_variants import STEPS, assert_complete_and_exact, first, of
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks import record
 from xmodal_interp.models import VLM

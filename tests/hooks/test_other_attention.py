@@ -24,7 +24,7 @@ from tests.helpers.attention_variants import (
     of,
 )
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import attention_modules, record
 from xmodal_interp.hooks.bypass import DENSE_NOTE, KERNEL_NOTE

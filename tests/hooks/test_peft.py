@@ -7,7 +7,8 @@ from torch import nn
 
 from tests.helpers.attention_variants import STEPS, assert_complete_and_exact, of
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.fingerprint import fingerprint
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import InputError, UnsupportedModelError
 from xmodal_interp.hooks import record
 from xmodal_interp.models import VLM, load

@@ -11,7 +11,7 @@ import torch
 from tests.helpers.intervened import call_of, inputs_of, logits
 from tests.helpers.real import asked_in_full, real, settled
 from tests.helpers.tiny import picture, tiny_vlm
-from xmodal_interp.capturing import capture, capture_batch
+from xmodal_interp.capturing.run import capture, capture_batch
 from xmodal_interp.errors import CaptureError, InputError, LayerError, PositionError
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.ablation import ablate_heads

@@ -6,7 +6,7 @@ import torch
 
 from tests.helpers.real import real
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp.analysis.teacher_forcing import answer_scores
+from xmodal_interp.analysis.answers import answer_scores
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import VLM, Video
 from xmodal_interp.models.known_answers import answer_ids, batches_of, listed

@@ -17,8 +17,8 @@ from transformers import (
 import xmodal_interp as xi
 from tests.helpers.real import asked, real, settled
 from tests.helpers.tiny import picture
-from xmodal_interp.analysis.teacher_forcing import METRICS, answer_scores
-from xmodal_interp.capturing import capture_batch
+from xmodal_interp.analysis.answers import METRICS, answer_scores
+from xmodal_interp.capturing.run import capture_batch
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import VLM, geometry
 from xmodal_interp.models.known_answers import batches_of

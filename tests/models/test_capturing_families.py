@@ -18,6 +18,7 @@ from tests.helpers.families import RECORDS
 from tests.helpers.real import GENERATING, REFUSED, SOME, asked, real, settled
 from tests.helpers.store_samples import assert_same
 from tests.helpers.tiny import picture
+from xmodal_interp.capturing.fingerprint import fingerprint
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import FAMILIES, VLM, prompt_ids
 from xmodal_interp.sample import Sample

@@ -4,7 +4,7 @@ import pytest
 from transformers import BertTokenizer
 
 from tests.helpers.real import real
-from xmodal_interp.models.tokens import generated_table
+from xmodal_interp.models.token_table import generated_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 WORDS = (

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.helpers.real import real, settled
 from tests.helpers.tiny import QUESTION, tiny_vlm
-from xmodal_interp.capturing import capture
+from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import VLM, Video, open_image
 

@@ -9,6 +9,7 @@ import pytest
 import xmodal_interp as xi
 from tests.helpers.clips import QUESTION, clip, noise, vlm_of
 from tests.helpers.store_samples import SETTINGS, assert_same, assert_same_fields, sample
+from xmodal_interp.capturing.items import checked
 from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.store import StoreWriter, check_store, open_store, schema
 
