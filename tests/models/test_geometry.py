@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.pixel_changes import vlm_of
+from tests.helpers.real import real, settled
 from tests.helpers.tiny import QUESTION, tiny_vlm
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models import VLM
@@ -153,3 +154,12 @@ def test_as_many_grids_as_images(rule: Rule, name: str) -> None:
     inputs = {name: torch.tensor([[8, 8]]), "pixel_values": torch.empty(1, 3, 8, 8)}
     with pytest.raises(GeometryError, match=rf"returned 1 (rows of )?{name} for 2 images"):
         rule(None, None, inputs, images)
+
+
+def test_an_image_that_is_fitted_twice() -> None:
+    """DeepSeek-VL's hybrid resizes 640 x 427 px to 128 x 85, pads 21 rows above, then halves it."""
+    vlm = VLM(real("deepseek_vl_hybrid")[0], settled("deepseek_vl_hybrid"))
+    (prompt,) = vlm.prepare([[Image.new("RGB", (640, 427))]], [QUESTION])[1]
+    top = -21 * 427 / 85
+    np.testing.assert_allclose(prompt.grids[0].boxes[8][[0, 2]], [0, 80])
+    np.testing.assert_allclose(prompt.grids[0].boxes[8, 3], top + 32 * 427 / 85)

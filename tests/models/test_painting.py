@@ -6,6 +6,7 @@ overlapping convolution kernels are concentrated on their centre, so that a toke
 its own pixels.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.helpers.pixel_changes import (
     with_options,
 )
 from xmodal_interp.models import FAMILIES, VLM, ImageGrid
+from xmodal_interp.models.geometry import ProbedTokens
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
@@ -107,6 +109,21 @@ def test_a_painted_box_changes_its_own_token_with_other_options(
     model_type: str, options: dict[str, Any], size: tuple[int, int]
 ) -> None:
     assert painted_boxes(with_options(vlm_of(model_type), options), size) >= 2
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("llava", "qwen2_vl", "nemotron_h_omni", "paddleocr_vl", "mistral3", "gemma4"),
+        *("inkling2", "deepseek_vl_hybrid", "idefics3", "ovis2", "llama4", "lfm2_vl"),
+    ],
+)
+def test_a_painted_box_changes_its_own_token_without_a_rule(model_type: str) -> None:
+    known = vlm_of(model_type)
+    token = known.family.image_token
+    assert token is not None
+    family = dataclasses.replace(known.family, geometry=ProbedTokens(token))
+    assert painted_boxes(dataclasses.replace(known, family=family), (170, 96)) >= 2
 
 
 @pytest.mark.parametrize(

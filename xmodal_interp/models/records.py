@@ -374,12 +374,19 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS}
 def family_of(config: Any) -> Family:
     """Return the record of a model's type.
 
+    A type without a record gets one if its configuration has the id of image tokens. The boxes of
+    these tokens are then measured with test images.
+
     Raises:
-        UnsupportedModelError: The type has no record, or the model is a text-only model.
+        UnsupportedModelError: The type has no record, and its configuration has no id of image
+            tokens; or the model is a text-only model.
     """
     model_type = getattr(config, "model_type", None)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(getattr(config, name, None), int):
+            return Family(str(model_type), name, geometry=geometry.ProbedTokens(name))
     if getattr(config, "vision_config", None) is None and _reads_text_only(config):
         raise UnsupportedModelError(
             f"The model type {model_type!r} is text-only: its configuration has no vision_config. "

@@ -59,8 +59,9 @@ class VLM:
 
     Raises:
         InputError: ``model`` is not a model of transformers, or ``processor`` has no tokenizer.
-        UnsupportedModelError: The model type has no family record or is text-only, the model is not
-            of the generating class of its type, or it has a PEFT adapter with virtual tokens.
+        UnsupportedModelError: The model type has no family record and no image token id in its
+            configuration, or is text-only; the model is not of the generating class of its type, or
+            it has a PEFT adapter with virtual tokens.
     """
 
     model: Any

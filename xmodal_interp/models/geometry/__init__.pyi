@@ -4,6 +4,7 @@ from .convolutions import code_grid, code_rows, fused_stages
 from .grid import NOWHERE, ImageGrid, Rule, Thumbnail, VideoGrid, place_on_grid, raster, unplaced
 from .learned_queries import QueryTokens, query_crops, resampled_patches
 from .overlapping_crops import overlapping_crops
+from .probed_tokens import ProbedTokens
 from .processor_steps import (
     at_the_top,
     best_canvas,
@@ -70,6 +71,7 @@ __all__ = [
     "PaddedSquares",
     "PositionedFrames",
     "PositionedPatches",
+    "ProbedTokens",
     "QueryTokens",
     "Rule",
     "SeparateTiles",

@@ -112,7 +112,8 @@ class ImageGrid(Viewed):
         thumbnail: The thumbnail view, if there is one.
         patch_boxes: ``(x0, y0, x1, y1)`` of each vision-tower position in pixels of the original
             image; NaN outside the grid. None if the patches fill the same box as the tokens.
-        reason: Why the tokens have no rows and columns, if the family has no rule for them.
+        reason: Why the tokens have no rows and columns, if the family has no rule for them; or how
+            their boxes were measured without a rule.
     """
 
     width: int
@@ -151,7 +152,7 @@ class ImageGrid(Viewed):
             return place_on_grid(values, of.places, of.rows, of.cols)
         if values.shape == (len(of.patch_places),) and of.patch_rows:
             return place_on_grid(values, of.patch_places, of.patch_rows, of.patch_cols)
-        if self.reason is not None:
+        if self.reason is not None and not self.rows:
             raise GeometryError(f"Image {number} has no grid. {self.reason}")
         if values.shape == (len(of.places),) and self.thumbnail is not None:
             raise GeometryError(

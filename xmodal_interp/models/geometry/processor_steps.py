@@ -96,6 +96,9 @@ def fitted(processor: Any, image: Image.Image, width: int, height: int) -> Box:
             "padded to a square. Set do_pad=True."
         )
     smallest = setting(processor, "min_size", 1)
+    larger = setting(processor, "high_res_size")
+    if larger is not None:  # the image is fitted into a larger square, which is then resized
+        width = height = larger["height"]
     scale = width / max(image.size)
     new_w, new_h = (max(round(length * scale), smallest) for length in image.size)
     per_x, per_y = image.width / new_w, image.height / new_h
