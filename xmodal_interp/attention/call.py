@@ -169,8 +169,9 @@ class AttentionCall:
     def take(self, axis: str, index: slice | Int[Tensor, " entry"]) -> AttentionCall:
         """Return the call with some entries of an axis, in all tensors that have this axis.
 
-        The causal flag, the offset and the sliding window are not changed. They are valid for all
-        keys or the first ones only; :func:`~xmodal_interp.attention.with_mask` replaces them.
+        The causal flag, the offset and the sliding window are not changed, so they are right for
+        the first queries and keys only; :func:`~xmodal_interp.attention.with_mask` replaces them by
+        a mask.
 
         Args:
             axis: ``"sample"``, ``"query"`` or ``"key"``.
