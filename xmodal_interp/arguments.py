@@ -122,7 +122,7 @@ def shallow(value: Any, name: str) -> None:
     raise InputError(f"{name} is nested too deeply; got {quoted(value)}.")
 
 
-def in_order(given: Any, name: str) -> list[Any]:
+def as_list(given: Any, name: str) -> list[Any]:
     """Return the entries of a list, array, tensor, Series, DataFrame or iterator, by position.
 
     Args:
@@ -143,7 +143,7 @@ def in_order(given: Any, name: str) -> list[Any]:
     return list(given)
 
 
-def held(given: Any) -> Any:
+def list_if_iterator(given: Any) -> Any:
     """Convert an iterator or a dict view to a list; return any other value unchanged."""
     return list(given) if isinstance(given, (Iterator, KeysView, ValuesView)) else given
 
@@ -242,7 +242,7 @@ def checked(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _
     @wraps(function)
     def inside(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
         given: dict[str, Any] = dict(zip(parameters, args, strict=False)) | kwargs
-        lists = {name: held(given[name]) for name in _READ_AGAIN if name in given}
+        lists = {name: list_if_iterator(given[name]) for name in _READ_AGAIN if name in given}
         given |= lists
         for name, check in checks.items():
             if name in given and not (given[name] is None and parameters[name].default is None):

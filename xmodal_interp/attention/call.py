@@ -162,7 +162,7 @@ class AttentionCall:
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor, _ in self.tensors()}
         return replace(self, **moved)
 
-    def in_float64(self) -> AttentionCall:
+    def on_float64_device(self) -> AttentionCall:
         """Return the call on a device that supports float64; Apple's GPUs (mps) do not."""
         return self.to("cpu") if self.device.type == "mps" else self
 
@@ -323,7 +323,7 @@ class AttentionCall:
                 q, k, seen, causal = self._fused_operands(head, row)
                 k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
                 return kernels.fused_entropy(q, k, seen, causal=causal, scaling=self.scaling)
-            call = self.in_float64()
+            call = self.on_float64_device()
             head, row = head.to(call.device), row.to(call.device)
             parts = row.split(self._chunk(len(head)))
             rows = (call._exact_rows(head, part, torch.float64) for part in parts)
