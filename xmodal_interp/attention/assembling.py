@@ -54,7 +54,9 @@ def with_mask(call: AttentionCall) -> AttentionCall:
     An additive mask is split into a boolean mask and a bias.
     """
     added = additive_rows(call.mask, torch.arange(call.n_queries, device=call.device))
-    bias = call.bias if added is None else added if call.bias is None else call.bias + added
+    bias = call.bias
+    if added is not None:
+        bias = added if bias is None else bias + added
     flags: dict[str, Any] = {"causal": False, "offset": 0, "sliding_window": None, "segments": None}
     return replace(call, mask=call.visible(), bias=bias, **flags)
 
@@ -107,14 +109,13 @@ def _filled(
     ]
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     whole = tensors[0].new_zeros(sizes, dtype=dtype)
-    n_copied = 0
+    copied = 0  # keys, from the first
     for tensor, place in parts:
-        key = place["key"]
-        if "query" not in axes:  # k and v, of which earlier calls hold the first keys
-            new = max(n_copied, key.start)
-            tensor, key, n_copied = tensor[:, :, new - key.start :], slice(new, key.stop), key.stop
-        at = {"query": place["query"], "key": key}
-        whole[tuple(at.get(axis, slice(None)) for axis in axes)] = tensor
+        if "query" not in axes:  # k and v, whose first entries may be in an earlier part
+            start, stop = place["key"].start, place["key"].stop
+            new = max(copied, start)
+            tensor, place, copied = tensor[:, :, new - start :], {"key": slice(new, stop)}, stop
+        whole[tuple(place.get(axis, slice(None)) for axis in axes)] = tensor
     return whole
 
 
