@@ -1,12 +1,12 @@
 """One attention call: exact rows, fused sums, masks, and errors."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from xmodal_interp.attention import AttentionCall, joined_pieces, part_of, reordered
+from xmodal_interp.attention import AXES, AttentionCall, joined_pieces, part_of, reordered
 from xmodal_interp.errors import LayerError, NotRecordedError, PositionError
 
 S, D, SCALING = 37, 16, 0.25
@@ -244,6 +244,13 @@ def test_the_message_names_rows_that_were_not_kept() -> None:
     none = part.select_rows(torch.tensor([], dtype=torch.long))
     with pytest.raises(NotRecordedError, match="does not hold the query rows 3;"):
         none.probs(queries=[3])
+
+
+def test_the_table_of_axes_has_every_tensor() -> None:
+    tensors = {each.name: str(each.type) for each in fields(AttentionCall) if "Tensor" in each.type}
+    assert tensors.keys() == AXES.keys()
+    for name, annotation in tensors.items():
+        assert " ".join(AXES[name]) in annotation or annotation == "Tensor | None"
 
 
 def test_sinks_of_queries_follow_their_queries() -> None:
