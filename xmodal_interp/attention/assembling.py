@@ -72,6 +72,7 @@ def placed(
 
     All other entries are hidden and zero; dense rows of no call are NaN. A key that several calls
     hold is copied from the first of them. Fields that are not tensors are those of the first call.
+    A tensor that some calls do not hold is left out, except a bias.
 
     Args:
         calls: Calls with an explicit mask (:func:`with_mask`), or all without mask and flags.
@@ -87,7 +88,8 @@ def placed(
         held = [getattr(call, name) for call in calls]
         parts = [part for part in zip(held, places, strict=True) if part[0] is not None]
         if parts and parts[0][0].ndim == len(axes) and name != "rows":
-            whole[name] = _filled(axes, parts, lengths)
+            in_all = len(parts) == len(calls) or name == "bias"
+            whole[name] = _filled(axes, parts, lengths) if in_all else None
     if whole.get("dense") is not None:
         other = torch.ones(n_queries, dtype=torch.bool)
         for row in rows:
