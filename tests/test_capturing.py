@@ -146,6 +146,12 @@ def test_layers_and_rows_that_were_not_kept_are_errors() -> None:
     assert str(unknown.value) == (
         "There is no layer 9, call 0: language self-attention has layers [0, 1, 2, 3]."
     )
+    with pytest.raises(LayerError) as unknown:
+        sample.call(1, call=5)
+    assert str(unknown.value) == (
+        "There is no layer 1, call 5: language self-attention has layers [0, 1, 2, 3], with calls "
+        "0 to 0."
+    )
 
 
 def test_error_messages_name_the_bad_input(tmp_path) -> None:

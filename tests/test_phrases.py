@@ -25,6 +25,7 @@ FOUND = [
     (NFD, f"the {NFD}s and a {NFD}", NFD),
     ("a a", "ba a a", "a a"),
     ("snow", "a snow_man in snow", "snow"),
+    ("STRASSE", "die Straße", "Straße"),
 ]
 
 

@@ -1,12 +1,12 @@
-"""Checks of arguments, shared by public functions; each error names the argument.
+"""Check and convert the arguments of public functions; each error names the argument.
 
-Convert sequences that users pass to lists, by position.
-
-``series[0]`` of a pandas Series is the row labelled 0: the wrong entry after ``sort_values``, a
-``KeyError`` after a filter. Therefore sequences with one entry per sample or item are converted
-here before they are indexed.
-
-Conversion of user input to paths.
+* ``whole_number``, ``one_of``, ``strings``, ... check one value.
+* :func:`as_list` converts a sequence to a list. ``series[0]`` of a pandas Series is the row
+  labelled 0: the wrong entry after ``sort_values``, a ``KeyError`` after a filter. Sequences with
+  one entry per sample or item are therefore converted before they are indexed.
+* :func:`user_path` converts a string to a path.
+* :func:`checked` decorates a public function: it checks arguments by name, from the table
+  ``CHECKS``.
 """
 
 from __future__ import annotations
@@ -34,82 +34,6 @@ import pandas as pd
 
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.vocabulary import TOWERS, AttentionKind
-
-
-def in_order(given: Any, name: str) -> list[Any]:
-    """Return the entries of a list, array, tensor, Series, DataFrame or iterator, by position.
-
-    Args:
-        given: The sequence. The entries of a DataFrame are its rows, as tuples.
-        name: Name of the argument, for the message.
-
-    Raises:
-        InputError: A string, a dict, a set or a single number.
-    """
-    if isinstance(given, pd.DataFrame):
-        return list(given.itertuples(index=False, name=None))
-    unordered = isinstance(given, (str, bytes, Mapping, Set)) or not isinstance(given, Iterable)
-    if unordered or getattr(given, "ndim", 1) == 0:
-        raise InputError(
-            f"{name} must be an ordered sequence, such as a list; got {type(given).__name__} "
-            f"{given!r:.80}."
-        )
-    return list(given)
-
-
-def held(given: Any) -> Any:
-    """Convert an iterator or a dict view to a list; return any other value unchanged."""
-    return list(given) if isinstance(given, (Iterator, KeysView, ValuesView)) else given
-
-
-def is_several(given: Any) -> TypeGuard[Iterable[Any]]:
-    """Whether an argument is a list of values rather than a single value.
-
-    An array is a single value, because it may be a picture.
-    """
-    return isinstance(given, (list, tuple, pd.Series, pd.Index))
-
-
-_LONGEST = 255  # limit of one name in bytes on common file systems
-
-
-def user_path(given: Any) -> Path:
-    """Return a path with ``~`` replaced by the home folder.
-
-    Raises:
-        InputError: The value is not a path, or cannot be the path of a file.
-    """
-    if not isinstance(given, (str, os.PathLike)):
-        raise InputError(f"A path must be a string or a pathlib.Path; got {quoted(given)}.")
-    try:
-        path = Path(given).expanduser()
-        usable = b"\0" not in os.fsencode(path)
-    except (
-        RuntimeError,
-        TypeError,
-        UnicodeEncodeError,
-    ) as error:  # unknown user after ~, or bytes
-        raise InputError(f"{quoted(given)} cannot be the path of a file: {error}.") from error
-    if not usable:
-        raise InputError(
-            f"{quoted(given)} cannot be the path of a file: it contains a null character."
-        )
-    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
-    if longest > _LONGEST:
-        raise InputError(
-            f"{quoted(given)} cannot be the path of a file: one of its names has {longest} bytes, "
-            f"and the limit is {_LONGEST}."
-        )
-    return path
-
-
-Check = Callable[[Any, str], Any]
-"""Takes a value and the name of its argument; raises InputError if the value is invalid."""
-
-_Given = ParamSpec("_Given")
-_Made = TypeVar("_Made")
-
-_DEEPEST = 5
 
 MOST = 10_000_000
 """Default upper bound of integer arguments."""
@@ -191,11 +115,78 @@ def table(value: Any, name: str) -> None:
 def shallow(value: Any, name: str) -> None:
     """Raise InputError if ``value`` is a list nested five or more levels deep."""
     inner = value
-    for _ in range(_DEEPEST):
+    for _ in range(5):
         if not isinstance(inner, (list, tuple)) or not inner:
             return
         inner = inner[0]
     raise InputError(f"{name} is nested too deeply; got {quoted(value)}.")
+
+
+def as_list(given: Any, name: str) -> list[Any]:
+    """Return the entries of a list, array, tensor, Series, DataFrame or iterator, by position.
+
+    Args:
+        given: The sequence. The entries of a DataFrame are its rows, as tuples.
+        name: Name of the argument, for the message.
+
+    Raises:
+        InputError: A string, a dict, a set or a single number.
+    """
+    if isinstance(given, pd.DataFrame):
+        return list(given.itertuples(index=False, name=None))
+    unordered = isinstance(given, (str, bytes, Mapping, Set)) or not isinstance(given, Iterable)
+    if unordered or getattr(given, "ndim", 1) == 0:
+        raise InputError(
+            f"{name} must be an ordered sequence, such as a list; got {type(given).__name__} "
+            f"{given!r:.80}."
+        )
+    return list(given)
+
+
+def list_if_iterator(given: Any) -> Any:
+    """Convert an iterator or a dict view to a list; return any other value unchanged."""
+    return list(given) if isinstance(given, (Iterator, KeysView, ValuesView)) else given
+
+
+def is_several(given: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether an argument is a list of values rather than a single value.
+
+    An array is a single value, because it may be a picture.
+    """
+    return isinstance(given, (list, tuple, pd.Series, pd.Index))
+
+
+_LONGEST = 255  # limit of one name in bytes on common file systems
+
+
+def user_path(given: Any) -> Path:
+    """Return a path with ``~`` replaced by the home folder.
+
+    Raises:
+        InputError: The value is not a path, or cannot be the path of a file.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise InputError(f"A path must be a string or a pathlib.Path; got {quoted(given)}.")
+    problem = None
+    try:
+        path = Path(given).expanduser()
+        longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+        if b"\0" in os.fsencode(path):
+            problem = "it contains a null character"
+        elif longest > _LONGEST:
+            problem = f"one of its names has {longest} bytes, and the limit is {_LONGEST}"
+    except (RuntimeError, TypeError, UnicodeEncodeError) as error:  # no such user after ~, or bytes
+        problem = str(error)
+    if problem is not None:
+        raise InputError(f"{quoted(given)} cannot be the path of a file: {problem}.")
+    return path
+
+
+Check = Callable[[Any, str], Any]
+"""Takes a value and the name of its argument; raises InputError if the value is invalid."""
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 def count(low: int, high: int = MOST) -> Check:
@@ -239,7 +230,7 @@ _READ_AGAIN = ("queries", "layers", "heads", "head", "alpha", "by", "blocks")
 """Arguments that are read once per sample and once for the attributes of the table."""
 
 
-def checked(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+def checked(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """Decorate a public function: check its arguments by name (``CHECKS``) before each call.
 
     None is accepted where it is the default. Iterators are converted to lists, because some
@@ -249,9 +240,9 @@ def checked(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     checks = {name: CHECKS[name] for name in parameters if name in CHECKS}
 
     @wraps(function)
-    def inside(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+    def inside(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
         given: dict[str, Any] = dict(zip(parameters, args, strict=False)) | kwargs
-        lists = {name: held(given[name]) for name in _READ_AGAIN if name in given}
+        lists = {name: list_if_iterator(given[name]) for name in _READ_AGAIN if name in given}
         given |= lists
         for name, check in checks.items():
             if name in given and not (given[name] is None and parameters[name].default is None):

@@ -1,19 +1,16 @@
-"""``with`` blocks that undo their changes even if they are interrupted at any moment.
+"""``with`` blocks that always undo their changes, and hooks that fire in their own block only.
 
-``contextlib.ExitStack`` calls the callbacks that were registered with it. An interrupt (Ctrl-C
-raises ``KeyboardInterrupt`` between two bytecodes) can arrive between a change and its
+**Interrupts.** ``contextlib.ExitStack`` calls the callbacks that were registered with it. Ctrl-C
+raises ``KeyboardInterrupt`` between two bytecodes, so it can arrive between a change and its
 registration, or while the stack is closing. A :class:`Block` therefore makes and undoes its changes
-with signals deferred. A signal that arrives in between is handled directly afterwards, when the
-block is either completely entered or completely undone.
+with signals deferred: a signal is handled when the block is either completely entered or completely
+undone. Python calls signal handlers in the main thread only, so other threads need no deferral.
 
-Python calls signal handlers in the main thread only, so other threads need no deferral.
-
-Limit hooks to the thread or task of the ``with`` block that registered them.
-
-Hooks are registered on the model, so they fire in every thread and every asyncio task that runs it.
-A recording or an intervention must only observe the forwards of its own ``with`` block. A context
-variable holds the active blocks; outside of its block, a hook does nothing. Copies of the model
-that are made inside the block do not get its hooks.
+**Threads and tasks.** Hooks are registered on the model, so they fire in every thread and every
+asyncio task that runs it, but a recording or an intervention must only observe the forwards of its
+own ``with`` block. A context variable holds the active blocks of the thread or task, and
+:func:`own_context` disables a hook outside its block. Copies of the model that are made inside the
+block do not get its hooks.
 """
 
 from __future__ import annotations

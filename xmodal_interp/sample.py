@@ -1,7 +1,15 @@
-"""A sample: the tokens of a prompt and its answer, and all attention calls of the model on them.
+"""A sample: one prompt with its images, the model's answer, and the attention of every layer.
 
-Analyses treat samples in memory and in a store alike. The calls of a stored sample are a mapping
-that reads a layer from disk on access.
+::
+
+    sample.tokens                           one row per position: token, kind, place in the image
+    sample.find("red circle")               positions of a phrase
+    sample.call(layer=3)                    queries, keys and mask of layer 3: an AttentionCall
+    sample.probs(layer=3, queries="last")   its probabilities, [head, query, key]
+    sample.grid(values)                     one value per image token, as [row, col]
+
+Samples in memory and in a store are used alike. The calls of a stored sample are a mapping that
+reads a layer from disk when it is accessed.
 """
 
 from __future__ import annotations
@@ -43,7 +51,7 @@ from xmodal_interp.vocabulary import (
 )
 
 CallKey = tuple[Tower, AttentionKind, int, int]
-"""The key of an attention call: tower, attention kind, layer, call."""
+"""Tower, attention kind, layer, and number of the call within the layer."""
 
 Selector = str | Positions | Sequence[str | int]
 """Positions, a keyword (``"last"``, ``"text"``), a phrase of the text, or a list of these.
@@ -96,12 +104,16 @@ class Sample:
 
     def __repr__(self) -> str:
         """Return a one-line summary."""
-        parts = sorted({key[:2] for key in self.calls})
-        towers = ", ".join(f"{len(self.layers(t, k))} {t} {k}" for t, k in parts)
         counts = self.tokens["kind"].value_counts().items()
-        kinds = ", ".join(f"{count} {kind}" for kind, count in counts)
-        asked = f"{self.question!r} -> {self.answer!r}"
-        return f"Sample({self.name!r}: {asked}; {kinds} tokens; layers: {towers})"
+        tokens = ", ".join(f"{count} {kind}" for kind, count in counts)
+        layers = ", ".join(
+            f"{len(self.layers(tower, kind))} {tower} {kind}"
+            for tower, kind in sorted({key[:2] for key in self.calls})
+        )
+        return (
+            f"Sample({self.name!r}: {self.question!r} -> {self.answer!r}; {tokens} tokens; "
+            f"layers: {layers})"
+        )
 
     def __len__(self) -> int:
         """Return the number of positions of prompt and answer."""
@@ -135,15 +147,16 @@ class Sample:
             raise InputError(f"kind must be one of {', '.join(TOKEN_KINDS)}; got {quoted(kind)}.")
         if role is not None:
             one_of(role, "role", ROLES)
-        for name, which in (("image", image), ("video", video), ("frame", frame)):
-            if which is not None:
-                whole_number(which, name, 0)
-        chosen = np.ones(len(self.tokens), dtype=bool)
-        asked = {"kind": kind, "role": role, "image": image, "video": video, "frame": frame}
-        for column, value in asked.items():
+        numbers = {"image": image, "video": video, "frame": frame}
+        for name, index in numbers.items():
+            if index is not None:
+                whole_number(index, name, 0)
+        matches = np.ones(len(self.tokens), dtype=bool)
+        wanted: dict[str, Any] = {"kind": kind, "role": role, **numbers}
+        for column, value in wanted.items():
             if value is not None:
-                chosen &= self.tokens[column].eq(value).fillna(value=False).to_numpy(dtype=bool)
-        return np.flatnonzero(chosen)
+                matches &= self.tokens[column].eq(value).fillna(value=False).to_numpy(dtype=bool)
+        return np.flatnonzero(matches)
 
     @property
     def visual(self) -> Int[np.ndarray, " position"]:
@@ -175,13 +188,13 @@ class Sample:
                 None.
         """
         start, end = span_of(phrase, self.text, occurrence, hidden=self._in_placeholder)
-        touched = (self.tokens["start"] < end) & (self.tokens["end"] > start)
-        if not touched.any():
+        overlaps = (self.tokens["start"] < end) & (self.tokens["end"] > start)
+        if not overlaps.any():
             raise PhraseError(
                 f"{phrase!r} is in the text, but its tokens are unknown: the tokens of this sample "
                 "could not be aligned with its prompt. Pass positions instead."
             )
-        return np.flatnonzero(touched.to_numpy(dtype=bool, na_value=False))
+        return np.flatnonzero(overlaps.to_numpy(dtype=bool, na_value=False))
 
     def _in_placeholder(self, start: int, end: int) -> bool:
         """Whether the characters lie inside a placeholder or another special token."""
@@ -214,14 +227,14 @@ class Sample:
         if name not in KEYWORDS:
             return self.find(name)
         if not isinstance(name, Keyword) and has_word(name, self.text, self._in_placeholder):
-            meant = {
+            keyword = {
                 LAST: "sample.last (the last position of the prompt)",
                 TEXT: "sample.text_after_image() (all text after the image)",
             }
             raise PhraseError(
                 f"{name!r} is ambiguous: it is a keyword and a word in the text of sample "
-                f"{self.name!r}. Pass {meant[Keyword(name)]}, sample.find({name!r}) (the word), or "
-                f"for many samples xmodal_interp.vocabulary.{name.upper()} (the keyword)."
+                f"{self.name!r}. Pass {keyword[Keyword(name)]}, sample.find({name!r}) (the word), "
+                f"or for many samples xmodal_interp.vocabulary.{name.upper()} (the keyword)."
             )
         if name == LAST:
             return np.array([self.last])
@@ -260,24 +273,25 @@ class Sample:
         """
         one_of(tower, "tower", TOWERS)
         one_of(kind, "kind", get_args(AttentionKind))
-        held = self.layers(tower, kind)
-        exists = self.provenance.get("layers", {}).get(f"{tower}.{kind}", [])
-        known = exists or held
-        asked = number(layer, "layer")
-        index = known[asked] if -len(known) <= asked < 0 else asked
+        kept = self.layers(tower, kind)
+        of_model = self.provenance.get("layers", {}).get(f"{tower}.{kind}") or kept
+        index = number(layer, "layer")
+        if -len(of_model) <= index < 0:
+            index = of_model[index]
         key: CallKey = (tower, kind, index, number(call, "call"))
         if key in self.calls:
             return self.calls[key]
-        if index in exists:
+        if index in of_model and index not in kept:
             raise NotRecordedError(
                 f"Layer {index} of {tower} {kind}-attention was not kept; kept layers: "
-                f"{held or 'none'}. Capture again with this layer."
+                f"{kept or 'none'}. Capture again with this layer."
             )
         n_calls = len({k[3] for k in self.calls if k[:3] == key[:3]})
-        has = f"layers {known}" if known else "no layers"
-        has += f", with calls 0 to {n_calls - 1}" if n_calls else ""
-        got = f"layer {layer}, call {call}"
-        raise LayerError(f"There is no {got}: {tower} {kind}-attention has {has}.")
+        existing = f"layers {of_model}" if of_model else "no layers"
+        existing += f", with calls 0 to {n_calls - 1}" if n_calls else ""
+        raise LayerError(
+            f"There is no layer {layer}, call {call}: {tower} {kind}-attention has {existing}."
+        )
 
     def probs(
         self,
@@ -304,10 +318,10 @@ class Sample:
         """
         one_of(tower, "tower", TOWERS)
         one_of(kind, "kind", get_args(AttentionKind))
-        of_text = tower == "language"
-        query: Any = self.positions(queries) if of_text and has_phrase(queries) else queries
-        self_keys = of_text and kind == "self"
-        key: Any = self.positions(keys) if self_keys and has_phrase(keys) else keys
+        in_text = tower == "language"
+        query: Any = self.positions(queries) if in_text and has_phrase(queries) else queries
+        in_text = in_text and kind == "self"
+        key: Any = self.positions(keys) if in_text and has_phrase(keys) else keys
         if has_phrase(query) or has_phrase(key):
             raise InputError(
                 "A phrase selects text positions only. Pass queries and keys of other towers, and "
@@ -342,20 +356,21 @@ class Sample:
                 places, or the image, view, video or frame does not exist.
         """
         string(view, "view")
-        bare = values.detach().float().cpu() if isinstance(values, Tensor) else values
+        if isinstance(values, Tensor):
+            values = values.detach().float().cpu()
         try:
-            flat = np.asarray(bare, dtype=np.float64)
+            of_tokens = np.asarray(values, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"values must be numbers, one per token; got {quoted(values)}."
             ) from error
         if video is not None:
-            _check_number(video, len(self.video_grids), "video")
-            frames = self.video_grids[video].arranged(flat, view, number=video)
-            _check_number(frame or 0, len(frames), "frame")
+            _check_exists(video, len(self.video_grids), "video")
+            frames = self.video_grids[video].arranged(of_tokens, view, number=video)
+            _check_exists(frame or 0, len(frames), "frame")
             return frames if frame is None else frames[frame]
-        _check_number(image, len(self.grids), "image")
-        return self.grids[image].arranged(flat, view, number=image)
+        _check_exists(image, len(self.grids), "image")
+        return self.grids[image].arranged(of_tokens, view, number=image)
 
     def groups(self) -> dict[str, Bool[np.ndarray, " position"]]:
         """Return the key groups of the language tower as boolean masks.
@@ -364,17 +379,17 @@ class Sample:
         key is in one group. Empty groups are left out.
         """
         kinds = self.tokens["kind"]
-        groups = {
+        visual = {
             f"{kind} {i}": (kinds.eq(kind) & self.tokens[kind].eq(i)).to_numpy(bool, na_value=False)
             for kind, grids in (("image", self.grids), ("video", self.video_grids))
             for i in range(len(grids))
             if kinds.eq(kind).any()
         }
         others = {kind: kinds.eq(kind).to_numpy(bool) for kind in ("text", "special", "padding")}
-        return groups | {kind: members for kind, members in others.items() if members.any()}
+        return visual | {kind: members for kind, members in others.items() if members.any()}
 
 
-def _check_number(number: int, n: int, what: str) -> None:
-    whole_number(number, what, -MOST)
-    if not 0 <= number < n:
-        raise GeometryError(f"There is no {what} {number}: the sample has {n} {what}s.")
+def _check_exists(index: int, n: int, name: str) -> None:
+    whole_number(index, name, -MOST)
+    if not 0 <= index < n:
+        raise GeometryError(f"There is no {name} {index}: the sample has {n} {name}s.")

@@ -12,18 +12,29 @@ A phrase matches whole words only. Word boundaries depend on the script:
 from __future__ import annotations
 
 import operator
-import re
-import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
+
+import regex
 
 from xmodal_interp.errors import InputError, PhraseError, quoted
 
-_WITHOUT_SPACES = (
-    *("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "YI"),
-    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
-)
-_MARKS = ("Mn", "Mc")
+_MARK = r"[[\p{Mn}\p{Mc}]--\p{Variation_Selector}]"
+_IN_WORD = rf"[\p{{L}}\p{{N}}_{_MARK}]"
+_SCRIPTS = ("Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Thai", "Lao", "Khmer", "Myanmar")
+_UNSPACED = "".join(rf"\p{{Script={name}}}" for name in (*_SCRIPTS, "Tibetan"))
+_UNSPACED += "\u3006\u30fc\uff70\uff9e\uff9f"  # Japanese signs that belong to several scripts
+
+
+def _within_word(unspaced: str) -> str:
+    """Return a pattern that matches between two characters of a word."""
+    spaced = f"[{_IN_WORD}--[{unspaced}]]"
+    return f"(?:(?<={_IN_WORD})(?={_MARK})|(?<={spaced})(?={spaced}))"
+
+
+_WITHIN = _within_word(_UNSPACED)
+_WITHIN_UNLESS_KOREAN = _within_word(rf"{_UNSPACED}\p{{Script=Hangul}}")
+_FLAGS = regex.VERSION1 | regex.IGNORECASE  # version 1 has differences of sets, [A--B]
 _N_SHOWN = 3
 
 
@@ -70,49 +81,14 @@ def has_phrase(selector: Any) -> TypeGuard[str | Sequence[str | int]]:
     return isinstance(selector, str) or in_list
 
 
-def _spans(phrase: str, text: str, *, whole: bool) -> Iterator[tuple[int, int]]:
-    """Yield start and end of non-overlapping matches, as whole words only or anywhere."""
-    words = r"\s+".join(re.escape(word) for word in phrase.split())
-    pattern, at = re.compile(words, re.IGNORECASE), 0
-    while words and (match := pattern.search(text, at)) is not None:
-        start, end = match.span()
-        if whole and (_goes_on(text, start, korean=True) or _goes_on(text, end)):
-            at = start + 1
-            continue
-        yield start, end
-        at = end
-
-
-def _goes_on(text: str, at: int, *, korean: bool = False) -> bool:
-    """Whether the character at ``at`` continues the word of the character before it.
-
-    Args:
-        text: The text.
-        at: Index of the character.
-        korean: If False, a Korean character never continues a word.
-    """
-    if not 0 < at < len(text):
-        return False
-    before, after = text[at - 1], text[at]
-    if not (_in_word(before) and _in_word(after)):
-        return False
-    if unicodedata.category(after) in _MARKS:  # part of the character before
-        return True
-    unspaced = _WITHOUT_SPACES if korean else (*_WITHOUT_SPACES, "HANGUL")
-    return not (_name(before).startswith(unspaced) or _name(after).startswith(unspaced))
-
-
-def _in_word(character: str) -> bool:
-    """Whether a character is a letter, digit, underscore, or combining mark of a letter."""
-    if character.isalnum() or character == "_":
-        return True
-    is_mark = unicodedata.category(character) in _MARKS
-    return is_mark and not _name(character).startswith("VARIATION SELECTOR")
-
-
-def _name(character: str) -> str:
-    """Return the Unicode name of a character, which starts with its script; empty if unnamed."""
-    return unicodedata.name(character, "")
+def _spans(phrase: str, text: str, *, whole: bool) -> list[tuple[int, int]]:
+    """Return start and end of non-overlapping matches, as whole words only or anywhere."""
+    pattern = r"\s+".join(regex.escape(word) for word in phrase.split())
+    if not pattern:
+        return []
+    if whole:
+        pattern = f"(?!{_WITHIN}){pattern}(?!{_WITHIN_UNLESS_KOREAN})"
+    return [match.span() for match in regex.finditer(pattern, text, _FLAGS)]
 
 
 def _missing(phrase: str, text: str, hidden: Callable[[int, int], bool]) -> str:
@@ -129,11 +105,11 @@ def _missing(phrase: str, text: str, hidden: Callable[[int, int], bool]) -> str:
 
 
 def _word_around(text: str, start: int, end: int) -> str:
-    while _goes_on(text, start, korean=True):
-        start -= 1
-    while _goes_on(text, end, korean=True):
-        end += 1
-    return text[start:end]
+    """Return the characters from ``start`` to ``end`` and the rest of the words they are in."""
+    boundaries = [match.start() for match in regex.finditer(f"(?!{_WITHIN})", text, _FLAGS)]
+    first = max(each for each in boundaries if each <= start)
+    last = min(each for each in boundaries if each >= end)
+    return text[first:last]
 
 
 def _check_types(phrase: str, occurrence: int | None) -> None:

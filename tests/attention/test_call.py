@@ -1,12 +1,12 @@
 """One attention call: exact rows, fused sums, masks, and errors."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from xmodal_interp.attention import AttentionCall
+from xmodal_interp.attention import AXES, AttentionCall, joined_pieces, part_of, reordered
 from xmodal_interp.errors import LayerError, NotRecordedError, PositionError
 
 S, D, SCALING = 37, 16, 0.25
@@ -244,3 +244,23 @@ def test_the_message_names_rows_that_were_not_kept() -> None:
     none = part.select_rows(torch.tensor([], dtype=torch.long))
     with pytest.raises(NotRecordedError, match="does not hold the query rows 3;"):
         none.probs(queries=[3])
+
+
+def test_the_table_of_axes_has_every_tensor() -> None:
+    tensors = {each.name: str(each.type) for each in fields(AttentionCall) if "Tensor" in each.type}
+    assert tensors.keys() == AXES.keys()
+    for name, annotation in tensors.items():
+        assert " ".join(AXES[name]) in annotation or annotation == "Tensor | None"
+
+
+def test_sinks_of_queries_follow_their_queries() -> None:
+    sinks = torch.randn(2, 8, S, generator=torch.Generator().manual_seed(3))
+    call = make(mask=LEFT_PADDED, sinks=sinks)
+    order = torch.randperm(S, generator=torch.Generator().manual_seed(4))
+    expected = call.probs()[:, :, order][..., order]
+    torch.testing.assert_close(reordered(call, order).probs(), expected, equal_nan=True)
+    pieces = [call.select_sample(0), call.select_sample(1)]
+    whole = joined_pieces(pieces)
+    for number, piece in enumerate(pieces):
+        part = part_of(whole, number * S, (number + 1) * S)
+        torch.testing.assert_close(part.probs(), piece.probs(), equal_nan=True)

@@ -39,7 +39,7 @@ from xmodal_interp.analysis.bootstrap import (
 )
 from xmodal_interp.analysis.selection import Layers, refuse_text
 from xmodal_interp.analysis.tables import stamped
-from xmodal_interp.arguments import checked, in_order
+from xmodal_interp.arguments import as_list, checked
 from xmodal_interp.attention import entries_of, numbers
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.ablation import AblationMode
@@ -242,7 +242,7 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
         UnsupportedModelError: Positions of the model depend on later ones.
     """
     refuse_text(orders, "orders", "['increasing']")
-    named = ("random",) if isinstance(ranking, str) else tuple(in_order(orders, "orders"))
+    named = ("random",) if isinstance(ranking, str) else tuple(as_list(orders, "orders"))
     _check(named, steps, n_random)
     tower = _tower_of(ranking, tower)
     heads = _ranked(vlm, ranking, by, tower)

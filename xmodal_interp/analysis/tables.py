@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from xmodal_interp.arguments import in_order
+from xmodal_interp.arguments import as_list
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.sample import Sample
 
@@ -131,7 +131,7 @@ def samples_of(samples: Sample | Iterable[Sample]) -> Sequence[Sample]:
         return [samples]
     if isinstance(samples, Sequence) and not isinstance(samples, (list, tuple, *_PLAIN)):
         return samples
-    several = in_order(samples, "samples")
+    several = as_list(samples, "samples")
     if not all(isinstance(each, Sample) for each in several):
         raise InputError(
             "samples must be a sample, a list of samples or an open store "

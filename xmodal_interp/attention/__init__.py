@@ -3,15 +3,15 @@
 from xmodal_interp.attention.assembling import (
     decoder_layer,
     encoder_layer,
-    joined,
+    joined_pieces,
     part_of,
     pieces_of,
+    ran_without_cache,
     reordered,
-    reread,
     stitch,
-    with_keys,
+    with_mask,
 )
-from xmodal_interp.attention.call import AttentionCall
+from xmodal_interp.attention.call import AXES, AttentionCall
 from xmodal_interp.attention.indexing import (
     Positions,
     entries_of,
@@ -22,20 +22,21 @@ from xmodal_interp.attention.indexing import (
 )
 
 __all__ = [
+    "AXES",
     "AttentionCall",
     "Positions",
     "decoder_layer",
     "encoder_layer",
     "entries_of",
-    "joined",
+    "joined_pieces",
     "number",
     "numbers",
     "part_of",
     "pieces_of",
+    "ran_without_cache",
     "reordered",
-    "reread",
     "resolve",
     "stitch",
     "whole_slice",
-    "with_keys",
+    "with_mask",
 ]

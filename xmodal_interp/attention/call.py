@@ -14,19 +14,37 @@ row vector is multiplied by the probabilities without holding the matrix (``prop
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_interp.attention import operands
+from xmodal_interp.attention import kernels, masks
 from xmodal_interp.attention.indexing import Positions, index_of_kept, resolve
-from xmodal_interp.errors import LayerError, PositionError
+from xmodal_interp.attention.kernels import full_precision
+from xmodal_interp.errors import LayerError, NotRecordedError, PositionError
+from xmodal_interp.vocabulary import AttentionKind, Tower
 
-if TYPE_CHECKING:
-    from xmodal_interp.vocabulary import AttentionKind, Tower
+AXES = {
+    "q": ("sample", "head", "query", "d_head"),
+    "k": ("sample", "kv_head", "key", "d_head"),
+    "v": ("sample", "kv_head", "key", "d_value"),
+    "sinks": ("sample", "head", "query"),  # or only ("head",)
+    "rows": ("query",),
+    "dense": ("sample", "head", "query", "key"),
+    "update_share": ("sample", "query"),
+    "segments": ("key",),
+    "mask": ("sample", "head", "query", "key"),
+    "bias": ("sample", "head", "query", "key"),
+}
+"""The axes of each tensor of an :class:`AttentionCall`.
+
+The sample and head axes of ``mask`` and ``bias`` have length 1 if all samples or heads are the
+same.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,13 +104,6 @@ class AttentionCall:
     note: str = ""
 
     @property
-    def _queries(self) -> Tensor:
-        held = self.dense if self.q is None else self.q
-        if held is None:
-            raise operands.holds_neither(self)
-        return held
-
-    @property
     def name(self) -> str:
         """Name for messages, such as ``"language self-attention, layer 3, call 0"``."""
         return f"{self.tower} {self.kind}-attention, layer {self.layer}, call {self.call}"
@@ -100,17 +111,17 @@ class AttentionCall:
     @property
     def device(self) -> torch.device:
         """Device of the queries, and of everything that is computed from them."""
-        return self._queries.device
+        return self._q_or_dense.device
 
     @property
     def n_samples(self) -> int:
         """Number of samples in the batch of this call."""
-        return self._queries.shape[0]
+        return self._q_or_dense.shape[0]
 
     @property
     def n_heads(self) -> int:
         """Number of query heads."""
-        return self._queries.shape[1]
+        return self._q_or_dense.shape[1]
 
     @property
     def n_kv_heads(self) -> int:
@@ -120,68 +131,72 @@ class AttentionCall:
     @property
     def n_queries(self) -> int:
         """Number of queries that are held."""
-        return self._queries.shape[2]
+        return self._q_or_dense.shape[2]
 
     @property
     def n_keys(self) -> int:
         """Number of keys."""
-        return self._queries.shape[3] if self.k is None else self.k.shape[2]
+        return self._q_or_dense.shape[3] if self.k is None else self.k.shape[2]
+
+    @property
+    def query_positions(self) -> Int[Tensor, " query"]:
+        """Position of each query that is held."""
+        if self.rows is not None:
+            return self.rows
+        return torch.arange(self.n_queries, device=self.device)
 
     @property
     def n_bytes(self) -> int:
         """Memory of all tensors, in bytes, including a mask that is shared with other calls."""
-        operands_held = (self.q, self.k, self.v, self.mask, self.bias, self.sinks, self.segments)
-        held = (*operands_held, self.dense, self.rows, self.update_share)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        return sum(t.numel() * t.element_size() for _, t, _ in self.tensors())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
+        """Yield name, tensor and axes of every tensor that the call holds."""
+        for name, axes in AXES.items():
+            tensor = getattr(self, name)
+            if tensor is not None:
+                yield name, tensor, axes if tensor.ndim == len(axes) else ("head",)
 
     def to(self, device: torch.device | str) -> AttentionCall:
         """Return the call with all its tensors on another device."""
-        moved: dict[str, Any] = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor, _ in self.tensors()}
         return replace(self, **moved)
 
-    def in_float64(self) -> AttentionCall:
+    def on_float64_device(self) -> AttentionCall:
         """Return the call on a device that supports float64; Apple's GPUs (mps) do not."""
         return self.to("cpu") if self.device.type == "mps" else self
 
+    def take(self, axis: str, index: slice | Int[Tensor, " entry"]) -> AttentionCall:
+        """Return the call with some entries of an axis, in all tensors that have this axis.
+
+        The causal flag, the offset and the sliding window are not changed, so they are right for
+        the first queries and keys only; :func:`~xmodal_interp.attention.with_mask` replaces them by
+        a mask.
+
+        Args:
+            axis: ``"sample"``, ``"query"`` or ``"key"``.
+            index: A slice, which gives views, or indices, which give copies.
+        """
+        length = {"sample": self.n_samples, "query": self.n_queries, "key": self.n_keys}[axis]
+        taken: dict[str, Any] = {}
+        for name, tensor, axes in self.tensors():
+            if axis in axes:
+                at = axes.index(axis)
+                is_shared = tensor.shape[at] == 1 != length
+                taken[name] = tensor if is_shared else tensor[(slice(None),) * at + (index,)]
+        return replace(self, **taken)
+
     def select_sample(self, index: int) -> AttentionCall:
         """Return the call of one sample of the batch; the sample axis is kept, with length 1."""
-
-        def one(t: Tensor | None) -> Tensor | None:
-            return t if t is None or t.shape[0] == 1 else t[index : index + 1]
-
-        return replace(
-            self,
-            q=None if self.q is None else self.q[index : index + 1],
-            k=one(self.k),
-            v=one(self.v),
-            mask=one(self.mask),
-            bias=one(self.bias),
-            sinks=self.sinks if self.sinks is None or self.sinks.ndim == 1 else one(self.sinks),
-            dense=None if self.dense is None else self.dense[index : index + 1],
-            update_share=one(self.update_share),
-        )
+        return self.take("sample", slice(index, index + 1))
 
     def select_rows(self, positions: Int[Tensor, " query"]) -> AttentionCall:
         """Return the call with these query positions only.
 
-        The tensors are copies, so the original call can be freed.
+        The tensors with a query axis are copies, so those of the original call can be freed.
         """
         index = self._row_index(positions)
-        per_query = self.sinks is not None and self.sinks.ndim == 3
-        return replace(
-            self,
-            q=None if self.q is None else self.q[:, :, index].clone(),
-            mask=None if self.mask is None else self.mask[..., index, :].clone(),
-            bias=None if self.bias is None else self.bias[..., index, :].clone(),
-            sinks=self.sinks[:, :, index] if per_query and self.sinks is not None else self.sinks,
-            dense=None if self.dense is None else self.dense[:, :, index].clone(),
-            update_share=None if self.update_share is None else self.update_share[:, index],
-            rows=self.query_positions[index],
-        )
+        return replace(self.take("query", index), rows=self.query_positions[index])
 
     def probs(
         self,
@@ -210,22 +225,22 @@ class AttentionCall:
         head, row = self._head_index(heads), self._row_index(queries)
         key = None if keys is None else resolve(keys, self.n_keys, "key").to(row.device)
         parts = []
-        for chunk in row.split(operands.chunk(self, len(head))):
-            full = operands.exact_rows(self, head, chunk, dtype)
+        for part in row.split(self._chunk(len(head))):
+            full = self._exact_rows(head, part, dtype)
             parts.append(full if key is None else full[..., key])
-        return torch.cat(parts, 2) if parts else operands.exact_rows(self, head, row, dtype)
+        return torch.cat(parts, 2)
 
     def visible(self, queries: Positions | None = None) -> Bool[Tensor, "sample head query key"]:
         """Return which keys each query can attend to.
 
         The sample and head axes have length 1 if all samples or heads are the same.
         """
-        return operands.visible(self, self._row_index(queries))
+        return self._visible_rows(self._row_index(queries))
 
     def n_visible(self, queries: Positions | None = None) -> Int[Tensor, "sample head query"]:
         """Return the number of keys that each query can attend to."""
-        parts = self._row_index(queries).split(operands.chunk(self, 1))
-        return torch.cat([operands.visible(self, part).sum(-1) for part in parts], 2)
+        parts = self._row_index(queries).split(self._chunk(1))
+        return torch.cat([self._visible_rows(part).sum(-1) for part in parts], 2)
 
     def mass(
         self,
@@ -260,7 +275,22 @@ class AttentionCall:
         queries: Positions | None = None,
     ) -> Float[Tensor, "sample head query value"]:
         """Return ``probs @ values`` without holding the matrix of probabilities."""
-        return operands.average(self, self._head_index(heads), self._row_index(queries), values)
+        head, row = self._head_index(heads), self._row_index(queries)
+        if self.n_keys == 0:
+            shape = (self.n_samples, len(head), len(row), values.shape[1])
+            return torch.full(shape, torch.nan, dtype=torch.float32, device=row.device)
+        with full_precision():
+            if not self._is_fusible:
+                parts = row.split(self._chunk(len(head)))
+                return torch.cat([self._exact_rows(head, part) @ values for part in parts], 2)
+            q, k, seen, causal = self._fused_operands(head, row)
+            return torch.cat(
+                [
+                    kernels.fused_average(q, k, part, seen, causal=causal, scaling=self.scaling)
+                    for part in values.split(q.shape[-1], 1)
+                ],
+                -1,
+            )
 
     def null_mass(
         self,
@@ -272,7 +302,12 @@ class AttentionCall:
         The sample and head axes may have length 1.
         """
         values = groups.to(device=self.device, dtype=torch.float32).T
-        return operands.null_average(self, self._row_index(queries), values)
+        parts = []
+        with full_precision():
+            for part in self._row_index(queries).split(self._chunk(1)):
+                seen = self._visible_rows(part).float()
+                parts.append((seen @ values) / seen.sum(-1, keepdim=True))
+        return torch.cat(parts, 2)
 
     def entropy(
         self, heads: Positions | None = None, queries: Positions | None = None
@@ -282,7 +317,17 @@ class AttentionCall:
         The absolute error is at most 1e-5 for scores of any size. Rows without a visible key are
         NaN.
         """
-        return operands.entropy(self, self._head_index(heads), self._row_index(queries))
+        head, row = self._head_index(heads), self._row_index(queries)
+        with full_precision():
+            if self._is_fusible and row.device.type == "cpu":
+                q, k, seen, causal = self._fused_operands(head, row)
+                k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
+                return kernels.fused_entropy(q, k, seen, causal=causal, scaling=self.scaling)
+            call = self.on_float64_device()
+            head, row = head.to(call.device), row.to(call.device)
+            parts = row.split(self._chunk(len(head)))
+            rows = (call._exact_rows(head, part, torch.float64) for part in parts)
+            return torch.cat([kernels.row_entropy(each) for each in rows], 2)
 
     def propagate(
         self, vector: Float[Tensor, "sample query"], heads: Positions | None = None
@@ -295,7 +340,7 @@ class AttentionCall:
         float64.
         """
         head = self._head_index(heads)
-        return operands.weighted_rows(self, head, vector, "sq,shqk->sk") / len(head)
+        return self._weighted_rows(head, vector, "sq,shqk->sk") / len(head)
 
     def received(
         self, vector: Float[Tensor, "sample query"], heads: Positions | None = None
@@ -306,14 +351,7 @@ class AttentionCall:
         where ``vector`` is zero are not computed. The probabilities are computed in the dtype of
         ``vector``, float32 or float64.
         """
-        return operands.weighted_rows(self, self._head_index(heads), vector, "sq,shqk->shk")
-
-    @property
-    def query_positions(self) -> Int[Tensor, " query"]:
-        """Position of each query that is held."""
-        if self.rows is not None:
-            return self.rows
-        return torch.arange(self.n_queries, device=self.device)
+        return self._weighted_rows(self._head_index(heads), vector, "sq,shqk->shk")
 
     def _row_index(self, queries: Positions | None) -> Int[Tensor, " query"]:
         """Convert positions to rows of ``q``."""
@@ -331,3 +369,135 @@ class AttentionCall:
             return resolve(heads, self.n_heads, "head").to(self.device)
         except PositionError as error:
             raise LayerError(f"{error} ({self.name})") from None
+
+    @property
+    def _q_or_dense(self) -> Tensor:
+        held = self.dense if self.q is None else self.q
+        if held is None:
+            raise self._holds_neither()
+        return held
+
+    def _q_and_k(self) -> tuple[Tensor, Tensor]:
+        if self.q is None or self.k is None:
+            raise self._holds_neither()
+        return self.q, self.k
+
+    def _holds_neither(self) -> NotRecordedError:
+        return NotRecordedError(
+            f"{self.name} holds neither q and k nor dense probabilities. Record the call again."
+        )
+
+    def _chunk(self, n_heads: int) -> int:
+        """Return the number of rows per chunk, for chunks of at most 32 MiB of float32 scores."""
+        return max(1, kernels.CHUNK_BYTES // max(4 * self.n_keys * n_heads * self.n_samples, 1))
+
+    def _visible_rows(self, row: Int[Tensor, " query"]) -> Bool[Tensor, "sample head query key"]:
+        return masks.visible_rows(
+            self.mask,
+            row,
+            self.query_positions[row] + self.offset,
+            self.n_keys,
+            causal=self.causal,
+            sliding_window=self.sliding_window,
+            segments=self.segments,
+        )
+
+    def _exact_rows(
+        self,
+        head: Int[Tensor, " head"],
+        row: Int[Tensor, " query"],
+        dtype: torch.dtype = torch.float32,
+    ) -> Float[Tensor, "sample head query key"]:
+        """Return the probabilities of some heads and rows, computed in ``dtype``."""
+        if self.dense is not None:
+            return self.dense[:, head][:, :, row].to(dtype)
+        q, k = self._q_and_k()
+        additive = masks.additive_rows(self.mask, row)
+        if additive is not None:
+            additive = _of_heads(additive, head)
+        seen = masks.scored_rows(_of_heads(self._visible_rows(row), head), additive)
+        if self.bias is not None:
+            bias = _of_heads(self.bias[..., row, :], head).float()
+            additive = bias if additive is None else additive + bias
+        if _is_all(head, self.n_heads):
+            q = q[:, :, row]
+        else:
+            q, k = q[:, head][:, :, row], k[:, self._kv_head(head)]
+        with full_precision():
+            return kernels.softmax_rows(
+                q,
+                k,
+                seen,
+                scaling=self.scaling,
+                additive=additive,
+                softcap=self.softcap,
+                sinks=self._sinks_of(head, row),
+                dtype=dtype,
+            )
+
+    def _weighted_rows(
+        self, head: Int[Tensor, " head"], vector: Float[Tensor, "sample query"], contraction: str
+    ) -> Float[Tensor, "sample *head key"]:
+        """Return rows of probabilities, weighted and summed by an einsum.
+
+        Rows are computed in the dtype of the weights; rows with weight 0 are not computed.
+        """
+        needed = vector.ne(0).any(0).nonzero()[:, 0]
+        n_samples = max(vector.shape[0], self.n_samples)
+        heads = [len(head)] if "h" in contraction.partition("->")[2] else []
+        out = vector.new_zeros(n_samples, *heads, self.n_keys)
+        with full_precision():
+            for part in needed.split(self._chunk(len(head))):
+                probs = self._exact_rows(head, part, vector.dtype)
+                out += torch.einsum(contraction, vector[:, part], probs)
+        return out
+
+    @property
+    def _is_fusible(self) -> bool:
+        """Whether the fused kernel supports the call: no soft-cap, sinks, bias or additive mask."""
+        has_extras = any(extra is not None for extra in (self.softcap, self.sinks, self.bias))
+        only_hides = self.mask is None or self.mask.dtype == torch.bool
+        return self.q is not None and only_hides and not has_extras
+
+    def _fused_operands(
+        self, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
+    ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        """Return queries, keys, mask and causal flag for the fused kernel.
+
+        The causal flag is used for whole square calls only, a mask otherwise. Keys are repeated for
+        their group of heads only if some heads are selected.
+        """
+        q, k = self._q_and_k()
+        if not _is_all(head, self.n_heads):
+            q, k = q[:, head], k[:, self._kv_head(head)]
+        whole = self.rows is None and _is_all(row, self.n_queries)
+        if self.mask is None and self.sliding_window is None and self.segments is None:
+            if not self.causal:
+                return q if whole else q[:, :, row], k, None, False
+            if whole and self.n_queries == self.n_keys and self.offset == 0:
+                return q, k, None, True
+        seen = _of_heads(self._visible_rows(row), head)
+        return q if whole else q[:, :, row], k, seen, False
+
+    def _kv_head(self, head: Int[Tensor, " head"]) -> Int[Tensor, " head"]:
+        """Return the key head of each query head."""
+        return head // max(self.n_heads // max(self.n_kv_heads, 1), 1)
+
+    def _sinks_of(
+        self, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
+    ) -> Float[Tensor, "sample head #query"] | None:
+        """Return the sinks of some heads and rows; an axis has length 1 if all entries agree."""
+        if self.sinks is None:
+            return None
+        if self.sinks.ndim == 1:
+            return self.sinks[head][None, :, None]
+        return self.sinks[:, head][:, :, row]
+
+
+def _of_heads(t: Tensor, head: Int[Tensor, " head"]) -> Tensor:
+    """Select heads, unless the tensor is the same for all heads."""
+    return t if t.shape[1] == 1 or _is_all(head, t.shape[1]) else t[:, head]
+
+
+def _is_all(index: Tensor, length: int) -> bool:
+    return len(index) == length and bool((index == torch.arange(length, device=index.device)).all())

@@ -77,15 +77,11 @@ def entries_of(given: Any) -> np.ndarray | None:
         return np.zeros(0, dtype=np.int64)
     if row.dtype == object:
         return _entries_of_objects(row.tolist())
+    if row.dtype == bool:
+        return row.copy()
     if row.dtype.kind == "u":
         row = np.minimum(row.astype(np.uint64), np.uint64(_FAR))
-    return (
-        row.copy()
-        if row.dtype == bool
-        else row.astype(np.int64)
-        if row.dtype.kind in "iu"
-        else None
-    )
+    return row.astype(np.int64) if row.dtype.kind in "iu" else None
 
 
 def _array_of(given: Any) -> np.ndarray | None:

@@ -1,14 +1,12 @@
-"""Compute rows of probabilities, and sums over them with the fused kernel.
+"""Compute rows of probabilities, and sums over them with the fused kernel, in full precision.
 
-The functions take plain tensors and accumulate in float32, or in float64 if float32 is not precise
+The functions take bare tensors and accumulate in float32, or in float64 if float32 is not precise
 enough. Every function accepts zero rows, heads and keys.
-
-Compute this package's numbers in full float32 precision, with any settings of the process.
 
 Two settings of torch lower the precision of float32 matrix products: autocast, and
 ``torch.set_float32_matmul_precision`` (``"medium"`` multiplies in bfloat16 on the CPU, ``"high"``
-and ``"medium"`` in TensorFloat-32 on CUDA). :func:`full_precision` disables both, and restores them
-afterwards.
+and ``"medium"`` in TensorFloat-32 on CUDA). :func:`full_precision` disables both for a block of
+code. Callers of the kernels use it.
 """
 
 from __future__ import annotations
@@ -21,57 +19,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
-
-_BACKENDS: tuple[Any, ...] = (
-    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul,
-)
-_DEVICES = ("cpu", "cuda", "xpu", "mps")
-_FULL = ("none", "ieee")
-_EPS = {"tf32": 2.0**-10, "bf16": 2.0**-7}  # the spacing of numbers just above 1
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32 inside a ``with`` block, or in a decorated function."""
-    lowered = [(each, each.fp32_precision) for each in _BACKENDS]
-    lowered = [(each, setting) for each, setting in lowered if setting not in _FULL]
-    for each, _ in lowered:
-        each.fp32_precision = "ieee"
-    kinds = [kind for kind in _DEVICES if torch.is_autocast_enabled(kind)]
-    try:
-        with ExitStack() as stack:
-            for kind in kinds:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
-    finally:
-        for each, setting in lowered:
-            each.fp32_precision = setting
-
-
-def product_eps(dtype: torch.dtype) -> float:
-    """Return the relative spacing of numbers in matrix products of this dtype."""
-    eps = torch.finfo(dtype).eps
-    if dtype != torch.float32:
-        return eps
-    return max([eps, *(_EPS.get(each.fp32_precision, 0.0) for each in _BACKENDS)])
-
-
-def lowered_precision(device: torch.device | str) -> dict[str, str]:
-    """Return the settings that lower the precision of a model on this device; empty if none do.
-
-    ``autocast`` is the dtype of matrix products, ``matmul_precision`` the precision of float32
-    products.
-    """
-    kind = torch.device(device).type
-    found = {}
-    if torch.is_autocast_enabled(kind):
-        found["autocast"] = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
-    backend = _BACKENDS[1 if kind == "cuda" else 0]
-    if backend.fp32_precision not in _FULL:
-        found["matmul_precision"] = str(backend.fp32_precision)
-    return found
-
 
 CHUNK_BYTES = 32 * 2**20  # size of a chunk of float32 scores
 
@@ -173,14 +120,14 @@ def fused_entropy(
     if q.shape[:3].numel() == 0 or k.shape[2] == 0:
         # this kernel of torch 2.14.1 divides by zero, which ends the process (SIGFPE)
         return q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
-    entropy, size = _difference(q.float(), k.float(), visible, causal=causal, scaling=scaling)
+    entropy, size = _entropy_terms(q.float(), k.float(), visible, causal=causal, scaling=scaling)
     if bool((size > EXACT_TO).any()):
-        entropy, _ = _difference(q.double(), k.double(), visible, causal=causal, scaling=scaling)
+        entropy, _ = _entropy_terms(q.double(), k.double(), visible, causal=causal, scaling=scaling)
     entropy = entropy.float().clamp_(min=0.0)  # rounding can give a negative entropy for one key
     return entropy if visible is None else entropy.masked_fill(~visible.any(-1), torch.nan)
 
 
-def _difference(
+def _entropy_terms(
     q: Float[Tensor, "sample head query d_head"],
     k: Float[Tensor, "sample head key d_head"],
     visible: Bool[Tensor, "#sample #head query key"] | None,
@@ -188,7 +135,7 @@ def _difference(
     causal: bool,
     scaling: float,
 ) -> tuple[Float[Tensor, "sample head query"], Float[Tensor, "sample head query"]]:
-    """Return ``logsumexp`` minus the mean score of every row, and the size of the larger term."""
+    """Return the entropy of every row, and the absolute size of its larger term."""
     mask = None
     if visible is not None:
         mask = (
@@ -203,3 +150,54 @@ def _difference(
     products = q * mean_key * scaling
     size = torch.maximum(logsumexp.abs(), products.abs().sum(-1))
     return logsumexp - products.sum(-1), size
+
+
+_BACKENDS: tuple[Any, ...] = (
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul,
+)
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+_FULL = ("none", "ieee")
+_EPS = {"tf32": 2.0**-10, "bf16": 2.0**-7}  # the spacing of numbers just above 1
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32 inside a ``with`` block, or in a decorated function."""
+    lowered = [(each, each.fp32_precision) for each in _BACKENDS]
+    lowered = [(each, setting) for each, setting in lowered if setting not in _FULL]
+    for each, _ in lowered:
+        each.fp32_precision = "ieee"
+    kinds = [kind for kind in _DEVICES if torch.is_autocast_enabled(kind)]
+    try:
+        with ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        for each, setting in lowered:
+            each.fp32_precision = setting
+
+
+def product_eps(dtype: torch.dtype) -> float:
+    """Return the relative spacing of numbers in matrix products of this dtype."""
+    eps = torch.finfo(dtype).eps
+    if dtype != torch.float32:
+        return eps
+    return max([eps, *(_EPS.get(each.fp32_precision, 0.0) for each in _BACKENDS)])
+
+
+def lowered_precision(device: torch.device | str) -> dict[str, str]:
+    """Return the settings that lower the precision of a model on this device; empty if none do.
+
+    ``autocast`` is the dtype of matrix products, ``matmul_precision`` the precision of float32
+    products.
+    """
+    kind = torch.device(device).type
+    found = {}
+    if torch.is_autocast_enabled(kind):
+        found["autocast"] = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+    backend = _BACKENDS[1 if kind == "cuda" else 0]
+    if backend.fp32_precision not in _FULL:
+        found["matmul_precision"] = str(backend.fp32_precision)
+    return found

@@ -15,7 +15,7 @@ from xmodal_interp.attention import (
     decoder_layer,
     encoder_layer,
     stitch,
-    with_keys,
+    with_mask,
 )
 from xmodal_interp.hooks.attention_modules import Identity
 
@@ -74,4 +74,4 @@ def without_padding_keys(call: AttentionCall, n_keys: int | None) -> AttentionCa
         return call
     if bool(call.visible()[..., n_keys:].any()):
         return call
-    return with_keys(call, 0, n_keys)
+    return with_mask(call).take("key", slice(0, n_keys))

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.arguments import held, in_order, is_several
+from xmodal_interp.arguments import as_list, is_several, list_if_iterator
 from xmodal_interp.attention import AttentionCall, entries_of, numbers
 from xmodal_interp.attention.kernels import lowered_precision
 from xmodal_interp.capturing.language_calls import (
@@ -92,8 +92,8 @@ class Keep:
     def __post_init__(self) -> None:
         if not isinstance(self.queries, str) or self.queries not in ("all", "text"):
             raise InputError(f"queries must be 'all' or 'text'; got {quoted(self.queries)}.")
-        object.__setattr__(self, "towers", held(self.towers))
-        object.__setattr__(self, "layers", held(self.layers))
+        object.__setattr__(self, "towers", list_if_iterator(self.towers))
+        object.__setattr__(self, "layers", list_if_iterator(self.layers))
         check_towers(self.towers)
         object.__setattr__(self, "towers", tuple(self.towers))
         if self.layers is None:
@@ -181,10 +181,10 @@ def capture_batch(
     keep = Keep() if keep is None else keep
     if not isinstance(keep, Keep):
         raise InputError(f"keep must be a Keep, such as Keep(layers=[0, 1]); got {keep!r}.")
-    images, prompts = in_order(images, "images"), in_order(prompts, "prompts")
+    images, prompts = as_list(images, "images"), as_list(prompts, "prompts")
     if not prompts:
         raise InputError("prompts is empty; pass at least one prompt.")
-    clips = [()] * len(prompts) if videos is None else in_order(videos, "videos")
+    clips = [()] * len(prompts) if videos is None else as_list(videos, "videos")
     if not len(images) == len(prompts) == len(clips or prompts):
         raise InputError(
             "images, prompts and videos must have one entry for each sample; got "

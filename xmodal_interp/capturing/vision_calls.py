@@ -19,7 +19,14 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from xmodal_interp.attention import AttentionCall, joined, part_of, pieces_of, reordered, reread
+from xmodal_interp.attention import (
+    AttentionCall,
+    joined_pieces,
+    part_of,
+    pieces_of,
+    ran_without_cache,
+    reordered,
+)
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.models import Family, ImageGrid, Prompt, VideoGrid
 from xmodal_interp.vocabulary import AttentionKind, Tower
@@ -169,7 +176,7 @@ def _first_reading(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
         CaptureError: A tower ran again although the language model has a cache.
     """
     lengths = {key: [call.n_queries for call in of] for key, of in _layers(calls).items()}
-    again = any(key[0] == "language" and reread(of) for key, of in lengths.items())
+    again = any(key[0] == "language" and ran_without_cache(of) for key, of in lengths.items())
     seen: set[Layer] = set()
     language_has_begun = False
     for number, call in enumerate(calls):
@@ -230,7 +237,7 @@ def calls_by_image(
         shares = _shares([piece for call in stream for piece in pieces_of(call)], grids)
     calls = []
     for number, share in enumerate(shares):
-        call = joined(share)
+        call = joined_pieces(share)
         square = call.n_queries == call.n_keys and call.kind != "channel"
         if orders and square and call.n_keys == len(orders[number]):
             call = reordered(call, torch.argsort(orders[number]))

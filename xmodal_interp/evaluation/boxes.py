@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xmodal_interp.analysis.connector_rollout import are_queries, query_patches
 from xmodal_interp.analysis.selection import image_keys
-from xmodal_interp.arguments import in_order
+from xmodal_interp.arguments import as_list
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import ImageGrid
 from xmodal_interp.sample import Sample
@@ -119,7 +119,7 @@ def tokens_inside(
 def _corners(box: Box) -> Float[Tensor, "4"]:
     """Return the four numbers of a box given as a list, an array or a row of a table."""
     try:
-        edges = [float(edge) for edge in in_order(box, "A box")]
+        edges = [float(edge) for edge in as_list(box, "A box")]
     except (TypeError, OverflowError):  # not numbers
         edges = []
     if len(edges) != 4 or not (edges[0] < edges[2] and edges[1] < edges[3]):

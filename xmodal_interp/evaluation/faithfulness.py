@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from xmodal_interp.analysis.answers import answer_scores, check_causal, origin, replays
 from xmodal_interp.analysis.tables import stamped
-from xmodal_interp.arguments import checked, in_order, one_of, whole_number
+from xmodal_interp.arguments import as_list, checked, one_of, whole_number
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.block_cache import remember_blocks, replay
 from xmodal_interp.hooks.embeddings import check_images_gone, check_in_sequence, mean_embeddings
@@ -143,7 +143,7 @@ def _curve(
     items = listed(items)
     if isinstance(maps, str):
         one_of(maps, "maps", ("random", "centre"))
-    maps = maps if isinstance(maps, str) else in_order(maps, "maps")
+    maps = maps if isinstance(maps, str) else as_list(maps, "maps")
     if not isinstance(maps, str) and len(maps) != len(items):
         raise InputError(f"Pass one map per item; got {len(maps)} for {len(items)} items.")
     shares = np.linspace(0, 1, steps)

@@ -24,7 +24,7 @@ from xmodal_interp.analysis.bootstrap import (
     series_of,
     student_interval,
 )
-from xmodal_interp.arguments import MOST, checked, in_order, real_number, whole_number
+from xmodal_interp.arguments import MOST, as_list, checked, real_number, whole_number
 from xmodal_interp.errors import InputError, quoted
 
 Values = Iterable[float] | np.ndarray
@@ -101,7 +101,7 @@ def bootstrap_interval(
     second = None if paired is None else _checked("paired", paired, len(first))
     numbers = np.arange(len(first))
     if clusters is not None:
-        labels = list(clusters) if isinstance(clusters, str) else in_order(clusters, "clusters")
+        labels = list(clusters) if isinstance(clusters, str) else as_list(clusters, "clusters")
         if len(labels) != len(first):
             raise InputError(
                 f"clusters must have one label per sample; got {len(labels)} for {len(first)}."

@@ -47,7 +47,7 @@ from xmodal_interp.analysis.tables import (
     samples_of,
     stacked,
 )
-from xmodal_interp.arguments import checked, in_order, one_of
+from xmodal_interp.arguments import as_list, checked, one_of
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation.boxes import (
     Box,
@@ -190,14 +190,14 @@ def pointing_hits(
             if isinstance(other_boxes, str)
             else of_others[number]
         )
-        others = [] if others is None else in_order(others, "other_boxes of a sample")
+        others = [] if others is None else as_list(others, "other_boxes of a sample")
         cells = placed_cells(sample, image, kind)
         tokens = _with_boxes(cells.boxes, sample, image)
         shares = overlap_shares(tokens, box)
         inside = tokens_inside(tokens, box, criterion)
         if not inside.any():
             (x0, y0, _, _), (_, _, x1, y1) = tokens.amin(0).tolist(), tokens.amax(0).tolist()
-            given = in_order(box, "A box")
+            given = as_list(box, "A box")
             raise InputError(
                 f"The box {given} of sample {sample.name!r} contains no image token by the "
                 f"criterion {criterion!r}. The image tokens cover {[x0, y0, x1, y1]}."
@@ -243,7 +243,7 @@ def _of_samples(given: Any, name: str, n: int) -> Any:
     """Return the name of a label, or a list with one entry per sample."""
     if isinstance(given, str):
         return given
-    entries = in_order(given, name)
+    entries = as_list(given, name)
     if len(entries) != n:
         raise InputError(
             f"{name} must have one entry per sample; got {len(entries)} for {n} samples."

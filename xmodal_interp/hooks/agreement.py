@@ -28,8 +28,6 @@ from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.kernels import full_precision, product_eps
-from xmodal_interp.attention.operands import exact_rows
-from xmodal_interp.attention.operands import visible as visible_rows_of
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.interface_calls import other_readings
 from xmodal_interp.hooks.tap import RawCall
@@ -135,11 +133,10 @@ def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
     eps = max(product_eps(raw.query.dtype), product_eps(raw.output.dtype), of_ours)
     limit = max(_LEAST, 2 * eps)
     row = torch.tensor(list(rows), device=call.device)
-    head = torch.arange(call.n_heads, device=call.device)
     with torch.no_grad(), full_precision():
         values = raw.value.detach().float()
-        probs = exact_rows(call, head, row)
-        seeing = visible_rows_of(call, row).any(-1)[..., None]
+        probs = call.probs(queries=row)
+        seeing = call.visible(row).any(-1)[..., None]
         ours = weighted(probs, values)
         scale = weighted(probs, values.abs())
         scale = scale + 1e-6 * scale.nan_to_num().amax().clamp(min=1e-30)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from xmodal_interp.attention import reread
+from xmodal_interp.attention import ran_without_cache
 from xmodal_interp.contexts import own_context
 from xmodal_interp.hooks.attention_modules import Identity
 
@@ -60,6 +60,6 @@ class RotaryPositions:
         """Return the position ids of the whole sequence; None if none were recorded."""
         if not self.heard:
             return None
-        again = reread([each.shape[-1] for each in self.heard])
+        again = ran_without_cache([each.shape[-1] for each in self.heard])
         joined = self.heard[-1] if again else torch.cat(self.heard, -1)
         return joined.cpu().expand(len(AXES), -1, -1) if joined.shape[0] == 1 else joined.cpu()

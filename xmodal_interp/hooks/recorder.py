@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import GenerationMixin
 
-from xmodal_interp.arguments import held
+from xmodal_interp.arguments import list_if_iterator
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.kernels import full_precision
 from xmodal_interp.contexts import Block, own_context
@@ -341,7 +341,7 @@ def record(
             "Got norms=True and reduce=, but norms are known only after reduce is called. Pass one "
             "of them."
         )
-    choice = Choice(held(towers), held(layers), values, norms, reduce)
+    choice = Choice(list_if_iterator(towers), list_if_iterator(layers), values, norms, reduce)
     return listening(module_of(model), choice)
 
 

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.arguments import in_order, is_several
+from xmodal_interp.arguments import as_list, is_several
 from xmodal_interp.errors import InputError
 from xmodal_interp.models.labels import Prompt, with_answer
 from xmodal_interp.models.token_table import separator_behind
@@ -49,7 +49,7 @@ def listed(items: Items) -> list[ItemDict]:
             {str(name): value for name, value in row.dropna().items()}
             for _, row in items.iterrows()
         ]
-    found = in_order(items, "items")
+    found = as_list(items, "items")
     for index, item in enumerate(found):
         if not isinstance(item, Mapping):
             raise InputError(

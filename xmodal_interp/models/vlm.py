@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from xmodal_interp.arguments import in_order, string
+from xmodal_interp.arguments import as_list, string
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import geometry, processor_calls
 from xmodal_interp.models.family import Family
@@ -139,14 +139,14 @@ class VLM:
                 chat template or its template drops videos, or the numbers of placeholders and
                 images differ.
         """
-        images, questions = in_order(images, "images"), in_order(questions, "questions")
+        images, questions = as_list(images, "images"), as_list(questions, "questions")
         for question in questions:
             string(question, "A prompt")
         composite = processor_calls.composite_of(self.processor)
         opened = [
             tuple(open_image(image, composite) for image in of_sample) for of_sample in images
         ]
-        clips = [] if videos is None else in_order(videos, "videos")
+        clips = [] if videos is None else as_list(videos, "videos")
         shown = [tuple(open_video(video) for video in of_sample) for of_sample in clips]
         shown = shown or [()] * len(opened)
         if flat(shown) and self.family.video is None:

@@ -7,7 +7,7 @@ import math
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,9 @@ from xmodal_interp.sample import Sample
 from xmodal_interp.store import schema
 
 _TEXT_STAMP = {name: str(value) for name, value in schema.STAMP.items()}
+_FIELDS = {ImageGrid: schema.IMAGE_GRID, VideoGrid: schema.VIDEO_GRID}
+
+Grid = TypeVar("Grid", ImageGrid, VideoGrid)
 
 
 def sample_record(sample: Sample, shared: schema.SharedTensors, *, images: bool) -> dict[str, Any]:
@@ -148,11 +151,12 @@ def table_from(content: bytes) -> tuple[pd.DataFrame, dict[str, str]]:
 
 
 def _grid_numbers(grid: ImageGrid | VideoGrid) -> dict[str, Any]:
-    names = schema.VIDEO_NUMBERS if isinstance(grid, VideoGrid) else schema.GRID_NUMBERS
+    names = _FIELDS[type(grid)].numbers
     numbers: dict[str, Any] = {name: int(getattr(grid, name)) for name in names}
     if grid.thumbnail is not None:
-        small = grid.thumbnail
-        numbers["thumbnail"] = {name: int(getattr(small, name)) for name in schema.VIEW_NUMBERS}
+        numbers["thumbnail"] = {
+            name: int(getattr(grid.thumbnail, name)) for name in schema.THUMBNAIL.numbers
+        }
     if isinstance(grid, ImageGrid) and grid.reason is not None:
         numbers["reason"] = grid.reason
     return numbers
@@ -161,31 +165,17 @@ def _grid_numbers(grid: ImageGrid | VideoGrid) -> dict[str, Any]:
 def grid_bytes(grids: Sequence[ImageGrid | VideoGrid]) -> bytes:
     """Return the bytes of an npz file with the arrays ``INDEX.NAME`` of each grid.
 
-    ``NAME`` is one of ``GRID_ARRAYS`` (``VIDEO_ARRAYS`` for videos), one of
-    ``OPTIONAL_GRID_ARRAYS`` (``OPTIONAL_VIDEO_ARRAYS``) that is not None, or, for grids with a
+    ``NAME`` is one of the arrays of ``schema.IMAGE_GRID`` or ``VIDEO_GRID``, or, for grids with a
     thumbnail, ``thumbnail.places`` or ``thumbnail.patch_places``.
     """
     arrays: dict[str, np.ndarray] = {}
     for i, grid in enumerate(grids):
-        always, optional = _array_names(type(grid))
-        present = [name for name in optional if getattr(grid, name) is not None]
-        arrays |= {f"{i}.{name}": getattr(grid, name) for name in (*always, *present)}
+        stored = _FIELDS[type(grid)]
+        present = [name for name in stored.optional_arrays if getattr(grid, name) is not None]
+        arrays |= {f"{i}.{name}": getattr(grid, name) for name in (*stored.arrays, *present)}
         if grid.thumbnail is not None:
-            small = grid.thumbnail
-            arrays |= {f"{i}.thumbnail.{name}": getattr(small, name) for name in schema.VIEW_ARRAYS}
-    return _npz_bytes(arrays)
-
-
-def _array_names(
-    kind: type[ImageGrid] | type[VideoGrid],
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of a grid's required arrays, and of its optional ones."""
-    if kind is VideoGrid:
-        return schema.VIDEO_ARRAYS, schema.OPTIONAL_VIDEO_ARRAYS
-    return schema.GRID_ARRAYS, schema.OPTIONAL_GRID_ARRAYS
-
-
-def _npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+            for name in schema.THUMBNAIL.arrays:
+                arrays[f"{i}.thumbnail.{name}"] = getattr(grid.thumbnail, name)
     sink = io.BytesIO()
     stamp = {name: np.array([value]) for name, value in schema.STAMP.items()}
     np.savez_compressed(sink, allow_pickle=False, **stamp, **arrays)
@@ -193,26 +183,14 @@ def _npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def grids_from(
-    content: bytes, numbers: Sequence[Mapping[str, Any]]
-) -> tuple[tuple[ImageGrid, ...], dict[str, Any]]:
+    content: bytes, kind: type[Grid], numbers: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[Grid, ...], dict[str, Any]]:
     """Return the grids of an npz file, and the format and version stored in it.
 
-    Raises:
-        ValueError: The arrays exceed ``MAX_GRID_BYTES``. For invalid files, the exceptions of NumPy
-            and zipfile.
-    """
-    with _loaded(content) as arrays:
-        grids = tuple(
-            ImageGrid(**_fields(ImageGrid, each, arrays, f"{i}."), reason=each.get("reason"))
-            for i, each in enumerate(numbers)
-        )
-        return grids, _stamp_of(arrays)
-
-
-def video_grids_from(
-    content: bytes, numbers: Sequence[Mapping[str, Any]]
-) -> tuple[tuple[VideoGrid, ...], dict[str, Any]]:
-    """Return the video grids of an npz file, and the format and version stored in it.
+    Args:
+        content: The bytes of the file.
+        kind: ``ImageGrid`` or ``VideoGrid``.
+        numbers: The members of ``grids`` or ``video_grids`` in ``sample.json``.
 
     Raises:
         ValueError: The arrays exceed ``MAX_GRID_BYTES``. For invalid files, the exceptions of NumPy
@@ -220,9 +198,10 @@ def video_grids_from(
     """
     with _loaded(content) as arrays:
         grids = tuple(
-            VideoGrid(**_fields(VideoGrid, each, arrays, f"{i}.")) for i, each in enumerate(numbers)
+            kind(**_fields(_FIELDS[kind], each, arrays, f"{i}.")) for i, each in enumerate(numbers)
         )
-        return grids, _stamp_of(arrays)
+        stamp = {name: arrays[name][0].item() for name in schema.STAMP if name in arrays}
+        return grids, stamp
 
 
 def _loaded(content: bytes) -> np.lib.npyio.NpzFile:
@@ -248,24 +227,20 @@ def _no_header(version: tuple[int, int]) -> NoReturn:
     raise ValueError(f"its arrays have NumPy's format version {version} instead of (1, 0)")
 
 
-def _stamp_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    return {name: arrays[name][0].item() for name in schema.STAMP if name in arrays}
-
-
 def _fields(
-    kind: type[ImageGrid] | type[VideoGrid],
+    stored: schema.GridFields,
     numbers: Mapping[str, Any],
     arrays: Mapping[str, np.ndarray],
-    at: str,
+    prefix: str,
 ) -> dict[str, Any]:
-    """Return the constructor arguments of a grid; the names of its arrays begin with ``at``."""
-    always, optional = _array_names(kind)
-    named = schema.VIDEO_NUMBERS if kind is VideoGrid else schema.GRID_NUMBERS
-    own: dict[str, Any] = {name: numbers[name] for name in named}
-    own |= {name: arrays[at + name] for name in always}
-    own |= {name: arrays.get(at + name) for name in optional}
+    """Return the constructor arguments of a grid; the names of its arrays have the prefix."""
+    own: dict[str, Any] = {name: numbers[name] for name in stored.numbers}
+    own |= {name: arrays[prefix + name] for name in stored.arrays}
+    own |= {name: arrays.get(prefix + name) for name in stored.optional_arrays}
+    if "reason" in numbers:
+        own["reason"] = numbers["reason"]
     if "thumbnail" in numbers:
-        small = {name: arrays[f"{at}thumbnail.{name}"] for name in schema.VIEW_ARRAYS}
+        small = {name: arrays[f"{prefix}thumbnail.{name}"] for name in schema.THUMBNAIL.arrays}
         own["thumbnail"] = Thumbnail(**{**numbers["thumbnail"], **small})
     return own
 

@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xmodal_interp.errors import InputError, StoreError
-from xmodal_interp.models import ImageGrid, VideoGrid
 from xmodal_interp.store import encoding, schema
 from xmodal_interp.vocabulary import TOKEN_COLUMNS
 
@@ -244,28 +243,21 @@ class SampleFiles:
             )
         return table
 
-    def read_grids(self, numbers: Sequence[Mapping[str, Any]]) -> tuple[ImageGrid, ...]:
-        """Return the grids of the images, from the arrays in the file and from ``numbers``.
+    def read_grids(
+        self, file: str, kind: type[encoding.Grid], numbers: Sequence[Mapping[str, Any]]
+    ) -> tuple[encoding.Grid, ...]:
+        """Return the grids of images or videos, from the arrays in the file and from ``numbers``.
+
+        Without numbers, there are no grids and no file.
 
         Raises:
             StoreError: The file is missing, damaged or of another version.
         """
-        path = self.folder / schema.GRIDS
+        if not numbers:
+            return ()
+        path = self.folder / file
         grids, stamp = self._read(
-            schema.GRIDS, lambda: encoding.grids_from(path.read_bytes(), numbers)
-        )
-        schema.check_stamp(stamp, path)
-        return grids
-
-    def read_video_grids(self, numbers: Sequence[Mapping[str, Any]]) -> tuple[VideoGrid, ...]:
-        """Return the grids of the videos, from the arrays in the file and from ``numbers``.
-
-        Raises:
-            StoreError: The file is missing, damaged or of another version.
-        """
-        path = self.folder / schema.VIDEO_GRIDS
-        grids, stamp = self._read(
-            schema.VIDEO_GRIDS, lambda: encoding.video_grids_from(path.read_bytes(), numbers)
+            file, lambda: encoding.grids_from(path.read_bytes(), kind, numbers)
         )
         schema.check_stamp(stamp, path)
         return grids

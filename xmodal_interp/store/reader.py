@@ -20,7 +20,7 @@ from torch import Tensor
 from xmodal_interp.arguments import user_path
 from xmodal_interp.attention import AttentionCall, number, resolve, whole_slice
 from xmodal_interp.errors import InputError, NoSampleError, NotRecordedError, StoreError
-from xmodal_interp.models import Video, open_image
+from xmodal_interp.models import ImageGrid, Video, VideoGrid, open_image
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.store import schema
 from xmodal_interp.store.files import (
@@ -238,7 +238,7 @@ def read_sample(
     files = SampleFiles(folder, record["files"], verify, known)
     tokens = files.read_tokens()
     has_cross_keys = schema.CROSS_KEYS in record["files"]
-    of_videos = record.get("video_grids")  # stores of releases without videos lack it
+    of_videos = record.get("video_grids", [])  # stores of releases without videos lack it
     return Sample(
         name=record["name"],
         tokens=tokens,
@@ -246,13 +246,13 @@ def read_sample(
         question=record["question"],
         answer=record["answer"],
         n_prompt=record["n_prompt"],
-        grids=files.read_grids(record["grids"]) if record["grids"] else (),
+        grids=files.read_grids(schema.GRIDS, ImageGrid, record["grids"]),
         images=_images(files, record["images"]),
         calls=StoredCalls(files, record),
         cross_keys=files.read_table(schema.CROSS_KEYS) if has_cross_keys else None,
         labels=record["labels"],
         provenance=record["provenance"],
-        video_grids=files.read_video_grids(of_videos) if of_videos else (),
+        video_grids=files.read_grids(schema.VIDEO_GRIDS, VideoGrid, of_videos),
         videos=_videos(files, record.get("videos", [])),
     )
 

@@ -68,7 +68,7 @@ import re
 import unicodedata
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xmodal_interp.attention import AttentionCall
+from xmodal_interp.attention import AXES, AttentionCall
 from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.sample import CallKey
 
@@ -97,17 +97,34 @@ MAX_ROWS = 2**22  # a Parquet file
 MAX_TABLE_BYTES = 2**30  # a Parquet file, uncompressed
 MAX_GRID_BYTES = 2**28  # an npz file, uncompressed
 
-GRID_ARRAYS = ("places", "boxes", "patch_places")
-GRID_NUMBERS = ("width", "height", "rows", "cols", "patch_rows", "patch_cols")
-OPTIONAL_GRID_ARRAYS = ("tiles", "patch_boxes")
-VIEW_ARRAYS = ("places", "patch_places")
-VIEW_NUMBERS = ("rows", "cols", "patch_rows", "patch_cols")
-VIDEO_ARRAYS = ("places", "boxes", "times", "patch_places")
-OPTIONAL_VIDEO_ARRAYS = ("tiles",)
-VIDEO_NUMBERS = (
-    *("width", "height", "frames", "rows", "cols"),
-    *("patch_frames", "patch_rows", "patch_cols"),
+
+@dataclass(frozen=True)
+class GridFields:
+    """How a grid is stored.
+
+    Attributes:
+        numbers: Integers in ``sample.json``.
+        arrays: Arrays in the npz file.
+        optional_arrays: Arrays in the npz file that may be None.
+    """
+
+    numbers: tuple[str, ...]
+    arrays: tuple[str, ...]
+    optional_arrays: tuple[str, ...] = ()
+
+
+_PATCHES = ("patch_rows", "patch_cols")
+IMAGE_GRID = GridFields(
+    ("width", "height", "rows", "cols", *_PATCHES),
+    ("places", "boxes", "patch_places"),
+    ("tiles", "patch_boxes"),
 )
+VIDEO_GRID = GridFields(
+    ("width", "height", "frames", "rows", "cols", "patch_frames", *_PATCHES),
+    ("places", "boxes", "times", "patch_places"),
+    ("tiles",),
+)
+THUMBNAIL = GridFields(("rows", "cols", *_PATCHES), ("places", "patch_places"))
 
 _PLAIN_NAME = re.compile(r"(?!\.)[^/\\\0]{1,255}")
 _MEMBERS: dict[str, type | tuple[type, ...]] = {
@@ -118,10 +135,9 @@ _MEMBERS: dict[str, type | tuple[type, ...]] = {
     "n_prompt": int,
 }
 
-_SCALARS = ("tower", "kind", "layer", "call", "module", "scaling", "causal", "offset", "note")
-_OPTIONAL_SCALARS = ("softcap", "sliding_window")
-_OWN = ("q", "k", "v", "sinks", "rows", "dense", "update_share", "segments")
 _SHARED = ("mask", "bias")
+_OWN = tuple(name for name in AXES if name not in _SHARED)
+_SCALARS = tuple(each.name for each in fields(AttentionCall) if each.name not in AXES)
 _FORBIDDEN = set('/\\:*?"<>|')
 _DEVICES = frozenset(
     ("CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10)))
@@ -156,7 +172,7 @@ class SharedTensors:
         if known is not None and known() is not None:
             return name
         is_bool = tensor.dtype == torch.bool
-        stored = packed(tensor) if is_bool else plain(tensor)
+        stored = packed(tensor) if is_bool else cpu_copy(tensor)
         digest = hashlib.sha256(stored.view(torch.uint8).numpy().data).digest()
         content = (digest, tensor.dtype, tuple(tensor.shape))
         name = self._by_content.setdefault(content, f"shared-{len(self.tensors)}")
@@ -169,20 +185,21 @@ class SharedTensors:
 
 def call_record(call: AttentionCall, shared: SharedTensors) -> dict[str, Any]:
     """Return the member of ``sample.json`` for a call; add its mask and bias to ``shared``."""
-    held = {name: getattr(call, name) for name in (*_OWN, *_SHARED)}
-    record = {name: getattr(call, name) for name in (*_SCALARS, *_OPTIONAL_SCALARS)}
-    record["tensors"] = [name for name in _OWN if held[name] is not None]
-    record["shared"] = {name: shared.add(held[name]) for name in _SHARED if held[name] is not None}
-    return record
+    held = {name: tensor for name, tensor, _ in call.tensors()}
+    return {
+        **{name: getattr(call, name) for name in _SCALARS},
+        "tensors": [name for name in held if name in _OWN],
+        "shared": {name: shared.add(held[name]) for name in held if name in _SHARED},
+    }
 
 
 def call_tensors(calls: Iterable[AttentionCall]) -> dict[str, Tensor]:
     """Return the tensors of one layer's file, by ``CALL.NAME``."""
     return {
-        f"{call.call}.{name}": plain(tensor)
+        f"{call.call}.{name}": cpu_copy(tensor)
         for call in calls
-        for name in _OWN
-        if (tensor := getattr(call, name)) is not None
+        for name, tensor, _ in call.tensors()
+        if name in _OWN
     }
 
 
@@ -190,8 +207,8 @@ def stored_call(
     record: Mapping[str, Any], own: Mapping[str, Tensor], shared: Mapping[str, Tensor]
 ) -> AttentionCall:
     """Return the call of a record, given its tensors and shared tensors by name."""
-    fields: dict[str, Any] = {name: record[name] for name in (*_SCALARS, *_OPTIONAL_SCALARS)}
-    return AttentionCall(**{**fields, "q": None, "k": None, **own, **shared})
+    scalars: dict[str, Any] = {name: record[name] for name in _SCALARS}
+    return AttentionCall(**{**scalars, "q": None, "k": None, **own, **shared})
 
 
 def call_key(record: Mapping[str, Any]) -> CallKey:
@@ -204,7 +221,7 @@ def layer_file(tower: str, kind: str, layer: int) -> str:
     return f"{tower}-{kind}-{layer:03d}.safetensors"
 
 
-def plain(tensor: Tensor) -> Tensor:
+def cpu_copy(tensor: Tensor) -> Tensor:
     """Return a contiguous copy on the CPU; safetensors refuses tensors that share memory."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
@@ -235,7 +252,7 @@ def json_text(value: Any) -> str:
         InputError: JSON cannot represent the value.
     """
     try:
-        text = json.dumps(value, allow_nan=False, default=_plain_number)
+        text = json.dumps(value, allow_nan=False, default=_python_number)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"JSON cannot represent a value that the store must keep: {error}. Use strings, finite "
@@ -298,18 +315,18 @@ def check_record(record: Mapping[str, Any]) -> None:
             raise ValueError(f"it lists no file for the call {call_key(call)}")
         if not {*call["shared"].values()} <= {*shared} or not {*call["tensors"]} <= {*_OWN}:
             raise ValueError(f"the tensors of the call {call_key(call)} are not in its files")
-    _check_grids(record["grids"], GRID_NUMBERS)
-    _check_grids(record.get("video_grids", []), VIDEO_NUMBERS)
+    _check_grids(record["grids"], IMAGE_GRID)
+    _check_grids(record.get("video_grids", []), VIDEO_GRID)
     _check_pictures(record)
 
 
-def _check_grids(grids: Sequence[Mapping[str, Any]], numbers: Sequence[str]) -> None:
+def _check_grids(grids: Sequence[Mapping[str, Any]], fields_of_grid: GridFields) -> None:
     for grid in grids:
-        small = grid.get("thumbnail")
-        views = [(grid, numbers), *([(small, VIEW_NUMBERS)] if small is not None else [])]
-        for view, names in views:
-            for name in names:
-                _check_type(f"grids.{name}", view[name], int)
+        for name in fields_of_grid.numbers:
+            _check_type(f"grids.{name}", grid[name], int)
+        if grid.get("thumbnail") is not None:
+            for name in THUMBNAIL.numbers:
+                _check_type(f"grids.{name}", grid["thumbnail"][name], int)
 
 
 def _check_pictures(record: Mapping[str, Any]) -> None:
@@ -346,7 +363,7 @@ def check_stamp(found: Mapping[str, Any] | None, path: Path) -> None:
         )
 
 
-def _plain_number(value: Any) -> Any:
+def _python_number(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
