@@ -1,4 +1,3 @@
-from .family import Family
 from .generation import checked_length
 from .geometry import ImageGrid, Thumbnail, VideoGrid, place_on_grid
 from .geometry.patch_order import square_windows, tiles_behind, window_orders
@@ -12,7 +11,7 @@ from .model_state import (
     input_device,
     modules_in_training,
 )
-from .records import FAMILIES
+from .records import FAMILIES, Family
 from .token_table import generated_table
 from .vlm import VLM, check_vlm
 

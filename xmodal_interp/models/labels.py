@@ -31,10 +31,10 @@ from xmodal_interp.models.alignment import (
     reported_alignment,
     unaligned,
 )
-from xmodal_interp.models.family import Family
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid, unplaced
 from xmodal_interp.models.media import Video
 from xmodal_interp.models.prompts import Rendered, spans_in
+from xmodal_interp.models.records import Family
 from xmodal_interp.models.token_table import (
     FEATURE,
     Columns,

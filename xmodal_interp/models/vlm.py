@@ -16,7 +16,6 @@ from PIL import Image
 from xmodal_interp.arguments import as_list, string
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import geometry, processor_calls
-from xmodal_interp.models.family import Family
 from xmodal_interp.models.generation import GREEDY, check_decoding
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
 from xmodal_interp.models.labels import (
@@ -36,9 +35,13 @@ from xmodal_interp.models.model_state import (
     input_device,
     refuse_virtual_tokens,
 )
-from xmodal_interp.models.processor_calls import batches_alike, padding_side
 from xmodal_interp.models.prompts import Rendered, Writer, closed_up
-from xmodal_interp.models.records import family_of, refuse_other_class
+from xmodal_interp.models.records import (
+    TEXT_MODELS_ALONE,
+    Family,
+    family_of,
+    refuse_other_class,
+)
 
 _generating: ContextVar[tuple[object, Mapping[str, Any]]] = ContextVar(
     "xmodal_interp_generating", default=(None, {})
@@ -159,10 +162,9 @@ class VLM:
             for question, of, clips in zip(questions, opened, shown, strict=True)
         ]
         texts = [prompt.text for prompt in prompts]
-        side = padding_side(self.model.config, in_encoder=self.family.in_sequence)
         given = {
             **processor_calls.texts_and_images(self.family, texts, opened),
-            **processor_calls.options(self.processor, self.family, texts, side),
+            **processor_calls.options(self.processor, self.model.config, self.family, texts),
             **(processor_calls.policy(questions) if self.family.writes_prompt else {}),
             **processor_calls.videos(shown),
         }
@@ -229,20 +231,34 @@ class VLM:
         same = torch.equal(ids[:, : known.shape[1]], known.to(ids))
         return labelled if same else None
 
+    @property
+    def runs_alone(self) -> bool:
+        """Whether padding changes the results, so that samples are run one by one."""
+        text = self.model.config.get_text_config(decoder=True)
+        return (
+            self.family.alone is not None or getattr(text, "model_type", None) in TEXT_MODELS_ALONE
+        )
+
     def batches(self, images: Sequence[Sequence[ImageLike]]) -> list[list[int]]:
         """Split samples into batches in which padding does not change the results.
+
+        For most model types, all samples share one batch. If text attends to images by
+        cross-attention, or the processor puts images before the prompt, the images of a sample are
+        padded to the largest number of images, so only samples with equal numbers share a batch.
 
         Args:
             images: For each sample, its images.
 
         Returns:
-            The indices of the samples of each batch. For most model types, all samples share one
-            batch. If text attends to images by cross-attention, or the processor puts images before
-            the prompt, only samples with equal numbers of images share one. If padding changes
-            positions, each sample is alone.
+            The indices of the samples of each batch.
         """
+        if self.runs_alone:
+            return [[index] for index in range(len(images))]
         by_count = not self.family.in_sequence or self.family.in_front
-        return batches_alike(self.model.config, images, by_count=by_count)
+        groups: dict[int, list[int]] = {}
+        for index, of_sample in enumerate(images):
+            groups.setdefault(len(of_sample) if by_count else 0, []).append(index)
+        return list(groups.values())
 
     def generate(self, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
         """Return token ids of prompt and answer, ``[sample, position]``; greedy by default.

@@ -36,7 +36,7 @@ from xmodal_interp.models.geometry.cells import (
     shifted,
     vision_of,
 )
-from xmodal_interp.models.geometry.grid import Box, ImageGrid, Rule, raster, unplaced
+from xmodal_interp.models.geometry.grid import Box, ImageGrid, ImageRule, raster, unplaced
 from xmodal_interp.models.geometry.processor_steps import check_replayed, setting, shown, whole
 
 Show = Callable[[Any, Image.Image, int, int], Box]
@@ -290,7 +290,7 @@ class Chosen:
     """
 
     by: Callable[[Any], Any]
-    rules: Mapping[Any, Rule]
+    rules: Mapping[Any, ImageRule]
     reason: str = "There is no geometry rule for {!r}."
 
     def __call__(
