@@ -1,9 +1,10 @@
 from .generation import checked_length
 from .geometry import ImageGrid, Thumbnail, VideoGrid, place_on_grid
 from .geometry.patch_order import square_windows, tiles_behind, window_orders
-from .labels import Prompt, check_whole, prompt_ids
+from .labels import Prompt
 from .loading import load
 from .media import ImageLike, Video, open_image, open_video
+from .model_inputs import check_whole, prompt_ids
 from .model_state import (
     CheckpointReport,
     described_training,

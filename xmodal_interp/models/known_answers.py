@@ -24,8 +24,9 @@ from torch import Tensor
 
 from xmodal_interp.arguments import as_list, is_several
 from xmodal_interp.errors import InputError
-from xmodal_interp.models.labels import Prompt, with_answer
-from xmodal_interp.models.token_table import separator_behind
+from xmodal_interp.models.labels import Prompt
+from xmodal_interp.models.model_inputs import with_answer
+from xmodal_interp.models.token_table import answer_separator
 from xmodal_interp.models.vlm import VLM, check_vlm
 
 ItemDict = Mapping[str, Any]
@@ -178,7 +179,7 @@ def answer_ids(vlm: VLM, text: str, answer: str) -> tuple[int, ...]:
     Raises:
         InputError: The answer is empty, or the prompt is tokenized differently with it.
     """
-    separator = separator_behind(text)
+    separator = answer_separator(text)
     before = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = vlm.tokenizer(text + separator + answer, add_special_tokens=False)["input_ids"]
     kept = list(whole[: len(before)]) == list(before) and len(whole) > len(before)
