@@ -1,6 +1,6 @@
 from .generation import checked_length
 from .geometry import ImageGrid, Thumbnail, VideoGrid, place_on_grid
-from .geometry.patch_order import square_windows, tiles_behind, window_orders
+from .geometry.patch_order import square_windows, tile_counts, window_orders
 from .labels import Prompt
 from .loading import load
 from .media import ImageLike, Video, open_image, open_video
@@ -41,6 +41,6 @@ __all__ = [
     "place_on_grid",
     "prompt_ids",
     "square_windows",
-    "tiles_behind",
+    "tile_counts",
     "window_orders",
 ]
