@@ -300,7 +300,7 @@ _RECORDS: tuple[Family, ...] = (
     Family(
         "llava_onevision",
         geometry=geometry.anyres_tiles,
-        video=geometry.SingleFrames(merge=2, behind=1),
+        video=geometry.SingleFrames(merge=2, after=1),
         **_VIDEO,
     ),
     Family(
@@ -399,7 +399,7 @@ _RECORDS: tuple[Family, ...] = (
             encoded=True,
             class_token=True,
             by_rows=True,
-            behind=1,
+            after=1,
         ),
     ),
     Family("mllama", "image_token_index", geometry.aspect_ratio_tiles, in_sequence=False),
@@ -454,7 +454,7 @@ _RECORDS: tuple[Family, ...] = (
     Family(
         "deepseek_ocr2",
         geometry=geometry.SeparateTiles(
-            geometry.large_pages, geometry.fitted, encoded=True, queries=True, behind=1
+            geometry.large_pages, geometry.fitted, encoded=True, queries=True, after=1
         ),
         reason="Its image tokens are learned queries after the patches of each view in the vision "
         "tower, so they have no row and column. xi.attention_rollout(..., tower='vision') "

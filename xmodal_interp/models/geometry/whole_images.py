@@ -94,8 +94,8 @@ class FixedGrid:
         return grids
 
 
-def _number(told: int | Count, config: Any, processor: Any) -> int:
-    return told if isinstance(told, int) else told(config, processor)
+def _number(value: int | Count, config: Any, processor: Any) -> int:
+    return value if isinstance(value, int) else value(config, processor)
 
 
 fixed_grid = FixedGrid(before=kept_class_token, tower_before=counted_class_token)
