@@ -62,32 +62,31 @@ def token_columns(
     pieces = _pieces(tokenizer, row.ids)
     special = special_ids(tokenizer)
     added = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    token_spans = iter(alignment.tokens)
+    aligned_tokens, number = iter(alignment.tokens), _numbers(alignment.expansions)
     columns: dict[str, list[Any]] = {
         name: [] for name in ("token", "kind", "role", "image", "video", "start", "end")
     }
-    number = _numbers(alignment.expansions)
     for token, piece, attended, aligned in zip(
         row.ids, pieces, row.attended, row.aligned, strict=True
     ):
-        at = next(token_spans) if aligned else UNALIGNED
-        modality = None if at.expansion is None else alignment.expansions[at.expansion]
+        span = next(aligned_tokens) if aligned else UNALIGNED
+        modality = None if span.expansion is None else alignment.expansions[span.expansion]
+        of_prompt = modality is None and span.end > span.start
+        written = span.written or alignment.text[span.start : span.end]
         markers = special if modality is None else added
-        written = at.written or alignment.text[at.start : at.end]
-        outside = modality is None and at.end > at.start
-        lacking = token == tokenizer.unk_token_id and written.strip() != tokenizer.unk_token
-        if lacking and (outside or at.written is not None):
+        unknown = token == tokenizer.unk_token_id and written.strip() != tokenizer.unk_token
+        if unknown and (of_prompt or span.written is not None):
             markers = markers - {token}
         kind = _kind(token, (image_id, video_id), markers, modality) if attended else "padding"
-        written_here = outside or (kind == "text" and at.written is not None)
-        columns["token"].append(written if written_here and token not in special else piece)
+        has_characters = of_prompt or (kind == "text" and span.written is not None)
+        columns["token"].append(written if has_characters and token not in special else piece)
         columns["kind"].append(kind)
-        columns["role"].append(_role(kind, modality, at, spans))
-        of = np.nan if at.expansion is None else number[at.expansion]
+        columns["role"].append(_role(kind, modality, span, spans))
+        of = np.nan if span.expansion is None else number[span.expansion]
         columns["image"].append(of if kind == IMAGE else np.nan)
         columns["video"].append(of if kind == VIDEO else np.nan)
-        columns["start"].append(at.start)
-        columns["end"].append(at.end)
+        columns["start"].append(span.start)
+        columns["end"].append(span.end)
     return columns
 
 
@@ -122,7 +121,9 @@ def _kind(
     return "special" if token in special else "text"
 
 
-def _role(kind: str, modality: str | None, at: TokenSpan, spans: Sequence[RoleSpan]) -> str | None:
+def _role(
+    kind: str, modality: str | None, span: TokenSpan, spans: Sequence[RoleSpan]
+) -> str | None:
     """Return the role of the message that overlaps the token's span.
 
     Tokens outside all messages have the role ``template``, and so have markers and text in an
@@ -130,10 +131,13 @@ def _role(kind: str, modality: str | None, at: TokenSpan, spans: Sequence[RoleSp
     """
     if kind == "padding":
         return None
-    if at.end <= at.start or (modality is not None and kind not in (IMAGE, VIDEO)):
+    if span.end <= span.start or (modality is not None and kind not in (IMAGE, VIDEO)):
         return "template"
-    touched = (span.role for span in spans if at.start < span.end and at.end > span.start)
-    return next(touched, "template")
+    roles = (each.role for each in spans if span.start < each.end and span.end > each.start)
+    return next(roles, "template")
+
+
+_PLACES = ("row", "col", "tile", "frame", "x0", "y0", "x1", "y1")
 
 
 def with_places(
@@ -145,49 +149,28 @@ def with_places(
         GeometryError: An image or video has another number of tokens than its grid.
     """
     kinds = np.asarray(columns["kind"])
-    places = {name: np.full(len(kinds), np.nan) for name in _PLACES}
-    view = np.full(len(kinds), None, dtype=object)
-    for kind, all_of in ((IMAGE, grids), (VIDEO, videos)):
+    places: dict[str, np.ndarray] = {name: np.full(len(kinds), np.nan) for name in _PLACES}
+    places["view"] = np.full(len(kinds), None, dtype=object)
+    by_kind: tuple[tuple[str, Sequence[Any]], ...] = ((IMAGE, grids), (VIDEO, videos))
+    for kind, of_kind in by_kind:
         number, is_kind = np.asarray(columns[kind], dtype=float), kinds == kind
-        stray = int((is_kind & ~np.isin(number, np.arange(len(all_of)))).sum())
+        stray = int((is_kind & ~np.isin(number, np.arange(len(of_kind)))).sum())
         if stray:
             raise GeometryError(
-                f"{stray} {kind} tokens belong to none of the {len(all_of)} {kind}s given. "
+                f"{stray} {kind} tokens belong to none of the {len(of_kind)} {kind}s given. "
                 f"Write one {kind} placeholder per {kind}, or none."
             )
-        for index, grid in enumerate(all_of):
-            _fill(places, view, np.flatnonzero(is_kind & (number == index)), grid, kind, index)
-    return {**columns, **places, "view": view}
-
-
-def token_table(columns: Columns) -> pd.DataFrame:
-    """Return a table with one row per position and the columns ``TOKEN_COLUMNS``."""
-    return _table(columns, len(columns["token"]))
-
-
-_PLACES = ("row", "col", "tile", "frame", "x0", "y0", "x1", "y1")
-
-
-def _fill(
-    columns: dict[str, np.ndarray],
-    view: np.ndarray,
-    positions: np.ndarray,
-    grid: Any,
-    kind: str,
-    index: int,
-) -> None:
-    """Write the rows, columns and boxes of a grid to the positions of its tokens."""
-    if grid.n_tokens != len(positions):
-        raise GeometryError(
-            f"The family's rule gives {kind} {index} {grid.n_tokens} tokens "
-            f"({grid.rows} x {grid.cols}), but the sequence has {len(positions)}. Check that "
-            "processor, family record and model belong together."
-        )
-    for name, values in _columns_of(grid, kind).items():
-        if name == "view":
-            view[positions] = values
-        else:
-            columns[name][positions] = values
+        for index, grid in enumerate(of_kind):
+            positions = np.flatnonzero(is_kind & (number == index))
+            if grid.n_tokens != len(positions):
+                raise GeometryError(
+                    f"The family's rule gives {kind} {index} {grid.n_tokens} tokens "
+                    f"({grid.rows} x {grid.cols}), but the sequence has {len(positions)}. Check "
+                    "that processor, family record and model belong together."
+                )
+            for name, values in _columns_of(grid, kind).items():
+                places[name][positions] = values
+    return {**columns, **places}
 
 
 def _columns_of(grid: Any, kind: str) -> dict[str, np.ndarray]:
@@ -204,6 +187,11 @@ def _columns_of(grid: Any, kind: str) -> dict[str, np.ndarray]:
 def _missing(numbers: np.ndarray) -> np.ndarray:
     """Return the numbers as floats, NaN instead of ``NOWHERE``."""
     return np.where(numbers < 0, np.nan, numbers.astype(float))
+
+
+def token_table(columns: Columns) -> pd.DataFrame:
+    """Return a table with one row per position and the columns ``TOKEN_COLUMNS``."""
+    return _table(columns, len(columns["token"]))
 
 
 def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
@@ -286,7 +274,7 @@ def _generated_spans(
             ):
                 spans[i] = span
         waiting, n_final = [], stop
-    return [_without_space(decoded, start, end) for start, end in spans]
+    return [(end - len(decoded[start:end].lstrip()), end) for start, end in spans]
 
 
 def _one_by_one(pieces: Sequence[str], text: str, start: int, end: int) -> list[tuple[int, int]]:
@@ -305,11 +293,6 @@ def _n_in_common(one: str, other: str) -> int:
     """Return the length of the common prefix of two strings."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
-    """Return the span without leading white space."""
-    return end - len(text[start:end].lstrip()), end
 
 
 _INTEGERS = ("image", "video", "tile", "frame", "row", "col", "start", "end")
