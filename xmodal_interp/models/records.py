@@ -13,7 +13,7 @@ To add a family, add one :class:`Family` to ``_RECORDS``, in the group of its ki
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -534,14 +534,8 @@ def refuse_other_class(model: Any) -> None:
 def _reads_text_only(config: Any) -> bool:
     """Whether transformers registers a text-only model for this configuration."""
     known: Any = MODEL_MAPPING.get(type(config), None)
-    kinds = known if isinstance(known, tuple) else (known,)
     return any(
         getattr(kind, "main_input_name", None) == "input_ids"
-        and set(_as_list(getattr(kind, "input_modalities", ()))) == {"text"}
-        for kind in kinds
+        and getattr(kind, "input_modalities", None) in ("text", ("text",), ["text"])
+        for kind in (known if isinstance(known, tuple) else (known,))
     )
-
-
-def _as_list(modalities: str | Iterable[str]) -> list[str]:
-    """Return the modalities that a model's class declares, as a list."""
-    return [modalities] if isinstance(modalities, str) else list(modalities)
