@@ -13,7 +13,6 @@ from tests.helpers.real import real
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import open_video
-from xmodal_interp.models.processor_calls import runs_alone
 
 pytestmark = pytest.mark.filterwarnings(  # processors warn about their own deprecations
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
@@ -148,7 +147,7 @@ def test_a_padded_batch_with_images_and_videos(model_type: str) -> None:
             ours = sample.calls[key].probs()
             ours = ours[:, :, pad:, pad:] if key[0] == "language" else ours
             torch.testing.assert_close(ours, call.probs(), atol=5e-5, rtol=0, equal_nan=True)
-    assert len(together[1].where("padding")) > 0 or runs_alone(vlm.model.config)
+    assert len(together[1].where("padding")) > 0 or vlm.runs_alone
 
 
 @pytest.mark.parametrize("model_type", EITHER)

@@ -27,7 +27,7 @@ from xmodal_interp.hooks.ablation import ablate_heads
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.models import VLM
 from xmodal_interp.models.known_answers import batches_of
-from xmodal_interp.models.labels import with_answer, without_last
+from xmodal_interp.models.model_inputs import with_answer, without_last
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"

@@ -151,8 +151,8 @@ def test_a_prompt_with_all_image_tokens_is_not_expanded() -> None:
     text = "<image><image>where<image>"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     alignment = counted_alignment(ids, [text], tokenizer, image, [2, 1])
-    assert [p.expansion for p in alignment.positions] == [0, 0, None, 1]
-    spans = [(p.start, p.end) for p in alignment.positions]
+    assert [p.expansion for p in alignment.tokens] == [0, 0, None, 1]
+    spans = [(p.start, p.end) for p in alignment.tokens]
     assert spans == [(0, 7), (7, 14), (14, 19), (19, 26)]
     with pytest.raises(GeometryError, match="2 images should have 3, 1 tokens"):
         counted_alignment(ids, [text], tokenizer, image, [3, 1])

@@ -14,7 +14,7 @@ from tests.helpers.tiny import QUESTION, tiny_vlm
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models import VLM
 from xmodal_interp.models.geometry import (
-    Rule,
+    ImageRule,
     at_the_top,
     code_rows,
     counted_patches,
@@ -149,7 +149,7 @@ def test_a_mobilenet_pools_as_configured_or_by_default() -> None:
 @pytest.mark.parametrize(
     ("rule", "name"), [(code_rows, "image_sizes"), (counted_patches, "image_grid_hw")]
 )
-def test_as_many_grids_as_images(rule: Rule, name: str) -> None:
+def test_as_many_grids_as_images(rule: ImageRule, name: str) -> None:
     images = [Image.new("RGB", (96, 96))] * 2
     inputs = {name: torch.tensor([[8, 8]]), "pixel_values": torch.empty(1, 3, 8, 8)}
     with pytest.raises(GeometryError, match=rf"returned 1 (rows of )?{name} for 2 images"):

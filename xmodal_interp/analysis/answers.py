@@ -46,7 +46,7 @@ from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.models import VLM, prompt_ids
 from xmodal_interp.models.generation import refuse_canvas
 from xmodal_interp.models.known_answers import PROMPT, Batch, Items, batches_of, entry, listed
-from xmodal_interp.models.labels import without_last
+from xmodal_interp.models.model_inputs import without_last
 from xmodal_interp.vocabulary import Tower
 
 METRICS: tuple[str, ...] = ("accuracy", "log_prob", "margin")

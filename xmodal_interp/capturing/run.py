@@ -49,7 +49,7 @@ from xmodal_interp.models import (
     input_device,
     prompt_ids,
     square_windows,
-    tiles_behind,
+    tile_counts,
     window_orders,
 )
 from xmodal_interp.sample import CallKey, Sample
@@ -248,7 +248,7 @@ def _run(
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
-    orders, tiles = window_orders(vlm.model, inputs), tiles_behind(inputs)
+    orders, tiles = window_orders(vlm.model, inputs), tile_counts(inputs)
     windows = square_windows(vlm.model)
     by_image = towers_by_image(recording.calls, ready, vlm.family, orders, tiles, windows)
     heard = _Heard(streams, by_image, stacks_of(vlm.model, recording.modules))

@@ -41,7 +41,7 @@ from transformers import PreTrainedModel
 from xmodal_interp.attention import entries_of, number, numbers
 from xmodal_interp.errors import InputError, LayerError, UnsupportedModelError
 from xmodal_interp.models import VLM
-from xmodal_interp.models.towers import READS, declared_tower, known_stream
+from xmodal_interp.models.towers import TOWER_OF_INPUT, declared_tower, undeclared_tower
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _ATTENTION = re.compile(r"Attention|Attn")
@@ -269,7 +269,7 @@ class _Names:
     def _tower(self, path: str) -> Tower:
         """Return the tower by the input of the sub-models around the module, else by its path."""
         owners = sorted((p for p in self.parts if _is_in(path, p)), key=len, reverse=True)
-        known = known_stream(self._holders(path))
+        known = undeclared_tower(self._holders(path))
         if known is not None:
             return known
         if _CONNECTOR.search(path[len(owners[0]) :] if owners else path):
@@ -320,7 +320,7 @@ class _Names:
             if written is None:
                 continue
             for stack, tower in (
-                (model.get_encoder(), READS.get(str(model.main_input_name), "language")),
+                (model.get_encoder(), TOWER_OF_INPUT.get(str(model.main_input_name), "language")),
                 (model.get_decoder(), written),
             ):
                 if stack is not None and stack is not model and module in set(stack.modules()):
@@ -351,7 +351,9 @@ class _Names:
             return self._by_first_layer()
         whole: Any = self.model.get_submodule(owners[-1])
         reads_text = whole.main_input_name == "input_ids" or whole.can_generate()
-        return "language" if reads_text else READS.get(str(whole.main_input_name), "language")
+        return (
+            "language" if reads_text else TOWER_OF_INPUT.get(str(whole.main_input_name), "language")
+        )
 
     def _by_first_layer(self) -> Tower:
         """Return the tower of a model of another library by its embedding or convolution layers."""

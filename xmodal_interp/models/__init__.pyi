@@ -1,10 +1,10 @@
-from .family import Family
 from .generation import checked_length
 from .geometry import ImageGrid, Thumbnail, VideoGrid, place_on_grid
-from .geometry.patch_order import square_windows, tiles_behind, window_orders
-from .labels import Prompt, check_whole, prompt_ids
+from .geometry.patch_order import square_windows, tile_counts, window_orders
+from .labels import Prompt
 from .loading import load
 from .media import ImageLike, Video, open_image, open_video
+from .model_inputs import check_whole, prompt_ids
 from .model_state import (
     CheckpointReport,
     described_training,
@@ -12,7 +12,7 @@ from .model_state import (
     input_device,
     modules_in_training,
 )
-from .records import FAMILIES
+from .records import FAMILIES, Family
 from .token_table import generated_table
 from .vlm import VLM, check_vlm
 
@@ -41,6 +41,6 @@ __all__ = [
     "place_on_grid",
     "prompt_ids",
     "square_windows",
-    "tiles_behind",
+    "tile_counts",
     "window_orders",
 ]

@@ -25,8 +25,8 @@ IMAGE, VIDEO = "image", "video"
 
 
 @dataclass(frozen=True)
-class Position:
-    """A token of the prompt as the model reads it.
+class TokenSpan:
+    """The characters of the token at one position.
 
     Attributes:
         start: Index of its first character in the unexpanded text.
@@ -47,18 +47,22 @@ class Alignment:
 
     Attributes:
         text: The prompt before its placeholders were expanded.
-        positions: One per token.
+        tokens: One per position.
         expansions: ``"image"``, ``"video"`` or another modality, for each expansion in order.
     """
 
     text: str
-    positions: tuple[Position, ...]
+    tokens: tuple[TokenSpan, ...]
     expansions: tuple[str, ...]
+
+
+UNALIGNED = TokenSpan(-1, -1, None, None)
+"""The span of padding, and of tokens that cannot be matched with the prompt."""
 
 
 def unaligned(ids: Sequence[int], text: str) -> Alignment:
     """Return an alignment without characters, for ids that cannot be matched with the prompt."""
-    return Alignment(text, (Position(-1, -1, None, None),) * len(ids), ())
+    return Alignment(text, (UNALIGNED,) * len(ids), ())
 
 
 def reported_alignment(
@@ -90,14 +94,14 @@ def reported_alignment(
             extra = _extra_in_front(own["input_ids"], ids, tokenizer)
             if extra is not None:
                 spans = own["offset_mapping"][extra:]
-                positions = tuple(_position(expanded, a, b, replacements) for a, b in spans)
+                positions = tuple(_token_span(expanded, a, b, replacements) for a, b in spans)
                 return Alignment(text, positions, tuple(each["type"] for each in replacements))
             lengths.append(len(own["input_ids"]))
     if not lengths:
-        told = (f"{each['text']!r} at {each['span'][0]}" for each in replacements)
+        replaced = (f"{each['text']!r} at {each['span'][0]}" for each in replacements)
         raise GeometryError(
-            f"The processor reports to have replaced {', '.join(told)}, which the prompt does not "
-            f"contain there: {tried[0]!r}. Check that processor and prompt belong together."
+            f"The processor reports to have replaced {', '.join(replaced)}, which the prompt does "
+            f"not contain there: {tried[0]!r}. Check that processor and prompt belong together."
         )
     raise GeometryError(
         f"The processor returned {len(ids)} ids and reports {len(replacements)} replacements, but "
@@ -130,17 +134,17 @@ def _expanded(text: str, replacements: Sequence[Mapping[str, Any]]) -> str | Non
     return "".join([*pieces, text[last:]])
 
 
-def _position(
+def _token_span(
     expanded: str, start: int, end: int, replacements: Sequence[Mapping[str, Any]]
-) -> Position:
+) -> TokenSpan:
     first, expansion = _unexpanded(start, replacements)
     if end <= start:
-        return Position(first, first, None, None)
+        return TokenSpan(first, first, None, None)
     last, ended_in = _unexpanded(end - 1, replacements)
     if expansion is not None:
         first = replacements[expansion]["span"][0]
     last = last + 1 if ended_in is None else replacements[ended_in]["span"][1]
-    return Position(first, last, expanded[start:end], expansion)
+    return TokenSpan(first, last, expanded[start:end], expansion)
 
 
 def _unexpanded(index: int, replacements: Sequence[Mapping[str, Any]]) -> tuple[int, int | None]:
@@ -215,32 +219,32 @@ def _matched(
     image_id: int | None,
     special: set[int],
     counts: Sequence[int | None],
-) -> list[Position] | None:
+) -> list[TokenSpan] | None:
     """Match the tokens of the prompt with the ids, skipping expansions; None if they differ."""
     written_out = _written_out(own, image_id, counts)
     if written_out is not None:
         return written_out if ids == [token for token, _ in own] else None
-    positions: list[Position] = []
+    positions: list[TokenSpan] = []
     n_expansions = 0
     for number, (token, (start, end)) in enumerate(own):
         at = len(positions)
         if token != image_id or n_expansions >= len(counts):
             if at >= len(ids) or ids[at] != token:
                 return None
-            positions.append(Position(start, end, None, None))
+            positions.append(TokenSpan(start, end, None, None))
             continue
         following = own[number + 1][0] if number + 1 < len(own) else None
         length = _expansion_length(ids[at:], image_id, special, counts[n_expansions], following)
         if length is None:
             return None
-        positions += [Position(start, end, None, n_expansions)] * length
+        positions += [TokenSpan(start, end, None, n_expansions)] * length
         n_expansions += 1
     return positions if len(positions) == len(ids) else None
 
 
 def _written_out(
     own: Sequence[tuple[int, tuple[int, int]]], image_id: int | None, counts: Sequence[int | None]
-) -> list[Position] | None:
+) -> list[TokenSpan] | None:
     """Return positions for a prompt that already contains every image token; None for others."""
     images = [number for number, n in enumerate(counts) for _ in range(n or 0)]
     n_own = sum(token == image_id for token, _ in own)
@@ -248,7 +252,7 @@ def _written_out(
         return None
     number = iter(images)
     return [
-        Position(start, end, None, next(number) if token == image_id else None)
+        TokenSpan(start, end, None, next(number) if token == image_id else None)
         for token, (start, end) in own
     ]
 

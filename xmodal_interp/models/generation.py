@@ -10,7 +10,7 @@ from xmodal_interp.errors import InputError
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
 """Defaults of ``generate``; they override the generation settings of the checkpoint."""
 
-_PLAIN: dict[str, tuple[Any, str]] = {
+_ONE_BY_ONE: dict[str, tuple[Any, str]] = {
     "num_beams": (1, "generates several answers at once and keeps one of them"),
     "num_return_sequences": (1, "generates several answers to one prompt"),
     "guidance_scale": (1, "runs each step twice, with and without the prompt"),
@@ -26,6 +26,7 @@ _PLAIN: dict[str, tuple[Any, str]] = {
     "custom_generate": (None, "may run tokens in any order"),
     "return_dict_in_generate": (False, "returns more than ids"),
 }
+"""Options of ``generate``: the value that generates token by token, and what other values do."""
 
 
 def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
@@ -44,13 +45,13 @@ def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
             "calls with xi.record(model)."
         )
     settings = options.get("generation_config") or model.generation_config
-    for name, (plain, what) in _PLAIN.items():
-        given = {**GREEDY, **options}.get(name, getattr(settings, name, plain))
-        if given is not None and given != plain:
+    for name, (required, effect) in _ONE_BY_ONE.items():
+        given = {**GREEDY, **options}.get(name, getattr(settings, name, required))
+        if given is not None and given != required:
             shown = type(given).__name__ if name == "assistant_model" else repr(given)
             raise InputError(
-                f"{name}={shown} {what}, so rows of attention are not the tokens of one answer in "
-                "order. Generate greedily or by sampling, or record the calls with "
+                f"{name}={shown} {effect}, so rows of attention are not the tokens of one answer "
+                "in order. Generate greedily or by sampling, or record the calls with "
                 "xi.record(model)."
             )
 

@@ -1,14 +1,13 @@
-"""Questions with known answers as model inputs, in batches without padding.
+"""Items (an image, a question and its known answer), and batches of them without padding.
 
-1. Each item is prepared separately by :meth:`VLM.prepare`.
-2. The tokens of its answer are appended to its prompt. Masks and token types of these positions are
-   those of generated tokens.
-3. Items whose inputs have the same shape share a batch.
+1. The entries of each item are read and checked (:func:`listed`, :func:`entry`).
+2. Each item is prepared separately by :meth:`VLM.prepare`.
+3. The tokens of its answer are appended to its prompt (teacher forcing). Masks and token types of
+   these positions are those of generated tokens.
+4. Items whose inputs have the same shape share a batch (:func:`batches_of`).
 
 The inputs of an item therefore do not depend on the other items of its batch. Without padding there
 is no mask and no shift of positions, and the backend can use its fast path.
-
-Read the entries of an item: an image, a question about it, its known answer.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ from torch import Tensor
 
 from xmodal_interp.arguments import as_list, is_several
 from xmodal_interp.errors import InputError
-from xmodal_interp.models.labels import Prompt, with_answer
-from xmodal_interp.models.token_table import separator_behind
+from xmodal_interp.models.labels import Prompt
+from xmodal_interp.models.model_inputs import with_answer
+from xmodal_interp.models.token_table import answer_separator
 from xmodal_interp.models.vlm import VLM, check_vlm
 
 ItemDict = Mapping[str, Any]
@@ -65,15 +65,15 @@ def entry(item: ItemDict, *names: str, title: str) -> Any:
     Raises:
         InputError: The item has no such entry, or several.
     """
-    there = _names_in(item, names)
-    if len(there) != 1:
-        between = " and " if there else " or "
+    present = _names_in(item, names)
+    if len(present) != 1:
+        between = " and " if present else " or "
         raise InputError(
-            f"{title} has {'both' if there else 'no'} {between.join(map(repr, names))} (its "
+            f"{title} has {'both' if present else 'no'} {between.join(map(repr, names))} (its "
             f"entries are {', '.join(map(str, item)) or 'empty'}). Give exactly one that is not "
             "None."
         )
-    return item[there[0]]
+    return item[present[0]]
 
 
 def visuals_of(item: ItemDict, *, title: str) -> tuple[list[Any], list[Any]]:
@@ -152,7 +152,7 @@ def batches_of(vlm: VLM, items: Items, *, batch_size: int, answers: bool = True)
     check_vlm(vlm)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}.")
-    shapes: dict[Any, list[tuple[int, dict[str, Any], Prompt, tuple[int, ...]]]] = defaultdict(list)
+    shapes: dict[Any, list[Batch]] = defaultdict(list)
     for index, item in enumerate(listed(items)):
         title = f"Item {index}"
         images, videos = visuals_of(item, title=title)
@@ -162,7 +162,7 @@ def batches_of(vlm: VLM, items: Items, *, batch_size: int, answers: bool = True)
         ids = answer_ids(vlm, prompt.text, answer) if answers else ()
         if answers:
             inputs = with_answer(vlm.model, inputs, ids, _last_text(prompt))
-        shapes[_shape(inputs)].append((index, inputs, prompt, ids))
+        shapes[_shape(inputs)].append(Batch(inputs, (index,), (prompt,), (ids,)))
     if not shapes:
         raise InputError("There are no items. Give at least one.")
     return [
@@ -178,11 +178,11 @@ def answer_ids(vlm: VLM, text: str, answer: str) -> tuple[int, ...]:
     Raises:
         InputError: The answer is empty, or the prompt is tokenized differently with it.
     """
-    separator = separator_behind(text)
+    separator = answer_separator(text)
     before = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = vlm.tokenizer(text + separator + answer, add_special_tokens=False)["input_ids"]
-    kept = list(whole[: len(before)]) == list(before) and len(whole) > len(before)
-    if not answer.strip() or not kept:
+    continues = list(whole[: len(before)]) == list(before) and len(whole) > len(before)
+    if not answer.strip() or not continues:
         raise InputError(
             f"The answer {answer!r} is empty, or changes the tokens of the prompt {text!r}. Give "
             "an answer that starts a new token."
@@ -204,20 +204,22 @@ def _shape(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _joined(
-    parts: Sequence[tuple[int, dict[str, Any], Prompt, tuple[int, ...]]],
-) -> Batch:
-    index, inputs, prompts, ids = zip(*parts, strict=True)
-    joined: dict[str, Any] = {}
-    for name, value in inputs[0].items():
-        values = [of[name] for of in inputs]
+def _joined(items: Sequence[Batch]) -> Batch:
+    """Return one batch of several batches of one item each, whose inputs have the same shape."""
+    inputs: dict[str, Any] = {}
+    for name, value in items[0].inputs.items():
+        values = [item.inputs[name] for item in items]
         if isinstance(value, Tensor):
-            joined[name] = torch.cat(values)
+            inputs[name] = torch.cat(values)
         elif isinstance(value, list):
-            joined[name] = [one for of in values for one in of]
+            inputs[name] = [each for of_item in values for each in of_item]
         else:
             raise InputError(
                 "The processor must return tensors or lists with one entry per sample; it returned "
                 f"{type(value).__name__} for {name!r}."
             )
-    return Batch(joined, index, prompts, ids)
+    index, prompts, answers = (
+        tuple(each for item in items for each in getattr(item, name))
+        for name in ("index", "prompts", "answers")
+    )
+    return Batch(inputs, index, prompts, answers)

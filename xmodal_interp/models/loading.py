@@ -27,7 +27,7 @@ _LONGEST_NAME = 4096  # maximal length of a path in bytes
 _UNREADABLE = (OSError, RuntimeError, SafetensorError, EOFError, UnpicklingError)
 
 
-def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  many checks of arguments
+def load(name: str | Path | None = None, **options: Any) -> VLM:
     """Load a vision-language model and its processor.
 
     A warning names weights that the checkpoint lacks, that have another shape in it, or that the
@@ -43,30 +43,62 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  
         InputError: There is no such model, or it cannot be loaded with these options.
         UnsupportedModelError: The model type has no family record, or is text-only.
     """
-    if name is not None and not isinstance(name, (str, PathLike)):
-        raise InputError(f"The name of a model must be a string or a path; got {quoted(name)}.")
-    source = str(
-        shipped_path(str(name or "llava")) if name is None or str(name) in SHIPPED else name
-    )
-    if source.startswith("~"):
-        source = str(user_path(source))
-    shared = {
+    source = _source(name)
+    shared: dict[str, Any] = {
         key: options[key]
         for key in ("revision", "trust_remote_code", "token", "cache_dir")
         if key in options
     }
-    adapter = Path(source) / "adapter_config.json"
+    family = family_of(_config(source, shared))
+    shipped = name is None or str(name) in SHIPPED
+    if shipped:
+        options.setdefault("dtype", "float32")  # trained in float32, stored in float16
+    _check_dtype(options.get("dtype"))
+    with Block(_without_progress_bar) if shipped else nullcontext():
+        model, loading = _model(source, options)
+    if loading:
+        warnings.warn(
+            f"The checkpoint {source!r} does not match {type(model).__name__}. Weights {loading}."
+            + " Results of random weights are meaningless; load a complete checkpoint."
+            * bool(loading.n_random),
+            UserWarning,
+            stacklevel=2,
+        )
+    return VLM(model.eval(), _processor(source, shared), family, loading)
+
+
+def shipped_path(family: str) -> Path:
+    """Return the folder of a shipped checkpoint."""
+    return Path(str(files("xmodal_interp") / "shapes" / "checkpoints" / family))
+
+
+def _source(name: Any) -> str:
+    """Return the Hub id or the folder of a model.
+
+    Raises:
+        InputError: The name is not a usable string or path, or the folder holds only an adapter.
+    """
+    if name is not None and not isinstance(name, (str, PathLike)):
+        raise InputError(f"The name of a model must be a string or a path; got {quoted(name)}.")
+    if name is None or str(name) in SHIPPED:
+        return str(shipped_path(str(name or "llava")))
+    source = str(user_path(name)) if str(name).startswith("~") else str(name)
     if len(source.encode(errors="replace")) > _LONGEST_NAME or "\0" in source:
         raise InputError(
             f"The model name {quoted(source)} is not a valid path. Give a Hub id or a folder."
         )
+    adapter = Path(source) / "adapter_config.json"
     if adapter.is_file() and not adapter.with_name("config.json").is_file():
         raise InputError(
             f"{source!r} holds only a PEFT adapter, not a whole model. Load its base model "
             "and pass VLM(PeftModel.from_pretrained(base.model, folder), base.processor)."
         )
+    return source
+
+
+def _config(source: str, shared: dict[str, Any]) -> Any:
     try:
-        config = AutoConfig.from_pretrained(source, **shared)
+        return AutoConfig.from_pretrained(source, **shared)
     except OSError as error:
         raise InputError(
             f"{source!r} could not be loaded: {_first_line(error).rstrip('.')}. "
@@ -76,16 +108,13 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  
         raise UnsupportedModelError(
             f"transformers does not support the model type of {source!r}: {error}"
         ) from error
-    family = family_of(config)
-    shipped = name is None or str(name) in SHIPPED
-    if shipped:
-        options.setdefault("dtype", "float32")  # trained in float32, stored in float16
-    _check_dtype(options.get("dtype"))
+
+
+def _model(source: str, options: dict[str, Any]) -> tuple[Any, CheckpointReport]:
     try:
-        with Block(_quiet) if shipped else nullcontext():
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                source, **{**options, "output_loading_info": True}
-            )
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, **{**options, "output_loading_info": True}
+        )
     except _UNREADABLE as error:  # missing, truncated or mismatched weights, unknown device
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         raise InputError(
@@ -93,17 +122,12 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  
             f"{error}"
         ) from error
     model, info = loaded
-    loading = CheckpointReport.of(info)
-    if loading:
-        warnings.warn(
-            f"The checkpoint {source!r} does not match {type(model).__name__}. Weights {loading}."
-            + (" Results of random weights are meaningless; load a complete checkpoint.")
-            * bool(loading.n_random),
-            UserWarning,
-            stacklevel=2,
-        )
+    return model, CheckpointReport.of(info)
+
+
+def _processor(source: str, shared: dict[str, Any]) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(source, **shared)
+        return AutoProcessor.from_pretrained(source, **shared)
     except ImportError as error:
         raise InputError(
             f"The processor of {source!r} needs a package that is not installed: "
@@ -114,7 +138,6 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:  # noqa: C901  
             f"The processor of {source!r} could not be loaded: {_first_line(error)} Save one "
             "there with processor.save_pretrained, or pass your own with VLM(model, processor)."
         ) from error
-    return VLM(model.eval(), processor, family, loading)
 
 
 def _first_line(error: Exception) -> str:
@@ -132,13 +155,8 @@ def _check_dtype(dtype: Any) -> None:
         )
 
 
-def _quiet(stack: ExitStack) -> None:
+def _without_progress_bar(stack: ExitStack) -> None:
     """Disable the progress bar of transformers: shipped models load instantly."""
     if logging.is_progress_bar_enabled():
         stack.callback(logging.enable_progress_bar)
         logging.disable_progress_bar()
-
-
-def shipped_path(family: str) -> Path:
-    """Return the folder of a shipped checkpoint."""
-    return Path(str(files("xmodal_interp") / "shapes" / "checkpoints" / family))

@@ -135,7 +135,7 @@ def open_image(image: ImageLike, composite: Composite | None = None) -> Image.Im
             raise InputError(
                 f"An image must have at least one pixel; got {image.width} x {image.height} px."
             )
-        return _rgb(_turned(image), composite)
+        return _rgb(_upright(image), composite)
     if not isinstance(image, (str, PathLike)):
         raise InputError(
             f"An image must be a path or a PIL image; got an object of {type(image).__name__}. "
@@ -144,7 +144,7 @@ def open_image(image: ImageLike, composite: Composite | None = None) -> Image.Im
     path = user_path(image)
     try:
         with Image.open(path) as opened:
-            return _rgb(_turned(opened), composite).copy()
+            return _rgb(_upright(opened), composite).copy()
     except FileNotFoundError:
         raise InputError(
             f"There is no image file {str(path)!r}. Pass the path of an existing file, or a PIL "
@@ -154,7 +154,7 @@ def open_image(image: ImageLike, composite: Composite | None = None) -> Image.Im
         raise InputError(f"Pillow cannot read the image file {str(path)!r}: {error}.") from error
 
 
-def _turned(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     """Rotate by the EXIF orientation; an upright image is returned without reading its pixels."""
     if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         return image

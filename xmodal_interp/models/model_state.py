@@ -1,15 +1,13 @@
-"""Report how the weights of a model differ from its checkpoint.
+"""The state of a loaded model that its results depend on.
 
-transformers initialises weights that the checkpoint lacks at random, prints a report and continues.
-Results of such a model are meaningless, so the report is kept.
-
-Wrapped models: weights that accelerate offloads, adapters that PEFT adds.
-
-Find modules in training mode, and switch them to evaluation mode for a while.
-
-``model.training`` is the flag of the outermost module only. A module that is added later, such as
-an adapter of PEFT, starts in training mode with dropout on, although ``model.training`` is False.
-Therefore the flag of every module is read.
+* :class:`CheckpointReport`: how its weights differ from the checkpoint. transformers initialises
+  weights that the checkpoint lacks at random, prints a report and continues. Results of such a
+  model are meaningless, so the report is kept.
+* :func:`input_device`: the device of its inputs, also if accelerate offloads its weights.
+* :func:`refuse_virtual_tokens`: adapters of PEFT whose positions cannot be labelled.
+* :func:`evaluation_mode`: evaluation mode of every module. ``model.training`` is the flag of the
+  outermost module only. A module that is added later, such as an adapter of PEFT, starts in
+  training mode with dropout on, although ``model.training`` is False.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from torch import nn
 from xmodal_interp.contexts import Block
 from xmodal_interp.errors import InputError, UnsupportedModelError
 
-_SHOWN = 5  # names in a message
+_N_NAMES = 5  # in a message
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,8 @@ def _names(keys: Iterable[Any]) -> tuple[str, ...]:
 
 
 def _first(names: list[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - _N_NAMES
+    return ", ".join(names[:_N_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -154,10 +152,10 @@ def evaluation_mode(model: nn.Module, *, warn: bool = True) -> Block[None]:
             UserWarning,
             stacklevel=2,
         )
-    return Block(partial(_switch_off, model))
+    return Block(partial(_all_in_evaluation, model))
 
 
-def _switch_off(model: nn.Module, stack: ExitStack) -> None:
+def _all_in_evaluation(model: nn.Module, stack: ExitStack) -> None:
     for module in [module for module in model.modules() if module.training]:
         stack.callback(setattr, module, "training", True)
         module.training = False

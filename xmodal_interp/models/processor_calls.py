@@ -1,19 +1,9 @@
-"""Build the arguments of a processor call: texts, images, videos and options.
-
-Which samples may share a padded batch, and on which side they are padded.
-
-The results of a sample must not depend on the other samples of its batch. Padding changes them if a
-model counts padding in its positions, or if images are padded to the largest image or to the
-largest number of images. Such samples are run one by one.
-
-The prompt of a decoder is padded on the left, because the answer follows its last token. The prompt
-of an encoder is padded on the right, so that the positions of its tokens stay the same.
-"""
+"""The call of a processor: its arguments from prompts, images and videos, and its outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,70 +11,67 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from xmodal_interp.errors import InputError
-from xmodal_interp.models.family import Family
 from xmodal_interp.models.media import Composite, Video, flat
-from xmodal_interp.models.prompts import interleaved
+from xmodal_interp.models.prompts import RenderedPrompt
+from xmodal_interp.models.records import Family
 
-_SPARSE = "which of several equal keys an indexer chooses depends on the number of keys"
-_ABSOLUTE = "positions are counted from the first one, padding included"
-_IMAGES = "images are padded to the largest image of a batch"
+if TYPE_CHECKING:
+    from xmodal_interp.models.vlm import VLM
 
-ALONE: dict[str, str] = {
-    "dots3_note": _SPARSE,
-    "mistral_large4": _SPARSE,
-    "blip": _ABSOLUTE,
-    "git": _ABSOLUTE,
-    **dict.fromkeys(("gpt2", "gpt_neo", "gpt_bigcode"), _ABSOLUTE),
-    "hunyuan_vl": _ABSOLUTE,
-    "kosmos-2": _ABSOLUTE,
-    "kosmos-2.5": _ABSOLUTE,
-    "instructblip": "the query tokens read the question at positions that padding shifts",
-    "instructblipvideo": "the query tokens read the question at positions that padding shifts",
-    "emu3": _IMAGES,
-    "idefics2": _IMAGES,
-    "perception_lm": "images with different numbers of tiles cannot be stacked",
-}
-"""Types (of the whole model or its text model) whose samples are run one by one, and why."""
+_FAILURES = (
+    *(ValueError, TypeError, RuntimeError, StopIteration),
+    *(ArithmeticError, LookupError, AttributeError),
+)
+"""Errors that a processor may raise for unusable inputs; processors rarely check them."""
+
+_UNREAD = (
+    "video_metadata",
+    "labels",
+)  # outputs that the model does not read; labels are for training
 
 
-def padding_side(config: Any, *, in_encoder: bool) -> str:
-    """Return the side on which the prompts of a batch are padded: ``"left"`` or ``"right"``.
-
-    Args:
-        config: The configuration of the model.
-        in_encoder: Whether the encoder of an encoder-decoder model reads the prompts.
-    """
-    return "right" if config.is_encoder_decoder and in_encoder else "left"
-
-
-def runs_alone(config: Any) -> bool:
-    """Whether padding changes the results of a model with this configuration."""
-    text = config.get_text_config(decoder=True)
-    return bool(ALONE.keys() & {config.model_type, getattr(text, "model_type", None)})
-
-
-def batches_alike(
-    config: Any, images: Sequence[Sequence[Any]], *, by_count: bool
-) -> list[list[int]]:
-    """Return the samples of each batch, in order.
-
-    A batch holds all samples, those with the same number of images, or a single one.
+def processed(
+    vlm: VLM,
+    questions: Sequence[str],
+    prompts: Sequence[RenderedPrompt],
+    images: Sequence[tuple[Image.Image, ...]],
+    videos: Sequence[tuple[Video, ...]],
+) -> tuple[Any, Sequence[Sequence[Mapping[str, Any]] | None]]:
+    """Return the outputs of the processor, and the replacements that it reports for each prompt.
 
     Args:
-        config: The configuration of the model.
+        vlm: Model, processor and family record.
+        questions: The question of each sample.
+        prompts: The rendered prompt of each sample.
         images: The images of each sample.
-        by_count: Whether the model pads the images of a sample to the largest number of them.
+        videos: The videos of each sample.
+
+    Raises:
+        InputError: The processor fails on these inputs.
     """
-    if runs_alone(config):
-        return [[index] for index in range(len(images))]
-    groups: dict[int, list[int]] = {}
-    for index, of_sample in enumerate(images):
-        groups.setdefault(len(of_sample) if by_count else 0, []).append(index)
-    return list(groups.values())
+    texts, processor = [prompt.text for prompt in prompts], vlm.processor
+    arguments = {
+        **_texts_and_images(vlm.family, texts, images),
+        **_options(vlm, texts),
+        **(_policy(questions) if vlm.family.writes_prompt else {}),
+        **_videos(videos),
+    }
+    try:
+        outputs = processor(**arguments)
+    except _FAILURES as error:
+        _refuse_other_numbers(vlm.placeholder, texts, images, error)
+        raise InputError(
+            f"{type(processor).__name__} failed on this input: {error} (images of "
+            f"{', '.join(f'{one.width} x {one.height}' for one in flat(images)) or 'none'} px)."
+        ) from error
+    for name in _UNREAD:
+        outputs.pop(name, None)
+    replacements = outputs.pop("text_replacement_offsets", None) or [None] * len(texts)
+    return outputs, replacements
 
 
-def texts_and_images(
-    family: Family, texts: Sequence[str], opened: Sequence[tuple[Image.Image, ...]]
+def _texts_and_images(
+    family: Family, texts: Sequence[str], images: Sequence[tuple[Image.Image, ...]]
 ) -> dict[str, Any]:
     """Return the texts and images as the family's processor takes them.
 
@@ -93,46 +80,52 @@ def texts_and_images(
     """
     mark = family.image_mark
     if mark is not None:
-        pairs = zip(texts, opened, strict=True)
-        return {"text": [interleaved(text, mark, of_sample) for text, of_sample in pairs]}
-    nested = [list(of_sample) for of_sample in opened if of_sample or not family.in_front]
-    images = (flat(nested) if family.flat_images else nested) if any(opened) else None
-    return {"images": images, "text": list(texts)} if any(texts) else {"images": images}
+        pairs = zip(texts, images, strict=True)
+        return {"text": [_interleaved(text, mark, of_sample) for text, of_sample in pairs]}
+    nested = [list(of_sample) for of_sample in images if of_sample or not family.in_front]
+    given = (flat(nested) if family.flat_images else nested) if any(images) else None
+    return {"images": given, "text": list(texts)} if any(texts) else {"images": given}
 
 
-def composite_of(processor: Any) -> Composite | None:
-    """Return the processor's function for transparent images; None if their background is white."""
-    of_images = getattr(processor, "image_processor", None)
-    method = getattr(of_images, "convert_to_rgb", None)
-    if method is None or not str(method.__module__).startswith("transformers.models."):
-        return None
+def _interleaved(prompt: str, mark: str, images: Sequence[Any]) -> list[Any]:
+    """Return texts and images in the order of the prompt; without marks, the images come first.
 
-    def composite(image: Image.Image) -> Image.Image:
-        """Convert an RGBA image as the processor does."""
-        channels_first = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return Image.fromarray(method(channels_first).permute(1, 2, 0).numpy())
+    Raises:
+        InputError: The prompt has another number of marks than images.
+    """
+    texts = prompt.split(mark) if mark in prompt else [""] * len(images) + [prompt]
+    if len(texts) != len(images) + 1:
+        raise InputError(
+            f"The prompt {prompt!r} contains {mark} {len(texts) - 1} times for {len(images)} "
+            "images. Write it once for each image, or leave it out."
+        )
+    parts = [part for pair in zip(texts, images, strict=False) for part in pair]
+    return [part for part in (*parts, texts[-1]) if part != ""]
 
-    return composite
 
+def _options(vlm: VLM, texts: Sequence[str]) -> dict[str, Any]:
+    """Return the options of the processor call.
 
-def options(
-    processor: Any, family: Family, texts: Sequence[str], padding_side: str
-) -> dict[str, Any]:
-    """Return the options of the processor call."""
+    The prompt of a decoder is padded on the left, because the answer follows its last token. The
+    prompt of an encoder is padded on the right, so that the positions of its tokens stay the same.
+    """
+    family = vlm.family
     chosen: dict[str, Any] = {"return_tensors": "pt"}
     if len(texts) > 1:
-        chosen |= {"padding": True, "padding_side": padding_side}
-    begin = processor.tokenizer.bos_token
+        in_encoder = vlm.model.config.is_encoder_decoder and family.in_sequence
+        chosen |= {"padding": True, "padding_side": "right" if in_encoder else "left"}
+    begin = vlm.tokenizer.bos_token
     if begin is not None and texts[0].startswith(begin):  # most chat templates write it themselves
         chosen |= {"add_special_tokens": False}
-    if _reports_replacements(processor):
+    reports = getattr(type(vlm.processor), "replace_image_token", None)
+    if reports is not None and reports is not ProcessorMixin.replace_image_token:
         chosen |= {"return_text_replacement_offsets": True}
     if family.token_types:
         chosen |= {"return_mm_token_type_ids": True}
     return chosen
 
 
-def videos(shown: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
+def _videos(shown: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
     """Return the video arguments; the processor uses all frames and samples none."""
     every = flat(shown)
     if not every:
@@ -147,7 +140,7 @@ def videos(shown: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
     }
 
 
-def policy(questions: Sequence[str]) -> dict[str, Any]:
+def _policy(questions: Sequence[str]) -> dict[str, Any]:
     """Return the policy arguments for processors that write the prompts themselves.
 
     Raises:
@@ -161,7 +154,7 @@ def policy(questions: Sequence[str]) -> dict[str, Any]:
     return {"policies": ["question"], "custom_policies": {"question": questions[0]}}
 
 
-def refuse_other_numbers(
+def _refuse_other_numbers(
     placeholder: str | None,
     texts: Sequence[str],
     opened: Sequence[tuple[Image.Image, ...]],
@@ -184,7 +177,16 @@ def refuse_other_numbers(
             ) from cause
 
 
-def _reports_replacements(processor: Any) -> bool:
-    """Whether a processor can report how it expanded its placeholders."""
-    own = getattr(type(processor), "replace_image_token", None)
-    return own is not None and own is not ProcessorMixin.replace_image_token
+def composite_of(processor: Any) -> Composite | None:
+    """Return the processor's function for transparent images; None if their background is white."""
+    of_images = getattr(processor, "image_processor", None)
+    method = getattr(of_images, "convert_to_rgb", None)
+    if method is None or not str(method.__module__).startswith("transformers.models."):
+        return None
+
+    def composite(image: Image.Image) -> Image.Image:
+        """Convert an RGBA image as the processor does."""
+        channels_first = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return Image.fromarray(method(channels_first).permute(1, 2, 0).numpy())
+
+    return composite

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xmodal_interp.errors import InputError
 from xmodal_interp.models.alignment import shifted
 
+if TYPE_CHECKING:
+    from xmodal_interp.models.vlm import VLM
+
 
 @dataclass(frozen=True)
-class Span:
+class RoleSpan:
     """A span of characters of the rendered prompt, and its role."""
 
     role: str
@@ -21,7 +24,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedPrompt:
     """A prompt as it is passed to the processor.
 
     Attributes:
@@ -30,70 +33,70 @@ class Rendered:
     """
 
     text: str
-    spans: tuple[Span, ...]
+    spans: tuple[RoleSpan, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Writer:
-    """Renders the prompts of a model.
+def rendered(
+    vlm: VLM, question: str, n_images: int, n_videos: int, *, system: str | None = None
+) -> RenderedPrompt:
+    """Return the prompt of a question about some images and videos.
 
-    Attributes:
-        processor: The processor, whose chat template is used.
-        image: The placeholder of an image; None if images have no placeholder.
-        video: The placeholder of a video; None if videos have no placeholder.
-        in_front: Whether the processor itself puts the images before the prompt. Without a chat
-            template, the question then is the whole prompt.
-        answer: Whether the chat template adds the generation prompt.
+    A question that contains a placeholder is used as the whole prompt. Without a chat template, so
+    is any question if the processor itself puts images before the prompt. Any other question is put
+    into the chat template, after its images and then its videos.
+
+    Args:
+        vlm: Model, processor and family record.
+        question: The question; it may be empty if the decoder starts from its start token alone.
+        n_images: The number of images.
+        n_videos: The number of videos.
+        system: A system message, for the chat template.
+
+    Raises:
+        InputError: The question is empty, the model takes no text, the processor has no chat
+            template, or the prompt does not have one placeholder per video.
     """
-
-    processor: Any
-    image: str | None
-    video: str | None = None
-    in_front: bool = False
-    answer: bool = True
-
-    def prompt(
-        self, question: str, n_images: int, n_videos: int = 0, *, system: str | None = None
-    ) -> Rendered:
-        """Return the prompt of a question about some images and videos.
-
-        Args:
-            question: A question that contains a placeholder is used as the whole prompt. Any other
-                is put into the chat template, after its images and then its videos.
-            n_images: The number of images.
-            n_videos: The number of videos.
-            system: A system message, for the chat template.
-
-        Raises:
-            InputError: The question is empty or not a string, the processor has no chat template,
-                or the prompt does not have one placeholder per video.
-        """
-        if not isinstance(question, str):
-            raise InputError(f"A prompt must be a string; got {question!r}.")
-        if not question.strip():
-            raise InputError("The prompt is empty or only white space.")
-        templated = getattr(self.processor, "chat_template", None) is not None
-        known = [each for each in (self.image, self.video) if each is not None]
-        if any(each in question for each in known) or (self.in_front and not templated):
-            _check_videos(question, self.video, n_videos, "The prompt")
-            return Rendered(question, (Span("user", 0, len(question)),))
-        if not templated:
-            where = "" if self.image is None else f", with {self.image} where each image goes"
-            if n_videos:
-                where += f", with {self.video} where each video goes"
-            raise InputError(
-                f"{type(self.processor).__name__} has no chat template to render the question "
-                f"{question!r}. Write the whole prompt{where}."
-            )
-        parts = ["image"] * n_images + ["video"] * n_videos
-        content = [*({"type": part} for part in parts), {"type": "text", "text": question}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=self.answer)
-        _check_videos(text, self.video, n_videos, "The chat template's prompt")
-        marks = (span for each in known for span in _placeholder_spans(text, each))
-        return Rendered(text, (*message_spans(text, messages), *marks))
+    family, processor = vlm.family, vlm.processor
+    if vlm.model.config.is_encoder_decoder and not (family.in_sequence or question):
+        return RenderedPrompt("", ())
+    if not family.reads_text:
+        raise InputError(
+            f"A {family.model_type} model takes no prompt; got {question!r}. "
+            "Pass an empty prompt, ''."
+        )
+    if family.image_mark is not None:  # spaces around image marks and at the ends are dropped
+        mark = family.image_mark
+        question = re.sub(rf" *{re.escape(mark)} *", lambda _: mark, question).strip(" ")
+    if not question.strip():
+        raise InputError("The prompt is empty or only white space.")
+    templated = getattr(processor, "chat_template", None) is not None
+    image, video = vlm.placeholder, vlm.video_placeholder
+    placeholders = [each for each in (image, video) if each is not None]
+    if any(each in question for each in placeholders) or (family.in_front and not templated):
+        _check_videos(question, video, n_videos, "The prompt")
+        return RenderedPrompt(question, (RoleSpan("user", 0, len(question)),))
+    if not templated:
+        where = "" if image is None else f", with {image} where each image goes"
+        if n_videos:
+            where += f", with {video} where each video goes"
+        raise InputError(
+            f"{type(processor).__name__} has no chat template to render the question "
+            f"{question!r}. Write the whole prompt{where}."
+        )
+    parts = ["image"] * n_images + ["video"] * n_videos
+    content = [*({"type": part} for part in parts), {"type": "text", "text": question}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    generation_prompt = not family.writes_prompt
+    text = processor.apply_chat_template(messages, add_generation_prompt=generation_prompt)
+    _check_videos(text, video, n_videos, "The chat template's prompt")
+    marks = (
+        RoleSpan("user", *found.span())
+        for each in placeholders
+        for found in re.finditer(re.escape(each), text)
+    )
+    return RenderedPrompt(text, (*_message_spans(text, messages), *marks))
 
 
 def _check_videos(text: str, placeholder: str | None, n_videos: int, whose: str) -> None:
@@ -105,42 +108,7 @@ def _check_videos(text: str, placeholder: str | None, n_videos: int, whose: str)
         )
 
 
-def closed_up(prompt: str, mark: str) -> str:
-    """Return the prompt without spaces around its image marks and at its ends."""
-    return re.sub(rf" *{re.escape(mark)} *", mark, prompt).strip(" ")
-
-
-def interleaved(prompt: str, mark: str, images: Sequence[Any]) -> list[Any]:
-    """Return texts and images in the order of the prompt; without marks, the images come first.
-
-    Raises:
-        InputError: The prompt has another number of marks than images.
-    """
-    texts = prompt.split(mark) if mark in prompt else [""] * len(images) + [prompt]
-    if len(texts) != len(images) + 1:
-        raise InputError(
-            f"The prompt {prompt!r} contains {mark} {len(texts) - 1} times for {len(images)} "
-            "images. Write it once for each image, or leave it out."
-        )
-    parts = [part for pair in zip(texts, images, strict=False) for part in pair]
-    return [part for part in (*parts, texts[-1]) if part != ""]
-
-
-def spans_in(text: str, prompt: Rendered) -> list[Span]:
-    """Return the spans of a prompt in the text that the processor laid out, before expansion.
-
-    Raises:
-        GeometryError: The processor's text does not contain the whole prompt.
-    """
-    starts = shifted([span.start for span in prompt.spans], prompt.text, text)
-    lasts = shifted([span.end - 1 for span in prompt.spans], prompt.text, text)
-    return [
-        Span(span.role, start, last + 1)
-        for span, start, last in zip(prompt.spans, starts, lasts, strict=True)
-    ]
-
-
-def message_spans(text: str, messages: Sequence[dict[str, Any]]) -> list[Span]:
+def _message_spans(text: str, messages: Sequence[dict[str, Any]]) -> list[RoleSpan]:
     """Return the spans of the messages' texts in the rendered prompt, one per text part.
 
     Raises:
@@ -148,28 +116,32 @@ def message_spans(text: str, messages: Sequence[dict[str, Any]]) -> list[Span]:
     """
     spans, cursor = [], 0
     for message in messages:
-        content = message["content"]
-        parts = (
-            [content]
-            if isinstance(content, str)
-            else [p["text"] for p in content if p["type"] == "text"]
-        )
-        for part in parts:
-            start = text.find(part.strip(), cursor)
+        for part in message["content"]:
+            if part["type"] != "text":
+                continue
+            written = part["text"].strip()
+            start = text.find(written, cursor)
             if start < 0:
                 raise InputError(
                     f"The chat template's prompt {text!r} does not contain the message text "
-                    f"{part!r}. Use a chat template that keeps message texts unchanged."
+                    f"{part['text']!r}. Use a chat template that keeps message texts unchanged."
                 )
-            cursor = start + len(part.strip())
-            spans.append(Span(message["role"], start, cursor))
+            cursor = start + len(written)
+            spans.append(RoleSpan(message["role"], start, cursor))
     return spans
 
 
-def _placeholder_spans(text: str, placeholder: str) -> list[Span]:
-    spans: list[Span] = []
-    start = text.find(placeholder)
-    while start >= 0:
-        spans.append(Span("user", start, start + len(placeholder)))
-        start = text.find(placeholder, start + len(placeholder))
-    return spans
+def spans_in(text: str, prompt: RenderedPrompt) -> list[RoleSpan]:
+    """Return the spans of a prompt in the text that the processor expanded.
+
+    The processor may have added text to the prompt before it expanded placeholders.
+
+    Raises:
+        GeometryError: The processor's text does not contain the whole prompt.
+    """
+    starts = shifted([span.start for span in prompt.spans], prompt.text, text)
+    lasts = shifted([span.end - 1 for span in prompt.spans], prompt.text, text)
+    return [
+        RoleSpan(span.role, start, last + 1)
+        for span, start, last in zip(prompt.spans, starts, lasts, strict=True)
+    ]

@@ -1,37 +1,152 @@
-"""One record per model type: its image tokens, and the geometry rule that places them.
+"""Families: one record per model type, with everything about a type that is data.
 
-To add a family, write a record: the model type, the configuration attribute that holds the id of
-the image tokens, and their geometry rule, or the reason why they are on no grid. No code outside
-``models/`` and ``shapes/`` branches on a model type.
+To add a family, add one :class:`Family` to ``_RECORDS``, in the group of its kind of geometry:
 
-Records of the types whose image tokens are not identified by an id in the prompt.
+1. ``model_type``, and the configuration attribute that holds the id of image tokens.
+2. ``geometry``: the rule that places image tokens on the image (see ``models/geometry``), or a
+   ``reason`` why they have no rows and columns. ``video`` likewise.
+3. The flags that describe its processor and its inputs, where they differ from the defaults.
 
-Either text attends to images by cross-attention, or the model inserts image features at positions
-that no token id marks.
+``docs/adding-a-family.md`` describes how to verify the record. No code outside ``models/`` and
+``shapes/`` branches on a model type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from transformers import MODEL_MAPPING
+from transformers import MODEL_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from xmodal_interp.errors import UnsupportedModelError
 from xmodal_interp.models import geometry
-from xmodal_interp.models.family import Family
+from xmodal_interp.models.geometry import ImageRule, VideoRule
 
-QUERIES = (
+
+@dataclass(frozen=True)
+class Family:
+    """The properties of a model type that preparing and labelling its inputs depend on.
+
+    Attributes:
+        model_type: ``config.model_type`` in transformers.
+        image_token: Configuration attribute that holds the id of the tokens whose embeddings are
+            the image's features; dots separate nested attributes and mapping keys. None if images
+            are not among the text tokens.
+        geometry: The rule that places image tokens on images. None if there is no rule; ``reason``
+            then explains why.
+        in_sequence: Whether image tokens are among the text tokens. If not, text attends to the
+            image by cross-attention, and the rule places its keys.
+        video: The rule that places video tokens on frames, if there is one.
+        video_token: Configuration attribute that holds the id of video tokens, if there is one.
+        video_tower: Name of the vision tower for videos, if it is separate from the one for images.
+        in_order: Whether images and videos of a batch are encoded together in the order of the
+            prompt, instead of all images first and all videos after them.
+        placeholder: Attribute of the processor that holds the placeholder of an image in a prompt;
+            None if images have no placeholder.
+        flat_images: Whether the processor takes a flat list of images, not one list per prompt.
+        in_front: Whether the processor itself puts images before the prompt, so that a bare
+            question is a whole prompt.
+        writes_prompt: Whether the processor writes the prompt itself, from the text of a policy
+            that images are checked against. The question then is that policy.
+        image_mask: The model input whose ones mark image tokens, if their ids do not.
+        prepended: Whether the model itself puts the image's features before the ids.
+        image_mark: The mark of an image in a prompt, for processors that take texts and images in
+            one list.
+        reads_text: Whether the model takes a prompt. If not, the decoder reads only a start token.
+        rewritten: Whether ``generate`` drops the last id of a prompt, and replaces the first by the
+            text model's beginning-of-sequence token.
+        token_types: Whether the model requires ``mm_token_type_ids``, which processors return on
+            request.
+        alone: Why samples of this type are run one by one: padding would change their results. None
+            if they may share a padded batch.
+        reason: Why image tokens have no row and column, or why there is no rule for them.
+    """
+
+    model_type: str
+    image_token: str | None = "image_token_id"
+    geometry: ImageRule | None = None
+    in_sequence: bool = True
+    video: VideoRule | None = None
+    video_token: str | None = None
+    video_tower: str | None = None
+    in_order: bool = False
+    placeholder: str | None = "image_token"
+    flat_images: bool = False
+    in_front: bool = False
+    writes_prompt: bool = False
+    image_mask: str | None = None
+    prepended: bool = False
+    image_mark: str | None = None
+    reads_text: bool = True
+    rewritten: bool = False
+    token_types: bool = False
+    alone: str | None = None
+    reason: str | None = None
+
+    @property
+    def rule(self) -> str:
+        """Name of the geometry rule, ``"none"`` without one."""
+        return "none" if self.geometry is None else geometry.name_of(self.geometry)
+
+    @property
+    def video_rule(self) -> str:
+        """Name of the rule that places video tokens, empty without one."""
+        return "" if self.video is None else geometry.name_of(self.video)
+
+    @property
+    def marks_tokens(self) -> bool:
+        """Whether image tokens are among the text tokens, marked by an id or a mask."""
+        named = self.image_token is not None or self.image_mask is not None
+        return self.in_sequence and named
+
+    def image_token_id(self, config: PretrainedConfig) -> int | None:
+        """The id of image tokens, or None if the configuration has none."""
+        return _id(config, self.image_token)
+
+    def video_token_id(self, config: PretrainedConfig) -> int | None:
+        """The id of video tokens, or None."""
+        return _id(config, self.video_token)
+
+
+def _id(config: PretrainedConfig, name: str | None) -> int | None:
+    value: Any = config
+    for part in (name or "").split("."):
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+    return None if value is None else int(value)
+
+
+def _same(names: str, **fields: Any) -> tuple[Family, ...]:
+    """Return records that differ in nothing except the model type."""
+    return tuple(Family(name, **fields) for name in names.split())
+
+
+_QUERIES = (
     "Its image tokens are learned queries, each of which attends to the whole image, so they have "
     "no row and column; xi.on_patches maps their values to the patches that they attend to."
 )
-"""The reason given for families whose image tokens are learned queries."""
+_SPARSE = "which of several equal keys an indexer chooses depends on the number of keys"
+_ABSOLUTE = "positions are counted from the first one, padding included"
+_LARGEST_IMAGE = "images are padded to the largest image of a batch"
+_SHIFTED_QUESTION = "the query tokens read the question at positions that padding shifts"
 
-_HEADED = geometry.FixedGrid(before=1, tower_before=1)  # a class token before the patches
-_ENCODERS: dict[str, geometry.Rule] = {
-    **dict.fromkeys(("vit", "beit", "dinov2"), _HEADED),
+TEXT_MODELS_ALONE = ("gpt2", "gpt_neo", "gpt_bigcode")
+"""Text models whose positions count padding: families that contain one run samples one by one."""
+
+_VIDEO: dict[str, Any] = {"video_token": "video_token_id"}
+_MERGED: dict[str, Any] = {
+    "geometry": geometry.merged_patches,
+    "video": geometry.MergedFrames(),
+    **_VIDEO,
+}
+_BY_ROWS = geometry.MergedPatches(by_rows=True)
+_PLACED = geometry.PositionedPatches()
+_CLASS_TOKEN = geometry.FixedGrid(before=1, tower_before=1)
+_FITTED = geometry.FixedGrid(show=geometry.fitted)
+_ENCODERS: dict[str, ImageRule] = {
+    **dict.fromkeys(("vit", "beit", "dinov2"), _CLASS_TOKEN),
     "deit": geometry.FixedGrid(before=2, tower_before=2),  # class and distillation tokens
     **dict.fromkeys(
         ("swin", "donut-swin"),
@@ -44,29 +159,119 @@ _ENCODERS: dict[str, geometry.Rule] = {
         ),
     ),
 }
+_SPLIT_SQUARES = geometry.SplitTiles(geometry.longest_edge, merge="scale_factor")
+_BEST_CANVAS = geometry.SplitTiles(
+    geometry.best_canvas, merge="downsample_ratio", class_token="first"
+)
+_STRIDED_CANVAS = geometry.SplitTiles(geometry.best_canvas, merge=4, shift=1.5 / 4)
+_CROPS = geometry.SplitTiles(geometry.crops, merge="mm_tokens_per_image", thumbnail="first")
+_SLICES = geometry.SizedTiles(
+    geometry.slices, sizes="target_sizes", block=geometry.slice_block, thumbnail="first"
+)
+_CLASS_QUERIES = geometry.QueryTokens("num_query_tokens", class_token=True)
 
-BESIDE: tuple[Family, ...] = (
-    # keys of a cross-attention
-    Family("mllama", "image_token_index", geometry.aspect_ratio_tiles, in_sequence=False),
-    Family("blip", None, _HEADED, in_sequence=False, in_front=True, rewritten=True),
+_RECORDS: tuple[Family, ...] = (
+    # The image's aspect is kept, and blocks of patches are merged.
+    *_same(
+        "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe qwen4_exp "
+        "qwen2_5_omni_thinker qwen3_omni_moe_thinker glm4v glm4v_moe glm46v glm_ocr glmga "
+        "video_llama_3 cohere_compass cosmos3_omni exaone4_5 hyperclovax_vision_v2 lfm3_vl "
+        "minimax_m3_vl",
+        **_MERGED,
+    ),
+    Family("cosmos3_edge", token_types=True, **_MERGED),
+    Family("dots3_note", alone=_SPARSE, **_MERGED),
+    Family("ernie4_5_vl_moe", **{**_MERGED, "video": geometry.MergedFrames(in_model=True)}),
     Family(
-        "idefics",
+        "glm5_next",
+        geometry=geometry.MergedPatches(geometry.within_tokens),
+        video=geometry.MergedFrames(content=geometry.within_video_tokens),
+        **_VIDEO,
+    ),
+    *_same(
+        "muse_glimmer muse_spark",
+        geometry=_BY_ROWS,
+        video=geometry.MergedFrames(by_rows=True),
+        **_VIDEO,
+    ),
+    Family("paddleocr_vl", geometry=_BY_ROWS),
+    Family("kimi_k25", geometry=geometry.MergedPatches(geometry.within_patches, by_rows=True)),
+    Family(
+        "hunyuan_vl",
+        geometry=geometry.MergedPatches(by_rows=True, framed=True),
+        alone=_ABSOLUTE,
+    ),
+    Family("nemotron_h_omni", geometry=geometry.counted_patches),
+    *_same("mistral3 lighton_ocr", geometry=geometry.sized_patches),
+    Family("mistral_large4", geometry=geometry.sized_patches, alone=_SPARSE),
+    Family("gemma4", geometry=_PLACED, video=geometry.PositionedFrames(), **_VIDEO),
+    Family(
+        "gemma4_unified",
+        geometry=geometry.PositionedPatches(merged=True),
+        video=geometry.PositionedFrames(merged=True),
+        **_VIDEO,
+    ),
+    Family("diffusion_gemma", geometry=_PLACED),
+    # As many flattened patches as fit, or squares of pixels; the last of them are padded.
+    Family("pix2struct", None, geometry.FlattenedPatches(), in_sequence=False, in_front=True),
+    Family(
+        "kosmos-2.5",
         None,
-        geometry.Chosen(
-            lambda config: config.use_resampler,
-            {
-                False: _HEADED,
-                True: geometry.QueryTokens(
-                    "perceiver_config.resampler_n_latents", class_token=True, reason=QUERIES
-                ),
-            },
-        ),
-        in_sequence=False,
+        geometry.FlattenedPatches("latent_query_num"),
         placeholder=None,
-        image_mark="<image>",
+        image_mask="image_embeds_position_mask",
+        in_front=True,
+        alone=_ABSOLUTE,
+        reason=_QUERIES,
+    ),
+    Family("fuyu", geometry=geometry.PaddedSquares("patch_size", geometry.shrunk), in_front=True),
+    Family("inkling2", geometry=geometry.PaddedSquares(merged=True)),
+    Family(
+        "inkling_mm_model",
+        geometry=geometry.PaddedSquares(resized=geometry.scaled, spare_column=True),
+    ),
+    # Convolutions compute features or codes.
+    Family("chameleon", "vocabulary_map.<image>", geometry=geometry.code_grid),
+    Family("emu3", "vocabulary_map.<image>", geometry=geometry.code_rows, alone=_LARGEST_IMAGE),
+    Family("gemma3n", geometry=geometry.fused_stages),
+    Family("fast_vlm", geometry=geometry.FixedGrid(shift=31.5 / 64)),
+    # Every image has the same grid.
+    *_same("llava vipllava", geometry=geometry.fixed_grid),
+    Family(
+        "video_llava",
+        geometry=geometry.fixed_grid,
+        video=geometry.SingleFrames(before=1),
+        video_tower="video_tower",
+        **_VIDEO,
+    ),
+    Family("paligemma", geometry=geometry.fixed_grid, in_front=True),
+    Family(
+        "pi0",
+        "vlm_config.image_token_id",
+        geometry=geometry.FixedGrid(show=geometry.at_the_top),
         in_front=True,
     ),
-    Family("pix2struct", None, geometry.FlattenedPatches(), in_sequence=False, in_front=True),
+    *_same("deepseek_vl deepseek_vl_hybrid janus", geometry=_FITTED),
+    Family(
+        "florence2",
+        geometry=geometry.FixedGrid(
+            cell=lambda config, _processor: prod(config.vision_config.patch_stride),
+            before=1,
+            shift=15.5 / 32,
+        ),
+        in_front=True,
+        flat_images=True,
+    ),
+    Family("git", None, _CLASS_TOKEN, prepended=True, in_front=True, alone=_ABSOLUTE),
+    Family(
+        "blip",
+        None,
+        _CLASS_TOKEN,
+        in_sequence=False,
+        in_front=True,
+        rewritten=True,
+        alone=_ABSOLUTE,
+    ),
     Family(
         "pp_formulanet",
         None,
@@ -90,154 +295,26 @@ BESIDE: tuple[Family, ...] = (
         in_sequence=False,
         reads_text=False,
     ),
-    # image tokens that no id marks
-    Family("git", None, _HEADED, prepended=True, in_front=True),
-    Family(
-        "kosmos-2",
-        None,
-        geometry.QueryTokens("latent_query_num", class_token=True),
-        placeholder=None,
-        image_mask="image_embeds_position_mask",
-        in_front=True,
-        reason=QUERIES,
-    ),
-    Family(
-        "kosmos-2.5",
-        None,
-        geometry.FlattenedPatches("latent_query_num"),
-        placeholder=None,
-        image_mask="image_embeds_position_mask",
-        in_front=True,
-        reason=QUERIES,
-    ),
-)
-
-
-_VIDEO = "video_token_id"
-
-_MERGED = (
-    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
-    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
-    *("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga"),
-    *("ernie4_5_vl_moe", "video_llama_3", "cohere_compass", "cosmos3_edge"),
-    *("cosmos3_omni", "dots3_note", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl"),
-    "minimax_m3_vl",
-)
-
-_SPLIT_SQUARES = geometry.SplitTiles(geometry.longest_edge, merge="scale_factor")
-_SQUEEZED = geometry.SingleFrames(merge="scale_factor", show=geometry.squeezed)
-_BEST_CANVAS = geometry.SplitTiles(
-    geometry.best_canvas, merge="downsample_ratio", class_token="first"
-)
-_SHUFFLED = geometry.SplitTiles(geometry.best_canvas, merge="downsample_factor")
-_CROPS = geometry.SplitTiles(geometry.crops, merge="mm_tokens_per_image", thumbnail="first")
-_SLICES = geometry.SizedTiles(
-    geometry.slices, sizes="target_sizes", block=geometry.slice_block, thumbnail="first"
-)
-_PLACED = geometry.PositionedPatches()
-_FITTED = geometry.FixedGrid(show=geometry.fitted)
-
-_RECORDS: tuple[Family, ...] = (
-    # patches merged into blocks, the image's aspect kept
-    *(
-        Family(
-            name,
-            geometry=geometry.merged_patches,
-            video=geometry.MergedFrames(in_model=name == "ernie4_5_vl_moe"),
-            token_types=name == "cosmos3_edge",
-            video_token=_VIDEO,
-        )
-        for name in _MERGED
-    ),
-    Family(
-        "glm5_next",
-        geometry=geometry.MergedPatches(geometry.within_tokens),
-        video=geometry.MergedFrames(content=geometry.within_video_tokens),
-        video_token=_VIDEO,
-    ),
-    Family("kimi_k25", geometry=geometry.MergedPatches(geometry.within_patches, by_rows=True)),
-    *(
-        Family(
-            name,
-            geometry=geometry.MergedPatches(by_rows=True),
-            video=geometry.MergedFrames(by_rows=True),
-            video_token=_VIDEO,
-        )
-        for name in ("muse_glimmer", "muse_spark")
-    ),
-    Family("hunyuan_vl", geometry=geometry.MergedPatches(by_rows=True, framed=True)),
-    Family("nemotron_h_omni", geometry=geometry.counted_patches),
-    Family("paddleocr_vl", geometry=geometry.MergedPatches(by_rows=True)),
-    Family("mistral3", geometry=geometry.sized_patches),
-    Family("mistral_large4", geometry=geometry.sized_patches),
-    Family("lighton_ocr", geometry=geometry.sized_patches),
-    Family("gemma4", geometry=_PLACED, video=geometry.PositionedFrames(), video_token=_VIDEO),
-    Family(
-        "gemma4_unified",
-        geometry=geometry.PositionedPatches(merged=True),
-        video=geometry.PositionedFrames(merged=True),
-        video_token=_VIDEO,
-    ),
-    Family("diffusion_gemma", geometry=_PLACED),
-    # squares of pixels, the last of them padded
-    Family("fuyu", geometry=geometry.PaddedSquares("patch_size", geometry.shrunk), in_front=True),
-    Family("inkling2", geometry=geometry.PaddedSquares(merged=True)),
-    Family(
-        "inkling_mm_model",
-        geometry=geometry.PaddedSquares(resized=geometry.scaled, spare_column=True),
-    ),
-    # features or codes computed by convolutions
-    Family("chameleon", "vocabulary_map.<image>", geometry=geometry.code_grid),
-    Family("emu3", "vocabulary_map.<image>", geometry=geometry.code_rows),
-    Family("gemma3n", geometry=geometry.fused_stages),
-    Family("fast_vlm", geometry=geometry.FixedGrid(shift=31.5 / 64)),
-    # one grid for every image
-    Family("llava", geometry=geometry.fixed_grid),
-    Family("vipllava", geometry=geometry.fixed_grid),
-    Family(
-        "video_llava",
-        geometry=geometry.fixed_grid,
-        video=geometry.SingleFrames(before=1),
-        video_token=_VIDEO,
-        video_tower="video_tower",
-    ),
-    Family("paligemma", geometry=geometry.fixed_grid, in_front=True),
-    Family(
-        "pi0",
-        "vlm_config.image_token_id",
-        geometry=geometry.FixedGrid(show=geometry.at_the_top),
-        in_front=True,
-    ),
-    Family("deepseek_vl", geometry=_FITTED),
-    Family("deepseek_vl_hybrid", geometry=_FITTED),
-    Family("janus", geometry=_FITTED),
-    Family(
-        "florence2",
-        geometry=geometry.FixedGrid(
-            cell=lambda config, _processor: prod(config.vision_config.patch_stride),
-            before=1,
-            shift=15.5 / 32,
-        ),
-        in_front=True,
-        flat_images=True,
-    ),
-    # tiles with a thumbnail
-    Family("llava_next", geometry=geometry.anyres_tiles),
+    # Images are cut into tiles, most with a thumbnail.
+    *_same("llava_next granite4_vision", geometry=geometry.anyres_tiles),
     Family(
         "llava_onevision",
         geometry=geometry.anyres_tiles,
-        video=geometry.SingleFrames(merge=2, behind=1),
-        video_token=_VIDEO,
+        video=geometry.SingleFrames(merge=2, after=1),
+        **_VIDEO,
     ),
     Family(
         "llava_next_video",
         geometry=geometry.anyres_tiles,
         video=geometry.SingleFrames(merge="spatial_pool_stride"),
-        video_token=_VIDEO,
+        **_VIDEO,
     ),
-    Family("granite4_vision", geometry=geometry.anyres_tiles),
     Family("idefics3", geometry=_SPLIT_SQUARES),
-    Family("smolvlm", geometry=_SPLIT_SQUARES, video=_SQUEEZED),
+    Family(
+        "smolvlm",
+        geometry=_SPLIT_SQUARES,
+        video=geometry.SingleFrames(merge="scale_factor", show=geometry.squeezed),
+    ),
     Family(
         "internvl",
         geometry=_BEST_CANVAS,
@@ -245,19 +322,17 @@ _RECORDS: tuple[Family, ...] = (
         in_order=True,
     ),
     Family("qianfan_ocr", geometry=_BEST_CANVAS, placeholder="image_placeholder_token"),
-    Family("aya_vision", geometry=_SHUFFLED),
-    Family("cohere2_vision", geometry=_SHUFFLED),
+    *_same(
+        "aya_vision cohere2_vision",
+        geometry=geometry.SplitTiles(geometry.best_canvas, merge="downsample_factor"),
+    ),
     Family(
         "got_ocr2",
-        geometry=geometry.SplitTiles(geometry.best_canvas, merge=4, shift=1.5 / 4),
+        geometry=_STRIDED_CANVAS,
         flat_images=True,
     ),
-    Family(
-        "pp_chart2table",
-        geometry=geometry.SplitTiles(geometry.best_canvas, merge=4, shift=1.5 / 4),
-    ),
-    Family("gemma3", geometry=_CROPS),
-    Family("t5gemma2", geometry=_CROPS),
+    Family("pp_chart2table", geometry=_STRIDED_CANVAS),
+    *_same("gemma3 t5gemma2", geometry=_CROPS),
     Family("shieldgemma2", geometry=_CROPS, writes_prompt=True),
     Family(
         "ovis2",
@@ -284,7 +359,8 @@ _RECORDS: tuple[Family, ...] = (
         video=geometry.SingleFrames(
             merge="projector_pooling_ratio", class_token="vision_use_cls_token"
         ),
-        video_token=_VIDEO,
+        alone="images with different numbers of tiles cannot be stacked",
+        **_VIDEO,
     ),
     Family(
         "granite_docling",
@@ -302,15 +378,17 @@ _RECORDS: tuple[Family, ...] = (
             padded=True,
         ),
     ),
-    *(
-        Family(name, geometry=_SLICES, video=geometry.sliced_frames, video_token=_VIDEO)
-        for name in ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")
+    *_same(
+        "minicpmv4_6 minicpmv4_7 minicpm_ocr",
+        geometry=_SLICES,
+        video=geometry.sliced_frames,
+        **_VIDEO,
     ),
     Family(
         "molmo2",
         geometry=geometry.overlapping_crops,
         video=geometry.pooled_frames,
-        video_token=_VIDEO,
+        **_VIDEO,
     ),
     Family("step3p7", geometry=geometry.SeparateTiles(geometry.windows, geometry.squared)),
     Family(
@@ -321,27 +399,18 @@ _RECORDS: tuple[Family, ...] = (
             encoded=True,
             class_token=True,
             by_rows=True,
-            behind=1,
+            after=1,
         ),
     ),
-    # learned queries between vision tower and text
-    *(
-        Family(
-            name,
-            geometry=geometry.QueryTokens("num_query_tokens", class_token=True),
-            in_front=True,
-            reason=QUERIES,
-        )
-        for name in ("blip-2", "instructblip")
-    ),
+    Family("mllama", "image_token_index", geometry.aspect_ratio_tiles, in_sequence=False),
+    # Image tokens are learned queries between the vision tower and the text.
+    Family("blip-2", geometry=_CLASS_QUERIES, in_front=True, reason=_QUERIES),
     Family(
-        "deepseek_ocr2",
-        geometry=geometry.SeparateTiles(
-            geometry.large_pages, geometry.fitted, encoded=True, queries=True, behind=1
-        ),
-        reason="Its image tokens are learned queries after the patches of each view in the vision "
-        "tower, so they have no row and column. xi.attention_rollout(..., tower='vision') "
-        "estimates which patches they draw on.",
+        "instructblip",
+        geometry=_CLASS_QUERIES,
+        in_front=True,
+        alone=_SHIFTED_QUESTION,
+        reason=_QUERIES,
     ),
     Family(
         "instructblipvideo",
@@ -350,25 +419,65 @@ _RECORDS: tuple[Family, ...] = (
             "num_query_tokens", class_token=True, show=geometry.shown_in_frames, n_frames=4
         ),
         in_front=True,
-        reason=QUERIES,
+        alone=_SHIFTED_QUESTION,
+        reason=_QUERIES,
     ),
-    Family("idefics2", geometry=geometry.resampled_patches, reason=QUERIES),
-    Family("aria", geometry=geometry.query_crops, reason=QUERIES),
-    *BESIDE,
+    Family("idefics2", geometry=geometry.resampled_patches, alone=_LARGEST_IMAGE, reason=_QUERIES),
+    Family("aria", geometry=geometry.query_crops, reason=_QUERIES),
+    Family(
+        "idefics",
+        None,
+        geometry.Chosen(
+            lambda config: config.use_resampler,
+            {
+                False: _CLASS_TOKEN,
+                True: geometry.QueryTokens(
+                    "perceiver_config.resampler_n_latents", class_token=True, reason=_QUERIES
+                ),
+            },
+        ),
+        in_sequence=False,
+        placeholder=None,
+        image_mark="<image>",
+        in_front=True,
+    ),
+    Family(
+        "kosmos-2",
+        None,
+        geometry.QueryTokens("latent_query_num", class_token=True),
+        placeholder=None,
+        image_mask="image_embeds_position_mask",
+        in_front=True,
+        alone=_ABSOLUTE,
+        reason=_QUERIES,
+    ),
+    Family(
+        "deepseek_ocr2",
+        geometry=geometry.SeparateTiles(
+            geometry.large_pages, geometry.fitted, encoded=True, queries=True, after=1
+        ),
+        reason="Its image tokens are learned queries after the patches of each view in the vision "
+        "tower, so they have no row and column. xi.attention_rollout(..., tower='vision') "
+        "estimates which patches they draw on.",
+    ),
+    # No image features are among the tokens of the prompt, and there is no rule.
+    Family(
+        "evolla",
+        None,
+        in_front=True,
+        reason="Its input is a protein, attended to by cross-attention; it has no image input.",
+    ),
+    Family("mistral4", None, in_front=True, reason="Its input is text only."),
+    Family(
+        "udop",
+        None,
+        in_front=True,
+        reason="It joins image patches with the words that OCR found on the page, by their boxes; "
+        "its processor requires these words besides the prompt.",
+    ),
 )
 
-# Images are not among the tokens of the prompt.
-_NOT_PLACEHOLDERS: dict[str, str] = {
-    "evolla": "Its input is a protein, attended to by cross-attention; it has no image input.",
-    "mistral4": "Its input is text only.",
-    "udop": "It joins image patches with the words that OCR found on the page, by their boxes; "
-    "its processor requires these words besides the prompt.",
-}
-
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS} | {
-    name: Family(name, image_token=None, in_front=True, reason=reason)
-    for name, reason in _NOT_PLACEHOLDERS.items()
-}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS}
 
 
 def family_of(config: Any) -> Family:
@@ -425,14 +534,8 @@ def refuse_other_class(model: Any) -> None:
 def _reads_text_only(config: Any) -> bool:
     """Whether transformers registers a text-only model for this configuration."""
     known: Any = MODEL_MAPPING.get(type(config), None)
-    kinds = known if isinstance(known, tuple) else (known,)
     return any(
         getattr(kind, "main_input_name", None) == "input_ids"
-        and set(_as_list(getattr(kind, "input_modalities", ()))) == {"text"}
-        for kind in kinds
+        and getattr(kind, "input_modalities", None) in ("text", ("text",), ["text"])
+        for kind in (known if isinstance(known, tuple) else (known,))
     )
-
-
-def _as_list(modalities: str | Iterable[str]) -> list[str]:
-    """Return the modalities that a model's class declares, as a list."""
-    return [modalities] if isinstance(modalities, str) else list(modalities)

@@ -10,34 +10,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from xmodal_interp.errors import GeometryError
-from xmodal_interp.models.alignment import IMAGE, VIDEO, Alignment, Position, special_ids
-from xmodal_interp.models.prompts import Span
+from xmodal_interp.models.alignment import (
+    IMAGE,
+    UNALIGNED,
+    VIDEO,
+    Alignment,
+    TokenSpan,
+    special_ids,
+)
+from xmodal_interp.models.model_inputs import FEATURE_ID, InputRow
+from xmodal_interp.models.prompts import RoleSpan
 from xmodal_interp.vocabulary import TOKEN_COLUMNS
 
 if TYPE_CHECKING:
     from xmodal_interp.models.geometry import ImageGrid, VideoGrid
-
-
-@dataclass(frozen=True)
-class Placeholders:
-    """Ids of the tokens whose embeddings are features of images or videos.
-
-    None if the family has no such token, or if images are not in the sequence.
-    """
-
-    image: int | None
-    video: int | None = None
-
-
-FEATURE = -1
-"""Used instead of a token id at the positions of image features that have no id."""
 
 
 Columns = dict[str, Any]
@@ -45,13 +37,13 @@ Columns = dict[str, Any]
 
 
 def token_columns(
-    ids: Sequence[int],
-    attended: Sequence[bool],
+    row: InputRow,
     alignment: Alignment,
+    spans: Sequence[RoleSpan],
     tokenizer: Any,
-    placeholders: Placeholders,
-    spans: Sequence[Span],
-    aligned: Sequence[bool],
+    *,
+    image_id: int | None,
+    video_id: int | None,
 ) -> Columns:
     """Return columns of the token table for each position of a prompt, padding included.
 
@@ -60,42 +52,41 @@ def token_columns(
     and ``start`` and ``end`` are the span of the word.
 
     Args:
-        ids: Token ids as the model reads them.
-        attended: False on padding.
-        alignment: Alignment of the positions that are True in ``aligned``.
-        tokenizer: A fast tokenizer.
-        placeholders: Ids of image and video tokens.
+        row: The ids that the model reads.
+        alignment: Alignment of the positions that are True in ``row.aligned``.
         spans: The span and role of each message.
-        aligned: Which positions the alignment covers.
+        tokenizer: A fast tokenizer.
+        image_id: Id of image tokens; None if images are not in the sequence.
+        video_id: Id of video tokens; None if the family has none.
     """
-    pieces = _pieces(tokenizer, ids)
+    pieces = _pieces(tokenizer, row.ids)
     special = special_ids(tokenizer)
     added = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    placed = iter(alignment.positions)
-    nothing = Position(-1, -1, None, None)
-    positions = [next(placed) if written else nothing for written in aligned]
+    aligned_tokens, number = iter(alignment.tokens), _numbers(alignment.expansions)
     columns: dict[str, list[Any]] = {
         name: [] for name in ("token", "kind", "role", "image", "video", "start", "end")
     }
-    number = _numbers(alignment.expansions)
-    for token, piece, seen, at in zip(ids, pieces, attended, positions, strict=True):
-        modality = None if at.expansion is None else alignment.expansions[at.expansion]
+    for token, piece, attended, aligned in zip(
+        row.ids, pieces, row.attended, row.aligned, strict=True
+    ):
+        span = next(aligned_tokens) if aligned else UNALIGNED
+        modality = None if span.expansion is None else alignment.expansions[span.expansion]
+        of_prompt = modality is None and span.end > span.start
+        written = span.written or alignment.text[span.start : span.end]
         markers = special if modality is None else added
-        written = at.written or alignment.text[at.start : at.end]
-        outside = modality is None and at.end > at.start
-        lacking = token == tokenizer.unk_token_id and written.strip() != tokenizer.unk_token
-        if lacking and (outside or at.written is not None):
+        unknown = token == tokenizer.unk_token_id and written.strip() != tokenizer.unk_token
+        if unknown and (of_prompt or span.written is not None):
             markers = markers - {token}
-        kind = _kind(token, placeholders, markers, modality) if seen else "padding"
-        written_here = outside or (kind == "text" and at.written is not None)
-        columns["token"].append(written if written_here and token not in special else piece)
+        kind = _kind(token, (image_id, video_id), markers, modality) if attended else "padding"
+        has_characters = of_prompt or (kind == "text" and span.written is not None)
+        columns["token"].append(written if has_characters and token not in special else piece)
         columns["kind"].append(kind)
-        columns["role"].append(_role(kind, modality, at, spans))
-        of = np.nan if at.expansion is None else number[at.expansion]
+        columns["role"].append(_role(kind, modality, span, spans))
+        of = np.nan if span.expansion is None else number[span.expansion]
         columns["image"].append(of if kind == IMAGE else np.nan)
         columns["video"].append(of if kind == VIDEO else np.nan)
-        columns["start"].append(at.start)
-        columns["end"].append(at.end)
+        columns["start"].append(span.start)
+        columns["end"].append(span.end)
     return columns
 
 
@@ -103,7 +94,7 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the vocabulary entry of each id."""
     known: list[str] = tokenizer.convert_ids_to_tokens([max(token, 0) for token in ids])
     return [
-        "<image>" if token == FEATURE else piece for token, piece in zip(ids, known, strict=True)
+        "<image>" if token == FEATURE_ID else piece for token, piece in zip(ids, known, strict=True)
     ]
 
 
@@ -112,14 +103,27 @@ def _numbers(expansions: Sequence[str]) -> list[int]:
     return [list(expansions[:i]).count(modality) for i, modality in enumerate(expansions)]
 
 
-def _kind(token: int, placeholders: Placeholders, special: set[int], modality: str | None) -> str:
-    if token in (placeholders.image, placeholders.video):
-        in_video = modality == VIDEO or (modality is None and token == placeholders.video)
-        return VIDEO if in_video or token != placeholders.image else IMAGE
+def _kind(
+    token: int, feature_ids: tuple[int | None, int | None], special: set[int], modality: str | None
+) -> str:
+    """Return the kind of a token that is not padding.
+
+    Args:
+        token: Its id.
+        feature_ids: The ids of image tokens and of video tokens, which may be equal.
+        special: Ids of special tokens.
+        modality: The modality of the expansion that it belongs to, if it belongs to one.
+    """
+    image_id, video_id = feature_ids
+    if token in feature_ids:
+        in_video = modality == VIDEO or (modality is None and token == video_id)
+        return VIDEO if in_video or token != image_id else IMAGE
     return "special" if token in special else "text"
 
 
-def _role(kind: str, modality: str | None, at: Position, spans: Sequence[Span]) -> str | None:
+def _role(
+    kind: str, modality: str | None, span: TokenSpan, spans: Sequence[RoleSpan]
+) -> str | None:
     """Return the role of the message that overlaps the token's span.
 
     Tokens outside all messages have the role ``template``, and so have markers and text in an
@@ -127,10 +131,13 @@ def _role(kind: str, modality: str | None, at: Position, spans: Sequence[Span]) 
     """
     if kind == "padding":
         return None
-    if at.end <= at.start or (modality is not None and kind not in (IMAGE, VIDEO)):
+    if span.end <= span.start or (modality is not None and kind not in (IMAGE, VIDEO)):
         return "template"
-    touched = (span.role for span in spans if at.start < span.end and at.end > span.start)
-    return next(touched, "template")
+    roles = (each.role for each in spans if span.start < each.end and span.end > each.start)
+    return next(roles, "template")
+
+
+_PLACES = ("row", "col", "tile", "frame", "x0", "y0", "x1", "y1")
 
 
 def with_places(
@@ -142,49 +149,28 @@ def with_places(
         GeometryError: An image or video has another number of tokens than its grid.
     """
     kinds = np.asarray(columns["kind"])
-    places = {name: np.full(len(kinds), np.nan) for name in _PLACES}
-    view = np.full(len(kinds), None, dtype=object)
-    for kind, all_of in ((IMAGE, grids), (VIDEO, videos)):
+    places: dict[str, np.ndarray] = {name: np.full(len(kinds), np.nan) for name in _PLACES}
+    places["view"] = np.full(len(kinds), None, dtype=object)
+    by_kind: tuple[tuple[str, Sequence[Any]], ...] = ((IMAGE, grids), (VIDEO, videos))
+    for kind, of_kind in by_kind:
         number, is_kind = np.asarray(columns[kind], dtype=float), kinds == kind
-        stray = int((is_kind & ~np.isin(number, np.arange(len(all_of)))).sum())
+        stray = int((is_kind & ~np.isin(number, np.arange(len(of_kind)))).sum())
         if stray:
             raise GeometryError(
-                f"{stray} {kind} tokens belong to none of the {len(all_of)} {kind}s given. "
+                f"{stray} {kind} tokens belong to none of the {len(of_kind)} {kind}s given. "
                 f"Write one {kind} placeholder per {kind}, or none."
             )
-        for index, grid in enumerate(all_of):
-            _fill(places, view, np.flatnonzero(is_kind & (number == index)), grid, kind, index)
-    return {**columns, **places, "view": view}
-
-
-def token_table(columns: Columns) -> pd.DataFrame:
-    """Return a table with one row per position and the columns ``TOKEN_COLUMNS``."""
-    return _table(columns, len(columns["token"]))
-
-
-_PLACES = ("row", "col", "tile", "frame", "x0", "y0", "x1", "y1")
-
-
-def _fill(
-    columns: dict[str, np.ndarray],
-    view: np.ndarray,
-    positions: np.ndarray,
-    grid: Any,
-    kind: str,
-    index: int,
-) -> None:
-    """Write the rows, columns and boxes of a grid to the positions of its tokens."""
-    if grid.n_tokens != len(positions):
-        raise GeometryError(
-            f"The family's rule gives {kind} {index} {grid.n_tokens} tokens "
-            f"({grid.rows} x {grid.cols}), but the sequence has {len(positions)}. Check that "
-            "processor, family record and model belong together."
-        )
-    for name, values in _columns_of(grid, kind).items():
-        if name == "view":
-            view[positions] = values
-        else:
-            columns[name][positions] = values
+        for index, grid in enumerate(of_kind):
+            positions = np.flatnonzero(is_kind & (number == index))
+            if grid.n_tokens != len(positions):
+                raise GeometryError(
+                    f"The family's rule gives {kind} {index} {grid.n_tokens} tokens "
+                    f"({grid.rows} x {grid.cols}), but the sequence has {len(positions)}. Check "
+                    "that processor, family record and model belong together."
+                )
+            for name, values in _columns_of(grid, kind).items():
+                places[name][positions] = values
+    return {**columns, **places}
 
 
 def _columns_of(grid: Any, kind: str) -> dict[str, np.ndarray]:
@@ -203,6 +189,11 @@ def _missing(numbers: np.ndarray) -> np.ndarray:
     return np.where(numbers < 0, np.nan, numbers.astype(float))
 
 
+def token_table(columns: Columns) -> pd.DataFrame:
+    """Return a table with one row per position and the columns ``TOKEN_COLUMNS``."""
+    return _table(columns, len(columns["token"]))
+
+
 def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
     """Return one row per image token of all grids, in order: the keys of a cross-attention."""
     counts = [grid.n_tokens for grid in grids]
@@ -212,7 +203,7 @@ def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
     return _table(with_places(bare, grids), n)
 
 
-def separator_behind(text: str) -> str:
+def answer_separator(text: str) -> str:
     """Return the separator of a prompt and its answer: a space, unless the prompt ends in one."""
     return "" if text.endswith((" ", "\n")) else " "
 
@@ -234,7 +225,7 @@ def generated_table(
     pieces = tokenizer.convert_ids_to_tokens(list(ids))
     columns: dict[str, list[Any]] = {name: [] for name in ("token", "kind", "start", "end")}
     decoded = tokenizer.decode(answer, skip_special_tokens=True)
-    begin = len(text) + len(separator_behind(text))
+    begin = len(text) + len(answer_separator(text))
     spans = _generated_spans(ids, decoded, tokenizer, special)
     for token, piece, (start, end) in zip(ids, pieces, spans, strict=True):
         columns["token"].append(piece if token in special else decoded[start:end].strip() or piece)
@@ -242,7 +233,7 @@ def generated_table(
         columns["start"].append(begin + start)
         columns["end"].append(begin + end)
     table = _table({**columns, "role": ["generated"] * len(ids)}, len(ids), n_before)
-    return table, text + (separator_behind(text) + decoded if decoded else "")
+    return table, text + (answer_separator(text) + decoded if decoded else "")
 
 
 def _generated_spans(
@@ -263,27 +254,27 @@ def _generated_spans(
     """
     spans: list[tuple[int, int]] = []
     waiting: list[int] = []  # tokens without a final character yet
-    settled = 0
+    n_final = 0
     for number, token in enumerate(ids):
         if token in special:
-            spans.append((settled, settled))
+            spans.append((n_final, n_final))
             continue
         so_far = tokenizer.decode(ids[: number + 1], skip_special_tokens=True)
-        stop = max(_n_in_common(so_far, decoded), settled)
+        stop = max(_n_in_common(so_far, decoded), n_final)
         unfinished = len(so_far) > stop  # the token ends within a character
         end = min(stop + unfinished, len(decoded))
-        spans.append((settled, end))
-        if stop == settled and unfinished:
+        spans.append((n_final, end))
+        if stop == n_final and unfinished:
             waiting.append(number)
             continue
         if waiting:
             alone = [tokenizer.decode([ids[i]]).strip() for i in (*waiting, number)]
             for i, span in zip(
-                (*waiting, number), _one_by_one(alone, decoded, settled, end), strict=False
+                (*waiting, number), _one_by_one(alone, decoded, n_final, end), strict=False
             ):
                 spans[i] = span
-        waiting, settled = [], stop
-    return [_without_space(decoded, start, end) for start, end in spans]
+        waiting, n_final = [], stop
+    return [(end - len(decoded[start:end].lstrip()), end) for start, end in spans]
 
 
 def _one_by_one(pieces: Sequence[str], text: str, start: int, end: int) -> list[tuple[int, int]]:
@@ -302,11 +293,6 @@ def _n_in_common(one: str, other: str) -> int:
     """Return the length of the common prefix of two strings."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
-    """Return the span without leading white space."""
-    return end - len(text[start:end].lstrip()), end
 
 
 _INTEGERS = ("image", "video", "tile", "frame", "row", "col", "start", "end")

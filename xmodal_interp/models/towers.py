@@ -2,7 +2,9 @@
 
 The classes of transformers declare ``input_modalities`` and ``main_input_name``. A class may
 inherit them from the base class of its model type, which declares the inputs of the whole model.
-Modules that are not models declare neither; STREAMS lists those that nothing else identifies.
+Modules that are not models declare neither; ``UNDECLARED`` lists the few that nothing else
+identifies. Most are parts of models that are not image-text-to-text models and have no family
+record, so they are listed by class.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from transformers import PreTrainedModel
 if TYPE_CHECKING:
     from xmodal_interp.vocabulary import Tower
 
-_KINDS = "input_modalities"
-READS: dict[str, Tower] = {
+_DECLARED = "input_modalities"
+TOWER_OF_INPUT: dict[str, Tower] = {
     "pixel_values": "vision",
     "pixel_values_videos": "vision",
     "flattened_patches": "vision",
@@ -36,7 +38,7 @@ _MODALITIES: dict[str, Tower] = {
     "text": "language",
     "time": "other",
 }
-STREAMS: dict[str, tuple[tuple[str, Tower], ...]] = {
+UNDECLARED: dict[str, tuple[tuple[str, Tower], ...]] = {
     # the relation encoder and one side of the cross encoder read detected regions
     "LxmertEncoder": ((r"r_layers\.|x_layers\.\d+\.(visn_self_att|visual_attention)", "vision"),),
     # it upsamples the activations of the vision encoder, conditioned on the text
@@ -64,15 +66,15 @@ def declared_tower(model: Any, *, own: bool = False) -> Tower | None:
         own: Whether to ignore inherited declarations.
     """
     lineage = type(model).__mro__
-    by_name, by_kind = (_declared_by(lineage, name) for name in ("main_input_name", _KINDS))
+    by_name, by_kind = (_declared_by(lineage, name) for name in ("main_input_name", _DECLARED))
     if own and min(by_name, by_kind) > 0:
         return None
     name, general = str(model.main_input_name), lineage.index(PreTrainedModel)
     if by_name < by_kind and by_name < general:
-        return "language" if name == "input_ids" else READS.get(name)
+        return "language" if name == "input_ids" else TOWER_OF_INPUT.get(name)
     if by_kind == general:  # the default, which declares nothing
-        return READS.get(name)
-    declared = getattr(model, _KINDS)
+        return TOWER_OF_INPUT.get(name)
+    declared = getattr(model, _DECLARED)
     kinds = {_MODALITIES.get(k) for k in ([declared] if isinstance(declared, str) else declared)}
     return kinds.pop() if len(kinds) == 1 else None
 
@@ -82,14 +84,14 @@ def _declared_by(lineage: Sequence[type], attribute: str) -> int:
     return next(n for n, each in enumerate(lineage) if attribute in vars(each))
 
 
-def known_stream(inside: Iterable[tuple[nn.Module, str]]) -> Tower | None:
+def undeclared_tower(inside: Iterable[tuple[nn.Module, str]]) -> Tower | None:
     """Return the tower of a module by the classes of the modules that contain it.
 
     Args:
         inside: Each containing module, with the path of the module inside it.
     """
     for holder, path in inside:
-        for pattern, tower in STREAMS.get(type(holder).__name__, ()):
+        for pattern, tower in UNDECLARED.get(type(holder).__name__, ()):
             if re.match(pattern, path):
                 return tower
     return None

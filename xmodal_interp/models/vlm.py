@@ -5,7 +5,7 @@ It turns images and questions into model inputs with labelled positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -16,29 +16,30 @@ from PIL import Image
 from xmodal_interp.arguments import as_list, string
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import geometry, processor_calls
-from xmodal_interp.models.family import Family
 from xmodal_interp.models.generation import GREEDY, check_decoding
 from xmodal_interp.models.geometry import ImageGrid, VideoGrid
-from xmodal_interp.models.labels import (
-    Labeller,
-    Made,
-    Prompt,
+from xmodal_interp.models.labels import Prompt, Unlabelled, labelled
+from xmodal_interp.models.media import ImageLike, Video, flat, open_image, open_video
+from xmodal_interp.models.model_inputs import (
     as_generated,
-    as_given,
+    for_generate,
+    input_row,
     prompt_ids,
-    read_at,
     with_start,
 )
-from xmodal_interp.models.media import ImageLike, Video, flat, open_image, open_video
 from xmodal_interp.models.model_state import (
     CheckpointReport,
     evaluation_mode,
     input_device,
     refuse_virtual_tokens,
 )
-from xmodal_interp.models.processor_calls import batches_alike, padding_side
-from xmodal_interp.models.prompts import Rendered, Writer, closed_up
-from xmodal_interp.models.records import family_of, refuse_other_class
+from xmodal_interp.models.prompts import rendered
+from xmodal_interp.models.records import (
+    TEXT_MODELS_ALONE,
+    Family,
+    family_of,
+    refuse_other_class,
+)
 
 _generating: ContextVar[tuple[object, Mapping[str, Any]]] = ContextVar(
     "xmodal_interp_generating", default=(None, {})
@@ -142,80 +143,44 @@ class VLM:
         images, questions = as_list(images, "images"), as_list(questions, "questions")
         for question in questions:
             string(question, "A prompt")
-        composite = processor_calls.composite_of(self.processor)
-        opened = [
-            tuple(open_image(image, composite) for image in of_sample) for of_sample in images
-        ]
+        background = processor_calls.composite_of(self.processor)
+        opened = [tuple(open_image(image, background) for image in of) for of in images]
         clips = [] if videos is None else as_list(videos, "videos")
-        shown = [tuple(open_video(video) for video in of_sample) for of_sample in clips]
-        shown = shown or [()] * len(opened)
+        shown = [tuple(open_video(video) for video in of) for of in clips] or [()] * len(opened)
         if flat(shown) and self.family.video is None:
             raise GeometryError(
                 f"The model type {self.family.model_type!r} has no rule that places video tokens. "
                 "Pass a family record with one, or record the attention with xi.record(model)."
             )
         prompts = [
-            self._rendered(question, len(of), len(clips), system)
+            rendered(self, question, len(of), len(clips), system=system)
             for question, of, clips in zip(questions, opened, shown, strict=True)
         ]
-        texts = [prompt.text for prompt in prompts]
-        side = padding_side(self.model.config, in_encoder=self.family.in_sequence)
-        given = {
-            **processor_calls.texts_and_images(self.family, texts, opened),
-            **processor_calls.options(self.processor, self.family, texts, side),
-            **(processor_calls.policy(questions) if self.family.writes_prompt else {}),
-            **processor_calls.videos(shown),
-        }
-        try:
-            inputs = self.processor(**given)
-        except (
-            *(ValueError, TypeError, RuntimeError, StopIteration),
-            *(ArithmeticError, LookupError, AttributeError),
-        ) as error:  # processors rarely check their inputs: any of these errors may be raised
-            processor_calls.refuse_other_numbers(self.placeholder, texts, opened, error)
-            raise InputError(
-                f"{type(self.processor).__name__} failed on this input: {error} (images of "
-                f"{', '.join(f'{one.width} x {one.height}' for one in flat(opened)) or 'none'} px)."
-            ) from error
-        for unread in ("video_metadata", "labels"):  # labels are for training
-            inputs.pop(unread, None)
-        replacements = inputs.pop("text_replacement_offsets", None) or [None] * len(texts)
+        inputs, replacements = processor_calls.processed(self, questions, prompts, opened, shown)
         grids, video_grids = self._grids(inputs, opened), self._video_grids(inputs, shown)
-        begun = with_start(self.model, inputs, len(texts))
-        ids = prompt_ids(begun)
-        if ids is None:
-            raise InputError(
-                f"{type(self.processor).__name__} returned no token ids of the prompt, only "
-                f"{', '.join(inputs)}. Record the attention with xi.record(model)."
+        begun = with_start(self.model, inputs, len(prompts))
+        self._check_ids(begun, len(prompts))
+        labelled_prompts = [
+            labelled(
+                self,
+                Unlabelled(
+                    question=question,
+                    images=opened[i],
+                    videos=shown[i],
+                    prompt=prompts[i],
+                    replacements=replacements[i],
+                    grids=grids[i],
+                    video_grids=video_grids[i],
+                    row=input_row(self.family, begun, i, grids[i]),
+                ),
             )
-        if len(ids) != len(texts):
-            raise InputError(
-                f"{type(self.processor).__name__} returned {len(ids)} rows of token ids for "
-                f"{len(texts)} prompts. Record the attention with xi.record(model)."
-            )
-        labeller = Labeller(self.processor, self.family, self.model.config, self.placeholder)
-        labelled = []
-        for i, question in enumerate(questions):
-            made = Made(
-                question=question,
-                images=opened[i],
-                prompt=prompts[i],
-                replacements=replacements[i],
-                grids=grids[i],
-                video_grids=video_grids[i],
-                videos=shown[i],
-            )
-            read = read_at(self.family, begun, i, _n_tokens(made.grids))
-            labelled.append(labeller.prompt(made, read))
+            for i, question in enumerate(questions)
+        ]
         if self.family.rewritten:
             begun = as_generated(self.model.config, begun)
-        device = input_device(self.model)
-        moved = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in begun.items()
-        }
-        object.__setattr__(self, "_prepared", (prompt_ids(moved), labelled))
-        return self._cast(moved), labelled
+        inputs = self._moved(begun)
+        object.__setattr__(self, "_prepared", (prompt_ids(inputs), labelled_prompts))
+        return inputs, labelled_prompts
 
     def prompts_of(self, ids: torch.Tensor) -> list[Prompt] | None:
         """Return the prompts that :meth:`prepare` labelled last, if their ids are these.
@@ -223,26 +188,40 @@ class VLM:
         Args:
             ids: ``[sample, position]``, as passed to the model; generated ids may follow.
         """
-        known, labelled = getattr(self, "_prepared", (None, None))
+        known, prompts = getattr(self, "_prepared", (None, None))
         if known is None or len(known) != len(ids) or ids.shape[1] < known.shape[1]:
             return None
         same = torch.equal(ids[:, : known.shape[1]], known.to(ids))
-        return labelled if same else None
+        return prompts if same else None
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether padding changes the results, so that samples are run one by one."""
+        text = self.model.config.get_text_config(decoder=True)
+        return (
+            self.family.alone is not None or getattr(text, "model_type", None) in TEXT_MODELS_ALONE
+        )
 
     def batches(self, images: Sequence[Sequence[ImageLike]]) -> list[list[int]]:
         """Split samples into batches in which padding does not change the results.
+
+        For most model types, all samples share one batch. If text attends to images by
+        cross-attention, or the processor puts images before the prompt, the images of a sample are
+        padded to the largest number of images, so only samples with equal numbers share a batch.
 
         Args:
             images: For each sample, its images.
 
         Returns:
-            The indices of the samples of each batch. For most model types, all samples share one
-            batch. If text attends to images by cross-attention, or the processor puts images before
-            the prompt, only samples with equal numbers of images share one. If padding changes
-            positions, each sample is alone.
+            The indices of the samples of each batch.
         """
+        if self.runs_alone:
+            return [[index] for index in range(len(images))]
         by_count = not self.family.in_sequence or self.family.in_front
-        return batches_alike(self.model.config, images, by_count=by_count)
+        groups: dict[int, list[int]] = {}
+        for index, of_sample in enumerate(images):
+            groups.setdefault(len(of_sample) if by_count else 0, []).append(index)
+        return list(groups.values())
 
     def generate(self, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
         """Return token ids of prompt and answer, ``[sample, position]``; greedy by default.
@@ -253,7 +232,7 @@ class VLM:
             InputError: The options ask for something else than greedy decoding or sampling.
         """
         check_decoding(self.model, options)
-        given = as_given(inputs) if self.family.rewritten else inputs
+        given = for_generate(inputs) if self.family.rewritten else inputs
         before = _generating.set((self, inputs))
         try:
             with evaluation_mode(self.model):
@@ -299,65 +278,56 @@ class VLM:
         token = getattr(self.processor, "video_token", None)
         return None if token is None else str(getattr(token, "content", token))
 
-    def _rendered(
-        self, question: str, n_images: int, n_videos: int, system: str | None
-    ) -> Rendered:
-        """Return the prompt of a question; empty if the decoder starts from its start token."""
-        if self.model.config.is_encoder_decoder and not (self.family.in_sequence or question):
-            return Rendered("", ())
-        if not self.family.reads_text:
+    def _check_ids(self, inputs: Mapping[str, Any], n_prompts: int) -> None:
+        """Raise InputError unless the processor returned one row of token ids per prompt."""
+        ids = prompt_ids(inputs)
+        if ids is None:
             raise InputError(
-                f"A {self.family.model_type} model takes no prompt; got {question!r}. "
-                "Pass an empty prompt, ''."
+                f"{type(self.processor).__name__} returned no token ids of the prompt, only "
+                f"{', '.join(inputs)}. Record the attention with xi.record(model)."
             )
-        mark = self.family.image_mark
-        writer = Writer(
-            self.processor,
-            self.placeholder,
-            self.video_placeholder,
-            in_front=self.family.in_front,
-            answer=not self.family.writes_prompt,
-        )
-        whole = question if mark is None else closed_up(question, mark)
-        return writer.prompt(whole, n_images, n_videos, system=system)
+        if len(ids) != n_prompts:
+            raise InputError(
+                f"{type(self.processor).__name__} returned {len(ids)} rows of token ids for "
+                f"{n_prompts} prompts. Record the attention with xi.record(model)."
+            )
 
     def _grids(
         self, inputs: Any, opened: Sequence[tuple[Image.Image, ...]]
     ) -> list[tuple[ImageGrid, ...] | None]:
         """Return the grids of each sample's images; None if the family has no rule."""
-        rule, images = self.family.geometry, flat(opened)
-        if rule is None and images:
+        if self.family.geometry is None and flat(opened):
             return [None] * len(opened)
-        made: list[ImageGrid] = []
-        if rule is not None and images:
-            made = geometry.applied(rule, self.processor, self.model.config, inputs, images)
-        grids = (replace(grid, reason=grid.reason or self.family.reason) for grid in made)
-        return [tuple(next(grids) for _ in of_sample) for of_sample in opened]
+        placed = self._applied(self.family.geometry, inputs, opened)
+        reason = self.family.reason
+        return [tuple(replace(grid, reason=grid.reason or reason) for grid in of) for of in placed]
 
     def _video_grids(
         self, inputs: Any, videos: Sequence[tuple[Video, ...]]
     ) -> list[tuple[VideoGrid, ...]]:
         """Return the grids of each sample's videos."""
-        rule, every = self.family.video, flat(videos)
-        made: list[VideoGrid] = []
-        if every and rule is not None:
-            made = geometry.applied(rule, self.processor, self.model.config, inputs, every)
-        grids = iter(made)
-        return [tuple(next(grids) for _ in of_sample) for of_sample in videos]
+        return self._applied(self.family.video, inputs, videos)
 
-    def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Cast pixels to the model's dtype; ids and masks are unchanged."""
-        return {
-            name: value.to(self.model.dtype)
-            if ("pixel_values" in name or name.startswith("image_patches"))
-            and value.is_floating_point()
-            else value
-            for name, value in inputs.items()
-        }
+    def _applied(
+        self, rule: Any, inputs: Any, visuals: Sequence[tuple[Any, ...]]
+    ) -> list[tuple[Any, ...]]:
+        """Return the grids that a rule gives for the images, or videos, of each sample."""
+        every = flat(visuals)
+        grids: Iterator[Any] = iter(())
+        if rule is not None and every:
+            config = self.model.config
+            grids = iter(geometry.applied(rule, self.processor, config, inputs, every))
+        return [tuple(next(grids) for _ in of_sample) for of_sample in visuals]
 
-
-def _n_tokens(grids: Sequence[ImageGrid] | None) -> int:
-    return sum(grid.n_tokens for grid in grids or ())
+    def _moved(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Move inputs to the model's device, and cast pixels to its dtype."""
+        device, moved = input_device(self.model), dict(inputs)
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                pixels = "pixel_values" in name or name.startswith("image_patches")
+                cast_to = self.model.dtype if pixels and value.is_floating_point() else None
+                moved[name] = value.to(device, cast_to)
+        return moved
 
 
 def check_vlm(vlm: Any) -> None:

@@ -2,14 +2,12 @@
 
 A :class:`Scene` has a canvas and a tuple of objects (:class:`Thing`), each with a colour, a shape
 and a box in pixels. ``render`` draws the objects anti-aliased from signed distances, so that their
-boxes are exact. Objects do not overlap, no two have the same colour and shape, and none has its
-centre near a mid-line of the canvas. Every question of :mod:`xmodal_interp.shapes.scenes`
-therefore has exactly one right answer.
+boxes are exact. ``Scene.recolored`` returns a counterfactual scene: the same pixels, noise
+included, except for the colour of one object.
 
-``Scene.recolored`` returns a counterfactual scene: the same pixels, noise included, except for the
-colour of one object.
-
-Questions about a scene, with their answers and the object that each is about.
+:func:`ask` returns a :class:`Question` about a scene, with its answer and the object that it is
+about. Objects do not overlap, no two have the same colour and shape, and none has its centre near a
+mid-line of the canvas, so every question has exactly one right answer.
 
 The six question kinds are ``color``, ``shape``, ``place``, ``count``, ``existence`` and
 ``description``. All except ``count`` and ``description`` require the model to find one object among

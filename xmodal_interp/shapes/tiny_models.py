@@ -1,6 +1,7 @@
-"""Tokenizer and processors of the tiny models: Hugging Face classes, a few dozen words.
+"""Tiny untrained models with their tokenizers and processors, of Hugging Face classes.
 
-Tiny untrained models of Hugging Face classes, with about a million weights each.
+A model has about a million weights (:func:`untrained`), a tokenizer a few dozen words
+(:func:`build_tokenizer`, :func:`build_processor`).
 """
 
 from __future__ import annotations
@@ -34,29 +35,22 @@ MERGE = 2  # Qwen2-VL joins 2 x 2 patches into one token
 TILE, MAX_TILES = 48, 4  # Mllama cuts an image into up to four square tiles of 48 px
 
 _WORDS = (
-    *(
-        "user:",
-        "assistant:",
-        "system:",
-        "what",
-        "color",
-        "is",
-        "the",
-        "shape",
-        "where",
-        "how",
-        "many",
-    ),
-    *("shapes", "there", "a", "describe", "image", "?", ".", ","),
+    *("user:", "assistant:", "system:", "what", "color", "is", "the", "shape", "where", "how"),
+    *("many", "shapes", "there", "a", "describe", "image", "?", ".", ","),
     *("top", "bottom", "left", "right", "yes", "no"),
 )
 
 
+def _special_tokens(family: str) -> list[str]:
+    """Return the tokens of images and videos, which are not words."""
+    extra = [VISION_START, VISION_END, VIDEO_TOKEN] if family == "qwen2_vl" else []
+    return [IMAGE_TOKEN[family], *extra]
+
+
 def vocabulary(family: str) -> dict[str, int]:
     """Return the token id of each word, for ``"llava"``, ``"qwen2_vl"`` or ``"mllama"``."""
-    special = ["<pad>", "<bos>", "<eos>", "<unk>", IMAGE_TOKEN[family]]
-    extra = [VISION_START, VISION_END, VIDEO_TOKEN] if family == "qwen2_vl" else []
-    words = [*special, *extra, *_WORDS, *NUMBERS.values(), *COLORS, *SHAPES]
+    special = ["<pad>", "<bos>", "<eos>", "<unk>", *_special_tokens(family)]
+    words = [*special, *_WORDS, *NUMBERS.values(), *COLORS, *SHAPES]
     return {word: index for index, word in enumerate(words)}
 
 
@@ -70,14 +64,13 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[?.,]"), "isolated")]
     )
-    extra = [VISION_START, VISION_END, VIDEO_TOKEN] if family == "qwen2_vl" else []
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
-        additional_special_tokens=[IMAGE_TOKEN[family], *extra],
+        additional_special_tokens=_special_tokens(family),
         model_max_length=512,
         padding_side="left",
         clean_up_tokenization_spaces=False,
@@ -158,7 +151,6 @@ def _chat_template(image: str, video: str = "") -> str:
     )
 
 
-FAMILIES: tuple[str, ...] = ("llava", "qwen2_vl", "mllama")
 _INIT = 0.06  # a width of 128 requires larger initial weights than the 0.02 of large models
 _TEXT: dict[str, Any] = {
     "hidden_size": 128,

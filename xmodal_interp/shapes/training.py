@@ -2,13 +2,11 @@
 
 1. Every step draws new scenes from ``(seed, step)``. No scene repeats, and a resumed run uses the
    same scenes as an uninterrupted one.
-2. All questions about an image are packed after it (:mod:`xmodal_interp.shapes.training`). Place
+2. Many questions about an image are packed after it into one sequence (:class:`Packer`). Place
    questions are learned last, so the second half of the steps has more of them.
 3. The loss is cross-entropy on the tokens of the answers and their end-of-sequence tokens.
 4. Muon (Jordan et al. 2024) optimises hidden matrices; AdamW optimises embeddings, head, norms,
    biases and convolutions. The learning rate warms up, then follows a cosine down to 3%.
-
-Pack many questions about one image into one training sequence.
 
 Most tokens of a prompt are image tokens (144 of 153). A batch therefore packs a fixed set of
 questions after one image: ``[<bos> user: IMAGE | question answer | question answer | ...]``. With a
@@ -64,7 +62,7 @@ IGNORE = -100  # label of positions without a loss
 
 
 @dataclass(frozen=True)
-class Batch:
+class PackedBatch:
     """One training batch: inputs of a model's forward, and labels.
 
     Labels are ``[batch, position]``, already shifted.
@@ -126,7 +124,7 @@ class Packer:
         before, *after = (np.tile(part, (3, 1)) for part in text)
         return torch.from_numpy(np.concatenate([before, image, *after], 1))
 
-    def pack(self, scenes: list[Scene], rng: np.random.Generator) -> Batch:
+    def pack(self, scenes: list[Scene], rng: np.random.Generator) -> PackedBatch:
         """Return a batch with one question per slot for every scene."""
         ids = np.full((len(scenes), self.mask.shape[-1]), self.ids["<pad>"])
         labels = np.full_like(ids, IGNORE)
@@ -147,7 +145,7 @@ class Packer:
             "position_ids": positions,
             **self._pixels(np.stack([scene.render() for scene in scenes])),
         }
-        return Batch(inputs, torch.from_numpy(labels), self.kinds)
+        return PackedBatch(inputs, torch.from_numpy(labels), self.kinds)
 
     def _write(self, question: Question, ids: np.ndarray, labels: np.ndarray) -> None:
         prompt = [*(self.ids[word] for word in question.text.split()), self.ids["assistant:"]]
@@ -363,7 +361,7 @@ def packed_accuracy(model: PreTrainedModel, packer: Packer) -> dict[str, float]:
     The answers are teacher-forced.
     """
     model.eval()
-    right, asked = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    n_right, n_asked = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     n_batches, size = _EVALUATED
     for i in range(n_batches):
         batch = _draw(packer, np.random.default_rng((_HELD_OUT, i)), size)
@@ -373,12 +371,12 @@ def packed_accuracy(model: PreTrainedModel, packer: Packer) -> dict[str, float]:
             kind = packer.slots[slot]
             end = packer.starts[slot + 1] if slot + 1 < len(packer.starts) else None
             present = (batch.labels[:, start:end] != IGNORE).any(1)
-            right[kind] += int((correct[:, start:end].all(1) & present).sum())
-            asked[kind] += int(present.sum())
-    return {kind: right[kind] / asked[kind] for kind in KINDS}
+            n_right[kind] += int((correct[:, start:end].all(1) & present).sum())
+            n_asked[kind] += int(present.sum())
+    return {kind: n_right[kind] / n_asked[kind] for kind in KINDS}
 
 
-def _draw(packer: Packer, rng: np.random.Generator, size: int) -> Batch:
+def _draw(packer: Packer, rng: np.random.Generator, size: int) -> PackedBatch:
     height, width = (n * packer.token for n in packer.grid)
     return packer.pack([sample_scene(rng, width=width, height=height) for _ in range(size)], rng)
 

@@ -31,7 +31,7 @@ from xmodal_interp.models import (
     ImageGrid,
     Prompt,
     square_windows,
-    tiles_behind,
+    tile_counts,
     window_orders,
 )
 
@@ -223,7 +223,7 @@ def _of_vision(
         return None
     own = [call for call in calls if call.tower == "vision"]
     own = [call for call in own if call.module == own[0].module]
-    orders, tiles = window_orders(vlm.model, inputs), tiles_behind(inputs)
+    orders, tiles = window_orders(vlm.model, inputs), tile_counts(inputs)
     try:
         layers = towers_by_image(own, prompts, vlm.family, orders, tiles, square_windows(vlm.model))
     except CaptureError:

@@ -1,7 +1,16 @@
 from .anyres import anyres_tiles
 from .cells import applied, name_of
 from .convolutions import code_grid, code_rows, fused_stages
-from .grid import NOWHERE, ImageGrid, Rule, Thumbnail, VideoGrid, place_on_grid, raster, unplaced
+from .grid import (
+    NOWHERE,
+    ImageGrid,
+    ImageRule,
+    Thumbnail,
+    VideoGrid,
+    place_on_grid,
+    raster,
+    unplaced,
+)
 from .learned_queries import QueryTokens, query_crops, resampled_patches
 from .overlapping_crops import overlapping_crops
 from .probed_tokens import ProbedTokens
@@ -66,6 +75,7 @@ __all__ = [
     "FixedGrid",
     "FlattenedPatches",
     "ImageGrid",
+    "ImageRule",
     "MergedFrames",
     "MergedPatches",
     "PaddedSquares",
@@ -73,7 +83,6 @@ __all__ = [
     "PositionedPatches",
     "ProbedTokens",
     "QueryTokens",
-    "Rule",
     "SeparateTiles",
     "SingleFrames",
     "SizedTiles",

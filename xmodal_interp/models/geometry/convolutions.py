@@ -22,7 +22,7 @@ from xmodal_interp.models.geometry.cells import (
 )
 from xmodal_interp.models.geometry.grid import ImageGrid
 from xmodal_interp.models.geometry.processor_steps import shown, whole
-from xmodal_interp.models.geometry.resized_images import told_sizes
+from xmodal_interp.models.geometry.resized_images import reported_sizes
 from xmodal_interp.models.geometry.whole_images import squares
 
 _FUSED_AT = 16
@@ -54,7 +54,7 @@ def code_rows(
     Each side is rounded to whole codes independently. The VQ-VAE pads all images of a batch to the
     size of the largest; codes of padding are outside the grid.
     """
-    sizes = told_sizes(inputs, images)
+    sizes = reported_sizes(inputs, images)
     side = _code_side(config)
     all_rows, all_cols = (length // side for length in inputs["pixel_values"].shape[-2:])
     grids = []

@@ -167,7 +167,7 @@ class ImageGrid(Viewed):
         )
 
 
-Rule = Callable[[Any, Any, Mapping[str, Any], Sequence[Image.Image]], list[ImageGrid]]
+ImageRule = Callable[[Any, Any, Mapping[str, Any], Sequence[Image.Image]], list[ImageGrid]]
 """``(processor, config, inputs, images) -> grids``: one grid per image, in order."""
 
 

@@ -66,7 +66,7 @@ def square_windows(model: nn.Module) -> dict[str, int]:
     }
 
 
-def tiles_behind(inputs: Mapping[str, Any]) -> list[int] | None:
+def tile_counts(inputs: Mapping[str, Any]) -> list[int] | None:
     """Return the number of tiles of each image that the vision tower reads in a second call.
 
     The first call reads all images whole (Step-3.7, DeepSeek-OCR 2). The result is None if the

@@ -169,7 +169,7 @@ def sized_patches(
     Each side is rounded up to whole blocks independently, so the boxes fill the image exactly.
     Tokens between the rows in the sequence are not image tokens.
     """
-    sizes = told_sizes(inputs, images)
+    sizes = reported_sizes(inputs, images)
     side, merge = patch_side(config), config.spatial_merge_size
     grids = []
     for image, (height, width) in zip(images, sizes, strict=True):
@@ -179,7 +179,9 @@ def sized_patches(
     return grids
 
 
-def told_sizes(inputs: Mapping[str, Any], images: Sequence[Image.Image]) -> list[tuple[int, int]]:
+def reported_sizes(
+    inputs: Mapping[str, Any], images: Sequence[Image.Image]
+) -> list[tuple[int, int]]:
     """Return the height and width that each image was resized to, px, from ``image_sizes``.
 
     Raises:

@@ -192,7 +192,7 @@ class SizedTiles:
     def _views(
         self, tiling: Tiling | None, shapes: Sequence[Shape], image: Image.Image
     ) -> list[Cells]:
-        return sized_views(tiling, shapes, whole(image), self.thumbnail, told_by=self.sizes)
+        return sized_views(tiling, shapes, whole(image), self.thumbnail, input_name=self.sizes)
 
     def _count(self, processor: Any, tiling: Tiling | None) -> int:
         """Return the number of tiles of an image, thumbnail included."""
@@ -202,7 +202,7 @@ class SizedTiles:
 
 
 def sized_views(
-    tiling: Tiling | None, shapes: Sequence[Shape], box: Box, thumbnail: End, *, told_by: str
+    tiling: Tiling | None, shapes: Sequence[Shape], box: Box, thumbnail: End, *, input_name: str
 ) -> list[Cells]:
     """Return the cells of each tile of a picture and of its thumbnail, in sequence order.
 
@@ -211,7 +211,7 @@ def sized_views(
         shapes: Rows and columns of each tile and of the thumbnail, in sequence order.
         box: The box of the whole picture, px.
         thumbnail: Whether the thumbnail is first or last.
-        told_by: Name of the input with the shapes, for messages.
+        input_name: Name of the input with the shapes, for messages.
 
     Raises:
         GeometryError: The tiles differ in rows or columns.
@@ -224,8 +224,8 @@ def sized_views(
     if len(of_tiles) > 1:
         known = ", ".join(f"{rows} x {cols}" for rows, cols in sorted(of_tiles))
         raise GeometryError(
-            f"The tiles of an image differ in rows and columns ({told_by}: {known}). Set the image "
-            "processor to resize all tiles to one size."
+            f"The tiles of an image differ in rows and columns ({input_name}: {known}). Set the "
+            "image processor to resize all tiles to one size."
         )
     parts = on_tiles(tiling, *of_tiles.pop())
     small = [
@@ -261,12 +261,14 @@ def frame_slices(processor: Any, video: Video) -> Tiling | None:
     return _sliced(processor.video_processor, partial(video_setting, processor), video.size)
 
 
-def _sliced(own: Any, told: Callable[..., Any], size: tuple[int, int]) -> Tiling | None:
+def _sliced(own: Any, setting_of: Callable[..., Any], size: tuple[int, int]) -> Tiling | None:
     """Return the tiles of a picture, from the processor's function and settings."""
-    if not told("slice_mode", default=False):
+    if not setting_of("slice_mode", default=False):
         return None
     width, height = size
-    grid = own.get_sliced_grid((height, width), told("max_slice_nums"), told("scale_resolution"))
+    grid = own.get_sliced_grid(
+        (height, width), setting_of("max_slice_nums"), setting_of("scale_resolution")
+    )
     if grid is None:
         return None
     rows, cols = grid
@@ -308,7 +310,7 @@ class SeparateTiles:
             then are the tokens, and are outside the grid.
         by_rows: Whether tokens are ordered row by row over all tiles side by side. Each row, also
             of the whole image, then ends with a newline token.
-        behind: Number of tokens outside the grid after all others.
+        after: Number of tokens outside the grid after all others.
     """
 
     layout: Layout
@@ -317,7 +319,7 @@ class SeparateTiles:
     class_token: bool = False
     queries: bool = False
     by_rows: bool = False
-    behind: int = 0
+    after: int = 0
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
@@ -340,7 +342,7 @@ class SeparateTiles:
         grids = []
         for image, tiling in zip(images, tilings, strict=True):
             box = self.show(processor, image, width, height)
-            cells = [_looking(view) for view in _views(tiling, box, *merged)]
+            cells = [_receptive_fields(view) for view in _views(tiling, box, *merged)]
             tower = _views(tiling, box, *shapes)
             if self.encoded:
                 tower = [self._encoded(view) for view in cells]
@@ -360,7 +362,7 @@ class SeparateTiles:
         elif self.by_rows:
             tiles = [_by_rows(joined(cells[1:]))] if len(cells) > 1 else []
             views = [*tiles, _by_rows(cells[0])]
-        return [*views, nowhere(self.behind)]
+        return [*views, nowhere(self.after)]
 
 
 def _check_tiles(tilings: Sequence[Tiling | None], inputs: Mapping[str, Any]) -> None:
@@ -381,7 +383,7 @@ def _views(
     return [rectangle(*of_whole, box, thumbnail=tiling is not None), *tiles]
 
 
-def _looking(cells: Cells) -> Cells:
+def _receptive_fields(cells: Cells) -> Cells:
     """Shift the boxes of a tile's cells to their receptive fields, within the tile."""
     boxes = shifted(cells, _SHIFT).boxes
     low, high = cells.boxes[:, :2].min(0), cells.boxes[:, 2:].max(0)

@@ -84,8 +84,8 @@ class MergedFrames:
         grid_thw = np.asarray(inputs["video_grid_thw"]).tolist()
         settings = processor.video_processor
         merge = settings.merge_size
-        told = inputs.get("video_compression_mask")
-        left = None if told is None else np.asarray(told)
+        mask = inputs.get("video_compression_mask")
+        left = None if mask is None else np.asarray(mask)
         grids = []
         for video, (n, patch_rows, patch_cols) in zip(videos, grid_thw, strict=True):
             together = settings.temporal_patch_size if self.in_model else 1
@@ -126,7 +126,7 @@ class SingleFrames:
     Attributes:
         merge: The side of the block of patches that gives a token, as in :class:`SplitTiles`.
         before: Number of tokens outside the grid before those of each frame (class tokens).
-        behind: Number of tokens outside the grid after the last frame (newline token).
+        after: Number of tokens outside the grid after the last frame (newline token).
         class_token: Whether the vision tower has a class token before the patches of each frame, or
             the configuration attribute that holds this; None to use the processor's number.
         show: Function that returns the part of a frame that is shown, from the video processor.
@@ -134,7 +134,7 @@ class SingleFrames:
 
     merge: str | int = 1
     before: int = 0
-    behind: int = 0
+    after: int = 0
     class_token: bool | str | None = None
     show: FrameShow = shown_by
 
@@ -159,18 +159,18 @@ class SingleFrames:
             tokens = joined([nowhere(self.before), rectangle(rows, cols, box)])
             patches = joined([nowhere(first), rectangle(patch_rows, patch_cols, box)])
             n = len(video)
-            grids.append(video_grid(video, [tokens] * n, [patches] * n, behind=self.behind))
+            grids.append(video_grid(video, [tokens] * n, [patches] * n, after=self.after))
         return grids
 
     def _class_tokens(self, processor: Any, config: Any) -> int:
         if self.class_token is None:
             return int(getattr(processor, "num_additional_image_tokens", None) or 0)
-        told = self.class_token
-        return int(getattr(config, told) if isinstance(told, str) else told)
+        value = self.class_token
+        return int(getattr(config, value) if isinstance(value, str) else value)
 
 
 def video_grid(
-    video: Video, frames: Sequence[Cells], tower: Sequence[Cells], *, behind: int = 0
+    video: Video, frames: Sequence[Cells], tower: Sequence[Cells], *, after: int = 0
 ) -> VideoGrid:
     """Return the grid of a video.
 
@@ -178,15 +178,15 @@ def video_grid(
         video: The video, with opened frames.
         frames: The cells of each frame of tokens.
         tower: The cells of each frame that the vision tower reads.
-        behind: Number of tokens outside the grid after the last frame.
+        after: Number of tokens outside the grid after the last frame.
 
     Raises:
         GeometryError: There is no frame of tokens.
     """
     if not frames:
         raise GeometryError("The video has no frame of tokens. Give it more frames.")
-    token, patch = joined([*frames, nowhere(behind)]), joined(tower)
-    main, small = _by_view([*frames, nowhere(behind)])
+    token, patch = joined([*frames, nowhere(after)]), joined(tower)
+    main, small = _by_view([*frames, nowhere(after)])
     main_patches, small_patches = _by_view(tower)
     thumbnail = None
     if token.of_thumbnail.any() or patch.of_thumbnail.any():
@@ -284,10 +284,10 @@ def sliced_frames(
             or the number of sizes is not that of the frames and their slices.
     """
     for name, wanted in {"stack_frames": 1, "do_resize": True}.items():
-        told = video_setting(processor, name, wanted)
-        if told != wanted:
+        value = video_setting(processor, name, wanted)
+        if value != wanted:
             raise GeometryError(
-                f"The video processor has {name}={told}, so frames are not resized one by one and "
+                f"The video processor has {name}={value}, so frames are not resized one by one and "
                 f"cannot be placed. Set {name}={wanted}."
             )
     tilings = [frame_slices(processor, video) for video in videos]
@@ -315,7 +315,7 @@ def sliced_frames(
 
 def _frame(video: Video, tiling: Tiling | None, shapes: Sequence[Shape]) -> Cells:
     """Return the cells of the whole frame, then those of its slices."""
-    return joined(sized_views(tiling, shapes, whole(video), "first", told_by=_SIZES))
+    return joined(sized_views(tiling, shapes, whole(video), "first", input_name=_SIZES))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from xmodal_interp.models.geometry.cells import (
     shifted,
     vision_of,
 )
-from xmodal_interp.models.geometry.grid import Box, ImageGrid, Rule, raster, unplaced
+from xmodal_interp.models.geometry.grid import Box, ImageGrid, ImageRule, raster, unplaced
 from xmodal_interp.models.geometry.processor_steps import check_replayed, setting, shown, whole
 
 Show = Callable[[Any, Image.Image, int, int], Box]
@@ -94,8 +94,8 @@ class FixedGrid:
         return grids
 
 
-def _number(told: int | Count, config: Any, processor: Any) -> int:
-    return told if isinstance(told, int) else told(config, processor)
+def _number(value: int | Count, config: Any, processor: Any) -> int:
+    return value if isinstance(value, int) else value(config, processor)
 
 
 fixed_grid = FixedGrid(before=kept_class_token, tower_before=counted_class_token)
@@ -290,7 +290,7 @@ class Chosen:
     """
 
     by: Callable[[Any], Any]
-    rules: Mapping[Any, Rule]
+    rules: Mapping[Any, ImageRule]
     reason: str = "There is no geometry rule for {!r}."
 
     def __call__(
