@@ -146,7 +146,7 @@ def test_overlays_and_the_pointing_game_use_patches(tmp_path: Path) -> None:
     sample = sample_of("blip-2")
     probs = sample.probs(-1, queries="circle", keys=sample.where("image")).mean((0, 1))
     expected = xi.on_patches(sample, probs)
-    place = figures.placement.place_of(sample)
+    place = figures.placement.placed_image(sample)
     assert np.allclose(place.on_grid(place.on_cells(probs.double().numpy())), expected, atol=1e-6)
     lift = place.on_cells(np.full(8, 3.0), mean=True)
     assert np.allclose(lift[~np.isnan(lift)], 3.0)

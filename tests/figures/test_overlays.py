@@ -15,8 +15,8 @@ from tests.helpers.real import real, settled
 from tests.helpers.tiny import QUESTION, picture
 from xmodal_interp import figures
 from xmodal_interp.errors import GeometryError, InputError, LayerError
-from xmodal_interp.figures.placement import place_of
-from xmodal_interp.figures.scales import check_show, scale_for
+from xmodal_interp.figures.placement import placed_image
+from xmodal_interp.figures.scales import check_show, color_scale
 from xmodal_interp.sample import Sample
 
 
@@ -139,7 +139,7 @@ def test_before_and_after_share_a_scale_and_the_change_has_its_own() -> None:
 
 def test_maps_of_tokens_and_of_patches() -> None:
     sample = sample_of("qwen2_vl")
-    grid = place_of(sample).grid
+    grid = placed_image(sample).grid
     tokens = np.arange(len(grid.places), dtype=float)
     figure = figures.map_overlays(
         sample, {"flat": tokens, "grid": sample.grid(tokens)}, "relevance", power=1
@@ -157,7 +157,7 @@ def test_maps_of_tokens_and_of_patches() -> None:
         "vision positions (18 x 32)."
     )
     with pytest.raises(InputError) as meaning:
-        inspect.unwrap(scale_for)("sum", [tokens], "x")
+        inspect.unwrap(color_scale)("sum", [tokens], "x")
     assert str(meaning.value) == "meaning must be one of amount, difference, ratio; got 'sum'."
 
 
@@ -228,10 +228,10 @@ def test_errors() -> None:
     with pytest.raises(InputError) as show:
         check_show("weight")
     assert str(show.value) == "show must be one of probability, share, lift; got 'weight'."
-    look = figures.Look()
+    look = figures.OverlayOptions()
     object.__setattr__(look, "hide", "outliers")
     with pytest.raises(InputError) as hide:
-        look.left_out(place_of(sample), sample.call(0))
+        look.left_out(placed_image(sample), sample.call(0))
     assert str(hide.value) == "hide must be 'sinks' or positions; got 'outliers'."
     with pytest.raises(InputError) as nowhere:
         figures.map_overlays(sample, {"flat": np.ones(6)}, "x", hide="sinks")
