@@ -57,6 +57,32 @@ def test_all_panels_have_one_scale_and_one_bar(show: str) -> None:
             assert panels(figure)[0].images[1].norm.vmax == pytest.approx(largest)
 
 
+def test_overlay_grids_have_a_panel_per_pair_of_facets() -> None:
+    sample = sample_of("qwen2_vl")
+    image = sample.where("image")
+    figure = figures.overlay_grid(sample, "red", None, [1, 3], rows="layer", columns="head")
+    drawn = [axes.images[1].get_array() for axes in panels(figure)]
+    assert titles(figure) == ["head 1", "head 3", "mean"]
+    assert [axes.get_ylabel() for axes in panels(figure)[::3]] == [f"layer {i}" for i in range(4)]
+    assert '"red", layer by layer, head by head' in words(figure)
+    for layer in range(4):
+        probs = sample.probs(layer, [1, 3], "red", image)[:, 0]
+        for cells, expected in zip(drawn[3 * layer :], (*probs, probs.mean(0)), strict=False):
+            np.testing.assert_allclose(cells, sample.grid(expected), rtol=1e-4)
+    alone = figures.overlay_grid(sample, ["red", "circle"], [0], 3, rows="query", columns=None)
+    assert [axes.get_ylabel() for axes in panels(alone)] == ['"red"', '"circle"']
+    for facets, message in (
+        (
+            {"rows": "head", "columns": "head"},
+            "rows and columns must be two of query, layer, head, or None; got 'head' and 'head'.",
+        ),
+        ({"layers": [0, 1]}, "Without the facet 'layer', layers must be one layer; got [0, 1]."),
+    ):
+        with pytest.raises(InputError) as error:
+            figures.overlay_grid(sample, "red", **facets)
+        assert str(error.value) == message
+
+
 def test_masked_tokens_are_transparent_not_zero() -> None:
     figure = figures.overlays(fake(), [1, 4, 9])
     hidden, some, none = (axes.images[1] for axes in panels(figure))

@@ -92,21 +92,24 @@ def overlay_grid(
             f"{quoted(rows)} and {quoted(columns)}."
         )
     drawing, placed = OverlayOptions(**options), placed_image(sample, image)
-    wanted = _layer_numbers(sample, placed, layers) if "layer" in facets else list(layers or ())
-    if "layer" not in facets and len(wanted) != 1:
+    layer_numbers = (
+        _layer_numbers(sample, placed, layers) if "layer" in facets else list(layers or ())
+    )
+    if "layer" not in facets and len(layer_numbers) != 1:
         raise InputError(f"Without the facet 'layer', layers must be one layer; got {layers}.")
     if "query" in facets:
         groups = query_groups(sample, placed, queries)
     else:
-        layer = wanted[0] if facets == {None} else None
+        layer = layer_numbers[0] if facets == {None} else None
         groups = [query_positions(sample, placed, queries, layer)]  # type: ignore[arg-type]
     positions = [position for group in groups for position in group]
-    read = [attention_on_image(sample, placed, positions, layer, heads) for layer in wanted]
+    read = [attention_on_image(sample, placed, positions, layer, heads) for layer in layer_numbers]
     left_out = [drawing.left_out(placed, one.call, heads) for one in read]
     stops = np.cumsum([len(group) for group in groups]).tolist()
-    # the panels of each facet: title and what it selects
+    single = "" if "query" in facets else named(sample, positions)
+    # what the rows or columns of each facet select, by title
     entries: dict[Facet | None, list[tuple[str, dict[str, Any]]]] = {
-        None: [("", {})],
+        None: [(single if facets == {None} else "", {})],
         "query": [
             (panel_name(sample, group), {"queries": range(stop - len(group), stop)})
             for group, stop in zip(groups, stops, strict=True)
@@ -118,28 +121,25 @@ def overlay_grid(
     def panel(title: str, layer: int = 0, **part: Any) -> Panel:
         return _attention_panel(title, read[layer], drawing, left_out[layer], **part)
 
-    grid = [
-        [panel("" if r else title, **row, **column) for title, column in entries[columns]]
+    panels = [
+        panel("" if r else title, **row, **column)
         for r, (_, row) in enumerate(entries[rows])
+        for title, column in entries[columns]
     ]
-    if facets == {None}:
-        grid = [[panel(named(sample, positions))]]
+    panels = with_scale(
+        panels, drawing.scale([each.values for each in panels if each.values is not None])
+    )
+    n_cols, row_titles = len(entries[columns]), [title for title, _ in entries[rows]]
+    shown: list[Sequence[Panel]]
+    if rows is None:
+        shown, row_titles = in_rows([Panel(placed.name), *panels]), []
+    else:
+        shown = [panels[i : i + n_cols] for i in range(0, len(panels), n_cols)]
     where = [
-        *([] if "query" in facets or facets == {None} else [named(sample, positions)]),
+        *([single] if single and facets != {None} else []),
         "layer by layer" if "layer" in facets else layer_name(read[0].call),
         "head by head" if "head" in facets else heads_name(read[0].call, heads),
     ]
-    flat = [each for row in grid for each in row]
-    flat = with_scale(
-        flat, drawing.scale([each.values for each in flat if each.values is not None])
-    )
-    n_cols = len(grid[0])
-    shown: list[Sequence[Panel]] = (
-        in_rows([Panel(placed.name), *flat])
-        if rows is None
-        else [flat[i : i + n_cols] for i in range(0, len(flat), n_cols)]
-    )
-    row_titles = [title for title, _ in entries[rows]] if rows else []
     title = f"{about(sample)}\n{', '.join(where)}"
     return saved(panel_figure(placed, shown, drawing, title, row_titles), path)
 
@@ -378,10 +378,10 @@ def _head_entries(read: ImageAttention) -> list[tuple[str, dict[str, Any]]]:
 def _layer_numbers(sample: Sample, placed: PlacedImage, layers: Sequence[int] | None) -> list[int]:
     """Return the numbers of the layers; all recorded ones if None."""
     recorded = sample.layers(kind=placed.kind)
-    wanted = recorded if layers is None else layers
-    row = entries_of(wanted)
-    if row is None or isinstance(wanted, SupportsIndex) or not len(row):
+    layer_numbers = recorded if layers is None else layers
+    row = entries_of(layer_numbers)
+    if row is None or isinstance(layer_numbers, SupportsIndex) or not len(row):
         raise InputError(
             f"layers must be a list of at least one layer, such as [0, -1]; got {quoted(layers)}."
         )
-    return numbers(wanted, "layer", max(recorded, default=-1) + 1)
+    return numbers(layer_numbers, "layer", max(recorded, default=-1) + 1)

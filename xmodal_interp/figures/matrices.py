@@ -108,9 +108,9 @@ def attention_matrix(
         below = max(side - height - 0.3, 0.1)
         grid = picture.add_gridspec(2, 2, width_ratios=(side, width), height_ratios=(height, below))
         axes = picture.add_subplot(grid[:, 0])
-        beside = picture.add_subplot(grid[0, 1])
-        _draw_block(beside, block, rows, placed, scale, (width, height))
-        beside.set_title("text after the image \u2192 image " + placed.cells)
+        zoom_axes = picture.add_subplot(grid[0, 1])
+        _draw_block(zoom_axes, block, rows, placed, scale, (width, height))
+        zoom_axes.set_title("text after the image \u2192 image " + placed.cells)
         if min(below, width * placed.grid.height / placed.grid.width) > 0.9:
             _draw_legend_image(picture.add_subplot(grid[1, 1]), placed)
     draw_matrix(axes, values, matrix.rows, matrix.columns, scale, (side, side))

@@ -171,11 +171,11 @@ def name_blocks(
         for column in columns.runs():
             width = (x[column.stop] - x[column.start]) * inches[0] / x[-1]
             height = (y[row.stop] - y[row.start]) * inches[1] / y[-1]
-            words = text(row, column)
-            if height < 0.22 or width < 0.062 * len(words) + 0.15:
+            label = text(row, column)
+            if height < 0.22 or width < 0.062 * len(label) + 0.15:
                 continue
             axes.annotate(
-                words,
+                label,
                 (x[column.stop], y[row.start]),
                 (-4, -4),
                 textcoords="offset points",

@@ -163,13 +163,13 @@ def axis_labels(selection: MatrixSelection) -> tuple[AxisLabels, AxisLabels]:
         InputError: The number of names differs from the number of queries or keys.
     """
     call = selection.found()
-    held = call.query_positions.cpu().numpy()
+    queries = call.query_positions.cpu().numpy()
     sample = selection.source if isinstance(selection.source, Sample) else None
     if sample is not None and selection.tower == "language":
         text = labels_of(sample.tokens)
         crossed = selection.kind == "cross" and sample.cross_keys is not None
         keys = labels_of(sample.cross_keys) if crossed else text  # type: ignore[arg-type]
-        return text.take(held), keys
+        return text.take(queries), keys
     if sample is not None and selection.tower == "vision" and selection.call < len(sample.grids):
         outside = sample.grids[selection.call].patch_places[:, 0] < 0
         if len(outside) == call.n_keys == call.n_queries:

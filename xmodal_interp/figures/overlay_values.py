@@ -162,13 +162,13 @@ def query_positions(
 
 def _advice(call: AttentionCall, keys: Tensor, last: int) -> str:
     rows = call.query_positions
-    sees = call.visible(rows)[..., keys].any(-1).flatten(0, 1).any(0).cpu()
-    seeing = rows.cpu()[sees]
-    if not len(seeing):
+    can_see = call.visible(rows)[..., keys].any(-1).flatten(0, 1).any(0).cpu()
+    rows_that_see = rows.cpu()[can_see]
+    if not len(rows_that_see):
         return "No recorded query can."
-    if bool((seeing > last).any()):
+    if bool((rows_that_see > last).any()):
         return "Choose a later position."
-    return f"Choose a position from {int(seeing.min())} to {int(seeing.max())}."
+    return f"Choose a position from {int(rows_that_see.min())} to {int(rows_that_see.max())}."
 
 
 def query_groups(

@@ -78,9 +78,9 @@ class PlacedImage:
         """
         if self.shares is None:
             return values
-        held = ~np.isnan(values)
-        amounts = np.where(held, values, 0.0) @ self.shares
-        parts = held.astype(float) @ self.shares
+        known = ~np.isnan(values)
+        amounts = np.where(known, values, 0.0) @ self.shares
+        parts = known.astype(float) @ self.shares
         with np.errstate(invalid="ignore"):
             return np.where(parts > 0, amounts / parts if mean else amounts, np.nan)
 
@@ -183,13 +183,13 @@ def extent(grid: ImageGrid) -> tuple[float, float, float, float]:
     Raises:
         GeometryError: The boxes are not the cells of one regular grid.
     """
-    held = (grid.places[:, 0] >= 0) & ~np.isnan(grid.boxes).any(1)
-    if not held.any():
+    with_box = (grid.places[:, 0] >= 0) & ~np.isnan(grid.boxes).any(1)
+    if not with_box.any():
         raise GeometryError(
             "No token of this image has a box, so nothing can be drawn on it. Draw an attention "
             "matrix instead."
         )
-    boxes, (row, col) = grid.boxes[held], grid.places[held].T
+    boxes, (row, col) = grid.boxes[with_box], grid.places[with_box].T
     width, height = (boxes[:, 2:] - boxes[:, :2]).mean(0)
     x, y = float((boxes[:, 0] - col * width).mean()), float((boxes[:, 1] - row * height).mean())
     left, top = x + col * width, y + row * height
