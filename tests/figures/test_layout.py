@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from tests.analysis import fakes
-from tests.figures.made import fake, sample_of
+from tests.helpers import synthetic
+from tests.helpers.figure_samples import fake, sample_of
 from xmodal_interp import figures
 
 LONG = "What color is the red circle that is to the left of the yellow square and the cross ?"
@@ -28,8 +28,8 @@ HEADS = pd.DataFrame({"layer": [0, 0, 1, 1], "head": [0, 1, 0, 1], "drop": [0.1,
         lambda: figures.token_patch_matrix(sample_of("qwen2_vl")),
         lambda: figures.mask_structure(sample_of("llava")),
         lambda: figures.mask_structure(sample_of("mllama"), 1, kind="cross"),  # one key group
-        lambda: figures.mask_comparison({"a": sample_of("llava"), LONG: fakes.random_call(5)}),
-        lambda: figures.side_by_side({"a": sample_of("llava"), "b": fakes.random_call(5)}),
+        lambda: figures.mask_comparison({"a": sample_of("llava"), LONG: synthetic.random_call(5)}),
+        lambda: figures.side_by_side({"a": sample_of("llava"), "b": synthetic.random_call(5)}),
         lambda: figures.head_grid(
             HEADS, "drop", label="a label that is longer than its colour bar"
         ),
