@@ -180,17 +180,22 @@ def panel_figure(
         _note(placed, [panel for row in rows for panel in row], options),
     )
     grid = picture.subplots(len(rows), n_cols, squeeze=False)
-    of_scale: dict[int, list[Axes]] = {id(scale): [] for scale in scales}
+    parents: dict[int, list[tuple[int, Axes]]] = {id(scale): [] for scale in scales}
     for (r, c), axes in np.ndenumerate(grid):
         if c >= len(rows[r]):
             axes.remove()
             continue
         _draw_panel(axes, placed, rows[r][c], options, width)
-        of_scale.get(id(rows[r][c].scale), []).append(axes)
-    for axes, text in zip(grid[:, 0], row_titles, strict=bool(row_titles)):
-        axes.set_ylabel(escaped(text), rotation=0, ha="right", va="center")
+        parents.get(id(rows[r][c].scale), []).append((c, axes))
+        axes.xaxis.set_visible(False)
+        axes.yaxis.set_visible(bool(row_titles) and c == 0)
+        if row_titles and c == 0:
+            axes.set_ylabel(escaped(row_titles[r]), rotation=0, ha="right", va="center")
     for scale in scales:
-        scale.bar(picture, of_scale[id(scale)], tall)
+        found = parents[id(scale)]
+        # only the corners: the layout measures the colour bar once per panel that it belongs to
+        corners = (found[0], found[-1], max(found, key=lambda each: each[0]))
+        scale.bar(picture, list(dict.fromkeys(axes for _, axes in corners)), tall)
     return picture
 
 
