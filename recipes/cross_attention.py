@@ -48,7 +48,10 @@ def main(
         peak = np.unravel_index(np.nanargmax(sample.grid(probs)), sample.grid(probs).shape)
         typer.echo(f"  {phrase!r} attends most to row {peak[0]}, column {peak[1]}")
     figures.side_by_side(
-        {f"cross-attention, layer {i}": figures.View(sample, i, kind="cross") for i in layers},
+        {
+            f"cross-attention, layer {i}": figures.MatrixSelection(sample, i, kind="cross")
+            for i in layers
+        },
         path=folder / "cross_attention.png",
     )
     maps = {

@@ -43,9 +43,9 @@ def main(
     llm = recording.calls[0]
     vit = sample.call(0, tower="vision")
     views = {
-        "LLM: text only": figures.View(llm),
-        "ViT: patches only": figures.View(vit),
-        f"VLM: {vlm.family.model_type}": figures.View(sample, layer=0),
+        "LLM: text only": figures.MatrixSelection(llm),
+        "ViT: patches only": figures.MatrixSelection(vit),
+        f"VLM: {vlm.family.model_type}": figures.MatrixSelection(sample, layer=0),
     }
     rows = [
         {"model": "LLM", "block": "text-text", **above_diagonal(llm.visible()[0, 0])},

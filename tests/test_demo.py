@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from xmodal_interp.demo import run_demo
-from xmodal_interp.demo.output_folder import MARK, workshop
+from xmodal_interp.demo.output_folder import FILE_LIST, staging_folder
 from xmodal_interp.demo.pipeline import Findings
 from xmodal_interp.errors import InputError
 from xmodal_interp.store import open_store
@@ -76,7 +76,7 @@ def earlier(findings, tmp_path) -> Path:
 
 
 def rewritten(folder: Path, names: tuple[str, ...] = ("report.md",), **options) -> None:
-    with workshop(folder, **options) as hidden:
+    with staging_folder(folder, **options) as hidden:
         for name in names:
             (hidden / name).parent.mkdir(exist_ok=True)
             (hidden / name).write_text("new")
@@ -89,7 +89,7 @@ def files_in(folder: Path) -> set[str]:
 def test_an_earlier_demo_is_replaced_and_other_files_are_kept(earlier) -> None:
     for _ in range(2):
         rewritten(earlier)
-        assert files_in(earlier) == {MARK, "report.md", "tables/mine.csv"}
+        assert files_in(earlier) == {FILE_LIST, "report.md", "tables/mine.csv"}
         assert (earlier / "report.md").read_text() == "new"
         assert (earlier / "tables" / "mine.csv").read_text() == "years,of,work"
     assert not (earlier / "pictures").exists()
@@ -114,7 +114,7 @@ def test_changed_files_are_not_overwritten(earlier) -> None:
     )
     assert (earlier / "report.md").read_text() == "my notes"
     rewritten(earlier, force=True)
-    assert files_in(earlier) == {MARK, "report.md", "tables/mine.csv"}
+    assert files_in(earlier) == {FILE_LIST, "report.md", "tables/mine.csv"}
 
 
 def test_other_files_of_the_same_names_are_left_alone(earlier) -> None:
@@ -136,7 +136,7 @@ def test_links_are_not_followed_and_no_file_outside_is_removed(earlier, tmp_path
     digest = hashlib.sha256(b"work").hexdigest()
     for name in ("../precious.txt", str(precious)):  # a list that another program wrote
         listed = {"made_by": "xmodal demo", "files": {name: digest}}
-        (earlier / MARK).write_text(json.dumps(listed))
+        (earlier / FILE_LIST).write_text(json.dumps(listed))
         with pytest.raises(InputError, match="contains files that the demo did not write"):
             rewritten(earlier)
     assert precious.read_text() == "work"
@@ -159,4 +159,4 @@ def test_a_folder_with_other_files_is_an_error(tmp_path) -> None:
     )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     rewritten(tmp_path, force=True)
-    assert files_in(tmp_path) == {MARK, "report.md", "thesis.tex"}
+    assert files_in(tmp_path) == {FILE_LIST, "report.md", "thesis.tex"}

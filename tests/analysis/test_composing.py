@@ -17,6 +17,7 @@ from tests.helpers.tiny import QUESTION, tiny_vlm
 from xmodal_interp import figures
 from xmodal_interp.errors import GeometryError, InputError, NotRecordedError
 from xmodal_interp.evaluation import pointing_hits
+from xmodal_interp.figures.placement import placed_image
 
 SIZE = (150, 70)
 TYPES = ["blip-2", "instructblip", "idefics2", "aria", "kosmos-2", "kosmos-2.5"]
@@ -146,7 +147,7 @@ def test_overlays_and_the_pointing_game_use_patches(tmp_path: Path) -> None:
     sample = sample_of("blip-2")
     probs = sample.probs(-1, queries="circle", keys=sample.where("image")).mean((0, 1))
     expected = xi.on_patches(sample, probs)
-    place = figures.placement.place_of(sample)
+    place = placed_image(sample)
     assert np.allclose(place.on_grid(place.on_cells(probs.double().numpy())), expected, atol=1e-6)
     lift = place.on_cells(np.full(8, 3.0), mean=True)
     assert np.allclose(lift[~np.isnan(lift)], 3.0)

@@ -14,10 +14,10 @@ from tests.helpers.tiny import picture, tiny_vlm
 from xmodal_interp import figures
 from xmodal_interp.capturing.run import Keep
 from xmodal_interp.errors import InputError
-from xmodal_interp.figures import matrix_sources
-from xmodal_interp.figures.matrix_axes import Labels, draw_matrix, labels_of
+from xmodal_interp.figures import matrix_selection
+from xmodal_interp.figures.mask_figures import measured, visible_shares
+from xmodal_interp.figures.matrix_axes import AxisLabels, draw_matrix, labels_of
 from xmodal_interp.figures.scales import scale_of
-from xmodal_interp.figures.visibility import measured, visible_shares
 
 
 def test_the_matrix_has_every_visible_cell_and_greys_masked_ones() -> None:
@@ -58,7 +58,7 @@ def test_text_tokens_have_single_labels_and_images_one_label() -> None:
 
 def test_many_short_runs_have_no_lines_and_a_legend() -> None:
     groups = ("special", *["image 0"] * 100, *["text", "special"] * 40)
-    labels = Labels(tuple("" if name == "image 0" else "word" for name in groups), groups)
+    labels = AxisLabels(tuple("" if name == "image 0" else "word" for name in groups), groups)
     page = Figure((3, 3))
     axes = page.add_axes((0.3, 0.3, 0.6, 0.6))
     values = np.ones((len(groups), len(groups)))
@@ -103,9 +103,9 @@ def test_only_recorded_queries_are_drawn() -> None:
 
 
 def test_named_tokens_are_widened_only_if_they_fit() -> None:
-    few = Labels(("a", *[""] * 500, "b"), ("text", *["image 0"] * 500, "text"))
+    few = AxisLabels(("a", *[""] * 500, "b"), ("text", *["image 0"] * 500, "text"))
     assert few.widths(5.0).tolist() == [13, *[1] * 500, 13]  # 0.115 inches of 5 each
-    many = Labels(("a",) * 100 + ("",) * 500, ("text",) * 100 + ("image 0",) * 500)
+    many = AxisLabels(("a",) * 100 + ("",) * 500, ("text",) * 100 + ("image 0",) * 500)
     assert many.widths(5.0).max() == 1
     assert [(run.group, run.stop) for run in many.runs()] == [("text", 100), ("image 0", 600)]
     groups = labels_of(fake().tokens).groups
@@ -114,7 +114,7 @@ def test_named_tokens_are_widened_only_if_they_fit() -> None:
 
 def test_visible_shares_are_computed_from_the_mask() -> None:
     sample = fake()
-    view = figures.View(sample)
+    view = figures.MatrixSelection(sample)
     shares = visible_shares(view)
     assert shares.loc["image 0", "image 0"] == pytest.approx(7 / 12)
     assert shares.loc["image 0", "generated"] == 0
@@ -125,7 +125,7 @@ def test_visible_shares_are_computed_from_the_mask() -> None:
     block = torch.ones(11, 11, dtype=torch.bool).tril()
     block[2:8, 2:8] = True  # bidirectional attention within the image, as in Gemma 3
     both_ways = fake(call=synthetic.random_call(11, mask=block[None, None]))
-    assert measured(figures.View(both_ways)).endswith("text: 0%, image 0: 100%")
+    assert measured(figures.MatrixSelection(both_ways)).endswith("text: 0%, image 0: 100%")
     figure = figures.mask_structure(both_ways)
     drawn = figure.axes[0].images[0].get_array()
     np.testing.assert_array_equal(drawn.astype(bool), block.numpy())
@@ -137,7 +137,7 @@ def test_masks_side_by_side_have_visible_shares() -> None:
     figure = figures.mask_comparison(
         {
             "VLM": sample,
-            "ViT": figures.View(sample, tower="vision"),
+            "ViT": figures.MatrixSelection(sample, tower="vision"),
             "cross": sample_of("mllama").call(1, kind="cross"),
         }
     )
@@ -146,15 +146,16 @@ def test_masks_side_by_side_have_visible_shares() -> None:
         "ViT\nvision layer 2",
         "cross\nlanguage cross-attention layer 1",
     ]
-    assert "visible: 100.0% of all cells\nvisible keys after the query: image 0: 100%" in words(
-        figure
-    )
+    shares = "visible: 100.0% of all cells\nvisible keys after the query: image 0: 100%"
+    assert figure.axes[1].get_xlabel() == f"key\n{shares}"
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_towers_side_by_side_note_whether_they_share_a_scale(shared: bool) -> None:
     sample, bare = fake(), synthetic.random_call(5, tower="vision", causal=False)
-    named = figures.View(bare, head=0, query_names=list("abcde"), key_names=list("vwxyz"))
+    named = figures.MatrixSelection(
+        bare, head=0, query_names=list("abcde"), key_names=list("vwxyz")
+    )
     figure = figures.side_by_side({"VLM": sample, "ViT": bare, "one head": named}, shared=shared)
     matrices = [axes for axes in figure.axes if axes.get_title()]
     assert titles(figure)[2] == "one head\nvision layer 0, head 0"
@@ -182,12 +183,12 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             lambda: figures.side_by_side({}),
-            "sources must be a mapping from titles to samples, calls or views, such as "
+            "sources must be a mapping from titles to samples, calls or selections, such as "
             "{'before': sample}; got an empty one.",
         ),
         (
             lambda: figures.side_by_side(
-                {"x": figures.View(synthetic.random_call(3), key_names=["a"])}
+                {"x": figures.MatrixSelection(synthetic.random_call(3), key_names=["a"])}
             ),
             "key_names must have 3 names, one per key of language self-attention, layer 0, call 0; "
             "got 1.",
@@ -207,7 +208,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     alone = figures.mask_structure(differing, head=3).axes[0].images[0].get_array()
     np.testing.assert_array_equal(alone, np.eye(11))
-    monkeypatch.setattr(matrix_sources, "MOST_CELLS", 100)
+    monkeypatch.setattr(matrix_selection, "MOST_CELLS", 100)
     with pytest.raises(InputError) as size:
         figures.attention_matrix(fake())
     assert str(size.value) == (

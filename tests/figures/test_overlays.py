@@ -15,8 +15,8 @@ from tests.helpers.real import real, settled
 from tests.helpers.tiny import QUESTION, picture
 from xmodal_interp import figures
 from xmodal_interp.errors import GeometryError, InputError, LayerError
-from xmodal_interp.figures.placement import place_of
-from xmodal_interp.figures.scales import check_show, scale_for
+from xmodal_interp.figures.placement import placed_image
+from xmodal_interp.figures.scales import check_show, color_scale
 from xmodal_interp.sample import Sample
 
 
@@ -55,6 +55,32 @@ def test_all_panels_have_one_scale_and_one_bar(show: str) -> None:
         if show != "lift":
             largest = max(float(axes.images[1].get_array().max()) for axes in panels(figure))
             assert panels(figure)[0].images[1].norm.vmax == pytest.approx(largest)
+
+
+def test_overlay_grids_have_a_panel_per_pair_of_facets() -> None:
+    sample = sample_of("qwen2_vl")
+    image = sample.where("image")
+    figure = figures.overlay_grid(sample, "red", None, [1, 3], rows="layer", columns="head")
+    drawn = [axes.images[1].get_array() for axes in panels(figure)]
+    assert titles(figure) == ["head 1", "head 3", "mean"]
+    assert [axes.get_ylabel() for axes in panels(figure)[::3]] == [f"layer {i}" for i in range(4)]
+    assert '"red", layer by layer, head by head' in words(figure)
+    for layer in range(4):
+        probs = sample.probs(layer, [1, 3], "red", image)[:, 0]
+        for cells, expected in zip(drawn[3 * layer :], (*probs, probs.mean(0)), strict=False):
+            np.testing.assert_allclose(cells, sample.grid(expected), rtol=1e-4)
+    alone = figures.overlay_grid(sample, ["red", "circle"], [0], 3, rows="query", columns=None)
+    assert [axes.get_ylabel() for axes in panels(alone)] == ['"red"', '"circle"']
+    for facets, message in (
+        (
+            {"rows": "head", "columns": "head"},
+            "rows and columns must be two of query, layer, head, or None; got 'head' and 'head'.",
+        ),
+        ({"layers": [0, 1]}, "Without the facet 'layer', layers must be one layer; got [0, 1]."),
+    ):
+        with pytest.raises(InputError) as error:
+            figures.overlay_grid(sample, "red", **facets)
+        assert str(error.value) == message
 
 
 def test_masked_tokens_are_transparent_not_zero() -> None:
@@ -139,7 +165,7 @@ def test_before_and_after_share_a_scale_and_the_change_has_its_own() -> None:
 
 def test_maps_of_tokens_and_of_patches() -> None:
     sample = sample_of("qwen2_vl")
-    grid = place_of(sample).grid
+    grid = placed_image(sample).grid
     tokens = np.arange(len(grid.places), dtype=float)
     figure = figures.map_overlays(
         sample, {"flat": tokens, "grid": sample.grid(tokens)}, "relevance", power=1
@@ -157,7 +183,7 @@ def test_maps_of_tokens_and_of_patches() -> None:
         "vision positions (18 x 32)."
     )
     with pytest.raises(InputError) as meaning:
-        inspect.unwrap(scale_for)("sum", [tokens], "x")
+        inspect.unwrap(color_scale)("sum", [tokens], "x")
     assert str(meaning.value) == "meaning must be one of amount, difference, ratio; got 'sum'."
 
 
@@ -228,10 +254,10 @@ def test_errors() -> None:
     with pytest.raises(InputError) as show:
         check_show("weight")
     assert str(show.value) == "show must be one of probability, share, lift; got 'weight'."
-    look = figures.Look()
+    look = figures.OverlayOptions()
     object.__setattr__(look, "hide", "outliers")
     with pytest.raises(InputError) as hide:
-        look.left_out(place_of(sample), sample.call(0))
+        look.left_out(placed_image(sample), sample.call(0))
     assert str(hide.value) == "hide must be 'sinks' or positions; got 'outliers'."
     with pytest.raises(InputError) as nowhere:
         figures.map_overlays(sample, {"flat": np.ones(6)}, "x", hide="sinks")

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from tests.helpers import synthetic
 from tests.helpers.figure_samples import fake, sample_of
 from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.figures import drawing
-from xmodal_interp.figures.placement import extent, of_patches, place_of, uncovered
+from xmodal_interp.figures import overlay_panels
+from xmodal_interp.figures.placement import extent, placed_image, uncovered, with_patches
 from xmodal_interp.figures.scales import scale_of
 
 
@@ -16,7 +16,7 @@ from xmodal_interp.figures.scales import scale_of
     ("family", "expected"), [("llava", (32, 128, 96, 0)), ("qwen2_vl", (0, 128, 72, 0))]
 )
 def test_the_map_covers_the_token_boxes(family: str, expected: tuple[float, ...]) -> None:
-    place = place_of(sample_of(family))
+    place = placed_image(sample_of(family))
     boxes = place.grid.boxes
     assert extent(place.grid) == pytest.approx(expected)
     left, top, right, bottom = boxes[:, 0].min(), boxes[:, 1].min(), *boxes[:, 2:].max(0)
@@ -26,12 +26,12 @@ def test_the_map_covers_the_token_boxes(family: str, expected: tuple[float, ...]
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
 def test_every_token_is_drawn_inside_its_box(family: str) -> None:
     """The drawn array has a token's value at the centre of the token's box."""
-    place = place_of(sample_of(family))
+    place = placed_image(sample_of(family))
     values = np.arange(len(place.keys), dtype=float)
     axes = Figure().add_subplot()
-    drawing.draw_image(axes, place)
+    overlay_panels.draw_image(axes, place)
     scale = scale_of("probability", [values])
-    drawn = drawing.draw_map(axes, place, place.on_grid(values), scale, smooth=False)
+    drawn = overlay_panels.draw_map(axes, place, place.on_grid(values), scale, smooth=False)
     left, right, bottom, top = drawn.get_extent()
     cells = drawn.get_array()
     assert cells is not None
@@ -49,16 +49,19 @@ def test_every_token_is_drawn_inside_its_box(family: str) -> None:
 
 
 def test_cropped_borders_and_empty_cells_are_uncovered() -> None:
-    assert uncovered(place_of(sample_of("llava"))) == [(0, 0, 32, 96), (128, 0, 160, 96)]
-    assert uncovered(place_of(sample_of("qwen2_vl"))) == []
+    assert uncovered(placed_image(sample_of("llava"))) == [(0, 0, 32, 96), (128, 0, 160, 96)]
+    assert uncovered(placed_image(sample_of("qwen2_vl"))) == []
     grid = synthetic.grid(1, 3)
     hole = dataclasses.replace(grid, places=grid.places[:2], boxes=grid.boxes[:2])
-    place = dataclasses.replace(place_of(fake()), grid=hole)
+    place = dataclasses.replace(placed_image(fake()), grid=hole)
     assert uncovered(place) == [(20, 0, 30, 10)]
 
 
 def test_patches_are_finer_than_merged_tokens() -> None:
-    token, patch = (place_of(sample_of("qwen2_vl")), of_patches(place_of(sample_of("qwen2_vl"))))
+    token, patch = (
+        placed_image(sample_of("qwen2_vl")),
+        with_patches(placed_image(sample_of("qwen2_vl"))),
+    )
     assert patch.grid.rows == 2 * token.grid.rows
     assert extent(patch.grid) == extent(token.grid)
     merged = patch.grid.boxes.reshape(-1, 4, 4)  # four consecutive patches are one token
@@ -67,11 +70,11 @@ def test_patches_are_finer_than_merged_tokens() -> None:
 
 
 def test_names_of_boxes_stay_inside_the_image_and_do_not_overlap() -> None:
-    place = place_of(sample_of("qwen2_vl"))
+    place = placed_image(sample_of("qwen2_vl"))
     axes = Figure(figsize=(3, 2)).add_axes((0, 0, 1, 1))
-    drawing.draw_image(axes, place)
+    overlay_panels.draw_image(axes, place)
     boxes = {"yellow circle": (90.0, 2, 110, 20), "yellow square": (95.0, 24, 115, 40)}
-    drawing.draw_boxes(axes, place, boxes)
+    overlay_panels.draw_boxes(axes, place, boxes, inches=3.0)
     axes.figure.draw_without_rendering()
     first, second = (text.get_window_extent() for text in axes.texts)
     assert not first.overlaps(second)
@@ -84,13 +87,13 @@ def test_names_of_boxes_stay_inside_the_image_and_do_not_overlap() -> None:
 def test_errors() -> None:
     text_only = synthetic.sample_of("btto", [synthetic.random_call(4)])
     with pytest.raises(InputError) as none:
-        place_of(text_only)
+        placed_image(text_only)
     assert str(none.value) == "Sample 'fake' has no image to draw on. Capture it with an image."
     with pytest.raises(InputError) as number:
-        place_of(fake(), 2)
+        placed_image(fake(), 2)
     assert str(number.value) == "image must be between 0 and 0; got 2."
     with pytest.raises(InputError) as pixels:
-        place_of(dataclasses.replace(fake(), images=()))
+        placed_image(dataclasses.replace(fake(), images=()))
     assert str(pixels.value) == (
         "Sample 'fake' has the grids of 1 images, but the pixels of 0. Add the images with "
         "dataclasses.replace(sample, images=...)."

@@ -17,12 +17,12 @@ from pathlib import Path
 from xmodal_interp.errors import InputError
 from xmodal_interp.store import store_around
 
-MARK, WORKSHOP = ".xmodal-demo", ".writing-demo"
+FILE_LIST, _STAGING = ".xmodal-demo", ".writing-demo"
 _MADE_BY = "xmodal demo"
 
 
 @contextmanager
-def workshop(folder: Path, *, force: bool = False) -> Iterator[Path]:
+def staging_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a hidden folder for the demo's files; after the block they are moved to ``folder``.
 
     Args:
@@ -35,30 +35,30 @@ def workshop(folder: Path, *, force: bool = False) -> Iterator[Path]:
             alone shows the problem, else after it.
     """
     earlier = _earlier(folder, force=force)
-    hidden, is_new = folder / WORKSHOP, not folder.exists()
-    _remove_workshop(hidden)
+    hidden, is_new = folder / _STAGING, not folder.exists()
+    _remove_staging(hidden)
     hidden.mkdir(parents=True)
     try:
         yield hidden
         _place(hidden, folder, earlier, force=force)
     finally:
-        _remove_workshop(hidden)
+        _remove_staging(hidden)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
 
 
 def _earlier(folder: Path, *, force: bool) -> dict[str, str]:
     """Return the files that an earlier demo wrote, and their checksums."""
-    around = store_around(folder / MARK)
+    around = store_around(folder / FILE_LIST)
     if around is not None:
         raise InputError(
             f"{str(folder)!r} belongs to the store {str(around)!r}, where the demo must not be "
             "written. Choose another folder."
         )
     inside = [each.name for each in folder.iterdir()] if folder.exists() else []
-    if not {*inside} - {WORKSHOP}:
+    if not {*inside} - {_STAGING}:
         return {}
-    made = _listed(folder / MARK)
+    made = _listed(folder / FILE_LIST)
     if made is None:
         if force:
             return {}
@@ -75,18 +75,18 @@ def _earlier(folder: Path, *, force: bool) -> dict[str, str]:
     return made
 
 
-def _listed(mark: Path) -> dict[str, str] | None:
+def _listed(path: Path) -> dict[str, str] | None:
     """Return the file list of an earlier demo, or None if it does not exist or is damaged."""
     try:
-        listed = json.loads(mark.read_text("utf-8"))
+        listed = json.loads(path.read_text("utf-8"))
         files = dict(listed["files"]) if listed["made_by"] == _MADE_BY else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    plain = files is not None and all(
+    valid = files is not None and all(
         isinstance(digest, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
         for name, digest in files.items()
     )
-    return files if plain else None
+    return files if valid else None
 
 
 def _place(hidden: Path, folder: Path, earlier: dict[str, str], *, force: bool) -> None:
@@ -108,7 +108,9 @@ def _place(hidden: Path, folder: Path, earlier: dict[str, str], *, force: bool) 
             f"{str(folder)!r} contains files that the demo did not write, at the paths of "
             f"{_some(theirs)}. Choose another folder, or pass --force to overwrite them."
         )
-    _write_mark(folder, {**earlier, **made})  # a demo that is interrupted here can be run again
+    _write_file_list(
+        folder, {**earlier, **made}
+    )  # a demo that is interrupted here can be run again
     for name, digest in earlier.items():
         if _digest(folder / name) == digest and not _is_blocked(folder, name):
             (folder / name).unlink()
@@ -120,14 +122,14 @@ def _place(hidden: Path, folder: Path, earlier: dict[str, str], *, force: bool) 
         inside = folder / empty
         if inside.is_dir() and not inside.is_symlink() and not any(inside.iterdir()):
             inside.rmdir()
-    _write_mark(folder, made)
+    _write_file_list(folder, made)
 
 
-def _write_mark(folder: Path, made: dict[str, str]) -> None:
+def _write_file_list(folder: Path, made: dict[str, str]) -> None:
     text = json.dumps({"made_by": _MADE_BY, "files": made}, indent=1)
-    hidden = folder / WORKSHOP / MARK
+    hidden = folder / _STAGING / FILE_LIST
     hidden.write_text(f"{text}\n", "utf-8")
-    hidden.replace(folder / MARK)
+    hidden.replace(folder / FILE_LIST)
 
 
 def _is_blocked(folder: Path, name: str) -> bool:
@@ -141,7 +143,7 @@ def _is_blocked(folder: Path, name: str) -> bool:
     return wrong or linked or (folder / name).is_dir()
 
 
-def _remove_workshop(hidden: Path) -> None:
+def _remove_staging(hidden: Path) -> None:
     if hidden.is_symlink():
         raise InputError(
             f"{str(hidden)!r} is a symbolic link. Remove it, or choose another folder."

@@ -1,14 +1,12 @@
 """Run the demo: answers, store, tables, pictures, report.
 
-1. Draw held-out scenes, and create one question of every kind about each.
+1. Draw scenes that were held out of training, and create one question of every kind about each.
 2. Capture the shipped model on the colour questions into a store, and the untrained model on some
    of them.
 3. Generate answers to other questions.
 4. Measure which heads attend to the object asked about, the share of attention on the image, the
    loss of accuracy when heads are removed, and the bias of attention by position.
 5. Draw the pictures and write the report.
-
-Input of the demo: held-out scenes, and one question of every kind about each.
 """
 
 from __future__ import annotations
@@ -39,8 +37,8 @@ from xmodal_interp.analysis.answers import same_answer
 from xmodal_interp.arguments import user_path
 from xmodal_interp.capturing.dataset import capture_dataset
 from xmodal_interp.capturing.run import Keep, capture, capture_batch
-from xmodal_interp.demo.output_folder import workshop
-from xmodal_interp.demo.report import draw_all, telling, write_report
+from xmodal_interp.demo.output_folder import staging_folder
+from xmodal_interp.demo.report import draw_all, sentences, write_report
 from xmodal_interp.escaping import for_spreadsheets
 from xmodal_interp.evaluation import best_head, pointing_hits
 from xmodal_interp.models import VLM, load
@@ -50,54 +48,7 @@ from xmodal_interp.shapes.tiny_models import untrained
 from xmodal_interp.store import Store
 from xmodal_interp.vocabulary import LAST
 
-HELD_OUT = 2**40  # first part of the seed; training uses (seed, step), which is never this large
-
-
-def held_out_scenes(n_scenes: int) -> list[Scene]:
-    """Return scenes not used in training, each of which allows a question of every kind."""
-    scenes: list[Scene] = []
-    number = 0
-    while len(scenes) < n_scenes:
-        rng = np.random.default_rng((HELD_OUT, number))
-        scene = sample_scene(rng)
-        number += 1
-        if len(ask_all(scene, rng)) == len(KINDS):
-            scenes.append(scene)
-    return scenes
-
-
-def questions_about(scenes: list[Scene]) -> list[dict[str, Any]]:
-    """Return items for the analyses: image, prompt, answer, question kind and boxes.
-
-    ``box`` is the box of the object asked about, ``other_boxes`` are those of the other objects, in
-    pixels. Questions about the whole scene have neither.
-    """
-    items = []
-    for number, scene in enumerate(scenes):
-        image = scene.image()
-        rng = np.random.default_rng((HELD_OUT, number, 1))
-        for question in ask_all(scene, rng):
-            item: dict[str, Any] = {
-                "name": f"scene-{number:03d}-{question.kind}",
-                "image": image,
-                "prompt": question.text,
-                "answer": question.answer,
-                "kind": question.kind,
-                "subject": question.subject,
-            }
-            if question.thing is not None:
-                boxes = [list(thing.box) for thing in scene.things]
-                item["box"] = boxes.pop(question.thing)
-                item["other_boxes"] = boxes
-            items.append(item)
-    return items
-
-
-def of_kind(items: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
-    """Return the items of some question kinds."""
-    return [item for item in items if item["kind"] in kinds]
-
-
+_HELD_OUT = 2**40  # first part of the seed; training uses (seed, step), which is never this large
 _BATCH = 32
 _MEASURED = 12  # number of samples over which ratios are averaged
 _ABLATED = 8  # number of questions of each kind for head removal
@@ -133,7 +84,7 @@ def run_demo(folder: Path, *, n_scenes: int = 200, force: bool = False) -> Findi
         InputError: The folder holds such files and ``force`` is False, or is inside a store.
     """
     folder = user_path(folder)
-    with workshop(folder, force=force) as hidden:
+    with staging_folder(folder, force=force) as hidden:
         tables, lines = _run(hidden, n_scenes)
     return Findings(folder, tables, lines)
 
@@ -143,36 +94,36 @@ def _run(folder: Path, n_scenes: int) -> tuple[dict[str, pd.DataFrame], list[str
     vlm = load()
     items = questions_about(held_out_scenes(n_scenes))
     tables: dict[str, pd.DataFrame] = {}
-    with _steps() as step:
+    with _progress() as step:
         step("capturing attention")
         store = _store(vlm, items, folder)
         samples = list(store)
         step("answering more held-out questions")
         tables["accuracy"] = _accuracy(
-            samples, answer_accuracy(vlm, _asked(items), batch_size=_BATCH)
+            samples, answer_accuracy(vlm, _other_questions(items), batch_size=_BATCH)
         )
         step("capturing the untrained model")
         before = VLM(untrained("llava"), vlm.processor)
-        first = _captured(before, of_kind(items, "color")[: n_scenes // 3])
+        untrained_samples = _capture_all(before, of_kind(items, "color")[: n_scenes // 3])
         step("measuring attention to the object asked about")
-        tables |= _pointing(samples, first)
-        tables |= _ratio(samples, first)
+        tables |= _pointing(samples, untrained_samples)
+        tables |= _ratio(samples, untrained_samples)
         step("measuring blocks, positions and sinks")
         tables |= _positions(vlm, samples, items)
         step("removing heads, one by one")
         tables |= _removals(vlm, items)
         step("drawing pictures")
-        shown = _shown(vlm, before, items)
+        shown = _samples_for_pictures(vlm, before, items)
         tables["rollout"] = attention_rollout(shown["after"], shown["phrase"], baseline="uniform")
         pictures = draw_all(shown, tables, store, folder / "pictures")
     _write_tables(tables, folder / "tables")
-    lines = telling(tables, n_scenes)
+    lines = sentences(tables, n_scenes)
     write_report(folder, vlm, tables, pictures, lines)
     return tables, lines
 
 
 @contextmanager
-def _steps() -> Iterator[Any]:
+def _progress() -> Iterator[Any]:
     """Show the current step and the elapsed time; yield a function that sets the step."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, transient=True) as progress:
@@ -180,7 +131,52 @@ def _steps() -> Iterator[Any]:
         yield lambda text: progress.update(task, description=text)
 
 
-def _asked(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def held_out_scenes(n_scenes: int) -> list[Scene]:
+    """Return scenes not used in training, each of which allows a question of every kind."""
+    scenes: list[Scene] = []
+    number = 0
+    while len(scenes) < n_scenes:
+        rng = np.random.default_rng((_HELD_OUT, number))
+        scene = sample_scene(rng)
+        number += 1
+        if len(ask_all(scene, rng)) == len(KINDS):
+            scenes.append(scene)
+    return scenes
+
+
+def questions_about(scenes: list[Scene]) -> list[dict[str, Any]]:
+    """Return items for the analyses: image, prompt, answer, question kind and boxes.
+
+    ``box`` is the box of the object asked about, ``other_boxes`` are those of the other objects, in
+    pixels. Questions about the whole scene have neither.
+    """
+    items = []
+    for number, scene in enumerate(scenes):
+        image = scene.image()
+        rng = np.random.default_rng((_HELD_OUT, number, 1))
+        for question in ask_all(scene, rng):
+            item: dict[str, Any] = {
+                "name": f"scene-{number:03d}-{question.kind}",
+                "image": image,
+                "prompt": question.text,
+                "answer": question.answer,
+                "kind": question.kind,
+                "subject": question.subject,
+            }
+            if question.thing is not None:
+                boxes = [list(thing.box) for thing in scene.things]
+                item["box"] = boxes.pop(question.thing)
+                item["other_boxes"] = boxes
+            items.append(item)
+    return items
+
+
+def of_kind(items: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
+    """Return the items of some question kinds."""
+    return [item for item in items if item["kind"] in kinds]
+
+
+def _other_questions(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one question per scene besides its colour question, and some descriptions.
 
     The kinds of the questions alternate over the scenes.
@@ -222,7 +218,7 @@ def _store(vlm: VLM, items: list[dict[str, Any]], folder: Path) -> Store:
     )
 
 
-def _captured(vlm: VLM, items: list[dict[str, Any]]) -> list[Sample]:
+def _capture_all(vlm: VLM, items: list[dict[str, Any]]) -> list[Sample]:
     samples: list[Sample] = []
     for start in range(0, len(items), _BATCH):
         part = items[start : start + _BATCH]
@@ -233,8 +229,8 @@ def _captured(vlm: VLM, items: list[dict[str, Any]]) -> list[Sample]:
     return samples
 
 
-def _pointing(samples: list[Sample], first: list[Sample]) -> dict[str, pd.DataFrame]:
-    trained, random = pointing_hits(samples), pointing_hits(first)
+def _pointing(samples: list[Sample], untrained_samples: list[Sample]) -> dict[str, pd.DataFrame]:
+    trained, random = pointing_hits(samples), pointing_hits(untrained_samples)
     return {
         "pointing": _rates(trained),
         "pointing_untrained": _rates(random),
@@ -252,14 +248,14 @@ def _rates(hits: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _ratio(samples: list[Sample], first: list[Sample]) -> dict[str, pd.DataFrame]:
+def _ratio(samples: list[Sample], untrained_samples: list[Sample]) -> dict[str, pd.DataFrame]:
     values = ["ratio", "null", "lift", "sink_free_lift"]
 
     def by_layer(these: list[Sample]) -> pd.DataFrame:
         table = cross_modal_ratio(these, queries=LAST, by=("layer",))
         return table.groupby("layer")[values].mean().reset_index()
 
-    untrained_table = by_layer(first[:_MEASURED])
+    untrained_table = by_layer(untrained_samples[:_MEASURED])
     table = by_layer(samples[:_MEASURED]).merge(
         untrained_table, on="layer", suffixes=("", "_untrained")
     )
@@ -274,7 +270,7 @@ def _positions(
     blank = [{**item, "image": item["image"].copy()} for item in of_kind(items, "color")[:16]]
     for item in blank:
         item["image"].paste((60, 60, 60), (0, 0, *item["image"].size))
-    control = _captured(vlm, blank)
+    control = _capture_all(vlm, blank)
     return {
         "blocks": block_statistics(full),
         "positions": positional_bias(full),
@@ -299,7 +295,7 @@ def _removals(vlm: VLM, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
     return {"pruning": pruning, "pruning_curve": curve}
 
 
-def _shown(vlm: VLM, before: VLM, items: list[dict[str, Any]]) -> dict[str, Any]:
+def _samples_for_pictures(vlm: VLM, before: VLM, items: list[dict[str, Any]]) -> dict[str, Any]:
     """Return samples for the pictures.
 
     These are a place question with all towers and queries, and a colour question on the untrained
@@ -308,8 +304,8 @@ def _shown(vlm: VLM, before: VLM, items: list[dict[str, Any]]) -> dict[str, Any]
     item = of_kind(items, "place")[3]
     after = capture(vlm, item["image"], item["prompt"], max_new_tokens=4)
     pointed = of_kind(items, "color")[0]  # the first sample of the store
-    first = capture(before, pointed["image"], pointed["prompt"], max_new_tokens=2)
-    return {"after": after, "pointed_before": first, "phrase": item["subject"]}
+    untrained_sample = capture(before, pointed["image"], pointed["prompt"], max_new_tokens=2)
+    return {"after": after, "pointed_before": untrained_sample, "phrase": item["subject"]}
 
 
 def _write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:

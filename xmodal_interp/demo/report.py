@@ -1,8 +1,7 @@
 """Report of the demo: ``report.html``, and the same content as ``report.md``.
 
-Findings of the demo as sentences, each with its number and a baseline.
-
-The pictures of the demo, in the order of the report.
+It holds the findings as sentences, each with its number and a baseline, then the pictures, the main
+tables and links to all tables.
 """
 
 from __future__ import annotations
@@ -26,7 +25,61 @@ from xmodal_interp.store import Store
 Tables = dict[str, pd.DataFrame]
 
 
-def telling(tables: Tables, n_scenes: int) -> list[str]:
+_SHOWN = ("accuracy", "best_head", "best_head_untrained", "ratio")
+
+
+def write_report(
+    folder: Path,
+    vlm: VLM,
+    tables: dict[str, pd.DataFrame],
+    pictures: list[Captioned],
+    lines: list[str],
+) -> None:
+    """Write both pages to ``folder``; links to pictures and tables are relative to it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        trim_blocks=True,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
+    )
+    content = {
+        "model": vlm.name.rsplit("/", 1)[-1],
+        "model_class": type(vlm.model).__name__,
+        "n_weights": sum(weight.numel() for weight in vlm.model.parameters()),
+        "n_asked": int(tables["accuracy"]["n"].sum()),
+        "lines": lines,
+        "pictures": [
+            (p.path.relative_to(folder).as_posix(), p.title, p.caption, _inches(p.path))
+            for p in pictures
+        ],
+        "tables": {name: _rounded(tables[name]) for name in _SHOWN},
+        "files": sorted(tables),
+    }
+    (folder / "report.html").write_text(environment.get_template("report.html").render(content))
+    markdown = jinja2.Environment(loader=jinja2.FunctionLoader(_template), trim_blocks=True)
+    markdown.filters["md"] = lambda value: markdown_escaped(str(value))
+    (folder / "report.md").write_text(markdown.get_template("report.md").render(content))
+
+
+def _template(name: str) -> str:
+    return (files("xmodal_interp.demo") / f"{name}.jinja").read_text()
+
+
+def _inches(path: Path) -> float:
+    """Return the drawn width of a picture, so that all pictures have one text size on the page."""
+    with Image.open(path) as image:
+        return round(float(image.width / image.info["dpi"][0]), 2)
+
+
+def _rounded(table: pd.DataFrame) -> dict[str, Any]:
+    rows = [
+        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row]
+        for row in table.itertuples(index=False)
+    ]
+    return {"columns": [str(column) for column in table.columns], "rows": rows}
+
+
+def sentences(tables: Tables, n_scenes: int) -> list[str]:
     """Return one line per finding of the tables; ``n_scenes`` is the number of scenes."""
     return [
         _answers(tables["accuracy"], n_scenes),
@@ -271,57 +324,3 @@ def _of_tables(tables: dict[str, pd.DataFrame]) -> list[_Planned]:
             partial(figures.raster_profiles, tables["raster_profile"]),
         ),
     ]
-
-
-_SHOWN = ("accuracy", "best_head", "best_head_untrained", "ratio")
-
-
-def write_report(
-    folder: Path,
-    vlm: VLM,
-    tables: dict[str, pd.DataFrame],
-    pictures: list[Captioned],
-    lines: list[str],
-) -> None:
-    """Write both pages to ``folder``; links to pictures and tables are relative to it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template),
-        autoescape=True,
-        trim_blocks=True,
-        finalize=lambda value: printable(value) if isinstance(value, str) else value,
-    )
-    content = {
-        "model": vlm.name.rsplit("/", 1)[-1],
-        "model_class": type(vlm.model).__name__,
-        "n_weights": sum(weight.numel() for weight in vlm.model.parameters()),
-        "n_asked": int(tables["accuracy"]["n"].sum()),
-        "lines": lines,
-        "pictures": [
-            (p.path.relative_to(folder).as_posix(), p.title, p.caption, _inches(p.path))
-            for p in pictures
-        ],
-        "tables": {name: _rounded(tables[name]) for name in _SHOWN},
-        "files": sorted(tables),
-    }
-    (folder / "report.html").write_text(environment.get_template("report.html").render(content))
-    plain = jinja2.Environment(loader=jinja2.FunctionLoader(_template), trim_blocks=True)
-    plain.filters["md"] = lambda value: markdown_escaped(str(value))
-    (folder / "report.md").write_text(plain.get_template("report.md").render(content))
-
-
-def _template(name: str) -> str:
-    return (files("xmodal_interp.demo") / f"{name}.jinja").read_text()
-
-
-def _inches(path: Path) -> float:
-    """Return the drawn width of a picture, so that all pictures have one text size on the page."""
-    with Image.open(path) as image:
-        return round(float(image.width / image.info["dpi"][0]), 2)
-
-
-def _rounded(table: pd.DataFrame) -> dict[str, Any]:
-    rows = [
-        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row]
-        for row in table.itertuples(index=False)
-    ]
-    return {"columns": [str(column) for column in table.columns], "rows": rows}

@@ -1,25 +1,25 @@
-from .changes import before_after
 from .curves import layer_curves, positional_profiles, pruning_curve_plot, raster_profiles
 from .head_grids import head_grid
+from .image_maps import map_overlays, patch_overlays, rollout_overlay
 from .image_overlays import (
+    before_after,
     head_overlays,
     layer_overlays,
     overlay,
+    overlay_grid,
     overlays,
     token_head_grid,
 )
-from .looks import Look
-from .maps import map_overlays, patch_overlays, rollout_overlay
-from .matrices import attention_matrix, token_patch_matrix
-from .matrix_sources import View
-from .side_by_side import side_by_side
+from .mask_figures import mask_comparison, mask_structure
+from .matrices import attention_matrix, side_by_side, token_patch_matrix
+from .matrix_selection import MatrixSelection
+from .overlay_panels import OverlayOptions
 from .style import Picture
-from .visibility import mask_comparison, mask_structure
 
 __all__ = [
-    "Look",
+    "MatrixSelection",
+    "OverlayOptions",
     "Picture",
-    "View",
     "attention_matrix",
     "before_after",
     "head_grid",
@@ -30,6 +30,7 @@ __all__ = [
     "mask_comparison",
     "mask_structure",
     "overlay",
+    "overlay_grid",
     "overlays",
     "patch_overlays",
     "positional_profiles",

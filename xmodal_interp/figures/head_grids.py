@@ -12,9 +12,8 @@ from matplotlib.axis import Axis
 from xmodal_interp.arguments import checked
 from xmodal_interp.errors import InputError
 from xmodal_interp.figures.curves import columns_of, one_row_each
-from xmodal_interp.figures.layout import BAR, sheet
-from xmodal_interp.figures.scales import Meaning, Scale, finite, scale_for, value_scale
-from xmodal_interp.figures.style import SMALL, FigurePath, Picture, saved, styled
+from xmodal_interp.figures.scales import ColorScale, Meaning, color_scale, finite
+from xmodal_interp.figures.style import BAR, SMALL, FigurePath, Picture, new_picture, saved, styled
 
 _CELL = (0.5, 0.3)  # width and height of a cell with a number, inches
 _BARE_CELL = (0.25, 0.2)
@@ -65,28 +64,28 @@ def head_grid(
     meaning = meaning or usual
     if label is None and is_lift and meaning == "ratio":
         label = f"{value}: times uniform\n(log scale)"
-    scale = scale_for(meaning, [cells], label or value, vmax=vmax)
-    if meaning == "amount" and numbers.min() > numbers.max() / 2:
-        scale = value_scale([cells], label or value, vmax=vmax, vmin=float(numbers.min()))
+    low = float(numbers.min())
+    vmin = low if meaning == "amount" and low > numbers.max() / 2 else 0.0
+    scale = color_scale(meaning, [cells], label or value, vmax=vmax, vmin=vmin)
     written = cells.size <= _MOST_WRITTEN
     wide, tall = _CELL if written else _BARE_CELL
     width, height = max(wide * cells.shape[1], 1.6), max(tall * cells.shape[0], 1.7)
-    missing = " Grey: no value." if np.isnan(cells).any() else ""
-    page = sheet(
-        0.65 + width + 0.15 + BAR, height + 0.5, title or f"{value} of every head", missing.strip()
+    missing = "Grey: no value." if np.isnan(cells).any() else ""
+    picture = new_picture(
+        (0.65 + width + BAR, height + 0.45), title or f"{value} of every head", missing
     )
-    axes = page.axes(0.65, 0.05, width, height)
+    axes = picture.subplots()
     axes.imshow(scale.drawn(cells), norm=scale.norm, cmap=scale.cmap, aspect="auto")
     if written:
         _write(axes, cells, scale)
     _number(axes.xaxis, list(grid.columns), wide)
     _number(axes.yaxis, list(grid.index), tall)
     axes.set(xlabel="head", ylabel="layer")
-    page.bar(scale, 0.65 + width + 0.15, 0.05, min(height, 2.6))
-    return saved(page.picture, path)
+    scale.bar(picture, axes, height)
+    return saved(picture, path)
 
 
-def _write(axes: Axes, cells: np.ndarray, scale: Scale) -> None:
+def _write(axes: Axes, cells: np.ndarray, scale: ColorScale) -> None:
     """Write the numbers: black on light cells, white on dark cells."""
     colors = scale.cmap(scale.norm(scale.drawn(cells)))
     largest = float(np.nanmax(np.abs(cells)))

@@ -16,8 +16,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.transforms import BboxTransformTo, ScaledTranslation, blended_transform_factory
 
-from xmodal_interp.figures.scales import Scale
+from xmodal_interp.figures.scales import ColorScale
 from xmodal_interp.figures.style import SMALL, group_color, readable
 
 NAMES = 1.2
@@ -40,8 +41,8 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Labels:
-    """Labels of one axis of a matrix.
+class AxisLabels:
+    """AxisLabels of one axis of a matrix.
 
     Attributes:
         names: One per position; empty for positions labelled only by their run.
@@ -54,10 +55,12 @@ class Labels:
     def __len__(self) -> int:
         return len(self.names)
 
-    def take(self, index: np.ndarray) -> Labels:
+    def take(self, index: np.ndarray) -> AxisLabels:
         """Return the labels of the positions in ``index``."""
         chosen = index.tolist()
-        return Labels(tuple(self.names[i] for i in chosen), tuple(self.groups[i] for i in chosen))
+        return AxisLabels(
+            tuple(self.names[i] for i in chosen), tuple(self.groups[i] for i in chosen)
+        )
 
     def runs(self) -> list[Run]:
         """Return the runs of adjacent positions of one group, in order."""
@@ -82,7 +85,7 @@ class Labels:
         return np.where(single, wide, 1)
 
 
-def labels_of(table: pd.DataFrame) -> Labels:
+def labels_of(table: pd.DataFrame) -> AxisLabels:
     """Return the labels of a token table."""
     names, groups = [], []
     for kind, role, image, token in zip(
@@ -97,23 +100,23 @@ def labels_of(table: pd.DataFrame) -> Labels:
             if kind == "text" and role == "generated"
             else str(kind)
         )
-    return Labels(tuple(names), tuple(groups))
+    return AxisLabels(tuple(names), tuple(groups))
 
 
-def plain_labels(n: int, group: str, names: Sequence[str] | None = None) -> Labels:
+def group_labels(n: int, group: str, names: Sequence[str] | None = None) -> AxisLabels:
     """Return labels for ``n`` positions of one group, for calls without a token table."""
     shown = (
         ("",) * n if names is None else tuple(readable(name, 12) if name else "" for name in names)
     )
-    return Labels(shown, (group,) * n)
+    return AxisLabels(shown, (group,) * n)
 
 
 def draw_matrix(
     axes: Axes,
     values: np.ndarray,
-    rows: Labels,
-    columns: Labels,
-    scale: Scale,
+    rows: AxisLabels,
+    columns: AxisLabels,
+    scale: ColorScale,
     inches: tuple[float, float],
 ) -> AxesImage:
     """Draw a matrix ``[row, column]`` with its labels; NaN has the colour of hidden cells.
@@ -121,8 +124,8 @@ def draw_matrix(
     Args:
         axes: Axes to draw on.
         values: The matrix.
-        rows: Labels of the rows.
-        columns: Labels of the columns.
+        rows: AxisLabels of the rows.
+        columns: AxisLabels of the columns.
         scale: Colour scale.
         inches: Width and height of the axes.
     """
@@ -156,8 +159,8 @@ def draw_matrix(
 
 def name_blocks(
     axes: Axes,
-    rows: Labels,
-    columns: Labels,
+    rows: AxisLabels,
+    columns: AxisLabels,
     text: Callable[[Run, Run], str],
     inches: tuple[float, float],
 ) -> None:
@@ -168,11 +171,11 @@ def name_blocks(
         for column in columns.runs():
             width = (x[column.stop] - x[column.start]) * inches[0] / x[-1]
             height = (y[row.stop] - y[row.start]) * inches[1] / y[-1]
-            words = text(row, column)
-            if height < 0.22 or width < 0.062 * len(words) + 0.15:
+            label = text(row, column)
+            if height < 0.22 or width < 0.062 * len(label) + 0.15:
                 continue
             axes.annotate(
-                words,
+                label,
                 (x[column.stop], y[row.start]),
                 (-4, -4),
                 textcoords="offset points",
@@ -183,20 +186,24 @@ def name_blocks(
             )
 
 
-def legible_side(labels: Labels, least: float, most: float) -> float:
+def legible_side(labels: AxisLabels, least: float, most: float) -> float:
     """Return the inches at which all names are legible, or ``least`` if they exceed ``most``."""
     needed = sum(bool(name) for name in labels.names) * _PITCH
     needed = needed / _MOST_FOR_NAMES if "" in labels.names else needed
     return float(max(least, needed)) if needed <= most else least
 
 
-def widened(labels: Labels, inches: float) -> int:
-    """Return the width of a token with a name, in widths of an image token."""
-    return int(labels.widths(inches).max(initial=1))
+def widening_note(labels: Sequence[AxisLabels], inches: float) -> str:
+    """Return a sentence on the width of tokens with names; empty if all are equally wide."""
+    times = {int(each.widths(inches).max(initial=1)) for each in labels}
+    if max(times) == 1:
+        return ""
+    at_most = "up to " if len(times) > 1 else ""
+    return f" Tokens with a name are drawn {at_most}{max(times)} times as wide as the others."
 
 
 def _label(
-    axes: Axes, labels: Labels, edges: np.ndarray, inches: float, *, upright: bool
+    axes: Axes, labels: AxisLabels, edges: np.ndarray, inches: float, *, upright: bool
 ) -> set[str]:
     """Draw names, a strip in the group colours, and lines between runs.
 
@@ -248,15 +255,13 @@ def _parted(neighbours: Sequence[tuple[Run, float]]) -> bool:
 
 def _strip(axes: Axes, start: float, stop: float, group: str, *, upright: bool) -> None:
     """Draw a bar in the group's colour along these positions, next to the matrix."""
-    inches = axes.get_position().width * axes.figure.get_figwidth()  # type: ignore[union-attr]
-    tall = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]
-    thin, gap = 0.06 / (inches if upright else tall), 0.025 / (inches if upright else tall)
-    color = group_color(group)
-    if upright:
-        bar = Rectangle((-gap - thin, start), thin, stop - start, color=color, linewidth=0)
-        bar.set_transform(axes.get_yaxis_transform())
-    else:
-        bar = Rectangle((start, -gap - thin), stop - start, thin, color=color, linewidth=0)
-        bar.set_transform(axes.get_xaxis_transform())
-    bar.set_clip_on(False)
-    axes.add_patch(bar)
+    thin, gap = 0.06, 0.025  # inches
+    corner = ScaledTranslation(0, 0, BboxTransformTo(axes.bbox))
+    inches = axes.figure.dpi_scale_trans + corner
+    bar = Rectangle((-gap - thin, start), thin, stop - start)
+    transform = blended_transform_factory(inches, axes.transData)
+    if not upright:
+        bar = Rectangle((start, -gap - thin), stop - start, thin)
+        transform = blended_transform_factory(axes.transData, inches)
+    bar.set(transform=transform, color=group_color(group), linewidth=0, clip_on=False)
+    axes.add_artist(bar)

@@ -21,19 +21,19 @@ from torch import Tensor
 from xmodal_interp.analysis.selection import each_once
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
-from xmodal_interp.figures.placement import Place
+from xmodal_interp.figures.placement import PlacedImage
 from xmodal_interp.figures.scales import Show
 from xmodal_interp.figures.style import named
 from xmodal_interp.sample import Sample, Selector
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class ImageAttention:
     """Attention of some queries to the tokens of one image, in one layer.
 
     Attributes:
         call: The attention call.
-        place: The image.
+        placed: The image.
         heads: The chosen heads, in order; all if None.
         probs: Probabilities; NaN in rows without a visible key.
         visible: True where a query may attend to a token; the head axis may have length 1.
@@ -41,7 +41,7 @@ class Reading:
     """
 
     call: AttentionCall
-    place: Place
+    placed: PlacedImage
     heads: Positions | None
     probs: Float[np.ndarray, "head query token"]
     visible: Bool[np.ndarray, "mask_head query token"]
@@ -57,24 +57,22 @@ class Reading:
         """Return one value per cell, NaN where it is hidden from every query or left out.
 
         Args:
-            show: Quantity to return; see ``Look``.
+            show: Quantity to return; see ``OverlayOptions``.
             heads: Indices into the chosen heads; all if not given.
             queries: Indices into the chosen queries; all if not given.
             left_out: Tokens to leave out; shares are of the attention on the other tokens.
         """
-        head = slice(None) if heads is None else list(heads)
-        query = slice(None) if queries is None else list(queries)
         weights = self.n_visible[..., None] if show == "lift" else 1.0
         seen = np.broadcast_to(self.visible, self.probs.shape)
-        cells = np.where(seen, self.probs * weights, 0.0)[head][:, query]
-        counts = seen[head][:, query].sum((0, 1))
+        cells = _part(np.where(seen, self.probs * weights, 0.0), heads, queries)
+        counts = _part(seen, heads, queries).sum((0, 1))
         if left_out is not None:
             counts = np.where(left_out, 0, counts)
         with np.errstate(invalid="ignore"):
             means = np.where(counts > 0, cells.sum((0, 1)) / np.maximum(counts, 1), np.nan)
             if show == "share":
                 means /= np.nansum(means)
-        return self.place.on_cells(means, mean=show == "lift")
+        return self.placed.on_cells(means, mean=show == "lift")
 
     def undrawn(
         self, heads: Sequence[int] | None = None, queries: Sequence[int] | None = None
@@ -87,37 +85,43 @@ class Reading:
             heads: Indices into the chosen heads; all if not given.
             queries: Indices into the chosen queries; all if not given.
         """
-        without = self.place.without_cell
+        without = self.placed.without_cell
         if not without.any():
             return None
-        head = slice(None) if heads is None else list(heads)
-        query = slice(None) if queries is None else list(queries)
-        mass = np.nan_to_num(self.probs)[head][:, query].mean((0, 1))
+        mass = _part(np.nan_to_num(self.probs), heads, queries).mean((0, 1))
         return float(mass[without].sum()), float(mass.sum())
 
 
-def reading(
+def _part(
+    values: np.ndarray, heads: Sequence[int] | None, queries: Sequence[int] | None
+) -> np.ndarray:
+    head = slice(None) if heads is None else list(heads)
+    query = slice(None) if queries is None else list(queries)
+    return values[head][:, query]
+
+
+def attention_on_image(
     sample: Sample,
-    place: Place,
+    placed: PlacedImage,
     queries: Selector,
     layer: int,
     heads: Positions | None = None,
-) -> Reading:
+) -> ImageAttention:
     """Return the attention of some queries to the tokens of an image.
 
     Args:
         sample: The sample.
-        place: The image and its keys.
+        placed: The image and its keys.
         queries: A phrase or positions.
         layer: Layer index; negative ones count from the last.
         heads: Heads; all if not given.
     """
-    call = sample.call(layer, kind=place.kind)
+    call = sample.call(layer, kind=placed.kind)
     rows = sample.positions(queries)
-    keys = torch.from_numpy(place.keys)
-    return Reading(
+    keys = torch.from_numpy(placed.keys)
+    return ImageAttention(
         call,
-        place,
+        placed,
         heads,
         call.probs(heads, rows, keys)[0].double().cpu().numpy(),
         call.visible(rows)[0][..., keys].cpu().numpy(),
@@ -126,13 +130,13 @@ def reading(
 
 
 def query_positions(
-    sample: Sample, place: Place, queries: Selector, layer: int | None = None
+    sample: Sample, placed: PlacedImage, queries: Selector, layer: int | None = None
 ) -> list[int]:
     """Return the positions of the queries; at least one must be able to attend to the image.
 
     Args:
         sample: The sample.
-        place: The image and its keys.
+        placed: The image and its keys.
         queries: A phrase or positions.
         layer: The drawn layer, whose mask is tested; one of all recorded layers suffices if not
             given. Masks differ between layers with and without a window, and between encoder and
@@ -144,31 +148,31 @@ def query_positions(
     positions: list[int] = each_once(sample.positions(queries)).tolist()
     if not positions:
         raise InputError("The selection of queries is empty. Pass at least one position.")
-    layers = sample.layers(kind=place.kind) if layer is None else [layer]
-    first = sample.call(min(layers, default=0), kind=place.kind)
-    keys = torch.from_numpy(place.keys)
-    calls = (sample.call(each, kind=place.kind) for each in layers)
+    layers = sample.layers(kind=placed.kind) if layer is None else [layer]
+    first = sample.call(min(layers, default=0), kind=placed.kind)
+    keys = torch.from_numpy(placed.keys)
+    calls = (sample.call(each, kind=placed.kind) for each in layers)
     if not any(bool(call.visible(positions)[..., keys].any()) for call in calls):
         raise InputError(
             f"{named(sample, positions)} of sample {sample.name!r} cannot attend to any of the "
-            f"{len(keys)} tokens of image {place.number}. {_advice(first, keys, max(positions))}"
+            f"{len(keys)} tokens of image {placed.number}. {_advice(first, keys, max(positions))}"
         )
     return positions
 
 
 def _advice(call: AttentionCall, keys: Tensor, last: int) -> str:
     rows = call.query_positions
-    sees = call.visible(rows)[..., keys].any(-1).flatten(0, 1).any(0).cpu()
-    seeing = rows.cpu()[sees]
-    if not len(seeing):
+    can_see = call.visible(rows)[..., keys].any(-1).flatten(0, 1).any(0).cpu()
+    rows_that_see = rows.cpu()[can_see]
+    if not len(rows_that_see):
         return "No recorded query can."
-    if bool((seeing > last).any()):
+    if bool((rows_that_see > last).any()):
         return "Choose a later position."
-    return f"Choose a position from {int(seeing.min())} to {int(seeing.max())}."
+    return f"Choose a position from {int(rows_that_see.min())} to {int(rows_that_see.max())}."
 
 
 def query_groups(
-    sample: Sample, place: Place, queries: Selector | Sequence[str | int] | None
+    sample: Sample, placed: PlacedImage, queries: Selector | Sequence[str | int] | None
 ) -> list[list[int]]:
     """Return the positions of each panel.
 
@@ -180,10 +184,5 @@ def query_groups(
         groups = [sample.positions(entry).tolist() for entry in queries]
     else:
         groups = [[position] for position in sample.positions(queries).tolist()]
-    query_positions(sample, place, flat(groups))
+    query_positions(sample, placed, [position for group in groups for position in group])
     return groups
-
-
-def flat(groups: Sequence[Sequence[int]]) -> list[int]:
-    """Return the positions of all groups in one list."""
-    return [position for group in groups for position in group]

@@ -22,15 +22,15 @@ from xmodal_interp.models import ImageGrid, place_on_grid
 from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import AttentionKind
 
-Box = tuple[float, float, float, float]
+PixelBox = tuple[float, float, float, float]
 """``(x0, y0, x1, y1)`` in pixels of the original image."""
 
-Boxes = Sequence[Box] | Mapping[str, Box]
-"""Boxes to draw, optionally with names."""
+PixelBoxes = Sequence[PixelBox] | Mapping[str, PixelBox]
+"""PixelBoxes to draw, optionally with names."""
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class PlacedImage:
     """One image of a sample, and the keys of its tokens.
 
     Attributes:
@@ -78,9 +78,9 @@ class Place:
         """
         if self.shares is None:
             return values
-        held = ~np.isnan(values)
-        amounts = np.where(held, values, 0.0) @ self.shares
-        parts = held.astype(float) @ self.shares
+        known = ~np.isnan(values)
+        amounts = np.where(known, values, 0.0) @ self.shares
+        parts = known.astype(float) @ self.shares
         with np.errstate(invalid="ignore"):
             return np.where(parts > 0, amounts / parts if mean else amounts, np.nan)
 
@@ -89,7 +89,7 @@ class Place:
         return place_on_grid(values, self.grid.places, self.grid.rows, self.grid.cols)
 
 
-def place_of(sample: Sample, image: int = 0) -> Place:
+def placed_image(sample: Sample, image: int = 0) -> PlacedImage:
     """Return an image of a sample with its keys.
 
     If the image's tokens are learned queries, the cells are the patches of the vision tower, and
@@ -120,7 +120,7 @@ def place_of(sample: Sample, image: int = 0) -> Place:
     crossed = sample.cross_keys is not None
     table = sample.cross_keys if sample.cross_keys is not None else sample.tokens
     keys = np.flatnonzero(table["image"].eq(image).fillna(value=False).to_numpy(dtype=bool))
-    place = Place(
+    placed = PlacedImage(
         image,
         sample.images[image],
         sample.grids[image],
@@ -129,20 +129,22 @@ def place_of(sample: Sample, image: int = 0) -> Place:
         keys,
         present=present(sample).numpy(),
     )
-    if not are_queries(place.grid):
-        return _as_thumbnail(place)
+    if not are_queries(placed.grid):
+        return _as_thumbnail(placed)
     shares = query_patches(sample, image).double().numpy()
-    return replace(of_patches(place), keys=keys, shares=shares, unit="patch, through the connector")
+    return replace(
+        with_patches(placed), keys=keys, shares=shares, unit="patch, through the connector"
+    )
 
 
-def _as_thumbnail(place: Place) -> Place:
+def _as_thumbnail(placed: PlacedImage) -> PlacedImage:
     """Return the place of the thumbnail if no other token of the image has a place.
 
     This happens for long and narrow images whose tiles were removed together with their padding.
     """
-    grid, view = place.grid, place.grid.thumbnail
+    grid, view = placed.grid, placed.grid.thumbnail
     if view is None or (grid.places[:, 0] >= 0).any():
-        return place
+        return placed
     shown = replace(
         grid,
         rows=view.rows,
@@ -153,14 +155,14 @@ def _as_thumbnail(place: Place) -> Place:
         patch_places=view.patch_places,
         thumbnail=None,
     )
-    return replace(place, grid=shown, unit="thumbnail token")
+    return replace(placed, grid=shown, unit="thumbnail token")
 
 
-def of_patches(place: Place) -> Place:
+def with_patches(placed: PlacedImage) -> PlacedImage:
     """Return the same image with the patches of the vision tower as cells."""
-    if place.shares is not None:
-        return replace(place, keys=np.arange(len(place.grid.places)), shares=None, unit="patch")
-    grid = place.grid
+    if placed.shares is not None:
+        return replace(placed, keys=np.arange(len(placed.grid.places)), shares=None, unit="patch")
+    grid = placed.grid
     boxes = grid.patch_boxes
     if boxes is None:
         left, right, bottom, top = extent(grid)
@@ -172,7 +174,7 @@ def of_patches(place: Place) -> Place:
     finer = replace(
         grid, rows=grid.patch_rows, cols=grid.patch_cols, places=grid.patch_places, boxes=boxes
     )
-    return replace(place, grid=finer, keys=np.arange(len(boxes)), unit="patch")
+    return replace(placed, grid=finer, keys=np.arange(len(boxes)), unit="patch")
 
 
 def extent(grid: ImageGrid) -> tuple[float, float, float, float]:
@@ -181,13 +183,13 @@ def extent(grid: ImageGrid) -> tuple[float, float, float, float]:
     Raises:
         GeometryError: The boxes are not the cells of one regular grid.
     """
-    held = (grid.places[:, 0] >= 0) & ~np.isnan(grid.boxes).any(1)
-    if not held.any():
+    with_box = (grid.places[:, 0] >= 0) & ~np.isnan(grid.boxes).any(1)
+    if not with_box.any():
         raise GeometryError(
             "No token of this image has a box, so nothing can be drawn on it. Draw an attention "
             "matrix instead."
         )
-    boxes, (row, col) = grid.boxes[held], grid.places[held].T
+    boxes, (row, col) = grid.boxes[with_box], grid.places[with_box].T
     width, height = (boxes[:, 2:] - boxes[:, :2]).mean(0)
     x, y = float((boxes[:, 0] - col * width).mean()), float((boxes[:, 1] - row * height).mean())
     left, top = x + col * width, y + row * height
@@ -201,9 +203,9 @@ def extent(grid: ImageGrid) -> tuple[float, float, float, float]:
     return x, x + grid.cols * float(width), y + grid.rows * float(height), y
 
 
-def uncovered(place: Place) -> list[Box]:
+def uncovered(placed: PlacedImage) -> list[PixelBox]:
     """Return the parts of the image that no token covers: cropped borders and empty cells."""
-    grid = place.grid
+    grid = placed.grid
     left, right, bottom, top = extent(grid)
     borders = [
         (0.0, 0.0, left, grid.height),
@@ -211,7 +213,7 @@ def uncovered(place: Place) -> list[Box]:
         (left, 0.0, right, top),
         (left, bottom, right, grid.height),
     ]
-    empty = np.argwhere(np.isnan(place.on_grid(np.ones(len(grid.places)))))
+    empty = np.argwhere(np.isnan(placed.on_grid(np.ones(len(grid.places)))))
     width, height = (right - left) / grid.cols, (bottom - top) / grid.rows
     x, y = left + empty[:, 1] * width, top + empty[:, 0] * height
     borders += list(zip(x, y, x + width, y + height, strict=True))

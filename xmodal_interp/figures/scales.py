@@ -36,16 +36,23 @@ FAINTEST = 1e-4
 WIDEST = 4.0
 """Default limit of the log2 scale of lifts: 2 ** 4 times uniform attention."""
 
-_LABELS = {"probability": "attention probability", "share": "share of image attention"}
+SHOW_LABELS = {
+    "probability": "attention probability",
+    "share": "share of image attention",
+    "lift": "lift: times uniform\n(log scale)",
+}
+"""Labels of the colour bars."""
 
 _HIDDEN_DARK = "#8a8a8a"  # hidden cells on scales whose middle is white
 
 # opacity over an image of the weakest values and of the strongest
 _FAINT, _STRONG = 0.0, 0.95
 
+_BAR_HEIGHT = 2.6  # largest height of a colour bar, inches
+
 
 @dataclass(frozen=True, eq=False)
-class Scale:
+class ColorScale:
     """A colour scale.
 
     Attributes:
@@ -78,12 +85,18 @@ class Scale:
             values = np.maximum(values, low)
         return np.ma.masked_array(values, mask=hidden)
 
-    def bar(self, figure: Figure, axes: Axes, height: float) -> None:
-        """Draw the colour bar into ``axes``, which are ``height`` inches high."""
+    def bar(self, figure: Figure, axes: Axes | Sequence[Axes], height: float) -> None:
+        """Draw the colour bar at the right of ``axes``, which are ``height`` inches high."""
+        tall = min(height, _BAR_HEIGHT)
         bar = figure.colorbar(
-            ScalarMappable(self.norm, self.bar_cmap or self.cmap), cax=axes, extend=self.extend
+            ScalarMappable(self.norm, self.bar_cmap or self.cmap),
+            ax=axes,
+            extend=self.extend,
+            shrink=tall / height,
+            anchor=(0.0, 1.0),
+            aspect=tall / 0.13,
         )
-        bar.set_label(wrapped(self.label, height, NORMAL))
+        bar.set_label(wrapped(self.label, tall, NORMAL))
         if self.log2:
             end = int(np.floor(float(self.norm.vmax or 1)))
             step = 1 if end <= 3 else 2
@@ -92,15 +105,15 @@ class Scale:
             bar.set_ticks(marks, labels=names)
             bar.minorticks_off()
 
-    def over(self, ground: tuple[int, int]) -> Scale:
+    def over(self, ground: tuple[int, int]) -> ColorScale:
         """Return the scale for an overlay: neutral values and NaN are transparent.
 
         The colour bar shows the colours over the middle grey of ``ground``, the range of grey
         levels of the image's outlines.
         """
         colors = (self.cmap if self.diverging else mpl.colormaps[HEAT])(np.linspace(0, 1, 256))
-        says = np.abs(np.linspace(-1, 1, 256)) if self.diverging else np.linspace(0, 1, 256)
-        colors[:, 3] = _FAINT + (_STRONG - _FAINT) * says
+        strength = np.abs(np.linspace(-1, 1, 256)) if self.diverging else np.linspace(0, 1, 256)
+        colors[:, 3] = _FAINT + (_STRONG - _FAINT) * strength
         alpha = colors[:, 3:]
         opaque = colors[:, :3] * alpha + (1 - alpha) * sum(ground) / 2 / 255
         over = ListedColormap(colors).with_extremes(
@@ -117,7 +130,7 @@ def check_show(show: str, allowed: Sequence[str] = get_args(Show)) -> None:
 
 def scale_of(
     show: Show, panels: Iterable[np.ndarray], *, vmax: float | None = None, power: float = 1.0
-) -> Scale:
+) -> ColorScale:
     """Return one colour scale for all panels of a figure.
 
     Args:
@@ -130,100 +143,76 @@ def scale_of(
     lowest = 1 if show == "lift" else 0
     if vmax is not None and not real_number(vmax, "vmax") > lowest:
         raise InputError(f"vmax must be above {lowest} for a {show}; got {vmax}.")
-    values = finite(panels)
-    if show == "lift":
-        return ratio_scale([values], "lift: times uniform\n(log scale)", vmax)
-    return value_scale([values], label_of(show), vmax=vmax, power=power)
+    meaning: Meaning = "ratio" if show == "lift" else "amount"
+    return color_scale(meaning, panels, SHOW_LABELS[show], vmax=vmax, power=power)
 
 
-def label_of(show: Show) -> str:
-    """Return the label of the colour bar for a quantity."""
-    return _LABELS[show]
-
-
-def value_scale(
+def color_scale(
+    meaning: Meaning,
     panels: Iterable[np.ndarray],
     label: str,
     *,
     vmax: float | None = None,
     power: float = 1.0,
     vmin: float = 0.0,
-) -> Scale:
-    """Return a scale from ``vmin``, or from the smallest value if it is a log scale.
+) -> ColorScale:
+    """Return one colour scale for values of any quantity.
 
     Args:
+        meaning: Quantity of the values. A ratio is drawn from ``1 / vmax`` to ``vmax``.
         panels: Values of the panels; NaN is ignored.
         label: Label of the colour bar.
-        vmax: Upper end; the largest value if not given.
-        power: Exponent of the colour scale: 1 is linear, 0 is a log scale.
-        vmin: Lower end of a scale that is not a log scale.
+        vmax: Upper end. If not given: the largest value; for a ratio, at most 2 ** ``WIDEST``.
+        power: Exponent of the scale of amounts: 1 is linear, 0 is a log scale.
+        vmin: Lower end of the scale of amounts, unless it is a log scale.
     """
+    if meaning not in get_args(Meaning):
+        raise InputError(f"meaning must be one of {', '.join(get_args(Meaning))}; got {meaning!r}.")
+    if vmax is not None and not real_number(vmax, "vmax") > 0:
+        raise InputError(f"vmax must be above 0; got {vmax}.")
+    values = finite(panels)
+    if meaning == "amount":
+        return _amount_scale(values, label, vmax, power, vmin)
+    if meaning == "ratio":
+        if vmax is not None and not vmax > 1:
+            raise InputError(f"vmax must be above 1 for a ratio; got {vmax}.")
+        with np.errstate(divide="ignore"):
+            values = np.log2(values)
+    largest = float(np.abs(values).max(initial=0.0))
+    if meaning == "ratio":
+        end = float(np.clip(np.ceil(largest), 1, WIDEST)) if vmax is None else float(np.log2(vmax))
+    else:
+        end = (largest or 1.0) if vmax is None else vmax
+    return ColorScale(
+        Normalize(-end, end),
+        mpl.colormaps[DIVERGING].with_extremes(bad=_HIDDEN_DARK),
+        label,
+        log2=meaning == "ratio",
+        extend="both" if largest > end * (1 + 1e-6) else "neither",
+    )
+
+
+def _amount_scale(
+    values: np.ndarray, label: str, vmax: float | None, power: float, vmin: float
+) -> ColorScale:
     if not 0 <= real_number(power, "power") <= 1:
         raise InputError(f"power must be between 0 (a log scale) and 1 (linear); got {power}.")
-    values = finite(panels)
+    colors = mpl.colormaps[SEQUENTIAL].with_extremes(bad=HIDDEN)
     top = float(values.max(initial=0.0)) or 1.0
     end = top if vmax is None else vmax
     above = top > end * (1 + 1e-6)
     if power > 0:
         norm = Normalize(vmin, end) if power == 1 else PowerNorm(power, vmin, end)
         how = {1.0: "", 0.5: "\n(square-root scale)"}.get(power, f"\n(scale: power {power:g})")
-        return Scale(norm, _colors(SEQUENTIAL), label + how, extend="max" if above else "neither")
+        return ColorScale(norm, colors, label + how, extend="max" if above else "neither")
     positive = values[values > 0]
     start = max(float(positive.min(initial=end / 10)), min(FAINTEST, end / 10))
     below = bool((values < start * (1 - 1e-6)).any())
-    return Scale(
+    return ColorScale(
         LogNorm(start, end),
-        _colors(SEQUENTIAL),
+        colors,
         f"{label}\n(log scale)",
         extend="both" if above and below else "max" if above else "min" if below else "neither",
-    )
-
-
-def scale_for(
-    meaning: Meaning,
-    panels: Sequence[np.ndarray],
-    label: str,
-    *,
-    vmax: float | None = None,
-    power: float = 1.0,
-) -> Scale:
-    """Return a scale for any quantity; ``power`` applies to amounts only."""
-    if vmax is not None and not real_number(vmax, "vmax") > 0:
-        raise InputError(f"vmax must be above 0; got {vmax}.")
-    if meaning == "amount":
-        return value_scale(panels, label, vmax=vmax, power=power)
-    if meaning == "difference":
-        return difference_scale(panels, label, vmax)
-    if meaning == "ratio":
-        if vmax is not None and not vmax > 1:
-            raise InputError(f"vmax must be above 1 for a ratio; got {vmax}.")
-        return ratio_scale(panels, label, vmax)
-    raise InputError(f"meaning must be one of {', '.join(get_args(Meaning))}; got {meaning!r}.")
-
-
-def difference_scale(panels: Iterable[np.ndarray], label: str, vmax: float | None = None) -> Scale:
-    """Return a diverging scale centred on 0."""
-    largest = float(np.abs(finite(panels)).max(initial=0.0)) or 1.0
-    end = largest if vmax is None else vmax
-    beyond = largest > end * (1 + 1e-6)
-    colors = _colors(DIVERGING, _HIDDEN_DARK)
-    return Scale(Normalize(-end, end), colors, label, extend="both" if beyond else "neither")
-
-
-def ratio_scale(panels: Iterable[np.ndarray], label: str, vmax: float | None = None) -> Scale:
-    """Return a diverging log scale centred on 1, at most ``WIDEST`` wide unless ``vmax`` is given.
-
-    Values beyond an end have the colour of that end.
-    """
-    with np.errstate(divide="ignore"):
-        largest = float(np.abs(np.log2(finite(panels))).max(initial=0.0))
-    end = float(np.clip(np.ceil(largest), 1, WIDEST)) if vmax is None else float(np.log2(vmax))
-    return Scale(
-        Normalize(-end, end),
-        _colors(DIVERGING, _HIDDEN_DARK),
-        label,
-        log2=True,
-        extend="both" if largest > end else "neither",
     )
 
 
@@ -232,7 +221,3 @@ def finite(panels: Iterable[np.ndarray]) -> np.ndarray:
     flat = [np.asarray(panel, dtype=float).ravel() for panel in panels]
     values = np.concatenate(flat) if flat else np.empty(0)
     return values[~np.isnan(values)]
-
-
-def _colors(name: str, hidden: str = HIDDEN) -> Colormap:
-    return mpl.colormaps[name].with_extremes(bad=hidden)

@@ -15,9 +15,9 @@ from os import PathLike
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from xmodal_interp.arguments import user_path
 from xmodal_interp.attention import AttentionCall, Positions, resolve
@@ -83,6 +83,11 @@ _LOOK: dict[Any, Any] = {
     "ytick.major.width": 0.6,
 }
 
+BAR = 1.1
+"""Width of a colour bar with its label and the gap before it, inches."""
+
+_MARGIN, _NARROWEST = 0.15, 4.8  # inches
+
 _Arguments = ParamSpec("_Arguments")
 _Made = TypeVar("_Made")
 
@@ -94,6 +99,34 @@ class Picture(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=120)
         return buffer.getvalue()
+
+
+def new_picture(
+    body: tuple[float, float], title: str, note: str = "", *, compress: bool = True
+) -> Picture:
+    """Return an empty figure with a title at the top and a note at the bottom.
+
+    matplotlib's constrained layout places the axes, their labels and the colour bars.
+
+    Args:
+        body: Width and height of everything else, in inches; narrow figures are widened so that the
+            title fits.
+        title: Title of the figure.
+        note: Small text on how the figure is drawn.
+        compress: Move axes with a fixed aspect together, for figures that have no others.
+    """
+    width = max(body[0] + _MARGIN, _NARROWEST)
+    heading = wrapped(title, width - 2 * _MARGIN)
+    below = wrapped(note, width - 2 * _MARGIN, SMALL) if note else ""
+    texts = 0.19 * (heading.count("\n") + 1) + (0.14 * (below.count("\n") + 1) if note else 0)
+    edge = _MARGIN / width
+    layout = ConstrainedLayoutEngine(rect=(edge / 2, 0, 1 - edge, 1), compress=compress)
+    picture = Picture(figsize=(width, body[1] + texts + 0.25), layout=layout)
+    picture.suptitle(heading, x=edge, ha="left")
+    if note:
+        style: dict[str, Any] = {"size": SMALL, "color": "#555555"}
+        picture.supxlabel(below, x=edge, ha="left", **style)
+    return picture
 
 
 def styled(function: Callable[_Arguments, _Made]) -> Callable[_Arguments, _Made]:
@@ -141,10 +174,10 @@ def readable(text: str, longest: int = 16) -> str:
     shown = text.strip(" \u0120\u2581")
     shown = shown.replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\u010a", "\u21b5")
     shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in shown) or "\u2423"
-    return plain(shown if len(shown) <= longest else shown[: longest - 1] + "\u2026")
+    return escaped(shown if len(shown) <= longest else shown[: longest - 1] + "\u2026")
 
 
-def plain(text: str) -> str:
+def escaped(text: str) -> str:
     """Return text that matplotlib draws literally: dollar signs escaped, no control characters."""
     return re.sub(r"(?<!\\)\$", r"\\$", printable(text))
 
@@ -155,20 +188,12 @@ def wrapped(text: str, width: float, size: float = LARGE) -> str:
     lines = [
         textwrap.wrap(line, letters, break_on_hyphens=False) or [""] for line in text.split("\n")
     ]
-    return plain("\n".join(line for of in lines for line in of))
+    return escaped("\n".join(line for of in lines for line in of))
 
 
 def group_color(group: str) -> str:
     """Return the colour of a token group such as ``"image 0"``."""
     return GROUP_COLORS.get(group.split(" ")[0], "#444444")
-
-
-def bare(axes: Axes) -> None:
-    """Remove ticks and frame from axes."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
 
 
 def _fonts() -> list[str]:

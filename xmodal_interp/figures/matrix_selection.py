@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from xmodal_interp.attention import AttentionCall, Positions, resolve
 from xmodal_interp.errors import InputError
-from xmodal_interp.figures.matrix_axes import Labels, labels_of, plain_labels
+from xmodal_interp.figures.matrix_axes import AxisLabels, group_labels, labels_of
 from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
@@ -23,7 +23,7 @@ _CHUNK = 2**24  # largest number of probabilities computed at once
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class MatrixSelection:
     """Selection of one attention matrix.
 
     Attributes:
@@ -60,26 +60,26 @@ class View:
         return self.source.call(self.layer, tower=self.tower, kind=self.kind, call=self.call)
 
 
-def views_of(
-    sources: Mapping[str, Sample | AttentionCall | View], layer: int = -1
-) -> dict[str, View]:
-    """Return the view of each source, by title.
+def selections_of(
+    sources: Mapping[str, Sample | AttentionCall | MatrixSelection], layer: int = -1
+) -> dict[str, MatrixSelection]:
+    """Return the selection of each source, by title.
 
     Args:
         sources: Samples, calls or views by title.
-        layer: Layer of the samples; views keep their own.
+        layer: Layer of the samples; selections keep their own.
 
     Raises:
         InputError: ``sources`` is not a mapping, is empty, or holds another type of object.
     """
     if not isinstance(sources, Mapping) or not sources:
         raise InputError(
-            "sources must be a mapping from titles to samples, calls or views, such as "
+            "sources must be a mapping from titles to samples, calls or selections, such as "
             "{'before': sample}; got "
             f"{'an empty one' if isinstance(sources, Mapping) else f'a {type(sources).__name__}'}."
         )
     return {
-        title: source if isinstance(source, View) else View(source, layer)
+        title: source if isinstance(source, MatrixSelection) else MatrixSelection(source, layer)
         for title, source in sources.items()
     }
 
@@ -93,16 +93,16 @@ class Matrix:
         probs: Mean probabilities; NaN where hidden by the mask.
         visible: True where a query may attend to a key.
         n_visible: Number of visible keys of each query.
-        rows: Labels of the queries.
-        columns: Labels of the keys.
+        rows: AxisLabels of the queries.
+        columns: AxisLabels of the keys.
     """
 
     call: AttentionCall
     probs: Float[np.ndarray, "query key"]
     visible: Bool[np.ndarray, "query key"]
     n_visible: Float[np.ndarray, " query"]
-    rows: Labels
-    columns: Labels
+    rows: AxisLabels
+    columns: AxisLabels
 
     @property
     def lift(self) -> Float[np.ndarray, "query key"]:
@@ -110,32 +110,34 @@ class Matrix:
         return np.asarray(self.probs * self.n_visible[:, None])
 
 
-def matrix_of(view: View) -> Matrix:
-    """Return probabilities and labels of a view; of a batch, the first sample.
+def matrix_of(selection: MatrixSelection) -> Matrix:
+    """Return probabilities and labels of a selection; of a batch, the first sample.
 
     Raises:
         InputError: The matrix is too large to draw, its heads have different masks, or the number
             of names is wrong.
     """
-    call = view.found()
-    seen = visible_cells(view)
+    call = selection.found()
+    seen = visible_cells(selection)
     n_rows = max(1, _CHUNK // (call.n_keys * call.n_heads))
-    parts = [call.probs(view.head, rows)[0].mean(0) for rows in call.query_positions.split(n_rows)]
+    parts = [
+        call.probs(selection.head, rows)[0].mean(0) for rows in call.query_positions.split(n_rows)
+    ]
     probs = torch.cat(parts).double().cpu().numpy()
-    rows, columns = axis_labels(view)
+    rows, columns = axis_labels(selection)
     return Matrix(
         call, np.where(seen, probs, np.nan), seen, seen.sum(1).astype(float), rows, columns
     )
 
 
-def visible_cells(view: View) -> Bool[np.ndarray, "query key"]:
+def visible_cells(selection: MatrixSelection) -> Bool[np.ndarray, "query key"]:
     """Return True where the call's mask lets a query attend to a key.
 
     Raises:
         InputError: The matrix is too large to draw, or the chosen heads have different masks.
         PositionError: The call has no such head.
     """
-    call = view.found()
+    call = selection.found()
     if call.n_queries * call.n_keys > MOST_CELLS:
         raise InputError(
             f"{call.name} has {call.n_queries} queries and {call.n_keys} keys, more than the "
@@ -143,8 +145,8 @@ def visible_cells(view: View) -> Bool[np.ndarray, "query key"]:
             "token_patch_matrix or an overlay."
         )
     seen = call.visible()[0]
-    if view.head is not None:
-        heads = resolve(view.head, call.n_heads, "head").to(seen.device)
+    if selection.head is not None:
+        heads = resolve(selection.head, call.n_heads, "head").to(seen.device)
         seen = seen if seen.shape[0] == 1 else seen[heads]
     if bool((seen != seen[:1]).any()):
         raise InputError(
@@ -154,29 +156,31 @@ def visible_cells(view: View) -> Bool[np.ndarray, "query key"]:
     return np.asarray(seen[0].cpu().numpy(), dtype=bool)
 
 
-def axis_labels(view: View) -> tuple[Labels, Labels]:
+def axis_labels(selection: MatrixSelection) -> tuple[AxisLabels, AxisLabels]:
     """Return the labels of the queries and of the keys.
 
     Raises:
         InputError: The number of names differs from the number of queries or keys.
     """
-    call = view.found()
-    held = call.query_positions.cpu().numpy()
-    sample = view.source if isinstance(view.source, Sample) else None
-    if sample is not None and view.tower == "language":
+    call = selection.found()
+    queries = call.query_positions.cpu().numpy()
+    sample = selection.source if isinstance(selection.source, Sample) else None
+    if sample is not None and selection.tower == "language":
         text = labels_of(sample.tokens)
-        crossed = view.kind == "cross" and sample.cross_keys is not None
+        crossed = selection.kind == "cross" and sample.cross_keys is not None
         keys = labels_of(sample.cross_keys) if crossed else text  # type: ignore[arg-type]
-        return text.take(held), keys
-    if sample is not None and view.tower == "vision" and view.call < len(sample.grids):
-        outside = sample.grids[view.call].patch_places[:, 0] < 0
+        return text.take(queries), keys
+    if sample is not None and selection.tower == "vision" and selection.call < len(sample.grids):
+        outside = sample.grids[selection.call].patch_places[:, 0] < 0
         if len(outside) == call.n_keys == call.n_queries:
             names = tuple("class" if out else "" for out in outside)
-            both = Labels(names, tuple("class" if out else f"image {view.call}" for out in outside))
+            both = AxisLabels(
+                names, tuple("class" if out else f"image {selection.call}" for out in outside)
+            )
             return both, both
     for what, given, n in (
-        ("query", view.query_names, call.n_queries),
-        ("key", view.key_names, call.n_keys),
+        ("query", selection.query_names, call.n_queries),
+        ("key", selection.key_names, call.n_keys),
     ):
         if given is not None and len(given) != n:
             raise InputError(
@@ -186,6 +190,6 @@ def axis_labels(view: View) -> tuple[Labels, Labels]:
     group = "text" if call.tower == "language" else "image"
     other = group if call.kind == "self" else "keys"
     return (
-        plain_labels(call.n_queries, group, view.query_names),
-        plain_labels(call.n_keys, other, view.key_names),
+        group_labels(call.n_queries, group, selection.query_names),
+        group_labels(call.n_keys, other, selection.key_names),
     )

@@ -8,8 +8,8 @@ from tests.helpers.real import asked_in_full, real, settled
 from tests.helpers.tiny import picture
 from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import InputError, PhraseError
-from xmodal_interp.figures.overlay_values import query_groups, query_positions, reading
-from xmodal_interp.figures.placement import place_of
+from xmodal_interp.figures.overlay_values import attention_on_image, query_groups, query_positions
+from xmodal_interp.figures.placement import placed_image
 from xmodal_interp.figures.style import named, panel_name
 from xmodal_interp.models import VLM
 from xmodal_interp.sample import Sample
@@ -35,24 +35,24 @@ def slow_values(sample: Sample, show: str, queries: list[int], heads: list[int])
 @pytest.mark.parametrize("show", ["probability", "share", "lift"])
 def test_values_are_means_over_visible_cells(show: str) -> None:
     """Query 4 is an image token with three visible image tokens; query 9 is after the image."""
-    sample, place = fake(), place_of(fake())
+    sample, place = fake(), placed_image(fake())
     for queries in ([4], [4, 9]):
-        read = reading(sample, place, queries, -1, [1, 3])
+        read = attention_on_image(sample, place, queries, -1, [1, 3])
         expected = slow_values(sample, show, queries, [1, 3])
         np.testing.assert_allclose(read.values(show), expected, rtol=1e-5)  # type: ignore[arg-type]
-    assert np.isnan(reading(sample, place, [4], -1).values("probability")).sum() == 3
+    assert np.isnan(attention_on_image(sample, place, [4], -1).values("probability")).sum() == 3
 
 
 def test_uniform_attention_has_lift_one_and_equal_shares() -> None:
     sample = fake(spread=0.0)
-    read = reading(sample, place_of(sample), sample.text_after_image().tolist(), 0)
+    read = attention_on_image(sample, placed_image(sample), sample.text_after_image().tolist(), 0)
     np.testing.assert_allclose(read.values("lift"), 1.0, rtol=1e-5)
     np.testing.assert_allclose(read.values("share"), 1 / 6, rtol=1e-5)
 
 
 def test_shares_exclude_left_out_tokens() -> None:
     sample = fake()
-    read = reading(sample, place_of(sample), [9], 0)
+    read = attention_on_image(sample, placed_image(sample), [9], 0)
     left_out = np.array([True, False, False, False, False, False])
     values = read.values("share", left_out=left_out)
     assert np.isnan(values[0])
@@ -64,9 +64,9 @@ def test_shares_exclude_left_out_tokens() -> None:
 
 def test_cross_attention_uses_the_image_keys() -> None:
     sample = sample_of("mllama")
-    place = place_of(sample)
+    place = placed_image(sample)
     assert place.kind == "cross"
-    read = reading(sample, place, "red circle", -1, 2)
+    read = attention_on_image(sample, place, "red circle", -1, 2)
     call = sample.call(-1, kind="cross")
     expected = call.probs(2, sample.positions("red circle"))[0, 0].mean(0)
     np.testing.assert_allclose(read.values("probability"), expected[place.keys], rtol=1e-5)
@@ -74,7 +74,7 @@ def test_cross_attention_uses_the_image_keys() -> None:
 
 def test_a_list_has_a_panel_per_entry_and_a_phrase_a_panel_per_token() -> None:
     sample = sample_of("llava")
-    place = place_of(sample)
+    place = placed_image(sample)
     red, circle = sample.find("red circle").tolist()
     assert query_groups(sample, place, "red circle") == [[red], [circle]]
     assert query_groups(sample, place, ["red circle", circle]) == [[red, circle], [circle]]
@@ -86,7 +86,7 @@ def test_a_list_has_a_panel_per_entry_and_a_phrase_a_panel_per_token() -> None:
 
 def test_errors() -> None:
     sample = sample_of("llava")
-    place = place_of(sample)
+    place = placed_image(sample)
     with pytest.raises(InputError) as blind:
         query_positions(sample, place, "user:")
     assert str(blind.value) == (
@@ -104,7 +104,7 @@ def test_a_query_without_visible_keys_is_nan() -> None:
     mask = torch.ones(11, 11, dtype=torch.bool).tril()
     mask[9] = False
     sample = fake(call=synthetic.random_call(11, mask=mask[None, None]))
-    read = reading(sample, place_of(sample), [8, 9], 0)
+    read = attention_on_image(sample, placed_image(sample), [8, 9], 0)
     assert np.isnan(read.values("probability", queries=[1])).all()
     np.testing.assert_allclose(read.values("lift"), read.values("lift", queries=[0]))
 
@@ -115,7 +115,7 @@ def test_a_query_may_attend_to_the_image_in_a_later_layer_only() -> None:
     vlm = VLM(real("t5gemma2")[0], settled("t5gemma2"))
     question = asked_in_full(vlm, "where is the red circle?", 1)
     sample = capture(vlm, picture(90, 90), question, max_new_tokens=1)
-    place = place_of(sample)
+    place = placed_image(sample)
     (circle,) = query_positions(sample, place, "circle")
     (last,) = query_positions(sample, place, "last")
     assert [bool(sample.call(i).visible([circle])[..., place.keys].any()) for i in range(4)] == [

@@ -1,4 +1,4 @@
-"""Overlays of any values on an image: relevance, rollout, attention of vision-tower patches."""
+"""Overlays of other values on an image: any maps, rollout, attention of vision-tower patches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from xmodal_interp.arguments import checked
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import GeometryError, InputError, quoted
 from xmodal_interp.figures.curves import columns_of
-from xmodal_interp.figures.looks import Look, MapOptions
-from xmodal_interp.figures.panels import Panel, in_rows, note_on, panel_figure
-from xmodal_interp.figures.placement import Box, Place, of_patches, place_of
-from xmodal_interp.figures.scales import Meaning, label_of, scale_for
+from xmodal_interp.figures.overlay_panels import (
+    MapOptions,
+    OverlayOptions,
+    Panel,
+    in_rows,
+    panel_figure,
+    with_scale,
+)
+from xmodal_interp.figures.placement import PlacedImage, placed_image, with_patches
+from xmodal_interp.figures.scales import SHOW_LABELS, Meaning, color_scale
 from xmodal_interp.figures.style import (
     FigurePath,
     Picture,
@@ -41,7 +47,7 @@ def map_overlays(
     image: int = 0,
     title: str | None = None,
     path: FigurePath = None,
-    **look: Unpack[MapOptions],
+    **options: Unpack[MapOptions],
 ) -> Picture:
     """Draw maps of one image side by side, with one colour scale.
 
@@ -55,7 +61,7 @@ def map_overlays(
         image: Index of the image.
         title: Second line of the figure's title, below the question.
         path: Where to save the figure.
-        **look: Drawing options; see ``Look``.
+        **options: Drawing options; see ``OverlayOptions``.
 
     Raises:
         GeometryError: The shape of a map fits no grid of the image.
@@ -64,21 +70,22 @@ def map_overlays(
         raise InputError(f"maps must be a mapping from titles to arrays; got {quoted(maps)}.")
     if not maps:
         raise InputError("maps is empty; pass at least one map.")
-    place = place_of(sample, image)
-    fitting = {
-        name: _fitted(place, np.asarray(values, dtype=float)) for name, values in maps.items()
-    }
-    places = {finer for finer, _ in fitting.values()}
-    if len(places) > 1:
+    placed = placed_image(sample, image)
+    fitted = [_fitted(placed, np.asarray(values, dtype=float)) for values in maps.values()]
+    finer = {on_patches for on_patches, _ in fitted}
+    if len(finer) > 1:
         raise GeometryError(
             "Some maps are on image tokens, others on the patches of the vision tower. Draw the "
             "two kinds in separate figures."
         )
-    if places == {True}:
-        place = of_patches(place)
-    values = {name: on_tokens for name, (_, on_tokens) in fitting.items()}
+    if True in finer:
+        placed = with_patches(placed)
+    panels = [
+        Panel(name, values, undrawn=_undrawn(placed, values) if meaning == "amount" else None)
+        for name, (_, values) in zip(maps, fitted, strict=True)
+    ]
     text = about(sample) + (f"\n{title}" if title else "")
-    return saved(_maps(place, values, label, meaning, text, Look(**look)), path)
+    return saved(_figure(placed, panels, meaning, label, text, OverlayOptions(**options)), path)
 
 
 @checked
@@ -90,7 +97,7 @@ def rollout_overlay(
     *,
     image: int = 0,
     path: FigurePath = None,
-    **look: Unpack[MapOptions],
+    **options: Unpack[MapOptions],
 ) -> Picture:
     """Draw a table of ``attention_rollout`` on the image, with one panel per query.
 
@@ -100,9 +107,9 @@ def rollout_overlay(
         value: ``"rollout"``; or ``"log2_ratio"``, the ratio to the rollout of uniform attention.
         image: Index of the image.
         path: Where to save the figure.
-        **look: Drawing options; see ``Look``.
+        **options: Drawing options; see ``OverlayOptions``.
     """
-    place = place_of(sample, image)
+    placed = placed_image(sample, image)
     columns_of(table, ["image", "row", "col", value], "A rollout overlay")
     of_sample = _rows_of(table, sample)
     cells = of_sample[of_sample["image"].eq(image).fillna(value=False) & of_sample["row"].notna()]
@@ -112,34 +119,24 @@ def rollout_overlay(
             f"{sample.name!r}. Pass a table that attention_rollout returned for this sample."
         )
     vision = "tower" in cells and cells["tower"].eq("vision").all()
-    shape = (
-        (place.grid.patch_rows, place.grid.patch_cols)
-        if vision
-        else (place.grid.rows, place.grid.cols)
-    )
-    maps, undrawn = {}, []
-    of_image = of_sample["image"].eq(image).fillna(value=False)
+    if vision:
+        placed = with_patches(placed)
+    ratio, of_image = value == "log2_ratio", of_sample[of_sample["image"].eq(image).fillna(False)]
+    panels = []
     for query, rows in cells.groupby("query", sort=False) if "query" in cells else [("", cells)]:
-        grid = np.full(shape, np.nan)
+        grid = np.full((placed.grid.rows, placed.grid.cols), np.nan)
         grid[rows["row"].astype(int), rows["col"].astype(int)] = rows[value]
         token = rows["query_token"].iloc[0] if "query_token" in rows else None
         name = f"position {query}" if pd.isna(token) else f'"{readable(str(token))}" ({query})'
-        maps[name] = 2.0**grid if value == "log2_ratio" else grid
-        alike = of_image & (of_sample["query"].eq(query) if "query" in of_sample else True)
-        outside = float(of_sample[value][alike & of_sample["row"].isna()].sum())
-        undrawn.append((outside, float(of_sample[value][alike].sum())) if outside else None)
-    ratio = value == "log2_ratio"
+        amounts = of_image[of_image["query"].eq(query)] if "query" in of_image else of_image
+        outside = float(amounts[value][amounts["row"].isna()].sum())
+        undrawn = (outside, float(amounts[value].sum())) if outside and not ratio else None
+        _, values = _fitted(placed, 2.0**grid if ratio else grid)
+        panels.append(Panel(name, values, undrawn=undrawn))
     label = "rollout: times uniform\n(log scale)" if ratio else value
-    place = of_patches(place) if vision else place
-    on_tokens = {name: _fitted(place, grid)[1] for name, grid in maps.items()}
     title = f"{about(sample)}\nattention rollout{', vision tower' if vision else ''}, by query"
     meaning: Meaning = "ratio" if ratio else "amount"
-    chosen = Look(**look)
-    panels = [
-        replace(panel, undrawn=None if ratio else outside)
-        for panel, outside in zip(_panels(place, on_tokens, chosen), undrawn, strict=True)
-    ]
-    return saved(_drawn(place, panels, label, meaning, title, chosen), path)
+    return saved(_figure(placed, panels, meaning, label, title, OverlayOptions(**options)), path)
 
 
 @checked
@@ -152,7 +149,7 @@ def patch_overlays(
     *,
     image: int = 0,
     path: FigurePath = None,
-    **look: Unpack[MapOptions],
+    **options: Unpack[MapOptions],
 ) -> Picture:
     """Draw the attention of single patches of the vision tower, with one panel per point.
 
@@ -164,30 +161,36 @@ def patch_overlays(
         head: A head, or several to average; all heads are averaged if not given.
         image: Index of the image.
         path: Where to save the figure.
-        **look: Drawing options; see ``Look``.
+        **options: Drawing options; see ``OverlayOptions``.
 
     Raises:
         GeometryError: No patch covers a point, or the call does not have one position per patch.
     """
-    place = of_patches(place_of(sample, image))
+    placed = with_patches(placed_image(sample, image))
     call = sample.call(layer, tower="vision", call=image)
-    if call.n_keys != len(place.keys):
+    if call.n_keys != len(placed.keys):
         raise GeometryError(
-            f"{call.name} has {call.n_keys} keys, but image {image} has {len(place.keys)} patches. "
-            "Patch overlays require a vision layer with one position per patch."
+            f"{call.name} has {call.n_keys} keys, but image {image} has {len(placed.keys)} "
+            "patches. Patch overlays require a vision layer with one position per patch."
         )
-    patches = [_patch_at(place, x, y) for x, y in points]
+    patches = [_patch_at(placed, x, y) for x, y in points]
     probs = call.probs(head, patches)[0].mean(0).double().cpu().numpy()
     seen = call.visible(patches)[0].any(0).cpu().numpy()
-    maps = {
-        f"patch at ({x:.0f}, {y:.0f})": np.where(seen[i], probs[i], np.nan)
-        for i, (x, y) in enumerate(points)
-    }
+    panels = []
+    for (x, y), patch, row, visible in zip(points, patches, probs, seen, strict=True):
+        x0, y0, x1, y1 = placed.grid.boxes[patch].tolist()
+        values = np.where(visible, row, np.nan)
+        panels.append(
+            Panel(
+                f"patch at ({x:.0f}, {y:.0f})",
+                values,
+                outlined=[(x0, y0, x1, y1)],
+                undrawn=_undrawn(placed, values),
+            )
+        )
     title = f"{layer_name(call)}, {heads_name(call, head)}"
-    marks = [[_box(place.grid.boxes[patch])] for patch in patches]
-    return saved(
-        _maps(place, maps, label_of("probability"), "amount", title, Look(**look), marks), path
-    )
+    label, drawing = SHOW_LABELS["probability"], OverlayOptions(**options)
+    return saved(_figure(placed, panels, "amount", label, title, drawing), path)
 
 
 def _rows_of(table: pd.DataFrame, sample: Sample) -> pd.DataFrame:
@@ -208,60 +211,37 @@ def _rows_of(table: pd.DataFrame, sample: Sample) -> pd.DataFrame:
     return table[table["sample"].isin(alike)]
 
 
-def _maps(
-    place: Place,
-    maps: Mapping[str, np.ndarray],
-    label: str,
+def _figure(
+    placed: PlacedImage,
+    panels: Sequence[Panel],
     meaning: Meaning,
+    label: str,
     title: str,
-    look: Look,
-    marks: Sequence[Sequence[Box]] = (),
+    options: OverlayOptions,
 ) -> Picture:
-    panels = _panels(place, maps, look, marks)
-    if meaning == "amount":
-        panels = [
-            replace(panel, undrawn=_undrawn(place, values))
-            for panel, values in zip(panels, maps.values(), strict=True)
-        ]
-    return _drawn(place, panels, label, meaning, title, look)
-
-
-def _panels(
-    place: Place,
-    maps: Mapping[str, np.ndarray],
-    look: Look,
-    marks: Sequence[Sequence[Box]] = (),
-) -> list[Panel]:
-    left_out = look.left_out(place)
-    return [
-        Panel(
-            name,
-            values if left_out is None else np.where(left_out, np.nan, values),
-            left_out=left_out,
-            outlined=marks[i] if marks else (),
-        )
-        for i, (name, values) in enumerate(maps.items())
+    """Draw the image, then the panels without the left-out tokens, in one colour scale."""
+    left_out = options.left_out(placed)
+    maps = [np.array(panel.values, dtype=float) for panel in panels]
+    if left_out is not None:
+        maps = [np.where(left_out, np.nan, values) for values in maps]
+    shown = [
+        replace(panel, values=values, left_out=left_out)
+        for panel, values in zip(panels, maps, strict=True)
     ]
+    scale = color_scale(meaning, maps, label, vmax=options.vmax, power=options.power)
+    rows = in_rows([Panel(placed.name), *with_scale(shown, scale)])
+    return panel_figure(placed, rows, options, title)
 
 
-def _drawn(
-    place: Place, panels: Sequence[Panel], label: str, meaning: Meaning, title: str, look: Look
-) -> Picture:
-    values = [panel.values for panel in panels if panel.values is not None]
-    scale = look.over_image(scale_for(meaning, values, label, vmax=look.vmax, power=look.power))
-    rows = in_rows([Panel(place.name), *(panel.under(scale) for panel in panels)])
-    return panel_figure(place, rows, look, title, note_on(place, rows, look))
-
-
-def _undrawn(place: Place, values: np.ndarray) -> tuple[float, float] | None:
+def _undrawn(placed: PlacedImage, values: np.ndarray) -> tuple[float, float] | None:
     """Return the sum over tokens without a cell and over all tokens; None if the first is 0."""
-    without = np.nansum(values[place.without_cell]) if place.shares is None else 0.0
+    without = np.nansum(values[placed.without_cell]) if placed.shares is None else 0.0
     return (float(without), float(np.nansum(values))) if without else None
 
 
-def _fitted(place: Place, values: np.ndarray) -> tuple[bool, np.ndarray]:
+def _fitted(placed: PlacedImage, values: np.ndarray) -> tuple[bool, np.ndarray]:
     """Return whether values are on patches, and the values as one per token or patch."""
-    grid = place.grid
+    grid = placed.grid
     for on_patches, shape, places in (
         (False, (grid.rows, grid.cols), grid.places),
         (True, (grid.patch_rows, grid.patch_cols), grid.patch_places),
@@ -271,24 +251,19 @@ def _fitted(place: Place, values: np.ndarray) -> tuple[bool, np.ndarray]:
         if values.shape == shape:
             return on_patches, np.where(places[:, 0] < 0, np.nan, values[tuple(places.T)])
     raise GeometryError(
-        f"A map of shape {values.shape} fits no grid of image {place.number}. The image has "
+        f"A map of shape {values.shape} fits no grid of image {placed.number}. The image has "
         f"{len(grid.places)} tokens ({grid.rows} x {grid.cols}) and {len(grid.patch_places)} "
         f"vision positions ({grid.patch_rows} x {grid.patch_cols})."
     )
 
 
-def _patch_at(place: Place, x: float, y: float) -> int:
-    x0, y0, x1, y1 = place.grid.boxes.T
+def _patch_at(placed: PlacedImage, x: float, y: float) -> int:
+    x0, y0, x1, y1 = placed.grid.boxes.T
     inside = np.flatnonzero((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1))
     if not len(inside):
         raise GeometryError(
-            f"No patch of image {place.number} covers the point ({x:g}, {y:g}). Patches cover x "
+            f"No patch of image {placed.number} covers the point ({x:g}, {y:g}). Patches cover x "
             f"{np.nanmin(x0):g} to {np.nanmax(x1):g} and y {np.nanmin(y0):g} to "
             f"{np.nanmax(y1):g} px."
         )
     return int(inside[0])
-
-
-def _box(corners: np.ndarray) -> Box:
-    x0, y0, x1, y1 = corners.tolist()
-    return x0, y0, x1, y1

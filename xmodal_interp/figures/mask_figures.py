@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
-from matplotlib.patches import Patch
 
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.figures.layout import Sheet, sheet
-from xmodal_interp.figures.matrix_axes import NAMES, Labels, draw_matrix, widened
-from xmodal_interp.figures.matrix_sources import View, axis_labels, views_of, visible_cells
-from xmodal_interp.figures.scales import Scale
+from xmodal_interp.figures.matrix_axes import NAMES, AxisLabels, draw_matrix, widening_note
+from xmodal_interp.figures.matrix_selection import (
+    MatrixSelection,
+    axis_labels,
+    selections_of,
+    visible_cells,
+)
+from xmodal_interp.figures.scales import ColorScale
 from xmodal_interp.figures.style import (
     HIDDEN,
     SMALL,
@@ -24,6 +27,7 @@ from xmodal_interp.figures.style import (
     about,
     group_color,
     layer_name,
+    new_picture,
     saved,
     styled,
     wrapped,
@@ -32,7 +36,7 @@ from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _VISIBLE = "#6699cc"
-_MASK = Scale(Normalize(0, 1), ListedColormap([HIDDEN, _VISIBLE]), "visible")
+_MASK = ColorScale(Normalize(0, 1), ListedColormap([HIDDEN, _VISIBLE]), "visible")
 _SIDE, _SMALL_SIDE = 4.6, 3.0  # inches
 
 
@@ -61,61 +65,55 @@ def mask_structure(
         call: Index of the layer's call; in the vision tower, of the image.
         path: Where to save the figure.
     """
-    view = View(sample, layer, head, tower=tower, kind=kind, call=call)
-    shares = visible_shares(view)
-    table = (0.8 * shares.shape[1], 0.5 * shares.shape[0])
-    left = NAMES + _SIDE + 1.2
-    title = f"{about(sample)}\nAttention mask of {layer_name(view.found())}"
-    page = sheet(left + table[0] + 0.35, _SIDE + NAMES, title, _note([view], _SIDE))
-    _draw(page, view, NAMES, 0.05, _SIDE)
-    axes = page.axes(left, 0.35, *table)
-    _draw_shares(axes, shares)
-    axes.set_title("visible share of each block")
-    axes.legend(
-        handles=[Patch(color=_VISIBLE, label="visible"), Patch(color=HIDDEN, label="hidden")],
-        loc="upper left",
-        bbox_to_anchor=(0, -0.75 / table[1]),
-        ncols=2,
-        borderaxespad=0,
+    selection = MatrixSelection(sample, layer, head, tower=tower, kind=kind, call=call)
+    shares = visible_shares(selection)
+    table = (max(0.8 * shares.shape[1], 1.4), 0.5 * shares.shape[0])
+    title = f"{about(sample)}\nAttention mask of {layer_name(selection.found())}"
+    width = 2 * NAMES + _SIDE + table[0]
+    picture = new_picture((width, _SIDE + NAMES), title, _note([selection], _SIDE))
+    grid = picture.add_gridspec(
+        2, 2, width_ratios=(_SIDE, table[0]), height_ratios=(table[1], max(_SIDE - table[1], 0.1))
     )
-    return saved(page.picture, path)
+    _draw_mask(picture.add_subplot(grid[:, 0]), selection, _SIDE)
+    _draw_shares(picture.add_subplot(grid[0, 1]), shares)
+    return saved(picture, path)
 
 
 @checked
 @styled
 def mask_comparison(
-    sources: Mapping[str, Sample | AttentionCall | View], layer: int = 0, *, path: FigurePath = None
+    sources: Mapping[str, Sample | AttentionCall | MatrixSelection],
+    layer: int = 0,
+    *,
+    path: FigurePath = None,
 ) -> Picture:
-    """Draw the masks of several models or layers side by side, with visible shares below each.
+    """Draw the masks of several models or layers side by side, with the visible shares below.
 
     Args:
         sources: Masks by panel title: a sample, a call of any tower (from ``xmodal_interp.record``
-            on any model), or a ``View`` of either.
+            on any model), or a ``MatrixSelection`` of either.
         layer: For samples: layer of the language tower.
         path: Where to save the figure.
     """
-    views = views_of(sources, layer)
-    step = NAMES + _SMALL_SIDE + 0.15
-    titles = [
-        wrapped(f"{name}\n{layer_name(view.found())}", _SMALL_SIDE + 0.2)
-        for name, view in views.items()
-    ]
-    top = 0.1 + 0.2 * max(title.count("\n") + 1 for title in titles)
-    body = top + _SMALL_SIDE + NAMES + 0.55
-    note = _note(list(views.values()), _SMALL_SIDE)
-    page = sheet(step * len(views) + 0.15, body, "Attention masks", note)
-    for i, (title, view) in enumerate(zip(titles, views.values(), strict=True)):
-        axes = _draw(page, view, step * i + NAMES, top, _SMALL_SIDE)
+    selections = selections_of(sources, layer)
+    titles = [f"{name}\n{layer_name(each.found())}" for name, each in selections.items()]
+    titles = [wrapped(title, _SMALL_SIDE + 0.2) for title in titles]
+    body = 0.2 * max(title.count("\n") + 1 for title in titles) + _SMALL_SIDE + NAMES + 0.6
+    note = _note(list(selections.values()), _SMALL_SIDE)
+    width = (NAMES + _SMALL_SIDE) * len(selections)
+    picture = new_picture((width, body), "Attention masks", note)
+    panels = picture.subplots(1, len(selections), squeeze=False)[0]
+    for axes, title, selection in zip(panels, titles, selections.values(), strict=True):
+        _draw_mask(axes, selection, _SMALL_SIDE)
         axes.set_title(title)
-        words = wrapped(measured(view), _SMALL_SIDE + 0.2, SMALL)
-        page.text(step * i + NAMES, top + 0.2 + _SMALL_SIDE + NAMES, words, "left", SMALL)
-    return saved(page.picture, path)
+        axes.set_xlabel(f"key\n{wrapped(measured(selection), _SMALL_SIDE + 0.2, SMALL)}")
+    return saved(picture, path)
 
 
-def visible_shares(view: View) -> pd.DataFrame:
+def visible_shares(selection: MatrixSelection) -> pd.DataFrame:
     """Return the visible share of every block: query groups in rows, key groups in columns."""
-    seen = visible_cells(view)
-    rows, columns = axis_labels(view)
+    seen = visible_cells(selection)
+    rows, columns = axis_labels(selection)
     in_row, in_column = _members(rows), _members(columns)
     return pd.DataFrame(
         [[seen[np.ix_(r, c)].mean() for c in in_column.values()] for r in in_row.values()],
@@ -124,13 +122,13 @@ def visible_shares(view: View) -> pd.DataFrame:
     )
 
 
-def measured(view: View) -> str:
+def measured(selection: MatrixSelection) -> str:
     """Return text: the visible share of all cells, and of later keys within each token group."""
-    seen = visible_cells(view)
-    call = view.found()
+    seen = visible_cells(selection)
+    call = selection.found()
     lines = [f"visible: {seen.mean():.1%} of all cells"]
     if call.kind == "self":
-        rows, columns = axis_labels(view)
+        rows, columns = axis_labels(selection)
         keys = _members(columns)
         later = np.arange(seen.shape[1])[None] > call.query_positions.cpu().numpy()[:, None]
         found = []
@@ -143,17 +141,16 @@ def measured(view: View) -> str:
     return "\n".join(lines)
 
 
-def _members(labels: Labels) -> dict[str, np.ndarray]:
+def _members(labels: AxisLabels) -> dict[str, np.ndarray]:
     groups = np.array(labels.groups)
     return {group: np.flatnonzero(groups == group) for group in dict.fromkeys(labels.groups)}
 
 
-def _draw(page: Sheet, view: View, left: float, top: float, side: float) -> Axes:
-    axes = page.axes(left, top, side, side)
-    rows, columns = axis_labels(view)
-    draw_matrix(axes, visible_cells(view).astype(float), rows, columns, _MASK, (side, side))
+def _draw_mask(axes: Axes, selection: MatrixSelection, side: float) -> None:
+    rows, columns = axis_labels(selection)
+    cells = visible_cells(selection).astype(float)
+    draw_matrix(axes, cells, rows, columns, _MASK, (side, side))
     axes.set(xlabel="key", ylabel="query")
-    return axes
 
 
 def _draw_shares(axes: Axes, shares: pd.DataFrame) -> None:
@@ -170,17 +167,12 @@ def _draw_shares(axes: Axes, shares: pd.DataFrame) -> None:
     axes.set_xticks(range(shares.shape[1]), [str(name) for name in shares.columns], rotation=30)
     axes.set_yticks(range(shares.shape[0]), [str(name) for name in shares.index])
     axes.tick_params(length=0)
-    axes.set(xlabel="key", ylabel="query")
+    axes.set(xlabel="key", ylabel="query", title="visible share\nof each block")
     for axis, names in ((axes.xaxis, shares.columns), (axes.yaxis, shares.index)):
         for label, name in zip(axis.get_ticklabels(), names, strict=True):
             label.set_color(group_color(str(name)))
 
 
-def _note(views: list[View], side: float) -> str:
-    times = max(widened(labels, side) for view in views for labels in axis_labels(view))
-    grey = "Blue: visible. Grey: hidden."
-    return (
-        f"{grey} Tokens with a name are drawn up to {times} times as wide as the others."
-        if times > 1
-        else grey
-    )
+def _note(selections: Sequence[MatrixSelection], side: float) -> str:
+    labels = [each for selection in selections for each in axis_labels(selection)]
+    return "Blue: visible. Grey: hidden." + widening_note(labels, side)
