@@ -20,7 +20,7 @@ from xmodal_interp.attention import AttentionCall
 from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import record
-from xmodal_interp.hooks.recorder import Choice, listening
+from xmodal_interp.hooks.recorder import Settings, record_with
 from xmodal_interp.models import VLM
 from xmodal_interp.verification.exactness import Exactness, tolerance
 
@@ -35,7 +35,7 @@ def test_half_precision(name, dtype) -> None:
     exactness = Exactness()
     with torch.no_grad():
         alone = first(model(**inputs))
-        with listening(model, Choice(values=True, inspect=exactness.look)) as recording:
+        with record_with(Settings(values=True, inspect=exactness.look), model) as recording:
             heard = first(model(**inputs))
     assert torch.equal(alone, heard)
     assert_complete_and_exact(recording.calls, model)

@@ -16,19 +16,20 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from xmodal_interp.contexts import Block, in_a_block, own_context
+from xmodal_interp.contexts import Observers, in_a_block, own_context
 from xmodal_interp.errors import CaptureError
-from xmodal_interp.hooks.torch_attention import is_torchs, quiet_modules
+from xmodal_interp.hooks.torch_attention import is_torch_attention, unhooked_modules
 
-_observers: ContextVar[tuple[QuietCalls, ...]] = ContextVar("xmodal_interp_quiet", default=())
+Enter = Callable[[nn.Module, Any], None]
+Exit = Callable[[nn.Module, Any, dict[str, Any], Any], None]
+
+_observers: Observers[tuple[Enter, Exit]] = Observers("unhooked")
 _lock = threading.Lock()
 _shadowed: dict[nn.Module, tuple[int, Any]] = {}  # number of open blocks, and the forward before
 
@@ -77,43 +78,26 @@ def refuse_when_compiled_code_runs(
         if torch.compiler.is_compiling():
             refuse()
 
-    quiet, known = set(quiet_modules(model)), tuple(known)
+    unhooked, known = set(unhooked_modules(model)), tuple(known)
     for module in dict.fromkeys((model, *known)):
-        if module not in quiet:
+        if module not in unhooked:
             stack.callback(module.register_forward_pre_hook(look, prepend=True).remove)
-    for module in dict.fromkeys((*known, *filter(is_torchs, quiet))):
-        _shadow(module, quiet=module in quiet)
+    for module in dict.fromkeys((*known, *filter(is_torch_attention, unhooked))):
+        _shadow(module, observed=module in unhooked)
         stack.callback(_unshadow, module)
 
 
-@dataclass(frozen=True)
-class QuietCalls:
-    """Functions to call around the ``forward`` of modules that must not have hooks.
-
-    Attributes:
-        enter: Called before the forward, with the module and its positional arguments.
-        leave: Called after it, with the module, its arguments and its output (None if it failed).
-    """
-
-    enter: Callable[[nn.Module, Any], None]
-    leave: Callable[[nn.Module, Any, dict[str, Any], Any], None]
-
-
-def quiet_calls(calls: QuietCalls) -> Block[None]:
-    """Observe the modules without hooks (``quiet_modules``) inside the ``with`` block.
+def observe_unhooked(enter: Enter, exit_: Exit, stack: ExitStack) -> None:
+    """Call functions around the ``forward`` of modules that must not have hooks.
 
     :func:`refuse_when_compiled_code_runs` must have been called with the model before.
+
+    Args:
+        enter: Called before the forward, with the module and its positional arguments.
+        exit_: Called after it, with the module, its arguments and its output (None if it failed).
+        stack: Removes both when it is closed.
     """
-    return Block(partial(_quiet_calls, calls))
-
-
-def _quiet_calls(calls: QuietCalls, stack: ExitStack) -> None:
-    _observers.set((*_observers.get(), calls))
-    stack.callback(_forget, calls)
-
-
-def _forget(calls: QuietCalls) -> None:
-    _observers.set(tuple(each for each in _observers.get() if each is not calls))
+    _observers.register((enter, exit_), stack)
 
 
 _RUNNING = (
@@ -160,14 +144,14 @@ class _Shadow(partial[Any]):
         if torch.compiler.is_compiling():
             _refuse_in_a_block()
             return self.func(*args, **options)
-        observers, output = _observers.get(), None
-        for each in observers:
-            each.enter(module, args)
+        observers, output = _observers.active(), None
+        for enter, _ in observers:
+            enter(module, args)
         try:
             output = self.func(*args, **options)
         finally:
-            for each in reversed(observers):
-                each.leave(module, args, options, output)
+            for _, exit_ in reversed(observers):
+                exit_(module, args, options, output)
         return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shadow:
@@ -184,13 +168,13 @@ def _shadow_of(forward: Any) -> _Shadow:
     return shadow
 
 
-def _shadow(module: nn.Module, *, quiet: bool) -> None:
+def _shadow(module: nn.Module, *, observed: bool) -> None:
     with _lock:
         n_open, before = _shadowed.get(module, (0, vars(module).get("forward")))
         _shadowed[module] = (n_open + 1, before)
         if n_open == 0:
             shadow = _shadow_of(module.forward)
-            shadow.of = weakref.ref(module) if quiet else None
+            shadow.of = weakref.ref(module) if observed else None
             module.forward = shadow
 
 

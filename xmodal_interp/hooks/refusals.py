@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -19,7 +18,6 @@ from xmodal_interp.errors import (
     quoted,
 )
 from xmodal_interp.hooks.attention_modules import Identity, ranged
-from xmodal_interp.hooks.bypass import DenseCall, Heard
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 
@@ -98,28 +96,6 @@ def refuse_failure(error: Exception) -> None:
         f"{type(error).__name__}: {error}. Leave out the tower that fails with towers=, and report "
         "the traceback above."
     ) from error
-
-
-def refuse_mixture(name: str, heard: Iterable[Heard]) -> None:
-    """Raise CaptureError for a module that combines softmaxes before the product with the values.
-
-    ConViT adds two softmaxes, differential attention subtracts two, and talking heads (CaiT,
-    EfficientFormerV2) are mixed by a layer with weights.
-    """
-    dense = [each for each in heard if isinstance(each, DenseCall)]
-    if any(each.is_mixed for each in dense):
-        raise CaptureError(
-            f"{name} mixes the results of its softmax by a learned layer before the product with "
-            "the values (talking heads), so no head has these probabilities. Leave out its tower "
-            "or layer with towers= or layers=."
-        )
-    shapes = Counter(tuple(each.probs.shape) for each in dense)
-    n_alike = max(shapes.values(), default=0)
-    if n_alike > 1:
-        raise CaptureError(
-            f"{name} computes {n_alike} softmaxes over the same tokens in one run, and how it "
-            "combines them is unknown. Leave out its tower or layer with towers= or layers=."
-        )
 
 
 def refuse_vmap() -> None:

@@ -28,12 +28,12 @@ from transformers import PreTrainedModel
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, GeometryError, InputError
-from xmodal_interp.hooks.agreement import Gap
 from xmodal_interp.hooks.attention_modules import module_of
 from xmodal_interp.hooks.compiled import refuse_compiled
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.hooks.knockout import knock_out_attention
-from xmodal_interp.hooks.recorder import Choice, Recording, listening
+from xmodal_interp.hooks.probability_check import Gap
+from xmodal_interp.hooks.recorder import Recording, Settings, record_with
 from xmodal_interp.hooks.refusals import refuse_split
 from xmodal_interp.models import (
     VLM,
@@ -44,7 +44,7 @@ from xmodal_interp.models import (
     modules_in_training,
 )
 from xmodal_interp.verification.exactness import Exactness
-from xmodal_interp.verification.missed_attention import unheard_attention
+from xmodal_interp.verification.missed_attention import missed_modules
 from xmodal_interp.verification.painting import (
     difference,
     painted_patches,
@@ -286,8 +286,8 @@ def _same_outputs(
     first, again = (tensors_of(seeded(lambda: model(**inputs))) for _ in range(2))
     own = difference(first, again)
     try:
-        choice = Choice(values=True, inspect=exactness.look, refuse=False)
-        with listening(model, choice) as recording:
+        settings = Settings(values=True, inspect=exactness.look, refuse=False)
+        with record_with(settings, model) as recording:
             recorded = tensors_of(seeded(lambda: model(**inputs)))
     except CaptureError as error:
         findings.judge(
@@ -312,7 +312,7 @@ def _same_answers(
         findings.skip(check, str(error))
         return
     try:
-        with listening(vlm.model, _measuring(exactness)):
+        with record_with(_measuring(exactness), vlm.model):
             recorded = seeded(lambda: vlm.generate(inputs, **options))
     except CaptureError as error:
         findings.judge(check, _UNKNOWN, "", str(error), passed=False)
@@ -326,7 +326,7 @@ def _same_answers(
 def _seen(
     model: nn.Module, inputs: Mapping[str, Any], recording: Recording, findings: _Findings
 ) -> None:
-    missed = unheard_attention(model, lambda: seeded(lambda: model(**inputs)), recording)
+    missed = missed_modules(model, lambda: seeded(lambda: model(**inputs)), recording)
     ran = {call.module for call in recording.calls}
     idle = [each.module for each in recording.modules if each.module not in {*ran, *missed}]
     found = {"not recorded": missed, "did not run": idle}
@@ -339,9 +339,9 @@ def _seen(
         findings.skip(check, names, len(recording.without_matrix))
 
 
-def _measuring(exactness: Exactness) -> Choice:
-    """Return the choice that measures every call and keeps none."""
-    return Choice(reduce=lambda _: None, inspect=exactness.look, refuse=False)
+def _measuring(exactness: Exactness) -> Settings:
+    """Return the settings that measure every call and keep none."""
+    return Settings(reduce=lambda _: None, inspect=exactness.look, refuse=False)
 
 
 def _exact(exactness: Exactness, findings: _Findings) -> None:
@@ -370,7 +370,7 @@ def _with_backend(
     check = f"probabilities give the output of backend {backend!r}"
     exactness = Exactness()
     try:
-        with _backend(model, backend), listening(model, _measuring(exactness)):
+        with _backend(model, backend), record_with(_measuring(exactness), model):
             seeded(lambda: model(**inputs))
     except CaptureError as error:
         findings.judge(check, _UNKNOWN, "", str(error), passed=False)
@@ -415,7 +415,7 @@ def _with_cache(
         "cache_implementation": cache,
     }
     try:
-        with listening(vlm.model, _measuring(exactness)):
+        with record_with(_measuring(exactness), vlm.model):
             seeded(lambda: vlm.generate(inputs, **options))
     except CaptureError as error:
         findings.judge(check, _UNKNOWN, "", str(error), passed=False)

@@ -20,9 +20,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from xmodal_interp.hooks.attention_modules import callers, weighs_no_tokens
-from xmodal_interp.hooks.bypass import KERNEL, SOFTMAX, along_last
+from xmodal_interp.hooks.attention_modules import weighs_no_tokens
+from xmodal_interp.hooks.inline_attention import SOFTMAX, along_last
+from xmodal_interp.hooks.known_modules import callers
 from xmodal_interp.hooks.recorder import Recording
+from xmodal_interp.hooks.torch_attention import KERNEL
 
 _KERNELS = (KERNEL, functional.multi_head_attention_forward)
 _PRODUCTS = (
@@ -33,9 +35,7 @@ _NO_TOKENS = re.compile(r"HyperConnection|Router|Gate$")  # softmax over streams
 _MARK = "_xmodal_interp_probs"  # an attribute of tensors that hold probabilities
 
 
-def unheard_attention(
-    model: nn.Module, run: Callable[[], object], recording: Recording
-) -> list[str]:
+def missed_modules(model: nn.Module, run: Callable[[], object], recording: Recording) -> list[str]:
     """Return the names of modules whose attention is missing in a recording.
 
     Args:

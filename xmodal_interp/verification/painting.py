@@ -25,7 +25,7 @@ from xmodal_interp.attention import AttentionCall
 from xmodal_interp.capturing.vision_calls import towers_by_image
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.attention_modules import layers_without_matrix
-from xmodal_interp.hooks.recorder import Choice, listening
+from xmodal_interp.hooks.recorder import Settings, record_with
 from xmodal_interp.models import (
     VLM,
     ImageGrid,
@@ -199,8 +199,8 @@ def _first_keys(vlm: VLM, prompt: str, picture: Image.Image) -> _Keys:
         if call.kind == "self" and call.k is not None and _is_first(call.module):
             calls.append(call)
 
-    choice = Choice(towers=("vision", "language"), reduce=keep, refuse=False)
-    with torch.no_grad(), listening(vlm.model, choice):
+    settings = Settings(towers=("vision", "language"), reduce=keep, refuse=False)
+    with torch.no_grad(), record_with(settings, vlm.model):
         seeded(lambda: vlm.run(inputs))
     mixed = any(each.tower == "language" for each in layers_without_matrix(vlm.model))
     language = None if mixed else _of_language(calls)  # a convolution may precede the keys

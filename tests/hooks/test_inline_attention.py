@@ -10,7 +10,8 @@ from transformers import BlipConfig, BlipForConditionalGeneration, SiglipVisionC
 from transformers import SiglipVisionModel as Siglip
 
 from xmodal_interp.hooks import record
-from xmodal_interp.hooks.bypass import CHUNKED_NOTE, DENSE_NOTE, KERNEL_NOTE
+from xmodal_interp.hooks.inline_attention import CHUNKED_NOTE, DENSE_NOTE
+from xmodal_interp.hooks.torch_attention import KERNEL_NOTE
 
 HEADS, WIDTH = 2, 8
 
@@ -51,8 +52,8 @@ def test_multihead_attention_of_torch(options, kind, batch_first) -> None:
     hidden = masks(kind)
     plain, weights = module(*operands, average_attn_weights=False, **hidden)
     with torch.no_grad(), record(nn.Sequential(module)) as recording:
-        heard = module(*operands, average_attn_weights=False, **hidden)[0]
-    assert torch.equal(plain, heard)
+        recorded = module(*operands, average_attn_weights=False, **hidden)[0]
+    assert torch.equal(plain, recorded)
     (call,) = recording.calls
     torch.testing.assert_close(call.probs(), weights, atol=1e-6, rtol=0)
     assert call.note == KERNEL_NOTE
@@ -190,3 +191,32 @@ def test_recomputation_of_checkpoints_is_not_recorded() -> None:
         vlm.model.eval()
         vlm.model.zero_grad()
     assert [call.layer for call in recording.calls] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a holder"])
+def test_reduce_may_call_the_functions_that_the_model_calls(inside) -> None:
+    """The kernel and the softmax that ``reduce`` calls are not recorded as calls of the model."""
+
+    class HoldingAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.projection = DirectAttention("kernel"), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.projection(self.inner(x))
+
+    model, x = nn.Sequential(DirectAttention("kernel")), torch.randn(1, HEADS, 5, 4)
+    if inside:
+        model = nn.Sequential(HoldingAttention())
+    groups = torch.eye(5, dtype=torch.bool)
+
+    def reduced(call):
+        torch.ones(1, HEADS, 5, 5).softmax(-1)
+        return call.mass(groups)
+
+    with torch.no_grad(), record(model) as kept:
+        model(x)
+    with torch.no_grad(), record(model, reduce=reduced) as recording:
+        model(x)
+    (mass,), (call,) = recording.results, kept.calls
+    torch.testing.assert_close(mass, call.probs(), atol=1e-6, rtol=0)

@@ -29,8 +29,7 @@ from torch import Tensor
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.kernels import full_precision, product_eps
 from xmodal_interp.errors import CaptureError
-from xmodal_interp.hooks.interface_calls import other_readings
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.raw_calls import RawCall, other_readings
 
 _N_ROWS, _N_ROWS_UNKNOWN, _N_ROWS_OTHER = 4, 16, 64
 _N_FIRST, _EVERY = 3, 8  # check the first 3 calls of a layer, and every 8th decode step after them
@@ -56,7 +55,7 @@ class Gap:
         return self.error <= self.limit
 
 
-class Agreement:
+class ProbabilityCheck:
     """Compares calls with the outputs of their functions.
 
     Attributes:
