@@ -25,6 +25,11 @@ from torch import nn
 from xmodal_interp.contexts import Observers, in_a_block, own_context
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.torch_attention import is_torch_attention, unhooked_modules
+from xmodal_interp.upstream import (
+    is_compiled_function,
+    is_compiled_in_place,
+    is_optimized_module,
+)
 
 Enter = Callable[[nn.Module, Any], None]
 Exit = Callable[[nn.Module, Any, dict[str, Any], Any], None]
@@ -38,11 +43,11 @@ def refuse_compiled(model: nn.Module) -> None:
     """Raise CaptureError if the model or a part of it is compiled by ``torch.compile``."""
     for path, module in model.named_modules():
         named = f"{path} ({type(module).__name__})" if path else "this model"
-        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+        if is_optimized_module(module):
             subject, before = named, "torch.compile (model._orig_mod)"
-        elif getattr(module, "_compiled_call_impl", None):
+        elif is_compiled_in_place(module):
             subject, before = named, "model.compile()"
-        elif _is_compiled(vars(module).get("forward")):
+        elif is_compiled_function(vars(module).get("forward")):
             subject, before = (
                 f"the forward of {named}",
                 "its forward was replaced (del model.forward)",
@@ -121,12 +126,6 @@ def replaced_forward(module: nn.Module) -> bool:
     with _lock:
         _, before = _shadowed.get(module, (0, vars(module).get("forward")))
     return before is not None
-
-
-def _is_compiled(forward: Any) -> bool:
-    return hasattr(forward, "_torchdynamo_orig_callable") and not getattr(
-        forward, "_torchdynamo_disable", False
-    )
 
 
 class _Shadow(partial[Any]):

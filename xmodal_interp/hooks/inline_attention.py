@@ -22,12 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch.overrides import TorchFunctionMode
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.masks import hidden_below
@@ -35,6 +30,7 @@ from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.attention_modules import Identity
 from xmodal_interp.hooks.raw_calls import RawCall
 from xmodal_interp.hooks.torch_attention import KERNEL, chunked, four_axes, kernel_call
+from xmodal_interp.upstream import active_function_modes, remove_function_mode
 
 SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
 _MIXES = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
@@ -68,13 +64,10 @@ class FunctionMode(TorchFunctionMode):
     def end(self) -> None:
         """Exit the mode, even if modes that were entered later are still active."""
         if self._is_active():
-            modes = [_pop_mode() for _ in _get_current_function_mode_stack()]
-            for mode in reversed(modes):
-                if mode is not self:
-                    _push_mode(mode)
+            remove_function_mode(self)
 
     def _is_active(self) -> bool:
-        return any(mode is self for mode in _get_current_function_mode_stack())
+        return any(mode is self for mode in active_function_modes())
 
     def __torch_function__(
         self,

@@ -10,11 +10,10 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from types import FrameType
 
 from torch import nn
 from transformers import GenerationMixin
@@ -28,8 +27,7 @@ from xmodal_interp.hooks.attention_modules import (
     identity_of,
     weighs_no_tokens,
 )
-
-_FORWARD = ("forward", "_call_impl")  # functions that run during a call of a module
+from xmodal_interp.upstream import CONTINUOUS_BATCHING, FORWARD_FUNCTIONS
 
 
 class KnownModules:
@@ -140,14 +138,14 @@ class KnownModules:
                 return None
             if not isinstance(caller, nn.Module):
                 continue
-            if isinstance(caller, GenerationMixin) and function not in _FORWARD:
+            if isinstance(caller, GenerationMixin) and function not in FORWARD_FUNCTIONS:
                 continue  # in ``generate``, a logits processor may compute attention too
             if caller in self._paths:
                 found = found or caller
-                if function in _FORWARD or not of_another:
+                if function in FORWARD_FUNCTIONS or not of_another:
                     return found
             else:
-                of_another |= function in _FORWARD
+                of_another |= function in FORWARD_FUNCTIONS
         return None
 
     @cached_property
@@ -165,7 +163,7 @@ def callers() -> Iterator[object]:
 
 def named_callers() -> Iterator[tuple[object, str]]:
     """Yield the same as :func:`callers`, each with the name of the function."""
-    frame: FrameType | None = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         code = frame.f_code
         if code.co_argcount:
@@ -180,9 +178,9 @@ def is_running(module: nn.Module) -> bool:
 
 def in_continuous_batching() -> bool:
     """Whether transformers' continuous batching (``generate_batch``) is running in this thread."""
-    frame: FrameType | None = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
-        if ".continuous_batching" in frame.f_globals.get("__name__", ""):
+        if CONTINUOUS_BATCHING in frame.f_globals.get("__name__", ""):
             return True
         frame = frame.f_back
     return False

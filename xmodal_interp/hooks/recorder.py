@@ -88,6 +88,7 @@ from xmodal_interp.hooks.torch_attention import (
 )
 from xmodal_interp.hooks.update_norms import UpdateShares
 from xmodal_interp.models import VLM
+from xmodal_interp.upstream import is_recomputing
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 
@@ -317,7 +318,7 @@ class _Recorder:
         """Start a run; called before a module runs."""
         self.ran = True
         self.n_torchs += is_torch_attention(module)
-        if not _recomputing() and module in self.known:
+        if not is_recomputing() and module in self.known:
             while self.running and not self._goes_on(self.running[-1], module):
                 self.running.pop()
             if self.shares is not None:
@@ -365,7 +366,7 @@ class _Recorder:
     @_recording
     def observe_interface(self, call: RawCall) -> None:
         """Record a call of transformers' interface."""
-        if _recomputing():
+        if is_recomputing():
             return
         run = self.running[-1] if self.running else None
         owner = self.known.owner_of_interface_call(call.module, None if run is None else run.module)
@@ -385,7 +386,7 @@ class _Recorder:
     ) -> None:
         """Record a call of one of torch's attention functions by any module."""
         run = self.running[-1] if self.running else None
-        if _recomputing() or (run is not None and run.depth):
+        if is_recomputing() or (run is not None and run.depth):
             return
         is_recorded_module = run is not None and run.module in self.known.identities
         if function == SCALED_DOT_PRODUCT and run is not None:
@@ -432,7 +433,7 @@ class _Recorder:
         """End a run; called after a module has run. The output is None if it failed."""
         self.n_torchs -= is_torch_attention(module)
         was_entered = bool(self.running) and self.running[-1].module is module
-        if was_entered and not _recomputing():
+        if was_entered and not is_recomputing():
             run = self.running.pop()
             self.mode.end()
             if output is not None:
@@ -554,7 +555,3 @@ class _Recorder:
             self.shares.check()
         if self.ran_elsewhere and not self.ran:
             refuse_another_thread(in_batches=self.ran_in_batches)
-
-
-def _recomputing() -> bool:
-    return torch._C._current_graph_task_id() != -1

@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from xmodal_interp.attention import numbers
@@ -18,6 +17,7 @@ from xmodal_interp.errors import (
     quoted,
 )
 from xmodal_interp.hooks.attention_modules import Identity, ranged
+from xmodal_interp.upstream import is_in_vmap, is_replica, tensor_parallel_size
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 
@@ -100,8 +100,7 @@ def refuse_failure(error: Exception) -> None:
 
 def refuse_vmap() -> None:
     """Raise CaptureError inside ``torch.func.vmap``."""
-    level = torch._C._functorch.peek_interpreter_stack()
-    if level is not None and level.key() == torch._C._functorch.TransformType.Vmap:
+    if is_in_vmap():
         raise CaptureError(
             "A model inside torch.func.vmap cannot be recorded, because the values of its tensors "
             "cannot be read there. Call the model with the batch, without vmap."
@@ -113,8 +112,7 @@ def refuse_split(model: nn.Module) -> None:
 
     With tensor parallelism each process runs some heads of every layer, numbered from 0.
     """
-    sizes = [getattr(module, "_tp_size", None) for module in model.modules()]
-    n_processes = max([size for size in sizes if isinstance(size, int)], default=1)
+    n_processes = max(tensor_parallel_size(module) for module in model.modules())
     for weight in model.parameters():
         mesh = getattr(weight, "device_mesh", None)  # only a DTensor has one
         names = getattr(mesh, "mesh_dim_names", None) or ()
@@ -143,7 +141,7 @@ def refuse_another_thread(*, in_batches: bool = False) -> None:
 
 def refuse_replica(module: nn.Module, args: Any) -> None:  # noqa: ARG001
     """Raise CaptureError in a copy that ``nn.DataParallel`` made for one of its devices."""
-    if getattr(module, "_is_replica", False):
+    if is_replica(module):
         raise CaptureError(
             "nn.DataParallel runs copies of the model in separate threads, which cannot be "
             "recorded. Record the model itself (parallel.module), or use one process per device."

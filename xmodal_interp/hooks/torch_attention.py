@@ -42,14 +42,18 @@ from torch.nn import functional
 from xmodal_interp.contexts import Observers
 from xmodal_interp.hooks.attention_modules import n_heads_of
 from xmodal_interp.hooks.raw_calls import RawCall
+from xmodal_interp.upstream import (
+    FUSED_LAYER,
+    FUSED_LAYER_PARAMETERS,
+    FUSED_MULTIHEAD,
+    FUSED_MULTIHEAD_PARAMETERS,
+)
 
 KERNEL = functional.scaled_dot_product_attention  # the original: inside a block it is wrapped
 KERNEL_NOTE = "recorded without transformers' attention interface"
 
 SCALED_DOT_PRODUCT = "scaled_dot_product_attention"
 MULTIHEAD = "multi_head_attention_forward"
-FUSED_MULTIHEAD = "_native_multi_head_attention"
-FUSED_LAYER = "_transformer_encoder_layer_fwd"
 _HOMES: dict[str, Any] = {
     SCALED_DOT_PRODUCT: functional,
     MULTIHEAD: functional,
@@ -253,19 +257,11 @@ def chunked(t: Tensor, module: nn.Module) -> Tensor:
     return t if has_its_heads or t.shape[0] % n_heads else t.unflatten(0, (-1, n_heads))
 
 
-_FUSED = (
-    *("query", "key", "value", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias"),
-    *("out_proj_weight", "out_proj_bias", "mask", "need_weights", "average_attn_weights"),
-    "mask_type",
-)
-_LAYER = (
-    *("query", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias", "out_proj_weight"),
-    *("out_proj_bias", "use_gelu", "norm_first", "eps", "norm_weight", "norm_bias"),
-    *("norm_weight_2", "norm_bias_2", "weight_1", "bias_1", "weight_2", "bias_2"),
-    *("mask", "mask_type"),
-)
-_PARAMETERS = tuple(inspect.signature(functional.multi_head_attention_forward).parameters)
-_ARGUMENTS = {MULTIHEAD: _PARAMETERS, FUSED_MULTIHEAD: _FUSED, FUSED_LAYER: _LAYER}
+_PARAMETERS = {
+    MULTIHEAD: tuple(inspect.signature(functional.multi_head_attention_forward).parameters),
+    FUSED_MULTIHEAD: FUSED_MULTIHEAD_PARAMETERS,
+    FUSED_LAYER: FUSED_LAYER_PARAMETERS,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,7 +292,7 @@ def multihead_call(
         args: Its arguments by position.
         options: Its arguments by name.
     """
-    given = {**dict(zip(_ARGUMENTS[function], args, strict=False)), **options}
+    given = {**dict(zip(_PARAMETERS[function], args, strict=False)), **options}
     with torch.no_grad():
         if function == MULTIHEAD:
             return _unfused(module, given)

@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from xmodal_interp.contexts import own_context
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.attention_modules import Identity, block_of
 from xmodal_interp.hooks.inline_attention import FunctionMode
 from xmodal_interp.hooks.key_cache import KeptCall
+from xmodal_interp.upstream import is_recomputing, leaves_of
 from xmodal_interp.vocabulary import TOWERS
 
 _ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__")
@@ -113,7 +113,7 @@ class UpdateShares:
         )
 
     def _enter(self, block: nn.Module, args: Any, options: dict[str, Any]) -> None:
-        if torch._C._current_graph_task_id() != -1:  # a recomputation for gradients
+        if is_recomputing():  # a recomputation for gradients
             return
         run = _BlockRun(block, _tensors([*args, *options.values()]))
         self.running.append(run)
@@ -268,7 +268,7 @@ def _tensors(value: Any) -> list[Tensor]:
     """Return the floating point tensors in a value, in order."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
-    leaves = _pytree.tree_leaves(value)
+    leaves = leaves_of(value)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -43,6 +43,7 @@ from xmodal_interp.models import (
     evaluation_mode,
     modules_in_training,
 )
+from xmodal_interp.upstream import attention_setting, restore_attention_setting
 from xmodal_interp.verification.exactness import Exactness
 from xmodal_interp.verification.missed_attention import missed_modules
 from xmodal_interp.verification.painting import (
@@ -389,7 +390,7 @@ def _backend(model: nn.Module, name: str) -> Iterator[None]:
         for each in model.modules()
         if isinstance(each, PreTrainedModel)
     }.values()
-    before = [(config, config._attn_implementation_internal) for config in configs]
+    before = [(config, attention_setting(config)) for config in configs]
     try:
         try:
             model.set_attn_implementation(name)  # type: ignore[operator]
@@ -400,7 +401,7 @@ def _backend(model: nn.Module, name: str) -> Iterator[None]:
         yield
     finally:
         for config, setting in before:
-            config._attn_implementation_internal = setting
+            restore_attention_setting(config, setting)
 
 
 def _with_cache(

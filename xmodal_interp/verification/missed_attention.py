@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from xmodal_interp.hooks.attention_modules import weighs_no_tokens
 from xmodal_interp.hooks.inline_attention import SOFTMAX, along_last
 from xmodal_interp.hooks.known_modules import callers
 from xmodal_interp.hooks.recorder import Recording
 from xmodal_interp.hooks.torch_attention import KERNEL
+from xmodal_interp.upstream import leaves_of
 
 _KERNELS = (KERNEL, functional.multi_head_attention_forward)
 _PRODUCTS = (
@@ -76,7 +76,7 @@ class _Everything(TorchFunctionMode):
         """Run the function unchanged, and follow probabilities from a softmax to a product."""
         options = options or {}
         output = function(*args, **options)
-        given = [t for t in _pytree.tree_leaves((args, options)) if isinstance(t, Tensor)]
+        given = [t for t in leaves_of((args, options)) if isinstance(t, Tensor)]
         probs = [t for t in given if hasattr(t, _MARK)]
         weighs = probs and any(t.ndim > 2 for t in given if t is not probs[0])
         if function in _KERNELS or (function in _PRODUCTS and weighs):
