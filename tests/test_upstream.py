@@ -321,13 +321,21 @@ def changed(name: str, user: str, version: str) -> str:
 
 def users_of(name: str) -> list[str]:
     """Return the files of the package that import a name from ``upstream``."""
-    return [
-        str(path.relative_to(PACKAGE))
+    return [path for path, names in imports().items() if name in names]
+
+
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """Return the names that each file imports from ``upstream``."""
+    return {
+        str(path.relative_to(PACKAGE)): {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module == "xmodal_interp.upstream"
+            for alias in node.names
+        }
         for path, tree in files()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "xmodal_interp.upstream"
-        if name in {alias.name for alias in node.names}
-    ]
+    }
 
 
 @functools.cache
