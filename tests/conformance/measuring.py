@@ -99,7 +99,7 @@ def _run(model: torch.nn.Module, call: Callable[[], Any]) -> Run:
     alone, _ = _once(call, nullcontext())
     _, spied = _once(call, spy(model))
     exactness = Exactness()
-    recorder = record_with(Settings(values=True, inspect=exactness.look), model)
+    recorder = record_with(Settings(values=True, inspect=exactness.inspect), model)
     tensors, recording = _once(call, recorder)
     return Run(
         same=_same(alone, tensors),

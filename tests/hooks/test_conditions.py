@@ -35,7 +35,7 @@ def test_half_precision(name, dtype) -> None:
     exactness = Exactness()
     with torch.no_grad():
         alone = first(model(**inputs))
-        with record_with(Settings(values=True, inspect=exactness.look), model) as recording:
+        with record_with(Settings(values=True, inspect=exactness.inspect), model) as recording:
             heard = first(model(**inputs))
     assert torch.equal(alone, heard)
     assert_complete_and_exact(recording.calls, model)

@@ -98,7 +98,7 @@ class Site:
     @property
     def begins(self) -> bool:
         """Whether the call begins a sequence, so that it is not a decode step."""
-        return self.start == 0 and not (self.batch is not None and self.batch.goes_on)
+        return self.start == 0 and not (self.batch is not None and self.batch.is_decode_step)
 
     def attention(self, call: RawCall) -> AttentionCall:
         """Return the call as an :class:`AttentionCall`.
@@ -178,10 +178,10 @@ def _intervene(
     refuse_when_compiled_code_runs(bare, known, stack)
     own = stack.enter_context(own_context())
     for top in {bare, _without_adapter(bare)}:
-        hook = top.register_forward_pre_hook(own(batch.enter), with_kwargs=True)
+        hook = top.register_forward_pre_hook(own(batch.read_forward), with_kwargs=True)
         stack.callback(hook.remove)
     for editor in editors:
-        enter, leave = own(editor.open), own(editor.close)
+        enter, leave = own(editor.enter), own(editor.exit)
         for module in editor.heads:
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
@@ -234,15 +234,15 @@ class _Editor:
                 "out."
             )
 
-    def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+    def enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
         if self.batch is not None:
-            self.batch.look()
+            self.batch.read_generation()
         while self.running and not is_running(self.running[-1]):
             self.running.pop()  # ended by an interrupt, after which torch calls no hook
         self.running.append(module)
         self.ran.add(module)
 
-    def close(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+    def exit(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
         if self.running and self.running[-1] is module:  # not the case if it was refused
             self.running.pop()
 

@@ -319,7 +319,7 @@ class _Recorder:
         self.ran = True
         self.n_torchs += is_torch_attention(module)
         if not is_recomputing() and module in self.known:
-            while self.running and not self._goes_on(self.running[-1], module):
+            while self.running and not self._is_active(self.running[-1], module):
                 self.running.pop()
             if self.shares is not None:
                 self.shares.pause()
@@ -329,7 +329,7 @@ class _Recorder:
         self._switch_mode()
 
     @staticmethod
-    def _goes_on(run: ModuleRun, inner: nn.Module) -> bool:
+    def _is_active(run: ModuleRun, inner: nn.Module) -> bool:
         """Whether a run is still active when an inner module is entered.
 
         It is not if it was ended by an interrupt, after which torch calls no forward hook.

@@ -69,7 +69,7 @@ class Exactness:
         """Eager errors, one per call with an eager function."""
         return [gap.error for gap in self.eager_gaps]
 
-    def look(self, observed: ObservedCall, call: AttentionCall) -> None:
+    def inspect(self, observed: ObservedCall, call: AttentionCall) -> None:
         """Measure the errors of one call; called by the recorder for every call."""
         self.n_calls += 1
         self.calls[call.module] += 1
