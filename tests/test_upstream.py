@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from tests.tiny import tiny_vlm
+from tests.helpers.tiny import tiny_vlm
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
