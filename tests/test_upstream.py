@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from tests.helpers.tiny import tiny_vlm
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -25,6 +24,7 @@ from transformers.generation import continuous_batching
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import xmodal_interp as xi
+from tests.helpers.tiny import tiny_vlm
 from xmodal_interp import upstream
 
 PACKAGE = Path(xi.__file__).parent

@@ -8,9 +8,9 @@ undone. Python calls signal handlers in the main thread only, so other threads n
 
 **Threads and tasks.** Hooks are registered on the model, so they fire in every thread and every
 asyncio task that runs it, but a recording or an intervention must only observe the forwards of its
-own ``with`` block. :class:`Observers` holds what the active blocks of one thread or task registered,
-and :func:`own_context` disables a hook outside its block. Copies of the model that are made inside
-the block do not get its hooks.
+own ``with`` block. :class:`Observers` holds what the active blocks of one thread or task have
+registered, and :func:`own_context` disables a hook outside its block. Copies of the model that are
+made inside the block do not get its hooks.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def test_half_precision(name, dtype) -> None:
     with torch.no_grad():
         alone = first(model(**inputs))
         with record_with(Settings(values=True, inspect=exactness.inspect), model) as recording:
-            heard = first(model(**inputs))
-    assert torch.equal(alone, heard)
+            recorded = first(model(**inputs))
+    assert torch.equal(alone, recorded)
     assert_complete_and_exact(recording.calls, model)
     assert all(call.q is None or call.q.dtype == dtype for call in recording.calls)
     assert all(error < tolerance(dtype) for error in exactness.output_errors)
@@ -60,8 +60,8 @@ def test_autocast(name) -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         alone = first(model(**inputs))
         with record(model, values=True) as recording:
-            heard = first(model(**inputs))
-    assert torch.equal(alone, heard)
+            recorded = first(model(**inputs))
+    assert torch.equal(alone, recorded)
     assert_complete_and_exact(recording.calls, model)
 
 
@@ -94,8 +94,8 @@ def test_inference_mode(name) -> None:
     with torch.inference_mode():
         alone = first(model(**inputs))
         with record(model, values=True) as recording:
-            heard = first(model(**inputs))
-    assert torch.equal(alone, heard)
+            recorded = first(model(**inputs))
+    assert torch.equal(alone, recorded)
     assert_complete_and_exact(recording.calls, model)
 
 
@@ -137,11 +137,11 @@ def test_two_threads_record_at_once(models) -> None:
         thread.join()
     for (output, calls), runs in zip(expected, found, strict=True):
         assert len(runs) == 4
-        for other, heard in runs:
+        for other, recorded in runs:
             assert torch.equal(output, other)
-            assert [c.module for c in heard] == [c.module for c in calls]
-            assert all(torch.equal(a.q, b.q) for a, b in zip(calls, heard, strict=True))
-            assert all(torch.equal(a.k, b.k) for a, b in zip(calls, heard, strict=True))
+            assert [c.module for c in recorded] == [c.module for c in calls]
+            assert all(torch.equal(a.q, b.q) for a, b in zip(calls, recorded, strict=True))
+            assert all(torch.equal(a.k, b.k) for a, b in zip(calls, recorded, strict=True))
     model = pairs[0][0]
     after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert after == n_hooks

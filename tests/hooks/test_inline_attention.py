@@ -99,8 +99,8 @@ def test_a_direct_kernel_call_and_an_inline_softmax(way, folded) -> None:
     with torch.no_grad():
         plain = module(given)
         with record(nn.Sequential(module)) as recording:
-            heard = module(given)
-    assert torch.equal(plain, heard)
+            recorded = module(given)
+    assert torch.equal(plain, recorded)
     (call,) = recording.calls
     scale = 0.7 if way == "kernel" else 1.0
     with torch.no_grad():
@@ -143,8 +143,8 @@ def test_the_pooling_head_of_siglip() -> None:
     with torch.no_grad():
         plain = model(pixels).pooler_output
         with record(model) as recording:
-            heard = model(pixels).pooler_output
-    assert torch.equal(plain, heard)
+            recorded = model(pixels).pooler_output
+    assert torch.equal(plain, recorded)
     shapes = [(c.kind, c.layer, c.n_samples, c.n_queries, c.n_keys) for c in recording.calls]
     assert shapes == [("self", 0, 2, 16, 16), ("self", 1, 2, 16, 16), ("cross", 0, 2, 1, 16)]
 
@@ -162,8 +162,8 @@ def test_probabilities_of_a_model_without_the_interface_are_recorded() -> None:
     with torch.no_grad():
         plain = model(**inputs, output_attentions=True)
         with record(model) as recording:
-            heard = model(**inputs)
-    assert torch.equal(plain.image_embeds, heard.image_embeds)
+            recorded = model(**inputs)
+    assert torch.equal(plain.image_embeds, recorded.image_embeds)
     of_vision = [call for call in recording.calls if call.tower == "vision"]
     for call, weights in itertools.zip_longest(of_vision, plain.attentions):
         torch.testing.assert_close(call.probs(), weights, atol=1e-6, rtol=0)

@@ -254,7 +254,7 @@ def _run(
     by_image = towers_by_image(recording.calls, ready, vlm.family, orders, tiles, windows)
     heard = _Heard(streams, by_image, stacks_of(vlm.model, recording.modules))
     samples = [_sample(vlm, i, ready, new, heard, keep, about) for i in range(len(ready))]
-    rotary = recording.rotary.whole() if recording.rotary else None
+    rotary = recording.rotary
     n_read = len(ready[0].tokens) + max(new.shape[1] - 1, 0)
     if rotary is None or rotary.shape[::2] != (len(AXES), n_read):  # other axes, or not per token
         return samples

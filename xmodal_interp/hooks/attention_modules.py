@@ -398,10 +398,10 @@ def head_counts(model: nn.Module, tower: Tower) -> dict[int, int]:
         LayerError: There is no such layer, or the number of heads of a layer is unknown.
     """
     counts = layers_of(attention_modules(model), tower, "self")
-    silent = [layer for layer, module in counts.items() if n_heads_of(module) is None]
-    if silent:
+    unknown = [layer for layer, module in counts.items() if n_heads_of(module) is None]
+    if unknown:
         raise LayerError(
-            f"The number of heads of {tower} self-attention, layers {ranged(silent)}, is unknown. "
+            f"The number of heads of {tower} self-attention, layers {ranged(unknown)}, is unknown. "
             "Set num_heads on these modules, or num_attention_heads in their config."
         )
     return {layer: n_heads_of(module) or 0 for layer, module in counts.items()}

@@ -54,14 +54,19 @@ class RotaryPositions:
         if not isinstance(given, Tensor) or given.is_floating_point():
             return
         if given.ndim == 2 or (given.ndim == 3 and len(given) in (1, len(AXES))):
-            self.received.append(
-                given.detach().clone() if given.ndim == 3 else given.detach()[None]
-            )
+            ids = given.detach().clone()
+            self.received.append(ids if ids.ndim == 3 else ids[None])
 
     def whole(self) -> Int[Tensor, "axis sample position"] | None:
-        """Return the position ids of the whole sequence; None if none were recorded."""
+        """Return the position ids of the whole sequence.
+
+        None if none were recorded, or if the runs had different numbers of axes or samples.
+        """
         if not self.received:
             return None
         again = ran_without_cache([each.shape[-1] for each in self.received])
-        joined = self.received[-1] if again else torch.cat(self.received, -1)
+        parts = self.received[-1:] if again else self.received
+        if len({part.shape[:2] for part in parts}) > 1:
+            return None
+        joined = torch.cat(parts, -1)
         return joined.cpu().expand(len(AXES), -1, -1) if joined.shape[0] == 1 else joined.cpu()

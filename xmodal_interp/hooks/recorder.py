@@ -32,6 +32,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -69,7 +70,6 @@ from xmodal_interp.hooks.raw_calls import (
     whole_mask,
 )
 from xmodal_interp.hooks.refusals import (
-    ReduceError,
     chosen_layers,
     refuse_another_thread,
     refuse_failure,
@@ -103,8 +103,8 @@ class Recording:
         without_matrix: Layers that mix tokens without softmax attention: linear attention, state
             spaces, convolutions.
         unseen: Names of modules that ran without a recorded call.
-        rotary: Position ids that the rotary embedding of the language tower received.
-        check: The comparison of recorded probabilities with the model's outputs.
+        rotary: Position ids that the rotary embedding of the language tower received; None if it
+            has none; set at the end of the block.
     """
 
     modules: tuple[Identity, ...]
@@ -112,8 +112,7 @@ class Recording:
     calls: list[AttentionCall] = field(default_factory=list)
     results: list[Any] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
-    rotary: RotaryPositions | None = None
-    check: ProbabilityCheck = field(default_factory=ProbabilityCheck)
+    rotary: Int[Tensor, "axis sample position"] | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,8 @@ class ModuleRun:
         depth: The number of functions of the interface that are running.
         bypassed: Calls that bypass the interface. They are kept at the end of the run if no call
             was kept before.
-        silent: Names of attention modules in this run (itself included) without a recorded call.
+        without_calls: Names of attention modules without a recorded call in this run, which may be
+            the module itself.
         recorded_inside: Whether any call was recorded during the run.
     """
 
@@ -226,7 +226,7 @@ class ModuleRun:
     n_recorded: int = 0
     depth: int = 0
     bypassed: list[ObservedCall] = field(default_factory=list)
-    silent: list[str] = field(default_factory=list)
+    without_calls: list[str] = field(default_factory=list)
     recorded_inside: bool = False
 
     @property
@@ -269,7 +269,6 @@ class _Recorder:
         self.known, self.settings = known, settings
         modules = tuple(known.identities.values())
         self.recording = Recording(modules, layers_without_matrix(model))
-        self.recording.rotary = RotaryPositions(model, known.identities)
         named = {**known.identities, **known.holders}
         self.shares = UpdateShares(model, named) if settings.norms else None
         # A class computes its attention in one way; a module with a replaced forward may differ.
@@ -284,13 +283,15 @@ class _Recorder:
         self.caches: dict[nn.Module, KeyCache] = {}
         self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
         self.block_masks: dict[int, tuple[BlockMask, Tensor]] = {}
+        self.check = ProbabilityCheck()
+        self.positions = RotaryPositions(model, known.identities)
         self.ran = self.ran_elsewhere = self.ran_in_batches = False
         self.failure: Exception | None = None  # the first error, raised at the end of the block
+        self.reduce_failed = False  # whether ``reduce`` raised it
 
     def register(self, model: nn.Module, stack: ExitStack) -> None:
         """Register all hooks and observers until the stack is closed."""
-        assert self.recording.rotary is not None
-        self.recording.rotary.register(stack)
+        self.positions.register(stack)
         if self.shares is not None:
             self.shares.register(stack)
         own = stack.enter_context(own_context(elsewhere=self.note_elsewhere))
@@ -341,9 +342,12 @@ class _Recorder:
     def _switch_mode(self) -> None:
         """Observe torch functions if the innermost module may compute its attention inline.
 
-        Torch's own modules run without a mode, because it would change their results.
+        Functions of the interface run without the mode: torch.compile, which flex attention uses,
+        would trace it. So do torch's own modules, whose results it would change.
         """
-        if self.running and self.running[-1].observes_inline and self.n_torchs == 0:
+        run = self.running[-1] if self.running else None
+        inline = run is not None and run.observes_inline and run.depth == 0
+        if inline and self.n_torchs == 0 and self.failure is None:
             self.mode.begin()
         else:
             self.mode.end()
@@ -354,6 +358,7 @@ class _Recorder:
         """Note that a function of the interface runs; called by the tap."""
         if self.running:
             self.running[-1].depth += 1
+            self.mode.end()
         return call
 
     def after(self, call: RawCall, output: Tensor) -> Tensor:
@@ -361,6 +366,7 @@ class _Recorder:
         self.observe_interface(call)
         if self.running:
             self.running[-1].depth -= 1
+            self._switch_mode()
         return output
 
     @_recording
@@ -417,9 +423,7 @@ class _Recorder:
         output: Any,
     ) -> None:
         """Note an inline softmax of the innermost module; called for every torch function."""
-        run = self.running[-1] if self.running else None
-        if run is None or run.depth or not run.observes_inline:
-            return
+        run = self.running[-1]
         call = inline_call(run.module, function, args, options, output)
         if call is not None:
             run.bypassed.append(call)
@@ -460,18 +464,18 @@ class _Recorder:
         included = self.settings.include(identity)
         if run.made_calls:
             run.recorded_inside = True
-            run.silent.clear()  # inner modules without calls are helpers of this one
+            run.without_calls.clear()  # inner modules without calls are helpers of this one
         elif run.module in self.known.identities:
-            run.silent += [identity.module] * included
+            run.without_calls += [identity.module] * included
         elif run.recorded_inside:
             self.ways_by_interface.add(self.way_of[run.module])
         elif included:
             self.empty_holders.add(run.module)
         if self.running:
             self.running[-1].recorded_inside |= run.recorded_inside
-            self.running[-1].silent += run.silent
+            self.running[-1].without_calls += run.without_calls
         else:
-            self.recording.unseen += run.silent
+            self.recording.unseen += run.without_calls
 
     # 4. Keep
 
@@ -489,7 +493,7 @@ class _Recorder:
         else:
             observed = as_computed(self._with_dense_mask(observed))
             call = as_attention_call(observed, identity, number, self._mask(observed))
-            call = self.recording.check.checked(observed, call)
+            call = self.check.checked(observed, call)
         if self.settings.inspect is not None:
             self.settings.inspect(observed, call)
         if self.settings.reduce is not None:
@@ -506,12 +510,12 @@ class _Recorder:
             without_keys = replace(call, q=own_copy(observed.query), k=None, v=None)
             self.kept.append(KeptCall(without_keys, cache, observed.key.shape[2]))
 
-    @staticmethod
-    def _reduced(call: AttentionCall, reduce: Callable[[AttentionCall], Any]) -> Any:
+    def _reduced(self, call: AttentionCall, reduce: Callable[[AttentionCall], Any]) -> Any:
         try:
             return reduce(call)
-        except Exception as error:
-            raise ReduceError from error
+        except Exception:
+            self.reduce_failed = True
+            raise
 
     def _with_dense_mask(self, raw: RawCall) -> RawCall:
         """Convert the mask function of flex attention to a tensor, once for all layers."""
@@ -541,16 +545,17 @@ class _Recorder:
         self.kept.clear()
         self.recording.unseen += self.known.missed_among(self.empty_holders)
         self.recording.modules = tuple(self.known.identities.values())
+        self.recording.rotary = self.positions.whole()
 
     def refuse(self, failure: type[BaseException] | None, *_: object) -> None:
         """Raise CaptureError for missed or wrong attention, unless the block itself failed."""
         if failure is not None:
             return
         if self.failure is not None:
-            refuse_failure(self.failure)
+            refuse_failure(self.failure, of_reduce=self.reduce_failed)
         refuse_unseen(self.recording.unseen)
         if self.settings.refuse:
-            self.recording.check.refuse()
+            self.check.refuse()
         if self.shares is not None:
             self.shares.check()
         if self.ran_elsewhere and not self.ran:

@@ -77,19 +77,12 @@ def refuse_unseen(names: Iterable[str]) -> None:
         )
 
 
-class ReduceError(Exception):
-    """Wraps an error of the user's ``reduce`` function, which is its ``__cause__``."""
-
-
-def refuse_failure(error: Exception) -> None:
+def refuse_failure(error: Exception, *, of_reduce: bool) -> None:
     """Raise an error that occurred while the model ran.
 
     Errors of this package and of ``reduce`` are raised unchanged, others as CaptureError.
     """
-    if isinstance(error, ReduceError):
-        assert error.__cause__ is not None
-        raise error.__cause__
-    if isinstance(error, XmodalError):
+    if of_reduce or isinstance(error, XmodalError):
         raise error
     raise CaptureError(
         "The model ran to its end, but recording its attention failed with "

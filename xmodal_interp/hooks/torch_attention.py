@@ -264,23 +264,6 @@ _PARAMETERS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class _States:
-    """Hidden states ``[sample, position, d_model]``; for nested ones, ``real`` marks no padding."""
-
-    states: Tensor
-    real: Tensor | None = None
-
-    @classmethod
-    def of(cls, states: Tensor) -> _States:
-        states = states.detach()
-        if not states.is_nested:
-            return cls(states)
-        padded = torch.nested.to_padded_tensor(states, 0.0)
-        lengths = torch.tensor([len(each) for each in states.unbind()], device=padded.device)
-        return cls(padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
-
-
 def multihead_call(
     module: nn.Module, function: str, args: tuple[Any, ...], options: Mapping[str, Any]
 ) -> RawCall:
@@ -300,24 +283,35 @@ def multihead_call(
 
 
 def _fused(module: nn.Module, given: Mapping[str, Any]) -> RawCall:
+    query, queries_exist = _padded(given["query"])
+    key, keys_exist = _padded(given.get("key", given["query"]))
+    value, _ = _padded(given.get("value", given["query"]))
     if given.get("norm_first"):
-        states = _States.of(given["query"])
         norm = given["norm_weight"], given["norm_bias"], given["eps"]
-        normed = functional.layer_norm(states.states, states.states.shape[-1:], *norm)
-        query = key = value = _States(normed, states.real)
-    else:
-        query = _States.of(given["query"])
-        key, value = (_States.of(given.get(name, given["query"])) for name in ("key", "value"))
+        query = key = value = functional.layer_norm(query, query.shape[-1:], *norm)
     weights, biases = given["in_proj_weight"].chunk(3), given["in_proj_bias"].chunk(3)
     q, k, v = (
-        _heads(functional.linear(x.states, weight, bias), given["num_heads"])
+        _heads(functional.linear(x, weight, bias), given["num_heads"])
         for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
     )
     mask = None if given.get("mask") is None else ~_hidden(given["mask"], given.get("mask_type"))
-    if query.real is not None and key.real is not None:
-        inside = query.real[:, None, :, None] & key.real[:, None, None]
+    if queries_exist is not None and keys_exist is not None:
+        inside = queries_exist[:, None, :, None] & keys_exist[:, None, None]
         mask = inside if mask is None else mask & inside
     return _call(module, q, k, v, mask)
+
+
+def _padded(states: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return hidden states ``[sample, position, d_model]``, and where positions exist.
+
+    The second result is None for states that are not a nested tensor.
+    """
+    states = states.detach()
+    if not states.is_nested:
+        return states, None
+    padded = torch.nested.to_padded_tensor(states, 0.0)
+    lengths = torch.tensor([len(each) for each in states.unbind()], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
 
 
 def _hidden(mask: Tensor, mask_type: int | None) -> Tensor:

@@ -109,12 +109,12 @@ def _silent_blocks(model: nn.Module, accounted: set[str]) -> list[str]:
         place = re.fullmatch(r"(.*?)\.?\d+", path)
         if place:
             stacks[place[1], type(module)].append(path)
-    silent = []
+    without_calls = []
     for blocks in stacks.values():
         without = [b for b in blocks if not any(_inside(each, b) for each in accounted)]
         if len(without) < len(blocks):
-            silent += without
-    return silent
+            without_calls += without
+    return without_calls
 
 
 def _mixes_tokens(model: nn.Module, path: str, run: Callable[[], object]) -> bool:
