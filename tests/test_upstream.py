@@ -389,9 +389,11 @@ def test_private_parts_are_used_only_in_upstream() -> None:
 def private_uses(tree: ast.Module) -> Iterator[str]:
     """Yield private attributes and imports of other packages, and look-ups in ``sys.modules``."""
     own = {"self", "cls"} | {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+    methods = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}  # of this file
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             of_own = isinstance(node.value, ast.Name) and node.value.id in own
+            of_own |= node.attr in methods
             if (is_private(node.attr) and not of_own) or ast.unparse(node) == "sys.modules":
                 yield ast.unparse(node)
         elif isinstance(node, ast.ImportFrom):
