@@ -176,7 +176,7 @@ def share_inside(way: str, n_tokens: int, rounds: int) -> float:
 
         return around
 
-    names = ("open", "close", "after", "finish")
+    names = ("enter", "exit", "after", "finish")
     originals = {name: getattr(_Recorder, name) for name in names}
     try:
         for name, method in originals.items():

@@ -1,4 +1,4 @@
-"""``with`` blocks that always undo their changes, and hooks that fire in their own block only.
+"""``with`` blocks that always undo their changes, and observers that are called in their own block.
 
 **Interrupts.** ``contextlib.ExitStack`` calls the callbacks that were registered with it. Ctrl-C
 raises ``KeyboardInterrupt`` between two bytecodes, so it can arrive between a change and its
@@ -8,9 +8,9 @@ undone. Python calls signal handlers in the main thread only, so other threads n
 
 **Threads and tasks.** Hooks are registered on the model, so they fire in every thread and every
 asyncio task that runs it, but a recording or an intervention must only observe the forwards of its
-own ``with`` block. A context variable holds the active blocks of the thread or task, and
-:func:`own_context` disables a hook outside its block. Copies of the model that are made inside the
-block do not get its hooks.
+own ``with`` block. :class:`Observers` holds what the active blocks of one thread or task have
+registered, and :func:`own_context` disables a hook outside its block. Copies of the model that are
+made inside the block do not get its hooks.
 """
 
 from __future__ import annotations
@@ -137,9 +137,54 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+class Observers(Generic[T]):
+    """The objects that the active blocks of this thread or task registered, the outermost first.
+
+    Args:
+        name: The name of the context variable that holds them.
+        install: Called before the first object of any thread is registered.
+        remove: Called after the last object of any thread was removed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        install: Callable[[], None] | None = None,
+        remove: Callable[[], None] | None = None,
+    ) -> None:
+        self._active: ContextVar[tuple[T, ...]] = ContextVar(f"xmodal_interp_{name}", default=())
+        self._install, self._remove = install, remove
+        self._lock = threading.Lock()
+        self.n_registered = 0  # in all threads
+
+    def active(self) -> tuple[T, ...]:
+        """Return the objects of this thread or task."""
+        return self._active.get()
+
+    def register(self, observer: T, stack: ExitStack) -> None:
+        """Register an object in this thread or task until the stack of a block is closed."""
+        self._active.set((*self.active(), observer))
+        stack.callback(self._forget, observer)
+        with self._lock:
+            if self.n_registered == 0 and self._install is not None:
+                self._install()
+            self.n_registered += 1
+        stack.callback(self._count_down)
+
+    def _forget(self, observer: T) -> None:
+        """Remove an object; the earlier tuple is not restored, as blocks may exit in any order."""
+        self._active.set(tuple(each for each in self.active() if each is not observer))
+
+    def _count_down(self) -> None:
+        with self._lock:
+            self.n_registered -= 1
+            if self.n_registered == 0 and self._remove is not None:
+                self._remove()
+
+
 Hook = Callable[..., Any]
 
-_blocks: ContextVar[tuple[object, ...]] = ContextVar("xmodal_interp_blocks", default=())
+_blocks: Observers[object] = Observers("blocks")
 
 
 def own_context(elsewhere: Callable[[], None] | None = None) -> Block[Callable[[Hook], Hook]]:
@@ -154,19 +199,13 @@ def own_context(elsewhere: Callable[[], None] | None = None) -> Block[Callable[[
 
 def _own_context(elsewhere: Callable[[], None] | None, stack: ExitStack) -> Callable[[Hook], Hook]:
     block = object()
-    _blocks.set((*_blocks.get(), block))
-    stack.callback(_forget, block)
+    _blocks.register(block, stack)
     return lambda hook: _OwnHook(hook, block, elsewhere)
 
 
 def in_a_block() -> bool:
     """Whether a block of this package is active in this thread or task."""
-    return bool(_blocks.get())
-
-
-def _forget(block: object) -> None:
-    """Remove a block; the previous tuple is not restored, as blocks may exit in any order."""
-    _blocks.set(tuple(each for each in _blocks.get() if each is not block))
+    return bool(_blocks.active())
 
 
 class _OwnHook:
@@ -181,7 +220,7 @@ class _OwnHook:
         self.hook, self.block, self.elsewhere = hook, block, elsewhere
 
     def __call__(self, *given: Any) -> Any:
-        blocks = _blocks.get()
+        blocks = _blocks.active()
         if self.block in blocks:
             return self.hook(*given)
         if not blocks and self.elsewhere is not None:

@@ -19,7 +19,7 @@ from torch.utils import _pytree
 
 from tests.conformance.spying import Heard, spy
 from tests.helpers.building import Tiny
-from xmodal_interp.hooks.recorder import Choice, Recording, listening
+from xmodal_interp.hooks.recorder import Recording, Settings, record_with
 from xmodal_interp.verification.exactness import Exactness
 
 WORST = pytest.StashKey[dict[str, float]]()  # by model, for the summary of a test run
@@ -99,8 +99,8 @@ def _run(model: torch.nn.Module, call: Callable[[], Any]) -> Run:
     alone, _ = _once(call, nullcontext())
     _, spied = _once(call, spy(model))
     exactness = Exactness()
-    listener = listening(model, Choice(values=True, inspect=exactness.look))
-    tensors, recording = _once(call, listener)
+    recorder = record_with(Settings(values=True, inspect=exactness.inspect), model)
+    tensors, recording = _once(call, recorder)
     return Run(
         same=_same(alone, tensors),
         spied=Counter(each.module for each in spied),

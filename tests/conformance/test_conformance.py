@@ -22,7 +22,7 @@ from tests.helpers.attention_variants import BACKBONES, llava_over
 from tests.helpers.building import STEPS, Tiny, representatives, tiny, types
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.hooks import record
-from xmodal_interp.hooks.bypass import CHUNKED_NOTE
+from xmodal_interp.hooks.inline_attention import CHUNKED_NOTE
 
 LIMIT = 1e-5  # of a probability, in float32
 SOME_DUAL_ENCODERS = ["clip", "siglip", "blip_itm", "bridgetower", "groupvit"]

@@ -10,7 +10,7 @@ from tests.helpers.tiny import QUESTION, picture
 from xmodal_interp.hooks import attention_modules
 from xmodal_interp.hooks.attention_modules import Identity
 from xmodal_interp.hooks.interventions import Intervention, Site, intervene
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.raw_calls import RawCall
 from xmodal_interp.models import VLM
 
 FAMILIES = ["llava", "qwen2_vl", "mllama"]

@@ -37,8 +37,8 @@ def test_recording_does_not_change_gradients_with_checkpoints_and_padding() -> N
 
     alone = gradients()
     with xi.record(model, values=True) as recording:
-        heard = gradients()
-    for a, b in zip(alone, heard, strict=True):
+        recorded = gradients()
+    for a, b in zip(alone, recorded, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert len(recording.calls) == 6
     assert not any(t.requires_grad for call in recording.calls for t in (call.q, call.k, call.v))

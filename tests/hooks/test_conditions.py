@@ -20,7 +20,7 @@ from xmodal_interp.attention import AttentionCall
 from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import record
-from xmodal_interp.hooks.recorder import Choice, listening
+from xmodal_interp.hooks.recorder import Settings, record_with
 from xmodal_interp.models import VLM
 from xmodal_interp.verification.exactness import Exactness, tolerance
 
@@ -35,9 +35,9 @@ def test_half_precision(name, dtype) -> None:
     exactness = Exactness()
     with torch.no_grad():
         alone = first(model(**inputs))
-        with listening(model, Choice(values=True, inspect=exactness.look)) as recording:
-            heard = first(model(**inputs))
-    assert torch.equal(alone, heard)
+        with record_with(Settings(values=True, inspect=exactness.inspect), model) as recording:
+            recorded = first(model(**inputs))
+    assert torch.equal(alone, recorded)
     assert_complete_and_exact(recording.calls, model)
     assert all(call.q is None or call.q.dtype == dtype for call in recording.calls)
     assert all(error < tolerance(dtype) for error in exactness.output_errors)
@@ -60,8 +60,8 @@ def test_autocast(name) -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         alone = first(model(**inputs))
         with record(model, values=True) as recording:
-            heard = first(model(**inputs))
-    assert torch.equal(alone, heard)
+            recorded = first(model(**inputs))
+    assert torch.equal(alone, recorded)
     assert_complete_and_exact(recording.calls, model)
 
 
@@ -94,8 +94,8 @@ def test_inference_mode(name) -> None:
     with torch.inference_mode():
         alone = first(model(**inputs))
         with record(model, values=True) as recording:
-            heard = first(model(**inputs))
-    assert torch.equal(alone, heard)
+            recorded = first(model(**inputs))
+    assert torch.equal(alone, recorded)
     assert_complete_and_exact(recording.calls, model)
 
 
@@ -137,11 +137,11 @@ def test_two_threads_record_at_once(models) -> None:
         thread.join()
     for (output, calls), runs in zip(expected, found, strict=True):
         assert len(runs) == 4
-        for other, heard in runs:
+        for other, recorded in runs:
             assert torch.equal(output, other)
-            assert [c.module for c in heard] == [c.module for c in calls]
-            assert all(torch.equal(a.q, b.q) for a, b in zip(calls, heard, strict=True))
-            assert all(torch.equal(a.k, b.k) for a, b in zip(calls, heard, strict=True))
+            assert [c.module for c in recorded] == [c.module for c in calls]
+            assert all(torch.equal(a.q, b.q) for a, b in zip(calls, recorded, strict=True))
+            assert all(torch.equal(a.k, b.k) for a, b in zip(calls, recorded, strict=True))
     model = pairs[0][0]
     after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert after == n_hooks

@@ -156,10 +156,10 @@ def test_attention_that_is_not_recorded_is_found() -> None:
 def test_a_layer_whose_calls_are_lost_is_found(monkeypatch) -> None:
     right = recorder._Recorder._keep
 
-    def forgetful(self, module, heard):
-        identity = self.members.known[module]
+    def forgetful(self, module, call):
+        identity = self.known.identities[module]
         if (identity.tower, identity.layer) != ("language", 1):
-            right(self, module, heard)
+            right(self, module, call)
 
     monkeypatch.setattr(recorder._Recorder, "_keep", forgetful)
     checkup = xi.doctor(tiny_vlm("llava"), picture(), QUESTION)

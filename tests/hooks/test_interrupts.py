@@ -23,9 +23,12 @@ from transformers.modeling_utils import AttentionInterface
 import xmodal_interp as xi
 from tests.helpers.real import real, settled
 from xmodal_interp import contexts
-from xmodal_interp.hooks import compiled, tap
-from xmodal_interp.hooks import torch_attention as kernels
+from xmodal_interp.hooks import attention_interface, compiled, torch_attention
 
+OBSERVERS = (
+    *(contexts._blocks, attention_interface._observers),
+    *(torch_attention._observers, compiled._observers),
+)
 BLIP = "blip"  # its attention computes its own softmax: it is recorded by a TorchFunctionMode
 
 
@@ -43,11 +46,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             AttentionInterface.get_interface,
             vars(AttentionInterface).get("__getitem__"),
         ),
-        "open": (tap._open, kernels._open, contexts.DeferredSignals._is_open),
-        "contexts": (
-            *(tap._listeners.get(), kernels._listeners.get()),
-            *(contexts._blocks.get(), compiled._observers.get()),
-        ),
+        "observers": [(each.n_registered, each.active()) for each in OBSERVERS],
+        "deferring": contexts.DeferredSignals._is_open,
         "handlers": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)),
     }
 

@@ -34,8 +34,8 @@ def test_offloaded_weights(way, tmp_path) -> None:
     with torch.no_grad():
         alone = vlm.model(**inputs).logits
         with record(model) as recording:
-            heard = model(**inputs).logits
-    assert torch.equal(alone, heard)
+            recorded = model(**inputs).logits
+    assert torch.equal(alone, recorded)
     assert_complete_and_exact(recording.calls, model)
     sample = capture(VLM(model, vlm.processor), picture(), QUESTION, **STEPS)
     plain = capture(vlm, picture(), QUESTION, **STEPS)
@@ -51,8 +51,8 @@ def test_offloaded_weights_of_other_models(name) -> None:
         alone = first(model(**inputs))
     accelerate.cpu_offload(model, torch.device("cpu"))
     with torch.no_grad(), record(model) as recording:
-        heard = first(model(**inputs))
-    assert torch.equal(alone, heard)
+        recorded = first(model(**inputs))
+    assert torch.equal(alone, recorded)
     for ours, theirs in zip(recording.calls, plain.calls, strict=True):
         torch.testing.assert_close(ours.probs(), theirs.probs(), atol=0, rtol=0, equal_nan=True)
 

@@ -27,7 +27,8 @@ from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import attention_modules, record
-from xmodal_interp.hooks.bypass import DENSE_NOTE, KERNEL_NOTE
+from xmodal_interp.hooks.inline_attention import DENSE_NOTE
+from xmodal_interp.hooks.torch_attention import KERNEL_NOTE
 from xmodal_interp.sample import Sample
 
 WIDTH = 16

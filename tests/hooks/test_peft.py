@@ -41,10 +41,10 @@ def test_adapters_change_the_recorded_queries(way) -> None:
     with torch.no_grad():
         alone = model(**inputs).logits
         with record(model) as recording:
-            heard = model(**inputs).logits
+            recorded = model(**inputs).logits
         with record(base) as without:
             base(**inputs)
-    assert torch.equal(alone, heard)
+    assert torch.equal(alone, recorded)
     assert_complete_and_exact(recording.calls, model)
     keys = [(call.tower, call.kind, call.layer) for call in recording.calls]
     assert keys == [(call.tower, call.kind, call.layer) for call in without.calls]

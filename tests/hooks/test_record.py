@@ -31,10 +31,10 @@ def test_outputs_are_bit_identical_and_probs_are_those_of_eager(
         with torch.no_grad():
             alone = model(**inputs).logits
             with record(model) as recording:
-                heard = model(**inputs).logits
+                recorded = model(**inputs).logits
     finally:
         model.set_attn_implementation("sdpa")
-    assert torch.equal(alone, heard)
+    assert torch.equal(alone, recorded)
     language = [call for call in recording.calls if call.tower == "language"]
     assert len(language) == len(weights)
     for call, expected in zip(language, weights, strict=True):

@@ -41,9 +41,9 @@ def test_gradients_are_the_same_and_probabilities_those_before_dropout(name, che
         model.activation_checkpointing_enable()
     alone = step(model, inputs)
     with record(model, values=True) as recording:
-        heard = step(model, inputs)
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(alone, heard, strict=True))
-    assert sum(gradient is not None for gradient in heard) > 1
+        recorded = step(model, inputs)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(alone, recorded, strict=True))
+    assert sum(gradient is not None for gradient in recorded) > 1
     assert [(c.module, c.call) for c in recording.calls] == [(c.module, c.call) for c in once.calls]
     assert_complete_and_exact(recording.calls, model)
     for call in recording.calls:

@@ -20,6 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from xmodal_interp.upstream import attention_with_logsumexp
+
 CHUNK_BYTES = 32 * 2**20  # size of a chunk of float32 scores
 
 EXACT_TO = 16.0
@@ -143,8 +145,8 @@ def _entropy_terms(
             .masked_fill_(~visible, -torch.inf)
             .expand(q.shape[0], -1, -1, -1)
         )
-    mean_key, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, k, 0.0, causal, attn_mask=mask, scale=scaling
+    mean_key, logsumexp = attention_with_logsumexp(
+        q, k, k, mask=mask, causal=causal, scaling=scaling
     )
     logsumexp = logsumexp.reshape(q.shape[:3])
     products = q * mean_key * scaling

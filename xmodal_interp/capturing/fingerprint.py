@@ -20,18 +20,30 @@ import hashlib
 import json
 import os
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from xmodal_interp.hooks import active_interventions, registered_function
 from xmodal_interp.models import VLM
 from xmodal_interp.store.schema import digest_of
+from xmodal_interp.upstream import (
+    TOKENIZER_RULES,
+    attention_backend,
+    buffers_of,
+    extra_state_of,
+    fast_tokenizer,
+    global_hooks,
+    module_hooks,
+    offload_hooks,
+    own_forward,
+    parameters_of,
+    without_tensor_subclasses,
+)
 
 LIBRARIES = ("transformers.", "accelerate.", "xmodal_interp.")
 """Functions of these libraries are described by name; the settings contain their versions."""
@@ -206,7 +218,7 @@ def portable(value: Any) -> Any:
 def tensor_digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's dtype, shape and bytes, for any layout or subclass."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode())
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+    with torch.no_grad(), without_tensor_subclasses():
         held = tensor.detach()
     if hasattr(type(held), "__tensor_flatten__"):  # a tensor subclass, such as torchao's
         names, about = cast("Any", held).__tensor_flatten__()
@@ -298,7 +310,7 @@ def _config(config: Any) -> Any:
     subs = getattr(config, "sub_configs", {})
     parts = {name: getattr(config, name, None) for name in subs}
     backends = {
-        name: getattr(each, "_attn_implementation", None)
+        name: attention_backend(each)
         for name, each in {"": config, **parts}.items()
         if each is not None
     }
@@ -317,9 +329,9 @@ def _processor(processor: Any) -> Any:
 
 def _tokenizer(tokenizer: Any) -> Any:
     """Return the vocabulary, rules and settings of a tokenizer."""
-    rules = ("_tokenizer", "sp_model")
+    rules = (TOKENIZER_RULES, "sp_model")
     held = {name: each for name, each in attributes_of(tokenizer).items() if name not in rules}
-    fast: Any = getattr(tokenizer, "_tokenizer", None)
+    fast: Any = fast_tokenizer(tokenizer)
     sentencepiece: Any = getattr(tokenizer, "sp_model", None)
     made_of: Any = None
     if hasattr(fast, "to_str"):
@@ -359,25 +371,18 @@ def _autocast(model: nn.Module) -> list[str]:
     ]
 
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-
-
 def _hooks(model: nn.Module) -> list[str]:
     """Describe the hooks, replaced forwards and attention functions that were set by users.
 
     Each entry has the place, the name and a digest.
     """
-    found = [
-        (name.removeprefix("_global_"), each)
-        for name in ("_global_forward_pre_hooks", "_global_forward_hooks")
-        for each in getattr(torch_module, name).values()
-    ]
+    found = global_hooks()
     for path, module in model.named_modules():
-        found += [(f"{path}.{name}", h) for name in _HOOKS for h in getattr(module, name).values()]
+        found += [(f"{path}.{name}", hook) for name, hook in module_hooks(module)]
         forward = _replaced_forward(module)
         found += [(f"{path}.forward", forward)] if forward is not None else []
     parts = {"": model.config} | {n: getattr(model.config, n, None) for n in _sub_configs(model)}
-    for backend in sorted({str(getattr(p, "_attn_implementation", "")) for p in parts.values()}):
+    for backend in sorted({str(attention_backend(p)) for p in parts.values()}):
         function = registered_function(backend)
         found += [(f"attention {backend!r}", function)] if function is not None else []
     return [
@@ -394,10 +399,9 @@ def _sub_configs(model: Any) -> list[str]:
 def _replaced_forward(module: nn.Module) -> Any:
     """Return the function that replaces a module's ``forward``, or None.
 
-    An offload hook also replaces ``forward``; it keeps the previous one as ``_old_forward``.
+    The wrapper that an offload hook of accelerate sets is not such a function.
     """
-    held = vars(module)
-    forward = held.get("_old_forward" if "_hf_hook" in held else "forward")
+    forward = own_forward(module)
     own = getattr(forward, "__func__", None)
     return None if own is not None and own is type(module).forward else forward
 
@@ -421,42 +425,36 @@ def _modules(model: nn.Module) -> list[Any]:
         held = {n: v for n, v in held.items() if not n.endswith(_OF_LAST_RUN)}
         if hasattr(module, "config"):  # tensors kept by a whole model are from its last run
             held = {n: v for n, v in held.items() if not isinstance(v, Tensor)}
-        weights = [each for each in module._parameters.values() if each is not None]
+        weights = [each for each in parameters_of(module).values() if each is not None]
         tensors: set[str] = set()
         describe = Describer(tensors).describe
-        parts = [describe(x) for x in (held, [attributes_of(w) for w in weights], _packed(module))]
+        parts = [
+            describe(x) for x in (held, [attributes_of(w) for w in weights], extra_state_of(module))
+        ]
         rows.append([path, class_of(type(module)), module.training, parts, sorted(tensors)])
     return rows
 
 
-def _packed(module: nn.Module) -> dict[str, Any]:
-    """Return the entries of a module's state dict that are not parameters or buffers."""
-    if type(module)._save_to_state_dict is nn.Module._save_to_state_dict:
-        return {}
-    state: dict[str, Any] = {}
-    module._save_to_state_dict(state, "", keep_vars=True)
-    own = {*module._parameters, *module._buffers}
-    return {name: value for name, value in state.items() if name not in own}
-
-
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for path, module, name, tensor in _held(model, "_parameters"):
+    for path, module, name, tensor in _held(model, parameters_of):
         yield f"{path}.{name}", _offloaded(module, name, tensor)
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the buffers, except rotary frequencies that depend on the length of the last prompt."""
-    for path, module, name, tensor in _held(model, "_buffers"):
+    for path, module, name, tensor in _held(model, buffers_of):
         by_length = any(kind in str(getattr(module, "rope_type", "")) for kind in _BY_LENGTH)
         if not by_length or not name.endswith("inv_freq") or name.endswith("original_inv_freq"):
             yield f"{path}.{name}", _offloaded(module, name, tensor)
 
 
-def _held(model: nn.Module, where: str) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+def _held(
+    model: nn.Module, tensors_of: Callable[[nn.Module], Mapping[str, Tensor | None]]
+) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Yield path, module, name and tensor of every parameter or buffer; shared tensors once."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        for name, tensor in getattr(module, where).items():
+        for name, tensor in tensors_of(module).items():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield path, module, name, tensor
@@ -466,8 +464,7 @@ def _offloaded(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """Return a tensor; for an offloaded one, the tensor that accelerate loads for a run."""
     if not tensor.is_meta:
         return tensor
-    hook = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
+    for each in offload_hooks(module):
         weights = getattr(each, "weights_map", None)
         if weights is not None and name in weights:
             found: Tensor = weights[name]

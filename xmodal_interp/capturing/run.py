@@ -53,6 +53,7 @@ from xmodal_interp.models import (
     window_orders,
 )
 from xmodal_interp.sample import CallKey, Sample
+from xmodal_interp.upstream import attention_backend, commit_of
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 
@@ -253,7 +254,7 @@ def _run(
     by_image = towers_by_image(recording.calls, ready, vlm.family, orders, tiles, windows)
     heard = _Heard(streams, by_image, stacks_of(vlm.model, recording.modules))
     samples = [_sample(vlm, i, ready, new, heard, keep, about) for i in range(len(ready))]
-    rotary = recording.rotary.whole() if recording.rotary else None
+    rotary = recording.rotary
     n_read = len(ready[0].tokens) + max(new.shape[1] - 1, 0)
     if rotary is None or rotary.shape[::2] != (len(AXES), n_read):  # other axes, or not per token
         return samples
@@ -273,10 +274,10 @@ def provenance(
         "model": vlm.name,
         "model_class": type(vlm.model).__name__,
         "model_type": config.model_type,
-        "revision": getattr(config, "_commit_hash", None),
+        "revision": commit_of(config),
         "dtype": str(vlm.model.dtype).removeprefix("torch."),
         **lowered_precision(input_device(vlm.model)),
-        "backend": config._attn_implementation,
+        "backend": attention_backend(config),
         "processor": type(vlm.processor).__name__,
         **({"checkpoint": vlm.loading.differences} if vlm.loading else {}),
         "layers": {name: sorted(set(of)) for name, of in layers.items()},

@@ -204,6 +204,7 @@ def info(
     import pandas as pd
 
     from xmodal_interp.arguments import user_path
+    from xmodal_interp.upstream import attention_backend
 
     if (user_path(what) / "manifest.json").exists():
         show_store(xi.open_store(what))
@@ -218,7 +219,7 @@ def info(
     n_weights = sum(weight.numel() for weight in vlm.model.parameters())
     say(
         f"{vlm.name}: {type(vlm.model).__name__}, {n_weights / 1e6:.1f}M weights, "
-        f"{config._attn_implementation}, geometry {vlm.family.rule}"
+        f"{attention_backend(config)}, geometry {vlm.family.rule}"
     )
     show(table)
 

@@ -1,12 +1,12 @@
 """Record and edit attention calls: the tap, the recorder and interventions."""
 
 from xmodal_interp.hooks.ablation import ablate_heads
+from xmodal_interp.hooks.attention_interface import registered_function
 from xmodal_interp.hooks.attention_modules import Identity, attention_modules
 from xmodal_interp.hooks.head_means import mean_head_outputs
 from xmodal_interp.hooks.interventions import active_interventions, intervene
 from xmodal_interp.hooks.knockout import knock_out_attention
 from xmodal_interp.hooks.recorder import Recording, record
-from xmodal_interp.hooks.tap import registered_function
 
 __all__ = [
     "Identity",

@@ -30,7 +30,7 @@ from xmodal_interp.hooks.attention_modules import checked_heads
 from xmodal_interp.hooks.head_means import HeadMeans
 from xmodal_interp.hooks.interventions import Site
 from xmodal_interp.hooks.positions import Chosen, Selection
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.raw_calls import RawCall
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 AblationMode = Literal["zero", "uniform", "mean"]

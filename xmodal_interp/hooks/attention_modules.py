@@ -14,24 +14,18 @@ takes an input for each. If none of these applies, the names in the module's pat
 is the index of the module's block, counted through the tower and kind in the order of
 ``named_modules``. Attention whose scores compare channels, not positions, is a separate kind.
 
-Look up the layers and heads of a model, and refuse those that do not exist.
-
-Find the module that makes a call, by inspecting the Python call stack.
-
-The arguments of torch's fused kernel do not contain the calling module. Hooks on every module would
-slow down every forward, so the stack is inspected instead, and only for calls whose module is not
-known otherwise.
+Layers and heads that a user names are looked up here too; an error is raised for those that the
+model does not have.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FrameType, FunctionType
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -404,10 +398,10 @@ def head_counts(model: nn.Module, tower: Tower) -> dict[int, int]:
         LayerError: There is no such layer, or the number of heads of a layer is unknown.
     """
     counts = layers_of(attention_modules(model), tower, "self")
-    silent = [layer for layer, module in counts.items() if n_heads_of(module) is None]
-    if silent:
+    unknown = [layer for layer, module in counts.items() if n_heads_of(module) is None]
+    if unknown:
         raise LayerError(
-            f"The number of heads of {tower} self-attention, layers {ranged(silent)}, is unknown. "
+            f"The number of heads of {tower} self-attention, layers {ranged(unknown)}, is unknown. "
             "Set num_heads on these modules, or num_attention_heads in their config."
         )
     return {layer: n_heads_of(module) or 0 for layer, module in counts.items()}
@@ -483,36 +477,3 @@ def ranged(values: Iterable[int]) -> str:
     if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
         return f"{ordered[0]} to {ordered[-1]}"
     return ", ".join(map(str, ordered))
-
-
-def callers() -> Iterator[object]:
-    """Yield the first argument of every running function of this thread, innermost first.
-
-    This is ``self`` in a method, and the module in an attention function of transformers.
-    """
-    return (caller for caller, _ in named_callers())
-
-
-def named_callers() -> Iterator[tuple[object, str]]:
-    """Yield the same as :func:`callers`, each with the name of the function."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_argcount:
-            yield frame.f_locals.get(code.co_varnames[0]), code.co_name
-        frame = frame.f_back
-
-
-def is_running(module: nn.Module) -> bool:
-    """Whether a function with this module as first argument is running in this thread."""
-    return any(caller is module for caller in callers())
-
-
-def in_continuous_batching() -> bool:
-    """Whether transformers' continuous batching (``generate_batch``) is running in this thread."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if ".continuous_batching" in frame.f_globals.get("__name__", ""):
-            return True
-        frame = frame.f_back
-    return False

@@ -1,12 +1,16 @@
-"""Refuse compiled code: before the block if the model is compiled, else when compiled code runs.
+"""Wrap the ``forward`` of attention modules: to refuse compiled code, and to observe without hooks.
 
 Code made by ``torch.compile`` does not look up attention functions and does not call hooks that
 were registered later. A recording would silently miss some or all of its attention.
 
-Some compiled code cannot be found in advance: a compiled function may call the model, and
-``generate`` compiles by itself for a static cache. Inside a block, the ``forward`` of every
-attention module is therefore replaced by an equivalent object. The guards of torch then fail, the
-code is traced again with the hooks, and a hook that is traced raises the error.
+1. :func:`refuse_compiled` raises an error before the block if a part of the model is compiled.
+2. Some compiled code cannot be found in advance: a compiled function may call the model, and
+   ``generate`` compiles by itself for a static cache. Inside a block, the ``forward`` of every
+   attention module is therefore replaced by an equivalent object. The guards of torch then fail,
+   the code is traced again with the hooks, and a hook that is traced raises the error
+   (:func:`refuse_when_compiled_code_runs`).
+3. The same object calls observers for torch's own attention modules, whose results would change
+   with a hook (:func:`observe_unhooked`).
 """
 
 from __future__ import annotations
@@ -16,32 +20,38 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from xmodal_interp.contexts import Block, in_a_block, own_context
+from xmodal_interp.contexts import Observers, in_a_block, own_context
 from xmodal_interp.errors import CaptureError
-from xmodal_interp.hooks.torch_attention import is_torchs, quiet_modules
+from xmodal_interp.hooks.torch_attention import is_torch_attention, unhooked_modules
+from xmodal_interp.upstream import (
+    is_compiled_function,
+    is_compiled_in_place,
+    is_optimized_module,
+)
 
-_observers: ContextVar[tuple[QuietCalls, ...]] = ContextVar("xmodal_interp_quiet", default=())
+Enter = Callable[[nn.Module, Any], None]
+Exit = Callable[[nn.Module, Any, dict[str, Any], Any], None]
+
+_observers: Observers[tuple[Enter, Exit]] = Observers("unhooked")
 _lock = threading.Lock()
-_shadowed: dict[nn.Module, tuple[int, Any]] = {}  # number of open blocks, and the forward before
+_wrapped: dict[nn.Module, tuple[int, Any]] = {}  # number of open blocks, and the forward before
 
 
 def refuse_compiled(model: nn.Module) -> None:
     """Raise CaptureError if the model or a part of it is compiled by ``torch.compile``."""
     for path, module in model.named_modules():
         named = f"{path} ({type(module).__name__})" if path else "this model"
-        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+        if is_optimized_module(module):
             subject, before = named, "torch.compile (model._orig_mod)"
-        elif getattr(module, "_compiled_call_impl", None):
+        elif is_compiled_in_place(module):
             subject, before = named, "model.compile()"
-        elif _is_compiled(vars(module).get("forward")):
+        elif is_compiled_function(vars(module).get("forward")):
             subject, before = (
                 f"the forward of {named}",
                 "its forward was replaced (del model.forward)",
@@ -77,43 +87,33 @@ def refuse_when_compiled_code_runs(
         if torch.compiler.is_compiling():
             refuse()
 
-    quiet, known = set(quiet_modules(model)), tuple(known)
+    unhooked, known = set(unhooked_modules(model)), tuple(known)
     for module in dict.fromkeys((model, *known)):
-        if module not in quiet:
+        if module not in unhooked:
             stack.callback(module.register_forward_pre_hook(look, prepend=True).remove)
-    for module in dict.fromkeys((*known, *filter(is_torchs, quiet))):
-        _shadow(module, quiet=module in quiet)
-        stack.callback(_unshadow, module)
+    for module in dict.fromkeys((*known, *filter(is_torch_attention, unhooked))):
+        _wrap(module, observed=module in unhooked)
+        stack.callback(_unwrap, module)
 
 
-@dataclass(frozen=True)
-class QuietCalls:
-    """Functions to call around the ``forward`` of modules that must not have hooks.
-
-    Attributes:
-        enter: Called before the forward, with the module and its positional arguments.
-        leave: Called after it, with the module, its arguments and its output (None if it failed).
-    """
-
-    enter: Callable[[nn.Module, Any], None]
-    leave: Callable[[nn.Module, Any, dict[str, Any], Any], None]
-
-
-def quiet_calls(calls: QuietCalls) -> Block[None]:
-    """Observe the modules without hooks (``quiet_modules``) inside the ``with`` block.
+def observe_unhooked(enter: Enter, exit_: Exit, stack: ExitStack) -> None:
+    """Call functions around the ``forward`` of modules that must not have hooks.
 
     :func:`refuse_when_compiled_code_runs` must have been called with the model before.
+
+    Args:
+        enter: Called before the forward, with the module and its positional arguments.
+        exit_: Called after it, with the module, its arguments and its output (None if it failed).
+        stack: Removes both when it is closed.
     """
-    return Block(partial(_quiet_calls, calls))
+    _observers.register((enter, exit_), stack)
 
 
-def _quiet_calls(calls: QuietCalls, stack: ExitStack) -> None:
-    _observers.set((*_observers.get(), calls))
-    stack.callback(_forget, calls)
-
-
-def _forget(calls: QuietCalls) -> None:
-    _observers.set(tuple(each for each in _observers.get() if each is not calls))
+def replaced_forward(module: nn.Module) -> bool:
+    """Whether other code replaced the ``forward`` of this module instance."""
+    with _lock:
+        _, before = _wrapped.get(module, (0, vars(module).get("forward")))
+    return before is not None
 
 
 _RUNNING = (
@@ -132,20 +132,7 @@ def _refuse_in_a_block() -> None:
         _raise()
 
 
-def replaced_forward(module: nn.Module) -> bool:
-    """Whether the forward of a module instance was replaced by code outside of this file."""
-    with _lock:
-        _, before = _shadowed.get(module, (0, vars(module).get("forward")))
-    return before is not None
-
-
-def _is_compiled(forward: Any) -> bool:
-    return hasattr(forward, "_torchdynamo_orig_callable") and not getattr(
-        forward, "_torchdynamo_disable", False
-    )
-
-
-class _Shadow(partial[Any]):
+class _WrappedForward(partial[Any]):
     """The forward of a module, wrapped in another object; a copy of the module gets its own one."""
 
     copies: list[weakref.ref[nn.Module]]
@@ -160,55 +147,55 @@ class _Shadow(partial[Any]):
         if torch.compiler.is_compiling():
             _refuse_in_a_block()
             return self.func(*args, **options)
-        observers, output = _observers.get(), None
-        for each in observers:
-            each.enter(module, args)
+        observers, output = _observers.active(), None
+        for enter, _ in observers:
+            enter(module, args)
         try:
             output = self.func(*args, **options)
         finally:
-            for each in reversed(observers):
-                each.leave(module, args, options, output)
+            for _, exit_ in reversed(observers):
+                exit_(module, args, options, output)
         return output
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shadow:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _WrappedForward:
         forward = copy.deepcopy(self.func, memo)
         of = getattr(forward, "__self__", None)
         if isinstance(of, nn.Module):  # otherwise the module's forward had been replaced before
             self.copies.append(weakref.ref(of))
-        return _shadow_of(forward)
+        return _wrapper_of(forward)
 
 
-def _shadow_of(forward: Any) -> _Shadow:
-    shadow = _Shadow(forward)
-    shadow.copies = []
-    return shadow
+def _wrapper_of(forward: Any) -> _WrappedForward:
+    wrapper = _WrappedForward(forward)
+    wrapper.copies = []
+    return wrapper
 
 
-def _shadow(module: nn.Module, *, quiet: bool) -> None:
+def _wrap(module: nn.Module, *, observed: bool) -> None:
     with _lock:
-        n_open, before = _shadowed.get(module, (0, vars(module).get("forward")))
-        _shadowed[module] = (n_open + 1, before)
+        n_open, before = _wrapped.get(module, (0, vars(module).get("forward")))
+        _wrapped[module] = (n_open + 1, before)
         if n_open == 0:
-            shadow = _shadow_of(module.forward)
-            shadow.of = weakref.ref(module) if quiet else None
-            module.forward = shadow
+            wrapper = _wrapper_of(module.forward)
+            wrapper.of = weakref.ref(module) if observed else None
+            module.forward = wrapper
 
 
-def _unshadow(module: nn.Module) -> None:
+def _unwrap(module: nn.Module) -> None:
     with _lock:
-        n_open, before = _shadowed.pop(module)
+        n_open, before = _wrapped.pop(module)
         if n_open > 1:
-            _shadowed[module] = (n_open - 1, before)
+            _wrapped[module] = (n_open - 1, before)
         elif before is None:
-            _reveal(module)
+            _restore(module)
         else:
             module.forward = before
 
 
-def _reveal(module: nn.Module) -> None:
+def _restore(module: nn.Module) -> None:
     """Restore the class's forward on a module, and on the copies that were made of it."""
-    shadow = vars(module).get("forward")
-    if isinstance(shadow, _Shadow):
+    wrapper = vars(module).get("forward")
+    if isinstance(wrapper, _WrappedForward):
         del module.forward
-        for copied in filter(None, (each() for each in shadow.copies)):
-            _reveal(copied)
+        for copied in filter(None, (each() for each in wrapper.copies)):
+            _restore(copied)

@@ -13,7 +13,7 @@ from torch import Tensor
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.interventions import Site, intervene
 from xmodal_interp.hooks.positions import Selection
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.raw_calls import RawCall
 from xmodal_interp.models import VLM
 from xmodal_interp.models.known_answers import Batch, Items, batches_of
 from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind, Tower

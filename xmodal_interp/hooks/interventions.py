@@ -31,21 +31,21 @@ from torch.nn.attention.flex_attention import BlockMask
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.contexts import Block, own_context
 from xmodal_interp.errors import CaptureError, LayerError, PositionError
-from xmodal_interp.hooks.agreement import Agreement
+from xmodal_interp.hooks.attention_interface import active_observers, tap
 from xmodal_interp.hooks.attention_modules import (
     Identity,
     attention_modules,
-    is_running,
     layers_of,
     module_of,
     n_heads_of,
     ranged,
 )
 from xmodal_interp.hooks.compiled import refuse_compiled, refuse_when_compiled_code_runs
-from xmodal_interp.hooks.interface_calls import as_attention_call, whole_mask
+from xmodal_interp.hooks.known_modules import is_running
 from xmodal_interp.hooks.positions import RunningBatch, Selection
+from xmodal_interp.hooks.probability_check import ProbabilityCheck
+from xmodal_interp.hooks.raw_calls import RawCall, as_attention_call, whole_mask
 from xmodal_interp.hooks.refusals import refuse_split
-from xmodal_interp.hooks.tap import RawCall, listeners, tap
 from xmodal_interp.models import VLM
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
@@ -98,7 +98,7 @@ class Site:
     @property
     def begins(self) -> bool:
         """Whether the call begins a sequence, so that it is not a decode step."""
-        return self.start == 0 and not (self.batch is not None and self.batch.goes_on)
+        return self.start == 0 and not (self.batch is not None and self.batch.is_decode_step)
 
     def attention(self, call: RawCall) -> AttentionCall:
         """Return the call as an :class:`AttentionCall`.
@@ -108,10 +108,10 @@ class Site:
         Raises:
             CaptureError: No interpretation of its arguments gives its output.
         """
-        agreement = Agreement()
+        check = ProbabilityCheck()
         found = as_attention_call(call, self.identity, 0, whole_mask(call))
-        found = agreement.checked(call, found)
-        agreement.refuse()
+        found = check.checked(call, found)
+        check.refuse()
         return found
 
 
@@ -178,19 +178,19 @@ def _intervene(
     refuse_when_compiled_code_runs(bare, known, stack)
     own = stack.enter_context(own_context())
     for top in {bare, _without_adapter(bare)}:
-        hook = top.register_forward_pre_hook(own(batch.enter), with_kwargs=True)
+        hook = top.register_forward_pre_hook(own(batch.read_forward), with_kwargs=True)
         stack.callback(hook.remove)
     for editor in editors:
-        enter, leave = own(editor.open), own(editor.close)
+        enter, leave = own(editor.enter), own(editor.exit)
         for module in editor.heads:
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(tap(editor))
+        tap(editor, stack)
 
 
 def active_interventions() -> list[Intervention]:
     """Return the interventions of the active ``intervene`` blocks, the outermost first."""
-    return [each.intervention for each in listeners() if isinstance(each, _Editor)]
+    return [each.intervention for each in active_observers() if isinstance(each, _Editor)]
 
 
 def _without_adapter(model: nn.Module) -> nn.Module:
@@ -234,15 +234,15 @@ class _Editor:
                 "out."
             )
 
-    def open(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+    def enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
         if self.batch is not None:
-            self.batch.look()
+            self.batch.read_generation()
         while self.running and not is_running(self.running[-1]):
             self.running.pop()  # ended by an interrupt, after which torch calls no hook
         self.running.append(module)
         self.ran.add(module)
 
-    def close(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+    def exit(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
         if self.running and self.running[-1] is module:  # not the case if it was refused
             self.running.pop()
 

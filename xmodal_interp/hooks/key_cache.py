@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.raw_calls import RawCall
 
 
 @dataclass(eq=False)

@@ -29,7 +29,7 @@ from xmodal_interp.errors import CaptureError, InputError, quoted
 from xmodal_interp.hooks.attention_modules import checked_heads
 from xmodal_interp.hooks.interventions import Site
 from xmodal_interp.hooks.positions import Chosen, Selection
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.raw_calls import RawCall
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _MASKED_BACKENDS = ("eager", "sdpa")  # backends that take a mask with a row per query

@@ -40,9 +40,9 @@ class RotaryPositions:
             ),
             None,
         )
-        self.heard: list[Tensor] = []
+        self.received: list[Tensor] = []
 
-    def listen(self, stack: ExitStack) -> None:
+    def register(self, stack: ExitStack) -> None:
         """Register a hook on the module until the stack is closed."""
         if self.module is not None:
             own = stack.enter_context(own_context())
@@ -50,16 +50,23 @@ class RotaryPositions:
             stack.callback(hook.remove)
 
     def _enter(self, module: nn.Module, args: Any, options: dict[str, Any]) -> None:  # noqa: ARG002
-        told = options.get("position_ids", args[1] if len(args) > 1 else None)
-        if not isinstance(told, Tensor) or told.is_floating_point():
+        given = options.get("position_ids", args[1] if len(args) > 1 else None)
+        if not isinstance(given, Tensor) or given.is_floating_point():
             return
-        if told.ndim == 2 or (told.ndim == 3 and len(told) in (1, len(AXES))):
-            self.heard.append(told.detach().clone() if told.ndim == 3 else told.detach()[None])
+        if given.ndim == 2 or (given.ndim == 3 and len(given) in (1, len(AXES))):
+            ids = given.detach().clone()
+            self.received.append(ids if ids.ndim == 3 else ids[None])
 
     def whole(self) -> Int[Tensor, "axis sample position"] | None:
-        """Return the position ids of the whole sequence; None if none were recorded."""
-        if not self.heard:
+        """Return the position ids of the whole sequence.
+
+        None if none were recorded, or if the runs had different numbers of axes or samples.
+        """
+        if not self.received:
             return None
-        again = ran_without_cache([each.shape[-1] for each in self.heard])
-        joined = self.heard[-1] if again else torch.cat(self.heard, -1)
+        again = ran_without_cache([each.shape[-1] for each in self.received])
+        parts = self.received[-1:] if again else self.received
+        if len({part.shape[:2] for part in parts}) > 1:
+            return None
+        joined = torch.cat(parts, -1)
         return joined.cpu().expand(len(AXES), -1, -1) if joined.shape[0] == 1 else joined.cpu()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from xmodal_interp.attention import numbers
@@ -19,7 +17,7 @@ from xmodal_interp.errors import (
     quoted,
 )
 from xmodal_interp.hooks.attention_modules import Identity, ranged
-from xmodal_interp.hooks.bypass import DenseCall, Heard
+from xmodal_interp.upstream import is_in_vmap, is_replica, tensor_parallel_size
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 
@@ -79,19 +77,12 @@ def refuse_unseen(names: Iterable[str]) -> None:
         )
 
 
-class ReduceError(Exception):
-    """Wraps an error of the user's ``reduce`` function, which is its ``__cause__``."""
-
-
-def refuse_failure(error: Exception) -> None:
+def refuse_failure(error: Exception, *, of_reduce: bool) -> None:
     """Raise an error that occurred while the model ran.
 
     Errors of this package and of ``reduce`` are raised unchanged, others as CaptureError.
     """
-    if isinstance(error, ReduceError):
-        assert error.__cause__ is not None
-        raise error.__cause__
-    if isinstance(error, XmodalError):
+    if of_reduce or isinstance(error, XmodalError):
         raise error
     raise CaptureError(
         "The model ran to its end, but recording its attention failed with "
@@ -100,32 +91,9 @@ def refuse_failure(error: Exception) -> None:
     ) from error
 
 
-def refuse_mixture(name: str, heard: Iterable[Heard]) -> None:
-    """Raise CaptureError for a module that combines softmaxes before the product with the values.
-
-    ConViT adds two softmaxes, differential attention subtracts two, and talking heads (CaiT,
-    EfficientFormerV2) are mixed by a layer with weights.
-    """
-    dense = [each for each in heard if isinstance(each, DenseCall)]
-    if any(each.is_mixed for each in dense):
-        raise CaptureError(
-            f"{name} mixes the results of its softmax by a learned layer before the product with "
-            "the values (talking heads), so no head has these probabilities. Leave out its tower "
-            "or layer with towers= or layers=."
-        )
-    shapes = Counter(tuple(each.probs.shape) for each in dense)
-    n_alike = max(shapes.values(), default=0)
-    if n_alike > 1:
-        raise CaptureError(
-            f"{name} computes {n_alike} softmaxes over the same tokens in one run, and how it "
-            "combines them is unknown. Leave out its tower or layer with towers= or layers=."
-        )
-
-
 def refuse_vmap() -> None:
     """Raise CaptureError inside ``torch.func.vmap``."""
-    level = torch._C._functorch.peek_interpreter_stack()
-    if level is not None and level.key() == torch._C._functorch.TransformType.Vmap:
+    if is_in_vmap():
         raise CaptureError(
             "A model inside torch.func.vmap cannot be recorded, because the values of its tensors "
             "cannot be read there. Call the model with the batch, without vmap."
@@ -137,8 +105,7 @@ def refuse_split(model: nn.Module) -> None:
 
     With tensor parallelism each process runs some heads of every layer, numbered from 0.
     """
-    sizes = [getattr(module, "_tp_size", None) for module in model.modules()]
-    n_processes = max([size for size in sizes if isinstance(size, int)], default=1)
+    n_processes = max(tensor_parallel_size(module) for module in model.modules())
     for weight in model.parameters():
         mesh = getattr(weight, "device_mesh", None)  # only a DTensor has one
         names = getattr(mesh, "mesh_dim_names", None) or ()
@@ -167,7 +134,7 @@ def refuse_another_thread(*, in_batches: bool = False) -> None:
 
 def refuse_replica(module: nn.Module, args: Any) -> None:  # noqa: ARG001
     """Raise CaptureError in a copy that ``nn.DataParallel`` made for one of its devices."""
-    if getattr(module, "_is_replica", False):
+    if is_replica(module):
         raise CaptureError(
             "nn.DataParallel runs copies of the model in separate threads, which cannot be "
             "recorded. Record the model itself (parallel.module), or use one process per device."

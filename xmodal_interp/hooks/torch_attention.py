@@ -1,18 +1,4 @@
-"""The operands of torch's own attention, ``nn.MultiheadAttention`` and ``nn.TransformerEncoder``.
-
-The functions that these modules call take hidden states and the weights of the projections, so
-queries and keys are computed from their arguments.
-
-Two properties of torch 2.14 (``torch/nn/modules/activation.py`` and ``transformer.py``) determine
-how the modules are observed:
-
-* In evaluation mode they call fused kernels, unless a ``TorchFunctionMode`` is active or, for an
-  encoder layer, one of its modules has a hook. The fused kernels round differently, so these
-  modules get no mode and no hook (:func:`quiet_modules`); their ``forward`` is wrapped instead.
-* An encoder in evaluation mode converts a padded batch to a nested tensor, so the attention
-  receives samples of different lengths. They are padded here; padding queries see no key.
-
-Observe calls of torch's attention functions by any module.
+"""Attention that is computed by a function of torch: observe the calls, and read their operands.
 
 Four functions compute attention in torch 2.14:
 
@@ -21,89 +7,67 @@ Four functions compute attention in torch 2.14:
 * ``torch._native_multi_head_attention`` and ``torch._transformer_encoder_layer_fwd``: the fused
   kernels of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in evaluation mode.
 
-Inside a block each function is wrapped so that observers see every call; arguments and results stay
-the same. If one of these functions calls another one, only the outer call is observed. Code that
-imported a function earlier, by ``from torch.nn.functional import scaled_dot_product_attention``, is
-not observed.
+1. Inside a block each function is wrapped so that observers see every call, by any module;
+   arguments and results stay the same (:func:`observe_torch_attention`). If one of these functions
+   calls another one, only the outer call is observed. Code that imported a function earlier, by
+   ``from torch.nn.functional import scaled_dot_product_attention``, is not observed.
+2. A call is converted to a :class:`RawCall` (:func:`kernel_call`, :func:`multihead_call`). The last
+   three functions take hidden states and the weights of the projections, so queries and keys are
+   computed from their arguments.
+
+Two properties of torch 2.14 (``torch/nn/modules/activation.py`` and ``transformer.py``) determine
+how torch's own modules are observed:
+
+* In evaluation mode they call fused kernels, unless a ``TorchFunctionMode`` is active or, for an
+  encoder layer, one of its modules has a hook. The fused kernels round differently, so these
+  modules get no mode and no hook (:func:`unhooked_modules`); their ``forward`` is wrapped instead.
+* An encoder in evaluation mode converts a padded batch to a nested tensor, so the attention
+  receives samples of different lengths. They are padded here; padding queries see no key.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xmodal_interp.contexts import Block
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.contexts import Observers
+from xmodal_interp.hooks.attention_modules import n_heads_of
+from xmodal_interp.hooks.raw_calls import RawCall
+from xmodal_interp.upstream import (
+    FUSED_LAYER,
+    FUSED_LAYER_PARAMETERS,
+    FUSED_MULTIHEAD,
+    FUSED_MULTIHEAD_PARAMETERS,
+)
+
+KERNEL = functional.scaled_dot_product_attention  # the original: inside a block it is wrapped
+KERNEL_NOTE = "recorded without transformers' attention interface"
 
 SCALED_DOT_PRODUCT = "scaled_dot_product_attention"
 MULTIHEAD = "multi_head_attention_forward"
-FUSED_MULTIHEAD = "_native_multi_head_attention"
-FUSED_LAYER = "_transformer_encoder_layer_fwd"
-
-HearKernel = Callable[[str, tuple[Any, ...], Mapping[str, Any], Any], None]
-"""An observer: takes the function's name, its arguments by position and by name, and its result."""
-
 _HOMES: dict[str, Any] = {
     SCALED_DOT_PRODUCT: functional,
     MULTIHEAD: functional,
     FUSED_MULTIHEAD: torch,
     FUSED_LAYER: torch,
 }
-_listeners: ContextVar[tuple[HearKernel, ...]] = ContextVar("xmodal_interp_kernel", default=())
-_inside: ContextVar[bool] = ContextVar("xmodal_interp_in_kernel", default=False)
-_lock = threading.Lock()
-_open = 0
-_originals: dict[str, Callable[..., Any]] = {}
+
+KernelObserver = Callable[[str, tuple[Any, ...], Mapping[str, Any], Any], None]
+"""An observer: takes the function's name, its arguments by position and by name, and its result."""
 
 
-def kernel_calls(hear: HearKernel) -> Block[None]:
-    """Call ``hear`` after every call made inside the ``with`` block, in this thread."""
-    return Block(partial(_kernel_calls, hear))
-
-
-def _kernel_calls(hear: HearKernel, stack: ExitStack) -> None:
-    _listeners.set((*_listeners.get(), hear))
-    stack.callback(_forget, hear)
-    _install()
-    stack.callback(_remove)
-
-
-def _forget(hear: HearKernel) -> None:
-    """Remove an observer; the previous tuple is not restored, as blocks may exit in any order."""
-    _listeners.set(tuple(each for each in _listeners.get() if each is not hear))
-
-
-def _install() -> None:
-    global _open
-    with _lock:
-        if _open == 0:
-            for name, home in _HOMES.items():
-                function = getattr(home, name)
-                if not isinstance(function, _Observed):
-                    _originals[name] = function
-                    setattr(home, name, _Observed(name, function))
-        _open += 1
-
-
-def _remove() -> None:
-    global _open
-    with _lock:
-        _open -= 1
-        if _open == 0:
-            for name, home in _HOMES.items():
-                if isinstance(getattr(home, name), _Observed):  # not replaced by other code
-                    setattr(home, name, _originals[name])
+def observe_torch_attention(observer: KernelObserver, stack: ExitStack) -> None:
+    """Call ``observer`` after every call of this thread until the stack is closed."""
+    _observers.register(observer, stack)
 
 
 class _Observed:
@@ -114,70 +78,190 @@ class _Observed:
         self.name, self.function = name, function
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or not _listeners.get() or _inside.get():
+        if torch.compiler.is_compiling() or not _observers.active() or _inside.get():
             return self.function(*args, **options)
         token = _inside.set(True)
         try:
             output = self.function(*args, **options)
         finally:
             _inside.reset(token)
-        for hear in _listeners.get():
-            hear(self.name, args, options, output)
+        for observer in _observers.active():
+            observer(self.name, args, options, output)
         return output
 
 
-MULTIHEAD_NOTE = "recorded without transformers' attention interface"
+def _install() -> None:
+    for name, home in _HOMES.items():
+        function = getattr(home, name)
+        if not isinstance(function, _Observed):
+            setattr(home, name, _Observed(name, function))
+
+
+def _remove() -> None:
+    for name, home in _HOMES.items():
+        function = getattr(home, name)
+        if isinstance(function, _Observed):  # not replaced by other code
+            setattr(home, name, function.function)
+
+
+_observers: Observers[KernelObserver] = Observers("torch_attention", _install, _remove)
+_inside: ContextVar[bool] = ContextVar("xmodal_interp_in_kernel", default=False)
 
 _TORCHS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-_FUSED = (
-    *("query", "key", "value", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias"),
-    *("out_proj_weight", "out_proj_bias", "mask", "need_weights", "average_attn_weights"),
-    "mask_type",
-)
-_LAYER = (
-    *("query", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias", "out_proj_weight"),
-    *("out_proj_bias", "use_gelu", "norm_first", "eps", "norm_weight", "norm_bias"),
-    *("norm_weight_2", "norm_bias_2", "weight_1", "bias_1", "weight_2", "bias_2"),
-    *("mask", "mask_type"),
-)
-_PARAMETERS = tuple(inspect.signature(functional.multi_head_attention_forward).parameters)
-_ARGUMENTS = {MULTIHEAD: _PARAMETERS, FUSED_MULTIHEAD: _FUSED, FUSED_LAYER: _LAYER}
 
 
-def quiet_modules(model: nn.Module) -> Iterator[nn.Module]:
+def unhooked_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield modules whose results change if they have hooks.
 
     These are torch's own attention modules and all modules inside torch's encoder layers.
     """
     for module in model.modules():
-        if is_torchs(module):
+        if is_torch_attention(module):
             yield module
             if isinstance(module, nn.TransformerEncoderLayer):
                 yield from (part for part in module.modules() if part is not module)
 
 
-def is_torchs(module: nn.Module) -> bool:
+def is_torch_attention(module: nn.Module) -> bool:
     """Whether a module runs torch's own attention code, which checks for modes and hooks."""
     owner = next((kind for kind in _TORCHS if isinstance(module, kind)), None)
     forward = type(module).forward
     return owner is not None and (forward is owner.forward or "super" in forward.__code__.co_names)
 
 
-@dataclass(frozen=True, eq=False)
-class _States:
-    """Hidden states ``[sample, position, d_model]``; for nested ones, ``real`` marks no padding."""
+def kernel_call(
+    module: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any], output: Tensor
+) -> RawCall:
+    """Return a call of ``scaled_dot_product_attention`` by a module as a :class:`RawCall`.
 
-    states: Tensor
-    real: Tensor | None = None
+    Args:
+        module: The module.
+        args: The arguments by position.
+        options: The arguments by name.
+        output: The result.
+    """
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, args, strict=False)), **options}
+    operands = [given[name] for name in names[:3]]
+    mask, causal = given.get("attn_mask"), bool(given.get("is_causal"))
+    if max(t.ndim for t in operands) > 4:
+        blocks = _Blocks.of(operands, module)
+        q, k, v = (blocks.flat(t) for t in operands)
+        heads_last = blocks.flat(output).transpose(1, 2)
+        mask, causal = blocks.mask(mask, causal=causal), False
+    else:
+        q, k, v = (four_axes(t, module) for t in operands)
+        heads_last = four_axes(output, module).transpose(1, 2)
+        if mask is not None:
+            mask = four_axes(mask, module) if mask.ndim > 2 else mask[None, None]
+            mask = mask.expand(*mask.shape[:2], q.shape[2], k.shape[2])
+    kept = {
+        "scaling": given.get("scale"),
+        "is_causal": causal,
+        "dropout": given.get("dropout_p", 0.0),
+    }
+    return RawCall(
+        module, q, k, v, mask, "sdpa", kept, output=heads_last.detach(), note=KERNEL_NOTE
+    )
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Operands ``[sample, head, block, position, d_head]``: a query sees the keys of its own block.
+
+    They are converted to ``[sample, head, position, d_head]`` and a mask that hides the other
+    blocks. The positions follow the order of the module's input, which is read from the strides:
+    the operands are views of it, and the axis with the smaller stride varies faster.
+
+    Attributes:
+        heads_axis: The axis of the heads, 1 or 2.
+        n_blocks: How many blocks there are.
+        n_queries: The queries of one block.
+        n_keys: The keys of one block.
+        blocks_run_faster: Whether neighbouring positions are in different blocks.
+    """
+
+    heads_axis: int
+    n_blocks: int
+    n_queries: int
+    n_keys: int
+    blocks_run_faster: bool
 
     @classmethod
-    def of(cls, states: Tensor) -> _States:
-        states = states.detach()
-        if not states.is_nested:
-            return cls(states)
-        padded = torch.nested.to_padded_tensor(states, 0.0)
-        lengths = torch.tensor([len(each) for each in states.unbind()], device=padded.device)
-        return cls(padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
+    def of(cls, operands: Sequence[Tensor], module: nn.Module) -> _Blocks:
+        query, key, value = operands
+        n_heads = n_heads_of(module)
+        heads_axis = 2 if n_heads == query.shape[2] != query.shape[1] else 1
+        axis = 3 - heads_axis
+        return cls(
+            heads_axis,
+            query.shape[axis : axis + query.ndim - 4].numel(),
+            query.shape[-2],
+            key.shape[-2],
+            value.ndim == 5 and value.stride(axis) < value.stride(-2),
+        )
+
+    def flat(self, t: Tensor) -> Tensor:
+        """Return ``[sample, head, position, ...]``."""
+        split = self._split(t)
+        return (split.transpose(2, 3) if self.blocks_run_faster else split).flatten(2, 3)
+
+    def mask(self, mask: Tensor | None, *, causal: bool) -> Tensor:
+        """Return the mask over all blocks, ``[sample | 1, head | 1, query, key]``."""
+        own = torch.eye(self.n_blocks, dtype=torch.bool)[:, None, :, None]
+        own = own.expand(-1, self.n_queries, -1, self.n_keys)  # [block, query, block, key]
+        if causal:
+            own = own & torch.ones(self.n_queries, self.n_keys).tril().bool()[:, None]
+        if mask is None:
+            return self._flat_pairs(own[None, None])
+        own = own.to(mask.device)
+        whole = self._split(mask) if mask.ndim > 4 else mask[(None,) * (5 - mask.ndim)]
+        whole = whole[..., None, :]  # [sample, head, block | 1, query, 1, key]
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return self._flat_pairs(torch.where(own, whole, hidden))
+
+    def _split(self, t: Tensor) -> Tensor:
+        """Return ``[sample, head, block, position, ...]``."""
+        if self.heads_axis == 1:
+            return t.flatten(2, -3)
+        return t.transpose(1, 2).flatten(2, -3)
+
+    def _flat_pairs(self, pairs: Tensor) -> Tensor:
+        """Convert ``[..., block, query, block, key]`` to ``[..., query, key]``."""
+        if self.blocks_run_faster:
+            pairs = pairs.transpose(-4, -3).transpose(-2, -1)
+        return pairs.flatten(-2).flatten(-3, -2)
+
+
+def four_axes(t: Tensor, module: nn.Module) -> Tensor:
+    """Return ``[sample, head, query, ...]``: unfold heads from the batch axis, and join chunks."""
+    t = chunked(t, module)
+    if t.ndim == 5:  # [sample, head, chunk, query, ...]
+        return t.flatten(2, 3)
+    if t.ndim == 3:  # [sample x head, query, ...]
+        n_heads = n_heads_of(module) or 1
+        n_folded = n_heads if t.shape[0] % n_heads == 0 else 1
+        return t.view(-1, n_folded, *t.shape[1:])
+    return t[None, None] if t.ndim == 2 else t
+
+
+def chunked(t: Tensor, module: nn.Module) -> Tensor:
+    """Convert ``[sample x head, chunk, query, ...]`` to ``[sample, head, chunk, query, ...]``.
+
+    ``HaloAttn`` of timm 1.0.31 has such operands. Any other tensor is returned unchanged.
+    """
+    n_heads = getattr(module, "num_heads", None)
+    if t.ndim != 4 or not isinstance(n_heads, int) or n_heads < 2:
+        return t
+    has_its_heads = t.shape[1] in (1, n_heads, 2 * n_heads)
+    return t if has_its_heads or t.shape[0] % n_heads else t.unflatten(0, (-1, n_heads))
+
+
+_PARAMETERS = {
+    MULTIHEAD: tuple(inspect.signature(functional.multi_head_attention_forward).parameters),
+    FUSED_MULTIHEAD: FUSED_MULTIHEAD_PARAMETERS,
+    FUSED_LAYER: FUSED_LAYER_PARAMETERS,
+}
 
 
 def multihead_call(
@@ -191,7 +275,7 @@ def multihead_call(
         args: Its arguments by position.
         options: Its arguments by name.
     """
-    given = {**dict(zip(_ARGUMENTS[function], args, strict=False)), **options}
+    given = {**dict(zip(_PARAMETERS[function], args, strict=False)), **options}
     with torch.no_grad():
         if function == MULTIHEAD:
             return _unfused(module, given)
@@ -199,24 +283,35 @@ def multihead_call(
 
 
 def _fused(module: nn.Module, given: Mapping[str, Any]) -> RawCall:
+    query, queries_exist = _padded(given["query"])
+    key, keys_exist = _padded(given.get("key", given["query"]))
+    value, _ = _padded(given.get("value", given["query"]))
     if given.get("norm_first"):
-        states = _States.of(given["query"])
         norm = given["norm_weight"], given["norm_bias"], given["eps"]
-        normed = functional.layer_norm(states.states, states.states.shape[-1:], *norm)
-        query = key = value = _States(normed, states.real)
-    else:
-        query = _States.of(given["query"])
-        key, value = (_States.of(given.get(name, given["query"])) for name in ("key", "value"))
+        query = key = value = functional.layer_norm(query, query.shape[-1:], *norm)
     weights, biases = given["in_proj_weight"].chunk(3), given["in_proj_bias"].chunk(3)
     q, k, v = (
-        _heads(functional.linear(x.states, weight, bias), given["num_heads"])
+        _heads(functional.linear(x, weight, bias), given["num_heads"])
         for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
     )
     mask = None if given.get("mask") is None else ~_hidden(given["mask"], given.get("mask_type"))
-    if query.real is not None and key.real is not None:
-        inside = query.real[:, None, :, None] & key.real[:, None, None]
+    if queries_exist is not None and keys_exist is not None:
+        inside = queries_exist[:, None, :, None] & keys_exist[:, None, None]
         mask = inside if mask is None else mask & inside
     return _call(module, q, k, v, mask)
+
+
+def _padded(states: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return hidden states ``[sample, position, d_model]``, and where positions exist.
+
+    The second result is None for states that are not a nested tensor.
+    """
+    states = states.detach()
+    if not states.is_nested:
+        return states, None
+    padded = torch.nested.to_padded_tensor(states, 0.0)
+    lengths = torch.tensor([len(each) for each in states.unbind()], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
 
 
 def _hidden(mask: Tensor, mask_type: int | None) -> Tensor:
@@ -301,4 +396,4 @@ def _call(
 ) -> RawCall:
     if mask is not None:
         mask = mask.expand(-1, -1, q.shape[2], -1)
-    return RawCall(module, q, k, v, mask, "sdpa", {"is_causal": causal}, note=MULTIHEAD_NOTE)
+    return RawCall(module, q, k, v, mask, "sdpa", {"is_causal": causal}, note=KERNEL_NOTE)

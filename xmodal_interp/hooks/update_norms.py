@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from xmodal_interp.contexts import own_context
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.attention_modules import Identity, block_of
-from xmodal_interp.hooks.bypass import FunctionMode
+from xmodal_interp.hooks.inline_attention import FunctionMode
 from xmodal_interp.hooks.key_cache import KeptCall
+from xmodal_interp.upstream import is_recomputing, leaves_of
 from xmodal_interp.vocabulary import TOWERS
 
 _ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__")
@@ -54,7 +54,7 @@ class UpdateShares:
         self.found: set[Identity] = set()
         self.missed: dict[Identity, None] = {}
 
-    def listen(self, stack: ExitStack) -> None:
+    def register(self, stack: ExitStack) -> None:
         """Register hooks on the blocks until the stack is closed."""
         stack.callback(self._stop)
         own = stack.enter_context(own_context())
@@ -68,7 +68,7 @@ class UpdateShares:
         for run in self.running:
             run.mode.end()
 
-    def go_on(
+    def resume(
         self, module: nn.Module, given: Sequence[Any], output: Any, kept: Sequence[KeptCall]
     ) -> None:
         """Resume observing after an attention module has run.
@@ -113,7 +113,7 @@ class UpdateShares:
         )
 
     def _enter(self, block: nn.Module, args: Any, options: dict[str, Any]) -> None:
-        if torch._C._current_graph_task_id() != -1:  # a recomputation for gradients
+        if is_recomputing():  # a recomputation for gradients
             return
         run = _BlockRun(block, _tensors([*args, *options.values()]))
         self.running.append(run)
@@ -165,16 +165,18 @@ class _BlockRun:
     mixed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.mode = _Observer(self._before, self._after)
+        self.mode = FunctionMode(self._before, self._after)
 
     def follow(self, output: Tensor, kept: Sequence[KeptCall]) -> None:
         """Start to search the update that is computed from an attention module's output."""
         self.kept, self.done, self.rows = kept, False, _rows(output)
         self.derived, self.mixed = {id(output): output}, {}
 
-    def _before(self, name: str, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    def _before(
+        self, function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
+    ) -> None:
         """Find the update; called before the operation, because it may be in place."""
-        if self.done or not self.kept or name not in _ADDITIONS:
+        if self.done or not self.kept or _name(function) not in _ADDITIONS:
             return
         for one, other in _pairs(args, options):
             update = self.derived.get(id(one))
@@ -185,10 +187,14 @@ class _BlockRun:
                 return
 
     def _after(
-        self, name: str, args: Sequence[Any], options: Mapping[str, Any], output: Any
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        options: Mapping[str, Any],
+        output: Any,
     ) -> None:
         """Note which tensors are the stream, or are computed from the attention's output."""
-        results = _tensors(output)
+        name, results = _name(function), _tensors(output)
         if not results:
             return
         if name in _ADDITIONS:
@@ -246,26 +252,8 @@ class _BlockRun:
         self.derived, self.mixed = {}, {}
 
 
-class _Observer(FunctionMode):
-    """Runs every torch function unchanged, with a callback before and after it."""
-
-    def __init__(self, before: Callable[..., None], after: Callable[..., None]) -> None:
-        super().__init__()
-        self.before, self.after = before, after
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        options: Mapping[str, Any] | None = None,
-    ) -> Any:
-        options = options or {}
-        name = getattr(function, "__name__", "")
-        self.before(name, args, options)
-        output = function(*args, **options)
-        self.after(name, args, options, output)
-        return output
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", "")
 
 
 def _pairs(args: Sequence[Any], options: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -280,7 +268,7 @@ def _tensors(value: Any) -> list[Tensor]:
     """Return the floating point tensors in a value, in order."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
-    leaves = _pytree.tree_leaves(value)
+    leaves = leaves_of(value)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from xmodal_interp.errors import InputError
 from xmodal_interp.models.geometry import ImageGrid
 from xmodal_interp.models.records import Family
+from xmodal_interp.upstream import grown_argument
 
 DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
 
@@ -204,8 +205,7 @@ def prompt_ids(inputs: Mapping[str, Any]) -> Tensor:
 
 def _type_of_new(model: Any, name: str, before: Tensor) -> Tensor:
     """Return the token type of a generated position after type ``before``, ``[sample, 1]``."""
-    update = getattr(model, "_update_model_kwargs_for_generation", None)
-    grown = before if update is None else update({}, {name: before})[name]
+    grown: Tensor = grown_argument(model, name, before)
     return grown[:, -1:]
 
 

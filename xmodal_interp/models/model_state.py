@@ -24,6 +24,7 @@ from torch import nn
 
 from xmodal_interp.contexts import Block
 from xmodal_interp.errors import InputError, UnsupportedModelError
+from xmodal_interp.upstream import offload_hooks
 
 _N_NAMES = 5  # in a message
 
@@ -107,8 +108,7 @@ def input_device(model: nn.Module) -> torch.device:
     if first.type != "meta":
         return first
     for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
+        for each in offload_hooks(module):
             device = getattr(each, "execution_device", None)
             if device is not None:
                 return torch.device(device)

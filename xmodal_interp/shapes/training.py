@@ -46,6 +46,7 @@ from xmodal_interp.shapes.tiny_models import (
     untrained,
     vocabulary,
 )
+from xmodal_interp.upstream import attention_backend, unregister_attention
 
 SLOTS: tuple[str, ...] = (
     *("color", "color", "shape", "shape", "place", "place", "place"),
@@ -183,8 +184,8 @@ def packed_attention(model: PreTrainedModel, prefix: int) -> Iterator[None]:
         prefix: Number of tokens before the first question.
     """
     before = {
-        "": model.config._attn_implementation,
-        "text_config": model.config.text_config._attn_implementation,
+        "": attention_backend(model.config),
+        "text_config": attention_backend(model.config.text_config),
     }
     name = f"packed_{id(model)}"
     AttentionInterface.register(name, partial(_packed_attention, prefix=prefix))
@@ -193,7 +194,7 @@ def packed_attention(model: PreTrainedModel, prefix: int) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-        del AttentionInterface._global_mapping[name]  # there is no public function to unregister
+        unregister_attention(AttentionInterface, name)
 
 
 def _packed_attention(

@@ -28,12 +28,12 @@ from transformers import PreTrainedModel
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError, GeometryError, InputError
-from xmodal_interp.hooks.agreement import Gap
 from xmodal_interp.hooks.attention_modules import module_of
 from xmodal_interp.hooks.compiled import refuse_compiled
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.hooks.knockout import knock_out_attention
-from xmodal_interp.hooks.recorder import Choice, Recording, listening
+from xmodal_interp.hooks.probability_check import Gap
+from xmodal_interp.hooks.recorder import Recording, Settings, record_with
 from xmodal_interp.hooks.refusals import refuse_split
 from xmodal_interp.models import (
     VLM,
@@ -43,14 +43,11 @@ from xmodal_interp.models import (
     evaluation_mode,
     modules_in_training,
 )
+from xmodal_interp.upstream import attention_setting, restore_attention_setting
+from xmodal_interp.verification._private import difference, seeded, tensors_of
 from xmodal_interp.verification.exactness import Exactness
-from xmodal_interp.verification.missed_attention import unheard_attention
-from xmodal_interp.verification.painting import (
-    difference,
-    painted_patches,
-    seeded,
-    tensors_of,
-)
+from xmodal_interp.verification.missed_attention import missed_modules
+from xmodal_interp.verification.painting import painted_patches
 
 COLUMNS = ("check", "verdict", "value", "limit", "note")
 _NEW_TOKENS = 4
@@ -157,7 +154,7 @@ def doctor(
                 "prompt. Pass image= and prompt=, or the bare model: "
                 "doctor(vlm.model, inputs=...)."
             )
-        given = _prepared(model, image, prompt, findings)
+        given = _checked_inputs(model, image, prompt, findings)
         if given is None:
             return findings.checkup(exactness.by_layer(()))
     elif inputs is None:
@@ -168,21 +165,21 @@ def doctor(
         )
     else:
         given = dict(inputs)
-    _state(model, findings)
+    _check_state(model, findings)
     with evaluation_mode(bare, warn=False), torch.no_grad():
         if isinstance(model, VLM):
-            _placed(model, prompt, findings)
-        recording = _same_outputs(bare, given, exactness, findings)
+            _check_places(model, prompt, findings)
+        recording = _check_outputs(bare, given, exactness, findings)
         if isinstance(model, VLM) and bare.can_generate():  # type: ignore[operator]
-            _same_answers(model, given, exactness, findings)
+            _check_generation(model, given, exactness, findings)
         if recording is not None:
-            _seen(bare, given, recording, findings)
-            _exact(exactness, findings)
+            _check_recorded(bare, given, recording, findings)
+            _check_probs(exactness, findings)
             for backend in backends:
-                _with_backend(backend, bare, given, findings)
+                _check_backend(backend, bare, given, findings)
             for cache in caches:
-                _with_cache(cache, model, given, findings)
-            _tapped(bare, given, recording, findings)
+                _check_cache(cache, model, given, findings)
+            _check_interventions(bare, given, recording, findings)
     return findings.checkup(exactness.by_layer(recording.modules if recording else ()))
 
 
@@ -198,7 +195,7 @@ def _check_names(model: VLM | nn.Module, backends: Sequence[str], caches: Sequen
         )
 
 
-def _state(model: VLM | nn.Module, findings: _Findings) -> None:
+def _check_state(model: VLM | nn.Module, findings: _Findings) -> None:
     """Check that all weights come from the checkpoint, and that dropout is off."""
     if isinstance(model, VLM) and model.loading is not None:
         check, n_random = "all weights come from the checkpoint", model.loading.n_random
@@ -213,7 +210,7 @@ def _state(model: VLM | nn.Module, findings: _Findings) -> None:
         findings.skip("every module is in evaluation mode", note, len(training))
 
 
-def _prepared(
+def _checked_inputs(
     vlm: VLM, image: ImageLike | None, prompt: str, findings: _Findings
 ) -> dict[str, Any] | None:
     picture = _checkers() if image is None else image
@@ -256,7 +253,7 @@ def _unmarked(vlm: VLM) -> str:
     )
 
 
-def _placed(vlm: VLM, prompt: str, findings: _Findings) -> None:
+def _check_places(vlm: VLM, prompt: str, findings: _Findings) -> None:
     """Check that the positions that change with the image are the labelled ones."""
     check = "painting a patch changes the key at its position"
     try:
@@ -279,15 +276,15 @@ def _placed(vlm: VLM, prompt: str, findings: _Findings) -> None:
         findings.judge(check, len(others), "exactly 0", note, passed=not others)
 
 
-def _same_outputs(
+def _check_outputs(
     model: nn.Module, inputs: Mapping[str, Any], exactness: Exactness, findings: _Findings
 ) -> Recording | None:
     """Check that outputs with recording are equal, up to the difference of two plain forwards."""
     first, again = (tensors_of(seeded(lambda: model(**inputs))) for _ in range(2))
     own = difference(first, again)
     try:
-        choice = Choice(values=True, inspect=exactness.look, refuse=False)
-        with listening(model, choice) as recording:
+        settings = Settings(values=True, inspect=exactness.inspect, refuse=False)
+        with record_with(settings, model) as recording:
             recorded = tensors_of(seeded(lambda: model(**inputs)))
     except CaptureError as error:
         findings.judge(
@@ -301,7 +298,7 @@ def _same_outputs(
     return recording
 
 
-def _same_answers(
+def _check_generation(
     vlm: VLM, inputs: dict[str, Any], exactness: Exactness, findings: _Findings
 ) -> None:
     options = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
@@ -312,7 +309,7 @@ def _same_answers(
         findings.skip(check, str(error))
         return
     try:
-        with listening(vlm.model, _measuring(exactness)):
+        with record_with(_measuring(exactness), vlm.model):
             recorded = seeded(lambda: vlm.generate(inputs, **options))
     except CaptureError as error:
         findings.judge(check, _UNKNOWN, "", str(error), passed=False)
@@ -323,10 +320,10 @@ def _same_answers(
     findings.judge(check, n_changed, "exactly 0", note, passed=n_changed == 0)
 
 
-def _seen(
+def _check_recorded(
     model: nn.Module, inputs: Mapping[str, Any], recording: Recording, findings: _Findings
 ) -> None:
-    missed = unheard_attention(model, lambda: seeded(lambda: model(**inputs)), recording)
+    missed = missed_modules(model, lambda: seeded(lambda: model(**inputs)), recording)
     ran = {call.module for call in recording.calls}
     idle = [each.module for each in recording.modules if each.module not in {*ran, *missed}]
     found = {"not recorded": missed, "did not run": idle}
@@ -339,12 +336,12 @@ def _seen(
         findings.skip(check, names, len(recording.without_matrix))
 
 
-def _measuring(exactness: Exactness) -> Choice:
-    """Return the choice that measures every call and keeps none."""
-    return Choice(reduce=lambda _: None, inspect=exactness.look, refuse=False)
+def _measuring(exactness: Exactness) -> Settings:
+    """Return the settings that measure every call and keep none."""
+    return Settings(reduce=lambda _: None, inspect=exactness.inspect, refuse=False)
 
 
-def _exact(exactness: Exactness, findings: _Findings) -> None:
+def _check_probs(exactness: Exactness, findings: _Findings) -> None:
     for check, gaps in (
         ("probabilities give the backend's output", exactness.output_gaps),
         ("probabilities equal those of eager attention", exactness.eager_gaps),
@@ -364,13 +361,13 @@ def _judge_gaps(check: str, gaps: Sequence[Gap], n_calls: int, findings: _Findin
     findings.judge(check, worst.error, limit, note, passed=worst.agrees)
 
 
-def _with_backend(
+def _check_backend(
     backend: str, model: nn.Module, inputs: Mapping[str, Any], findings: _Findings
 ) -> None:
     check = f"probabilities give the output of backend {backend!r}"
     exactness = Exactness()
     try:
-        with _backend(model, backend), listening(model, _measuring(exactness)):
+        with _switched_backend(model, backend), record_with(_measuring(exactness), model):
             seeded(lambda: model(**inputs))
     except CaptureError as error:
         findings.judge(check, _UNKNOWN, "", str(error), passed=False)
@@ -382,14 +379,14 @@ def _with_backend(
 
 
 @contextmanager
-def _backend(model: nn.Module, name: str) -> Iterator[None]:
+def _switched_backend(model: nn.Module, name: str) -> Iterator[None]:
     """Switch every part of the model that supports it to another attention implementation."""
     configs = {
         id(each.config): each.config
         for each in model.modules()
         if isinstance(each, PreTrainedModel)
     }.values()
-    before = [(config, config._attn_implementation_internal) for config in configs]
+    before = [(config, attention_setting(config)) for config in configs]
     try:
         try:
             model.set_attn_implementation(name)  # type: ignore[operator]
@@ -400,10 +397,10 @@ def _backend(model: nn.Module, name: str) -> Iterator[None]:
         yield
     finally:
         for config, setting in before:
-            config._attn_implementation_internal = setting
+            restore_attention_setting(config, setting)
 
 
-def _with_cache(
+def _check_cache(
     cache: str, vlm: VLM | nn.Module, inputs: dict[str, Any], findings: _Findings
 ) -> None:
     assert isinstance(vlm, VLM)
@@ -415,7 +412,7 @@ def _with_cache(
         "cache_implementation": cache,
     }
     try:
-        with listening(vlm.model, _measuring(exactness)):
+        with record_with(_measuring(exactness), vlm.model):
             seeded(lambda: vlm.generate(inputs, **options))
     except CaptureError as error:
         findings.judge(check, _UNKNOWN, "", str(error), passed=False)
@@ -423,7 +420,7 @@ def _with_cache(
     _judge_gaps(check, exactness.output_gaps, exactness.n_calls, findings)
 
 
-def _tapped(
+def _check_interventions(
     model: nn.Module, inputs: Mapping[str, Any], recording: Recording, findings: _Findings
 ) -> None:
     """Hide one key from a late query, in every layer that the tap can edit."""
@@ -436,7 +433,7 @@ def _tapped(
         return
     tower, shape = chosen[-1].tower, (chosen[-1].n_samples, chosen[-1].n_queries)
     same = (c for c in chosen if c.tower == tower and (c.n_samples, c.n_queries) == shape)
-    edge = _edge(chosen[-1])
+    edge = _attended_pair(chosen[-1])
     if edge is None:
         findings.skip(check, "each query sees one key only")
         return
@@ -456,7 +453,7 @@ def _tapped(
     findings.judge(check, changed, "more than 0", note, passed=changed > 0)
 
 
-def _edge(call: AttentionCall) -> tuple[int, int, int] | None:
+def _attended_pair(call: AttentionCall) -> tuple[int, int, int] | None:
     """Return a sample, a late query, and the other key that this query attends to most.
 
     The query is the last one that attends to a key at another position with some probability

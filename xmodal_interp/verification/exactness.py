@@ -22,10 +22,10 @@ from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.kernels import full_precision, product_eps
-from xmodal_interp.hooks.agreement import Gap, comparable, moved_probs, rounding, weighted
 from xmodal_interp.hooks.attention_modules import Identity
-from xmodal_interp.hooks.bypass import Heard
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.inline_attention import ObservedCall
+from xmodal_interp.hooks.probability_check import Gap, comparable, moved_probs, rounding, weighted
+from xmodal_interp.hooks.raw_calls import RawCall
 
 LAYER_COLUMNS = (
     *("tower", "kind", "layer", "module"),
@@ -69,23 +69,23 @@ class Exactness:
         """Eager errors, one per call with an eager function."""
         return [gap.error for gap in self.eager_gaps]
 
-    def look(self, heard: Heard, call: AttentionCall) -> None:
+    def inspect(self, observed: ObservedCall, call: AttentionCall) -> None:
         """Measure the errors of one call; called by the recorder for every call."""
         self.n_calls += 1
         self.calls[call.module] += 1
         self.notes[call.module] = call.note
-        if not isinstance(heard, RawCall) or call.n_queries == 0 or call.n_keys == 0:
+        if not isinstance(observed, RawCall) or call.n_queries == 0 or call.n_keys == 0:
             return  # nothing to recompute: the module's own probabilities, or an empty call
         rows = _rows(call)
         gaps = self.gaps[call.module]
-        eps = max(product_eps(t.dtype) for t in (heard.query, heard.output) if t is not None)
+        eps = max(product_eps(t.dtype) for t in (observed.query, observed.output) if t is not None)
         with full_precision():
             probs = call.probs(queries=rows)
             seeing = call.visible(rows).any(-1).expand(probs.shape[:-1])
-            if heard.output is not None and comparable(heard, call):
-                gaps["output"].append(_output_gap(heard, call, rows, probs, seeing, eps))
+            if observed.output is not None and comparable(observed, call):
+                gaps["output"].append(_output_gap(observed, call, rows, probs, seeing, eps))
             try:
-                expected = _eager_probs(heard, call, rows)
+                expected = _eager_probs(observed, call, rows)
             except (RuntimeError, TypeError) as error:  # raised by the modeling code
                 self.notes[call.module] = f"eager attention fails: {error}"
                 return
@@ -124,7 +124,7 @@ def _rows(call: AttentionCall) -> list[int]:
 
 
 def _output_gap(
-    heard: RawCall,
+    raw: RawCall,
     call: AttentionCall,
     rows: list[int],
     probs: Tensor,
@@ -132,13 +132,13 @@ def _output_gap(
     eps: float,
 ) -> Gap:
     """Return the output error of rows with a visible key; NaN if a probability there is NaN."""
-    assert heard.output is not None
-    values = heard.value.detach().float()
+    assert raw.output is not None
+    values = raw.value.detach().float()
     largest = float(values.abs().max())
-    theirs = heard.output[:, rows].float().transpose(1, 2)
+    theirs = raw.output[:, rows].float().transpose(1, 2)
     ours = weighted(probs, values)
     gaps = (ours - theirs).abs()[seeing] / largest
-    limit = tolerance(torch.promote_types(heard.query.dtype, heard.output.dtype))
+    limit = tolerance(torch.promote_types(raw.query.dtype, raw.output.dtype))
     limit = max(limit, 2 * eps)
 
     def explained() -> Tensor:
@@ -188,24 +188,24 @@ def _rounding_of_probs(call: AttentionCall, row: Tensor, probs: Tensor, eps: flo
     return ((1 - probs).square() * moved + probs.square() * others).clamp(min=0).sqrt()
 
 
-def _eager_probs(heard: RawCall, call: AttentionCall, rows: list[int]) -> Tensor | None:
+def _eager_probs(raw: RawCall, call: AttentionCall, rows: list[int]) -> Tensor | None:
     """Return the probabilities of the modeling code's eager function on the same operands.
 
     The operands are cast to float32. For the backend "eager" the function gets the mask of the
     call; for another backend, a mask that hides the keys which the backend hides.
     """
-    if heard.eager is None or len(rows) < call.n_queries:
+    if raw.eager is None or len(rows) < call.n_queries:
         return None
-    mask = heard.mask
-    if heard.backend != "eager":
+    mask = raw.mask
+    if raw.backend != "eager":
         visible = call.visible()
         mask = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
-        if heard.mask is not None and heard.mask.is_floating_point() and heard.mask.ndim == 4:
-            mask = heard.mask.float()
+        if raw.mask is not None and raw.mask.is_floating_point() and raw.mask.ndim == 4:
+            mask = raw.mask.float()
         hidden = torch.full_like(mask[:1, :1, :1, :1], torch.finfo(torch.float32).min)
         mask = torch.where(visible | (mask < 0), mask, hidden)
     elif mask is not None and mask.is_floating_point():
         mask = mask.float()
-    operands = (t.float() for t in (heard.query, heard.key, heard.value))
-    _, probs = heard.eager(heard.module, *operands, mask, **{**heard.options, "dropout": 0.0})
+    operands = (t.float() for t in (raw.query, raw.key, raw.value))
+    _, probs = raw.eager(raw.module, *operands, mask, **{**raw.options, "dropout": 0.0})
     return probs

@@ -17,12 +17,13 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
-from xmodal_interp.hooks.attention_modules import callers, weighs_no_tokens
-from xmodal_interp.hooks.bypass import KERNEL, SOFTMAX, along_last
+from xmodal_interp.hooks.attention_modules import weighs_no_tokens
+from xmodal_interp.hooks.inline_attention import SOFTMAX, FunctionMode, along_last
+from xmodal_interp.hooks.known_modules import callers
 from xmodal_interp.hooks.recorder import Recording
+from xmodal_interp.hooks.torch_attention import KERNEL
+from xmodal_interp.upstream import leaves_of
 
 _KERNELS = (KERNEL, functional.multi_head_attention_forward)
 _PRODUCTS = (
@@ -33,9 +34,7 @@ _NO_TOKENS = re.compile(r"HyperConnection|Router|Gate$")  # softmax over streams
 _MARK = "_xmodal_interp_probs"  # an attribute of tensors that hold probabilities
 
 
-def unheard_attention(
-    model: nn.Module, run: Callable[[], object], recording: Recording
-) -> list[str]:
+def missed_modules(model: nn.Module, run: Callable[[], object], recording: Recording) -> list[str]:
     """Return the names of modules whose attention is missing in a recording.
 
     Args:
@@ -45,16 +44,16 @@ def unheard_attention(
     """
     without_matrix = {each.module for each in recording.without_matrix}
     accounted = {call.module for call in recording.calls} | without_matrix
-    with _Everything(model) as everything:
+    with _AttentionFinder(model) as finder:
         run()
-    missed = {outer[0] for outer in everything.found if accounted.isdisjoint(outer)}
+    missed = {outer[0] for outer in finder.found if accounted.isdisjoint(outer)}
     for path in _silent_blocks(model, accounted):
         if not any(_inside(each, path) for each in missed) and _mixes_tokens(model, path, run):
             missed.add(path)
     return sorted(missed)
 
 
-class _Everything(TorchFunctionMode):
+class _AttentionFinder(FunctionMode):
     """Finds attention in modules of any class.
 
     Attributes:
@@ -62,21 +61,19 @@ class _Everything(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__(after=self._follow)
         self.paths = {module: path for path, module in model.named_modules()}
         self.found: set[tuple[str, ...]] = set()
 
-    def __torch_function__(
+    def _follow(
         self,
         function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        options: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run the function unchanged, and follow probabilities from a softmax to a product."""
-        options = options or {}
-        output = function(*args, **options)
-        given = [t for t in _pytree.tree_leaves((args, options)) if isinstance(t, Tensor)]
+        args: tuple[Any, ...],
+        options: Mapping[str, Any],
+        output: Any,
+    ) -> None:
+        """Follow probabilities from a softmax to a product; called after every torch function."""
+        given = [t for t in leaves_of((args, options)) if isinstance(t, Tensor)]
         probs = [t for t in given if hasattr(t, _MARK)]
         weighs = probs and any(t.ndim > 2 for t in given if t is not probs[0])
         if function in _KERNELS or (function in _PRODUCTS and weighs):
@@ -86,7 +83,6 @@ class _Everything(TorchFunctionMode):
             begins = begins and not self._of_no_tokens()
             if begins or any(t.numel() == output.numel() for t in probs):
                 setattr(output, _MARK, True)
-        return output
 
     def _running(self) -> list[nn.Module]:
         modules = (each for each in callers() if isinstance(each, nn.Module))
@@ -113,12 +109,12 @@ def _silent_blocks(model: nn.Module, accounted: set[str]) -> list[str]:
         place = re.fullmatch(r"(.*?)\.?\d+", path)
         if place:
             stacks[place[1], type(module)].append(path)
-    silent = []
+    without_calls = []
     for blocks in stacks.values():
         without = [b for b in blocks if not any(_inside(each, b) for each in accounted)]
         if len(without) < len(blocks):
-            silent += without
-    return silent
+            without_calls += without
+    return without_calls
 
 
 def _mixes_tokens(model: nn.Module, path: str, run: Callable[[], object]) -> bool:

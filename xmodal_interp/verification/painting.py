@@ -4,16 +4,14 @@ One patch of an image is painted white. Positions are not mixed before the first
 a tower. In the first layer of the vision tower, the key that changes most is therefore the key of
 the patch; in the first layer of the language tower, only keys of image tokens change. The labels
 must agree with both, even if the vision tower reorders its patches inside its forward.
-
-Compare two runs of a model: seed the random numbers, collect tensors, measure differences.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ from xmodal_interp.attention import AttentionCall
 from xmodal_interp.capturing.vision_calls import towers_by_image
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.attention_modules import layers_without_matrix
-from xmodal_interp.hooks.recorder import Choice, listening
+from xmodal_interp.hooks.recorder import Settings, record_with
 from xmodal_interp.models import (
     VLM,
     ImageGrid,
@@ -34,43 +32,7 @@ from xmodal_interp.models import (
     tile_counts,
     window_orders,
 )
-
-_Output = TypeVar("_Output")
-
-
-def seeded(call: Callable[[], _Output]) -> _Output:
-    """Return the result of a call with seed 0; the global random state is restored."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return call()
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """Return every floating-point tensor of a model's output, in float32; caches are left out."""
-    if isinstance(output, Tensor):
-        return [output.detach().float()] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        return [t for value in output.values() for t in tensors_of(value)]
-    if isinstance(output, (list, tuple)):
-        return [t for value in output for t in tensors_of(value)]
-    return []
-
-
-def difference(one: list[Tensor], other: list[Tensor]) -> float:
-    """Return the largest absolute difference.
-
-    It is infinite if the shapes differ, or if only one of the two holds NaN at some place.
-    """
-    if len(one) != len(other):
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(one, other, strict=True):
-        if a.shape != b.shape or not torch.equal(a.isnan(), b.isnan()):
-            return float("inf")
-        gap = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(0.0, posinf=float("inf"))
-        worst = max(worst, float(gap.max()) if gap.numel() else 0.0)
-    return worst
-
+from xmodal_interp.verification._private import seeded
 
 SIZES: tuple[tuple[int, int], ...] = ((644, 252), (224, 88))
 """Widths and heights of test images, px; the first is wider than the windows of most towers."""
@@ -199,8 +161,8 @@ def _first_keys(vlm: VLM, prompt: str, picture: Image.Image) -> _Keys:
         if call.kind == "self" and call.k is not None and _is_first(call.module):
             calls.append(call)
 
-    choice = Choice(towers=("vision", "language"), reduce=keep, refuse=False)
-    with torch.no_grad(), listening(vlm.model, choice):
+    settings = Settings(towers=("vision", "language"), reduce=keep, refuse=False)
+    with torch.no_grad(), record_with(settings, vlm.model):
         seeded(lambda: vlm.run(inputs))
     mixed = any(each.tower == "language" for each in layers_without_matrix(vlm.model))
     language = None if mixed else _of_language(calls)  # a convolution may precede the keys

@@ -10,7 +10,8 @@ from transformers import BlipConfig, BlipForConditionalGeneration, SiglipVisionC
 from transformers import SiglipVisionModel as Siglip
 
 from xmodal_interp.hooks import record
-from xmodal_interp.hooks.bypass import CHUNKED_NOTE, DENSE_NOTE, KERNEL_NOTE
+from xmodal_interp.hooks.inline_attention import CHUNKED_NOTE, DENSE_NOTE
+from xmodal_interp.hooks.torch_attention import KERNEL_NOTE
 
 HEADS, WIDTH = 2, 8
 
@@ -51,8 +52,8 @@ def test_multihead_attention_of_torch(options, kind, batch_first) -> None:
     hidden = masks(kind)
     plain, weights = module(*operands, average_attn_weights=False, **hidden)
     with torch.no_grad(), record(nn.Sequential(module)) as recording:
-        heard = module(*operands, average_attn_weights=False, **hidden)[0]
-    assert torch.equal(plain, heard)
+        recorded = module(*operands, average_attn_weights=False, **hidden)[0]
+    assert torch.equal(plain, recorded)
     (call,) = recording.calls
     torch.testing.assert_close(call.probs(), weights, atol=1e-6, rtol=0)
     assert call.note == KERNEL_NOTE
@@ -98,8 +99,8 @@ def test_a_direct_kernel_call_and_an_inline_softmax(way, folded) -> None:
     with torch.no_grad():
         plain = module(given)
         with record(nn.Sequential(module)) as recording:
-            heard = module(given)
-    assert torch.equal(plain, heard)
+            recorded = module(given)
+    assert torch.equal(plain, recorded)
     (call,) = recording.calls
     scale = 0.7 if way == "kernel" else 1.0
     with torch.no_grad():
@@ -142,8 +143,8 @@ def test_the_pooling_head_of_siglip() -> None:
     with torch.no_grad():
         plain = model(pixels).pooler_output
         with record(model) as recording:
-            heard = model(pixels).pooler_output
-    assert torch.equal(plain, heard)
+            recorded = model(pixels).pooler_output
+    assert torch.equal(plain, recorded)
     shapes = [(c.kind, c.layer, c.n_samples, c.n_queries, c.n_keys) for c in recording.calls]
     assert shapes == [("self", 0, 2, 16, 16), ("self", 1, 2, 16, 16), ("cross", 0, 2, 1, 16)]
 
@@ -161,8 +162,8 @@ def test_probabilities_of_a_model_without_the_interface_are_recorded() -> None:
     with torch.no_grad():
         plain = model(**inputs, output_attentions=True)
         with record(model) as recording:
-            heard = model(**inputs)
-    assert torch.equal(plain.image_embeds, heard.image_embeds)
+            recorded = model(**inputs)
+    assert torch.equal(plain.image_embeds, recorded.image_embeds)
     of_vision = [call for call in recording.calls if call.tower == "vision"]
     for call, weights in itertools.zip_longest(of_vision, plain.attentions):
         torch.testing.assert_close(call.probs(), weights, atol=1e-6, rtol=0)
@@ -190,3 +191,32 @@ def test_recomputation_of_checkpoints_is_not_recorded() -> None:
         vlm.model.eval()
         vlm.model.zero_grad()
     assert [call.layer for call in recording.calls] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a holder"])
+def test_reduce_may_call_the_functions_that_the_model_calls(inside) -> None:
+    """The kernel and the softmax that ``reduce`` calls are not recorded as calls of the model."""
+
+    class HoldingAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.projection = DirectAttention("kernel"), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.projection(self.inner(x))
+
+    model, x = nn.Sequential(DirectAttention("kernel")), torch.randn(1, HEADS, 5, 4)
+    if inside:
+        model = nn.Sequential(HoldingAttention())
+    groups = torch.eye(5, dtype=torch.bool)
+
+    def reduced(call):
+        torch.ones(1, HEADS, 5, 5).softmax(-1)
+        return call.mass(groups)
+
+    with torch.no_grad(), record(model) as kept:
+        model(x)
+    with torch.no_grad(), record(model, reduce=reduced) as recording:
+        model(x)
+    (mass,), (call,) = recording.results, kept.calls
+    torch.testing.assert_close(mass, call.probs(), atol=1e-6, rtol=0)

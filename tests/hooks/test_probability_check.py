@@ -315,8 +315,8 @@ def test_an_output_that_no_reading_explains_is_refused() -> None:
             r"towers= or layers=\.$"
         )
         with pytest.raises(CaptureError, match=expected), xi.record(model):
-            heard = model(IDS).logits
-        assert torch.equal(plain, heard)
+            recorded = model(IDS).logits
+        assert torch.equal(plain, recorded)
         checkup = xi.doctor(model, inputs={"input_ids": IDS})
     failed = checkup.table.loc[checkup.table["verdict"] == "fail", "check"].tolist()
     assert "probabilities give the backend's output" in failed

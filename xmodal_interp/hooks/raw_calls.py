@@ -1,6 +1,7 @@
-"""Convert the arguments of an attention function to an :class:`AttentionCall`.
+"""A call of an attention function as the model made it, and its conversion to ``AttentionCall``.
 
-The meaning of a mask and of the causal flag depends on the function:
+Every way of recording (see :mod:`xmodal_interp.hooks.recorder`) makes a :class:`RawCall`. The
+meaning of its mask and of its causal flag depends on the function:
 
 * The eager functions of transformers add the mask to the scores. A boolean mask adds 1 where it is
   True and hides nothing. Without a mask, every key is visible.
@@ -9,23 +10,81 @@ The meaning of a mask and of the causal flag depends on the function:
 * Flash kernels take a mask of keys. Their causal flag lets the last query see all keys.
 
 For any other function, the most likely meaning ("reading") is used first. It and all other readings
-are compared with the function's output by :mod:`xmodal_interp.hooks.agreement`.
+are compared with the function's output by :mod:`xmodal_interp.hooks.probability_check`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.masks import as_added, simplified, visible_rows
 from xmodal_interp.hooks.attention_modules import Identity
-from xmodal_interp.hooks.bypass import DenseCall
-from xmodal_interp.hooks.tap import RawCall
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class RawCall:
+    """The arguments of one attention call, as the model passed them.
+
+    Attributes:
+        module: The attention module.
+        query: ``[sample, head, query, d_head]``.
+        key: ``[sample, kv_head, key, d_head]``.
+        value: ``[sample, kv_head, key, d_head]``.
+        mask: The attention mask.
+        backend: The name of the backend, such as ``"sdpa"``.
+        options: Every further keyword argument.
+        eager: The eager function of the modeling code, if it passed one to the interface.
+        output: ``[sample, query, head, d_head]``, the output before any observer edited it; None
+            before the call.
+        note: How the call was recorded, if it did not go through the interface.
+        function: The attention function that is called.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any  # a tensor or None; a BlockMask of flex attention until the call is recorded
+    backend: str
+    options: dict[str, Any]
+    eager: AttentionFunction | None = None
+    output: Tensor | None = None
+    note: str = ""
+    function: AttentionFunction | None = None
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the scores; the default of the backends is ``d_head ** -0.5``."""
+        scaling = self.options.get("scaling")
+        return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+    @property
+    def values_by_head(self) -> Float[Tensor, "sample head key d_value"]:
+        """``value`` in float32, with one copy per query head."""
+        return self.value.float().repeat_interleave(self.query.shape[1] // self.value.shape[1], 1)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the backend hides later keys by itself.
+
+        Eager functions never do: their mask hides them. With a mask of keys only (``[sample,
+        key]``, for flash kernels), the mask hides padding and the backend hides later keys.
+        """
+        complete = self.mask is not None and self.mask.ndim > 2
+        if complete or self.query.shape[2] == 1 or self.backend == "eager":
+            return False
+        flag = self.options.get("is_causal")
+        return bool(getattr(self.module, "is_causal", True) if flag is None else flag)
 
 
 def as_attention_call(
@@ -114,23 +173,6 @@ def other_readings(raw: RawCall, call: AttentionCall) -> Iterator[AttentionCall]
                     offset=n_keys - n_queries,
                     sliding_window=None,
                 )
-
-
-def as_dense_call(heard: DenseCall, identity: Identity, number: int) -> AttentionCall:
-    """Convert probabilities of a module's inline softmax to an :class:`AttentionCall`."""
-    return AttentionCall(
-        tower=identity.tower,
-        kind=identity.kind,
-        layer=identity.layer,
-        module=identity.module,
-        call=number,
-        q=None,
-        k=None,
-        scaling=1.0,
-        mask=heard.visible,
-        dense=heard.probs,
-        note=heard.note,
-    )
 
 
 def as_computed(raw: RawCall) -> RawCall:

@@ -29,8 +29,7 @@ from torch import Tensor
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.kernels import full_precision, product_eps
 from xmodal_interp.errors import CaptureError
-from xmodal_interp.hooks.interface_calls import other_readings
-from xmodal_interp.hooks.tap import RawCall
+from xmodal_interp.hooks.raw_calls import RawCall, other_readings
 
 _N_ROWS, _N_ROWS_UNKNOWN, _N_ROWS_OTHER = 4, 16, 64
 _N_FIRST, _EVERY = 3, 8  # check the first 3 calls of a layer, and every 8th decode step after them
@@ -56,17 +55,17 @@ class Gap:
         return self.error <= self.limit
 
 
-class Agreement:
+class ProbabilityCheck:
     """Compares calls with the outputs of their functions.
 
     Attributes:
         differing: For each module whose calls disagree: the name of a call and the largest gap.
-        known: For each group of similar calls: the index of the reading that agreed.
+        reading_of: For each group of similar calls: the index of the reading that agreed.
     """
 
     def __init__(self) -> None:
         self.differing: dict[str, tuple[str, Gap]] = {}
-        self.known: dict[Any, int] = {}
+        self.reading_of: dict[Any, int] = {}
 
     def checked(self, raw: RawCall, call: AttentionCall) -> AttentionCall:
         """Return the call in the reading that gives the output.
@@ -78,36 +77,36 @@ class Agreement:
             raw: The arguments, and the output that the function returned.
             call: The call in the most likely reading.
         """
-        kind = _kind(raw, call)
-        if not comparable(raw, call) or self._left_out(call, kind):
+        group = _group(raw, call)
+        if not comparable(raw, call) or self._is_skipped(call, group):
             return call
         found = _rows(call, raw)
-        if kind in self.known:
-            other = next(itertools.islice(other_readings(raw, call), self.known[kind], None))
+        if group in self.reading_of:
+            other = next(itertools.islice(other_readings(raw, call), self.reading_of[group], None))
             if gap(raw, other, found).agrees:
                 return other
         first = gap(raw, call, found)
         if first.agrees:
             return call
-        if not _is_known(raw):
+        if not _has_defined_meaning(raw):
             more = _spread(call.n_queries, _N_ROWS_OTHER)
             for number, other in enumerate(other_readings(raw, call)):
                 if gap(raw, other, found).agrees and gap(raw, other, more).agrees:
-                    self.known[kind] = number
+                    self.reading_of[group] = number
                     return other
         before = self.differing.get(call.module)
         if before is None or not before[1].error >= first.error:
             self.differing[call.module] = (call.name, first)
         return call
 
-    def _left_out(self, call: AttentionCall, kind: Any) -> bool:
+    def _is_skipped(self, call: AttentionCall, group: Any) -> bool:
         """Whether the comparison of a decode step is skipped to save time.
 
         The first steps of each layer are compared, then every eighth one; which one of eight
         differs between layers. All steps are compared if the most likely reading was wrong.
         """
         step = call.call
-        later = call.n_queries == 1 and step >= _N_FIRST and kind not in self.known
+        later = call.n_queries == 1 and step >= _N_FIRST and group not in self.reading_of
         return later and call.module not in self.differing and (step + call.layer) % _EVERY != 0
 
     def refuse(self) -> None:
@@ -216,14 +215,14 @@ def comparable(raw: RawCall, call: AttentionCall) -> bool:
     return bool(fits) and not raw.options.get("dropout")
 
 
-def _kind(raw: RawCall, call: AttentionCall) -> Any:
+def _group(raw: RawCall, call: AttentionCall) -> Any:
     """Return the key of a group of calls whose arguments have the same meaning."""
     mask = None if raw.mask is None else (raw.mask.dtype, raw.mask.ndim)
     one = call.n_queries == 1
     return raw.function, type(raw.module), mask, one, call.n_queries == call.n_keys
 
 
-def _is_known(raw: RawCall) -> bool:
+def _has_defined_meaning(raw: RawCall) -> bool:
     """Whether the function is one of torch or transformers, so the meaning of a mask is defined."""
     module = getattr(raw.function, "__module__", None) or ""
     return raw.function is None or module.startswith("transformers.")
@@ -231,7 +230,7 @@ def _is_known(raw: RawCall) -> bool:
 
 def _rows(call: AttentionCall, raw: RawCall) -> list[int]:
     """Return the first row, the last row, and some between, which vary by layer and call."""
-    n_rows, n = _N_ROWS if _is_known(raw) else _N_ROWS_UNKNOWN, call.n_queries
+    n_rows, n = _N_ROWS if _has_defined_meaning(raw) else _N_ROWS_UNKNOWN, call.n_queries
     if n <= n_rows:
         return list(range(n))
     step = _golden_steps(call.layer * 7 + call.call)

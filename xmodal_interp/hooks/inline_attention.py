@@ -1,0 +1,201 @@
+"""Attention that a module computes itself, with an inline softmax: observe it and record it.
+
+The result of the softmax, the probabilities, is recorded. Its scores may contain more than
+``q k^T`` (a relative position, chunks of keys), so the call has no queries and keys, and a note.
+
+1. :class:`FunctionMode` calls a function after every torch function, while a module runs that may
+   compute its attention inline. Modules that use transformers' interface run without it.
+2. :func:`inline_call` returns the attention call that a torch function is, if it is one: a softmax
+   over the last axis, or a kernel that the module imported by name.
+3. :func:`note_mixing` notes that a layer with weights mixes the probabilities of several heads.
+   Then no head has these probabilities, and :func:`refuse_mixture` raises an error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from xmodal_interp.attention import AttentionCall
+from xmodal_interp.attention.masks import hidden_below
+from xmodal_interp.errors import CaptureError
+from xmodal_interp.hooks.attention_modules import Identity
+from xmodal_interp.hooks.raw_calls import RawCall
+from xmodal_interp.hooks.torch_attention import KERNEL, chunked, four_axes, kernel_call
+from xmodal_interp.upstream import active_function_modes, remove_function_mode
+
+SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
+_MIXES = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
+_FAR_BELOW = 1e3  # a score this far below the largest of its row is masked
+_NO_SCORE = -1e8  # a row whose largest score is below this is masked: Gemma 4 masks with -1e9
+
+DENSE_NOTE = "probabilities as the module computed them; queries and keys were not recorded"
+CHUNKED_NOTE = f"{DENSE_NOTE}; keys are numbered within the chunk that each query sees"
+
+
+class FunctionMode(TorchFunctionMode):
+    """A torch function mode that hooks can enter and exit, by ``begin`` and ``end``.
+
+    Args:
+        before: Called before each torch function with the function, its arguments by position and
+            by name.
+        after: Called after it, with its output too.
+    """
+
+    def __init__(
+        self, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+    ) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+
+    def begin(self) -> None:
+        """Enter the mode in this thread; do nothing if it is already active."""
+        if not self._is_active():
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        """Exit the mode, even if modes that were entered later are still active."""
+        if self._is_active():
+            remove_function_mode(self)
+
+    def _is_active(self) -> bool:
+        return any(mode is self for mode in active_function_modes())
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the function unchanged, and call the observers."""
+        options = options or {}
+        if self.before is not None:
+            self.before(function, args, options)
+        output = function(*args, **options)
+        if self.after is not None:
+            self.after(function, args, options, output)
+        return output
+
+
+@dataclass(eq=False)
+class SoftmaxCall:
+    """Probabilities that a module computed by an inline softmax.
+
+    Attributes:
+        probs: The probabilities. Rows without a visible key are NaN.
+        visible: True where a query sees a key; None if every query sees every key.
+        note: The note of the recorded call.
+        output: The result of the softmax; kept so that its memory is not reused.
+        is_mixed: Whether a layer with weights mixed the probabilities before the product with the
+            values.
+    """
+
+    probs: Float[Tensor, "sample head query key"]
+    visible: Bool[Tensor, "sample head query key"] | None
+    note: str
+    output: Tensor
+    is_mixed: bool = False
+
+    def as_attention_call(self, identity: Identity, number: int) -> AttentionCall:
+        """Return the probabilities as a call of a layer, with its number within the layer."""
+        return AttentionCall(
+            tower=identity.tower,
+            kind=identity.kind,
+            layer=identity.layer,
+            module=identity.module,
+            call=number,
+            q=None,
+            k=None,
+            scaling=1.0,
+            mask=self.visible,
+            dense=self.probs,
+            note=self.note,
+        )
+
+
+ObservedCall = RawCall | SoftmaxCall
+
+
+def inline_call(
+    module: nn.Module,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: Mapping[str, Any],
+    output: Any,
+) -> ObservedCall | None:
+    """Return the attention call that a torch function inside a module is; None for others."""
+    if function is KERNEL:
+        return kernel_call(module, args, options, output)
+    if function in SOFTMAX and isinstance(output, Tensor) and along_last(output, args, options):
+        return _softmax_call(module, args[0] if args else options["input"], output)
+    return None
+
+
+def note_mixing(
+    calls: Iterable[ObservedCall],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: Mapping[str, Any],
+) -> None:
+    """Mark the softmax whose result is the input of a layer with weights."""
+    dense = [each for each in calls if isinstance(each, SoftmaxCall)]
+    if not dense or function not in _MIXES:
+        return
+    given = (args[0] if args else options["input"]).untyped_storage().data_ptr()
+    for call in dense:
+        call.is_mixed |= call.output.untyped_storage().data_ptr() == given
+
+
+def refuse_mixture(name: str, calls: Iterable[ObservedCall]) -> None:
+    """Raise CaptureError for a module that combines softmaxes before the product with the values.
+
+    ConViT adds two softmaxes, differential attention subtracts two, and talking heads (CaiT,
+    EfficientFormerV2) are mixed by a layer with weights.
+    """
+    dense = [each for each in calls if isinstance(each, SoftmaxCall)]
+    if any(each.is_mixed for each in dense):
+        raise CaptureError(
+            f"{name} mixes the results of its softmax by a learned layer before the product with "
+            "the values (talking heads), so no head has these probabilities. Leave out its tower "
+            "or layer with towers= or layers=."
+        )
+    shapes = Counter(tuple(each.probs.shape) for each in dense)
+    n_alike = max(shapes.values(), default=0)
+    if n_alike > 1:
+        raise CaptureError(
+            f"{name} computes {n_alike} softmaxes over the same tokens in one run, and how it "
+            "combines them is unknown. Leave out its tower or layer with towers= or layers=."
+        )
+
+
+def along_last(output: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+    """Whether a softmax with these arguments is over the last axis, of at least three."""
+    dim = options.get("dim", args[1] if len(args) > 1 else None)
+    return output.ndim > 2 and dim in (-1, output.ndim - 1)
+
+
+def _softmax_call(module: nn.Module, scores: Tensor, output: Tensor) -> SoftmaxCall:
+    given = scores.detach()
+    lowest = hidden_below(given.dtype) if given.is_floating_point() else -torch.inf
+    best = given.amax(-1, keepdim=True)
+    hidden = (given <= lowest) | (given < best - _FAR_BELOW) | (best < _NO_SCORE)
+    visible = None if not hidden.any() else ~hidden
+    probs = output.detach().float()
+    if visible is not None:
+        probs = probs.masked_fill(~visible.any(-1, keepdim=True), torch.nan)
+    note = CHUNKED_NOTE if chunked(output, module).ndim == 5 else DENSE_NOTE
+    return SoftmaxCall(
+        four_axes(probs, module).clone(),
+        None if visible is None else four_axes(visible, module),
+        note,
+        output.detach(),
+    )

@@ -1,0 +1,234 @@
+"""Private parts of torch, transformers and accelerate that this package uses.
+
+They have no public equivalent in the versions that were tested. They are used only here, so that a
+release that moves one of them is seen in one place: ``tests/test_upstream.py`` names each part and
+its users, and fails with its name.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
+from torch.utils import _pytree
+
+# Attention in torch
+
+FUSED_MULTIHEAD = "_native_multi_head_attention"
+FUSED_MULTIHEAD_PARAMETERS = (
+    *("query", "key", "value", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias"),
+    *("out_proj_weight", "out_proj_bias", "mask", "need_weights", "average_attn_weights"),
+    "mask_type",
+)
+"""The fused kernel of ``nn.MultiheadAttention``, and its parameters, which are positional."""
+
+FUSED_LAYER = "_transformer_encoder_layer_fwd"
+FUSED_LAYER_PARAMETERS = (
+    *("query", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias", "out_proj_weight"),
+    *("out_proj_bias", "use_gelu", "norm_first", "eps", "norm_weight", "norm_bias"),
+    *("norm_weight_2", "norm_bias_2", "weight_1", "bias_1", "weight_2", "bias_2"),
+    *("mask", "mask_type"),
+)
+"""The fused kernel of ``nn.TransformerEncoderLayer``, and its parameters."""
+
+
+def attention_with_logsumexp(
+    q: Float[Tensor, "sample head query d_head"],
+    k: Float[Tensor, "sample head key d_head"],
+    v: Float[Tensor, "sample head key d_value"],
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float,
+) -> tuple[Float[Tensor, "sample head query d_value"], Tensor]:
+    """Return the output of the fused kernel on CPU, and the log-sum-exp of the scores of each row.
+
+    The axes of the second result have another order in some versions; its memory is contiguous in
+    ``[sample, head, query]``.
+    """
+    output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scaling
+    )
+    return output, logsumexp
+
+
+# What torch runs
+
+FORWARD_FUNCTIONS = ("forward", "_call_impl")
+"""Names of the functions that run during a call of a module, for a look at the call stack."""
+
+
+def is_recomputing() -> bool:
+    """Whether a backward pass runs in this thread, so that a forward is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_in_vmap() -> bool:
+    """Whether ``torch.func.vmap`` is the innermost transformation that runs."""
+    level = torch._C._functorch.peek_interpreter_stack()
+    return level is not None and level.key() == torch._C._functorch.TransformType.Vmap
+
+
+def active_function_modes() -> list[TorchFunctionMode]:
+    """Return the torch function modes of this thread, the outermost first."""
+    modes: list[TorchFunctionMode] = _get_current_function_mode_stack()
+    return modes
+
+
+def remove_function_mode(mode: TorchFunctionMode) -> None:
+    """Exit a torch function mode, even if modes that were entered later are still active."""
+    modes = [_pop_mode() for _ in active_function_modes()]
+    for each in reversed(modes):
+        if each is not mode:
+            _push_mode(each)
+
+
+def is_optimized_module(module: nn.Module) -> bool:
+    """Whether a module is the result of ``torch.compile(module)``."""
+    return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return bool(getattr(module, "_compiled_call_impl", None))
+
+
+def is_compiled_function(function: Any) -> bool:
+    """Whether a function is the result of ``torch.compile(function)``."""
+    disabled = getattr(function, "_torchdynamo_disable", False)
+    return hasattr(function, "_torchdynamo_orig_callable") and not disabled
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether a module is a copy that ``nn.DataParallel`` made for one of its devices."""
+    return bool(getattr(module, "_is_replica", False))
+
+
+# Parameters, hooks and nested values in torch
+
+MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
+"""Attributes of a module, and of torch, that hold forward hooks by number."""
+
+
+def global_hooks() -> list[tuple[str, Any]]:
+    """Return the forward hooks that fire for every module, with the name of their kind."""
+    return [
+        (name.removeprefix("_global_"), hook)
+        for name in GLOBAL_HOOKS
+        for hook in getattr(torch_module, name).values()
+    ]
+
+
+def module_hooks(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return the forward hooks of a module, with the name of their kind."""
+    return [(name, hook) for name in MODULE_HOOKS for hook in getattr(module, name).values()]
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return a module's own parameters by name; shared ones under each name."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's own buffers by name, including those that are not saved."""
+    return module._buffers
+
+
+def extra_state_of(module: nn.Module) -> dict[str, Any]:
+    """Return the entries of a module's state dict that are not its own parameters or buffers."""
+    if type(module)._save_to_state_dict is nn.Module._save_to_state_dict:
+        return {}
+    state: dict[str, Any] = {}
+    module._save_to_state_dict(state, "", keep_vars=True)
+    own = {*parameters_of(module), *buffers_of(module)}
+    return {name: value for name, value in state.items() if name not in own}
+
+
+def without_tensor_subclasses() -> AbstractContextManager[None]:
+    """Return a context in which functions treat tensor subclasses as plain tensors."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return context
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """Return what nested lists, tuples, dicts and registered types hold, in order."""
+    return _pytree.tree_leaves(value)
+
+
+# Parts of transformers
+
+CONTINUOUS_BATCHING = ".continuous_batching"
+"""A part of the names of the modules that run ``generate_batch``."""
+
+
+def attention_backend(config: Any) -> str | None:
+    """Return the attention implementation of a configuration; None if it has none."""
+    backend: str | None = getattr(config, "_attn_implementation", None)
+    return backend
+
+
+def attention_setting(config: Any) -> Any:
+    """Return the stored attention implementation, for :func:`restore_attention_setting`."""
+    return config._attn_implementation_internal
+
+
+def restore_attention_setting(config: Any, setting: Any) -> None:
+    """Set the stored attention implementation, without the checks of transformers."""
+    config._attn_implementation_internal = setting
+
+
+def unregister_attention(interface: Any, name: str) -> None:
+    """Remove a function that was registered with ``AttentionInterface.register``."""
+    del interface._global_mapping[name]
+
+
+def commit_of(config: Any) -> str | None:
+    """Return the commit of the Hub repository that a configuration comes from."""
+    commit: str | None = getattr(config, "_commit_hash", None)
+    return commit
+
+
+def tensor_parallel_size(module: nn.Module) -> int:
+    """Return the number of processes over which a layer is split by ``tp_plan``; 1 if it is not."""
+    size = getattr(module, "_tp_size", None)
+    return size if isinstance(size, int) else 1
+
+
+TOKENIZER_RULES = "_tokenizer"
+
+
+def fast_tokenizer(tokenizer: Any) -> Any:
+    """Return the tokenizer of the ``tokenizers`` library inside one of transformers, or None."""
+    return getattr(tokenizer, TOKENIZER_RULES, None)
+
+
+def grown_argument(model: Any, name: str, value: Any) -> Any:
+    """Return an argument of the forward as ``generate`` grows it by one position."""
+    update = getattr(model, "_update_model_kwargs_for_generation", None)
+    return value if update is None else update({}, {name: value})[name]
+
+
+# Parts of accelerate
+
+
+def offload_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Return the hooks that accelerate put on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def own_forward(module: nn.Module) -> Any:
+    """Return the ``forward`` that was set on a module below accelerate's wrapper, or None."""
+    attributes = vars(module)
+    return attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
