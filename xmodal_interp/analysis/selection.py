@@ -1,16 +1,12 @@
-"""Select the layers, heads, queries and keys of an analysis, and raise the errors they share.
+"""Select layers, heads, queries and keys, and compute the null model: what all analyses share.
 
-Exclude padding: results must not depend on the other samples in the batch.
+Padding tokens are never visible keys, but they are queries in bidirectional attention, and they
+shift the positions after them. Results must not depend on the other samples in the batch, so the
+query rows and the places of positions that are returned here leave padding out.
 
-Padding tokens are never visible keys. They are queries in bidirectional attention, and they shift
-the positions after them. These functions return the rows to use and the position of each token
-without padding.
-
-The null model of every statistic: attention that is uniform over the visible keys.
-
-The null model is an attention call too: if all queries are zero, every visible key of a row has the
-same probability. The null of any statistic is therefore that statistic of ``uniform(call)``. For
-the mass on groups of keys, ``null_mass`` computes it directly.
+The null model of every statistic is attention that is uniform over the visible keys. It is an
+attention call too: if all queries are zero, every visible key of a row has the same probability.
+The null of a statistic is that statistic of ``uniform(call)``.
 """
 
 from __future__ import annotations
@@ -46,22 +42,23 @@ POSITION_COLUMNS = ("token", "token_kind", "image", "row", "col", "video", "fram
 CHUNK_BYTES = 8 * 2**20  # of float32 probabilities per chunk; callers use a few times that
 
 
-def calls_of(
+def selected_calls(
     sample: Sample,
     layers: Layers,
+    heads: Positions | None = None,
     *,
     tower: Tower = "language",
     kind: AttentionKind = "self",
     call: int = 0,
-) -> Iterator[AttentionCall]:
-    """Yield the calls of the chosen layers one at a time, so that a store reads one at a time.
+) -> Iterator[tuple[AttentionCall, list[int]]]:
+    """Yield the calls of the chosen layers and their chosen heads, in the order given.
 
-    Each layer is yielded once, in the order given, without repetitions: of four layers, ``[3, -1]``
-    is one layer.
+    One call at a time is read from a store. Each layer and each head is used once: of four layers,
+    ``[3, -1]`` is one layer. Heads are non-negative numbers.
 
     Raises:
         NotRecordedError: No attention of this tower and kind was kept.
-        LayerError: A layer does not exist, or ``layers`` is empty.
+        LayerError: A layer or head does not exist, or ``layers`` or ``heads`` is empty.
     """
     held = sample.layers(tower, kind)
     if not held:
@@ -70,34 +67,17 @@ def calls_of(
             f"Sample {sample.name!r} holds no {tower} {kind}-attention; it holds: "
             f"{', '.join(kept) or 'nothing'}. Capture that tower, or choose another."
         )
-    come: set[int] = set()
+    yielded: set[int] = set()
     exists = sample.provenance.get("layers", {}).get(f"{tower}.{kind}") or held
     for layer in held if layers is None else numbers(layers, "layer", max(exists) + 1):
         found = sample.call(layer, tower=tower, kind=kind, call=call)
-        if found.layer not in come:
-            come.add(found.layer)
-            yield found
+        if found.layer not in yielded:
+            yielded.add(found.layer)
+            yield found, _heads_of(found, heads)
 
 
-def image_calls(
-    sample: Sample, layers: Layers, tower: Tower
-) -> Iterator[tuple[int | None, AttentionCall]]:
-    """Yield the chosen self-attention calls with the index of their image.
-
-    The index is None in the language tower.
-    """
-    numbers = sorted({key[3] for key in sample.calls if key[:2] == (tower, "self")})
-    for number in numbers or [0]:
-        for call in calls_of(sample, layers, tower=tower, call=number):
-            yield (None if tower == "language" else number), call
-
-
-def heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
-    """Return the chosen heads as non-negative numbers, without repetitions, in the order given.
-
-    Raises:
-        LayerError: A head does not exist, or ``heads`` is empty.
-    """
+def _heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
+    """Return the chosen heads as non-negative numbers, without repetitions, in the order given."""
     if heads is None:
         return list(range(call.n_heads))
     try:
@@ -183,6 +163,11 @@ def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -
     table = table.assign(token=None, token_kind=kinds, **{kind: number})
     integers = dict.fromkeys(("image", "row", "col", "video", "frame"), "Int64")
     return table.astype({"token": "string", **integers})
+
+
+def described(positions: pd.DataFrame, index: np.ndarray) -> dict[str, Any]:
+    """Return the ``POSITION_COLUMNS`` of the positions at an index."""
+    return {name: positions[name].array.take(index) for name in POSITION_COLUMNS}
 
 
 def image_places(tokens: pd.DataFrame) -> pd.DataFrame:
@@ -286,15 +271,23 @@ def n_visible(
     return counts.expand(len(heads), -1) if counts.shape[0] == 1 else counts[list(heads)]
 
 
-def null_mass(
+def mass_and_null(
     call: AttentionCall,
     groups: Float[Tensor, "group key"] | Bool[Tensor, "group key"],
     heads: Sequence[int],
     queries: Int[Tensor, " query"],
-) -> Float[Tensor, "head query group"]:
-    """Return ``AttentionCall.null_mass``, expanded over heads if the mask has one head."""
-    even = call.null_mass(groups, queries)[0]
-    return even.expand(len(heads), -1, -1) if even.shape[0] == 1 else even[list(heads)]
+) -> tuple[Float[Tensor, "head query group"], Float[Tensor, "head query group"]]:
+    """Return the mass on each group of keys, and that of uniform attention."""
+    even = call.null_mass(groups, queries)[0].cpu()
+    even = even.expand(len(heads), -1, -1) if even.shape[0] == 1 else even[list(heads)]
+    return call.mass(groups, heads, queries)[0].cpu(), even
+
+
+def mean_where(
+    values: Float[Tensor, "head query *rest"], counted: Bool[Tensor, "head query *rest"]
+) -> Float[Tensor, "head *rest"]:
+    """Return the mean over the counted queries; NaN if there are none."""
+    return values.where(counted, 0.0).sum(1) / counted.sum(1)
 
 
 def received(

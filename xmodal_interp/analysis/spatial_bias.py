@@ -34,17 +34,15 @@ from torch import Tensor
 from xmodal_interp.analysis.connector_rollout import are_queries
 from xmodal_interp.analysis.selection import (
     Layers,
-    calls_of,
-    heads_of,
     image_keys,
     image_places,
     queries_of,
     received,
     refuse_cross_attention,
+    selected_calls,
 )
 from xmodal_interp.analysis.tables import (
-    keyed,
-    long_table,
+    call_table,
     note_origin,
     own_name,
     samples_of,
@@ -277,15 +275,12 @@ def _cells(
         )
     tokens, places = tokens[torch.tensor(placed)], places[placed].astype("int64")
     rows = queries_of(sample, queries)
-    tables = []
-    for call in calls_of(sample, layers):
-        chosen = heads_of(call, heads)
-        lift = _lift(call, chosen, rows, tokens)
-        cells = {"row": places["row"].to_numpy()[None], "col": places["col"].to_numpy()[None]}
-        table = long_table({"head": chosen, "cell": range(len(tokens))}, {**cells, "lift": lift})
-        del table["cell"]
-        tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
-    return stacked(tables)
+    cells = {name: places[name].to_numpy()[None] for name in ("row", "col")}
+    parts = []
+    for call, chosen in selected_calls(sample, layers, heads):
+        values = {**cells, "lift": _lift(call, chosen, rows, tokens)}
+        parts.append(call_table(call, {"head": chosen, "cell": range(len(tokens))}, values))
+    return stacked(parts).drop(columns="cell")
 
 
 def _lift(
