@@ -5,7 +5,7 @@ Following Michel et al. 2019 (arXiv:1905.10650, section 3),
     drop = score of the intact model - score without the head
 
 for three scores (:mod:`xmodal_interp.analysis.answers`), each with an interval over samples
-(:mod:`xmodal_interp.analysis.bootstrap`). Intact and pruned model answer the same questions, so
+(:mod:`xmodal_interp.analysis.resampling`). Intact and pruned model answer the same questions, so
 the drops are paired differences.
 
 Cumulative head pruning: remove more and more heads in order of importance and score the answers.
@@ -30,12 +30,12 @@ from xmodal_interp.analysis.answers import (
     origin,
     removal_scores,
 )
-from xmodal_interp.analysis.bootstrap import (
+from xmodal_interp.analysis.resampling import (
     LEVEL,
-    Series,
+    ValueKind,
     cluster_numbers,
     mean_intervals,
-    shown,
+    picture_key,
 )
 from xmodal_interp.analysis.selection import Layers, refuse_text
 from xmodal_interp.analysis.tables import stamped
@@ -113,9 +113,9 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
         _, numbered = np.unique(clusters[of_kind], return_inverse=True)
         for place, metric in enumerate(METRICS):
             series = drops[:, place, of_kind]
-            kind_of: Series = "rate difference" if metric == "accuracy" else "mean"
+            value_kind: ValueKind = "rate difference" if metric == "accuracy" else "mean"
             low, high = mean_intervals(
-                series, numbered, n_draws=n_bootstrap, seed=seed, series=kind_of
+                series, numbered, n_draws=n_bootstrap, seed=seed, value_kind=value_kind
             )
             table[f"{metric}_drop"] = series.mean(1)
             table[f"{metric}_drop_low"], table[f"{metric}_drop_high"] = low, high
@@ -177,7 +177,7 @@ def _of_kinds(items: Sequence[ItemDict]) -> dict[str, np.ndarray]:
 def _shown(index: int, item: ItemDict) -> Hashable:
     """Return a key that is equal for items with the same images and videos."""
     images, videos = visuals_of(item, title=f"Item {index}")
-    return shown([*images, *(frame for video in videos for frame in video.frames)])
+    return picture_key([*images, *(frame for video in videos for frame in video.frames)])
 
 
 Order = Literal["increasing", "decreasing", "random"]

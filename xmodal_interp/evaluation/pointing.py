@@ -38,7 +38,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from xmodal_interp.analysis.bootstrap import Series, known_mean_intervals, shown
+from xmodal_interp.analysis.resampling import ValueKind, known_mean_intervals, picture_key
 from xmodal_interp.analysis.selection import Layers, queries_of, selected_calls
 from xmodal_interp.analysis.tables import Part, call_table, over_samples, samples_of
 from xmodal_interp.arguments import checked, in_order, one_of
@@ -82,7 +82,7 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
     Args:
         samples: One sample or many, each with one labelled object.
         boxes: The box of the object that each sample asks about: one per sample, or the name of a
-            label (``sample.labels["box"]``). A list, array, Series or table of four columns is
+            label (``sample.labels["box"]``). A list, array, ValueKind or table of four columns is
             matched to the samples by position; an index is ignored.
         other_boxes: Boxes of the other objects in the image, given in the same ways. Without them,
             ``any_object`` and ``other_object`` are NaN.
@@ -127,9 +127,9 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
     pictures = next(of_head["picture"].to_numpy() for _, of_head in grouped)
     for place, value in enumerate(("hit", "energy")):
         values = np.stack([of_head[value].to_numpy(float) for _, of_head in grouped])
-        series: Series = "rate" if value == "hit" else "mean"
+        value_kind: ValueKind = "rate" if value == "hit" else "mean"
         found = known_mean_intervals(
-            values, pictures, n_draws=n_bootstrap, seed=seed, series=series
+            values, pictures, n_draws=n_bootstrap, seed=seed, value_kind=value_kind
         )
         table.insert(len(HEAD_KEYS) + len(_MEANS) + 2 * place, f"{value}_low", found.low)
         table.insert(len(HEAD_KEYS) + len(_MEANS) + 2 * place + 1, f"{value}_high", found.high)
@@ -273,7 +273,7 @@ def _shown(sample: Sample, number: int) -> Hashable:
     files = sample.provenance.get("images") or []
     files = files if len(files) == len(sample.images) else [None] * len(sample.images)
     images = [file or image for file, image in zip(files, sample.images, strict=True)]
-    return shown([*images, *frames])
+    return picture_key([*images, *frames])
 
 
 def _refuse_other_layers(hits: pd.DataFrame) -> None:
