@@ -177,7 +177,7 @@ def pointing_hits(
     def hits_of(sample: Sample, **_: Any) -> Iterator[Part]:
         number, of_sample, others = next(of_samples)
         box, other = _boxes_of(sample, of_sample, others)
-        picture = pictures.setdefault(_shown(sample, number), len(pictures))
+        picture = pictures.setdefault(_picture_key(sample, number), len(pictures))
         for part in _hits(sample, box, other, queries, criterion, layers, image, kind):
             yield part | {"picture": picture}
 
@@ -261,7 +261,7 @@ def _of_samples(given: Any, name: str, n: int) -> list[Any]:
     return entries
 
 
-def _shown(sample: Sample, number: int) -> Hashable:
+def _picture_key(sample: Sample, number: int) -> Hashable:
     """Return a key that is equal for samples with the same images and videos.
 
     If the sample does not hold its images, return its number, which is unique.
