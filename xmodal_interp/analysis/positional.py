@@ -31,12 +31,12 @@ from xmodal_interp.analysis.selection import (
     cells_of,
     image_keys,
     mean_where,
-    places_of,
     queries_of,
     refuse_cross_attention,
     refuse_text,
     row_chunks,
     selected_calls,
+    sequence_places,
 )
 from xmodal_interp.analysis.tables import Part, call_table, long_table, over_samples, samples_of
 from xmodal_interp.arguments import checked
@@ -90,7 +90,7 @@ def positional_bias(
     if n_bins < 1:
         raise InputError(f"n_bins must be at least 1; got {n_bins}.")
     samples = samples_of(samples)
-    longest = max((int(places_of(sample)[-1]) + 1 for sample in samples), default=1)
+    longest = max((int(sequence_places(sample)[-1]) + 1 for sample in samples), default=1)
     bins = _Bins(width=-(-longest // n_bins), longest=longest)
     return over_samples(
         samples,
@@ -113,7 +113,7 @@ def _profiles(
     if any("image" in block for block in blocks):
         refuse_cross_attention(sample, "A profile of text->image or image->image")
         image_keys(sample, None)
-    places, rope = places_of(sample), _rotary(sample)
+    places, rope = sequence_places(sample), _rotary(sample)
     for call, chosen in selected_calls(sample, layers, heads):
         for block in blocks:
             queries, keys = (
@@ -175,7 +175,7 @@ def _recency(
 ) -> Iterator[Part]:
     rows = torch.tensor(sample.where("text")) if queries is None else queries_of(sample, queries)
     for call, chosen in selected_calls(sample, layers, heads):
-        mass, null = _recent(call, chosen, rows, places_of(sample), window)
+        mass, null = _recent(call, chosen, rows, sequence_places(sample), window)
         beyond = null < 1
         values = {
             "mass": mean_where(mass, beyond),

@@ -305,17 +305,17 @@ def _tower_of(ranking: pd.DataFrame | str, tower: Tower | None) -> Tower:
     for name, wanted in given.items():
         if isinstance(ranking, str) or name not in ranking.columns:
             continue
-        there = ranking[name].unique().tolist()
-        if len(there) != 1 or wanted not in (None, there[0]):
+        found = ranking[name].unique().tolist()
+        if len(found) != 1 or wanted not in (None, found[0]):
             required = f"only {wanted!r}" if wanted is not None else "a single value"
             raise InputError(
-                f"The ranking's column {name!r} holds {' and '.join(map(repr, there)) or 'no rows'}"
+                f"The ranking's column {name!r} holds {' and '.join(map(repr, found)) or 'no rows'}"
                 f"; it must hold {required}. Select rows of one tower's self-attention, or pass "
                 "another tower=."
             )
-        given[name] = there[0]
-    found: Tower = given["tower"] or "language"
-    return found
+        given[name] = found[0]
+    chosen: Tower = given["tower"] or "language"
+    return chosen
 
 
 def _ranked(vlm: VLM, ranking: pd.DataFrame | str, by: str, tower: Tower) -> list[Head]:

@@ -42,8 +42,8 @@ from xmodal_interp.analysis.selection import (
     described,
     each_once,
     first_position,
+    not_padding,
     position_table,
-    present,
     queries_of,
     refuse_cross_attention,
     row_chunks,
@@ -371,9 +371,9 @@ def _calls(
         raise InputError(
             "attention_rollout is not defined for tower='connector'. Choose 'language' or 'vision'."
         )
-    held = sample.layers(tower, "self")
+    kept = sample.layers(tower, "self")
     exists = sample.provenance.get("layers", {}).get(f"{tower}.self", [])
-    n_layers = max({*held, *exists}, default=0) + 1
+    n_layers = max({*kept, *exists}, default=0) + 1
     given: Any = layers
     if given is not None and np.shape(given) != (2,):
         raise InputError(
@@ -389,11 +389,11 @@ def _calls(
             f"layers={layers} selects none of the {n_layers} layers. Pass the start and stop of a "
             "slice with at least one layer."
         )
-    missing = sorted(set(chosen) - set(held))
-    if held and missing:
+    missing = sorted(set(chosen) - set(kept))
+    if kept and missing:
         raise NotRecordedError(
             f"Rollout requires all {tower} layers from {chosen.start} to {chosen.stop - 1}, but "
-            f"{missing} were not kept (kept: {held}). Capture all layers, or choose "
+            f"{missing} were not kept (kept: {kept}). Capture all layers, or choose "
             "layers=(start, stop) within the kept ones."
         )
     number = image if tower == "vision" else 0
@@ -462,7 +462,7 @@ def _seeing(
 
 def _not_padding(sample: Sample, tower: Tower, n_positions: int) -> Bool[Tensor, " position"]:
     """Return a mask of the positions of a tower that are not padding."""
-    return present(sample) if tower == "language" else torch.ones(n_positions, dtype=torch.bool)
+    return not_padding(sample) if tower == "language" else torch.ones(n_positions, dtype=torch.bool)
 
 
 def _removed_keys(

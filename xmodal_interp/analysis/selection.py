@@ -40,6 +40,7 @@ POSITION_COLUMNS = ("token", "token_kind", "image", "row", "col", "video", "fram
 """Columns that describe a position in a table; ``video`` and ``frame`` are NA for images."""
 
 CHUNK_BYTES = 8 * 2**20  # of float32 probabilities per chunk; callers use a few times that
+D_NULL = 8  # head width of the null's zero q and k; the fused kernel processes 8 values at a time
 
 
 def selected_calls(
@@ -60,16 +61,16 @@ def selected_calls(
         NotRecordedError: No attention of this tower and kind was kept.
         LayerError: A layer or head does not exist, or ``layers`` or ``heads`` is empty.
     """
-    held = sample.layers(tower, kind)
-    if not held:
-        kept = sorted({f"{key[0]} {key[1]}" for key in sample.calls})
+    kept = sample.layers(tower, kind)
+    if not kept:
+        others = sorted({f"{key[0]} {key[1]}" for key in sample.calls})
         raise NotRecordedError(
             f"Sample {sample.name!r} holds no {tower} {kind}-attention; it holds: "
-            f"{', '.join(kept) or 'nothing'}. Capture that tower, or choose another."
+            f"{', '.join(others) or 'nothing'}. Capture that tower, or choose another."
         )
     yielded: set[int] = set()
-    exists = sample.provenance.get("layers", {}).get(f"{tower}.{kind}") or held
-    for layer in held if layers is None else numbers(layers, "layer", max(exists) + 1):
+    exists = sample.provenance.get("layers", {}).get(f"{tower}.{kind}") or kept
+    for layer in kept if layers is None else numbers(layers, "layer", max(exists) + 1):
         found = sample.call(layer, tower=tower, kind=kind, call=call)
         if found.layer not in yielded:
             yielded.add(found.layer)
@@ -179,6 +180,30 @@ def image_places(tokens: pd.DataFrame) -> pd.DataFrame:
     return tokens[["row", "col"]].mask(small)
 
 
+def not_padding(sample: Sample) -> Bool[Tensor, " position"]:
+    """Return a mask of the positions that are not padding."""
+    return torch.tensor(sample.tokens["kind"].ne("padding").to_numpy(dtype=bool))
+
+
+def first_position(sample: Sample) -> int:
+    """Return the first position that is not padding."""
+    return int(np.flatnonzero(not_padding(sample))[0])
+
+
+def sequence_places(sample: Sample) -> Int[Tensor, " position"]:
+    """Return the index of each position among those that are not padding, from 0.
+
+    A padding position has the index of the last position before it that is not padding, or -1.
+    """
+    return not_padding(sample).long().cumsum(0) - 1
+
+
+def rows_of(sample: Sample, call: AttentionCall) -> Int[Tensor, " query"]:
+    """Return the query positions that a call of the language tower holds, without padding."""
+    rows = call.query_positions
+    return rows[not_padding(sample).to(rows.device)[rows]]
+
+
 def refuse_text(given: object, name: str, example: str) -> None:
     """Reject a string where a list of names is expected: it would be iterated by letters.
 
@@ -206,38 +231,6 @@ def refuse_cross_attention(sample: Sample, question: str) -> None:
             f"text reaches the image by cross-attention (layers {layers or 'not kept'}), where "
             "every key is an image key."
         )
-
-
-def row_chunks(call: AttentionCall, queries: Int[Tensor, " query"], n_heads: int) -> list[Tensor]:
-    """Split queries into chunks whose probabilities take a few MB."""
-    return list(queries.split(max(1, CHUNK_BYTES // max(4 * call.n_keys * n_heads, 1))))
-
-
-def present(sample: Sample) -> Bool[Tensor, " position"]:
-    """Return a mask of the positions that are not padding."""
-    return torch.tensor(sample.tokens["kind"].ne("padding").to_numpy(dtype=bool))
-
-
-def first_position(sample: Sample) -> int:
-    """Return the first position that is not padding."""
-    return int(np.flatnonzero(present(sample))[0])
-
-
-def places_of(sample: Sample) -> Int[Tensor, " position"]:
-    """Return the index of each position among those that are not padding, from 0.
-
-    A padding position has the index of the last position before it that is not padding, or -1.
-    """
-    return present(sample).long().cumsum(0) - 1
-
-
-def rows_of(sample: Sample, call: AttentionCall) -> Int[Tensor, " query"]:
-    """Return the query positions that a call of the language tower holds, without padding."""
-    rows = call.query_positions
-    return rows[present(sample).to(rows.device)[rows]]
-
-
-D_NULL = 8  # head width of the null's zero q and k; the fused kernel processes 8 values at a time
 
 
 def uniform(call: AttentionCall) -> AttentionCall:
@@ -298,6 +291,11 @@ def received(
     rows = call if len(seeing) == call.n_queries else call.select_rows(seeing)
     ones = torch.ones(1, len(seeing), dtype=torch.float32, device=call.device)
     return rows.received(ones, list(heads))[0]
+
+
+def row_chunks(call: AttentionCall, queries: Int[Tensor, " query"], n_heads: int) -> list[Tensor]:
+    """Split queries into chunks whose probabilities take a few MB."""
+    return list(queries.split(max(1, CHUNK_BYTES // max(4 * call.n_keys * n_heads, 1))))
 
 
 def cells_of(

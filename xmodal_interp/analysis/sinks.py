@@ -21,11 +21,11 @@ from xmodal_interp.analysis.selection import (
     Layers,
     described,
     first_position,
-    places_of,
     received,
     row_chunks,
     rows_of,
     selected_calls,
+    sequence_places,
 )
 from xmodal_interp.analysis.tables import Part, call_table, over_samples, stacked
 from xmodal_interp.arguments import checked, real_number
@@ -152,7 +152,7 @@ def _sinks(
     min_queries: int,
 ) -> Iterator[Part]:
     """Yield the rows of ``attention_sinks`` of each layer of a sample."""
-    first, places = first_position(sample), places_of(sample)
+    first, places = first_position(sample), sequence_places(sample)
     tokens = sample.tokens.rename(columns={"kind": "token_kind"})
     for call, chosen in selected_calls(sample, layers, heads):
         rows = rows_of(sample, call)

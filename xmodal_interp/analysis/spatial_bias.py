@@ -121,12 +121,12 @@ def raster_map(
         table = table.reset_index(drop=True)
     else:
         table["lift"] /= n_samples
-    asked = {"queries": queries, "layers": layers, "heads": heads, "image": image}
-    asked |= {"per_sample": per_sample} if per_sample else {}
+    parameters = {"queries": queries, "layers": layers, "heads": heads, "image": image}
+    parameters |= {"per_sample": per_sample} if per_sample else {}
     return stamped(
         table,
         analysis="raster_map",
-        parameters=asked,
+        parameters=parameters,
         provenance=provenance,
         n_samples=n_samples,
     )
@@ -224,9 +224,9 @@ def raster_bias(
     bias = table.drop_duplicates(by)[by].reset_index(drop=True)
     bias[list(SLOPES)] = _slopes(table["lift"].to_numpy().reshape(-1, len(cells)), design)
     if control is not None:
-        plain = _slopes(table["lift_control"].to_numpy().reshape(-1, len(cells)), design)
-        bias[[f"{name}_control" for name in SLOPES]] = plain
-        bias[[f"{name}_difference" for name in SLOPES]] = bias[list(SLOPES)].to_numpy() - plain
+        of_control = _slopes(table["lift_control"].to_numpy().reshape(-1, len(cells)), design)
+        bias[[f"{name}_control" for name in SLOPES]] = of_control
+        bias[[f"{name}_difference" for name in SLOPES]] = bias[list(SLOPES)].to_numpy() - of_control
     bias.attrs = {**table.attrs, "analysis": "raster_bias"}
     return bias
 
@@ -241,16 +241,16 @@ def _with_control(
     per_sample: bool,  # noqa: FBT001
 ) -> pd.DataFrame:
     """Return the map with the control's lift as a column and ``n_control`` in its parameters."""
-    asked: dict[str, Any] = {"queries": queries, "layers": layers, "heads": heads, "image": image}
-    table = raster_map(samples, per_sample=per_sample, **asked)
+    options: dict[str, Any] = {"queries": queries, "layers": layers, "heads": heads, "image": image}
+    table = raster_map(samples, per_sample=per_sample, **options)
     if control is None:
         return table
     control = samples_of(control)
-    plain = raster_map(control, **asked)
-    _refuse_other_cells(table.head(len(plain)), plain, control[0])
-    n_maps = len(table) // len(plain)
-    table["lift_control"] = np.tile(plain["lift"].to_numpy(), n_maps)
-    table.attrs["parameters"] |= {"n_control": plain.attrs["n_samples"]}
+    of_control = raster_map(control, **options)
+    _refuse_other_cells(table.head(len(of_control)), of_control, control[0])
+    n_maps = len(table) // len(of_control)
+    table["lift_control"] = np.tile(of_control["lift"].to_numpy(), n_maps)
+    table.attrs["parameters"] |= {"n_control": of_control.attrs["n_samples"]}
     return table
 
 

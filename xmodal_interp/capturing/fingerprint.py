@@ -116,15 +116,19 @@ def _processor(processor: Any) -> Any:
 
     Private attributes are left out: some processors use them for temporary state.
     """
-    held = {n: v for n, v in attributes_of(processor).items() if n != "tokenizer" and n[0] != "_"}
+    attributes = {
+        n: v for n, v in attributes_of(processor).items() if n != "tokenizer" and n[0] != "_"
+    }
     settings = portable(json.loads(processor.to_json_string()))
-    return [class_of(processor), settings, described(held)]
+    return [class_of(processor), settings, described(attributes)]
 
 
 def _tokenizer(tokenizer: Any) -> Any:
     """Return the vocabulary, rules and settings of a tokenizer."""
     rules = ("_tokenizer", "sp_model")
-    held = {name: each for name, each in attributes_of(tokenizer).items() if name not in rules}
+    attributes = {
+        name: each for name, each in attributes_of(tokenizer).items() if name not in rules
+    }
     fast: Any = getattr(tokenizer, "_tokenizer", None)
     sentencepiece: Any = getattr(tokenizer, "sp_model", None)
     made_of: Any = None
@@ -135,7 +139,7 @@ def _tokenizer(tokenizer: Any) -> Any:
         made_of = hashlib.sha256(sentencepiece.serialized_model_proto()).hexdigest()
     elif hasattr(tokenizer, "get_vocab"):
         made_of = tokenizer.get_vocab()
-    return [class_of(tokenizer), described(held), made_of]
+    return [class_of(tokenizer), described(attributes), made_of]
 
 
 def _intervention(intervention: Any) -> str:
@@ -199,8 +203,8 @@ def _replaced_forward(module: nn.Module) -> Any:
 
     An offload hook also replaces ``forward``; it keeps the previous one as ``_old_forward``.
     """
-    held = vars(module)
-    forward = held.get("_old_forward" if "_hf_hook" in held else "forward")
+    attributes = vars(module)
+    forward = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
     own = getattr(forward, "__func__", None)
     return None if own is not None and own is type(module).forward else forward
 
@@ -220,14 +224,16 @@ def _modules(model: nn.Module) -> list[Any]:
     """Return path, class, attributes and the digests of tensor attributes of every module."""
     rows = []
     for path, module in model.named_modules():
-        held = {n: v for n, v in attributes_of(module).items() if n not in _OF_EVERY_MODULE}
-        held = {n: v for n, v in held.items() if not n.endswith(_OF_LAST_RUN)}
+        attributes = {n: v for n, v in attributes_of(module).items() if n not in _OF_EVERY_MODULE}
+        attributes = {n: v for n, v in attributes.items() if not n.endswith(_OF_LAST_RUN)}
         if hasattr(module, "config"):  # tensors kept by a whole model are from its last run
-            held = {n: v for n, v in held.items() if not isinstance(v, Tensor)}
+            attributes = {n: v for n, v in attributes.items() if not isinstance(v, Tensor)}
         weights = [each for each in module._parameters.values() if each is not None]
         tensors: set[str] = set()
         describe = _Description(tensors).describe
-        parts = [describe(x) for x in (held, [attributes_of(w) for w in weights], _packed(module))]
+        parts = [
+            describe(x) for x in (attributes, [attributes_of(w) for w in weights], _packed(module))
+        ]
         rows.append([path, class_of(type(module)), module.training, parts, sorted(tensors)])
     return rows
 
@@ -290,18 +296,18 @@ def tensor_digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's dtype, shape and bytes, for any layout or subclass."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode())
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        held = tensor.detach()
-    if hasattr(type(held), "__tensor_flatten__"):  # a tensor subclass, such as torchao's
-        names, about = cast("Any", held).__tensor_flatten__()
-        parts: list[Any] = [getattr(held, name) for name in names]
-        digest.update(digest_of([class_of(type(held)), list(names), described(about)]).encode())
+        bare = tensor.detach()
+    if hasattr(type(bare), "__tensor_flatten__"):  # a tensor subclass, such as torchao's
+        names, about = cast("Any", bare).__tensor_flatten__()
+        parts: list[Any] = [getattr(bare, name) for name in names]
+        digest.update(digest_of([class_of(type(bare)), list(names), described(about)]).encode())
     else:
-        parts = _quantised(held) if held.is_quantized else _sparse(held)
+        parts = _quantised(bare) if bare.is_quantized else _sparse(bare)
     for part in parts:
-        if part is not held:
+        if part is not bare:
             digest.update(tensor_digest(part).encode())
-        elif not held.is_meta:
-            for chunk in _chunks(held):
+        elif not bare.is_meta:
+            for chunk in _chunks(bare):
                 digest.update(chunk.data)
     return digest.hexdigest()
 
@@ -410,18 +416,18 @@ class _Description:
         return {"function": name, "code": _code(function.__code__), "with": self.describe(parts)}
 
     def _object(self, value: Any) -> Any:
-        held = attributes_of(value)
-        if isinstance(value, (nn.Module, type, types.ModuleType)) or not held:
+        attributes = attributes_of(value)
+        if isinstance(value, (nn.Module, type, types.ModuleType)) or not attributes:
             return class_of(value)
-        return {"class": class_of(value), "attributes": self._mapping(held)}
+        return {"class": class_of(value), "attributes": self._mapping(attributes)}
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
     """Return the attributes of an object, except those that do not affect results."""
-    held = getattr(value, "__dict__", {})
+    attributes = getattr(value, "__dict__", {})
     return {
         name: each
-        for name, each in held.items()
+        for name, each in attributes.items()
         if name not in _NO_STATE
         and not isinstance(_of_class(value, name), functools.cached_property)
     }
@@ -442,9 +448,9 @@ def _leaf(value: Any) -> Any:
         return {"tensor": tensor_digest(value)}
     if isinstance(value, (np.ndarray, np.generic)):
         array = np.ascontiguousarray(value)
-        held = array.tobytes() if array.dtype != object else repr(array.tolist()).encode()
+        content = array.tobytes() if array.dtype != object else repr(array.tolist()).encode()
         about = f"{array.dtype} {array.shape} ".encode()
-        return {"array": hashlib.sha256(about + held).hexdigest()}
+        return {"array": hashlib.sha256(about + content).hexdigest()}
     if value is None or isinstance(value, (bytes, complex, torch.dtype, slice)):
         return repr(value)
     return None

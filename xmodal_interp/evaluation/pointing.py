@@ -47,7 +47,7 @@ from xmodal_interp.evaluation.boxes import (
     Box,
     Criterion,
     overlap_shares,
-    placed_cells,
+    token_boxes,
     tokens_inside,
 )
 from xmodal_interp.evaluation.head_selection import HEAD_KEYS
@@ -217,7 +217,7 @@ def _hits(
     image: int,
     kind: AttentionKind,
 ) -> list[Part]:
-    cells = placed_cells(sample, image, kind)
+    cells = token_boxes(sample, image, kind)
     if not len(cells.boxes):
         raise InputError(
             f"The tokens of image {image} of sample {sample.name!r} have no boxes to compare with."
@@ -280,10 +280,10 @@ def _refuse_other_layers(hits: pd.DataFrame) -> None:
     """Raise InputError if a sample has other layers or heads than the first sample."""
     known: tuple[str, list[tuple[int, int]]] | None = None
     for name, of_sample in hits.groupby("sample", sort=False):
-        there = list(zip(of_sample["layer"].tolist(), of_sample["head"].tolist(), strict=True))
-        known = known or (str(name), there)
-        if there != known[1]:
-            layers = [sorted({layer for layer, _ in each}) for each in (known[1], there)]
+        pairs = list(zip(of_sample["layer"].tolist(), of_sample["head"].tolist(), strict=True))
+        known = known or (str(name), pairs)
+        if pairs != known[1]:
+            layers = [sorted({layer for layer, _ in each}) for each in (known[1], pairs)]
             raise InputError(
                 f"Sample {known[0]!r} has the layers {layers[0]}, but {str(name)!r} has "
                 f"{layers[1]}. Choose layers= that all samples have."
