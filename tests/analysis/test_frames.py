@@ -34,6 +34,7 @@ def test_provenance_is_listed_once_if_only_the_date_and_the_item_differ() -> Non
         samples,
         lambda _: [long_table({"head": [0]}, {"share": 0.5})],
         "something",
+        {},
     )
     assert table.attrs["provenance"] == [
         {"model": "m"},
@@ -47,6 +48,7 @@ def test_samples_with_the_same_name_are_numbered_in_the_order_given() -> None:
         [sample_of("t", [], name=name) for name in names],
         lambda _: [long_table({"head": [0]}, {"share": 0.5})],
         "something",
+        {},
     )
     assert table["sample"].tolist() == ["a", "b", "a (2)", "a (2) (2)", "a (3)"]
     assert table.attrs["numbered"] == {"a (2)": "a", "a (2) (2)": "a (2)", "a (3)": "a"}
@@ -62,9 +64,9 @@ def test_attributes_are_json() -> None:
     }
     table = over_samples(
         sample_of("t", [], provenance={"model": "m", "layers": (0, 1)}),
-        lambda _, **__: [long_table({"head": [0]}, {"share": 0.5})],
+        lambda _: [long_table({"head": [0]}, {"share": 0.5})],
         "something",
-        **parameters,
+        parameters,
     )
     assert json.loads(json.dumps(table.attrs)) == table.attrs
     assert table.attrs == {

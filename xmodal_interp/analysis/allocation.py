@@ -65,29 +65,30 @@ def attention_allocation(
     Raises:
         InputError: The sample has no image, or text reaches the image by cross-attention.
     """
-    return over_samples(samples, _allocation, "attention_allocation", layers=layers, heads=heads)
 
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        refuse_cross_attention(sample, "The allocation of attention")
+        segment = _segments(sample)
+        groups = torch.stack([torch.tensor(segment == name) for name in SEGMENTS])
+        n_tokens = groups.sum(1)
+        queries = torch.arange(sample.last, len(sample))
+        for call, chosen in selected_calls(sample, layers, heads):
+            mass, null = mass_and_null(call, groups, chosen, queries)
+            mass = mass.where(n_tokens > 0, torch.nan)
+            values = {
+                "allocation_sum": mass.sum(1),
+                "allocation_mean": mass.mean(1),
+                "efficiency_sum": mass.sum(1) / n_tokens,
+                "efficiency_mean": mass.mean(1) / n_tokens,
+                "null": null.where(n_tokens > 0, torch.nan).mean(1),
+                "lift": (mass / null).nanmean(1),  # 0 / 0 for the first query, which sees no output
+                "n_tokens": n_tokens,
+                "n_queries": torch.tensor(len(queries)),
+            }
+            yield call_table(call, {"head": chosen, "segment": SEGMENTS}, values)
 
-def _allocation(sample: Sample, layers: Layers, heads: Positions | None) -> Iterator[Part]:
-    refuse_cross_attention(sample, "The allocation of attention")
-    segment = _segments(sample)
-    groups = torch.stack([torch.tensor(segment == name) for name in SEGMENTS])
-    n_tokens = groups.sum(1)
-    queries = torch.arange(sample.last, len(sample))
-    for call, chosen in selected_calls(sample, layers, heads):
-        mass, null = mass_and_null(call, groups, chosen, queries)
-        mass = mass.where(n_tokens > 0, torch.nan)
-        values = {
-            "allocation_sum": mass.sum(1),
-            "allocation_mean": mass.mean(1),
-            "efficiency_sum": mass.sum(1) / n_tokens,
-            "efficiency_mean": mass.mean(1) / n_tokens,
-            "null": null.where(n_tokens > 0, torch.nan).mean(1),
-            "lift": (mass / null).nanmean(1),  # 0 / 0 for the first query, which sees no output
-            "n_tokens": n_tokens,
-            "n_queries": torch.tensor(len(queries)),
-        }
-        yield call_table(call, {"head": chosen, "segment": SEGMENTS}, values)
+    parameters = {"layers": layers, "heads": heads}
+    return over_samples(samples, table_rows, "attention_allocation", parameters)
 
 
 def _segments(sample: Sample) -> np.ndarray:

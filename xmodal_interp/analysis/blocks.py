@@ -74,7 +74,10 @@ def block_statistics(
         InputError: The sample has no image, or text reaches the image by cross-attention.
         NotRecordedError: Some query rows were not kept.
     """
-    return over_samples(samples, _blocks, "block_statistics", layers=layers, heads=heads)
+    parameters = {"layers": layers, "heads": heads}
+    return over_samples(
+        samples, lambda sample: _blocks(sample, layers, heads), "block_statistics", parameters
+    )
 
 
 @checked
@@ -102,28 +105,29 @@ def cross_modal_summary(
         InputError: The sample has no image or no text after it, or text reaches the image by
             cross-attention.
     """
-    return over_samples(samples, _summary, "cross_modal_summary", layer=layer, heads=heads)
 
+    def table_rows(sample: Sample) -> pd.DataFrame:
+        means = _blocks(sample, layer, heads).groupby("block")["mean"].mean()
+        call, chosen = next(selected_calls(sample, layer, heads))
+        tokens = sample.visual
+        attended = received(call, queries_of(sample, TEXT), chosen)[:, tokens].mean(0)
+        peaks = (attended >= attended.max() * (1 - TIED)).nonzero()[:, 0]
+        best = int(peaks[0]) if len(peaks) == 1 else None
+        place = sample.tokens.reindex([-1 if best is None else int(tokens[best])]).iloc[0]
+        ratio = cross_modal_ratio(sample, layers=layer, heads=heads, by=("layer",))["ratio"]
+        row = {
+            "tower": "language",
+            "kind": "self",
+            "layer": call.layer,
+            **{f"{query}{key}_mean".lower(): means[f"{query}-{key}"] for query, key in _PAIRS},
+            "most_attended_patch": best,
+            **{name: place[name] for name in ("image", "row", "col", "video", "frame")},
+            "cross_modal_ratio": ratio.iloc[0],
+        }
+        return pd.DataFrame([row]).astype({"most_attended_patch": "Int64"})
 
-def _summary(sample: Sample, layer: int, heads: Positions | None) -> pd.DataFrame:
-    means = _blocks(sample, layer, heads).groupby("block")["mean"].mean()
-    call, chosen = next(selected_calls(sample, layer, heads))
-    tokens = sample.visual
-    attended = received(call, queries_of(sample, TEXT), chosen)[:, tokens].mean(0)
-    peaks = (attended >= attended.max() * (1 - TIED)).nonzero()[:, 0]
-    best = int(peaks[0]) if len(peaks) == 1 else None
-    place = sample.tokens.reindex([-1 if best is None else int(tokens[best])]).iloc[0]
-    ratio = cross_modal_ratio(sample, layers=layer, heads=heads, by=("layer",))["ratio"]
-    row = {
-        "tower": "language",
-        "kind": "self",
-        "layer": call.layer,
-        **{f"{query}{key}_mean".lower(): means[f"{query}-{key}"] for query, key in _PAIRS},
-        "most_attended_patch": best,
-        **{name: place[name] for name in ("image", "row", "col", "video", "frame")},
-        "cross_modal_ratio": ratio.iloc[0],
-    }
-    return pd.DataFrame([row]).astype({"most_attended_patch": "Int64"})
+    parameters = {"layer": layer, "heads": heads}
+    return over_samples(samples, table_rows, "cross_modal_summary", parameters)
 
 
 def _blocks(sample: Sample, layers: Layers, heads: Positions | None) -> pd.DataFrame:

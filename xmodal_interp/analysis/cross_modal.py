@@ -93,40 +93,36 @@ def cross_modal_ratio(
     refuse_text(by, "by", "['layer']")
     if not set(by) <= set(BY):
         raise InputError(f"by must contain only {' and '.join(map(repr, BY))}; got {tuple(by)!r}.")
-    return over_samples(
-        samples,
-        _mean_ratio,
-        "cross_modal_ratio",
-        queries=queries,
-        layers=layers,
-        heads=heads,
-        image=image,
-        kind=kind,
-        sink_threshold=sink_threshold,
-        by=by,
-    )
-
-
-def _mean_ratio(sample: Sample, by: Sequence[str], **parameters: Any) -> pd.DataFrame:
-    """Return the mean of ``token_ratio`` over queries and over the axes that are not in ``by``."""
-    table = stacked(_token_ratio(sample, **parameters))
-    keys = ["tower", "kind", "direction", *(name for name in BY if name in by)]
-    grouped = table.groupby(keys, sort=False)
-    seeing = table[table["ratio"].notna()].groupby(keys, sort=False)
-    values = ["ratio", "null", "lift", "sink_free_ratio", "sink_free_lift"]
-    means = seeing[values].mean().reindex(grouped.size().index)
-    counts = {
-        "n_queries": seeing["query"].nunique(),
-        "n_image_tokens": grouped["n_image_tokens"].first(),
-        "n_sinks": grouped["n_sinks"].mean(),
+    parameters: dict[str, Any] = {
+        "queries": queries,
+        "layers": layers,
+        "heads": heads,
+        "image": image,
+        "kind": kind,
+        "sink_threshold": sink_threshold,
     }
-    found = means.assign(**counts).fillna({"n_queries": 0}).astype({"n_queries": "int64"})
-    if not found["n_queries"].any():
-        raise InputError(
-            f"None of the queries {parameters['queries']!r} of sample {sample.name!r} sees the "
-            "image in any chosen layer. Choose queries after the image."
-        )
-    return found.reset_index()
+
+    def table_rows(sample: Sample) -> pd.DataFrame:
+        table = stacked(_token_ratio(sample, **parameters))
+        keys = ["tower", "kind", "direction", *(name for name in BY if name in by)]
+        grouped = table.groupby(keys, sort=False)
+        seeing = table[table["ratio"].notna()].groupby(keys, sort=False)
+        values = ["ratio", "null", "lift", "sink_free_ratio", "sink_free_lift"]
+        means = seeing[values].mean().reindex(grouped.size().index)
+        counts = {
+            "n_queries": seeing["query"].nunique(),
+            "n_image_tokens": grouped["n_image_tokens"].first(),
+            "n_sinks": grouped["n_sinks"].mean(),
+        }
+        found = means.assign(**counts).fillna({"n_queries": 0}).astype({"n_queries": "int64"})
+        if not found["n_queries"].any():
+            raise InputError(
+                f"None of the queries {queries!r} of sample {sample.name!r} sees the "
+                "image in any chosen layer. Choose queries after the image."
+            )
+        return found.reset_index()
+
+    return over_samples(samples, table_rows, "cross_modal_ratio", parameters | {"by": by})
 
 
 @checked
@@ -148,16 +144,16 @@ def token_ratio(
         ``n_image_tokens``, ``n_sinks``. The ratio of a query that does not see the image is NaN,
         not 0.
     """
+    parameters: dict[str, Any] = {
+        "queries": queries,
+        "layers": layers,
+        "heads": heads,
+        "image": image,
+        "kind": kind,
+        "sink_threshold": sink_threshold,
+    }
     return over_samples(
-        samples,
-        _token_ratio,
-        "token_ratio",
-        queries=queries,
-        layers=layers,
-        heads=heads,
-        image=image,
-        kind=kind,
-        sink_threshold=sink_threshold,
+        samples, lambda sample: _token_ratio(sample, **parameters), "token_ratio", parameters
     )
 
 

@@ -77,34 +77,21 @@ def attention_entropy(
             f"queries can only be given for the language tower; got {queries!r} for the {tower} "
             "tower. Leave queries out."
         )
-    table = over_samples(
-        samples,
-        _entropies,
-        "attention_entropy",
-        tower=tower,
-        queries=queries,
-        layers=layers,
-        heads=heads,
-    )
+
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        chosen_rows = None if queries is None else queries_of(sample, queries)
+        of_tower = {key[3] for key in sample.calls if key[:2] == (tower, "self")}
+        for number in sorted(of_tower) or [0]:
+            for call, chosen in selected_calls(sample, layers, heads, tower=tower, call=number):
+                rows = rows_of(sample, call) if tower == "language" else call.query_positions
+                values = _entropy(call, chosen, rows if chosen_rows is None else chosen_rows)
+                image = np.nan if tower == "language" else number
+                yield call_table(call, {"head": chosen}, {"image": image, **values})
+
+    parameters = {"tower": tower, "queries": queries, "layers": layers, "heads": heads}
+    table = over_samples(samples, table_rows, "attention_entropy", parameters)
     table["image"] = table["image"].astype("Int64")
     return table
-
-
-def _entropies(
-    sample: Sample,
-    tower: Tower,
-    queries: Selector | None,
-    layers: Layers,
-    heads: Positions | None,
-) -> Iterator[Part]:
-    chosen_rows = None if queries is None else queries_of(sample, queries)
-    of_tower = (key[3] for key in sample.calls if key[:2] == (tower, "self"))
-    for number in sorted(set(of_tower)) or [0]:
-        for call, chosen in selected_calls(sample, layers, heads, tower=tower, call=number):
-            rows = rows_of(sample, call) if tower == "language" else call.query_positions
-            values = _entropy(call, chosen, rows if chosen_rows is None else chosen_rows)
-            image = np.nan if tower == "language" else number
-            yield call_table(call, {"head": chosen}, {"image": image, **values})
 
 
 @checked
@@ -144,25 +131,24 @@ def attention_distance(
             "attention_distance is not defined for tower='connector', whose positions have no "
             "place on the image. Choose tower='vision' or tower='language'."
         )
-    return over_samples(
-        samples, _all_distances, "attention_distance", tower=tower, layers=layers, heads=heads
-    )
 
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        if tower == "language":
+            refuse_cross_attention(sample, "attention_distance with tower='language'")
+        if not sample.grids:
+            raise InputError(
+                f"Sample {sample.name!r} has no image. attention_distance requires one."
+            )
+        for image in range(len(sample.grids)):
+            positions, places, cell_px = _places(sample, image, tower)
+            number = image if tower == "vision" else 0
+            for call, chosen in selected_calls(sample, layers, heads, tower=tower, call=number):
+                _check_places(sample, call, image, tower)
+                values = _distances(call, chosen, positions, places, cell_px)
+                yield call_table(call, {"head": chosen, "image": [image]}, values)
 
-def _all_distances(
-    sample: Sample, tower: Tower, layers: Layers, heads: Positions | None
-) -> Iterator[Part]:
-    if tower == "language":
-        refuse_cross_attention(sample, "attention_distance with tower='language'")
-    if not sample.grids:
-        raise InputError(f"Sample {sample.name!r} has no image. attention_distance requires one.")
-    for image in range(len(sample.grids)):
-        positions, places, cell_px = _places(sample, image, tower)
-        number = image if tower == "vision" else 0
-        for call, chosen in selected_calls(sample, layers, heads, tower=tower, call=number):
-            _check_places(sample, call, image, tower)
-            values = _distances(call, chosen, positions, places, cell_px)
-            yield call_table(call, {"head": chosen, "image": [image]}, values)
+    parameters = {"tower": tower, "layers": layers, "heads": heads}
+    return over_samples(samples, table_rows, "attention_distance", parameters)
 
 
 def _entropy(

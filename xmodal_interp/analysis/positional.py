@@ -92,37 +92,24 @@ def positional_bias(
     samples = samples_of(samples)
     longest = max((int(sequence_places(sample)[-1]) + 1 for sample in samples), default=1)
     bins = _Bins(width=-(-longest // n_bins), longest=longest)
-    return over_samples(
-        samples,
-        lambda sample, **_: _profiles(sample, blocks, layers, heads, bins),
-        "positional_bias",
-        blocks=blocks,
-        layers=layers,
-        heads=heads,
-        n_bins=n_bins,
-    )
 
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        if any("image" in block for block in blocks):
+            refuse_cross_attention(sample, "A profile of text->image or image->image")
+            image_keys(sample, None)
+        places, rope = sequence_places(sample), _rotary(sample)
+        for call, chosen in selected_calls(sample, layers, heads):
+            for block in blocks:
+                queries, keys = (
+                    torch.tensor(sample.visual if kind == "image" else sample.where(kind))
+                    for kind in block.split("->")
+                )
+                part = _profile(call, chosen, queries, keys, bins, places, rope)
+                index = {"layer": call.layer, "head": part["head"], "block": block}
+                yield {"tower": "language", "kind": "self"} | index | part
 
-def _profiles(
-    sample: Sample,
-    blocks: Sequence[str],
-    layers: Layers,
-    heads: Positions | None,
-    bins: _Bins,
-) -> Iterator[Part]:
-    if any("image" in block for block in blocks):
-        refuse_cross_attention(sample, "A profile of text->image or image->image")
-        image_keys(sample, None)
-    places, rope = sequence_places(sample), _rotary(sample)
-    for call, chosen in selected_calls(sample, layers, heads):
-        for block in blocks:
-            queries, keys = (
-                torch.tensor(sample.visual if kind == "image" else sample.where(kind))
-                for kind in block.split("->")
-            )
-            part = _profile(call, chosen, queries, keys, bins, places, rope)
-            index = {"layer": call.layer, "head": part["head"], "block": block}
-            yield {"tower": "language", "kind": "self"} | index | part
+    parameters = {"blocks": blocks, "layers": layers, "heads": heads, "n_bins": n_bins}
+    return over_samples(samples, table_rows, "positional_bias", parameters)
 
 
 @checked
@@ -155,36 +142,25 @@ def recency_index(
     """
     if window < 1:
         raise InputError(f"window must be at least 1, the query itself; got {window}.")
-    return over_samples(
-        samples,
-        _recency,
-        "recency_index",
-        window=window,
-        queries=queries,
-        layers=layers,
-        heads=heads,
-    )
 
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        rows = (
+            torch.tensor(sample.where("text")) if queries is None else queries_of(sample, queries)
+        )
+        for call, chosen in selected_calls(sample, layers, heads):
+            mass, null = _recent(call, chosen, rows, sequence_places(sample), window)
+            beyond = null < 1
+            values = {
+                "mass": mean_where(mass, beyond),
+                "null": mean_where(null, beyond),
+                "lift": mean_where(mass / null, beyond),
+                "n_queries": beyond.sum(1),
+            }
+            of_window = {name: value[:, None] for name, value in values.items()}
+            yield call_table(call, {"head": chosen, "window": [window]}, of_window)
 
-def _recency(
-    sample: Sample,
-    window: int,
-    queries: Selector | None,
-    layers: Layers,
-    heads: Positions | None,
-) -> Iterator[Part]:
-    rows = torch.tensor(sample.where("text")) if queries is None else queries_of(sample, queries)
-    for call, chosen in selected_calls(sample, layers, heads):
-        mass, null = _recent(call, chosen, rows, sequence_places(sample), window)
-        beyond = null < 1
-        values = {
-            "mass": mean_where(mass, beyond),
-            "null": mean_where(null, beyond),
-            "lift": mean_where(mass / null, beyond),
-            "n_queries": beyond.sum(1),
-        }
-        of_window = {name: value[:, None] for name, value in values.items()}
-        yield call_table(call, {"head": chosen, "window": [window]}, of_window)
+    parameters = {"window": window, "queries": queries, "layers": layers, "heads": heads}
+    return over_samples(samples, table_rows, "recency_index", parameters)
 
 
 @dataclass(frozen=True)

@@ -133,22 +133,43 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
             f"baseline={baseline!r} requires discard=0, because uniform attention has no lowest "
             f"entries to discard; got discard={discard}. Leave one of them out."
         )
-    return over_samples(
-        samples,
-        lambda sample, **_: _rollout(
-            sample, queries, options, baseline, sinks, layers, tower, image
-        ),
-        "attention_rollout",
-        queries=queries,
-        fusion=fusion,
-        alpha=alpha,
-        discard=discard,
-        baseline=baseline,
-        sinks=sinks,
-        layers=layers,
-        tower=tower,
-        image=image,
-    )
+
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        n_visuals = len(sample.grids) + len(sample.video_grids)
+        if image >= max(n_visuals, 1):
+            raise InputError(
+                f"There is no image {image}: sample {sample.name!r} has {n_visuals} images and "
+                "videos, numbered from 0."
+            )
+        calls = _calls(sample, layers, tower, image)
+        positions = position_table(sample, tower, image, calls[0].n_keys)
+        rows = _seeing(calls, positions, _rows(sample, queries, tower, positions))
+        removed = _removed_keys(sample, sinks, tower, len(positions))
+        counted = _not_padding(sample, tower, len(positions))
+        start = functional.one_hot(rows, len(positions)).double()
+        values = {"rollout": rolled(start, calls, options, removed, counted)}
+        if baseline is not None:
+            even = [uniform(call) for call in calls]
+            null = values["null"] = rolled(start, even, options, removed, counted)
+            values["log2_ratio"] = (values["rollout"] / null).log2()
+        axes = {"query": rows.tolist(), "key": range(len(positions))}
+        index = long_table(axes, {})
+        about = {"query_token": positions["token"].array.take(index["query"])}
+        about |= described(positions, index["key"])
+        yield {"tower": tower, "kind": "self"} | index | about | long_table(axes, values)
+
+    parameters = {
+        "queries": queries,
+        "fusion": fusion,
+        "alpha": alpha,
+        "discard": discard,
+        "baseline": baseline,
+        "sinks": sinks,
+        "layers": layers,
+        "tower": tower,
+        "image": image,
+    }
+    return over_samples(samples, table_rows, "attention_rollout", parameters)
 
 
 @checked
@@ -324,41 +345,6 @@ def _over_heads(
     if fusion == "mean":
         return probs.mean(0)
     return probs.amax(0) if fusion == "max" else probs.amin(0)
-
-
-def _rollout(
-    sample: Sample,
-    queries: Selector | None,
-    options: RolloutOptions,
-    baseline: str | None,
-    sinks: Sinks,
-    layers: LayerRange | None,
-    tower: Tower,
-    image: int,
-) -> Iterator[Part]:
-    """Yield all rows of the table of one sample."""
-    n_visuals = len(sample.grids) + len(sample.video_grids)
-    if image >= max(n_visuals, 1):
-        raise InputError(
-            f"There is no image {image}: sample {sample.name!r} has {n_visuals} images and "
-            "videos, numbered from 0."
-        )
-    calls = _calls(sample, layers, tower, image)
-    positions = position_table(sample, tower, image, calls[0].n_keys)
-    rows = _seeing(calls, positions, _rows(sample, queries, tower, positions))
-    removed = _removed_keys(sample, sinks, tower, len(positions))
-    counted = _not_padding(sample, tower, len(positions))
-    start = functional.one_hot(rows, len(positions)).double()
-    values = {"rollout": rolled(start, calls, options, removed, counted)}
-    if baseline is not None:
-        even = [uniform(call) for call in calls]
-        null = values["null"] = rolled(start, even, options, removed, counted)
-        values["log2_ratio"] = (values["rollout"] / null).log2()
-    axes = {"query": rows.tolist(), "key": range(len(positions))}
-    index = long_table(axes, {})
-    about = {"query_token": positions["token"].array.take(index["query"])}
-    about |= described(positions, index["key"])
-    yield {"tower": tower, "kind": "self"} | index | about | long_table(axes, values)
 
 
 def _calls(

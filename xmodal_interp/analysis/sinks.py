@@ -73,15 +73,15 @@ def attention_sinks(
         InputError: ``threshold`` is not above 0 and at most 1.
     """
     _check_threshold(threshold)
+    parameters: dict[str, Any] = {
+        "threshold": threshold,
+        "layers": layers,
+        "heads": heads,
+        "n_positions": n_positions,
+        "min_queries": min_queries,
+    }
     return over_samples(
-        samples,
-        _sinks,
-        "attention_sinks",
-        threshold=threshold,
-        layers=layers,
-        heads=heads,
-        n_positions=n_positions,
-        min_queries=min_queries,
+        samples, lambda sample: _sinks(sample, **parameters), "attention_sinks", parameters
     )
 
 
@@ -103,26 +103,24 @@ def sink_rate(
         ``n_heads``. The paper reports the mean of ``first`` over samples and layers.
     """
     _check_threshold(threshold)
-    return over_samples(
-        samples,
-        _sink_rate,
-        "sink_rate",
-        threshold=threshold,
-        layers=layers,
-        heads=heads,
-        n_positions=n_positions,
-        min_queries=min_queries,
-    )
+    parameters: dict[str, Any] = {
+        "threshold": threshold,
+        "layers": layers,
+        "heads": heads,
+        "n_positions": n_positions,
+        "min_queries": min_queries,
+    }
 
+    def table_rows(sample: Sample) -> pd.DataFrame:
+        sinks = stacked(_sinks(sample, **parameters))
+        first = sinks["key"].eq(first_position(sample)) & sinks["sink"]
+        by = ["tower", "kind", "layer"]
+        found = sinks.assign(first=first).groupby([*by, "head"], sort=False)[["first", "sink"]]
+        grouped = found.any().groupby(by, sort=False)
+        rates = grouped.mean().rename(columns={"sink": "any"}).assign(n_heads=grouped.size())
+        return rates.reset_index()
 
-def _sink_rate(sample: Sample, **parameters: Any) -> pd.DataFrame:
-    sinks = stacked(_sinks(sample, **parameters))
-    first = sinks["key"].eq(first_position(sample)) & sinks["sink"]
-    by = ["tower", "kind", "layer"]
-    found = sinks.assign(first=first).groupby([*by, "head"], sort=False)[["first", "sink"]]
-    grouped = found.any().groupby(by, sort=False)
-    rates = grouped.mean().rename(columns={"sink": "any"}).assign(n_heads=grouped.size())
-    return rates.reset_index()
+    return over_samples(samples, table_rows, "sink_rate", parameters)
 
 
 def sink_keys(

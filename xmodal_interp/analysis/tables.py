@@ -78,10 +78,9 @@ def stacked(parts: Iterable[Part]) -> pd.DataFrame:
 
 def over_samples(
     samples: Sample | Iterable[Sample],
-    rows_of: Callable[..., pd.DataFrame | Iterable[Part]],
+    table_rows: Callable[[Sample], pd.DataFrame | Iterable[Part]],
     analysis: str,
-    /,
-    **parameters: Any,
+    parameters: Mapping[str, Any],
 ) -> pd.DataFrame:
     """Return the rows of all samples as one table, with a ``sample`` column in front.
 
@@ -94,10 +93,9 @@ def over_samples(
 
     Args:
         samples: One sample or many.
-        rows_of: Called as ``rows_of(sample, **parameters)``; returns or yields the rows of a
-            sample.
-        analysis: Name of the analysis.
-        **parameters: Arguments of the analysis; they are also in ``.attrs``.
+        table_rows: Function that returns or yields the rows of one sample.
+        analysis: Name of the analysis, for ``.attrs``.
+        parameters: Arguments of the analysis, for ``.attrs``.
 
     Raises:
         InputError: There are no samples.
@@ -106,7 +104,7 @@ def over_samples(
     provenance: list[Mapping[str, Any]] = []
     names: dict[str, str] = {}
     for sample in samples_of(samples):
-        rows = rows_of(sample, **parameters)
+        rows = table_rows(sample)
         name = own_name(sample.name, names)
         of_sample = [dict(rows)] if isinstance(rows, pd.DataFrame) else rows
         parts += [{"sample": name, **part} for part in of_sample]

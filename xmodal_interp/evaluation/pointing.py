@@ -174,25 +174,23 @@ def pointing_hits(
     )
     pictures: dict[Hashable, int] = {}
 
-    def hits_of(sample: Sample, **_: Any) -> Iterator[Part]:
+    def table_rows(sample: Sample) -> Iterator[Part]:
         number, of_sample, others = next(of_samples)
         box, other = _boxes_of(sample, of_sample, others)
         picture = pictures.setdefault(_picture_key(sample, number), len(pictures))
         for part in _hits(sample, box, other, queries, criterion, layers, image, kind):
             yield part | {"picture": picture}
 
-    return over_samples(
-        many,
-        hits_of,
-        "pointing_hits",
-        boxes=boxes if isinstance(boxes, str) else "given",
-        other_boxes=other_boxes if isinstance(other_boxes, str) else "given",
-        queries="a function" if callable(queries) else queries,
-        criterion=criterion,
-        layers=layers,
-        image=image,
-        kind=kind,
-    )
+    parameters = {
+        "boxes": boxes if isinstance(boxes, str) else "given",
+        "other_boxes": other_boxes if isinstance(other_boxes, str) else "given",
+        "queries": "a function" if callable(queries) else queries,
+        "criterion": criterion,
+        "layers": layers,
+        "image": image,
+        "kind": kind,
+    }
+    return over_samples(many, table_rows, "pointing_hits", parameters)
 
 
 def _boxes_of(sample: Sample, box: Any, others: Any) -> tuple[Box, list[Box]]:
