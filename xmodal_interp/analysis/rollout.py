@@ -39,10 +39,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from xmodal_interp.analysis.selection import (
-    described,
     each_once,
     first_position,
     not_padding,
+    position_columns,
     position_table,
     queries_of,
     refuse_cross_attention,
@@ -155,7 +155,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         axes = {"query": rows.tolist(), "key": range(len(positions))}
         index = long_table(axes, {})
         about = {"query_token": positions["token"].array.take(index["query"])}
-        about |= described(positions, index["key"])
+        about |= position_columns(positions, index["key"])
         yield {"tower": tower, "kind": "self"} | index | about | long_table(axes, values)
 
     parameters = {

@@ -166,7 +166,7 @@ def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -
     return table.astype({"token": "string", **integers})
 
 
-def described(positions: pd.DataFrame, index: np.ndarray) -> dict[str, Any]:
+def position_columns(positions: pd.DataFrame, index: np.ndarray) -> dict[str, Any]:
     """Return the ``POSITION_COLUMNS`` of the positions at an index."""
     return {name: positions[name].array.take(index) for name in POSITION_COLUMNS}
 

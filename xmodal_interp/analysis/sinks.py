@@ -19,8 +19,8 @@ from torch import Tensor
 
 from xmodal_interp.analysis.selection import (
     Layers,
-    described,
     first_position,
+    position_columns,
     received,
     row_chunks,
     rows_of,
@@ -168,7 +168,7 @@ def _sinks(
         }
         axes = {"head": chosen, "key": keys.tolist()}
         index = call_table(call, axes, {})
-        yield index | described(tokens, index["key"]) | call_table(call, axes, values)
+        yield index | position_columns(tokens, index["key"]) | call_table(call, axes, values)
 
 
 def _received(

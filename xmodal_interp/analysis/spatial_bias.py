@@ -42,12 +42,12 @@ from xmodal_interp.analysis.selection import (
     selected_calls,
 )
 from xmodal_interp.analysis.tables import (
+    add_provenance,
     call_table,
-    note_origin,
-    own_name,
     samples_of,
     stacked,
     stamped,
+    unique_name,
 )
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
@@ -107,10 +107,10 @@ def raster_map(
         else:
             _refuse_other_cells(table, cells, sample)
             table["lift"] += cells["lift"]
-        own_name(sample.name, names)
+        unique_name(sample.name, names)
         if per_sample:
             lifts.append(cells["lift"].copy())
-        note_origin(provenance, sample)
+        add_provenance(provenance, sample)
     if table is None:
         raise InputError("raster_map needs at least one sample; got none.")
     n_samples = len(names)

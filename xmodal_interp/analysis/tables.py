@@ -105,10 +105,10 @@ def over_samples(
     names: dict[str, str] = {}
     for sample in samples_of(samples):
         rows = table_rows(sample)
-        name = own_name(sample.name, names)
+        name = unique_name(sample.name, names)
         of_sample = [dict(rows)] if isinstance(rows, pd.DataFrame) else rows
         parts += [{"sample": name, **part} for part in of_sample]
-        note_origin(provenance, sample)
+        add_provenance(provenance, sample)
     if not names:
         raise InputError(f"{analysis} needs at least one sample; got none.")
     table = stamped(
@@ -124,7 +124,7 @@ def over_samples(
     return table
 
 
-def own_name(name: str, names: dict[str, str]) -> str:
+def unique_name(name: str, names: dict[str, str]) -> str:
     """Return the name, numbered if it is among ``names`` already, and add it to ``names``."""
     own, number = name, 1
     while own in names:
@@ -158,7 +158,7 @@ def samples_of(samples: Sample | Iterable[Sample]) -> Sequence[Sample]:
     return several
 
 
-def note_origin(provenance: list[Mapping[str, Any]], sample: Sample) -> None:
+def add_provenance(provenance: list[Mapping[str, Any]], sample: Sample) -> None:
     """Add the sample's provenance, unless the list has one that differs only in date or item."""
     if all(_common(known) != _common(sample.provenance) for known in provenance):
         provenance.append(sample.provenance)

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from xmodal_interp.capturing.fingerprint import fingerprint
-from xmodal_interp.capturing.items import Item, item_of, name_of, opened_media
+from xmodal_interp.capturing.items import Item, item_of, opened_media, sample_name
 from xmodal_interp.capturing.run import Keep, capture_batch, provenance
 from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.models import VLM, Video, check_vlm
@@ -143,7 +143,7 @@ class _Run:
             self.n_items += 1
             name = None
             try:
-                name = name_of(number, raw, self.seen)
+                name = sample_name(number, raw, self.seen)
                 item = item_of(number, name, raw)
                 if self._is_stored(item):
                     continue
@@ -194,23 +194,13 @@ class _Run:
                 self._capture([each])
             return
         for (item, _), sample in zip(batch, samples, strict=True):
-            digests, of_frames = item.picture_digests
-            about = {
-                "images": item.sources,
-                "image_digests": digests,
-                **({"videos": item.frame_sources} if item.videos else {}),
-                **({"video_digests": of_frames} if item.videos else {}),
-                "item": item.digest,
-                "system": self.system,
-                "batch_size": len(batch),
-            }
-            named = replace(
-                sample,
-                name=item.name,
-                labels=item.labels,
-                provenance={**sample.provenance, **about},
-            )
-            self.writer.write(named)
+            digests, frame_digests = item.picture_digests
+            about: dict[str, Any] = {"images": item.sources, "image_digests": digests}
+            if item.videos:
+                about |= {"videos": item.frame_sources, "video_digests": frame_digests}
+            about |= {"item": item.digest, "system": self.system, "batch_size": len(batch)}
+            about = {**sample.provenance, **about}
+            self.writer.write(replace(sample, name=item.name, labels=item.labels, provenance=about))
             self.n_captured += 1
             self.bar.set_postfix_str(f"{self.writer.n_bytes / 1e6:.1f} MB", refresh=False)
             self.bar.update()

@@ -108,7 +108,7 @@ def _source(picture: ImageLike) -> str | None:
     return None if isinstance(picture, Image.Image) else str(user_path(picture).resolve())
 
 
-def name_of(number: int, raw: Any, seen: dict[str, int]) -> str:
+def sample_name(number: int, raw: Any, seen: dict[str, int]) -> str:
     """Return the name of an item: its ``name``, its ``id``, or one made from its index.
 
     Args:

@@ -56,7 +56,7 @@ class Visual:
         return isinstance(self.grid, VideoGrid)
 
 
-def visuals_of(prompts: Sequence[Prompt], *, in_order: bool) -> list[Visual]:
+def visuals_as_read(prompts: Sequence[Prompt], *, in_order: bool) -> list[Visual]:
     """Return the images and videos of a batch in the order that the model reads them.
 
     Args:
@@ -104,7 +104,7 @@ def towers_by_image(
     Raises:
         CaptureError: The calls cannot be assigned to the images.
     """
-    visuals = visuals_of(prompts, in_order=family.in_order)
+    visuals = visuals_as_read(prompts, in_order=family.in_order)
     towers: dict[Layer, list[dict[int, AttentionCall]]] = {}
     for key, of_layer in by_layer(_first_run(calls)).items():
         if key[0] in ("language", "other"):
