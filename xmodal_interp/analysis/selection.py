@@ -259,9 +259,8 @@ def uniform(call: AttentionCall) -> AttentionCall:
 def n_visible(
     call: AttentionCall, queries: Int[Tensor, " query"], heads: Sequence[int]
 ) -> Float[Tensor, "head query"]:
-    """Return how many keys each query sees, expanded over heads if the mask has one head."""
-    counts = call.n_visible(queries)[0].float()
-    return counts.expand(len(heads), -1) if counts.shape[0] == 1 else counts[list(heads)]
+    """Return how many keys each query of each head sees."""
+    return _per_head(call.n_visible(queries)[0].float(), heads)
 
 
 def mass_and_null(
@@ -271,9 +270,15 @@ def mass_and_null(
     queries: Int[Tensor, " query"],
 ) -> tuple[Float[Tensor, "head query group"], Float[Tensor, "head query group"]]:
     """Return the mass on each group of keys, and that of uniform attention."""
-    even = call.null_mass(groups, queries)[0].cpu()
-    even = even.expand(len(heads), -1, -1) if even.shape[0] == 1 else even[list(heads)]
-    return call.mass(groups, heads, queries)[0].cpu(), even
+    null = _per_head(call.null_mass(groups, queries)[0].cpu(), heads)
+    return call.mass(groups, heads, queries)[0].cpu(), null
+
+
+def _per_head(values: Float[Tensor, "#head *rest"], heads: Sequence[int]) -> Tensor:
+    """Return the values of the heads; values with a head axis of length 1 hold for all heads."""
+    if values.shape[0] == 1:
+        return values.expand(len(heads), *values.shape[1:])
+    return values[list(heads)]
 
 
 def mean_where(
