@@ -50,9 +50,6 @@ from xmodal_interp.models import (
     generated_table,
     input_device,
     prompt_ids,
-    square_windows,
-    tile_counts,
-    window_orders,
 )
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.vocabulary import TOWERS, Tower
@@ -273,9 +270,7 @@ class _BatchCalls:
         cls, vlm: VLM, inputs: Mapping[str, Any], prompts: Sequence[Prompt], recording: Recording
     ) -> _BatchCalls:
         """Group the recorded calls by layer and by image."""
-        orders, tiles = window_orders(vlm.model, inputs), tiles_behind(inputs)
-        windows = square_windows(vlm.model)
-        by_image = towers_by_image(recording.calls, prompts, vlm.family, orders, tiles, windows)
+        by_image = towers_by_image(vlm, inputs, prompts, recording.calls)
         stacks = stacks_of(vlm.model, recording.modules)
         return cls(by_layer(recording.calls), by_image, stacks)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,16 @@ from xmodal_interp.attention import (
     reordered,
 )
 from xmodal_interp.errors import CaptureError
-from xmodal_interp.models import Family, ImageGrid, Prompt, VideoGrid
+from xmodal_interp.models import (
+    VLM,
+    Family,
+    ImageGrid,
+    Prompt,
+    VideoGrid,
+    square_windows,
+    tiles_behind,
+    window_orders,
+)
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 Layer = tuple[Tower, AttentionKind, int]
@@ -77,25 +87,19 @@ def visuals_as_read(prompts: Sequence[Prompt], *, in_order: bool) -> list[Visual
 
 
 def towers_by_image(
-    calls: Sequence[AttentionCall],
+    vlm: VLM,
+    inputs: Mapping[str, Any],
     prompts: Sequence[Prompt],
-    family: Family,
-    orders: Mapping[str, Sequence[Tensor]] | None = None,
-    tiles: Sequence[int] | None = None,
-    windows: Mapping[str, int] | None = None,
+    calls: Sequence[AttentionCall],
 ) -> dict[Layer, list[dict[int, AttentionCall]]]:
     """Split the calls of all vision, audio and connector layers by sample and image.
 
     Args:
-        calls: All calls of a batch, in order. If a tower runs again for each new token, only its
-            first run is used.
+        vlm: Model and processor.
+        inputs: The model inputs of the batch.
         prompts: The prompts of the batch.
-        family: The family record of the model type.
-        orders: For each module that reorders patches (by its path), one order per picture, first of
-            the images, then of the videos: ``[patch]``, the index of the patch at each position.
-        tiles: The number of tiles of each image, if the tiles are read after all images.
-        windows: For each block that cuts pictures into square windows (by its path), the side of a
-            window in patches.
+        calls: All calls of the batch, in order. If a tower runs again for each new token, only its
+            first run is used.
 
     Returns:
         For each layer a list with one dict per sample, which maps the number of an image or video
@@ -104,18 +108,20 @@ def towers_by_image(
     Raises:
         CaptureError: The calls cannot be assigned to the images.
     """
-    visuals = visuals_as_read(prompts, in_order=family.in_order)
+    visuals = visuals_as_read(prompts, in_order=vlm.family.in_order)
+    orders, windows = window_orders(vlm.model, inputs), square_windows(vlm.model)
+    tiles = tiles_behind(inputs)
     towers: dict[Layer, list[dict[int, AttentionCall]]] = {}
     for key, of_layer in by_layer(_first_run(calls)).items():
         if key[0] in ("language", "other"):
             continue
         module = of_layer[0].module
-        read = _visuals_read_by(module, visuals, family)
+        read = _visuals_read_by(module, visuals, vlm.family)
         grids = [each.grid for each in read]
-        given = next((of for at, of in (orders or {}).items() if module.startswith(f"{at}.")), None)
+        given = next((of for at, of in orders.items() if module.startswith(f"{at}.")), None)
         in_module = None if given is None else _orders_of(grids, given)
         split = calls_by_image(of_layer, grids, in_module, tiles)
-        side = (windows or {}).get(module.rpartition(".")[0])
+        side = windows.get(module.rpartition(".")[0])
         if side is not None and read and key[1] != "channel":
             pairs = zip(split, read, strict=True)
             split = [_without_windows(call, each.grid, side) for call, each in pairs]
