@@ -65,7 +65,7 @@ def query_patches(
     shares = torch.zeros(max(call.n_queries for call in calls), n_patches, dtype=torch.float64)
     for call in calls:
         n = call.n_queries
-        probs = call.in_float64().probs(dtype=torch.float64)[0].nan_to_num().mean(0).cpu()
+        probs = call.on_float64_device().probs(dtype=torch.float64)[0].nan_to_num().mean(0).cpu()
         attended = probs @ shares[:n] if call.kind == "self" else _across(call, probs, shares[:n])
         shares[:n] = alpha * attended + (1 - alpha) * shares[:n]
     if len(shares) < grid.n_tokens:

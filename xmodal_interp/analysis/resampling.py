@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from xmodal_interp.arguments import MOST, checked, in_order, real_number, whole_number
+from xmodal_interp.arguments import MOST, as_list, checked, real_number, whole_number
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.models import ImageLike
 
@@ -124,7 +124,7 @@ def bootstrap_interval(
     second = None if paired is None else _checked("paired", paired, len(first))
     numbers = np.arange(len(first))
     if clusters is not None:
-        labels = list(clusters) if isinstance(clusters, str) else in_order(clusters, "clusters")
+        labels = list(clusters) if isinstance(clusters, str) else as_list(clusters, "clusters")
         if len(labels) != len(first):
             raise InputError(
                 f"clusters must have one label per sample; got {len(labels)} for {len(first)}."

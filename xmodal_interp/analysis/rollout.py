@@ -271,7 +271,7 @@ def rolled(
     """
     rows = start.double()
     for call, alpha in reversed(list(zip(calls, options.alphas(calls), strict=True))):
-        wide = call.in_float64()
+        wide = call.on_float64_device()
         on_device = [t.to(wide.device) for t in (rows, alpha, sinks, counted)]
         rows = _through(on_device[0], wide, on_device[1], options, on_device[2], on_device[3])
     return rows.cpu()

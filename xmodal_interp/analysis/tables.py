@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from xmodal_interp.arguments import in_order
+from xmodal_interp.arguments import as_list
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.sample import Sample

@@ -183,7 +183,7 @@ def _first_run(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
         CaptureError: A tower ran again although the language model has a cache.
     """
     lengths = {key: [call.n_queries for call in of] for key, of in by_layer(calls).items()}
-    again = any(key[0] == "language" and reread(of) for key, of in lengths.items())
+    again = any(key[0] == "language" and ran_without_cache(of) for key, of in lengths.items())
     seen: set[Layer] = set()
     language_has_begun = False
     for number, call in enumerate(calls):
@@ -244,7 +244,7 @@ def calls_by_image(
         pieces = _pieces_by_image([piece for call in calls for piece in pieces_of(call)], grids)
     by_image = []
     for number, of_image in enumerate(pieces):
-        call = joined(of_image)
+        call = joined_pieces(of_image)
         square = call.n_queries == call.n_keys and call.kind != "channel"
         if orders and square and call.n_keys == len(orders[number]):
             call = reordered(call, torch.argsort(orders[number]))

@@ -41,7 +41,7 @@ from torch import Tensor
 from xmodal_interp.analysis.resampling import ValueKind, known_mean_intervals, picture_key
 from xmodal_interp.analysis.selection import Layers, queries_of, selected_calls
 from xmodal_interp.analysis.tables import Part, call_table, over_samples, samples_of
-from xmodal_interp.arguments import checked, in_order, one_of
+from xmodal_interp.arguments import as_list, checked, one_of
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation.boxes import (
     Box,
@@ -202,7 +202,7 @@ def _boxes_of(sample: Sample, box: Any, others: Any) -> tuple[Box, list[Box]]:
             f"{', '.join(sample.labels) or 'none'}. Pass boxes=, or leave the sample out."
         )
     others = sample.labels.get(others, ()) if isinstance(others, str) else others
-    return found, [] if others is None else in_order(others, "other_boxes of a sample")
+    return found, [] if others is None else as_list(others, "other_boxes of a sample")
 
 
 def _hits(
@@ -225,7 +225,7 @@ def _hits(
     if not inside.any():
         low, high = cells.boxes.amin(0).tolist(), cells.boxes.amax(0).tolist()
         raise InputError(
-            f"The box {in_order(box, 'A box')} of sample {sample.name!r} contains no image token "
+            f"The box {as_list(box, 'A box')} of sample {sample.name!r} contains no image token "
             f"by the criterion {criterion!r}. The image tokens cover {low[:2] + high[2:]}."
         )
     elsewhere = [tokens_inside(cells.boxes, other, criterion) for other in others]
@@ -251,7 +251,7 @@ def _hits(
 
 def _of_samples(given: Any, name: str, n: int) -> list[Any]:
     """Return one entry per sample; a string is the same label for all samples."""
-    entries = [given] * n if isinstance(given, str) else in_order(given, name)
+    entries = [given] * n if isinstance(given, str) else as_list(given, name)
     if len(entries) != n:
         raise InputError(
             f"{name} must have one entry per sample; got {len(entries)} for {n} samples."
