@@ -56,7 +56,7 @@ from xmodal_interp.models.known_answers import (
     entry,
     listed,
 )
-from xmodal_interp.models.labels import without_last
+from xmodal_interp.models.model_inputs import without_last
 from xmodal_interp.vocabulary import Tower
 
 METRICS: tuple[str, ...] = ("accuracy", "log_prob", "margin")

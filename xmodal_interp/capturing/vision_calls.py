@@ -36,7 +36,7 @@ from xmodal_interp.models import (
     Prompt,
     VideoGrid,
     square_windows,
-    tiles_behind,
+    tile_counts,
     window_orders,
 )
 from xmodal_interp.vocabulary import AttentionKind, Tower
@@ -110,7 +110,7 @@ def towers_by_image(
     """
     visuals = visuals_as_read(prompts, in_order=vlm.family.in_order)
     orders, windows = window_orders(vlm.model, inputs), square_windows(vlm.model)
-    tiles = tiles_behind(inputs)
+    tiles = tile_counts(inputs)
     towers: dict[Layer, list[dict[int, AttentionCall]]] = {}
     for key, of_layer in by_layer(_first_run(calls)).items():
         if key[0] in ("language", "other"):
