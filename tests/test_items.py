@@ -5,7 +5,7 @@ import pytest
 
 from tests.helpers.store_samples import items, shipped
 from xmodal_interp.capturing.dataset import capture_dataset
-from xmodal_interp.capturing.items import checked
+from xmodal_interp.capturing.items import item_of
 from xmodal_interp.errors import InputError
 from xmodal_interp.store import open_store
 
@@ -106,7 +106,7 @@ def test_a_truncated_image_file(tmp_path):
 
 def test_pictures_are_identified_by_their_content(tmp_path):
     def digest(image):
-        return checked(0, "x", {"image": image, "prompt": "?"}).digest
+        return item_of(0, "x", {"image": image, "prompt": "?"}).digest
 
     paths = [tmp_path / folder / "scene.png" for folder in "abc"]
     for path, angle in zip(paths, (0, 0, 180), strict=True):

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from tests.helpers.synthetic import sample_of
-from xmodal_interp.analysis.tables import keyed, long_table, over_samples, stacked
+from xmodal_interp.analysis.tables import long_table, over_samples, stacked
 
 
 def test_rows_are_in_the_order_of_the_axes() -> None:
     values = {"p": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "n": np.array([[5], [6]])}
-    part = keyed(long_table({"head": [4, 7], "query": ["x", "y"]}, values), tower="vision")
+    part = {"tower": "vision"} | long_table({"head": [4, 7], "query": ["x", "y"]}, values)
     table = stacked([part])
     assert table.to_numpy().tolist() == [
         ["vision", 4, "x", 1.0, 5],
@@ -32,9 +32,9 @@ def test_provenance_is_listed_once_if_only_the_date_and_the_item_differ() -> Non
     ]
     table = over_samples(
         samples,
-        lambda _: stacked([long_table({"head": [0]}, {"share": 0.5})]),
-        analysis="something",
-        parameters={},
+        lambda _: [long_table({"head": [0]}, {"share": 0.5})],
+        "something",
+        {},
     )
     assert table.attrs["provenance"] == [
         {"model": "m"},
@@ -46,9 +46,9 @@ def test_samples_with_the_same_name_are_numbered_in_the_order_given() -> None:
     names = ["a", "b", "a", "a (2)", "a"]
     table = over_samples(
         [sample_of("t", [], name=name) for name in names],
-        lambda _: stacked([long_table({"head": [0]}, {"share": 0.5})]),
-        analysis="something",
-        parameters={},
+        lambda _: [long_table({"head": [0]}, {"share": 0.5})],
+        "something",
+        {},
     )
     assert table["sample"].tolist() == ["a", "b", "a (2)", "a (2) (2)", "a (3)"]
     assert table.attrs["numbered"] == {"a (2)": "a", "a (2) (2)": "a (2)", "a (3)": "a"}
@@ -64,9 +64,9 @@ def test_attributes_are_json() -> None:
     }
     table = over_samples(
         sample_of("t", [], provenance={"model": "m", "layers": (0, 1)}),
-        lambda _: stacked([long_table({"head": [0]}, {"share": 0.5})]),
-        analysis="something",
-        parameters=parameters,
+        lambda _: [long_table({"head": [0]}, {"share": 0.5})],
+        "something",
+        parameters,
     )
     assert json.loads(json.dumps(table.attrs)) == table.attrs
     assert table.attrs == {

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from xmodal_interp.analysis.bootstrap import known_mean_intervals, mean_intervals, student_quantile
+from xmodal_interp.analysis.resampling import known_mean_intervals, mean_intervals, student_quantile
 
 RATES = (0.5, 0.7, 0.9, 0.97)
 
@@ -23,7 +23,7 @@ def test_rates_of_independent_samples_are_covered(n: int) -> None:
     """
     hits = np.arange(n + 1)
     values = (np.arange(n) < hits[:, None]).astype(float)  # a series for each count
-    low, high = mean_intervals(values, np.arange(n), n_draws=1, seed=0, series="rate")
+    low, high = mean_intervals(values, np.arange(n), n_draws=1, seed=0, value_kind="rate")
     for rate in np.linspace(0.5, 0.97, 48):
         chances = np.array([math.comb(n, k) for k in hits]) * rate**hits * (1 - rate) ** (n - hits)
         held = chances[(low <= rate + 1e-12) & (rate - 1e-12 <= high)].sum()
@@ -52,7 +52,7 @@ def test_rates_of_clusters_are_covered(
     chances = of_cluster.repeat(size, 1)
     values = (rng.random(chances.shape) < chances).astype(float)
     clusters = np.arange(n_clusters).repeat(size)
-    assert 0.92 <= covered(values, clusters, rate, series="rate") <= 0.985
+    assert 0.92 <= covered(values, clusters, rate, value_kind="rate") <= 0.985
 
 
 def test_clusters_of_different_sizes_are_covered() -> None:
@@ -61,7 +61,7 @@ def test_clusters_of_different_sizes_are_covered() -> None:
     clusters = np.arange(20).repeat(sizes)
     chances = rng.beta(3.2, 0.8, (4000, 20))[:, clusters]  # 0.8, correlated by 0.2
     values = (rng.random(chances.shape) < chances).astype(float)
-    assert 0.92 <= covered(values, clusters, 0.8, series="rate") <= 0.98
+    assert 0.92 <= covered(values, clusters, 0.8, value_kind="rate") <= 0.98
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.03, 0.3])
@@ -71,7 +71,7 @@ def test_differences_of_rates_are_covered(n: int, gain: float) -> None:
     rng = np.random.default_rng(2)
     drawn = rng.random((4000, n))
     values = (drawn < gain).astype(float) - (drawn > 1 - gain / 10)
-    held = covered(values, np.arange(n), 0.9 * gain, series="rate difference")
+    held = covered(values, np.arange(n), 0.9 * gain, value_kind="rate difference")
     assert held > 0.92
     if gain == 0.3:
         assert held < 0.98  # with rare changes, every interval with a width covers

@@ -10,7 +10,7 @@ import torch
 from tests.helpers.replicas import rollout_of_a_variant, rollout_of_abnar_and_zuidema
 from tests.helpers.synthetic import captured, dense_call, grid, random_call, sample_of, uniform_call
 from xmodal_interp.analysis import attention_rollout, rollout_matrix
-from xmodal_interp.analysis.rollout import Rule
+from xmodal_interp.analysis.rollout import RolloutOptions
 from xmodal_interp.errors import InputError, NotRecordedError
 from xmodal_interp.sample import Sample
 
@@ -317,7 +317,7 @@ def test_refusals() -> None:
         "attention_rollout is not defined for tower='connector'. Choose 'language' or 'vision'."
     )
     with pytest.raises(InputError) as caught:
-        Rule("median", 0.5, 0.0)
+        RolloutOptions("median", 0.5, 0.0)
     assert str(caught.value) == "fusion must be one of mean, max, min; got 'median'."
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from tests.helpers import replicas
-from xmodal_interp.analysis.bootstrap import mean_intervals
+from xmodal_interp.analysis.resampling import mean_intervals
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation.intervals import bootstrap_interval, holm_adjusted
 

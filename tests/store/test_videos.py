@@ -9,7 +9,7 @@ import pytest
 import xmodal_interp as xi
 from tests.helpers.clips import QUESTION, clip, noise, vlm_of
 from tests.helpers.store_samples import SETTINGS, assert_same, assert_same_fields, sample
-from xmodal_interp.capturing.items import checked
+from xmodal_interp.capturing.items import item_of
 from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.store import StoreWriter, check_store, open_store, schema
 
@@ -93,9 +93,9 @@ def test_the_error_names_a_damaged_grid_file(tmp_path) -> None:
 
 def test_a_path_instead_of_a_video_raises() -> None:
     with pytest.raises(InputError) as refusal:
-        checked(3, "x", {"video": "clip.mp4", "prompt": "?"})
+        item_of(3, "x", {"video": "clip.mp4", "prompt": "?"})
     assert str(refusal.value) == "Item 3 ('x'): a video must be an xi.Video; got str."
     video = clip(2, 0)
-    item = checked(0, "x", {"videos": [video], "prompt": "?", "n": 3})
+    item = item_of(0, "x", {"videos": [video], "prompt": "?", "n": 3})
     assert (item.images, item.videos, item.labels) == ((), (video,), {"n": 3})
-    assert item.digest != checked(0, "x", {"images": [], "prompt": "?", "n": 3}).digest
+    assert item.digest != item_of(0, "x", {"images": [], "prompt": "?", "n": 3}).digest

@@ -15,7 +15,7 @@ function returns neither.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -23,12 +23,11 @@ import torch
 
 from xmodal_interp.analysis.selection import (
     Layers,
-    calls_of,
-    heads_of,
-    null_mass,
+    mass_and_null,
     refuse_cross_attention,
+    selected_calls,
 )
-from xmodal_interp.analysis.tables import keyed, long_table, over_samples, stacked
+from xmodal_interp.analysis.tables import Part, call_table, over_samples
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import InputError
@@ -66,43 +65,34 @@ def attention_allocation(
     Raises:
         InputError: The sample has no image, or text reaches the image by cross-attention.
     """
-    return over_samples(
-        samples,
-        lambda sample: _allocation(sample, layers, heads),
-        analysis="attention_allocation",
-        parameters={"layers": layers, "heads": heads},
-    )
 
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        refuse_cross_attention(sample, "The allocation of attention")
+        segment = _segments(sample)
+        groups = torch.stack([torch.tensor(segment == name) for name in SEGMENTS])
+        n_tokens = groups.sum(1)
+        queries = torch.arange(sample.last, len(sample))
+        for call, chosen in selected_calls(sample, layers, heads):
+            mass, null = mass_and_null(call, groups, chosen, queries)
+            mass = mass.where(n_tokens > 0, torch.nan)
+            values = {
+                "allocation_sum": mass.sum(1),
+                "allocation_mean": mass.mean(1),
+                "efficiency_sum": mass.sum(1) / n_tokens,
+                "efficiency_mean": mass.mean(1) / n_tokens,
+                "null": null.where(n_tokens > 0, torch.nan).mean(1),
+                "lift": (mass / null).nanmean(1),  # 0 / 0 for the first query, which sees no output
+                "n_tokens": n_tokens,
+                "n_queries": torch.tensor(len(queries)),
+            }
+            yield call_table(call, {"head": chosen, "segment": SEGMENTS}, values)
 
-def _allocation(sample: Sample, layers: Layers, heads: Positions | None) -> pd.DataFrame:
-    refuse_cross_attention(sample, "The allocation of attention")
-    segment = _segments(sample)
-    groups = torch.stack([torch.tensor(segment == name) for name in SEGMENTS])
-    n_tokens = groups.sum(1)
-    queries = torch.arange(sample.last, len(sample))
-    tables = []
-    for call in calls_of(sample, layers):
-        chosen = heads_of(call, heads)
-        mass = call.mass(groups, chosen, queries)[0].cpu()
-        null = null_mass(call, groups, chosen, queries).cpu()
-        mass = mass.where(n_tokens > 0, torch.nan)
-        values = {
-            "allocation_sum": mass.sum(1),
-            "allocation_mean": mass.mean(1),
-            "efficiency_sum": mass.sum(1) / n_tokens,
-            "efficiency_mean": mass.mean(1) / n_tokens,
-            "null": null.where(n_tokens > 0, torch.nan).mean(1),
-            "lift": (mass / null).nanmean(1),  # 0 / 0 for the first query, which sees no output
-            "n_tokens": n_tokens,
-            "n_queries": torch.tensor(len(queries)),
-        }
-        table = long_table({"head": chosen, "segment": SEGMENTS}, values)
-        tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
-    return stacked(tables)
+    parameters = {"layers": layers, "heads": heads}
+    return over_samples(samples, table_rows, "attention_allocation", parameters)
 
 
 def _segments(sample: Sample) -> np.ndarray:
-    """The segment of each position; empty for padding."""
+    """Return the segment of each position; empty for padding."""
     tokens = sample.tokens
     image = tokens["kind"].isin(VISUAL_KINDS).to_numpy(dtype=bool)
     if not image.any():

@@ -1,7 +1,10 @@
-"""Teacher-forced scores of known answers while heads are removed: three scores per question.
+"""Score answers to questions with known answers: generated answers, and teacher-forced ones.
 
-The known answer is appended to the prompt; position p predicts token p + 1. For an answer a_1..a_n
-with log-probabilities l_t = log p(a_t | image, prompt, a_<t):
+``answer_accuracy`` generates an answer to each question and compares it with the known one.
+
+The other functions append the known answer to the prompt (teacher forcing); position p predicts
+token p + 1. For an answer a_1..a_n with log-probabilities
+l_t = log p(a_t | image, prompt, a_<t) there are three scores:
 
 ==========  =======================================================================
 accuracy    1 if every a_t is the most probable token at its position, else 0
@@ -14,12 +17,11 @@ Accuracy alone has little resolution: answers can stay correct while their proba
 These scores equal those of generating the answer only if no position depends on later ones, which
 ``check_causal`` verifies once.
 
-Each batch runs once unchanged, then once per removal. The outputs of blocks before the first edited
-layer are replayed from memory (:mod:`xmodal_interp.hooks.block_cache`). For each first edited
-layer, the first batch verifies that the replay gives the scores of the whole forward. If the
-scores differ or the replay raises, whole forwards are run instead.
-
-Accuracy of generated answers to questions with known answers.
+``removal_scores`` runs each batch once unchanged, then once per removal of heads. The outputs of
+blocks before the first edited layer are replayed from memory
+(:mod:`xmodal_interp.hooks.block_cache`). For each first edited layer, the first batch verifies that
+the replay gives the scores of the whole forward. If the scores differ or the replay raises, whole
+forwards are run instead.
 """
 
 from __future__ import annotations
@@ -45,7 +47,15 @@ from xmodal_interp.hooks.head_means import HeadMeans, PositionClass, class_masks
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.models import VLM, prompt_ids
 from xmodal_interp.models.generation import refuse_canvas
-from xmodal_interp.models.known_answers import PROMPT, Batch, Items, batches_of, entry, listed
+from xmodal_interp.models.known_answers import (
+    PROMPT,
+    Batch,
+    ItemDict,
+    Items,
+    batches_of,
+    entry,
+    listed,
+)
 from xmodal_interp.models.model_inputs import without_last
 from xmodal_interp.vocabulary import Tower
 
@@ -55,8 +65,116 @@ Removal = Mapping[int, Sequence[int]]
 """Heads to remove by layer; empty for the intact model."""
 
 
+def answer_accuracy(
+    vlm: VLM, items: Items, *, batch_size: int = 32, max_new_tokens: int = 20
+) -> pd.DataFrame:
+    """Generate an answer to each question with greedy decoding and compare it with the known one.
+
+    An answer is correct if it equals the known one, except for case and white space. The function
+    can also be called inside a ``with xi.intervene(...)`` block.
+
+    Args:
+        vlm: Model and processor.
+        items: Dicts with ``image``, ``prompt``, ``answer``, and optionally ``kind``.
+        batch_size: The largest number of questions in a batch. Only prompts of equal length are
+            batched together.
+        max_new_tokens: The largest number of generated tokens.
+
+    Returns:
+        One row per item, in the order given: ``item, question_kind, prompt, answer, predicted,
+        correct``. The mean of ``correct`` is the accuracy.
+
+    Raises:
+        InputError: There are no items, or an item lacks an image, a prompt or an answer.
+    """
+    items = listed(items)
+    answers = [str(entry(item, "answer", title=f"Item {i}")) for i, item in enumerate(items)]
+    blank = [index for index, answer in enumerate(answers) if not answer.strip()]
+    if blank:
+        raise InputError(
+            f"Item {blank[0]} has the empty answer {answers[blank[0]]!r}. Give each item an answer "
+            "with at least one character."
+        )
+    predicted = [""] * len(items)
+    for batch in batches_of(vlm, items, batch_size=batch_size, answers=False):
+        with torch.no_grad():
+            output = vlm.generate(batch.inputs, max_new_tokens=max_new_tokens)
+        new = output[:, prompt_ids(batch.inputs).shape[1] :]
+        texts = vlm.tokenizer.batch_decode(new, skip_special_tokens=True)
+        for index, text in zip(batch.index, texts, strict=True):
+            predicted[index] = text.strip()
+    table = pd.DataFrame(
+        {
+            "item": range(len(items)),
+            "question_kind": pd.array([item.get("kind") for item in items], dtype="string"),
+            "prompt": [entry(item, *PROMPT, title=f"Item {i}") for i, item in enumerate(items)],
+            "answer": answers,
+            "predicted": predicted,
+            "correct": [same_answer(a, p) for a, p in zip(answers, predicted, strict=True)],
+        }
+    )
+    return stamped(
+        table,
+        analysis="answer_accuracy",
+        parameters={"max_new_tokens": max_new_tokens},
+        provenance=[origin(vlm)],
+        n_samples=len(items),
+    )
+
+
+def same_answer(known: str, given: str) -> bool:
+    """Whether two answers are equal, except for case and white space."""
+    return known.casefold().split() == given.casefold().split()
+
+
+def removal_scores(
+    vlm: VLM,
+    items: Sequence[ItemDict],
+    removals: Sequence[Removal],
+    *,
+    mode: AblationMode,
+    tower: Tower,
+    batch_size: int,
+    progress: bool,
+) -> Float[np.ndarray, "removal metric item"]:
+    """Return the three scores of every item under every removal, in the order of ``METRICS``.
+
+    Args:
+        vlm: Model and processor.
+        items: Questions with known answers.
+        removals: Heads by layer, both counted from 0; an empty mapping is the intact model.
+        mode: How heads are removed; see ``ablate_heads``. Means are taken over the items' prompts.
+        tower: Part of the model.
+        batch_size: The largest number of questions per forward.
+        progress: Whether to show a progress bar.
+    """
+    batches = batches_of(vlm, items, batch_size=batch_size)
+    ablation = _ablation(vlm, batches, mode, tower)
+    scores = np.empty((len(removals), len(METRICS), len(items)))
+    check_causal(vlm, batches[0])
+    reusable: dict[int, bool] = {}
+    n_forwards = len(batches) * len(removals)
+    with tqdm(total=n_forwards, unit="forward", disable=not progress, leave=False) as bar:
+        for batch in batches:
+            with remember_blocks(vlm.model) as memory:
+                base = answer_scores(vlm, batch)
+            for place, removal in enumerate(removals):
+                edits = ablation.interventions(removal, batch)
+                earlier: dict[nn.Module, Any] = {}
+                if removal:
+                    first = min(removal)
+                    earlier = memory.before(ablation.tower, "self", first)
+                    if first not in reusable:
+                        reusable[first] = replays(vlm, batch, earlier, base)
+                    earlier = earlier if reusable[first] else {}
+                with replay(earlier), intervene(vlm, *edits):
+                    scores[place][:, batch.index] = answer_scores(vlm, batch) if edits else base
+                bar.update()
+    return scores
+
+
 @dataclass(frozen=True, eq=False)
-class Ablation:
+class _Ablation:
     """How heads are removed, for one model and data set."""
 
     mode: AblationMode
@@ -86,54 +204,14 @@ class Ablation:
         ]
 
 
-def ablation_of(vlm: VLM, batches: Sequence[Batch], mode: AblationMode, tower: Tower) -> Ablation:
+def _ablation(vlm: VLM, batches: Sequence[Batch], mode: AblationMode, tower: Tower) -> _Ablation:
     """Return the ablation; with mode ``"mean"``, means are computed over the batches' prompts."""
     if mode != "mean":
-        return Ablation(mode, tower)
+        return _Ablation(mode, tower)
     by_class = tower == "language" and vlm.family.in_sequence
     classes: tuple[PositionClass, ...] = ("image", "text") if by_class else ("all",)
     means = [means_over(vlm, batches, positions=one, tower=tower) for one in classes]
-    return Ablation(mode, tower, tuple(means))
-
-
-def removal_scores(
-    vlm: VLM,
-    batches: Sequence[Batch],
-    removals: Sequence[Removal],
-    ablation: Ablation,
-    *,
-    progress: bool,
-) -> Float[np.ndarray, "removal metric item"]:
-    """Return the three scores of every item under every removal, in the order of ``METRICS``.
-
-    Args:
-        vlm: Model and processor.
-        batches: Prompts followed by answers.
-        removals: Heads by layer, both counted from 0; an empty mapping is the intact model.
-        ablation: How heads are removed.
-        progress: Whether to show a progress bar.
-    """
-    scores = np.empty((len(removals), len(METRICS), sum(len(batch.index) for batch in batches)))
-    check_causal(vlm, batches[0])
-    reusable: dict[int, bool] = {}
-    n_forwards = len(batches) * len(removals)
-    with tqdm(total=n_forwards, unit="forward", disable=not progress, leave=False) as bar:
-        for batch in batches:
-            with remember_blocks(vlm.model) as memory:
-                base = answer_scores(vlm, batch)
-            for place, removal in enumerate(removals):
-                edits = ablation.interventions(removal, batch)
-                earlier: dict[nn.Module, Any] = {}
-                if removal:
-                    first = min(removal)
-                    earlier = memory.before(ablation.tower, "self", first)
-                    if first not in reusable:
-                        reusable[first] = replays(vlm, batch, earlier, base)
-                    earlier = earlier if reusable[first] else {}
-                with replay(earlier), intervene(vlm, *edits):
-                    scores[place][:, batch.index] = answer_scores(vlm, batch) if edits else base
-                bar.update()
-    return scores
+    return _Ablation(mode, tower, tuple(means))
 
 
 @torch.no_grad()
@@ -229,69 +307,3 @@ def origin(vlm: VLM) -> dict[str, Any]:
     about = provenance(vlm, {}, 0, Keep())
     of_captures = ("layers", "max_new_tokens", "kept", "created")
     return {name: value for name, value in about.items() if name not in of_captures}
-
-
-def answer_accuracy(
-    vlm: VLM, items: Items, *, batch_size: int = 32, max_new_tokens: int = 20
-) -> pd.DataFrame:
-    """Generate an answer to each question with greedy decoding and compare it with the known one.
-
-    An answer is correct if it equals the known one, except for case and white space. The function
-    can also be called inside a ``with xi.intervene(...)`` block.
-
-    Args:
-        vlm: Model and processor.
-        items: Dicts with ``image``, ``prompt``, ``answer``, and optionally ``kind``.
-        batch_size: The largest number of questions in a batch. Only prompts of equal length are
-            batched together.
-        max_new_tokens: The largest number of generated tokens.
-
-    Returns:
-        One row per item, in the order given: ``item, question_kind, prompt, answer, predicted,
-        correct``. The mean of ``correct`` is the accuracy.
-
-    Raises:
-        InputError: There are no items, or an item lacks an image, a prompt or an answer.
-    """
-    items = listed(items)
-    answers = [str(entry(item, "answer", title=f"Item {i}")) for i, item in enumerate(items)]
-    blank = [index for index, answer in enumerate(answers) if not answer.strip()]
-    if blank:
-        raise InputError(
-            f"Item {blank[0]} has the empty answer {answers[blank[0]]!r}. Give each item an answer "
-            "with at least one character."
-        )
-    predicted = [""] * len(items)
-    for batch in batches_of(vlm, items, batch_size=batch_size, answers=False):
-        with torch.no_grad():
-            output = vlm.generate(batch.inputs, max_new_tokens=max_new_tokens)
-        new = output[:, prompt_ids(batch.inputs).shape[1] :]
-        texts = vlm.tokenizer.batch_decode(new, skip_special_tokens=True)
-        for index, text in zip(batch.index, texts, strict=True):
-            predicted[index] = text.strip()
-    table = pd.DataFrame(
-        {
-            "item": range(len(items)),
-            "question_kind": pd.array([item.get("kind") for item in items], dtype="string"),
-            "prompt": [entry(item, *PROMPT, title=f"Item {i}") for i, item in enumerate(items)],
-            "answer": answers,
-            "predicted": predicted,
-            "correct": [same_answer(a, p) for a, p in zip(answers, predicted, strict=True)],
-        }
-    )
-    return stamped(
-        table,
-        analysis="answer_accuracy",
-        parameters={"max_new_tokens": max_new_tokens},
-        provenance=[origin(vlm)],
-        n_samples=len(items),
-    )
-
-
-def same_answer(known: str, given: str) -> bool:
-    """Whether two answers are equal, except for case and white space."""
-    return _plain(known) == _plain(given)
-
-
-def _plain(answer: str) -> str:
-    return " ".join(answer.casefold().split())

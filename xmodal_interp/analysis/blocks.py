@@ -29,15 +29,15 @@ from torch import Tensor
 from xmodal_interp.analysis.cross_modal import cross_modal_ratio
 from xmodal_interp.analysis.selection import (
     Layers,
-    calls_of,
-    heads_of,
+    mass_and_null,
+    mean_where,
     n_visible,
-    null_mass,
     queries_of,
     received,
     refuse_cross_attention,
+    selected_calls,
 )
-from xmodal_interp.analysis.tables import keyed, long_table, over_samples, stacked
+from xmodal_interp.analysis.tables import call_table, over_samples, stacked
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
@@ -45,8 +45,9 @@ from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import TEXT, VISUAL_KINDS
 
 TIED = 1e-6  # largest relative difference from the peak that counts as a tie in float32
-SHORT = {"image": "V", "text": "T"}
-_COLUMNS = ("tower", "kind", "layer", "head", "block", "query_kind", "key_kind")
+LETTERS = {"image": "V", "text": "T"}
+_PAIRS = (("T", "V"), ("V", "T"), ("V", "V"), ("T", "T"))  # query, key
+_KEYS = ("tower", "kind", "layer", "head", "block", "query_kind", "key_kind")
 
 
 @checked
@@ -73,11 +74,9 @@ def block_statistics(
         InputError: The sample has no image, or text reaches the image by cross-attention.
         NotRecordedError: Some query rows were not kept.
     """
+    parameters = {"layers": layers, "heads": heads}
     return over_samples(
-        samples,
-        lambda sample: _blocks(sample, layers, heads),
-        analysis="block_statistics",
-        parameters={"layers": layers, "heads": heads},
+        samples, lambda sample: _blocks(sample, layers, heads), "block_statistics", parameters
     )
 
 
@@ -107,35 +106,28 @@ def cross_modal_summary(
             cross-attention.
     """
 
-    def table_of(sample: Sample) -> pd.DataFrame:
-        blocks = _blocks(sample, layer, heads)
-        means = blocks.groupby("block")["mean"].mean()
-        call = next(calls_of(sample, layer))
+    def table_rows(sample: Sample) -> pd.DataFrame:
+        means = _blocks(sample, layer, heads).groupby("block")["mean"].mean()
+        call, chosen = next(selected_calls(sample, layer, heads))
         tokens = sample.visual
-        chosen = heads_of(call, heads)
         attended = received(call, queries_of(sample, TEXT), chosen)[:, tokens].mean(0)
         peaks = (attended >= attended.max() * (1 - TIED)).nonzero()[:, 0]
         best = int(peaks[0]) if len(peaks) == 1 else None
         place = sample.tokens.reindex([-1 if best is None else int(tokens[best])]).iloc[0]
         ratio = cross_modal_ratio(sample, layers=layer, heads=heads, by=("layer",))["ratio"]
         row = {
-            **{
-                f"{name}_mean": means[f"{name[0]}-{name[1]}".upper()]
-                for name in ("tv", "vt", "vv", "tt")
-            },
+            "tower": "language",
+            "kind": "self",
+            "layer": call.layer,
+            **{f"{query}{key}_mean".lower(): means[f"{query}-{key}"] for query, key in _PAIRS},
             "most_attended_patch": best,
-            "image": place["image"],
-            "row": place["row"],
-            "col": place["col"],
-            "video": place["video"],
-            "frame": place["frame"],
+            **{name: place[name] for name in ("image", "row", "col", "video", "frame")},
             "cross_modal_ratio": ratio.iloc[0],
         }
-        about = {"tower": "language", "kind": "self", "layer": call.layer}
-        return pd.DataFrame([about | row]).astype({"most_attended_patch": "Int64"})
+        return pd.DataFrame([row]).astype({"most_attended_patch": "Int64"})
 
     parameters = {"layer": layer, "heads": heads}
-    return over_samples(samples, table_of, analysis="cross_modal_summary", parameters=parameters)
+    return over_samples(samples, table_rows, "cross_modal_summary", parameters)
 
 
 def _blocks(sample: Sample, layers: Layers, heads: Positions | None) -> pd.DataFrame:
@@ -151,17 +143,15 @@ def _blocks(sample: Sample, layers: Layers, heads: Positions | None) -> pd.DataF
             "Block statistics require a sample with an image or a video."
         )
     keys = torch.stack(list(of_kind.values()))
-    tables = []
-    for call in calls_of(sample, layers):
-        chosen = heads_of(call, heads)
+    parts = []
+    for call, chosen in selected_calls(sample, layers, heads):
         for query_kind, positions in of_kind.items():
             values = _block_values(call, chosen, positions.nonzero()[:, 0], keys)
-            names = np.array([f"{SHORT[query_kind]}-{SHORT[key]}" for key in of_kind])
-            values |= {"block": names[None], "query_kind": np.array([[query_kind]])}
-            part = long_table({"head": chosen, "key_kind": list(of_kind)}, values)
-            table = keyed(part, tower="language", kind="self", layer=call.layer)
-            tables.append({name: table[name] for name in _COLUMNS} | table)
-    return stacked(tables).sort_values(["layer", "head"], kind="stable", ignore_index=True)
+            part = call_table(call, {"head": chosen, "key_kind": list(of_kind)}, values)
+            block = [f"{LETTERS[query_kind]}-{LETTERS[key]}" for key in part["key_kind"]]
+            part |= {"block": np.array(block), "query_kind": query_kind}
+            parts.append({name: part[name] for name in _KEYS} | part)
+    return stacked(parts).sort_values(["layer", "head"], kind="stable", ignore_index=True)
 
 
 def _block_values(
@@ -169,21 +159,18 @@ def _block_values(
     heads: Sequence[int],
     queries: Int[Tensor, " query"],
     keys: Bool[Tensor, "group key"],
-) -> dict[str, np.ndarray]:
-    """Values of the blocks between the queries and each group of keys, ``[head, group]``."""
-    mass = call.mass(keys, heads, queries)[0].cpu().double()
-    null = null_mass(call, keys, heads, queries).cpu().double()
+) -> dict[str, Tensor]:
+    """Return the values of the blocks between the queries and each group, ``[head, group]``."""
+    mass, null = (each.double() for each in mass_and_null(call, keys, heads, queries))
     cells = (null * n_visible(call, queries, heads).cpu()[..., None]).round()
     seen = cells > 0
     n_queries, n_cells = seen.sum(1), cells.nan_to_num().sum(1)
-    inside = mass.where(seen, 0.0)
-    values = {
-        "mass": inside.sum(1) / n_queries,
-        "mean": inside.sum(1) / n_cells,
-        "null": null.where(seen, 0.0).sum(1) / n_queries,
-        "lift": (inside / null).where(seen, 0.0).sum(1) / n_queries,
+    return {
+        "mass": mean_where(mass, seen),
+        "mean": mass.where(seen, 0.0).sum(1) / n_cells,
+        "null": mean_where(null, seen),
+        "lift": mean_where(mass / null, seen),
         "n_queries": n_queries,
         "n_visible_cells": n_cells.long(),
         "visible": n_queries > 0,
     }
-    return {name: value.numpy() for name, value in values.items()}

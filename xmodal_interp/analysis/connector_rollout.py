@@ -66,8 +66,8 @@ def query_patches(
     for call in calls:
         n = call.n_queries
         probs = call.on_float64_device().probs(dtype=torch.float64)[0].nan_to_num().mean(0).cpu()
-        taken = probs @ shares[:n] if call.kind == "self" else _across(call, probs, shares[:n])
-        shares[:n] = alpha * taken + (1 - alpha) * shares[:n]
+        attended = probs @ shares[:n] if call.kind == "self" else _across(call, probs, shares[:n])
+        shares[:n] = alpha * attended + (1 - alpha) * shares[:n]
     if len(shares) < grid.n_tokens:
         raise GeometryError(
             f"Image {image} has {grid.n_tokens} tokens, but {calls[0].name} has "
@@ -190,15 +190,15 @@ def _across(
         )
     if n_others == 0:
         return probs
-    taken = torch.zeros_like(shares)
+    attended = torch.zeros_like(shares)
     patches = queries = 0
     for start, stop, n in _pieces(call):
         patch, query = slice(patches, patches + stop - start - n), slice(queries, queries + n)
         block = probs[query, start:stop]
-        taken[query, patch] = block[:, :-n]
-        taken[query] += block[:, -n:] @ shares[query]
+        attended[query, patch] = block[:, :-n]
+        attended[query] += block[:, -n:] @ shares[query]
         patches, queries = patch.stop, query.stop
-    return taken
+    return attended
 
 
 def _pieces(call: AttentionCall) -> Iterator[tuple[int, int, int]]:

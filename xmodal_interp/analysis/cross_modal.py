@@ -16,8 +16,8 @@ always text to image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,18 +26,17 @@ from torch import Tensor
 
 from xmodal_interp.analysis.selection import (
     Layers,
-    calls_of,
     first_position,
-    heads_of,
     image_keys,
-    null_mass,
+    mass_and_null,
     queries_of,
     refuse_cross_attention,
     refuse_text,
     rows_of,
+    selected_calls,
 )
 from xmodal_interp.analysis.sinks import MIN_QUERIES, THRESHOLD, sink_keys
-from xmodal_interp.analysis.tables import keyed, long_table, over_samples, stacked
+from xmodal_interp.analysis.tables import Part, call_table, over_samples, stacked
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
@@ -46,18 +45,6 @@ from xmodal_interp.vocabulary import TEXT, VISUAL_KINDS, AttentionKind
 
 DIRECTION = "text->image"
 BY = ("layer", "head")
-
-
-@dataclass(frozen=True)
-class _Question:
-    """The arguments of the public functions, applied to every sample."""
-
-    queries: Selector
-    layers: Layers
-    heads: Positions | None
-    image: int | None
-    kind: AttentionKind
-    sink_threshold: float
 
 
 @checked
@@ -106,31 +93,36 @@ def cross_modal_ratio(
     refuse_text(by, "by", "['layer']")
     if not set(by) <= set(BY):
         raise InputError(f"by must contain only {' and '.join(map(repr, BY))}; got {tuple(by)!r}.")
+    parameters: dict[str, Any] = {
+        "queries": queries,
+        "layers": layers,
+        "heads": heads,
+        "image": image,
+        "kind": kind,
+        "sink_threshold": sink_threshold,
+    }
 
-    question = _Question(queries, layers, heads, image, kind, sink_threshold)
-
-    def table_of(sample: Sample) -> pd.DataFrame:
-        table = _tokens(sample, question)
+    def table_rows(sample: Sample) -> pd.DataFrame:
+        table = stacked(_token_ratio(sample, **parameters))
         keys = ["tower", "kind", "direction", *(name for name in BY if name in by)]
         grouped = table.groupby(keys, sort=False)
-        values = ["ratio", "null", "lift", "sink_free_ratio", "sink_free_lift"]
         seeing = table[table["ratio"].notna()].groupby(keys, sort=False)
+        values = ["ratio", "null", "lift", "sink_free_ratio", "sink_free_lift"]
+        means = seeing[values].mean().reindex(grouped.size().index)
         counts = {
             "n_queries": seeing["query"].nunique(),
             "n_image_tokens": grouped["n_image_tokens"].first(),
             "n_sinks": grouped["n_sinks"].mean(),
         }
-        means = seeing[values].mean().reindex(grouped.size().index)
-        out = means.assign(**counts).fillna({"n_queries": 0}).astype({"n_queries": "int64"})
-        if not out["n_queries"].any():
+        found = means.assign(**counts).fillna({"n_queries": 0}).astype({"n_queries": "int64"})
+        if not found["n_queries"].any():
             raise InputError(
-                f"None of the queries {queries!r} of sample {sample.name!r} sees the image in any "
-                "chosen layer. Choose queries after the image."
+                f"None of the queries {queries!r} of sample {sample.name!r} sees the "
+                "image in any chosen layer. Choose queries after the image."
             )
-        return out.reset_index()
+        return found.reset_index()
 
-    parameters = {**asdict(question), "by": by}
-    return over_samples(samples, table_of, analysis="cross_modal_ratio", parameters=parameters)
+    return over_samples(samples, table_rows, "cross_modal_ratio", parameters | {"by": by})
 
 
 @checked
@@ -152,28 +144,37 @@ def token_ratio(
         ``n_image_tokens``, ``n_sinks``. The ratio of a query that does not see the image is NaN,
         not 0.
     """
-    question = _Question(queries, layers, heads, image, kind, sink_threshold)
+    parameters: dict[str, Any] = {
+        "queries": queries,
+        "layers": layers,
+        "heads": heads,
+        "image": image,
+        "kind": kind,
+        "sink_threshold": sink_threshold,
+    }
     return over_samples(
-        samples,
-        lambda sample: _tokens(sample, question),
-        analysis="token_ratio",
-        parameters=asdict(question),
+        samples, lambda sample: _token_ratio(sample, **parameters), "token_ratio", parameters
     )
 
 
-def _tokens(sample: Sample, question: _Question) -> pd.DataFrame:
-    kind = question.kind
-    _check_kind(sample, question.image, kind)
-    keys = image_keys(sample, question.image, kind)
-    query = queries_of(sample, question.queries)
+def _token_ratio(
+    sample: Sample,
+    queries: Selector,
+    layers: Layers,
+    heads: Positions | None,
+    image: int | None,
+    kind: AttentionKind,
+    sink_threshold: float,
+) -> Iterator[Part]:
+    _check_kind(sample, image, kind)
+    keys = image_keys(sample, image, kind)
+    query = queries_of(sample, queries)
     _refuse_image_queries(sample, query)
     tokens = sample.tokens["token"].to_numpy(dtype=object)[query.numpy()]
     always = first_position(sample) if kind == "self" else None
-    tables = []
-    for call in calls_of(sample, question.layers, kind=kind):
-        chosen = heads_of(call, question.heads)
+    for call, chosen in selected_calls(sample, layers, heads, kind=kind):
         rows = rows_of(sample, call)
-        sinks = sink_keys(call, chosen, rows, threshold=question.sink_threshold, always=always)
+        sinks = sink_keys(call, chosen, rows, threshold=sink_threshold, always=always)
         n_sinks = sinks.sum(1, keepdim=True)
         ratio, null, lift = _shares(call, chosen, query, keys, torch.zeros_like(sinks))
         free_ratio, _, free_lift = _shares(call, chosen, query, keys, sinks)
@@ -183,6 +184,7 @@ def _tokens(sample: Sample, question: _Question) -> pd.DataFrame:
                 for values in (free_ratio, free_lift, n_sinks)
             )
         values = {
+            "token": tokens[None],
             "ratio": ratio,
             "null": null,
             "lift": lift,
@@ -191,11 +193,8 @@ def _tokens(sample: Sample, question: _Question) -> pd.DataFrame:
             "n_image_tokens": keys.sum(),
             "n_sinks": n_sinks,
         }
-        axes = {"head": chosen, "query": query.tolist()}
-        table = long_table(axes, {"token": tokens[None], **values})
-        about = {"tower": "language", "kind": kind, "direction": DIRECTION, "layer": call.layer}
-        tables.append(keyed(table, **about))
-    return stacked(tables)
+        part = call_table(call, {"head": chosen, "query": query.tolist()}, values)
+        yield {"tower": "language", "kind": kind, "direction": DIRECTION} | part
 
 
 def _shares(
@@ -215,8 +214,7 @@ def _shares(
         same = (dropped == pattern).all(1).nonzero()[:, 0]
         groups = torch.stack([keys & ~pattern, ~pattern]).float()
         these = [heads[i] for i in same]
-        mass = call.mass(groups, these, queries)[0].cpu()
-        even = null_mass(call, groups, these, queries).cpu()
+        mass, even = mass_and_null(call, groups, these, queries)
         null[same] = even[..., 0] / even[..., 1]
         ratio[same] = mass[..., 0] / mass[..., 1] if pattern.any() else mass[..., 0]
     ratio = ratio.where(null > 0, torch.nan)

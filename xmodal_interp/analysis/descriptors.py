@@ -13,7 +13,7 @@ a square grid is about 0.52 of its side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -23,17 +23,16 @@ from torch import Tensor
 
 from xmodal_interp.analysis.selection import (
     Layers,
-    calls_of,
     cells_of,
-    heads_of,
-    image_calls,
+    mean_where,
     n_visible,
     queries_of,
     refuse_cross_attention,
     row_chunks,
     rows_of,
+    selected_calls,
 )
-from xmodal_interp.analysis.tables import keyed, long_table, over_samples, stacked
+from xmodal_interp.analysis.tables import Part, call_table, over_samples
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import GeometryError, InputError
@@ -79,24 +78,20 @@ def attention_entropy(
             "tower. Leave queries out."
         )
 
-    def table_of(sample: Sample) -> pd.DataFrame:
-        asked = None if queries is None else queries_of(sample, queries)
-        tables = []
-        for image, call in image_calls(sample, layers, tower):
-            chosen = heads_of(call, heads)
-            held = rows_of(sample, call) if tower == "language" else call.query_positions
-            values = _entropy(call, chosen, held if asked is None else asked)
-            number = np.nan if image is None else image
-            table = long_table({"head": chosen}, {"image": number, **values})
-            tables.append(keyed(table, tower=tower, kind="self", layer=call.layer))
-        return stacked(tables).astype({"image": "Int64"})
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        chosen_rows = None if queries is None else queries_of(sample, queries)
+        of_tower = {key[3] for key in sample.calls if key[:2] == (tower, "self")}
+        for number in sorted(of_tower) or [0]:
+            for call, chosen in selected_calls(sample, layers, heads, tower=tower, call=number):
+                rows = rows_of(sample, call) if tower == "language" else call.query_positions
+                values = _entropy(call, chosen, rows if chosen_rows is None else chosen_rows)
+                image = np.nan if tower == "language" else number
+                yield call_table(call, {"head": chosen}, {"image": image, **values})
 
-    return over_samples(
-        samples,
-        table_of,
-        analysis="attention_entropy",
-        parameters={"tower": tower, "queries": queries, "layers": layers, "heads": heads},
-    )
+    parameters = {"tower": tower, "queries": queries, "layers": layers, "heads": heads}
+    table = over_samples(samples, table_rows, "attention_entropy", parameters)
+    table["image"] = table["image"].astype("Int64")
+    return table
 
 
 @checked
@@ -137,32 +132,23 @@ def attention_distance(
             "place on the image. Choose tower='vision' or tower='language'."
         )
 
-    def table_of(sample: Sample) -> pd.DataFrame:
+    def table_rows(sample: Sample) -> Iterator[Part]:
         if tower == "language":
             refuse_cross_attention(sample, "attention_distance with tower='language'")
-        tables = []
-        for image in range(len(sample.grids)):
-            positions, places, cell_px = _places(sample, image, tower)
-            for call in calls_of(
-                sample, layers, tower=tower, call=image if tower == "vision" else 0
-            ):
-                _check_places(sample, call, image, tower)
-                chosen = heads_of(call, heads)
-                values = _distances(call, chosen, positions, places, cell_px)
-                table = long_table({"head": chosen, "image": [image]}, values)
-                tables.append(keyed(table, tower=tower, kind="self", layer=call.layer))
-        if not tables:
+        if not sample.grids:
             raise InputError(
                 f"Sample {sample.name!r} has no image. attention_distance requires one."
             )
-        return stacked(tables)
+        for image in range(len(sample.grids)):
+            positions, places, cell_px = _places(sample, image, tower)
+            number = image if tower == "vision" else 0
+            for call, chosen in selected_calls(sample, layers, heads, tower=tower, call=number):
+                _check_places(sample, call, image, tower)
+                values = _distances(call, chosen, positions, places, cell_px)
+                yield call_table(call, {"head": chosen, "image": [image]}, values)
 
-    return over_samples(
-        samples,
-        table_of,
-        analysis="attention_distance",
-        parameters={"tower": tower, "layers": layers, "heads": heads},
-    )
+    parameters = {"tower": tower, "layers": layers, "heads": heads}
+    return over_samples(samples, table_rows, "attention_distance", parameters)
 
 
 def _entropy(
@@ -177,15 +163,13 @@ def _entropy(
         every = torch.ones(1, call.n_keys, dtype=torch.float32)
         on_keys = call.mass(every, list(heads), queries)[0, ..., 0].cpu().double()
         entropy, sunk = entropy / on_keys + on_keys.log(), 1 - on_keys
-    entropy, sunk = entropy.where(free, 0.0), sunk.where(free, 0.0)
-    most = counts.log().where(free, 1.0)
-    n_queries = free.sum(1)
+    most = counts.log()
     return {
-        "entropy": entropy.sum(1) / n_queries,
-        "null": most.where(free, 0.0).sum(1) / n_queries,
-        "relative_entropy": (entropy / most).sum(1) / n_queries,
-        "n_queries": n_queries,
-        "sink_mass": sunk.sum(1) / n_queries,
+        "entropy": mean_where(entropy, free),
+        "null": mean_where(most, free),
+        "relative_entropy": mean_where(entropy / most, free),
+        "n_queries": free.sum(1),
+        "sink_mass": mean_where(sunk, free),
     }
 
 

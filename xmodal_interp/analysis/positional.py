@@ -17,7 +17,7 @@ distances along the axes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,24 +28,17 @@ from torch import Tensor
 
 from xmodal_interp.analysis.selection import (
     Layers,
-    calls_of,
     cells_of,
-    heads_of,
     image_keys,
-    places_of,
+    mean_where,
     queries_of,
     refuse_cross_attention,
     refuse_text,
     row_chunks,
+    selected_calls,
+    sequence_places,
 )
-from xmodal_interp.analysis.tables import (
-    Columns,
-    keyed,
-    long_table,
-    over_samples,
-    samples_of,
-    stacked,
-)
+from xmodal_interp.analysis.tables import Part, call_table, long_table, over_samples, samples_of
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
@@ -97,34 +90,26 @@ def positional_bias(
     if n_bins < 1:
         raise InputError(f"n_bins must be at least 1; got {n_bins}.")
     samples = samples_of(samples)
-    longest = max((int(places_of(sample)[-1]) + 1 for sample in samples), default=1)
+    longest = max((int(sequence_places(sample)[-1]) + 1 for sample in samples), default=1)
     bins = _Bins(width=-(-longest // n_bins), longest=longest)
 
-    def table_of(sample: Sample) -> pd.DataFrame:
+    def table_rows(sample: Sample) -> Iterator[Part]:
         if any("image" in block for block in blocks):
             refuse_cross_attention(sample, "A profile of text->image or image->image")
             image_keys(sample, None)
-        places, rope = places_of(sample), _rotary(sample)
-        tables = []
-        for call in calls_of(sample, layers):
+        places, rope = sequence_places(sample), _rotary(sample)
+        for call, chosen in selected_calls(sample, layers, heads):
             for block in blocks:
-                query_kind, key_kind = block.split("->")
                 queries, keys = (
                     torch.tensor(sample.visual if kind == "image" else sample.where(kind))
-                    for kind in (query_kind, key_kind)
+                    for kind in block.split("->")
                 )
-                table = _profile(call, heads_of(call, heads), queries, keys, bins, places, rope)
-                head = table.pop("head")
-                part = keyed(table, layer=call.layer, head=head, block=block)
-                tables.append(keyed(part, tower="language", kind="self"))
-        return stacked(tables)
+                part = _profile(call, chosen, queries, keys, bins, places, rope)
+                index = {"layer": call.layer, "head": part["head"], "block": block}
+                yield {"tower": "language", "kind": "self"} | index | part
 
-    return over_samples(
-        samples,
-        table_of,
-        analysis="positional_bias",
-        parameters={"blocks": blocks, "layers": layers, "heads": heads, "n_bins": n_bins},
-    )
+    parameters = {"blocks": blocks, "layers": layers, "heads": heads, "n_bins": n_bins}
+    return over_samples(samples, table_rows, "positional_bias", parameters)
 
 
 @checked
@@ -158,34 +143,24 @@ def recency_index(
     if window < 1:
         raise InputError(f"window must be at least 1, the query itself; got {window}.")
 
-    def table_of(sample: Sample) -> pd.DataFrame:
-        chosen_queries = (
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        rows = (
             torch.tensor(sample.where("text")) if queries is None else queries_of(sample, queries)
         )
-        tables = []
-        for call in calls_of(sample, layers):
-            chosen = heads_of(call, heads)
-            mass, null = _recent(call, chosen, chosen_queries, places_of(sample), window)
+        for call, chosen in selected_calls(sample, layers, heads):
+            mass, null = _recent(call, chosen, rows, sequence_places(sample), window)
             beyond = null < 1
-            n_queries = beyond.sum(1)
             values = {
-                "mass": mass.where(beyond, 0.0).sum(1) / n_queries,
-                "null": null.where(beyond, 0.0).sum(1) / n_queries,
-                "lift": (mass / null).where(beyond, 0.0).sum(1) / n_queries,
-                "n_queries": n_queries,
+                "mass": mean_where(mass, beyond),
+                "null": mean_where(null, beyond),
+                "lift": mean_where(mass / null, beyond),
+                "n_queries": beyond.sum(1),
             }
-            table = long_table(
-                {"head": chosen, "window": [window]}, {n: v[:, None] for n, v in values.items()}
-            )
-            tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
-        return stacked(tables)
+            of_window = {name: value[:, None] for name, value in values.items()}
+            yield call_table(call, {"head": chosen, "window": [window]}, of_window)
 
-    return over_samples(
-        samples,
-        table_of,
-        analysis="recency_index",
-        parameters={"window": window, "queries": queries, "layers": layers, "heads": heads},
-    )
+    parameters = {"window": window, "queries": queries, "layers": layers, "heads": heads}
+    return over_samples(samples, table_rows, "recency_index", parameters)
 
 
 @dataclass(frozen=True)
@@ -224,7 +199,7 @@ def _profile(
     bins: _Bins,
     place_of: Int[Tensor, " position"],
     rope: Int[Tensor, "position axis"] | None,
-) -> Columns:
+) -> Part:
     """Return means per head, axis and bin over the visible cells of the queries and keys."""
     starts, axes = bins.starts, AXES if rope is not None else AXES[:2]
     sums: dict[str, Tensor] = {}
@@ -241,17 +216,12 @@ def _profile(
             for axis, place in enumerate(places):
                 total[:, axis].index_add_(1, bins.of(place).flatten(), cells.flatten(1))
     table = long_table({"head": heads, "axis": axes, "start": starts}, sums)
-    n_cells = table["n_cells"]
-    filled = n_cells > 0
-    keys_of = {
-        "head": table["head"],
-        "axis": table["axis"],
-        "start": table["start"],
-        "stop": table["start"] + bins.width,
-    }
+    n_cells, filled = table["n_cells"], table["n_cells"] > 0
+    index = {name: table[name] for name in ("head", "axis", "start")}
+    index["stop"] = table["start"] + bins.width
     means = {name: table[name] / np.maximum(n_cells, 1) for name in ("raw", "null", "lift")}
-    rows_of = keys_of | means | {"n_cells": n_cells.astype(np.int64)}
-    return {name: column[filled] for name, column in rows_of.items()}
+    columns = index | means | {"n_cells": n_cells.astype(np.int64)}
+    return {name: column[filled] for name, column in columns.items()}
 
 
 def _recent(

@@ -1,18 +1,17 @@
-"""Head pruning: remove one head at a time and measure how much the scores of known answers drop.
+"""Head pruning: remove attention heads and measure how the scores of known answers change.
 
-Following Michel et al. 2019 (arXiv:1905.10650, section 3),
+Michel et al. 2019 (arXiv:1905.10650):
 
-    drop = score of the intact model - score without the head
+* ``head_pruning`` (section 3) removes one head at a time. The importance of a head is
 
-for three scores (:mod:`xmodal_interp.analysis.answers`), each with an interval over samples
-(:mod:`xmodal_interp.analysis.bootstrap`). Intact and pruned model answer the same questions, so
-the drops are paired differences.
+      drop = score of the intact model - score without the head
 
-Cumulative head pruning: remove more and more heads in order of importance and score the answers.
-
-Heads are removed in order of increasing importance, from none to all (Michel et al. 2019,
-arXiv:1905.10650, section 4). The curve is compared with the reverse order and with random orders.
-If the importance carries no information, the curve lies within the range of the random orders.
+  for three scores (:mod:`xmodal_interp.analysis.answers`), each with an interval over samples
+  (:mod:`xmodal_interp.analysis.resampling`). Intact and pruned model answer the same questions, so
+  the drops are paired differences.
+* ``pruning_curve`` (section 4) removes more and more heads, from none to all, in order of
+  increasing importance. The curve is compared with the reverse order and with random orders. If the
+  importance carries no information, the curve lies within the range of the random orders.
 """
 
 from __future__ import annotations
@@ -26,16 +25,15 @@ import pandas as pd
 from xmodal_interp.analysis.answers import (
     METRICS,
     Removal,
-    ablation_of,
     origin,
     removal_scores,
 )
-from xmodal_interp.analysis.bootstrap import (
+from xmodal_interp.analysis.resampling import (
     LEVEL,
-    Series,
+    ValueKind,
     cluster_numbers,
     mean_intervals,
-    shown,
+    picture_key,
 )
 from xmodal_interp.analysis.selection import Layers, refuse_text
 from xmodal_interp.analysis.tables import stamped
@@ -45,10 +43,13 @@ from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.ablation import AblationMode
 from xmodal_interp.hooks.attention_modules import checked_heads, head_counts
 from xmodal_interp.models import VLM
-from xmodal_interp.models.known_answers import ItemDict, Items, batches_of, listed, visuals_of
+from xmodal_interp.models.known_answers import ItemDict, Items, listed, visuals_of
 from xmodal_interp.vocabulary import Tower
 
 ALL_KINDS = "all"
+Order = Literal["increasing", "decreasing", "random"]
+Head = tuple[int, int]
+_KEPT = 0.95  # of the accuracy of the intact model
 
 
 @checked
@@ -98,24 +99,24 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
     """
     chosen = chosen_heads(vlm, tower, layers, heads)
     items = listed(items)
-    batches = batches_of(vlm, items, batch_size=batch_size)
     removals: list[Removal] = [{}, *({layer: [head]} for layer, head in chosen)]
-    ablation = ablation_of(vlm, batches, mode, tower)
-    scores = removal_scores(vlm, batches, removals, ablation, progress=progress)
+    scores = removal_scores(
+        vlm, items, removals, mode=mode, tower=tower, batch_size=batch_size, progress=progress
+    )
     drops = scores[:1] - scores[1:]
-    clusters = cluster_numbers([_shown(*pair) for pair in enumerate(items)])
+    clusters = cluster_numbers([_picture_key(*pair) for pair in enumerate(items)])
     tables = []
-    for kind, of_kind in _of_kinds(items).items():
-        table = pd.DataFrame(chosen, columns=["layer", "head"])
-        table.insert(0, "tower", tower)
-        table.insert(1, "kind", "self")
-        table["question_kind"] = kind
+    for kind, of_kind in _by_question_kind(items).items():
+        table = pd.DataFrame(
+            [(tower, "self", layer, head, kind) for layer, head in chosen],
+            columns=["tower", "kind", "layer", "head", "question_kind"],
+        )
         _, numbered = np.unique(clusters[of_kind], return_inverse=True)
         for place, metric in enumerate(METRICS):
             series = drops[:, place, of_kind]
-            kind_of: Series = "rate difference" if metric == "accuracy" else "mean"
+            value_kind: ValueKind = "rate difference" if metric == "accuracy" else "mean"
             low, high = mean_intervals(
-                series, numbered, n_draws=n_bootstrap, seed=seed, series=kind_of
+                series, numbered, n_draws=n_bootstrap, seed=seed, value_kind=value_kind
             )
             table[f"{metric}_drop"] = series.mean(1)
             table[f"{metric}_drop_low"], table[f"{metric}_drop_high"] = low, high
@@ -140,49 +141,9 @@ def head_pruning(  # noqa: PLR0913 - one experiment, every option with a default
     )
     rows.attrs["base"] = {
         kind: dict(zip(METRICS, scores[0][:, of_kind].mean(1).tolist(), strict=True))
-        for kind, of_kind in _of_kinds(items).items()
+        for kind, of_kind in _by_question_kind(items).items()
     }
     return rows
-
-
-def chosen_heads(vlm: VLM, tower: Tower, layers: Layers, heads: Layers) -> list[tuple[int, int]]:
-    """Return the chosen ``(layer, head)`` pairs of a tower, counted from 0, sorted.
-
-    Raises:
-        LayerError: A layer or head does not exist.
-    """
-    counts = head_counts(vlm.model, tower)
-    row = None if heads is None else entries_of(heads)
-    if row is not None and not len(row):
-        numbers(heads, "head")
-    wanted = {
-        layer: range(counts.get(layer, 0)) if heads is None else heads
-        for layer in (counts if layers is None else numbers(layers, "layer", max(counts) + 1))
-    }
-    found = checked_heads(wanted, counts, f"{tower} self-attention")
-    if heads is None:
-        found = {layer: tuple(range(counts[layer])) for layer in found}
-    return [(layer, head) for layer in sorted(found) for head in sorted(set(found[layer]))]
-
-
-def _of_kinds(items: Sequence[ItemDict]) -> dict[str, np.ndarray]:
-    """Return the indices of the items of each question kind, starting with all items."""
-    found: dict[str, list[int]] = {ALL_KINDS: list(range(len(items)))}
-    for index, item in enumerate(items):
-        if item.get("kind") is not None:
-            found.setdefault(str(item["kind"]), []).append(index)
-    return {kind: np.array(of_kind) for kind, of_kind in found.items()}
-
-
-def _shown(index: int, item: ItemDict) -> Hashable:
-    """Return a key that is equal for items with the same images and videos."""
-    images, videos = visuals_of(item, title=f"Item {index}")
-    return shown([*images, *(frame for video in videos for frame in video.frames)])
-
-
-Order = Literal["increasing", "decreasing", "random"]
-Head = tuple[int, int]
-_KEPT = 0.95  # of the accuracy of the intact model
 
 
 @checked
@@ -248,7 +209,7 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
     heads = _ranked(vlm, ranking, by, tower)
     n_heads = len(chosen_heads(vlm, tower, None, None))
     rng = np.random.default_rng(seed)
-    sequences: list[tuple[Order, int, list[tuple[int, int]]]] = []
+    sequences: list[tuple[Order, int, list[Head]]] = []
     for order in named:
         if order == "random":
             for draw in range(n_random):
@@ -266,12 +227,10 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
             )
             removals.append(_by_layer(removable[:n_removed]))
     items = listed(items)
-    batches = batches_of(vlm, items, batch_size=batch_size)
-    ablation = ablation_of(vlm, batches, mode, tower)
-    scores = removal_scores(vlm, batches, removals, ablation, progress=progress).mean(2)
-    table = pd.DataFrame(keys)
-    table.insert(0, "tower", tower)
-    table.insert(1, "kind", "self")
+    scores = removal_scores(
+        vlm, items, removals, mode=mode, tower=tower, batch_size=batch_size, progress=progress
+    ).mean(2)
+    table = pd.DataFrame([{"tower": tower, "kind": "self"} | key for key in keys])
     table[list(METRICS)] = scores[1:]
     table["n"] = len(items)
     stamped(
@@ -294,6 +253,41 @@ def pruning_curve(  # noqa: PLR0913 - one experiment, every option with a defaul
     return table
 
 
+def chosen_heads(vlm: VLM, tower: Tower, layers: Layers, heads: Layers) -> list[Head]:
+    """Return the chosen ``(layer, head)`` pairs of a tower, counted from 0, sorted.
+
+    Raises:
+        LayerError: A layer or head does not exist.
+    """
+    counts = head_counts(vlm.model, tower)
+    row = None if heads is None else entries_of(heads)
+    if row is not None and not len(row):
+        numbers(heads, "head")
+    wanted = {
+        layer: range(counts.get(layer, 0)) if heads is None else heads
+        for layer in (counts if layers is None else numbers(layers, "layer", max(counts) + 1))
+    }
+    found = checked_heads(wanted, counts, f"{tower} self-attention")
+    if heads is None:
+        found = {layer: tuple(range(counts[layer])) for layer in found}
+    return [(layer, head) for layer in sorted(found) for head in sorted(set(found[layer]))]
+
+
+def _by_question_kind(items: Sequence[ItemDict]) -> dict[str, np.ndarray]:
+    """Return the indices of the items of each question kind, starting with all items."""
+    found: dict[str, list[int]] = {ALL_KINDS: list(range(len(items)))}
+    for index, item in enumerate(items):
+        if item.get("kind") is not None:
+            found.setdefault(str(item["kind"]), []).append(index)
+    return {kind: np.array(of_kind) for kind, of_kind in found.items()}
+
+
+def _picture_key(index: int, item: ItemDict) -> Hashable:
+    """Return a key that is equal for items with the same images and videos."""
+    images, videos = visuals_of(item, title=f"Item {index}")
+    return picture_key([*images, *(frame for video in videos for frame in video.frames)])
+
+
 def _check(named: Sequence[str], steps: int, n_random: int) -> None:
     known = get_args(Order)
     unknown = [order for order in named if order not in known]
@@ -311,17 +305,17 @@ def _tower_of(ranking: pd.DataFrame | str, tower: Tower | None) -> Tower:
     for name, wanted in given.items():
         if isinstance(ranking, str) or name not in ranking.columns:
             continue
-        there = ranking[name].unique().tolist()
-        if len(there) != 1 or wanted not in (None, there[0]):
+        found = ranking[name].unique().tolist()
+        if len(found) != 1 or wanted not in (None, found[0]):
             required = f"only {wanted!r}" if wanted is not None else "a single value"
             raise InputError(
-                f"The ranking's column {name!r} holds {' and '.join(map(repr, there)) or 'no rows'}"
+                f"The ranking's column {name!r} holds {' and '.join(map(repr, found)) or 'no rows'}"
                 f"; it must hold {required}. Select rows of one tower's self-attention, or pass "
                 "another tower=."
             )
-        given[name] = there[0]
-    found: Tower = given["tower"] or "language"
-    return found
+        given[name] = found[0]
+    chosen: Tower = given["tower"] or "language"
+    return chosen
 
 
 def _ranked(vlm: VLM, ranking: pd.DataFrame | str, by: str, tower: Tower) -> list[Head]:

@@ -22,8 +22,6 @@ an alpha of 0.9, most shares are below 1e-45, the smallest number of float32.
 
 The row of a position that sees no key stays as it is. With ``discard``, the whole fused matrix of
 one layer at a time is in memory.
-
-Computation of attention rollout; :mod:`xmodal_interp.analysis.rollout` has the formulas.
 """
 
 from __future__ import annotations
@@ -41,17 +39,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from xmodal_interp.analysis.selection import (
-    calls_of,
     each_once,
     first_position,
+    not_padding,
+    position_columns,
     position_table,
-    present,
     queries_of,
     refuse_cross_attention,
     row_chunks,
+    selected_calls,
     uniform,
 )
-from xmodal_interp.analysis.tables import keyed, long_table, over_samples, samples_of, stacked
+from xmodal_interp.analysis.tables import Part, long_table, over_samples, samples_of
 from xmodal_interp.arguments import checked, one_of, real_number
 from xmodal_interp.attention import AttentionCall, Positions, resolve, whole_slice
 from xmodal_interp.errors import InputError, NotRecordedError, quoted
@@ -61,161 +60,14 @@ from xmodal_interp.vocabulary import LAST, Tower
 
 Fusion = Literal["mean", "max", "min"]
 
-Alpha = float | tuple[float, ...] | str
-"""The weight of attention in a layer: one number, one per layer, or ``"norm"``."""
-
-
-def alpha_of(given: Any) -> Any:
-    """Convert alpha (a number, list, array, tensor or string) to the types of ``Rule``."""
-    plain = given.tolist() if hasattr(given, "tolist") else given
-    if isinstance(plain, Iterable) and not isinstance(plain, str):
-        return tuple(alpha_of(each) for each in plain)
-    return float(plain) if isinstance(plain, Real) else plain
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How heads are fused, how attention is weighted, and what is discarded.
-
-    The fields are the arguments of ``attention_rollout``.
-    """
-
-    fusion: str
-    alpha: Alpha
-    discard: float
-
-    def __post_init__(self) -> None:
-        one_of(self.fusion, "fusion", get_args(Fusion))
-        real_number(self.discard, "discard")
-        alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
-        if self.alpha != "norm" and not all(
-            isinstance(alpha, (int, float)) and 0 <= alpha <= 1 for alpha in alphas
-        ):
-            raise InputError(f"alpha must be between 0 and 1, or 'norm'; got {self.alpha!r}.")
-        if not 0 <= self.discard < 1:
-            raise InputError(f"discard must be at least 0 and below 1; got {self.discard}.")
-
-    def alphas(self, calls: Sequence[AttentionCall]) -> list[Float[Tensor, "#query"]]:
-        """Return the weight of attention per layer, and per row with ``"norm"``."""
-        if self.alpha == "norm":
-            return [_norm_share(call) for call in calls]
-        given = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,) * len(calls)
-        if len(given) != len(calls):
-            raise InputError(
-                f"alpha has {len(given)} numbers for {len(calls)} layers. Pass one number, or one "
-                "per layer."
-            )
-        return [torch.tensor([alpha], dtype=torch.float64) for alpha in given]
-
-
-def _norm_share(call: AttentionCall) -> Float[Tensor, " query"]:
-    if call.update_share is None:
-        raise NotRecordedError(
-            f"{call.name} was captured without the norms that alpha='norm' requires. Capture with "
-            "Keep(norms=True)."
-        )
-    return call.update_share[0].double()
-
-
-def rolled(
-    start: Float[Tensor, "row key"],
-    calls: Sequence[AttentionCall],
-    rule: Rule,
-    sinks: Bool[Tensor, " key"],
-    counted: Bool[Tensor, " key"],
-) -> Float[Tensor, "row key"]:
-    """Return ``start @ B_L ... B_1``, computed from the last layer to the first in float64.
-
-    With 80 layers and an alpha of 0.9 a share can be 1e-75, which is 0 in float32.
-
-    Args:
-        start: Rows to multiply with the last layer.
-        calls: The layers, first to last.
-        rule: Options of the rollout.
-        sinks: Keys whose attention is removed.
-        counted: Positions that are not padding; ``discard`` is a share of the entries between
-            these.
-    """
-    rows = start.double()
-    for call, alpha in reversed(list(zip(calls, rule.alphas(calls), strict=True))):
-        wide = call.on_float64_device()
-        on_device = [t.to(wide.device) for t in (rows, alpha, sinks, counted)]
-        rows = _through(on_device[0], wide, on_device[1], rule, on_device[2], on_device[3])
-    return rows.cpu()
-
-
-def _through(
-    rows: Float[Tensor, "row key"],
-    call: AttentionCall,
-    alpha: Float[Tensor, "#query"],
-    rule: Rule,
-    sinks: Bool[Tensor, " key"],
-    counted: Bool[Tensor, " key"],
-) -> Float[Tensor, "row key"]:
-    """Multiply rows with ``B`` of one layer, in chunks of the fused matrix.
-
-    Only the rows of the fused matrix that get a nonzero factor are computed. With ``discard`` the
-    fused matrix is computed whole.
-    """
-    out = torch.zeros_like(rows)
-    needed = rows.ne(0).any(0).nonzero()[:, 0]
-    for index, fused in _fused(call, needed, rule, counted):
-        total = fused.sum(-1)
-        if sinks.any():
-            others = fused.masked_fill(sinks, 0.0)
-            kept = others.sum(-1)
-            scaled = others * (total / kept)[:, None]
-            fused = torch.where(kept[:, None] > 0, scaled, fused)
-        attended, residual = _shares(total, alpha.expand(call.n_queries)[index])
-        here = rows[:, index]
-        out[:, index] += here * residual
-        out += (here * attended) @ fused
-    return out
-
-
-def _shares(
-    total: Float[Tensor, " query"], alpha: Float[Tensor, "#query"]
-) -> tuple[Float[Tensor, " query"], Float[Tensor, " query"]]:
-    """Return the factors of ``F`` and ``I`` in each row of ``B``; 0 and 1 if ``F`` is 0."""
-    attends = total > 0
-    residual = torch.where(attends, 1 - alpha, 1.0)
-    norm = alpha * total + residual
-    return torch.where(attends, alpha / norm, 0.0), residual / norm
-
-
-def _fused(
-    call: AttentionCall, needed: Int[Tensor, " query"], rule: Rule, counted: Bool[Tensor, " key"]
-) -> Iterator[tuple[Int[Tensor, " query"], Float[Tensor, "query key"]]]:
-    """Yield the fused matrix chunk by chunk; rows that see no key are 0."""
-    if rule.discard == 0:
-        for rows in row_chunks(call, needed, 2 * call.n_heads):  # twice the memory for float64
-            yield rows, _over_heads(call, rows, rule.fusion)
-        return
-    every = torch.arange(call.n_queries, device=call.device)
-    chunks = row_chunks(call, every, 2 * call.n_heads)
-    whole = torch.cat([_over_heads(call, rows, rule.fusion) for rows in chunks])
-    counted = counted.to(whole.device)
-    ranked = whole.masked_fill(~(counted[:, None] & counted), torch.inf)
-    n_discarded = int(rule.discard * int(counted.sum()) ** 2)
-    lowest = ranked.flatten().argsort(stable=True)[:n_discarded]
-    whole.view(-1)[lowest] = 0.0
-    yield every, whole
-
-
-def _over_heads(
-    call: AttentionCall, rows: Int[Tensor, " query"], fusion: str
-) -> Float[Tensor, "query key"]:
-    probs = call.probs(queries=rows, dtype=torch.float64)[0].nan_to_num()
-    if fusion == "mean":
-        return probs.mean(0)
-    return probs.amax(0) if fusion == "max" else probs.amin(0)
-
+Alphas = SupportsFloat | Sequence[SupportsFloat] | np.ndarray | Tensor | str
+"""The weight of attention: a number, one number per layer in any sequence type, or ``"norm"``."""
 
 Sinks = Positions | Collection[int] | str
 """``"keep"``, ``"drop_first"``, or positions."""
 
-Alphas = SupportsFloat | Sequence[SupportsFloat] | np.ndarray | Tensor | str
-"""The weight of attention: a number, one number per layer in any sequence type, or ``"norm"``."""
+LayerRange = tuple[int | None, int | None]
+"""Start and stop of a slice over layers."""
 
 
 @checked
@@ -228,7 +80,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
     discard: float = 0.0,
     baseline: str | None = None,
     sinks: Sinks = "keep",
-    layers: tuple[int | None, int | None] | None = None,
+    layers: LayerRange | None = None,
     tower: Tower = "language",
     image: int = 0,
 ) -> pd.DataFrame:
@@ -273,7 +125,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
             layer is not softmax attention.
         NotRecordedError: Layers, query rows or norms were not kept.
     """
-    rule = Rule(fusion, alpha_of(alpha), discard)
+    options = RolloutOptions(fusion, _plain_alpha(alpha), discard)
     if not (baseline is None or (isinstance(baseline, str) and baseline == "uniform")):
         raise InputError(f"baseline must be 'uniform' or None; got {quoted(baseline)}.")
     if baseline is not None and discard > 0:
@@ -282,7 +134,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
             f"entries to discard; got discard={discard}. Leave one of them out."
         )
 
-    def table_of(sample: Sample) -> pd.DataFrame:
+    def table_rows(sample: Sample) -> Iterator[Part]:
         n_visuals = len(sample.grids) + len(sample.video_grids)
         if image >= max(n_visuals, 1):
             raise InputError(
@@ -292,21 +144,19 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         calls = _calls(sample, layers, tower, image)
         positions = position_table(sample, tower, image, calls[0].n_keys)
         rows = _seeing(calls, positions, _rows(sample, queries, tower, positions))
-        drop = _dropped(sample, sinks, tower, len(positions))
+        removed = _removed_keys(sample, sinks, tower, len(positions))
+        counted = _not_padding(sample, tower, len(positions))
         start = functional.one_hot(rows, len(positions)).double()
-        counted = _counted(sample, tower, len(positions))
-        values = {"rollout": rolled(start, calls, rule, drop, counted)}
+        values = {"rollout": rolled(start, calls, options, removed, counted)}
         if baseline is not None:
             even = [uniform(call) for call in calls]
-            null = values["null"] = rolled(start, even, rule, drop, counted)
+            null = values["null"] = rolled(start, even, options, removed, counted)
             values["log2_ratio"] = (values["rollout"] / null).log2()
         axes = {"query": rows.tolist(), "key": range(len(positions))}
-        table = stacked([keyed(long_table(axes, values), tower=tower, kind="self")])
-        about = pd.concat([positions] * len(rows), ignore_index=True)
-        tokens = positions["token"].iloc[table["query"]].reset_index(drop=True)
-        about.insert(0, "query_token", tokens)
-        keys = ["tower", "kind", "query", "key"]
-        return pd.concat([table[keys], about, table[list(values)]], axis=1)
+        index = long_table(axes, {})
+        about = {"query_token": positions["token"].array.take(index["query"])}
+        about |= position_columns(positions, index["key"])
+        yield {"tower": tower, "kind": "self"} | index | about | long_table(axes, values)
 
     parameters = {
         "queries": queries,
@@ -319,7 +169,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         "tower": tower,
         "image": image,
     }
-    return over_samples(samples, table_of, analysis="attention_rollout", parameters=parameters)
+    return over_samples(samples, table_rows, "attention_rollout", parameters)
 
 
 @checked
@@ -330,7 +180,7 @@ def rollout_matrix(
     alpha: Alphas = 0.5,
     discard: float = 0.0,
     sinks: Sinks = "keep",
-    layers: tuple[int | None, int | None] | None = None,
+    layers: LayerRange | None = None,
     tower: Tower = "language",
     image: int = 0,
 ) -> Float[Tensor, "query key"]:
@@ -339,16 +189,166 @@ def rollout_matrix(
     Rows sum to 1. The row of a position that sees no key is its unit vector.
     """
     (sample,) = samples_of([sample])
-    rule = Rule(fusion, alpha_of(alpha), discard)
+    options = RolloutOptions(fusion, _plain_alpha(alpha), discard)
     calls = _calls(sample, layers, tower, image)
     n_positions = calls[0].n_keys
-    drop = _dropped(sample, sinks, tower, n_positions)
-    counted = _counted(sample, tower, n_positions)
-    return rolled(torch.eye(n_positions, dtype=torch.float64), calls, rule, drop, counted)
+    removed = _removed_keys(sample, sinks, tower, n_positions)
+    counted = _not_padding(sample, tower, n_positions)
+    start = torch.eye(n_positions, dtype=torch.float64)
+    return rolled(start, calls, options, removed, counted)
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How heads are fused, how attention is weighted, and what is discarded.
+
+    The fields are the arguments of ``attention_rollout``.
+    """
+
+    fusion: str
+    alpha: float | tuple[float, ...] | str
+    discard: float
+
+    def __post_init__(self) -> None:
+        one_of(self.fusion, "fusion", get_args(Fusion))
+        real_number(self.discard, "discard")
+        alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+        if self.alpha != "norm" and not all(
+            isinstance(alpha, (int, float)) and 0 <= alpha <= 1 for alpha in alphas
+        ):
+            raise InputError(f"alpha must be between 0 and 1, or 'norm'; got {self.alpha!r}.")
+        if not 0 <= self.discard < 1:
+            raise InputError(f"discard must be at least 0 and below 1; got {self.discard}.")
+
+    def alphas(self, calls: Sequence[AttentionCall]) -> list[Float[Tensor, "#query"]]:
+        """Return the weight of attention per layer, and per row with ``"norm"``."""
+        if self.alpha == "norm":
+            return [_norm_share(call) for call in calls]
+        given = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,) * len(calls)
+        if len(given) != len(calls):
+            raise InputError(
+                f"alpha has {len(given)} numbers for {len(calls)} layers. Pass one number, or one "
+                "per layer."
+            )
+        return [torch.tensor([alpha], dtype=torch.float64) for alpha in given]
+
+
+def _plain_alpha(given: Any) -> Any:
+    """Convert alpha (a number, list, array, tensor or string) to Python numbers."""
+    listed = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(listed, Iterable) and not isinstance(listed, str):
+        return tuple(_plain_alpha(each) for each in listed)
+    return float(listed) if isinstance(listed, Real) else listed
+
+
+def _norm_share(call: AttentionCall) -> Float[Tensor, " query"]:
+    if call.update_share is None:
+        raise NotRecordedError(
+            f"{call.name} was captured without the norms that alpha='norm' requires. Capture with "
+            "Keep(norms=True)."
+        )
+    return call.update_share[0].double()
+
+
+def rolled(
+    start: Float[Tensor, "row key"],
+    calls: Sequence[AttentionCall],
+    options: RolloutOptions,
+    sinks: Bool[Tensor, " key"],
+    counted: Bool[Tensor, " key"],
+) -> Float[Tensor, "row key"]:
+    """Return ``start @ B_L ... B_1``, computed from the last layer to the first in float64.
+
+    With 80 layers and an alpha of 0.9 a share can be 1e-75, which is 0 in float32.
+
+    Args:
+        start: Rows to multiply with the last layer.
+        calls: The layers, first to last.
+        options: Options of the rollout.
+        sinks: Keys whose attention is removed.
+        counted: Positions that are not padding; ``discard`` is a share of the entries between
+            these.
+    """
+    rows = start.double()
+    for call, alpha in reversed(list(zip(calls, options.alphas(calls), strict=True))):
+        wide = call.on_float64_device()
+        on_device = [t.to(wide.device) for t in (rows, alpha, sinks, counted)]
+        rows = _through(on_device[0], wide, on_device[1], options, on_device[2], on_device[3])
+    return rows.cpu()
+
+
+def _through(
+    rows: Float[Tensor, "row key"],
+    call: AttentionCall,
+    alpha: Float[Tensor, "#query"],
+    options: RolloutOptions,
+    sinks: Bool[Tensor, " key"],
+    counted: Bool[Tensor, " key"],
+) -> Float[Tensor, "row key"]:
+    """Multiply rows with ``B`` of one layer, in chunks of the fused matrix.
+
+    Only the rows of the fused matrix that get a nonzero factor are computed. With ``discard`` the
+    fused matrix is computed whole.
+    """
+    out = torch.zeros_like(rows)
+    needed = rows.ne(0).any(0).nonzero()[:, 0]
+    for index, fused in _fused(call, needed, options, counted):
+        total = fused.sum(-1)
+        if sinks.any():
+            others = fused.masked_fill(sinks, 0.0)
+            kept = others.sum(-1)
+            scaled = others * (total / kept)[:, None]
+            fused = torch.where(kept[:, None] > 0, scaled, fused)
+        attended, residual = _shares(total, alpha.expand(call.n_queries)[index])
+        here = rows[:, index]
+        out[:, index] += here * residual
+        out += (here * attended) @ fused
+    return out
+
+
+def _shares(
+    total: Float[Tensor, " query"], alpha: Float[Tensor, "#query"]
+) -> tuple[Float[Tensor, " query"], Float[Tensor, " query"]]:
+    """Return the factors of ``F`` and ``I`` in each row of ``B``; 0 and 1 if ``F`` is 0."""
+    attends = total > 0
+    residual = torch.where(attends, 1 - alpha, 1.0)
+    norm = alpha * total + residual
+    return torch.where(attends, alpha / norm, 0.0), residual / norm
+
+
+def _fused(
+    call: AttentionCall,
+    needed: Int[Tensor, " query"],
+    options: RolloutOptions,
+    counted: Bool[Tensor, " key"],
+) -> Iterator[tuple[Int[Tensor, " query"], Float[Tensor, "query key"]]]:
+    """Yield the fused matrix chunk by chunk; rows that see no key are 0."""
+    if options.discard == 0:
+        for rows in row_chunks(call, needed, 2 * call.n_heads):  # twice the memory for float64
+            yield rows, _over_heads(call, rows, options.fusion)
+        return
+    every = torch.arange(call.n_queries, device=call.device)
+    chunks = row_chunks(call, every, 2 * call.n_heads)
+    whole = torch.cat([_over_heads(call, rows, options.fusion) for rows in chunks])
+    counted = counted.to(whole.device)
+    ranked = whole.masked_fill(~(counted[:, None] & counted), torch.inf)
+    n_discarded = int(options.discard * int(counted.sum()) ** 2)
+    lowest = ranked.flatten().argsort(stable=True)[:n_discarded]
+    whole.view(-1)[lowest] = 0.0
+    yield every, whole
+
+
+def _over_heads(
+    call: AttentionCall, rows: Int[Tensor, " query"], fusion: str
+) -> Float[Tensor, "query key"]:
+    probs = call.probs(queries=rows, dtype=torch.float64)[0].nan_to_num()
+    if fusion == "mean":
+        return probs.mean(0)
+    return probs.amax(0) if fusion == "max" else probs.amin(0)
 
 
 def _calls(
-    sample: Sample, layers: tuple[int | None, int | None] | None, tower: Tower, image: int
+    sample: Sample, layers: LayerRange | None, tower: Tower, image: int
 ) -> list[AttentionCall]:
     """Return the calls of all layers between start and stop, first to last."""
     if tower == "language":
@@ -357,9 +357,9 @@ def _calls(
         raise InputError(
             "attention_rollout is not defined for tower='connector'. Choose 'language' or 'vision'."
         )
-    held = sample.layers(tower, "self")
-    there = sample.provenance.get("layers", {}).get(f"{tower}.self", [])
-    n_layers = max({*held, *there}, default=0) + 1
+    kept = sample.layers(tower, "self")
+    exists = sample.provenance.get("layers", {}).get(f"{tower}.self", [])
+    n_layers = max({*kept, *exists}, default=0) + 1
     given: Any = layers
     if given is not None and np.shape(given) != (2,):
         raise InputError(
@@ -368,23 +368,22 @@ def _calls(
         )
     part = whole_slice(slice(*((None, None) if layers is None else layers)), "layer")
     chosen = range(n_layers)[part]
-    if there:
-        _refuse_gaps(chosen, there, tower)
+    if exists:
+        _refuse_gaps(chosen, exists, tower)
     if not chosen:
         raise InputError(
             f"layers={layers} selects none of the {n_layers} layers. Pass the start and stop of a "
             "slice with at least one layer."
         )
-    missing = sorted(set(chosen) - set(held))
-    if held and missing:
+    missing = sorted(set(chosen) - set(kept))
+    if kept and missing:
         raise NotRecordedError(
             f"Rollout requires all {tower} layers from {chosen.start} to {chosen.stop - 1}, but "
-            f"{missing} were not kept (kept: {held}). Capture all layers, or choose "
+            f"{missing} were not kept (kept: {kept}). Capture all layers, or choose "
             "layers=(start, stop) within the kept ones."
         )
-    calls = list(
-        calls_of(sample, list(chosen), tower=tower, call=image if tower == "vision" else 0)
-    )
+    number = image if tower == "vision" else 0
+    calls = [call for call, _ in selected_calls(sample, list(chosen), tower=tower, call=number)]
     for call in calls:
         if call.n_queries != call.n_keys:
             raise NotRecordedError(
@@ -394,12 +393,12 @@ def _calls(
     return calls
 
 
-def _refuse_gaps(chosen: range, there: Collection[int], tower: Tower) -> None:
+def _refuse_gaps(chosen: range, exists: Collection[int], tower: Tower) -> None:
     """Raise InputError if a chosen layer is not softmax attention."""
-    gaps = sorted(set(chosen) - set(there))
+    gaps = sorted(set(chosen) - set(exists))
     if gaps:
-        starts = [layer for layer in sorted(there) if layer - 1 not in there]
-        stops = [layer + 1 for layer in sorted(there) if layer + 1 not in there]
+        starts = [layer for layer in sorted(exists) if layer - 1 not in exists]
+        stops = [layer + 1 for layer in sorted(exists) if layer + 1 not in exists]
         runs = ", ".join(f"({a}, {b})" for a, b in zip(starts, stops, strict=True))
         raise InputError(
             f"Layers {gaps} of the {tower} tower are not softmax attention (but convolution, "
@@ -447,20 +446,22 @@ def _seeing(
     return rows[seeing]
 
 
-def _counted(sample: Sample, tower: Tower, n_positions: int) -> Bool[Tensor, " position"]:
+def _not_padding(sample: Sample, tower: Tower, n_positions: int) -> Bool[Tensor, " position"]:
     """Return a mask of the positions of a tower that are not padding."""
-    return present(sample) if tower == "language" else torch.ones(n_positions, dtype=torch.bool)
+    return not_padding(sample) if tower == "language" else torch.ones(n_positions, dtype=torch.bool)
 
 
-def _dropped(sample: Sample, sinks: Sinks, tower: Tower, n_positions: int) -> Bool[Tensor, " key"]:
+def _removed_keys(
+    sample: Sample, sinks: Sinks, tower: Tower, n_positions: int
+) -> Bool[Tensor, " key"]:
     """Return a mask of the keys whose attention is removed."""
-    drop = torch.zeros(n_positions, dtype=torch.bool)
+    removed = torch.zeros(n_positions, dtype=torch.bool)
     if isinstance(sinks, str):
         if sinks not in ("keep", "drop_first"):
             raise InputError(f"sinks must be 'keep', 'drop_first' or positions; got {sinks!r}.")
         if sinks == "drop_first":
-            drop[first_position(sample) if tower == "language" else 0] = True
+            removed[first_position(sample) if tower == "language" else 0] = True
     else:
         chosen: Any = sorted(sinks) if isinstance(sinks, Set) else sinks
-        drop[resolve(chosen, n_positions, "position")] = True
-    return drop
+        removed[resolve(chosen, n_positions, "position")] = True
+    return removed

@@ -1,16 +1,12 @@
-"""Select the layers, heads, queries and keys of an analysis, and raise the errors they share.
+"""Select layers, heads, queries and keys, and compute the null model: what all analyses share.
 
-Exclude padding: results must not depend on the other samples in the batch.
+Padding tokens are never visible keys, but they are queries in bidirectional attention, and they
+shift the positions after them. Results must not depend on the other samples in the batch, so the
+query rows and the places of positions that are returned here leave padding out.
 
-Padding tokens are never visible keys. They are queries in bidirectional attention, and they shift
-the positions after them. These functions return the rows to use and the position of each token
-without padding.
-
-The null model of every statistic: attention that is uniform over the visible keys.
-
-The null model is an attention call too: if all queries are zero, every visible key of a row has the
-same probability. The null of any statistic is therefore that statistic of ``uniform(call)``. For
-the mass on groups of keys, ``null_mass`` computes it directly.
+The null model of every statistic is attention that is uniform over the visible keys. It is an
+attention call too: if all queries are zero, every visible key of a row has the same probability.
+The null of a statistic is that statistic of ``uniform(call)``.
 """
 
 from __future__ import annotations
@@ -44,60 +40,45 @@ POSITION_COLUMNS = ("token", "token_kind", "image", "row", "col", "video", "fram
 """Columns that describe a position in a table; ``video`` and ``frame`` are NA for images."""
 
 CHUNK_BYTES = 8 * 2**20  # of float32 probabilities per chunk; callers use a few times that
+D_NULL = 8  # head width of the null's zero q and k; the fused kernel processes 8 values at a time
 
 
-def calls_of(
+def selected_calls(
     sample: Sample,
     layers: Layers,
+    heads: Positions | None = None,
     *,
     tower: Tower = "language",
     kind: AttentionKind = "self",
     call: int = 0,
-) -> Iterator[AttentionCall]:
-    """Yield the calls of the chosen layers one at a time, so that a store reads one at a time.
+) -> Iterator[tuple[AttentionCall, list[int]]]:
+    """Yield the calls of the chosen layers and their chosen heads, in the order given.
 
-    Each layer is yielded once, in the order given, without repetitions: of four layers, ``[3, -1]``
-    is one layer.
+    One call at a time is read from a store. Each layer and each head is used once: of four layers,
+    ``[3, -1]`` is one layer. Heads are non-negative numbers.
 
     Raises:
         NotRecordedError: No attention of this tower and kind was kept.
-        LayerError: A layer does not exist, or ``layers`` is empty.
+        LayerError: A layer or head does not exist, or ``layers`` or ``heads`` is empty.
     """
-    held = sample.layers(tower, kind)
-    if not held:
-        kept = sorted({f"{key[0]} {key[1]}" for key in sample.calls})
+    kept = sample.layers(tower, kind)
+    if not kept:
+        others = sorted({f"{key[0]} {key[1]}" for key in sample.calls})
         raise NotRecordedError(
             f"Sample {sample.name!r} holds no {tower} {kind}-attention; it holds: "
-            f"{', '.join(kept) or 'nothing'}. Capture that tower, or choose another."
+            f"{', '.join(others) or 'nothing'}. Capture that tower, or choose another."
         )
-    come: set[int] = set()
-    exists = sample.provenance.get("layers", {}).get(f"{tower}.{kind}") or held
-    for layer in held if layers is None else numbers(layers, "layer", max(exists) + 1):
+    yielded: set[int] = set()
+    exists = sample.provenance.get("layers", {}).get(f"{tower}.{kind}") or kept
+    for layer in kept if layers is None else numbers(layers, "layer", max(exists) + 1):
         found = sample.call(layer, tower=tower, kind=kind, call=call)
-        if found.layer not in come:
-            come.add(found.layer)
-            yield found
+        if found.layer not in yielded:
+            yielded.add(found.layer)
+            yield found, _heads_of(found, heads)
 
 
-def image_calls(
-    sample: Sample, layers: Layers, tower: Tower
-) -> Iterator[tuple[int | None, AttentionCall]]:
-    """Yield the chosen self-attention calls with the index of their image.
-
-    The index is None in the language tower.
-    """
-    numbers = sorted({key[3] for key in sample.calls if key[:2] == (tower, "self")})
-    for number in numbers or [0]:
-        for call in calls_of(sample, layers, tower=tower, call=number):
-            yield (None if tower == "language" else number), call
-
-
-def heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
-    """Return the chosen heads as non-negative numbers, without repetitions, in the order given.
-
-    Raises:
-        LayerError: A head does not exist, or ``heads`` is empty.
-    """
+def _heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
+    """Return the chosen heads as non-negative numbers, without repetitions, in the order given."""
     if heads is None:
         return list(range(call.n_heads))
     try:
@@ -185,6 +166,11 @@ def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -
     return table.astype({"token": "string", **integers})
 
 
+def position_columns(positions: pd.DataFrame, index: np.ndarray) -> dict[str, Any]:
+    """Return the ``POSITION_COLUMNS`` of the positions at an index."""
+    return {name: positions[name].array.take(index) for name in POSITION_COLUMNS}
+
+
 def image_places(tokens: pd.DataFrame) -> pd.DataFrame:
     """Return ``row, col`` of each token in the grid of its image.
 
@@ -192,6 +178,30 @@ def image_places(tokens: pd.DataFrame) -> pd.DataFrame:
     """
     small = tokens["view"].eq("thumbnail").fillna(value=False).astype(bool)
     return tokens[["row", "col"]].mask(small)
+
+
+def not_padding(sample: Sample) -> Bool[Tensor, " position"]:
+    """Return a mask of the positions that are not padding."""
+    return torch.tensor(sample.tokens["kind"].ne("padding").to_numpy(dtype=bool))
+
+
+def first_position(sample: Sample) -> int:
+    """Return the first position that is not padding."""
+    return int(np.flatnonzero(not_padding(sample))[0])
+
+
+def sequence_places(sample: Sample) -> Int[Tensor, " position"]:
+    """Return the index of each position among those that are not padding, from 0.
+
+    A padding position has the index of the last position before it that is not padding, or -1.
+    """
+    return not_padding(sample).long().cumsum(0) - 1
+
+
+def rows_of(sample: Sample, call: AttentionCall) -> Int[Tensor, " query"]:
+    """Return the query positions that a call of the language tower holds, without padding."""
+    rows = call.query_positions
+    return rows[not_padding(sample).to(rows.device)[rows]]
 
 
 def refuse_text(given: object, name: str, example: str) -> None:
@@ -223,38 +233,6 @@ def refuse_cross_attention(sample: Sample, question: str) -> None:
         )
 
 
-def row_chunks(call: AttentionCall, queries: Int[Tensor, " query"], n_heads: int) -> list[Tensor]:
-    """Split queries into chunks whose probabilities take a few MB."""
-    return list(queries.split(max(1, CHUNK_BYTES // max(4 * call.n_keys * n_heads, 1))))
-
-
-def present(sample: Sample) -> Bool[Tensor, " position"]:
-    """Return a mask of the positions that are not padding."""
-    return torch.tensor(sample.tokens["kind"].ne("padding").to_numpy(dtype=bool))
-
-
-def first_position(sample: Sample) -> int:
-    """Return the first position that is not padding."""
-    return int(np.flatnonzero(present(sample))[0])
-
-
-def places_of(sample: Sample) -> Int[Tensor, " position"]:
-    """Return the index of each position among those that are not padding, from 0.
-
-    A padding position has the index of the last position before it that is not padding, or -1.
-    """
-    return present(sample).long().cumsum(0) - 1
-
-
-def rows_of(sample: Sample, call: AttentionCall) -> Int[Tensor, " query"]:
-    """Return the query positions that a call of the language tower holds, without padding."""
-    rows = call.query_positions
-    return rows[present(sample).to(rows.device)[rows]]
-
-
-D_NULL = 8  # head width of the null's zero q and k; the fused kernel processes 8 values at a time
-
-
 def uniform(call: AttentionCall) -> AttentionCall:
     """Return the call with uniform attention over the same visible keys.
 
@@ -281,20 +259,33 @@ def uniform(call: AttentionCall) -> AttentionCall:
 def n_visible(
     call: AttentionCall, queries: Int[Tensor, " query"], heads: Sequence[int]
 ) -> Float[Tensor, "head query"]:
-    """Return how many keys each query sees, expanded over heads if the mask has one head."""
-    counts = call.n_visible(queries)[0].float()
-    return counts.expand(len(heads), -1) if counts.shape[0] == 1 else counts[list(heads)]
+    """Return how many keys each query of each head sees."""
+    return _per_head(call.n_visible(queries)[0].float(), heads)
 
 
-def null_mass(
+def mass_and_null(
     call: AttentionCall,
     groups: Float[Tensor, "group key"] | Bool[Tensor, "group key"],
     heads: Sequence[int],
     queries: Int[Tensor, " query"],
-) -> Float[Tensor, "head query group"]:
-    """Return ``AttentionCall.null_mass``, expanded over heads if the mask has one head."""
-    even = call.null_mass(groups, queries)[0]
-    return even.expand(len(heads), -1, -1) if even.shape[0] == 1 else even[list(heads)]
+) -> tuple[Float[Tensor, "head query group"], Float[Tensor, "head query group"]]:
+    """Return the mass on each group of keys, and that of uniform attention."""
+    null = _per_head(call.null_mass(groups, queries)[0].cpu(), heads)
+    return call.mass(groups, heads, queries)[0].cpu(), null
+
+
+def _per_head(values: Float[Tensor, "#head *rest"], heads: Sequence[int]) -> Tensor:
+    """Return the values of the heads; values with a head axis of length 1 hold for all heads."""
+    if values.shape[0] == 1:
+        return values.expand(len(heads), *values.shape[1:])
+    return values[list(heads)]
+
+
+def mean_where(
+    values: Float[Tensor, "head query *rest"], counted: Bool[Tensor, "head query *rest"]
+) -> Float[Tensor, "head *rest"]:
+    """Return the mean over the counted queries; NaN if there are none."""
+    return values.where(counted, 0.0).sum(1) / counted.sum(1)
 
 
 def received(
@@ -305,6 +296,11 @@ def received(
     rows = call if len(seeing) == call.n_queries else call.select_rows(seeing)
     ones = torch.ones(1, len(seeing), dtype=torch.float32, device=call.device)
     return rows.received(ones, list(heads))[0]
+
+
+def row_chunks(call: AttentionCall, queries: Int[Tensor, " query"], n_heads: int) -> list[Tensor]:
+    """Split queries into chunks whose probabilities take a few MB."""
+    return list(queries.split(max(1, CHUNK_BYTES // max(4 * call.n_keys * n_heads, 1))))
 
 
 def cells_of(

@@ -9,7 +9,7 @@ the first of ``T`` causal positions receives ``H_T / T`` (``H_T`` is the harmoni
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -18,17 +18,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodal_interp.analysis.selection import (
-    POSITION_COLUMNS,
     Layers,
-    calls_of,
     first_position,
-    heads_of,
-    places_of,
+    position_columns,
     received,
     row_chunks,
     rows_of,
+    selected_calls,
+    sequence_places,
 )
-from xmodal_interp.analysis.tables import keyed, long_table, over_samples, stacked
+from xmodal_interp.analysis.tables import Part, call_table, over_samples, stacked
 from xmodal_interp.arguments import checked, real_number
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
@@ -82,10 +81,7 @@ def attention_sinks(
         "min_queries": min_queries,
     }
     return over_samples(
-        samples,
-        lambda sample: _sinks(sample, **parameters),
-        analysis="attention_sinks",
-        parameters=parameters,
+        samples, lambda sample: _sinks(sample, **parameters), "attention_sinks", parameters
     )
 
 
@@ -115,8 +111,8 @@ def sink_rate(
         "min_queries": min_queries,
     }
 
-    def table_of(sample: Sample) -> pd.DataFrame:
-        sinks = _sinks(sample, **parameters)
+    def table_rows(sample: Sample) -> pd.DataFrame:
+        sinks = stacked(_sinks(sample, **parameters))
         first = sinks["key"].eq(first_position(sample)) & sinks["sink"]
         by = ["tower", "kind", "layer"]
         found = sinks.assign(first=first).groupby([*by, "head"], sort=False)[["first", "sink"]]
@@ -124,7 +120,7 @@ def sink_rate(
         rates = grouped.mean().rename(columns={"sink": "any"}).assign(n_heads=grouped.size())
         return rates.reset_index()
 
-    return over_samples(samples, table_of, analysis="sink_rate", parameters=parameters)
+    return over_samples(samples, table_rows, "sink_rate", parameters)
 
 
 def sink_keys(
@@ -152,12 +148,11 @@ def _sinks(
     heads: Positions | None,
     n_positions: int | None,
     min_queries: int,
-) -> pd.DataFrame:
-    """Return the table of ``attention_sinks`` for one sample."""
-    first, places = first_position(sample), places_of(sample)
-    tables = []
-    for call in calls_of(sample, layers):
-        chosen = heads_of(call, heads)
+) -> Iterator[Part]:
+    """Yield the rows of ``attention_sinks`` of each layer of a sample."""
+    first, places = first_position(sample), sequence_places(sample)
+    tokens = sample.tokens.rename(columns={"kind": "token_kind"})
+    for call, chosen in selected_calls(sample, layers, heads):
         rows = rows_of(sample, call)
         if n_positions is not None:
             rows = rows[places.to(rows.device)[rows] < n_positions]
@@ -171,14 +166,9 @@ def _sinks(
             "sink": sink[:, keys],
             "n_queries": n_queries[:, keys].long(),
         }
-        table = long_table({"head": chosen, "key": keys.tolist()}, values)
-        tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
-    whole = stacked(tables)
-    about = sample.tokens.rename(columns={"kind": "token_kind"})[list(POSITION_COLUMNS)]
-    named = about.iloc[whole["key"]]
-    named.index = whole.index
-    of_key = ["tower", "kind", "layer", "head", "key"]
-    return pd.concat([whole[of_key], named, whole.drop(columns=of_key)], axis=1)
+        axes = {"head": chosen, "key": keys.tolist()}
+        index = call_table(call, axes, {})
+        yield index | position_columns(tokens, index["key"]) | call_table(call, axes, values)
 
 
 def _received(

@@ -34,22 +34,20 @@ from torch import Tensor
 from xmodal_interp.analysis.connector_rollout import are_queries
 from xmodal_interp.analysis.selection import (
     Layers,
-    calls_of,
-    heads_of,
     image_keys,
     image_places,
     queries_of,
     received,
     refuse_cross_attention,
+    selected_calls,
 )
 from xmodal_interp.analysis.tables import (
-    keyed,
-    long_table,
-    note_origin,
-    own_name,
+    add_provenance,
+    call_table,
     samples_of,
     stacked,
     stamped,
+    unique_name,
 )
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
@@ -109,10 +107,10 @@ def raster_map(
         else:
             _refuse_other_cells(table, cells, sample)
             table["lift"] += cells["lift"]
-        own_name(sample.name, names)
+        unique_name(sample.name, names)
         if per_sample:
             lifts.append(cells["lift"].copy())
-        note_origin(provenance, sample)
+        add_provenance(provenance, sample)
     if table is None:
         raise InputError("raster_map needs at least one sample; got none.")
     n_samples = len(names)
@@ -123,12 +121,12 @@ def raster_map(
         table = table.reset_index(drop=True)
     else:
         table["lift"] /= n_samples
-    asked = {"queries": queries, "layers": layers, "heads": heads, "image": image}
-    asked |= {"per_sample": per_sample} if per_sample else {}
+    parameters = {"queries": queries, "layers": layers, "heads": heads, "image": image}
+    parameters |= {"per_sample": per_sample} if per_sample else {}
     return stamped(
         table,
         analysis="raster_map",
-        parameters=asked,
+        parameters=parameters,
         provenance=provenance,
         n_samples=n_samples,
     )
@@ -226,9 +224,9 @@ def raster_bias(
     bias = table.drop_duplicates(by)[by].reset_index(drop=True)
     bias[list(SLOPES)] = _slopes(table["lift"].to_numpy().reshape(-1, len(cells)), design)
     if control is not None:
-        plain = _slopes(table["lift_control"].to_numpy().reshape(-1, len(cells)), design)
-        bias[[f"{name}_control" for name in SLOPES]] = plain
-        bias[[f"{name}_difference" for name in SLOPES]] = bias[list(SLOPES)].to_numpy() - plain
+        of_control = _slopes(table["lift_control"].to_numpy().reshape(-1, len(cells)), design)
+        bias[[f"{name}_control" for name in SLOPES]] = of_control
+        bias[[f"{name}_difference" for name in SLOPES]] = bias[list(SLOPES)].to_numpy() - of_control
     bias.attrs = {**table.attrs, "analysis": "raster_bias"}
     return bias
 
@@ -243,16 +241,16 @@ def _with_control(
     per_sample: bool,  # noqa: FBT001
 ) -> pd.DataFrame:
     """Return the map with the control's lift as a column and ``n_control`` in its parameters."""
-    asked: dict[str, Any] = {"queries": queries, "layers": layers, "heads": heads, "image": image}
-    table = raster_map(samples, per_sample=per_sample, **asked)
+    options: dict[str, Any] = {"queries": queries, "layers": layers, "heads": heads, "image": image}
+    table = raster_map(samples, per_sample=per_sample, **options)
     if control is None:
         return table
     control = samples_of(control)
-    plain = raster_map(control, **asked)
-    _refuse_other_cells(table.head(len(plain)), plain, control[0])
-    n_maps = len(table) // len(plain)
-    table["lift_control"] = np.tile(plain["lift"].to_numpy(), n_maps)
-    table.attrs["parameters"] |= {"n_control": plain.attrs["n_samples"]}
+    of_control = raster_map(control, **options)
+    _refuse_other_cells(table.head(len(of_control)), of_control, control[0])
+    n_maps = len(table) // len(of_control)
+    table["lift_control"] = np.tile(of_control["lift"].to_numpy(), n_maps)
+    table.attrs["parameters"] |= {"n_control": of_control.attrs["n_samples"]}
     return table
 
 
@@ -277,15 +275,12 @@ def _cells(
         )
     tokens, places = tokens[torch.tensor(placed)], places[placed].astype("int64")
     rows = queries_of(sample, queries)
-    tables = []
-    for call in calls_of(sample, layers):
-        chosen = heads_of(call, heads)
-        lift = _lift(call, chosen, rows, tokens)
-        cells = {"row": places["row"].to_numpy()[None], "col": places["col"].to_numpy()[None]}
-        table = long_table({"head": chosen, "cell": range(len(tokens))}, {**cells, "lift": lift})
-        del table["cell"]
-        tables.append(keyed(table, tower="language", kind="self", layer=call.layer))
-    return stacked(tables)
+    cells = {name: places[name].to_numpy()[None] for name in ("row", "col")}
+    parts = []
+    for call, chosen in selected_calls(sample, layers, heads):
+        values = {**cells, "lift": _lift(call, chosen, rows, tokens)}
+        parts.append(call_table(call, {"head": chosen, "cell": range(len(tokens))}, values))
+    return stacked(parts).drop(columns="cell")
 
 
 def _lift(

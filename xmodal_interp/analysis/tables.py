@@ -18,59 +18,71 @@ import pandas as pd
 from torch import Tensor
 
 from xmodal_interp.arguments import as_list
+from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.sample import Sample
 
-Cells = np.ndarray | Tensor | float
+Values = np.ndarray | Tensor | float
 """Values with one axis per key, or broadcastable to that shape."""
 
-Columns = dict[str, np.ndarray]
-"""Columns of a part of a table. Parts are concatenated before one DataFrame is built, for speed."""
+Part = dict[str, Any]
+"""Columns of a part of a table: arrays of one length, and scalars that are the same in all rows."""
 
-_PLAIN: tuple[Any, ...] = (bytes, range)  # sequences that cannot hold samples
+_NO_SAMPLES: tuple[Any, ...] = (bytes, range)  # sequences that cannot hold samples
 
 _OF_SAMPLE = ("created", "item", "images", "videos", "batch_size")
 """Provenance entries that may differ between the samples of one run."""
 
 
-def long_table(axes: Mapping[str, Sequence[Any]], values: Mapping[str, Cells]) -> Columns:
+def long_table(axes: Mapping[str, Sequence[Any]], values: Mapping[str, Values]) -> Part:
     """Return one row per combination of axis entries, with a column per axis and per value.
 
     Args:
         axes: Name and entries of each axis.
-        values: Name and cells of each column, broadcastable to the shape of the axes.
+        values: Name and values of each column, broadcastable to the shape of the axes.
     """
     shape = tuple(len(entries) for entries in axes.values())
-    table: Columns = {}
+    table: Part = {}
     for place, (name, entries) in enumerate(axes.items()):
         along = np.asarray(entries).reshape(-1, *(1,) * (len(shape) - place - 1))
         table[name] = np.broadcast_to(along, shape).reshape(-1)
-    for name, cells in values.items():
-        bare = cells.detach().cpu().numpy() if isinstance(cells, Tensor) else np.asarray(cells)
-        table[name] = np.broadcast_to(bare, shape).reshape(-1)
+    for name, given in values.items():
+        array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+        table[name] = np.broadcast_to(array, shape).reshape(-1)
     return table
 
 
-def keyed(table: Columns, **keys: str | int | np.ndarray) -> Columns:
-    """Return the table with key columns inserted in front; scalar keys fill their column."""
-    n_rows = len(next(iter(table.values())))
-    return {name: np.full(n_rows, value) for name, value in keys.items()} | table
+def call_table(
+    call: AttentionCall, axes: Mapping[str, Sequence[Any]], values: Mapping[str, Values]
+) -> Part:
+    """Return ``long_table`` with the tower, the attention kind and the layer of a call in front."""
+    return {"tower": call.tower, "kind": call.kind, "layer": call.layer} | long_table(axes, values)
 
 
-def stacked(tables: Iterable[Columns]) -> pd.DataFrame:
-    """Concatenate tables that have the same columns."""
-    parts = list(tables)
-    return pd.DataFrame({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+def stacked(parts: Iterable[Part]) -> pd.DataFrame:
+    """Return one table of parts that have the same columns; it is built once, for speed."""
+    parts = list(parts)
+    lengths = [next(len(c) for c in part.values() if np.ndim(c)) for part in parts]
+    table: Part = {}
+    for name, first in parts[0].items():
+        column = [part[name] for part in parts]
+        if isinstance(first, np.ndarray):
+            table[name] = np.concatenate(column)
+        elif np.ndim(first):  # a Series or an extension array, such as Int64
+            table[name] = pd.concat([pd.Series(each) for each in column], ignore_index=True)
+        else:
+            dtype = object if isinstance(first, str) else None
+            table[name] = np.repeat(np.array(column, dtype), lengths)
+    return pd.DataFrame(table)
 
 
 def over_samples(
     samples: Sample | Iterable[Sample],
-    table_of: Callable[[Sample], pd.DataFrame],
-    *,
+    table_rows: Callable[[Sample], pd.DataFrame | Iterable[Part]],
     analysis: str,
     parameters: Mapping[str, Any],
 ) -> pd.DataFrame:
-    """Concatenate the tables of all samples, with a ``sample`` column in front.
+    """Return the rows of all samples as one table, with a ``sample`` column in front.
 
     Samples with the same name are numbered in the order given (``sample-0``, ``sample-0 (2)``), so
     that each has separate rows. ``.attrs["numbered"]`` maps the numbered names to the original
@@ -79,26 +91,32 @@ def over_samples(
     ``.attrs`` also hold the provenance. Samples are read one at a time, so a store may be larger
     than memory.
 
+    Args:
+        samples: One sample or many.
+        table_rows: Function that returns or yields the rows of one sample.
+        analysis: Name of the analysis, for ``.attrs``.
+        parameters: Arguments of the analysis, for ``.attrs``.
+
     Raises:
         InputError: There are no samples.
     """
-    tables: list[pd.DataFrame] = []
+    parts: list[Part] = []
     provenance: list[Mapping[str, Any]] = []
     names: dict[str, str] = {}
     for sample in samples_of(samples):
-        table = table_of(sample)
-        table.insert(0, "sample", own_name(sample.name, names))
-        tables.append(table)
-        note_origin(provenance, sample)
-    if not tables:
+        rows = table_rows(sample)
+        name = unique_name(sample.name, names)
+        of_sample = [dict(rows)] if isinstance(rows, pd.DataFrame) else rows
+        parts += [{"sample": name, **part} for part in of_sample]
+        add_provenance(provenance, sample)
+    if not names:
         raise InputError(f"{analysis} needs at least one sample; got none.")
-    table = tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
-    stamped(
-        table,
+    table = stamped(
+        stacked(parts),
         analysis=analysis,
         parameters=parameters,
         provenance=provenance,
-        n_samples=len(tables),
+        n_samples=len(names),
     )
     numbered = {shown: name for shown, name in names.items() if shown != name}
     if numbered:
@@ -106,7 +124,7 @@ def over_samples(
     return table
 
 
-def own_name(name: str, names: dict[str, str]) -> str:
+def unique_name(name: str, names: dict[str, str]) -> str:
     """Return the name, numbered if it is among ``names`` already, and add it to ``names``."""
     own, number = name, 1
     while own in names:
@@ -129,7 +147,7 @@ def samples_of(samples: Sample | Iterable[Sample]) -> Sequence[Sample]:
         )
     if isinstance(samples, Sample):
         return [samples]
-    if isinstance(samples, Sequence) and not isinstance(samples, (list, tuple, *_PLAIN)):
+    if isinstance(samples, Sequence) and not isinstance(samples, (list, tuple, *_NO_SAMPLES)):
         return samples
     several = as_list(samples, "samples")
     if not all(isinstance(each, Sample) for each in several):
@@ -140,7 +158,7 @@ def samples_of(samples: Sample | Iterable[Sample]) -> Sequence[Sample]:
     return several
 
 
-def note_origin(provenance: list[Mapping[str, Any]], sample: Sample) -> None:
+def add_provenance(provenance: list[Mapping[str, Any]], sample: Sample) -> None:
     """Add the sample's provenance, unless the list has one that differs only in date or item."""
     if all(_common(known) != _common(sample.provenance) for known in provenance):
         provenance.append(sample.provenance)
@@ -159,20 +177,20 @@ def stamped(
     n_samples: int,
 ) -> pd.DataFrame:
     """Set the table's ``.attrs`` and return the table."""
-    origins = [plain(one if n_samples == 1 else _common(one)) for one in provenance]
+    origins = [as_json(one if n_samples == 1 else _common(one)) for one in provenance]
     table.attrs = {
         "analysis": analysis,
-        "parameters": plain(parameters),
+        "parameters": as_json(parameters),
         "provenance": origins[0] if len(origins) == 1 else origins,
         "n_samples": n_samples,
     }
     return table
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Convert a value to JSON types: sequences to lists, a slice to ``"start:stop:step"``."""
     if isinstance(value, Mapping):
-        return {str(name): plain(entry) for name, entry in value.items()}
+        return {str(name): as_json(entry) for name, entry in value.items()}
     if isinstance(value, slice):
         parts = (value.start, value.stop, value.step)
         return ":".join("" if part is None else str(part) for part in parts)
@@ -181,7 +199,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, (set, frozenset)):
-        return [plain(entry) for entry in sorted(value)]
+        return [as_json(entry) for entry in sorted(value)]
     if isinstance(value, (list, tuple, range)):
-        return [plain(entry) for entry in value]
+        return [as_json(entry) for entry in value]
     return value

@@ -19,14 +19,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from xmodal_interp.capturing.fingerprint import fingerprint
-from xmodal_interp.capturing.items import Item, checked, name_of, opened_images
+from xmodal_interp.capturing.items import Item, item_of, opened_media, sample_name
 from xmodal_interp.capturing.run import Keep, capture_batch, provenance
 from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.models import VLM, Video, check_vlm
 from xmodal_interp.models.known_answers import Items, listed
 from xmodal_interp.store import Store, StoreWriter, open_store
 
-_Ready = tuple[Item, tuple[list[Image.Image], list[Video]]]
+_OpenedItem = tuple[Item, tuple[list[Image.Image], list[Video]]]
 """An item with its opened images and videos."""
 
 _logger = logging.getLogger(__name__)
@@ -91,13 +91,13 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
         tqdm(total=n_items, unit="sample", smoothing=0, disable=not progress) as bar,
     ):
         run = _Run(vlm, writer, bar, keep, max_new_tokens, system, skips=on_error == "skip")
-        run.work(items, batch_size)
+        run.capture_all(items, batch_size)
         message = (
-            f"{writer.path}: {run.n_there} of {run.n_items} samples were already in the store, "
+            f"{writer.path}: {run.n_stored} of {run.n_items} samples were already in the store, "
             f"{run.n_captured} were captured, {run.n_failed} failed."
         )
         _logger.info(message)
-        if progress and (run.n_there or run.n_failed):
+        if progress and (run.n_stored or run.n_failed):
             tqdm.write(message, file=sys.stderr)
     return open_store(path)
 
@@ -122,40 +122,40 @@ class _Run:
     system: str | None
     skips: bool
     n_items: int = 0
-    n_there: int = 0
+    n_stored: int = 0
     n_captured: int = 0
     n_failed: int = 0
     seen: dict[str, int] = field(default_factory=dict)
 
-    def work(self, items: Iterable[Mapping[str, Any]], batch_size: int) -> None:
-        batch: list[_Ready] = []
-        for ready in self._missing(items):
-            batch.append(ready)
+    def capture_all(self, items: Iterable[Mapping[str, Any]], batch_size: int) -> None:
+        batch: list[_OpenedItem] = []
+        for opened in self._missing(items):
+            batch.append(opened)
             if len(batch) == batch_size:
                 self._capture(batch)
                 batch = []
         if batch:
             self._capture(batch)
 
-    def _missing(self, items: Iterable[Mapping[str, Any]]) -> Iterator[_Ready]:
+    def _missing(self, items: Iterable[Mapping[str, Any]]) -> Iterator[_OpenedItem]:
         """Yield the items that are not in the store yet, with their images opened."""
         for number, raw in enumerate(items):
             self.n_items += 1
             name = None
             try:
-                name = name_of(number, raw, self.seen)
-                item = checked(number, name, raw)
-                if self._is_there(item):
+                name = sample_name(number, raw, self.seen)
+                item = item_of(number, name, raw)
+                if self._is_stored(item):
                     continue
-                opened = opened_images(item)
+                opened = opened_media(item)
             except InputError as error:
                 if not self.skips:
                     raise
-                self._note(number, name, error)
+                self._note_failure(number, name, error)
                 continue
             yield item, opened
 
-    def _is_there(self, item: Item) -> bool:
+    def _is_stored(self, item: Item) -> bool:
         if item.name not in self.writer:
             return False
         if self.writer.record(item.name)["provenance"].get("item") != item.digest:
@@ -164,13 +164,13 @@ class _Run:
                 f"in {self.writer.path}. Give each item a unique name or id, or write to another "
                 "folder."
             )
-        self.n_there += 1
+        self.n_stored += 1
         if not self.bar.disable:
             self.bar.initial += 1  # excluded from the rate that the bar shows
         self.bar.update()
         return True
 
-    def _capture(self, batch: Sequence[_Ready]) -> None:
+    def _capture(self, batch: Sequence[_OpenedItem]) -> None:
         try:
             samples = capture_batch(
                 self.vlm,
@@ -186,7 +186,7 @@ class _Run:
                 error.add_note(f"Raised by {', '.join(item.title for item, _ in batch)}.")
                 raise
             if len(batch) == 1:
-                self._note(batch[0][0].number, batch[0][0].name, error)
+                self._note_failure(batch[0][0].number, batch[0][0].name, error)
                 return
             samples = []
         if not samples:  # the batch failed: capture its items one by one
@@ -194,28 +194,18 @@ class _Run:
                 self._capture([each])
             return
         for (item, _), sample in zip(batch, samples, strict=True):
-            digests, of_frames = item.picture_digests
-            about = {
-                "images": item.sources,
-                "image_digests": digests,
-                **({"videos": item.frame_sources} if item.videos else {}),
-                **({"video_digests": of_frames} if item.videos else {}),
-                "item": item.digest,
-                "system": self.system,
-                "batch_size": len(batch),
-            }
-            named = replace(
-                sample,
-                name=item.name,
-                labels=item.labels,
-                provenance={**sample.provenance, **about},
-            )
-            self.writer.write(named)
+            digests, frame_digests = item.picture_digests
+            about: dict[str, Any] = {"images": item.sources, "image_digests": digests}
+            if item.videos:
+                about |= {"videos": item.frame_sources, "video_digests": frame_digests}
+            about |= {"item": item.digest, "system": self.system, "batch_size": len(batch)}
+            about = {**sample.provenance, **about}
+            self.writer.write(replace(sample, name=item.name, labels=item.labels, provenance=about))
             self.n_captured += 1
             self.bar.set_postfix_str(f"{self.writer.n_bytes / 1e6:.1f} MB", refresh=False)
             self.bar.update()
 
-    def _note(self, number: int, name: str | None, error: Exception) -> None:
+    def _note_failure(self, number: int, name: str | None, error: Exception) -> None:
         what = {"error": type(error).__name__, "message": str(error)}
         self.writer.note_failure({"item": number, "name": name, **what})
         self.n_failed += 1

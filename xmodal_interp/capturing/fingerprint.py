@@ -10,7 +10,8 @@
 The location of the files, the device of the weights and the number of threads are left out, because
 they do not change the model.
 
-Digests of Python values: the state of hooks, modules and processors as JSON and SHA-256.
+The state of modules, hooks and processors is described as JSON (``described``); tensors, arrays and
+code in it are represented by their SHA-256 digests.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ from xmodal_interp.upstream import (
     without_tensor_subclasses,
 )
 
+FINGERPRINT = 2
+"""Version of the fingerprint, incremented when the digests of an unchanged model change. A store of
+another version is read-only."""
+
 LIBRARIES = ("transformers.", "accelerate.", "xmodal_interp.")
 """Functions of these libraries are described by name; the settings contain their versions."""
 
@@ -66,211 +71,12 @@ _NO_STATE = frozenset(  # attributes that do not affect results
         *("files_loaded", "is_local", "local_files_only", "vocab_file", "tokenizer_file"),
     }
 )
-
-
-def described(value: Any) -> Any:
-    """Return a JSON description of a Python value that changes when the value changes.
-
-    Tensors and arrays are represented by their digests; functions by their code, defaults and
-    closure; modules by their class; other objects by their class and attributes.
-    """
-    return Describer().describe(value)
-
-
-class Describer:
-    """Traversal of one value; an object that contains itself is described once.
-
-    Args:
-        tensors: If given, digests of tensors are added to this set instead of the description, and
-            values that are None are left out. Some quantised weights move between attributes while
-            the model runs.
-    """
-
-    def __init__(self, tensors: set[str] | None = None) -> None:
-        self._tensors = tensors
-        self._on_path: set[int] = set()
-        self._n_nodes = 0
-
-    def describe(self, value: Any) -> Any:
-        """Return the description of a value as JSON."""
-        self._n_nodes += 1
-        if self._tensors is not None and isinstance(value, Tensor):
-            self._tensors.add(tensor_digest(value))
-            return None
-        plain = _plain(value)
-        if plain is not None:
-            return plain
-        if id(value) in self._on_path or self._n_nodes > _MAX_NODES:
-            return class_of(value)
-        self._on_path.add(id(value))
-        try:
-            return self._inside(value)
-        finally:
-            self._on_path.discard(id(value))
-
-    def _inside(self, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return self._mapping(value)
-        if isinstance(value, (list, tuple)):
-            return [self.describe(each) for each in value]
-        if isinstance(value, (set, frozenset)):
-            return {"set": sorted(json.dumps(self.describe(each)) for each in value)}
-        if callable(value):
-            return self._callable(value)
-        if hasattr(value, "to_json_string"):  # a config, or a part of a processor
-            return [class_of(value), portable(json.loads(value.to_json_string()))]
-        return self._object(value)
-
-    def _mapping(self, value: Mapping[Any, Any]) -> Any:
-        items = [(str(name), self.describe(each)) for name, each in value.items()]
-        if self._tensors is not None:
-            items = [(name, each) for name, each in items if each not in (None, "None")]
-        return {"mapping": sorted(items, key=lambda item: item[0])}
-
-    def _callable(self, value: Any) -> Any:
-        if isinstance(value, functools.partial):
-            return {"partial": [self.describe(x) for x in (value.func, value.args, value.keywords)]}
-        if isinstance(value, types.MethodType):
-            return {"method": [self.describe(x) for x in (value.__func__, value.__self__)]}
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
-        return self._object(value)
-
-    def _function(self, function: types.FunctionType) -> Any:
-        name = f"{function.__module__}.{function.__qualname__}"
-        if name.startswith(LIBRARIES):  # the settings contain their versions
-            return name
-        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-        parts = [function.__defaults__, function.__kwdefaults__, cells]
-        return {"function": name, "code": _code(function.__code__), "with": self.describe(parts)}
-
-    def _object(self, value: Any) -> Any:
-        held = attributes_of(value)
-        if isinstance(value, (nn.Module, type, types.ModuleType)) or not held:
-            return class_of(value)
-        return {"class": class_of(value), "attributes": self._mapping(held)}
-
-
-def attributes_of(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object, except those that do not affect results."""
-    held = getattr(value, "__dict__", {})
-    return {
-        name: each
-        for name, each in held.items()
-        if name not in _NO_STATE
-        and not isinstance(_of_class(value, name), functools.cached_property)
-    }
-
-
-def _of_class(value: Any, name: str) -> Any:
-    """Return the class attribute of this name, or None; used to skip cached properties."""
-    return next((vars(kind)[name] for kind in type(value).__mro__ if name in vars(kind)), None)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that JSON or a digest represents directly; None for any other value."""
-    if isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return repr(value)  # not every float is JSON
-    if isinstance(value, Tensor):
-        return {"tensor": tensor_digest(value)}
-    if isinstance(value, (np.ndarray, np.generic)):
-        array = np.ascontiguousarray(value)
-        held = array.tobytes() if array.dtype != object else repr(array.tolist()).encode()
-        about = f"{array.dtype} {array.shape} ".encode()
-        return {"array": hashlib.sha256(about + held).hexdigest()}
-    if value is None or isinstance(value, (bytes, complex, torch.dtype, slice)):
-        return repr(value)
-    return None
-
-
-def class_of(value: Any) -> str:
-    """Return the qualified name of a value, or of its class if the value has none."""
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018  # reading an empty cell raises
-    except ValueError:
-        return False
-    return True
-
-
-def _code(code: types.CodeType) -> str:
-    """Return the SHA-256 of a function's code, including nested functions."""
-    constants = [
-        _code(each) if isinstance(each, types.CodeType) else described(each)
-        for each in code.co_consts
-    ]
-    return digest_of([code.co_code.hex(), list(code.co_names), constants])
-
-
-def portable(value: Any) -> Any:
-    """Return JSON without paths and origin, so that moving a model does not change its digest."""
-    if isinstance(value, dict):
-        return {k: portable(v) for k, v in value.items() if k not in _ORIGIN}
-    return [portable(v) for v in value] if isinstance(value, list) else value
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """Return the SHA-256 of a tensor's dtype, shape and bytes, for any layout or subclass."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode())
-    with torch.no_grad(), without_tensor_subclasses():
-        held = tensor.detach()
-    if hasattr(type(held), "__tensor_flatten__"):  # a tensor subclass, such as torchao's
-        names, about = cast("Any", held).__tensor_flatten__()
-        parts: list[Any] = [getattr(held, name) for name in names]
-        digest.update(digest_of([class_of(type(held)), list(names), described(about)]).encode())
-    else:
-        parts = _quantised(held) if held.is_quantized else _sparse(held)
-    for part in parts:
-        if part is not held:
-            digest.update(tensor_digest(part).encode())
-        elif not held.is_meta:
-            for chunk in _chunks(held):
-                digest.update(chunk.data)
-    return digest.hexdigest()
-
-
-def _quantised(tensor: Tensor) -> list[Tensor]:
-    """Return the integers, scales and zero points of a tensor with a quantised dtype."""
-    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        about = torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
-        return [tensor.int_repr(), about]
-    scales, zeros = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
-    return [tensor.int_repr(), scales, zeros]
-
-
-def _sparse(tensor: Tensor) -> list[Tensor]:
-    """Return the parts of a sparse tensor; a dense tensor is returned as its only part."""
-    if tensor.layout == torch.strided:
-        return [tensor]
-    if tensor.is_mkldnn:
-        return [tensor.to_dense()]
-    whole = tensor.to_sparse_coo().coalesce()
-    return [whole.indices(), whole.values()]
-
-
-def _chunks(tensor: Tensor) -> Iterator[np.ndarray]:
-    """Yield the bytes of a dense tensor, in chunks if it is on another device."""
-    flat = tensor.resolve_conj().resolve_neg().reshape(-1)
-    n_each = len(flat) if flat.device.type == "cpu" else _CHUNK // flat.element_size()
-    for chunk in flat.split(max(n_each, 1)):
-        yield chunk.cpu().contiguous().view(torch.uint8).numpy()
-
-
-FINGERPRINT = 2
-"""Version of the fingerprint, incremented when the digests of an unchanged model change. A store of
-another version is read-only."""
-
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _OF_LAST_RUN = ("_cached",)
 """Suffixes of the attributes that a module sets when it runs."""
 _BY_LENGTH = ("dynamic", "longrope")
 """Types of rotary embeddings in transformers that recompute their frequencies for long prompts."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def fingerprint(vlm: VLM) -> dict[str, Any]:
@@ -322,15 +128,19 @@ def _processor(processor: Any) -> Any:
 
     Private attributes are left out: some processors use them for temporary state.
     """
-    held = {n: v for n, v in attributes_of(processor).items() if n != "tokenizer" and n[0] != "_"}
+    attributes = {
+        n: v for n, v in attributes_of(processor).items() if n != "tokenizer" and n[0] != "_"
+    }
     settings = portable(json.loads(processor.to_json_string()))
-    return [class_of(processor), settings, described(held)]
+    return [class_of(processor), settings, described(attributes)]
 
 
 def _tokenizer(tokenizer: Any) -> Any:
     """Return the vocabulary, rules and settings of a tokenizer."""
     rules = (TOKENIZER_RULES, "sp_model")
-    held = {name: each for name, each in attributes_of(tokenizer).items() if name not in rules}
+    attributes = {
+        name: each for name, each in attributes_of(tokenizer).items() if name not in rules
+    }
     fast: Any = fast_tokenizer(tokenizer)
     sentencepiece: Any = getattr(tokenizer, "sp_model", None)
     made_of: Any = None
@@ -341,7 +151,7 @@ def _tokenizer(tokenizer: Any) -> Any:
         made_of = hashlib.sha256(sentencepiece.serialized_model_proto()).hexdigest()
     elif hasattr(tokenizer, "get_vocab"):
         made_of = tokenizer.get_vocab()
-    return [class_of(tokenizer), described(held), made_of]
+    return [class_of(tokenizer), described(attributes), made_of]
 
 
 def _intervention(intervention: Any) -> str:
@@ -388,7 +198,7 @@ def _hooks(model: nn.Module) -> list[str]:
     return [
         f"{at}: {_title(hook)} {digest_of(described(hook))[:16]}"
         for at, hook in found
-        if _acts(hook)
+        if _set_by_user(hook)
     ]
 
 
@@ -406,7 +216,7 @@ def _replaced_forward(module: nn.Module) -> Any:
     return None if own is not None and own is type(module).forward else forward
 
 
-def _acts(hook: Any) -> bool:
+def _set_by_user(hook: Any) -> bool:
     """Whether a hook was set by the user, not by a library such as accelerate."""
     function = hook.func if isinstance(hook, functools.partial) else hook
     where = getattr(function, "__module__", None) or type(function).__module__
@@ -421,34 +231,35 @@ def _modules(model: nn.Module) -> list[Any]:
     """Return path, class, attributes and the digests of tensor attributes of every module."""
     rows = []
     for path, module in model.named_modules():
-        held = {n: v for n, v in attributes_of(module).items() if n not in _OF_EVERY_MODULE}
-        held = {n: v for n, v in held.items() if not n.endswith(_OF_LAST_RUN)}
+        attributes = {n: v for n, v in attributes_of(module).items() if n not in _OF_EVERY_MODULE}
+        attributes = {n: v for n, v in attributes.items() if not n.endswith(_OF_LAST_RUN)}
         if hasattr(module, "config"):  # tensors kept by a whole model are from its last run
-            held = {n: v for n, v in held.items() if not isinstance(v, Tensor)}
+            attributes = {n: v for n, v in attributes.items() if not isinstance(v, Tensor)}
         weights = [each for each in parameters_of(module).values() if each is not None]
         tensors: set[str] = set()
-        describe = Describer(tensors).describe
+        describe = _Description(tensors).describe
         parts = [
-            describe(x) for x in (held, [attributes_of(w) for w in weights], extra_state_of(module))
+            describe(x)
+            for x in (attributes, [attributes_of(w) for w in weights], extra_state_of(module))
         ]
         rows.append([path, class_of(type(module)), module.training, parts, sorted(tensors)])
     return rows
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for path, module, name, tensor in _held(model, parameters_of):
+    for path, module, name, tensor in _tensors_of(model, parameters_of):
         yield f"{path}.{name}", _offloaded(module, name, tensor)
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the buffers, except rotary frequencies that depend on the length of the last prompt."""
-    for path, module, name, tensor in _held(model, buffers_of):
+    for path, module, name, tensor in _tensors_of(model, buffers_of):
         by_length = any(kind in str(getattr(module, "rope_type", "")) for kind in _BY_LENGTH)
         if not by_length or not name.endswith("inv_freq") or name.endswith("original_inv_freq"):
             yield f"{path}.{name}", _offloaded(module, name, tensor)
 
 
-def _held(
+def _tensors_of(
     model: nn.Module, tensors_of: Callable[[nn.Module], Mapping[str, Tensor | None]]
 ) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Yield path, module, name and tensor of every parameter or buffer; shared tensors once."""
@@ -478,3 +289,197 @@ def _digests(tensors: Iterator[tuple[str, Tensor]]) -> list[tuple[str, str]]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(tensor_digest, [tensor for _, tensor in named])
     return list(zip([name for name, _ in named], digests, strict=True))
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's dtype, shape and bytes, for any layout or subclass."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode())
+    with torch.no_grad(), without_tensor_subclasses():
+        bare = tensor.detach()
+    if hasattr(type(bare), "__tensor_flatten__"):  # a tensor subclass, such as torchao's
+        names, about = cast("Any", bare).__tensor_flatten__()
+        parts: list[Any] = [getattr(bare, name) for name in names]
+        digest.update(digest_of([class_of(type(bare)), list(names), described(about)]).encode())
+    else:
+        parts = _quantised(bare) if bare.is_quantized else _sparse(bare)
+    for part in parts:
+        if part is not bare:
+            digest.update(tensor_digest(part).encode())
+        elif not bare.is_meta:
+            for chunk in _chunks(bare):
+                digest.update(chunk.data)
+    return digest.hexdigest()
+
+
+def _quantised(tensor: Tensor) -> list[Tensor]:
+    """Return the integers, scales and zero points of a tensor with a quantised dtype."""
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        about = torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
+        return [tensor.int_repr(), about]
+    scales, zeros = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+    return [tensor.int_repr(), scales, zeros]
+
+
+def _sparse(tensor: Tensor) -> list[Tensor]:
+    """Return the parts of a sparse tensor; a dense tensor is returned as its only part."""
+    if tensor.layout == torch.strided:
+        return [tensor]
+    if tensor.is_mkldnn:
+        return [tensor.to_dense()]
+    whole = tensor.to_sparse_coo().coalesce()
+    return [whole.indices(), whole.values()]
+
+
+def _chunks(tensor: Tensor) -> Iterator[np.ndarray]:
+    """Yield the bytes of a dense tensor, in chunks if it is on another device."""
+    flat = tensor.resolve_conj().resolve_neg().reshape(-1)
+    n_each = len(flat) if flat.device.type == "cpu" else _CHUNK // flat.element_size()
+    for chunk in flat.split(max(n_each, 1)):
+        yield chunk.cpu().contiguous().view(torch.uint8).numpy()
+
+
+def described(value: Any) -> Any:
+    """Return a JSON description of a Python value that changes when the value changes.
+
+    Tensors and arrays are represented by their digests; functions by their code, defaults and
+    closure; modules by their class; other objects by their class and attributes.
+    """
+    return _Description().describe(value)
+
+
+class _Description:
+    """Traversal of one value; an object that contains itself is described once.
+
+    Args:
+        tensors: If given, digests of tensors are added to this set instead of the description, and
+            values that are None are left out. Some quantised weights move between attributes while
+            the model runs.
+    """
+
+    def __init__(self, tensors: set[str] | None = None) -> None:
+        self._tensors = tensors
+        self._on_path: set[int] = set()
+        self._n_nodes = 0
+
+    def describe(self, value: Any) -> Any:
+        """Return the description of a value as JSON."""
+        self._n_nodes += 1
+        if self._tensors is not None and isinstance(value, Tensor):
+            self._tensors.add(tensor_digest(value))
+            return None
+        leaf = _leaf(value)
+        if leaf is not None:
+            return leaf
+        if id(value) in self._on_path or self._n_nodes > _MAX_NODES:
+            return class_of(value)
+        self._on_path.add(id(value))
+        try:
+            return self._inside(value)
+        finally:
+            self._on_path.discard(id(value))
+
+    def _inside(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return self._mapping(value)
+        if isinstance(value, (list, tuple)):
+            return [self.describe(each) for each in value]
+        if isinstance(value, (set, frozenset)):
+            return {"set": sorted(json.dumps(self.describe(each)) for each in value)}
+        if callable(value):
+            return self._callable(value)
+        if hasattr(value, "to_json_string"):  # a config, or a part of a processor
+            return [class_of(value), portable(json.loads(value.to_json_string()))]
+        return self._object(value)
+
+    def _mapping(self, value: Mapping[Any, Any]) -> Any:
+        items = [(str(name), self.describe(each)) for name, each in value.items()]
+        if self._tensors is not None:
+            items = [(name, each) for name, each in items if each not in (None, "None")]
+        return {"mapping": sorted(items, key=lambda item: item[0])}
+
+    def _callable(self, value: Any) -> Any:
+        if isinstance(value, functools.partial):
+            return {"partial": [self.describe(x) for x in (value.func, value.args, value.keywords)]}
+        if isinstance(value, types.MethodType):
+            return {"method": [self.describe(x) for x in (value.__func__, value.__self__)]}
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        return self._object(value)
+
+    def _function(self, function: types.FunctionType) -> Any:
+        name = f"{function.__module__}.{function.__qualname__}"
+        if name.startswith(LIBRARIES):  # the settings contain their versions
+            return name
+        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+        parts = [function.__defaults__, function.__kwdefaults__, cells]
+        return {"function": name, "code": _code(function.__code__), "with": self.describe(parts)}
+
+    def _object(self, value: Any) -> Any:
+        attributes = attributes_of(value)
+        if isinstance(value, (nn.Module, type, types.ModuleType)) or not attributes:
+            return class_of(value)
+        return {"class": class_of(value), "attributes": self._mapping(attributes)}
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, except those that do not affect results."""
+    attributes = getattr(value, "__dict__", {})
+    return {
+        name: each
+        for name, each in attributes.items()
+        if name not in _NO_STATE
+        and not isinstance(_of_class(value, name), functools.cached_property)
+    }
+
+
+def _of_class(value: Any, name: str) -> Any:
+    """Return the class attribute of this name, or None; used to skip cached properties."""
+    return next((vars(kind)[name] for kind in type(value).__mro__ if name in vars(kind)), None)
+
+
+def _leaf(value: Any) -> Any:
+    """Return a value that JSON or a digest represents directly; None for any other value."""
+    if isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return repr(value)  # not every float is JSON
+    if isinstance(value, Tensor):
+        return {"tensor": tensor_digest(value)}
+    if isinstance(value, (np.ndarray, np.generic)):
+        array = np.ascontiguousarray(value)
+        content = array.tobytes() if array.dtype != object else repr(array.tolist()).encode()
+        about = f"{array.dtype} {array.shape} ".encode()
+        return {"array": hashlib.sha256(about + content).hexdigest()}
+    if value is None or isinstance(value, (bytes, complex, torch.dtype, slice)):
+        return repr(value)
+    return None
+
+
+def class_of(value: Any) -> str:
+    """Return the qualified name of a value, or of its class if the value has none."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  # reading an empty cell raises
+    except ValueError:
+        return False
+    return True
+
+
+def _code(code: types.CodeType) -> str:
+    """Return the SHA-256 of a function's code, including nested functions."""
+    constants = [
+        _code(each) if isinstance(each, types.CodeType) else described(each)
+        for each in code.co_consts
+    ]
+    return digest_of([code.co_code.hex(), list(code.co_names), constants])
+
+
+def portable(value: Any) -> Any:
+    """Return JSON without paths and origin, so that moving a model does not change its digest."""
+    if isinstance(value, dict):
+        return {k: portable(v) for k, v in value.items() if k not in _ORIGIN}
+    return [portable(v) for v in value] if isinstance(value, list) else value

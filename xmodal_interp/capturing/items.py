@@ -108,7 +108,7 @@ def _source(picture: ImageLike) -> str | None:
     return None if isinstance(picture, Image.Image) else str(user_path(picture).resolve())
 
 
-def name_of(number: int, raw: Any, seen: dict[str, int]) -> str:
+def sample_name(number: int, raw: Any, seen: dict[str, int]) -> str:
     """Return the name of an item: its ``name``, its ``id``, or one made from its index.
 
     Args:
@@ -138,8 +138,8 @@ def name_of(number: int, raw: Any, seen: dict[str, int]) -> str:
     return name
 
 
-def checked(number: int, name: str, raw: Mapping[str, Any]) -> Item:
-    """Validate the entries of an item, without opening its images.
+def item_of(number: int, name: str, raw: Mapping[str, Any]) -> Item:
+    """Return an item with validated entries, without opening its images.
 
     Raises:
         InputError: An entry is missing or invalid.
@@ -167,7 +167,7 @@ def checked(number: int, name: str, raw: Mapping[str, Any]) -> Item:
     return Item(number, name, tuple(images), prompt, labels, tuple(videos))
 
 
-def opened_images(item: Item) -> tuple[list[Image.Image], list[Video]]:
+def opened_media(item: Item) -> tuple[list[Image.Image], list[Video]]:
     """Open the images and videos of an item and read their pixels.
 
     Raises:

@@ -43,22 +43,22 @@ def stacks_of(model: Any, identities: Collection[Identity]) -> Stacks:
     return Stacks(frozenset(encoder), merged=all(each.kind == "self" for each in language))
 
 
-def call_by_position(
-    stream: Sequence[AttentionCall], n_positions: int, n_encoder: int, stacks: Stacks
+def over_positions(
+    calls: Sequence[AttentionCall], n_positions: int, n_encoder: int, stacks: Stacks
 ) -> AttentionCall:
     """Join the calls of one layer into one call over all positions of a sample.
 
     Args:
-        stream: The layer's calls for this sample, in order.
+        calls: The layer's calls for this sample, in order.
         n_positions: Number of positions of the sample.
         n_encoder: How many of these, from the first, are read by an encoder; 0 without an encoder.
         stacks: The encoder and decoder of the model.
     """
     if n_encoder == 0:
-        return stitch(stream, n_positions)
-    if stream[0].module in stacks.encoder:
-        return encoder_layer(stream, n_encoder, n_positions)
-    return decoder_layer(stream, n_encoder, n_positions, merged=stacks.merged)
+        return stitch(calls, n_positions)
+    if calls[0].module in stacks.encoder:
+        return encoder_layer(calls, n_encoder, n_positions)
+    return decoder_layer(calls, n_encoder, n_positions, merged=stacks.merged)
 
 
 def without_padding_keys(call: AttentionCall, n_keys: int | None) -> AttentionCall:

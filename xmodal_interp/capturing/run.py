@@ -2,8 +2,10 @@
 
 1. ``VLM.prepare`` makes model inputs and token tables.
 2. The model generates (or runs once) with the user's settings, while ``record`` records its calls.
-3. Decode steps are appended to the prefill: one query row per token, with any kind of cache.
-4. The calls of a batch are split into samples, those of the vision tower also into images.
+3. The calls of a batch are split into samples. Language calls of a layer (prefill and decode steps)
+   are joined into one call with a query row per token (:mod:`.language_calls`); calls of the vision
+   tower and the connector are split by image (:mod:`.vision_calls`).
+4. Each sample gets its tokens, its calls and the provenance; ``Keep`` reduces what it holds.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ from xmodal_interp.attention import AttentionCall, entries_of, numbers
 from xmodal_interp.attention.kernels import lowered_precision
 from xmodal_interp.capturing.language_calls import (
     Stacks,
-    call_by_position,
+    over_positions,
     stacks_of,
     without_padding_keys,
 )
-from xmodal_interp.capturing.vision_calls import Layer, towers_by_image
+from xmodal_interp.capturing.vision_calls import Layer, by_layer, towers_by_image
 from xmodal_interp.errors import InputError, quoted
-from xmodal_interp.hooks import record
+from xmodal_interp.hooks import Recording, record
 from xmodal_interp.hooks.position_ids import AXES
 from xmodal_interp.hooks.refusals import check_towers
 from xmodal_interp.models import (
@@ -48,22 +50,10 @@ from xmodal_interp.models import (
     generated_table,
     input_device,
     prompt_ids,
-    square_windows,
-    tile_counts,
-    window_orders,
 )
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.upstream import attention_backend, commit_of
 from xmodal_interp.vocabulary import TOWERS, Tower
-
-
-@dataclass(frozen=True, eq=False)
-class _Heard:
-    """The calls of a batch by layer, those of other towers by image, and the model's stacks."""
-
-    streams: Mapping[Layer, Sequence[AttentionCall]]
-    by_image: Mapping[Layer, Sequence[Mapping[int, AttentionCall]]]
-    stacks: Stacks
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ class Keep:
         object.__setattr__(self, "layers", tuple(numbers(self.layers, "layer", n_masked)))
 
     @property
-    def layers_asked(self) -> Collection[Any] | np.ndarray | Tensor | None:
+    def given_layers(self) -> Collection[Any] | np.ndarray | Tensor | None:
         """``layers`` as they were passed: a mask stays a mask."""
         return getattr(self, "_mask", self.layers)
 
@@ -226,12 +216,12 @@ def _run(
     generation: Mapping[str, Any],
 ) -> list[Sample]:
     """Run the model once and return one sample for each prompt."""
-    inputs, ready = vlm.prepare(images, prompts, system=system, videos=videos)
+    inputs, prompts_read = vlm.prepare(images, prompts, system=system, videos=videos)
     check_whole(vlm.model, inputs)
     recorder = record(
         vlm.model,
         towers=keep.towers,
-        layers=keep.layers_asked,
+        layers=keep.given_layers,
         values=keep.values,
         norms=keep.norms,
     )
@@ -242,27 +232,68 @@ def _run(
         else:
             vlm.run(inputs)
             new = prompt_ids(inputs)[:, :0]
-    streams: dict[Layer, list[AttentionCall]] = defaultdict(list)
-    for call in recording.calls:
-        streams[call.tower, call.kind, call.layer].append(call)
     layers: dict[str, list[int]] = defaultdict(list)
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
-    orders, tiles = window_orders(vlm.model, inputs), tile_counts(inputs)
-    windows = square_windows(vlm.model)
-    by_image = towers_by_image(recording.calls, ready, vlm.family, orders, tiles, windows)
-    heard = _Heard(streams, by_image, stacks_of(vlm.model, recording.modules))
-    samples = [_sample(vlm, i, ready, new, heard, keep, about) for i in range(len(ready))]
+    batch = _BatchCalls.of(vlm, inputs, prompts_read, recording)
+    samples = [
+        _sample(vlm, index, prompt, ids, batch, keep, about)
+        for index, (prompt, ids) in enumerate(zip(prompts_read, new.tolist(), strict=True))
+    ]
     rotary = recording.rotary
-    n_read = len(ready[0].tokens) + max(new.shape[1] - 1, 0)
+    n_read = len(prompts_read[0].tokens) + max(new.shape[1] - 1, 0)
     if rotary is None or rotary.shape[::2] != (len(AXES), n_read):  # other axes, or not per token
         return samples
     of_samples = rotary.expand(-1, len(samples), -1).unbind(1)
     return [
-        replace(sample, tokens=_placed(sample.tokens, rotary_of_sample))
-        for sample, rotary_of_sample in zip(samples, of_samples, strict=True)
+        replace(sample, tokens=_with_rotary(sample.tokens, positions))
+        for sample, positions in zip(samples, of_samples, strict=True)
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class _BatchCalls:
+    """The attention calls of a batch.
+
+    Attributes:
+        by_layer: The calls of each layer, in order.
+        by_image: For each layer that reads images, the call of each image, per sample.
+        stacks: The encoder and decoder of the language tower.
+    """
+
+    by_layer: Mapping[Layer, Sequence[AttentionCall]]
+    by_image: Mapping[Layer, Sequence[Mapping[int, AttentionCall]]]
+    stacks: Stacks
+
+    @classmethod
+    def of(
+        cls, vlm: VLM, inputs: Mapping[str, Any], prompts: Sequence[Prompt], recording: Recording
+    ) -> _BatchCalls:
+        """Group the recorded calls by layer and by image."""
+        by_image = towers_by_image(vlm, inputs, prompts, recording.calls)
+        stacks = stacks_of(vlm.model, recording.modules)
+        return cls(by_layer(recording.calls), by_image, stacks)
+
+    def of_sample(
+        self, index: int, prompt: Prompt, n_positions: int
+    ) -> dict[CallKey, AttentionCall]:
+        """Return the calls of one sample with ``n_positions`` positions of prompt and answer."""
+        n_cross_keys = None if prompt.cross_keys is None else len(prompt.cross_keys)
+        calls: dict[CallKey, AttentionCall] = {}
+        for (tower, kind, layer), of_layer in self.by_layer.items():
+            if tower == "language":
+                own = [call.select_sample(index) for call in of_layer]
+                whole = over_positions(own, n_positions, prompt.n_encoder, self.stacks)
+                numbered = {0: without_padding_keys(whole, n_cross_keys)}
+            elif tower == "other":  # positions are neither tokens nor patches
+                numbered = {
+                    n: replace(c.select_sample(index), call=n) for n, c in enumerate(of_layer)
+                }
+            else:
+                numbered = dict(self.by_image[tower, kind, layer][index])
+            calls |= {(tower, kind, layer, number): numbered[number] for number in sorted(numbered)}
+        return calls
 
 
 def provenance(
@@ -297,32 +328,18 @@ def _versions() -> Mapping[str, str]:
 def _sample(
     vlm: VLM,
     index: int,
-    ready: Sequence[Prompt],
-    new: Tensor,
-    heard: _Heard,
+    prompt: Prompt,
+    new: list[int],
+    batch: _BatchCalls,
     keep: Keep,
     about: dict[str, Any],
 ) -> Sample:
-    prompt = ready[index]
+    """Return one sample of a batch; ``new`` are its generated ids, with padding."""
     n_prompt = len(prompt.tokens)
-    ids = _until_end(new[index].tolist(), vlm)
-    fed = ids[: max(new.shape[1] - 1, 0)]  # the last generated token is not fed to the model
+    ids = _until_end(new, vlm)
+    fed = ids[: max(len(new) - 1, 0)]  # the last generated token is not fed to the model
     added, text = generated_table(fed, ids, vlm.tokenizer, n_prompt, prompt.text)
     tokens = pd.concat([prompt.tokens, added]) if len(added) else prompt.tokens
-    n_cross_keys = None if prompt.cross_keys is None else len(prompt.cross_keys)
-    calls: dict[CallKey, AttentionCall] = {}
-    for (tower, kind, layer), stream in heard.streams.items():
-        if tower == "language":
-            own = [call.select_sample(index) for call in stream]
-            whole = call_by_position(own, len(tokens), prompt.n_encoder, heard.stacks)
-            calls[tower, kind, layer, 0] = without_padding_keys(whole, n_cross_keys)
-        elif tower == "other":  # positions are neither tokens nor patches; one batch row per sample
-            for number, call in enumerate(stream):
-                own_call = replace(call.select_sample(index), call=number)
-                calls[tower, kind, layer, number] = own_call
-        else:
-            for number, call in sorted(heard.by_image[tower, kind, layer][index].items()):
-                calls[tower, kind, layer, number] = call
     sample = Sample(
         name=f"sample-{index}",
         tokens=tokens,
@@ -332,21 +349,21 @@ def _sample(
         n_prompt=n_prompt,
         grids=prompt.grids,
         images=prompt.images,
-        calls=calls,
+        calls=batch.of_sample(index, prompt, len(tokens)),
         cross_keys=prompt.cross_keys,
         provenance=about,
         video_grids=prompt.video_grids,
         videos=prompt.videos,
     )
     sample = sample if keep.queries == "all" else _text_rows(sample)
-    return _dense(sample) if keep.probabilities else sample
+    return _with_probabilities(sample) if keep.probabilities else sample
 
 
-def _placed(tokens: pd.DataFrame, rotary: Tensor) -> pd.DataFrame:
+def _with_rotary(tokens: pd.DataFrame, rotary: Tensor) -> pd.DataFrame:
     """Add the positions that the rotary embedding received; padding tokens get NA."""
-    shown = tokens["kind"].ne("padding").to_numpy(dtype=bool)
+    present = tokens["kind"].ne("padding").to_numpy(dtype=bool)
     columns = {
-        f"rope_{axis}": pd.arrays.IntegerArray(positions[: len(tokens)].numpy().copy(), ~shown)
+        f"rope_{axis}": pd.arrays.IntegerArray(positions[: len(tokens)].numpy().copy(), ~present)
         for axis, positions in zip(AXES, rotary.long(), strict=True)
     }
     return tokens.assign(**columns)
@@ -364,7 +381,7 @@ def _text_rows(sample: Sample) -> Sample:
     return replace(sample, calls=calls)
 
 
-def _dense(sample: Sample) -> Sample:
+def _with_probabilities(sample: Sample) -> Sample:
     """Replace queries and keys by float16 probabilities.
 
     Masks stay, because they define visibility. The position bias and the sinks are dropped: the

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,16 @@ from xmodal_interp.attention import (
     reordered,
 )
 from xmodal_interp.errors import CaptureError
-from xmodal_interp.models import Family, ImageGrid, Prompt, VideoGrid
+from xmodal_interp.models import (
+    VLM,
+    Family,
+    ImageGrid,
+    Prompt,
+    VideoGrid,
+    square_windows,
+    tile_counts,
+    window_orders,
+)
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 Layer = tuple[Tower, AttentionKind, int]
@@ -56,7 +66,7 @@ class Visual:
         return isinstance(self.grid, VideoGrid)
 
 
-def visuals_of(prompts: Sequence[Prompt], *, in_order: bool) -> list[Visual]:
+def visuals_as_read(prompts: Sequence[Prompt], *, in_order: bool) -> list[Visual]:
     """Return the images and videos of a batch in the order that the model reads them.
 
     Args:
@@ -77,25 +87,19 @@ def visuals_of(prompts: Sequence[Prompt], *, in_order: bool) -> list[Visual]:
 
 
 def towers_by_image(
-    calls: Sequence[AttentionCall],
+    vlm: VLM,
+    inputs: Mapping[str, Any],
     prompts: Sequence[Prompt],
-    family: Family,
-    orders: Mapping[str, Sequence[Tensor]] | None = None,
-    tiles: Sequence[int] | None = None,
-    windows: Mapping[str, int] | None = None,
+    calls: Sequence[AttentionCall],
 ) -> dict[Layer, list[dict[int, AttentionCall]]]:
     """Split the calls of all vision, audio and connector layers by sample and image.
 
     Args:
-        calls: All calls of a batch, in order. If a tower runs again for each new token, only its
-            first run is used.
+        vlm: Model and processor.
+        inputs: The model inputs of the batch.
         prompts: The prompts of the batch.
-        family: The family record of the model type.
-        orders: For each module that reorders patches (by its path), one order per picture, first of
-            the images, then of the videos: ``[patch]``, the index of the patch at each position.
-        tiles: The number of tiles of each image, if the tiles are read after all images.
-        windows: For each block that cuts pictures into square windows (by its path), the side of a
-            window in patches.
+        calls: All calls of the batch, in order. If a tower runs again for each new token, only its
+            first run is used.
 
     Returns:
         For each layer a list with one dict per sample, which maps the number of an image or video
@@ -104,25 +108,28 @@ def towers_by_image(
     Raises:
         CaptureError: The calls cannot be assigned to the images.
     """
-    visuals = visuals_of(prompts, in_order=family.in_order)
+    visuals = visuals_as_read(prompts, in_order=vlm.family.in_order)
+    orders, windows = window_orders(vlm.model, inputs), square_windows(vlm.model)
+    tiles = tile_counts(inputs)
     towers: dict[Layer, list[dict[int, AttentionCall]]] = {}
-    for key, stream in _layers(_first_reading(calls)).items():
+    for key, of_layer in by_layer(_first_run(calls)).items():
         if key[0] in ("language", "other"):
             continue
-        read = _read_by(stream[0].module, visuals, family)
-        grids, module = [each.grid for each in read], stream[0].module
-        given = next((of for at, of in (orders or {}).items() if module.startswith(f"{at}.")), None)
+        module = of_layer[0].module
+        read = _visuals_read_by(module, visuals, vlm.family)
+        grids = [each.grid for each in read]
+        given = next((of for at, of in orders.items() if module.startswith(f"{at}.")), None)
         in_module = None if given is None else _orders_of(grids, given)
-        shares = calls_by_image(stream, grids, in_module, tiles)
-        side = (windows or {}).get(module.rpartition(".")[0])
+        split = calls_by_image(of_layer, grids, in_module, tiles)
+        side = windows.get(module.rpartition(".")[0])
         if side is not None and read and key[1] != "channel":
-            pairs = zip(shares, read, strict=True)
-            shares = [_without_windows(call, each.grid, side) for call, each in pairs]
+            pairs = zip(split, read, strict=True)
+            split = [_without_windows(call, each.grid, side) for call, each in pairs]
         towers[key] = [{} for _ in prompts]
-        for visual, call in zip(read, shares, strict=bool(read)):
+        for visual, call in zip(read, split, strict=bool(read)):
             towers[key][visual.sample][visual.number] = replace(call, call=visual.number)
         if not read:
-            towers[key] = [{0: shares[0]} for _ in prompts]
+            towers[key] = [{0: split[0]} for _ in prompts]
     return towers
 
 
@@ -166,7 +173,7 @@ def _without_windows(call: AttentionCall, grid: ImageGrid | VideoGrid, side: int
     return reordered(call, torch.cat([place + n * n_padded for n in range(n_views)]))
 
 
-def _first_reading(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
+def _first_run(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
     """Return the calls up to the point where a tower runs again after the language model.
 
     Without a KV cache, the language model runs on the whole prompt for each new token, and the
@@ -175,7 +182,7 @@ def _first_reading(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
     Raises:
         CaptureError: A tower ran again although the language model has a cache.
     """
-    lengths = {key: [call.n_queries for call in of] for key, of in _layers(calls).items()}
+    lengths = {key: [call.n_queries for call in of] for key, of in by_layer(calls).items()}
     again = any(key[0] == "language" and ran_without_cache(of) for key, of in lengths.items())
     seen: set[Layer] = set()
     language_has_begun = False
@@ -195,7 +202,7 @@ def _first_reading(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
     return calls
 
 
-def _layers(calls: Sequence[AttentionCall]) -> dict[Layer, list[AttentionCall]]:
+def by_layer(calls: Sequence[AttentionCall]) -> dict[Layer, list[AttentionCall]]:
     """Group calls by layer, in order."""
     layers: dict[Layer, list[AttentionCall]] = {}
     for call in calls:
@@ -203,7 +210,7 @@ def _layers(calls: Sequence[AttentionCall]) -> dict[Layer, list[AttentionCall]]:
     return layers
 
 
-def _read_by(module: str, visuals: list[Visual], family: Family) -> list[Visual]:
+def _visuals_read_by(module: str, visuals: list[Visual], family: Family) -> list[Visual]:
     """Return the images and videos that a module reads."""
     if family.video_tower is None:
         return visuals
@@ -212,7 +219,7 @@ def _read_by(module: str, visuals: list[Visual], family: Family) -> list[Visual]
 
 
 def calls_by_image(
-    stream: Sequence[AttentionCall],
+    calls: Sequence[AttentionCall],
     grids: Sequence[ImageGrid | VideoGrid],
     orders: Sequence[Tensor] | None = None,
     tiles: Sequence[int] | None = None,
@@ -222,7 +229,7 @@ def calls_by_image(
     ``AttentionCall.call`` of each is the index of its grid.
 
     Args:
-        stream: The layer's calls, in order.
+        calls: The layer's calls, in order.
         grids: The grids of all images and videos of the batch, in the order that they are read.
         orders: For each grid, the index of the patch at each position of the tower, ``[patch]``;
             None if the tower does not reorder patches.
@@ -232,42 +239,42 @@ def calls_by_image(
     Raises:
         CaptureError: The pieces cannot be assigned to the images.
     """
-    shares = None if tiles is None else _behind_wholes(stream, tiles)
-    if shares is None:
-        shares = _shares([piece for call in stream for piece in pieces_of(call)], grids)
-    calls = []
-    for number, share in enumerate(shares):
-        call = joined_pieces(share)
+    pieces = None if tiles is None else _tiles_after_images(calls, tiles)
+    if pieces is None:
+        pieces = _pieces_by_image([piece for call in calls for piece in pieces_of(call)], grids)
+    by_image = []
+    for number, of_image in enumerate(pieces):
+        call = joined_pieces(of_image)
         square = call.n_queries == call.n_keys and call.kind != "channel"
         if orders and square and call.n_keys == len(orders[number]):
             call = reordered(call, torch.argsort(orders[number]))
-        calls.append(replace(call, call=number))
-    return calls
+        by_image.append(replace(call, call=number))
+    return by_image
 
 
-def _behind_wholes(
-    stream: Sequence[AttentionCall], tiles: Sequence[int]
+def _tiles_after_images(
+    calls: Sequence[AttentionCall], tiles: Sequence[int]
 ) -> list[Sequence[AttentionCall]] | None:
     """Return the pieces of each image, from a call over all images and a call over all tiles.
 
     An image or a tile may consist of several pieces (windows). Return None if the calls do not have
     this form.
     """
-    if len(stream) != 2 or len(tiles) <= 1 or not any(tiles):
+    if len(calls) != 2 or len(tiles) <= 1 or not any(tiles):
         return None
-    counts = [call.n_samples for call in stream]
+    counts = [call.n_samples for call in calls]
     if counts[0] % len(tiles) or counts[1] % sum(tiles):
         return None
     per_image, per_tile = counts[0] // len(tiles), counts[1] // sum(tiles)
-    wholes, parts = (pieces_of(call) for call in stream)
+    of_images, of_tiles = (pieces_of(call) for call in calls)
     ends = [0, *accumulate(n * per_tile for n in tiles)]
     return [
-        [*wholes[i * per_image : (i + 1) * per_image], *parts[start:stop]]
+        [*of_images[i * per_image : (i + 1) * per_image], *of_tiles[start:stop]]
         for i, (start, stop) in enumerate(pairwise(ends))
     ]
 
 
-def _shares(
+def _pieces_by_image(
     pieces: Sequence[AttentionCall], grids: Sequence[ImageGrid | VideoGrid]
 ) -> list[Sequence[AttentionCall]]:
     """Return the pieces of each image or video."""

@@ -21,14 +21,14 @@ from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import AttentionKind
 
 Box = Iterable[float] | np.ndarray | Tensor | pd.Series
-"""``x0, y0, x1, y1`` in pixels of the original image."""
+"""A labelled box: ``x0, y0, x1, y1`` in pixels of the original image."""
 
 Criterion = Literal["overlap", "centre"]
 
 
 @dataclass(frozen=True, eq=False)
-class Cells:
-    """The parts of an image that have a box: its tokens, or patches if tokens are learned queries.
+class TokenBoxes:
+    """The boxes of an image's tokens, or of its patches if its tokens are learned queries.
 
     Attributes:
         keys: Key positions of the image's tokens.
@@ -51,7 +51,7 @@ class Cells:
         return on_keys if self.shares is None else on_keys @ self.shares.to(on_keys)
 
 
-def placed_cells(sample: Sample, image: int, kind: AttentionKind = "self") -> Cells:
+def token_boxes(sample: Sample, image: int, kind: AttentionKind = "self") -> TokenBoxes:
     """Return the image tokens that have a box, including those on padding.
 
     Class tokens have no box. If the tokens are learned queries, return the patches instead.
@@ -69,11 +69,11 @@ def placed_cells(sample: Sample, image: int, kind: AttentionKind = "self") -> Ce
         boxes = torch.tensor(grid.patch_boxes)
         placed = ~boxes.isnan().any(1)
         shares = query_patches(sample, image)[:, placed]
-        return Cells(keys, _clipped(boxes[placed], grid), shares)
+        return TokenBoxes(keys, _clipped(boxes[placed], grid), shares)
     corners = table[["x0", "y0", "x1", "y1"]].to_numpy(dtype="float64")
     boxes = torch.tensor(corners)[keys]
     placed = ~boxes.isnan().any(1)
-    return Cells(keys[placed], _clipped(boxes[placed], grid))
+    return TokenBoxes(keys[placed], _clipped(boxes[placed], grid))
 
 
 def areas(boxes: Float[Tensor, "cell 4"]) -> Float[Tensor, " cell"]:
@@ -112,8 +112,8 @@ def tokens_inside(
         return overlap_shares(tokens, box) > 0
     centres = (tokens[:, :2] + tokens[:, 2:]) / 2
     corners = _corners(box).to(tokens.dtype)
-    held = ((centres >= corners[:2]) & (centres <= corners[2:])).all(1)
-    return held & (areas(tokens) > 0)
+    inside = ((centres >= corners[:2]) & (centres <= corners[2:])).all(1)
+    return inside & (areas(tokens) > 0)
 
 
 def _corners(box: Box) -> Float[Tensor, "4"]:

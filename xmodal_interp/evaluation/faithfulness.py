@@ -163,8 +163,8 @@ def _curve(
             vision = vision if reusable else {}
             for step, share in enumerate(shares):
                 first = _first(image, order, share)
-                taken = first if analysis == "deletion_curve" else image & ~first
-                with replay(vision), mean_embeddings(vlm, taken, image):
+                replaced = first if analysis == "deletion_curve" else image & ~first
+                with replay(vision), mean_embeddings(vlm, replaced, image):
                     accuracy, log_prob, _ = answer_scores(vlm, batch)
                 scores[list(batch.index), step] = np.stack([np.exp(log_prob), accuracy], 1)
                 bar.update()

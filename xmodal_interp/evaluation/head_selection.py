@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from xmodal_interp.analysis.bootstrap import (
-    Series,
+from xmodal_interp.analysis.resampling import (
+    ValueKind,
     cluster_numbers,
+    kind_of_values,
     known_mean_intervals,
-    series_of,
 )
 from xmodal_interp.analysis.tables import stamped
 from xmodal_interp.arguments import checked
@@ -79,9 +79,9 @@ def best_head(
         )
     best = int(np.nanargmax(means))
     scored = values[best : best + 1, ~first]
-    series: Series = "rate" if value in RATES else series_of(scored)
+    value_kind: ValueKind = "rate" if value in RATES else kind_of_values(scored)
     found = known_mean_intervals(
-        scored, pictures[~first], n_draws=n_bootstrap, seed=seed, series=series
+        scored, pictures[~first], n_draws=n_bootstrap, seed=seed, value_kind=value_kind
     )
     known_in = [int((~np.isnan(values[best, of])).sum()) for of in (first, ~first)]
     known = hits.attrs.get("provenance", [])  # one origin, or a list of several

@@ -29,7 +29,7 @@ the samples and scores it on the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -38,22 +38,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from xmodal_interp.analysis.bootstrap import Series, known_mean_intervals, shown
-from xmodal_interp.analysis.selection import Layers, calls_of, queries_of
-from xmodal_interp.analysis.tables import (
-    keyed,
-    long_table,
-    over_samples,
-    samples_of,
-    stacked,
-)
+from xmodal_interp.analysis.resampling import ValueKind, known_mean_intervals, picture_key
+from xmodal_interp.analysis.selection import Layers, queries_of, selected_calls
+from xmodal_interp.analysis.tables import Part, call_table, over_samples, samples_of
 from xmodal_interp.arguments import as_list, checked, one_of
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation.boxes import (
     Box,
     Criterion,
     overlap_shares,
-    placed_cells,
+    token_boxes,
     tokens_inside,
 )
 from xmodal_interp.evaluation.head_selection import HEAD_KEYS
@@ -88,7 +82,7 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
     Args:
         samples: One sample or many, each with one labelled object.
         boxes: The box of the object that each sample asks about: one per sample, or the name of a
-            label (``sample.labels["box"]``). A list, array, Series or table of four columns is
+            label (``sample.labels["box"]``). A list, array, ValueKind or table of four columns is
             matched to the samples by position; an index is ignored.
         other_boxes: Boxes of the other objects in the image, given in the same ways. Without them,
             ``any_object`` and ``other_object`` are NaN.
@@ -133,9 +127,9 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
     pictures = next(of_head["picture"].to_numpy() for _, of_head in grouped)
     for place, value in enumerate(("hit", "energy")):
         values = np.stack([of_head[value].to_numpy(float) for _, of_head in grouped])
-        series: Series = "rate" if value == "hit" else "mean"
+        value_kind: ValueKind = "rate" if value == "hit" else "mean"
         found = known_mean_intervals(
-            values, pictures, n_draws=n_bootstrap, seed=seed, series=series
+            values, pictures, n_draws=n_bootstrap, seed=seed, value_kind=value_kind
         )
         table.insert(len(HEAD_KEYS) + len(_MEANS) + 2 * place, f"{value}_low", found.low)
         table.insert(len(HEAD_KEYS) + len(_MEANS) + 2 * place + 1, f"{value}_high", found.high)
@@ -172,60 +166,20 @@ def pointing_hits(
     """
     one_of(criterion, "criterion", get_args(Criterion))
     many = samples_of(samples)
-    asked_about = _of_samples(boxes, "boxes", len(many))
-    of_others = _of_samples(other_boxes, "other_boxes", len(many))
-    numbers = iter(range(len(many)))
+    of_samples = zip(
+        range(len(many)),
+        _of_samples(boxes, "boxes", len(many)),
+        _of_samples(other_boxes, "other_boxes", len(many)),
+        strict=True,
+    )
     pictures: dict[Hashable, int] = {}
 
-    def table_of(sample: Sample) -> pd.DataFrame:
-        number = next(numbers)
-        box = sample.labels.get(boxes) if isinstance(boxes, str) else asked_about[number]
-        if box is None:
-            raise InputError(
-                f"Sample {sample.name!r} has no label {boxes!r}; its labels are "
-                f"{', '.join(sample.labels) or 'none'}. Pass boxes=, or leave the sample out."
-            )
-        others = (
-            sample.labels.get(other_boxes, ())
-            if isinstance(other_boxes, str)
-            else of_others[number]
-        )
-        others = [] if others is None else as_list(others, "other_boxes of a sample")
-        cells = placed_cells(sample, image, kind)
-        tokens = _with_boxes(cells.boxes, sample, image)
-        shares = overlap_shares(tokens, box)
-        inside = tokens_inside(tokens, box, criterion)
-        if not inside.any():
-            (x0, y0, _, _), (_, _, x1, y1) = tokens.amin(0).tolist(), tokens.amax(0).tolist()
-            given = as_list(box, "A box")
-            raise InputError(
-                f"The box {given} of sample {sample.name!r} contains no image token by the "
-                f"criterion {criterion!r}. The image tokens cover {[x0, y0, x1, y1]}."
-            )
-        elsewhere = [tokens_inside(tokens, other, criterion) for other in others]
-        asked = queries(sample) if callable(queries) else queries
-        rows = queries_of(sample, asked.tolist() if isinstance(asked, np.ndarray) else asked)
-        tables = []
-        blind = True
-        for call in calls_of(sample, layers, kind=kind):
-            probs = call.probs(queries=rows, keys=cells.keys)[0].mean(1).cpu()  # [head, token]
-            values = _scores(
-                cells.amounts(probs.double()), inside, shares, elsewhere, cells.on_picture
-            )
-            if call.visible(rows)[..., cells.keys].any():
-                blind = False
-            else:
-                values = dict.fromkeys(values, np.nan)
-            table = long_table({"head": range(len(probs))}, values)
-            tables.append(keyed(table, tower="language", kind=kind, layer=call.layer))
-        if blind:
-            raise InputError(
-                f"Query positions {rows.tolist()} of sample {sample.name!r} see no token of image "
-                f"{image} in any chosen layer. Choose queries after the image."
-            )
-        whole = stacked(tables)
-        whole["picture"] = pictures.setdefault(_shown(sample, number), len(pictures))
-        return whole
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        number, of_sample, others = next(of_samples)
+        box, other = _boxes_of(sample, of_sample, others)
+        picture = pictures.setdefault(_picture_key(sample, number), len(pictures))
+        for part in _hits(sample, box, other, queries, criterion, layers, image, kind):
+            yield part | {"picture": picture}
 
     parameters = {
         "boxes": boxes if isinstance(boxes, str) else "given",
@@ -236,14 +190,68 @@ def pointing_hits(
         "image": image,
         "kind": kind,
     }
-    return over_samples(many, table_of, analysis="pointing_hits", parameters=parameters)
+    return over_samples(many, table_rows, "pointing_hits", parameters)
 
 
-def _of_samples(given: Any, name: str, n: int) -> Any:
-    """Return the name of a label, or a list with one entry per sample."""
-    if isinstance(given, str):
-        return given
-    entries = as_list(given, name)
+def _boxes_of(sample: Sample, box: Any, others: Any) -> tuple[Box, list[Box]]:
+    """Return the box of the object and those of the other objects, given as boxes or labels."""
+    found = sample.labels.get(box) if isinstance(box, str) else box
+    if found is None:
+        raise InputError(
+            f"Sample {sample.name!r} has no label {box!r}; its labels are "
+            f"{', '.join(sample.labels) or 'none'}. Pass boxes=, or leave the sample out."
+        )
+    others = sample.labels.get(others, ()) if isinstance(others, str) else others
+    return found, [] if others is None else as_list(others, "other_boxes of a sample")
+
+
+def _hits(
+    sample: Sample,
+    box: Box,
+    others: Sequence[Box],
+    queries: Queries,
+    criterion: Criterion,
+    layers: Layers,
+    image: int,
+    kind: AttentionKind,
+) -> list[Part]:
+    cells = token_boxes(sample, image, kind)
+    if not len(cells.boxes):
+        raise InputError(
+            f"The tokens of image {image} of sample {sample.name!r} have no boxes to compare with."
+        )
+    shares = overlap_shares(cells.boxes, box)
+    inside = tokens_inside(cells.boxes, box, criterion)
+    if not inside.any():
+        low, high = cells.boxes.amin(0).tolist(), cells.boxes.amax(0).tolist()
+        raise InputError(
+            f"The box {as_list(box, 'A box')} of sample {sample.name!r} contains no image token "
+            f"by the criterion {criterion!r}. The image tokens cover {low[:2] + high[2:]}."
+        )
+    elsewhere = [tokens_inside(cells.boxes, other, criterion) for other in others]
+    chosen = queries(sample) if callable(queries) else queries
+    rows = queries_of(sample, chosen.tolist() if isinstance(chosen, np.ndarray) else chosen)
+    parts, sees_image = [], False
+    for call, heads in selected_calls(sample, layers, kind=kind):
+        probs = call.probs(queries=rows, keys=cells.keys)[0].mean(1).cpu()  # [head, token]
+        amounts = cells.amounts(probs.double())
+        values = _scores(amounts, inside, shares, elsewhere, cells.on_picture)
+        if call.visible(rows)[..., cells.keys].any():
+            sees_image = True
+        else:
+            values = dict.fromkeys(values, np.nan)
+        parts.append(call_table(call, {"head": heads}, values))
+    if not sees_image:
+        raise InputError(
+            f"Query positions {rows.tolist()} of sample {sample.name!r} see no token of image "
+            f"{image} in any chosen layer. Choose queries after the image."
+        )
+    return parts
+
+
+def _of_samples(given: Any, name: str, n: int) -> list[Any]:
+    """Return one entry per sample; a string is the same label for all samples."""
+    entries = [given] * n if isinstance(given, str) else as_list(given, name)
     if len(entries) != n:
         raise InputError(
             f"{name} must have one entry per sample; got {len(entries)} for {n} samples."
@@ -251,15 +259,7 @@ def _of_samples(given: Any, name: str, n: int) -> Any:
     return entries
 
 
-def _with_boxes(boxes: Tensor, sample: Sample, image: int) -> Tensor:
-    if not len(boxes):
-        raise InputError(
-            f"The tokens of image {image} of sample {sample.name!r} have no boxes to compare with."
-        )
-    return boxes
-
-
-def _shown(sample: Sample, number: int) -> Hashable:
+def _picture_key(sample: Sample, number: int) -> Hashable:
     """Return a key that is equal for samples with the same images and videos.
 
     If the sample does not hold its images, return its number, which is unique.
@@ -271,17 +271,17 @@ def _shown(sample: Sample, number: int) -> Hashable:
     files = sample.provenance.get("images") or []
     files = files if len(files) == len(sample.images) else [None] * len(sample.images)
     images = [file or image for file, image in zip(files, sample.images, strict=True)]
-    return shown([*images, *frames])
+    return picture_key([*images, *frames])
 
 
 def _refuse_other_layers(hits: pd.DataFrame) -> None:
     """Raise InputError if a sample has other layers or heads than the first sample."""
     known: tuple[str, list[tuple[int, int]]] | None = None
     for name, of_sample in hits.groupby("sample", sort=False):
-        there = list(zip(of_sample["layer"].tolist(), of_sample["head"].tolist(), strict=True))
-        known = known or (str(name), there)
-        if there != known[1]:
-            layers = [sorted({layer for layer, _ in each}) for each in (known[1], there)]
+        pairs = list(zip(of_sample["layer"].tolist(), of_sample["head"].tolist(), strict=True))
+        known = known or (str(name), pairs)
+        if pairs != known[1]:
+            layers = [sorted({layer for layer, _ in each}) for each in (known[1], pairs)]
             raise InputError(
                 f"Sample {known[0]!r} has the layers {layers[0]}, but {str(name)!r} has "
                 f"{layers[1]}. Choose layers= that all samples have."

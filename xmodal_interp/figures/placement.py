@@ -15,7 +15,7 @@ from jaxtyping import Bool
 from PIL import Image
 
 from xmodal_interp.analysis.connector_rollout import are_queries, query_patches
-from xmodal_interp.analysis.selection import present
+from xmodal_interp.analysis.selection import not_padding
 from xmodal_interp.arguments import whole_number
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import ImageGrid, place_on_grid
@@ -127,7 +127,7 @@ def placed_image(sample: Sample, image: int = 0) -> PlacedImage:
         f"image {image}" if n_images > 1 else "image",
         "cross" if crossed else "self",
         keys,
-        present=present(sample).numpy(),
+        present=not_padding(sample).numpy(),
     )
     if not are_queries(placed.grid):
         return _as_thumbnail(placed)

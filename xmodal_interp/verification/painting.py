@@ -24,14 +24,7 @@ from xmodal_interp.capturing.vision_calls import towers_by_image
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.attention_modules import layers_without_matrix
 from xmodal_interp.hooks.recorder import Settings, record_with
-from xmodal_interp.models import (
-    VLM,
-    ImageGrid,
-    Prompt,
-    square_windows,
-    tile_counts,
-    window_orders,
-)
+from xmodal_interp.models import VLM, ImageGrid, Prompt
 from xmodal_interp.verification._private import seeded
 
 SIZES: tuple[tuple[int, int], ...] = ((644, 252), (224, 88))
@@ -185,9 +178,8 @@ def _of_vision(
         return None
     own = [call for call in calls if call.tower == "vision"]
     own = [call for call in own if call.module == own[0].module]
-    orders, tiles = window_orders(vlm.model, inputs), tile_counts(inputs)
     try:
-        layers = towers_by_image(own, prompts, vlm.family, orders, tiles, square_windows(vlm.model))
+        layers = towers_by_image(vlm, inputs, prompts, own)
     except CaptureError:
         return None
     call = next((of_samples[0].get(0) for of_samples in layers.values()), None)
