@@ -18,11 +18,9 @@ import torch
 import transformers
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from tests.conformance.known import NO_VIDEO, NOT_SQUARE, WRONG
 from tests.conformance.measuring import Measured, measured
-from tests.conformance.overrides import CLIPS
-from tests.helpers.building import tiny, types
 from tests.helpers.families import RECORDS
+from tests.helpers.tiny_models import reads_videos, tiny, types
 from xmodal_interp.hooks import Identity
 from xmodal_interp.models import support
 
@@ -47,17 +45,14 @@ def row_of(model_type: str, found: Measured) -> dict[str, Any]:
         "worst_error": float(f"{found.error:.0e}"),
         "generation": None if found.generation is None else found.generation.same,
         "processor": _processor(model_type),
-        "notes": sorted(
-            {f"known fault: {why}" for (name, _), why in WRONG.items() if name == model_type}
-            | {f"not square: {why}" for why in NOT_SQUARE.get(model_type, {}).values()}
-        ),
+        "notes": sorted({f"not square: {why}" for why in RECORDS[model_type].not_square.values()}),
     }
 
 
 def measured_again(model_type: str) -> dict[str, Any]:
     """Measure the row of a type on its tiny model, with images and, if it takes them, videos."""
     found = measured(tiny(model_type))
-    if model_type in CLIPS and model_type not in NO_VIDEO:
+    if reads_videos(model_type):
         videos = measured(tiny(model_type, video=True))
         found = replace(found, others=(*found.others, *videos.runs))
     return row_of(model_type, found)
@@ -82,9 +77,7 @@ def _by_role(modules: Iterable[Identity]) -> dict[str, int]:
 
 
 def _processor(model_type: str) -> str | None:
-    record = RECORDS.get(model_type)
-    given = record.processor_class if record is not None else None
-    return given or PROCESSOR_MAPPING_NAMES.get(model_type)
+    return RECORDS[model_type].processor_class or PROCESSOR_MAPPING_NAMES.get(model_type)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ import pandas as pd
 import pytest
 
 from tests.conformance.matrix import DOCUMENT, TABLE, measured_again, versions
-from tests.helpers.building import representatives, types
+from tests.helpers.tiny_models import representatives, types
 from xmodal_interp.models import FAMILIES, support
 
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
 STALE = "is stale: run python -m tests.conformance.matrix"
 STORED = json.loads(TABLE.read_text())
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.helpers.building import tiny
 from tests.helpers.tiny import QUESTION, picture
+from tests.helpers.tiny_models import tiny
 from xmodal_interp.errors import CaptureError, UnsupportedModelError
 from xmodal_interp.hooks import attention_modules, record
 from xmodal_interp.hooks.attention_modules import layers_without_matrix
