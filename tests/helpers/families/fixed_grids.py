@@ -1,7 +1,7 @@
 """Types whose images all have one grid of a fixed size."""
 
 from tests.helpers.families.family_record import Record, Token
-from tests.helpers.families.image_codes import codes_to_images, images_to_codes, words_to_images
+from tests.helpers.families.other_calls import codes_to_images, images_to_codes, words_to_images
 
 _SQUARE = {"height": 64, "width": 64}
 _VIT = {"image_size": 64, "patch_size": 8}

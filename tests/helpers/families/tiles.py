@@ -2,6 +2,7 @@
 
 from tests.helpers.families.family_record import Record, Token
 from tests.helpers.families.fixed_grids import LAST_LAYER, POOLING_HEAD
+from tests.helpers.families.other_calls import merged_in_tower
 
 _ANYRES = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]  # height, width; px
 _GRID_TAGS = tuple(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7))
@@ -445,8 +446,13 @@ RECORDS: tuple[Record, ...] = (
                 "video_token_id": Token("<video>"),
             },
             begins=False,
+            others=others,
         )
-        for model_type in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")
+        for model_type, others in (
+            ("minicpm_ocr", (merged_in_tower,)),
+            ("minicpmv4_6", ()),
+            ("minicpmv4_7", ()),
+        )
     ),
     Record(
         "molmo2",
