@@ -27,6 +27,8 @@ from xmodal_interp.models import support
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "xmodal_interp" / "models" / "support.json"
 DOCUMENT = ROOT / "docs" / "families.md"
+STORED = json.loads(TABLE.read_text())
+STALE = "is stale: run python -m tests.conformance.matrix"
 
 
 def row_of(model_type: str, found: Measured) -> dict[str, Any]:
@@ -49,13 +51,12 @@ def row_of(model_type: str, found: Measured) -> dict[str, Any]:
     }
 
 
-def measured_again(model_type: str) -> dict[str, Any]:
-    """Measure the row of a type on its tiny model, with images and, if it takes them, videos."""
-    found = measured(tiny(model_type))
-    if reads_videos(model_type):
-        videos = measured(tiny(model_type, video=True))
-        found = replace(found, others=(*found.others, *videos.runs))
-    return row_of(model_type, found)
+def with_videos(model_type: str, found: Measured) -> Measured:
+    """Return a measurement on images, with runs on videos added if the type reads them."""
+    if not reads_videos(model_type):
+        return found
+    videos = measured(tiny(model_type, video=True))
+    return replace(found, others=(*found.others, *videos.runs))
 
 
 def versions() -> dict[str, str]:
@@ -66,7 +67,7 @@ def versions() -> dict[str, str]:
 def main() -> None:
     """Measure all types and write both files."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    rows = {name: measured_again(name) for name in types()}
+    rows = {name: row_of(name, with_videos(name, measured(tiny(name)))) for name in types()}
     whole = {"versions": versions(), "types": rows}
     TABLE.write_text(json.dumps(whole, indent=1) + "\n")
     DOCUMENT.write_text(support.markdown())

@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from tests.conformance.matrix import STALE, STORED, TABLE, row_of, with_videos
 from tests.conformance.measuring import WORST, Measured, measured
 from tests.helpers.attention_variants import BACKBONES, llava_over
 from tests.helpers.clips import clip
@@ -148,6 +149,17 @@ def test_chunked_audio_attention_is_recorded_as_probabilities(name: str) -> None
         torch.testing.assert_close(probs[seeing].sum(-1), torch.ones(int(seeing.sum())))
         assert probs[seeing][~visible.expand(probs.shape)[seeing]].max() < 1e-6
         assert not visible[1, 0, -1].any()  # the shorter sound has fewer keys
+
+
+def test_the_stored_row_equals_the_measurement(found: Found) -> None:
+    name, model = found
+    if name not in STORED["types"]:
+        return
+    again, stored = row_of(name, with_videos(name, model)), STORED["types"][name]
+    assert max(again.pop("worst_error"), stored["worst_error"]) < LIMIT
+    assert {**again, "worst_error": stored["worst_error"]} == stored, f"{TABLE.name} {STALE}"
+    assert again["outputs_same"] is True
+    assert again["generation"] is not False
 
 
 def test_names_of_modules_are_unique(found: Found) -> None:

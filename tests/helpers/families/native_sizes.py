@@ -12,7 +12,7 @@ _GEMMA4_NAMED = {
     "boa_token": "<|audio_start|>",
     "eoa_token": "<|audio_end|>",
 }
-_GEMMA4_PATCHES = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 3}
+_GEMMA4_PATCHES = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2}
 _GEMMA4_VISION = {
     "model_type": "gemma4_vision",
     "hidden_size": 32,
@@ -22,7 +22,7 @@ _GEMMA4_VISION = {
     "num_key_value_heads": 4,
     "head_dim": 8,
     "patch_size": 4,
-    "pooling_kernel_size": 3,
+    "pooling_kernel_size": 2,
     "position_embedding_size": 64,
 }
 _PIXTRAL_NOTE = (
@@ -283,6 +283,7 @@ RECORDS: tuple[Record, ...] = (
                 {
                     "vision_config": {
                         "patch_size": 4,
+                        "pooling_kernel_size": 2,
                         "mm_embed_dim": 32,
                         "output_proj_dims": 32,
                         "mm_posemb_size": 64,
