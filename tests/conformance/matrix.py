@@ -20,7 +20,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from tests.conformance.measuring import Measured, measured
 from tests.helpers.families import RECORDS
-from tests.helpers.tiny_models import reads_videos, tiny, types
+from tests.helpers.model_types import reads_videos, tiny, types
 from xmodal_interp.hooks import Identity
 from xmodal_interp.models import support
 

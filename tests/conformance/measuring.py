@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from tests.conformance.spying import Heard, spy
-from tests.helpers.tiny_models import Tiny
+from tests.helpers.model_types import Tiny
 from xmodal_interp.hooks.recorder import Choice, Recording, listening
 from xmodal_interp.verification.exactness import Exactness
 

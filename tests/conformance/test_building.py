@@ -10,9 +10,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tests.conformance.spying import spy
 from tests.helpers.families import DUAL_ENCODERS, RECORDS
+from tests.helpers.model_types import Tiny, record_of, representatives, tiny, types
 from tests.helpers.random_weights import DYNAMICS
 from tests.helpers.real import build_model, real
-from tests.helpers.tiny_models import Tiny, record_of, representatives, tiny, types
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"

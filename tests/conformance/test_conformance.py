@@ -20,9 +20,7 @@ from tests.conformance.measuring import WORST, Measured, measured
 from tests.helpers.attention_variants import BACKBONES, llava_over
 from tests.helpers.clips import clip
 from tests.helpers.families import DUAL_ENCODERS, RECORDS
-from tests.helpers.real import inputs, real
-from tests.helpers.tiny import QUESTION, picture, tiny_vlm
-from tests.helpers.tiny_models import (
+from tests.helpers.model_types import (
     STEPS,
     Tiny,
     reads_videos,
@@ -31,6 +29,8 @@ from tests.helpers.tiny_models import (
     tiny,
     types,
 )
+from tests.helpers.real import inputs, real
+from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.bypass import CHUNKED_NOTE
 from xmodal_interp.models import FAMILIES

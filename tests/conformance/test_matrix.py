@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from tests.conformance.matrix import DOCUMENT, STALE, STORED, TABLE, versions
-from tests.helpers.tiny_models import types
+from tests.helpers.model_types import types
 from xmodal_interp.models import FAMILIES, support
 
 

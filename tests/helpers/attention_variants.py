@@ -12,8 +12,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from tests.helpers.model_types import tiny
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
-from tests.helpers.tiny_models import tiny
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.hooks import attention_modules
 
