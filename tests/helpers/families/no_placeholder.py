@@ -72,7 +72,11 @@ RECORDS: tuple[Record, ...] = (
         processor={"num_image_tokens": 8},
         call={"max_patches": 64},
         config={
-            "vision_config": {"patch_size": 8, "patch_embed_hidden_size": 192},
+            "vision_config": {
+                "patch_size": 8,
+                "patch_embed_hidden_size": 192,
+                "max_num_patches": 32,
+            },
             "text_config": {"embed_dim": 32, "layers": 2},
             "latent_query_num": 8,
         },
