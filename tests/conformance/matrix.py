@@ -18,17 +18,17 @@ import torch
 import transformers
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from tests.conformance.known import NO_VIDEO, NOT_SQUARE, WRONG
 from tests.conformance.measuring import Measured, measured
-from tests.conformance.overrides import CLIPS
-from tests.helpers.building import tiny, types
 from tests.helpers.families import RECORDS
+from tests.helpers.model_types import reads_videos, tiny, types
 from xmodal_interp.hooks import Identity
 from xmodal_interp.models import support
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "xmodal_interp" / "models" / "support.json"
 DOCUMENT = ROOT / "docs" / "families.md"
+STORED = json.loads(TABLE.read_text())
+STALE = "is stale: run python -m tests.conformance.matrix"
 
 
 def row_of(model_type: str, found: Measured) -> dict[str, Any]:
@@ -47,20 +47,16 @@ def row_of(model_type: str, found: Measured) -> dict[str, Any]:
         "worst_error": float(f"{found.error:.0e}"),
         "generation": None if found.generation is None else found.generation.same,
         "processor": _processor(model_type),
-        "notes": sorted(
-            {f"known fault: {why}" for (name, _), why in WRONG.items() if name == model_type}
-            | {f"not square: {why}" for why in NOT_SQUARE.get(model_type, {}).values()}
-        ),
+        "notes": sorted({f"not square: {why}" for why in RECORDS[model_type].not_square.values()}),
     }
 
 
-def measured_again(model_type: str) -> dict[str, Any]:
-    """Measure the row of a type on its tiny model, with images and, if it takes them, videos."""
-    found = measured(tiny(model_type))
-    if model_type in CLIPS and model_type not in NO_VIDEO:
-        videos = measured(tiny(model_type, video=True))
-        found = replace(found, others=(*found.others, *videos.runs))
-    return row_of(model_type, found)
+def with_videos(model_type: str, found: Measured) -> Measured:
+    """Return a measurement on images, with runs on videos added if the type reads them."""
+    if not reads_videos(model_type):
+        return found
+    videos = measured(tiny(model_type, video=True))
+    return replace(found, others=(*found.others, *videos.runs))
 
 
 def versions() -> dict[str, str]:
@@ -71,7 +67,7 @@ def versions() -> dict[str, str]:
 def main() -> None:
     """Measure all types and write both files."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    rows = {name: measured_again(name) for name in types()}
+    rows = {name: row_of(name, with_videos(name, measured(tiny(name)))) for name in types()}
     whole = {"versions": versions(), "types": rows}
     TABLE.write_text(json.dumps(whole, indent=1) + "\n")
     DOCUMENT.write_text(support.markdown())
@@ -82,9 +78,7 @@ def _by_role(modules: Iterable[Identity]) -> dict[str, int]:
 
 
 def _processor(model_type: str) -> str | None:
-    record = RECORDS.get(model_type)
-    given = record.processor_class if record is not None else None
-    return given or PROCESSOR_MAPPING_NAMES.get(model_type)
+    return RECORDS[model_type].processor_class or PROCESSOR_MAPPING_NAMES.get(model_type)
 
 
 if __name__ == "__main__":

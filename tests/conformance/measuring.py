@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from tests.conformance.spying import Heard, spy
-from tests.helpers.building import Tiny
+from tests.helpers.model_types import Tiny
 from xmodal_interp.hooks.recorder import Recording, Settings, record_with
 from xmodal_interp.verification.exactness import Exactness
 
@@ -89,7 +89,7 @@ def measured(tiny: Tiny) -> Measured:
     """Run the forward, the generation and the other calls of a tiny model."""
     forward = _run(tiny.model, lambda: tiny.model(**tiny.inputs))
     others = tuple(_run(tiny.model, call) for call in tiny.others)
-    if not tiny.generates:
+    if not tiny.generate_inputs:
         return Measured(forward, None, others)
     generation = _run(tiny.model, lambda: tiny.model.generate(**tiny.generate_inputs))
     return Measured(forward, generation, others)

@@ -96,8 +96,7 @@ def test_a_sample_of_a_batch_equals_a_single_sample(model_type: str) -> None:
     questions = [asked_in_full(vlm, each, 1) for each in QUESTIONS]
     check(vlm, images, questions, 3, limit)
     check(vlm, images, questions[::-1], 0, limit)
-    # PerceptionLM requires images with equal numbers of tiles
-    if RECORDS[model_type].several and model_type != "perception_lm":
+    if RECORDS[model_type].several and "images" not in RECORDS[model_type].alike:
         images = [images[0], [picture(300, 90, 1), picture(96, 96, 2)]]
         questions = [asked_in_full(vlm, each, n) for n, each in enumerate(QUESTIONS, start=1)]
         check(vlm, images, questions, 2, limit)

@@ -8,11 +8,15 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.conformance.overrides import DUAL_ENCODERS, RECORDS, Record
 from tests.conformance.spying import spy
-from tests.helpers.building import Tiny, representatives, tiny, types
+from tests.helpers.families import DUAL_ENCODERS, RECORDS
+from tests.helpers.model_types import Tiny, record_of, representatives, tiny, types
 from tests.helpers.random_weights import DYNAMICS
+from tests.helpers.real import build_model, real
 
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
 SHARP = 0.1  # 0: uniform, 1: a single key
 
 
@@ -26,10 +30,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def built(request: pytest.FixtureRequest) -> tuple[str, Tiny]:
     return request.param, tiny(request.param)
-
-
-def record_of(name: str) -> Record:
-    return (RECORDS if name in types() else DUAL_ENCODERS).get(name, Record())
 
 
 def outputs(tiny_model: Tiny, inputs: dict[str, Any]) -> list[Tensor]:
@@ -56,7 +56,7 @@ def test_the_image_changes_the_output(built: tuple[str, Tiny]) -> None:
         k: v for k, v in model.inputs.items() if isinstance(v, Tensor) and v.dtype.is_floating_point
     }
     if not seen:
-        assert record_of(name).prompt == "words_only"
+        assert name in ("evolla", "mistral4")  # a protein, and words only
         seen = {"input_ids": model.inputs["input_ids"]}
     # Images are exchanged between rows; a single row is reversed.
     other = {k: v.roll(1, 0) if len(v) > 1 else v.flip(-1) for k, v in seen.items()}
@@ -92,8 +92,7 @@ def turned_around(_module: nn.Module, _args: Any, output: Any) -> Any:
 
 def test_three_steps_of_generation(built: tuple[str, Tiny]) -> None:
     _, model = built
-    if not model.generates:
-        assert model.generate_inputs == {}
+    if not model.generate_inputs:
         return
     # Some models delegate generation to a part, others drop the processors: one count suffices.
     steps, forwards = [], []
@@ -119,29 +118,22 @@ def test_no_weight_is_trivial(built: tuple[str, Tiny]) -> None:
     flat = [
         name
         for name, weight in parameters.items()
-        if not DYNAMICS.search(name) and weight.numel() >= 8 and weight.std() < 0.01
+        if not DYNAMICS.search(name) and weight.numel() >= 8 and weight.std() < 0.005
     ]
     assert flat == []
 
 
 def test_all_types_are_those_of_transformers() -> None:
     assert types() == list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    assert set(RECORDS) <= set(types())
+    assert set(RECORDS) == set(types())
     assert set(representatives()) < set(types())
     assert len(representatives()) == len(types()) // 3
 
 
-def test_the_seed_determines_weights_and_inputs() -> None:
-    first, again, other = tiny("llava"), tiny("llava"), tiny("llava", seed=1)
+def test_weights_and_inputs_are_always_the_same() -> None:
+    first, again = tiny("llava"), tiny("llava")
+    rebuilt = build_model(RECORDS["llava"], real("llava")[1].tokenizer)
     for name, weight in first.model.state_dict().items():
-        assert torch.equal(weight, again.model.state_dict()[name])
+        assert torch.equal(weight, rebuilt.state_dict()[name])
     for name, value in first.inputs.items():
         assert torch.equal(value, again.inputs[name])
-    assert not torch.equal(first.inputs["pixel_values"], other.inputs["pixel_values"])
-    head = first.model.lm_head.weight
-    assert not torch.equal(head, other.model.lm_head.weight)
-
-
-def test_the_backend_is_the_requested_one() -> None:
-    model = tiny("llava", attn_implementation="eager").model
-    assert model.config.text_config._attn_implementation == "eager"

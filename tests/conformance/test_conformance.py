@@ -15,18 +15,33 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.conformance.known import NO_VIDEO, NOT_SQUARE, WRONG
+from tests.conformance.matrix import STALE, STORED, TABLE, row_of, with_videos
 from tests.conformance.measuring import WORST, Measured, measured
-from tests.conformance.overrides import CLIPS, DUAL_ENCODERS
 from tests.helpers.attention_variants import BACKBONES, llava_over
-from tests.helpers.building import STEPS, Tiny, representatives, tiny, types
+from tests.helpers.clips import clip
+from tests.helpers.families import DUAL_ENCODERS, RECORDS
+from tests.helpers.model_types import (
+    STEPS,
+    Tiny,
+    reads_videos,
+    record_of,
+    representatives,
+    tiny,
+    types,
+)
+from tests.helpers.real import inputs, real
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.inline_attention import CHUNKED_NOTE
+from xmodal_interp.models import FAMILIES
 
+pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
 LIMIT = 1e-5  # of a probability, in float32
 SOME_DUAL_ENCODERS = ["clip", "siglip", "blip_itm", "bridgetower", "groupvit"]
-WITH_VIDEO = {f"{name} with video": name for name in CLIPS if name not in NO_VIDEO}
+WITH_VIDEO = {f"{name} with video": name for name in RECORDS if reads_videos(name)}
+NO_VIDEO = [name for name, record in RECORDS.items() if record.no_video]
 OVER = {f"llava over {text}": text for text in ("gpt_oss", "gemma2")}
 Found = tuple[str, Measured]
 
@@ -40,8 +55,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def some_with_video() -> list[str]:
-    """Return one type for each way to read videos."""
-    ways = {CLIPS[name]: shown for shown, name in reversed(WITH_VIDEO.items())}
+    """Return one type for each rule that places frames and images."""
+    ways = {
+        (FAMILIES[name].video_rule, FAMILIES[name].rule): shown
+        for shown, name in reversed(WITH_VIDEO.items())
+    }
     return list(ways.values())
 
 
@@ -51,14 +69,6 @@ def found(request: pytest.FixtureRequest) -> Found:
     if name in OVER:
         return name, measured(_llava_over(OVER[name]))
     return name, measured(tiny(WITH_VIDEO.get(name, name), video=name in WITH_VIDEO))
-
-
-@pytest.fixture(autouse=True)
-def _known_to_be_wrong(request: pytest.FixtureRequest) -> None:
-    name = getattr(getattr(request.node, "callspec", None), "params", {}).get("found")
-    reason = WRONG.get((name, request.node.originalname))
-    if reason:
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 def test_outputs_are_bit_identical(found: Found) -> None:
@@ -109,18 +119,17 @@ def test_all_types_that_take_videos_are_tested() -> None:
         if "pixel_values_videos"
         in inspect.signature(getattr(transformers, mapping[name]).forward).parameters
     }
-    assert set(CLIPS) == takes
-    assert set(NO_VIDEO) <= takes
+    assert takes <= {*WITH_VIDEO.values(), *NO_VIDEO}
 
 
 def run_with_video(name: str) -> None:
-    made = tiny(name, video=True)
-    made.model(**made.inputs)
+    model, question = real(name)[0], "where is the red circle?"
+    model(**inputs(name, [[]], [question], videos=[clip(2, 0)]))
 
 
 @pytest.mark.parametrize("name", NO_VIDEO)
 def test_some_types_fail_on_videos_without_recording(name: str) -> None:
-    with pytest.raises((RuntimeError, TypeError), match=NO_VIDEO[name]):
+    with pytest.raises((AttributeError, RuntimeError, TypeError), match=record_of(name).no_video):
         run_with_video(name)
 
 
@@ -142,6 +151,17 @@ def test_chunked_audio_attention_is_recorded_as_probabilities(name: str) -> None
         assert not visible[1, 0, -1].any()  # the shorter sound has fewer keys
 
 
+def test_the_stored_row_equals_the_measurement(found: Found) -> None:
+    name, model = found
+    if name not in STORED["types"]:
+        return
+    again, stored = row_of(name, with_videos(name, model)), STORED["types"][name]
+    assert max(again.pop("worst_error"), stored["worst_error"]) < LIMIT
+    assert {**again, "worst_error": stored["worst_error"]} == stored, f"{TABLE.name} {STALE}"
+    assert again["outputs_same"] is True
+    assert again["generation"] is not False
+
+
 def test_names_of_modules_are_unique(found: Found) -> None:
     _, model = found
     recording = model.forward.recording
@@ -153,7 +173,7 @@ def test_names_of_modules_are_unique(found: Found) -> None:
 
 def test_self_attention_is_square_and_cross_attention_is_not(found: Found) -> None:
     name, model = found
-    stated = NOT_SQUARE.get(name, {})
+    stated = {} if name in OVER else record_of(WITH_VIDEO.get(name, name)).not_square
     odd = {
         call.module
         for call in model.forward.recording.calls
@@ -161,7 +181,7 @@ def test_self_attention_is_square_and_cross_attention_is_not(found: Found) -> No
     }
     assert [m for m in odd if not any(fnmatchcase(m, pattern) for pattern in stated)] == []
     unused = [p for p in stated if not any(fnmatchcase(module, p) for module in odd)]
-    assert unused == []
+    assert unused == [] or name in WITH_VIDEO  # sounds are passed with images only
 
 
 def test_every_call_has_more_than_one_key(found: Found) -> None:
@@ -177,4 +197,4 @@ def _llava_over(text: str) -> Tiny:
     assert not bool(inputs["attention_mask"].all())
     with torch.random.fork_rng(devices=[]):
         model = llava_over(text, **BACKBONES[text])
-    return Tiny(model, inputs, generates=True, generate_inputs=inputs | STEPS)
+    return Tiny(model, inputs, inputs | STEPS)

@@ -12,7 +12,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from tests.helpers.building import tiny
+from tests.helpers.model_types import tiny
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.hooks import attention_modules

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -72,10 +71,6 @@ def with_options(vlm: VLM, options: Mapping[str, Any]) -> VLM:
     for name, value in options.items():
         setattr(processor.image_processor, name, value)
     return dataclasses.replace(vlm, processor=processor)
-
-
-def _taken(model: nn.Module) -> Mapping[str, Any]:
-    return inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()
@@ -187,9 +182,7 @@ def language_inputs(vlm: VLM, inputs: dict[str, Any]) -> np.ndarray:
         seen.append(found.detach())
         raise _SeenError
 
-    record = RECORDS[vlm.family.model_type]
-    beside = {name: value for name, value in record.call.items() if name in _taken(vlm.model)}
-    for name, value in {**record.beside, **beside}.items():
+    for name, value in RECORDS[vlm.family.model_type].beside.items():
         inputs.setdefault(name, torch.tensor(value))
     with torch.no_grad():
         if vlm.family.model_type in INTO_LAYERS:

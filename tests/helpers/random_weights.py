@@ -55,4 +55,6 @@ def _drawn(name: str, old: Tensor, noise: Tensor, *, is_embedding: bool) -> Tens
         return 0.7 * noise
     fan_in = old[0].numel() if old.ndim != 3 else min(old.shape[1:])
     gain = SHARPER if QUERY_OR_KEY.search(name) else 1.0
+    if "channel_attn" in name:  # scores of channel attention are sums over all positions
+        gain = 0.5
     return noise * gain / fan_in**0.5

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -18,12 +19,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
-from tests.conformance.overrides import RECORDS as CONFORMANCE
 from tests.helpers.families import RECORDS, Record, Token
 from tests.helpers.random_weights import randomize
 from tests.helpers.tiny_configs import tiny_config
 from tests.helpers.tiny_tokenizer import tokenizer
-from xmodal_interp.models import VLM
+from xmodal_interp.models import VLM, Video
 
 VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size")
 BUILT = [
@@ -54,7 +54,7 @@ def real(model_type: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     if record.obstacle:
         raise LookupError(f"{model_type!r} cannot be built: {record.obstacle}")
     made = build_processor(record)
-    return build_model(record, made), made
+    return build_model(record, made.tokenizer), made
 
 
 def build_processor(record: Record) -> Any:
@@ -70,29 +70,25 @@ def build_processor(record: Record) -> Any:
     return kind(**parts, **record.processor, **template)
 
 
-def build_model(record: Record, made: Any) -> PreTrainedModel:
-    """Build a tiny random model whose settings agree with those of a processor."""
-    text = made.tokenizer
-    kind = CONFIG_MAPPING[record.model_type]
-    known = CONFORMANCE[record.model_type].config if record.model_type in CONFORMANCE else {}
-    over = _merged(_vocabularies(kind().to_dict(), len(text)), known)
-    config = tiny_config(kind, _merged(over, _with_ids(record.config, text)))
-    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[record.model_type]
+def build_model(record: Record, text: Any = None) -> PreTrainedModel:
+    """Build a tiny random model, whose settings agree with a tokenizer if there is one."""
+    kind = CONFIG_MAPPING[record.config_type or record.model_type]
+    over = dict(record.config)
+    if text is not None:
+        over = _merged(_vocabularies(kind().to_dict(), len(text)), _with_ids(over, text))
+    name = record.model_class or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[record.model_type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        built = getattr(transformers, name)(config).eval()
+        built = getattr(transformers, name)(tiny_config(kind, over)).eval()
         randomize(built, seed=0)
     return built
 
 
 def settled(model_type: str) -> ProcessorMixin:
     """Return the processor with its call-time settings stored as attributes."""
-    model, made = real(model_type)
-    made, taken = copy.copy(made), inspect.signature(model.forward).parameters
+    made = copy.copy(real(model_type)[1])
     of_images = dict(getattr(made, "images_kwargs", None) or {})
     for name, value in RECORDS[model_type].call.items():
-        if name in taken:  # an argument of the model
-            continue
         if name.startswith("return_") or hasattr(made, name):
             setattr(made, name, value)
         else:
@@ -103,43 +99,77 @@ def settled(model_type: str) -> ProcessorMixin:
 
 def inputs(
     model_type: str,
-    images: Sequence[Image.Image],
-    question: str = "where is the red circle?",
+    images: Sequence[Sequence[Image.Image]],
+    questions: Sequence[str],
     *,
+    videos: Sequence[Video] = (),
+    sounds: Sequence[np.ndarray] = (),
     processor: Any = None,
 ) -> dict[str, Any]:
-    """Return the inputs of the model's forward for one prompt about some images.
+    """Return the inputs of the model's forward for some prompts; shorter ones are left-padded.
 
     Args:
         model_type: A type with a record.
-        images: The images, in order.
-        question: The text after the images; the chat template is used if there is one.
+        images: For each prompt, its images.
+        questions: The text after the images; the chat template is used if there is one.
+        videos: For each prompt, its video, if there are videos.
+        sounds: For each prompt, its sound, if there are sounds.
         processor: The processor to use instead of the type's own.
     """
     record = RECORDS[model_type]
     built, own = real(model_type)
     made = own if processor is None else processor
-    text = prompt(model_type, len(images), question)
-    begun = made.tokenizer.bos_token is not None and text.startswith(made.tokenizer.bos_token)
-    options = {**record.call, **({"add_special_tokens": False} if begun else {})}
-    clip = record.n_frames
-    shown: list[Any] = list(images) if clip is None else [[image] * clip for image in images]
-    if record.nested:
-        shown = [shown]
-    asked = {"text": [text]} if record.asks else {}
-    returned = made(images=shown, **asked, return_tensors="pt", **options)
-    if built.config.is_encoder_decoder:
-        returned["decoder_input_ids"] = torch.tensor([[made.tokenizer.bos_token_id]])
-    beside = {name: torch.tensor(value) for name, value in record.beside.items()}
-    return {**returned.to(built.dtype), **beside}
+    n_prompts = len(questions)
+    texts = [
+        prompt(model_type, len(of), question, n_videos=bool(videos), n_sounds=bool(sounds))
+        for of, question in zip(images, questions, strict=True)
+    ]
+    given: dict[str, Any] = {"return_tensors": "pt", **record.call}
+    if record.asks:
+        given |= {"text": texts}
+        if n_prompts > 1:
+            given |= {"padding": True, "padding_side": "left"}
+        if texts[0].startswith(made.tokenizer.bos_token):
+            given |= {"add_special_tokens": False}
+    if any(images):
+        clip = record.n_frames
+        shown = [[one if clip is None else [one] * clip for one in of] for of in images]
+        given["images"] = shown if record.nested else [one for of in shown for one in of]
+    if videos:
+        given["videos"] = [video.pixels() for video in videos]
+        given["videos_kwargs"] = {
+            "video_metadata": [video.metadata() for video in videos],
+            "do_sample_frames": False,
+            "return_metadata": True,  # some processors write frame times into the prompt
+            **{name: value for name, value in record.videos.items() if name == "size"},
+        }
+    if sounds:
+        given["audio"] = list(sounds)
+    returned = made(**given).to(built.dtype)
+    for unread in ("labels", "video_metadata"):  # labels are for training
+        returned.pop(unread, None)
+    if built.config.is_encoder_decoder and "decoder_input_ids" not in returned:
+        answer = made.tokenizer.encode(ANSWER, add_special_tokens=False)
+        start = made.tokenizer.bos_token_id
+        returned["decoder_input_ids"] = torch.tensor([[start, *answer]] * n_prompts)
+    beside = {name: torch.tensor(value * n_prompts) for name, value in record.beside.items()}
+    return {**returned, **beside}
 
 
-def prompt(model_type: str, n_images: int, question: str) -> str:
+def prompt(
+    model_type: str, n_images: int, question: str, *, n_videos: int = 0, n_sounds: int = 0
+) -> str:
     """Return the text that a user passes to the processor, from the chat template if any."""
     record = RECORDS[model_type]
     if not record.template:
-        return record.image * n_images + question
-    content = [*({"type": "image"} for _ in range(n_images)), {"type": "text", "text": question}]
+        before = record.image * n_images + record.clip * n_videos
+        return before + question + record.sound * n_sounds
+    content = [
+        *({"type": "image"} for _ in range(n_images)),
+        *({"type": "video"} for _ in range(n_videos)),
+        {"type": "text", "text": question},
+        *({"type": "audio"} for _ in range(n_sounds)),
+    ]
     messages = [{"role": "user", "content": content}]
     return str(real(model_type)[1].apply_chat_template(messages, add_generation_prompt=True))
 
@@ -155,6 +185,8 @@ def chat_template(record: Record) -> str:
         + record.image
         + "{% elif part['type'] == 'video' %}"
         + record.clip
+        + "{% elif part['type'] == 'audio' %}"
+        + record.sound
         + "{% else %}{{ part['text'] }}{% endif %}"
         "{% endfor %}{% endif %}"
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"

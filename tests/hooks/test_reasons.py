@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import xmodal_interp as xi
 from tests.helpers.attention_variants import of
-from tests.helpers.building import tiny
+from tests.helpers.model_types import tiny
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks import record
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import xmodal_interp as xi
-from tests.helpers.building import tiny
+from tests.helpers.model_types import tiny
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks import attention_modules, record

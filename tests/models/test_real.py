@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor
 
 from tests.helpers.families import RECORDS
@@ -19,14 +21,18 @@ SEVERAL = [name for name in BUILT if RECORDS[name].several]
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
+def inputs_of(model_type: str, *images: Image.Image, processor: Any = None) -> dict[str, Any]:
+    return inputs(model_type, [images], ["where is the red circle?"], processor=processor)
+
+
 @pytest.mark.parametrize("model_type", BUILT)
 def test_loads_as_it_was_saved(model_type: str, tmp_path: Path) -> None:
     _, made = real(model_type)
     made.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is type(made)
-    before = inputs(model_type, [picture(*SIZES[1])])
-    after = inputs(model_type, [picture(*SIZES[1])], processor=loaded)
+    before = inputs_of(model_type, picture(*SIZES[1]))
+    after = inputs_of(model_type, picture(*SIZES[1]), processor=loaded)
     assert before.keys() == after.keys()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=0)
@@ -37,7 +43,7 @@ def test_runs_on_images_of_any_shape(model_type: str) -> None:
     model, _ = real(model_type)
     for width, height in SIZES:
         with torch.no_grad():
-            output = model(**inputs(model_type, [picture(width, height)]))
+            output = model(**inputs_of(model_type, picture(width, height)))
         assert torch.isfinite(output.logits).all()
 
 
@@ -47,7 +53,7 @@ def test_logits_depend_on_the_image(model_type: str) -> None:
     logits = []
     for seed in (0, 1):
         with torch.no_grad():
-            logits.append(model(**inputs(model_type, [picture(96, 96, seed)])).logits)
+            logits.append(model(**inputs_of(model_type, picture(96, 96, seed))).logits)
     assert not torch.equal(*logits)
 
 
@@ -55,8 +61,8 @@ def test_logits_depend_on_the_image(model_type: str) -> None:
 def test_runs_on_two_images(model_type: str) -> None:
     model, _ = real(model_type)
     first, second = picture(*SIZES[0]), picture(*SIZES[1], seed=1)
-    one = inputs(model_type, [first])["input_ids"]
-    both = inputs(model_type, [first, second])
+    one = inputs_of(model_type, first)["input_ids"]
+    both = inputs_of(model_type, first, second)
     assert both["input_ids"].shape[1] > one.shape[1]
     with torch.no_grad():
         assert torch.isfinite(model(**both).logits).all()

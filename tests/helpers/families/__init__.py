@@ -1,25 +1,18 @@
 """One record per model type, with the settings of its tiny offline copy."""
 
 from tests.helpers.families import (
-    elsewhere,
-    fixed,
-    fixed_others,
-    merged,
-    merged_glm,
-    merged_others,
-    native,
-    queries,
-    tiled,
-    tiled_others,
+    dual_encoders,
+    fixed_grids,
+    merged_patches,
+    native_sizes,
+    no_placeholder,
+    query_tokens,
+    tiled_images,
 )
-from tests.helpers.families.record import Record, Token
+from tests.helpers.families.family_record import Record, Token
 
-_KINDS = (
-    *(elsewhere, fixed, fixed_others, merged),
-    *(merged_glm, merged_others, native, queries, tiled, tiled_others),
-)
-RECORDS: dict[str, Record] = {
-    record.model_type: record for kind in _KINDS for record in kind.RECORDS
-}
+_KINDS = (fixed_grids, query_tokens, merged_patches, native_sizes, no_placeholder, tiled_images)
+RECORDS: dict[str, Record] = {each.model_type: each for kind in _KINDS for each in kind.RECORDS}
+DUAL_ENCODERS: dict[str, Record] = {each.model_type: each for each in dual_encoders.RECORDS}
 
-__all__ = ["RECORDS", "Record", "Token"]
+__all__ = ["DUAL_ENCODERS", "RECORDS", "Record", "Token"]

@@ -1,6 +1,6 @@
 """Types whose image tokens are learned queries without rows and columns."""
 
-from tests.helpers.families.record import Record, Token
+from tests.helpers.families.family_record import Record, Token
 
 _SQUARE = {"height": 64, "width": 64}
 _VIT = {"image_size": 64, "patch_size": 8}

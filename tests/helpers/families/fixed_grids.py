@@ -1,6 +1,7 @@
-"""Types with a fixed grid whose encoder is not a plain vision transformer (codes, SAM, ...)."""
+"""Types whose images all have one grid of a fixed size."""
 
-from tests.helpers.families.record import Record, Token
+from tests.helpers.families.family_record import Record, Token
+from tests.helpers.families.other_calls import codes_to_images, images_to_codes, words_to_images
 
 _SQUARE = {"height": 64, "width": 64}
 _VIT = {"image_size": 64, "patch_size": 8}
@@ -17,9 +18,185 @@ _JANUS_VQ = {
     "projection_dim": 32,
     "image_token_embed_dim": 32,
     "num_embeddings": 64,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
 }
 
+LAST_LAYER = "_tower.encoder.layers.1.self_attn"
+"""The last layer of an image tower whose features are taken from the layer before."""
+POOLING_HEAD = "head.attention"
+"""The pooling head of SigLIP, whose output is not used."""
+
+CHUNKED = "audio is split into chunks, each with the keys around it"
+
 RECORDS: tuple[Record, ...] = (
+    Record(
+        "gemma3",
+        note="Resized to image_processor.size ignoring its aspect ratio; features pooled to "
+        "mm_tokens_per_image. With do_pan_and_scan also crops along the longer side, each resized "
+        "to size (pan_and_scan_min_crop_size, _max_num_crops, _min_ratio_to_activate).",
+        image="<start_of_image>",
+        named={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+        images={"size": _SQUARE},
+        processor={"image_seq_length": 16},
+        config={
+            "vision_config": _VIT,
+            "mm_tokens_per_image": 16,
+            "boi_token_index": Token("<start_of_image>"),
+            "eoi_token_index": Token("<end_of_image>"),
+            "image_token_index": Token("<image_soft_token>"),
+        },
+        idle=(POOLING_HEAD,),
+        nested=True,
+    ),
+    Record(
+        "paligemma",
+        note="Resized to image_processor.size ignoring its aspect ratio; the image tokens "
+        "precede the beginning-of-sequence token, and a line break ends the prompt.",
+        named={"image_token": "<image>"},
+        images={"size": _SQUARE, "image_seq_length": 64},
+        config={
+            "vision_config": {**_VIT, "projection_dim": 32},
+            "text_config": {"num_image_tokens": 64},
+            "image_token_index": Token("<image>"),
+            "projection_dim": 32,
+        },
+        template=False,
+    ),
+    Record(
+        "deepseek_vl",
+        note="Longer side resized to image_processor.size, the shorter padded with the mean colour "
+        "on both sides (do_pad).",
+        named={"image_token": "<image_placeholder>"},
+        image="<image_placeholder>",
+        images={"size": _SQUARE},
+        processor={"num_image_tokens": 64},
+        config={"vision_config": _VIT, "image_token_id": Token("<image_placeholder>")},
+        idle=(POOLING_HEAD,),
+    ),
+    Record(
+        "deepseek_vl_hybrid",
+        note="As deepseek_vl, twice: image_processor.size and high_res_size; both towers give the "
+        "same grid.",
+        named={"image_token": "<image_placeholder>"},
+        image="<image_placeholder>",
+        images={"size": _SQUARE, "high_res_size": {"height": 128, "width": 128}},
+        processor={"num_image_tokens": 64},
+        config={
+            "vision_config": _VIT,
+            "high_res_vision_config": {
+                "image_size": 128,
+                "patch_size": 8,
+                "output_channels": 32,
+                "mlp_dim": 48,
+                "window_size": 4,
+                "global_attn_indexes": [1],
+            },
+            "image_token_id": Token("<image_placeholder>"),
+        },
+        idle=(POOLING_HEAD,),
+    ),
+    Record(
+        "vipllava",
+        note="Shorter side resized to size.shortest_edge, centre crop of crop_size (CLIP).",
+        tokens=("<image>",),
+        images=_CLIP_CROP,
+        processor={
+            "patch_size": 8,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+        config={
+            "vision_config": _VIT,
+            "vision_feature_layers": [-2, -1],
+            "image_token_index": Token("<image>"),
+        },
+    ),
+    Record(
+        "llava",
+        note="Shorter side resized to size.shortest_edge, centre crop of crop_size (CLIP).",
+        tokens=("<image>",),
+        images=_CLIP_CROP,
+        processor={
+            "patch_size": 8,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+        config={"vision_config": _VIT, "image_token_index": Token("<image>")},
+        idle=(LAST_LAYER,),
+    ),
+    Record(
+        "video_llava",
+        note="Images as llava; a video is eight frames of such a grid, each with its CLS token.",
+        tokens=("<image>", "<video>"),
+        images={"@": "VideoLlavaImageProcessor", **_CLIP_CROP},
+        videos=_CLIP_CROP,
+        processor={
+            "patch_size": 8,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+        config={
+            "vision_config": _VIT,
+            "image_token_index": Token("<image>"),
+            "video_token_index": Token("<video>"),
+        },
+        idle=(LAST_LAYER,),
+        alike=("videos",),
+    ),
+    Record(
+        "shieldgemma2",
+        note="As gemma3 without pan-and-scan; the processor writes the prompt itself, one per "
+        "policy.",
+        named={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+        image="<start_of_image>",
+        images={"size": _SQUARE},
+        processor={"image_seq_length": 16},
+        config={
+            "vision_config": _VIT,
+            "mm_tokens_per_image": 16,
+            "boi_token_index": Token("<start_of_image>"),
+            "eoi_token_index": Token("<end_of_image>"),
+            "image_token_index": Token("<image_soft_token>"),
+        },
+        several=False,
+        idle=(POOLING_HEAD,),
+    ),
+    Record(
+        "t5gemma2",
+        note="As gemma3, in the encoder.",
+        named={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+        image="<start_of_image>",
+        images={"size": _SQUARE},
+        processor={"image_seq_length": 16},
+        config={
+            "encoder": {
+                "vision_config": _VIT,
+                "mm_tokens_per_image": 16,
+                "boi_token_index": Token("<start_of_image>"),
+                "eoi_token_index": Token("<end_of_image>"),
+                "image_token_index": Token("<image_soft_token>"),
+            },
+            "eoi_token_index": Token("<end_of_image>"),
+            "image_token_index": Token("<image_soft_token>"),
+        },
+        template=False,
+        idle=(POOLING_HEAD,),
+        nested=True,
+        not_square={"*decoder.layers.*.self_attn": "the encoder's keys follow the decoder's"},
+    ),
     Record(
         "janus",
         note="As deepseek_vl.",
@@ -36,6 +213,7 @@ RECORDS: tuple[Record, ...] = (
             "vq_config": _JANUS_VQ,
             "image_token_id": Token("<image_placeholder>"),
         },
+        others=(images_to_codes, codes_to_images),
     ),
     Record(
         "chameleon",
@@ -155,17 +333,43 @@ RECORDS: tuple[Record, ...] = (
             "eoa_token": "<end_of_audio>",
         },
         image="<image_soft_token>",
+        sound="<audio_soft_token>",
         images={"size": _SQUARE},
-        audio={"feature_size": 32},
-        processor={"image_seq_length": 16},
+        audio={"feature_size": 16},
+        processor={"image_seq_length": 16, "audio_seq_length": 12},
         config={
-            "audio_config": {"vocab_offset": 262144},
+            "vision_soft_tokens_per_image": 16,
+            "vision_config": {
+                "hidden_size": 2048,
+                "model_args": {"channel_multiplier": 0.05, "msfa_output_resolution": 4},
+            },
+            "text_config": {
+                "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "num_kv_shared_layers": 2,
+                "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+                "intermediate_size": 48,
+            },
+            "audio_soft_tokens_per_image": 12,
+            "audio_config": {
+                "input_feat_size": 16,
+                "vocab_size": 6,  # the named tokens, the first of which is that of images
+                "vocab_offset": Token("<image_soft_token>"),
+                "conf_attention_chunk_size": 4,
+                "conf_attention_context_left": 5,
+                "conf_reduction_factor": 1,
+                "sscp_conv_channel_size": (8, 4),
+            },
             "image_token_id": Token("<image_soft_token>"),
             "boi_token_id": Token("<start_of_image>"),
             "eoi_token_id": Token("<end_of_image>"),
             "audio_token_id": Token("<audio_soft_token>"),
             "boa_token_id": Token("<start_of_audio>"),
             "eoa_token_id": Token("<end_of_audio>"),
+        },
+        not_square={
+            "model.vision_tower.*.attn": "a convolution makes fewer keys than queries",
+            "model.audio_tower.*.attn": CHUNKED,
         },
     ),
     Record(
@@ -216,6 +420,7 @@ RECORDS: tuple[Record, ...] = (
                 "num_attention_heads": 1,
             },
         },
+        others=(words_to_images,),
     ),
     Record(
         "pi0",
@@ -239,9 +444,11 @@ RECORDS: tuple[Record, ...] = (
             "max_state_dim": 32,
             "max_action_dim": 32,
         },
-        call={"state": [[0.5] * 32]},
-        beside={"noise": [[[0.5] * 32] * 4], "timestep": [0.5]},
+        beside={"state": [[0.5] * 32], "noise": [[[0.5] * 32] * 4], "timestep": [0.5]},
         template=False,
         begins=False,
+        idle=("vlm.language_model.layers.1.self_attn",),
+        nested=True,
+        not_square={"*.self_attn": "actions attend to the cache of image and text"},
     ),
 )

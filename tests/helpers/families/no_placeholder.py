@@ -1,6 +1,7 @@
 """Types whose image tokens do not come from a placeholder that a user writes."""
 
-from tests.helpers.families.record import Record, Token
+from tests.helpers.families.dual_encoders import PIXELS, PROMPTS
+from tests.helpers.families.family_record import Record, Token
 
 _SQUARE = {"height": 64, "width": 64}
 _VIT = {"image_size": 64, "patch_size": 8}
@@ -26,6 +27,7 @@ RECORDS: tuple[Record, ...] = (
             "text_config": {"cross_attention_layers": [1]},
             "image_token_index": Token("<|image|>"),
         },
+        nested=True,
     ),
     Record(
         "git",
@@ -70,7 +72,11 @@ RECORDS: tuple[Record, ...] = (
         processor={"num_image_tokens": 8},
         call={"max_patches": 64},
         config={
-            "vision_config": {"patch_size": 8, "patch_embed_hidden_size": 192},
+            "vision_config": {
+                "patch_size": 8,
+                "patch_embed_hidden_size": 192,
+                "max_num_patches": 32,
+            },
             "text_config": {"embed_dim": 32, "layers": 2},
             "latent_query_num": 8,
         },
@@ -149,13 +155,30 @@ RECORDS: tuple[Record, ...] = (
         "the words whose box they hold.",
         unbuildable="not built yet: its processor takes words and their boxes instead of a prompt, "
         "with a separate tokenizer class.",
+        config={"max_2d_position_embeddings": 64},
+        given={
+            **PROMPTS,
+            **PIXELS,
+            "bbox": [
+                [[0.1 * n, 0.2, 0.1 * n + 0.1, 0.3 + 0.3 * row] for n in range(8)] for row in (0, 1)
+            ],
+            "decoder_input_ids": [[1, *range(90, 95)], [1, *range(95, 100)]],
+        },
+        generate={"decoder_start_token_id": 1},
     ),
     Record(
         "evolla",
         unbuildable="its input is a protein: its processor takes no image.",
+        config={"aligner_num_add_layers": 1, "protein_encoder_config": {"vocab_size": 128}},
+        given={
+            **PROMPTS,
+            "protein_input_ids": [[*range(90, 97), 0, 0], list(range(100, 109))],
+            "protein_attention_mask": [[1] * 7 + [0] * 2, [1] * 9],
+        },
     ),
     Record(
         "mistral4",
         unbuildable="it is text-only: transformers registers no processor for it.",
+        given=PROMPTS,
     ),
 )

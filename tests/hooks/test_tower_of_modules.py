@@ -19,7 +19,7 @@ from transformers import (
     VisionEncoderDecoderModel,
 )
 
-from tests.conformance.overrides import DUAL_ENCODERS
+from tests.helpers.families import DUAL_ENCODERS
 from tests.helpers.tiny_configs import tiny_config
 from xmodal_interp.hooks import attention_modules
 

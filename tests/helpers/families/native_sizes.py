@@ -1,7 +1,8 @@
 """Types that keep the aspect ratio of the image, each with a different grid."""
 
-from tests.helpers.families.qwen_like import PATCHES
-from tests.helpers.families.record import Record, Token
+from tests.helpers.families.family_record import Record, Token
+from tests.helpers.families.fixed_grids import CHUNKED
+from tests.helpers.families.merged_patches import PATCHES
 
 _GEMMA4_NAMED = {
     "image_token": "<|image|>",
@@ -11,7 +12,7 @@ _GEMMA4_NAMED = {
     "boa_token": "<|audio_start|>",
     "eoa_token": "<|audio_end|>",
 }
-_GEMMA4_PATCHES = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 3}
+_GEMMA4_PATCHES = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2}
 _GEMMA4_VISION = {
     "model_type": "gemma4_vision",
     "hidden_size": 32,
@@ -21,7 +22,7 @@ _GEMMA4_VISION = {
     "num_key_value_heads": 4,
     "head_dim": 8,
     "patch_size": 4,
-    "pooling_kernel_size": 3,
+    "pooling_kernel_size": 2,
     "position_embedding_size": 64,
 }
 _PIXTRAL_NOTE = (
@@ -138,7 +139,6 @@ RECORDS: tuple[Record, ...] = (
                 "swa_num_attention_heads": 4,
                 "swa_num_key_value_heads": 2,
                 "swa_head_dim": 8,
-                "sliding_window_size": 64,
                 "rel_extent": 256,
             },
             "image_token_id": Token("<|unused_200054|>"),
@@ -166,9 +166,9 @@ RECORDS: tuple[Record, ...] = (
                 "swa_num_attention_heads": 4,
                 "swa_num_key_value_heads": 2,
                 "swa_head_dim": 8,
-                "sliding_window_size": 64,
                 "rel_extent": 256,
             },
+            "audio_config": {"n_mel_bins": 4, "mel_vocab_size": 8},
             "image_token_id": Token("<|unused_200054|>"),
             "audio_token_id": Token("<|unused_200053|>"),
             "image_bos_token_id": Token("<|content_image|>"),
@@ -179,6 +179,8 @@ RECORDS: tuple[Record, ...] = (
         "nemotron_h_omni",
         note="Resized, aspect ratio kept, to multiples of patch_size / downsample_ratio between "
         "min_num_patches and max_num_patches; image_grid_hw counts patches.",
+        sound="<so_embedding>",
+        no_video="'list' object has no attribute 'fps'",
         tokens=(
             "<image>",
             "<video>",
@@ -189,7 +191,13 @@ RECORDS: tuple[Record, ...] = (
             "<so_embedding>",
         ),
         images={"patch_size": 8, "min_num_patches": 16, "max_num_patches": 144},
-        audio={"@": "ParakeetFeatureExtractor"},
+        videos={
+            "norm_mean": [0.5] * 3,
+            "norm_std": [0.5] * 3,
+            "patch_size": 8,
+            "video_target_num_patches": 36,
+        },
+        audio={"@": "ParakeetFeatureExtractor", "feature_size": 16},
         config={
             "vision_config": {
                 "patch_size": 8,
@@ -203,14 +211,23 @@ RECORDS: tuple[Record, ...] = (
             },
             "text_config": {
                 "layers_block_type": ["linear_attention", "full_attention"],
+                "expand": 1,
                 "ssm_state_size": 8,
                 "mamba_num_heads": 4,
                 "mamba_head_dim": 16,
                 "n_groups": 1,
                 "chunk_size": 16,
             },
+            "audio_config": {
+                "model_type": "parakeet_encoder",
+                "num_mel_bins": 16,
+                "subsampling_conv_channels": 8,
+                "projection_hidden_size": 48,
+                "projection_bias": False,
+            },
             "vision_hidden_size": 32,
             "image_token_id": Token("<image>"),
+            "audio_token_id": Token("<so_embedding>"),
             "img_context_token_id": Token("<image>"),
         },
     ),
@@ -221,6 +238,7 @@ RECORDS: tuple[Record, ...] = (
             "max_soft_tokens * pooling_kernel_size ** 2 px at most, sides multiples of patch_size "
             "* pooling_kernel_size; patches carry their position (image_position_ids).",
             image="<|image|>",
+            sound=sound,
             named=_GEMMA4_NAMED,
             images={"@": f"{name}ImageProcessor", **_GEMMA4_PATCHES},
             videos={"@": f"{name}VideoProcessor", **_GEMMA4_PATCHES},
@@ -229,28 +247,49 @@ RECORDS: tuple[Record, ...] = (
             config={
                 "text_config": {
                     "layer_types": ["sliding_attention", "full_attention"],
+                    "global_head_dim": 16,
                     "hidden_size_per_layer_input": 8,
-                    "sliding_window": 128,
                 },
-                "vision_config": vision,
+                **config,
                 "image_token_id": Token("<|image|>"),
                 "boi_token_id": Token("<|image_start|>"),
                 "eoi_token_id": Token("<|image_end|>"),
                 "audio_token_id": Token("<|audio|>"),
                 "video_token_id": Token("<|video|>"),
             },
+            nested=True,
+            not_square=not_square,
         )
-        for model_type, name, vision in (
-            ("gemma4", "Gemma4", _GEMMA4_VISION),
+        for model_type, name, sound, config, not_square in (
+            (
+                "gemma4",
+                "Gemma4",
+                "<|audio|>",
+                {
+                    "vision_config": _GEMMA4_VISION,
+                    "audio_config": {
+                        "model_type": "gemma4_audio",
+                        "attention_chunk_size": 4,
+                        "attention_context_left": 5,
+                        "output_proj_dims": 32,
+                    },
+                },
+                {"model.audio_tower.*.self_attn": CHUNKED},
+            ),
             (
                 "gemma4_unified",
                 "Gemma4Unified",
+                "",
                 {
-                    "patch_size": 4,
-                    "mm_embed_dim": 32,
-                    "output_proj_dims": 32,
-                    "mm_posemb_size": 64,
+                    "vision_config": {
+                        "patch_size": 4,
+                        "pooling_kernel_size": 2,
+                        "mm_embed_dim": 32,
+                        "output_proj_dims": 32,
+                        "mm_posemb_size": 64,
+                    }
                 },
+                {},
             ),
         )
     ),
@@ -266,7 +305,7 @@ RECORDS: tuple[Record, ...] = (
         config={
             "text_config": {
                 "layer_types": ["sliding_attention", "full_attention"],
-                "sliding_window": 128,
+                "global_head_dim": 16,
                 "num_experts": 4,
                 "top_k_experts": 2,
                 "moe_intermediate_size": 16,
@@ -278,5 +317,8 @@ RECORDS: tuple[Record, ...] = (
             "eoi_token_id": Token("<|image_end|>"),
         },
         beside={"decoder_input_ids": [[4, 5, 6, 7]]},
+        generate={"max_denoising_steps": 3, "disable_compile": True},
+        nested=True,
+        not_square={"*.self_attn": "keys of the prompt's cache precede the canvas"},
     ),
 )

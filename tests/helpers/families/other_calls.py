@@ -1,6 +1,6 @@
-"""Methods of models with attention that no forward runs: one function each, named in the records.
+"""Calls with attention that neither the forward nor ``generate`` of a type runs.
 
-Each function takes the model and its inputs, and returns the output of the method.
+Each function takes the model and the inputs of its forward, and returns the output of the call.
 """
 
 from __future__ import annotations
@@ -36,3 +36,11 @@ def words_to_images(model: PreTrainedModel, _inputs: Inputs) -> Tensor:
     words = torch.cat([ended, torch.zeros(2, 3, dtype=torch.long)], -1)
     images: Tensor = model.model.decode_image_tokens(words, 4, 4)
     return images
+
+
+def merged_in_tower(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
+    """Encode images with sixteen patches per token, four of them merged in the tower (MiniCPM)."""
+    sizes = torch.tensor([[4, 4], [4, 8]])
+    n_columns = int(sizes.prod(-1).sum()) * model.config.vision_config.patch_size
+    pixels = inputs["pixel_values"][..., :n_columns]
+    return dict(model.model.get_image_features(pixels, sizes, downsample_mode="16x"))
