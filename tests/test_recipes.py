@@ -61,3 +61,19 @@ def test_the_example_of_a_family_passes_the_doctor(
     assert names["vlm"].family.model_type == names["vlm"].model.config.model_type == "my_vlm"
     assert checkup.ok, checkup
     assert checkup.table["verdict"].eq("pass").all()
+
+
+def test_the_example_of_an_analysis_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = (ROOT / "docs" / "adding-an-analysis.md").read_text()
+    code = document.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(ROOT)
+    names: dict = {"__name__": "peak"}
+    exec(code, names)
+    table, sample = names["table"], names["sample"]
+    assert len(table) == 4 * 8
+    rows = sample.find("green cross")
+    expected = sample.probs(layer=2, heads=[5], queries=rows)[0].amax(-1).mean()
+    assert table.query("layer == 2 and head == 5")["peak"].item() == pytest.approx(
+        expected.item(), abs=1e-6
+    )
+    assert (table["peak"] >= table["null"]).all()
