@@ -12,6 +12,7 @@ code is traced again with the hooks, and a hook that is traced raises the error.
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -31,6 +32,13 @@ from xmodal_interp.hooks.torch_attention import is_torchs, quiet_modules
 _observers: ContextVar[tuple[QuietCalls, ...]] = ContextVar("xmodal_interp_quiet", default=())
 _lock = threading.Lock()
 _shadowed: dict[nn.Module, tuple[int, Any]] = {}  # number of open blocks, and the forward before
+_RUNNING = (
+    "The model was called from compiled code, where attention cannot be recorded or edited. Call "
+    "it as it was before torch.compile; pass disable_compile=True to generate with a static cache."
+)
+# torch before 2.8 takes no reason; its own error with fullgraph=True then lacks this message
+_EXPLAINED = "reason" in inspect.signature(torch.compiler.disable).parameters
+_not_compiled = partial(torch.compiler.disable, **({"reason": _RUNNING} if _EXPLAINED else {}))
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -69,7 +77,7 @@ def refuse_when_compiled_code_runs(
     """
     raise_here = stack.enter_context(own_context())(_raise)
 
-    @torch.compiler.disable(reason=_RUNNING)  # type: ignore[untyped-decorator]
+    @_not_compiled()  # type: ignore[untyped-decorator]
     def refuse() -> None:
         raise_here()
 
@@ -116,17 +124,11 @@ def _forget(calls: QuietCalls) -> None:
     _observers.set(tuple(each for each in _observers.get() if each is not calls))
 
 
-_RUNNING = (
-    "The model was called from compiled code, where attention cannot be recorded or edited. Call "
-    "it as it was before torch.compile; pass disable_compile=True to generate with a static cache."
-)
-
-
 def _raise() -> None:
     raise CaptureError(_RUNNING)
 
 
-@torch.compiler.disable(reason=_RUNNING)  # type: ignore[untyped-decorator]
+@_not_compiled()  # type: ignore[untyped-decorator]
 def _refuse_in_a_block() -> None:
     if in_a_block():
         _raise()
