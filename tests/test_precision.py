@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import xmodal_interp as xi
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
+from xmodal_interp.attention import kernels
 from xmodal_interp.attention.kernels import full_precision
 
 
@@ -154,7 +155,7 @@ def test_masks_of_multihead_attention_under_another_default_dtype(dtype) -> None
 
 
 def test_full_precision_restores_the_settings() -> None:
-    matmul = torch.backends.mkldnn.matmul
+    matmul = kernels._BACKENDS[0]
     with matmul_precision("medium"), torch.autocast("cpu", dtype=torch.bfloat16):
         with full_precision():
             assert matmul.fp32_precision == "ieee"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import ProcessorMixin
 
 from tests.helpers.real import real
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
@@ -239,6 +240,8 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_arguments_are_errors(wrong: str) -> None:
     given, message = WRONG[wrong]
+    if "contains <image>" in message and not hasattr(ProcessorMixin, "replace_image_token"):
+        pytest.skip("The processors of this release of transformers do not count placeholders.")
     asked = {"vlm": tiny_vlm("llava"), "image": picture(), "prompt": QUESTION, **given}
     with pytest.raises(InputError) as refusal:
         capture(**asked)

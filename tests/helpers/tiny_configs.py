@@ -144,7 +144,7 @@ def _shrunk(
     """Shrink a config; ``base``: arguments set by its parent, ``ids``: token ids given so far."""
     held = vars(config)
     values = dict(base)
-    parts = type(config).sub_configs_defaults
+    parts = _parts(config)
     for name in dict.fromkeys([*inspect.signature(type(config).__init__).parameters, *base]):
         default = held.get(name)
         if isinstance(default, PreTrainedConfig) or (name in parts and name in overrides):
@@ -166,10 +166,15 @@ def _sub_config(
     other = rest.pop("model_type", None)
     if other is not None:
         return _shrunk(CONFIG_MAPPING[other](), rest, {}, ids)
-    spec = type(parent).sub_configs_defaults.get(name)
+    spec = _parts(parent).get(name)
     base = {} if spec is None else spec.init_kwargs
     default = vars(parent).get(name)
     return _shrunk(spec.config_class() if default is None else default, rest, base, ids)
+
+
+def _parts(config: PreTrainedConfig) -> Mapping[str, Any]:
+    """Return the default sub-configs that a class declares; earlier releases declare none."""
+    return getattr(type(config), "sub_configs_defaults", {})
 
 
 def _small(name: str, value: Any, held: Mapping[str, Any], ids: dict[str, int]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def test_decoding_with_and_without_a_cache_is_equal(
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "return_dict_in_generate": True}
     with backend(tiny_vlm(family), implementation) as vlm:
         inputs = inputs_of(vlm)
+        options["suppress_tokens"] = [vlm.model.config.image_token_id]  # requires another image
         n_prompt = inputs["input_ids"].shape[1]
         with intervene(vlm, INTERVENTIONS[name]):
             output = vlm.model.generate(**inputs, **options, output_logits=True)

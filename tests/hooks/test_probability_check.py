@@ -17,7 +17,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -111,6 +118,29 @@ eager.__module__ = "transformers.models.own"
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
 MASK = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
 MASK[1, ..., :2] = False
+
+
+def test_a_soft_cap_that_the_backend_ignores_is_not_applied() -> None:
+    def uncapped(module, query, key, value, mask, softcap, **options):
+        assert softcap == 2.0
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    counts = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Gemma2Config(**sizes, **counts, attn_logit_softcapping=2.0, query_pre_attn_scalar=1)
+    with registered("uncapped", uncapped) as name:
+        config._attn_implementation = name
+        model = Gemma2ForCausalLM(config).eval()
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.data.mul_(100)
+        with torch.no_grad(), xi.record(model) as recording:
+            model(IDS)
+    for call in recording.calls:
+        assert call.softcap is None
+        visible = torch.ones(10, 10, dtype=torch.bool).tril()
+        expected = truth(call.q, call.k, visible, scaling=call.scaling)
+        torch.testing.assert_close(call.probs().double(), expected, atol=1e-5, rtol=0)
 
 
 def test_a_boolean_mask_under_eager_attention_adds_one() -> None:

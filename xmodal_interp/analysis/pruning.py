@@ -374,7 +374,8 @@ def _summary(table: pd.DataFrame) -> list[dict[str, Any]]:
     found = []
     for (order, draw), curve in table.groupby(["order", "draw"], sort=False):
         share, accuracy = curve["share_removed"].to_numpy(), curve["accuracy"].to_numpy()
-        area = np.trapezoid(accuracy, share) / share[-1] if share[-1] > 0 else accuracy[0]
+        steps = np.diff(share) * (accuracy[1:] + accuracy[:-1]) / 2
+        area = steps.sum() / share[-1] if share[-1] > 0 else accuracy[0]
         fell = np.flatnonzero(accuracy < _KEPT * accuracy[0])
         kept = share[fell[0] - 1] if len(fell) else share[-1]
         kept = kept if accuracy[0] > 0 else np.nan  # 95% of 0 is always reached

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -154,9 +154,26 @@ def _entropy_terms(
     return logsumexp - products.sum(-1), size
 
 
+class _OfAllBackends:
+    """The one setting of torch before 2.9, with the attribute that each backend has since then."""
+
+    _NAMES: ClassVar[dict[str, str]] = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
+
+    @property
+    def fp32_precision(self) -> str:
+        return self._NAMES[torch.get_float32_matmul_precision()]
+
+    @fp32_precision.setter
+    def fp32_precision(self, name: str) -> None:
+        setting = {ours: theirs for theirs, ours in self._NAMES.items()}[name]
+        torch.set_float32_matmul_precision(setting)
+
+
+_MKLDNN: Any = torch.backends.mkldnn
 _BACKENDS: tuple[Any, ...] = (
-    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul,
+    (_MKLDNN.matmul, torch.backends.cuda.matmul)
+    if hasattr(_MKLDNN, "matmul")
+    else (_OfAllBackends(),) * 2
 )
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 _FULL = ("none", "ieee")

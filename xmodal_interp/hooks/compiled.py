@@ -16,6 +16,7 @@ were registered later. A recording would silently miss some or all of its attent
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -41,6 +42,13 @@ Exit = Callable[[nn.Module, Any, dict[str, Any], Any], None]
 _observers: Observers[tuple[Enter, Exit]] = Observers("unhooked")
 _lock = threading.Lock()
 _wrapped: dict[nn.Module, tuple[int, Any]] = {}  # number of open blocks, and the forward before
+_RUNNING = (
+    "The model was called from compiled code, where attention cannot be recorded or edited. Call "
+    "it as it was before torch.compile; pass disable_compile=True to generate with a static cache."
+)
+# torch before 2.8 takes no reason; its own error with fullgraph=True then lacks this message
+_EXPLAINED = "reason" in inspect.signature(torch.compiler.disable).parameters
+_not_compiled = partial(torch.compiler.disable, **({"reason": _RUNNING} if _EXPLAINED else {}))
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -79,7 +87,7 @@ def refuse_when_compiled_code_runs(
     """
     raise_here = stack.enter_context(own_context())(_raise)
 
-    @torch.compiler.disable(reason=_RUNNING)  # type: ignore[untyped-decorator]
+    @_not_compiled()  # type: ignore[untyped-decorator]
     def refuse() -> None:
         raise_here()
 
@@ -116,17 +124,11 @@ def replaced_forward(module: nn.Module) -> bool:
     return before is not None
 
 
-_RUNNING = (
-    "The model was called from compiled code, where attention cannot be recorded or edited. Call "
-    "it as it was before torch.compile; pass disable_compile=True to generate with a static cache."
-)
-
-
 def _raise() -> None:
     raise CaptureError(_RUNNING)
 
 
-@torch.compiler.disable(reason=_RUNNING)  # type: ignore[untyped-decorator]
+@_not_compiled()  # type: ignore[untyped-decorator]
 def _refuse_in_a_block() -> None:
     if in_a_block():
         _raise()

@@ -130,7 +130,14 @@ def as_attention_call(
 
 
 def other_readings(raw: RawCall, call: AttentionCall) -> Iterator[AttentionCall]:
-    """Yield all other meanings that the call's mask and causal flag may have, likely ones first."""
+    """Yield all other meanings that the call's mask and causal flag may have, likely ones first.
+
+    A backend may also ignore the soft-cap.
+    """
+    if call.softcap is not None:
+        uncapped = replace(call, softcap=None)
+        yield uncapped
+        yield from other_readings(raw, uncapped)
     n_queries, n_keys = call.n_queries, call.n_keys
     alignments = [(True, 0), (True, n_keys - n_queries), (False, 0)]
     windows = dict.fromkeys((call.sliding_window, raw.options.get("sliding_window"), None))

@@ -198,13 +198,15 @@ class StoredImage(Image.Image):
         check: Called before the file is read; raises StoreError if the file has changed.
     """
 
+    _check: Callable[[], None] | None = None  # None once the pixels are read, and in a copy
+
     def __init__(self, path: Path, size: tuple[int, int], check: Callable[[], None]) -> None:
         super().__init__()
         self._mode, self._size, self._path, self._check = "RGB", size, path, check
 
     def load(self) -> Any:
         """Read the pixels on the first call; Pillow calls this before it uses them."""
-        if self._im is None:
+        if self._check is not None:
             self._check()
             try:
                 picture = open_image(self._path)
@@ -216,7 +218,7 @@ class StoredImage(Image.Image):
                     f"{' x '.join(map(str, self._size))} px when it was captured. Restore the "
                     "original image, or capture the sample again."
                 )
-            self._im = picture.im
+            self.im, self._check = picture.im, None
         return super().load()
 
 
