@@ -23,7 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 import xmodal_interp as xi
 from tests.helpers.real import real, settled
 from xmodal_interp import contexts
-from xmodal_interp.hooks import attention_interface, compiled, torch_attention
+from xmodal_interp.hooks import attention_interface, compiled, recorder, torch_attention
 
 OBSERVERS = (
     *(contexts._blocks, attention_interface._observers),
@@ -105,6 +105,21 @@ def test_everything_is_restored_after_an_interrupt(way: str, n_interrupts: int) 
                 arrived += 1
             assert state_of(model) == before
     assert arrived > n_interrupts / 4
+
+
+def test_a_recording_is_complete_after_an_interrupt_inside_the_recorder() -> None:
+    """An interrupt between two bytecodes can leave the recorder's context variable set."""
+    vlm = xi.load()
+    inputs, _ = vlm.prepare([["docs/scene.png"]], ["where is the red circle ?"])
+
+    def calls() -> int:
+        with torch.no_grad(), xi.record(vlm.model) as recording:
+            vlm.model(**inputs)
+        return len(recording.calls)
+
+    expected = calls()
+    recorder._is_recording.set(True)
+    assert calls() == expected > 0
 
 
 @pytest.fixture

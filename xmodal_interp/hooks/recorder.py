@@ -58,7 +58,12 @@ from xmodal_interp.hooks.inline_attention import (
     refuse_mixture,
 )
 from xmodal_interp.hooks.key_cache import KeptCall, KeyCache, own_copy, seen_keys
-from xmodal_interp.hooks.known_modules import KnownModules, in_continuous_batching, is_running
+from xmodal_interp.hooks.known_modules import (
+    KnownModules,
+    caller_is_nested,
+    in_continuous_batching,
+    is_running,
+)
 from xmodal_interp.hooks.position_ids import RotaryPositions
 from xmodal_interp.hooks.probability_check import ProbabilityCheck
 from xmodal_interp.hooks.raw_calls import (
@@ -243,21 +248,22 @@ def _recording(method: Callable[Concatenate[_Recorder, P], None]) -> Callable[..
     """Store an exception of a recorder method instead of raising it inside the model's forward.
 
     It is raised at the end of the block. What the method itself runs is not recorded, because
-    ``reduce`` may call the same torch functions as the model.
+    ``reduce`` may call the same torch functions as the model. An interrupt can leave the context
+    variable set, so the call stack decides whether such a method is running.
     """
 
     @wraps(method)
     def safe(self: _Recorder, *args: P.args, **options: P.kwargs) -> None:
         if self.failure is not None:
             self.mode.end()
-        elif not _is_recording.get():
-            token = _is_recording.set(True)
+        elif not (_is_recording.get() and caller_is_nested()):
+            _is_recording.set(True)
             try:
                 method(self, *args, **options)
             except Exception as error:  # noqa: BLE001  any error: the forward continues
                 self.failure = error
             finally:
-                _is_recording.reset(token)
+                _is_recording.set(False)
 
     return safe
 
