@@ -1,5 +1,6 @@
 """The command line: results, files, exit codes and one-line errors."""
 
+import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
@@ -7,6 +8,7 @@ from typer.testing import CliRunner
 import xmodal_interp as xi
 from tests.helpers.tiny import picture
 from xmodal_interp import block_statistics
+from xmodal_interp.cli import printing
 from xmodal_interp.cli.commands import app
 from xmodal_interp.cli.menu import ANALYSES, FIGURES
 from xmodal_interp.hooks.knockout import KnockOut
@@ -56,6 +58,13 @@ def test_printed_tables_fit_the_terminal(store) -> None:
     assert dict(zip(heads[0], row, strict=True))["mass"] == f"{there['mass']:.4g}"
 
 
+def test_names_may_have_underscores_and_short_floats_are_printed_short(store) -> None:
+    printed = run(app, ["analyze", str(store), "cross_modal_ratio", "--rows", "1"])
+    assert printed.exit_code == 0, printed.output
+    assert printing._cell(np.float32(0.0066244537)) == "0.006624"
+    assert printing._cell(np.float32("nan")) == printing._cell(pd.NA) == "-"
+
+
 def test_plot_writes_a_figure(store, tmp_path) -> None:
     path = tmp_path / "layers.png"
     options = ["--queries", "shapes", "--path", str(path)]
@@ -67,7 +76,7 @@ def test_plot_writes_a_figure(store, tmp_path) -> None:
 def test_info_of_a_store_and_of_a_model(store) -> None:
     held = run(app, ["info", str(store)])
     assert held.exit_code == 0
-    assert f"{store.name}: 1 samples, " in held.output.replace("\n", "")
+    assert f"{store.name}: 1 sample, " in held.output.replace("\n", "")
     assert "model_class" in held.output
     assert "{" not in held.output
     model = run(app, ["info", "llava"])

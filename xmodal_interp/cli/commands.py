@@ -47,6 +47,7 @@ def _one_of(offer: tuple[str, ...], metavar: str) -> Any:
     """Return a command argument whose value must be one of the names in ``offer``."""
 
     def known(name: str) -> str:
+        name = name.replace("_", "-")  # the names in Python have underscores
         if name not in offer:
             raise typer.BadParameter(f"must be one of {', '.join(offer)}; got {name!r}.")
         return name

@@ -119,7 +119,9 @@ def show_store(store: xi.Store) -> None:
     """Print the size of a store and the settings of its samples."""
     import pandas as pd
 
-    say(f"{store.path}: {len(store)} samples, {store.n_bytes / 1e6:.1f} MB")
+    say(
+        f"{store.path}: {len(store)} {'sample' if len(store) == 1 else 'samples'}, {store.n_bytes / 1e6:.1f} MB"
+    )
     about = {**store.manifest, **store.manifest["settings"]}
     rows = [(name, _formatted(value)) for name, value in about.items() if name != "settings"]
     show(pd.DataFrame(rows, columns=["setting", "value"]))
@@ -174,11 +176,12 @@ def write(table: pd.DataFrame, path: Path) -> None:
 
 
 def _cell(value: object) -> str:
+    import numpy as np
     import pandas as pd
 
-    if value is pd.NA or (isinstance(value, float) and pd.isna(value)):
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else printable(str(value), lines=False)
+    if isinstance(value, (float, np.floating)):
+        return "-" if np.isnan(value) else f"{value:.4g}"
+    return "-" if value is pd.NA else printable(str(value), lines=False)
 
 
 def _formatted(value: object) -> str:

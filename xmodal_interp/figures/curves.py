@@ -19,7 +19,7 @@ from xmodal_interp.arguments import checked, string
 from xmodal_interp.errors import InputError
 from xmodal_interp.figures.style import (
     LINE_COLORS,
-    SEQUENTIAL,
+    MATRIX_COLORS,
     SMALL,
     FigurePath,
     Picture,
@@ -348,7 +348,7 @@ def _line_styles(names: Sequence[Any]) -> list[dict[str, Any]]:
     """Return a style per line: a sequential colour map for many lines, distinct colours for few."""
     numbers = all(isinstance(name, (int, np.integer)) for name in names)
     if len(names) > len(LINE_COLORS) or (numbers and len(names) > 3):
-        colors = mpl.colormaps[SEQUENTIAL](np.linspace(0, 0.9, len(names)))
+        colors = mpl.colormaps[MATRIX_COLORS](np.linspace(0, 0.9, len(names)))
         return [{"color": tuple(c), "linewidth": 1.2, "marker": "o", "ms": 2.5} for c in colors]
     return [
         {"color": LINE_COLORS[i], "linewidth": 1.4, "marker": _MARKERS[i], "ms": 3.5}

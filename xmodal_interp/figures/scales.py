@@ -23,7 +23,14 @@ from matplotlib.figure import Figure
 
 from xmodal_interp.arguments import real_number
 from xmodal_interp.errors import InputError, quoted
-from xmodal_interp.figures.style import DIVERGING, HEAT, HIDDEN, NORMAL, SEQUENTIAL, wrapped
+from xmodal_interp.figures.style import (
+    DIVERGING_COLORS,
+    HIDDEN,
+    MATRIX_COLORS,
+    NORMAL,
+    OVERLAY_COLORS,
+    wrapped,
+)
 
 Show = Literal["probability", "share", "lift"]
 
@@ -111,7 +118,9 @@ class ColorScale:
         The colour bar shows the colours over the middle grey of ``ground``, the range of grey
         levels of the image's outlines.
         """
-        colors = (self.cmap if self.diverging else mpl.colormaps[HEAT])(np.linspace(0, 1, 256))
+        colors = (self.cmap if self.diverging else mpl.colormaps[OVERLAY_COLORS])(
+            np.linspace(0, 1, 256)
+        )
         strength = np.abs(np.linspace(-1, 1, 256)) if self.diverging else np.linspace(0, 1, 256)
         colors[:, 3] = _FAINT + (_STRONG - _FAINT) * strength
         alpha = colors[:, 3:]
@@ -185,7 +194,7 @@ def color_scale(
         end = (largest or 1.0) if vmax is None else vmax
     return ColorScale(
         Normalize(-end, end),
-        mpl.colormaps[DIVERGING].with_extremes(bad=_HIDDEN_DARK),
+        mpl.colormaps[DIVERGING_COLORS].with_extremes(bad=_HIDDEN_DARK),
         label,
         log2=meaning == "ratio",
         extend="both" if largest > end * (1 + 1e-6) else "neither",
@@ -197,7 +206,7 @@ def _amount_scale(
 ) -> ColorScale:
     if not 0 <= real_number(power, "power") <= 1:
         raise InputError(f"power must be between 0 (a log scale) and 1 (linear); got {power}.")
-    colors = mpl.colormaps[SEQUENTIAL].with_extremes(bad=HIDDEN)
+    colors = mpl.colormaps[MATRIX_COLORS].with_extremes(bad=HIDDEN)
     top = float(values.max(initial=0.0)) or 1.0
     end = top if vmax is None else vmax
     above = top > end * (1 + 1e-6)

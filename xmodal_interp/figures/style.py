@@ -35,8 +35,9 @@ SMALL, NORMAL, LARGE = 7.5, 9.0, 10.5
 HIDDEN = "#b3b3b3"
 """Colour of cells that the mask hides."""
 
-SEQUENTIAL, HEAT, DIVERGING = "viridis", "magma", "RdBu_r"
-"""Colour maps of matrices, overlays and diverging scales, chosen to suit colour-blind readers."""
+MATRIX_COLORS, OVERLAY_COLORS, DIVERGING_COLORS = "viridis", "magma", "RdBu_r"
+"""Colour maps of matrices and lines, of overlays, and of diverging scales; they suit colour-blind
+readers."""
 
 GROUP_COLORS: Mapping[str, str] = {
     "image": "#0077bb",
