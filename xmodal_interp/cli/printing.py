@@ -119,9 +119,8 @@ def show_store(store: xi.Store) -> None:
     """Print the size of a store and the settings of its samples."""
     import pandas as pd
 
-    say(
-        f"{store.path}: {len(store)} {'sample' if len(store) == 1 else 'samples'}, {store.n_bytes / 1e6:.1f} MB"
-    )
+    samples = "1 sample" if len(store) == 1 else f"{len(store)} samples"
+    say(f"{store.path}: {samples}, {store.n_bytes / 1e6:.1f} MB")
     about = {**store.manifest, **store.manifest["settings"]}
     rows = [(name, _formatted(value)) for name, value in about.items() if name != "settings"]
     show(pd.DataFrame(rows, columns=["setting", "value"]))
