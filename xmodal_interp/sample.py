@@ -8,8 +8,8 @@
     sample.probs(layer=3, queries="last")   its probabilities, [head, query, key]
     sample.grid(values)                     one value per image token, as [row, col]
 
-Samples in memory and in a store are used alike. The calls of a stored sample are a mapping that
-reads a layer from disk when it is accessed.
+Samples in memory and in a store have the same attributes and methods. The ``calls`` of a stored
+sample are a mapping that reads a layer from disk when it is accessed.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Sample:
     Attributes:
         name: Name of the sample, unique in a store.
         tokens: One row per position of prompt and answer, with ``TOKEN_COLUMNS``. The last
-            generated token has no row if the model did not run on it. Models with a rotary
-            embedding add ``rope_t``, ``rope_h`` and ``rope_w``: the time, row and column positions
-            that the embedding received (equal if it has one axis).
+            generated token has no row if the model did not run on it. For models with a rotary
+            embedding there are also ``rope_t``, ``rope_h`` and ``rope_w``: the time, row and column
+            positions that the embedding received (equal if it has one axis).
         text: The rendered prompt and the answer; ``start`` and ``end`` count its characters.
         question: The question, without the chat template.
         answer: The generated text, without special tokens; empty if nothing was generated.
@@ -81,7 +81,7 @@ class Sample:
         calls: All attention calls, by tower, attention kind, layer and call. Language calls have
             one query row per token of prompt and answer.
         cross_keys: For models whose text cross-attends to images: one row per image key.
-        labels: Further values stored with the sample (the true answer, a box, a split).
+        labels: Further values that belong to the sample, such as the true answer or a split.
         provenance: Model, revision, versions, backend, dtype, settings.
         video_grids: The grid of each video.
         videos: The videos; a stored sample reads their frames on first access.
@@ -166,8 +166,8 @@ class Sample:
     def text_after_image(self) -> Int[np.ndarray, " position"]:
         """Return the positions of text tokens after the last image or video token.
 
-        They include the answer, but not special or padding tokens. Where text cross-attends to
-        images, they are all text tokens.
+        They include the answer, but not special or padding tokens. If the sequence has no image
+        tokens, because text cross-attends to images, all text tokens are returned.
         """
         text = self.where("text")
         return text[text > int(self.visual.max(initial=-1))]
@@ -274,20 +274,20 @@ class Sample:
         one_of(tower, "tower", TOWERS)
         one_of(kind, "kind", get_args(AttentionKind))
         kept = self.layers(tower, kind)
-        of_model = self.provenance.get("layers", {}).get(f"{tower}.{kind}") or kept
+        model_layers = self.provenance.get("layers", {}).get(f"{tower}.{kind}") or kept
         index = number(layer, "layer")
-        if -len(of_model) <= index < 0:
-            index = of_model[index]
+        if -len(model_layers) <= index < 0:
+            index = model_layers[index]
         key: CallKey = (tower, kind, index, number(call, "call"))
         if key in self.calls:
             return self.calls[key]
-        if index in of_model and index not in kept:
+        if index in model_layers and index not in kept:
             raise NotRecordedError(
                 f"Layer {index} of {tower} {kind}-attention was not kept; kept layers: "
                 f"{kept or 'none'}. Capture again with this layer."
             )
         n_calls = len({k[3] for k in self.calls if k[:3] == key[:3]})
-        existing = f"layers {of_model}" if of_model else "no layers"
+        existing = f"layers {model_layers}" if model_layers else "no layers"
         existing += f", with calls 0 to {n_calls - 1}" if n_calls else ""
         raise LayerError(
             f"There is no layer {layer}, call {call}: {tower} {kind}-attention has {existing}."
@@ -318,10 +318,10 @@ class Sample:
         """
         one_of(tower, "tower", TOWERS)
         one_of(kind, "kind", get_args(AttentionKind))
-        in_text = tower == "language"
-        query: Any = self.positions(queries) if in_text and has_phrase(queries) else queries
-        in_text = in_text and kind == "self"
-        key: Any = self.positions(keys) if in_text and has_phrase(keys) else keys
+        accepts_phrase = tower == "language"
+        query: Any = self.positions(queries) if accepts_phrase and has_phrase(queries) else queries
+        accepts_phrase = accepts_phrase and kind == "self"
+        key: Any = self.positions(keys) if accepts_phrase and has_phrase(keys) else keys
         if has_phrase(query) or has_phrase(key):
             raise InputError(
                 "A phrase selects text positions only. Pass queries and keys of other towers, and "
@@ -354,6 +354,7 @@ class Sample:
         Raises:
             GeometryError: The number of values does not match the tokens, the tokens have no known
                 places, or the image, view, video or frame does not exist.
+            InputError: The values are not numbers.
         """
         string(view, "view")
         if isinstance(values, Tensor):

@@ -112,7 +112,7 @@ def test_a_backend_without_a_mask_cannot_renormalise() -> None:
     with pytest.raises(CaptureError) as refusal:
         knock_out_attention(2, 0).before(call, SITE)
     assert str(refusal.value) == (
-        "The backend 'flash_attention_2' does not take a mask with a row per query, which cutting "
-        "edges requires (eager and sdpa do). Load the model with attn_implementation='sdpa', or "
-        "pass renormalise=False."
+        "The backend 'flash_attention_2' does not take a mask with a row per query, which "
+        "blocking attention requires (eager and sdpa do). Load the model with "
+        "attn_implementation='sdpa', or pass renormalise=False."
     )

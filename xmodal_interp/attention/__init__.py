@@ -1,4 +1,4 @@
-"""Exact computations on one attention call, with bounded memory."""
+"""One attention call with exact statistics of it, and joining the calls of a layer."""
 
 from xmodal_interp.attention.assembling import (
     decoder_layer,

@@ -10,11 +10,11 @@ token. The position of a step's keys depends on the cache:
 * a static cache has space for all positions from the start, hidden until they are written;
 * a sliding cache, growing or static, holds the keys of the last positions only.
 
-The first key of a step is therefore either position 0, or the position that makes its last key the
-current one. Its keys are compared with those of the previous steps to find out which; an error is
-raised if they match neither. The keys may differ by rounding in models that cache the input of the
-key projection (multi-head latent attention), because all keys are computed again in each step. Keys
-outside a window are hidden in the combined call, as they were in the step.
+The keys of a step therefore either begin at position 0 or end at the current position. They are
+compared with the keys of the previous steps in both places; an error is raised if they match in
+neither. Some models cache the input of the key projection (multi-head latent attention) and compute
+all keys again in each step, so keys may differ by rounding. Keys outside a window are hidden in the
+combined call, as they were in the step.
 
 **Pieces of an image.** A vision tower processes an image in tiles or in windows, or several images
 in one packed row. :func:`joined_pieces` concatenates pieces into one call, in which a query sees
@@ -22,13 +22,13 @@ only the keys of its own piece. :func:`part_of` takes one image out of a packed 
 :func:`reordered` undoes a permutation.
 
 **Encoder and decoder** (:func:`encoder_layer`, :func:`decoder_layer`). Each layer becomes a call
-over encoder positions followed by decoder positions. Rows of the other stack see no key.
+over encoder positions followed by decoder positions. All other pairs are hidden:
 
 * An encoder layer has rows and keys of the encoder.
 * Decoder self-attention has rows and keys of the decoder; cross-attention has rows of the decoder
   and keys of the encoder.
-* Merged decoder attention (T5Gemma2) has the decoder's keys first, whose number grows, and the
-  encoder's keys after them.
+* Merged decoder attention (T5Gemma2) has rows of the decoder, and the keys of both. The model
+  passes the decoder's keys first, whose number grows, and the encoder's keys after them.
 """
 
 from __future__ import annotations
@@ -70,14 +70,15 @@ def placed(
 ) -> AttentionCall:
     """Return one call that holds each call at its rows and keys.
 
-    All other entries are hidden and zero; dense rows of no call are NaN. A key that several calls
-    hold is copied from the first of them. Fields that are not tensors are those of the first call.
-    A tensor that some calls do not hold is left out, except a bias.
+    All other entries of the mask are False, and those of the other tensors are 0; rows of ``dense``
+    that belong to no call are NaN. A key that several calls hold is copied from the first of them.
+    Fields that are not tensors are those of the first call. A tensor that some calls do not hold is
+    left out, except a bias.
 
     Args:
         calls: Calls with an explicit mask (:func:`with_mask`), or all without mask and flags.
         rows: The rows of each call.
-        keys: The keys of each call; neither starts nor stops decrease.
+        keys: The keys of each call, ordered by start and by stop.
         n_queries: Number of queries of the result.
         n_keys: Number of keys of the result.
     """
@@ -122,12 +123,12 @@ def _filled(
 
 
 def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
-    """Return prefill and decode steps of one layer as one call with a row per token.
+    """Join the prefill and the decode steps of one layer into one call with a row per token.
 
     Args:
         calls: The calls in order.
-        n_positions: The number of positions of the sample. Later steps, in which other samples of
-            the batch continued, are left out.
+        n_positions: The number of positions of the sample. Later steps, which only other samples
+            of the batch need, are left out.
 
     Raises:
         CaptureError: The keys of a step are not a cache of the previous steps, or the keys of the
@@ -291,9 +292,9 @@ def _offset(step: AttentionCall, known: Tensor) -> int:
 
 
 def _equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ only as products computed with different numbers of rows do.
+    """Whether two tensors differ by no more than the rounding of one matrix product.
 
-    In half precision such a product is rounded once. A quantised cache changes keys by more.
+    The rounding of a product depends on its number of rows. A quantised cache changes keys by more.
     """
     eps = torch.finfo(one.dtype).eps
     limit = (16 if eps <= torch.finfo(torch.float32).eps else 2) * eps
@@ -320,7 +321,7 @@ def pieces_of(call: AttentionCall) -> list[AttentionCall]:
 
 
 def joined_pieces(pieces: Sequence[AttentionCall]) -> AttentionCall:
-    """Concatenate pieces of one sample each into one call; positions are numbered through them."""
+    """Concatenate pieces of one sample each into one call with consecutive positions."""
     first = pieces[0]
     if len(pieces) == 1:
         return first
@@ -335,10 +336,10 @@ def joined_pieces(pieces: Sequence[AttentionCall]) -> AttentionCall:
 
 
 def part_of(call: AttentionCall, start: int, stop: int) -> AttentionCall:
-    """Return the call with positions ``start`` to ``stop`` of a self-attention only.
+    """Return positions ``start`` to ``stop`` (exclusive) of a self-attention call.
 
     Raises:
-        CaptureError: One of these queries sees a key outside of these positions.
+        CaptureError: A query at these positions sees a key at another position.
     """
     rows = torch.arange(start, stop, device=call.device)
     seen = call.visible(rows)
@@ -352,7 +353,7 @@ def part_of(call: AttentionCall, start: int, stop: int) -> AttentionCall:
 
 
 def reordered(call: AttentionCall, index: Int[Tensor, " position"]) -> AttentionCall:
-    """Reorder the positions of a self-attention; position ``i`` becomes the old ``index[i]``."""
+    """Return a self-attention call whose position ``i`` is the old position ``index[i]``."""
     index = index.to(call.device)
     return call.take("query", index).take("key", index)
 

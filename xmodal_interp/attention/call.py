@@ -7,9 +7,10 @@ demand, in float32, in chunks of rows:
     scores = scaling * q k^T, squashed by the soft-cap, plus the bias, minus infinity where hidden
     probs  = softmax of the scores over the keys (and the sinks, whose column is dropped)
 
-Statistics that are linear in the probabilities are one call of the fused kernel with other values
-(``mass``, ``average``). The entropy is computed from ``V = K`` and the log-sum-exp (``entropy``). A
-row vector is multiplied by the probabilities without holding the matrix (``propagate``).
+Statistics that are linear in the probabilities are computed by the fused kernel with other values
+(``mass``, ``average``). ``entropy`` is computed from the kernel's output for ``V = K`` and its
+log-sum-exp. ``propagate`` and ``received`` multiply a row vector by the probabilities in chunks of
+rows.
 """
 
 from __future__ import annotations
@@ -42,8 +43,7 @@ AXES = {
 }
 """The axes of each tensor of an :class:`AttentionCall`.
 
-The sample and head axes of ``mask`` and ``bias`` have length 1 if all samples or heads are the
-same.
+The sample and head axes of ``mask`` and ``bias`` have length 1 if all samples or heads share them.
 """
 
 
@@ -61,17 +61,17 @@ class AttentionCall:
             instead.
         k: ``[sample, kv_head, key, d_head]``, post-rotary. None if dense probabilities were kept
             instead.
-        v: ``[sample, kv_head, key, d_head]``, if values were recorded.
+        v: ``[sample, kv_head, key, d_value]``, if values were recorded.
         mask: ``[sample | 1, head | 1, query, key]`` boolean (True is visible) or additive, or None.
         bias: Position bias added to the scores, ``[sample | 1, head, query, key]``, or None.
         causal: Without a mask: whether keys after the query are hidden.
         offset: Key index of query 0, which is the number of cached keys before it.
         scaling: Factor of ``q k^T``.
         softcap: Scores are squashed to ``softcap * tanh(scores / softcap)``.
-        sinks: ``[head]`` learned scores that take part in the softmax and are then dropped; or
-            ``[sample, head, query]`` if they are computed from the query.
-        sliding_window: Without a mask: the number of keys that a query sees, its own included.
-        rows: Query positions that are held, ascending; None means all.
+        sinks: ``[head]``, learned scores of one extra key without a value, which takes part in the
+            softmax only; or ``[sample, head, query]`` if they are computed from the query.
+        sliding_window: Without a mask: the number of keys that a query sees, including its own.
+        rows: Positions of the queries that the call holds, ascending; None if it holds all.
         dense: ``[sample, head, query, key]`` probabilities, if they were kept instead of q and k.
         update_share: ``[sample, query]``, 0 to 1, if norms were recorded: the norm of the
             attention's output divided by the sum of this norm and the norm of the residual stream
@@ -110,7 +110,7 @@ class AttentionCall:
 
     @property
     def device(self) -> torch.device:
-        """Device of the queries, and of everything that is computed from them."""
+        """Device of the tensors."""
         return self._q_or_dense.device
 
     @property
@@ -130,7 +130,7 @@ class AttentionCall:
 
     @property
     def n_queries(self) -> int:
-        """Number of queries that are held."""
+        """Number of queries that the call holds."""
         return self._q_or_dense.shape[2]
 
     @property
@@ -140,7 +140,7 @@ class AttentionCall:
 
     @property
     def query_positions(self) -> Int[Tensor, " query"]:
-        """Position of each query that is held."""
+        """Position of each query that the call holds."""
         if self.rows is not None:
             return self.rows
         return torch.arange(self.n_queries, device=self.device)
@@ -169,9 +169,9 @@ class AttentionCall:
     def take(self, axis: str, index: slice | Int[Tensor, " entry"]) -> AttentionCall:
         """Return the call with some entries of an axis, in all tensors that have this axis.
 
-        The causal flag, the offset and the sliding window are not changed, so they are right for
-        the first queries and keys only; :func:`~xmodal_interp.attention.with_mask` replaces them by
-        a mask.
+        The causal flag, the offset and the sliding window are not changed, so they are correct only
+        if the first queries or keys are selected. To select others, replace them by a mask first
+        (:func:`~xmodal_interp.attention.with_mask`).
 
         Args:
             axis: ``"sample"``, ``"query"`` or ``"key"``.
@@ -255,7 +255,7 @@ class AttentionCall:
         Args:
             groups: ``[group, key]``, True (or a weight) if a key belongs to a group.
             heads: Heads, all if not given.
-            queries: Query positions, all that are held if not given.
+            queries: Query positions, all that the call holds if not given.
 
         Raises:
             PositionError: The number of columns of ``groups`` is not the number of keys.
@@ -464,8 +464,8 @@ class AttentionCall:
     ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
         """Return queries, keys, mask and causal flag for the fused kernel.
 
-        The causal flag is used for whole square calls only, a mask otherwise. Keys are repeated for
-        their group of heads only if some heads are selected.
+        The causal flag is used if all rows of a square call are computed; otherwise a mask is. Keys
+        are repeated for their group of heads only if some heads are selected.
         """
         q, k = self._q_and_k()
         if not _is_all(head, self.n_heads):

@@ -1,8 +1,8 @@
 """Convert positions, heads and layers given as an index, a slice, a list or a mask.
 
 An index is an ``int`` or any object with ``__index__``, such as ``np.int64``. A boolean mask (list,
-NumPy, torch or pandas) has an entry for each position, head or layer. Fractions and a single
-``True`` are refused.
+NumPy, torch or pandas) has an entry for each position, head or layer. Fractions and single
+booleans are refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " posi
     Args:
         positions: An index, a slice, a list of indices, or a boolean mask with ``length`` entries.
         length: The number of positions.
-        label: The name of a position for messages, such as ``"query"``.
+        label: A noun for messages, such as ``"query"``.
 
     Raises:
         PositionError: A position is outside ``[-length, length)`` or not a whole number, or a mask
@@ -140,7 +140,7 @@ def index_of_kept(
     Args:
         positions: Positions of the sequence.
         rows: The positions that were kept, ascending.
-        n_positions: Length of the sequence; 0 if unknown, then it ends at the last kept row.
+        n_positions: Length of the sequence; if 0 (unknown), the sequence ends at the last kept row.
         name: The name of the call for messages.
 
     Raises:
@@ -166,7 +166,7 @@ def numbers(given: Any, label: str, length: int | None = None) -> list[int]:
 
     Args:
         given: A number; a list, range, array or tensor of numbers; or a boolean mask.
-        label: The name of what is numbered, such as ``"layer"``.
+        label: A noun for messages, such as ``"layer"``.
         length: The number of entries that a mask must have; None if unknown.
 
     Raises:
@@ -212,6 +212,6 @@ def number(given: Any, label: str) -> int:
 
 
 def brief(values: Sequence[int]) -> str:
-    """Return the first six numbers and how many there are, for messages."""
+    """Return numbers as a string for messages; of more than six, the first six and the count."""
     shown = ", ".join(str(v) for v in values[:6])
     return shown if len(values) <= 6 else f"{shown}, ... ({len(values)} in all)"

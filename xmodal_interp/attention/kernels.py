@@ -1,6 +1,6 @@
-"""Compute rows of probabilities, and sums over them with the fused kernel, in full precision.
+"""Compute rows of probabilities, and sums over rows with the fused kernel, in full precision.
 
-The functions take bare tensors and accumulate in float32, or in float64 if float32 is not precise
+The functions take tensors and accumulate in float32, or in float64 if float32 is not precise
 enough. Every function accepts zero rows, heads and keys.
 
 Two settings of torch lower the precision of float32 matrix products: autocast, and
@@ -45,7 +45,8 @@ def softmax_rows(
 ) -> Float[Tensor, "sample head query key"]:
     """Return ``softmax(scaling q k^T + additive)`` over the visible keys, computed in ``dtype``.
 
-    A row without a visible key is NaN.
+    The soft-cap is applied before ``additive``; sinks take part in the softmax and are then
+    dropped. A row without a visible key is NaN.
     """
     scores = products(q, k, dtype) * scaling
     if softcap is not None:
@@ -77,8 +78,8 @@ def products(
     n_groups, n_queries = q.shape[1] // max(k.shape[1], 1), q.shape[2]
     grouped = q.to(dtype).unflatten(1, (k.shape[1], n_groups)).flatten(2, 3)
     scores = grouped @ k.to(dtype).transpose(-1, -2)
-    apart: Tensor = scores.unflatten(2, (n_groups, n_queries)).flatten(1, 2)
-    return apart
+    by_head: Tensor = scores.unflatten(2, (n_groups, n_queries)).flatten(1, 2)
+    return by_head
 
 
 def fused_average(
@@ -120,7 +121,7 @@ def fused_entropy(
     It is computed by one fused call, which is repeated in float64 if a logit exceeds ``EXACT_TO``.
     """
     if q.shape[:3].numel() == 0 or k.shape[2] == 0:
-        # this kernel of torch 2.14.1 divides by zero, which ends the process (SIGFPE)
+        # here torch 2.14.1 divides by zero, which ends the process (SIGFPE)
         return q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
     entropy, size = _entropy_terms(q.float(), k.float(), visible, causal=causal, scaling=scaling)
     if bool((size > EXACT_TO).any()):
@@ -154,8 +155,8 @@ def _entropy_terms(
     return logsumexp - products.sum(-1), size
 
 
-class _OfAllBackends:
-    """The one setting of torch before 2.9, with the attribute that each backend has since then."""
+class _SharedSetting:
+    """Adapter for torch before 2.9, where one setting holds for all backends."""
 
     _NAMES: ClassVar[dict[str, str]] = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 
@@ -173,7 +174,7 @@ _MKLDNN: Any = torch.backends.mkldnn
 _BACKENDS: tuple[Any, ...] = (
     (_MKLDNN.matmul, torch.backends.cuda.matmul)
     if hasattr(_MKLDNN, "matmul")
-    else (_OfAllBackends(),) * 2
+    else (_SharedSetting(),) * 2
 )
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 _FULL = ("none", "ieee")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 _BELOW_ANY_SCORE = -1e8
 _MINUS_10_000 = -9.9e3  # in bfloat16, -1e4 is -9984
-_FAR, _NEAR = -75.0, -25.0
+_GAP = (-75.0, -25.0)  # between the hidden entries (-100 plus a bias) and the visible ones
 
 
 def visible_rows(
@@ -26,7 +26,7 @@ def visible_rows(
     sliding_window: int | None = None,
     segments: Int[Tensor, " key"] | None = None,
 ) -> Bool[Tensor, "sample head query key"]:
-    """Return which keys some queries can see.
+    """Return which keys the given queries can attend to.
 
     The sample and head axes have length 1 if the mask is the same for all samples or heads.
 
@@ -36,7 +36,8 @@ def visible_rows(
         positions: The key index of each of these queries; used only without a mask.
         n_keys: Number of keys.
         causal: Without a mask: hide keys after the query.
-        sliding_window: Without a mask: hide keys that are this far before the query, or farther.
+        sliding_window: Without a mask: hide keys that are this many or more positions before the
+            query.
         segments: Without a mask: hide keys of other segments than the query's.
     """
     if mask is not None:
@@ -56,18 +57,21 @@ def hides(mask: Bool[Tensor, "*row key"] | Float[Tensor, "*row key"]) -> Bool[Te
     """Return which keys the rows of a mask hide.
 
     For hidden keys, models use minus infinity, the dtype's minimum, -1e9, -1e4, or (in shifted
-    windows) -100 plus a position bias. An entry of an additive mask hides a key if it is at most
-    -1e4. It also hides a key if it is at most -75 and its row has no entry between -75 and -25: a
-    position bias that is so low has such entries, because it decreases gradually.
+    windows) -100 plus a position bias. An entry of an additive mask therefore hides a key if
+
+    * it is at most -1e4, or
+    * it is at most -75 and its row has no entry between -75 and -25. A position bias below -75 has
+      such entries in its row, because it decreases gradually.
     """
     if mask.dtype == torch.bool:
         return ~mask
-    far, between = mask <= _FAR, (mask > _FAR) & (mask < _NEAR)
-    return torch.where(between.any(-1, keepdim=True), mask <= _MINUS_10_000, far)
+    low, high = _GAP
+    between = (mask > low) & (mask < high)
+    return torch.where(between.any(-1, keepdim=True), mask <= _MINUS_10_000, mask <= low)
 
 
 def hidden_below(dtype: torch.dtype) -> float:
-    """Return the value at or below which an additive mask entry hides a key with any score.
+    """Return the value at or below which an additive mask entry hides a key of any score.
 
     This is half of the dtype's minimum, or -1e8 if that is larger.
     """
@@ -77,7 +81,7 @@ def hidden_below(dtype: torch.dtype) -> float:
 def additive_rows(
     mask: Tensor | None, rows: Int[Tensor, " query"]
 ) -> Float[Tensor, "sample head query key"] | None:
-    """Return what an additive mask adds to the scores of visible keys; None if it adds nothing."""
+    """Return the entries of an additive mask that leave a key some score, else 0; None if all 0."""
     if mask is None or mask.dtype == torch.bool:
         return None
     chosen = mask[..., rows, :].float()

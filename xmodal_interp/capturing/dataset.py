@@ -59,26 +59,27 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
         items: Dicts, a ``datasets.Dataset``, or a DataFrame with one row per item. An item has
             ``image`` (a path or PIL image, or a list of these) or ``images``, and/or ``video`` (a
             :class:`Video`) or ``videos`` (a list of videos); ``prompt`` or ``question``; and
-            ``name`` or ``id`` (default: its index, such as ``item-000003``). All other entries
-            must be JSON-serialisable and become the sample's labels.
+            ``name`` or ``id`` (by default made from its index, such as ``item-000003``). All other
+            entries become the sample's labels and must be JSON-serialisable.
         path: Folder of the store: new, empty, or a store made with the same settings.
         max_new_tokens: Number of tokens to generate greedily; 0 runs the prompts only.
-        batch_size: Number of samples per batch; may differ when a run is resumed.
+        batch_size: Number of samples per batch; can be changed when a run is resumed.
         keep: The parts of the attention to keep; by default the queries and keys of all layers.
         system: A system message.
         images: Store the images too (as PNG). If False, a sample reads its images from their
             original paths.
         progress: Show a progress bar.
-        on_error: ``"raise"``, or ``"skip"``: list items that cannot be captured in the store's
-            ``failures`` and continue. The next call tries them again.
+        on_error: ``"raise"``, or ``"skip"``, which adds items that cannot be captured to the
+            ``failures`` of the store and continues. The next call tries them again.
 
     Returns:
         The store, opened for reading.
 
     Raises:
         InputError: An invalid item or option.
-        StoreError: The store was made with another model or other settings, holds another item of
-            the same name, or cannot be written. Samples written before the error are kept.
+        StoreError: The store was made with another model or other settings, holds a sample of the
+            same name from another item, or cannot be written. Samples that were written before the
+            error are kept.
     """
     check_vlm(vlm)
     _check_options(items, batch_size, on_error)
@@ -105,7 +106,7 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
 def run_settings(
     vlm: VLM, keep: Keep, max_new_tokens: int, *, system: str | None, images: bool
 ) -> dict[str, Any]:
-    """Return the settings that all samples of a store share; a run with others is an error."""
+    """Return the settings that all samples of a store share."""
     about = provenance(vlm, {}, max_new_tokens, keep)
     about["kept"]["images"] = images
     del about["layers"], about["created"], about["versions"]["python"]
@@ -114,6 +115,8 @@ def run_settings(
 
 @dataclass(eq=False)
 class _Run:
+    """One call of :func:`capture_dataset`: its arguments, and how many items it processed."""
+
     vlm: VLM
     writer: StoreWriter
     bar: tqdm[Any]

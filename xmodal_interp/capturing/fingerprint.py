@@ -1,4 +1,4 @@
-"""Fingerprint of a model: digests that change whenever its outputs may change.
+"""Fingerprint of a model: digests that change if anything changes that affects its outputs.
 
 1. Weights and buffers: SHA-256 of all bytes of every parameter and buffer, including offloaded
    weights and the scales of quantised weights.
@@ -54,7 +54,7 @@ LIBRARIES = ("transformers.", "accelerate.", "xmodal_interp.")
 """Functions of these libraries are described by name; the settings contain their versions."""
 
 _CHUNK = 2**26  # bytes copied from another device at once
-_MAX_NODES = 100_000  # limit per value; values beyond it are described by their class only
+_MAX_NODES = 100_000  # parts of one value; any further part is described by its class only
 _ORIGIN = ("_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version")
 _NO_STATE = frozenset(  # attributes that do not affect results
     {
@@ -90,7 +90,7 @@ def fingerprint(vlm: VLM) -> dict[str, Any]:
         ``config_digest``, ``processor_digest``, ``tokenizer_digest``, ``generation_digest``,
         ``weights_digest``, ``buffers_digest`` and ``modules_digest``; ``training``, the modules in
         training mode; and ``hooks``, ``interventions``, ``autocast`` and ``matmul_precision``,
-        which are empty or at their defaults for a model as it was loaded.
+        which are empty or at their defaults for a model that was loaded and not modified.
     """
     model = vlm.model
     generation = getattr(model, "generation_config", None)
@@ -112,7 +112,7 @@ def fingerprint(vlm: VLM) -> dict[str, Any]:
 
 
 def _config(config: Any) -> Any:
-    """Return a config without its path, and the attention backends, which its JSON lacks."""
+    """Return a config without its path, and the attention backends, which are not in its JSON."""
     subs = getattr(config, "sub_configs", {})
     parts = {name: getattr(config, name, None) for name in subs}
     backends = {
@@ -143,22 +143,24 @@ def _tokenizer(tokenizer: Any) -> Any:
     }
     fast: Any = fast_tokenizer(tokenizer)
     sentencepiece: Any = getattr(tokenizer, "sp_model", None)
-    made_of: Any = None
+    serialized: Any = None
     if hasattr(fast, "to_str"):
         of_last_call = ("truncation", "padding")
-        made_of = {k: v for k, v in json.loads(fast.to_str()).items() if k not in of_last_call}
+        serialized = {k: v for k, v in json.loads(fast.to_str()).items() if k not in of_last_call}
     elif hasattr(sentencepiece, "serialized_model_proto"):
-        made_of = hashlib.sha256(sentencepiece.serialized_model_proto()).hexdigest()
+        serialized = hashlib.sha256(sentencepiece.serialized_model_proto()).hexdigest()
     elif hasattr(tokenizer, "get_vocab"):
-        made_of = tokenizer.get_vocab()
-    return [class_of(tokenizer), described(attributes), made_of]
+        serialized = tokenizer.get_vocab()
+    return [class_of(tokenizer), described(attributes), serialized]
 
 
 def _intervention(intervention: Any) -> str:
     """Return the class of an intervention, its string settings, and a digest of all settings."""
-    words = [f"{k}={v!r}" for k, v in attributes_of(intervention).items() if isinstance(v, str)]
+    settings_shown = [
+        f"{k}={v!r}" for k, v in attributes_of(intervention).items() if isinstance(v, str)
+    ]
     digest = digest_of(described(intervention))
-    return f"{type(intervention).__name__}({', '.join(words)}) {digest[:16]}"
+    return f"{type(intervention).__name__}({', '.join(settings_shown)}) {digest[:16]}"
 
 
 def _training(model: nn.Module) -> list[str]:
@@ -196,7 +198,7 @@ def _hooks(model: nn.Module) -> list[str]:
         function = registered_function(backend)
         found += [(f"attention {backend!r}", function)] if function is not None else []
     return [
-        f"{at}: {_title(hook)} {digest_of(described(hook))[:16]}"
+        f"{at}: {_name_of_hook(hook)} {digest_of(described(hook))[:16]}"
         for at, hook in found
         if _set_by_user(hook)
     ]
@@ -223,7 +225,7 @@ def _set_by_user(hook: Any) -> bool:
     return not str(where).startswith(LIBRARIES)
 
 
-def _title(hook: Any) -> str:
+def _name_of_hook(hook: Any) -> str:
     return str(getattr(hook, "__qualname__", None) or type(hook).__qualname__)
 
 

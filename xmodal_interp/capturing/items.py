@@ -53,7 +53,7 @@ class Item:
     def digest(self) -> str:
         """Digest of the item's prompt, labels and pictures.
 
-        Files are hashed by content, so that they may be moved.
+        Files are hashed by content, so moving a file does not change the digest.
 
         Raises:
             InputError: A file cannot be read.
@@ -98,9 +98,9 @@ def _content(picture: ImageLike) -> str:
             raise InputError(
                 f"The image {str(picture)!r} cannot be read: {error.strerror or error}."
             ) from error
-    looks = (picture.size, picture.mode, picture.getexif().get(ExifTags.Base.Orientation, 1))
+    properties = (picture.size, picture.mode, picture.getexif().get(ExifTags.Base.Orientation, 1))
     palette = picture.getpalette(None) if picture.mode in ("P", "PA") else None
-    about = f"{looks} {palette} {picture.info.get('transparency')}".encode()
+    about = f"{properties} {palette} {picture.info.get('transparency')}".encode()
     return hashlib.sha256(about + picture.tobytes()).hexdigest()
 
 

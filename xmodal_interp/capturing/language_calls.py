@@ -1,7 +1,7 @@
-"""Join the language calls of a layer into one call with a query row and a key for each token.
+"""Join the language calls of a layer into one call with one query and one key per token.
 
-Decode steps are appended to the prefill. In encoder-decoder models, the calls of encoder and
-decoder layers have the positions of both stacks: first the encoder's, then the decoder's.
+Decode steps are appended to the prefill. In encoder-decoder models, the joined call of each layer
+covers the positions of both stacks: first the encoder's, then the decoder's.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def over_positions(
     Args:
         calls: The layer's calls for this sample, in order.
         n_positions: Number of positions of the sample.
-        n_encoder: How many of these, from the first, are read by an encoder; 0 without an encoder.
+        n_encoder: The number of these, from the first, that an encoder reads; 0 without an encoder.
         stacks: The encoder and decoder of the model.
     """
     if n_encoder == 0:
@@ -64,7 +64,8 @@ def over_positions(
 def without_padding_keys(call: AttentionCall, n_keys: int | None) -> AttentionCall:
     """Remove the padding keys after the image keys of a cross-attention call.
 
-    The call is returned unchanged if it is not cross-attention or if a query can see these keys.
+    The call is returned unchanged if it is not cross-attention, or if a query sees one of these
+    keys.
 
     Args:
         call: A call of one sample.

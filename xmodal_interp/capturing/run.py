@@ -5,7 +5,8 @@
 3. The calls of a batch are split into samples. Language calls of a layer (prefill and decode steps)
    are joined into one call with a query row per token (:mod:`.language_calls`); calls of the vision
    tower and the connector are split by image (:mod:`.vision_calls`).
-4. Each sample gets its tokens, its calls and the provenance; ``Keep`` reduces what it holds.
+4. Each sample gets its tokens, its calls and the provenance. ``Keep`` selects the calls, and the
+   tensors and rows of each call.
 """
 
 from __future__ import annotations
@@ -62,15 +63,15 @@ class Keep:
 
     Attributes:
         towers: Towers to keep.
-        layers: Layers to keep, numbered from 0; or a boolean mask with one entry per layer of the
-            deepest tower. None keeps all layers.
+        layers: Layers to keep in each tower, numbered from 0; or a boolean mask with one entry per
+            layer of the deepest tower. None keeps all layers.
         values: Keep the values V too.
         norms: Keep the share of attention in each token's update, for ``attention_rollout`` with
             ``alpha="norm"``.
         queries: Query rows of language layers to keep: ``"all"``, or ``"text"`` (text after the
             last image or video, and generated tokens).
         probabilities: Keep dense float16 probabilities instead of queries and keys. They are larger
-            and rounded to 11 bits, but can be read without computing anything.
+            and rounded to 11 bits, but are read without being recomputed.
     """
 
     towers: tuple[Tower, ...] = TOWERS
@@ -131,10 +132,10 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
         name: Name of the sample in tables and stores; by default ``"sample-0"``.
 
     Raises:
-        InputError: An image or a video that cannot be read, an empty prompt, or a model that needs
+        InputError: An image or video cannot be read, the prompt is empty, or the model requires
             further inputs.
-        GeometryError: Videos for a model type whose video tokens cannot be placed on a grid.
-        CaptureError: Attention that could not be recorded.
+        GeometryError: Videos were given for a model type whose video tokens have no known places.
+        CaptureError: Attention could not be recorded.
     """
     images: list[ImageLike] = [*image] if is_several(image) else [image]  # type: ignore[list-item]
     clips: list[Video] = [*videos] if is_several(videos) else [videos]  # type: ignore[list-item]
@@ -243,7 +244,7 @@ def _run(
     ]
     rotary = recording.rotary
     n_read = len(prompts_read[0].tokens) + max(new.shape[1] - 1, 0)
-    if rotary is None or rotary.shape[::2] != (len(AXES), n_read):  # other axes, or not per token
+    if rotary is None or rotary.shape[::2] != (len(AXES), n_read):  # not one per token and axis
         return samples
     of_samples = rotary.expand(-1, len(samples), -1).unbind(1)
     return [
@@ -334,7 +335,7 @@ def _sample(
     keep: Keep,
     about: dict[str, Any],
 ) -> Sample:
-    """Return one sample of a batch; ``new`` are its generated ids, with padding."""
+    """Return one sample of a batch; ``new`` holds its generated ids, with padding."""
     n_prompt = len(prompt.tokens)
     ids = _until_end(new, vlm)
     fed = ids[: max(len(new) - 1, 0)]  # the last generated token is not fed to the model

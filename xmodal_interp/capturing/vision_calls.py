@@ -2,9 +2,9 @@
 
 A tower may run once per image, once over a batch of images, frames, tiles or windows, or once over
 several images packed into one row. Each entry of such a batch is a *piece*. Pieces are assigned to
-images and videos in order: each image or video takes as many positions as its grid has patches, or
-the same multiple or fraction of that number. Some towers read all whole images in one call, then
-the tiles of all images in a second call.
+images and videos in order. The number of positions of an image is the number of its patches, times
+a factor that is the same for all images. Some towers read all whole images in one call, then the
+tiles of all images in a second call.
 
 A model reads all images of a batch, then all videos, unless ``Family.in_order`` is set. In both
 cases the calls of a sample are numbered by its images first, then by its videos.
@@ -50,7 +50,7 @@ class Visual:
 
     Attributes:
         sample: Index of its sample in the batch.
-        number: Index among the images, then the videos, of the sample.
+        number: Index in the list of the sample's images followed by its videos.
         grid: Places of its tokens and patches.
         position: Its first position in the prompt; 0 if it has no tokens in the prompt.
     """
@@ -103,7 +103,8 @@ def towers_by_image(
 
     Returns:
         For each layer a list with one dict per sample, which maps the number of an image or video
-        to its call. If the module reads no image or video, its call is call 0 of each sample.
+        to its call. If the module reads no image or video, each sample gets the first
+        call as call 0.
 
     Raises:
         CaptureError: The calls cannot be assigned to the images.
@@ -136,7 +137,7 @@ def towers_by_image(
 def _orders_of(
     grids: Sequence[ImageGrid | VideoGrid], orders: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """Join the patch orders of pictures into one order for each image and video."""
+    """Join the patch orders of single pictures into one order for each image and video."""
     counts = [len(grid.patch_places) for grid in grids]
     if sum(counts) != sum(map(len, orders)):
         return orders
@@ -148,7 +149,7 @@ def _orders_of(
 
 
 def _without_windows(call: AttentionCall, grid: ImageGrid | VideoGrid, side: int) -> AttentionCall:
-    """Put the positions of a call over windows into the order of the grid's patches.
+    """Reorder the positions of a call over windows to the order of the grid's patches.
 
     Padding positions of windows are removed, which is possible only if the call holds
     probabilities. The call is returned unchanged if it holds queries and keys of padded windows, or
@@ -174,7 +175,7 @@ def _without_windows(call: AttentionCall, grid: ImageGrid | VideoGrid, side: int
 
 
 def _first_run(calls: Sequence[AttentionCall]) -> Sequence[AttentionCall]:
-    """Return the calls up to the point where a tower runs again after the language model.
+    """Return the calls before a tower runs again after the language model.
 
     Without a KV cache, the language model runs on the whole prompt for each new token, and the
     towers run again too, unless their features are cached.
@@ -226,7 +227,7 @@ def calls_by_image(
 ) -> list[AttentionCall]:
     """Split the calls of one layer into one call per image or video.
 
-    ``AttentionCall.call`` of each is the index of its grid.
+    The field ``call`` of each result is the index of its grid.
 
     Args:
         calls: The layer's calls, in order.

@@ -6,7 +6,7 @@ zero       The head's output (its slice of the input of the output projection) b
            xi_h = 0).
 uniform    The head's probabilities become uniform over the *visible* keys: its output is the
            running mean of V. The head's queries are set to zero, so every visible key gets the
-           same score, and the backend applies its own mask, cache and head groups at no cost.
+           same score. The backend runs as usual, at no extra cost.
            In layers with sinks or position biases, zero queries do not make the scores equal;
            there the mean of V is computed.
 mean       The head's output becomes its mean over a data set (:func:`mean_head_outputs`).
@@ -67,7 +67,7 @@ class HeadAblation:
         return found
 
     def before(self, call: RawCall, site: Site) -> RawCall:
-        """For mode "uniform": set the queries to zero, so that all visible keys score alike."""
+        """For mode "uniform": set the queries to zero, so that all visible keys get one score."""
         if self.mode != "uniform" or not _only_scores(call, site):
             return call
         edited = self._edited(call, site)  # [sample, query, head, 1]
@@ -107,9 +107,9 @@ def ablate_heads(
     queries: Chosen | None = None,
     means: HeadMeans | None = None,
 ) -> HeadAblation:
-    """Ablate attention heads; the result is an argument of ``intervene``.
+    """Ablate attention heads; return an argument of ``intervene``.
 
-    A recording shows the uniform probabilities of ``mode="uniform"``. The other modes replace the
+    With ``mode="uniform"``, recorded probabilities are uniform too. The other modes replace the
     output and leave the probabilities unchanged.
 
     Args:

@@ -2,8 +2,8 @@
 
 Attention modules look up the function of their backend in ``AttentionInterface``. While a tap is
 active, the functions that the interface returns are wrapped. A wrapper calls the original function
-with the same arguments and returns its output, unless an observer edits them; without edits, the
-results of the model are bit-identical. No config is changed and no name is registered, because some
+with the same arguments and returns its output. Observers can edit both; without edits, the outputs
+of the model are bit-identical. No config is changed and no name is registered, because some
 models compare the *name* of their backend and behave differently with another one.
 
 Observers belong to a thread or task (:class:`xmodal_interp.contexts.Observers`), so other threads
@@ -31,7 +31,7 @@ class InterfaceObserver(Protocol):
         """Return the call to make; return the same object to leave it unchanged."""
 
     def after(self, call: RawCall, output: Tensor) -> Tensor:
-        """Return the output for the model, ``[sample, query, head, d_head]``.
+        """Return the output for the model, ``[sample, query, head, d_value]``.
 
         Return the same object to leave it unchanged.
         """

@@ -7,15 +7,21 @@ An attention module is the innermost module that is recognised by
    interface, or
 3. the name of its attribute (``attn``, ``attention``), if the code of its class calls a softmax.
 
-The tower follows from the input of the sub-models that contain the module: their configuration is
-the vision, audio, connector, text or another part of the model's configuration; their class
-declares the modality of its inputs; or they are the encoder or decoder of a model whose forward
-takes an input for each. If none of these applies, the names in the module's path decide. The layer
-is the index of the module's block, counted through the tower and kind in the order of
-``named_modules``. Attention whose scores compare channels, not positions, is a separate kind.
+The tower is given by the first of these that applies:
 
-Layers and heads that a user names are looked up here too; an error is raised for those that the
-model does not have.
+1. the table ``UNDECLARED`` in :mod:`xmodal_interp.models.towers`, which lists classes;
+2. a name of a connector (``qformer``, ``projector``) in the path below the innermost sub-model;
+3. the configuration of a sub-model around the module, if it is the vision, audio, connector, text
+   or another part of the model's configuration;
+4. a name of a connector in the rest of the path;
+5. the modality of the inputs that the class of such a sub-model declares, or whether the module is
+   in the encoder or the decoder of a model whose forward takes an input for each;
+6. the other names in the path, or the main input of the model.
+
+Layers are numbered within each tower and kind, block by block, in the order of ``named_modules``.
+Attention whose scores compare channels, not positions, has the kind ``channel``.
+
+:func:`checked_heads` and :func:`layers_of` look up layers and heads that a user names.
 """
 
 from __future__ import annotations
@@ -42,8 +48,8 @@ _ATTENTION = re.compile(r"Attention|Attn")
 _NO_ATTENTION = re.compile(  # parts of attention blocks; attention over states of earlier layers
     r"AttentionOutput$|Attention\w*Projection$|AttentionResidual|Attention\w*Bias$"
 )
-_NAMED = re.compile(r"(^|\.)(\w*_)?(attn|attention)(\.\d+)?$")  # also in a ModuleList
-_CALLS = {  # names in the code of attention modules
+_ATTENTION_ATTRIBUTE = re.compile(r"(^|\.)(\w*_)?(attn|attention)(\.\d+)?$")  # also in a ModuleList
+_ATTENTION_CALLS = {  # names in the code of attention modules
     "scaled_dot_product_attention",
     "multi_head_attention_forward",
     "ALL_ATTENTION_FUNCTIONS",
@@ -91,14 +97,14 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
             "Attention or calls scaled_dot_product_attention, and no module named attn calls a "
             "softmax. Pass a model that has one."
         )
-    identities = _Names(model).identities(found)
+    identities = _IdentityFinder(model).identities(found)
     return {module: identities[path] for path, module in found.items()}
 
 
 def attention_holders(
     model: nn.Module, known: Mapping[nn.Module, Identity]
 ) -> dict[nn.Module, Identity]:
-    """Return attention modules that contain known ones, with the identity of the first of these."""
+    """Return attention modules around known ones, with the identity of the first one inside."""
     holders: dict[nn.Module, Identity] = {}
     for module, identity in known.items():
         parts = identity.module.split(".")
@@ -144,7 +150,7 @@ def layers_without_matrix(model: nn.Module) -> tuple[Identity, ...]:
         for path, module in found.items()
         if not any(path.startswith(f"{other}.") for other in found)
     }
-    return tuple(_Names(model).identities(outermost).values())
+    return tuple(_IdentityFinder(model).identities(outermost).values())
 
 
 def identity_of(
@@ -152,13 +158,13 @@ def identity_of(
 ) -> Identity | None:
     """Return the identity of a module that was discovered to be attention.
 
-    If its layer number is taken, it gets the number after the last known layer. None if the model
-    does not contain the module.
+    If another module has its layer number, the number after the last known layer is used. Return
+    None if the model does not contain the module.
     """
     path = next((path for path, each in model.named_modules() if each is module), None)
     if path is None:
         return None
-    alone = _Names(model).identities({path: module})[path]
+    alone = _IdentityFinder(model).identities({path: module})[path]
     layers = {each.layer for each in known if (each.tower, each.kind) == (alone.tower, alone.kind)}
     return replace(alone, layer=max(layers) + 1) if alone.layer in layers else alone
 
@@ -172,11 +178,11 @@ def block_of(model: nn.Module, identity: Identity) -> nn.Module | None:
 def _innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield attention modules that do not contain another attention module."""
     found = {path: m for path, m in model.named_modules() if _is_attention(m, path)}
-    outer = {module for path, module in found.items() for module in _around(found, path)}
+    outer = {module for path, module in found.items() for module in _containing(found, path)}
     yield from ((path, module) for path, module in found.items() if module not in outer)
 
 
-def _around(found: Mapping[str, nn.Module], path: str) -> Iterator[nn.Module]:
+def _containing(found: Mapping[str, nn.Module], path: str) -> Iterator[nn.Module]:
     """Yield the modules among ``found`` that contain the module at a path."""
     parts = path.split(".") if path else []
     for n in range(len(parts)):
@@ -194,8 +200,8 @@ def _is_attention(module: nn.Module, path: str) -> bool:
     return (
         isinstance(module, nn.MultiheadAttention)
         or bool(_ATTENTION.search(kind.__name__))
-        or not _CALLS.isdisjoint(_names_in_code(kind))
-        or (bool(_NAMED.search(path)) and _calls_a_softmax(module))
+        or not _ATTENTION_CALLS.isdisjoint(_names_in_code(kind))
+        or (bool(_ATTENTION_ATTRIBUTE.search(path)) and _calls_a_softmax(module))
     )
 
 
@@ -223,13 +229,13 @@ def _names_in_code(kind: type[nn.Module]) -> frozenset[str]:
 _NAMES_IN_CODE: WeakKeyDictionary[type[nn.Module], frozenset[str]] = WeakKeyDictionary()
 
 
-class _Names:
-    """Computes the identities of attention modules from their paths and the configurations."""
+class _IdentityFinder:
+    """Derives the identities of attention modules from their paths and the configurations."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.root = getattr(model, "config", None)
-        self.parts: dict[str, Any] = {
+        self.configs: dict[str, Any] = {
             path: module.config
             for path, module in model.named_modules()
             if isinstance(module, PreTrainedModel)
@@ -262,7 +268,7 @@ class _Names:
 
     def _tower(self, path: str) -> Tower:
         """Return the tower by the input of the sub-models around the module, else by its path."""
-        owners = sorted((p for p in self.parts if _is_in(path, p)), key=len, reverse=True)
+        owners = sorted((p for p in self.configs if _is_in(path, p)), key=len, reverse=True)
         known = undeclared_tower(self._holders(path))
         if known is not None:
             return known
@@ -291,16 +297,16 @@ class _Names:
 
     def _by_config(self, owner: str) -> Tower | None:
         """Return the tower by the attribute that holds the sub-model's configuration, or None."""
-        config = self.parts[owner]
-        around = sorted((p for p in self.parts if p != owner and _is_in(owner, p)), key=len)
-        for whole in (*(self.parts[p] for p in reversed(around)), self.root):
-            for attribute, tower in _PARTS:
+        config = self.configs[owner]
+        around = sorted((p for p in self.configs if p != owner and _is_in(owner, p)), key=len)
+        for whole in (*(self.configs[p] for p in reversed(around)), self.root):
+            for attribute, tower in _TOWER_OF_CONFIG:
                 part = getattr(whole, attribute, None)
                 if part is None or type(config) is not type(part) or type(config) is type(whole):
                     continue
                 if attribute != "encoder":
                     return tower
-                if not hasattr(part, "text_config"):  # otherwise its own parts decide
+                if not hasattr(part, "text_config"):  # else its own parts give the tower
                     return declared_tower(self.model.get_submodule(owner)) or "language"
         return None
 
@@ -309,13 +315,14 @@ class _Names:
         module = self.model.get_submodule(path)
         for owner in reversed(owners):
             model: Any = self.model.get_submodule(owner)
-            takes = inspect.signature(model.forward).parameters
-            written = next((_DECODED[name] for name in _DECODED if name in takes), None)
-            if written is None:
+            parameters = inspect.signature(model.forward).parameters
+            towers = (tower for name, tower in _DECODER_INPUTS.items() if name in parameters)
+            decoder_tower = next(towers, None)
+            if decoder_tower is None:
                 continue
             for stack, tower in (
                 (model.get_encoder(), TOWER_OF_INPUT.get(str(model.main_input_name), "language")),
-                (model.get_decoder(), written),
+                (model.get_decoder(), decoder_tower),
             ):
                 if stack is not None and stack is not model and module in set(stack.modules()):
                     return tower
@@ -367,11 +374,11 @@ class _Names:
         holder = type(self.model.get_submodule(path.rpartition(".")[0])).__name__
         named = any(_CROSS.search(name) for name in (type(module).__name__, holder, *within))
         latent = _LATENTS.search(f"{path} {type(module).__name__} {holder}")
-        says_so = getattr(module, "is_cross_attention", False)
-        return "cross" if named or latent or says_so else "self"
+        declares_cross = getattr(module, "is_cross_attention", False)
+        return "cross" if named or latent or declares_cross else "self"
 
 
-_PARTS: tuple[tuple[str, Tower], ...] = (
+_TOWER_OF_CONFIG: tuple[tuple[str, Tower], ...] = (
     ("vision_config", "vision"),
     ("video_config", "vision"),
     ("audio_config", "audio"),
@@ -384,7 +391,10 @@ _PARTS: tuple[tuple[str, Tower], ...] = (
     ("encoder", "vision"),  # replaced by the tower that the encoder's class declares, if any
     ("decoder", "language"),
 )
-_DECODED: dict[str, Tower] = {"decoder_input_ids": "language", "decoder_input_values": "audio"}
+_DECODER_INPUTS: dict[str, Tower] = {
+    "decoder_input_ids": "language",
+    "decoder_input_values": "audio",
+}
 
 
 def _is_in(path: str, owner: str) -> bool:
@@ -395,7 +405,7 @@ def head_counts(model: nn.Module, tower: Tower) -> dict[int, int]:
     """Return the number of query heads of each self-attention layer of a tower, by layer.
 
     Raises:
-        LayerError: There is no such layer, or the number of heads of a layer is unknown.
+        LayerError: The tower has no self-attention, or a layer's number of heads is unknown.
     """
     counts = layers_of(attention_modules(model), tower, "self")
     unknown = [layer for layer, module in counts.items() if n_heads_of(module) is None]

@@ -1,4 +1,4 @@
-"""Replay the outputs of the blocks before an edited layer, so that they need not run again.
+"""Replay the outputs of the blocks before an edited layer, which then do not run again.
 
 A block is the module of a layer stack that contains an attention module (``layers.3`` for
 ``layers.3.self_attn``). ``remember_blocks`` keeps the output of each block in one forward. Inside
@@ -6,8 +6,8 @@ A block is the module of a layer stack that contains an attention module (``laye
 layer; the rest of the model runs normally.
 
 The result is bit-identical to the whole forward if blocks affect the rest of the model only by
-their outputs. Some models share keys between layers through the cache or a dictionary. There the
-result differs or the forward raises, so compare it once, as
+their outputs. Some models share keys between layers through the cache or a dictionary. For these
+the result differs or the forward raises, so compare the two results once, as
 :mod:`xmodal_interp.analysis.answers` does.
 
 The memory is one hidden state per block: ``n_blocks * samples * positions * d_model`` numbers.
@@ -33,7 +33,7 @@ class BlockOutputs:
 
     Attributes:
         blocks: The block of each layer.
-        outputs: The last output of each block, in the order they ran.
+        outputs: The last output of each block, in the order in which blocks first ran.
         repeated: Blocks that ran several times; they cannot be replayed.
     """
 
@@ -79,7 +79,7 @@ def _remember_blocks(model: nn.Module, stack: ExitStack) -> BlockOutputs:
 
 
 def replay(outputs: dict[nn.Module, Any]) -> Block[None]:
-    """Inside the ``with`` block, let modules return the given outputs instead of running."""
+    """Return a ``with`` block in which modules return the given outputs instead of running."""
     return Block(partial(_replay, outputs))
 
 

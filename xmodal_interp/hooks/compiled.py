@@ -1,13 +1,14 @@
-"""Wrap the ``forward`` of attention modules: to refuse compiled code, and to observe without hooks.
+"""Wrap the ``forward`` of attention modules, to refuse compiled code and to observe without hooks.
 
 Code made by ``torch.compile`` does not look up attention functions and does not call hooks that
 were registered later. A recording would silently miss some or all of its attention.
 
-1. :func:`refuse_compiled` raises an error before the block if a part of the model is compiled.
+1. :func:`refuse_compiled` is called before the block is entered, and raises an error if a part of
+   the model is compiled.
 2. Some compiled code cannot be found in advance: a compiled function may call the model, and
    ``generate`` compiles by itself for a static cache. Inside a block, the ``forward`` of every
-   attention module is therefore replaced by an equivalent object. The guards of torch then fail,
-   the code is traced again with the hooks, and a hook that is traced raises the error
+   attention module is therefore replaced by an equivalent object. This makes torch trace the code
+   again, now with the hooks, and a hook that is traced raises the error
    (:func:`refuse_when_compiled_code_runs`).
 3. The same object calls observers for torch's own attention modules, whose results would change
    with a hook (:func:`observe_unhooked`).
@@ -41,14 +42,16 @@ Exit = Callable[[nn.Module, Any, dict[str, Any], Any], None]
 
 _observers: Observers[tuple[Enter, Exit]] = Observers("unhooked")
 _lock = threading.Lock()
-_wrapped: dict[nn.Module, tuple[int, Any]] = {}  # number of open blocks, and the forward before
-_RUNNING = (
+_forwards: dict[nn.Module, tuple[int, Any]] = {}  # number of open blocks, and the forward before
+_CALLED_FROM_COMPILED = (
     "The model was called from compiled code, where attention cannot be recorded or edited. Call "
     "it as it was before torch.compile; pass disable_compile=True to generate with a static cache."
 )
 # torch before 2.8 takes no reason; its own error with fullgraph=True then lacks this message
-_EXPLAINED = "reason" in inspect.signature(torch.compiler.disable).parameters
-_not_compiled = partial(torch.compiler.disable, **({"reason": _RUNNING} if _EXPLAINED else {}))
+_TAKES_REASON = "reason" in inspect.signature(torch.compiler.disable).parameters
+_not_compiled = partial(
+    torch.compiler.disable, **({"reason": _CALLED_FROM_COMPILED} if _TAKES_REASON else {})
+)
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -91,14 +94,14 @@ def refuse_when_compiled_code_runs(
     def refuse() -> None:
         raise_here()
 
-    def look(module: nn.Module, args: Any) -> None:  # noqa: ARG001
+    def refuse_if_traced(module: nn.Module, args: Any) -> None:  # noqa: ARG001
         if torch.compiler.is_compiling():
             refuse()
 
     unhooked, known = set(unhooked_modules(model)), tuple(known)
     for module in dict.fromkeys((model, *known)):
         if module not in unhooked:
-            stack.callback(module.register_forward_pre_hook(look, prepend=True).remove)
+            stack.callback(module.register_forward_pre_hook(refuse_if_traced, prepend=True).remove)
     for module in dict.fromkeys((*known, *filter(is_torch_attention, unhooked))):
         _wrap(module, observed=module in unhooked)
         stack.callback(_unwrap, module)
@@ -120,12 +123,12 @@ def observe_unhooked(enter: Enter, exit_: Exit, stack: ExitStack) -> None:
 def replaced_forward(module: nn.Module) -> bool:
     """Whether other code replaced the ``forward`` of this module instance."""
     with _lock:
-        _, before = _wrapped.get(module, (0, vars(module).get("forward")))
+        _, before = _forwards.get(module, (0, vars(module).get("forward")))
     return before is not None
 
 
 def _raise() -> None:
-    raise CaptureError(_RUNNING)
+    raise CaptureError(_CALLED_FROM_COMPILED)
 
 
 @_not_compiled()  # type: ignore[untyped-decorator]
@@ -135,7 +138,7 @@ def _refuse_in_a_block() -> None:
 
 
 class _WrappedForward(partial[Any]):
-    """The forward of a module, wrapped in another object; a copy of the module gets its own one."""
+    """The forward of a module, wrapped; a copy of the module gets a separate wrapper."""
 
     copies: list[weakref.ref[nn.Module]]
 
@@ -162,7 +165,7 @@ class _WrappedForward(partial[Any]):
     def __deepcopy__(self, memo: dict[int, Any]) -> _WrappedForward:
         forward = copy.deepcopy(self.func, memo)
         of = getattr(forward, "__self__", None)
-        if isinstance(of, nn.Module):  # otherwise the module's forward had been replaced before
+        if isinstance(of, nn.Module):  # else other code had replaced the module's forward
             self.copies.append(weakref.ref(of))
         return _wrapper_of(forward)
 
@@ -175,8 +178,8 @@ def _wrapper_of(forward: Any) -> _WrappedForward:
 
 def _wrap(module: nn.Module, *, observed: bool) -> None:
     with _lock:
-        n_open, before = _wrapped.get(module, (0, vars(module).get("forward")))
-        _wrapped[module] = (n_open + 1, before)
+        n_open, before = _forwards.get(module, (0, vars(module).get("forward")))
+        _forwards[module] = (n_open + 1, before)
         if n_open == 0:
             wrapper = _wrapper_of(module.forward)
             wrapper.of = weakref.ref(module) if observed else None
@@ -185,9 +188,9 @@ def _wrap(module: nn.Module, *, observed: bool) -> None:
 
 def _unwrap(module: nn.Module) -> None:
     with _lock:
-        n_open, before = _wrapped.pop(module)
+        n_open, before = _forwards.pop(module)
         if n_open > 1:
-            _wrapped[module] = (n_open - 1, before)
+            _forwards[module] = (n_open - 1, before)
         elif before is None:
             _restore(module)
         else:

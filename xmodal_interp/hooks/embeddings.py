@@ -50,10 +50,10 @@ def mean_embeddings(
         embedded = options.get("inputs_embeds")
         if embedded is None or embedded.shape[:2] != replaced.shape:
             shape = None if embedded is None else list(embedded.shape[:2])
-            came = "no embeddings" if shape is None else f"embeddings of shape {shape}"
+            got = "no embeddings" if shape is None else f"embeddings of shape {shape}"
             raise CaptureError(
                 f"Embeddings of shape {list(replaced.shape)} were to be replaced, but the language "
-                f"model received {came}. Run one forward over the whole sequence, without a cache."
+                f"model received {got}. Run one forward over the whole sequence, without a cache."
             )
         changed = _with_mean(embedded, replaced, averaged)
         injected = _injected(options, replaced, averaged)
@@ -74,7 +74,7 @@ def _with_mean(
     replaced: Bool[Tensor, "sample position"],
     averaged: Bool[Tensor, "sample position"],
 ) -> Float[Tensor, "sample position d"]:
-    """Return the values with the mean of some positions put at others, in each sample."""
+    """Return the values, with the mean of the averaged positions at the replaced ones."""
     weights = averaged.to(values)[..., None]
     mean = (values * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
     return torch.where(replaced.to(values.device)[..., None], mean, values)
@@ -153,8 +153,7 @@ def check_images_gone(
         raise UnsupportedModelError(
             f"The language model of {vlm.family.model_type} does not receive the image only by "
             "the embeddings and features of image tokens: with all of them replaced, other pixels "
-            f"change the logits by up to {change:.1g}. Cut its attention with knock_out_attention "
-            "instead."
+            f"change the logits by up to {change:.1g}. Use knock_out_attention instead."
         )
 
 
@@ -167,5 +166,5 @@ def check_in_sequence(vlm: VLM) -> None:
     if not vlm.family.in_sequence:
         raise UnsupportedModelError(
             f"{vlm.family.model_type} has no image tokens to replace: text reads the image by "
-            "cross-attention. Cut that with knock_out_attention(..., kind='cross')."
+            "cross-attention. Use knock_out_attention(..., kind='cross') instead."
         )

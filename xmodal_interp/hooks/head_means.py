@@ -32,7 +32,7 @@ class HeadMeans:
         positions: The class of positions that were averaged.
         n_samples: Number of samples.
         n_positions: Number of positions that were averaged.
-        means: ``[head, d_head]`` for each layer, float32.
+        means: ``[head, d_value]`` for each layer, float32.
     """
 
     tower: Tower
@@ -40,7 +40,7 @@ class HeadMeans:
     positions: PositionClass
     n_samples: int
     n_positions: int
-    means: Mapping[int, Float[Tensor, "head d_head"]]
+    means: Mapping[int, Float[Tensor, "head d_value"]]
 
 
 def mean_head_outputs(
@@ -128,7 +128,7 @@ class _MeanCollector:
 
     def __init__(self, tower: Tower, kind: AttentionKind) -> None:
         self.tower, self.kind = tower, kind
-        self.totals: dict[int, Float[Tensor, "head d_head"]] = {}
+        self.totals: dict[int, Float[Tensor, "head d_value"]] = {}
         self.counts: dict[int, int] = {}
         self.chosen: Bool[Tensor, "sample position"] | None = None
 

@@ -5,10 +5,10 @@ The result of the softmax, the probabilities, is recorded. Its scores may contai
 
 1. :class:`FunctionMode` calls a function after every torch function, while a module runs that may
    compute its attention inline. Modules that use transformers' interface run without it.
-2. :func:`inline_call` returns the attention call that a torch function is, if it is one: a softmax
-   over the last axis, or a kernel that the module imported by name.
+2. :func:`inline_call` converts the call of a torch function to an attention call, if it is a
+   softmax over the last axis, or a kernel that the module imported by name.
 3. :func:`note_mixing` notes that a layer with weights mixes the probabilities of several heads.
-   Then no head has these probabilities, and :func:`refuse_mixture` raises an error.
+   The recorded probabilities are then not those of a head; :func:`refuse_mixture` raises an error.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from xmodal_interp.hooks.torch_attention import KERNEL, chunked, four_axes, kern
 from xmodal_interp.upstream import active_function_modes, remove_function_mode
 
 SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
-_MIXES = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
+_LINEAR_LAYERS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
 _FAR_BELOW = 1e3  # a score this far below the largest of its row is masked
-_NO_SCORE = -1e8  # a row whose largest score is below this is masked: Gemma 4 masks with -1e9
+_NO_SCORE = -1e8  # below this, a row's largest score is masked: Gemma 4 masks with -1e9
 
 DENSE_NOTE = "probabilities as the module computed them; queries and keys were not recorded"
 CHUNKED_NOTE = f"{DENSE_NOTE}; keys are numbered within the chunk that each query sees"
@@ -106,7 +106,7 @@ class SoftmaxCall:
     is_mixed: bool = False
 
     def as_attention_call(self, identity: Identity, number: int) -> AttentionCall:
-        """Return the probabilities as a call of a layer, with its number within the layer."""
+        """Return the probabilities as the call of a layer with this number."""
         return AttentionCall(
             tower=identity.tower,
             kind=identity.kind,
@@ -132,7 +132,7 @@ def inline_call(
     options: Mapping[str, Any],
     output: Any,
 ) -> ObservedCall | None:
-    """Return the attention call that a torch function inside a module is; None for others."""
+    """Convert the call of a torch function in a module to an attention call; None for others."""
     if function is KERNEL:
         return kernel_call(module, args, options, output)
     if function in SOFTMAX and isinstance(output, Tensor) and along_last(output, args, options):
@@ -148,7 +148,7 @@ def note_mixing(
 ) -> None:
     """Mark the softmax whose result is the input of a layer with weights."""
     dense = [each for each in calls if isinstance(each, SoftmaxCall)]
-    if not dense or function not in _MIXES:
+    if not dense or function not in _LINEAR_LAYERS:
         return
     given = (args[0] if args else options["input"]).untyped_storage().data_ptr()
     for call in dense:
@@ -178,12 +178,13 @@ def refuse_mixture(name: str, calls: Iterable[ObservedCall]) -> None:
 
 
 def along_last(output: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
-    """Whether a softmax with these arguments is over the last axis, of at least three."""
+    """Whether a softmax is over the last axis of a tensor with at least three axes."""
     dim = options.get("dim", args[1] if len(args) > 1 else None)
     return output.ndim > 2 and dim in (-1, output.ndim - 1)
 
 
 def _softmax_call(module: nn.Module, scores: Tensor, output: Tensor) -> SoftmaxCall:
+    """Return the result of a softmax as a call; very low scores are those of hidden keys."""
     given = scores.detach()
     lowest = hidden_below(given.dtype) if given.is_floating_point() else -torch.inf
     best = given.amax(-1, keepdim=True)

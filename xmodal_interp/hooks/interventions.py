@@ -52,7 +52,7 @@ from xmodal_interp.vocabulary import AttentionKind, Tower
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """The place of an edited call: layer, heads and positions.
+    """What an intervention edits in one call: layer, heads and positions.
 
     Attributes:
         identity: The layer.
@@ -97,13 +97,14 @@ class Site:
 
     @property
     def begins(self) -> bool:
-        """Whether the call begins a sequence, so that it is not a decode step."""
+        """Whether the call is the first of a sequence, not a decode step."""
         return self.start == 0 and not (self.batch is not None and self.batch.is_decode_step)
 
     def attention(self, call: RawCall) -> AttentionCall:
         """Return the call as an :class:`AttentionCall`.
 
-        After the call, its mask and causal flag are interpreted so that they give its output.
+        If the call already has an output, mask and causal flag are interpreted so that the
+        probabilities give this output.
 
         Raises:
             CaptureError: No interpretation of its arguments gives its output.
@@ -138,7 +139,7 @@ class Intervention(Protocol):
         """Return the call to make; return the same object to leave it unchanged."""
 
     def after(self, call: RawCall, output: Tensor, site: Site) -> Tensor:
-        """Return the output for the model, ``[sample, query, head, d_head]``."""
+        """Return the output for the model, ``[sample, query, head, d_value]``."""
 
 
 def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Block[None]:
@@ -156,6 +157,8 @@ def intervene(model: VLM | nn.Module, *interventions: Intervention) -> Block[Non
         CaptureError: A layer did not run (raised at the end of the block, unless the block itself
             failed), or a call cannot be edited.
         PositionError: A position was not reached (raised at the end of the block).
+        UnsupportedModelError: The model has no attention modules, or its layers are split over
+            processes.
     """
     return Block(partial(_intervene, model, interventions))
 
@@ -170,11 +173,11 @@ def _intervene(
     batch = RunningBatch(model)
     editors = [_Editor(intervention, known, batch) for intervention in interventions]
 
-    def check_met(failure: type[BaseException] | None, *_: object) -> None:
+    def check_complete(failure: type[BaseException] | None, *_: object) -> None:
         for editor in editors if failure is None else ():
-            editor.check_met()
+            editor.check_complete()
 
-    stack.push(check_met)
+    stack.push(check_complete)
     refuse_when_compiled_code_runs(bare, known, stack)
     own = stack.enter_context(own_context())
     for top in {bare, _without_adapter(bare)}:
@@ -238,12 +241,12 @@ class _Editor:
         if self.batch is not None:
             self.batch.read_generation()
         while self.running and not is_running(self.running[-1]):
-            self.running.pop()  # ended by an interrupt, after which torch calls no hook
+            self.running.pop()  # an interrupt ended it, after which torch calls no hook
         self.running.append(module)
         self.ran.add(module)
 
     def exit(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
-        if self.running and self.running[-1] is module:  # not the case if it was refused
+        if self.running and self.running[-1] is module:  # else a hook raised before ``enter``
             self.running.pop()
 
     def before(self, call: RawCall) -> RawCall:
@@ -253,15 +256,15 @@ class _Editor:
     def after(self, call: RawCall, output: Tensor) -> Tensor:
         return output if self.site is None else self.intervention.after(call, output, self.site)
 
-    def check_met(self) -> None:
+    def check_complete(self) -> None:
         missed = [self.known[m].layer for m in self.heads if m not in self.length]
         name = f"{self.intervention.tower} {self.intervention.kind}-attention"
         if missed:
-            unseen = any(self.known[m].layer in missed for m in self.ran)
+            ran_without_interface = any(self.known[m].layer in missed for m in self.ran)
             why = (
                 "ran without transformers' attention interface, where heads are edited. Leave them "
                 "out"
-                if unseen
+                if ran_without_interface
                 else "did not run. Run the model inside the with block, or leave them out"
             )
             raise CaptureError(
@@ -301,7 +304,7 @@ class _Editor:
         """Return the position of the first query, which follows the cached positions."""
         n_queries, n_keys = call.query.shape[2], call.key.shape[2]
         before = self.length.get(module)
-        if self.intervention.kind == "cross":  # one query is a decode step: keys do not grow
+        if self.intervention.kind == "cross":  # its keys do not grow; one query is a decode step
             return 0 if n_queries > 1 or before is None else before
         if n_queries == n_keys:
             return 0

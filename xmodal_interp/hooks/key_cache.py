@@ -14,11 +14,11 @@ from xmodal_interp.hooks.raw_calls import RawCall
 
 @dataclass(eq=False)
 class KeyCache:
-    """The keys (and values) of one layer for one sequence.
+    """The keys (and values) of one layer for one batch.
 
     Attributes:
         k: ``[sample, kv_head, key, d_head]``.
-        v: Values, if they are kept.
+        v: ``[sample, kv_head, key, d_value]``, if values are kept.
         seen: ``[key]``, True for keys that some earlier query could see; None if all are.
     """
 
@@ -53,12 +53,12 @@ class KeyCache:
 
 @dataclass(eq=False)
 class KeptCall:
-    """A call without keys, and the cache whose first keys belong to it.
+    """A call without keys, and the cache that holds its keys.
 
     Attributes:
         call: The call.
         cache: The keys of its module; None if the call holds probabilities instead of keys.
-        n_keys: The number of keys of the call.
+        n_keys: The number of keys of the call, which are the first ones of the cache.
     """
 
     call: AttentionCall

@@ -68,8 +68,8 @@ class KnockOut:
         if call.backend not in _MASKED_BACKENDS:
             raise CaptureError(
                 f"The backend {call.backend!r} does not take a mask with a row per query, which "
-                f"cutting edges requires ({' and '.join(_MASKED_BACKENDS)} do). Load the model "
-                "with attn_implementation='sdpa', or pass renormalise=False."
+                f"blocking attention requires ({' and '.join(_MASKED_BACKENDS)} do). Load the "
+                "model with attn_implementation='sdpa', or pass renormalise=False."
             )
         visible = site.attention(call).visible()
         emptied = visible.any(-1) & ~(visible & ~blocked).any(-1)
@@ -95,7 +95,7 @@ class KnockOut:
         return output.index_add(1, rows, -lost.transpose(1, 2).to(output.dtype))
 
     def _blocked(self, call: RawCall, site: Site) -> Bool[Tensor, "sample head query key"]:
-        """Return the edges to cut; the sample and head axes have length 1 if all entries agree."""
+        """Return the blocked edges; sample and head axes have length 1 if all entries agree."""
         n_keys = call.key.shape[2]
         rows = site.query_mask(self.queries, call)
         blocked = rows[:, :, None] & site.key_mask(self.keys, call)[:, None, :]
@@ -116,7 +116,7 @@ def knock_out_attention(
     tower: Tower = "language",
     kind: AttentionKind = "self",
 ) -> KnockOut:
-    """Cut the attention edges from some queries to some keys; an argument of ``intervene``.
+    """Block attention from some queries to some keys; return an argument of ``intervene``.
 
     Args:
         queries: The query positions. By number: indices, a slice, or a boolean mask ``[position]``
@@ -125,8 +125,8 @@ def knock_out_attention(
             ``"text"``, a list of them, a function that takes the sample, or a list with one of
             these for each sample. In a padded batch, numbers are refused.
         keys: The key positions, in the same forms. The edge of a position to itself is kept.
-        layers: Layers to cut; all if not given. Negative numbers count from the end; a boolean mask
-            has an entry for each layer.
+        layers: Layers to edit; all if not given. Negative numbers count from the end; a boolean
+            mask has an entry for each layer.
         heads: Heads of these layers, in the same forms; all if not given.
         renormalise: Whether the remaining probabilities of a row sum to 1.
         tower: Part of the model.
@@ -158,7 +158,7 @@ def _hidden(
     visible: Bool[Tensor, "#sample #head query key"],
     blocked: Bool[Tensor, "#sample #head query key"],
 ) -> Tensor:
-    """Return the mask with the blocked edges hidden, as a boolean or additive mask like before."""
+    """Return the mask with the blocked edges hidden, boolean or additive like the original."""
     if call.mask is None:
         seen = visible & ~blocked
         if call.backend == "sdpa":

@@ -1,4 +1,4 @@
-"""The attention modules of a model that is recorded: known by name, or discovered while it runs.
+"""The attention modules of a recorded model: known before it runs, or discovered while it runs.
 
 1. The modules that :func:`attention_modules` finds are known before the model runs.
 2. A call of transformers' interface contains the module that makes it. A call of a torch function
@@ -35,7 +35,7 @@ class KnownModules:
 
     Attributes:
         identities: The modules that are recorded, with their identities; discovered ones are added.
-        holders: Modules named attention that contain a recorded module, with its identity.
+        holders: Attention modules that contain a recorded module, with the identity of that module.
         called: Recorded modules that made a call.
     """
 
@@ -103,8 +103,8 @@ class KnownModules:
     def missed_among(self, empty: Collection[nn.Module]) -> list[str]:
         """Return the names of holders that ran without a recorded call, although they should have.
 
-        A holder is left out if no layer of its tower and kind was recorded: then the input did not
-        use that tower.
+        A holder is left out if no layer of its tower and kind made a call, because then the input
+        did not use that tower.
 
         Args:
             empty: Holders that ran while no module inside them made a recorded call.
@@ -119,7 +119,10 @@ class KnownModules:
         ]
 
     def _replaces(self, module: nn.Module, inner: Sequence[nn.Module]) -> bool:
-        """Whether a module replaces the modules inside it: smaller than a block, and no calls."""
+        """Whether a module replaces those inside it.
+
+        It must be smaller than a block, and the modules inside must have made no call.
+        """
         block = block_of(self.model, self.identities[inner[0]]) or self.model
         within = module is not block and any(part is module for part in block.modules())
         return within and self.called.isdisjoint(inner)

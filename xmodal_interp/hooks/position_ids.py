@@ -1,8 +1,8 @@
 """Record the position ids that the rotary embedding of the language model receives.
 
 The position id of a token is not always its index in the sequence. In Qwen2-VL (arXiv 2409.12191)
-the tokens of an image share one time and have a row and a column, and the ids of the text after it
-continue from the larger side of the image, not from its number of tokens. In every family the
+the tokens of an image share one time and differ in row and column. The ids of the text after the
+image continue from the longer side of its grid, not from its number of tokens. In every family the
 rotary module receives these ids, so a hook on it records them.
 """
 
@@ -23,7 +23,7 @@ from xmodal_interp.hooks.attention_modules import Identity
 AXES = ("t", "h", "w")
 """Time, row and column; for a model with one axis, the same number three times.
 
-Models with more axes are not recorded (HunYuan-VL has four, in another order)."""
+Position ids with more axes are not recorded (HunYuan-VL has four, in another order)."""
 
 
 class RotaryPositions:

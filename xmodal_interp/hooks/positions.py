@@ -3,13 +3,13 @@
 1. A :class:`Selection` holds positions as the user gives them. Numbers count from the start of the
    sequence, including padding. They stay the same while the model generates with a cache: position
    160 is edited in the decode step that reads it. In a batch with different amounts of padding
-   before the tokens, one number is a different token in each sample. Positions are then given by
+   before the tokens, one number is a different token in each sample. Such a batch requires
    selectors, such as a phrase, which are resolved in each sample.
-2. A :class:`RunningBatch` follows which samples the model runs. A hook on the model reads its
-   arguments. The token ids are compared with those of the last batch that :meth:`VLM.prepare`
-   labelled; the attention mask gives the number of padding tokens before each sample. A decode step
-   belongs to the previous batch. Some models (BLIP-2, Kosmos-2) generate with an inner model only;
-   for these, the inputs of :meth:`VLM.generate` are read.
+2. A :class:`RunningBatch` holds the samples that the model runs at the moment. A hook reads the
+   arguments of the model. The token ids are compared with those of the last batch that
+   :meth:`VLM.prepare` labelled; the attention mask gives the number of padding tokens before each
+   sample. A decode step belongs to the previous batch. Some models (BLIP-2, Kosmos-2) generate
+   with an inner model only; for these, the inputs of :meth:`VLM.generate` are read.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Selection:
     """Positions that are resolved later, when the samples and the sequence length are known.
 
     Args:
-        positions: The same for all samples of a batch: an index, indices, a slice (an open end
-            includes generated tokens), or a boolean mask ``[position]``. Resolved in each sample: a
-            keyword or phrase, or a list of them; a function that takes the sample and returns
-            positions; a list with such a selector for each sample; or a boolean mask
+        positions: For all samples of a batch alike: an index, indices, a slice (without a stop, it
+            includes generated tokens), or a boolean mask ``[position]``. For each sample
+            separately: a keyword or phrase, or a list of them; a function that takes the sample and
+            returns positions; a list with such a selector for each sample; or a boolean mask
             ``[sample, position]``. A mask must cover at least the prompt; positions after its end
             are not selected.
 
@@ -79,7 +79,10 @@ class Selection:
 
     @property
     def n_needed(self) -> int:
-        """The length that the sequence must reach to contain every given position."""
+        """The length that the sequence must reach, so that no number is beyond its end.
+
+        Only the start of a slice counts; 0 for selectors.
+        """
         if self.slice is not None:
             return 0 if self.slice.start is None else int(self.slice.start) + 1
         if self.numbers is not None:
@@ -97,8 +100,7 @@ class Selection:
             like: A tensor ``[sample, ...]`` of the call, which gives the batch size and the device.
             batch: The samples that are run; None if the positions are not those of the prompt's
                 tokens (towers other than the language tower, keys of cross-attention).
-            begins: Whether ``start`` is the beginning of a sequence and the call reads the whole
-                prompt.
+            begins: Whether the call reads a whole prompt, from position 0.
 
         Returns:
             One row if the mask is the same for all samples, else one row per sample.

@@ -1,17 +1,18 @@
 """Check that recorded probabilities are those that the model computed with.
 
-1. A recording holds the arguments of an attention function. Their meaning (does a boolean mask hide
-   or add, at which key does "causal" begin) is defined only for the functions of torch and
-   transformers.
+1. A recording holds the arguments of an attention function. Their meaning is defined only for the
+   functions of torch and transformers: whether a boolean mask hides keys or is added to the scores,
+   and which keys a causal flag hides.
 2. The probabilities ``P`` of a few rows are therefore applied to the values, and ``P V`` is
    compared with the function's output ``O``: ``|P V - O| <= limit * P |V|``, element by element.
 3. If they differ and the function is not one of torch or transformers, every other interpretation
    ("reading") of the arguments is tried. A reading that gives the output, in these rows and in
    more, replaces the first one.
-4. If no reading gives the output, the call is reported: its probabilities are not the model's.
+4. If no reading gives the output, an error is raised: the probabilities are not the model's.
 
-The limit is the error that the model's precision explains. Rounding of scores explains larger
-errors where scores are large; this part is computed from the products that are summed to a score.
+The limit is the error that the model's precision explains. Large scores are rounded more, so they
+allow larger errors. This part of the limit is computed from the products that are summed to a
+score.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from xmodal_interp.attention.kernels import full_precision, product_eps
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.raw_calls import RawCall, other_readings
 
-_N_ROWS, _N_ROWS_UNKNOWN, _N_ROWS_OTHER = 4, 16, 64
+_N_ROWS = 4  # rows that are compared, if the meaning of the arguments is defined
+_N_ROWS_UNKNOWN, _N_ROWS_OTHER = 16, 64  # if it is not, and to confirm another reading
 _N_FIRST, _EVERY = 3, 8  # check the first 3 calls of a layer, and every 8th decode step after them
 _LEAST = 1e-5  # the smallest limit, relative to P|V|, in float32
 _LARGEST_CHANGE = 30.0  # changes of scores are clamped, so their squared exponential fits float32
@@ -59,7 +61,8 @@ class ProbabilityCheck:
     """Compares calls with the outputs of their functions.
 
     Attributes:
-        differing: For each module whose calls disagree: the name of a call and the largest gap.
+        differing: For each module with a call that differs: the name of that call and its gap; of
+            several calls, the one with the largest gap.
         reading_of: For each group of similar calls: the index of the reading that agreed.
     """
 
@@ -102,8 +105,8 @@ class ProbabilityCheck:
     def _is_skipped(self, call: AttentionCall, group: Any) -> bool:
         """Whether the comparison of a decode step is skipped to save time.
 
-        The first steps of each layer are compared, then every eighth one; which one of eight
-        differs between layers. All steps are compared if the most likely reading was wrong.
+        The first steps of each layer are compared, then every eighth one, at different steps in
+        different layers. All steps are compared if the most likely reading was wrong.
         """
         step = call.call
         later = call.n_queries == 1 and step >= _N_FIRST and group not in self.reading_of
@@ -128,19 +131,19 @@ class ProbabilityCheck:
 def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
     """Compare the call's probabilities, applied to the values, with the output in some rows."""
     assert raw.output is not None
-    of_ours = torch.finfo(torch.float32).eps  # probabilities are recomputed in float32
-    eps = max(product_eps(raw.query.dtype), product_eps(raw.output.dtype), of_ours)
+    float32_eps = torch.finfo(torch.float32).eps  # probabilities are recomputed in float32
+    eps = max(product_eps(raw.query.dtype), product_eps(raw.output.dtype), float32_eps)
     limit = max(_LEAST, 2 * eps)
     row = torch.tensor(list(rows), device=call.device)
     with torch.no_grad(), full_precision():
         values = raw.value.detach().float()
         probs = call.probs(queries=row)
-        seeing = call.visible(row).any(-1)[..., None]
+        has_key = call.visible(row).any(-1)[..., None]
         ours = weighted(probs, values)
         scale = weighted(probs, values.abs())
         scale = scale + 1e-6 * scale.nan_to_num().amax().clamp(min=1e-30)
         difference = (ours - raw.output[:, row].transpose(1, 2).float()).abs()
-        error = float(torch.where(seeing, difference / scale, 0.0).amax())
+        error = float(torch.where(has_key, difference / scale, 0.0).amax())
         if error <= limit:
             return Gap(error, limit)
         if not all(bool(t.isfinite().all()) for t in (raw.query, raw.key, raw.value)):
@@ -148,7 +151,7 @@ def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
         moved = moved_probs(call, row, probs, eps)
         noise = 4 * rounding(moved, values, ours).amax(-1, keepdim=True)
         limits = limit + noise / scale
-        excess = torch.where(seeing, difference / scale / limits, 0.0).flatten()
+        excess = torch.where(has_key, difference / scale / limits, 0.0).flatten()
         worst = int(excess.nan_to_num(math.inf).argmax())
         error = float((difference / scale).flatten()[worst])
         return Gap(error, float(limits.expand(difference.shape).flatten()[worst]))
@@ -157,7 +160,7 @@ def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
 def moved_probs(
     call: AttentionCall, row: Tensor, probs: Float[Tensor, "sample head query key"], eps: float
 ) -> Float[Tensor, "sample head query key"]:
-    """Return by how much each probability changes when only its own score is rounded.
+    """Return how much each probability changes when only its own score is rounded.
 
     A score is a sum of products ``q_i k_i``. Rounding changes it by about
     ``w = eps * scaling * sum_i |q_i k_i|``, and its probability ``p`` by ``p (e^w - 1)``, but at
@@ -182,7 +185,7 @@ def rounding(
     Because the probabilities of a row are divided by their sum, ``dO = sum_k dp_k (V_k - O)``.
 
     Args:
-        moved: By how much each probability changes, from :func:`moved_probs`.
+        moved: How much each probability changes, from :func:`moved_probs`.
         values: ``V``.
         output: ``O``.
     """
@@ -229,7 +232,7 @@ def _has_defined_meaning(raw: RawCall) -> bool:
 
 
 def _rows(call: AttentionCall, raw: RawCall) -> list[int]:
-    """Return the first row, the last row, and some between, which vary by layer and call."""
+    """Return the first row, the last row, and rows between them that vary by layer and call."""
     n_rows, n = _N_ROWS if _has_defined_meaning(raw) else _N_ROWS_UNKNOWN, call.n_queries
     if n <= n_rows:
         return list(range(n))

@@ -7,10 +7,11 @@ meaning of its mask and of its causal flag depends on the function:
   True and hides nothing. Without a mask, every key is visible.
 * ``scaled_dot_product_attention`` hides keys where a boolean mask is False. Its causal flag lets
   query ``i`` see the keys 0 to ``i``, also where there are more keys than queries.
-* Flash kernels take a mask of keys. Their causal flag lets the last query see all keys.
+* Flash kernels take a mask ``[sample, key]``. Their causal flag lets the last query see all keys,
+  and each earlier query one key less.
 
-For any other function, the most likely meaning ("reading") is used first. It and all other readings
-are compared with the function's output by :mod:`xmodal_interp.hooks.probability_check`.
+For any other function, the most likely meaning ("reading") is tried first, then the others, until
+one gives the function's output (:mod:`xmodal_interp.hooks.probability_check`).
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ class RawCall:
         module: The attention module.
         query: ``[sample, head, query, d_head]``.
         key: ``[sample, kv_head, key, d_head]``.
-        value: ``[sample, kv_head, key, d_head]``.
+        value: ``[sample, kv_head, key, d_value]``.
         mask: The attention mask.
         backend: The name of the backend, such as ``"sdpa"``.
         options: Every further keyword argument.
         eager: The eager function of the modeling code, if it passed one to the interface.
-        output: ``[sample, query, head, d_head]``, the output before any observer edited it; None
+        output: ``[sample, query, head, d_value]``, the output before any observer edited it; None
             before the call.
         note: How the call was recorded, if it did not go through the interface.
         function: The attention function that is called.
@@ -77,8 +78,8 @@ class RawCall:
     def causal(self) -> bool:
         """Whether the backend hides later keys by itself.
 
-        Eager functions never do: their mask hides them. With a mask of keys only (``[sample,
-        key]``, for flash kernels), the mask hides padding and the backend hides later keys.
+        Eager functions never do: their mask hides them. A mask ``[sample, key]`` (for flash
+        kernels) hides padding only, and the backend hides later keys.
         """
         complete = self.mask is not None and self.mask.ndim > 2
         if complete or self.query.shape[2] == 1 or self.backend == "eager":
@@ -130,7 +131,7 @@ def as_attention_call(
 
 
 def other_readings(raw: RawCall, call: AttentionCall) -> Iterator[AttentionCall]:
-    """Yield all other meanings that the call's mask and causal flag may have, likely ones first.
+    """Yield the call in each other reading of its mask and causal flag, likely ones first.
 
     A backend may also ignore the soft-cap.
     """

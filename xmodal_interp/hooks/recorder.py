@@ -1,4 +1,4 @@
-"""The recorder: follow the attention modules of a model while it runs, and record their calls.
+"""The recorder: observe the attention modules of a model while it runs, and record their calls.
 
 1. **Enter.** A forward pre-hook starts a :class:`ModuleRun`; runs are nested like the modules. A
    hook would change the results of torch's own attention modules, so their ``forward`` is wrapped
@@ -10,12 +10,14 @@
    all three are observed. Calls that bypass the interface are kept only if the same run makes no
    call through it. After one module of a class has used the interface, the others are not
    observed for inline softmaxes, which would cost time.
-3. **Exit.** A forward hook ends the run. If a module made no call, its name is added to
-   ``Recording.unseen``, and an error is raised at the end of the block.
+3. **Exit.** A forward hook ends the run. If neither the module nor an attention module around it
+   made a call, its name is added to ``Recording.unseen``, and an error is raised at the end of the
+   block.
 4. **Keep.** Each call becomes an :class:`AttentionCall`, whose probabilities are compared with the
-   output of the module (:mod:`xmodal_interp.hooks.probability_check`). It is passed to ``reduce``,
-   or it is kept. Then its operands are cloned, because a static cache overwrites its keys in place,
-   and the keys of a growing cache are kept once (:mod:`xmodal_interp.hooks.key_cache`).
+   output of the attention function (:mod:`xmodal_interp.hooks.probability_check`). The call is
+   passed to ``reduce``, or it is kept. Operands that are kept are cloned, because a static cache is
+   overwritten in place; the keys of a growing cache are kept once
+   (:mod:`xmodal_interp.hooks.key_cache`).
 5. **Finish.** At the end of the block the calls get their keys, and errors are raised.
 
 An error of the recorder never stops the model's forward.
@@ -174,12 +176,13 @@ def record(
     Raises:
         CaptureError: The model is compiled, or is called from compiled code. At the end of the
             block, unless the block itself failed: attention could not be recorded, recorded
-            probabilities do not give the output of the model, or the model ran only in other
-            threads. Errors of the recording or of ``reduce`` do not stop the model's forward; they
-            are also raised at the end of the block.
+            probabilities do not give the output of the attention function, or the model ran only in
+            other threads. Errors of the recording or of ``reduce`` do not stop the model's forward;
+            they are also raised at the end of the block.
         InputError: ``model`` is not a model, ``norms`` and ``reduce`` were both given, or towers or
             layers are not a list or do not exist in the model.
-        UnsupportedModelError: The model has no attention modules.
+        UnsupportedModelError: The model has no attention modules, or its layers are split over
+            processes.
     """
     if norms and reduce is not None:
         raise InputError(
@@ -191,7 +194,7 @@ def record(
 
 
 def record_with(settings: Settings, model: nn.Module) -> Block[Recording]:
-    """Return :func:`record` for arguments that are held by one object."""
+    """Return the ``with`` block of :func:`record` with these settings."""
     return Block(partial(_record, settings, model))
 
 
@@ -214,12 +217,13 @@ class ModuleRun:
 
     Attributes:
         module: The module: a recorded module or a holder of one.
-        n_kept_before: The number of calls that were kept before this run.
+        n_kept_before: The number of calls that the recorder had kept before this run.
         observes_inline: Whether torch functions are observed, for an inline softmax.
-        n_recorded: The number of calls of a recorded module that were kept when they were made.
+        n_recorded: The number of calls that were recorded when they were made; counted for
+            recorded modules only.
         depth: The number of functions of the interface that are running.
-        bypassed: Calls that bypass the interface. They are kept at the end of the run if no call
-            was kept before.
+        bypassed: Calls that bypass the interface. They are recorded at the end of the run if
+            ``n_recorded`` is 0.
         without_calls: Names of attention modules without a recorded call in this run, which may be
             the module itself.
         recorded_inside: Whether any call was recorded during the run.
@@ -247,9 +251,9 @@ _is_recording: ContextVar[bool] = ContextVar("xmodal_interp_is_recording", defau
 def _recording(method: Callable[Concatenate[_Recorder, P], None]) -> Callable[..., None]:
     """Store an exception of a recorder method instead of raising it inside the model's forward.
 
-    It is raised at the end of the block. What the method itself runs is not recorded, because
-    ``reduce`` may call the same torch functions as the model. An interrupt can leave the context
-    variable set, so the call stack decides whether such a method is running.
+    It is raised at the end of the block. Torch functions that the method calls are not recorded:
+    ``reduce`` may call the same functions as the model. An interrupt can leave the context variable
+    set, so the call stack decides whether such a method is running.
     """
 
     @wraps(method)
@@ -277,12 +281,12 @@ class _Recorder:
         self.recording = Recording(modules, layers_without_matrix(model))
         named = {**known.identities, **known.holders}
         self.shares = UpdateShares(model, named) if settings.norms else None
-        # A class computes its attention in one way; a module with a replaced forward may differ.
-        self.way_of = {m: m if replaced_forward(m) else type(m) for m in named}
-        self.ways_by_interface: set[nn.Module | type[nn.Module]] = set()
+        # Modules of one class share an implementation, unless their forward was replaced.
+        self.implementation_of = {m: m if replaced_forward(m) else type(m) for m in named}
+        self.uses_interface: set[nn.Module | type[nn.Module]] = set()
         self.mode = FunctionMode(after=self.observe_function)
         self.running: list[ModuleRun] = []
-        self.n_torchs = 0  # number of nested running modules of torch's own
+        self.n_torch_modules = 0  # number of torch's own attention modules that are running
         self.empty_holders: set[nn.Module] = set()  # ran without a recorded call inside
         self.counts: dict[nn.Module, int] = {}
         self.kept: list[KeptCall] = []
@@ -324,13 +328,13 @@ class _Recorder:
     def enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
         """Start a run; called before a module runs."""
         self.ran = True
-        self.n_torchs += is_torch_attention(module)
+        self.n_torch_modules += is_torch_attention(module)
         if not is_recomputing() and module in self.known:
             while self.running and not self._is_active(self.running[-1], module):
                 self.running.pop()
             if self.shares is not None:
                 self.shares.pause()
-            may_be_inline = self.way_of[module] not in self.ways_by_interface
+            may_be_inline = self.implementation_of[module] not in self.uses_interface
             observes = may_be_inline and not is_torch_attention(module)
             self.running.append(ModuleRun(module, len(self.kept), observes))
         self._switch_mode()
@@ -339,7 +343,7 @@ class _Recorder:
     def _is_active(run: ModuleRun, inner: nn.Module) -> bool:
         """Whether a run is still active when an inner module is entered.
 
-        It is not if it was ended by an interrupt, after which torch calls no forward hook.
+        It is not active after an interrupt, because torch then does not call its forward hook.
         """
         parts = run.module.modules()
         inside = inner is not run.module and any(part is inner for part in parts)
@@ -348,12 +352,13 @@ class _Recorder:
     def _switch_mode(self) -> None:
         """Observe torch functions if the innermost module may compute its attention inline.
 
-        Functions of the interface run without the mode: torch.compile, which flex attention uses,
-        would trace it. So do torch's own modules, whose results it would change.
+        Functions of the interface run without the mode, because torch.compile, which flex attention
+        uses, would trace it. Torch's own modules run without it, because it would change their
+        results.
         """
         run = self.running[-1] if self.running else None
         inline = run is not None and run.observes_inline and run.depth == 0
-        if inline and self.n_torchs == 0 and self.failure is None:
+        if inline and self.n_torch_modules == 0 and self.failure is None:
             self.mode.begin()
         else:
             self.mode.end()
@@ -388,7 +393,7 @@ class _Recorder:
             run.recorded_inside = True
             if run.module in self.known.identities:
                 run.n_recorded += 1
-                self.ways_by_interface.add(self.way_of[run.module])
+                self.uses_interface.add(self.implementation_of[run.module])
         for part in segments(call):
             self._keep(owner, part)
 
@@ -441,7 +446,7 @@ class _Recorder:
     @_recording
     def exit(self, module: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
         """End a run; called after a module has run. The output is None if it failed."""
-        self.n_torchs -= is_torch_attention(module)
+        self.n_torch_modules -= is_torch_attention(module)
         was_entered = bool(self.running) and self.running[-1].module is module
         if was_entered and not is_recomputing():
             run = self.running.pop()
@@ -466,7 +471,7 @@ class _Recorder:
             self.shares.resume(run.module, given, output, new)
 
     def _note_missing(self, run: ModuleRun, identity: Identity) -> None:
-        """Note whether a module that has run, or a module inside it, made no recorded call."""
+        """Note the modules of a run that made no recorded call."""
         included = self.settings.include(identity)
         if run.made_calls:
             run.recorded_inside = True
@@ -474,7 +479,7 @@ class _Recorder:
         elif run.module in self.known.identities:
             run.without_calls += [identity.module] * included
         elif run.recorded_inside:
-            self.ways_by_interface.add(self.way_of[run.module])
+            self.uses_interface.add(self.implementation_of[run.module])
         elif included:
             self.empty_holders.add(run.module)
         if self.running:
@@ -534,7 +539,7 @@ class _Recorder:
         return replace(raw, mask=mask[..., : raw.query.shape[2], : raw.key.shape[2]])
 
     def _mask(self, raw: RawCall) -> Tensor | None:
-        """Return the whole mask of a call; a tensor that layers share is converted once."""
+        """Return the mask of a call with a row per query; a mask that layers share is made once."""
         if raw.mask is None:
             return None
         key = (id(raw.mask), raw.query.shape[2], raw.backend, raw.options.get("sliding_window"))

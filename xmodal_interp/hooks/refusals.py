@@ -78,7 +78,7 @@ def refuse_unseen(names: Iterable[str]) -> None:
 
 
 def refuse_failure(error: Exception, *, of_reduce: bool) -> None:
-    """Raise an error that occurred while the model ran.
+    """Raise the error that occurred in the recorder while the model ran.
 
     Errors of this package and of ``reduce`` are raised unchanged, others as CaptureError.
     """

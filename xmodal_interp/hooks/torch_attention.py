@@ -54,7 +54,7 @@ KERNEL_NOTE = "recorded without transformers' attention interface"
 
 SCALED_DOT_PRODUCT = "scaled_dot_product_attention"
 MULTIHEAD = "multi_head_attention_forward"
-_HOMES: dict[str, Any] = {
+_NAMESPACES: dict[str, Any] = {
     SCALED_DOT_PRODUCT: functional,
     MULTIHEAD: functional,
     FUSED_MULTIHEAD: torch,
@@ -91,14 +91,14 @@ class _Observed:
 
 
 def _install() -> None:
-    for name, home in _HOMES.items():
+    for name, home in _NAMESPACES.items():
         function = getattr(home, name)
         if not isinstance(function, _Observed):
             setattr(home, name, _Observed(name, function))
 
 
 def _remove() -> None:
-    for name, home in _HOMES.items():
+    for name, home in _NAMESPACES.items():
         function = getattr(home, name)
         if isinstance(function, _Observed):  # not replaced by other code
             setattr(home, name, function.function)
@@ -107,7 +107,7 @@ def _remove() -> None:
 _observers: Observers[KernelObserver] = Observers("torch_attention", _install, _remove)
 _inside: ContextVar[bool] = ContextVar("xmodal_interp_in_kernel", default=False)
 
-_TORCHS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_TORCH_MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
 def unhooked_modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -124,7 +124,7 @@ def unhooked_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 def is_torch_attention(module: nn.Module) -> bool:
     """Whether a module runs torch's own attention code, which checks for modes and hooks."""
-    owner = next((kind for kind in _TORCHS if isinstance(module, kind)), None)
+    owner = next((kind for kind in _TORCH_MODULES if isinstance(module, kind)), None)
     forward = type(module).forward
     return owner is not None and (forward is owner.forward or "super" in forward.__code__.co_names)
 
@@ -170,15 +170,15 @@ class _Blocks:
     """Operands ``[sample, head, block, position, d_head]``: a query sees the keys of its own block.
 
     They are converted to ``[sample, head, position, d_head]`` and a mask that hides the other
-    blocks. The positions follow the order of the module's input, which is read from the strides:
-    the operands are views of it, and the axis with the smaller stride varies faster.
+    blocks. The positions have the order of the module's input. The operands are views of it, so
+    their strides give the order: the axis with the smaller stride varies faster.
 
     Attributes:
         heads_axis: The axis of the heads, 1 or 2.
         n_blocks: How many blocks there are.
         n_queries: The queries of one block.
         n_keys: The keys of one block.
-        blocks_run_faster: Whether neighbouring positions are in different blocks.
+        blocks_run_faster: Whether neighbouring positions of the input are in different blocks.
     """
 
     heads_axis: int
@@ -234,7 +234,7 @@ class _Blocks:
 
 
 def four_axes(t: Tensor, module: nn.Module) -> Tensor:
-    """Return ``[sample, head, query, ...]``: unfold heads from the batch axis, and join chunks."""
+    """Convert to ``[sample, head, query, ...]``: split heads from the batch axis, join chunks."""
     t = chunked(t, module)
     if t.ndim == 5:  # [sample, head, chunk, query, ...]
         return t.flatten(2, 3)
@@ -302,7 +302,7 @@ def _fused(module: nn.Module, given: Mapping[str, Any]) -> RawCall:
 
 
 def _padded(states: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return hidden states ``[sample, position, d_model]``, and where positions exist.
+    """Return hidden states ``[sample, position, d_model]``, and a mask of existing positions.
 
     The second result is None for states that are not a nested tensor.
     """

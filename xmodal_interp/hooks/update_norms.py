@@ -5,10 +5,10 @@ stream and ``u`` the vector that attention adds to it: the output of the attenti
 every norm, multiplier, layer scale or gate between the module and the addition. A similar measure
 is GlobEnc (Modarressi et al. 2022, arXiv 2205.03286).
 
-1. When a block of the layer stack is entered, its arguments are the residual stream. The arguments
-   of its attention modules are too, for blocks with norms after the additions.
+1. The residual stream is the argument of a block of the layer stack. In blocks with norms after the
+   additions, it is also the argument of the attention module.
 2. While the block runs, a torch function mode observes the operations outside of its attention
-   modules, and follows tensors that are computed from the attention's output.
+   modules, and marks tensors that are computed from the attention's output.
 3. The first addition of such a tensor to the residual stream is the update. After that, sums and
    products of the stream with other tensors are the stream.
 
@@ -77,7 +77,7 @@ class UpdateShares:
             module: The module.
             given: Its arguments.
             output: Its output.
-            kept: The calls that were kept of this run; their shares are set when they are known.
+            kept: The calls of this run that were kept; their shares are set when they are found.
         """
         if kept:
             identity, block = self.known.get(module), self.blocks.get(module)
@@ -126,7 +126,7 @@ class UpdateShares:
             self._close(run)
 
     def _close(self, run: _BlockRun) -> None:
-        """Note which calls of the last attention module of a block got their shares."""
+        """Note whether the update of a block's last attention module was found."""
         if run.kept and not run.done:
             self._miss(run.kept)
         self.found |= {_identity(kept) for kept in run.kept if run.done}
@@ -146,7 +146,7 @@ class _BlockRun:
     Attributes:
         block: The block.
         given: Tensor arguments of the block and of the attention modules in it.
-        kept: The calls whose update is searched.
+        kept: The calls whose update is searched for.
         done: Whether the update was found.
         rows: The shape of the attention's output, without the last axis and axes of length 1.
         stream: Tensors that are the residual stream, by id.
@@ -168,7 +168,7 @@ class _BlockRun:
         self.mode = FunctionMode(self._before, self._after)
 
     def follow(self, output: Tensor, kept: Sequence[KeptCall]) -> None:
-        """Start to search the update that is computed from an attention module's output."""
+        """Start to search for the update that is computed from an attention module's output."""
         self.kept, self.done, self.rows = kept, False, _rows(output)
         self.derived, self.mixed = {id(output): output}, {}
 

@@ -32,7 +32,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 def difference(one: list[Tensor], other: list[Tensor]) -> float:
     """Return the largest absolute difference.
 
-    It is infinite if the shapes differ, or if only one of the two holds NaN at some place.
+    It is infinite if the shapes differ, or if an element is NaN in only one of the two.
     """
     if len(one) != len(other):
         return float("inf")

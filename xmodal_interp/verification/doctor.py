@@ -1,15 +1,15 @@
 """The doctor: check on the user's own model and input that recordings can be trusted.
 
 1. Is the number of image tokens the one that the geometry of the model's family predicts?
-2. Do the labels place an image patch at the position whose key changes when the patch is changed?
+2. If the pixels of a patch change, does the key at its labelled position change?
 3. Is the model's output the same with and without recording, in a forward and in a generation?
 4. Is every attention layer that runs recorded, for any class and any implementation?
 5. Do the recomputed probabilities, applied to the values, give the output of the backend, in a
    forward and in every step of a generation? Do they equal the probabilities of the modeling code's
-   eager function, if it has one? The same is checked with each backend and cache that is passed.
+   eager function, if it has one? The output is also checked with each backend and cache passed.
 6. Does hiding a key through the tap change the output, so that interventions have an effect?
 
-Everything is measured in one process, in evaluation mode. The model is not changed.
+All checks run in one process, with the model in evaluation mode. The model is left unchanged.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def doctor(
     """Check that recordings of a model can be trusted, on an input of yours.
 
     The checks run a few forwards of the model, and for a VLM two generations of four tokens. The
-    model, its configuration and the random state are restored.
+    model, its configuration and the random state are left as they were.
 
     Args:
         model: A VLM, or any transformers model together with ``inputs``.
@@ -141,6 +141,8 @@ def doctor(
         InputError: A bare model was given without inputs, or a VLM with inputs; a backend is not
             registered; or caches were given for a model that is not a VLM or does not generate.
         CaptureError: The model is compiled.
+        UnsupportedModelError: The model has no attention modules, or its layers are split over
+            processes.
     """
     findings, exactness = _Findings(), Exactness()
     bare = module_of(model)
@@ -196,7 +198,7 @@ def _check_names(model: VLM | nn.Module, backends: Sequence[str], caches: Sequen
 
 
 def _check_state(model: VLM | nn.Module, findings: _Findings) -> None:
-    """Check that all weights come from the checkpoint, and that dropout is off."""
+    """Check that all weights come from the checkpoint, and report modules in training mode."""
     if isinstance(model, VLM) and model.loading is not None:
         check, n_random = "all weights come from the checkpoint", model.loading.n_random
         note = f"weights {model.loading}" if model.loading else ""
@@ -426,8 +428,8 @@ def _check_interventions(
     """Hide one key from a late query, in every layer that the tap can edit."""
     check = "a key hidden through the tap changes the output"
     editable = [call for call in recording.calls if not call.note]
-    towers = [c for c in editable if c.kind == "self" and c.n_keys > 1 and c.n_queries == c.n_keys]
-    chosen = [c for c in towers if c.tower == "language"] or towers
+    square = [c for c in editable if c.kind == "self" and c.n_keys > 1 and c.n_queries == c.n_keys]
+    chosen = [c for c in square if c.tower == "language"] or square
     if not chosen:
         findings.skip(check, "no self-attention layer uses transformers' attention interface")
         return
@@ -456,10 +458,10 @@ def _check_interventions(
 def _attended_pair(call: AttentionCall) -> tuple[int, int, int] | None:
     """Return a sample, a late query, and the other key that this query attends to most.
 
-    The query is the last one that attends to a key at another position with some probability
-    (with large scores, some queries attend to a single key). The sample is the one in which this
-    query sees the most keys, because in other samples its keys may be padding. None if each query
-    sees one key only.
+    The query is the last one that attends to another position with a probability above 0.001, or
+    the one with the largest such probability. The sample is the one in which this query sees the
+    most keys, because in other samples its keys may be padding. None if each query sees one key
+    only.
     """
     best: tuple[float, tuple[int, int, int]] | None = None
     for query in reversed(range(call.n_queries)):

@@ -5,8 +5,9 @@
 * Eager error: the modeling code's eager function, called with the same operands in float32, returns
   probabilities ``P'``. The error is ``max |P' - P|``.
 
-Each error has a limit: the error that the precision of the computation explains. It grows with the
-size of the scores, because scores are rounded. Rows are sampled if the whole matrix is too large.
+Each error has a limit: the error that the precision of the computation explains. The limit grows
+with the size of the scores, because scores are rounded. If the matrix of probabilities is too
+large, only some rows are compared.
 """
 
 from __future__ import annotations
@@ -75,22 +76,22 @@ class Exactness:
         self.calls[call.module] += 1
         self.notes[call.module] = call.note
         if not isinstance(observed, RawCall) or call.n_queries == 0 or call.n_keys == 0:
-            return  # nothing to recompute: the module's own probabilities, or an empty call
+            return  # the recorded probabilities are the module's own, or the call is empty
         rows = _rows(call)
         gaps = self.gaps[call.module]
         eps = max(product_eps(t.dtype) for t in (observed.query, observed.output) if t is not None)
         with full_precision():
             probs = call.probs(queries=rows)
-            seeing = call.visible(rows).any(-1).expand(probs.shape[:-1])
+            has_key = call.visible(rows).any(-1).expand(probs.shape[:-1])
             if observed.output is not None and comparable(observed, call):
-                gaps["output"].append(_output_gap(observed, call, rows, probs, seeing, eps))
+                gaps["output"].append(_output_gap(observed, call, rows, probs, has_key, eps))
             try:
                 expected = _eager_probs(observed, call, rows)
             except (RuntimeError, TypeError) as error:  # raised by the modeling code
                 self.notes[call.module] = f"eager attention fails: {error}"
                 return
             if expected is not None:
-                gaps["eager"].append(_eager_gap(call, rows, probs, expected.float(), seeing))
+                gaps["eager"].append(_eager_gap(call, rows, probs, expected.float(), has_key))
 
     def by_layer(self, modules: Sequence[Identity]) -> pd.DataFrame:
         """Return the largest errors of each layer; NaN if nothing could be compared."""
@@ -128,7 +129,7 @@ def _output_gap(
     call: AttentionCall,
     rows: list[int],
     probs: Tensor,
-    seeing: Tensor,
+    has_key: Tensor,
     eps: float,
 ) -> Gap:
     """Return the output error of rows with a visible key; NaN if a probability there is NaN."""
@@ -137,33 +138,33 @@ def _output_gap(
     largest = float(values.abs().max())
     theirs = raw.output[:, rows].float().transpose(1, 2)
     ours = weighted(probs, values)
-    gaps = (ours - theirs).abs()[seeing] / largest
+    gaps = (ours - theirs).abs()[has_key] / largest
     limit = tolerance(torch.promote_types(raw.query.dtype, raw.output.dtype))
     limit = max(limit, 2 * eps)
 
     def explained() -> Tensor:
         row = torch.tensor(rows, device=call.device)
-        return rounding(moved_probs(call, row, probs, eps), values, ours)[seeing] / largest
+        return rounding(moved_probs(call, row, probs, eps), values, ours)[has_key] / largest
 
     return _judged(gaps, limit, explained)
 
 
 def _eager_gap(
-    call: AttentionCall, rows: list[int], probs: Tensor, expected: Tensor, seeing: Tensor
+    call: AttentionCall, rows: list[int], probs: Tensor, expected: Tensor, has_key: Tensor
 ) -> Gap:
     """Return the eager error; both probabilities are computed in float32."""
     dtype = torch.float32
-    gaps = (expected - probs).abs()[seeing]
+    gaps = (expected - probs).abs()[has_key]
 
     def explained() -> Tensor:
         row = torch.tensor(rows, device=call.device)
-        return _rounding_of_probs(call, row, probs, torch.finfo(dtype).eps)[seeing]
+        return _rounding_of_probs(call, row, probs, torch.finfo(dtype).eps)[has_key]
 
     return _judged(gaps, tolerance(dtype), explained)
 
 
 def _judged(gaps: Tensor, limit: float, explained: Callable[[], Tensor]) -> Gap:
-    """Return the error with the largest ratio to its limit, of gaps ``[row, value]``.
+    """Return the one of the errors ``[row, value]`` with the largest ratio to its limit.
 
     If an error exceeds the limit, the limit of each row is increased by the error that rounding of
     its scores explains.
@@ -191,8 +192,9 @@ def _rounding_of_probs(call: AttentionCall, row: Tensor, probs: Tensor, eps: flo
 def _eager_probs(raw: RawCall, call: AttentionCall, rows: list[int]) -> Tensor | None:
     """Return the probabilities of the modeling code's eager function on the same operands.
 
-    The operands are cast to float32. For the backend "eager" the function gets the mask of the
-    call; for another backend, a mask that hides the keys which the backend hides.
+    The operands are cast to float32. For the backend "eager" the function is given the mask of the
+    call; for another backend, a mask that hides the same keys as the backend. None without an eager
+    function, or if not all rows are compared.
     """
     if raw.eager is None or len(rows) < call.n_queries:
         return None

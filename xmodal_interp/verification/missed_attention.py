@@ -1,10 +1,10 @@
 """Find attention that ran but was not recorded; used by the doctor, because it is slow.
 
-1. All torch functions of a forward are observed. A call of a fused kernel is attention. So is a
-   product of values with the result of a softmax over the last axis.
+1. All torch functions of a forward are observed. Two count as attention: a call of a fused kernel,
+   and the product of values with the result of a softmax over the last axis.
 2. Other implementations are found by their effect. If some blocks of a layer stack were recorded, a
-   block of the same class without a recorded call must not mix tokens. Its first input token is
-   changed, and its other output tokens must stay the same.
+   block of the same class without a recorded call must not mix tokens. To test this, its first
+   input token is changed; if other output tokens change too, its attention was missed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def missed_modules(model: nn.Module, run: Callable[[], object], recording: Recor
     with _AttentionFinder(model) as finder:
         run()
     missed = {outer[0] for outer in finder.found if accounted.isdisjoint(outer)}
-    for path in _silent_blocks(model, accounted):
+    for path in _blocks_without_calls(model, accounted):
         if not any(_inside(each, path) for each in missed) and _mixes_tokens(model, path, run):
             missed.add(path)
     return sorted(missed)
@@ -57,7 +57,7 @@ class _AttentionFinder(FunctionMode):
     """Finds attention in modules of any class.
 
     Attributes:
-        found: For each attention, the paths of the modules that were running, innermost first.
+        found: For each attention call, the paths of the running modules, innermost first.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -72,25 +72,26 @@ class _AttentionFinder(FunctionMode):
         options: Mapping[str, Any],
         output: Any,
     ) -> None:
-        """Follow probabilities from a softmax to a product; called after every torch function."""
+        """Mark probabilities, and note their products; called after every torch function."""
         given = [t for t in leaves_of((args, options)) if isinstance(t, Tensor)]
         probs = [t for t in given if hasattr(t, _MARK)]
-        weighs = probs and any(t.ndim > 2 for t in given if t is not probs[0])
-        if function in _KERNELS or (function in _PRODUCTS and weighs):
+        multiplies_probs = probs and any(t.ndim > 2 for t in given if t is not probs[0])
+        if function in _KERNELS or (function in _PRODUCTS and multiplies_probs):
             self._note()
         elif isinstance(output, Tensor):
-            begins = function in SOFTMAX and along_last(output, args, options)
-            begins = begins and not self._of_no_tokens()
-            if begins or any(t.numel() == output.numel() for t in probs):
+            is_softmax = function in SOFTMAX and along_last(output, args, options)
+            is_softmax = is_softmax and self._is_softmax_over_tokens()
+            if is_softmax or any(t.numel() == output.numel() for t in probs):
                 setattr(output, _MARK, True)
 
     def _running(self) -> list[nn.Module]:
         modules = (each for each in callers() if isinstance(each, nn.Module))
         return list(dict.fromkeys(each for each in modules if each in self.paths))
 
-    def _of_no_tokens(self) -> bool:
+    def _is_softmax_over_tokens(self) -> bool:
+        """Whether the running module's softmax may be over tokens, by the name of its class."""
         running = self._running()
-        return bool(running) and bool(_NO_TOKENS.search(type(running[0]).__name__))
+        return not (running and _NO_TOKENS.search(type(running[0]).__name__))
 
     def _note(self) -> None:
         running = self._running()
@@ -102,7 +103,7 @@ def _inside(path: str, other: str) -> bool:
     return path == other or path.startswith(f"{other}.")
 
 
-def _silent_blocks(model: nn.Module, accounted: set[str]) -> list[str]:
+def _blocks_without_calls(model: nn.Module, accounted: set[str]) -> list[str]:
     """Return blocks without recorded attention in stacks where blocks of the same class have it."""
     stacks: dict[tuple[str, type[nn.Module]], list[str]] = defaultdict(list)
     for path, module in model.named_modules():

@@ -1,9 +1,11 @@
 """Verify the labels of patches and image tokens by changing pixels.
 
-One patch of an image is painted white. Positions are not mixed before the first attention layer of
-a tower. In the first layer of the vision tower, the key that changes most is therefore the key of
-the patch; in the first layer of the language tower, only keys of image tokens change. The labels
-must agree with both, even if the vision tower reorders its patches inside its forward.
+Positions are not mixed before the first attention layer of a tower. Two facts about the keys of
+this layer are therefore compared with the labels:
+
+* Vision tower: if one patch is painted white, the key of that patch changes most. This holds even
+  if the tower reorders its patches inside its forward.
+* Language tower: if the image is replaced by its negative, only keys of image tokens change.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ class _Keys:
 
 
 def painted_patches(vlm: VLM, prompt: str, sizes: Sequence[tuple[int, int]] = SIZES) -> Painted:
-    """Paint single patches of a test image, and compare which positions change.
+    """Paint single patches of a test image, and find the positions that change.
 
     The model runs once on the image, once on its negative, and once for each of three patches.
 
@@ -129,11 +131,11 @@ def _chosen(
     whole = (x0 > -0.5) & (y0 > -0.5) & (x1 < size[0] + 0.5) & (y1 < size[1] + 0.5)
     large = np.minimum(x1 - x0, y1 - y0) >= _SMALLEST
     of_image = grid.patch_places[:, 0] >= 0
-    able = np.flatnonzero(whole & large & of_image)
-    if not len(able):
+    paintable = np.flatnonzero(whole & large & of_image)
+    if not len(paintable):
         return []
-    steps = np.linspace(0, len(able) - 1, N_PATCHES + 2)[1:-1].round().astype(int)
-    return sorted({int(patch) for patch in able[steps]})
+    steps = np.linspace(0, len(paintable) - 1, N_PATCHES + 2)[1:-1].round().astype(int)
+    return sorted({int(patch) for patch in paintable[steps]})
 
 
 def _over(picture: Image.Image, box: Float[np.ndarray, " 4"]) -> Image.Image:
