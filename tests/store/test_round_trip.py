@@ -21,6 +21,7 @@ from tests.helpers.store_samples import (
     sample,
     shipped,
 )
+from xmodal_interp.attention import AttentionCall
 from xmodal_interp.models import Thumbnail
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, StoreWriter, open_store, schema
@@ -209,3 +210,14 @@ def test_tiles_a_thumbnail_and_a_reason(tmp_path):
     assert_same_fields(vars(found.grids[0].thumbnail), vars(tiled.thumbnail))
     assert found.grids[1].thumbnail is None
     assert (found.grids[0].reason, found.grids[1].reason) == (None, "Its tokens are queries.")
+
+
+def test_a_new_field_of_a_call_needs_a_new_version_of_the_format():
+    """Stores of version 2 hold these fields. For other fields, increment ``schema.VERSION``."""
+    names = {each.name for each in dataclasses.fields(AttentionCall)}
+    assert schema.VERSION == 2
+    assert names == {
+        *("tower", "kind", "layer", "module", "call", "q", "k", "scaling", "v", "mask", "bias"),
+        *("causal", "offset", "softcap", "sinks", "sliding_window", "rows", "dense"),
+        *("update_share", "segments", "note"),
+    }

@@ -76,7 +76,6 @@ _OF_LAST_RUN = ("_cached",)
 """Suffixes of the attributes that a module sets when it runs."""
 _BY_LENGTH = ("dynamic", "longrope")
 """Types of rotary embeddings in transformers that recompute their frequencies for long prompts."""
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def fingerprint(vlm: VLM) -> dict[str, Any]:

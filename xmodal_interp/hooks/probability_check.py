@@ -123,8 +123,8 @@ class ProbabilityCheck:
         more = f" and {len(self.differing) - 3} more" if len(self.differing) > 3 else ""
         raise CaptureError(
             "Probabilities computed from the arguments of the attention function do not give its "
-            f"output: {', '.join(parts)}{more}. Load the model with attn_implementation='sdpa' or "
-            "'eager', or leave these layers out with towers= or layers=."
+            f"output: {', '.join(parts)}{more}. Load the model with another attn_implementation "
+            "('eager' if it is 'sdpa'), or leave these layers out with towers= or layers=."
         )
 
 
