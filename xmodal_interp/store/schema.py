@@ -50,10 +50,10 @@ A store is a folder::
 8. JSON MUST be strict (no NaN). Pickle MUST NOT be used.
 9. ``sample.json`` MAY lack ``video_grids`` and ``videos`` if the sample has no videos.
 10. A line of ``names.jsonl`` MUST hold ``name``, one of ``failures.jsonl`` ``item``, ``name``,
-    ``error`` and ``message``. Later writers of version 2 also write ``digest``
-    (the SHA-256 of the other members) in every line, and ``number`` (the index in the order of
-    writing, from 0) in lines of ``names.jsonl`` and in ``sample.json``. Lines are canonical JSON. A reader MUST skip other
-    lines; a writer SHOULD rewrite the file without them.
+    ``error`` and ``message``. Later writers of version 2 also write ``digest`` (the SHA-256 of the
+    other members) in every line, and ``number`` (the index in the order of writing, from 0) in
+    lines of ``names.jsonl`` and in ``sample.json``. Lines are canonical JSON. A reader MUST skip
+    other lines; a writer SHOULD rewrite the file without them.
 11. The names in ``files`` MUST be plain: no separators, no ``..``. Every file of a store MUST be a
     regular file. A writer MUST NOT follow symbolic links inside the store. A reader SHOULD compare
     a file with its checksum before using it, and MUST refuse content above the limits below.
