@@ -205,7 +205,7 @@ def rows_of(sample: Sample, call: AttentionCall) -> Int[Tensor, " query"]:
 
 
 def refuse_text(given: object, name: str, example: str) -> None:
-    """Reject a string where a list of names is expected: it would be iterated by letters.
+    """Reject a string where a list of names is expected: iterating over it would give letters.
 
     Raises:
         InputError: ``given`` is a string.

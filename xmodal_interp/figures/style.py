@@ -202,7 +202,7 @@ def _fonts() -> list[str]:
 
 
 def about(sample: Sample) -> str:
-    """Return the question, followed by the answer if there is one."""
+    """Return a sample's question, followed by its answer if there is one."""
     return (
         f'"{sample.question}" \u2192 "{sample.answer}"' if sample.answer else f'"{sample.question}"'
     )

@@ -75,7 +75,7 @@ class Prompt:
 
     @cached_property
     def tokens(self) -> pd.DataFrame:
-        """One row per position. Built on first access, because many prompts need no table."""
+        """Table with a row per position; built on first access, because many prompts need none."""
         return token_table(self.columns)
 
 

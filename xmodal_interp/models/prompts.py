@@ -68,7 +68,7 @@ def rendered(
         mark = family.image_mark
         question = re.sub(rf" *{re.escape(mark)} *", lambda _: mark, question).strip(" ")
     if not question.strip():
-        raise InputError("The prompt is empty or only white space.")
+        raise InputError("The prompt is empty or only white space. Pass a question.")
     templated = getattr(processor, "chat_template", None) is not None
     image, video = vlm.placeholder, vlm.video_placeholder
     placeholders = [each for each in (image, video) if each is not None]

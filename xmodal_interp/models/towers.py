@@ -58,7 +58,7 @@ UNDECLARED: dict[str, tuple[tuple[str, Tower], ...]] = {
 def declared_tower(model: Any, *, own: bool = False) -> Tower | None:
     """Return the tower of a model by the modality that its class declares.
 
-    Of two declarations, that of the more derived class counts. The result is None if the class
+    The declaration of a class overrides those of its parents. The result is None if the class
     declares no modality or several.
 
     Args:

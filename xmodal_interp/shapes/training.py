@@ -254,7 +254,7 @@ class Settings:
 
 
 class Trainer:
-    """A training run: model, optimisers and current step, which ``save`` and ``resume`` handle."""
+    """A training run: model, optimisers and step. ``save`` writes it, ``resume`` continues it."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -357,7 +357,7 @@ class Trainer:
 
 @torch.no_grad()
 def packed_accuracy(model: PreTrainedModel, packer: Packer) -> dict[str, float]:
-    """Return the share of held-out questions with a fully right answer, by question kind.
+    """Return the share of held-out questions answered fully correctly, by question kind.
 
     The answers are teacher-forced.
     """

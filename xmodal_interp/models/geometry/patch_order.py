@@ -34,7 +34,7 @@ def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list
 
 
 def _sorts_by_windows(module: nn.Module) -> bool:
-    """Whether a module's forward calls ``get_vision_window_index``."""
+    """Return whether a module's forward calls ``get_vision_window_index``."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and get_vision_window_index.__name__ in code.co_names
 

@@ -182,7 +182,7 @@ def _in_blocks(
 
 
 def _compact(patches: Patches, groups: Int[np.ndarray, "token patch"]) -> bool:
-    """Whether the patches of each token form a square, and no two tokens share a place."""
+    """Return whether the patches of each token form a square, and no two tokens share a place."""
     seen = set()
     for group in groups:
         views = {int(view) for view in patches.views[group]} - {NOWHERE}
