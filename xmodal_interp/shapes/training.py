@@ -126,7 +126,7 @@ class Packer:
         return torch.from_numpy(np.concatenate([before, image, *after], 1))
 
     def pack(self, scenes: list[Scene], rng: np.random.Generator) -> PackedBatch:
-        """Return a batch with one question per slot for every scene."""
+        """Return a batch that has, for every scene, one question per slot."""
         ids = np.full((len(scenes), self.mask.shape[-1]), self.ids["<pad>"])
         labels = np.full_like(ids, IGNORE)
         ids[:, : len(self.prefix)] = self.prefix

@@ -221,7 +221,7 @@ def block_of(config: Any, merge: str | int, rows: int, cols: int) -> int:
 
 
 def block_side(rows: int, cols: int, n_tokens: int) -> int:
-    """Return the side of the square blocks that merge rows x cols patches into n_tokens tokens.
+    """Return the side of the square blocks that merge patches into a number of tokens.
 
     Raises:
         GeometryError: There is no such side.
