@@ -54,8 +54,8 @@ def selected_calls(
 ) -> Iterator[tuple[AttentionCall, list[int]]]:
     """Yield the calls of the chosen layers and their chosen heads, in the order given.
 
-    One call at a time is read from a store. Each layer and each head is used once: of four layers,
-    ``[3, -1]`` is one layer. Heads are non-negative numbers.
+    One call at a time is read from a store. Each layer and each head is used once: in a model
+    with four layers, ``[3, -1]`` selects one layer. Heads are non-negative numbers.
 
     Raises:
         NotRecordedError: No attention of this tower and kind was kept.

@@ -103,8 +103,9 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
         attention); ``hit_low``, ``hit_high``, ``energy_low``, ``energy_high`` (95% intervals over
         samples, in which samples of the same picture are one cluster), ``n`` (samples whose ``hit``
         is not NaN), and ``n_clusters`` (distinct pictures among these). Means leave out samples
-        with NaN. A layer in which no query of any sample sees the image has NaN, and
-        so do intervals with fewer than 2 clusters. ``.attrs["n_pictures"]`` is the number of distinct pictures.
+        with NaN. Values of a layer in which no query of any sample sees the image are
+        NaN, and so are intervals with fewer than 2 clusters. ``.attrs["n_pictures"]`` is the number
+        of distinct pictures.
 
     Raises:
         InputError: A sample has no box or no image tokens, a box has no image token in it, no query

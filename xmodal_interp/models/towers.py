@@ -2,8 +2,8 @@
 
 The classes of transformers declare ``input_modalities`` and ``main_input_name``. A class may
 inherit them from the base class of its model type, which declares the inputs of the whole model.
-Modules that are not models declare neither; ``UNDECLARED`` lists the few that nothing else
-identifies. Most are parts of models that are not image-text-to-text models and have no family
+Modules that are not models declare neither; ``UNDECLARED`` lists the few that cannot be identified
+otherwise. Most are parts of models that are not image-text-to-text models and have no family
 record, so they are listed by class.
 """
 
