@@ -149,7 +149,7 @@ def list_if_iterator(given: Any) -> Any:
 
 
 def is_several(given: Any) -> TypeGuard[Iterable[Any]]:
-    """Whether an argument is a list of values rather than a single value.
+    """Return whether an argument is a list of values rather than a single value.
 
     An array is a single value, because it may be a picture.
     """

@@ -204,7 +204,7 @@ def _own_context(elsewhere: Callable[[], None] | None, stack: ExitStack) -> Call
 
 
 def in_a_block() -> bool:
-    """Whether a block of this package is active in this thread or task."""
+    """Return whether a block of this package is active in this thread or task."""
     return bool(_blocks.active())
 
 
@@ -237,4 +237,4 @@ def _no_hook() -> Hook:
 
 
 def _nothing(*_given: Any) -> None:
-    """The hook of a copied model."""
+    """Do nothing: the hook of a copied model."""

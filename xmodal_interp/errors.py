@@ -25,8 +25,9 @@ class XmodalError(Exception):
 class UnsupportedModelError(XmodalError, ValueError):
     """A model that is not supported.
 
-    Its type has no family record; or it has no vision tower, no attention modules, an adapter that
-    adds positions without a token, or cross-attention to the image where image tokens are needed.
+    The model type has no family record, or the model has no vision tower, no attention modules or
+    an adapter that adds positions without a token. Functions that require image tokens in the text
+    also raise it for models with cross-attention to the image.
     """
 
 

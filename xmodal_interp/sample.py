@@ -197,7 +197,7 @@ class Sample:
         return np.flatnonzero(overlaps.to_numpy(dtype=bool, na_value=False))
 
     def _in_placeholder(self, start: int, end: int) -> bool:
-        """Whether the characters lie inside a placeholder or another special token."""
+        """Return whether a span of characters is inside a placeholder or another special token."""
         inside = (self.tokens["start"] <= start) & (self.tokens["end"] >= end)
         return bool((inside & self.tokens["kind"].isin([*VISUAL_KINDS, "special"])).any())
 

@@ -71,12 +71,12 @@ def span_of(
 
 
 def has_word(word: str, text: str, hidden: Callable[[int, int], bool]) -> bool:
-    """Whether a text contains a word outside hidden characters, ignoring case."""
+    """Return whether a text contains a word outside hidden characters, ignoring case."""
     return any(not hidden(*span) for span in _spans(word, text, whole=True))
 
 
 def has_phrase(selector: Any) -> TypeGuard[str | Sequence[str | int]]:
-    """Whether a selector is a phrase or a list with at least one phrase."""
+    """Return whether a selector is a phrase or a list with at least one phrase."""
     in_list = isinstance(selector, (list, tuple)) and any(isinstance(one, str) for one in selector)
     return isinstance(selector, str) or in_list
 

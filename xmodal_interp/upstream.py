@@ -69,12 +69,12 @@ FORWARD_FUNCTIONS = ("forward", "_call_impl")
 
 
 def is_recomputing() -> bool:
-    """Whether a backward pass runs in this thread, so that a forward is a recomputation."""
+    """Return whether a backward pass runs in this thread, so that a forward is a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
 
 def is_in_vmap() -> bool:
-    """Whether ``torch.func.vmap`` is the innermost transformation that runs."""
+    """Return whether ``torch.func.vmap`` is the innermost transformation that runs."""
     level = torch._C._functorch.peek_interpreter_stack()
     return level is not None and level.key() == torch._C._functorch.TransformType.Vmap
 
@@ -94,23 +94,23 @@ def remove_function_mode(mode: TorchFunctionMode) -> None:
 
 
 def is_optimized_module(module: nn.Module) -> bool:
-    """Whether a module is the result of ``torch.compile(module)``."""
+    """Return whether a module is the result of ``torch.compile(module)``."""
     return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called."""
+    """Return whether ``module.compile()`` was called."""
     return bool(getattr(module, "_compiled_call_impl", None))
 
 
 def is_compiled_function(function: Any) -> bool:
-    """Whether a function is the result of ``torch.compile(function)``."""
+    """Return whether a function is the result of ``torch.compile(function)``."""
     disabled = getattr(function, "_torchdynamo_disable", False)
     return hasattr(function, "_torchdynamo_orig_callable") and not disabled
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Whether a module is a copy that ``nn.DataParallel`` made for one of its devices."""
+    """Return whether a module is a copy that ``nn.DataParallel`` made for one of its devices."""
     return bool(getattr(module, "_is_replica", False))
 
 
@@ -162,7 +162,7 @@ def without_tensor_subclasses() -> AbstractContextManager[None]:
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """Return what nested lists, tuples, dicts and registered types hold, in order."""
+    """Return the leaves of nested lists, tuples, dicts and registered types, in order."""
     return _pytree.tree_leaves(value)
 
 
@@ -209,7 +209,7 @@ TOKENIZER_RULES = "_tokenizer"
 
 
 def fast_tokenizer(tokenizer: Any) -> Any:
-    """Return the tokenizer of the ``tokenizers`` library inside one of transformers, or None."""
+    """Return the ``tokenizers`` object of a transformers tokenizer; None if it has none."""
     return getattr(tokenizer, TOKENIZER_RULES, None)
 
 

@@ -269,7 +269,7 @@ def test_refusals() -> None:
     assert refusal(LayerError, worked_example(), heads=[4]) == (
         "A head must lie between -1 and 0; got 4. (language self-attention, layer 0, call 0)"
     )
-    assert refusal(InputError, []) == "cross_modal_ratio needs at least one sample; got none."
+    assert refusal(InputError, []) == "cross_modal_ratio requires at least one sample; got none."
     late = sample_of("tt vv", [random_call(4)], [grid(1, 2)])
     assert refusal(InputError, late) == (
         "queries='text' selects text after the last image token; sample 'fake' has no such text. "

@@ -142,7 +142,7 @@ def test_refusals() -> None:
     assert str(caught.value) == "window must be at least 1, the query itself; got 0."
     with pytest.raises(InputError) as caught:
         positional_bias([], blocks=TEXT)
-    assert str(caught.value) == "positional_bias needs at least one sample; got none."
+    assert str(caught.value) == "positional_bias requires at least one sample; got none."
     cross = sample_of("ttt", [random_call(3)], cross_keys=sample_of("t", []).tokens)
     assert len(positional_bias(cross, blocks=TEXT))
     with pytest.raises(InputError) as caught:

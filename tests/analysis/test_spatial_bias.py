@@ -149,7 +149,7 @@ def test_refusals() -> None:
     )
     with pytest.raises(InputError) as caught:
         raster_map([])
-    assert str(caught.value) == "raster_map needs at least one sample; got none."
+    assert str(caught.value) == "raster_map requires at least one sample; got none."
     cross = sample_of("ttt", [random_call(3)], cross_keys=sample_of("t", []).tokens)
     with pytest.raises(InputError) as caught:
         raster_profile(cross)

@@ -70,8 +70,8 @@ def test_allocation_and_position() -> None:
     cells = bias[bias["axis"] == "key"].groupby("block")["n_cells"].sum()
     n, heads = len(of.visual), of.call(0).n_heads
     assert cells["image->image"] == heads * n * (n + 1) // 2
-    behind = sum((of.where("text")[:, None] > of.visual).ravel())
-    assert cells["text->image"] == heads * behind
+    after = sum((of.where("text")[:, None] > of.visual).ravel())
+    assert cells["text->image"] == heads * after
 
 
 def test_places_in_tables() -> None:

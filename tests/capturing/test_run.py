@@ -173,7 +173,7 @@ def test_error_messages_name_the_bad_input(tmp_path) -> None:
         capture(vlm, tmp_path / "cut.png", QUESTION)
     with pytest.raises(InputError) as empty:
         capture(vlm, picture(), "  ")
-    assert str(empty.value) == "The prompt is empty or only white space."
+    assert str(empty.value) == "The prompt is empty or only white space. Pass a question."
     with pytest.raises(GeometryError, match="There is no image 1: the sample has 1 images"):
         capture(vlm, picture(), QUESTION).grid(np.zeros(144), 1)
 

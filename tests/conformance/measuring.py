@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from tests.conformance.spying import Heard, spy
+from tests.conformance.spying import ObservedCall, spy
 from tests.helpers.model_types import Tiny
 from xmodal_interp.hooks.recorder import Recording, Settings, record_with
 from xmodal_interp.verification.exactness import Exactness
@@ -44,7 +44,7 @@ class Run:
     spied_errors: tuple[float, ...]
 
     @property
-    def heard(self) -> Counter[str]:
+    def recorded(self) -> Counter[str]:
         """Number of recorded calls of each module."""
         return Counter(call.module for call in self.recording.calls)
 
@@ -110,7 +110,7 @@ def _run(model: torch.nn.Module, call: Callable[[], Any]) -> Run:
     )
 
 
-def _spied_errors(recording: Recording, spied: Sequence[Heard]) -> Iterator[float]:
+def _spied_errors(recording: Recording, spied: Sequence[ObservedCall]) -> Iterator[float]:
     """Compare the calls of each module in order; the column of a sink is the last."""
     of_module: dict[str, list[Tensor]] = defaultdict(list)
     for each in spied:
@@ -126,11 +126,11 @@ def _spied_errors(recording: Recording, spied: Sequence[Heard]) -> Iterator[floa
 
 
 def _once(call: Callable[[], Any], around: AbstractContextManager[Any]) -> tuple[list[Tensor], Any]:
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), around as heard:
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), around as observed:
         torch.manual_seed(0)
         output = call()
     leaves = _pytree.tree_leaves(output if isinstance(output, Tensor) else dict(output))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], heard
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], observed
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

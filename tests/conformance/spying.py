@@ -28,7 +28,7 @@ SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch._C._nn.__dict__.get("
 
 
 @dataclass(frozen=True)
-class Heard:
+class ObservedCall:
     """One observed attention call.
 
     Attributes:
@@ -49,21 +49,21 @@ class Heard:
 
 
 @contextmanager
-def spy(model: nn.Module) -> Iterator[list[Heard]]:
+def spy(model: nn.Module) -> Iterator[list[ObservedCall]]:
     """Collect the attention calls inside the block."""
-    listener = _Spy()
+    observer = _Spy()
     handles = [
         handle
         for name, module in model.named_modules()
         for handle in (
-            module.register_forward_pre_hook(lambda _m, _a, name=name: listener.open.append(name)),
-            module.register_forward_hook(lambda _m, _a, _o: listener.close(), always_call=True),
+            module.register_forward_pre_hook(lambda _m, _a, name=name: observer.open.append(name)),
+            module.register_forward_hook(lambda _m, _a, _o: observer.close(), always_call=True),
         )
     ]
-    listener.classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    observer.classes = {name: type(module).__name__ for name, module in model.named_modules()}
     try:
-        with listener:
-            yield listener.heard
+        with observer:
+            yield observer.calls
     finally:
         for handle in handles:
             handle.remove()
@@ -72,7 +72,7 @@ def spy(model: nn.Module) -> Iterator[list[Heard]]:
 class _Spy(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.heard: list[Heard] = []
+        self.calls: list[ObservedCall] = []
         self.open: list[str] = []
         self.classes: dict[str, str] = {}
 
@@ -107,7 +107,7 @@ class _Spy(TorchFunctionMode):
         distance = 0.5 * ((probs - 1 / n_seen.clamp(min=1)) * seen).abs().sum(-1)
         rows = distance[n_seen[..., 0] > 1]
         sharpness = float(rows.mean()) if rows.numel() else 0.0
-        self.heard.append(Heard(self.open[-1] if self.open else "", probs, sharpness))
+        self.calls.append(ObservedCall(self.open[-1] if self.open else "", probs, sharpness))
 
 
 def _probs(

@@ -40,13 +40,13 @@ def outputs(tiny_model: Tiny, inputs: dict[str, Any]) -> list[Tensor]:
 
 def test_no_attention_is_near_uniform(built: tuple[str, Tiny]) -> None:
     name, model = built
-    with spy(model.model) as heard:
+    with spy(model.model) as observed:
         found = outputs(model, model.inputs)
     assert found
     assert not any(output.isnan().any() for output in found)
-    assert heard
-    assert [call for call in heard if call.n_keys < 2] == []
-    judged = [call for call in heard if call.module not in record_of(name).even]
+    assert observed
+    assert [call for call in observed if call.n_keys < 2] == []
+    judged = [call for call in observed if call.module not in record_of(name).even]
     assert [call for call in judged if call.sharpness < SHARP] == []
 
 
@@ -68,10 +68,10 @@ def test_the_image_changes_the_output(built: tuple[str, Tiny]) -> None:
 def test_every_attention_reaches_the_output(built: tuple[str, Tiny]) -> None:
     """No gate is closed: negating the output of an attention module changes the model's output."""
     name, model = built
-    with spy(model.model) as heard:
+    with spy(model.model) as observed:
         before = outputs(model, model.inputs)
     without_effect = []
-    for module in dict.fromkeys(call.module for call in heard):
+    for module in dict.fromkeys(call.module for call in observed):
         handle = model.model.get_submodule(module).register_forward_hook(turned_around)
         try:
             after = outputs(model, model.inputs)

@@ -87,7 +87,7 @@ def test_every_softmax_attention_call_is_recorded(found: Found) -> None:
     _, model = found
     for run in model.runs:
         assert run.spied
-        assert run.heard == run.spied
+        assert run.recorded == run.spied
 
 
 def test_probabilities_equal_the_observed_ones(

@@ -343,7 +343,8 @@ REFUSALS = {
     ),
     "one sample": (
         lambda: best_head(hits_of([[1, 0]])),
-        "hits has 1 rows per head. It must have the same samples for each head, and at least two.",
+        "hits must have one row per head and sample, with the same two or more samples for each "
+        "head; got 1 rows per head.",
     ),
 }
 

@@ -153,8 +153,8 @@ def _shrunk(
             values[name] = overrides[name]
         elif default is not None:
             values |= _small(name, default, held, ids)
-    told = {name: value for name, value in overrides.items() if name not in values}
-    return type(config)(**values | told)
+    given = {name: value for name, value in overrides.items() if name not in values}
+    return type(config)(**values | given)
 
 
 def _sub_config(

@@ -131,9 +131,8 @@ def test_ids_that_do_not_match_the_prompt_are_refused() -> None:
     with pytest.raises(GeometryError) as refusal:
         reported_alignment(ids, ["<image> where"], tokenizer, [replacement])
     assert str(refusal.value) == (
-        f"The processor returned {len(ids)} ids and reports 1 replacements, but the text with "
-        "these replacements has other ids (3 of them). Check that processor and tokenizer belong "
-        "together."
+        f"The processor returned {len(ids)} ids, which are not the 3 ids of the prompt with the "
+        "1 replacements that it reports. Check that processor and tokenizer belong together."
     )
     image = tokenizer.convert_tokens_to_ids("<image>")
     with pytest.raises(GeometryError) as refusal:
@@ -218,12 +217,15 @@ def test_a_beginning_written_by_the_processor_has_the_template_role() -> None:
 
 def test_replacements_of_another_prompt_are_refused() -> None:
     tokenizer = tiny_vlm("llava").tokenizer
-    told = {"type": "image", "span": (4, 11), "new_span": (4, 18), "text": "<image>"}
+    reported = {"type": "image", "span": (4, 11), "new_span": (4, 18), "text": "<image>"}
     with pytest.raises(GeometryError) as refusal:
         reported_alignment(
-            [5, 6], iter(["<image> of a cat"]), tokenizer, [told | {"replacement": "<image>" * 2}]
+            [5, 6],
+            iter(["<image> of a cat"]),
+            tokenizer,
+            [reported | {"replacement": "<image>" * 2}],
         )
     assert str(refusal.value) == (
-        "The processor reports to have replaced '<image>' at 4, which the prompt does not contain "
-        "there: '<image> of a cat'. Check that processor and prompt belong together."
+        "The processor reports that it replaced '<image>' at 4, but the prompt '<image> of a cat' "
+        "has no such text there. Check that processor and prompt belong together."
     )

@@ -109,10 +109,10 @@ def test_truncated_files_are_refused(tmp_path: Path, name: str, message: str) ->
     [
         (
             ImportError("\nThe processor requires the Torchvision library but it was not found.\n"),
-            r"needs a package that is not installed: The processor requires the Torchvision "
+            r"requires a package that is not installed: The processor requires the Torchvision "
             r"library but it was not found\.$",
         ),
-        (RuntimeError(), r"could not be loaded: RuntimeError Save one there with processor"),
+        (RuntimeError(), r"could not be loaded: RuntimeError\. Save one there with processor"),
     ],
     ids=["package", "no message"],
 )

@@ -169,7 +169,7 @@ def test_another_class_of_a_type_is_refused(family, kind, expected) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         VLM(model, processor)
     assert str(error.value) == (
-        f"A VLM of the model type {family!r} needs a {expected}; got a {kind.__name__}. Load it "
+        f"A VLM of the model type {family!r} requires a {expected}; got a {kind.__name__}. Load it "
         "with xi.load(name), or record this model's attention with xi.record(model)."
     )
 

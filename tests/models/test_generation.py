@@ -65,8 +65,8 @@ def test_rows_are_those_of_one_forward(family, options) -> None:
 
 
 REST = (
-    ", so rows of attention are not the tokens of one answer in order. Generate greedily or by "
-    "sampling, or record the calls with xi.record(model)."
+    ", so the rows of attention are not those of one answer's tokens in order. Generate greedily "
+    "or by sampling, or record the calls with xi.record(model)."
 )
 
 

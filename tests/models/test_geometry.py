@@ -98,8 +98,8 @@ def test_counts_that_do_not_agree_are_refused() -> None:
     with pytest.raises(GeometryError) as error:
         VLM(untrained("llava"), processor).prepare([[Image.new("RGB", (96, 96))]], ["how many ?"])
     assert str(error.value) == (
-        "The family's rule gives image 0 144 tokens (12 x 12), but the sequence has 145. Check "
-        "that processor, family record and model belong together."
+        "By the family's geometry rule, image 0 has 144 tokens (12 x 12), but the sequence has "
+        "145. Check that processor, family record and model belong together."
     )
 
 

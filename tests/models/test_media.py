@@ -105,7 +105,7 @@ def test_no_image_is_rotated_twice(photo: Path) -> None:
 def test_values_of_twelve_bits_are_scaled_with_a_warning() -> None:
     """Pillow 12.3 and transformers 5.23 (``convert_to_rgb``) clip values above 255 to white."""
     values = np.linspace(0, 4095, 256).astype(np.uint16).reshape(16, 16)
-    with pytest.warns(UserWarning, match=r"65535 is white; those of this image are 0 to 4095\."):
+    with pytest.warns(UserWarning, match=r"65535 is white; this image has the values 0 to 4095\."):
         opened = open_image(Image.fromarray(values))
     np.testing.assert_array_equal(grey(opened), np.rint(values / 257))
     clipped = Image.fromarray(values).convert("RGB")  # the alternative named in the warning

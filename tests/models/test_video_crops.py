@@ -139,14 +139,14 @@ def test_slices_of_frames_through_capture(model_type: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "told"), [("stack_frames", 2), ("do_resize", False)])
-def test_frames_that_are_not_resized_one_by_one_are_refused(name: str, told: object) -> None:
-    vlm = with_settings("minicpmv4_6", **{name: told})
+@pytest.mark.parametrize(("name", "value"), [("stack_frames", 2), ("do_resize", False)])
+def test_frames_that_are_not_resized_one_by_one_are_refused(name: str, value: object) -> None:
+    vlm = with_settings("minicpmv4_6", **{name: value})
     wanted = {"stack_frames": 1, "do_resize": True}[name]
     with pytest.raises(GeometryError) as refusal:
         prepared(vlm, clip(64, 64, n_frames=4))
     assert str(refusal.value) == (
-        f"The video processor has {name}={told}, so frames are not resized one by one and cannot "
+        f"The video processor has {name}={value}, so frames are not resized one by one and cannot "
         f"be placed. Set {name}={wanted}."
     )
 

@@ -123,7 +123,7 @@ def answer_accuracy(
 
 
 def same_answer(known: str, given: str) -> bool:
-    """Whether two answers are equal, except for case and white space."""
+    """Return whether two answers are equal, except for case and white space."""
     return known.casefold().split() == given.casefold().split()
 
 
@@ -281,7 +281,7 @@ def replays(
     earlier: Mapping[nn.Module, Any],
     base: Float[np.ndarray, "metric item"],
 ) -> bool:
-    """Whether a forward with replayed outputs of earlier blocks gives the same scores.
+    """Return whether a forward with replayed outputs of earlier blocks gives the same scores.
 
     It does not if a block has side effects: the layers of Gemma 3n that share keys and values, for
     example, write them into a dictionary of the forward.

@@ -123,7 +123,7 @@ def on_patches(
 
 
 def are_queries(grid: ImageGrid) -> bool:
-    """Whether the patches of an image have a row and column, and its tokens do not."""
+    """Return whether the patches of an image have a row and column, and its tokens do not."""
     placed = grid.places_by_view[:, 0] >= 0
     return not bool(placed.any()) and bool((grid.patch_places[:, 0] >= 0).any())
 
@@ -146,7 +146,7 @@ def _grid(sample: Sample, image: int) -> ImageGrid:
 
 
 def _calls(sample: Sample, image: int) -> list[AttentionCall]:
-    """The connector's calls for one image, in the order in which they ran.
+    """Return the connector's calls for one image, in the order in which they ran.
 
     Raises:
         GeometryError: The model has no connector.
@@ -176,7 +176,7 @@ def _calls(sample: Sample, image: int) -> list[AttentionCall]:
 def _across(
     call: AttentionCall, probs: Float[Tensor, "query key"], shares: Float[Tensor, "query patch"]
 ) -> Float[Tensor, "query patch"]:
-    """``A_p + A_l S`` of a cross-attention: the share of each patch in its output.
+    """Return ``A_p + A_l S`` of a cross-attention: the share of each patch in its output.
 
     Raises:
         GeometryError: The keys are neither the patches nor the patches and the queries.

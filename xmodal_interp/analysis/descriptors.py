@@ -154,7 +154,10 @@ def attention_distance(
 def _entropy(
     call: AttentionCall, heads: Sequence[int], queries: Int[Tensor, " query"]
 ) -> dict[str, Tensor]:
-    """Means over the queries that see at least two keys, per head."""
+    """Return, per head, the mean entropy, its null and the mean sink mass.
+
+    The means are over the queries that see at least two keys.
+    """
     counts = n_visible(call, queries, heads).cpu().double()
     free = counts > 1
     entropy = call.entropy(list(heads), queries)[0].cpu().double()

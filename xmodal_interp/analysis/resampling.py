@@ -237,7 +237,7 @@ def known_mean_intervals(
     seed: int,
     value_kind: ValueKind = "mean",
 ) -> KnownIntervals:
-    """Return ``mean_intervals`` of each series over the samples in which it is not NaN."""
+    """Return ``mean_intervals`` of each series, computed without its NaN samples."""
     ends = np.full((2, len(values)), np.nan)
     counts = np.zeros(len(values), dtype=np.int64)
     known = ~np.isnan(values)

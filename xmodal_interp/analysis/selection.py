@@ -54,8 +54,8 @@ def selected_calls(
 ) -> Iterator[tuple[AttentionCall, list[int]]]:
     """Yield the calls of the chosen layers and their chosen heads, in the order given.
 
-    One call at a time is read from a store. Each layer and each head is used once: of four layers,
-    ``[3, -1]`` is one layer. Heads are non-negative numbers.
+    One call at a time is read from a store. Each layer and each head is used once: in a model
+    with four layers, ``[3, -1]`` selects one layer. Heads are non-negative numbers.
 
     Raises:
         NotRecordedError: No attention of this tower and kind was kept.
@@ -205,7 +205,7 @@ def rows_of(sample: Sample, call: AttentionCall) -> Int[Tensor, " query"]:
 
 
 def refuse_text(given: object, name: str, example: str) -> None:
-    """Reject a string where a list of names is expected: it would be iterated by letters.
+    """Reject a string where a list of names is expected: iterating over it would give letters.
 
     Raises:
         InputError: ``given`` is a string.

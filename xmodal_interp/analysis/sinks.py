@@ -49,7 +49,7 @@ def attention_sinks(
 ) -> pd.DataFrame:
     """Return the attention that keys receive, and whether they are sinks (Gu et al. 2025).
 
-    Language self-attention, averaged over the kept query rows.
+    The attention is language self-attention, averaged over the kept query rows.
 
     Args:
         samples: One sample or many.
@@ -59,8 +59,8 @@ def attention_sinks(
         heads: Heads, all if not given.
         n_positions: Use only the first ``n_positions`` positions, without padding. The paper uses
             64. All if not given.
-        min_queries: Keys that fewer queries see are never sinks. Only one query sees the last
-            position, for example: the last position itself.
+        min_queries: Keys that fewer queries see are never sinks. For example, only one query
+            sees the last position.
 
     Returns:
         One row per sample, layer, head and key, for the first position and for every key that is a

@@ -112,7 +112,7 @@ def raster_map(
             lifts.append(cells["lift"].copy())
         add_provenance(provenance, sample)
     if table is None:
-        raise InputError("raster_map needs at least one sample; got none.")
+        raise InputError("raster_map requires at least one sample; got none.")
     n_samples = len(names)
     if per_sample:
         table = pd.concat(

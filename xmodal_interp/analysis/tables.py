@@ -110,7 +110,7 @@ def over_samples(
         parts += [{"sample": name, **part} for part in of_sample]
         add_provenance(provenance, sample)
     if not names:
-        raise InputError(f"{analysis} needs at least one sample; got none.")
+        raise InputError(f"{analysis} requires at least one sample; got none.")
     table = stamped(
         stacked(parts),
         analysis=analysis,

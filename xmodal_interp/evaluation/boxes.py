@@ -104,7 +104,7 @@ def overlap_shares(tokens: Float[Tensor, "token 4"], box: Box) -> Float[Tensor, 
 def tokens_inside(
     tokens: Float[Tensor, "token 4"], box: Box, criterion: Criterion
 ) -> Bool[Tensor, " token"]:
-    """True for tokens in the box: tokens that overlap it, or tokens whose centre is in it.
+    """Return True for tokens that overlap the box, or for tokens whose centre is in it.
 
     A token without area (on padding alone) is never in a box.
     """

@@ -57,8 +57,8 @@ def best_head(
     lengths = {len(values) for values in wide.values()}
     if len(lengths) != 1 or max(lengths) < 2:
         raise InputError(
-            f"hits has {' or '.join(map(str, sorted(lengths))) or 'no'} rows per head. It must "
-            "have the same samples for each head, and at least two."
+            "hits must have one row per head and sample, with the same two or more samples for "
+            f"each head; got {' or '.join(map(str, sorted(lengths))) or 'no'} rows per head."
         )
     values = np.stack(list(wide.values()))  # [head, sample]
     pictures = np.arange(values.shape[1])

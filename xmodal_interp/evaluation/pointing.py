@@ -82,7 +82,7 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
     Args:
         samples: One sample or many, each with one labelled object.
         boxes: The box of the object that each sample asks about: one per sample, or the name of a
-            label (``sample.labels["box"]``). A list, array, ValueKind or table of four columns is
+            label (``sample.labels["box"]``). A list, array, Series or table of four columns is
             matched to the samples by position; an index is ignored.
         other_boxes: Boxes of the other objects in the image, given in the same ways. Without them,
             ``any_object`` and ``other_object`` are NaN.
@@ -103,8 +103,9 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
         attention); ``hit_low``, ``hit_high``, ``energy_low``, ``energy_high`` (95% intervals over
         samples, in which samples of the same picture are one cluster), ``n`` (samples whose ``hit``
         is not NaN), and ``n_clusters`` (distinct pictures among these). Means leave out samples
-        with NaN. A layer in which no query of any sample sees the image has NaN; so have intervals
-        with fewer than 2 clusters. ``.attrs["n_pictures"]`` is the number of distinct pictures.
+        with NaN. Values of a layer in which no query of any sample sees the image are
+        NaN, and so are intervals with fewer than 2 clusters. ``.attrs["n_pictures"]`` is the number
+        of distinct pictures.
 
     Raises:
         InputError: A sample has no box or no image tokens, a box has no image token in it, no query

@@ -1,7 +1,7 @@
 """Line plots of analysis tables, with one line per entry of a column and a dashed null model.
 
-A value by layer, accuracy as heads are removed, and attention by position: by distance and key
-position in the sequence, by image rows and columns. The columns of a table are checked first.
+The lines show a value by layer, accuracy as heads are removed, or attention by position: distance
+and key position in the sequence, or image row and column.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def visible_shares(selection: MatrixSelection) -> pd.DataFrame:
 
 
 def measured(selection: MatrixSelection) -> str:
-    """Return text: the visible share of all cells, and of later keys within each token group."""
+    """Return a line with the visible share of all cells, and of later keys in each token group."""
     seen = visible_cells(selection)
     call = selection.found()
     lines = [f"visible: {seen.mean():.1%} of all cells"]

@@ -42,7 +42,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class AxisLabels:
-    """AxisLabels of one axis of a matrix.
+    """Labels of one axis of a matrix.
 
     Attributes:
         names: One per position; empty for positions labelled only by their run.
@@ -124,8 +124,8 @@ def draw_matrix(
     Args:
         axes: Axes to draw on.
         values: The matrix.
-        rows: AxisLabels of the rows.
-        columns: AxisLabels of the columns.
+        rows: Labels of the rows.
+        columns: Labels of the columns.
         scale: Colour scale.
         inches: Width and height of the axes.
     """

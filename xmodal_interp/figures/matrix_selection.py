@@ -93,8 +93,8 @@ class Matrix:
         probs: Mean probabilities; NaN where hidden by the mask.
         visible: True where a query may attend to a key.
         n_visible: Number of visible keys of each query.
-        rows: AxisLabels of the queries.
-        columns: AxisLabels of the keys.
+        rows: Labels of the queries.
+        columns: Labels of the keys.
     """
 
     call: AttentionCall

@@ -26,7 +26,7 @@ PixelBox = tuple[float, float, float, float]
 """``(x0, y0, x1, y1)`` in pixels of the original image."""
 
 PixelBoxes = Sequence[PixelBox] | Mapping[str, PixelBox]
-"""PixelBoxes to draw, optionally with names."""
+"""Boxes to draw, optionally with names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class PlacedImage:
 
     @property
     def cells(self) -> str:
-        """The plural name of its cells."""
+        """What a cell is, for labels: ``"patches"`` or ``"tokens"``."""
         return "patches" if self.unit.startswith("patch") else "tokens"
 
     @property

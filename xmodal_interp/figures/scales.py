@@ -84,7 +84,7 @@ class ColorScale:
         return float(self.norm.vmin or 0) < 0
 
     def drawn(self, values: np.ndarray) -> np.ma.MaskedArray[Any, Any]:
-        """Return values for ``imshow``: NaN masked, zeros of a log scale at its lower end."""
+        """Return values for ``imshow``; NaN is masked, zeros get the lower end of a log scale."""
         hidden, low, high = np.isnan(values), float(self.norm.vmin or 0), float(self.norm.vmax or 0)
         if self.log2:  # values beyond an end stay beyond it, but become finite
             values = np.log2(np.clip(values, 2.0 ** (low - 1), 2.0 ** (high + 1)))

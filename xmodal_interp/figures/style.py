@@ -110,11 +110,11 @@ def new_picture(
     matplotlib's constrained layout places the axes, their labels and the colour bars.
 
     Args:
-        body: Width and height of everything else, in inches; narrow figures are widened so that the
-            title fits.
+        body: Width and height without title and note, in inches; narrow figures are widened so
+            that the title fits.
         title: Title of the figure.
         note: Small text on how the figure is drawn.
-        compress: Move axes with a fixed aspect together, for figures that have no others.
+        compress: Whether to move the axes together; requires that all have a fixed aspect.
     """
     width = max(body[0] + _MARGIN, _NARROWEST)
     heading = wrapped(title, width - 2 * _MARGIN)
@@ -203,7 +203,7 @@ def _fonts() -> list[str]:
 
 
 def about(sample: Sample) -> str:
-    """Return the question, followed by the answer if there is one."""
+    """Return a sample's question, followed by its answer if there is one."""
     return (
         f'"{sample.question}" \u2192 "{sample.answer}"' if sample.answer else f'"{sample.question}"'
     )

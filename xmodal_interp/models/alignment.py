@@ -100,14 +100,14 @@ def reported_alignment(
     if not lengths:
         replaced = (f"{each['text']!r} at {each['span'][0]}" for each in replacements)
         raise GeometryError(
-            f"The processor reports to have replaced {', '.join(replaced)}, which the prompt does "
-            f"not contain there: {tried[0]!r}. Check that processor and prompt belong together."
+            f"The processor reports that it replaced {', '.join(replaced)}, but the prompt "
+            f"{tried[0]!r} has no such text there. Check that processor and prompt belong together."
         )
     raise GeometryError(
-        f"The processor returned {len(ids)} ids and reports {len(replacements)} replacements, but "
-        "the text with these replacements has other ids "
-        f"({' or '.join(map(str, sorted(set(lengths))))} of them). "
-        "Check that processor and tokenizer belong together."
+        f"The processor returned {len(ids)} ids, which are not the "
+        f"{' or '.join(map(str, sorted(set(lengths))))} ids of the prompt with the "
+        f"{len(replacements)} replacements that it reports. Check that processor and tokenizer "
+        "belong together."
     )
 
 

@@ -50,8 +50,8 @@ def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
         if given is not None and given != required:
             shown = type(given).__name__ if name == "assistant_model" else repr(given)
             raise InputError(
-                f"{name}={shown} {effect}, so rows of attention are not the tokens of one answer "
-                "in order. Generate greedily or by sampling, or record the calls with "
+                f"{name}={shown} {effect}, so the rows of attention are not those of one answer's "
+                "tokens in order. Generate greedily or by sampling, or record the calls with "
                 "xi.record(model)."
             )
 

@@ -75,7 +75,7 @@ class Prompt:
 
     @cached_property
     def tokens(self) -> pd.DataFrame:
-        """One row per position. Built on first access, because many prompts need no table."""
+        """Table with a row per position; built on first access, because many prompts need none."""
         return token_table(self.columns)
 
 
@@ -210,7 +210,7 @@ def _rewritten(vlm: VLM, columns: Columns) -> Columns:
 
 
 def _unplaced(vlm: VLM, columns: Columns, images: Sequence[Image.Image]) -> tuple[ImageGrid, ...]:
-    """Return grids without rows and columns, with the reason."""
+    """Return grids without rows and columns, and the reason why they have none."""
     family = vlm.family
     reason = family.reason or f"There is no geometry rule for {family.model_type!r}."
     counts = [columns["image"].count(i) for i in range(len(images))]

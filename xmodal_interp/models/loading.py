@@ -130,13 +130,14 @@ def _processor(source: str, shared: dict[str, Any]) -> Any:
         return AutoProcessor.from_pretrained(source, **shared)
     except ImportError as error:
         raise InputError(
-            f"The processor of {source!r} needs a package that is not installed: "
+            f"The processor of {source!r} requires a package that is not installed: "
             f"{_first_line(error)}"
         ) from error
     except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
         raise InputError(
-            f"The processor of {source!r} could not be loaded: {_first_line(error)} Save one "
-            "there with processor.save_pretrained, or pass your own with VLM(model, processor)."
+            f"The processor of {source!r} could not be loaded: "
+            f"{_first_line(error).rstrip('.')}. Save one there with processor.save_pretrained, or "
+            "pass your own with VLM(model, processor)."
         ) from error
 
 

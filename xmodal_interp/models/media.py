@@ -155,7 +155,7 @@ def open_image(image: ImageLike, composite: Composite | None = None) -> Image.Im
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Rotate by the EXIF orientation; an upright image is returned without reading its pixels."""
+    """Return the image rotated by its EXIF orientation; pixels of an upright image are not read."""
     if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         return image
     return ImageOps.exif_transpose(image)
@@ -187,10 +187,10 @@ def _rgb(image: Image.Image, composite: Composite | None) -> Image.Image:
 def _warn_of_scale(values: np.ndarray) -> None:
     """Warn that grey values of 16 bits are scaled, and how to scale them differently."""
     warnings.warn(
-        f"Grey values of 16 bits are scaled so that 65535 is white; those of this image are "
-        f"{int(values.min())} to {int(values.max())}. Pass image.convert('RGB') to do as "
-        "transformers does (every value above 255 is white), or bytes that you scaled yourself, "
-        "such as Image.fromarray((array >> 4).astype(np.uint8)) for values of 12 bits.",
+        f"Grey values of 16 bits are scaled so that 65535 is white; this image has the values "
+        f"{int(values.min())} to {int(values.max())}. Pass image.convert('RGB') if values above "
+        "255 should be white, as in transformers, or scaled bytes: for values of 12 bits, "
+        "Image.fromarray((array >> 4).astype(np.uint8)).",
         UserWarning,
         stacklevel=4,
     )

@@ -118,7 +118,7 @@ def as_generated(config: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def for_generate(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs for ``generate``, which drops the last id: undo :func:`as_generated`."""
+    """Undo :func:`as_generated` for a call of ``generate``, which drops the last id itself."""
     longer = {
         name: torch.cat([inputs[name], inputs[name][:, -1:]], 1)
         for name in _OF_PROMPT
@@ -198,7 +198,7 @@ def check_whole(model: Any, inputs: Mapping[str, Any]) -> None:
 
 
 def prompt_ids(inputs: Mapping[str, Any]) -> Tensor:
-    """Return the ids before the answer, ``[sample, position]``: of the decoder, if it has ids."""
+    """Return the ids of the prompt, ``[sample, position]``; those of the decoder if it has any."""
     ids: Tensor = inputs.get(DECODER_IDS, inputs.get("input_ids"))
     return ids
 

@@ -60,7 +60,7 @@ class CheckpointReport:
         return cls(*(_names(loading_info.get(f"{f.name}_keys", ())) for f in fields(cls)))
 
     def __bool__(self) -> bool:
-        """Whether there is a difference."""
+        """Return whether there is a difference."""
         return bool(self.missing or self.mismatched or self.unexpected)
 
     @property
@@ -70,7 +70,7 @@ class CheckpointReport:
 
     @property
     def differences(self) -> dict[str, list[str]]:
-        """The names of the weights for each kind of difference that occurs; JSON-serialisable."""
+        """Names of the weights by kind of difference, without empty kinds; JSON-serialisable."""
         return {f.name: list(names) for f in fields(self) if (names := getattr(self, f.name))}
 
     def __str__(self) -> str:

@@ -41,9 +41,9 @@ def rendered(
 ) -> RenderedPrompt:
     """Return the prompt of a question about some images and videos.
 
-    A question that contains a placeholder is used as the whole prompt. Without a chat template, so
-    is any question if the processor itself puts images before the prompt. Any other question is put
-    into the chat template, after its images and then its videos.
+    A question that contains a placeholder is used as the whole prompt. If there is no chat template
+    and the processor itself puts images before the prompt, every question is the whole prompt. Any
+    other question is put into the chat template, after its images and then its videos.
 
     Args:
         vlm: Model, processor and family record.
@@ -68,7 +68,7 @@ def rendered(
         mark = family.image_mark
         question = re.sub(rf" *{re.escape(mark)} *", lambda _: mark, question).strip(" ")
     if not question.strip():
-        raise InputError("The prompt is empty or only white space.")
+        raise InputError("The prompt is empty or only white space. Pass a question.")
     templated = getattr(processor, "chat_template", None) is not None
     image, video = vlm.placeholder, vlm.video_placeholder
     placeholders = [each for each in (image, video) if each is not None]

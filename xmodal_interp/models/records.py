@@ -88,12 +88,12 @@ class Family:
 
     @property
     def rule(self) -> str:
-        """Name of the geometry rule, ``"none"`` without one."""
+        """Name of the geometry rule; ``"none"`` if there is no rule."""
         return "none" if self.geometry is None else geometry.name_of(self.geometry)
 
     @property
     def video_rule(self) -> str:
-        """Name of the rule that places video tokens, empty without one."""
+        """Name of the rule that places video tokens; empty if there is no rule."""
         return "" if self.video is None else geometry.name_of(self.video)
 
     @property
@@ -103,11 +103,11 @@ class Family:
         return self.in_sequence and named
 
     def image_token_id(self, config: PretrainedConfig) -> int | None:
-        """The id of image tokens, or None if the configuration has none."""
+        """Return the id of image tokens, or None if the configuration has none."""
         return _id(config, self.image_token)
 
     def video_token_id(self, config: PretrainedConfig) -> int | None:
-        """The id of video tokens, or None."""
+        """Return the id of video tokens, or None if the configuration has none."""
         return _id(config, self.video_token)
 
 
@@ -119,7 +119,7 @@ def _id(config: PretrainedConfig, name: str | None) -> int | None:
 
 
 def _same(names: str, **fields: Any) -> tuple[Family, ...]:
-    """Return records that differ in nothing except the model type."""
+    """Return one record per model type, all with the same properties."""
     return tuple(Family(name, **fields) for name in names.split())
 
 
@@ -525,14 +525,14 @@ def refuse_other_class(model: Any) -> None:
         if any(each.__name__ == expected for each in type(module).__mro__):
             return
     raise UnsupportedModelError(
-        f"A VLM of the model type {model_type!r} needs a {expected}; got a "
+        f"A VLM of the model type {model_type!r} requires a {expected}; got a "
         f"{type(model).__name__}. Load it with xi.load(name), or record this model's attention "
         "with xi.record(model)."
     )
 
 
 def _reads_text_only(config: Any) -> bool:
-    """Whether transformers registers a text-only model for this configuration."""
+    """Return whether transformers registers a text-only model for this configuration."""
     known: Any = MODEL_MAPPING.get(type(config), None)
     return any(
         getattr(kind, "main_input_name", None) == "input_ids"

@@ -164,7 +164,7 @@ def with_places(
             positions = np.flatnonzero(is_kind & (number == index))
             if grid.n_tokens != len(positions):
                 raise GeometryError(
-                    f"The family's rule gives {kind} {index} {grid.n_tokens} tokens "
+                    f"By the family's geometry rule, {kind} {index} has {grid.n_tokens} tokens "
                     f"({grid.rows} x {grid.cols}), but the sequence has {len(positions)}. Check "
                     "that processor, family record and model belong together."
                 )

@@ -2,8 +2,8 @@
 
 The classes of transformers declare ``input_modalities`` and ``main_input_name``. A class may
 inherit them from the base class of its model type, which declares the inputs of the whole model.
-Modules that are not models declare neither; ``UNDECLARED`` lists the few that nothing else
-identifies. Most are parts of models that are not image-text-to-text models and have no family
+Modules that are not models declare neither; ``UNDECLARED`` lists the few that cannot be identified
+otherwise. Most are parts of models that are not image-text-to-text models and have no family
 record, so they are listed by class.
 """
 
@@ -58,7 +58,7 @@ UNDECLARED: dict[str, tuple[tuple[str, Tower], ...]] = {
 def declared_tower(model: Any, *, own: bool = False) -> Tower | None:
     """Return the tower of a model by the modality that its class declares.
 
-    Of two declarations, that of the more derived class counts. The result is None if the class
+    The declaration of a class overrides those of its parents. The result is None if the class
     declares no modality or several.
 
     Args:

@@ -229,7 +229,7 @@ class VLM:
         Modules in training mode are in evaluation mode for the call, with a warning.
 
         Raises:
-            InputError: The options ask for something else than greedy decoding or sampling.
+            InputError: The options select a decoding method other than greedy decoding or sampling.
         """
         check_decoding(self.model, options)
         given = for_generate(inputs) if self.family.rewritten else inputs

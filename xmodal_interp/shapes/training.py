@@ -126,7 +126,7 @@ class Packer:
         return torch.from_numpy(np.concatenate([before, image, *after], 1))
 
     def pack(self, scenes: list[Scene], rng: np.random.Generator) -> PackedBatch:
-        """Return a batch with one question per slot for every scene."""
+        """Return a batch that has, for every scene, one question per slot."""
         ids = np.full((len(scenes), self.mask.shape[-1]), self.ids["<pad>"])
         labels = np.full_like(ids, IGNORE)
         ids[:, : len(self.prefix)] = self.prefix
@@ -254,7 +254,7 @@ class Settings:
 
 
 class Trainer:
-    """A training run: model, optimisers and current step, which ``save`` and ``resume`` handle."""
+    """A training run: model, optimisers and step. ``save`` writes it, ``resume`` continues it."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -357,7 +357,7 @@ class Trainer:
 
 @torch.no_grad()
 def packed_accuracy(model: PreTrainedModel, packer: Packer) -> dict[str, float]:
-    """Return the share of held-out questions with a fully right answer, by question kind.
+    """Return the share of held-out questions answered fully correctly, by question kind.
 
     The answers are teacher-forced.
     """

@@ -233,7 +233,7 @@ def _fields(
     arrays: Mapping[str, np.ndarray],
     prefix: str,
 ) -> dict[str, Any]:
-    """Return the constructor arguments of a grid; the names of its arrays have the prefix."""
+    """Return the constructor arguments of a grid, from the arrays whose names have the prefix."""
     own: dict[str, Any] = {name: numbers[name] for name in stored.numbers}
     own |= {name: arrays[prefix + name] for name in stored.arrays}
     own |= {name: arrays.get(prefix + name) for name in stored.optional_arrays}

@@ -278,7 +278,7 @@ class SampleFiles:
         return self._read(file, read)
 
     def parsed(self, file: str, parse: Callable[[], _T]) -> _T:
-        """Return ``parse()``, which converts content that was read from ``file``.
+        """Call ``parse``, which converts the content of ``file``, and return its result.
 
         Raises:
             StoreError: The content does not fit the rest of the sample.
@@ -332,7 +332,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _regular(path: Path) -> Any:
-    """Return size and times of a regular file; opening a pipe would block.
+    """Return size and times of a regular file; others are refused, as a pipe would block.
 
     Raises:
         ValueError: The path is not a regular file.
@@ -358,7 +358,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _whole(path: Path, read: Callable[[], _T]) -> _T:
-    """Return ``read()``; convert its exceptions to a StoreError with the file and sample."""
+    """Call ``read`` and return its result; convert exceptions to a StoreError about the file."""
     try:
         return read()
     except StoreError:

@@ -81,7 +81,7 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _folders(samples: Path) -> list[str]:
-    """Return the names of existing samples, in the order they were written if it can be read."""
+    """Return the names of existing samples, in writing order if that can be read."""
     try:
         return files.sample_names(samples.parent)
     except (OSError, StoreError):  # _store_rows reports what is wrong with the list

@@ -1,4 +1,7 @@
-"""AnyRes: a thumbnail, then the image on a canvas of tiles without its padding (LLaVA-NeXT)."""
+"""The rule for AnyRes images (LLaVA-NeXT, LLaVA-OneVision).
+
+The tokens are those of a thumbnail, then those of the image on a canvas of tiles, without padding.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from xmodal_interp.models.geometry.cells import Cells, image_grid, nowhere, rectangle, with_breaks
 from xmodal_interp.models.geometry.grid import Box, ImageGrid, raster
+from xmodal_interp.models.geometry.processor_steps import whole
 
 
 def anyres_tiles(
@@ -34,14 +38,14 @@ def anyres_tiles(
     largest = None if limit is None else int(limit.removeprefix("anyres_max_"))
     has_class = bool(getattr(processor, "num_additional_image_tokens", 0))
     grids = []
-    for image, whole in zip(images, _read_whole(inputs, len(images)), strict=True):
-        if whole:
+    for image, untiled in zip(images, _read_whole(inputs, len(images)), strict=True):
+        if untiled:
             box = _padded_to_square(image)
             tokens = [rectangle(side, side, box), nowhere(1)]
             tower = [rectangle(patches, patches, box)]
         else:
             box, (tile_rows, tile_cols) = _canvas(config, image)
-            everything = (0.0, 0.0, float(image.width), float(image.height))
+            everything = whole(image)
             canvas = _tiled(tile_rows, tile_cols, side, box)
             fine, shape = _unpadded(canvas, (tile_rows * side, tile_cols * side), image)
             fine, rows = _shrunk(fine, shape, side, largest)

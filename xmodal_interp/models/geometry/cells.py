@@ -161,18 +161,18 @@ def image_grid(
     token, patch = joined(tokens), joined(patches) if patches else nowhere(0)
     width, height = size
     token = outside_is_nowhere(token, width, height)
-    main, small = _split(token)
-    main_patches, small_patches = _split(patch)
+    main, small = split_views(token.places, token.of_thumbnail)
+    main_patches, small_patches = split_views(patch.places, patch.of_thumbnail)
     thumbnail = None
     if token.of_thumbnail.any() or patch.of_thumbnail.any():
-        thumbnail = Thumbnail(*_extent(small), small, *_extent(small_patches), small_patches)
+        thumbnail = Thumbnail(*extent(small), small, *extent(small_patches), small_patches)
     return ImageGrid(
         width,
         height,
-        *_extent(main),
+        *extent(main),
         main,
         token.boxes,
-        *_extent(main_patches),
+        *extent(main_patches),
         main_patches,
         tiles=token.tiles if (token.tiles != NOWHERE).any() else None,
         thumbnail=thumbnail,
@@ -180,17 +180,17 @@ def image_grid(
     )
 
 
-def _split(cells: Cells) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows and columns in the image, and rows and columns in the thumbnail."""
-    small = cells.of_thumbnail[:, None]
-    return np.where(small, NOWHERE, cells.places), np.where(small, cells.places, NOWHERE)
+def split_views(
+    places: Int[np.ndarray, "token axis"], of_thumbnail: Bool[np.ndarray, " token"]
+) -> tuple[Int[np.ndarray, "token axis"], Int[np.ndarray, "token axis"]]:
+    """Return the places in the image, and those in the thumbnail; ``NOWHERE`` for the others."""
+    small = of_thumbnail[:, None]
+    return np.where(small, NOWHERE, places), np.where(small, places, NOWHERE)
 
 
-def _extent(places: np.ndarray) -> tuple[int, int]:
-    """Return the numbers of rows and columns that the cells span."""
-    if not len(places):
-        return 0, 0
-    rows, cols = (places.max(0) + 1).tolist()
+def extent(places: Int[np.ndarray, "token axis"]) -> tuple[int, int]:
+    """Return the numbers of rows and columns that places span; these are the last two axes."""
+    rows, cols = (places[:, -2:].max(0, initial=NOWHERE) + 1).tolist()
     return rows, cols
 
 
@@ -221,7 +221,7 @@ def block_of(config: Any, merge: str | int, rows: int, cols: int) -> int:
 
 
 def block_side(rows: int, cols: int, n_tokens: int) -> int:
-    """Return the side of the square blocks that merge rows x cols patches into n_tokens tokens.
+    """Return the side of the square blocks that merge patches into a number of tokens.
 
     Raises:
         GeometryError: There is no such side.
@@ -262,7 +262,7 @@ def applied(
     processor: Any,
     config: Any,
     inputs: Mapping[str, Any],
-    shown: Sequence[Any],
+    pictures: Sequence[Any],
 ) -> list[Grid]:
     """Return the grids of images or videos, one each.
 
@@ -271,7 +271,7 @@ def applied(
         processor: The processor.
         config: The model's configuration.
         inputs: The outputs of the processor.
-        shown: The images, or the videos.
+        pictures: The images, or the videos.
 
     Raises:
         GeometryError: The rule does not fit this model and processor: a setting or input is
@@ -280,7 +280,7 @@ def applied(
     name = f"The geometry rule {name_of(rule)}"
     fix = "Pass VLM(model, processor, family=...) a family record with a rule for this model."
     try:
-        grids = rule(processor, config, inputs, shown)
+        grids = rule(processor, config, inputs, pictures)
     except XmodalError:
         raise
     except _MISFITS as error:
@@ -288,9 +288,9 @@ def applied(
             f"{name} does not fit a {config.model_type!r} model with {type(processor).__name__} "
             f"({type(error).__name__}: {error}). {fix}"
         ) from error
-    if len(grids) != len(shown):
+    if len(grids) != len(pictures):
         raise GeometryError(
-            f"{name} returned {len(grids)} grids for {len(shown)} images or videos of a "
+            f"{name} returned {len(grids)} grids for {len(pictures)} images or videos of a "
             f"{config.model_type!r} model. {fix}"
         )
     return grids

@@ -1,4 +1,4 @@
-"""Tokens computed by convolutions: codes of a codebook, and fused features of a pyramid.
+"""Rules for tokens computed by convolutions: codes of a codebook, and fused features of a pyramid.
 
 The receptive field of such a token overlaps its neighbours, and the strides determine its centre.
 The box is the square of one cell around that centre.
@@ -41,7 +41,7 @@ def code_grid(
     grids = []
     for image in images:
         codes = squares(shown(processor, image, width, height), width, height, side)
-        codes = shifted(codes, _down_right(side, side))
+        codes = shifted(codes, _shift(side, side))
         grids.append(image_grid(image.size, [codes], [codes]))
     return grids
 
@@ -61,7 +61,7 @@ def code_rows(
     for image, (height, width) in zip(images, sizes, strict=True):
         rows, cols = height // side, width // side
         codes = rectangle(rows, cols, whole(image))
-        codes = shifted(codes, _down_right(side, side))
+        codes = shifted(codes, _shift(side, side))
         tower = at_top_left(codes, cols, all_rows, all_cols)
         grids.append(image_grid(image.size, [with_breaks(codes, rows)], [tower]))
     return grids
@@ -76,17 +76,17 @@ def fused_stages(
     fewer keys than queries.
     """
     height, width = inputs["pixel_values"].shape[-2:]
-    side = _pooled_to(config)
+    side = _pooled_side(config)
     grids = []
     for image in images:
         cells = rectangle(side, side, shown(processor, image, width, height))
-        cells = shifted(cells, _down_right(_FUSED_AT, width / side))
+        cells = shifted(cells, _shift(_FUSED_AT, width / side))
         grids.append(image_grid(image.size, [cells], []))
     return grids
 
 
-def _down_right(stride: int, cell: float) -> float:
-    """Return the shift of a token's receptive field up and left, in cells; it is negative.
+def _shift(stride: int, cell: float) -> float:
+    """Return the fraction for :func:`shifted`; it is negative, so boxes move down and right.
 
     A stride of two with padding at the right and bottom is centred on the second of its two inputs.
 
@@ -102,7 +102,7 @@ def _code_side(config: Any) -> int:
     return int(2 ** (len(config.vq_config.channel_multiplier) - 1))
 
 
-def _pooled_to(config: Any) -> int:
+def _pooled_side(config: Any) -> int:
     """Return the rows (and columns) of MobileNet-V5's features, as configured or by default."""
     stated = (vision_of(config).model_args or {}).get("msfa_output_resolution")
     if stated is None:

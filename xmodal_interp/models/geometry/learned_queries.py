@@ -1,6 +1,7 @@
-"""Image tokens that are learned queries: each attends to the whole image and has no row and column.
+"""Rules for image tokens that are learned queries.
 
-The patches do have rows and columns; the cross-attention of a query shows which of them it uses.
+Each query attends to the whole image and has no row and column. The patches do have rows and
+columns; the cross-attention of a query shows which of them it uses.
 """
 
 from __future__ import annotations

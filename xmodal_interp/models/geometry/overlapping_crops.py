@@ -1,4 +1,4 @@
-"""Overlapping crops, which give each patch that is used a margin of context (Molmo 2)."""
+"""The rule for overlapping crops, in which each patch that is used has a margin (Molmo 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which a vision tower reads the patches and tiles of images."""
+"""The order in which a vision tower reads the patches and tiles of images, and its windows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list
     orders: dict[str, list[Tensor]] = {}
     for path, module in model.named_modules():
         if _sorts_by_windows(module):
-            orders[path] = _in_tower(module, inputs)
+            orders[path] = _tower_orders(module, inputs)
         elif hasattr(module, "get_window_index") and hasattr(module, "window_kernel_size"):
             sizes = _each_of(inputs, "target_sizes", "target_sizes_videos")
             found: Any = module
@@ -34,12 +34,13 @@ def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list
 
 
 def _sorts_by_windows(module: nn.Module) -> bool:
-    """Whether a module's forward calls ``get_vision_window_index``."""
+    """Return whether a module's forward calls ``get_vision_window_index``."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and get_vision_window_index.__name__ in code.co_names
 
 
-def _in_tower(tower: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+def _tower_orders(tower: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the patch order of each picture, in a tower that sorts patches by windows."""
     orders, merge = [], tower.spatial_merge_size
     for grid in _each_of(inputs, "image_grid_thw", "video_grid_thw"):
         blocks, _ = get_vision_window_index(grid[None], merge, tower.window_size, tower.patch_size)

@@ -1,4 +1,4 @@
-"""Place the image tokens of a model type without a family record, with test images."""
+"""The rule for a model type without a family record: boxes measured with test images."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ProbedTokens:
 
 
 def _measured(processor: Any, token_id: int, size: tuple[int, int]) -> ImageGrid:
-    """Return the grid of an image of this size; without boxes if they cannot be measured."""
+    """Return the grid of an image of this size; it has no boxes if they cannot be measured."""
     prompt = _prompt(processor, token_id)
 
     def process(image: Image.Image) -> Mapping[str, Any]:
@@ -182,7 +182,7 @@ def _in_blocks(
 
 
 def _compact(patches: Patches, groups: Int[np.ndarray, "token patch"]) -> bool:
-    """Whether the patches of each token form a square, and no two tokens share a place."""
+    """Return whether the patches of each token form a square, and no two tokens share a place."""
     seen = set()
     for group in groups:
         views = {int(view) for view in patches.views[group]} - {NOWHERE}

@@ -36,7 +36,7 @@ LOWEST, HIGHEST = 16, 239
 and levels below 0 and above 255 would be clipped."""
 CHANNELS = 3
 OF_TILES, OF_PATCHES = 1.1, 1.3
-"""Smallest ratio of the lengths that a pixel of two views shows, if measured over whole tiles or
+"""Smallest ratio between the lengths that a pixel shows in two views, measured over whole tiles or
 in single patches. In a patch at an edge of the image, it is measured up to a fifth too small."""
 MOST_LEVELS = 5
 """Largest difference of a linear processor from its linear prediction, in levels of brightness,
@@ -337,7 +337,7 @@ def _placed(
 
 
 def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Return the mean of the values that are not NaN; NaN without any."""
+    """Return the mean of the values that are not NaN; NaN if all are NaN."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         mean: np.ndarray = np.where(known, values, 0).sum(axis=axis) / known.sum(axis=axis)

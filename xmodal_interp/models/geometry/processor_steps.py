@@ -1,9 +1,7 @@
-"""How processors cut an image into tiles, reproduced from their settings.
+"""The steps of image processors, reproduced from their settings.
 
-Reproduce the steps of an image processor from its settings.
-
-Resizing, centre cropping and padding to a square are expressed as a box: the part of the original
-image that the resulting pixels show.
+Resizing, centre cropping and padding result in a box: the part of the original image that the
+processed pixels show. Cutting into tiles results in a :class:`Tiling`: one such box per tile.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ from transformers.image_utils import ChannelDimension
 
 from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.grid import Box
+from xmodal_interp.models.media import Video
 
 
 def setting(processor: Any, name: str, default: Any = None) -> Any:
@@ -59,7 +58,9 @@ def shown(processor: Any, image: Image.Image, width: int, height: int) -> Box:
 
 
 def shown_by(settings: Any, size: tuple[int, int], width: int, height: int) -> Box:
-    """Like :func:`shown`, for a picture of ``size`` (width, height) and the settings as an object.
+    """Return what :func:`shown` returns, for a picture of ``size`` (width, height).
+
+    ``settings`` is the image or video processor.
 
     Raises:
         GeometryError: The settings do not lead to these pixels.
@@ -188,9 +189,23 @@ Layout = Callable[[Any, Image.Image], Tiling | None]
 """``(processor, image) -> tiling``; None if the image is not tiled."""
 
 
-def whole(image: Image.Image) -> Box:
-    """Return the box of the whole image."""
-    return 0.0, 0.0, float(image.width), float(image.height)
+def whole(picture: Image.Image | Video) -> Box:
+    """Return the box of a whole image, or of a whole frame of a video, px."""
+    width, height = picture.size
+    return 0.0, 0.0, float(width), float(height)
+
+
+def check_count(name: str, returned: int, images: Sequence[Image.Image]) -> None:
+    """Compare the number of entries of an input with the number of images.
+
+    Raises:
+        GeometryError: They differ.
+    """
+    if returned != len(images):
+        raise GeometryError(
+            f"The processor returned {returned} {name} for {len(images)} images; it must return "
+            "one per image."
+        )
 
 
 def even(rows: int, cols: int, box: Box) -> Tiling:
@@ -212,8 +227,8 @@ def own_function(processor: Any, name: str) -> Callable[..., Any]:
         GeometryError: There is no such function.
     """
     settings = type(processor.image_processor)
-    for kind in settings.__mro__:
-        found = getattr(sys.modules[kind.__module__], name, None)
+    for class_ in settings.__mro__:
+        found = getattr(sys.modules[class_.__module__], name, None)
         if found is not None:
             function: Callable[..., Any] = found
             return function
@@ -224,10 +239,10 @@ def own_function(processor: Any, name: str) -> Callable[..., Any]:
 
 
 def best_canvas(processor: Any, image: Image.Image) -> Tiling | None:
-    """Resize to the best fitting canvas of tiles; aspect ratio not kept (InternVL)."""
+    """Return tiles of an image stretched to the best fitting canvas (InternVL)."""
     if not setting(processor, "crop_to_patches", default=False):
         return None
-    size = _size(processor)
+    size = setting(processor, "size")
     cols, rows = own_function(processor, "get_optimal_tiled_canvas")(
         (image.height, image.width),
         (size["height"], size["width"]),
@@ -238,7 +253,10 @@ def best_canvas(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def covering_canvas(processor: Any, image: Image.Image) -> Tiling | None:
-    """Like :func:`best_canvas`, by default with the fewest tiles that cover the image (Ovis2)."""
+    """Return tiles of an image stretched to the fewest tiles that cover it (Ovis2).
+
+    If ``use_covering_area_grid`` is off, the canvas is that of :func:`best_canvas`.
+    """
     if not setting(processor, "use_covering_area_grid", default=False):
         return best_canvas(processor, image)
     largest = setting(processor, "max_patches")
@@ -246,14 +264,14 @@ def covering_canvas(processor: Any, image: Image.Image) -> Tiling | None:
         return None
     cols, rows = own_function(processor, "get_min_tile_covering_grid")(
         (image.height, image.width),
-        target_patch_size=_size(processor)["height"],
+        target_patch_size=setting(processor, "size")["height"],
         max_image_tiles=largest,
     )
     return even(int(rows), int(cols), whole(image))
 
 
 def page_canvas(processor: Any, image: Image.Image) -> Tiling:
-    """Like :func:`best_canvas`, with more tiles for a wide page (Docling)."""
+    """Return tiles as :func:`best_canvas` does, with more tiles for a wide page (Docling)."""
     names = ("size", "crop_to_patches", "min_patches", "max_patches")
     spread = ("dense_max_patches", "dense_max_scale", "dense_min_aspect", "dense_max_aspect")
     settings = {name: setting(processor, name) for name in (*names, *spread)}
@@ -262,13 +280,16 @@ def page_canvas(processor: Any, image: Image.Image) -> Tiling:
 
 
 def longest_edge(processor: Any, image: Image.Image) -> Tiling | None:
-    """Resize to a longest edge, then round both sides up to whole tiles (Idefics3, SmolVLM)."""
+    """Return tiles of an image resized to a longest edge (Idefics3, SmolVLM).
+
+    Both sides are then rounded up to whole tiles.
+    """
     if not setting(processor, "do_image_splitting", default=False):
         return None
     tile = setting(processor, "max_image_size")["longest_edge"]
     width, height = image.size
     if setting(processor, "do_resize", default=False):
-        width, height = _to_longest_edge(width, height, _size(processor)["longest_edge"])
+        width, height = _to_longest_edge(width, height, setting(processor, "size")["longest_edge"])
     aspect = width / height
     if width >= height:
         width = math.ceil(width / tile) * tile
@@ -301,7 +322,7 @@ def _to_longest_edge(width: int, height: int, longest: int) -> tuple[int, int]:
 
 
 def padded_canvas(processor: Any, image: Image.Image) -> Tiling:
-    """Resize to the top left of the best fitting canvas; aspect ratio kept (Llama 4)."""
+    """Return tiles of an image at the top left of a canvas; its aspect ratio is kept (Llama 4)."""
     size = setting(processor, "size")
     tile = size["height"]
     largest = setting(processor, "max_patches")
@@ -326,7 +347,7 @@ def padded_canvas(processor: Any, image: Image.Image) -> Tiling:
 
 
 def crops(processor: Any, image: Image.Image) -> Tiling | None:
-    """Pan and scan: cut a long image into nearly square crops (Gemma 3)."""
+    """Return the nearly square crops of a long image: pan and scan (Gemma 3)."""
     if not setting(processor, "do_pan_and_scan", default=False):
         return None
     width, height = image.size
@@ -351,7 +372,7 @@ def crops(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def split_canvas(processor: Any, image: Image.Image) -> Tiling | None:
-    """Resize to the centre of the best fitting canvas; aspect ratio kept (Aria).
+    """Return tiles of an image in the centre of a canvas; its aspect ratio is kept (Aria).
 
     The last tiles of a row or column are smaller if the canvas is not a whole number of tiles.
     """
@@ -377,14 +398,10 @@ def split_canvas(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def largest_canvas(processor: Any, image: Image.Image) -> Tiling | None:
-    """Resize to the canvas that the processor chooses; aspect ratio not kept (PerceptionLM)."""
+    """Return tiles of an image stretched to the canvas chosen by the processor (PerceptionLM)."""
     settings = processor.image_processor
     if setting(processor, "vision_input_type") != "thumb+tile":
         return None
     blank = torch.empty(1, 3, image.height, image.width, dtype=torch.float32)
     _, (cols, rows) = settings.resize(blank, settings.tile_size, settings.max_num_tiles)
     return even(int(rows), int(cols), whole(image))
-
-
-def _size(processor: Any) -> Any:
-    return setting(processor, "size")

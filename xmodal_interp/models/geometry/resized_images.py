@@ -1,6 +1,7 @@
-"""Images that keep their aspect ratio, with blocks of patches merged into one token (Qwen2-VL).
+"""Rules for images that keep their aspect ratio, with one token per block of patches.
 
-Images that keep their aspect ratio; the processor returns the resized size of each.
+The processor returns the number of patches of each image (Qwen2-VL, Nemotron), the column and row
+of each patch (Gemma 4), or the size to which each image was resized (Pixtral).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import (
     image_grid,
     in_blocks,
@@ -25,7 +25,7 @@ from xmodal_interp.models.geometry.cells import (
     with_breaks,
 )
 from xmodal_interp.models.geometry.grid import Box, ImageGrid
-from xmodal_interp.models.geometry.processor_steps import own_function, setting, whole
+from xmodal_interp.models.geometry.processor_steps import check_count, own_function, setting, whole
 
 Content = Callable[[Any, Image.Image, int, int], tuple[int, int]]
 """``(processor, image, width, height) -> width, height``: the pixels that are not padding."""
@@ -42,7 +42,7 @@ class MergedPatches:
         content: Function that returns the size of the image at the top left of padded pixels. None
             if there is no padding.
         by_rows: Whether the vision tower reads its patches row by row instead of block by block.
-        framed: Whether marker tokens precede the first row and follow each row and the last token.
+        framed: Whether a marker token is before the first row, after each row, and at the end.
     """
 
     content: Content | None = None
@@ -54,11 +54,8 @@ class MergedPatches:
     ) -> list[ImageGrid]:
         """Return one grid per image."""
         grid_thw = inputs.get("image_grid_thw")
-        if grid_thw is None or len(grid_thw) != len(images):
-            raise GeometryError(
-                f"The processor returned {0 if grid_thw is None else len(grid_thw)} rows of "
-                f"image_grid_thw for {len(images)} images; it must return one per image."
-            )
+        n_rows = 0 if grid_thw is None else len(grid_thw)
+        check_count("rows of image_grid_thw", n_rows, images)
         merge = processor.image_processor.merge_size
         grids = []
         for image, (_, rows, cols) in zip(images, np.asarray(grid_thw).tolist(), strict=True):
@@ -188,11 +185,7 @@ def reported_sizes(
         GeometryError: The processor did not return one size per image.
     """
     sizes = np.asarray(inputs["image_sizes"]).reshape(-1, 2).tolist()
-    if len(sizes) != len(images):
-        raise GeometryError(
-            f"The processor returned {len(sizes)} image_sizes for {len(images)} images; it must "
-            "return one per image."
-        )
+    check_count("image_sizes", len(sizes), images)
     return [(height, width) for height, width in sizes]
 
 
@@ -205,11 +198,7 @@ def counted_patches(
     then the patches row by row.
     """
     counts = np.asarray(inputs["image_grid_hw"]).reshape(-1, 2).tolist()
-    if len(counts) != len(images):
-        raise GeometryError(
-            f"The processor returned {len(counts)} rows of image_grid_hw for {len(images)} images; "
-            "it must return one per image."
-        )
+    check_count("rows of image_grid_hw", len(counts), images)
     merge, before = round(1 / config.downsample_ratio), vision_of(config).num_summary_tokens
     grids = []
     for image, (rows, cols) in zip(images, counts, strict=True):

@@ -1,8 +1,12 @@
-"""Images cut into tiles, with or without a thumbnail of the whole image.
+"""Rules for images cut into tiles, with or without a thumbnail of the whole image.
 
-Tiles and a thumbnail whose rows and columns the processor returns.
+* :class:`SplitTiles`: tiles and a thumbnail of the same size.
+* :class:`SizedTiles`: tiles of one size and a thumbnail of another; the processor returns the rows
+  and columns of each (LFM2-VL, MiniCPM-V).
+* :class:`SeparateTiles`: tiles and the whole image in two inputs of the vision tower (Step-3.7,
+  DeepSeek-OCR 2).
 
-Tiles of one size, then the whole image at another size, as two inputs of the tower.
+The functions after a class reproduce the tiling of the processors that its rule is used for.
 """
 
 from __future__ import annotations
@@ -253,26 +257,28 @@ def large_on_canvas(processor: Any, image: Image.Image) -> Tiling | None:
 
 def slices(processor: Any, image: Image.Image) -> Tiling | None:
     """Return slices of an image with more pixels than one slice holds (MiniCPM-V)."""
-    return _sliced(processor.image_processor, partial(setting, processor), image.size)
+    return _sliced(processor.image_processor, partial(setting, processor), image)
 
 
 def frame_slices(processor: Any, video: Video) -> Tiling | None:
     """Return slices of the frames of a video, by the settings of the video processor."""
-    return _sliced(processor.video_processor, partial(video_setting, processor), video.size)
+    return _sliced(processor.video_processor, partial(video_setting, processor), video)
 
 
-def _sliced(own: Any, setting_of: Callable[..., Any], size: tuple[int, int]) -> Tiling | None:
-    """Return the tiles of a picture, from the processor's function and settings."""
+def _sliced(
+    own: Any, setting_of: Callable[..., Any], picture: Image.Image | Video
+) -> Tiling | None:
+    """Return the slices of a picture, from the processor's function and settings."""
     if not setting_of("slice_mode", default=False):
         return None
-    width, height = size
+    width, height = picture.size
     grid = own.get_sliced_grid(
         (height, width), setting_of("max_slice_nums"), setting_of("scale_resolution")
     )
     if grid is None:
         return None
     rows, cols = grid
-    return even(rows, cols, (0.0, 0.0, float(width), float(height)))
+    return even(rows, cols, whole(picture))
 
 
 def slice_block(processor: Any, _config: Any) -> int:

@@ -1,11 +1,10 @@
-"""The tokens of videos: one grid per frame, or per group of merged frames.
+"""Rules for videos: each returns the frame, row, column and box of every token of a video.
 
-Frames processed like images: cut into tiles with a thumbnail, or pooled from patches.
-
-Rules for processors that handle frames in a special way.
-
-They return the positions of patches (Gemma 4), resize frames to squares (SmolVLM) or pad them
-(GLM-5).
+* :class:`MergedFrames`: frames merged in time (Qwen2-VL), with padding in GLM-5.
+* :class:`SingleFrames`: frames resized to one size; SmolVLM resizes them to squares.
+* :func:`pooled_frames`: tokens that pool patches of a frame (Molmo 2).
+* :func:`sliced_frames`: frames cut into tiles, with the whole frame as the thumbnail (MiniCPM-V).
+* :class:`PositionedFrames`: patches whose column and row the processor returns (Gemma 4).
 """
 
 from __future__ import annotations
@@ -21,11 +20,13 @@ from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.cells import (
     Cells,
     block_of,
+    extent,
     in_blocks,
     joined,
     nowhere,
     patch_side,
     rectangle,
+    split_views,
 )
 from xmodal_interp.models.geometry.grid import (
     NOWHERE,
@@ -40,6 +41,7 @@ from xmodal_interp.models.geometry.processor_steps import (
     check_replayed,
     shown_by,
     video_setting,
+    whole,
 )
 from xmodal_interp.models.geometry.resized_images import size_within_tokens
 from xmodal_interp.models.geometry.tiles import (
@@ -52,7 +54,6 @@ from xmodal_interp.models.media import Video
 
 VideoRule = Callable[[Any, Any, Mapping[str, Any], Sequence[Video]], list[VideoGrid]]
 """``(processor, config, inputs, videos) -> grids``: one grid per video, in order."""
-
 
 FrameContent = Callable[[Any, Video, int, int], tuple[int, int]]
 """``(settings, video, width, height) -> width, height``: the pixels that are not padding."""
@@ -95,10 +96,8 @@ class MergedFrames:
             patches = patches if self.by_rows else in_blocks(patches, patch_cols, merge)
             frames = [tokens] * (n // together)
             if left is not None:
-                of_video, left = (
-                    left[: len(tokens) * len(frames)],
-                    left[len(tokens) * len(frames) :],
-                )
+                n_tokens = len(tokens) * len(frames)
+                of_video, left = left[:n_tokens], left[n_tokens:]
                 frames = [tokens[kept] for kept in of_video.reshape(len(frames), -1)]
             grids.append(video_grid(video, frames, [patches] * n))
         return grids
@@ -111,6 +110,11 @@ class MergedFrames:
         width, height = cols * settings.patch_size, rows * settings.patch_size
         content_w, content_h = self.content(settings, video, width, height)
         return x0, y0, x1 * width / content_w, y1 * height / content_h
+
+
+def within_video_tokens(settings: Any, video: Video, width: int, height: int) -> tuple[int, int]:
+    """Return the size of frames enlarged only if all together have too few tokens, then padded."""
+    return size_within_tokens(settings, video.size, len(video), width, height)
 
 
 FrameShow = Callable[[Any, tuple[int, int], int, int], Box]
@@ -169,65 +173,21 @@ class SingleFrames:
         return int(getattr(config, value) if isinstance(value, str) else value)
 
 
-def video_grid(
-    video: Video, frames: Sequence[Cells], tower: Sequence[Cells], *, after: int = 0
-) -> VideoGrid:
-    """Return the grid of a video.
+def squeezed(settings: Any, size: tuple[int, int], width: int, height: int) -> Box:
+    """Return the box of a frame of ``size`` that is resized to a square: the whole frame.
 
     Args:
-        video: The video, with opened frames.
-        frames: The cells of each frame of tokens.
-        tower: The cells of each frame that the vision tower reads.
-        after: Number of tokens outside the grid after the last frame.
+        settings: The video processor.
+        size: Width and height of the frame, px.
+        width: Width of the returned pixels.
+        height: Height of the returned pixels.
 
     Raises:
-        GeometryError: There is no frame of tokens.
+        GeometryError: The settings do not lead to these pixels.
     """
-    if not frames:
-        raise GeometryError("The video has no frame of tokens. Give it more frames.")
-    token, patch = joined([*frames, nowhere(after)]), joined(tower)
-    main, small = _by_view([*frames, nowhere(after)])
-    main_patches, small_patches = _by_view(tower)
-    thumbnail = None
-    if token.of_thumbnail.any() or patch.of_thumbnail.any():
-        shape, patch_shape = _extent(small)[1:], _extent(small_patches)[1:]
-        thumbnail = Thumbnail(*shape, small, *patch_shape, small_patches)
-    together = -(-len(video) // len(frames))
-    pace = np.nan if video.fps is None else 1 / video.fps
-    return VideoGrid(
-        *video.size,
-        *_extent(main),
-        main,
-        token.boxes,
-        np.arange(len(frames)) * together * pace,
-        *_extent(main_patches),
-        main_patches,
-        tiles=token.tiles if (token.tiles != NOWHERE).any() else None,
-        thumbnail=thumbnail,
-    )
-
-
-def _by_view(
-    frames: Sequence[Cells],
-) -> tuple[Int[np.ndarray, "token 3"], Int[np.ndarray, "token 3"]]:
-    """Return frame, row and column of all cells: within the frames, and within the thumbnails."""
-    cells = joined(frames)
-    frame = np.repeat(np.arange(len(frames)), [len(each) for each in frames])
-    places = np.column_stack([np.where(cells.places[:, 0] < 0, NOWHERE, frame), cells.places])
-    small = cells.of_thumbnail[:, None]
-    return np.where(small, NOWHERE, places), np.where(small, places, NOWHERE)
-
-
-def _extent(places: Int[np.ndarray, "token 3"]) -> tuple[int, int, int]:
-    """Return the numbers of frames, rows and columns that the cells span."""
-    frames, rows, cols = (places.max(0) + 1).tolist()
-    return frames, rows, cols
-
-
-def whole(video: Video) -> Box:
-    """Return the box of a whole frame, px."""
-    width, height = video.size
-    return 0.0, 0.0, float(width), float(height)
+    side = settings.max_image_size["longest_edge"]
+    check_replayed((side, side) if settings.do_resize else size, (width, height))
+    return 0.0, 0.0, float(size[0]), float(size[1])
 
 
 _SIZES = "target_sizes_videos"
@@ -358,23 +318,50 @@ class PositionedFrames:
         return grids
 
 
-def squeezed(settings: Any, size: tuple[int, int], width: int, height: int) -> Box:
-    """Return the box of a frame of ``size`` that is resized to a square: the whole frame.
+def video_grid(
+    video: Video, frames: Sequence[Cells], tower: Sequence[Cells], *, after: int = 0
+) -> VideoGrid:
+    """Return the grid of a video.
 
     Args:
-        settings: The video processor.
-        size: Width and height of the frame, px.
-        width: Width of the returned pixels.
-        height: Height of the returned pixels.
+        video: The video; its frames are PIL images.
+        frames: The cells of each frame of tokens.
+        tower: The cells of each frame that the vision tower reads.
+        after: Number of tokens outside the grid after the last frame.
 
     Raises:
-        GeometryError: The settings do not lead to these pixels.
+        GeometryError: There is no frame of tokens.
     """
-    side = settings.max_image_size["longest_edge"]
-    check_replayed((side, side) if settings.do_resize else size, (width, height))
-    return 0.0, 0.0, float(size[0]), float(size[1])
+    if not frames:
+        raise GeometryError("The video has no frame of tokens. Give it more frames.")
+    token, patch = joined([*frames, nowhere(after)]), joined(tower)
+    main, small = _places_by_view([*frames, nowhere(after)])
+    main_patches, small_patches = _places_by_view(tower)
+    thumbnail = None
+    if token.of_thumbnail.any() or patch.of_thumbnail.any():
+        thumbnail = Thumbnail(*extent(small), small, *extent(small_patches), small_patches)
+    together = -(-len(video) // len(frames))
+    pace = np.nan if video.fps is None else 1 / video.fps
+    return VideoGrid(
+        *video.size,
+        int(main[:, 0].max()) + 1,
+        *extent(main),
+        main,
+        token.boxes,
+        np.arange(len(frames)) * together * pace,
+        int(main_patches[:, 0].max()) + 1,
+        *extent(main_patches),
+        main_patches,
+        tiles=token.tiles if (token.tiles != NOWHERE).any() else None,
+        thumbnail=thumbnail,
+    )
 
 
-def within_video_tokens(settings: Any, video: Video, width: int, height: int) -> tuple[int, int]:
-    """Return the size of frames enlarged only if all together have too few tokens, then padded."""
-    return size_within_tokens(settings, video.size, len(video), width, height)
+def _places_by_view(
+    frames: Sequence[Cells],
+) -> tuple[Int[np.ndarray, "token 3"], Int[np.ndarray, "token 3"]]:
+    """Return frame, row and column of all cells: within the frames, and within the thumbnails."""
+    cells = joined(frames)
+    frame = np.repeat(np.arange(len(frames)), [len(each) for each in frames])
+    places = np.column_stack([np.where(cells.places[:, 0] < 0, NOWHERE, frame), cells.places])
+    return split_views(places, cells.of_thumbnail)

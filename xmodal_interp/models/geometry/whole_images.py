@@ -1,14 +1,13 @@
-"""Images cut into squares from the top left, with padding in the last of a row or column.
+"""Rules for images that are resized whole, not cut into separate tiles and a thumbnail.
 
-Images of one size, cut into a grid of squares with one token each.
-
-Patches flattened to vectors that start with their row and column.
-
-Pages that are cropped to their content and resized into a fixed frame (Donut).
-
-Choose a rule by the configuration, for types with exchangeable parts.
-
-Images that text attends to by cross-attention: image tokens are keys outside the sequence.
+* :class:`FixedGrid`: images of one size, cut into squares with one token each (LLaVA);
+  :func:`framed` places pages that are cropped to their content and resized into a frame (Donut).
+* :class:`FlattenedPatches`: patches as vectors that start with their row and column (Pix2Struct).
+* :class:`PaddedSquares`: squares cut from the top left; the last of a row or column may hold
+  padding (Fuyu, Inkling).
+* :func:`aspect_ratio_tiles`: images on a canvas of tiles, whose tokens are keys of cross-attention
+  outside the sequence (Mllama).
+* :class:`Chosen`: one of several rules, selected by the configuration.
 """
 
 from __future__ import annotations
@@ -37,7 +36,13 @@ from xmodal_interp.models.geometry.cells import (
     vision_of,
 )
 from xmodal_interp.models.geometry.grid import Box, ImageGrid, ImageRule, raster, unplaced
-from xmodal_interp.models.geometry.processor_steps import check_replayed, setting, shown, whole
+from xmodal_interp.models.geometry.processor_steps import (
+    check_count,
+    check_replayed,
+    setting,
+    shown,
+    whole,
+)
 
 Show = Callable[[Any, Image.Image, int, int], Box]
 """``(processor, image, width, height) -> box``: the part of the image that the pixels show."""
@@ -110,40 +115,6 @@ def squares(box: Box, width: int, height: int, side: int) -> Cells:
     return rectangle(rows, cols, (x0, y0, right, bottom))
 
 
-@dataclass(frozen=True)
-class FlattenedPatches:
-    """As many patches as fit at the image's aspect ratio, followed by padding (Pix2Struct).
-
-    Each side is rounded down to whole patches independently, so the boxes fill the image exactly.
-    If the processor draws the question above the image, rows and columns include it, and boxes are
-    not known.
-
-    Attributes:
-        queries: Configuration attribute with the number of learned queries per image, if image
-            tokens are learned queries.
-    """
-
-    queries: str | None = None
-
-    def __call__(
-        self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
-    ) -> list[ImageGrid]:
-        """Return one grid per image."""
-        headed = bool(setting(processor, "is_vqa", default=False))
-        grids = []
-        for image, patches in zip(images, np.asarray(inputs["flattened_patches"]), strict=True):
-            rows, cols = patches[:, :2].max(0).astype(int).tolist()  # counted from 1, 0 on padding
-            cells = rectangle(rows, cols, whole(image))
-            if headed:
-                cells.boxes[:] = np.nan
-            tower = [cells, nowhere(len(patches) - rows * cols)]
-            tokens = tower
-            if self.queries is not None:
-                tokens = [nowhere(attrgetter(self.queries)(config))]
-            grids.append(image_grid(image.size, tokens, tower))
-        return grids
-
-
 def framed(processor: Any, image: Image.Image, width: int, height: int) -> Box:
     """Return the box of an image that is resized into a frame and padded at both ends.
 
@@ -200,6 +171,40 @@ def _without_margins(settings: Any, image: Image.Image) -> Box:
     kept = settings.crop_margin(pixels)
     y0, x0 = divmod(int(kept.storage_offset()), image.width)
     return float(x0), float(y0), float(x0 + kept.shape[2]), float(y0 + kept.shape[1])
+
+
+@dataclass(frozen=True)
+class FlattenedPatches:
+    """As many patches as fit at the image's aspect ratio, followed by padding (Pix2Struct).
+
+    Each side is rounded down to whole patches independently, so the boxes fill the image exactly.
+    If the processor draws the question above the image, rows and columns include it, and boxes are
+    not known.
+
+    Attributes:
+        queries: Configuration attribute with the number of learned queries per image, if image
+            tokens are learned queries.
+    """
+
+    queries: str | None = None
+
+    def __call__(
+        self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+    ) -> list[ImageGrid]:
+        """Return one grid per image."""
+        has_header = bool(setting(processor, "is_vqa", default=False))
+        grids = []
+        for image, patches in zip(images, np.asarray(inputs["flattened_patches"]), strict=True):
+            rows, cols = patches[:, :2].max(0).astype(int).tolist()  # counted from 1, 0 on padding
+            cells = rectangle(rows, cols, whole(image))
+            if has_header:
+                cells.boxes[:] = np.nan
+            tower = [cells, nowhere(len(patches) - rows * cols)]
+            tokens = tower
+            if self.queries is not None:
+                tokens = [nowhere(attrgetter(self.queries)(config))]
+            grids.append(image_grid(image.size, tokens, tower))
+        return grids
 
 
 Resized = Callable[[Any, Image.Image], tuple[int, int]]
@@ -278,31 +283,6 @@ class PaddedSquares:
         return grids
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Applies one of several rules; without a rule, tokens get no rows and columns.
-
-    Attributes:
-        by: Function of the configuration that returns a key of ``rules``, such as the type of the
-            encoder.
-        rules: The rules by key.
-        reason: The reason given if no rule has the key; ``{}`` is replaced by the key.
-    """
-
-    by: Callable[[Any], Any]
-    rules: Mapping[Any, ImageRule]
-    reason: str = "There is no geometry rule for {!r}."
-
-    def __call__(
-        self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
-    ) -> list[ImageGrid]:
-        """Return one grid per image."""
-        kind = self.by(config)
-        if kind in self.rules:
-            return self.rules[kind](processor, config, inputs, images)
-        return [unplaced(image.size, 0, self.reason.format(kind)) for image in images]
-
-
 _TOWER_MULTIPLE = 8  # the tower pads each tile to a multiple of it; it is a constant of the code
 
 
@@ -320,11 +300,7 @@ def aspect_ratio_tiles(
     supported = [tuple(pair) for pair in vision.supported_aspect_ratios]
     ratio_ids = np.asarray(inputs["aspect_ratio_ids"]).reshape(-1)
     ratio_ids = ratio_ids[ratio_ids > 0]
-    if len(ratio_ids) != len(images):
-        raise GeometryError(
-            f"The processor returned {len(ratio_ids)} aspect_ratio_ids for {len(images)} images; "
-            "it must return one per image."
-        )
+    check_count("aspect_ratio_ids", len(ratio_ids), images)
     side = tile // patch
     grids = []
     for image, ratio_id in zip(images, ratio_ids.tolist(), strict=True):
@@ -357,3 +333,30 @@ def _scale_on_canvas(
     else:
         new = min(int(width * target_height / height) or 1, target_width), target_height
     return float(new[0] / width), float(new[1] / height)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One of several rules, selected by the configuration.
+
+    If there is no rule for a configuration, the tokens have no rows and columns.
+
+    Attributes:
+        by: Function of the configuration that returns a key of ``rules``, such as the type of the
+            encoder.
+        rules: The rules by key.
+        reason: The reason given if no rule has the key; ``{}`` is replaced by the key.
+    """
+
+    by: Callable[[Any], Any]
+    rules: Mapping[Any, ImageRule]
+    reason: str = "There is no geometry rule for {!r}."
+
+    def __call__(
+        self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+    ) -> list[ImageGrid]:
+        """Return one grid per image."""
+        key = self.by(config)
+        if key in self.rules:
+            return self.rules[key](processor, config, inputs, images)
+        return [unplaced(image.size, 0, self.reason.format(key)) for image in images]
