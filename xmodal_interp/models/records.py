@@ -47,7 +47,7 @@ class Family:
         placeholder: Attribute of the processor that holds the placeholder of an image in a prompt;
             None if images have no placeholder.
         flat_images: Whether the processor takes a flat list of images, not one list per prompt.
-        in_front: Whether the processor itself puts images before the prompt, so that a bare
+        in_front: Whether the processor itself inserts images before the prompt, so that a bare
             question is a whole prompt.
         writes_prompt: Whether the processor writes the prompt itself, from the text of a policy
             that images are checked against. The question then is that policy.
