@@ -179,18 +179,6 @@ def is_running(module: nn.Module) -> bool:
     return any(caller is module for caller in callers())
 
 
-def caller_is_nested() -> bool:
-    """Whether the function that calls this one was called while it was running already."""
-    this = inspect.currentframe()
-    caller = None if this is None else this.f_back
-    outer = caller
-    while outer is not None and caller is not None:
-        outer = outer.f_back
-        if outer is not None and outer.f_code is caller.f_code:
-            return True
-    return False
-
-
 def in_continuous_batching() -> bool:
     """Whether transformers' continuous batching (``generate_batch``) is running in this thread."""
     frame = inspect.currentframe()

@@ -62,9 +62,9 @@ from xmodal_interp.hooks.inline_attention import (
 from xmodal_interp.hooks.key_cache import KeptCall, KeyCache, own_copy, seen_keys
 from xmodal_interp.hooks.known_modules import (
     KnownModules,
-    caller_is_nested,
     in_continuous_batching,
     is_running,
+    named_callers,
 )
 from xmodal_interp.hooks.position_ids import RotaryPositions
 from xmodal_interp.hooks.probability_check import ProbabilityCheck
@@ -248,6 +248,12 @@ P = ParamSpec("P")
 _is_recording: ContextVar[bool] = ContextVar("xmodal_interp_is_recording", default=False)
 
 
+def _is_nested() -> bool:
+    """Return whether two of the functions that ``_recording`` returns are on the call stack."""
+    names = (name for caller, name in named_callers() if isinstance(caller, _Recorder))
+    return list(names).count("safe") > 1
+
+
 def _recording(method: Callable[Concatenate[_Recorder, P], None]) -> Callable[..., None]:
     """Store an exception of a recorder method instead of raising it inside the model's forward.
 
@@ -260,7 +266,7 @@ def _recording(method: Callable[Concatenate[_Recorder, P], None]) -> Callable[..
     def safe(self: _Recorder, *args: P.args, **options: P.kwargs) -> None:
         if self.failure is not None:
             self.mode.end()
-        elif not (_is_recording.get() and caller_is_nested()):
+        elif not (_is_recording.get() and _is_nested()):
             _is_recording.set(True)
             try:
                 method(self, *args, **options)

@@ -42,8 +42,8 @@ def rendered(
     """Return the prompt of a question about some images and videos.
 
     A question that contains a placeholder is used as the whole prompt. If there is no chat template
-    and the processor itself inserts images before the prompt, every question is the whole prompt. Any
-    other question is put into the chat template, after its images and then its videos.
+    and the processor itself inserts images before the prompt, every question is the whole prompt.
+    Any other question is put into the chat template, after its images and then its videos.
 
     Args:
         vlm: Model, processor and family record.
