@@ -1,5 +1,7 @@
 """The command line: results, files, exit codes and one-line errors."""
 
+from importlib.metadata import entry_points
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -63,6 +65,11 @@ def test_names_may_have_underscores_and_short_floats_are_printed_short(store) ->
     assert printed.exit_code == 0, printed.output
     assert printing._cell(np.float32(0.0066244537)) == "0.006624"
     assert printing._cell(np.float32("nan")) == printing._cell(pd.NA) == "-"
+
+
+def test_the_installed_command_is_this_app() -> None:
+    (script,) = entry_points(group="console_scripts", name="xmodal")
+    assert script.load() is app
 
 
 def test_plot_writes_a_figure(store, tmp_path) -> None:
