@@ -69,7 +69,11 @@ def test_figures_with_hostile_text_are_valid_files(tmp_path, ending: str) -> Non
         path = tmp_path / f"{name}.{ending}"
         draw(path)
         if ending == "svg":
-            ElementTree.parse(path)
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+        else:
+            written = path.read_bytes()
+            assert written.startswith(b"%PDF-")
+            assert written.rstrip().endswith(b"%%EOF")
 
 
 def test_formulas_are_escaped_and_numbers_are_not_changed() -> None:
