@@ -297,11 +297,11 @@ def received(
     call, because several analyses need it.
     """
     chosen = (queries.tolist(), list(heads))
-    known, values = call.memo.get("received", (None, None))
-    if known != chosen:
+    if call.memo.get("received", (None,))[0] != chosen:
         values = call.received(query_weights(call, queries), list(heads))[0]
         call.memo["received"] = (chosen, values)
-    return values
+    found: Tensor = call.memo["received"][1]
+    return found
 
 
 def query_weights(

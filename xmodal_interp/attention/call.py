@@ -494,7 +494,8 @@ class AttentionCall:
             if not _is_all(head, self.n_heads) or 2 * len(row) < self.n_queries:
                 return self._row_pass(head, row, None)[1]
             self._row_pass(head, every, None)
-        return self.memo["logsumexp"][:, head][:, :, row]
+        known: Tensor = self.memo["logsumexp"]
+        return known[:, head][:, :, row]
 
     def _column_sums(
         self,

@@ -234,10 +234,10 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if len(parts) == 1:
         return parts[0]
     total = torch.stack([part for _, part in parts]).logsumexp(0)
-    shares = ((part - total).exp().nan_to_num(0.0) for _, part in parts)
-    return sum(
-        mean * share[..., None] for (mean, _), share in zip(parts, shares, strict=True)
-    ), total
+    mean = torch.zeros_like(parts[0][0])
+    for of_tile, part in parts:
+        mean += of_tile * (part - total).exp().nan_to_num(0.0)[..., None]
+    return mean, total
 
 
 def _transposed(
