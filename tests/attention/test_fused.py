@@ -160,6 +160,10 @@ def test_every_statistic_equals_its_definition(name: str) -> None:
     finite = exact.clamp(min=1e-300)
     entropy = -(exact * finite.log()).sum(-1)
     torch.testing.assert_close(call.entropy().double().nan_to_num(), entropy, rtol=0, atol=1e-5)
+    top = call.top_keys(3, [1])
+    expected, keys = exact[:, [1]].topk(3, -1)
+    _close(top[0], expected, 2 * tolerance)
+    assert (top[1] == keys)[expected > 0].float().mean() > 0.99  # keys differ where values tie
     for dtype in (torch.float32, torch.float64):
         weights = torch.rand(call.n_samples, n_queries, dtype=dtype)
         weights[:, 1::5] = 0.0
@@ -170,6 +174,25 @@ def test_every_statistic_equals_its_definition(name: str) -> None:
         _close(call.received(weights, [5, 0]), received[:, [5, 0]], 2 * tolerance)
         _close(call.propagate(weights), received.mean(1), 2 * tolerance)
         _close(call.propagate(weights, [2]), received[:, 2], 2 * tolerance)
+
+
+@pytest.mark.parametrize("name", ["causal", "kept rows", "decode steps", "left padding", "sinks"])
+def test_distances_are_sums_over_placed_keys(name: str) -> None:
+    call = CALLS[name]()
+    exact = _exact(call)
+    places = torch.rand(call.n_keys, 2) * 50
+    places[1] = torch.nan
+    rows = call.query_positions + call.offset
+    apart = torch.cdist(places[rows].double(), places.double()).nan_to_num()
+    expected = (exact * apart).sum(-1)
+    found = call.distance(places)
+    assert found[:, :, rows == 1].isnan().all()
+    torch.testing.assert_close(
+        found.double().nan_to_num()[:, :, rows != 1],
+        expected[:, :, rows != 1],
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.usefixtures("way")

@@ -365,6 +365,55 @@ class AttentionCall:
             rows = (call._exact_rows(head, part, torch.float64) for part in parts)
             return torch.cat([kernels.row_entropy(each) for each in rows], 2)
 
+    def distance(
+        self,
+        places: Float[Tensor, "key axis"],
+        heads: Positions | None = None,
+        queries: Positions | None = None,
+    ) -> Float[Tensor, "sample head query"]:
+        """Return ``sum_j probs_ij |p_i - p_j|``, the mean distance from each query to its keys.
+
+        Keys without a place do not count, so that a mean over the others is this sum divided by
+        their ``mass``. The Euclidean distance is not a product of few values per query and per key,
+        so the probabilities are computed, in chunks of rows.
+
+        Args:
+            places: Coordinates of the keys in any unit; NaN for a key without a place.
+            heads: Heads, all if not given.
+            queries: Query positions of self-attention, all that the call holds if not given. The
+                distance of a query without a place is NaN.
+        """
+        head, row = self._head_index(heads), self.row_index(queries)
+        places = places.to(device=self.device, dtype=torch.float32)
+        placed = ~places.isnan().any(-1)
+        parts = []
+        for part in row.split(self._chunk(len(head))):
+            start = places[self.query_positions[part] + self.offset]
+            apart = torch.linalg.vector_norm(start[:, None] - places.nan_to_num(), dim=-1) * placed
+            probs = self._exact_rows(head, part).transpose(1, 2)
+            parts.append((probs @ apart[..., None])[..., 0].transpose(1, 2))
+        return torch.cat(parts, 2)
+
+    def top_keys(
+        self, k: int, heads: Positions | None = None, queries: Positions | None = None
+    ) -> tuple[Float[Tensor, "sample head query k"], Int[Tensor, "sample head query k"]]:
+        """Return the ``k`` largest probabilities of every row, and their keys, largest first.
+
+        If a query sees fewer than ``k`` keys, the others have a probability of 0.
+
+        Raises:
+            PositionError: ``k`` is not between 1 and the number of keys.
+        """
+        if not 1 <= k <= self.n_keys:
+            raise PositionError(
+                f"k must be between 1 and the number of keys, {self.n_keys}; got {k}."
+            )
+        head, row = self._head_index(heads), self.row_index(queries)
+        found = [
+            self._exact_rows(head, part).topk(k, -1) for part in row.split(self._chunk(len(head)))
+        ]
+        return torch.cat([f.values for f in found], 2), torch.cat([f.indices for f in found], 2)
+
     def propagate(
         self, vector: Float[Tensor, "sample query"], heads: Positions | None = None
     ) -> Float[Tensor, "sample key"]:
