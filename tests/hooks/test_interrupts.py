@@ -92,21 +92,22 @@ class Place(NamedTuple):
     Attributes:
         file: The file of the function that runs.
         function: The qualified name of the function.
-        call: The bytecode of the function that called a function written in C; None if the function
-            is being entered.
+        line: The line of the file that runs.
+        called: The function written in C that was called; None if the function is being entered.
     """
 
     file: str
     function: str
-    call: int | None
+    line: int
+    called: str | None
 
     @classmethod
-    def of(cls, frame: FrameType, event: str) -> Place | None:
+    def of(cls, frame: FrameType, event: str, arg: Any) -> Place | None:
         """Return the place of an event of ``sys.setprofile``; None if no handler is called."""
         if event not in ("call", "c_return"):
             return None
-        call = None if event == "call" else frame.f_lasti
-        return cls(frame.f_code.co_filename, frame.f_code.co_qualname, call)
+        called = None if event == "call" else arg.__qualname__
+        return cls(frame.f_code.co_filename, frame.f_code.co_qualname, frame.f_lineno, called)
 
 
 Profile = Callable[[FrameType, str, Any], None]
@@ -135,8 +136,8 @@ def places_of(run: Callable[[], object]) -> Counter[Place]:
     """Return the places at which a run can be interrupted, with their number of occurrences."""
     found: Counter[Place] = Counter()
 
-    def note(frame: FrameType, event: str, arg: Any) -> None:  # noqa: ARG001
-        place = Place.of(frame, event)
+    def note(frame: FrameType, event: str, arg: Any) -> None:
+        place = Place.of(frame, event, arg)
         if place is not None and any(part in place.file for part in PARTS):
             found[place] += 1
 
@@ -155,9 +156,10 @@ def interrupted(
     """
     left = occurrence
 
-    def count(frame: FrameType, event: str, arg: Any) -> None:  # noqa: ARG001
+    def count(frame: FrameType, event: str, arg: Any) -> None:
         nonlocal left
-        if frame.f_code.co_qualname == chosen.function and Place.of(frame, event) == chosen:
+        is_near = frame.f_code.co_qualname == chosen.function
+        if is_near and Place.of(frame, event, arg) == chosen:
             left -= 1
             if left == 0:
                 interrupt(frame)
