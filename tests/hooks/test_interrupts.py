@@ -50,7 +50,7 @@ OBSERVERS = (
 )
 PARTS = ("xmodal_interp/", "torch/overrides.py", "contextlib.py", "torch/nn/modules/module.py")
 """Parts of the names of the files in which the tests interrupt."""
-EXITS = ("_Recorder.exit", "UpdateShares._leave", "FunctionMode.end")
+EXITS = ("_Recorder.exit", "UpdateShares._leave", "FunctionMode.end", "_Observed.__call__")
 """Functions in which the tests interrupt everywhere; in the others, only with ``--all-types``."""
 UNDONE_LATER = ("Block.__exit__", "Block._restore")
 BLIP = "blip"  # its attention computes its own softmax: it is recorded by a TorchFunctionMode
@@ -71,6 +71,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             vars(AttentionInterface).get("__getitem__"),
         ),
         "observers": [(each.n_registered, each.active()) for each in OBSERVERS],
+        "in kernel": torch_attention._inside.get(),
         "deferring": contexts.DeferredSignals._is_open,
         "handlers": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)),
     }
