@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,16 @@ from torch.overrides import TorchFunctionMode
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.masks import hidden_below
+from xmodal_interp.contexts import DeferredSignals
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.attention_modules import Identity
 from xmodal_interp.hooks.raw_calls import RawCall
 from xmodal_interp.hooks.torch_attention import KERNEL, chunked, four_axes, kernel_call
-from xmodal_interp.upstream import active_function_modes, remove_function_mode
+from xmodal_interp.upstream import (
+    active_function_modes,
+    remove_function_mode,
+    restore_popped_mode,
+)
 
 SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
 _LINEAR_LAYERS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
@@ -44,6 +50,9 @@ CHUNKED_NOTE = f"{DENSE_NOTE}; keys are numbered within the chunk that each quer
 class FunctionMode(TorchFunctionMode):
     """A torch function mode that hooks can enter and exit, by ``begin`` and ``end``.
 
+    Both can be called repeatedly. After an interrupt in torch, ``end`` also makes sure that torch
+    does not put the mode back on its stack later, when the traceback is released.
+
     Args:
         before: Called before each torch function with the function, its arguments by position and
             by name.
@@ -55,18 +64,38 @@ class FunctionMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.before, self.after = before, after
+        self._has_begun = False
+
+    def register(self, stack: ExitStack) -> None:
+        """Enter the mode until the stack of a block is closed."""
+        stack.callback(self.end)
+        self.begin()
 
     def begin(self) -> None:
         """Enter the mode in this thread; do nothing if it is already active."""
         if not self._is_active():
+            self._has_begun = True
             self.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
         """Exit the mode, even if modes that were entered later are still active."""
         if self._is_active():
-            remove_function_mode(self)
+            is_innermost = active_function_modes()[-1] is self
+            # An interrupt while other modes are off the stack would lose them.
+            with nullcontext() if is_innermost else DeferredSignals():
+                remove_function_mode(self)
+        self._has_begun = False
 
     def _is_active(self) -> bool:
+        """Return whether the mode is on torch's stack.
+
+        A mode that has begun is missing there only after an interrupt.
+        """
+        if self._has_begun and not self._is_on_stack():
+            restore_popped_mode(self)
+        return self._is_on_stack()
+
+    def _is_on_stack(self) -> bool:
         return any(mode is self for mode in active_function_modes())
 
     def __torch_function__(

@@ -558,7 +558,6 @@ class _Recorder:
     def finish(self) -> None:
         """Give each call its keys, as views of the cache, and complete the recording."""
         self.mode.end()
-        self.mode.after = None  # an interrupt can leave an ended mode on torch's stack
         self.recording.calls += [kept.whole() for kept in self.kept]
         self.kept.clear()
         self.recording.unseen += self.known.missed_among(self.empty_holders)

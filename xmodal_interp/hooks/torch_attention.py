@@ -80,11 +80,11 @@ class _Observed:
     def __call__(self, *args: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling() or not _observers.active() or _inside.get():
             return self.function(*args, **options)
-        token = _inside.set(True)
         try:
+            _inside.set(True)  # in the try block, as an interrupt can arrive after it
             output = self.function(*args, **options)
         finally:
-            _inside.reset(token)
+            _inside.set(False)
         for observer in _observers.active():
             observer(self.name, args, options, output)
         return output

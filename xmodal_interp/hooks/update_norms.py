@@ -121,8 +121,9 @@ class UpdateShares:
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
         while any(run.block is block for run in self.running):
-            run = self.running.pop()
-            run.mode.end()
+            run = self.running[-1]
+            run.mode.end()  # before the run is forgotten, as an interrupt can arrive in between
+            self.running.pop()
             self._close(run)
 
     def _close(self, run: _BlockRun) -> None:

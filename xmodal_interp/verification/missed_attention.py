@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from xmodal_interp.contexts import Block
 from xmodal_interp.hooks.attention_modules import weighs_no_tokens
 from xmodal_interp.hooks.inline_attention import SOFTMAX, FunctionMode, along_last
 from xmodal_interp.hooks.known_modules import callers
@@ -44,7 +45,8 @@ def missed_modules(model: nn.Module, run: Callable[[], object], recording: Recor
     """
     without_matrix = {each.module for each in recording.without_matrix}
     accounted = {call.module for call in recording.calls} | without_matrix
-    with _AttentionFinder(model) as finder:
+    finder = _AttentionFinder(model)
+    with Block(finder.register):
         run()
     missed = {outer[0] for outer in finder.found if accounted.isdisjoint(outer)}
     for path in _blocks_without_calls(model, accounted):
