@@ -112,14 +112,15 @@ def fingerprint(vlm: VLM) -> dict[str, Any]:
 
 def _config(config: Any) -> Any:
     """Return a config without its path, and the attention backends, which are not in its JSON."""
-    subs = getattr(config, "sub_configs", {})
-    parts = {name: getattr(config, name, None) for name in subs}
-    backends = {
-        name: attention_backend(each)
-        for name, each in {"": config, **parts}.items()
-        if each is not None
-    }
+    backends = {name: attention_backend(each) for name, each in _parts(config).items()}
     return [portable(json.loads(config.to_json_string(use_diff=False))), backends]
+
+
+def _parts(config: Any) -> dict[str, Any]:
+    """Return a config under the empty name, and the configs in it by attribute."""
+    names = getattr(config, "sub_configs", {})
+    inside = {name: getattr(config, name, None) for name in names}
+    return {"": config} | {name: each for name, each in inside.items() if each is not None}
 
 
 def _processor(processor: Any) -> Any:
@@ -192,8 +193,7 @@ def _hooks(model: nn.Module) -> list[str]:
         found += [(f"{path}.{name}", hook) for name, hook in module_hooks(module)]
         forward = _replaced_forward(module)
         found += [(f"{path}.forward", forward)] if forward is not None else []
-    parts = {"": model.config} | {n: getattr(model.config, n, None) for n in _sub_configs(model)}
-    for backend in sorted({str(attention_backend(p)) for p in parts.values()}):
+    for backend in sorted({str(attention_backend(p)) for p in _parts(model.config).values()}):
         function = registered_function(backend)
         found += [(f"attention {backend!r}", function)] if function is not None else []
     return [
@@ -201,10 +201,6 @@ def _hooks(model: nn.Module) -> list[str]:
         for at, hook in found
         if _set_by_user(hook)
     ]
-
-
-def _sub_configs(model: Any) -> list[str]:
-    return list(getattr(model.config, "sub_configs", {}))
 
 
 def _replaced_forward(module: nn.Module) -> Any:

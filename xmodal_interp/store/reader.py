@@ -222,9 +222,7 @@ class StoredImage(Image.Image):
         return super().load()
 
 
-def read_sample(
-    folder: Path, *, verify: bool = True, verified: set[tuple[Path, int, int]] | None = None
-) -> Sample:
+def read_sample(folder: Path, *, verify: bool, verified: set[tuple[Path, int, int]]) -> Sample:
     """Return a stored sample; its tensors and pixels are read when they are accessed.
 
     Args:
@@ -236,8 +234,7 @@ def read_sample(
         StoreError: A file is missing, damaged or of another version.
     """
     record = read_record(folder)
-    known = set() if verified is None else verified
-    files = SampleFiles(folder, record["files"], verify, known)
+    files = SampleFiles(folder, record["files"], verify, verified)
     tokens = files.read_tokens()
     has_cross_keys = schema.CROSS_KEYS in record["files"]
     of_videos = record.get("video_grids", [])  # stores of releases without videos lack it
