@@ -29,7 +29,7 @@ from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.kernels import full_precision, product_eps
-from xmodal_interp.errors import CaptureError
+from xmodal_interp.errors import CaptureError, first_of
 from xmodal_interp.hooks.raw_calls import RawCall, other_readings
 
 _N_ROWS = 4  # rows that are compared, if the meaning of the arguments is defined
@@ -118,12 +118,11 @@ class ProbabilityCheck:
             return
         parts = [
             f"{name} differs by {each.error:.2g} (rounding explains {each.limit:.1g})"
-            for name, each in itertools.islice(self.differing.values(), 3)
+            for name, each in self.differing.values()
         ]
-        more = f" and {len(self.differing) - 3} more" if len(self.differing) > 3 else ""
         raise CaptureError(
             "Probabilities computed from the arguments of the attention function do not give its "
-            f"output: {', '.join(parts)}{more}. Load the model with another attn_implementation "
+            f"output: {first_of(parts, 3)}. Load the model with another attn_implementation "
             "('eager' if it is 'sdpa'), or leave these layers out with towers= or layers=."
         )
 

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from xmodal_interp.arguments import user_path
 from xmodal_interp.attention import AttentionCall, number, resolve, whole_slice
-from xmodal_interp.errors import InputError, NoSampleError, NotRecordedError, StoreError
+from xmodal_interp.errors import (
+    InputError,
+    NoSampleError,
+    NotRecordedError,
+    StoreError,
+    first_of,
+)
 from xmodal_interp.models import ImageGrid, Video, VideoGrid, open_image
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.store import schema
@@ -98,9 +104,8 @@ class Store(Sequence[Sample]):
             return [self._read(name) for name in self.names[whole_slice(index, "sample")]]
         if isinstance(index, str):
             if index not in self._known:
-                raise NotRecordedError(
-                    f"{self.path} has no sample {index!r}. It has {_names_there(self.names)}."
-                )
+                there = first_of([repr(name) for name in self.names]) or "no samples"
+                raise NotRecordedError(f"{self.path} has no sample {index!r}. It has {there}.")
             return self._read(index)
         if isinstance(index, (list, tuple)) and any(isinstance(one, str) for one in index):
             return [self[one] for one in index]
@@ -293,9 +298,3 @@ def _videos(files: SampleFiles, records: Sequence[Mapping[str, Any]]) -> tuple[V
     """Return the videos; an empty tuple if the frames of one are not available."""
     videos = [Video(_images(files, r["frames"]), r["fps"]) for r in records]
     return tuple(videos) if all(len(video) for video in videos) else ()
-
-
-def _names_there(names: Sequence[str]) -> str:
-    """Return the first few names of a store's samples, and the number of the others."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{', '.join(map(repr, names[:5])) or 'no samples'}{more}"
