@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import os
 import types
@@ -425,13 +426,10 @@ def attributes_of(value: Any) -> dict[str, Any]:
         name: each
         for name, each in attributes.items()
         if name not in _NO_STATE
-        and not isinstance(_of_class(value, name), functools.cached_property)
+        and not isinstance(
+            inspect.getattr_static(type(value), name, None), functools.cached_property
+        )
     }
-
-
-def _of_class(value: Any, name: str) -> Any:
-    """Return the class attribute of this name, or None; used to skip cached properties."""
-    return next((vars(kind)[name] for kind in type(value).__mro__ if name in vars(kind)), None)
 
 
 def _leaf(value: Any) -> Any:

@@ -21,7 +21,7 @@ from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.grid import Box
 from xmodal_interp.models.media import Video
 
-Picture = Image.Image | Video
+ImageOrVideo = Image.Image | Video
 """An image, or a video whose frames are processed one by one."""
 
 
@@ -39,17 +39,17 @@ def setting(processor: Any, name: str, default: Any = None, part: str = "image")
     return default if value is None else value
 
 
-def part_for(picture: Picture) -> str:
+def part_for(picture: ImageOrVideo) -> str:
     """Return the part of the processor that reads a picture: ``"image"`` or ``"video"``."""
     return "video" if isinstance(picture, Video) else "image"
 
 
-def settings_for(processor: Any, picture: Picture) -> Any:
+def settings_for(processor: Any, picture: ImageOrVideo) -> Any:
     """Return the image processor, or the video processor for a video."""
     return getattr(processor, f"{part_for(picture)}_processor")
 
 
-def shown(processor: Any, picture: Picture, width: int, height: int) -> Box:
+def shown(processor: Any, picture: ImageOrVideo, width: int, height: int) -> Box:
     """Return the part of a picture that its processed pixels (``width`` x ``height``) show.
 
     The box extends beyond the picture if the processor pads. Sizes are rounded as in the processor,
@@ -183,7 +183,7 @@ Layout = Callable[[Any, Image.Image], Tiling | None]
 """``(processor, image) -> tiling``; None if the image is not tiled."""
 
 
-def whole(picture: Picture) -> Box:
+def whole(picture: ImageOrVideo) -> Box:
     """Return the box of a whole image, or of a whole frame of a video, px."""
     width, height = picture.size
     return 0.0, 0.0, float(width), float(height)

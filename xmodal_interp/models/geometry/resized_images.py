@@ -26,7 +26,7 @@ from xmodal_interp.models.geometry.cells import (
 )
 from xmodal_interp.models.geometry.grid import Box, ImageGrid
 from xmodal_interp.models.geometry.processor_steps import (
-    Picture,
+    ImageOrVideo,
     check_count,
     own_function,
     setting,
@@ -83,7 +83,7 @@ class MergedPatches:
 
 
 def content_box(
-    processor: Any, picture: Picture, content: Content | None, rows: int, cols: int
+    processor: Any, picture: ImageOrVideo, content: Content | None, rows: int, cols: int
 ) -> Box:
     """Return the box of all patches of an image or of a frame, of which a part may be padding."""
     x0, y0, x1, y1 = whole(picture)
@@ -113,7 +113,9 @@ def within_patches(
     return width, height
 
 
-def within_tokens(processor: Any, picture: Picture, width: int, height: int) -> tuple[int, int]:
+def within_tokens(
+    processor: Any, picture: ImageOrVideo, width: int, height: int
+) -> tuple[int, int]:
     """Return the size of a picture enlarged only if it has too few tokens, then padded (GLM-5).
 
     The frames of a video are enlarged only if all of them together have too few tokens. The frames

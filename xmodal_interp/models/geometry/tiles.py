@@ -32,8 +32,8 @@ from xmodal_interp.models.geometry.cells import (
 )
 from xmodal_interp.models.geometry.grid import Box, ImageGrid
 from xmodal_interp.models.geometry.processor_steps import (
+    ImageOrVideo,
     Layout,
-    Picture,
     Tiling,
     even,
     fitted,
@@ -255,7 +255,7 @@ def large_on_canvas(processor: Any, image: Image.Image) -> Tiling | None:
     return even(rows, cols, whole(image))
 
 
-def slices(processor: Any, picture: Picture) -> Tiling | None:
+def slices(processor: Any, picture: ImageOrVideo) -> Tiling | None:
     """Return slices of an image, or of the frames of a video, too large for one slice (MiniCPM-V).
 
     The image processor cuts images, the video processor frames, each by its own settings.
