@@ -137,22 +137,19 @@ def _processor(processor: Any) -> Any:
 
 
 def _tokenizer(tokenizer: Any) -> Any:
-    """Return the vocabulary, rules and settings of a tokenizer."""
-    rules = (TOKENIZER_RULES, "sp_model")
+    """Return the vocabulary, rules and settings of a tokenizer.
+
+    The rules are those of a fast tokenizer: prompts are not labelled without its offsets.
+    """
     attributes = {
-        name: each for name, each in attributes_of(tokenizer).items() if name not in rules
+        name: each for name, each in attributes_of(tokenizer).items() if name != TOKENIZER_RULES
     }
     fast: Any = fast_tokenizer(tokenizer)
-    sentencepiece: Any = getattr(tokenizer, "sp_model", None)
-    serialized: Any = None
+    rules: Any = None
     if hasattr(fast, "to_str"):
         of_last_call = ("truncation", "padding")
-        serialized = {k: v for k, v in json.loads(fast.to_str()).items() if k not in of_last_call}
-    elif hasattr(sentencepiece, "serialized_model_proto"):
-        serialized = hashlib.sha256(sentencepiece.serialized_model_proto()).hexdigest()
-    elif hasattr(tokenizer, "get_vocab"):
-        serialized = tokenizer.get_vocab()
-    return [class_of(tokenizer), described(attributes), serialized]
+        rules = {k: v for k, v in json.loads(fast.to_str()).items() if k not in of_last_call}
+    return [class_of(tokenizer), described(attributes), rules]
 
 
 def _intervention(intervention: Any) -> str:
