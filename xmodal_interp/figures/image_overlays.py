@@ -52,6 +52,13 @@ Queries = Selector | Sequence[str | int]
 Facet = Literal["query", "layer", "head"]
 
 
+class GridOptions(AttentionOptions, total=False):
+    """Keyword arguments of every figure that ``overlay_grid`` draws; see there."""
+
+    image: int
+    path: FigurePath
+
+
 @checked
 @styled
 def overlay_grid(
@@ -150,10 +157,7 @@ def overlay(
     queries: Selector,
     layer: int = -1,
     head: Positions | None = None,
-    *,
-    image: int = 0,
-    path: FigurePath = None,
-    **options: Unpack[AttentionOptions],
+    **options: Unpack[GridOptions],
 ) -> Picture:
     """Draw a phrase's attention on the image: the mean of its tokens, in one layer.
 
@@ -162,13 +166,9 @@ def overlay(
         queries: A phrase of the prompt or the answer, or positions.
         layer: Layer index; negative ones count from the last.
         head: A head, or several to average; all heads are averaged if not given.
-        image: Index of the image.
-        path: Where to save the figure.
-        **options: Drawing options; see ``OverlayOptions``.
+        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
-    return overlay_grid(
-        sample, queries, [layer], head, columns=None, image=image, path=path, **options
-    )
+    return overlay_grid(sample, queries, [layer], head, columns=None, **options)
 
 
 @checked
@@ -177,10 +177,7 @@ def overlays(
     queries: Queries | None = None,
     layer: int = -1,
     head: Positions | None = None,
-    *,
-    image: int = 0,
-    path: FigurePath = None,
-    **options: Unpack[AttentionOptions],
+    **options: Unpack[GridOptions],
 ) -> Picture:
     """Draw the attention of each text token on the image, with one panel per token.
 
@@ -191,11 +188,9 @@ def overlays(
             not given, all text after the image, generated tokens included.
         layer: Layer index; negative ones count from the last.
         head: A head, or several to average; all heads are averaged if not given.
-        image: Index of the image.
-        path: Where to save the figure.
-        **options: Drawing options; see ``OverlayOptions``.
+        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
-    return overlay_grid(sample, queries, [layer], head, image=image, path=path, **options)
+    return overlay_grid(sample, queries, [layer], head, **options)
 
 
 @checked
@@ -204,10 +199,7 @@ def head_overlays(
     queries: Selector,
     layer: int = -1,
     heads: Positions | None = None,
-    *,
-    image: int = 0,
-    path: FigurePath = None,
-    **options: Unpack[AttentionOptions],
+    **options: Unpack[GridOptions],
 ) -> Picture:
     """Draw a phrase's attention on the image for each head of a layer, and for their mean.
 
@@ -216,13 +208,9 @@ def head_overlays(
         queries: A phrase or positions; their attention is averaged.
         layer: Layer index; negative ones count from the last.
         heads: Heads; all if not given.
-        image: Index of the image.
-        path: Where to save the figure.
-        **options: Drawing options; see ``OverlayOptions``.
+        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
-    return overlay_grid(
-        sample, queries, [layer], heads, columns="head", image=image, path=path, **options
-    )
+    return overlay_grid(sample, queries, [layer], heads, columns="head", **options)
 
 
 @checked
@@ -231,10 +219,7 @@ def layer_overlays(
     queries: Selector,
     layers: Sequence[int] | None = None,
     head: Positions | None = None,
-    *,
-    image: int = 0,
-    path: FigurePath = None,
-    **options: Unpack[AttentionOptions],
+    **options: Unpack[GridOptions],
 ) -> Picture:
     """Draw a phrase's attention on the image, with one panel per layer.
 
@@ -243,13 +228,9 @@ def layer_overlays(
         queries: A phrase or positions; their attention is averaged.
         layers: Layers, such as ``[-4, -3, -2, -1]``; all recorded layers if not given.
         head: A head, or several to average; all heads are averaged if not given.
-        image: Index of the image.
-        path: Where to save the figure.
-        **options: Drawing options; see ``OverlayOptions``.
+        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
-    return overlay_grid(
-        sample, queries, layers, head, columns="layer", image=image, path=path, **options
-    )
+    return overlay_grid(sample, queries, layers, head, columns="layer", **options)
 
 
 @checked
@@ -258,10 +239,7 @@ def token_head_grid(
     queries: Queries | None = None,
     layer: int = -1,
     heads: Positions | None = None,
-    *,
-    image: int = 0,
-    path: FigurePath = None,
-    **options: Unpack[AttentionOptions],
+    **options: Unpack[GridOptions],
 ) -> Picture:
     """Draw the attention of each text token in each head: tokens in rows, heads in columns.
 
@@ -272,18 +250,9 @@ def token_head_grid(
         queries: As for ``overlays``.
         layer: Layer index; negative ones count from the last.
         heads: Heads; all if not given.
-        image: Index of the image.
-        path: Where to save the figure.
-        **options: Drawing options; see ``OverlayOptions``.
+        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
-    return overlay_grid(
-        *(sample, queries, [layer], heads),
-        rows="query",
-        columns="head",
-        image=image,
-        path=path,
-        **options,
-    )
+    return overlay_grid(sample, queries, [layer], heads, rows="query", columns="head", **options)
 
 
 @checked

@@ -14,7 +14,6 @@ from itertools import groupby
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.transforms import BboxTransformTo, ScaledTranslation, blended_transform_factory
 
@@ -118,7 +117,7 @@ def draw_matrix(
     columns: AxisLabels,
     scale: ColorScale,
     inches: tuple[float, float],
-) -> AxesImage:
+) -> None:
     """Draw a matrix ``[row, column]`` with its labels; NaN has the colour of hidden cells.
 
     Args:
@@ -132,7 +131,7 @@ def draw_matrix(
     wide, tall = columns.widths(inches[0]), rows.widths(inches[1])
     spread = np.repeat(np.repeat(np.asarray(values, dtype=float), tall, axis=0), wide, axis=1)
     x, y = np.concatenate([[0], wide.cumsum()]), np.concatenate([[0], tall.cumsum()])
-    drawn = axes.imshow(
+    axes.imshow(
         scale.drawn(spread),
         norm=scale.norm,
         cmap=scale.cmap,
@@ -154,7 +153,6 @@ def draw_matrix(
             ncols=len(unnamed),
             borderaxespad=0,
         )
-    return drawn
 
 
 def name_blocks(

@@ -145,16 +145,7 @@ def _as_thumbnail(placed: PlacedImage) -> PlacedImage:
     grid, view = placed.grid, placed.grid.thumbnail
     if view is None or (grid.places[:, 0] >= 0).any():
         return placed
-    shown = replace(
-        grid,
-        rows=view.rows,
-        cols=view.cols,
-        places=view.places,
-        patch_rows=view.patch_rows,
-        patch_cols=view.patch_cols,
-        patch_places=view.patch_places,
-        thumbnail=None,
-    )
+    shown = replace(grid, **vars(view), thumbnail=None)
     return replace(placed, grid=shown, unit="thumbnail token")
 
 

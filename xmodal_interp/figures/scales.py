@@ -52,8 +52,7 @@ SHOW_LABELS = {
 
 _HIDDEN_DARK = "#8a8a8a"  # hidden cells on scales whose middle is white
 
-# opacity over an image of the weakest values and of the strongest
-_FAINT, _STRONG = 0.0, 0.95
+_STRONG = 0.95  # opacity of the strongest values over an image; the weakest are transparent
 
 _BAR_HEIGHT = 2.6  # largest height of a colour bar, inches
 
@@ -122,7 +121,7 @@ class ColorScale:
             np.linspace(0, 1, 256)
         )
         strength = np.abs(np.linspace(-1, 1, 256)) if self.diverging else np.linspace(0, 1, 256)
-        colors[:, 3] = _FAINT + (_STRONG - _FAINT) * strength
+        colors[:, 3] = _STRONG * strength
         alpha = colors[:, 3:]
         opaque = colors[:, :3] * alpha + (1 - alpha) * sum(ground) / 2 / 255
         over = ListedColormap(colors).with_extremes(

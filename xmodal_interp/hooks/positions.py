@@ -124,7 +124,8 @@ class Selection:
                     f"{mask.shape[1]} entries."
                 )
         else:
-            numbers = _numbers(self.slice, self.numbers, stop)
+            whole = torch.arange(stop)
+            numbers = whole[self.slice] if self.numbers is None else self.numbers
             if len(numbers) not in (0, stop):
                 _refuse_padding(like.shape[0], batch)
             mask = torch.zeros(1, stop, dtype=torch.bool)
@@ -197,12 +198,6 @@ def _positions_in(batch: RunningBatch, number: int, selector: Any) -> list[int]:
         row = np.flatnonzero(row)
     _refuse_negative(row.tolist())
     return row.tolist()
-
-
-def _numbers(part: slice | None, numbers: Tensor | None, stop: int) -> Int[Tensor, " position"]:
-    if part is not None:
-        return torch.tensor(range(stop)[part], dtype=torch.long)
-    return torch.zeros(0, dtype=torch.long) if numbers is None else numbers
 
 
 def _is_nested(positions: Any) -> bool:

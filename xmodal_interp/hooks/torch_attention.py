@@ -375,20 +375,17 @@ def _mask(given: Mapping[str, Any], n_heads: int, n_samples: int, n_keys: int) -
         return None
     missing = n_keys - parts[0].shape[-1]  # keys that the function adds itself are always visible
     if all(part.dtype == torch.bool for part in parts):
-        seen = [functional.pad(~part, (0, missing), value=True) for part in parts]
-        return seen[0] if len(seen) == 1 else seen[0] & seen[1]
+        hidden = functools.reduce(torch.logical_or, parts)
+        return functional.pad(~hidden, (0, missing), value=True)
     added = [
-        functional.pad(
-            torch.zeros(part.shape, dtype=torch.float32, device=part.device).masked_fill(
-                part, -torch.inf
-            )
-            if part.dtype == torch.bool
-            else part,
-            (0, missing),
+        torch.zeros(part.shape, dtype=torch.float32, device=part.device).masked_fill(
+            part, -torch.inf
         )
+        if part.dtype == torch.bool
+        else part
         for part in parts
     ]
-    return added[0] if len(added) == 1 else added[0] + added[1]
+    return functional.pad(functools.reduce(torch.add, added), (0, missing))
 
 
 def _call(

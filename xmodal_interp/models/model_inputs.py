@@ -155,8 +155,8 @@ def with_answer(
             if name in inputs:
                 value = inputs[name]
                 at = min(last_text, value.shape[1] - 1)
-                new = _type_of_new(model, name, value[:, at : at + 1])
-                longer[name] = torch.cat([value, new.repeat_interleave(n, 1)], 1)
+                grown = grown_argument(model, name, value[:, at : at + 1])
+                longer[name] = torch.cat([value, grown[:, -1:].repeat_interleave(n, 1)], 1)
         for name in _IMAGE_MARKS:
             if name in inputs:
                 value = inputs[name]
@@ -201,12 +201,6 @@ def prompt_ids(inputs: Mapping[str, Any]) -> Tensor:
     """Return the ids of the prompt, ``[sample, position]``; those of the decoder if it has any."""
     ids: Tensor = inputs.get(DECODER_IDS, inputs.get("input_ids"))
     return ids
-
-
-def _type_of_new(model: Any, name: str, before: Tensor) -> Tensor:
-    """Return the token type of a generated position after type ``before``, ``[sample, 1]``."""
-    grown: Tensor = grown_argument(model, name, before)
-    return grown[:, -1:]
 
 
 def _mask(mask: Tensor | None, index: int, length: int) -> list[bool]:
