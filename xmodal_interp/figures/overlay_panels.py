@@ -180,22 +180,19 @@ def panel_figure(
         _note(placed, [panel for row in rows for panel in row], options),
     )
     grid = picture.subplots(len(rows), n_cols, squeeze=False)
-    parents: dict[int, list[tuple[int, Axes]]] = {id(scale): [] for scale in scales}
+    drawn: dict[int, list[Axes]] = {id(scale): [] for scale in scales}
     for (r, c), axes in np.ndenumerate(grid):
         if c >= len(rows[r]):
             axes.remove()
             continue
         _draw_panel(axes, placed, rows[r][c], options, width)
-        parents.get(id(rows[r][c].scale), []).append((c, axes))
+        drawn.get(id(rows[r][c].scale), []).append(axes)
         axes.xaxis.set_visible(False)
         axes.yaxis.set_visible(bool(row_titles) and c == 0)
         if row_titles and c == 0:
             axes.set_ylabel(escaped(row_titles[r]), rotation=0, ha="right", va="center")
     for scale in scales:
-        found = parents[id(scale)]
-        # only the corners: the layout measures the colour bar once per panel that it belongs to
-        corners = (found[0], found[-1], max(found, key=lambda each: each[0]))
-        scale.bar(picture, list(dict.fromkeys(axes for _, axes in corners)), tall)
+        scale.bar(picture, drawn[id(scale)], tall)
     return picture
 
 
