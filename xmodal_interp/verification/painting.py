@@ -165,7 +165,7 @@ def _first_keys(vlm: VLM, prompt: str, picture: Image.Image) -> _Keys:
 
 
 def _is_first(module: str) -> bool:
-    """Whether a module is in the first block of its stack, so no attention runs before it."""
+    """Return whether a module is in the first block of its stack; no attention runs before it."""
     return all(int(number) == 0 for number in re.findall(r"(?<=\.)\d+(?=\.|$)", module))
 
 

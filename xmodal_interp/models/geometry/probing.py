@@ -117,8 +117,8 @@ def probed(process: Process, size: tuple[int, int]) -> list[Pixels]:
         }
         if len({array.shape for array in arrays.values()}) > 1:
             raise GeometryError(
-                f"The processor returns {name} of another shape for another image of the same "
-                "size, so its geometry depends on what the image shows. Turn off its cropping."
+                f"The processor returns {name} of different shapes for images of one size, so its "
+                "geometry depends on the content of the image. Turn off its cropping."
             )
         if not torch.equal(value, white[name]):
             found.append(_measured(name, arrays, size))
@@ -172,7 +172,7 @@ def _measured(name: str, arrays: Mapping[str, np.ndarray], size: tuple[int, int]
         raise GeometryError(
             f"The processor is not linear: {name} of the mean of two images differs by "
             f"{worst:.0f} of 255 levels from the mean of their {name}, so its geometry depends on "
-            "what the image shows. Turn off its cropping."
+            "the content of the image. Turn off its cropping."
         )
     x, y = (
         length * ((level[key] + 255 - level[f"-{key}"]) / 2 - LOWEST) / (HIGHEST - LOWEST)
@@ -234,7 +234,7 @@ def _cut(
 
 
 def _lines(values: Float[np.ndarray, "patch value"], name: str) -> Float[np.ndarray, "patch line"]:
-    """Return the mean of each column of pixels (or row) of flattened patches.
+    """Return the mean of each column (or each row) of pixels of flattened patches.
 
     The order of values in a patch is unknown. Values of one column are those with the same distance
     from the middle of the patch.
