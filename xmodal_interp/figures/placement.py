@@ -70,7 +70,7 @@ class PlacedImage:
         return without
 
     def on_cells(self, values: np.ndarray, *, mean: bool = False) -> np.ndarray:
-        """Convert values per key, ``[..., key]``, to values per cell; NaN where no key has one.
+        """Convert values per key, ``[..., key]``, to values per cell; NaN if its keys have none.
 
         Args:
             values: Values on keys. Each is distributed over the key's cells.

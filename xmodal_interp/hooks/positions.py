@@ -157,7 +157,7 @@ class Selection:
         if n_positions is not None and n_positions < longest:
             raise CaptureError(
                 f"A selector, such as a phrase, refers to the {longest} tokens of the sample, but "
-                f"this layer has only the {n_positions} positions of an encoder or decoder. Give "
+                f"this layer has only the {n_positions} positions of its encoder or decoder. Give "
                 "positions as numbers."
             )
         mask = torch.zeros(

@@ -133,7 +133,7 @@ def tokens_of(found: Sequence[Pixels], n_tokens: int) -> tuple[Cells, tuple[str,
 
 
 def _side(pixels: Pixels, n_tokens: int) -> int | None:
-    """Return the side of the squares of tiles, if there are as many as tokens."""
+    """Return the side of the squares into which tiles are divided, one per token, or None."""
     if not pixels.in_tiles:
         return None
     x, _ = pixels.tiles

@@ -262,7 +262,7 @@ def _lines(values: Float[np.ndarray, "patch value"], name: str) -> Float[np.ndar
 
 
 def _steps(lines: Float[np.ndarray, "patch line"]) -> Float[np.ndarray, " patch"]:
-    """Return the length that one column of each patch shows, px; NaN if not two are known."""
+    """Return the length that a column of each patch shows, px; NaN if fewer than 2 are known."""
     half = max(lines.shape[1] // 2, 1)
     return _typical((lines[:, half:] - lines[:, :-half]) / half)
 
@@ -274,8 +274,8 @@ def _views(
 ) -> Int[np.ndarray, " patch"]:
     """Group patches by the width and height that a pixel of them shows; smallest first.
 
-    The patches of a tile are in one view, unless there is only one tile. A patch that shows too
-    little of the image for a step to be known is in the view with the most similar other step.
+    The patches of a tile are in one view, unless there is only one tile. A patch at the edge of the
+    image may have only one known step; it is in the view whose step is most similar.
     """
     ratio = OF_PATCHES
     if len(set(tiles.tolist())) > 1:
