@@ -17,6 +17,7 @@ from xmodal_interp import figures
 from xmodal_interp.errors import GeometryError, InputError, LayerError
 from xmodal_interp.figures.placement import placed_image
 from xmodal_interp.figures.scales import check_show, color_scale
+from xmodal_interp.figures.style import panel_name
 from xmodal_interp.sample import Sample
 
 
@@ -131,20 +132,38 @@ def test_grids_over_samples_refuse_one_sample_and_different_entries() -> None:
     with pytest.raises(InputError) as many:
         figures.overlay_grid({"a": one}, "red")
     assert str(many.value) == "sample must be one Sample, such as store[0]; got a dict."
-    for facet, counts, name in (("layer", (4, 1), "layers"), ("query", (9, 3), "queries")):
-        samples = {"a": one, "b": fake()}
+    other = fake()
+    names = [panel_name(each, [len(each) - 2]) for each in (one, other)]
+    for facet, options, message in (
+        (
+            "layer",
+            {"queries": slice(8, 10), "layers": None},
+            "layer: 'a' has layer 0, layer 1, layer 2, layer 3; 'b' has layer 0. Choose layers=",
+        ),
+        (
+            "head",
+            {"queries": 9, "layers": [0], "heads": [-1]},
+            "head: 'a' has head 7; 'b' has head 3. Choose heads=",
+        ),
+        (
+            "query",
+            {"queries": [-2], "layers": [0]},
+            f"query: 'a' has {names[0]}; 'b' has {names[1]}. Choose queries=",
+        ),
+    ):
         with pytest.raises(InputError) as error:
-            figures.overlay_grid(
-                samples,
-                None if facet == "query" else slice(8, 10),
-                None if facet == "layer" else [0],
-                rows=facet,
-                columns="sample",
-            )
+            figures.overlay_grid({"a": one, "b": other}, rows=facet, columns="sample", **options)
         assert str(error.value) == (
-            f"All samples must have the same number of panels per {facet}: the first has "
-            f"{counts[0]}, 'b' has {counts[1]}. Choose {name}= that all samples have."
+            f"All samples must have the same panels by {message} that give the same panels."
         )
+
+
+def test_the_title_of_a_grid_over_samples_names_what_differs() -> None:
+    samples = {"a": sample_of("llava"), "b": fake()}
+    figure = figures.overlay_grid(samples, [-1], rows="sample", columns=None)
+    said = words(figure).replace("\n", " ")
+    assert "2 samples" in said
+    assert "language layer 3 / language layer 0, mean of 8 heads / mean of 4 heads" in said
 
 
 def test_masked_tokens_are_transparent_not_zero() -> None:

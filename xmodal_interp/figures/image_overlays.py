@@ -8,7 +8,7 @@ pixels that it covers. Parts of the image that no token covers are dimmed and ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex, Unpack, get_args
 
@@ -52,7 +52,7 @@ Queries = Selector | Sequence[str | int]
 
 Facet = Literal["query", "layer", "head", "sample"]
 
-_ARGUMENT = {"query": "queries", "layer": "layers", "head": "heads"}
+_ARGUMENT: Mapping[Facet, str] = {"query": "queries", "layer": "layers", "head": "heads"}
 
 
 @checked
@@ -102,13 +102,12 @@ def overlay_grid(
         _read(each, queries, layers, heads, image, facets, drawing) for each in samples.values()
     ]
     first = read[0]
-    for name, other in zip(samples, read, strict=True):
-        _refuse_other_entries(facets, first, other, name)
+    _refuse_other_entries(facets, dict(zip(samples, read, strict=True)))
     # what the rows or columns of each facet select, by title
     entries: dict[Facet | None, list[tuple[str, dict[str, Any]]]] = {
         None: [(first.phrase if facets == {None} else "", {})],
         "query": [(name, {"query": i}) for i, name in enumerate(first.queries)],
-        "layer": [(f"layer {one.call.layer}", {"layer": i}) for i, one in enumerate(first.layers)],
+        "layer": [(name, {"layer": i}) for i, name in enumerate(_titles(first, "layer"))],
         "head": _head_entries(first.layers[0]),
         "sample": [(title, {"number": i}) for i, title in enumerate(samples)],
     }
@@ -144,14 +143,15 @@ def overlay_grid(
         ]
     elif rows is None:
         shown, row_titles = in_rows([Panel(first.placed.name), *panels]), []
+    calls = [one.layers[0].call for one in read]
     where = [
-        *([first.phrase] if first.phrase and facets != {None} else []),
-        "layer by layer" if "layer" in facets else layer_name(first.layers[0].call),
-        "head by head" if "head" in facets else heads_name(first.layers[0].call, heads),
+        *([] if facets == {None} else [_joined(one.phrase for one in read)]),
+        "layer by layer" if "layer" in facets else _joined(layer_name(call) for call in calls),
+        "head by head" if "head" in facets else _joined(heads_name(call, heads) for call in calls),
     ]
     asked = dict.fromkeys(about(each) for each in samples.values())
-    title = f"{next(iter(asked)) if len(asked) == 1 else f'{len(samples)} samples'}\n"
-    title += ", ".join(where)
+    title = next(iter(asked)) if len(asked) == 1 else f"{len(samples)} samples"
+    title += f"\n{', '.join(text for text in where if text)}"
     return saved(panel_figure(first.placed, shown, drawing, title, row_titles), path)
 
 
@@ -439,18 +439,32 @@ def _read(
     )
 
 
-def _refuse_other_entries(facets: set[Facet | None], first: _Read, other: _Read, name: str) -> None:
-    """Raise InputError if a sample has other layers, heads or queries than the first sample."""
-    for facet, n, n_first in (
-        ("layer", len(other.layers), len(first.layers)),
-        ("head", len(_head_entries(other.layers[0])), len(_head_entries(first.layers[0]))),
-        ("query", len(other.queries), len(first.queries)),
-    ):
-        if facet in facets and n != n_first:
+def _refuse_other_entries(facets: set[Facet | None], read: Mapping[str, _Read]) -> None:
+    """Raise InputError if a facet would have other panels in one sample than in the first."""
+    for facet, argument in _ARGUMENT.items():
+        titles = {name: _titles(one, facet) for name, one in read.items()}
+        first = next(iter(titles))
+        other = next((name for name in titles if titles[name] != titles[first]), None)
+        if facet in facets and other is not None:
             raise InputError(
-                f"All samples must have the same number of panels per {facet}: the first has "
-                f"{n_first}, {name!r} has {n}. Choose {_ARGUMENT[facet]}= that all samples have."
+                f"All samples must have the same panels by {facet}: {first!r} has "
+                f"{', '.join(titles[first])}; {other!r} has {', '.join(titles[other])}. Choose "
+                f"{argument}= that give the same panels."
             )
+
+
+def _joined(texts: Iterable[str]) -> str:
+    """Return texts of several samples as one, each different text once."""
+    return " / ".join(dict.fromkeys(texts))
+
+
+def _titles(read: _Read, facet: Facet) -> list[str]:
+    """Return the titles of a sample's panels by a facet."""
+    if facet == "query":
+        return list(read.queries)
+    if facet == "head":
+        return [title for title, _ in _head_entries(read.layers[0])]
+    return [f"layer {one.call.layer}" for one in read.layers]
 
 
 def _attention_panel(
