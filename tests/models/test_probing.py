@@ -108,7 +108,7 @@ def test_a_processor_that_crops_to_the_content_is_refused() -> None:
     ) as error:
         probed(process, (64, 128))
     assert str(error.value).endswith(
-        "so its geometry depends on the content of the image. Turn off its cropping."
+        "so its geometry depends on what the image shows. Turn off its cropping."
     )
 
 

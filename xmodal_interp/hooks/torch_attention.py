@@ -123,7 +123,7 @@ def unhooked_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_torch_attention(module: nn.Module) -> bool:
-    """Return whether a module runs torch's own attention code, which checks for modes and hooks."""
+    """Whether a module runs torch's own attention code, which checks for modes and hooks."""
     owner = next((kind for kind in _TORCH_MODULES if isinstance(module, kind)), None)
     forward = type(module).forward
     return owner is not None and (forward is owner.forward or "super" in forward.__code__.co_names)

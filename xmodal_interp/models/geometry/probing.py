@@ -172,7 +172,7 @@ def _measured(name: str, arrays: Mapping[str, np.ndarray], size: tuple[int, int]
         raise GeometryError(
             f"The processor is not linear: {name} of the mean of two images differs by "
             f"{worst:.0f} of 255 levels from the mean of their {name}, so its geometry depends on "
-            "the content of the image. Turn off its cropping."
+            "what the image shows. Turn off its cropping."
         )
     x, y = (
         length * ((level[key] + 255 - level[f"-{key}"]) / 2 - LOWEST) / (HIGHEST - LOWEST)

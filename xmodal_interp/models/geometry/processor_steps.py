@@ -303,10 +303,7 @@ def longest_edge(processor: Any, image: Image.Image) -> Tiling | None:
 
 
 def _to_longest_edge(width: int, height: int, longest: int) -> tuple[int, int]:
-    """Return the size with this longer side and the same aspect ratio, limited as the processor's.
-
-    The shorter side is made even before the limit is applied.
-    """
+    """Return width and height with the aspect ratio kept, the shorter side even, and bounded."""
     aspect = width / height
     if width >= height:
         width, height = longest, int(longest / aspect)
