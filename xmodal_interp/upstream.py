@@ -69,7 +69,7 @@ def attention_with_logsumexp(
 # What torch runs
 
 FORWARD_FUNCTIONS = ("forward", "_call_impl")
-"""Names of the functions that run during a call of a module, for a look at the call stack."""
+"""Names of the functions that run during a call of a module, as found on the call stack."""
 
 
 def is_recomputing() -> bool:

@@ -119,8 +119,8 @@ def test_a_size_that_depends_on_the_content_is_refused() -> None:
     with pytest.raises(GeometryError) as error:
         probed(process, (64, 128))
     assert str(error.value) == (
-        "The processor returns pixel_values of another shape for another image of the same size, "
-        "so its geometry depends on what the image shows. Turn off its cropping."
+        "The processor returns pixel_values of different shapes for images of one size, so its "
+        "geometry depends on the content of the image. Turn off its cropping."
     )
 
 

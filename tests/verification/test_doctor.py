@@ -402,7 +402,7 @@ def test_rows_of_one_token_only_are_skipped() -> None:
     checkup = xi.doctor(of_mistral(), inputs={"input_ids": ids, "attention_mask": mask})
     assert checkup.ok
     row = check_of(checkup, TAP)
-    assert (row["verdict"], row["note"]) == ("skipped", "each query sees one key only")
+    assert (row["verdict"], row["note"]) == ("skipped", "each query has only one visible key")
 
 
 def test_a_family_with_a_wrong_image_token_fails() -> None:

@@ -212,7 +212,7 @@ def _replaced_forward(module: nn.Module) -> Any:
 
 
 def _set_by_user(hook: Any) -> bool:
-    """Whether a hook was set by the user, not by a library such as accelerate."""
+    """Return whether a hook was set by the user, not by a library such as accelerate."""
     function = hook.func if isinstance(hook, functools.partial) else hook
     where = getattr(function, "__module__", None) or type(function).__module__
     return not str(where).startswith(LIBRARIES)

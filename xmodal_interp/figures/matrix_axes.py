@@ -185,7 +185,7 @@ def name_blocks(
 
 
 def legible_side(labels: AxisLabels, least: float, most: float) -> float:
-    """Return the inches at which all names are legible, or ``least`` if they exceed ``most``."""
+    """Return the side, in inches, at which all names are legible; ``least`` if above ``most``."""
     needed = sum(bool(name) for name in labels.names) * _PITCH
     needed = needed / _MOST_FOR_NAMES if "" in labels.names else needed
     return float(max(least, needed)) if needed <= most else least
@@ -246,7 +246,7 @@ def _label(
 
 
 def _parted(neighbours: Sequence[tuple[Run, float]]) -> bool:
-    """Return whether two adjacent runs, given with their inches, are wide enough for a line."""
+    """Return whether two adjacent runs, given with their widths, have room for a line."""
     ends_image = any(run.group.startswith("image") and wide >= 0.5 for run, wide in neighbours)
     return all(wide > 0 and (ends_image or wide >= _LEAST_FOR_LINES) for _, wide in neighbours)
 

@@ -132,7 +132,7 @@ def module_of(model: Any) -> nn.Module:
 
 
 def weighs_no_tokens(module: nn.Module) -> bool:
-    """Whether the name of a module's class shows that its attention is not over tokens.
+    """Return whether the name of a module's class shows that its attention is not over tokens.
 
     Such a module may call attention functions to mix states of earlier layers, for example.
     """

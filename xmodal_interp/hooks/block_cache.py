@@ -80,7 +80,7 @@ def _remember_blocks(model: nn.Module, stack: ExitStack) -> BlockOutputs:
 
 
 def replay(outputs: dict[nn.Module, Any]) -> Block[None]:
-    """Return a ``with`` block in which modules return the given outputs instead of running."""
+    """Return a context manager in which modules return the given outputs instead of running."""
     return Block(partial(_replay, outputs))
 
 

@@ -44,7 +44,7 @@ _FAR_BELOW = 1e3  # a score this far below the largest of its row is masked
 _NO_SCORE = -1e8  # below this, a row's largest score is masked: Gemma 4 masks with -1e9
 
 DENSE_NOTE = "probabilities as the module computed them; queries and keys were not recorded"
-CHUNKED_NOTE = f"{DENSE_NOTE}; keys are numbered within the chunk that each query sees"
+CHUNKED_NOTE = f"{DENSE_NOTE}; keys are numbered within the chunk of each query"
 
 
 class FunctionMode(TorchFunctionMode):
@@ -121,7 +121,7 @@ class SoftmaxCall:
 
     Attributes:
         probs: The probabilities. Rows without a visible key are NaN.
-        visible: True where a query sees a key; None if every query sees every key.
+        visible: True where a query may attend to a key; None if it is True everywhere.
         note: The note of the recorded call.
         output: The result of the softmax; kept so that its memory is not reused.
         is_mixed: Whether a layer with weights mixed the probabilities before the product with the
@@ -207,7 +207,7 @@ def refuse_mixture(name: str, calls: Iterable[ObservedCall]) -> None:
 
 
 def along_last(output: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
-    """Whether a softmax is over the last axis of a tensor with at least three axes."""
+    """Return whether a softmax is over the last axis of a tensor with at least three axes."""
     dim = options.get("dim", args[1] if len(args) > 1 else None)
     return output.ndim > 2 and dim in (-1, output.ndim - 1)
 

@@ -104,7 +104,7 @@ class ProbabilityCheck:
         return call
 
     def _is_skipped(self, call: AttentionCall, group: Any) -> bool:
-        """Whether the comparison of a decode step is skipped to save time.
+        """Return whether the comparison of a decode step is skipped to save time.
 
         The first steps of each layer are compared, then every eighth one, at different steps in
         different layers. All steps are compared if the most likely reading was wrong.
@@ -210,7 +210,10 @@ def weighted(
 
 
 def comparable(raw: RawCall, call: AttentionCall) -> bool:
-    """Whether the output can be compared with ``P V``: it covers all queries, without dropout."""
+    """Return whether the output can be compared with ``P V``.
+
+    It must cover all queries and be computed without dropout.
+    """
     if raw.output is None or raw.output.ndim != 4 or call.q is None or call.rows is not None:
         return False
     expected = (call.n_queries, call.n_heads, raw.value.shape[-1])
@@ -226,7 +229,7 @@ def _group(raw: RawCall, call: AttentionCall) -> Any:
 
 
 def _has_defined_meaning(raw: RawCall) -> bool:
-    """Whether the function is one of torch or transformers, so the meaning of a mask is defined."""
+    """Return whether the function is one of torch or transformers, which define their masks."""
     module = getattr(raw.function, "__module__", None) or ""
     return raw.function is None or module.startswith("transformers.")
 

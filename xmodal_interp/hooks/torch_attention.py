@@ -22,7 +22,7 @@ how torch's own modules are observed:
   encoder layer, one of its modules has a hook. The fused kernels round differently, so these
   modules get no mode and no hook (:func:`unhooked_modules`); their ``forward`` is wrapped instead.
 * An encoder in evaluation mode converts a padded batch to a nested tensor, so the attention
-  receives samples of different lengths. They are padded here; padding queries see no key.
+  receives samples of different lengths. They are padded here; padding queries have no visible key.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def kernel_call(
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Operands ``[sample, head, block, position, d_head]``: a query sees the keys of its own block.
+    """Operands ``[sample, head, block, position, d_head]``; queries attend within their block.
 
     They are converted to ``[sample, head, position, d_head]`` and a mask that hides the other
     blocks. The positions have the order of the module's input. The operands are views of it, so

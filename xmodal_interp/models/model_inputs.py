@@ -140,7 +140,7 @@ def with_answer(
         model: The model; its ``_update_model_kwargs_for_generation`` gives the token types.
         inputs: Inputs of the prompts, ``[sample, position]``.
         ids: Token ids of the answer.
-        last_text: The last text position of the prompt, from whose token type the answer's follows.
+        last_text: The last text position of the prompt; its token type determines the answer's.
     """
     given = prompt_ids(inputs)
     decoded = DECODER_IDS in inputs
@@ -213,7 +213,7 @@ def _start_id(model: Any) -> int:
     start = settings.bos_token_id if start is None else start
     if not isinstance(start, int):
         raise InputError(
-            "The generation config must have one decoder_start_token_id (or bos_token_id); that of "
-            f"{type(model).__name__} has {start!r}."
+            f"The generation config of {type(model).__name__} must have one decoder_start_token_id "
+            f"(or bos_token_id); it has {start!r}."
         )
     return start

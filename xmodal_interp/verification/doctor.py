@@ -437,7 +437,7 @@ def _check_interventions(
     same = (c for c in chosen if c.tower == tower and (c.n_samples, c.n_queries) == shape)
     edge = _attended_pair(chosen[-1])
     if edge is None:
-        findings.skip(check, "each query sees one key only")
+        findings.skip(check, "each query has only one visible key")
         return
     sample, query, key = edge
     queries, keys = torch.zeros(2, *shape, dtype=torch.bool)
@@ -459,9 +459,9 @@ def _attended_pair(call: AttentionCall) -> tuple[int, int, int] | None:
     """Return a sample, a late query, and the other key that this query attends to most.
 
     The query is the last one that attends to another position with a probability above 0.001, or
-    the one with the largest such probability. The sample is the one in which this query sees the
-    most keys, because in other samples its keys may be padding. None if each query sees one key
-    only.
+    the one with the largest such probability. The sample is the one in which this query has the
+    most visible keys, because in other samples its keys may be padding. None if each query has only
+    one visible key.
     """
     best: tuple[float, tuple[int, int, int]] | None = None
     for query in reversed(range(call.n_queries)):

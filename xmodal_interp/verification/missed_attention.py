@@ -91,7 +91,7 @@ class _AttentionFinder(FunctionMode):
         return list(dict.fromkeys(each for each in modules if each in self.paths))
 
     def _is_softmax_over_tokens(self) -> bool:
-        """Whether the running module's softmax may be over tokens, by the name of its class."""
+        """Return whether the running module's softmax may be over tokens, by its class name."""
         running = self._running()
         return not (running and _NO_TOKENS.search(type(running[0]).__name__))
 
@@ -121,7 +121,7 @@ def _blocks_without_calls(model: nn.Module, accounted: set[str]) -> list[str]:
 
 
 def _mixes_tokens(model: nn.Module, path: str, run: Callable[[], object]) -> bool:
-    """Whether other output tokens of a block change with its first input token.
+    """Return whether other output tokens of a block change with its first input token.
 
     False if this cannot be measured.
     """

@@ -139,7 +139,7 @@ def _chosen(
 
 
 def _over(picture: Image.Image, box: Float[np.ndarray, " 4"]) -> Image.Image:
-    """Return the image with a box painted white; a large box keeps an edge of one pixel."""
+    """Return the image with a box painted white, except a one-pixel border of a large box."""
     x0, y0, x1, y1 = (int(edge) for edge in box.round())
     edge = 1 if min(x1 - x0, y1 - y0) > 2 * _SMALLEST else 0
     other = picture.copy()
@@ -165,7 +165,7 @@ def _first_keys(vlm: VLM, prompt: str, picture: Image.Image) -> _Keys:
 
 
 def _is_first(module: str) -> bool:
-    """Whether a module is in the first block of its stack, so no attention runs before it."""
+    """Return whether a module is in the first block of its stack; no attention runs before it."""
     return all(int(number) == 0 for number in re.findall(r"(?<=\.)\d+(?=\.|$)", module))
 
 

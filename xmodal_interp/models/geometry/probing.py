@@ -117,8 +117,8 @@ def probed(process: Process, size: tuple[int, int]) -> list[Pixels]:
         }
         if len({array.shape for array in arrays.values()}) > 1:
             raise GeometryError(
-                f"The processor returns {name} of another shape for another image of the same "
-                "size, so its geometry depends on what the image shows. Turn off its cropping."
+                f"The processor returns {name} of different shapes for images of one size, so its "
+                "geometry depends on the content of the image. Turn off its cropping."
             )
         if not torch.equal(value, white[name]):
             found.append(_measured(name, arrays, size))
@@ -234,7 +234,7 @@ def _cut(
 
 
 def _lines(values: Float[np.ndarray, "patch value"], name: str) -> Float[np.ndarray, "patch line"]:
-    """Return the mean of each column of pixels (or row) of flattened patches.
+    """Return the mean of each column (or each row) of pixels of flattened patches.
 
     The order of values in a patch is unknown. Values of one column are those with the same distance
     from the middle of the patch.
@@ -262,7 +262,7 @@ def _lines(values: Float[np.ndarray, "patch value"], name: str) -> Float[np.ndar
 
 
 def _steps(lines: Float[np.ndarray, "patch line"]) -> Float[np.ndarray, " patch"]:
-    """Return the length that one column of each patch shows, px; NaN if not two are known."""
+    """Return the length that a column of each patch shows, px; NaN if fewer than 2 are known."""
     half = max(lines.shape[1] // 2, 1)
     return _typical((lines[:, half:] - lines[:, :-half]) / half)
 
@@ -274,8 +274,8 @@ def _views(
 ) -> Int[np.ndarray, " patch"]:
     """Group patches by the width and height that a pixel of them shows; smallest first.
 
-    The patches of a tile are in one view, unless there is only one tile. A patch that shows too
-    little of the image for a step to be known is in the view with the most similar other step.
+    The patches of a tile are in one view, unless there is only one tile. A patch at the edge of the
+    image may have only one known step; it is in the view whose step is most similar.
     """
     ratio = OF_PATCHES
     if len(set(tiles.tolist())) > 1:

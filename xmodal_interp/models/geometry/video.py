@@ -307,7 +307,7 @@ def video_grid(
         GeometryError: There is no frame of tokens.
     """
     if not frames:
-        raise GeometryError("The video has no frame of tokens. Give it more frames.")
+        raise GeometryError("The video is too short: it has no frame of tokens. Pass more frames.")
     token, patch = joined([*frames, nowhere(after)]), joined(tower)
     main, small = _places_by_view([*frames, nowhere(after)])
     main_patches, small_patches = _places_by_view(tower)
