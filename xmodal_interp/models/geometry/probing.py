@@ -10,7 +10,8 @@ Brightness has only 256 levels. Each ramp is therefore passed with its negative,
 are rounded up at different fractions; the mean over a patch is exact to a small part of a level.
 
 A model type without a family record gets its geometry this way: see ``probed_tokens``. Records
-have rules, because a rule does not run the processor seven more times for each image.
+have rules, because a rule does not run the processor seven more times for each image. The doctor
+compares the boxes of a rule with the measured ones.
 """
 
 from __future__ import annotations
@@ -106,7 +107,19 @@ def probed(process: Process, size: tuple[int, int]) -> list[Pixels]:
     Raises:
         GeometryError: The processed pixels are not linear in the pixels of the image.
     """
-    outputs = {name: process(image) for name, image in test_images(size).items()}
+    return pixels_of({name: process(image) for name, image in test_images(size).items()}, size)
+
+
+def pixels_of(outputs: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> list[Pixels]:
+    """Return the tensors of pixels among the outputs of a processor.
+
+    Args:
+        outputs: The outputs for each of the images of :func:`test_images`, by its name.
+        size: Width and height of these images, px.
+
+    Raises:
+        GeometryError: The processed pixels are not linear in the pixels of the image.
+    """
     black, white = outputs["black"], outputs["white"]
     found = []
     for name, value in black.items():
