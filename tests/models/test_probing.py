@@ -108,7 +108,8 @@ def test_a_processor_that_crops_to_the_content_is_refused() -> None:
     ) as error:
         probed(process, (64, 128))
     assert str(error.value).endswith(
-        "so its geometry depends on what the image shows. Turn off its cropping."
+        "It crops images to their content, or normalises each by its own mean, so its geometry "
+        "cannot be measured."
     )
 
 

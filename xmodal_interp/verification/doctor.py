@@ -179,10 +179,9 @@ def doctor(
         if isinstance(model, VLM):
             _check_places(model, prompt, ready.images[0].size, findings)
         recording = _check_outputs(bare, given, exactness, findings)
-        if isinstance(model, VLM) and bare.can_generate():  # type: ignore[operator]
-            _check_generation(model, given, exactness, findings)
-        if isinstance(model, VLM) and recording is not None:
+        if isinstance(model, VLM):
             _check_cross_keys(model, ready, recording, findings)
+            _check_generation(model, given, exactness, findings)
         if recording is not None:
             _check_recorded(bare, given, recording, findings)
             _check_probs(exactness, findings)
@@ -245,9 +244,11 @@ def _checked_inputs(
     return inputs, ready
 
 
-def _check_cross_keys(vlm: VLM, ready: Prompt, recording: Recording, findings: _Findings) -> None:
+def _check_cross_keys(
+    vlm: VLM, ready: Prompt, recording: Recording | None, findings: _Findings
+) -> None:
     """Check the number of keys of cross-attention to the image, if images are not tokens."""
-    if vlm.family.in_sequence:
+    if vlm.family.in_sequence or recording is None:
         return
     check = "the number of image keys is as predicted"
     counts = {
@@ -351,7 +352,7 @@ def _check_boxes(
 def _edges(box: Sequence[float]) -> str:
     """Return a box for a message."""
     if any(math.isnan(edge) for edge in box):
-        return "no pixel of the image"
+        return "no place in the image"
     return f"({', '.join(f'{edge:.1f}' for edge in box)})"
 
 
@@ -380,6 +381,8 @@ def _check_outputs(
 def _check_generation(
     vlm: VLM, inputs: dict[str, Any], exactness: Exactness, findings: _Findings
 ) -> None:
+    if not vlm.model.can_generate():
+        return
     options = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
     check = "generated tokens are the same with and without recording"
     try:

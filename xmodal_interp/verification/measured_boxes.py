@@ -14,7 +14,7 @@ Two limits of this method determine the tolerance:
 * The test images have 224 levels of brightness, so that a level is a length in pixels. A processor
   that rounds several times shifts a measured box by up to a level.
 * Overlapping convolutions of a model shift boxes by up to half a token, which the processed pixels
-  do not show. If a model has some, half a box is added to the tolerance.
+  do not show. If a model has some, half a measured box is added to the tolerance.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class BoxGap:
         what: ``"patch"`` or ``"token"``.
         size: Width and height of the test image, px.
         index: Index of the patch or token.
-        box: The part of the rule's box inside the image, px.
-        measured: The part of the measured box inside the image, px; NaN if the pixels of the patch or token are padding.
-        distance: The largest distance of an edge, px; infinite for padding.
+        box: The part of the rule's box inside the image, px; NaN if the rule gives no box.
+        measured: The part of the measured box inside the image, px; NaN if its pixels are padding.
+        distance: The largest distance of an edge, px; infinite if only one of the boxes exists.
         limit: The tolerance of that edge, px.
     """
 
@@ -172,10 +172,12 @@ def _gaps(
         half: The part of a box that is added to the tolerance.
     """
     boxes, on_grid = _of_rule(what, grid)
-    if not np.isfinite(boxes).all(1).any():
+    if not on_grid.any():
         return
     pairs = _patch_pairs if what == "patch" else _token_pairs
     for way, measured, index in pairs(found, boxes, on_grid):
+        kept = on_grid[index]
+        index, measured = index[kept], measured[kept]
         yield way, _gap(what, found[0].size, index, boxes[index], measured, half)
 
 
@@ -215,7 +217,7 @@ def _patch_pairs(found: Sequence[Pixels], boxes: np.ndarray, on_grid: np.ndarray
             shown = np.isfinite(measured).all(1)
             in_use = np.concatenate([_of_used_tiles(part) for part in parts])
             for ours, theirs in ((known, shown), (on_grid, in_use), (known | True, shown | True)):
-                if ours.sum() == theirs.sum():
+                if ours.any() and ours.sum() == theirs.sum():
                     yield (name, side), measured[theirs], np.flatnonzero(ours)
                     break
 
@@ -239,13 +241,18 @@ def _side(group: Sequence[Pixels], n_patches: int) -> int | None:
     return side if fits and not any(length % side for length in lengths) else None
 
 
-def _token_pairs(found: Sequence[Pixels], _boxes: np.ndarray, on_grid: np.ndarray) -> Pairs:
-    """Yield the correspondence of tokens with blocks of patches, if there is one."""
-    try:
-        cells, way = tokens_of(found, int(on_grid.sum()))
-    except GeometryError:
+def _token_pairs(found: Sequence[Pixels], boxes: np.ndarray, on_grid: np.ndarray) -> Pairs:
+    """Yield the correspondence of tokens with blocks of patches, if there is one.
+
+    Tokens whose pixels are all padding may be left out.
+    """
+    for ours in (on_grid, np.isfinite(boxes).all(1)):
+        try:
+            cells, way = tokens_of(found, int(ours.sum()))
+        except GeometryError:
+            continue
+        yield way, cells.boxes, np.flatnonzero(ours)
         return
-    yield way, cells.boxes, np.flatnonzero(on_grid)
 
 
 def _gap(
@@ -259,18 +266,22 @@ def _gap(
     """Return the largest difference of an edge, relative to its limit.
 
     Only the parts of boxes inside the image are compared, because padding next to the image has no
-    measured position. Boxes that the rule leaves out are not compared. A box of the rule whose
-    pixels are all padding must overlap the image by less than the tolerance.
+    measured position. If only the rule or only the measurement gives a box, it must overlap the
+    image by less than the tolerance.
     """
     level = np.tile(np.array(size) / (HIGHEST - LOWEST), 2)
-    lengths = boxes[:, 2:] - boxes[:, :2]
-    limits = level + half * np.abs(np.tile(lengths, 2))
-    boxes, measured = (np.clip(each, 0, np.tile(size, 2)) for each in (boxes, measured))
+    sized = np.where(np.isnan(measured), boxes, measured)
+    limits = level + half * np.nan_to_num(np.tile(sized[:, 2:] - sized[:, :2], 2))
+    boxes, measured, sized = (
+        np.clip(each, 0, np.tile(size, 2)) for each in (boxes, measured, sized)
+    )
     distance = np.abs(boxes - measured)
-    sliver = (boxes[:, 2:] - boxes[:, :2] < limits[:, :2]).any(1)
-    distance[np.isnan(measured).any(1)] = np.inf
-    distance[np.isnan(boxes).any(1) | (np.isnan(measured).any(1) & sliver)] = 0
-    ratio = distance / np.nan_to_num(limits, nan=1.0)
+    only_one = np.isnan(distance).any(1)
+    seen = (sized[:, 2:] - sized[:, :2] >= limits[:, :2]).all(1)
+    distance[only_one] = np.where(seen[only_one, None], np.inf, 0)
+    ratio = distance / limits
+    if (ratio[~only_one] > 1).any():
+        ratio[only_one] = 0  # a distance in pixels shows more
     worst, edge = np.unravel_index(int(ratio.argmax()), ratio.shape)
     return BoxGap(
         what,
@@ -285,9 +296,9 @@ def _gap(
 
 def _reason(what: str, found: Sequence[Pixels], grid: ImageGrid) -> str:
     """Return why no boxes correspond."""
-    boxes, on_grid = _of_rule(what, grid)
-    if not np.isfinite(boxes).all(1).any():
-        return f"the rule gives no boxes of {_PLURAL[what]}"
+    _, on_grid = _of_rule(what, grid)
+    if not on_grid.any():
+        return f"the rule gives {_PLURAL[what]} no rows and columns"
     shapes = " or ".join(f"{pixels.name} of shape {list(pixels.x.shape)}" for pixels in found)
     return f"the {int(on_grid.sum())} {_PLURAL[what]} do not correspond to equal blocks of {shapes}"
 

@@ -139,7 +139,7 @@ def painted_patches(vlm: VLM, prompt: str, sizes: Sequence[tuple[int, int]] = SI
             return replace(painted, misfit=misfit)
         change = (plain.vision - other.vision).norm(dim=1).numpy()
         results.append(_compared(grid, patch, boxes, change))
-    reason = "" if results else f"no patch with a box is at least {_SMALLEST} px wide and high"
+    reason = "" if results else f"no patch has a box at least {_SMALLEST} px wide and high"
     return replace(painted, patches=tuple(results), reason=reason)
 
 

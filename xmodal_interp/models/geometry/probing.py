@@ -184,8 +184,8 @@ def _measured(name: str, arrays: Mapping[str, np.ndarray], size: tuple[int, int]
     if not worst <= MOST_LEVELS:
         raise GeometryError(
             f"The processor is not linear: {name} of the mean of two images differs by "
-            f"{worst:.0f} of 255 levels from the mean of their {name}, so its geometry depends on "
-            "what the image shows. Turn off its cropping."
+            f"{worst:.0f} of 255 levels from the mean of their {name}. It crops images to their "
+            "content, or normalises each by its own mean, so its geometry cannot be measured."
         )
     x, y = (
         length * ((level[key] + 255 - level[f"-{key}"]) / 2 - LOWEST) / (HIGHEST - LOWEST)
