@@ -1,4 +1,7 @@
-"""Labels agree with model and processor: a painted patch changes its own key, and boxes are measured.
+"""Labels agree with the model and the processor.
+
+A painted patch changes its own key, and nothing but image tokens. Boxes are those that test images
+measure in the processor.
 
 The picture is wider than the windows of the tiny towers that sort patches by windows.
 """

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -205,10 +204,11 @@ def _patch_pairs(found: Sequence[Pixels], boxes: np.ndarray, on_grid: np.ndarray
     known = np.isfinite(boxes).all(1)
     groups = {"all": list(found), **({p.name: [p] for p in found} if len(found) > 1 else {})}
     for name, group in groups.items():
-        sides = {_side(group, int(n)) for n in (known.sum(), on_grid.sum(), len(boxes))}
-        for side in sorted(sides, key=lambda each: each or 0):
-            if side is None and any(pixels.in_tiles for pixels in group):
-                continue
+        sides: list[int | None] = [None]  # the processor returns patches
+        if any(pixels.in_tiles for pixels in group):
+            counts = {int(n) for n in (known.sum(), on_grid.sum(), len(boxes))}
+            sides = sorted({side for n in counts for side in _sides(group, n)})
+        for side in sides:
             try:
                 parts = [patches_of(pixels, side) for pixels in group]
             except GeometryError:
@@ -227,18 +227,26 @@ def _of_used_tiles(patches: Patches) -> np.ndarray:
     return np.isin(patches.tiles, patches.tiles[patches.views != NOWHERE])
 
 
-def _side(group: Sequence[Pixels], n_patches: int) -> int | None:
-    """Return the side of the squares of tiles, if there are as many as patches; otherwise None."""
+def _sides(group: Sequence[Pixels], n_patches: int) -> list[int]:
+    """Return the sides of squares of which as many fit into the tiles as there are patches.
+
+    If the squares of one side fill the tiles, it is the only one. Tiles of padding have no patches.
+    """
     if not n_patches or not all(pixels.in_tiles for pixels in group):
-        return None
-    n_pixels, lengths = 0, []
+        return []
+    tiles = []
     for pixels in group:
         x, _ = pixels.tiles
-        n_pixels += int(np.isfinite(x).any(axis=(1, 2)).sum()) * x.shape[1] * x.shape[2]
-        lengths += x.shape[1:]
-    side = isqrt(n_pixels // n_patches)
-    fits = side > 0 and side**2 * n_patches == n_pixels
-    return side if fits and not any(length % side for length in lengths) else None
+        n_tiles = int(np.isfinite(x).any(axis=(1, 2)).sum())
+        tiles.append((n_tiles, x.shape[1], x.shape[2]))
+    largest = min(min(height, width) for _, height, width in tiles)
+    sides = [
+        side
+        for side in range(1, largest + 1)
+        if sum(n * (height // side) * (width // side) for n, height, width in tiles) == n_patches
+    ]
+    filling = [s for s in sides if all(h % s == 0 and w % s == 0 for _, h, w in tiles)]
+    return filling[:1] or sides
 
 
 def _token_pairs(found: Sequence[Pixels], boxes: np.ndarray, on_grid: np.ndarray) -> Pairs:
