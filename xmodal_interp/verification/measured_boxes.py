@@ -204,7 +204,7 @@ def _patch_pairs(found: Sequence[Pixels], boxes: np.ndarray, on_grid: np.ndarray
     known = np.isfinite(boxes).all(1)
     groups = {"all": list(found), **({p.name: [p] for p in found} if len(found) > 1 else {})}
     for name, group in groups.items():
-        sides: list[int | None] = [None]  # the processor returns patches
+        sides: Sequence[int | None] = [None]  # the processor returns patches
         if any(pixels.in_tiles for pixels in group):
             counts = {int(n) for n in (known.sum(), on_grid.sum(), len(boxes))}
             sides = sorted({side for n in counts for side in _sides(group, n)})
