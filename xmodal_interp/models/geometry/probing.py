@@ -295,7 +295,8 @@ def _views(
         ratio, steps = OF_TILES, steps.copy()
         for tile in set(tiles.tolist()):
             steps[tiles == tile] = _typical(steps[tiles == tile].T)
-    scale = np.log(steps)
+    with np.errstate(divide="ignore", invalid="ignore"):  # squares that span the parts of a tile
+        scale = np.log(steps)
     measured = known & np.isfinite(scale).all(axis=1)
     groups = np.stack([_groups(scale[measured, axis], np.log(ratio)) for axis in (0, 1)], axis=1)
     pairs, group = np.unique(groups, axis=0, return_inverse=True)
