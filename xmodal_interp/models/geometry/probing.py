@@ -10,7 +10,8 @@ Brightness has only 256 levels. Each ramp is therefore passed with its negative,
 are rounded up at different fractions; the mean over a patch is exact to a small part of a level.
 
 A model type without a family record gets its geometry this way: see ``probed_tokens``. Records
-have rules, because a rule does not run the processor seven more times for each image.
+have rules, because a rule does not run the processor seven more times for each image. The doctor
+compares the boxes of a rule with the measured ones.
 """
 
 from __future__ import annotations
@@ -106,7 +107,19 @@ def probed(process: Process, size: tuple[int, int]) -> list[Pixels]:
     Raises:
         GeometryError: The processed pixels are not linear in the pixels of the image.
     """
-    outputs = {name: process(image) for name, image in test_images(size).items()}
+    return pixels_of({name: process(image) for name, image in test_images(size).items()}, size)
+
+
+def pixels_of(outputs: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> list[Pixels]:
+    """Return the tensors of pixels among the outputs of a processor.
+
+    Args:
+        outputs: The outputs for each of the images of :func:`test_images`, by its name.
+        size: Width and height of these images, px.
+
+    Raises:
+        GeometryError: The processed pixels are not linear in the pixels of the image.
+    """
     black, white = outputs["black"], outputs["white"]
     found = []
     for name, value in black.items():
@@ -171,8 +184,8 @@ def _measured(name: str, arrays: Mapping[str, np.ndarray], size: tuple[int, int]
     if not worst <= MOST_LEVELS:
         raise GeometryError(
             f"The processor is not linear: {name} of the mean of two images differs by "
-            f"{worst:.0f} of 255 levels from the mean of their {name}, so its geometry depends on "
-            "what the image shows. Turn off its cropping."
+            f"{worst:.0f} of 255 levels from the mean of their {name}. It crops images to their "
+            "content, or normalises each by its own mean, so its geometry cannot be measured."
         )
     x, y = (
         length * ((level[key] + 255 - level[f"-{key}"]) / 2 - LOWEST) / (HIGHEST - LOWEST)
@@ -282,7 +295,8 @@ def _views(
         ratio, steps = OF_TILES, steps.copy()
         for tile in set(tiles.tolist()):
             steps[tiles == tile] = _typical(steps[tiles == tile].T)
-    scale = np.log(steps)
+    with np.errstate(divide="ignore", invalid="ignore"):  # squares that span the parts of a tile
+        scale = np.log(steps)
     measured = known & np.isfinite(scale).all(axis=1)
     groups = np.stack([_groups(scale[measured, axis], np.log(ratio)) for axis in (0, 1)], axis=1)
     pairs, group = np.unique(groups, axis=0, return_inverse=True)
