@@ -41,8 +41,8 @@ def main(
         sums = call.probs().sum(-1)
         typer.echo(
             f"cross-attention in layer {layer}: {call.n_heads} heads, {call.n_queries} queries, "
-            f"{call.n_keys} image keys; {int(sums.isnan().sum())} rows see no image, the others "
-            f"sum to 1 within {(sums.nan_to_num(1.0) - 1).abs().max():.1e}"
+            f"{call.n_keys} image keys; {int(sums.isnan().sum())} rows have no visible key, the "
+            f"others sum to 1 within {(sums.nan_to_num(1.0) - 1).abs().max():.1e}"
         )
         probs = sample.probs(layer, queries=phrase, kind="cross").mean((0, 1))
         peak = np.unravel_index(np.nanargmax(sample.grid(probs)), sample.grid(probs).shape)

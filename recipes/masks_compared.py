@@ -61,8 +61,8 @@ def main(
     typer.echo(table.to_string(index=False))
     between = visible[images][:, images]
     typer.echo(
-        f"Image tokens see {above_diagonal(between)['visible_above_diagonal']:.0%} of the image "
-        "tokens after them: 0% is causal, 100% is bidirectional."
+        f"Image tokens attend to {above_diagonal(between)['visible_above_diagonal']:.0%} of the "
+        "image tokens after them: 0% is causal, 100% is bidirectional."
     )
     figures.mask_comparison(views, path=folder / "masks.png")
     figures.side_by_side(views, path=folder / "attention.png")

@@ -17,7 +17,7 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.generation import continuous_batching
@@ -105,22 +105,38 @@ def vmap() -> bool:
     return found == [False, True]
 
 
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), options=None):
+        return function(*args, **(options or {}))
+
+
 @part(
     "torch.overrides._get_current_function_mode_stack, _pop_mode and _push_mode",
     "remove_function_mode",
     TORCH,
 )
 def modes() -> bool:
-    class Mode(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), options=None):
-            return function(*args, **(options or {}))
-
     one, two = Mode(), Mode()
     one.__enter__()
     with two:
         upstream.remove_function_mode(one)
         found = upstream.active_function_modes()
     return found == [two] and upstream.active_function_modes() == []
+
+
+@part("torch.overrides._pop_mode_temporarily", "restore_popped_mode", TORCH)
+def popped() -> bool:
+    """A suspended generator puts a mode back at once, and not again when it is released."""
+    mode = Mode()
+    with mode:
+        manager = _pop_mode_temporarily()
+        manager.__enter__()
+        found = [upstream.active_function_modes()]
+        upstream.restore_popped_mode(mode)
+        found.append(upstream.active_function_modes())
+        del manager
+        found.append(upstream.active_function_modes())
+    return found == [[], [mode], [mode]]
 
 
 @part("torch._dynamo.eval_frame.OptimizedModule", "is_optimized_module", TORCH)

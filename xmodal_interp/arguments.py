@@ -194,11 +194,6 @@ def count(low: int, high: int = MOST) -> Check:
     return lambda value, name: whole_number(value, name, low, high)
 
 
-def amount(low: float, high: float = math.inf) -> Check:
-    """Return a check for numbers from ``low`` to ``high``."""
-    return lambda value, name: real_number(value, name, low, high)
-
-
 def choice(*allowed: Any) -> Check:
     """Return a check for values in ``allowed``."""
     return lambda value, name: one_of(value, name, allowed)
@@ -218,7 +213,7 @@ CHECKS: Mapping[str, Check] = {
     "tower": choice(*TOWERS),
     "kind": choice(*get_args(AttentionKind)),
     "criterion": choice("overlap", "centre"),
-    "vmax": amount(0),
+    "vmax": lambda value, name: real_number(value, name, 0),
     "interval": strings,
     "meaning": choice("amount", "difference", "ratio"),
     "statistic": function,

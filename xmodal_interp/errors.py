@@ -6,6 +6,7 @@ Each message states what is wrong with the value that was passed, then how to fi
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 _short = reprlib.Repr()
@@ -16,6 +17,12 @@ _short.maxlist = _short.maxtuple = _short.maxset = _short.maxdict = _short.maxar
 def quoted(value: Any) -> str:
     """Return the ``repr`` of a value for a message, shortened if it is long or deeply nested."""
     return _short.repr(value)
+
+
+def first_of(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names for a message, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 class XmodalError(Exception):

@@ -7,7 +7,10 @@ its users, and fails with its name.
 
 from __future__ import annotations
 
+import gc
+import inspect
 from contextlib import AbstractContextManager
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode_stack,
     _pop_mode,
+    _pop_mode_temporarily,
     _push_mode,
 )
 from torch.utils import _pytree
@@ -65,7 +69,7 @@ def attention_with_logsumexp(
 # What torch runs
 
 FORWARD_FUNCTIONS = ("forward", "_call_impl")
-"""Names of the functions that run during a call of a module, for a look at the call stack."""
+"""Names of the functions that run during a call of a module, as found on the call stack."""
 
 
 def is_recomputing() -> bool:
@@ -86,11 +90,26 @@ def active_function_modes() -> list[TorchFunctionMode]:
 
 
 def remove_function_mode(mode: TorchFunctionMode) -> None:
-    """Exit a torch function mode, even if modes that were entered later are still active."""
-    modes = [_pop_mode() for _ in active_function_modes()]
-    for each in reversed(modes):
-        if each is not mode:
-            _push_mode(each)
+    """Exit an active torch function mode, even if modes that were entered later are active."""
+    later = []
+    while (popped := _pop_mode()) is not mode:
+        later.append(popped)
+    for each in reversed(later):
+        _push_mode(each)
+
+
+def restore_popped_mode(mode: TorchFunctionMode) -> None:
+    """Put back a torch function mode that an interrupt kept off the stack.
+
+    While the ``__torch_function__`` of a mode runs, the mode is off the stack, and a generator of
+    torch puts it back. After a ``KeyboardInterrupt`` in ``contextlib``, which runs the generator,
+    this happens only when the traceback of the exception is released. This function ends the
+    generator, so that it does not put the mode back later.
+    """
+    code = inspect.unwrap(_pop_mode_temporarily).__code__
+    for each in gc.get_referrers(mode):
+        if isinstance(each, GeneratorType) and each.gi_code is code:
+            each.close()
 
 
 def is_optimized_module(module: nn.Module) -> bool:

@@ -118,8 +118,8 @@ def test_refusals() -> None:
         block_statistics(cross)
     assert str(caught.value) == (
         "A statistic of attention blocks requires image and text tokens in one sequence. In sample "
-        "'fake' text reaches the image by cross-attention (layers not kept), where every key is an "
-        "image key."
+        "'fake' text attends to the image by cross-attention (layers not kept), where every key is "
+        "an image key."
     )
     rows = random_call(4).select_rows(torch.tensor([2, 3]))
     with pytest.raises(NotRecordedError) as caught:

@@ -237,8 +237,8 @@ def test_refusals_with_cross_attention() -> None:
     sample = two_images_by_cross_attention()
     assert refusal(InputError, sample) == (
         "The ratio of self-attention requires image and text tokens in one sequence. In sample "
-        "'fake' text reaches the image by cross-attention (layers 0), where every key is an image "
-        "key."
+        "'fake' text attends to the image by cross-attention (layers 0), where every key is an "
+        "image key."
     )
     assert refusal(InputError, sample, kind="cross") == (
         "With kind='cross' and image=None the ratio of sample 'fake' (2 images) is always 1, "

@@ -226,5 +226,5 @@ def test_language_distance_refuses_cross_attention() -> None:
         attention_distance(captured("mllama"), tower="language")
     assert str(caught.value).startswith(
         "attention_distance with tower='language' requires image and text tokens in one sequence. "
-        "In sample 'sample-0' text reaches the image by cross-attention"
+        "In sample 'sample-0' text attends to the image by cross-attention"
     )

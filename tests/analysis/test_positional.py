@@ -149,8 +149,8 @@ def test_refusals() -> None:
         positional_bias(cross)
     assert str(caught.value) == (
         "A profile of text->image or image->image requires image and text tokens in one sequence. "
-        "In sample 'fake' text reaches the image by cross-attention (layers not kept), where every "
-        "key is an image key."
+        "In sample 'fake' text attends to the image by cross-attention (layers not kept), where "
+        "every key is an image key."
     )
 
 

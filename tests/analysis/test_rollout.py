@@ -358,6 +358,6 @@ def test_refuses_cross_attention() -> None:
     cross = random_call(3, kind="cross", causal=False)
     sample = sample_of("btt", [random_call(3), cross], cross_keys=stack(1).tokens)
     assert refusal(InputError, sample) == (
-        "Rollout requires image and text tokens in one sequence. In sample 'fake' text reaches the "
-        "image by cross-attention (layers 0), where every key is an image key."
+        "Rollout requires image and text tokens in one sequence. In sample 'fake' text attends to "
+        "the image by cross-attention (layers 0), where every key is an image key."
     )

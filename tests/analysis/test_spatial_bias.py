@@ -155,7 +155,8 @@ def test_refusals() -> None:
         raster_profile(cross)
     assert str(caught.value) == (
         "A raster map requires image and text tokens in one sequence. In sample 'fake' text "
-        "reaches the image by cross-attention (layers not kept), where every key is an image key."
+        "attends to the image by cross-attention (layers not kept), where every key is an image "
+        "key."
     )
 
 

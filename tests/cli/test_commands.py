@@ -108,7 +108,7 @@ def test_check_finds_damage(store) -> None:
 def test_doctor_of_the_shipped_model_and_of_a_picture(store) -> None:
     plain = run(app, ["doctor"])
     assert plain.exit_code == 0, plain.output
-    assert "PASS 10 checks passed: recordings of this model can be trusted." in plain.output
+    assert "PASS 11 checks passed: recordings of this model can be trusted." in plain.output
     scene = str(store.parent / "scene.png")
     asked = run(app, ["doctor", "llava", scene, "where is the red circle ?"])
     assert asked.exit_code == 0, asked.output
@@ -119,7 +119,7 @@ def test_doctor_fails_with_exit_code_1(monkeypatch) -> None:
     result = run(app, ["doctor"])
     assert result.exit_code == 1
     assert (
-        "FAIL 9 checks passed, 1 failed (a key hidden through the tap changes the output): do not "
+        "FAIL 10 checks passed, 1 failed (a key hidden through the tap changes the output): do not "
         "trust recordings of this model." in result.output
     )
 

@@ -118,7 +118,7 @@ def test_an_image_that_enters_in_another_way_is_refused() -> None:
         .layers[0]
         .register_forward_hook(lambda _m, _a, output: output + seen[-1]),
     ]
-    with pytest.raises(UnsupportedModelError, match="does not receive the image only by"):
+    with pytest.raises(UnsupportedModelError, match="also receives the image by inputs other than"):
         check_images_gone(vlm, inputs, image)
     for hook in hooks:
         hook.remove()

@@ -126,7 +126,7 @@ REFUSALS = {
     "cross": (
         lambda _: deletion_curve(tiny_vlm("mllama"), ITEMS[:1], "random", **QUIET),
         UnsupportedModelError,
-        "mllama has no image tokens to replace: text reads the image by cross-attention. Use "
+        "mllama has no image tokens to replace: text attends to the image by cross-attention. Use "
         "knock_out_attention(..., kind='cross') instead.",
     ),
 }

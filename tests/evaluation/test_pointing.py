@@ -320,7 +320,7 @@ REFUSALS = {
     ),
     "blind": (
         lambda: pointing_hits(BEFORE, queries=[0]),
-        "Query positions [0] of sample 'fake' see no token of image 0 in any chosen layer. Choose "
+        "Query positions [0] of sample 'fake' cannot attend to image 0 in any chosen layer. Choose "
         "queries after the image.",
     ),
     "other layers": (

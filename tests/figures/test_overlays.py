@@ -17,6 +17,7 @@ from xmodal_interp import figures
 from xmodal_interp.errors import GeometryError, InputError, LayerError
 from xmodal_interp.figures.placement import placed_image
 from xmodal_interp.figures.scales import check_show, color_scale
+from xmodal_interp.figures.style import panel_name
 from xmodal_interp.sample import Sample
 
 
@@ -74,13 +75,95 @@ def test_overlay_grids_have_a_panel_per_pair_of_facets() -> None:
     for facets, message in (
         (
             {"rows": "head", "columns": "head"},
-            "rows and columns must be two of query, layer, head, or None; got 'head' and 'head'.",
+            "rows and columns must be two of query, layer, head, sample, or None; got 'head' and "
+            "'head'.",
         ),
         ({"layers": [0, 1]}, "Without the facet 'layer', layers must be one layer; got [0, 1]."),
     ):
         with pytest.raises(InputError) as error:
             figures.overlay_grid(sample, "red", **facets)
         assert str(error.value) == message
+
+
+def test_grids_over_samples_draw_each_map_on_the_image_of_its_sample() -> None:
+    samples = {"one": sample_of("llava"), "two": sample_of("qwen2_vl")}
+    figure = figures.overlay_grid(samples, "red", None, rows="layer", columns="sample")
+    alone = [axes for axes in figure.axes if len(axes.images) == 1 and axes not in bars(figure)]
+    assert [axes.get_title() for axes in alone] == ["one", "two"]
+    assert [axes.images[0].get_size() for axes in alone] == [(96, 160), (72, 128)]
+    assert [axes.get_ylabel() for axes in panels(figure)[::2]] == [f"layer {i}" for i in range(4)]
+    for i, axes in enumerate(panels(figure)):
+        sample = list(samples.values())[i % 2]
+        probs = sample.probs(i // 2, None, "red", sample.where("image"))[:, 0].mean(0)
+        np.testing.assert_allclose(axes.images[1].get_array(), sample.grid(probs), rtol=1e-4)
+        assert axes.images[0].get_size() == samples["two" if i % 2 else "one"].images[0].size[::-1]
+    assert len({id(axes.images[1].norm) for axes in panels(figure)}) == len(bars(figure)) == 1
+    assert "2 samples" in words(figure)
+    assert "hatched: no image token there" in words(figure)  # of LLaVA's crop
+
+
+def test_grids_over_samples_have_the_image_in_front_of_each_row() -> None:
+    samples = {"one": fake(), "two": fake(rows=3, cols=2)}
+    figure = figures.overlay_grid(samples, 9, [0], [0, 2], rows="sample", columns="head")
+    assert titles(figure) == ["image", "head 0", "head 2", "mean"]
+    first = [axes for axes in figure.axes if axes.get_ylabel() in samples]
+    assert [axes.images[0].get_size() for axes in first] == [(20, 30), (30, 20)]
+    assert [axes.images[1].get_array().shape for axes in panels(figure)] == [(2, 3)] * 3 + [
+        (3, 2)
+    ] * 3
+    tokens = figures.overlay_grid(samples, [8, 9], [0], rows="sample", columns="query")
+    for i, axes in enumerate(panels(tokens)):
+        sample = list(samples.values())[i // 2]
+        probs = sample.probs(0, None, [8 + i % 2], sample.where("image"))[:, 0].mean(0)
+        np.testing.assert_allclose(axes.images[1].get_array(), sample.grid(probs), rtol=1e-4)
+
+
+def test_grids_over_samples_refuse_one_sample_and_different_entries() -> None:
+    one = sample_of("llava")
+    with pytest.raises(InputError) as single:
+        figures.overlay_grid(one, "red", columns="sample")
+    assert str(single.value).startswith(
+        "With the facet 'sample', sample must be a mapping from titles to samples, such as "
+        "{'before': sample}; got Sample("
+    )
+    with pytest.raises(InputError) as empty:
+        figures.overlay_grid({}, "red", columns="sample")
+    assert str(empty.value).endswith("got {}.")
+    with pytest.raises(InputError) as many:
+        figures.overlay_grid({"a": one}, "red")
+    assert str(many.value) == "sample must be one Sample, such as store[0]; got a dict."
+    other = fake()
+    names = [panel_name(each, [len(each) - 2]) for each in (one, other)]
+    for facet, options, message in (
+        (
+            "layer",
+            {"queries": slice(8, 10), "layers": None},
+            "layer: 'a' has layer 0, layer 1, layer 2, layer 3; 'b' has layer 0. Choose layers=",
+        ),
+        (
+            "head",
+            {"queries": 9, "layers": [0], "heads": [-1]},
+            "head: 'a' has head 7; 'b' has head 3. Choose heads=",
+        ),
+        (
+            "query",
+            {"queries": [-2], "layers": [0]},
+            f"query: 'a' has {names[0]}; 'b' has {names[1]}. Choose queries=",
+        ),
+    ):
+        with pytest.raises(InputError) as error:
+            figures.overlay_grid({"a": one, "b": other}, rows=facet, columns="sample", **options)
+        assert str(error.value) == (
+            f"All samples must have the same panels by {message} that give the same panels."
+        )
+
+
+def test_the_title_of_a_grid_over_samples_names_what_differs() -> None:
+    samples = {"a": sample_of("llava"), "b": fake()}
+    figure = figures.overlay_grid(samples, [-1], rows="sample", columns=None)
+    said = words(figure).replace("\n", " ")
+    assert "2 samples" in said
+    assert "language layer 3 / language layer 0, mean of 8 heads / mean of 4 heads" in said
 
 
 def test_masked_tokens_are_transparent_not_zero() -> None:

@@ -257,9 +257,7 @@ def test_heads_that_are_folded_into_the_batch_of_blocks_are_unfolded() -> None:
         model(torch.randn(2, blocks * TOKENS, WIDTH))
     expected = model[0].attn.probs.view(2, heads, blocks * TOKENS, TOKENS)
     torch.testing.assert_close(recording.calls[0].probs(), expected, atol=0, rtol=0)
-    assert recording.calls[0].note.endswith(
-        "keys are numbered within the chunk that each query sees"
-    )
+    assert recording.calls[0].note.endswith("keys are numbered within the chunk of each query")
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,16 @@ def test_cells_at_the_top_left_of_a_larger_grid() -> None:
     assert np.isnan(cells.boxes[2]).all()
 
 
+def test_an_image_has_the_size_on_its_canvas_that_the_processor_gives_it() -> None:
+    """Mllama rounds 47 * (48 / 47) down: the image has one column less than its canvas of 48."""
+    vlm = tiny_vlm("mllama")
+    inputs, (prompt,) = vlm.prepare([[Image.new("RGB", (47, 47), "white")]], [QUESTION])
+    tile = inputs["pixel_values"][0, 0, 0, 0]
+    n_rows, n_cols = int((tile[:, 0] == tile[0, 0]).sum()), int((tile[0] == tile[0, 0]).sum())
+    assert (n_rows, n_cols) == (48, 47)
+    np.testing.assert_allclose(np.nanmax(prompt.grids[0].boxes, 0)[2:], [47 * 48 / n_cols, 47])
+
+
 def test_queries_of_an_unknown_number_of_patches_are_refused() -> None:
     vlm = vlm_of("aria")
     config = SimpleNamespace(

@@ -49,8 +49,8 @@ def test_only_the_thumbnail_and_line_breaks_are_left(
     with pytest.raises(GeometryError) as refusal:
         grid.arranged(np.zeros(len(of_image)))
     assert str(refusal.value) == (
-        "Image 0 is so narrow that no tokens are left in the view 'image' without its padding. "
-        f"Use view='thumbnail', which has {side} x {side} tokens."
+        "Image 0 has no tokens in the view 'image': it is so narrow that the model removed them "
+        f"together with the padding. Use view='thumbnail', which has {side} x {side} tokens."
     )
     assert grid.arranged(np.zeros(len(of_image)), "thumbnail").shape == (side, side)
 

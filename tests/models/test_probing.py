@@ -108,7 +108,8 @@ def test_a_processor_that_crops_to_the_content_is_refused() -> None:
     ) as error:
         probed(process, (64, 128))
     assert str(error.value).endswith(
-        "so its geometry depends on what the image shows. Turn off its cropping."
+        "It crops images to their content, or normalises each by its own mean, so its geometry "
+        "cannot be measured."
     )
 
 
@@ -119,8 +120,8 @@ def test_a_size_that_depends_on_the_content_is_refused() -> None:
     with pytest.raises(GeometryError) as error:
         probed(process, (64, 128))
     assert str(error.value) == (
-        "The processor returns pixel_values of another shape for another image of the same size, "
-        "so its geometry depends on what the image shows. Turn off its cropping."
+        "The processor returns pixel_values of different shapes for images of one size, so its "
+        "geometry depends on the content of the image. Turn off its cropping."
     )
 
 
@@ -209,3 +210,16 @@ def test_tokens_that_are_no_blocks_of_patches_have_no_boxes() -> None:
     )
     sample = xi.capture(unknown, picture(170, 96), QUESTION)
     assert sample.tokens["kind"].eq("image").sum() == 52
+
+
+def test_a_square_of_pixels_without_order_has_no_box() -> None:
+    """Its columns all show the same pixels, so that a step has no logarithm."""
+
+    def process(image: Image.Image) -> Mapping[str, Any]:
+        pixels = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)
+        return {"pixels": pixels[None].mean((2, 3), keepdim=True).expand(1, 3, 8, 8)}
+
+    (pixels,) = probed(process, (64, 128))
+    patches = patches_of(pixels, 8)
+    assert patches.views.tolist() == [-1]
+    assert np.isnan(patches.boxes).all()

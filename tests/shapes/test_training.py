@@ -70,7 +70,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path) -> None:
     train(second, 1)
     for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    with pytest.raises(ValueError, match="is of a run with the settings"):
+    with pytest.raises(ValueError, match="was written by a run with the settings"):
         Trainer(Settings("llava", steps=3)).resume(tmp_path)
 
 

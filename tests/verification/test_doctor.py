@@ -2,24 +2,36 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 import xmodal_interp as xi
 from tests.helpers.attention_variants import FastAttn, Mixer, llava_with, n_hooks
-from tests.helpers.real import real, settled
+from tests.helpers.real import asked, real, settled
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.errors import CaptureError, GeometryError, InputError
 from xmodal_interp.hooks import recorder
 from xmodal_interp.models import FAMILIES
-from xmodal_interp.models.geometry import anyres_tiles, patch_order
+from xmodal_interp.models.geometry import (
+    FixedGrid,
+    ImageGrid,
+    MergedPatches,
+    ProbedTokens,
+    anyres_tiles,
+    aspect_ratio_tiles,
+    patch_order,
+)
+from xmodal_interp.verification import painting
 from xmodal_interp.verification.doctor import COLUMNS, Checkup
 from xmodal_interp.verification.exactness import LAYER_COLUMNS
 
 TOKENS = "the number of image tokens is as predicted"
 WEIGHTS = "all weights come from the checkpoint"
 PLACED = "painting a patch changes the key at its position"
+BOXES = "boxes are those measured with test images"
+KEYS = "the number of image keys is as predicted"
 CHANGES = "only image tokens change with the image"
 OUTPUTS = "outputs are the same with and without recording"
 GENERATED = "generated tokens are the same with and without recording"
@@ -47,6 +59,7 @@ def test_the_shipped_models_pass(name: str, n_layers: int) -> None:
         TOKENS,
         WEIGHTS,
         PLACED,
+        BOXES,
         CHANGES,
         OUTPUTS,
         GENERATED,
@@ -61,7 +74,7 @@ def test_the_shipped_models_pass(name: str, n_layers: int) -> None:
     assert tuple(checkup.layers.columns) == LAYER_COLUMNS
     assert len(checkup.layers) == n_layers
     assert checkup.layers[["output_error", "eager_error"]].max(axis=None) < 1e-5
-    assert checkup.summary == "10 checks passed: recordings of this model can be trusted."
+    assert checkup.summary == "11 checks passed: recordings of this model can be trusted."
     assert repr(checkup).endswith(checkup.summary)
 
 
@@ -105,7 +118,7 @@ def test_a_wrong_scaling_is_found(monkeypatch) -> None:
     assert failed(checkup) == [BACKEND, EAGER]
     assert check_of(checkup, EAGER)["value"] > 0.1
     assert checkup.summary == (
-        "7 checks passed, 2 failed (probabilities give the backend's output; probabilities equal "
+        "8 checks passed, 2 failed (probabilities give the backend's output; probabilities equal "
         "those of eager attention): do not trust recordings of this model."
     )
 
@@ -402,7 +415,7 @@ def test_rows_of_one_token_only_are_skipped() -> None:
     checkup = xi.doctor(of_mistral(), inputs={"input_ids": ids, "attention_mask": mask})
     assert checkup.ok
     row = check_of(checkup, TAP)
-    assert (row["verdict"], row["note"]) == ("skipped", "each query sees one key only")
+    assert (row["verdict"], row["note"]) == ("skipped", "each query has only one visible key")
 
 
 def test_a_family_with_a_wrong_image_token_fails() -> None:
@@ -426,3 +439,204 @@ def test_patches_in_another_order_fail(monkeypatch) -> None:
     checkup = xi.doctor(xi.VLM(real("muse_glimmer")[0], settled("muse_glimmer")))
     assert failed(checkup) == [PLACED]
     assert "the key at (" in check_of(checkup, PLACED)["note"]
+
+
+def with_rule(vlm: xi.VLM, rule) -> xi.VLM:
+    return dataclasses.replace(vlm, family=dataclasses.replace(vlm.family, geometry=rule))
+
+
+def changed(grid: ImageGrid, **fields) -> ImageGrid:
+    return dataclasses.replace(grid, **fields)
+
+
+@pytest.mark.parametrize("rule", [FixedGrid(shift=2.5), FixedGrid(tower_before=2, shift=2.5)])
+def test_a_rule_with_another_number_of_positions_fails(rule: FixedGrid) -> None:
+    """The patches cannot be painted, but that is the fault of the rule."""
+    checkup = xi.doctor(with_rule(tiny_vlm("llava"), rule), picture(), QUESTION)
+    assert failed(checkup) == [PLACED, BOXES]
+    assert check_of(checkup, PLACED)["note"] == (
+        f"the geometry rule FixedGrid places {144 + rule.tower_before} positions of the vision "
+        "tower, but its layers read 145 (the difference is often a class token)"
+    )
+
+
+def test_a_wrong_class_token_of_a_tower_without_keys_fails() -> None:
+    """Its attention is recorded as probabilities, so no patch can be painted."""
+    vlm = xi.VLM(real("blip")[0], settled("blip"))
+    assert check_of(xi.doctor(vlm, picture(), QUESTION), PLACED)["verdict"] == "skipped"
+    rule = dataclasses.replace(vlm.family.geometry, tower_before=0)
+    checkup = xi.doctor(with_rule(vlm, rule), picture(), QUESTION)
+    assert failed(checkup) == [PLACED]
+    assert (
+        "places 64 positions of the vision tower, but its layers read 65"
+        in (check_of(checkup, PLACED)["note"])
+    )
+
+
+def test_boxes_that_are_off_by_patches_fail() -> None:
+    rule = FixedGrid(tower_before=1, shift=2.5)
+    checkup = xi.doctor(with_rule(tiny_vlm("llava"), rule), picture(), QUESTION)
+    assert failed(checkup) == [PLACED, BOXES]
+    row = check_of(checkup, BOXES)
+    assert row["value"] == pytest.approx(2.5 * 140 / 12, rel=0.01)  # the portrait has 12 columns
+    assert row["note"].startswith("px, in a test image of 140 x 300: patch ")
+
+
+def test_boxes_that_are_off_by_less_than_half_a_patch_fail() -> None:
+    """The middle of a painted patch is still in its box."""
+    rule = FixedGrid(tower_before=1, shift=0.4)
+    checkup = xi.doctor(with_rule(tiny_vlm("llava"), rule), picture(), QUESTION)
+    assert failed(checkup) == [BOXES]
+    assert check_of(checkup, BOXES)["value"] == pytest.approx(0.4 * 140 / 12, rel=0.02)
+
+
+def test_boxes_outside_of_the_image_fail() -> None:
+    """The rule has rows and columns, and gives none of them a box."""
+    rule = FixedGrid(tower_before=1, shift=100)
+    checkup = xi.doctor(with_rule(tiny_vlm("llava"), rule), picture(), QUESTION)
+    assert failed(checkup) == [BOXES]
+    row = check_of(checkup, BOXES)
+    assert row["value"] == float("inf")
+    assert "is at no place in the image by the rule, and at (" in row["note"]
+
+
+def test_boxes_larger_than_the_image_fail() -> None:
+    right = tiny_vlm("llava").family.geometry
+
+    def enlarged(*given) -> list:
+        far = [-1.0, -1.0, 1e4, 1e4]
+        return [changed(g, patch_boxes=0 * g.patch_boxes + far) for g in right(*given)]
+
+    checkup = xi.doctor(with_rule(tiny_vlm("llava"), enlarged), picture(), QUESTION)
+    assert failed(checkup) == [PLACED, BOXES]
+    assert check_of(checkup, PLACED)["note"] == (
+        "no box that the geometry rule enlarged gives to a patch lies inside the image"
+    )
+
+
+def test_token_boxes_in_another_order_fail() -> None:
+    """The patches are right, so painting one does not find the fault."""
+    right = tiny_vlm("qwen2_vl").family.geometry
+
+    def reversed_tokens(*given) -> list:
+        return [changed(grid, boxes=grid.boxes[::-1]) for grid in right(*given)]
+
+    checkup = xi.doctor(with_rule(tiny_vlm("qwen2_vl"), reversed_tokens), picture(), QUESTION)
+    assert failed(checkup) == [BOXES]
+    assert ": token " in check_of(checkup, BOXES)["note"]
+
+
+def test_patches_in_the_order_of_another_processor_fail() -> None:
+    vlm = with_rule(tiny_vlm("qwen2_vl"), MergedPatches(by_rows=True))
+    assert failed(xi.doctor(vlm, picture(), QUESTION)) == [PLACED, BOXES]
+
+
+def test_a_rule_that_fits_the_users_image_only_fails() -> None:
+    right = tiny_vlm("llava").family.geometry
+
+    def of_squares(processor, config, inputs, images) -> list:
+        if images[0].width != images[0].height:
+            raise GeometryError("144 tokens, 196 predicted.")
+        return right(processor, config, inputs, images)
+
+    checkup = xi.doctor(with_rule(tiny_vlm("llava"), of_squares), picture(64, 64), QUESTION)
+    assert failed(checkup) == [PLACED]
+    assert check_of(checkup, PLACED)["note"] == "144 tokens, 196 predicted."
+
+
+def test_a_painted_patch_that_changes_no_key_fails(monkeypatch) -> None:
+    monkeypatch.setattr(painting, "_over", lambda picture, _box: picture)
+    checkup = xi.doctor(tiny_vlm("llava"), picture(), QUESTION)
+    assert failed(checkup) == [PLACED]
+    row = check_of(checkup, PLACED)
+    assert (row["value"], row["note"].count("no key changed")) == (3, 3)
+
+
+def test_a_number_of_positions_that_depends_on_the_pixels_fails(monkeypatch) -> None:
+    monkeypatch.setattr(painting, "_over", lambda picture, _box: picture.resize((96, 64)))
+    checkup = xi.doctor(tiny_vlm("qwen2_vl"), picture(), QUESTION)
+    assert failed(checkup) == [PLACED]
+    assert check_of(checkup, PLACED)["note"] == (
+        "the number of positions of the vision tower changes when a patch is painted"
+    )
+
+
+def test_a_portrait_is_checked_with_portraits() -> None:
+    right = tiny_vlm("llava").family.geometry
+
+    def of_portraits(processor, config, inputs, images) -> list:
+        if images[0].width > images[0].height:
+            raise GeometryError("It rotates the image by 90 degrees.")
+        return right(processor, config, inputs, images)
+
+    assert xi.doctor(with_rule(tiny_vlm("llava"), of_portraits), picture(64, 96), QUESTION).ok
+
+
+def test_a_size_that_the_processor_refuses_is_not_painted(monkeypatch) -> None:
+    right = xi.VLM.prepare
+
+    def prepare(self, images, questions, **options):
+        if max(images[0][0].size) > 300:
+            raise InputError("The image is too large.")
+        return right(self, images, questions, **options)
+
+    monkeypatch.setattr(xi.VLM, "prepare", prepare)
+    assert painting.painted_patches(tiny_vlm("llava"), QUESTION).size == (224, 88)
+    with pytest.raises(InputError, match="too large"):
+        painting.painted_patches(tiny_vlm("llava"), QUESTION, sizes=[(400, 400)])
+
+
+CROSS = ["mllama", "blip", "pix2struct", "idefics", "pp_formulanet", "vision-encoder-decoder"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("model_type", CROSS)
+def test_keys_of_cross_attention_are_counted(model_type: str) -> None:
+    vlm = xi.VLM(real(model_type)[0], settled(model_type))
+    checkup = xi.doctor(vlm, picture(), asked(vlm, 1))
+    assert checkup.ok
+    assert check_of(checkup, KEYS)["verdict"] == "pass"
+    row = check_of(checkup, CHANGES)
+    assert (row["verdict"], row["note"]) == (
+        "skipped",
+        "images are read by cross-attention, so there are no image tokens",
+    )
+
+
+def test_a_wrong_number_of_keys_fails() -> None:
+    def too_many(*given) -> list:
+        (grid,) = aspect_ratio_tiles(*given)
+        more = {name: getattr(grid, name) for name in ("places", "boxes", "tiles")}
+        return [changed(grid, **{n: np.concatenate([each, each[-1:]]) for n, each in more.items()})]
+
+    vlm = xi.VLM(real("mllama")[0], settled("mllama"))
+    checkup = xi.doctor(with_rule(vlm, too_many), picture(), asked(vlm, 1))
+    assert failed(checkup) == [KEYS]
+    n_keys = int(check_of(checkup, KEYS)["value"])
+    assert check_of(checkup, KEYS)["limit"] == f"exactly {n_keys + 1}"
+
+
+def test_checks_without_a_rule_or_without_keys_are_skipped_with_the_reason() -> None:
+    own = tiny_vlm("llava")
+    checkup = xi.doctor(with_rule(own, None), picture(), QUESTION)
+    assert checkup.ok
+    assert check_of(checkup, BOXES)["note"] == "the family has no geometry rule"
+    assert check_of(checkup, PLACED)["note"] == (
+        "the geometry rule none places no positions of the vision tower"
+    )
+    checkup = xi.doctor(with_rule(own, ProbedTokens("image_token_id")), picture(), QUESTION)
+    assert checkup.ok
+    row = check_of(checkup, BOXES)
+    assert (row["verdict"], row["note"]) == (
+        "skipped",
+        "the type has no family record, so its boxes were measured this way",
+    )
+
+
+def test_a_language_tower_that_mixes_positions_without_attention_is_skipped() -> None:
+    vlm = xi.VLM(real("lfm2_vl")[0], settled("lfm2_vl"))
+    row = check_of(xi.doctor(vlm, picture(), QUESTION), CHANGES)
+    assert (row["verdict"], row["note"]) == (
+        "skipped",
+        "layers of the language tower that are not attention mix positions",
+    )

@@ -63,7 +63,7 @@ def attention_allocation(
         ``n_queries``. NaN for a segment without tokens.
 
     Raises:
-        InputError: The sample has no image, or text reaches the image by cross-attention.
+        InputError: The sample has no image, or text attends to the image by cross-attention.
     """
 
     def table_rows(sample: Sample) -> Iterator[Part]:

@@ -71,7 +71,7 @@ def block_statistics(
         ``visible``.
 
     Raises:
-        InputError: The sample has no image, or text reaches the image by cross-attention.
+        InputError: The sample has no image, or text attends to the image by cross-attention.
         NotRecordedError: Some query rows were not kept.
     """
     parameters = {"layers": layers, "heads": heads}
@@ -102,7 +102,7 @@ def cross_modal_summary(
         ``cross_modal_ratio``.
 
     Raises:
-        InputError: The sample has no image or no text after it, or text reaches the image by
+        InputError: The sample has no image or no text after it, or text attends to the image by
             cross-attention.
     """
 

@@ -68,7 +68,7 @@ def cross_modal_ratio(
         layers: Layers, all if not given.
         heads: Heads, all if not given.
         image: Index of the image; all images and videos together if not given.
-        kind: ``"self"``, or ``"cross"`` for models in which text reaches the images by
+        kind: ``"self"``, or ``"cross"`` for models in which text attends to the images by
             cross-attention. Every key of a cross-attention is an image key, so ``image`` must then
             name one of several images.
         sink_threshold: A key that receives more than this mean share of attention from the queries

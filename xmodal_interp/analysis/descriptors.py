@@ -121,8 +121,8 @@ def attention_distance(
         patches of this image, removed before renormalising), ``n_queries``.
 
     Raises:
-        InputError: ``tower`` is ``"connector"``, or ``"language"`` in a model in which text reaches
-            the image by cross-attention.
+        InputError: ``tower`` is ``"connector"``, or ``"language"`` in a model in which text attends
+            to the image by cross-attention.
         GeometryError: The grid of the image has no places, or does not fit the positions of the
             tower.
     """

@@ -126,8 +126,8 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         padding, are left out.
 
     Raises:
-        InputError: An option is outside its range, text reaches the image by cross-attention, or a
-            layer is not softmax attention.
+        InputError: An option is outside its range, text attends to the image by cross-attention, or
+            a layer is not softmax attention.
         NotRecordedError: Layers, query rows or norms were not kept.
     """
     options = RolloutOptions(fusion, _plain_alpha(alpha), discard)

@@ -222,13 +222,13 @@ def refuse_cross_attention(sample: Sample, question: str) -> None:
         question: Name of the analysis, for the error message.
 
     Raises:
-        InputError: Text reaches the image by cross-attention.
+        InputError: Text attends to the image by cross-attention.
     """
     if sample.cross_keys is not None:
         layers = ", ".join(str(layer) for layer in sample.layers("language", "cross"))
         raise InputError(
             f"{question} requires image and text tokens in one sequence. In sample {sample.name!r} "
-            f"text reaches the image by cross-attention (layers {layers or 'not kept'}), where "
+            f"text attends to the image by cross-attention (layers {layers or 'not kept'}), where "
             "every key is an image key."
         )
 

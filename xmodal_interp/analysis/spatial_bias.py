@@ -91,8 +91,8 @@ def raster_map(
         ``sample``.
 
     Raises:
-        InputError: There are no samples, a sample has no image or no text after it, or text reaches
-            the image by cross-attention.
+        InputError: There are no samples, a sample has no image or no text after it, or text attends
+            to the image by cross-attention.
         GeometryError: Grids have different shapes, image tokens have no row and column, or the
             samples have different kept layers.
     """

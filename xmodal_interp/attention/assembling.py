@@ -156,7 +156,7 @@ def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
 
 
 def ran_without_cache(lengths: Sequence[int]) -> bool:
-    """Whether every step read the whole sequence again, as generation without a cache does.
+    """Return whether every step read the whole sequence again, as generation without a cache does.
 
     Args:
         lengths: The number of positions that each step read.
@@ -210,7 +210,7 @@ def _cross_steps(steps: Sequence[AttentionCall]) -> AttentionCall:
 
 
 def _only_adds_keys(steps: Sequence[AttentionCall]) -> bool:
-    """Whether the prompt has only a causal flag, and later steps only add keys to the cache."""
+    """Return whether the prompt has only a causal flag, and later steps only add keys."""
     first = steps[0]
     growing = all(_adds_keys(a, b) for a, b in pairwise(steps))
     without_mask = all(
@@ -223,7 +223,7 @@ def _only_adds_keys(steps: Sequence[AttentionCall]) -> bool:
 
 
 def _adds_keys(step: AttentionCall, later: AttentionCall) -> bool:
-    """Whether the keys of the next step are those of this step followed by its own."""
+    """Return whether the keys of the next step are those of this step followed by its own."""
     if step.k is None or later.k is None or step.n_keys + later.n_queries != later.n_keys:
         return False
     same_memory = step.k.data_ptr() == later.k.data_ptr()
@@ -292,7 +292,7 @@ def _offset(step: AttentionCall, known: Tensor) -> int:
 
 
 def _equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ by no more than the rounding of one matrix product.
+    """Return whether two tensors differ by no more than the rounding of one matrix product.
 
     The rounding of a product depends on its number of rows. A quantised cache changes keys by more.
     """

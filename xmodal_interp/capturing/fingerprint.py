@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import os
 import types
@@ -112,14 +113,15 @@ def fingerprint(vlm: VLM) -> dict[str, Any]:
 
 def _config(config: Any) -> Any:
     """Return a config without its path, and the attention backends, which are not in its JSON."""
-    subs = getattr(config, "sub_configs", {})
-    parts = {name: getattr(config, name, None) for name in subs}
-    backends = {
-        name: attention_backend(each)
-        for name, each in {"": config, **parts}.items()
-        if each is not None
-    }
+    backends = {name: attention_backend(each) for name, each in _parts(config).items()}
     return [portable(json.loads(config.to_json_string(use_diff=False))), backends]
+
+
+def _parts(config: Any) -> dict[str, Any]:
+    """Return a config under the empty name, and the configs in it by attribute."""
+    names = getattr(config, "sub_configs", {})
+    inside = {name: getattr(config, name, None) for name in names}
+    return {"": config} | {name: each for name, each in inside.items() if each is not None}
 
 
 def _processor(processor: Any) -> Any:
@@ -135,22 +137,19 @@ def _processor(processor: Any) -> Any:
 
 
 def _tokenizer(tokenizer: Any) -> Any:
-    """Return the vocabulary, rules and settings of a tokenizer."""
-    rules = (TOKENIZER_RULES, "sp_model")
+    """Return the vocabulary, rules and settings of a tokenizer.
+
+    The rules are those of a fast tokenizer: prompts are not labelled without its offsets.
+    """
     attributes = {
-        name: each for name, each in attributes_of(tokenizer).items() if name not in rules
+        name: each for name, each in attributes_of(tokenizer).items() if name != TOKENIZER_RULES
     }
     fast: Any = fast_tokenizer(tokenizer)
-    sentencepiece: Any = getattr(tokenizer, "sp_model", None)
-    serialized: Any = None
+    rules: Any = None
     if hasattr(fast, "to_str"):
         of_last_call = ("truncation", "padding")
-        serialized = {k: v for k, v in json.loads(fast.to_str()).items() if k not in of_last_call}
-    elif hasattr(sentencepiece, "serialized_model_proto"):
-        serialized = hashlib.sha256(sentencepiece.serialized_model_proto()).hexdigest()
-    elif hasattr(tokenizer, "get_vocab"):
-        serialized = tokenizer.get_vocab()
-    return [class_of(tokenizer), described(attributes), serialized]
+        rules = {k: v for k, v in json.loads(fast.to_str()).items() if k not in of_last_call}
+    return [class_of(tokenizer), described(attributes), rules]
 
 
 def _intervention(intervention: Any) -> str:
@@ -192,8 +191,7 @@ def _hooks(model: nn.Module) -> list[str]:
         found += [(f"{path}.{name}", hook) for name, hook in module_hooks(module)]
         forward = _replaced_forward(module)
         found += [(f"{path}.forward", forward)] if forward is not None else []
-    parts = {"": model.config} | {n: getattr(model.config, n, None) for n in _sub_configs(model)}
-    for backend in sorted({str(attention_backend(p)) for p in parts.values()}):
+    for backend in sorted({str(attention_backend(p)) for p in _parts(model.config).values()}):
         function = registered_function(backend)
         found += [(f"attention {backend!r}", function)] if function is not None else []
     return [
@@ -201,10 +199,6 @@ def _hooks(model: nn.Module) -> list[str]:
         for at, hook in found
         if _set_by_user(hook)
     ]
-
-
-def _sub_configs(model: Any) -> list[str]:
-    return list(getattr(model.config, "sub_configs", {}))
 
 
 def _replaced_forward(module: nn.Module) -> Any:
@@ -218,7 +212,7 @@ def _replaced_forward(module: nn.Module) -> Any:
 
 
 def _set_by_user(hook: Any) -> bool:
-    """Whether a hook was set by the user, not by a library such as accelerate."""
+    """Return whether a hook was set by the user, not by a library such as accelerate."""
     function = hook.func if isinstance(hook, functools.partial) else hook
     where = getattr(function, "__module__", None) or type(function).__module__
     return not str(where).startswith(LIBRARIES)
@@ -429,13 +423,10 @@ def attributes_of(value: Any) -> dict[str, Any]:
         name: each
         for name, each in attributes.items()
         if name not in _NO_STATE
-        and not isinstance(_of_class(value, name), functools.cached_property)
+        and not isinstance(
+            inspect.getattr_static(type(value), name, None), functools.cached_property
+        )
     }
-
-
-def _of_class(value: Any, name: str) -> Any:
-    """Return the class attribute of this name, or None; used to skip cached properties."""
-    return next((vars(kind)[name] for kind in type(value).__mro__ if name in vars(kind)), None)
 
 
 def _leaf(value: Any) -> Any:

@@ -242,7 +242,7 @@ def doctor(
     name: Annotated[
         str, typer.Argument(help=f"Hub id, folder, or shipped model: {', '.join(SHIPPED)}")
     ] = "llava",
-    image: Annotated[Path | None, typer.Argument(help="An image; default: a plain one")] = None,
+    image: Annotated[Path | None, typer.Argument(help="An image; default: a generated one")] = None,
     prompt: Annotated[str, typer.Argument(help="A question")] = "What is in the image?",
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,

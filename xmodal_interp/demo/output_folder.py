@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, first_of
 from xmodal_interp.store import store_around
 
 FILE_LIST, _STAGING = ".xmodal-demo", ".writing-demo"
@@ -66,11 +66,11 @@ def _earlier(folder: Path, *, force: bool) -> dict[str, str]:
             f"{str(folder)!r} contains files that the demo did not write. Choose a new or empty "
             "folder (xmodal demo FOLDER), or pass --force to overwrite files of the same names."
         )
-    changed = [name for name, digest in made.items() if _digest(folder / name) not in (digest, "")]
+    changed = sorted(n for n, digest in made.items() if _digest(folder / n) not in (digest, ""))
     if changed and not force:
         raise InputError(
-            f"Files of an earlier demo in {str(folder)!r} have changed: {_some(changed)}. Choose "
-            "another folder, or pass --force to overwrite them."
+            f"Files of an earlier demo in {str(folder)!r} have changed: {first_of(changed)}. "
+            "Choose another folder, or pass --force to overwrite them."
         )
     return made
 
@@ -96,17 +96,17 @@ def _place(hidden: Path, folder: Path, earlier: dict[str, str], *, force: bool) 
         for path in sorted(hidden.rglob("*"))
         if path.is_file()
     }
-    blocked = [name for name in made if _is_blocked(folder, name)]
+    blocked = sorted(name for name in made if _is_blocked(folder, name))
     if blocked:
         raise InputError(
-            f"{str(folder)!r} has symbolic links or folders at the paths of {_some(blocked)}. "
+            f"{str(folder)!r} has symbolic links or folders at the paths of {first_of(blocked)}. "
             "Choose another folder."
         )
-    theirs = [name for name in made if name not in earlier and (folder / name).exists()]
+    theirs = sorted(n for n in made if n not in earlier and (folder / n).exists())
     if theirs and not force:
         raise InputError(
             f"{str(folder)!r} contains files that the demo did not write, at the paths of "
-            f"{_some(theirs)}. Choose another folder, or pass --force to overwrite them."
+            f"{first_of(theirs)}. Choose another folder, or pass --force to overwrite them."
         )
     _write_file_list(
         folder, {**earlier, **made}
@@ -158,8 +158,3 @@ def _digest(path: Path) -> str:
         return "something else" if path.is_symlink() or path.exists() else ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{', '.join(sorted(names)[:5])}{more}"

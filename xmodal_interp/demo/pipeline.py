@@ -266,7 +266,10 @@ def _positions(
     vlm: VLM, samples: list[Sample], items: list[dict[str, Any]]
 ) -> dict[str, pd.DataFrame]:
     few = samples[:16]
-    full = _full(vlm, of_kind(items, "color")[:4])
+    full = [
+        capture(vlm, item["image"], item["prompt"], max_new_tokens=2)
+        for item in of_kind(items, "color")[:4]
+    ]
     blank = [{**item, "image": item["image"].copy()} for item in of_kind(items, "color")[:16]]
     for item in blank:
         item["image"].paste((60, 60, 60), (0, 0, *item["image"].size))
@@ -278,10 +281,6 @@ def _positions(
         "raster": raster_bias(few, control=control),
         "raster_profile": raster_profile(few, control=control),
     }
-
-
-def _full(vlm: VLM, items: list[dict[str, Any]]) -> list[Sample]:
-    return [capture(vlm, item["image"], item["prompt"], max_new_tokens=2) for item in items]
 
 
 def _removals(vlm: VLM, items: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:

@@ -7,7 +7,6 @@ tables and links to all tables.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +23,8 @@ from xmodal_interp.store import Store
 
 Tables = dict[str, pd.DataFrame]
 
+Captioned = tuple[Path, str, str]
+"""A picture, its title and its caption."""
 
 _SHOWN = ("accuracy", "best_head", "best_head_untrained", "ratio")
 
@@ -31,7 +32,7 @@ _SHOWN = ("accuracy", "best_head", "best_head_untrained", "ratio")
 def write_report(
     folder: Path,
     vlm: VLM,
-    tables: dict[str, pd.DataFrame],
+    tables: Tables,
     pictures: list[Captioned],
     lines: list[str],
 ) -> None:
@@ -49,8 +50,8 @@ def write_report(
         "n_asked": int(tables["accuracy"]["n"].sum()),
         "lines": lines,
         "pictures": [
-            (p.path.relative_to(folder).as_posix(), p.title, p.caption, _inches(p.path))
-            for p in pictures
+            (path.relative_to(folder).as_posix(), title, caption, _inches(path))
+            for path, title, caption in pictures
         ],
         "tables": {name: _rounded(tables[name]) for name in _SHOWN},
         "files": sorted(tables),
@@ -163,15 +164,6 @@ _Planned = tuple[str, str, str, Callable[..., object]]
 """File name, title, caption, and the function that draws the picture to ``path``."""
 
 
-@dataclass(frozen=True)
-class Captioned:
-    """A picture with its title and caption."""
-
-    path: Path
-    title: str
-    caption: str
-
-
 def draw_all(
     shown: dict[str, Any], tables: dict[str, pd.DataFrame], store: Store, folder: Path
 ) -> list[Captioned]:
@@ -186,7 +178,7 @@ def draw_all(
     ):
         path = folder / f"{name}.png"
         draw(path=path)
-        made.append(Captioned(path, title, caption))
+        made.append((path, title, caption))
     return made
 
 

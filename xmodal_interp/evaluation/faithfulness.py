@@ -69,7 +69,7 @@ def deletion_curve(
 
     Raises:
         InputError: A map does not fit the image tokens, or an item does not have one image.
-        UnsupportedModelError: Text reaches the image by cross-attention, or the image still
+        UnsupportedModelError: Text attends to the image by cross-attention, or the image still
             influences the output when all its tokens are replaced, or positions depend on later
             ones.
     """

@@ -100,9 +100,5 @@ def best_head(
 
 def _known_means(values: Float[np.ndarray, "series sample"]) -> Float[np.ndarray, " series"]:
     """Return means over samples that are not NaN; NaN if all are."""
-    known = ~np.isnan(values)
-    counts = known.sum(1)
-    sums = np.where(known, values, 0.0).sum(1)
-    means = np.full(len(values), np.nan)
-    np.divide(sums, counts, out=means, where=counts > 0)
+    means: np.ndarray = np.ma.masked_where(np.isnan(values), values).mean(1).filled(np.nan)
     return means

@@ -91,7 +91,7 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
         criterion: ``"overlap"`` or ``"centre"``.
         layers: Layers, all if not given.
         image: Index of the image with the boxes.
-        kind: ``"self"``, or ``"cross"`` if text reaches the image by cross-attention.
+        kind: ``"self"``, or ``"cross"`` if text attends to the image by cross-attention.
         n_bootstrap: Number of bootstrap resamples for the intervals.
         seed: Seed of the resamples.
 
@@ -103,13 +103,13 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
         attention); ``hit_low``, ``hit_high``, ``energy_low``, ``energy_high`` (95% intervals over
         samples, in which samples of the same picture are one cluster), ``n`` (samples whose ``hit``
         is not NaN), and ``n_clusters`` (distinct pictures among these). Means leave out samples
-        with NaN. Values of a layer in which no query of any sample sees the image are
-        NaN, and so are intervals with fewer than 2 clusters. ``.attrs["n_pictures"]`` is the number
-        of distinct pictures.
+        with NaN. Values of a layer in which no query of any sample can attend to the image are NaN,
+        and so are intervals with fewer than 2 clusters. ``.attrs["n_pictures"]`` is the number of
+        distinct pictures.
 
     Raises:
         InputError: A sample has no box or no image tokens, a box has no image token in it, no query
-            sees the image in any layer, or the samples have different kept layers.
+            can attend to the image in any layer, or the samples have different kept layers.
     """
     hits = pointing_hits(
         samples,
@@ -163,7 +163,7 @@ def pointing_hits(
         1; between 0 and 1 if several tokens are tied at the peak), ``energy`` (0 to 1),
         ``any_object`` (as ``hit``), ``other_object`` (0 to 1), ``image_mass``, ``padding_mass``,
         ``hit_chance``, ``energy_chance``, ``picture`` (samples with the same images and videos have
-        the same number). NaN in a layer in which no query sees the image.
+        the same number). NaN in a layer in which no query can attend to the image.
     """
     one_of(criterion, "criterion", get_args(Criterion))
     many = samples_of(samples)
@@ -244,7 +244,7 @@ def _hits(
         parts.append(call_table(call, {"head": heads}, values))
     if not sees_image:
         raise InputError(
-            f"Query positions {rows.tolist()} of sample {sample.name!r} see no token of image "
+            f"Query positions {rows.tolist()} of sample {sample.name!r} cannot attend to image "
             f"{image} in any chosen layer. Choose queries after the image."
         )
     return parts

@@ -211,7 +211,7 @@ def positional_profiles(
                 _draw_null(axes, [(rows, "black")], "place", "null")
             else:
                 axes.axhline(1.0, label="null model", **_NULL)
-            if _steep(rows[value]):
+            if rows[value].min() > 0 and rows[value].max() > _STEEP * rows[value].min():
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
                 axes.yaxis.set_major_formatter("{x:g}")
@@ -251,6 +251,7 @@ def raster_profiles(
     control = f"{value}_control" if f"{value}_control" in table else None
     columns = [value, *nulls, *([control] if control else [])]
     means = table.groupby(["axis", by, "index"], as_index=False)[columns].mean()
+    means["null"] = means["null"] if nulls else 1.0
     names = sorted(table[by].unique())
     entries = [*map(str, names), by, "null model", *(["control (dotted)"] if control else [])]
     heading = title or f"{value} of image attention by row and column"
@@ -262,13 +263,10 @@ def raster_profiles(
         _lines(axes, rows, "index", value, by, names, upright=upright)
         if control:
             _lines(axes, rows, "index", control, by, names, upright=upright, dotted=True)
-        null = rows.groupby("index")["null"].mean() if nulls else None
-        places = rows["index"].unique()
-        level = [1.0] * len(places) if null is None else null.reindex(places)
-        axes.plot(*((level, places) if upright else (places, level)), label="null model", **_NULL)
-        for side in ("x", "y"):
-            if (side == "y") == upright:
-                getattr(axes, f"{side}axis").set_major_locator(MaxNLocator(integer=True))
+        null = rows.groupby("index")["null"].mean()
+        pair = (null, null.index) if upright else (null.index, null)
+        axes.plot(*pair, label="null model", **_NULL)
+        (axes.yaxis if upright else axes.xaxis).set_major_locator(MaxNLocator(integer=True))
     down.invert_yaxis()
     down.set(xlabel=escaped(value), ylabel="row of the image, top first", title="rows")
     across.set(xlabel="column of the image", ylabel=escaped(value), title="columns")
@@ -424,7 +422,3 @@ def _with_gaps(means: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     last = ordered[following.notna() & (following != ordered["stop"])]
     gaps = last[keys].assign(start=last["stop"], stop=last["stop"] + 1)
     return pd.concat([ordered, gaps], ignore_index=True)
-
-
-def _steep(values: pd.Series) -> bool:
-    return bool(values.min() > 0 and values.max() > _STEEP * values.min())

@@ -81,7 +81,7 @@ def head_grid(
     _number(axes.xaxis, list(grid.columns), wide)
     _number(axes.yaxis, list(grid.index), tall)
     axes.set(xlabel="head", ylabel="layer")
-    scale.bar(picture, axes, height)
+    scale.bar(picture, [axes], height)
     return saved(picture, path)
 
 

@@ -1,14 +1,15 @@
 """Overlays: attention of text tokens to image tokens, drawn on the image.
 
-``overlay_grid`` draws one panel per query, layer or head, or per pair of them; the functions after
-it are its common cases. ``before_after`` compares two samples. All panels of attention share one
-colour scale and one colour bar. A cell is one image token, drawn over the pixels that it covers.
-Parts of the image that no token covers are dimmed and hatched.
+``overlay_grid`` draws one panel per query, layer, head or sample, or per pair of them; the
+functions after it are its common cases. ``before_after`` compares two samples. All panels of
+attention share one colour scale and one colour bar. A cell is one image token, drawn over the
+pixels that it covers. Parts of the image that no token covers are dimmed and hatched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex, Unpack, get_args
 
 import numpy as np
@@ -49,13 +50,22 @@ from xmodal_interp.sample import Sample, Selector
 Queries = Selector | Sequence[str | int]
 """A phrase, positions, or a sequence of both."""
 
-Facet = Literal["query", "layer", "head"]
+Facet = Literal["query", "layer", "head", "sample"]
+
+_ARGUMENT: Mapping[Facet, str] = {"query": "queries", "layer": "layers", "head": "heads"}
+
+
+class GridOptions(AttentionOptions, total=False):
+    """Keyword arguments of every figure that ``overlay_grid`` draws; see there."""
+
+    image: int
+    path: FigurePath
 
 
 @checked
 @styled
 def overlay_grid(
-    sample: Sample,
+    sample: Sample | Mapping[str, Sample],
     queries: Queries | None = None,
     layers: Sequence[int] | None = (-1,),
     heads: Positions | None = None,
@@ -66,10 +76,11 @@ def overlay_grid(
     path: FigurePath = None,
     **options: Unpack[AttentionOptions],
 ) -> Picture:
-    """Draw attention on the image, with one panel per query, layer or head.
+    """Draw attention on the image, with one panel per query, layer, head or sample.
 
     Args:
-        sample: The sample.
+        sample: The sample. With the facet ``"sample"``, several samples by title, such as
+            ``{"before": one, "after": other}``; they may have different images.
         queries: A phrase or positions of the prompt or the answer. With the facet ``"query"``, they
             are drawn with one panel per token; a list of phrases and positions with one panel per
             entry, where a phrase is the mean of its tokens; and all text after the image, generated
@@ -78,9 +89,10 @@ def overlay_grid(
             ``"layer"``, one layer.
         heads: A head or several; all if not given. With the facet ``"head"``, the last panel is
             their mean; without it, they are averaged.
-        rows: Facet of the rows: ``"query"``, ``"layer"`` or ``"head"``. If not given, the first
-            panel is the image itself and the panels are wrapped.
-        columns: Facet of the columns; None for a single panel per row.
+        rows: Facet of the rows: ``"query"``, ``"layer"``, ``"head"`` or ``"sample"``. If not given,
+            the first panel is the image itself and the panels are wrapped.
+        columns: Facet of the columns; None for a single panel per row. With the facet ``"sample"``,
+            the image of each sample is above its column or at the left of its row.
         image: Index of the image.
         path: Where to save the figure.
         **options: Drawing options; see ``OverlayOptions``.
@@ -91,35 +103,30 @@ def overlay_grid(
             f"rows and columns must be two of {', '.join(get_args(Facet))}, or None; got "
             f"{quoted(rows)} and {quoted(columns)}."
         )
-    drawing, placed = OverlayOptions(**options), placed_image(sample, image)
-    layer_numbers = (
-        _layer_numbers(sample, placed, layers) if "layer" in facets else list(layers or ())
-    )
-    if "layer" not in facets and len(layer_numbers) != 1:
-        raise InputError(f"Without the facet 'layer', layers must be one layer; got {layers}.")
-    if "query" in facets:
-        groups = query_groups(sample, placed, queries)
-    else:
-        layer = layer_numbers[0] if facets == {None} else None
-        groups = [query_positions(sample, placed, queries, layer)]  # type: ignore[arg-type]
-    positions = [position for group in groups for position in group]
-    read = [attention_on_image(sample, placed, positions, layer, heads) for layer in layer_numbers]
-    left_out = [drawing.left_out(placed, one.call, heads) for one in read]
-    stops = np.cumsum([len(group) for group in groups]).tolist()
-    single = "" if "query" in facets else named(sample, positions)
+    drawing = OverlayOptions(**options)
+    samples = _by_title(sample, facets)
+    read = [
+        _read(each, queries, layers, heads, image, facets, drawing) for each in samples.values()
+    ]
+    first = read[0]
+    _refuse_other_entries(facets, dict(zip(samples, read, strict=True)))
     # what the rows or columns of each facet select, by title
     entries: dict[Facet | None, list[tuple[str, dict[str, Any]]]] = {
-        None: [(single if facets == {None} else "", {})],
-        "query": [
-            (panel_name(sample, group), {"queries": range(stop - len(group), stop)})
-            for group, stop in zip(groups, stops, strict=True)
-        ],
-        "layer": [(f"layer {one.call.layer}", {"layer": i}) for i, one in enumerate(read)],
-        "head": _head_entries(read[0]),
+        None: [(first.phrase if facets == {None} else "", {})],
+        "query": [(name, {"query": i}) for i, name in enumerate(first.queries)],
+        "layer": [(name, {"layer": i}) for i, name in enumerate(_titles(first, "layer"))],
+        "head": _head_entries(first.layers[0]),
+        "sample": [(title, {"number": i}) for i, title in enumerate(samples)],
     }
 
-    def panel(title: str, layer: int = 0, **part: Any) -> Panel:
-        return _attention_panel(title, read[layer], drawing, left_out[layer], **part)
+    def panel(
+        title: str, number: int = 0, layer: int = 0, query: int | None = None, **part: Any
+    ) -> Panel:
+        one = read[number]
+        if query is not None:
+            part["queries"] = one.indices[query]
+        made = _attention_panel(title, one.layers[layer], drawing, one.left_out[layer], **part)
+        return replace(made, placed=one.placed)
 
     panels = [
         panel("" if r else title, **row, **column)
@@ -130,18 +137,29 @@ def overlay_grid(
         panels, drawing.scale([each.values for each in panels if each.values is not None])
     )
     n_cols, row_titles = len(entries[columns]), [title for title, _ in entries[rows]]
-    shown: list[Sequence[Panel]]
-    if rows is None:
-        shown, row_titles = in_rows([Panel(placed.name), *panels]), []
-    else:
-        shown = [panels[i : i + n_cols] for i in range(0, len(panels), n_cols)]
+    shown: list[Sequence[Panel]] = [panels[i : i + n_cols] for i in range(0, len(panels), n_cols)]
+    if columns == "sample":
+        pictures = [Panel(name, placed=one.placed) for name, one in zip(samples, read, strict=True)]
+        shown = [pictures, *([replace(each, title="") for each in row] for row in shown)]
+        row_titles = ["", *row_titles] if rows else []
+    elif rows == "sample":
+        names = [one.placed.name if r == 0 else "" for r, one in enumerate(read)]
+        shown = [
+            [Panel(name, placed=one.placed), *row]
+            for name, one, row in zip(names, read, shown, strict=True)
+        ]
+    elif rows is None:
+        shown, row_titles = in_rows([Panel(first.placed.name), *panels]), []
+    calls = [one.layers[0].call for one in read]
     where = [
-        *([single] if single and facets != {None} else []),
-        "layer by layer" if "layer" in facets else layer_name(read[0].call),
-        "head by head" if "head" in facets else heads_name(read[0].call, heads),
+        *([] if facets == {None} else [_joined(one.phrase for one in read)]),
+        "layer by layer" if "layer" in facets else _joined(layer_name(call) for call in calls),
+        "head by head" if "head" in facets else _joined(heads_name(call, heads) for call in calls),
     ]
-    title = f"{about(sample)}\n{', '.join(where)}"
-    return saved(panel_figure(placed, shown, drawing, title, row_titles), path)
+    asked = dict.fromkeys(about(each) for each in samples.values())
+    title = next(iter(asked)) if len(asked) == 1 else f"{len(samples)} samples"
+    title += f"\n{', '.join(text for text in where if text)}"
+    return saved(panel_figure(first.placed, shown, drawing, title, row_titles), path)
 
 
 @checked
@@ -150,10 +168,7 @@ def overlay(
     queries: Selector,
     layer: int = -1,
     head: Positions | None = None,
-    *,
-    image: int = 0,
-    path: FigurePath = None,
-    **options: Unpack[AttentionOptions],
+    **options: Unpack[GridOptions],
 ) -> Picture:
     """Draw a phrase's attention on the image: the mean of its tokens, in one layer.
 
@@ -162,13 +177,9 @@ def overlay(
         queries: A phrase of the prompt or the answer, or positions.
         layer: Layer index; negative ones count from the last.
         head: A head, or several to average; all heads are averaged if not given.
-        image: Index of the image.
-        path: Where to save the figure.
-        **options: Drawing options; see ``OverlayOptions``.
+        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
-    return overlay_grid(
-        sample, queries, [layer], head, columns=None, image=image, path=path, **options
-    )
+    return overlay_grid(sample, queries, [layer], head, columns=None, **options)
 
 
 @checked
@@ -177,10 +188,7 @@ def overlays(
     queries: Queries | None = None,
     layer: int = -1,
     head: Positions | None = None,
-    *,
-    image: int = 0,
-    path: FigurePath = None,
-    **options: Unpack[AttentionOptions],
+    **options: Unpack[GridOptions],
 ) -> Picture:
     """Draw the attention of each text token on the image, with one panel per token.
 
@@ -191,11 +199,9 @@ def overlays(
             not given, all text after the image, generated tokens included.
         layer: Layer index; negative ones count from the last.
         head: A head, or several to average; all heads are averaged if not given.
-        image: Index of the image.
-        path: Where to save the figure.
-        **options: Drawing options; see ``OverlayOptions``.
+        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
-    return overlay_grid(sample, queries, [layer], head, image=image, path=path, **options)
+    return overlay_grid(sample, queries, [layer], head, **options)
 
 
 @checked
@@ -204,10 +210,7 @@ def head_overlays(
     queries: Selector,
     layer: int = -1,
     heads: Positions | None = None,
-    *,
-    image: int = 0,
-    path: FigurePath = None,
-    **options: Unpack[AttentionOptions],
+    **options: Unpack[GridOptions],
 ) -> Picture:
     """Draw a phrase's attention on the image for each head of a layer, and for their mean.
 
@@ -216,13 +219,9 @@ def head_overlays(
         queries: A phrase or positions; their attention is averaged.
         layer: Layer index; negative ones count from the last.
         heads: Heads; all if not given.
-        image: Index of the image.
-        path: Where to save the figure.
-        **options: Drawing options; see ``OverlayOptions``.
+        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
-    return overlay_grid(
-        sample, queries, [layer], heads, columns="head", image=image, path=path, **options
-    )
+    return overlay_grid(sample, queries, [layer], heads, columns="head", **options)
 
 
 @checked
@@ -231,10 +230,7 @@ def layer_overlays(
     queries: Selector,
     layers: Sequence[int] | None = None,
     head: Positions | None = None,
-    *,
-    image: int = 0,
-    path: FigurePath = None,
-    **options: Unpack[AttentionOptions],
+    **options: Unpack[GridOptions],
 ) -> Picture:
     """Draw a phrase's attention on the image, with one panel per layer.
 
@@ -243,13 +239,9 @@ def layer_overlays(
         queries: A phrase or positions; their attention is averaged.
         layers: Layers, such as ``[-4, -3, -2, -1]``; all recorded layers if not given.
         head: A head, or several to average; all heads are averaged if not given.
-        image: Index of the image.
-        path: Where to save the figure.
-        **options: Drawing options; see ``OverlayOptions``.
+        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
-    return overlay_grid(
-        sample, queries, layers, head, columns="layer", image=image, path=path, **options
-    )
+    return overlay_grid(sample, queries, layers, head, columns="layer", **options)
 
 
 @checked
@@ -258,10 +250,7 @@ def token_head_grid(
     queries: Queries | None = None,
     layer: int = -1,
     heads: Positions | None = None,
-    *,
-    image: int = 0,
-    path: FigurePath = None,
-    **options: Unpack[AttentionOptions],
+    **options: Unpack[GridOptions],
 ) -> Picture:
     """Draw the attention of each text token in each head: tokens in rows, heads in columns.
 
@@ -272,18 +261,9 @@ def token_head_grid(
         queries: As for ``overlays``.
         layer: Layer index; negative ones count from the last.
         heads: Heads; all if not given.
-        image: Index of the image.
-        path: Where to save the figure.
-        **options: Drawing options; see ``OverlayOptions``.
+        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
-    return overlay_grid(
-        *(sample, queries, [layer], heads),
-        rows="query",
-        columns="head",
-        image=image,
-        path=path,
-        **options,
-    )
+    return overlay_grid(sample, queries, [layer], heads, rows="query", columns="head", **options)
 
 
 @checked
@@ -350,6 +330,110 @@ def before_after(
     where = f"{named(before, positions)}: {layer_name(read.call)}, {heads_name(read.call, head)}"
     title = f'"{before.question}"\n{where}'
     return saved(panel_figure(placed, [row], drawing, title), path)
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """The attention of one sample that a grid draws.
+
+    Attributes:
+        placed: The image.
+        queries: Title of each group of queries.
+        indices: For each group, its indices into the queries of ``layers``.
+        layers: The attention of all queries, by layer.
+        left_out: Tokens to mark as left out, by layer.
+        phrase: The queries in words, if they are averaged.
+    """
+
+    placed: PlacedImage
+    queries: Sequence[str]
+    indices: Sequence[range]
+    layers: Sequence[ImageAttention]
+    left_out: Sequence[np.ndarray | None]
+    phrase: str
+
+
+def _by_title(sample: object, facets: set[Facet | None]) -> Mapping[str, Sample]:
+    """Return the samples of a grid by title; one sample has no title.
+
+    Raises:
+        InputError: There are several samples without the facet ``"sample"``, or the reverse.
+    """
+    if "sample" not in facets:
+        if not isinstance(sample, Sample):
+            raise InputError(
+                f"sample must be one Sample, such as store[0]; got a {type(sample).__name__}."
+            )
+        return {"": sample}
+    of_samples = isinstance(sample, Mapping) and all(
+        isinstance(each, Sample) for each in sample.values()
+    )
+    if not isinstance(sample, Mapping) or not sample or not of_samples:
+        raise InputError(
+            "With the facet 'sample', sample must be a mapping from titles to samples, such as "
+            f"{{'before': sample}}; got {quoted(sample)}."
+        )
+    return sample
+
+
+def _read(
+    sample: Sample,
+    queries: Queries | None,
+    layers: Sequence[int] | None,
+    heads: Positions | None,
+    image: int,
+    facets: set[Facet | None],
+    drawing: OverlayOptions,
+) -> _Read:
+    """Return the attention that a grid draws; the arguments are those of ``overlay_grid``."""
+    placed = placed_image(sample, image)
+    chosen = _layer_numbers(sample, placed, layers) if "layer" in facets else list(layers or ())
+    if "layer" not in facets and len(chosen) != 1:
+        raise InputError(f"Without the facet 'layer', layers must be one layer; got {layers}.")
+    if "query" in facets:
+        groups = query_groups(sample, placed, queries)
+    else:
+        layer = None if facets & {"layer", "head"} else chosen[0]
+        groups = [query_positions(sample, placed, queries, layer)]  # type: ignore[arg-type]
+    positions = [position for group in groups for position in group]
+    stops = np.cumsum([len(group) for group in groups]).tolist()
+    read = [attention_on_image(sample, placed, positions, layer, heads) for layer in chosen]
+    return _Read(
+        placed,
+        [panel_name(sample, group) for group in groups],
+        [range(stop - len(group), stop) for group, stop in zip(groups, stops, strict=True)],
+        read,
+        [drawing.left_out(placed, one.call, heads) for one in read],
+        "" if "query" in facets else named(sample, positions),
+    )
+
+
+def _refuse_other_entries(facets: set[Facet | None], read: Mapping[str, _Read]) -> None:
+    """Raise InputError if a facet would have other panels in one sample than in the first."""
+    for facet, argument in _ARGUMENT.items():
+        titles = {name: _titles(one, facet) for name, one in read.items()}
+        first = next(iter(titles))
+        other = next((name for name in titles if titles[name] != titles[first]), None)
+        if facet in facets and other is not None:
+            raise InputError(
+                f"All samples must have the same panels by {facet}: {first!r} has "
+                f"{', '.join(titles[first])}; {other!r} has {', '.join(titles[other])}. Choose "
+                f"{argument}= that give the same panels."
+            )
+
+
+def _joined(texts: Iterable[str]) -> str:
+    """Return texts of several samples as one, each different text once."""
+    return " / ".join(dict.fromkeys(texts))
+
+
+def _titles(read: _Read, facet: Facet) -> list[str]:
+    """Return the titles of a sample's panels by a facet."""
+    if facet == "query":
+        return list(read.queries)
+    if facet == "head":
+        return [title for title, _ in _head_entries(read.layers[0])]
+    return [f"layer {one.call.layer}" for one in read.layers]
 
 
 def _attention_panel(

@@ -181,7 +181,7 @@ def token_patch_matrix(
     picture = new_picture((NAMES + size[0] + BAR, size[1] + 0.5), title)
     axes = picture.subplots()
     _draw_block(axes, values, rows, placed, scale, size)
-    scale.bar(picture, axes, size[1])
+    scale.bar(picture, [axes], size[1])
     return saved(picture, path)
 
 
@@ -226,7 +226,7 @@ def side_by_side(
         what = f"{layer_name(matrix.call)}, {heads_name(matrix.call, selections[i].head)}"
         axes.set(xlabel="key", ylabel="query", title=f"{escaped(name)}\n{what}")
         if not shared:
-            scales[i].bar(picture, axes, _SMALL_SIDE)
+            scales[i].bar(picture, [axes], _SMALL_SIDE)
     if shared:
         scales[0].bar(picture, panels, _SMALL_SIDE)
     return saved(picture, path)

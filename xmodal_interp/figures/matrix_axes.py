@@ -14,7 +14,6 @@ from itertools import groupby
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.transforms import BboxTransformTo, ScaledTranslation, blended_transform_factory
 
@@ -118,7 +117,7 @@ def draw_matrix(
     columns: AxisLabels,
     scale: ColorScale,
     inches: tuple[float, float],
-) -> AxesImage:
+) -> None:
     """Draw a matrix ``[row, column]`` with its labels; NaN has the colour of hidden cells.
 
     Args:
@@ -132,7 +131,7 @@ def draw_matrix(
     wide, tall = columns.widths(inches[0]), rows.widths(inches[1])
     spread = np.repeat(np.repeat(np.asarray(values, dtype=float), tall, axis=0), wide, axis=1)
     x, y = np.concatenate([[0], wide.cumsum()]), np.concatenate([[0], tall.cumsum()])
-    drawn = axes.imshow(
+    axes.imshow(
         scale.drawn(spread),
         norm=scale.norm,
         cmap=scale.cmap,
@@ -154,7 +153,6 @@ def draw_matrix(
             ncols=len(unnamed),
             borderaxespad=0,
         )
-    return drawn
 
 
 def name_blocks(
@@ -187,7 +185,7 @@ def name_blocks(
 
 
 def legible_side(labels: AxisLabels, least: float, most: float) -> float:
-    """Return the inches at which all names are legible, or ``least`` if they exceed ``most``."""
+    """Return the side, in inches, at which all names are legible; ``least`` if above ``most``."""
     needed = sum(bool(name) for name in labels.names) * _PITCH
     needed = needed / _MOST_FOR_NAMES if "" in labels.names else needed
     return float(max(least, needed)) if needed <= most else least
@@ -248,7 +246,7 @@ def _label(
 
 
 def _parted(neighbours: Sequence[tuple[Run, float]]) -> bool:
-    """Return whether two adjacent runs, given with their inches, are wide enough for a line."""
+    """Return whether two adjacent runs, given with their widths, have room for a line."""
     ends_image = any(run.group.startswith("image") and wide >= 0.5 for run, wide in neighbours)
     return all(wide > 0 and (ends_image or wide >= _LEAST_FOR_LINES) for _, wide in neighbours)
 

@@ -66,7 +66,7 @@ def selections_of(
     """Return the selection of each source, by title.
 
     Args:
-        sources: Samples, calls or views by title.
+        sources: Samples, calls or selections by title.
         layer: Layer of the samples; selections keep their own.
 
     Raises:

@@ -127,6 +127,7 @@ class Panel:
         left_out: Tokens to mark as left out.
         outlined: Boxes to outline on this panel only.
         undrawn: Attention to tokens without a cell, and to all tokens of the image.
+        placed: The image, if it is not that of the figure.
     """
 
     title: str
@@ -135,6 +136,7 @@ class Panel:
     left_out: np.ndarray | None = None
     outlined: Sequence[PixelBox] = ()
     undrawn: tuple[float, float] | None = None
+    placed: PlacedImage | None = None
 
 
 def with_scale(panels: Sequence[Panel], scale: ColorScale) -> list[Panel]:
@@ -160,7 +162,7 @@ def panel_figure(
     """Draw panels in rows.
 
     Args:
-        placed: The image.
+        placed: The image of panels that have none; its shape determines the size of the panels.
         rows: Panels of each row; rows may differ in length.
         options: Drawing options.
         title: Title of the figure.
@@ -180,37 +182,34 @@ def panel_figure(
         _note(placed, [panel for row in rows for panel in row], options),
     )
     grid = picture.subplots(len(rows), n_cols, squeeze=False)
-    parents: dict[int, list[tuple[int, Axes]]] = {id(scale): [] for scale in scales}
+    drawn: dict[int, list[Axes]] = {id(scale): [] for scale in scales}
     for (r, c), axes in np.ndenumerate(grid):
         if c >= len(rows[r]):
             axes.remove()
             continue
-        _draw_panel(axes, placed, rows[r][c], options, width)
-        parents.get(id(rows[r][c].scale), []).append((c, axes))
+        _draw_panel(axes, rows[r][c].placed or placed, rows[r][c], options, width)
+        drawn.get(id(rows[r][c].scale), []).append(axes)
         axes.xaxis.set_visible(False)
         axes.yaxis.set_visible(bool(row_titles) and c == 0)
         if row_titles and c == 0:
             axes.set_ylabel(escaped(row_titles[r]), rotation=0, ha="right", va="center")
     for scale in scales:
-        found = parents[id(scale)]
-        # only the corners: the layout measures the colour bar once per panel that it belongs to
-        corners = (found[0], found[-1], max(found, key=lambda each: each[0]))
-        scale.bar(picture, list(dict.fromkeys(axes for _, axes in corners)), tall)
+        scale.bar(picture, drawn[id(scale)], tall)
     return picture
 
 
 def _note(placed: PlacedImage, panels: Sequence[Panel], options: OverlayOptions) -> str:
     """Return the note on how a figure is drawn."""
-    parts = [
-        f"interpolated between {placed.unit}s (bilinear)"
-        if options.smooth
-        else f"one cell per {placed.unit} (nearest)"
-    ]
-    if uncovered(placed):
-        parts.append(f"hatched: no {placed.unit} there")
+    images = list({id(one): one for one in (panel.placed or placed for panel in panels)}.values())
+    how = "interpolated between {}s (bilinear)" if options.smooth else "one cell per {} (nearest)"
+    parts = [how.format(unit) for unit in dict.fromkeys(one.unit for one in images)]
+    bare = dict.fromkeys(one.unit for one in images if uncovered(one))
+    parts += [f"hatched: no {unit} there" for unit in bare]
     undrawn = [panel.undrawn for panel in panels if panel.undrawn is not None]
     if undrawn:
-        of_thumbnail = " of the thumbnail, or" if placed.grid.thumbnail is not None else ""
+        of_thumbnail = (
+            " of the thumbnail, or" if any(one.grid.thumbnail is not None for one in images) else ""
+        )
         without, whole = (_span(amounts) for amounts in zip(*undrawn, strict=True))
         parts.append(
             f"not drawn: tokens{of_thumbnail} without a place, which receive {without} of the "

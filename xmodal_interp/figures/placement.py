@@ -70,7 +70,7 @@ class PlacedImage:
         return without
 
     def on_cells(self, values: np.ndarray, *, mean: bool = False) -> np.ndarray:
-        """Convert values per key, ``[..., key]``, to values per cell; NaN where no key has one.
+        """Convert values per key, ``[..., key]``, to values per cell; NaN if its keys have none.
 
         Args:
             values: Values on keys. Each is distributed over the key's cells.
@@ -96,7 +96,7 @@ def placed_image(sample: Sample, image: int = 0) -> PlacedImage:
     values are distributed over them with the connector's attention.
 
     Raises:
-        InputError: The sample has no images, not this one, or not its pixels.
+        InputError: The sample has no images, no image of this index, or does not hold its pixels.
         NotRecordedError: The tokens are learned queries, and the connector's layers were not
             recorded.
     """
@@ -138,23 +138,14 @@ def placed_image(sample: Sample, image: int = 0) -> PlacedImage:
 
 
 def _as_thumbnail(placed: PlacedImage) -> PlacedImage:
-    """Return the place of the thumbnail if no other token of the image has a place.
+    """Return the image on the grid of its thumbnail if no other token has a place, else unchanged.
 
     This happens for long and narrow images whose tiles were removed together with their padding.
     """
     grid, view = placed.grid, placed.grid.thumbnail
     if view is None or (grid.places[:, 0] >= 0).any():
         return placed
-    shown = replace(
-        grid,
-        rows=view.rows,
-        cols=view.cols,
-        places=view.places,
-        patch_rows=view.patch_rows,
-        patch_cols=view.patch_cols,
-        patch_places=view.patch_places,
-        thumbnail=None,
-    )
+    shown = replace(grid, **vars(view), thumbnail=None)
     return replace(placed, grid=shown, unit="thumbnail token")
 
 

@@ -10,6 +10,7 @@ Cells that the mask hides are NaN, never 0, and are drawn in a separate colour.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -18,8 +19,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import make_axes
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from xmodal_interp.arguments import real_number
 from xmodal_interp.errors import InputError, quoted
@@ -52,10 +55,37 @@ SHOW_LABELS = {
 
 _HIDDEN_DARK = "#8a8a8a"  # hidden cells on scales whose middle is white
 
-# opacity over an image of the weakest values and of the strongest
-_FAINT, _STRONG = 0.0, 0.95
+_STRONG = 0.95  # opacity of the strongest values over an image; the weakest are transparent
 
-_BAR_HEIGHT = 2.6  # largest height of a colour bar, inches
+_BAR_WIDTH, _BAR_GAP = 0.13, 0.11  # of a colour bar, and between it and the panels, inches
+_TALLEST_BAR = 6.0  # largest height of panels whose colour bar is as high as they are, inches
+_SHORT_BAR = 2.6  # height of the colour bar of higher panels, inches
+
+
+@dataclass(frozen=True, eq=False)
+class _BarPlace:
+    """Axes locator of a colour bar at the right of panels, aligned with their top.
+
+    The constrained layout reserves space for a colour bar, but places it by the cells of the grid,
+    and panels with a fixed aspect can be smaller than their cells. This locator places it by the
+    panels.
+
+    Attributes:
+        panels: The panels.
+        highest: Largest height, inches.
+        aspect: Height divided by width.
+    """
+
+    panels: Sequence[Axes]
+    highest: float
+    aspect: float
+
+    def __call__(self, axes: Any, _renderer: Any) -> Bbox:
+        width, height = axes.figure.get_size_inches()
+        around = Bbox.union([panel.get_position() for panel in self.panels])
+        tall = min(around.height, self.highest / height)
+        wide = tall * height / self.aspect / width
+        return Bbox.from_bounds(around.x1 + _BAR_GAP / width, around.y1 - tall, wide, tall)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,17 +122,29 @@ class ColorScale:
             values = np.maximum(values, low)
         return np.ma.masked_array(values, mask=hidden)
 
-    def bar(self, figure: Figure, axes: Axes | Sequence[Axes], height: float) -> None:
-        """Draw the colour bar at the right of ``axes``, which are ``height`` inches high."""
-        tall = min(height, _BAR_HEIGHT)
-        bar = figure.colorbar(
-            ScalarMappable(self.norm, self.bar_cmap or self.cmap),
-            ax=axes,
-            extend=self.extend,
-            shrink=tall / height,
-            anchor=(0.0, 1.0),
-            aspect=tall / 0.13,
+    def bar(self, figure: Figure, panels: Sequence[Axes], height: float) -> None:
+        """Draw the colour bar at the right of panels, which are about ``height`` inches high.
+
+        It extends from the top of the panels to their bottom; if they are very high, it is shorter.
+        """
+        short = height > _TALLEST_BAR
+        tall = _SHORT_BAR if short else height
+        place = _BarPlace(panels, _SHORT_BAR if short else math.inf, tall / _BAR_WIDTH)
+        # Two panels that touch the right and the lower edge are enough for the layout, which
+        # measures the colour bar once per panel that it belongs to.
+        last = max(panels, key=lambda panel: _corner(panel)[1])
+        parents = list(dict.fromkeys([last, max(panels, key=_corner)]))
+        across = Bbox.union([panel.get_position() for panel in parents]).width
+        axes, placing = make_axes(
+            parents,
+            fraction=0.01,
+            aspect=place.aspect,
+            pad=_BAR_GAP / (across * figure.get_figwidth()),
+            panchor=False,
         )
+        axes.set_axes_locator(place)
+        colors = ScalarMappable(self.norm, self.bar_cmap or self.cmap)
+        bar = figure.colorbar(colors, cax=axes, extend=self.extend, **placing)
         bar.set_label(wrapped(self.label, tall, NORMAL))
         if self.log2:
             end = int(np.floor(float(self.norm.vmax or 1)))
@@ -122,13 +164,20 @@ class ColorScale:
             np.linspace(0, 1, 256)
         )
         strength = np.abs(np.linspace(-1, 1, 256)) if self.diverging else np.linspace(0, 1, 256)
-        colors[:, 3] = _FAINT + (_STRONG - _FAINT) * strength
+        colors[:, 3] = _STRONG * strength
         alpha = colors[:, 3:]
         opaque = colors[:, :3] * alpha + (1 - alpha) * sum(ground) / 2 / 255
         over = ListedColormap(colors).with_extremes(
             bad=(0, 0, 0, 0), under=colors[0], over=colors[-1]
         )
         return replace(self, cmap=over, bar_cmap=ListedColormap(opaque))
+
+
+def _corner(panel: Axes) -> tuple[int, int]:
+    """Return the last row and the last column of a panel in its grid, each plus 1."""
+    spec = panel.get_subplotspec()
+    assert spec is not None
+    return spec.rowspan.stop, spec.colspan.stop
 
 
 def check_show(show: str, allowed: Sequence[str] = get_args(Show)) -> None:

@@ -153,7 +153,10 @@ def _is_list(given: Any) -> bool:
 
 
 def _only_scores(call: RawCall, site: Site) -> bool:
-    """Whether zero queries give uniform probabilities: no sinks or bias, a mask that only hides."""
+    """Return whether zero queries give uniform probabilities.
+
+    They do if the call has no sinks and no bias, and its mask only hides keys.
+    """
     attention = site.attention(call)
     if attention.sinks is not None or attention.bias is not None:
         return False

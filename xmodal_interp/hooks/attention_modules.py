@@ -90,7 +90,9 @@ def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
     Raises:
         UnsupportedModelError: The model has none.
     """
-    found = dict(_innermost(model))
+    found = {path: m for path, m in model.named_modules() if _is_attention(m, path)}
+    around = {outer for path in found for outer in _parents(path)}
+    found = {path: module for path, module in found.items() if path not in around}
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no module with softmax attention: no class is named "
@@ -107,8 +109,7 @@ def attention_holders(
     """Return attention modules around known ones, with the identity of the first one inside."""
     holders: dict[nn.Module, Identity] = {}
     for module, identity in known.items():
-        parts = identity.module.split(".")
-        for path in (".".join(parts[:n]) for n in range(len(parts))):
+        for path in _parents(identity.module):
             holder = model.get_submodule(path)
             if holder is not module and holder not in holders and _is_attention(holder, path):
                 holders[holder] = replace(identity, module=path)
@@ -131,7 +132,7 @@ def module_of(model: Any) -> nn.Module:
 
 
 def weighs_no_tokens(module: nn.Module) -> bool:
-    """Whether the name of a module's class shows that its attention is not over tokens.
+    """Return whether the name of a module's class shows that its attention is not over tokens.
 
     Such a module may call attention functions to mix states of earlier layers, for example.
     """
@@ -175,20 +176,10 @@ def block_of(model: nn.Module, identity: Identity) -> nn.Module | None:
     return model.get_submodule(match[0]) if match else None
 
 
-def _innermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield attention modules that do not contain another attention module."""
-    found = {path: m for path, m in model.named_modules() if _is_attention(m, path)}
-    outer = {module for path, module in found.items() for module in _containing(found, path)}
-    yield from ((path, module) for path, module in found.items() if module not in outer)
-
-
-def _containing(found: Mapping[str, nn.Module], path: str) -> Iterator[nn.Module]:
-    """Yield the modules among ``found`` that contain the module at a path."""
+def _parents(path: str) -> list[str]:
+    """Return the paths of the modules that contain the module at a path, the outermost first."""
     parts = path.split(".") if path else []
-    for n in range(len(parts)):
-        outer = ".".join(parts[:n])
-        if outer in found:
-            yield found[outer]
+    return [".".join(parts[:n]) for n in range(len(parts))]
 
 
 def _is_attention(module: nn.Module, path: str) -> bool:

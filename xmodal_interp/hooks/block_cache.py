@@ -15,6 +15,7 @@ The memory is one hidden state per block: ``n_blocks * samples * positions * d_m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,7 +80,7 @@ def _remember_blocks(model: nn.Module, stack: ExitStack) -> BlockOutputs:
 
 
 def replay(outputs: dict[nn.Module, Any]) -> Block[None]:
-    """Return a ``with`` block in which modules return the given outputs instead of running."""
+    """Return a context manager in which modules return the given outputs instead of running."""
     return Block(partial(_replay, outputs))
 
 
@@ -87,17 +88,12 @@ def _replay(outputs: dict[nn.Module, Any], stack: ExitStack) -> None:
     for module, output in outputs.items():
         own = module.__dict__.get("forward")  # set by accelerate on dispatched models
         stack.callback(_restore, module, own)
-        module.forward = _Returning(output)
+        module.forward = _returning(output)
 
 
-class _Returning:
-    """A forward that returns a given output."""
-
-    def __init__(self, output: Any) -> None:
-        self.output = output
-
-    def __call__(self, *args: Any, **options: Any) -> Any:  # noqa: ARG002
-        return self.output
+def _returning(output: Any) -> Callable[..., Any]:
+    """Return a forward that returns a given output."""
+    return lambda *_args, **_options: output
 
 
 def _restore(module: nn.Module, own: Any) -> None:

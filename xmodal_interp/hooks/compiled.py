@@ -121,7 +121,7 @@ def observe_unhooked(enter: Enter, exit_: Exit, stack: ExitStack) -> None:
 
 
 def replaced_forward(module: nn.Module) -> bool:
-    """Whether other code replaced the ``forward`` of this module instance."""
+    """Return whether other code replaced the ``forward`` of this module instance."""
     with _lock:
         _, before = _forwards.get(module, (0, vars(module).get("forward")))
     return before is not None

@@ -38,7 +38,7 @@ def mean_embeddings(
         averaged: The positions to average, in each sample.
 
     Raises:
-        UnsupportedModelError: Text reads the image by cross-attention.
+        UnsupportedModelError: Text attends to the image by cross-attention.
         CaptureError: The language model received different positions, or never ran.
     """
     check_in_sequence(vlm)
@@ -151,9 +151,10 @@ def check_images_gone(
     change = (one - other).abs().max()
     if not change <= 1e-3 * one.abs().max():
         raise UnsupportedModelError(
-            f"The language model of {vlm.family.model_type} does not receive the image only by "
-            "the embeddings and features of image tokens: with all of them replaced, other pixels "
-            f"change the logits by up to {change:.1g}. Use knock_out_attention instead."
+            f"The language model of {vlm.family.model_type} also receives the image by inputs "
+            "other than the embeddings and features of image tokens: with all of these replaced, "
+            f"other pixels change the logits by up to {change:.1g}. Use knock_out_attention "
+            "instead."
         )
 
 
@@ -161,10 +162,10 @@ def check_in_sequence(vlm: VLM) -> None:
     """Refuse a model whose sequence does not hold image tokens.
 
     Raises:
-        UnsupportedModelError: Text reads the image by cross-attention.
+        UnsupportedModelError: Text attends to the image by cross-attention.
     """
     if not vlm.family.in_sequence:
         raise UnsupportedModelError(
-            f"{vlm.family.model_type} has no image tokens to replace: text reads the image by "
+            f"{vlm.family.model_type} has no image tokens to replace: text attends to the image by "
             "cross-attention. Use knock_out_attention(..., kind='cross') instead."
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,16 @@ from torch.overrides import TorchFunctionMode
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.masks import hidden_below
+from xmodal_interp.contexts import DeferredSignals
 from xmodal_interp.errors import CaptureError
 from xmodal_interp.hooks.attention_modules import Identity
 from xmodal_interp.hooks.raw_calls import RawCall
 from xmodal_interp.hooks.torch_attention import KERNEL, chunked, four_axes, kernel_call
-from xmodal_interp.upstream import active_function_modes, remove_function_mode
+from xmodal_interp.upstream import (
+    active_function_modes,
+    remove_function_mode,
+    restore_popped_mode,
+)
 
 SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
 _LINEAR_LAYERS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
@@ -38,11 +44,14 @@ _FAR_BELOW = 1e3  # a score this far below the largest of its row is masked
 _NO_SCORE = -1e8  # below this, a row's largest score is masked: Gemma 4 masks with -1e9
 
 DENSE_NOTE = "probabilities as the module computed them; queries and keys were not recorded"
-CHUNKED_NOTE = f"{DENSE_NOTE}; keys are numbered within the chunk that each query sees"
+CHUNKED_NOTE = f"{DENSE_NOTE}; keys are numbered within the chunk of each query"
 
 
 class FunctionMode(TorchFunctionMode):
     """A torch function mode that hooks can enter and exit, by ``begin`` and ``end``.
+
+    Both can be called repeatedly. After an interrupt in torch, ``end`` also makes sure that torch
+    does not put the mode back on its stack later, when the traceback is released.
 
     Args:
         before: Called before each torch function with the function, its arguments by position and
@@ -55,18 +64,38 @@ class FunctionMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.before, self.after = before, after
+        self._has_begun = False
+
+    def register(self, stack: ExitStack) -> None:
+        """Enter the mode until the stack of a block is closed."""
+        stack.callback(self.end)
+        self.begin()
 
     def begin(self) -> None:
         """Enter the mode in this thread; do nothing if it is already active."""
         if not self._is_active():
+            self._has_begun = True
             self.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
         """Exit the mode, even if modes that were entered later are still active."""
         if self._is_active():
-            remove_function_mode(self)
+            is_innermost = active_function_modes()[-1] is self
+            # An interrupt while other modes are off the stack would lose them.
+            with nullcontext() if is_innermost else DeferredSignals():
+                remove_function_mode(self)
+        self._has_begun = False
 
     def _is_active(self) -> bool:
+        """Return whether the mode is on torch's stack.
+
+        A mode that has begun is missing there only after an interrupt.
+        """
+        if self._has_begun and not self._is_on_stack():
+            restore_popped_mode(self)
+        return self._is_on_stack()
+
+    def _is_on_stack(self) -> bool:
         return any(mode is self for mode in active_function_modes())
 
     def __torch_function__(
@@ -92,7 +121,7 @@ class SoftmaxCall:
 
     Attributes:
         probs: The probabilities. Rows without a visible key are NaN.
-        visible: True where a query sees a key; None if every query sees every key.
+        visible: True where a query may attend to a key; None if it is True everywhere.
         note: The note of the recorded call.
         output: The result of the softmax; kept so that its memory is not reused.
         is_mixed: Whether a layer with weights mixed the probabilities before the product with the
@@ -178,7 +207,7 @@ def refuse_mixture(name: str, calls: Iterable[ObservedCall]) -> None:
 
 
 def along_last(output: Tensor, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
-    """Whether a softmax is over the last axis of a tensor with at least three axes."""
+    """Return whether a softmax is over the last axis of a tensor with at least three axes."""
     dim = options.get("dim", args[1] if len(args) > 1 else None)
     return output.ndim > 2 and dim in (-1, output.ndim - 1)
 

@@ -19,7 +19,7 @@ class KeyCache:
     Attributes:
         k: ``[sample, kv_head, key, d_head]``.
         v: ``[sample, kv_head, key, d_value]``, if values are kept.
-        seen: ``[key]``, True for keys that some earlier query could see; None if all are.
+        seen: ``[key]``, True for keys that were visible to some earlier query; None if all were.
     """
 
     k: Tensor
@@ -27,7 +27,7 @@ class KeyCache:
     seen: Bool[Tensor, " key"] | None = None
 
     def grow(self, raw: RawCall, mask: Tensor | None) -> bool:
-        """Replace the keys by those of a later step, if the keys seen so far are unchanged.
+        """Replace the keys by those of a later step, if the keys in ``seen`` are unchanged.
 
         A growing cache has more keys than before; a static cache has overwritten hidden keys.
 
@@ -75,7 +75,7 @@ class KeptCall:
 
 
 def seen_keys(mask: Tensor | None) -> Bool[Tensor, " key"] | None:
-    """Return which keys some query sees under a boolean mask; None for other masks."""
+    """Return which keys a boolean mask makes visible to some query; None for other masks."""
     if mask is None or mask.dtype != torch.bool:
         return None
     return mask.flatten(0, -2).any(0)

@@ -124,7 +124,7 @@ def knock_out_attention(
             own stack. By name, resolved in each sample that a VLM runs: a phrase, ``"last"`` or
             ``"text"``, a list of them, a function that takes the sample, or a list with one of
             these for each sample. In a padded batch, numbers are refused.
-        keys: The key positions, in the same forms. The edge of a position to itself is kept.
+        keys: The key positions, in the same forms. A position can always attend to itself.
         layers: Layers to edit; all if not given. Negative numbers count from the end; a boolean
             mask has an entry for each layer.
         heads: Heads of these layers, in the same forms; all if not given.

@@ -46,7 +46,7 @@ class KnownModules:
         self.called: set[nn.Module] = set()
 
     def __contains__(self, module: nn.Module) -> bool:
-        """Whether a module is a recorded module or a holder of one."""
+        """Return whether a module is a recorded module or a holder of one."""
         return module in self.identities or module in self.holders
 
     def identity(self, module: nn.Module) -> Identity:
@@ -119,7 +119,7 @@ class KnownModules:
         ]
 
     def _replaces(self, module: nn.Module, inner: Sequence[nn.Module]) -> bool:
-        """Whether a module replaces those inside it.
+        """Return whether a module replaces those inside it.
 
         It must be smaller than a block, and the modules inside must have made no call.
         """
@@ -175,12 +175,12 @@ def named_callers() -> Iterator[tuple[object, str]]:
 
 
 def is_running(module: nn.Module) -> bool:
-    """Whether a function with this module as first argument is running in this thread."""
+    """Return whether a function with this module as first argument is running in this thread."""
     return any(caller is module for caller in callers())
 
 
 def in_continuous_batching() -> bool:
-    """Whether transformers' continuous batching (``generate_batch``) is running in this thread."""
+    """Return whether continuous batching (``generate_batch``) is running in this thread."""
     frame = inspect.currentframe()
     while frame is not None:
         if CONTINUOUS_BATCHING in frame.f_globals.get("__name__", ""):

@@ -2,7 +2,7 @@
 
 1. A :class:`Selection` holds positions as the user gives them. Numbers count from the start of the
    sequence, including padding. They stay the same while the model generates with a cache: position
-   160 is edited in the decode step that reads it. In a batch with different amounts of padding
+   160 is edited in the decode step that runs it. In a batch with different amounts of padding
    before the tokens, one number is a different token in each sample. Such a batch requires
    selectors, such as a phrase, which are resolved in each sample.
 2. A :class:`RunningBatch` holds the samples that the model runs at the moment. A hook reads the
@@ -30,7 +30,7 @@ from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.text_search import has_phrase
 
 Chosen = Selector | Sequence[Selector] | Callable[[Sample], Selector]
-"""One selector for all samples, one for each, or a function that returns the one of a sample."""
+"""One selector for all samples, one for each, or a function from a sample to its selector."""
 
 
 class Selection:
@@ -124,7 +124,8 @@ class Selection:
                     f"{mask.shape[1]} entries."
                 )
         else:
-            numbers = _numbers(self.slice, self.numbers, stop)
+            whole = torch.arange(stop)
+            numbers = whole[self.slice] if self.numbers is None else self.numbers
             if len(numbers) not in (0, stop):
                 _refuse_padding(like.shape[0], batch)
             mask = torch.zeros(1, stop, dtype=torch.bool)
@@ -156,8 +157,8 @@ class Selection:
         longest = max((len(sample) for sample in batch.samples or ()), default=0)
         if n_positions is not None and n_positions < longest:
             raise CaptureError(
-                f"A selector gives positions among the {longest} tokens of a sample, but this "
-                f"layer reads {n_positions} positions (an encoder or decoder alone). Give "
+                f"A selector, such as a phrase, refers to the {longest} tokens of the sample, but "
+                f"this layer has only the {n_positions} positions of its encoder or decoder. Give "
                 "positions as numbers."
             )
         mask = torch.zeros(
@@ -199,14 +200,8 @@ def _positions_in(batch: RunningBatch, number: int, selector: Any) -> list[int]:
     return row.tolist()
 
 
-def _numbers(part: slice | None, numbers: Tensor | None, stop: int) -> Int[Tensor, " position"]:
-    if part is not None:
-        return torch.tensor(range(stop)[part], dtype=torch.long)
-    return torch.zeros(0, dtype=torch.long) if numbers is None else numbers
-
-
 def _is_nested(positions: Any) -> bool:
-    """Whether positions are given per sample: an array with two axes, or a list of lists."""
+    """Return whether positions are given per sample: an array with two axes, or a list of lists."""
     if isinstance(positions, (np.ndarray, Tensor)):
         return positions.ndim == 2
     several = (list, tuple, range, set, slice, np.ndarray)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,14 @@ from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.kernels import full_precision, product_eps
-from xmodal_interp.errors import CaptureError
+from xmodal_interp.errors import CaptureError, first_of
 from xmodal_interp.hooks.raw_calls import RawCall, other_readings
 
 _N_ROWS = 4  # rows that are compared, if the meaning of the arguments is defined
 _N_ROWS_UNKNOWN, _N_ROWS_OTHER = 16, 64  # if it is not, and to confirm another reading
 _N_FIRST, _EVERY = 3, 8  # check the first 3 calls of a layer, and every 8th decode step after them
 _LEAST = 1e-5  # the smallest limit, relative to P|V|, in float32
+_GOLDEN = 0.6180339887498949  # multiples of the golden ratio, modulo 1, are spread evenly
 _LARGEST_CHANGE = 30.0  # changes of scores are clamped, so their squared exponential fits float32
 
 
@@ -103,7 +104,7 @@ class ProbabilityCheck:
         return call
 
     def _is_skipped(self, call: AttentionCall, group: Any) -> bool:
-        """Whether the comparison of a decode step is skipped to save time.
+        """Return whether the comparison of a decode step is skipped to save time.
 
         The first steps of each layer are compared, then every eighth one, at different steps in
         different layers. All steps are compared if the most likely reading was wrong.
@@ -118,12 +119,11 @@ class ProbabilityCheck:
             return
         parts = [
             f"{name} differs by {each.error:.2g} (rounding explains {each.limit:.1g})"
-            for name, each in itertools.islice(self.differing.values(), 3)
+            for name, each in self.differing.values()
         ]
-        more = f" and {len(self.differing) - 3} more" if len(self.differing) > 3 else ""
         raise CaptureError(
             "Probabilities computed from the arguments of the attention function do not give its "
-            f"output: {', '.join(parts)}{more}. Load the model with another attn_implementation "
+            f"output: {first_of(parts, 3)}. Load the model with another attn_implementation "
             "('eager' if it is 'sdpa'), or leave these layers out with towers= or layers=."
         )
 
@@ -210,7 +210,10 @@ def weighted(
 
 
 def comparable(raw: RawCall, call: AttentionCall) -> bool:
-    """Whether the output can be compared with ``P V``: it covers all queries, without dropout."""
+    """Return whether the output can be compared with ``P V``.
+
+    It must cover all queries and be computed without dropout.
+    """
     if raw.output is None or raw.output.ndim != 4 or call.q is None or call.rows is not None:
         return False
     expected = (call.n_queries, call.n_heads, raw.value.shape[-1])
@@ -226,7 +229,7 @@ def _group(raw: RawCall, call: AttentionCall) -> Any:
 
 
 def _has_defined_meaning(raw: RawCall) -> bool:
-    """Whether the function is one of torch or transformers, so the meaning of a mask is defined."""
+    """Return whether the function is one of torch or transformers, which define their masks."""
     module = getattr(raw.function, "__module__", None) or ""
     return raw.function is None or module.startswith("transformers.")
 
@@ -236,13 +239,9 @@ def _rows(call: AttentionCall, raw: RawCall) -> list[int]:
     n_rows, n = _N_ROWS if _has_defined_meaning(raw) else _N_ROWS_UNKNOWN, call.n_queries
     if n <= n_rows:
         return list(range(n))
-    step = _golden_steps(call.layer * 7 + call.call)
-    return sorted({0, n - 1, *(int(next(step) * n) for _ in range(n_rows - 2))})
-
-
-def _golden_steps(start: int) -> Iterator[float]:
-    for number in itertools.count(start * 5 + 1):
-        yield (number * 0.6180339887498949) % 1.0
+    first = (call.layer * 7 + call.call) * 5 + 1
+    steps = (number * _GOLDEN % 1.0 for number in range(first, first + n_rows - 2))
+    return sorted({0, n - 1, *(int(step * n) for step in steps)})
 
 
 def _spread(n: int, n_most: int) -> list[int]:

@@ -6,9 +6,9 @@ meaning of its mask and of its causal flag depends on the function:
 * The eager functions of transformers add the mask to the scores. A boolean mask adds 1 where it is
   True and hides nothing. Without a mask, every key is visible.
 * ``scaled_dot_product_attention`` hides keys where a boolean mask is False. Its causal flag lets
-  query ``i`` see the keys 0 to ``i``, also where there are more keys than queries.
-* Flash kernels take a mask ``[sample, key]``. Their causal flag lets the last query see all keys,
-  and each earlier query one key less.
+  query ``i`` attend to the keys 0 to ``i``, also where there are more keys than queries.
+* Flash kernels take a mask ``[sample, key]``. Their causal flag lets the last query attend to all
+  keys, and each earlier query to one key less.
 
 For any other function, the most likely meaning ("reading") is tried first, then the others, until
 one gives the function's output (:mod:`xmodal_interp.hooks.probability_check`).

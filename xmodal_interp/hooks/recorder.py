@@ -140,7 +140,7 @@ class Settings:
     refuse: bool = True
 
     def include(self, identity: Identity) -> bool:
-        """Whether a layer is to be recorded."""
+        """Return whether a layer is to be recorded."""
         return identity.tower in self.towers and (
             self.layers is None or identity.layer in self.layers
         )
@@ -347,7 +347,7 @@ class _Recorder:
 
     @staticmethod
     def _is_active(run: ModuleRun, inner: nn.Module) -> bool:
-        """Whether a run is still active when an inner module is entered.
+        """Return whether a run is still active when an inner module is entered.
 
         It is not active after an interrupt, because torch then does not call its forward hook.
         """
@@ -558,7 +558,6 @@ class _Recorder:
     def finish(self) -> None:
         """Give each call its keys, as views of the cache, and complete the recording."""
         self.mode.end()
-        self.mode.after = None  # an interrupt can leave an ended mode on torch's stack
         self.recording.calls += [kept.whole() for kept in self.kept]
         self.kept.clear()
         self.recording.unseen += self.known.missed_among(self.empty_holders)

@@ -22,7 +22,7 @@ how torch's own modules are observed:
   encoder layer, one of its modules has a hook. The fused kernels round differently, so these
   modules get no mode and no hook (:func:`unhooked_modules`); their ``forward`` is wrapped instead.
 * An encoder in evaluation mode converts a padded batch to a nested tensor, so the attention
-  receives samples of different lengths. They are padded here; padding queries see no key.
+  receives samples of different lengths. They are padded here; padding queries have no visible key.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class _Observed:
     def __call__(self, *args: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling() or not _observers.active() or _inside.get():
             return self.function(*args, **options)
-        token = _inside.set(True)
         try:
+            _inside.set(True)  # in the try block, as an interrupt can arrive after it
             output = self.function(*args, **options)
         finally:
-            _inside.reset(token)
+            _inside.set(False)
         for observer in _observers.active():
             observer(self.name, args, options, output)
         return output
@@ -167,7 +167,7 @@ def kernel_call(
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Operands ``[sample, head, block, position, d_head]``: a query sees the keys of its own block.
+    """Operands ``[sample, head, block, position, d_head]``; queries attend within their block.
 
     They are converted to ``[sample, head, position, d_head]`` and a mask that hides the other
     blocks. The positions have the order of the module's input. The operands are views of it, so
@@ -375,20 +375,17 @@ def _mask(given: Mapping[str, Any], n_heads: int, n_samples: int, n_keys: int) -
         return None
     missing = n_keys - parts[0].shape[-1]  # keys that the function adds itself are always visible
     if all(part.dtype == torch.bool for part in parts):
-        seen = [functional.pad(~part, (0, missing), value=True) for part in parts]
-        return seen[0] if len(seen) == 1 else seen[0] & seen[1]
+        hidden = functools.reduce(torch.logical_or, parts)
+        return functional.pad(~hidden, (0, missing), value=True)
     added = [
-        functional.pad(
-            torch.zeros(part.shape, dtype=torch.float32, device=part.device).masked_fill(
-                part, -torch.inf
-            )
-            if part.dtype == torch.bool
-            else part,
-            (0, missing),
+        torch.zeros(part.shape, dtype=torch.float32, device=part.device).masked_fill(
+            part, -torch.inf
         )
+        if part.dtype == torch.bool
+        else part
         for part in parts
     ]
-    return added[0] if len(added) == 1 else added[0] + added[1]
+    return functional.pad(functools.reduce(torch.add, added), (0, missing))
 
 
 def _call(

@@ -121,8 +121,9 @@ class UpdateShares:
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
         while any(run.block is block for run in self.running):
-            run = self.running.pop()
-            run.mode.end()
+            run = self.running[-1]
+            run.mode.end()  # before the run is forgotten, as an interrupt can arrive in between
+            self.running.pop()
             self._close(run)
 
     def _close(self, run: _BlockRun) -> None:
@@ -216,7 +217,7 @@ class _BlockRun:
                 self.derived |= {id(each): each for each in results}
 
     def _carries_on(self, args: Sequence[Any], result: Tensor) -> bool:
-        """Whether a product, copy, cast or view has all elements of the residual stream."""
+        """Return whether a product, copy, cast or view has all elements of the residual stream."""
         return any(
             isinstance(each, Tensor)
             and each.numel() == result.numel()
@@ -226,7 +227,7 @@ class _BlockRun:
         )
 
     def _is_stream(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the residual stream, a view of it, or its copy on another device."""
+        """Return whether a tensor is the residual stream, a view or a copy on another device."""
         if id(tensor) in self.stream or any(each is tensor for each in self.given):
             return True
         for each in self.given:
@@ -278,7 +279,7 @@ def _rows(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same rows of the same width."""
+    """Return whether two tensors have the same rows of the same width."""
     return _rows(one) == _rows(other) and one.shape[-1] == other.shape[-1]
 
 

@@ -140,7 +140,7 @@ def with_answer(
         model: The model; its ``_update_model_kwargs_for_generation`` gives the token types.
         inputs: Inputs of the prompts, ``[sample, position]``.
         ids: Token ids of the answer.
-        last_text: The last text position of the prompt, from whose token type the answer's follows.
+        last_text: The last text position of the prompt; its token type determines the answer's.
     """
     given = prompt_ids(inputs)
     decoded = DECODER_IDS in inputs
@@ -155,8 +155,8 @@ def with_answer(
             if name in inputs:
                 value = inputs[name]
                 at = min(last_text, value.shape[1] - 1)
-                new = _type_of_new(model, name, value[:, at : at + 1])
-                longer[name] = torch.cat([value, new.repeat_interleave(n, 1)], 1)
+                grown = grown_argument(model, name, value[:, at : at + 1])
+                longer[name] = torch.cat([value, grown[:, -1:].repeat_interleave(n, 1)], 1)
         for name in _IMAGE_MARKS:
             if name in inputs:
                 value = inputs[name]
@@ -203,12 +203,6 @@ def prompt_ids(inputs: Mapping[str, Any]) -> Tensor:
     return ids
 
 
-def _type_of_new(model: Any, name: str, before: Tensor) -> Tensor:
-    """Return the token type of a generated position after type ``before``, ``[sample, 1]``."""
-    grown: Tensor = grown_argument(model, name, before)
-    return grown[:, -1:]
-
-
 def _mask(mask: Tensor | None, index: int, length: int) -> list[bool]:
     return [True] * length if mask is None else mask[index].bool().tolist()
 
@@ -219,7 +213,7 @@ def _start_id(model: Any) -> int:
     start = settings.bos_token_id if start is None else start
     if not isinstance(start, int):
         raise InputError(
-            "The generation config must have one decoder_start_token_id (or bos_token_id); that of "
-            f"{type(model).__name__} has {start!r}."
+            f"The generation config of {type(model).__name__} must have one decoder_start_token_id "
+            f"(or bos_token_id); it has {start!r}."
         )
     return start

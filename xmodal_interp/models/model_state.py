@@ -23,10 +23,8 @@ import torch
 from torch import nn
 
 from xmodal_interp.contexts import Block
-from xmodal_interp.errors import InputError, UnsupportedModelError
+from xmodal_interp.errors import InputError, UnsupportedModelError, first_of
 from xmodal_interp.upstream import offload_hooks
-
-_N_NAMES = 5  # in a message
 
 
 @dataclass(frozen=True)
@@ -81,18 +79,13 @@ class CheckpointReport:
             "unexpected": "in the checkpoint, but not in the model",
         }
         return "; ".join(
-            f"{about[kind]}: {_first(names)}" for kind, names in self.differences.items()
+            f"{about[kind]}: {first_of(names)}" for kind, names in self.differences.items()
         )
 
 
 def _names(keys: Iterable[Any]) -> tuple[str, ...]:
     """Return sorted names; mismatched keys are tuples of name and two shapes."""
     return tuple(sorted(key if isinstance(key, str) else str(key[0]) for key in keys))
-
-
-def _first(names: list[str]) -> str:
-    rest = len(names) - _N_NAMES
-    return ", ".join(names[:_N_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -126,7 +126,7 @@ def _options(vlm: VLM, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _videos(shown: Sequence[tuple[Video, ...]]) -> dict[str, Any]:
-    """Return the video arguments; the processor uses all frames and samples none."""
+    """Return the video arguments, with frame sampling turned off: every frame is used."""
     every = flat(shown)
     if not every:
         return {}

@@ -185,7 +185,7 @@ _RECORDS: tuple[Family, ...] = (
     Family(
         "glm5_next",
         geometry=geometry.MergedPatches(geometry.within_tokens),
-        video=geometry.MergedFrames(content=geometry.within_video_tokens),
+        video=geometry.MergedFrames(content=geometry.within_tokens),
         **_VIDEO,
     ),
     *_same(

@@ -7,7 +7,6 @@ reasons are read from the family records when the table is built.
 from __future__ import annotations
 
 import json
-from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -62,7 +61,6 @@ def families() -> pd.DataFrame:
 
 def markdown() -> str:
     """Return the table of :func:`families` as a Markdown page."""
-    _stored.cache_clear()
     table, stored = families(), _stored()
     n_same = sum(about["outputs_same"] for about in stored["types"].values())
     lines = [
@@ -76,7 +74,6 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-@cache
 def _stored() -> dict[str, Any]:
     path = files("xmodal_interp") / "models" / "support.json"
     stored: dict[str, Any] = json.loads(path.read_text())

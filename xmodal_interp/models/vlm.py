@@ -17,7 +17,7 @@ from xmodal_interp.arguments import as_list, string
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import geometry, processor_calls
 from xmodal_interp.models.generation import GREEDY, check_decoding
-from xmodal_interp.models.geometry import ImageGrid, VideoGrid
+from xmodal_interp.models.geometry import ImageGrid
 from xmodal_interp.models.labels import Prompt, Unlabelled, labelled
 from xmodal_interp.models.media import ImageLike, Video, flat, open_image, open_video
 from xmodal_interp.models.model_inputs import (
@@ -157,7 +157,8 @@ class VLM:
             for question, of, clips in zip(questions, opened, shown, strict=True)
         ]
         inputs, replacements = processor_calls.processed(self, questions, prompts, opened, shown)
-        grids, video_grids = self._grids(inputs, opened), self._video_grids(inputs, shown)
+        grids = self._grids(inputs, opened)
+        video_grids = self._applied(self.family.video, inputs, shown)
         begun = with_start(self.model, inputs, len(prompts))
         self._check_ids(begun, len(prompts))
         labelled_prompts = [
@@ -301,12 +302,6 @@ class VLM:
         placed = self._applied(self.family.geometry, inputs, opened)
         reason = self.family.reason
         return [tuple(replace(grid, reason=grid.reason or reason) for grid in of) for of in placed]
-
-    def _video_grids(
-        self, inputs: Any, videos: Sequence[tuple[Video, ...]]
-    ) -> list[tuple[VideoGrid, ...]]:
-        """Return the grids of each sample's videos."""
-        return self._applied(self.family.video, inputs, videos)
 
     def _applied(
         self, rule: Any, inputs: Any, visuals: Sequence[tuple[Any, ...]]

@@ -333,7 +333,7 @@ class Trainer:
         state = torch.load(path, weights_only=True)
         if state["settings"] != asdict(self.settings):
             raise ValueError(
-                f"{path} is of a run with the settings {state['settings']}; got "
+                f"{path} was written by a run with the settings {state['settings']}; got "
                 f"{asdict(self.settings)}. Choose another folder, or the same settings."
             )
         self.step, self.history = state["step"], state["history"]

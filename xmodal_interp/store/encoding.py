@@ -7,7 +7,7 @@ import math
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -215,16 +215,15 @@ def _loaded(content: bytes) -> np.lib.npyio.NpzFile:
         for member in archive.infolist():
             with archive.open(member) as file:
                 version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0
-                shape, _, dtype = read(file) if version == (1, 0) else _no_header(version)
+                if version != (1, 0):
+                    raise ValueError(
+                        f"its arrays have NumPy's format version {version} instead of (1, 0)"
+                    )
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             if math.prod(shape) * dtype.itemsize > member.file_size:
                 raise ValueError(f"{member.filename} has too few bytes for its shape {shape}")
     loaded: np.lib.npyio.NpzFile = np.load(io.BytesIO(content), allow_pickle=False)
     return loaded
-
-
-def _no_header(version: tuple[int, int]) -> NoReturn:
-    raise ValueError(f"its arrays have NumPy's format version {version} instead of (1, 0)")
 
 
 def _fields(

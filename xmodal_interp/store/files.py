@@ -112,7 +112,7 @@ def sample_names(path: Path) -> list[str]:
     there = {each.name for each in inside if each.name[0] != "." and each.is_dir()}
     numbers = sample_numbers(path)
     for name in there - numbers.keys():
-        number = _number_of(folder / name)
+        number = number_of(folder / name)
         if number is not None:
             numbers[name] = number
     return sorted(there, key=lambda name: (name not in numbers, numbers.get(name, 0), name))
@@ -127,7 +127,7 @@ def sample_numbers(path: Path) -> dict[str, int]:
     return numbers
 
 
-def _number_of(folder: Path) -> int | None:
+def number_of(folder: Path) -> int | None:
     """Return the order number in a sample's ``sample.json``, or None if it cannot be read."""
     try:
         number = read_record(folder).get("number")

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from xmodal_interp.arguments import user_path
 from xmodal_interp.attention import AttentionCall, number, resolve, whole_slice
-from xmodal_interp.errors import InputError, NoSampleError, NotRecordedError, StoreError
+from xmodal_interp.errors import (
+    InputError,
+    NoSampleError,
+    NotRecordedError,
+    StoreError,
+    first_of,
+)
 from xmodal_interp.models import ImageGrid, Video, VideoGrid, open_image
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.store import schema
@@ -98,9 +104,8 @@ class Store(Sequence[Sample]):
             return [self._read(name) for name in self.names[whole_slice(index, "sample")]]
         if isinstance(index, str):
             if index not in self._known:
-                raise NotRecordedError(
-                    f"{self.path} has no sample {index!r}. It has {_names_there(self.names)}."
-                )
+                there = first_of([repr(name) for name in self.names]) or "no samples"
+                raise NotRecordedError(f"{self.path} has no sample {index!r}. It has {there}.")
             return self._read(index)
         if isinstance(index, (list, tuple)) and any(isinstance(one, str) for one in index):
             return [self[one] for one in index]
@@ -225,9 +230,7 @@ class StoredImage(Image.Image):
         return super().load()
 
 
-def read_sample(
-    folder: Path, *, verify: bool = True, verified: set[tuple[Path, int, int]] | None = None
-) -> Sample:
+def read_sample(folder: Path, *, verify: bool, verified: set[tuple[Path, int, int]]) -> Sample:
     """Return a stored sample; its tensors and pixels are read when they are accessed.
 
     Args:
@@ -239,8 +242,7 @@ def read_sample(
         StoreError: A file is missing, damaged or of another version.
     """
     record = read_record(folder)
-    known = set() if verified is None else verified
-    files = SampleFiles(folder, record["files"], verify, known)
+    files = SampleFiles(folder, record["files"], verify, verified)
     tokens = files.read_tokens()
     has_cross_keys = schema.CROSS_KEYS in record["files"]
     of_videos = record.get("video_grids", [])  # stores of releases without videos lack it
@@ -299,9 +301,3 @@ def _videos(files: SampleFiles, records: Sequence[Mapping[str, Any]]) -> tuple[V
     """Return the videos; an empty tuple if the frames of one are not available."""
     videos = [Video(_images(files, r["frames"]), r["fps"]) for r in records]
     return tuple(videos) if all(len(video) for video in videos) else ()
-
-
-def _names_there(names: Sequence[str]) -> str:
-    """Return the first few names of a store's samples, and the number of the others."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{', '.join(map(repr, names[:5])) or 'no samples'}{more}"

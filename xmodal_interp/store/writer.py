@@ -138,20 +138,14 @@ class StoreWriter:
         """Number every sample in the order of writing: its earlier number, or the next free one."""
         self._listed, self._numbers = {*listed}, dict(listed)
         for name in self.names:
-            number = listed.get(name, self._kept_number(name))
+            number = listed.get(name)
+            if number is None:
+                number = files.number_of(self.path / schema.SAMPLES / name)
             self._numbers[name] = self._next_number if number is None else number
 
     @property
     def _next_number(self) -> int:
         return max(self._numbers.values(), default=-1) + 1
-
-    def _kept_number(self, name: str) -> int | None:
-        """Return the order number in a sample's ``sample.json``, or None if it cannot be read."""
-        try:
-            number = self.record(name).get("number")
-        except StoreError:  # reading the sample reports the damage
-            return None
-        return number if isinstance(number, int) else None
 
     def __contains__(self, name: str) -> bool:
         """Return whether a sample of this name is in the store."""

@@ -1,7 +1,9 @@
 """The doctor: check on the user's own model and input that recordings can be trusted.
 
-1. Is the number of image tokens the one that the geometry of the model's family predicts?
-2. If the pixels of a patch change, does the key at its labelled position change?
+1. Is the number of image tokens, or of keys of cross-attention to an image, the one that the
+   geometry of the model's family predicts?
+2. If the pixels of a patch change, does the key at its labelled position change? Are the boxes of
+   patches and tokens those that test images measure in the processor?
 3. Is the model's output the same with and without recording, in a forward and in a generation?
 4. Is every attention layer that runs recorded, for any class and any implementation?
 5. Do the recomputed probabilities, applied to the values, give the output of the backend, in a
@@ -38,20 +40,24 @@ from xmodal_interp.hooks.refusals import refuse_split
 from xmodal_interp.models import (
     VLM,
     ImageLike,
+    Prompt,
     check_whole,
     described_training,
     evaluation_mode,
     modules_in_training,
 )
+from xmodal_interp.models.geometry import ProbedTokens
 from xmodal_interp.upstream import attention_setting, restore_attention_setting
 from xmodal_interp.verification._private import difference, seeded, tensors_of
 from xmodal_interp.verification.exactness import Exactness
+from xmodal_interp.verification.measured_boxes import compared_boxes
 from xmodal_interp.verification.missed_attention import missed_modules
-from xmodal_interp.verification.painting import painted_patches
+from xmodal_interp.verification.painting import SIZES, painted_patches
 
 COLUMNS = ("check", "verdict", "value", "limit", "note")
 _NEW_TOKENS = 4
 _UNKNOWN = float("nan")
+_NO_RULE = "the family has no rule that predicts their number"
 _ATTENDED = 1e-3  # hiding a key with this probability changes the output measurably
 
 
@@ -121,8 +127,9 @@ def doctor(
 ) -> Checkup:
     """Check that recordings of a model can be trusted, on an input of yours.
 
-    The checks run a few forwards of the model, and for a VLM two generations of four tokens. The
-    model, its configuration and the random state are left as they were.
+    The checks run a few forwards of the model, and for a VLM two generations of four tokens. Its
+    processor runs on about 30 test images. The model, its configuration and the random state are
+    left as they were.
 
     Args:
         model: A VLM, or any transformers model together with ``inputs``.
@@ -156,9 +163,10 @@ def doctor(
                 "prompt. Pass image= and prompt=, or the bare model: "
                 "doctor(vlm.model, inputs=...)."
             )
-        given = _checked_inputs(model, image, prompt, findings)
-        if given is None:
+        prepared = _checked_inputs(model, image, prompt, findings)
+        if prepared is None:
             return findings.checkup(exactness.by_layer(()))
+        given, ready = prepared
     elif inputs is None:
         name = getattr(bare, "main_input_name", "input_ids")
         raise InputError(
@@ -170,9 +178,10 @@ def doctor(
     _check_state(model, findings)
     with evaluation_mode(bare, warn=False), torch.no_grad():
         if isinstance(model, VLM):
-            _check_places(model, prompt, findings)
+            _check_places(model, prompt, ready.images[0].size, findings)
         recording = _check_outputs(bare, given, exactness, findings)
-        if isinstance(model, VLM) and bare.can_generate():  # type: ignore[operator]
+        if isinstance(model, VLM):
+            _check_cross_keys(model, ready, recording, findings)
             _check_generation(model, given, exactness, findings)
         if recording is not None:
             _check_recorded(bare, given, recording, findings)
@@ -214,7 +223,7 @@ def _check_state(model: VLM | nn.Module, findings: _Findings) -> None:
 
 def _checked_inputs(
     vlm: VLM, image: ImageLike | None, prompt: str, findings: _Findings
-) -> dict[str, Any] | None:
+) -> tuple[dict[str, Any], Prompt] | None:
     picture = _checkers() if image is None else image
     check = "the number of image tokens is as predicted"
     try:
@@ -223,19 +232,37 @@ def _checked_inputs(
         findings.judge(check, _UNKNOWN, "", str(error), passed=False)
         return None
     check_whole(vlm.model, inputs)
+    if not vlm.family.in_sequence:
+        return inputs, ready  # the keys of cross-attention are counted in the recording
     n_tokens = int(ready.tokens["kind"].eq("image").sum())
     if n_tokens == 0 and vlm.family.marks_tokens:
         findings.judge(check, 0, "more than 0", _unmarked(vlm), passed=False)
-        return inputs
-    if vlm.family.geometry is None or not vlm.family.in_sequence:
-        of_sequence = "the family has no rule that predicts their number"
-        other = "images are read by cross-attention, so there are no image tokens"
-        why = vlm.family.reason or (of_sequence if vlm.family.in_sequence else other)
-        findings.skip(check, why, n_tokens)
-        return inputs
+    elif vlm.family.geometry is None:
+        findings.skip(check, vlm.family.reason or _NO_RULE, n_tokens)
+    else:
+        expected = sum(grid.n_tokens for grid in ready.grids)
+        findings.judge(check, n_tokens, f"exactly {expected}", passed=n_tokens == expected)
+    return inputs, ready
+
+
+def _check_cross_keys(
+    vlm: VLM, ready: Prompt, recording: Recording | None, findings: _Findings
+) -> None:
+    """Check the number of keys of cross-attention to the image, if images are not tokens."""
+    if vlm.family.in_sequence or recording is None:
+        return
+    check = "the number of image keys is as predicted"
+    counts = {
+        call.n_keys for call in recording.calls if call.tower == "language" and call.kind == "cross"
+    }
     expected = sum(grid.n_tokens for grid in ready.grids)
-    findings.judge(check, n_tokens, f"exactly {expected}", passed=n_tokens == expected)
-    return inputs
+    if not counts:
+        findings.skip(check, "no cross-attention of the language tower was recorded")
+    elif vlm.family.geometry is None:
+        findings.skip(check, vlm.family.reason or _NO_RULE, max(counts))
+    else:
+        worst = max(counts, key=lambda n: abs(n - expected))
+        findings.judge(check, worst, f"exactly {expected}", passed=counts == {expected})
 
 
 def _unmarked(vlm: VLM) -> str:
@@ -255,27 +282,79 @@ def _unmarked(vlm: VLM) -> str:
     )
 
 
-def _check_places(vlm: VLM, prompt: str, findings: _Findings) -> None:
-    """Check that the positions that change with the image are the labelled ones."""
+def _check_places(vlm: VLM, prompt: str, size: tuple[int, int], findings: _Findings) -> None:
+    """Check that positions and boxes on the image are the labelled ones.
+
+    Args:
+        vlm: Model and processor.
+        prompt: A question.
+        size: Width and height of the user's image, px. The test images have its orientation,
+            because some processors refuse one of them.
+        findings: Where results are added.
+    """
     check = "painting a patch changes the key at its position"
+    sizes = [(height, width) if size[0] < size[1] else (width, height) for width, height in SIZES]
     try:
-        painted = painted_patches(vlm, prompt)
+        painted = painted_patches(vlm, prompt, (*sizes, size))
     except (CaptureError, GeometryError, InputError) as error:
-        findings.skip(check, str(error))
+        findings.judge(check, _UNKNOWN, "", str(error), passed=False)
         return
-    wrong = [patch for patch in painted.patches if not patch.at_its_place]
-    if painted.patches:
+    if painted.misfit:
+        findings.judge(check, _UNKNOWN, "", painted.misfit, passed=False)
+    elif painted.patches:
+        wrong = [patch for patch in painted.patches if not patch.at_its_place]
         note = "; ".join(
-            f"row, col {patch.place}: the key at {patch.found} changed" for patch in wrong
+            f"row, col {patch.place}: "
+            f"{'no key' if patch.found is None else f'the key at {patch.found}'} changed"
+            for patch in wrong
         )
         findings.judge(check, len(wrong), "exactly 0", note, passed=not wrong)
     else:
         findings.skip(check, painted.reason)
-    others = painted.unlabelled
-    if others is not None:
+    _check_boxes(vlm, prompt, (painted.size, size), findings)
+    check, others = "only image tokens change with the image", painted.unlabelled
+    if others is None:
+        findings.skip(check, painted.unlabelled_reason)
+    else:
         note = f"positions {_first_few([str(n) for n in others])}" if others else ""
-        check = "only image tokens change with the image"
         findings.judge(check, len(others), "exactly 0", note, passed=not others)
+
+
+def _check_boxes(
+    vlm: VLM, prompt: str, sizes: Sequence[tuple[int, int]], findings: _Findings
+) -> None:
+    """Check that the boxes of the rule are those that test images measure in the processor."""
+    check = "boxes are those measured with test images"
+    if vlm.family.geometry is None:
+        findings.skip(check, vlm.family.reason or "the family has no geometry rule")
+        return
+    if isinstance(vlm.family.geometry, ProbedTokens):
+        findings.skip(check, "the type has no family record, so its boxes were measured this way")
+        return
+    try:
+        measured = compared_boxes(vlm, prompt, sizes)
+    except (GeometryError, InputError) as error:
+        findings.judge(check, _UNKNOWN, "", str(error), passed=False)
+        return
+    left_out = "; ".join(dict.fromkeys(measured.reasons.values()))
+    if not measured.gaps:
+        findings.skip(check, left_out)
+        return
+    worst = max(measured.gaps, key=lambda gap: gap.ratio)
+    note = f"px, in a test image of {worst.size[0]} x {worst.size[1]}"
+    if not worst.agrees:
+        ours, theirs = _edges(worst.box), _edges(worst.measured)
+        note += f": {worst.what} {worst.index} is at {ours} by the rule, and at {theirs} measured"
+    note += f"; not compared: {left_out}" if left_out else ""
+    limit = f"at most {worst.limit:.2g}"
+    findings.judge(check, worst.distance, limit, note, passed=worst.agrees)
+
+
+def _edges(box: Sequence[float]) -> str:
+    """Return a box for a message."""
+    if any(math.isnan(edge) for edge in box):
+        return "no place in the image"
+    return f"({', '.join(f'{edge:.1f}' for edge in box)})"
 
 
 def _check_outputs(
@@ -303,6 +382,8 @@ def _check_outputs(
 def _check_generation(
     vlm: VLM, inputs: dict[str, Any], exactness: Exactness, findings: _Findings
 ) -> None:
+    if not vlm.model.can_generate():
+        return
     options = {"max_new_tokens": _NEW_TOKENS, "min_new_tokens": _NEW_TOKENS}
     check = "generated tokens are the same with and without recording"
     try:
@@ -437,7 +518,7 @@ def _check_interventions(
     same = (c for c in chosen if c.tower == tower and (c.n_samples, c.n_queries) == shape)
     edge = _attended_pair(chosen[-1])
     if edge is None:
-        findings.skip(check, "each query sees one key only")
+        findings.skip(check, "each query has only one visible key")
         return
     sample, query, key = edge
     queries, keys = torch.zeros(2, *shape, dtype=torch.bool)
@@ -459,9 +540,9 @@ def _attended_pair(call: AttentionCall) -> tuple[int, int, int] | None:
     """Return a sample, a late query, and the other key that this query attends to most.
 
     The query is the last one that attends to another position with a probability above 0.001, or
-    the one with the largest such probability. The sample is the one in which this query sees the
-    most keys, because in other samples its keys may be padding. None if each query sees one key
-    only.
+    the one with the largest such probability. The sample is the one in which this query has the
+    most visible keys, because in other samples its keys may be padding. None if each query has only
+    one visible key.
     """
     best: tuple[float, tuple[int, int, int]] | None = None
     for query in reversed(range(call.n_queries)):

@@ -164,7 +164,7 @@ def _eager_gap(
 
 
 def _judged(gaps: Tensor, limit: float, explained: Callable[[], Tensor]) -> Gap:
-    """Return the one of the errors ``[row, value]`` with the largest ratio to its limit.
+    """Return, of the errors ``[row, value]``, the one with the largest ratio to its limit.
 
     If an error exceeds the limit, the limit of each row is increased by the error that rounding of
     its scores explains.

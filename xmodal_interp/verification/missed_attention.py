@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from xmodal_interp.contexts import Block
 from xmodal_interp.hooks.attention_modules import weighs_no_tokens
 from xmodal_interp.hooks.inline_attention import SOFTMAX, FunctionMode, along_last
 from xmodal_interp.hooks.known_modules import callers
@@ -44,7 +45,8 @@ def missed_modules(model: nn.Module, run: Callable[[], object], recording: Recor
     """
     without_matrix = {each.module for each in recording.without_matrix}
     accounted = {call.module for call in recording.calls} | without_matrix
-    with _AttentionFinder(model) as finder:
+    finder = _AttentionFinder(model)
+    with Block(finder.register):
         run()
     missed = {outer[0] for outer in finder.found if accounted.isdisjoint(outer)}
     for path in _blocks_without_calls(model, accounted):
@@ -89,7 +91,7 @@ class _AttentionFinder(FunctionMode):
         return list(dict.fromkeys(each for each in modules if each in self.paths))
 
     def _is_softmax_over_tokens(self) -> bool:
-        """Whether the running module's softmax may be over tokens, by the name of its class."""
+        """Return whether the running module's softmax may be over tokens, by its class name."""
         running = self._running()
         return not (running and _NO_TOKENS.search(type(running[0]).__name__))
 
@@ -119,7 +121,7 @@ def _blocks_without_calls(model: nn.Module, accounted: set[str]) -> list[str]:
 
 
 def _mixes_tokens(model: nn.Module, path: str, run: Callable[[], object]) -> bool:
-    """Whether other output tokens of a block change with its first input token.
+    """Return whether other output tokens of a block change with its first input token.
 
     False if this cannot be measured.
     """

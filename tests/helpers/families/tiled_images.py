@@ -225,7 +225,8 @@ RECORDS: tuple[Record, ...] = (
         },
         processor={
             "patch_size": 8,
-            "vision_feature_select_strategy": "full",
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
             "downsample_rate": "2/4",
         },
         config={

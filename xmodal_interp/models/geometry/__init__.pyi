@@ -55,7 +55,6 @@ from .video import (
     pooled_frames,
     sliced_frames,
     squeezed,
-    within_video_tokens,
 )
 from .whole_images import (
     Chosen,
@@ -132,5 +131,4 @@ __all__ = [
     "windows",
     "within_patches",
     "within_tokens",
-    "within_video_tokens",
 ]

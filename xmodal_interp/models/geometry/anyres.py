@@ -62,7 +62,7 @@ def anyres_tiles(
 
 
 def _read_whole(inputs: Mapping[str, Any], n_images: int) -> list[bool]:
-    """Return for each image whether it is not tiled because its prompt has several images."""
+    """Return, for each image, whether it is encoded whole because its prompt has several images."""
     counts = inputs.get("batch_num_images")
     if counts is None:
         return [False] * n_images

@@ -134,7 +134,7 @@ def in_blocks(cells: Cells, cols: int, merge: int) -> Cells:
 
 
 def at_top_left(cells: Cells, cols: int, all_rows: int, all_cols: int) -> Cells:
-    """Put rows of ``cols`` cells at the top left of a larger raster; the rest is off the grid."""
+    """Put rows of ``cols`` cells at the top left of a raster; the rest is outside the grid."""
     index = np.arange(len(cells)) // cols * all_cols + np.arange(len(cells)) % cols
     order = np.full(all_rows * all_cols, len(cells))
     order[index] = np.arange(len(cells))
@@ -189,7 +189,7 @@ def split_views(
 
 
 def extent(places: Int[np.ndarray, "token axis"]) -> tuple[int, int]:
-    """Return the numbers of rows and columns that places span; these are the last two axes."""
+    """Return the numbers of rows and columns that places span, from their last two columns."""
     rows, cols = (places[:, -2:].max(0, initial=NOWHERE) + 1).tolist()
     return rows, cols
 
@@ -231,8 +231,8 @@ def block_side(rows: int, cols: int, n_tokens: int) -> int:
         if divides and (rows // side) * (cols // side) == n_tokens:
             return side
     raise GeometryError(
-        f"No square blocks merge {rows} x {cols} patches into {n_tokens} tokens. Check that "
-        "processor and model belong together."
+        f"{rows} x {cols} patches cannot be merged into {n_tokens} tokens by square blocks. Check "
+        "that processor and model belong together."
     )
 
 

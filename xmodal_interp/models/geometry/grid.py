@@ -106,7 +106,7 @@ class ImageGrid(Viewed):
         patch_cols: Number of columns of vision-tower patches.
         patch_places: Row and column of each vision-tower position, in the order of the tower;
             ``NOWHERE`` for class tokens, learned queries, padding, and patches in an overlap that
-            no token reads.
+            no token pools.
         tiles: The tile of each token, 0-based in reading order; ``NOWHERE`` for tokens of no tile.
             None if the image is not tiled.
         thumbnail: The thumbnail view, if there is one.
@@ -156,9 +156,9 @@ class ImageGrid(Viewed):
             raise GeometryError(f"Image {number} has no grid. {self.reason}")
         if values.shape == (len(of.places),) and self.thumbnail is not None:
             raise GeometryError(
-                f"Image {number} is so narrow that no tokens are left in the view {view!r} without "
-                f"its padding. Use view='thumbnail', which has {self.thumbnail.rows} x "
-                f"{self.thumbnail.cols} tokens."
+                f"Image {number} has no tokens in the view {view!r}: it is so narrow that the "
+                "model removed them together with the padding. Use view='thumbnail', which has "
+                f"{self.thumbnail.rows} x {self.thumbnail.cols} tokens."
             )
         raise GeometryError(
             f"Image {number} has {len(of.places)} tokens ({of.rows} x {of.cols}) and "

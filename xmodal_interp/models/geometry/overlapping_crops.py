@@ -23,8 +23,8 @@ def overlapping_crops(
 
     The image is resized without keeping its aspect ratio to whole windows and a margin; each crop
     is a window with its margins. ``image_token_pooling`` of the processor says which crop a token
-    reads in an overlap; patches that no token reads are outside the grid. The last token of an odd
-    row or column is smaller. A token that reads patches of two crops belongs to no tile.
+    pools in an overlap; patches that no token pools are outside the grid. The last token of an odd
+    row or column is smaller. A token that pools patches of two crops belongs to no tile.
 
     Raises:
         GeometryError: The processor returned another number of crops than its settings give.
@@ -89,7 +89,7 @@ def pooled_cells(
 
     Args:
         patches: All patches.
-        read: Indices of the patches that each token reads; ``NOWHERE`` for unused entries.
+        read: Indices of the patches that each token pools; ``NOWHERE`` for unused entries.
         places: Row and column of each token.
 
     Returns:

@@ -87,8 +87,8 @@ def _measured(processor: Any, token_id: int, size: tuple[int, int]) -> ImageGrid
             ways.add(way)
         if len(ways) > 1:
             raise GeometryError(
-                f"The {n_tokens} image tokens correspond to blocks of patches, but to other blocks "
-                "in an image of another size."
+                f"The {n_tokens} image tokens correspond to blocks of patches, but the blocks "
+                "differ between images of different sizes."
             )
     except GeometryError as error:
         why = f"Its model type has no family record with a geometry rule. {error}"
@@ -110,7 +110,7 @@ def _n_tokens(inputs: Mapping[str, Any], token_id: int) -> int:
 
 
 def tokens_of(found: Sequence[Pixels], n_tokens: int) -> tuple[Cells, tuple[str, int]]:
-    """Return the image tokens that read the pixels of one of the tensors, the first that fits.
+    """Return the image tokens as blocks of patches of the first tensor of pixels that fits.
 
     Returns:
         The tokens, and the name of the tensor with the side of a token's square in a tile, or the
@@ -133,7 +133,7 @@ def tokens_of(found: Sequence[Pixels], n_tokens: int) -> tuple[Cells, tuple[str,
 
 
 def _side(pixels: Pixels, n_tokens: int) -> int | None:
-    """Return the side of the squares of tiles, if there are as many as tokens."""
+    """Return the side of the squares into which tiles are divided, one per token, or None."""
     if not pixels.in_tiles:
         return None
     x, _ = pixels.tiles

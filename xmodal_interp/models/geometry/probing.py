@@ -10,7 +10,8 @@ Brightness has only 256 levels. Each ramp is therefore passed with its negative,
 are rounded up at different fractions; the mean over a patch is exact to a small part of a level.
 
 A model type without a family record gets its geometry this way: see ``probed_tokens``. Records
-have rules, because a rule does not run the processor seven more times for each image.
+have rules, because a rule does not run the processor seven more times for each image. The doctor
+compares the boxes of a rule with the measured ones.
 """
 
 from __future__ import annotations
@@ -106,7 +107,19 @@ def probed(process: Process, size: tuple[int, int]) -> list[Pixels]:
     Raises:
         GeometryError: The processed pixels are not linear in the pixels of the image.
     """
-    outputs = {name: process(image) for name, image in test_images(size).items()}
+    return pixels_of({name: process(image) for name, image in test_images(size).items()}, size)
+
+
+def pixels_of(outputs: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> list[Pixels]:
+    """Return the tensors of pixels among the outputs of a processor.
+
+    Args:
+        outputs: The outputs for each of the images of :func:`test_images`, by its name.
+        size: Width and height of these images, px.
+
+    Raises:
+        GeometryError: The processed pixels are not linear in the pixels of the image.
+    """
     black, white = outputs["black"], outputs["white"]
     found = []
     for name, value in black.items():
@@ -117,8 +130,8 @@ def probed(process: Process, size: tuple[int, int]) -> list[Pixels]:
         }
         if len({array.shape for array in arrays.values()}) > 1:
             raise GeometryError(
-                f"The processor returns {name} of another shape for another image of the same "
-                "size, so its geometry depends on what the image shows. Turn off its cropping."
+                f"The processor returns {name} of different shapes for images of one size, so its "
+                "geometry depends on the content of the image. Turn off its cropping."
             )
         if not torch.equal(value, white[name]):
             found.append(_measured(name, arrays, size))
@@ -171,8 +184,8 @@ def _measured(name: str, arrays: Mapping[str, np.ndarray], size: tuple[int, int]
     if not worst <= MOST_LEVELS:
         raise GeometryError(
             f"The processor is not linear: {name} of the mean of two images differs by "
-            f"{worst:.0f} of 255 levels from the mean of their {name}, so its geometry depends on "
-            "what the image shows. Turn off its cropping."
+            f"{worst:.0f} of 255 levels from the mean of their {name}. It crops images to their "
+            "content, or normalises each by its own mean, so its geometry cannot be measured."
         )
     x, y = (
         length * ((level[key] + 255 - level[f"-{key}"]) / 2 - LOWEST) / (HIGHEST - LOWEST)
@@ -234,7 +247,7 @@ def _cut(
 
 
 def _lines(values: Float[np.ndarray, "patch value"], name: str) -> Float[np.ndarray, "patch line"]:
-    """Return the mean of each column of pixels (or row) of flattened patches.
+    """Return the mean of each column (or each row) of pixels of flattened patches.
 
     The order of values in a patch is unknown. Values of one column are those with the same distance
     from the middle of the patch.
@@ -262,7 +275,7 @@ def _lines(values: Float[np.ndarray, "patch value"], name: str) -> Float[np.ndar
 
 
 def _steps(lines: Float[np.ndarray, "patch line"]) -> Float[np.ndarray, " patch"]:
-    """Return the length that one column of each patch shows, px; NaN if not two are known."""
+    """Return the length that a column of each patch shows, px; NaN if fewer than 2 are known."""
     half = max(lines.shape[1] // 2, 1)
     return _typical((lines[:, half:] - lines[:, :-half]) / half)
 
@@ -274,15 +287,16 @@ def _views(
 ) -> Int[np.ndarray, " patch"]:
     """Group patches by the width and height that a pixel of them shows; smallest first.
 
-    The patches of a tile are in one view, unless there is only one tile. A patch that shows too
-    little of the image for a step to be known is in the view with the most similar other step.
+    The patches of a tile are in one view, unless there is only one tile. A patch at the edge of the
+    image may have only one known step; it is in the view whose step is most similar.
     """
     ratio = OF_PATCHES
     if len(set(tiles.tolist())) > 1:
         ratio, steps = OF_TILES, steps.copy()
         for tile in set(tiles.tolist()):
             steps[tiles == tile] = _typical(steps[tiles == tile].T)
-    scale = np.log(steps)
+    with np.errstate(divide="ignore", invalid="ignore"):  # squares that span the parts of a tile
+        scale = np.log(steps)
     measured = known & np.isfinite(scale).all(axis=1)
     groups = np.stack([_groups(scale[measured, axis], np.log(ratio)) for axis in (0, 1)], axis=1)
     pairs, group = np.unique(groups, axis=0, return_inverse=True)

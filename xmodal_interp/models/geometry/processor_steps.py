@@ -21,21 +21,15 @@ from xmodal_interp.errors import GeometryError
 from xmodal_interp.models.geometry.grid import Box
 from xmodal_interp.models.media import Video
 
+ImageOrVideo = Image.Image | Video
+"""An image, or a video whose frames are processed one by one."""
 
-def setting(processor: Any, name: str, default: Any = None) -> Any:
-    """Return a setting that the processor uses for images.
 
-    Defaults of the processor override the settings of its image processor.
+def setting(processor: Any, name: str, default: Any = None, part: str = "image") -> Any:
+    """Return a setting that the processor uses for images, or for videos (``part="video"``).
+
+    Defaults of the processor override the settings of its image or video processor.
     """
-    return _setting(processor, "image", name, default)
-
-
-def video_setting(processor: Any, name: str, default: Any = None) -> Any:
-    """Return a setting that the processor uses for videos."""
-    return _setting(processor, "video", name, default)
-
-
-def _setting(processor: Any, part: str, name: str, default: Any) -> Any:
     registered = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {})
     written = getattr(processor, f"{part}s_kwargs", None)
     for defaults in (registered.get(f"{part}s_kwargs"), written):
@@ -45,29 +39,33 @@ def _setting(processor: Any, part: str, name: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def shown(processor: Any, image: Image.Image, width: int, height: int) -> Box:
-    """Return the part of an image that its processed pixels (``width`` x ``height``) show.
+def part_for(picture: ImageOrVideo) -> str:
+    """Return the part of the processor that reads a picture: ``"image"`` or ``"video"``."""
+    return "video" if isinstance(picture, Video) else "image"
 
-    The box extends beyond the image if the processor pads. Sizes are rounded as in the processor,
+
+def settings_for(processor: Any, picture: ImageOrVideo) -> Any:
+    """Return the image processor, or the video processor for a video."""
+    return getattr(processor, f"{part_for(picture)}_processor")
+
+
+def shown(processor: Any, picture: ImageOrVideo, width: int, height: int) -> Box:
+    """Return the part of a picture that its processed pixels (``width`` x ``height``) show.
+
+    The box extends beyond the picture if the processor pads. Sizes are rounded as in the processor,
     so the box is exact up to the resampling filter.
 
     Raises:
         GeometryError: The settings do not lead to these pixels.
     """
-    return shown_by(processor.image_processor, image.size, width, height)
+    return _shown_by(settings_for(processor, picture), picture.size, width, height)
 
 
-def shown_by(settings: Any, size: tuple[int, int], width: int, height: int) -> Box:
-    """Return what :func:`shown` returns, for a picture of ``size`` (width, height).
-
-    ``settings`` is the image or video processor.
-
-    Raises:
-        GeometryError: The settings do not lead to these pixels.
-    """
+def _shown_by(settings: Any, size: tuple[int, int], width: int, height: int) -> Box:
+    """Return the box for a picture of ``size``, by the settings of one part of the processor."""
     w, h = map(float, size)
     x0, y0 = 0.0, 0.0
-    if getattr(settings, "do_pad", False) and _pads_to_square(settings):
+    if getattr(settings, "do_pad", False) and hasattr(settings, "pad_to_square"):
         side = max(w, h)
         x0, y0 = -((side - w) // 2), -((side - h) // 2)
         w = h = side
@@ -129,7 +127,7 @@ def at_the_top(processor: Any, image: Image.Image, width: int, height: int) -> B
 
 def shown_in_frames(processor: Any, image: Image.Image, width: int, height: int) -> Box:
     """Return the box of an image that is passed to a video processor as a frame."""
-    return shown_by(processor.video_processor, image.size, width, height)
+    return _shown_by(processor.video_processor, image.size, width, height)
 
 
 def check_replayed(replayed: tuple[int, int], returned: tuple[int, int]) -> None:
@@ -143,10 +141,6 @@ def check_replayed(replayed: tuple[int, int], returned: tuple[int, int]) -> None
             f"The processor returned {returned[0]} x {returned[1]} pixels, but its settings lead "
             f"to {replayed[0]} x {replayed[1]}. Use the checkpoint's own processor settings."
         )
-
-
-def _pads_to_square(settings: Any) -> bool:
-    return hasattr(settings, "pad_to_square")
 
 
 def _resized(settings: Any, width: int, height: int) -> tuple[int, int]:
@@ -189,7 +183,7 @@ Layout = Callable[[Any, Image.Image], Tiling | None]
 """``(processor, image) -> tiling``; None if the image is not tiled."""
 
 
-def whole(picture: Image.Image | Video) -> Box:
+def whole(picture: ImageOrVideo) -> Box:
     """Return the box of a whole image, or of a whole frame of a video, px."""
     width, height = picture.size
     return 0.0, 0.0, float(width), float(height)
@@ -289,7 +283,10 @@ def longest_edge(processor: Any, image: Image.Image) -> Tiling | None:
     tile = setting(processor, "max_image_size")["longest_edge"]
     width, height = image.size
     if setting(processor, "do_resize", default=False):
-        width, height = _to_longest_edge(width, height, setting(processor, "size")["longest_edge"])
+        blank = torch.empty(3, height, width, dtype=torch.float32, device="meta")
+        height, width = own_function(processor, "get_resize_output_image_size")(
+            blank, setting(processor, "size")["longest_edge"]
+        )
     aspect = width / height
     if width >= height:
         width = math.ceil(width / tile) * tile
@@ -300,25 +297,6 @@ def longest_edge(processor: Any, image: Image.Image) -> Tiling | None:
     if height <= tile and width <= tile:
         return None
     return even(height // tile, width // tile, whole(image))
-
-
-def _to_longest_edge(width: int, height: int, longest: int) -> tuple[int, int]:
-    """Return width and height with the aspect ratio kept, the shorter side even, and bounded."""
-    aspect = width / height
-    if width >= height:
-        width, height = longest, int(longest / aspect)
-        height += height % 2
-    else:
-        height, width = longest, int(longest * aspect)
-        width += width % 2
-    width, height = max(width, 1), max(height, 1)
-    bound = 4096  # MAX_IMAGE_SIZE of these processors, a constant of their code
-    aspect = width / height
-    if width >= height and width > bound:
-        width, height = bound, int(bound / aspect)
-    elif height > width and height > bound:
-        height, width = bound, int(bound * aspect)
-    return max(width, 1), max(height, 1)
 
 
 def padded_canvas(processor: Any, image: Image.Image) -> Tiling:

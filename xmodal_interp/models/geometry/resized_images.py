@@ -25,10 +25,18 @@ from xmodal_interp.models.geometry.cells import (
     with_breaks,
 )
 from xmodal_interp.models.geometry.grid import Box, ImageGrid
-from xmodal_interp.models.geometry.processor_steps import check_count, own_function, setting, whole
+from xmodal_interp.models.geometry.processor_steps import (
+    ImageOrVideo,
+    check_count,
+    own_function,
+    setting,
+    settings_for,
+    whole,
+)
+from xmodal_interp.models.media import Video
 
-Content = Callable[[Any, Image.Image, int, int], tuple[int, int]]
-"""``(processor, image, width, height) -> width, height``: the pixels that are not padding."""
+Content = Callable[[Any, Any, int, int], tuple[int, int]]
+"""``(processor, picture, width, height) -> width, height``: the pixels that are not padding."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class MergedPatches:
         merge = processor.image_processor.merge_size
         grids = []
         for image, (_, rows, cols) in zip(images, np.asarray(grid_thw).tolist(), strict=True):
-            box = self._box(processor, image, rows, cols)
+            box = content_box(processor, image, self.content, rows, cols)
             patches = rectangle(rows, cols, box)
             tokens = rectangle(rows // merge, cols // merge, box)
             if self.framed:
@@ -73,14 +81,18 @@ class MergedPatches:
             )
         return grids
 
-    def _box(self, processor: Any, image: Image.Image, rows: int, cols: int) -> Box:
-        """Return the box of all patches."""
-        if self.content is None:
-            return whole(image)
-        side = processor.image_processor.patch_size
-        width, height = cols * side, rows * side
-        content_w, content_h = self.content(processor, image, width, height)
-        return 0.0, 0.0, image.width * width / content_w, image.height * height / content_h
+
+def content_box(
+    processor: Any, picture: ImageOrVideo, content: Content | None, rows: int, cols: int
+) -> Box:
+    """Return the box of all patches of an image or of a frame, of which a part may be padding."""
+    x0, y0, x1, y1 = whole(picture)
+    if content is None:
+        return x0, y0, x1, y1
+    side = settings_for(processor, picture).patch_size
+    width, height = cols * side, rows * side
+    content_w, content_h = content(processor, picture, width, height)
+    return x0, y0, x1 * width / content_w, y1 * height / content_h
 
 
 merged_patches = MergedPatches()
@@ -101,27 +113,17 @@ def within_patches(
     return width, height
 
 
-def within_tokens(processor: Any, image: Image.Image, width: int, height: int) -> tuple[int, int]:
-    """Return the size of an image enlarged only if it has too few tokens, then padded (GLM-5)."""
-    settings = processor.image_processor
-    return size_within_tokens(settings, image.size, settings.temporal_patch_size, width, height)
-
-
-def size_within_tokens(
-    settings: Any, size: tuple[int, int], n_frames: int, width: int, height: int
+def within_tokens(
+    processor: Any, picture: ImageOrVideo, width: int, height: int
 ) -> tuple[int, int]:
-    """Return width and height of a picture in the padded pixels, px.
+    """Return the size of a picture enlarged only if it has too few tokens, then padded (GLM-5).
 
-    The picture is enlarged only if all of its frames together have too few tokens.
-
-    Args:
-        settings: The image processor or the video processor.
-        size: Width and height of the picture, px.
-        n_frames: Number of frames; for an image, the number of frames merged into one token.
-        width: Width of the padded pixels.
-        height: Height of the padded pixels.
+    The frames of a video are enlarged only if all of them together have too few tokens. The frames
+    of an image are those that are merged into one token.
     """
-    w, h = size
+    settings = settings_for(processor, picture)
+    n_frames = len(picture) if isinstance(picture, Video) else settings.temporal_patch_size
+    w, h = picture.size
     scale = min(height / h, width / w)
     side = settings.patch_size * settings.merge_size * settings.patch_expand_factor
     fewest = settings.min_image_tokens * settings.temporal_patch_size * side**2

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -33,17 +32,18 @@ from xmodal_interp.models.geometry.cells import (
 )
 from xmodal_interp.models.geometry.grid import Box, ImageGrid
 from xmodal_interp.models.geometry.processor_steps import (
+    ImageOrVideo,
     Layout,
     Tiling,
     even,
     fitted,
     own_function,
+    part_for,
     setting,
-    video_setting,
+    settings_for,
     whole,
 )
 from xmodal_interp.models.geometry.whole_images import Show
-from xmodal_interp.models.media import Video
 
 End = Literal["first", "last"]
 
@@ -255,44 +255,28 @@ def large_on_canvas(processor: Any, image: Image.Image) -> Tiling | None:
     return even(rows, cols, whole(image))
 
 
-def slices(processor: Any, image: Image.Image) -> Tiling | None:
-    """Return slices of an image with more pixels than one slice holds (MiniCPM-V)."""
-    return _sliced(processor.image_processor, partial(setting, processor), image)
+def slices(processor: Any, picture: ImageOrVideo) -> Tiling | None:
+    """Return slices of an image, or of the frames of a video, too large for one slice (MiniCPM-V).
 
-
-def frame_slices(processor: Any, video: Video) -> Tiling | None:
-    """Return slices of the frames of a video, by the settings of the video processor."""
-    return _sliced(processor.video_processor, partial(video_setting, processor), video)
-
-
-def _sliced(
-    own: Any, setting_of: Callable[..., Any], picture: Image.Image | Video
-) -> Tiling | None:
-    """Return the slices of a picture, from the processor's function and settings."""
-    if not setting_of("slice_mode", default=False):
+    The image processor cuts images, the video processor frames, each by its own settings.
+    """
+    part = part_for(picture)
+    if not setting(processor, "slice_mode", default=False, part=part):
         return None
     width, height = picture.size
-    grid = own.get_sliced_grid(
-        (height, width), setting_of("max_slice_nums"), setting_of("scale_resolution")
+    limits = (
+        setting(processor, name, part=part) for name in ("max_slice_nums", "scale_resolution")
     )
+    grid = settings_for(processor, picture).get_sliced_grid((height, width), *limits)
     if grid is None:
         return None
     rows, cols = grid
     return even(rows, cols, whole(picture))
 
 
-def slice_block(processor: Any, _config: Any) -> int:
+def slice_block(processor: Any, _config: Any, part: str = "image") -> int:
     """Return the side of the block of patches that gives a token of a slice (MiniCPM-V)."""
-    return _merged(setting(processor, "downsample_mode"))
-
-
-def frame_slice_block(processor: Any) -> int:
-    """Return the side of the block of patches that gives a token of a frame (MiniCPM-V)."""
-    return _merged(video_setting(processor, "downsample_mode"))
-
-
-def _merged(downsample_mode: str) -> int:
-    return 2 if downsample_mode == "4x" else 4
+    return 2 if setting(processor, "downsample_mode", part=part) == "4x" else 4
 
 
 _MERGE, _SHIFT = 4, 1.5 / 4  # two convolutions with kernel 3 and stride 2

@@ -39,24 +39,16 @@ from xmodal_interp.models.geometry.overlapping_crops import pooled_cells
 from xmodal_interp.models.geometry.processor_steps import (
     Tiling,
     check_replayed,
-    shown_by,
-    video_setting,
+    setting,
+    shown,
     whole,
 )
-from xmodal_interp.models.geometry.resized_images import size_within_tokens
-from xmodal_interp.models.geometry.tiles import (
-    Shape,
-    frame_slice_block,
-    frame_slices,
-    sized_views,
-)
+from xmodal_interp.models.geometry.resized_images import Content, content_box
+from xmodal_interp.models.geometry.tiles import Shape, sized_views, slice_block, slices
 from xmodal_interp.models.media import Video
 
 VideoRule = Callable[[Any, Any, Mapping[str, Any], Sequence[Video]], list[VideoGrid]]
 """``(processor, config, inputs, videos) -> grids``: one grid per video, in order."""
-
-FrameContent = Callable[[Any, Video, int, int], tuple[int, int]]
-"""``(settings, video, width, height) -> width, height``: the pixels that are not padding."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ class MergedFrames:
 
     in_model: bool = False
     by_rows: bool = False
-    content: FrameContent | None = None
+    content: Content | None = None
 
     def __call__(
         self, processor: Any, _config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
@@ -90,7 +82,7 @@ class MergedFrames:
         grids = []
         for video, (n, patch_rows, patch_cols) in zip(videos, grid_thw, strict=True):
             together = settings.temporal_patch_size if self.in_model else 1
-            box = self._box(settings, video, patch_rows, patch_cols)
+            box = content_box(processor, video, self.content, patch_rows, patch_cols)
             tokens = rectangle(patch_rows // merge, patch_cols // merge, box)
             patches = rectangle(patch_rows, patch_cols, box)
             patches = patches if self.by_rows else in_blocks(patches, patch_cols, merge)
@@ -102,23 +94,9 @@ class MergedFrames:
             grids.append(video_grid(video, frames, [patches] * n))
         return grids
 
-    def _box(self, settings: Any, video: Video, rows: int, cols: int) -> Box:
-        """Return the box of all patches."""
-        x0, y0, x1, y1 = whole(video)
-        if self.content is None:
-            return x0, y0, x1, y1
-        width, height = cols * settings.patch_size, rows * settings.patch_size
-        content_w, content_h = self.content(settings, video, width, height)
-        return x0, y0, x1 * width / content_w, y1 * height / content_h
 
-
-def within_video_tokens(settings: Any, video: Video, width: int, height: int) -> tuple[int, int]:
-    """Return the size of frames enlarged only if all together have too few tokens, then padded."""
-    return size_within_tokens(settings, video.size, len(video), width, height)
-
-
-FrameShow = Callable[[Any, tuple[int, int], int, int], Box]
-"""``(settings, size, width, height) -> box``: the part of a frame of ``size`` that is shown."""
+FrameShow = Callable[[Any, Video, int, int], Box]
+"""``(processor, video, width, height) -> box``: the part of each frame that the pixels show."""
 
 
 @dataclass(frozen=True)
@@ -133,14 +111,14 @@ class SingleFrames:
         after: Number of tokens outside the grid after the last frame (newline token).
         class_token: Whether the vision tower has a class token before the patches of each frame, or
             the configuration attribute that holds this; None to use the processor's number.
-        show: Function that returns the part of a frame that is shown, from the video processor.
+        show: Function that returns the part of a frame that is shown.
     """
 
     merge: str | int = 1
     before: int = 0
     after: int = 0
     class_token: bool | str | None = None
-    show: FrameShow = shown_by
+    show: FrameShow = shown
 
     def __call__(
         self, processor: Any, config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
@@ -159,7 +137,7 @@ class SingleFrames:
         first = self._class_tokens(processor, config)
         grids = []
         for video in videos:
-            box = self.show(processor.video_processor, video.size, width, height)
+            box = self.show(processor, video, width, height)
             tokens = joined([nowhere(self.before), rectangle(rows, cols, box)])
             patches = joined([nowhere(first), rectangle(patch_rows, patch_cols, box)])
             n = len(video)
@@ -173,21 +151,16 @@ class SingleFrames:
         return int(getattr(config, value) if isinstance(value, str) else value)
 
 
-def squeezed(settings: Any, size: tuple[int, int], width: int, height: int) -> Box:
-    """Return the box of a frame of ``size`` that is resized to a square: the whole frame.
-
-    Args:
-        settings: The video processor.
-        size: Width and height of the frame, px.
-        width: Width of the returned pixels.
-        height: Height of the returned pixels.
+def squeezed(processor: Any, video: Video, width: int, height: int) -> Box:
+    """Return the box of frames that are resized to a square: the whole frame.
 
     Raises:
         GeometryError: The settings do not lead to these pixels.
     """
+    settings = processor.video_processor
     side = settings.max_image_size["longest_edge"]
-    check_replayed((side, side) if settings.do_resize else size, (width, height))
-    return 0.0, 0.0, float(size[0]), float(size[1])
+    check_replayed((side, side) if settings.do_resize else video.size, (width, height))
+    return whole(video)
 
 
 _SIZES = "target_sizes_videos"
@@ -206,7 +179,8 @@ def pooled_frames(
             another number of frames than the videos have.
     """
     pooling = np.asarray(inputs["video_token_pooling"])
-    n = video_setting(processor, "size")["height"] // video_setting(processor, "patch_size")
+    size, side = (setting(processor, name, part="video") for name in ("size", "patch_size"))
+    n = size["height"] // side
     if n**2 != inputs["pixel_values_videos"].shape[1]:
         raise GeometryError(
             f"The video processor returned {inputs['pixel_values_videos'].shape[1]} patches per "
@@ -233,7 +207,7 @@ def pooled_frames(
 
 
 def sliced_frames(
-    processor: Any, _config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
+    processor: Any, config: Any, inputs: Mapping[str, Any], videos: Sequence[Video]
 ) -> list[VideoGrid]:
     """Place each frame, followed by its slices if the frame is large (MiniCPM-V).
 
@@ -244,13 +218,13 @@ def sliced_frames(
             or the number of sizes is not that of the frames and their slices.
     """
     for name, wanted in {"stack_frames": 1, "do_resize": True}.items():
-        value = video_setting(processor, name, wanted)
+        value = setting(processor, name, wanted, part="video")
         if value != wanted:
             raise GeometryError(
                 f"The video processor has {name}={value}, so frames are not resized one by one and "
                 f"cannot be placed. Set {name}={wanted}."
             )
-    tilings = [frame_slices(processor, video) for video in videos]
+    tilings = [slices(processor, video) for video in videos]
     counts = [1 if tiling is None else 1 + len(tiling.boxes) for tiling in tilings]
     shapes = [(rows, cols) for rows, cols in np.asarray(inputs[_SIZES]).tolist()]
     n_expected = sum(count * len(video) for count, video in zip(counts, videos, strict=True))
@@ -259,7 +233,7 @@ def sliced_frames(
             f"The processor returned {len(shapes)} {_SIZES}, but its settings lead to {n_expected} "
             "frames and slices. Use the checkpoint's own processor settings."
         )
-    block = frame_slice_block(processor)
+    block = slice_block(processor, config, part="video")
     grids, start = [], 0
     for video, tiling, count in zip(videos, tilings, counts, strict=True):
         frames, tower = [], []
@@ -333,7 +307,7 @@ def video_grid(
         GeometryError: There is no frame of tokens.
     """
     if not frames:
-        raise GeometryError("The video has no frame of tokens. Give it more frames.")
+        raise GeometryError("The video is too short: it has no frame of tokens. Pass more frames.")
     token, patch = joined([*frames, nowhere(after)]), joined(tower)
     main, small = _places_by_view([*frames, nowhere(after)])
     main_patches, small_patches = _places_by_view(tower)

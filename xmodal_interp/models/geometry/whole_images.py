@@ -39,6 +39,7 @@ from xmodal_interp.models.geometry.grid import Box, ImageGrid, ImageRule, raster
 from xmodal_interp.models.geometry.processor_steps import (
     check_count,
     check_replayed,
+    own_function,
     setting,
     shown,
     whole,
@@ -287,7 +288,7 @@ _TOWER_MULTIPLE = 8  # the tower pads each tile to a multiple of it; it is a con
 
 
 def aspect_ratio_tiles(
-    _processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+    processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
 ) -> list[ImageGrid]:
     """Place images at the top left of a canvas of square tiles (Mllama).
 
@@ -305,8 +306,10 @@ def aspect_ratio_tiles(
     grids = []
     for image, ratio_id in zip(images, ratio_ids.tolist(), strict=True):
         tile_rows, tile_cols = supported[ratio_id - 1]
-        scale_x, scale_y = _scale_on_canvas(image, tile_rows * tile, tile_cols * tile, tile)
-        width, height = tile / scale_x, tile / scale_y
+        new_h, new_w = own_function(processor, "get_image_size_fit_to_canvas")(
+            image.height, image.width, tile_rows * tile, tile_cols * tile, tile
+        )
+        width, height = image.width * tile / int(new_w), image.height * tile / int(new_h)
         tiles = []
         for number, (row, col) in enumerate(raster(tile_rows, tile_cols).tolist()):
             box = (col * width, row * height, (col + 1) * width, (row + 1) * height)
@@ -317,22 +320,6 @@ def aspect_ratio_tiles(
         tower = [part for tile in tiles for part in (tile, padding)]
         grids.append(image_grid(image.size, tiles, tower))
     return grids
-
-
-def _scale_on_canvas(
-    image: Image.Image, canvas_height: int, canvas_width: int, tile: int
-) -> tuple[float, float]:
-    """Return the scale, in x and y, by which an image is resized to its canvas."""
-    width, height = image.size
-    target_width, target_height = (
-        np.clip(width, tile, canvas_width),
-        np.clip(height, tile, canvas_height),
-    )
-    if target_width / width < target_height / height:
-        new = target_width, min(int(height * target_width / width) or 1, target_height)
-    else:
-        new = min(int(width * target_height / height) or 1, target_width), target_height
-    return float(new[0] / width), float(new[1] / height)
 
 
 @dataclass(frozen=True)
