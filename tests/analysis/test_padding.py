@@ -14,6 +14,7 @@ from tests.helpers.real import real
 from tests.helpers.synthetic import grid, random_call, sample_of
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp import evaluation
+from xmodal_interp.attention import call as call_module
 from xmodal_interp.models import VLM, load
 from xmodal_interp.sample import Sample
 
@@ -115,3 +116,22 @@ def test_padding_changes_no_number(name: str, kind: str) -> None:
     assert len(padded.where("padding")) > len(alone.where("padding"))
     tables = [comparable(ANALYSES[name](sample), sample) for sample in (alone, padded)]
     pd.testing.assert_frame_equal(*tables, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fused_kernel_gives_the_same_table(
+    kind: str, analysis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long calls are computed by the fused kernel, short ones from their probabilities."""
+    for sample in alone_and_padded(kind):
+        exact = ANALYSES[analysis](without_memo(sample))
+        with monkeypatch.context() as patched:
+            patched.setattr(call_module, "SMALL_CELLS", 0)
+            fused = ANALYSES[analysis](without_memo(sample))
+        pd.testing.assert_frame_equal(fused, exact, rtol=1e-5, atol=5e-6)
+
+
+def without_memo(sample: Sample) -> Sample:
+    """The sample with copies of its calls, for which nothing was computed yet."""
+    return replace(sample, calls={key: replace(call) for key, call in sample.calls.items()})

@@ -21,7 +21,8 @@ from tests.helpers.store_samples import (
     sample,
     shipped,
 )
-from xmodal_interp.attention import AttentionCall
+from xmodal_interp.attention import AttentionCall, fused
+from xmodal_interp.attention import call as call_module
 from xmodal_interp.models import Thumbnail
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, StoreWriter, open_store, schema
@@ -221,3 +222,14 @@ def test_a_new_field_of_a_call_needs_a_new_version_of_the_format():
         *("causal", "offset", "softcap", "sinks", "sliding_window", "rows", "dense"),
         *("update_share", "segments", "note"),
     }
+
+
+def test_results_that_analyses_share_are_computed_once_per_stored_sample(tmp_path, monkeypatch):
+    made = xi.capture(shipped(), Image.new("RGB", (96, 96)), "what color ?")
+    stored = written(tmp_path / "store", [made])[0]
+    monkeypatch.setattr(call_module, "SMALL_CELLS", 0)
+    first = xi.attention_sinks(stored)
+    monkeypatch.setattr(fused, "column_pass", None)
+    pd.testing.assert_frame_equal(xi.attention_sinks(stored), first)
+    monkeypatch.undo()
+    pd.testing.assert_frame_equal(xi.attention_sinks(made), first, rtol=1e-5)

@@ -209,14 +209,14 @@ def _shares(
     Where keys are dropped, the other probabilities are renormalised. Otherwise they are not: the
     share of learned sinks stays outside the ratio. NaN where no key is visible.
     """
-    ratio, null = torch.empty(2, len(heads), len(queries), dtype=torch.float32)
-    for pattern in dropped.unique(dim=0):  # most heads have the same sinks
-        same = (dropped == pattern).all(1).nonzero()[:, 0]
-        groups = torch.stack([keys & ~pattern, ~pattern]).float()
-        these = [heads[i] for i in same]
-        mass, even = mass_and_null(call, groups, these, queries)
-        null[same] = even[..., 0] / even[..., 1]
-        ratio[same] = mass[..., 0] / mass[..., 1] if pattern.any() else mass[..., 0]
+    patterns, of_head = dropped.unique(dim=0, return_inverse=True)  # few: heads share sinks
+    groups = torch.cat([keys & ~patterns, ~patterns]).float()
+    mass, even = (
+        values.unflatten(-1, (2, len(patterns)))[range(len(heads)), :, :, of_head].unbind(-1)
+        for values in mass_and_null(call, groups, heads, queries)
+    )
+    null = even[0] / even[1]
+    ratio = torch.where(dropped.any(1)[:, None], mass[0] / mass[1], mass[0])
     ratio = ratio.where(null > 0, torch.nan)
     return ratio, null, ratio / null
 

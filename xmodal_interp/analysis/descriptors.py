@@ -23,14 +23,14 @@ from torch import Tensor
 
 from xmodal_interp.analysis.selection import (
     Layers,
-    cells_of,
     mean_where,
     n_visible,
+    per_head,
     queries_of,
     refuse_cross_attention,
-    row_chunks,
     rows_of,
     selected_calls,
+    uniform,
 )
 from xmodal_interp.analysis.tables import Part, call_table, over_samples
 from xmodal_interp.arguments import checked
@@ -229,24 +229,23 @@ def _distances(
     cell_px: Float[Tensor, "2"],
 ) -> dict[str, Float[Tensor, "head 1"] | Int[Tensor, "head 1"]]:
     """Return the mean distance from each patch to its attended patches, rows renormalised."""
-    names = ("distance_px", "distance_grid", "null_px", "null_grid", "outside")
-    sums = torch.zeros(len(names), len(heads), dtype=torch.float64)
-    n_queries = torch.zeros(len(heads), dtype=torch.long)
-    for chunk in row_chunks(call, torch.arange(len(positions)), len(heads)):
-        probs, seen, _ = cells_of(call, heads, positions[chunk], positions)
-        steps = places[chunk, None] - places
-        apart = torch.linalg.vector_norm(torch.stack([steps * cell_px, steps]), dim=-1)
-        within = probs.sum(-1)
-        distance = torch.einsum("hqk,uqk->uhq", probs, apart) / within
-        null = torch.einsum("hqk,uqk->uhq", seen, apart) / seen.sum(-1)
-        values = torch.cat([distance, null.expand_as(distance), 1 - within[None]])
-        sums += values.where(within > 0, 0.0).sum(-1)
-        n_queries += (within > 0).sum(-1)
-    means = dict(zip(names, (sums / n_queries)[..., None], strict=True))
-    outside = means.pop("outside")
+    of_keys = torch.full((call.n_keys, 2), torch.nan, dtype=torch.float64)
+    of_keys[positions] = places
+    patches = of_keys[:, :1].isnan().logical_not().T
+    within = call.mass(patches, list(heads), positions)[0, ..., 0].cpu()
+    even = uniform(call)
+    units = {"px": of_keys * cell_px, "grid": of_keys}
+    means = {}
+    for unit, scaled in units.items():
+        distance = call.distance(scaled, list(heads), positions)[0].cpu().double() / within
+        seen = even.mass(patches, queries=positions)[0, ..., 0].cpu().double()
+        null = even.distance(scaled, queries=positions)[0].cpu().double() / seen
+        means[f"distance_{unit}"] = mean_where(distance, within > 0)[:, None]
+        means[f"null_{unit}"] = mean_where(per_head(null, heads), within > 0)[:, None]
+    outside = (1 - within.double()).clamp(min=0.0)  # rounding can give a negative rest
     return {
-        **means,
+        **{name: means[name] for name in ("distance_px", "distance_grid", "null_px", "null_grid")},
         "relative_distance": means["distance_px"] / means["null_px"],
-        "outside": outside,
-        "n_queries": n_queries[:, None],
+        "outside": mean_where(outside, within > 0)[:, None],
+        "n_queries": (within > 0).sum(1)[:, None],
     }

@@ -17,8 +17,10 @@ Abnar & Zuidema 2020 (arXiv 2005.00928):
    after 24 layers of uniform attention, 0.97 of position 63 is at position 0, and most of the share
    of an image is in its top rows. ``log2_ratio`` compares the model with this baseline.
 
-All products are computed in float64, whose smallest normal number is 1e-308. After 80 layers with
-an alpha of 0.9, most shares are below 1e-45, the smallest number of float32.
+Shares are float64, whose smallest normal number is 1e-308: after 80 layers with an alpha of 0.9,
+most are below 1e-45, the smallest number of float32. Probabilities are float64 too, except those of
+long sequences with the mean over heads and up to 256 rows, which the fused kernel computes in
+float32.
 
 The row of a position that sees no key stays as it is. With ``discard``, the whole fused matrix of
 one layer at a time is in memory.
@@ -65,6 +67,9 @@ Alphas = SupportsFloat | Sequence[SupportsFloat] | np.ndarray | Tensor | str
 
 Sinks = Positions | Collection[int] | str
 """``"keep"``, ``"drop_first"``, or positions."""
+
+MANY_ROWS = 256
+"""More rows than this are multiplied with the mean matrix of the heads instead of with each."""
 
 LayerRange = tuple[int | None, int | None]
 """Start and stop of a slice over layers."""
@@ -285,11 +290,14 @@ def _through(
     sinks: Bool[Tensor, " key"],
     counted: Bool[Tensor, " key"],
 ) -> Float[Tensor, "row key"]:
-    """Multiply rows with ``B`` of one layer, in chunks of the fused matrix.
+    """Multiply rows with ``B`` of one layer.
 
-    Only the rows of the fused matrix that get a nonzero factor are computed. With ``discard`` the
-    fused matrix is computed whole.
+    Only the rows of the fused matrix that get a nonzero factor are computed. The mean over heads is
+    not computed at all, unless there are many rows: the rows are multiplied with the probabilities
+    of each head. With ``discard`` the fused matrix is computed whole.
     """
+    if options.fusion == "mean" and options.discard == 0 and len(rows) <= MANY_ROWS:
+        return _through_mean(rows, call, alpha, sinks)
     out = torch.zeros_like(rows)
     needed = rows.ne(0).any(0).nonzero()[:, 0]
     for index, fused in _fused(call, needed, options, counted):
@@ -304,6 +312,35 @@ def _through(
         out[:, index] += here * residual
         out += (here * attended) @ fused
     return out
+
+
+def _through_mean(
+    rows: Float[Tensor, "row key"],
+    call: AttentionCall,
+    alpha: Float[Tensor, "#query"],
+    sinks: Bool[Tensor, " key"],
+) -> Float[Tensor, "row key"]:
+    """Multiply rows with ``B`` of one layer, whose heads are averaged."""
+    total = _row_mass(call, torch.ones_like(sinks))
+    attended, residual = _shares(total, alpha.expand(call.n_queries))
+    weighted = rows * attended
+    if not sinks.any():
+        return rows * residual + call.propagate(weighted)
+    kept = _row_mass(call, ~sinks)
+    sees_others = kept > 0
+    scaled = weighted * torch.where(sees_others, total / kept, 0.0)
+    out = call.propagate(scaled).masked_fill(sinks, 0.0)
+    return rows * residual + out + call.propagate(weighted.masked_fill(sees_others, 0.0))
+
+
+def _row_mass(call: AttentionCall, keys: Bool[Tensor, " key"]) -> Float[Tensor, " query"]:
+    """Return the probability of some keys in each row, averaged over heads; 0 if none is visible.
+
+    For all keys this is 1, unless some of it is on learned sinks.
+    """
+    if keys.all() and call.sinks is None and call.dense is None:
+        return call.n_visible()[0].gt(0).double().mean(0)
+    return call.mass(keys[None].double())[0, ..., 0].nan_to_num().mean(0)
 
 
 def _shares(

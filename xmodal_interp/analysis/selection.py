@@ -260,7 +260,7 @@ def n_visible(
     call: AttentionCall, queries: Int[Tensor, " query"], heads: Sequence[int]
 ) -> Float[Tensor, "head query"]:
     """Return how many keys each query of each head sees."""
-    return _per_head(call.n_visible(queries)[0].float(), heads)
+    return per_head(call.n_visible(queries)[0].float(), heads)
 
 
 def mass_and_null(
@@ -270,11 +270,11 @@ def mass_and_null(
     queries: Int[Tensor, " query"],
 ) -> tuple[Float[Tensor, "head query group"], Float[Tensor, "head query group"]]:
     """Return the mass on each group of keys, and that of uniform attention."""
-    null = _per_head(call.null_mass(groups, queries)[0].cpu(), heads)
+    null = per_head(call.null_mass(groups, queries)[0].cpu(), heads)
     return call.mass(groups, heads, queries)[0].cpu(), null
 
 
-def _per_head(values: Float[Tensor, "#head *rest"], heads: Sequence[int]) -> Tensor:
+def per_head(values: Float[Tensor, "#head *rest"], heads: Sequence[int]) -> Tensor:
     """Return the values of the heads; values with a head axis of length 1 hold for all heads."""
     if values.shape[0] == 1:
         return values.expand(len(heads), *values.shape[1:])
@@ -291,11 +291,26 @@ def mean_where(
 def received(
     call: AttentionCall, queries: Int[Tensor, " query"], heads: Sequence[int]
 ) -> Float[Tensor, "head key"]:
-    """Return the probability that each key receives, summed over queries that see some key."""
-    seeing = queries[call.n_visible(queries)[0].gt(0).all(0).to(queries.device)]
-    rows = call if len(seeing) == call.n_queries else call.select_rows(seeing)
-    ones = torch.ones(1, len(seeing), dtype=torch.float32, device=call.device)
-    return rows.received(ones, list(heads))[0]
+    """Return the probability that each key receives, summed over the queries.
+
+    A query that sees no key gives none. The result for the last queries and heads is kept with the
+    call, because several analyses need it.
+    """
+    chosen = (queries.tolist(), list(heads))
+    if call.memo.get("received", (None,))[0] != chosen:
+        values = call.received(query_weights(call, queries), list(heads))[0]
+        call.memo["received"] = (chosen, values)
+    found: Tensor = call.memo["received"][1]
+    return found
+
+
+def query_weights(
+    call: AttentionCall, queries: Int[Tensor, " query"]
+) -> Float[Tensor, "1 call_query"]:
+    """Return a vector over the queries of a call with 1 at the given positions, else 0."""
+    weights = torch.zeros(1, call.n_queries, dtype=torch.float32, device=call.device)
+    weights[0, call.row_index(queries)] = 1.0
+    return weights
 
 
 def row_chunks(call: AttentionCall, queries: Int[Tensor, " query"], n_heads: int) -> list[Tensor]:

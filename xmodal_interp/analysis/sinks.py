@@ -20,9 +20,10 @@ from torch import Tensor
 from xmodal_interp.analysis.selection import (
     Layers,
     first_position,
+    per_head,
     position_columns,
+    query_weights,
     received,
-    row_chunks,
     rows_of,
     selected_calls,
     sequence_places,
@@ -175,12 +176,12 @@ def _received(
     call: AttentionCall, rows: Int[Tensor, " query"], heads: Sequence[int]
 ) -> tuple[Float[Tensor, "head key"], Float[Tensor, "head key"], Float[Tensor, "head key"]]:
     """Return per key the mean probability over queries that see it, its null, and their number."""
-    seen_by, null = torch.zeros(2, len(heads), call.n_keys, dtype=torch.float32)
-    for chunk in row_chunks(call, rows, 1):
-        seen = call.visible(chunk)[0].float().cpu()
-        seen = seen if seen.shape[0] == 1 else seen[list(heads)]
-        seen_by += seen.sum(1)
-        null += (seen / seen.sum(-1, keepdim=True).clamp(min=1)).sum(1)
+    chosen = query_weights(call, rows).double()
+    even = chosen[:, None] / call.n_visible().clamp(min=1)
+    seen_by, null = (
+        per_head(call.visible_sums(weights)[0].float().cpu(), heads)
+        for weights in (chosen[:, None], even)
+    )
     total = received(call, rows, heads).cpu()
     return total / seen_by, null / seen_by, seen_by
 

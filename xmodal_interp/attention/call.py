@@ -7,27 +7,33 @@ demand, in float32, in chunks of rows:
     scores = scaling * q k^T, squashed by the soft-cap, plus the bias, minus infinity where hidden
     probs  = softmax of the scores over the keys (and the sinks, whose column is dropped)
 
-Statistics that are linear in the probabilities are computed by the fused kernel with other values
-(``mass``, ``average``). ``entropy`` is computed from the kernel's output for ``V = K`` and its
-log-sum-exp. ``propagate`` and ``received`` multiply a row vector by the probabilities in chunks of
-rows.
+Statistics are sums over the keys of a row (``mass``, ``average``, ``entropy``) or over the queries
+of a column (``received``, ``propagate``). They are computed by the fused kernel with other operands
+(:mod:`~xmodal_interp.attention.fused`), in memory linear in the length. Chunks of rows of
+probabilities are used instead where the kernel cannot be (soft-cap, dense probabilities, and sums
+over queries on other devices than the CPU) and for calls that fit into one small chunk, where this
+is faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_interp.attention import kernels, masks
+from xmodal_interp.attention import fused, kernels, masks, tiles
 from xmodal_interp.attention.indexing import Positions, index_of_kept, resolve
 from xmodal_interp.attention.kernels import full_precision
 from xmodal_interp.errors import LayerError, NotRecordedError, PositionError
 from xmodal_interp.vocabulary import AttentionKind, Tower
+
+SMALL_CELLS = 2**18
+"""Probabilities of at most this number of cells are computed at once; 1 MiB in float32."""
 
 AXES = {
     "q": ("sample", "head", "query", "d_head"),
@@ -102,6 +108,14 @@ class AttentionCall:
     update_share: Float[Tensor, "sample query"] | None = None
     segments: Int[Tensor, " key"] | None = None
     note: str = ""
+
+    @cached_property
+    def memo(self) -> dict[str, Any]:
+        """Small results that several statistics use, at most a few numbers per head and position.
+
+        A call that is made of this one, for example by ``select_rows``, starts without results.
+        """
+        return {}
 
     @property
     def name(self) -> str:
@@ -195,7 +209,7 @@ class AttentionCall:
 
         The tensors with a query axis are copies, so those of the original call can be freed.
         """
-        index = self._row_index(positions)
+        index = self.row_index(positions)
         return replace(self.take("query", index), rows=self.query_positions[index])
 
     def probs(
@@ -222,7 +236,7 @@ class AttentionCall:
             PositionError: A position is outside the sequence.
             NotRecordedError: A query row was not kept.
         """
-        head, row = self._head_index(heads), self._row_index(queries)
+        head, row = self._head_index(heads), self.row_index(queries)
         key = None if keys is None else resolve(keys, self.n_keys, "key").to(row.device)
         parts = []
         for part in row.split(self._chunk(len(head))):
@@ -235,12 +249,27 @@ class AttentionCall:
 
         The sample and head axes have length 1 if all samples or heads are the same.
         """
-        return self._visible_rows(self._row_index(queries))
+        return self._visible_rows(self.row_index(queries))
 
     def n_visible(self, queries: Positions | None = None) -> Int[Tensor, "sample head query"]:
-        """Return the number of keys that each query can attend to."""
-        parts = self._row_index(queries).split(self._chunk(1))
-        return torch.cat([self._visible_rows(part).sum(-1) for part in parts], 2)
+        """Return the number of keys that each query can attend to.
+
+        The sample and head axes have length 1 if all samples or heads are the same.
+        """
+        row = self.row_index(queries)
+        ones = torch.ones(self.n_keys, 1, dtype=torch.float64, device=self.device)
+        return tiles.row_sums(self, row, ones)[..., 0].long()
+
+    def visible_sums(
+        self, weights: Float[Tensor, "#sample #head query"], queries: Positions | None = None
+    ) -> Float[Tensor, "#sample #head key"]:
+        """Return the sum of the weights of the queries that see each key, float64.
+
+        With weights of 1 this is the number of queries that see the key. With weights of
+        1 / ``n_visible`` it is what the key receives under attention uniform over the visible keys.
+        """
+        row = self.row_index(queries)
+        return tiles.key_sums(self, row, weights[..., None])[..., 0, :]
 
     def mass(
         self,
@@ -253,14 +282,16 @@ class AttentionCall:
         The cost is one fused attention call per ``d_head`` groups.
 
         Args:
-            groups: ``[group, key]``, True (or a weight) if a key belongs to a group.
+            groups: ``[group, key]``, True (or a weight) if a key belongs to a group. The result is
+                float64 if the groups are, as in ``average``.
             heads: Heads, all if not given.
             queries: Query positions, all that the call holds if not given.
 
         Raises:
             PositionError: The number of columns of ``groups`` is not the number of keys.
         """
-        values = groups.to(device=self.device, dtype=torch.float32).T
+        dtype = torch.float64 if groups.dtype == torch.float64 else torch.float32
+        values = groups.to(device=self.device, dtype=dtype).T
         if values.shape[0] != self.n_keys:
             raise PositionError(
                 f"The groups have {values.shape[0]} columns, but {self.name} has {self.n_keys} "
@@ -274,23 +305,28 @@ class AttentionCall:
         heads: Positions | None = None,
         queries: Positions | None = None,
     ) -> Float[Tensor, "sample head query value"]:
-        """Return ``probs @ values`` without holding the matrix of probabilities."""
-        head, row = self._head_index(heads), self._row_index(queries)
+        """Return ``probs @ values`` without holding the matrix of probabilities.
+
+        The result has the dtype of ``values``, float32 or float64. Calls whose probabilities fit
+        into one small chunk are computed in that dtype, all others in float32.
+        """
+        head, row = self._head_index(heads), self.row_index(queries)
         if self.n_keys == 0:
             shape = (self.n_samples, len(head), len(row), values.shape[1])
-            return torch.full(shape, torch.nan, dtype=torch.float32, device=row.device)
+            return torch.full(shape, torch.nan, dtype=values.dtype, device=row.device)
         with full_precision():
-            if not self._is_fusible:
+            if self._is_small(head, row) or not (fused.supports(self) or self._is_fusible):
                 parts = row.split(self._chunk(len(head)))
-                return torch.cat([self._exact_rows(head, part) @ values for part in parts], 2)
-            q, k, seen, causal = self._fused_operands(head, row)
-            return torch.cat(
-                [
-                    kernels.fused_average(q, k, part, seen, causal=causal, scaling=self.scaling)
-                    for part in values.split(q.shape[-1], 1)
-                ],
-                -1,
-            )
+                dtype = values.dtype
+                rows = [self._exact_rows(head, part, dtype) @ values for part in parts]
+                return torch.cat(rows, 2)
+            assert self.q is not None
+            columns = values.float().split(self.q.shape[-1], 1)
+            if fused.supports(self):
+                found = [self._row_pass(head, row, part)[0] for part in columns]
+            else:
+                found = [self._fused_average(head, row, part) for part in columns]
+            return torch.cat(found, -1).to(values.dtype)
 
     def null_mass(
         self,
@@ -301,13 +337,10 @@ class AttentionCall:
 
         The sample and head axes may have length 1.
         """
-        values = groups.to(device=self.device, dtype=torch.float32).T
-        parts = []
-        with full_precision():
-            for part in self._row_index(queries).split(self._chunk(1)):
-                seen = self._visible_rows(part).float()
-                parts.append((seen @ values) / seen.sum(-1, keepdim=True))
-        return torch.cat(parts, 2)
+        row = self.row_index(queries)
+        values = groups.to(device=self.device, dtype=torch.float64).T
+        sums = tiles.row_sums(self, row, torch.cat([values, torch.ones_like(values[:, :1])], 1))
+        return (sums[..., :-1] / sums[..., -1:]).float()
 
     def entropy(
         self, heads: Positions | None = None, queries: Positions | None = None
@@ -317,17 +350,69 @@ class AttentionCall:
         The absolute error is at most 1e-5 for scores of any size. Rows without a visible key are
         NaN.
         """
-        head, row = self._head_index(heads), self._row_index(queries)
+        head, row = self._head_index(heads), self.row_index(queries)
         with full_precision():
-            if self._is_fusible and row.device.type == "cpu":
-                q, k, seen, causal = self._fused_operands(head, row)
-                k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
-                return kernels.fused_entropy(q, k, seen, causal=causal, scaling=self.scaling)
+            no_bias = self.bias is None and (self.mask is None or self.mask.dtype == torch.bool)
+            if fused.supports(self) and no_bias and not self._is_small(head, row):
+                entropy, _, size = self._row_pass(head, row, None)
+                if size > kernels.EXACT_TO:
+                    entropy = fused.row_pass(self, head, row, None, torch.float64)[0]
+                # rounding can give a negative entropy for one key
+                return entropy.float().clamp_(min=0.0)
             call = self.on_float64_device()
             head, row = head.to(call.device), row.to(call.device)
             parts = row.split(self._chunk(len(head)))
             rows = (call._exact_rows(head, part, torch.float64) for part in parts)
             return torch.cat([kernels.row_entropy(each) for each in rows], 2)
+
+    def distance(
+        self,
+        places: Float[Tensor, "key axis"],
+        heads: Positions | None = None,
+        queries: Positions | None = None,
+    ) -> Float[Tensor, "sample head query"]:
+        """Return ``sum_j probs_ij |p_i - p_j|``, the mean distance from each query to its keys.
+
+        Keys without a place do not count, so that a mean over the others is this sum divided by
+        their ``mass``. The Euclidean distance is not a product of few values per query and per key,
+        so the probabilities are computed, in chunks of rows.
+
+        Args:
+            places: Coordinates of the keys in any unit; NaN for a key without a place.
+            heads: Heads, all if not given.
+            queries: Query positions of self-attention, all that the call holds if not given. The
+                distance of a query without a place is NaN.
+        """
+        head, row = self._head_index(heads), self.row_index(queries)
+        places = places.to(device=self.device, dtype=torch.float32)
+        placed = ~places.isnan().any(-1)
+        parts = []
+        for part in row.split(self._chunk(len(head))):
+            start = places[self.query_positions[part] + self.offset]
+            apart = torch.linalg.vector_norm(start[:, None] - places.nan_to_num(), dim=-1) * placed
+            probs = self._exact_rows(head, part).transpose(1, 2)
+            parts.append((probs @ apart[..., None])[..., 0].transpose(1, 2))
+        return torch.cat(parts, 2)
+
+    def top_keys(
+        self, k: int, heads: Positions | None = None, queries: Positions | None = None
+    ) -> tuple[Float[Tensor, "sample head query k"], Int[Tensor, "sample head query k"]]:
+        """Return the ``k`` largest probabilities of every row, and their keys, largest first.
+
+        If a query sees fewer than ``k`` keys, the others have a probability of 0.
+
+        Raises:
+            PositionError: ``k`` is not between 1 and the number of keys.
+        """
+        if not 1 <= k <= self.n_keys:
+            raise PositionError(
+                f"k must be between 1 and the number of keys, {self.n_keys}; got {k}."
+            )
+        head, row = self._head_index(heads), self.row_index(queries)
+        found = [
+            self._exact_rows(head, part).topk(k, -1) for part in row.split(self._chunk(len(head)))
+        ]
+        return torch.cat([f.values for f in found], 2), torch.cat([f.indices for f in found], 2)
 
     def propagate(
         self, vector: Float[Tensor, "sample query"], heads: Positions | None = None
@@ -336,11 +421,11 @@ class AttentionCall:
 
         This is one step of attention rollout for one row, in ``O(S^2)`` time and ``O(S)`` memory.
         For a call of one sample, several vectors can be given at once. Rows where ``vector`` is
-        zero are not computed. The probabilities are computed in the dtype of ``vector``, float32 or
-        float64.
+        zero are not computed. The result has the dtype of ``vector``, float32 or float64; the
+        probabilities are computed as in ``average``.
         """
         head = self._head_index(heads)
-        return self._weighted_rows(head, vector, "sq,shqk->sk") / len(head)
+        return self._column_sums(head, vector, over_heads=True) / len(head)
 
     def received(
         self, vector: Float[Tensor, "sample query"], heads: Positions | None = None
@@ -348,13 +433,13 @@ class AttentionCall:
         """Return ``vector @ probs`` of every head.
 
         With a vector of ones, this is the attention that each key receives from all queries. Rows
-        where ``vector`` is zero are not computed. The probabilities are computed in the dtype of
-        ``vector``, float32 or float64.
+        where ``vector`` is zero are not computed. The result has the dtype of ``vector``, float32
+        or float64.
         """
-        return self._weighted_rows(self._head_index(heads), vector, "sq,shqk->shk")
+        return self._column_sums(self._head_index(heads), vector, over_heads=False)
 
-    def _row_index(self, queries: Positions | None) -> Int[Tensor, " query"]:
-        """Convert positions to rows of ``q``."""
+    def row_index(self, queries: Positions | None) -> Int[Tensor, " query"]:
+        """Return the indices of query positions among those that the call holds, all if None."""
         if queries is None:
             return torch.arange(self.n_queries, device=self.device)
         if self.rows is None:
@@ -391,12 +476,14 @@ class AttentionCall:
         """Return the number of rows per chunk, for chunks of at most 32 MiB of float32 scores."""
         return max(1, kernels.CHUNK_BYTES // max(4 * self.n_keys * n_heads * self.n_samples, 1))
 
-    def _visible_rows(self, row: Int[Tensor, " query"]) -> Bool[Tensor, "sample head query key"]:
+    def _visible_rows(
+        self, row: Int[Tensor, " query"], keys: slice | None = None
+    ) -> Bool[Tensor, "sample head query key"]:
         return masks.visible_rows(
             self.mask,
             row,
             self.query_positions[row] + self.offset,
-            self.n_keys,
+            slice(0, self.n_keys) if keys is None else keys,
             causal=self.causal,
             sliding_window=self.sliding_window,
             segments=self.segments,
@@ -435,49 +522,110 @@ class AttentionCall:
                 dtype=dtype,
             )
 
-    def _weighted_rows(
-        self, head: Int[Tensor, " head"], vector: Float[Tensor, "sample query"], contraction: str
-    ) -> Float[Tensor, "sample *head key"]:
-        """Return rows of probabilities, weighted and summed by an einsum.
+    def _row_pass(
+        self,
+        head: Int[Tensor, " head"],
+        row: Int[Tensor, " query"],
+        values: Float[Tensor, "key value"] | None,
+    ) -> tuple[Tensor, Tensor, float]:
+        """Return :func:`fused.row_pass`, and keep the log-sum-exp if all rows were computed."""
+        found = fused.row_pass(self, head, row, values)
+        if _is_all(head, self.n_heads) and _is_all(row, self.n_queries):
+            self.memo["logsumexp"] = found[1]
+        return found
 
-        Rows are computed in the dtype of the weights; rows with weight 0 are not computed.
-        """
-        needed = vector.ne(0).any(0).nonzero()[:, 0]
-        n_samples = max(vector.shape[0], self.n_samples)
-        heads = [len(head)] if "h" in contraction.partition("->")[2] else []
-        out = vector.new_zeros(n_samples, *heads, self.n_keys)
+    def _logsumexp(
+        self, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
+    ) -> Float[Tensor, "sample head query"]:
+        """Return the log-sum-exp of some rows as :func:`fused.row_pass` defines it."""
+        if "logsumexp" not in self.memo:
+            every = torch.arange(self.n_queries)
+            if not _is_all(head, self.n_heads) or 2 * len(row) < self.n_queries:
+                return self._row_pass(head, row, None)[1]
+            self._row_pass(head, every, None)
+        known: Tensor = self.memo["logsumexp"]
+        return known[:, head][:, :, row]
+
+    def _column_sums(
+        self,
+        head: Int[Tensor, " head"],
+        vector: Float[Tensor, "sample query"],
+        *,
+        over_heads: bool,
+    ) -> Float[Tensor, "sample *head key"]:
+        """Return ``vector @ probs`` of each head or summed over heads, without rows of weight 0."""
+        row = vector.ne(0).any(0).nonzero()[:, 0].to(self.device)
+        several = vector.shape[0] != self.n_samples  # vectors for one sample
+        if several and self.n_samples != 1:
+            raise PositionError(
+                f"Several vectors require a call of one sample; got {vector.shape[0]} vectors and "
+                f"{self.n_samples} samples."
+            )
+        weights = vector.to(self.device)[:, row, None]
+        weights = weights.transpose(0, 2) if several else weights
         with full_precision():
-            for part in needed.split(self._chunk(len(head))):
-                probs = self._exact_rows(head, part, vector.dtype)
-                out += torch.einsum(contraction, vector[:, part], probs)
+            if self._is_small(head, row) or not fused.supports(self):
+                out = self._chunked_column_sums(head, row, weights, over_heads=over_heads)
+            else:
+                terms = self._logsumexp(head, row)
+                out = fused.column_pass(self, head, row, weights, terms, over_heads=over_heads)
+        return out.movedim(-2, 0)[:, 0] if several else out[..., 0, :]
+
+    def _chunked_column_sums(
+        self,
+        head: Int[Tensor, " head"],
+        row: Int[Tensor, " query"],
+        weights: Float[Tensor, "sample query vector"],
+        *,
+        over_heads: bool,
+    ) -> Tensor:
+        """Return the same as :func:`fused.column_pass`, from chunks of rows of probabilities."""
+        heads_axis = () if over_heads else (len(head),)
+        out = weights.new_zeros(self.n_samples, *heads_axis, weights.shape[2], self.n_keys)
+        place = 0
+        for part in row.split(self._chunk(len(head))):
+            here = weights[:, place : place + len(part)].mT[:, None]
+            place += len(part)
+            probs = self._exact_rows(head, part, weights.dtype)
+            if self.mask is not None:  # rows that see no key
+                seeing = _of_heads(self._visible_rows(part).any(-1, keepdim=True), head)
+                probs = probs.masked_fill(~seeing, 0.0)
+            out += here[:, 0] @ probs.sum(1) if over_heads else here @ probs
+        return out
+
+    def _is_small(self, head: Int[Tensor, " head"], row: Int[Tensor, " query"]) -> bool:
+        """Return whether the probabilities take so little memory that computing them is fastest."""
+        return self.n_samples * len(head) * len(row) * self.n_keys <= SMALL_CELLS
+
+    def _fused_average(
+        self,
+        head: Int[Tensor, " head"],
+        row: Int[Tensor, " query"],
+        values: Float[Tensor, "key value"],
+    ) -> Float[Tensor, "sample head query value"]:
+        """Return ``probs @ values`` by torch's public function, on any device."""
+        q, k = self._q_and_k()
+        if not _is_all(head, self.n_heads):
+            q, k = q[:, head], k[:, self._kv_head(head)]
+        out = values.new_empty(self.n_samples, len(head), len(row), values.shape[1])
+        for strip in tiles.strips(self, row, several=False):
+            (tile,) = strip.tiles
+            out[:, :, strip.at] = kernels.fused_average(
+                q[:, :, tile.rows],
+                k[:, :, tile.keys],
+                values[tile.keys],
+                None if tile.seen is None else _of_heads(tile.seen, head),
+                causal=tile.causal,
+                scaling=self.scaling,
+            )
         return out
 
     @property
     def _is_fusible(self) -> bool:
-        """Whether the fused kernel supports the call: no soft-cap, sinks, bias or additive mask."""
+        """Whether torch's public function computes the call: no soft-cap, sinks, bias, ...."""
         has_extras = any(extra is not None for extra in (self.softcap, self.sinks, self.bias))
         only_hides = self.mask is None or self.mask.dtype == torch.bool
         return self.q is not None and only_hides and not has_extras
-
-    def _fused_operands(
-        self, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
-    ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-        """Return queries, keys, mask and causal flag for the fused kernel.
-
-        The causal flag is used if all rows of a square call are computed; otherwise a mask is. Keys
-        are repeated for their group of heads only if some heads are selected.
-        """
-        q, k = self._q_and_k()
-        if not _is_all(head, self.n_heads):
-            q, k = q[:, head], k[:, self._kv_head(head)]
-        whole = self.rows is None and _is_all(row, self.n_queries)
-        if self.mask is None and self.sliding_window is None and self.segments is None:
-            if not self.causal:
-                return q if whole else q[:, :, row], k, None, False
-            if whole and self.n_queries == self.n_keys and self.offset == 0:
-                return q, k, None, True
-        seen = _of_heads(self._visible_rows(row), head)
-        return q if whole else q[:, :, row], k, seen, False
 
     def _kv_head(self, head: Int[Tensor, " head"]) -> Int[Tensor, " head"]:
         """Return the key head of each query head."""

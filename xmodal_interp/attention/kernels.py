@@ -20,8 +20,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from xmodal_interp.upstream import attention_with_logsumexp
-
 CHUNK_BYTES = 32 * 2**20  # size of a chunk of float32 scores
 
 EXACT_TO = 16.0
@@ -106,53 +104,6 @@ def fused_average(
     if k.shape[2] == 0:
         return out.fill_(torch.nan)
     return out if visible is None else out.masked_fill(~visible.any(-1, keepdim=True), torch.nan)
-
-
-def fused_entropy(
-    q: Float[Tensor, "sample head query d_head"],
-    k: Float[Tensor, "sample head key d_head"],
-    visible: Bool[Tensor, "#sample #head query key"] | None,
-    *,
-    causal: bool,
-    scaling: float,
-) -> Float[Tensor, "sample head query"]:
-    """Return the entropy of every row in nats, ``logsumexp - scaling q . (probs k)``.
-
-    It is computed by one fused call, which is repeated in float64 if a logit exceeds ``EXACT_TO``.
-    """
-    if q.shape[:3].numel() == 0 or k.shape[2] == 0:
-        # here torch 2.14.1 divides by zero, which ends the process (SIGFPE)
-        return q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
-    entropy, size = _entropy_terms(q.float(), k.float(), visible, causal=causal, scaling=scaling)
-    if bool((size > EXACT_TO).any()):
-        entropy, _ = _entropy_terms(q.double(), k.double(), visible, causal=causal, scaling=scaling)
-    entropy = entropy.float().clamp_(min=0.0)  # rounding can give a negative entropy for one key
-    return entropy if visible is None else entropy.masked_fill(~visible.any(-1), torch.nan)
-
-
-def _entropy_terms(
-    q: Float[Tensor, "sample head query d_head"],
-    k: Float[Tensor, "sample head key d_head"],
-    visible: Bool[Tensor, "#sample #head query key"] | None,
-    *,
-    causal: bool,
-    scaling: float,
-) -> tuple[Float[Tensor, "sample head query"], Float[Tensor, "sample head query"]]:
-    """Return the entropy of every row, and the absolute size of its larger term."""
-    mask = None
-    if visible is not None:
-        mask = (
-            torch.zeros(visible.shape, dtype=q.dtype)
-            .masked_fill_(~visible, -torch.inf)
-            .expand(q.shape[0], -1, -1, -1)
-        )
-    mean_key, logsumexp = attention_with_logsumexp(
-        q, k, k, mask=mask, causal=causal, scaling=scaling
-    )
-    logsumexp = logsumexp.reshape(q.shape[:3])
-    products = q * mean_key * scaling
-    size = torch.maximum(logsumexp.abs(), products.abs().sum(-1))
-    return logsumexp - products.sum(-1), size
 
 
 class _SharedSetting:

@@ -20,13 +20,13 @@ def visible_rows(
     mask: Tensor | None,
     rows: Int[Tensor, " query"],
     positions: Int[Tensor, " query"],
-    n_keys: int,
+    keys: slice,
     *,
     causal: bool,
     sliding_window: int | None = None,
-    segments: Int[Tensor, " key"] | None = None,
+    segments: Int[Tensor, " position"] | None = None,
 ) -> Bool[Tensor, "sample head query key"]:
-    """Return which keys the given queries can attend to.
+    """Return which of the keys the given queries can attend to.
 
     The sample and head axes have length 1 if the mask is the same for all samples or heads.
 
@@ -34,22 +34,22 @@ def visible_rows(
         mask: ``[sample | 1, head | 1, query, key]``, boolean or additive, or None.
         rows: Rows of ``mask``.
         positions: The key index of each of these queries; used only without a mask.
-        n_keys: Number of keys.
+        keys: The keys, ``slice(start, stop)``.
         causal: Without a mask: hide keys after the query.
         sliding_window: Without a mask: hide keys that are this many or more positions before the
             query.
         segments: Without a mask: hide keys of other segments than the query's.
     """
     if mask is not None:
-        return ~hides(mask[..., rows, :])
-    keys = torch.arange(n_keys, device=rows.device)
-    seen = torch.ones(len(rows), n_keys, dtype=torch.bool, device=rows.device)
+        return ~hides(mask[..., rows, :])[..., keys]
+    key = torch.arange(keys.start, keys.stop, device=rows.device)
+    seen = torch.ones(len(rows), len(key), dtype=torch.bool, device=rows.device)
     if causal:
-        seen &= keys <= positions[:, None]
+        seen &= key <= positions[:, None]
     if sliding_window is not None:
-        seen &= keys > positions[:, None] - sliding_window
+        seen &= key > positions[:, None] - sliding_window
     if segments is not None:
-        seen &= segments == segments[positions][:, None]
+        seen &= segments[keys] == segments[positions][:, None]
     return seen[None, None]
 
 

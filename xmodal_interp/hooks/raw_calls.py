@@ -167,7 +167,12 @@ def other_readings(raw: RawCall, call: AttentionCall) -> Iterator[AttentionCall]
         for causal, offset in [(False, 0), *alignments[:2]]:
             for window in windows if causal else (None,):
                 seen = visible_rows(
-                    None, rows, rows + offset, n_keys, causal=causal, sliding_window=window
+                    None,
+                    rows,
+                    rows + offset,
+                    slice(0, n_keys),
+                    causal=causal,
+                    sliding_window=window,
                 )
                 both = (
                     mask & seen
@@ -254,6 +259,11 @@ def _rows_of_keys(raw: RawCall, mask: Tensor) -> Tensor:
     rows = torch.arange(n_queries, device=mask.device)
     window = raw.options.get("sliding_window") if raw.causal else None
     seen = visible_rows(
-        None, rows, rows + n_keys - n_queries, n_keys, causal=raw.causal, sliding_window=window
+        None,
+        rows,
+        rows + n_keys - n_queries,
+        slice(0, n_keys),
+        causal=raw.causal,
+        sliding_window=window,
     )
     return seen & mask[:, None, None, -n_keys:].bool()

@@ -144,7 +144,8 @@ class StoredCalls(Mapping[CallKey, AttentionCall]):
     """The calls of one stored sample, by key; a call is read when it is accessed.
 
     Calls and masks are cached only while other references to them exist. Iterating over the layers
-    of a sample therefore keeps one layer in memory.
+    of a sample therefore keeps one layer in memory. The small results that analyses share
+    (:attr:`AttentionCall.memo`) are kept for as long as this mapping.
     """
 
     def __init__(self, files: SampleFiles, record: Mapping[str, Any]) -> None:
@@ -153,6 +154,7 @@ class StoredCalls(Mapping[CallKey, AttentionCall]):
         self._shared_records: Mapping[str, Any] = record["shared"]
         self._calls: WeakValueDictionary[CallKey, AttentionCall] = WeakValueDictionary()
         self._masks: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+        self._memos: dict[CallKey, dict[str, Any]] = {}
 
     def __reduce__(self) -> tuple[type[StoredCalls], tuple[SampleFiles, Mapping[str, Any]]]:
         return StoredCalls, (self._files, self._record)  # weak references cannot be pickled
@@ -171,6 +173,7 @@ class StoredCalls(Mapping[CallKey, AttentionCall]):
         call = self._calls.get(key)
         if call is None:
             call = self._calls[key] = self._read(self._records[key])
+            vars(call)["memo"] = self._memos.setdefault(key, {})
         return call
 
     def _read(self, record: Mapping[str, Any]) -> AttentionCall:
