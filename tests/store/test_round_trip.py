@@ -23,6 +23,7 @@ from tests.helpers.store_samples import (
 )
 from xmodal_interp.attention import AttentionCall, fused
 from xmodal_interp.attention import call as call_module
+from xmodal_interp.attention.statistics import HELD
 from xmodal_interp.models import Thumbnail
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, StoreWriter, open_store, schema
@@ -221,6 +222,7 @@ def test_a_new_field_of_a_call_needs_a_new_version_of_the_format():
         *("tower", "kind", "layer", "module", "call", "q", "k", "scaling", "v", "mask", "bias"),
         *("causal", "offset", "softcap", "sinks", "sliding_window", "rows", "dense"),
         *("update_share", "segments", "note"),
+        *HELD,  # version 3 of ``sample.json``
     }
 
 

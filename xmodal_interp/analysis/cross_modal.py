@@ -39,12 +39,13 @@ from xmodal_interp.analysis.sinks import MIN_QUERIES, THRESHOLD, sink_keys
 from xmodal_interp.analysis.tables import Part, call_table, over_samples, stacked
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, NotRecordedError
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import TEXT, VISUAL_KINDS, AttentionKind
 
 DIRECTION = "text->image"
 BY = ("layer", "head")
+_SHARES = ("ratio", "null", "lift", "sink_free_ratio", "sink_free_lift")
 
 
 @checked
@@ -56,7 +57,7 @@ def cross_modal_ratio(
     heads: Positions | None = None,
     image: int | None = None,
     kind: AttentionKind = "self",
-    sink_threshold: float = THRESHOLD,
+    sink_threshold: float | None = THRESHOLD,
     by: Sequence[str] = BY,
 ) -> pd.DataFrame:
     """Return the share of text attention on the image, with its null under uniform attention.
@@ -75,6 +76,9 @@ def cross_modal_ratio(
             that see it is a sink (see ``attention_sinks``). The sink-free columns exclude sinks and
             the first position. Only kept query rows count: with ``Keep(queries="text")`` these are
             the text rows after the image, and the sinks can differ from those of a full capture.
+            With None, no sinks are searched for and the sink-free columns and ``n_sinks`` are left
+            out, which is faster. A sample with statistics instead of q and k requires None if a
+            sink is neither the first position nor a group of ``AttentionCall.groups`` by itself.
         by: The axes that stay: ``("layer", "head")``, ``("layer",)``, ``("head",)`` or ``()``. The
             table is averaged over the other axes.
 
@@ -89,6 +93,7 @@ def cross_modal_ratio(
     Raises:
         InputError: The sample has no image or no text after it, a query is an image token, or
             ``kind`` does not fit the model.
+        NotRecordedError: The sample holds statistics that do not determine the result.
     """
     refuse_text(by, "by", "['layer']")
     if not set(by) <= set(BY):
@@ -107,13 +112,14 @@ def cross_modal_ratio(
         keys = ["tower", "kind", "direction", *(name for name in BY if name in by)]
         grouped = table.groupby(keys, sort=False)
         seeing = table[table["ratio"].notna()].groupby(keys, sort=False)
-        values = ["ratio", "null", "lift", "sink_free_ratio", "sink_free_lift"]
+        values = [name for name in _SHARES if name in table]
         means = seeing[values].mean().reindex(grouped.size().index)
         counts = {
             "n_queries": seeing["query"].nunique(),
             "n_image_tokens": grouped["n_image_tokens"].first(),
-            "n_sinks": grouped["n_sinks"].mean(),
         }
+        if "n_sinks" in table:
+            counts["n_sinks"] = grouped["n_sinks"].mean()
         found = means.assign(**counts).fillna({"n_queries": 0}).astype({"n_queries": "int64"})
         if not found["n_queries"].any():
             raise InputError(
@@ -134,7 +140,7 @@ def token_ratio(
     heads: Positions | None = None,
     image: int | None = None,
     kind: AttentionKind = "self",
-    sink_threshold: float = THRESHOLD,
+    sink_threshold: float | None = THRESHOLD,
 ) -> pd.DataFrame:
     """Return ``cross_modal_ratio`` of each query token; the arguments are the same.
 
@@ -164,7 +170,7 @@ def _token_ratio(
     heads: Positions | None,
     image: int | None,
     kind: AttentionKind,
-    sink_threshold: float,
+    sink_threshold: float | None,
 ) -> Iterator[Part]:
     _check_kind(sample, image, kind)
     keys = image_keys(sample, image, kind)
@@ -173,28 +179,47 @@ def _token_ratio(
     tokens = sample.tokens["token"].to_numpy(dtype=object)[query.numpy()]
     always = first_position(sample) if kind == "self" else None
     for call, chosen in selected_calls(sample, layers, heads, kind=kind):
-        rows = rows_of(sample, call)
-        sinks = sink_keys(call, chosen, rows, threshold=sink_threshold, always=always)
-        n_sinks = sinks.sum(1, keepdim=True)
-        ratio, null, lift = _shares(call, chosen, query, keys, torch.zeros_like(sinks))
-        free_ratio, _, free_lift = _shares(call, chosen, query, keys, sinks)
-        if call.rows is not None and len(rows) < MIN_QUERIES:
-            free_ratio, free_lift, n_sinks = (
-                torch.full_like(values, torch.nan, dtype=torch.float32)
-                for values in (free_ratio, free_lift, n_sinks)
+        nothing = torch.zeros(len(chosen), call.n_keys, dtype=torch.bool)
+        ratio, null, lift = _shares(call, chosen, query, keys, nothing)
+        values = {"token": tokens[None], "ratio": ratio, "null": null, "lift": lift}
+        counts = {"n_image_tokens": keys.sum()}
+        if sink_threshold is not None:
+            rows = rows_of(sample, call)
+            sinks, free_ratio, free_lift = _sink_free(
+                call, chosen, rows, query, keys, sink_threshold, always
             )
-        values = {
-            "token": tokens[None],
-            "ratio": ratio,
-            "null": null,
-            "lift": lift,
-            "sink_free_ratio": free_ratio,
-            "sink_free_lift": free_lift,
-            "n_image_tokens": keys.sum(),
-            "n_sinks": n_sinks,
-        }
-        part = call_table(call, {"head": chosen, "query": query.tolist()}, values)
+            n_sinks = sinks.sum(1, keepdim=True)
+            if call.rows is not None and len(rows) < MIN_QUERIES:
+                free_ratio, free_lift, n_sinks = (
+                    torch.full_like(each, torch.nan, dtype=torch.float32)
+                    for each in (free_ratio, free_lift, n_sinks)
+                )
+            values |= {"sink_free_ratio": free_ratio, "sink_free_lift": free_lift}
+            counts["n_sinks"] = n_sinks
+        part = call_table(call, {"head": chosen, "query": query.tolist()}, values | counts)
         yield {"tower": "language", "kind": kind, "direction": DIRECTION} | part
+
+
+def _sink_free(
+    call: AttentionCall,
+    heads: Sequence[int],
+    rows: Int[Tensor, " row"],
+    queries: Int[Tensor, " query"],
+    keys: Bool[Tensor, " key"],
+    threshold: float,
+    always: int | None,
+) -> tuple[Bool[Tensor, "head key"], Float[Tensor, "head query"], Float[Tensor, "head query"]]:
+    """Return the sinks over some rows, and ratio and lift without them."""
+    try:
+        sinks = sink_keys(call, heads, rows, threshold=threshold, always=always)
+        ratio, _, lift = _shares(call, heads, queries, keys, sinks)
+    except NotRecordedError as error:
+        if not call.holds_statistics:
+            raise
+        raise NotRecordedError(
+            f"{error} Or pass sink_threshold=None to leave out the columns without sinks."
+        ) from None
+    return sinks, ratio, lift
 
 
 def _shares(
