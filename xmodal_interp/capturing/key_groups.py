@@ -9,7 +9,8 @@ by image. Keys of other towers are one group.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -59,11 +60,16 @@ class KeyGroups:
         self._special = list(special)
         self._ids = np.zeros((len(prompts), 0), dtype=int)
 
-    def note_ids(self, _: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
-        """Note the ids that the model reads next; a forward pre-hook of the model."""
-        name = "decoder_input_ids" if self._n_encoder else "input_ids"
-        ids = inputs.get(name, args[0] if args and not self._n_encoder else None)
-        if isinstance(ids, Tensor):
+    def register(self, model: nn.Module, stack: ExitStack) -> None:
+        """Note the ids that the model reads, until the stack is closed."""
+        for module in model.modules():
+            if hasattr(module, "get_input_embeddings"):  # the model, or its language model
+                hook = module.register_forward_pre_hook(self._note_ids, with_kwargs=True)
+                stack.callback(hook.remove)
+
+    def _note_ids(self, _: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        ids = inputs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor) and not ids.is_floating_point():
             self._ids = ids.cpu().numpy()
 
     def of(self, call: AttentionCall) -> Labels:

@@ -260,8 +260,8 @@ def _run(
     with ExitStack() as stack, torch.no_grad(), record_with(settings, vlm.model) as recording:
         if groups is not None:
             groups.stacks = stacks_of(vlm.model, recording.modules)
-            hook = vlm.model.register_forward_pre_hook(groups.note_ids, with_kwargs=True)
-            stack.callback(hook.remove)
+            if keep.queries == "text":
+                groups.register(vlm.model, stack)
         if max_new_tokens > 0:
             output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **generation)
             new = output[:, prompt_ids(inputs).shape[1] :]
