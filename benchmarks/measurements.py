@@ -23,7 +23,7 @@ from random_models import (
     small_sample,
 )
 from torch.nn import functional
-from works import CAPTURE, LEARNED_QUERIES, works
+from works import CAPTURE, LEARNED_QUERIES, Work, works
 
 Record = dict[str, Any]
 """A row of the result: the work, the number of tokens, and numbers."""
@@ -55,19 +55,12 @@ def times(scene: Scene, chosen: Sequence[str], rounds: int) -> list[Record]:
     meter = Meter(scene.shape.device)
     todo = [work for work in works() if not chosen or work.name in chosen]
     towers = list(dict.fromkeys([("language",), *(work.towers for work in todo)]))
-    scene.forward()
+    _warm_up(scene, todo)
     share = share_of_attention(scene)
     plain: list[tuple[float, float]] = []
     captures: dict[tuple[str, ...], list[float]] = {of: [] for of in towers}
     took: dict[str, list[float]] = {work.name: [] for work in todo}
-    long: set[str] = set()
-    for number in range(rounds + 1):
-        if number == 1:  # the first round is a warm-up, except for what takes long
-            mean = statistics.mean(plain[0])
-            long = {name for name, of_one in took.items() if _is_long(of_one[0], mean)}
-            plain.clear()
-            for of_one in (*captures.values(), *(took[name] for name in took.keys() - long)):
-                of_one.clear()
+    for number in range(rounds):
         samples = {}
         order: list[Any] = ["plain", "plain again", *towers]
         pair = []
@@ -79,9 +72,10 @@ def times(scene: Scene, chosen: Sequence[str], rounds: int) -> list[Record]:
                 captures[part].append(seconds)
         plain.append((pair[0], pair[1]))
         for work in random.Random(number).sample(todo, len(todo)):
-            if work.name not in long:
+            of_one = took[work.name]
+            if not of_one or not _is_long(of_one[0], statistics.mean(plain[0])):
                 sample = new_copy(samples[work.towers])
-                took[work.name].append(meter.seconds(partial(work.run, sample)))
+                of_one.append(meter.seconds(partial(work.run, sample)))
     first, again = zip(*plain, strict=True)
     about = {"tokens": scene.n_tokens, "plain_s": statistics.median(first), "sdpa_share": share}
     noise = statistics.median(abs(a / b - 1) for a, b in plain)
@@ -103,6 +97,14 @@ def times(scene: Scene, chosen: Sequence[str], rounds: int) -> list[Record]:
     return rows
 
 
+def _warm_up(scene: Scene, todo: Sequence[Work]) -> None:
+    """Run the model, and every work on a small sample: imports and caches are not measured."""
+    sample = small_sample()
+    for work in todo:
+        work.run(sample)
+    scene.capture()
+
+
 def _is_long(seconds: float, plain: float) -> bool:
     return seconds > max(LONG[0] * plain, LONG[1])
 
@@ -111,9 +113,7 @@ def memory(scene: Scene, chosen: Sequence[str], *, eager: bool) -> list[Record]:
     """Return for each work the growth of memory, in MB."""
     meter = Meter(scene.shape.device)
     todo = [work for work in works() if not chosen or work.name in chosen]
-    for work in todo:  # imports of libraries are not counted
-        work.run(small_sample())
-    scene.forward()
+    _warm_up(scene, todo)
     plain, _ = meter.growth(scene.forward)
     rows, about = [], {"tokens": scene.n_tokens}
     samples, peaks, kept = {}, {}, {}

@@ -115,29 +115,28 @@ def sink_rate(attentions: Attentions, layout: Layout) -> dict[str, np.ndarray]:
 
 
 def block_statistics(attentions: Attentions, layout: Layout) -> dict[str, np.ndarray]:
-    """Return ``mass`` and ``lift``, ``[layer, head, block]``; blocks T-V, V-T, V-V, T-T."""
+    """Return values ``[layer, head, block]``; blocks T-V, V-T, V-V, T-T (query, key)."""
     sides = {"T": ~layout.visual, "V": layout.visual}
-    mass, lift = [], []
-    for a in attentions:
-        of_layer = []
-        for query, key in ("TV", "VT", "VV", "TT"):
-            n_keys = sides[key].cumsum()
-            queries = np.flatnonzero(sides[query] & (n_keys > 0))
-            m = _mass(a, queries, sides[key])
-            null = n_keys[queries] / layout.seen[queries]
-            of_layer.append((m.mean(-1), (m / null).mean(-1)))
-        mass.append([m for m, _ in of_layer])
-        lift.append([each for _, each in of_layer])
-    return {"mass": np.array(mass).swapaxes(1, 2), "lift": np.array(lift).swapaxes(1, 2)}
+    found: dict[str, list[np.ndarray]] = {"mass": [], "mean": [], "lift": []}
+    for query, key in ("TV", "VT", "VV", "TT"):
+        n_keys = sides[key].cumsum()
+        queries = np.flatnonzero(sides[query] & (n_keys > 0))
+        n_seen = n_keys[queries]
+        mass = np.stack([_mass(a, queries, sides[key]) for a in attentions])
+        found["mass"].append(mass.mean(-1))
+        found["mean"].append(mass.sum(-1) / n_seen.sum())
+        found["lift"].append((mass / (n_seen / layout.seen[queries])).mean(-1))
+    return {name: np.stack(values, -1) for name, values in found.items()}
 
 
 def cross_modal_summary(attentions: Attentions, layout: Layout) -> dict[str, np.ndarray]:
+    """Return ``tv_mean``, ... of the last layer, the image mass and the most attended patch."""
     last = attentions[-1:]
-    return {
-        "mass": block_statistics(last, layout)["mass"].mean(1),
-        "cross_modal_ratio": image_mass(last, layout)["mass"].mean((1, 2)),
-        "most_attended_patch": last[0][:, layout.text][:, :, layout.visual].sum((0, 1)).argmax(),
-    }
+    means = block_statistics(last, layout)["mean"].mean((0, 1))
+    named = dict(zip(("tv_mean", "vt_mean", "vv_mean", "tt_mean"), means, strict=True))
+    received = last[0][:, layout.text][:, :, layout.visual].sum((0, 1))
+    ratio = image_mass(last, layout)["mass"].mean()
+    return named | {"cross_modal_ratio": ratio, "most_attended_patch": received.argmax()}
 
 
 def attention_entropy(attentions: Attentions, _: Layout) -> dict[str, np.ndarray]:

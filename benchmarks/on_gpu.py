@@ -3,13 +3,14 @@
 python benchmarks/on_gpu.py                  # CUDA, a model of 1B weights, under 8 minutes
 python benchmarks/on_gpu.py --device cpu     # a tiny model, in seconds
 
-1. Recording, in float32, float16 and bfloat16, with each kernel of torch's fused attention and with
-   flex attention: the logits are bit-identical to those without recording, the recorded operands
-   reproduce the output of the attention in float64, and ``probs`` equals their float64 softmax.
-2. Statistics: every method of ``AttentionCall`` that computes from probabilities, on every form of
-   mask, against float64 replicas, which are written here from the equations.
-3. The table of ``public_analyses.py``: wall time and allocated memory. Works whose time would exceed
-   the rest of the time limit are left out, and named.
+1. Recording, in float32, float16 and bfloat16, with each kernel of torch's fused attention and
+   with flex attention: the logits are bit-identical to those without recording, the recorded
+   operands reproduce the output of the attention in float64, and ``probs`` equals their float64
+   softmax.
+2. Statistics: every method of ``AttentionCall`` that computes from probabilities, for every form of
+   mask, compared with float64 replicas, which are written here from the equations.
+3. The table of ``public_analyses.py``: wall time and allocated memory. Works whose time would
+   exceed the rest of the time limit are left out, and named.
 
 The exit code is 1 if a check fails.
 """
@@ -76,8 +77,10 @@ class Check:
 def recording_checks(shape: Shape, side: int, ways: Sequence[str]) -> Iterator[Check]:
     """Yield the checks of recording, for each dtype and each way to compute attention."""
     for dtype in DTYPES:
-        scene = Scene(replace(shape, dtype=dtype), side)
-        for way in ways:
+        grouped = Scene(replace(shape, dtype=dtype), side)
+        single = Scene(replace(shape, dtype=dtype, kv_heads=shape.heads), side)
+        for way in ways:  # on CUDA, the efficient kernel does not take grouped heads
+            scene = single if way == "efficient" else grouped
             if way == FLEX:
                 scene.vlm.model.set_attn_implementation("flex_attention")
                 yield from _recorded(scene, way, may_lack=True)
@@ -327,7 +330,7 @@ def error_of(found: Tensor, expected: Tensor, in_nats: bool) -> float:
 
 
 def table(
-    shape: Shape, tokens: Sequence[int], rounds: int, ends: float
+    shape: Shape, tokens: Sequence[int], rounds: int, chosen: Sequence[str], ends: float
 ) -> tuple[pd.DataFrame, list[str]]:
     """Return the result of ``public_analyses.py``, and what was left out to end in time.
 
@@ -335,11 +338,11 @@ def table(
         shape: Sizes of the model.
         tokens: Lengths of the prompt, ascending.
         rounds: Timed rounds.
+        chosen: Names of works; all if empty.
         ends: Time of ``time.monotonic`` at which the measurement ends.
     """
     rows: list[Record] = []
     left_out: list[str] = []
-    chosen: list[str] = []
     for n, asked in enumerate(tokens):
         about = {"package": "now", "model": "large", "asked": asked}
         start = time.monotonic()
@@ -393,6 +396,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of part 3")
     ways = [*KERNELS, FLEX]
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways, help="attention of part 1")
+    parser.add_argument("--works", nargs="+", default=(), help="rows of part 3 (default all)")
     parser.add_argument("--minutes", type=float, default=7.5, help="time limit")
     parser.add_argument("--csv", type=Path, help="write the numbers of part 3 to this file")
     given = parser.parse_args()
@@ -414,7 +418,8 @@ def main() -> int:
     print(f"\n{time.monotonic() - start:.0f} s so far\n\n## Time and memory\n", flush=True)
     large = replace(LARGE, device=given.device, dtype=torch.bfloat16) if on_gpu else TINY
     lengths = sorted(given.tokens or ([512, 2048, 8192] if on_gpu else [32, 72]))
-    result, left_out = table(large, lengths, given.rounds, start + 60 * given.minutes)
+    ends = start + 60 * given.minutes
+    result, left_out = table(large, lengths, given.rounds, given.works, ends)
     if given.csv:
         result.to_csv(given.csv, index=False)
     print(printed(result))

@@ -43,7 +43,7 @@ import pandas as pd
 import torch
 from costs import LEAN, STEADY, alone
 from measurements import Record, eager_times, learned_queries, memory, shipped_times, times
-from random_models import MANY_HEADS, MANY_HEADS_TOKENS, PACKAGE, Scene, Shape
+from random_models import MANY_HEADS, MANY_HEADS_TOKENS, PACKAGE, Scene, Shape, package
 
 MODELS = {
     "large": "",
@@ -129,12 +129,17 @@ def _measured(
     """Call a function in a separate process that imports the package from a folder."""
     sys.path.insert(0, folder)  # a spawned process begins with this path
     try:
-        return alone(_with_threads, function, args, **malloc)
+        return alone(_with_package, folder, function, args, **malloc)
     finally:
         sys.path.remove(folder)
 
 
-def _with_threads(function: Callable[..., list[Record]], args: tuple[Any, ...]) -> list[Record]:
+def _with_package(
+    folder: str, function: Callable[..., list[Record]], args: tuple[Any, ...]
+) -> list[Record]:
+    imported = Path(package().__file__).resolve()
+    if not imported.is_relative_to(Path(folder).resolve()):
+        raise RuntimeError(f"Python imports {imported} instead of the package in {folder}.")
     torch.set_num_threads(2)
     return function(*args)
 
