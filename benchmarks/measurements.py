@@ -20,6 +20,7 @@ from random_models import (
     learned_query_model,
     new_copy,
     package,
+    shipped_vlm,
     small_sample,
 )
 from torch.nn import functional
@@ -185,8 +186,7 @@ def shipped_times(chosen: Sequence[str], rounds: int) -> list[Record]:
     The time of an analysis is that of the analysis alone, over several samples.
     """
     torch.set_num_threads(1)
-    xi, meter = package(), Meter("cpu")
-    vlm = xi.load()
+    meter, vlm = Meter("cpu"), shipped_vlm()
     inputs, _ = vlm.prepare([[Image.new("RGB", (PICTURE, PICTURE))]], [SHORT_QUESTION])
 
     def plain() -> None:
@@ -204,14 +204,14 @@ def shipped_times(chosen: Sequence[str], rounds: int) -> list[Record]:
     forward()
     rows = []
     if not chosen or CAPTURE in chosen:
-        seconds = [meter.seconds(lambda: small_sample(0, vlm)) for _ in range(15)]
+        seconds = [meter.seconds(small_sample) for _ in range(15)]
         rows.append(record(CAPTURE, 1, [each / forward() for each in seconds[1:]]))
     for work in works():
         if chosen and work.name not in chosen:
             continue
         n, ratios = N_SAMPLES.get(work.name, 10), []
         for _ in range(rounds + 1):
-            samples = [small_sample(i, vlm) for i in range(n)]
+            samples = [small_sample(i) for i in range(n)]
             ratios.append(meter.seconds(partial(work.run_many, samples)) / forward())
         rows.append(record(work.name, n, ratios[1:]))
     return rows

@@ -7,7 +7,9 @@ forwards, the capture and every analysis run once, in random order. A row of the
 of the capture plus that of the analysis, divided by the mean of the two plain forwards of the same
 round: the median over rounds, and half the range. Each analysis is given a new copy of the sample,
 so that it finds no values that another analysis computed; "all of these on one sample" is given one
-copy for all. What takes longer than four plain forwards is timed once. Time is processor time.
+copy for all. What takes longer than four plain forwards is timed once. Time is processor time,
+which includes the page faults of the default memory allocator, as users have it; ``--steady`` sets
+an allocator that keeps freed memory, which has less noise and hides these.
 
 Memory is measured in a separate process, as the growth of the resident set: that of capture and
 analysis beyond the plain forward and the kept tensors, and that of the analysis alone.
@@ -63,6 +65,7 @@ def measure(
     chosen: Sequence[str] = (),
     *,
     eager: bool = True,
+    steady: bool = False,
     save: Path | None = None,
 ) -> pd.DataFrame:
     """Measure all works with every package.
@@ -74,13 +77,15 @@ def measure(
         rounds: Timed rounds.
         chosen: Names of works; all if empty.
         eager: Whether eager attention is measured too, with the last package.
+        steady: Whether the allocator keeps freed memory while time is measured.
         save: A CSV file that is written after each part.
 
     Returns:
         One row per package, model, length and work, with the numbers that were measured.
     """
     found: list[Record] = []
-    for model, asked, label, part in _parts(packages, tokens, rounds, chosen, eager=eager):
+    malloc = STEADY if steady else {}
+    for model, asked, label, part in _parts(packages, tokens, rounds, chosen, malloc, eager=eager):
         rows = part()
         found.extend({"package": label, "model": model, "asked": asked, **row} for row in rows)
         print(f"measured: {label}, {model} {asked or ''}", file=sys.stderr, flush=True)
@@ -99,13 +104,14 @@ def _parts(
     tokens: Sequence[int],
     rounds: int,
     chosen: Sequence[str],
+    malloc: Mapping[str, int],
     *,
     eager: bool,
 ) -> Iterator[tuple[str, int, str, Callable[[], list[Record]]]]:
     """Yield model, length, package and a function that measures them in a separate process."""
     bias, many = ["positional_bias"], Scene.of(MANY_HEADS, MANY_HEADS_TOKENS)
     for label, folder in packages.items():
-        here = partial(_measured, folder, STEADY)
+        here = partial(_measured, folder, malloc)
         if not chosen or set(bias) <= set(chosen):
             yield "many heads", 0, label, partial(here, times, many, bias, rounds)
         yield "shipped", 0, label, partial(here, shipped_times, chosen, rounds)
@@ -116,10 +122,10 @@ def _parts(
             here = partial(_measured, folder)
             with_eager = eager and folder == list(packages.values())[-1]
             remember = partial(memory, eager=with_eager)
-            yield "large", asked, label, partial(here, STEADY, times, scene, chosen, rounds)
+            yield "large", asked, label, partial(here, malloc, times, scene, chosen, rounds)
             yield "large", asked, label, partial(here, LEAN, remember, scene, chosen)
             if with_eager:
-                of_eager = partial(here, STEADY, eager_times, scene, chosen, min(rounds, 2))
+                of_eager = partial(here, malloc, eager_times, scene, chosen, min(rounds, 2))
                 yield "large", asked, label, of_eager
 
 
@@ -256,6 +262,7 @@ def main() -> None:
     parser.add_argument("--works", help="rows to measure (default all)", **more)
     parser.add_argument("--package", help="[LABEL=]FOLDER, the checkouts to measure", **more)
     parser.add_argument("--no-eager", action="store_true", help="leave out eager attention")
+    parser.add_argument("--steady", action="store_true", help="an allocator that keeps memory")
     parser.add_argument("--read", type=Path, help="show these results instead of measuring", **more)
     parser.add_argument("--csv", type=Path, help="write the numbers to this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios into this file")
@@ -264,8 +271,15 @@ def main() -> None:
         result = pd.concat([pd.read_csv(path) for path in given.read])
     else:
         tokens, packages = given.tokens or [1024, 2048], packages_of(given.package)
-        options = {"eager": not given.no_eager, "save": given.csv}
-        result = measure(packages, tokens, given.rounds, given.works, **options)
+        result = measure(
+            packages,
+            tokens,
+            given.rounds,
+            given.works,
+            eager=not given.no_eager,
+            steady=given.steady,
+            save=given.csv,
+        )
     print(printed(result))
     if given.plot:
         from cost_plot import draw  # imports matplotlib

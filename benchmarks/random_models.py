@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ PACKAGE = "xmodal_interp"
 def package() -> Any:
     """Import the measured package, which only the measuring processes do."""
     return importlib.import_module(PACKAGE)
+
+
+@cache
+def shipped_vlm() -> Any:
+    """Load the shipped model, once in a process."""
+    return package().load()
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,8 @@ class Scene:
             LlavaForConditionalGeneration,
         )
 
-        known, shape, px = package().load(), self.shape, self.side * PATCH
-        processor, ids = known.processor, known.model.config
+        known, shape, px = shipped_vlm(), self.shape, self.side * PATCH
+        processor, ids = copy.deepcopy(known.processor), known.model.config
         processor.image_processor.size = {"shortest_edge": px}
         processor.image_processor.crop_size = {"height": px, "width": px}
         processor.patch_size = PATCH
@@ -181,11 +188,11 @@ def new_copy(sample: Any) -> Any:
 PICTURE = 96  # px
 
 
-def small_sample(index: int = 0, vlm: Any = None) -> Any:
+def small_sample(index: int = 0) -> Any:
     """Return a sample of the shipped model."""
     xi = package()
     pixels = np.random.default_rng(index).integers(0, 255, (PICTURE, PICTURE, 3), dtype=np.uint8)
-    return xi.capture(vlm or xi.load(), Image.fromarray(pixels), SHORT_QUESTION, name=f"s{index}")
+    return xi.capture(shipped_vlm(), Image.fromarray(pixels), SHORT_QUESTION, name=f"s{index}")
 
 
 def learned_query_model() -> Any:
@@ -194,7 +201,7 @@ def learned_query_model() -> Any:
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     xi, px = package(), 32 * PATCH
-    words = xi.load().processor.tokenizer
+    words = copy.deepcopy(shipped_vlm().processor.tokenizer)  # the processor adds a token to it
     images = BlipImageProcessorPil(size={"height": px, "width": px})
     processor = Blip2Processor(images, words, num_query_tokens=32)
     config = Blip2Config(
