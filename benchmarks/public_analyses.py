@@ -206,7 +206,7 @@ def _line(
 
 
 def _number(value: float, digits: int) -> str:
-    return "" if np.isnan(value) else f"{value:,.{digits}f}"
+    return "" if np.isnan(value) else f"{round(value, digits) + 0.0:,.{digits}f}"  # no "-0"
 
 
 def _growth(of_work: pd.DataFrame, asked: int) -> tuple[float, float]:
