@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 COLUMNS = 4
 COLORS = ("#9a9a9a", "#c07a2c", "#5b8a5b")  # of earlier packages
 NOW, EAGER = "#1f5fa8", "#c2403a"
-TICKS = (1, 2, 5, 10, 20, 50, 100, 200)
+TICKS = (1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200)
 
 
 def draw(result: pd.DataFrame, path: Path) -> None:
@@ -29,11 +29,12 @@ def draw(result: pd.DataFrame, path: Path) -> None:
     large = result[(result["model"] == "large") & result["time"].notna()]
     works = list(dict.fromkeys(large["work"]))
     packages = list(dict.fromkeys(large["package"]))
-    n_rows = math.ceil(len(works) / COLUMNS)
+    n_columns = min(COLUMNS, len(works))
+    n_rows = math.ceil(len(works) / n_columns)
     figure, panels = plt.subplots(
         n_rows,
-        COLUMNS,
-        figsize=(2.45 * COLUMNS, 1.75 * n_rows + 0.7),
+        n_columns,
+        figsize=(max(2.45 * n_columns, 6), 1.75 * n_rows + 0.7),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -46,8 +47,8 @@ def draw(result: pd.DataFrame, path: Path) -> None:
         panel.set_visible(False)
     tokens = sorted(large["tokens"].unique())
     _label_axes(panels[0, 0], tokens, large)
-    for column in range(COLUMNS):  # the lowest visible panel of each column has the tick labels
-        lowest = panels[(len(works) - 1 - column) // COLUMNS, column]
+    for column in range(n_columns):  # the lowest visible panel of each column has the tick labels
+        lowest = panels[(len(works) - 1 - column) // n_columns, column]
         lowest.tick_params(labelbottom=True)
         lowest.set_xlabel("tokens", fontsize=8)
     figure.supylabel("time / plain forward", fontsize=9)
@@ -78,7 +79,7 @@ def _draw_work(panel: Axes, rows: pd.DataFrame, packages: list[str]) -> None:
 
 def _label_axes(panel: Axes, tokens: list[int], rows: pd.DataFrame) -> None:
     """Set logarithmic axes, with the measured lengths and round ratios as ticks."""
-    highest = float(rows.reindex(columns=["time", "eager_time"]).max().max())
+    highest = max(1.6, float(rows.reindex(columns=["time", "eager_time"]).max().max()))
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_ylim(0.85, highest * 1.25)
