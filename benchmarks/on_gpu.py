@@ -233,11 +233,16 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the methods are given: key groups, values, and weights of the queries that see a key."""
+    """What the methods are given: key groups, values, and weights of the queries that see a key.
+
+    ``apart`` is the distance from each query to each key, for the places of the keys.
+    """
 
     groups: Tensor
     values: Tensor
     weights: Tensor
+    places: Tensor
+    apart: Tensor
     heads: list[int]
 
     @classmethod
@@ -248,8 +253,11 @@ class Inputs:
         values = torch.randn(call.n_keys, 3, generator=random)
         sees = seen.any(-1).all(1).cpu()
         weights = torch.rand(33, call.n_queries, generator=random) * sees
-        device = call.device
-        return cls(groups.to(device), values.to(device), weights.to(device), [5, 0, 2])
+        places = 100 * torch.rand(call.n_keys, 2, generator=random)
+        at = (call.query_positions + call.offset).cpu()
+        apart = torch.linalg.vector_norm(places[at][:, None].double() - places.double(), dim=-1)
+        made = (each.to(call.device) for each in (groups, values, weights, places, apart))
+        return cls(*made, [5, 0, 2])
 
 
 def _weighted(probs: Tensor, weights: Tensor) -> Tensor:
@@ -266,6 +274,12 @@ STATISTICS = {
     ),
     "visible": Statistic(lambda c, _: c.visible().double(), lambda _, seen, __: seen),
     "n_visible": Statistic(lambda c, _: c.n_visible().double(), lambda _, seen, __: seen.sum(-1)),
+    "visible_sums": Statistic(
+        lambda c, i: c.visible_sums(i.weights[:1, None].double()),
+        lambda _, seen, i: (i.weights[:1, None, None].double() @ seen)[:, :, 0],
+    ),
+    "distance": Statistic(lambda c, i: c.distance(i.places), lambda p, _, i: (p * i.apart).sum(-1)),
+    "top_keys": Statistic(lambda c, _: c.top_keys(5)[0], lambda p, _, __: p.topk(5, -1).values),
     "entropy": Statistic(
         lambda c, _: c.entropy(), lambda p, _, __: torch.special.entr(p).sum(-1), in_nats=True
     ),
@@ -278,7 +292,7 @@ STATISTICS = {
 }
 """The methods by name; those that this version of the package lacks are not checked."""
 
-OTHERS = {"tensors", "to", "on_float64_device", "take", "select_sample", "select_rows"}
+OTHERS = {"tensors", "row_index", "to", "on_float64_device", "take", "select_sample", "select_rows"}
 """Methods that select or move operands."""
 
 
