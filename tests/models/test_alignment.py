@@ -12,7 +12,7 @@ from tests.helpers.tiny import QUESTION, tiny_vlm
 from xmodal_interp.errors import GeometryError, PhraseError
 from xmodal_interp.models.alignment import counted_alignment, reported_alignment, shifted
 from xmodal_interp.models.labels import Prompt
-from xmodal_interp.models.token_table import generated_table
+from xmodal_interp.models.token_table import generated_columns, token_table
 from xmodal_interp.sample import Sample
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
@@ -196,7 +196,8 @@ def test_headers_of_a_chat_template_are_special() -> None:
     written = tokens.loc[tokens["kind"].eq("text"), "token"].tolist()
     assert written == ["user:", "where", "is", "the", "red", "circle", "?", "assistant:"]
     ids = vlm.tokenizer.convert_tokens_to_ids(["red", stop])
-    answered, text = generated_table(ids, ids, vlm.tokenizer, 0, "")
+    columns, text = generated_columns(ids, ids, vlm.tokenizer, "")
+    answered = token_table(columns)
     assert answered["kind"].tolist() == ["text", "special"]
     assert answered["token"].tolist() == ["red", stop]
     assert text == " red"

@@ -189,9 +189,19 @@ def _missing(numbers: np.ndarray) -> np.ndarray:
     return np.where(numbers < 0, np.nan, numbers.astype(float))
 
 
-def token_table(columns: Columns) -> pd.DataFrame:
-    """Return a table with one row per position and the columns ``TOKEN_COLUMNS``."""
-    return _table(columns, len(columns["token"]))
+def token_table(columns: Columns, answer: Columns | None = None) -> pd.DataFrame:
+    """Return a table with one row per position and the columns ``TOKEN_COLUMNS``.
+
+    Args:
+        columns: The columns of the prompt.
+        answer: The columns of generated tokens, from :func:`generated_columns`.
+    """
+    n_prompt = len(columns["token"])
+    table = _table(columns, n_prompt)
+    n_answer = 0 if answer is None else len(answer["token"])
+    if answer is None or not n_answer:
+        return table
+    return pd.concat([table, _table(answer, n_answer, n_prompt)])
 
 
 def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
@@ -208,16 +218,15 @@ def answer_separator(text: str) -> str:
     return "" if text.endswith((" ", "\n")) else " "
 
 
-def generated_table(
-    read: Sequence[int], answer: Sequence[int], tokenizer: Any, n_before: int, text: str
-) -> tuple[pd.DataFrame, str]:
-    """Return table rows for the generated tokens, and the text of prompt and answer.
+def generated_columns(
+    read: Sequence[int], answer: Sequence[int], tokenizer: Any, text: str
+) -> tuple[Columns, str]:
+    """Return columns of the token table for generated tokens, and the text of prompt and answer.
 
     Args:
         read: The generated tokens that the model has read; each is a position.
         answer: All generated tokens.
         tokenizer: The tokenizer.
-        n_before: Number of positions of the prompt.
         text: The text of the prompt.
     """
     ids = list(read)
@@ -232,8 +241,8 @@ def generated_table(
         columns["kind"].append("special" if token in special else "text")
         columns["start"].append(begin + start)
         columns["end"].append(begin + end)
-    table = _table({**columns, "role": ["generated"] * len(ids)}, len(ids), n_before)
-    return table, text + (answer_separator(text) + decoded if decoded else "")
+    columns["role"] = ["generated"] * len(ids)
+    return columns, text + (answer_separator(text) + decoded if decoded else "")
 
 
 def _generated_spans(
