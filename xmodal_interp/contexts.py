@@ -27,6 +27,8 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
+_SIGNALS = tuple(map(int, signal.valid_signals()))  # the function takes 0.2 ms
+
 
 class Block(AbstractContextManager[T], Generic[T]):
     """A ``with`` block around changes to a model or to torch.
@@ -102,7 +104,7 @@ class DeferredSignals:
         complete = False
         try:
             DeferredSignals._is_open = True
-            for number in map(int, signal.valid_signals()):
+            for number in _SIGNALS:
                 handler = signal.getsignal(number)
                 if callable(handler):
                     self.handlers[number] = handler

@@ -111,7 +111,7 @@ def is_compiled_function(function: Any) -> bool:
 
 def is_replica(module: nn.Module) -> bool:
     """Return whether a module is a copy that ``nn.DataParallel`` made for one of its devices."""
-    return bool(getattr(module, "_is_replica", False))
+    return bool(vars(module).get("_is_replica", False))
 
 
 # Parameters, hooks and nested values in torch
@@ -133,6 +133,11 @@ def global_hooks() -> list[tuple[str, Any]]:
 def module_hooks(module: nn.Module) -> list[tuple[str, Any]]:
     """Return the forward hooks of a module, with the name of their kind."""
     return [(name, hook) for name in MODULE_HOOKS for hook in getattr(module, name).values()]
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return a module's own children by name; shared ones under each name."""
+    return module._modules
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -201,7 +206,7 @@ def commit_of(config: Any) -> str | None:
 
 def tensor_parallel_size(module: nn.Module) -> int:
     """Return the number of processes over which a layer is split by ``tp_plan``; 1 if it is not."""
-    size = getattr(module, "_tp_size", None)
+    size = vars(module).get("_tp_size")
     return size if isinstance(size, int) else 1
 
 

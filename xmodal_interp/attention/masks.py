@@ -43,9 +43,10 @@ def visible_rows(
     if mask is not None:
         return ~hides(mask[..., rows, :])
     keys = torch.arange(n_keys, device=rows.device)
-    seen = torch.ones(len(rows), n_keys, dtype=torch.bool, device=rows.device)
     if causal:
-        seen &= keys <= positions[:, None]
+        seen = keys <= positions[:, None]
+    else:
+        seen = torch.ones(len(rows), n_keys, dtype=torch.bool, device=rows.device)
     if sliding_window is not None:
         seen &= keys > positions[:, None] - sliding_window
     if segments is not None:

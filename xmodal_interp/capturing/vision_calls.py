@@ -39,6 +39,7 @@ from xmodal_interp.models import (
     tile_counts,
     window_orders,
 )
+from xmodal_interp.models.model_parts import parts_of
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 Layer = tuple[Tower, AttentionKind, int]
@@ -110,7 +111,8 @@ def towers_by_image(
         CaptureError: The calls cannot be assigned to the images.
     """
     visuals = visuals_as_read(prompts, in_order=vlm.family.in_order)
-    orders, windows = window_orders(vlm.model, inputs), square_windows(vlm.model)
+    modules = parts_of(vlm.model).modules
+    orders, windows = window_orders(modules, inputs), square_windows(modules)
     tiles = tile_counts(inputs)
     towers: dict[Layer, list[dict[int, AttentionCall]]] = {}
     for key, of_layer in by_layer(_first_run(calls)).items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from torch import nn
 
 from xmodal_interp.contexts import Block
 from xmodal_interp.errors import InputError, UnsupportedModelError
+from xmodal_interp.models.model_parts import parts_of
 from xmodal_interp.upstream import offload_hooks
 
 _N_NAMES = 5  # in a message
@@ -131,10 +132,11 @@ def refuse_virtual_tokens(model: Any) -> None:
 
 def modules_in_training(model: nn.Module) -> list[str]:
     """Return the names of the modules in training mode; the model's own is ``"the model"``."""
-    return [name or "the model" for name, module in model.named_modules() if module.training]
+    modules = parts_of(model).modules
+    return [name or "the model" for name, module in modules.items() if module.training]
 
 
-def evaluation_mode(model: nn.Module, *, warn: bool = True) -> Block[None]:
+def evaluation_mode(model: nn.Module, *, warn: bool = True) -> AbstractContextManager[None]:
     """Switch every module to evaluation mode inside a ``with`` block.
 
     The flag of each module is restored afterwards.
@@ -152,7 +154,7 @@ def evaluation_mode(model: nn.Module, *, warn: bool = True) -> Block[None]:
             UserWarning,
             stacklevel=2,
         )
-    return Block(partial(_all_in_evaluation, model))
+    return Block(partial(_all_in_evaluation, model)) if names else nullcontext()
 
 
 def _all_in_evaluation(model: nn.Module, stack: ExitStack) -> None:

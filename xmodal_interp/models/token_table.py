@@ -62,40 +62,51 @@ def token_columns(
     pieces = _pieces(tokenizer, row.ids)
     special = special_ids(tokenizer)
     added = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    unknown_id, unknown = tokenizer.unk_token_id, tokenizer.unk_token
     aligned_tokens, number = iter(alignment.tokens), _numbers(alignment.expansions)
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("token", "kind", "role", "image", "video", "start", "end")
-    }
+    rows: list[tuple[Any, ...]] = []
+    before: tuple[Any, ...] = ()
     for token, piece, attended, aligned in zip(
         row.ids, pieces, row.attended, row.aligned, strict=True
     ):
         span = next(aligned_tokens) if aligned else UNALIGNED
+        if before and before[0] is span and before[1:] == (token, attended):  # one more of an image
+            rows.append(rows[-1])
+            continue
+        before = (span, token, attended)
         modality = None if span.expansion is None else alignment.expansions[span.expansion]
         of_prompt = modality is None and span.end > span.start
         written = span.written or alignment.text[span.start : span.end]
         markers = special if modality is None else added
-        unknown = token == tokenizer.unk_token_id and written.strip() != tokenizer.unk_token
-        if unknown and (of_prompt or span.written is not None):
+        is_unknown = token == unknown_id and written.strip() != unknown
+        if is_unknown and (of_prompt or span.written is not None):
             markers = markers - {token}
         kind = _kind(token, (image_id, video_id), markers, modality) if attended else "padding"
         has_characters = of_prompt or (kind == "text" and span.written is not None)
-        columns["token"].append(written if has_characters and token not in special else piece)
-        columns["kind"].append(kind)
-        columns["role"].append(_role(kind, modality, span, spans))
         of = np.nan if span.expansion is None else number[span.expansion]
-        columns["image"].append(of if kind == IMAGE else np.nan)
-        columns["video"].append(of if kind == VIDEO else np.nan)
-        columns["start"].append(span.start)
-        columns["end"].append(span.end)
-    return columns
+        rows.append(
+            (
+                written if has_characters and token not in special else piece,
+                kind,
+                _role(kind, modality, span, spans),
+                of if kind == IMAGE else np.nan,
+                of if kind == VIDEO else np.nan,
+                span.start,
+                span.end,
+            )
+        )
+    names = ("token", "kind", "role", "image", "video", "start", "end")
+    return {name: [each[i] for each in rows] for i, name in enumerate(names)}
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the vocabulary entry of each id."""
-    known: list[str] = tokenizer.convert_ids_to_tokens([max(token, 0) for token in ids])
-    return [
-        "<image>" if token == FEATURE_ID else piece for token, piece in zip(ids, known, strict=True)
-    ]
+    unique = list(dict.fromkeys(ids))
+    known = tokenizer.convert_ids_to_tokens([max(token, 0) for token in unique])
+    piece_of: dict[int, str] = dict(zip(unique, known, strict=True))
+    if FEATURE_ID in piece_of:
+        piece_of[FEATURE_ID] = "<image>"
+    return [piece_of[token] for token in ids]
 
 
 def _numbers(expansions: Sequence[str]) -> list[int]:
@@ -300,6 +311,8 @@ def _one_by_one(pieces: Sequence[str], text: str, start: int, end: int) -> list[
 
 def _n_in_common(one: str, other: str) -> int:
     """Return the length of the common prefix of two strings."""
+    if other.startswith(one):
+        return len(one)
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
