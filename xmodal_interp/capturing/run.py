@@ -15,7 +15,7 @@ import copy
 import platform
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import version
@@ -321,7 +321,7 @@ def provenance(
         **({"checkpoint": vlm.loading.differences} if vlm.loading else {}),
         "layers": {name: sorted(set(of)) for name, of in layers.items()},
         "max_new_tokens": max_new_tokens,
-        "kept": {**asdict(keep), "towers": list(keep.towers)},
+        "kept": {f.name: getattr(keep, f.name) for f in fields(keep)} | {"towers": [*keep.towers]},
         "versions": dict(_versions()),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -78,10 +78,11 @@ def refuse_compiled(modules: Mapping[str, nn.Module]) -> None:
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether a module or its forward is compiled."""
+    forward = vars(module).get("forward")
     return (
         is_compiled_in_place(module)
         or is_optimized_module(module)
-        or is_compiled_function(vars(module).get("forward"))
+        or (forward is not None and is_compiled_function(forward))
     )
 
 

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from xmodal_interp.upstream import children_of
+from xmodal_interp.upstream import module_tree
 
 T = TypeVar("T")
 
@@ -72,20 +72,10 @@ class ModelParts:
 
 def parts_of(model: nn.Module) -> ModelParts:
     """Return the modules of a model as they are now."""
-    found, index = [model], {model: 0}
-    structure: list[Any] = []
-    for module in found:  # grows in the loop
-        structure.append(type(module))
-        for name, child in children_of(module).items():
-            if child is None:
-                continue
-            at = index.get(child)
-            if at is None:
-                at = index[child] = len(found)
-                found.append(child)
-            structure += (name, at)
+    found, structure = module_tree(model)
     known = _remembered.get(model)
     if known is None or known.structure != structure:
+        index = {module: at for at, module in enumerate(found)}
         at_path = [(path, index[module]) for path, module in model.named_modules()]
         paths = [path for path, _ in sorted(at_path, key=lambda each: each[1])]
         known = _remembered[model] = _Remembered(structure, paths, [at for _, at in at_path])

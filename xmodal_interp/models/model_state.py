@@ -24,8 +24,7 @@ from torch import nn
 
 from xmodal_interp.contexts import Block
 from xmodal_interp.errors import InputError, UnsupportedModelError
-from xmodal_interp.models.model_parts import parts_of
-from xmodal_interp.upstream import offload_hooks
+from xmodal_interp.upstream import module_tree, offload_hooks
 
 _N_NAMES = 5  # in a message
 
@@ -132,8 +131,9 @@ def refuse_virtual_tokens(model: Any) -> None:
 
 def modules_in_training(model: nn.Module) -> list[str]:
     """Return the names of the modules in training mode; the model's own is ``"the model"``."""
-    modules = parts_of(model).modules
-    return [name or "the model" for name, module in modules.items() if module.training]
+    if not any(module.training for module in module_tree(model)[0]):
+        return []
+    return [name or "the model" for name, module in model.named_modules() if module.training]
 
 
 def evaluation_mode(model: nn.Module, *, warn: bool = True) -> AbstractContextManager[None]:
