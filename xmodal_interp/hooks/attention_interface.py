@@ -131,5 +131,5 @@ def _wrapped(
     if not observers:
         return function
     if isinstance(function, WrappedFunction):  # ``get_interface`` calls ``__getitem__``
-        return replace(function, eager=eager)
+        return WrappedFunction(function.function, function.backend, eager, function.observers)
     return WrappedFunction(function, backend or "eager", eager, observers)

@@ -81,7 +81,7 @@ class ProbabilityCheck:
             raw: The arguments, and the output that the function returned.
             call: The call in the most likely reading.
         """
-        group = _group(raw, call)
+        group = _group(raw, call) if self.reading_of else None
         if not comparable(raw, call) or self._is_skipped(call, group):
             return call
         found = _rows(call, raw)
@@ -96,7 +96,7 @@ class ProbabilityCheck:
             more = _spread(call.n_queries, _N_ROWS_OTHER)
             for number, other in enumerate(other_readings(raw, call)):
                 if gap(raw, other, found).agrees and gap(raw, other, more).agrees:
-                    self.reading_of[group] = number
+                    self.reading_of[_group(raw, call)] = number
                     return other
         before = self.differing.get(call.module)
         if before is None or not before[1].error >= first.error:
