@@ -379,15 +379,16 @@ def _sample(
 
 def _tokens(columns: Columns, answer: Columns, rotary: Tensor | None) -> pd.DataFrame:
     """Return the token table of a sample; padding tokens have no rotary position (NA)."""
-    tokens = token_table(columns, answer)
     if rotary is None:
-        return tokens
-    present = tokens["kind"].ne("padding").to_numpy(dtype=bool)
-    added = {
-        f"rope_{axis}": pd.arrays.IntegerArray(positions[: len(tokens)].numpy().copy(), ~present)
+        return token_table(columns, answer)
+    missing = np.array([kind == "padding" for kind in (*columns["kind"], *answer["kind"])])
+    more = {
+        f"rope_{axis}": pd.arrays.IntegerArray(
+            positions[: len(missing)].numpy().copy(), missing.copy()
+        )
         for axis, positions in zip(AXES, rotary.long(), strict=True)
     }
-    return tokens.assign(**added)
+    return token_table(columns, answer, more)
 
 
 def _text_rows(sample: Sample) -> Sample:

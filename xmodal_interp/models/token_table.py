@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -200,19 +200,24 @@ def _missing(numbers: np.ndarray) -> np.ndarray:
     return np.where(numbers < 0, np.nan, numbers.astype(float))
 
 
-def token_table(columns: Columns, answer: Columns | None = None) -> pd.DataFrame:
+def token_table(
+    columns: Columns,
+    answer: Columns | None = None,
+    more: Mapping[str, pd.api.extensions.ExtensionArray] | None = None,
+) -> pd.DataFrame:
     """Return a table with one row per position and the columns ``TOKEN_COLUMNS``.
 
     Args:
         columns: The columns of the prompt.
         answer: The columns of generated tokens, from :func:`generated_columns`.
+        more: Further columns, with an entry for each position.
     """
     n_prompt = len(columns["token"])
-    table = _table(columns, n_prompt)
     n_answer = 0 if answer is None else len(answer["token"])
     if answer is None or not n_answer:
-        return table
-    return pd.concat([table, _table(answer, n_answer, n_prompt)])
+        return _table(columns, n_prompt, more=more)
+    parts = [_table(columns, n_prompt), _table(answer, n_answer, n_prompt)]
+    return pd.concat(parts).assign(**(more or {}))
 
 
 def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
@@ -321,7 +326,12 @@ _INTEGERS = ("image", "video", "tile", "frame", "row", "col", "start", "end")
 _FLOATS = ("x0", "y0", "x1", "y1")
 
 
-def _table(columns: Columns, n_rows: int, start: int = 0) -> pd.DataFrame:
+def _table(
+    columns: Columns,
+    n_rows: int,
+    start: int = 0,
+    more: Mapping[str, pd.api.extensions.ExtensionArray] | None = None,
+) -> pd.DataFrame:
     """Return a table of the columns TOKEN_COLUMNS with their dtypes; missing ones are empty."""
     typed: dict[str, Any] = {}
     for name in TOKEN_COLUMNS:
@@ -335,4 +345,5 @@ def _table(columns: Columns, n_rows: int, start: int = 0) -> pd.DataFrame:
             )
         else:
             typed[name] = pd.array(columns.get(name, [None] * n_rows), dtype="string")
+    typed |= more or {}
     return pd.DataFrame(typed, index=pd.RangeIndex(start, start + n_rows, name="position"))
