@@ -28,6 +28,8 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 _SIGNALS = tuple(map(int, signal.valid_signals()))  # the function takes 0.2 ms
+_C_SIGNAL = sys.modules.get("_signal", signal)  # its getsignal makes no enumerations
+_handler_of: Callable[[int], Any] = _C_SIGNAL.getsignal
 
 
 class Block(AbstractContextManager[T], Generic[T]):
@@ -105,7 +107,7 @@ class DeferredSignals:
         try:
             DeferredSignals._is_open = True
             for number in _SIGNALS:
-                handler = signal.getsignal(number)
+                handler = _handler_of(number)
                 if callable(handler):
                     self.handlers[number] = handler
                     signal.signal(number, self._arrive)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.hooks.raw_calls import RawCall
+from xmodal_interp.hooks.raw_calls import RawCall, changed
 
 
 class _Growing:
@@ -122,7 +122,7 @@ class KeptCall:
             return self.call
         k, v = self.cache.k, self.cache.v
         v = None if v is None else v[:, :, : self.n_keys]
-        return replace(self.call, k=k[:, :, : self.n_keys], v=v)
+        return changed(self.call, k=k[:, :, : self.n_keys], v=v)
 
 
 def seen_keys(mask: Tensor | None) -> Bool[Tensor, " key"] | None:

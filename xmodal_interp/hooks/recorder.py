@@ -73,6 +73,7 @@ from xmodal_interp.hooks.raw_calls import (
     RawCall,
     as_attention_call,
     as_computed,
+    changed,
     dense_mask,
     segments,
     whole_mask,
@@ -528,7 +529,7 @@ class _Recorder:
                 values = observed.value if self.settings.values else None
                 cache = KeyCache(observed.key, values, seen_keys(call.mask))
                 self.caches[module] = cache
-            without_keys = replace(call, q=own_copy(observed.query), k=None, v=None)
+            without_keys = changed(call, q=own_copy(observed.query), k=None, v=None)
             self.kept.append(KeptCall(without_keys, cache, observed.key.shape[2]))
 
     def _reduced(self, call: AttentionCall, reduce: Callable[[AttentionCall], Any]) -> Any:
