@@ -147,8 +147,9 @@ def recency_index(
         rows = (
             torch.tensor(sample.where("text")) if queries is None else queries_of(sample, queries)
         )
+        places = sequence_places(sample)
         for call, chosen in selected_calls(sample, layers, heads):
-            mass, null = _recent(call, chosen, rows, sequence_places(sample), window)
+            mass, null = _recent(call, chosen, rows, places, window)
             beyond = null < 1
             values = {
                 "mass": mean_where(mass, beyond),
