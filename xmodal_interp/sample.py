@@ -402,7 +402,8 @@ class Sample:
 
 def is_visual(kinds: np.ndarray) -> Bool[np.ndarray, " position"]:
     """Return a mask of the token kinds that are image or video."""
-    return np.logical_or.reduce([kinds == kind for kind in VISUAL_KINDS])
+    visual: np.ndarray = np.logical_or.reduce([kinds == kind for kind in VISUAL_KINDS])
+    return visual
 
 
 def _check_exists(index: int, n: int, name: str) -> None:

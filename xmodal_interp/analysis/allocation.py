@@ -71,7 +71,6 @@ def attention_allocation(
         groups = torch.stack([torch.tensor(segment == name) for name in SEGMENTS])
         n_tokens = groups.sum(1)
         queries = torch.arange(sample.last, len(sample))
-        names = np.array(SEGMENTS, dtype=object)
         for call, chosen in selected_calls(sample, layers, heads):
             mass, null = mass_and_null(call, groups, chosen, queries)
             mass = mass.where(n_tokens > 0, torch.nan)
@@ -85,7 +84,7 @@ def attention_allocation(
                 "n_tokens": n_tokens,
                 "n_queries": torch.tensor(len(queries)),
             }
-            yield call_table(call, {"head": chosen, "segment": names}, values)
+            yield call_table(call, {"head": chosen, "segment": SEGMENTS}, values)
 
     parameters = {"layers": layers, "heads": heads}
     return over_samples(samples, table_rows, "attention_allocation", parameters)

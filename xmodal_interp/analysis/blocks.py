@@ -19,6 +19,7 @@ model whose image comes before the text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -83,7 +84,11 @@ def block_statistics(
             order = np.argsort(chosen).tolist()
             ordered = {name: value[order] for name, value in values.items()}
             kinds = list(LETTERS)
-            axes = {"head": sorted(chosen), "query_kind": kinds, "key_kind": kinds}
+            axes: dict[str, list[Any]] = {
+                "head": sorted(chosen),
+                "query_kind": kinds,
+                "key_kind": kinds,
+            }
             part = call_table(call, axes, ordered)
             part["block"] = np.tile(_BLOCKS, len(chosen))
             parts.append({name: part[name] for name in _KEYS} | part)

@@ -150,7 +150,7 @@ def token_ratio(
         tokens = pd.Series(sample.tokens["token"].to_numpy(dtype=object)).array
         for each in _of_layers(sample, **parameters):
             axes = {"layer": [each.layer], "head": each.heads, "query": each.queries}
-            index = {"tower": "language", "kind": kind, "direction": DIRECTION}
+            index: Part = {"tower": "language", "kind": kind, "direction": DIRECTION}
             index |= long_table(axes, {})
             index["token"] = Taken(tokens, index["query"])
             yield index | long_table(axes, each.values)
@@ -252,7 +252,8 @@ def _group_means(
         member: 1 if a row belongs to a group, else 0.
     """
     n = counts @ member
-    return np.divide(sums @ member, n, out=np.full(n.shape, np.nan), where=n > 0)
+    means: np.ndarray = np.divide(sums @ member, n, out=np.full(n.shape, np.nan), where=n > 0)
+    return means
 
 
 def _shares(
