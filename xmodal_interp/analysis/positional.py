@@ -308,8 +308,8 @@ def _prob_sums(
 class _CausalRows:
     """Rows of probabilities of a causal call, up to the last key that one of them sees.
 
-    Equal to ``call.probs``, without its copies: the scores of hidden keys are not computed, the
-    scaling is applied to the queries, and the scores of all chunks are written into one buffer.
+    Equal to ``call.probs``, without its copies: the scores of hidden keys are not computed, and the
+    scores of all chunks are written into one buffer.
 
     Args:
         call: A call for which ``fits`` is True.
@@ -343,7 +343,7 @@ class _CausalRows:
         n_heads, n_rows, stop = len(self._q), len(rows), int(rows[-1]) + 1
         start = int(rows[0])
         every = len(rows) == stop - start
-        q = (self._q[:, start:stop] if every else self._q[:, rows]).float() * self._scaling
+        q = (self._q[:, start:stop] if every else self._q[:, rows]).float()
         q = q.unflatten(0, (len(self._k), -1)).flatten(1, 2)
         n = n_heads * n_rows * stop
         if not self._buffers or n > len(self._buffers[0]):
@@ -351,6 +351,7 @@ class _CausalRows:
         scores, probs = (buffer[:n].view(len(q), -1, stop) for buffer in self._buffers)
         torch.bmm(q, self._k[..., :stop], out=scores)
         scores, probs = (each.view(n_heads, n_rows, stop) for each in (scores, probs))
+        scores *= self._scaling
         hidden = torch.arange(start + 1, stop) > rows[:, None]
         scores[..., start + 1 :].masked_fill_(hidden, -torch.inf)
         return torch.softmax(scores, -1, out=probs)
