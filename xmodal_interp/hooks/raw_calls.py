@@ -17,8 +17,8 @@ one gives the function's output (:mod:`xmodal_interp.hooks.probability_check`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -30,7 +30,10 @@ from xmodal_interp.attention.masks import as_added, simplified, visible_rows
 from xmodal_interp.hooks.attention_modules import Identity
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def changed(value: T, **changes: Any) -> T:
@@ -42,8 +45,7 @@ def changed(value: T, **changes: Any) -> T:
     """
     copied = object.__new__(type(value))
     held = vars(value)
-    fields = {name: held[name] for name in type(value).__dataclass_fields__}
-    vars(copied).update(fields, **changes)
+    vars(copied).update({each.name: held[each.name] for each in fields(value)}, **changes)
     return copied
 
 
