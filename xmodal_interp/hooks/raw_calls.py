@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -30,10 +30,7 @@ from xmodal_interp.attention.masks import as_added, simplified, visible_rows
 from xmodal_interp.hooks.attention_modules import Identity
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-T = TypeVar("T", bound="DataclassInstance")
+T = TypeVar("T")
 
 
 def changed(value: T, **changes: Any) -> T:
@@ -44,8 +41,8 @@ def changed(value: T, **changes: Any) -> T:
     that the object caches are not copied.
     """
     copied = object.__new__(type(value))
-    held = vars(value)
-    vars(copied).update({each.name: held[each.name] for each in fields(value)}, **changes)
+    held, given = vars(value), cast("Any", value)
+    vars(copied).update({each.name: held[each.name] for each in fields(given)}, **changes)
     return copied
 
 
