@@ -17,8 +17,10 @@ always text to image.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +31,7 @@ from xmodal_interp.analysis.selection import (
     first_position,
     image_keys,
     mass_and_null,
+    not_padding,
     queries_of,
     refuse_cross_attention,
     refuse_text,
@@ -36,16 +39,16 @@ from xmodal_interp.analysis.selection import (
     selected_calls,
 )
 from xmodal_interp.analysis.sinks import MIN_QUERIES, THRESHOLD, sink_keys
-from xmodal_interp.analysis.tables import Part, call_table, over_samples, stacked
+from xmodal_interp.analysis.tables import Part, Taken, long_table, over_samples
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError, NotRecordedError
-from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import TEXT, VISUAL_KINDS, AttentionKind
+from xmodal_interp.sample import Sample, Selector, is_visual
+from xmodal_interp.vocabulary import TEXT, AttentionKind
 
 DIRECTION = "text->image"
 BY = ("layer", "head")
-_SHARES = ("ratio", "null", "lift", "sink_free_ratio", "sink_free_lift")
+MEANS = ("ratio", "null", "lift", "sink_free_ratio", "sink_free_lift")
 
 
 @checked
@@ -107,26 +110,14 @@ def cross_modal_ratio(
         "sink_threshold": sink_threshold,
     }
 
-    def table_rows(sample: Sample) -> pd.DataFrame:
-        table = stacked(_token_ratio(sample, **parameters))
-        keys = ["tower", "kind", "direction", *(name for name in BY if name in by)]
-        grouped = table.groupby(keys, sort=False)
-        seeing = table[table["ratio"].notna()].groupby(keys, sort=False)
-        values = [name for name in _SHARES if name in table]
-        means = seeing[values].mean().reindex(grouped.size().index)
-        counts = {
-            "n_queries": seeing["query"].nunique(),
-            "n_image_tokens": grouped["n_image_tokens"].first(),
-        }
-        if "n_sinks" in table:
-            counts["n_sinks"] = grouped["n_sinks"].mean()
-        found = means.assign(**counts).fillna({"n_queries": 0}).astype({"n_queries": "int64"})
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        found = _means(list(_of_layers(sample, **parameters)), [name for name in BY if name in by])
         if not found["n_queries"].any():
             raise InputError(
                 f"None of the queries {queries!r} of sample {sample.name!r} sees the "
                 "image in any chosen layer. Choose queries after the image."
             )
-        return found.reset_index()
+        yield {"tower": "language", "kind": kind, "direction": DIRECTION} | found
 
     return over_samples(samples, table_rows, "cross_modal_ratio", parameters | {"by": by})
 
@@ -158,12 +149,37 @@ def token_ratio(
         "kind": kind,
         "sink_threshold": sink_threshold,
     }
-    return over_samples(
-        samples, lambda sample: _token_ratio(sample, **parameters), "token_ratio", parameters
-    )
+
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        tokens = pd.Series(sample.tokens["token"].to_numpy(dtype=object)).array
+        for each in _of_layers(sample, **parameters):
+            axes = {"layer": [each.layer], "head": each.heads, "query": each.queries}
+            index: Part = {"tower": "language", "kind": kind, "direction": DIRECTION}
+            index |= long_table(axes, {})
+            index["token"] = Taken(tokens, index["query"])
+            yield index | long_table(axes, each.values)
+
+    return over_samples(samples, table_rows, "token_ratio", parameters)
 
 
-def _token_ratio(
+@dataclass(frozen=True, eq=False)
+class _OfLayer:
+    """The ratios of one layer.
+
+    Attributes:
+        layer: The layer.
+        heads: The chosen heads.
+        queries: The query positions.
+        values: ``[head, query]``, or broadcastable to it, by name of the column.
+    """
+
+    layer: int
+    heads: list[int]
+    queries: list[int]
+    values: dict[str, np.ndarray]
+
+
+def _of_layers(
     sample: Sample,
     queries: Selector,
     layers: Layers,
@@ -171,20 +187,21 @@ def _token_ratio(
     image: int | None,
     kind: AttentionKind,
     sink_threshold: float | None,
-) -> Iterator[Part]:
+) -> Iterator[_OfLayer]:
+    """Yield the ratios of each layer of a sample."""
     _check_kind(sample, image, kind)
     keys = image_keys(sample, image, kind)
     query = queries_of(sample, queries)
     _refuse_image_queries(sample, query)
-    tokens = sample.tokens["token"].to_numpy(dtype=object)[query.numpy()]
     always = first_position(sample) if kind == "self" else None
+    counted = not_padding(sample)
     for call, chosen in selected_calls(sample, layers, heads, kind=kind):
         nothing = torch.zeros(len(chosen), call.n_keys, dtype=torch.bool)
         ratio, null, lift = _shares(call, chosen, query, keys, nothing)
-        values = {"token": tokens[None], "ratio": ratio, "null": null, "lift": lift}
+        values = {"ratio": ratio, "null": null, "lift": lift}
         counts = {"n_image_tokens": keys.sum()}
         if sink_threshold is not None:
-            rows = rows_of(sample, call)
+            rows = rows_of(call, counted)
             sinks, free_ratio, free_lift = _sink_free(
                 call, chosen, rows, query, keys, sink_threshold, always
             )
@@ -196,8 +213,52 @@ def _token_ratio(
                 )
             values |= {"sink_free_ratio": free_ratio, "sink_free_lift": free_lift}
             counts["n_sinks"] = n_sinks
-        part = call_table(call, {"head": chosen, "query": query.tolist()}, values | counts)
-        yield {"tower": "language", "kind": kind, "direction": DIRECTION} | part
+        arrays = {name: value.numpy() for name, value in (values | counts).items()}
+        yield _OfLayer(call.layer, chosen, query.tolist(), arrays)
+
+
+def _means(layers: Sequence[_OfLayer], by: Sequence[str]) -> Part:
+    """Return the means over all axes except ``by``, over the queries that see the image.
+
+    Groups are in the order of their first layer and head.
+    """
+    pairs = [{"layer": each.layer, "head": head} for each in layers for head in each.heads]
+    groups = [tuple(pair[name] for name in by) for pair in pairs]
+    first = list(dict.fromkeys(groups))
+    member = np.array([[group == each for each in first] for group in groups], dtype=float)
+    names = [name for name in MEANS if name in layers[0].values]
+    values = np.stack([np.concatenate([each.values[name] for each in layers]) for name in names])
+    seeing = ~np.isnan(values[0])
+    known = seeing & ~np.isnan(values)
+    means = _group_means(values.sum(2, where=known, dtype=float), known.sum(2), member)
+    part: Part = {
+        **{name: np.array([group[i] for group in first]) for i, name in enumerate(by)},
+        **dict(zip(names, means, strict=True)),
+        "n_queries": (seeing.T @ member > 0).sum(0),
+        "n_image_tokens": int(layers[0].values["n_image_tokens"]),
+    }
+    if "n_sinks" in layers[0].values:
+        n_sinks = np.concatenate([each.values["n_sinks"][:, 0] for each in layers])
+        found = ~np.isnan(n_sinks)
+        part["n_sinks"] = _group_means(np.where(found, n_sinks, 0), found, member)
+    return part
+
+
+def _group_means(
+    sums: Float[np.ndarray, "*value row"] | Int[np.ndarray, "*value row"],
+    counts: Int[np.ndarray, "*value row"] | Bool[np.ndarray, "*value row"],
+    member: Float[np.ndarray, "row group"],
+) -> Float[np.ndarray, "*value group"]:
+    """Return the mean of each group of rows; NaN if it has no values.
+
+    Args:
+        sums: The sum of the values of each row.
+        counts: Their number.
+        member: 1 if a row belongs to a group, else 0.
+    """
+    n = counts @ member
+    means: np.ndarray = np.divide(sums @ member, n, out=np.full(n.shape, np.nan), where=n > 0)
+    return means
 
 
 def _sink_free(
@@ -258,8 +319,8 @@ def _check_kind(sample: Sample, image: int | None, kind: AttentionKind) -> None:
 
 
 def _refuse_image_queries(sample: Sample, queries: Int[Tensor, " query"]) -> None:
-    kinds = sample.tokens["kind"].iloc[queries.tolist()]
-    images = kinds.index[kinds.isin(VISUAL_KINDS)].tolist()
+    positions = queries.numpy()
+    images = positions[is_visual(sample.kinds[positions])].tolist()
     if images:
         raise InputError(
             f"Positions {images[:6]} of sample {sample.name!r} are image tokens, but queries must "
