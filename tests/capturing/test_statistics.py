@@ -10,12 +10,14 @@ import torch
 
 import xmodal_interp as xi
 from tests.helpers.attention_variants import BACKBONES, llava_over
+from tests.helpers.clips import clip
 from tests.helpers.real import GENERATING, SOME, asked, real, settled
 from tests.helpers.store_samples import assert_same_fields
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention.statistics import HELD
+from xmodal_interp.capturing.key_groups import KeyGroups
 from xmodal_interp.capturing.run import Keep, capture, capture_batch
-from xmodal_interp.errors import InputError, NotRecordedError
+from xmodal_interp.errors import CaptureError, InputError, NotRecordedError, StoreError
 from xmodal_interp.hooks.recorder import Settings, Statistics, record_with
 from xmodal_interp.models import VLM
 from xmodal_interp.sample import Sample
@@ -370,3 +372,45 @@ def test_groups_are_those_of_the_labels() -> None:
     for mask in wanted.values():
         assert len(set(groups[mask])) <= 1
     assert len(set(groups)) == sum(mask.any() for mask in wanted.values())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_images_and_videos_are_separate_groups(name) -> None:
+    vlm = VLM(*real(name))
+    clips = [clip(4, 0), clip(4, 1)]
+    options = {"videos": clips, "max_new_tokens": 2}
+    full, held = (
+        capture(vlm, [picture()], QUESTION, keep=keep, **options)
+        for keep in (Keep(), Keep(statistics=ALL))
+    )
+    assert_same_calls(full, held)
+    assert_same_tables(OF_SEQUENCE, full, held)
+    groups = held.call(0).groups[0].numpy()
+    visual = [mask for name, mask in held.groups().items() if name.startswith(("image", "video"))]
+    assert len(visual) == 3
+    assert all(len(set(groups[mask])) == 1 for mask in visual)
+    assert len({groups[mask][0] for mask in visual}) == 3
+
+
+def test_a_store_of_statistics_can_be_continued(tmp_path) -> None:
+    vlm, items = xi.load(), [{"image": picture(seed=i), "prompt": QUESTION} for i in range(2)]
+    options = {"keep": Keep(statistics=("entropy", "received")), "max_new_tokens": 1}
+    xi.capture_dataset(vlm, items[:1], tmp_path, progress=False, **options)
+    store = xi.capture_dataset(vlm, items, tmp_path, progress=False, **options)
+    assert len(store) == 2
+    assert xi.attention_sinks(store)["sample"].nunique() == 2
+    with pytest.raises(StoreError, match=r"statistics"):
+        xi.capture_dataset(vlm, items, tmp_path, progress=False, max_new_tokens=1)
+
+
+def test_a_call_of_another_batch_has_no_labels() -> None:
+    vlm = tiny_vlm("llava")
+    call = capture(vlm, picture(), QUESTION).call(0)
+    _, prompts = vlm.prepare([[picture()]] * 2, [QUESTION] * 2)
+    with pytest.raises(CaptureError) as refusal:
+        KeyGroups(prompts, "all").of(call)
+    assert str(refusal.value) == (
+        "language self-attention, layer 0, call 0 ran on 1 sequences for 2 prompts, so its keys "
+        "have no known groups. Capture with Keep() to keep q and k."
+    )

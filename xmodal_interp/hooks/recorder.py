@@ -110,7 +110,8 @@ class Recording:
 
     Attributes:
         calls: Every call, in the order in which the model made them; set at the end of the block.
-        results: The results of ``reduce``, one per call, if it was given (``calls`` is then empty).
+        results: The results of ``reduce``, one per call, if it was a function (``calls`` is then
+            empty).
         modules: Every attention module that is recorded.
         without_matrix: Layers that mix tokens without softmax attention: linear attention, state
             spaces, convolutions.
