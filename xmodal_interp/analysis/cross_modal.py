@@ -195,17 +195,18 @@ def _of_layers(
         rows = rows_of(call, counted)
         sinks = sink_keys(call, chosen, rows, threshold=sink_threshold, always=always)
         n_sinks = sinks.sum(1, keepdim=True)
-        ratio, null, lift = _shares(call, chosen, query, keys, torch.zeros_like(sinks))
-        free_ratio, _, free_lift = _shares(call, chosen, query, keys, sinks)
+        dropped = torch.stack([torch.zeros_like(sinks), sinks])
+        ratios, nulls, lifts = _shares(call, chosen, query, keys, dropped)
+        free_ratio, free_lift = ratios[1], lifts[1]
         if call.rows is not None and len(rows) < MIN_QUERIES:
             free_ratio, free_lift, n_sinks = (
                 torch.full_like(values, torch.nan, dtype=torch.float32)
                 for values in (free_ratio, free_lift, n_sinks)
             )
         values = {
-            "ratio": ratio,
-            "null": null,
-            "lift": lift,
+            "ratio": ratios[0],
+            "null": nulls[0],
+            "lift": lifts[0],
             "sink_free_ratio": free_ratio,
             "sink_free_lift": free_lift,
             "n_image_tokens": keys.sum(),
@@ -261,21 +262,27 @@ def _shares(
     heads: Sequence[int],
     queries: Int[Tensor, " query"],
     keys: Bool[Tensor, " key"],
-    dropped: Bool[Tensor, "head key"],
-) -> tuple[Float[Tensor, "head query"], Float[Tensor, "head query"], Float[Tensor, "head query"]]:
+    dropped: Bool[Tensor, "variant head key"],
+) -> tuple[
+    Float[Tensor, "variant head query"],
+    Float[Tensor, "variant head query"],
+    Float[Tensor, "variant head query"],
+]:
     """Return the mass on ``keys``, its null and its lift, without the dropped keys of each head.
 
     Where keys are dropped, the other probabilities are renormalised. Otherwise they are not: the
     share of learned sinks stays outside the ratio. NaN where no key is visible.
     """
-    patterns, of_head = dropped.unique(dim=0, return_inverse=True)  # few: heads share sinks
+    patterns, of_head = dropped.flatten(0, 1).unique(dim=0, return_inverse=True)  # few
     groups = torch.cat([keys & ~patterns, ~patterns]).float()
+    index = of_head.view(dropped.shape[:2])
+    head = torch.arange(len(heads))
     mass, even = (
-        values.unflatten(-1, (2, len(patterns)))[range(len(heads)), :, :, of_head].unbind(-1)
+        values.unflatten(-1, (2, len(patterns)))[head, :, :, index].unbind(-1)
         for values in mass_and_null(call, groups, heads, queries)
     )
     null = even[0] / even[1]
-    ratio = torch.where(dropped.any(1)[:, None], mass[0] / mass[1], mass[0])
+    ratio = torch.where(dropped.any(2)[..., None], mass[0] / mass[1], mass[0])
     ratio = ratio.where(null > 0, torch.nan)
     return ratio, null, ratio / null
 
