@@ -196,25 +196,43 @@ def _of_layers(
     always = first_position(sample) if kind == "self" else None
     counted = not_padding(sample)
     for call, chosen in selected_calls(sample, layers, heads, kind=kind):
-        nothing = torch.zeros(len(chosen), call.n_keys, dtype=torch.bool)
-        ratio, null, lift = _shares(call, chosen, query, keys, nothing)
-        values = {"ratio": ratio, "null": null, "lift": lift}
-        counts = {"n_image_tokens": keys.sum()}
-        if sink_threshold is not None:
-            rows = rows_of(call, counted)
-            sinks, free_ratio, free_lift = _sink_free(
-                call, chosen, rows, query, keys, sink_threshold, always
-            )
-            n_sinks = sinks.sum(1, keepdim=True)
-            if call.rows is not None and len(rows) < MIN_QUERIES:
-                free_ratio, free_lift, n_sinks = (
-                    torch.full_like(each, torch.nan, dtype=torch.float32)
-                    for each in (free_ratio, free_lift, n_sinks)
-                )
-            values |= {"sink_free_ratio": free_ratio, "sink_free_lift": free_lift}
-            counts["n_sinks"] = n_sinks
-        arrays = {name: value.numpy() for name, value in (values | counts).items()}
+        try:
+            values = _values(call, chosen, query, keys, counted, sink_threshold, always)
+        except NotRecordedError as error:
+            if sink_threshold is None or call.group_mass is None:
+                raise
+            raise NotRecordedError(
+                f"{error} Or pass sink_threshold=None to leave out the columns without sinks."
+            ) from None
+        arrays = {name: value.numpy() for name, value in values.items()}
         yield _OfLayer(call.layer, chosen, query.tolist(), arrays)
+
+
+def _values(
+    call: AttentionCall,
+    heads: Sequence[int],
+    queries: Int[Tensor, " query"],
+    keys: Bool[Tensor, " key"],
+    counted: Bool[Tensor, " position"],
+    sink_threshold: float | None,
+    always: int | None,
+) -> dict[str, Tensor]:
+    """Return the columns of one layer, ``[head, query]`` or broadcastable to it."""
+    dropped = torch.zeros(1, len(heads), call.n_keys, dtype=torch.bool)
+    rows, counts = rows_of(call, counted), {"n_image_tokens": keys.sum()}
+    if sink_threshold is not None:
+        sinks = sink_keys(call, heads, rows, threshold=sink_threshold, always=always)
+        dropped = torch.cat([dropped, sinks[None]])
+        counts["n_sinks"] = sinks.sum(1, keepdim=True)
+    ratios, nulls, lifts = _shares(call, heads, queries, keys, dropped)
+    values = {"ratio": ratios[0], "null": nulls[0], "lift": lifts[0]}
+    if sink_threshold is not None:
+        values |= {"sink_free_ratio": ratios[1], "sink_free_lift": lifts[1]}
+    values |= counts
+    if call.rows is not None and len(rows) < MIN_QUERIES:
+        for name in {"sink_free_ratio", "sink_free_lift", "n_sinks"} & values.keys():
+            values[name] = torch.full_like(values[name], torch.nan, dtype=torch.float32)
+    return values
 
 
 def _means(layers: Sequence[_OfLayer], by: Sequence[str]) -> Part:
@@ -261,48 +279,32 @@ def _group_means(
     return means
 
 
-def _sink_free(
-    call: AttentionCall,
-    heads: Sequence[int],
-    rows: Int[Tensor, " row"],
-    queries: Int[Tensor, " query"],
-    keys: Bool[Tensor, " key"],
-    threshold: float,
-    always: int | None,
-) -> tuple[Bool[Tensor, "head key"], Float[Tensor, "head query"], Float[Tensor, "head query"]]:
-    """Return the sinks over some rows, and ratio and lift without them."""
-    try:
-        sinks = sink_keys(call, heads, rows, threshold=threshold, always=always)
-        ratio, _, lift = _shares(call, heads, queries, keys, sinks)
-    except NotRecordedError as error:
-        if not call.holds_statistics:
-            raise
-        raise NotRecordedError(
-            f"{error} Or pass sink_threshold=None to leave out the columns without sinks."
-        ) from None
-    return sinks, ratio, lift
-
-
 def _shares(
     call: AttentionCall,
     heads: Sequence[int],
     queries: Int[Tensor, " query"],
     keys: Bool[Tensor, " key"],
-    dropped: Bool[Tensor, "head key"],
-) -> tuple[Float[Tensor, "head query"], Float[Tensor, "head query"], Float[Tensor, "head query"]]:
+    dropped: Bool[Tensor, "variant head key"],
+) -> tuple[
+    Float[Tensor, "variant head query"],
+    Float[Tensor, "variant head query"],
+    Float[Tensor, "variant head query"],
+]:
     """Return the mass on ``keys``, its null and its lift, without the dropped keys of each head.
 
     Where keys are dropped, the other probabilities are renormalised. Otherwise they are not: the
     share of learned sinks stays outside the ratio. NaN where no key is visible.
     """
-    patterns, of_head = dropped.unique(dim=0, return_inverse=True)  # few: heads share sinks
+    patterns, of_head = dropped.flatten(0, 1).unique(dim=0, return_inverse=True)  # few
     groups = torch.cat([keys & ~patterns, ~patterns]).float()
+    index = of_head.view(dropped.shape[:2])
+    head = torch.arange(len(heads))
     mass, even = (
-        values.unflatten(-1, (2, len(patterns)))[range(len(heads)), :, :, of_head].unbind(-1)
+        values.unflatten(-1, (2, len(patterns)))[head, :, :, index].unbind(-1)
         for values in mass_and_null(call, groups, heads, queries)
     )
     null = even[0] / even[1]
-    ratio = torch.where(dropped.any(1)[:, None], mass[0] / mass[1], mass[0])
+    ratio = torch.where(dropped.any(2)[..., None], mass[0] / mass[1], mass[0])
     ratio = ratio.where(null > 0, torch.nan)
     return ratio, null, ratio / null
 

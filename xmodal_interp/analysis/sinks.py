@@ -189,12 +189,10 @@ def _received(
     call: AttentionCall, rows: Int[Tensor, " query"], heads: Sequence[int]
 ) -> tuple[Float[Tensor, "head key"], Float[Tensor, "head key"], Float[Tensor, "head key"]]:
     """Return per key the mean probability over queries that see it, its null, and their number."""
-    chosen = query_weights(call, rows).double()
-    even = chosen[:, None] / call.n_visible().clamp(min=1)
-    seen_by, null = (
-        per_head(call.visible_sums(weights)[0].float().cpu(), heads)
-        for weights in (chosen[:, None], even)
-    )
+    chosen = query_weights(call, rows).double()[:, None]
+    even = chosen / call.n_visible().clamp(min=1)
+    sums = call.visible_sums(torch.cat([chosen.expand_as(even), even])).float().cpu()
+    seen_by, null = (per_head(each, heads) for each in sums)
     total = received(call, rows, heads).cpu()
     return total / seen_by, null / seen_by, seen_by
 
