@@ -307,6 +307,18 @@ def test_any_choice_of_statistics(names) -> None:
         assert all(getattr(call, name) == getattr(whole.calls[key], name) for name in SIZES)
 
 
+def test_entropy_of_kept_probabilities_is_over_keys_without_learned_sinks() -> None:
+    vlm = vlm_of("gpt_oss")
+    full, dense, held = (
+        xi.attention_entropy(capture(vlm, picture(), QUESTION, keep=keep))
+        for keep in (Keep(), Keep(probabilities=True), Keep(statistics=["mass", "entropy"]))
+    )
+    assert full["sink_mass"].gt(0.01).all()
+    columns = ["entropy", "relative_entropy", "sink_mass"]
+    pd.testing.assert_frame_equal(dense[columns], full[columns], atol=2e-3)
+    pd.testing.assert_frame_equal(held[columns], full[columns], atol=1e-6)
+
+
 def test_norms_are_kept_too() -> None:
     vlm = tiny_vlm("llava")
     full, held = (

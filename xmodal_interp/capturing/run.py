@@ -449,11 +449,11 @@ def _text_rows(sample: Sample) -> Sample:
 def _with_probabilities(sample: Sample) -> Sample:
     """Replace queries and keys by float16 probabilities.
 
-    Masks stay, because they define visibility. The position bias and the sinks are dropped: the
-    probabilities include them.
+    Masks stay, because they define visibility, and sinks, because rows with a sink do not sum to 1.
+    The position bias is dropped: the probabilities include it.
     """
     calls = {
-        key: replace(call, dense=call.probs().half(), q=None, k=None, bias=None, sinks=None)
+        key: replace(call, dense=call.probs().half(), q=None, k=None, bias=None)
         for key, call in sample.calls.items()
     }
     return sample.changed(calls=calls)
