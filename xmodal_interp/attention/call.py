@@ -391,7 +391,8 @@ class AttentionCall:
             start = places[self.query_positions[part] + self.offset]
             apart = torch.linalg.vector_norm(start[:, None] - places.nan_to_num(), dim=-1) * placed
             probs = self._exact_rows(head, part).transpose(1, 2)
-            parts.append((probs @ apart[..., None])[..., 0].transpose(1, 2))
+            with full_precision():
+                parts.append((probs @ apart[..., None])[..., 0].transpose(1, 2))
         return torch.cat(parts, 2)
 
     def top_keys(
