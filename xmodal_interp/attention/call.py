@@ -299,6 +299,7 @@ class AttentionCall:
             )
         return self.average(values, heads, queries)
 
+    @torch.no_grad()
     def average(
         self,
         values: Float[Tensor, "key value"],
@@ -342,6 +343,7 @@ class AttentionCall:
         sums = tiles.row_sums(self, row, torch.cat([values, torch.ones_like(values[:, :1])], 1))
         return (sums[..., :-1] / sums[..., -1:]).float()
 
+    @torch.no_grad()
     def entropy(
         self, heads: Positions | None = None, queries: Positions | None = None
     ) -> Float[Tensor, "sample head query"]:
@@ -365,6 +367,7 @@ class AttentionCall:
             rows = (call._exact_rows(head, part, torch.float64) for part in parts)
             return torch.cat([kernels.row_entropy(each) for each in rows], 2)
 
+    @torch.no_grad()
     def distance(
         self,
         places: Float[Tensor, "key axis"],
@@ -394,6 +397,7 @@ class AttentionCall:
             parts.append((probs @ apart[..., None])[..., 0].transpose(1, 2))
         return torch.cat(parts, 2)
 
+    @torch.no_grad()
     def top_keys(
         self, k: int, heads: Positions | None = None, queries: Positions | None = None
     ) -> tuple[Float[Tensor, "sample head query k"], Int[Tensor, "sample head query k"]]:
@@ -546,6 +550,7 @@ class AttentionCall:
         known: Tensor = self.memo["logsumexp"]
         return known[:, head][:, :, row]
 
+    @torch.no_grad()
     def _column_sums(
         self,
         head: Int[Tensor, " head"],
@@ -587,7 +592,7 @@ class AttentionCall:
             here = weights[:, place : place + len(part)].mT[:, None]
             place += len(part)
             probs = self._exact_rows(head, part, weights.dtype)
-            if self.mask is not None:  # rows that see no key
+            if self.mask is not None or self.sliding_window is not None:  # rows that see no key
                 seeing = _of_heads(self._visible_rows(part).any(-1, keepdim=True), head)
                 probs = probs.masked_fill(~seeing, 0.0)
             out += here[:, 0] @ probs.sum(1) if over_heads else here @ probs
@@ -625,7 +630,7 @@ class AttentionCall:
         """Whether torch's public function computes the call: no soft-cap, sinks, bias, ...."""
         has_extras = any(extra is not None for extra in (self.softcap, self.sinks, self.bias))
         only_hides = self.mask is None or self.mask.dtype == torch.bool
-        return self.q is not None and only_hides and not has_extras
+        return self.q is not None and only_hides and not has_extras and fused.is_finite(self)
 
     def _kv_head(self, head: Int[Tensor, " head"]) -> Int[Tensor, " head"]:
         """Return the key head of each query head."""

@@ -54,9 +54,21 @@ BUCKET = 60
 
 def supports(call: AttentionCall) -> bool:
     """Return whether the kernel computes this call: on the CPU, from q and k, without soft-cap."""
-    return call.q is not None and call.softcap is None and call.device.type == "cpu"
+    on_cpu = call.q is not None and call.device.type == "cpu"
+    return on_cpu and call.softcap is None and is_finite(call)
 
 
+def is_finite(call: AttentionCall) -> bool:
+    """Return whether q and k are finite.
+
+    The mask is added to the scores in the kernel, so NaN or infinity in a hidden query or key makes
+    other results NaN.
+    """
+    held = [t.detach() for t in (call.q, call.k) if t is not None and t.numel()]
+    return all(bool(torch.isfinite(end)) for t in held for end in t.aminmax())
+
+
+@torch.no_grad()
 def row_pass(
     call: AttentionCall,
     head: Int[Tensor, " head"],
@@ -91,7 +103,7 @@ def row_pass(
                 v = k[:, :, tile.keys]
                 if values is not None:
                     of_tile = values[tile.keys].to(dtype)
-                    of_tile = functional.pad(of_tile, (0, d_head - n_values))
+                    of_tile = functional.pad(of_tile, (0, d_head - n_values)).contiguous()
                     v = of_tile.expand(*k.shape[:2], *of_tile.shape)
                 added = _added(call, heads, tile, dtype)
                 operands = q[:, :, tile.rows], k[:, :, tile.keys], v
@@ -119,6 +131,7 @@ def row_pass(
     return out, logsumexp, size
 
 
+@torch.no_grad()
 def column_pass(
     call: AttentionCall,
     head: Int[Tensor, " head"],
@@ -221,7 +234,6 @@ def _attention(
         return torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)
     if added is not None:
         hidden = added.isneginf().all(-1)
-        added = added.expand(q.shape[0], -1, -1, -1)
     out, total = attention_with_logsumexp(q, k, v, mask=added, causal=causal, scaling=1.0)
     total = total.reshape(q.shape[:3])
     if added is None:
@@ -264,13 +276,13 @@ def _by_size(
     """Divide float64 vectors into parts whose entries differ by at most ``2**BUCKET``.
 
     Returns:
-        The parts, scaled to a largest entry of about 1; the scale of each part; and the index of
+        The parts, scaled to a largest entry of 1 to 2; the scale of each part; and the index of
         the vector that it belongs to.
     """
     every = torch.arange(weights.shape[2])
     if weights.dtype != torch.float64:
         return weights, torch.ones(len(every), dtype=weights.dtype), every
-    exponent = torch.frexp(weights)[1]
+    mantissa, exponent = torch.frexp(weights)  # ldexp overflows in torch 2.6
     used = weights != 0
     highest = exponent.masked_fill(~used, -2000).amax((0, 1))
     bucket = ((highest - exponent) // BUCKET).masked_fill(~used, 0)
@@ -278,10 +290,10 @@ def _by_size(
     for number in range(int(bucket.max()) + 1 if bucket.numel() else 0):
         inside = used & (bucket == number)
         held = inside.any(0).any(0).nonzero()[:, 0]
-        top = highest[held] - number * BUCKET
-        part = weights[..., held].where(inside[..., held], 0.0)
-        parts.append(torch.ldexp(part, -top))
-        scales.append(torch.ldexp(torch.ones(len(held), dtype=weights.dtype), top))
+        top = highest[held] - number * BUCKET - 1
+        part = mantissa[..., held] * torch.exp2((exponent[..., held] - top).double())
+        parts.append(part.where(inside[..., held], 0.0))
+        scales.append(torch.exp2(top.double()))
         vectors.append(held)
     if not parts:
         return weights[..., :0], weights.new_zeros(0), every[:0]
