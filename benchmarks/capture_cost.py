@@ -15,20 +15,18 @@ process per variant, as the growth of the resident set during the forward.
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
 import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # no busy waiting; set before torch imports
 import torch
 import typer
+from costs import LEAN, MB, STEADY, Meter, alone, median_ratio
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -37,7 +35,6 @@ from xmodal_interp.attention import AttentionCall
 from xmodal_interp.hooks import record
 from xmodal_interp.hooks.recorder import _Recorder
 
-_Result = TypeVar("_Result")
 WAYS = (
     *("plain", "plain again"),
     *("keep q and k", "mass of text rows", "mass of all rows"),
@@ -105,12 +102,8 @@ def runner(
 def time_ratios(
     ways: tuple[str, ...], n_tokens: int, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return each variant's median ratio to the mean plain forward: wall time, CPU time.
-
-    Runs in a process whose allocator does not return memory to the kernel. Otherwise the number of
-    pages that the same forward requests varies between 0.1 and 0.5 million between processes.
-    """
-    return _alone(_time_ratios, ways, n_tokens, rounds, MMAP_MAX=0, TRIM_THRESHOLD=2**40)
+    """Return each variant's median ratio to the mean plain forward: wall time, CPU time."""
+    return alone(_time_ratios, ways, n_tokens, rounds, **STEADY)
 
 
 def _time_ratios(
@@ -129,15 +122,13 @@ def _time_ratios(
                 for times, clock, began in zip(took[way], clocks, start, strict=True):
                     times.append(clock() - began)
     wall, processor = (
-        {way: _median_ratio(took[way][i], took["plain"][i], took["plain again"][i]) for way in ways}
+        {
+            way: median_ratio(took[way][i], took["plain"][i], took["plain again"][i])[0]
+            for way in ways
+        }
         for i in range(2)
     )
     return wall, processor
-
-
-def _median_ratio(times: list[float], plain: list[float], again: list[float]) -> float:
-    rounds = zip(times, plain, again, strict=True)
-    return statistics.median(2 * t / (one + other) for t, one, other in rounds)
 
 
 def layer_ratio(way: str, n_tokens: int, rounds: int) -> float:
@@ -194,37 +185,15 @@ def share_inside(way: str, n_tokens: int, rounds: int) -> float:
 
 def peak_memory(way: str, n_tokens: int) -> tuple[float, float]:
     """Return the peak growth of the resident set in a forward, and the kept part, in MB."""
-    return _alone(_peak, way, n_tokens, MMAP_THRESHOLD=2**20)  # return freed memory at once
-
-
-def _alone(function: Callable[..., _Result], *args: Any, **malloc: int) -> _Result:
-    """Call a function in a separate process, with settings of the C allocator."""
-    settings = {f"MALLOC_{name}_": str(value) for name, value in malloc.items()}
-    os.environ.update(settings)  # read when a process starts
-    try:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(function, args)
-    finally:
-        for name in settings:
-            del os.environ[name]
+    return alone(_peak, way, n_tokens, **LEAN)
 
 
 def _peak(way: str, n_tokens: int) -> tuple[float, float]:
     torch.set_num_threads(2)
     model = build()
     runner(way, model, 64)()
-    run = runner(way, model, n_tokens)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = _resident("VmRSS")
-    kept = run() / 2**20
-    return _resident("VmHWM") - before, kept
-
-
-def _resident(entry: str) -> float:
-    """Return an entry of this process's status, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 2**10
+    growth, kept = Meter("cpu").growth(runner(way, model, n_tokens))
+    return growth, kept / MB
 
 
 def main(

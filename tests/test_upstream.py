@@ -197,6 +197,14 @@ def hooks_of_all() -> bool:
         return upstream.global_hooks() == [("forward_pre_hooks", print), ("forward_hooks", repr)]
 
 
+@part("nn.Module._modules", "module_tree", TORCH)
+def children() -> bool:
+    inner = nn.ReLU()
+    model = nn.Sequential(inner, nn.Sequential(inner))
+    structure = [nn.Sequential, "0", 1, "1", 2, nn.ReLU, nn.Sequential, "0", 1]
+    return upstream.module_tree(model) == ([model, inner, model[1]], structure)
+
+
 @part("nn.Module._parameters", "parameters_of", TORCH)
 def parameters() -> bool:
     return list(upstream.parameters_of(nn.Linear(2, 2, bias=False))) == ["weight", "bias"]

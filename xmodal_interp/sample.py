@@ -14,9 +14,9 @@ sample are a mapping that reads a layer from disk when it is accessed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, SupportsIndex, cast, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -96,11 +96,57 @@ class Sample:
     grids: tuple[ImageGrid, ...]
     images: tuple[Image.Image, ...]
     calls: Mapping[CallKey, AttentionCall]
-    cross_keys: pd.DataFrame | None = None
+    cross_keys: pd.DataFrame | None = field(default_factory=lambda: None)
     labels: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
-    video_grids: tuple[VideoGrid, ...] = ()
-    videos: tuple[Video, ...] = ()
+    video_grids: tuple[VideoGrid, ...] = field(default_factory=tuple)
+    videos: tuple[Video, ...] = field(default_factory=tuple)
+    # by factories, because an attribute of the class would hide one that is made later
+
+    @classmethod
+    def with_later(cls, later: Mapping[str, Callable[[], Any]], **now: Any) -> Sample:
+        """Return a sample of which some attributes are made when they are first read.
+
+        A table takes longer to build than a small model takes to run, and many samples are written,
+        counted or selected without a look at their tables.
+
+        Args:
+            later: For each attribute that is made later, the function that returns it. It is called
+                at most once. If it raises an error, the attribute can be read again.
+            **now: All other attributes that have no default.
+        """
+        sample = object.__new__(cls)
+        for each in fields(cls):
+            if each.default_factory is not MISSING:
+                vars(sample)[each.name] = each.default_factory()
+        vars(sample).update({**now, "_later": dict(later)})
+        for name in later:
+            vars(sample).pop(name, None)
+        return sample
+
+    if not TYPE_CHECKING:  # for mypy, every attribute would exist
+
+        def __getattr__(self, name: str) -> Any:
+            """Make an attribute of :meth:`with_later`; called for attributes that do not exist."""
+            later = vars(self).get("_later", {})
+            if name not in later:
+                raise AttributeError(
+                    f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
+                )
+            vars(self)[name] = later[name]()
+            later.pop(name, None)
+            return vars(self)[name]
+
+    def changed(self, **changes: Any) -> Sample:
+        """Return a copy with other values of some attributes.
+
+        Unlike :func:`dataclasses.replace`, this makes no attribute of :meth:`with_later`.
+        """
+        copied = object.__new__(type(self))
+        vars(copied).update({**vars(self), **changes})
+        later = vars(self).get("_later", {})
+        vars(copied)["_later"] = {name: make for name, make in later.items() if name not in changes}
+        return copied
 
     def __repr__(self) -> str:
         """Return a one-line summary."""

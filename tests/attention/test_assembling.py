@@ -149,3 +149,43 @@ def test_visible_unused_space_of_a_static_cache_is_refused() -> None:
         later, mask=torch.tensor([1, 1, 1, 1, 0, 0]).bool()[None, None, None]
     )
     assert stitch([first, hidden], 4).n_keys == 4
+
+
+def generated_calls(cache: str, n_steps: int = 12) -> list[AttentionCall]:
+    """Return the calls of one layer for a prompt after padding, whose steps have a mask."""
+    inputs = tiny_vlm("llava").prepare([[picture()]] * 2, [QUESTION, "how many shapes ?"])[0]
+    model = tiny_vlm("llava").model
+    steps = {**STEPS, "max_new_tokens": n_steps, "min_new_tokens": n_steps}
+    with torch.no_grad(), record(model, towers=["language"], layers=[0]) as recording:
+        model.generate(**inputs, **steps, **CACHES[cache])
+    return recording.calls
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_the_keys_of_one_cache_are_compared_once(cache, monkeypatch) -> None:
+    """All keys were compared again at each step, which took quadratic time."""
+    calls = generated_calls(cache)
+    assert all(call.mask is not None for call in calls)
+    n_compared: list[int] = []
+    original = torch.equal
+    monkeypatch.setattr(
+        torch, "equal", lambda a, b: n_compared.append(a.shape[2]) or original(a, b)
+    )
+    n_positions = calls[0].n_queries + len(calls) - 1
+    whole = stitch(calls, n_positions)
+    assert sum(n_compared) <= 2 * n_positions
+    n_compared.clear()
+    apart = [dataclasses.replace(call, k=call.k.clone()) for call in calls]
+    other = stitch(apart, n_positions)
+    assert sum(n_compared) > 5 * n_positions
+    for name in ("q", "k", "mask"):
+        assert original(getattr(whole, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("place", [0, 40])
+def test_keys_that_change_later_are_refused_at_any_step(place) -> None:
+    calls = generated_calls("static")
+    first = dataclasses.replace(calls[0], k=calls[0].k.clone())
+    calls[-1].k[:, :, place] += 1  # in the memory that the steps share
+    with pytest.raises(CaptureError, match="are not keys of previous positions followed by its"):
+        stitch([first, *calls[1:]], calls[0].n_queries + len(calls) - 1)

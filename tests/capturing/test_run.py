@@ -1,6 +1,10 @@
 """Capture end to end: a model, a processor, a picture and a question."""
 
+import dataclasses
+import pickle
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +23,7 @@ from xmodal_interp.errors import (
 )
 from xmodal_interp.models import VLM, load
 from xmodal_interp.models.records import family_of
+from xmodal_interp.models.token_table import token_table
 from xmodal_interp.shapes.tiny_models import build_processor, untrained
 
 STEPS = {"max_new_tokens": 5, "generation": {"min_new_tokens": 5}}
@@ -351,3 +356,33 @@ def test_rotary_positions_with_other_axes_are_left_out() -> None:
     sample = capture(VLM(*real("hunyuan_vl")), picture(), QUESTION, **STEPS)
     assert "row" in sample.tokens.columns
     assert not {"rope_t", "rope_h", "rope_w"} & set(sample.tokens.columns)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_the_token_table_is_built_at_first_use_and_once(family: str, monkeypatch) -> None:
+    built = []
+
+    def counted(*args):
+        built.append(args)
+        return token_table(*args)
+
+    monkeypatch.setattr("xmodal_interp.capturing.run.token_table", counted)
+    vlm = tiny_vlm(family)
+    samples = capture_batch(vlm, [[picture()]] * 2, [QUESTION, "how many shapes ?"], **STEPS)
+    alone = capture(vlm, picture(), QUESTION, name="alone", **STEPS)
+    assert alone.question == QUESTION
+    assert built == []
+    for sample in (*samples, alone):
+        assert sample.tokens is sample.tokens
+        other = pickle.loads(pickle.dumps(sample.changed(name="other")))
+        assert other.name == "other"
+        pd.testing.assert_frame_equal(other.tokens, sample.tokens)
+    assert len(built) == 3
+    kept = alone.tokens.assign(role="other")
+    changed = dataclasses.replace(alone, tokens=kept)
+    assert changed.tokens is kept
+    assert alone.changed(tokens=kept).tokens is kept
+    assert alone.tokens is not kept
+    assert alone.tokens.index.equals(pd.RangeIndex(alone.n_prompt + 4, name="position"))
+    assert alone.tokens["role"][alone.n_prompt :].eq("generated").all()
+    assert alone.tokens["rope_t"].notna().all()

@@ -12,6 +12,7 @@ Behaviour of other libraries that is measured here (torch 2.14.1, transformers 5
 import contextlib
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ import xmodal_interp as xi
 from tests.helpers.attention_variants import first, of
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.errors import CaptureError, InputError
-from xmodal_interp.hooks import recorder
+from xmodal_interp.hooks import Identity, probability_check, recorder
+from xmodal_interp.hooks.raw_calls import RawCall, as_attention_call, whole_mask
 
 
 def llama(backend: str = "sdpa", **options) -> LlamaForCausalLM:
@@ -391,3 +393,63 @@ def test_a_wrong_conversion_of_a_call_is_refused(name, monkeypatch) -> None:
             xi.record(model, towers=["language"]),
         ):
             first(model(**inputs))
+
+
+def random_call(causal: bool, mask: torch.Tensor | None, n_kv_heads: int = 2):
+    """Return a raw call with the output of the kernel, and its AttentionCall."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 9, 8), *torch.randn(2, 2, n_kv_heads, 9, 8)
+    whole = functional.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, enable_gqa=True)
+    module = nn.Identity()
+    raw = RawCall(
+        module, q, k, v, mask, "sdpa", {"is_causal": causal}, output=whole.transpose(1, 2)
+    )
+    identity = Identity("layer", "language", "self", 0)
+    return raw, as_attention_call(raw, identity, 0, whole_mask(raw))
+
+
+VISIBLE = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril(2)
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("causal", "mask"), [(True, None), (False, None), (False, VISIBLE)])
+def test_a_plain_call_is_compared_as_any_other(causal, mask, n_kv_heads) -> None:
+    raw, call = random_call(causal, mask, n_kv_heads)
+    row = torch.tensor([0, 3, 8])
+    assert probability_check._is_plain(raw, call)
+    assert probability_check._plain_error(raw, call, row) < 2e-6
+    factor = 1 + torch.rand(raw.output.shape)
+    raw = dataclasses.replace(raw, output=raw.output * factor)
+    error = probability_check._plain_error(raw, call, row)
+    assert error > 0.1
+    worst = probability_check.gap(raw, call, [0, 3, 8])  # relative to the limit of each entry
+    assert not worst.agrees
+    assert worst.error <= error * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(
+    "change", [{"scaling": 0.3}, {"causal": False}, {"q": 1.01}, {"offset": 1}, {"k": 0.9}]
+)
+def test_a_plain_call_with_another_field_differs(change) -> None:
+    raw, call = random_call(causal=True, mask=None)
+    scaled = {n: getattr(call, n) * f if n in "qk" else f for n, f in change.items()}
+    other = dataclasses.replace(call, **scaled)
+    assert probability_check.gap(raw, call, range(9)).agrees
+    assert not probability_check.gap(raw, other, range(9)).agrees
+
+
+def test_rows_without_a_key_are_left_to_the_general_comparison() -> None:
+    mask = VISIBLE.clone()
+    mask[:, :, 3] = False
+    raw, call = random_call(causal=False, mask=mask)
+    assert math.isnan(probability_check._plain_error(raw, call, torch.tensor([0, 3])))
+    assert probability_check.gap(raw, call, [0, 3]).agrees
+    extra = {"softcap": 5.0, "bias": torch.zeros(1, 4, 9, 9), "sinks": torch.zeros(4)}
+    for name, value in {
+        **extra,
+        "sliding_window": 3,
+        "segments": torch.zeros(9, dtype=torch.long),
+    }.items():
+        assert not probability_check._is_plain(raw, dataclasses.replace(call, **{name: value}))
+    half = dataclasses.replace(raw, output=raw.output.half())
+    assert not probability_check._is_plain(half, call)

@@ -10,9 +10,10 @@ from tokenizers import AddedToken
 from tests.helpers.pixel_changes import vlm_of
 from tests.helpers.tiny import QUESTION, tiny_vlm
 from xmodal_interp.errors import GeometryError, PhraseError
+from xmodal_interp.models import alignment
 from xmodal_interp.models.alignment import counted_alignment, reported_alignment, shifted
 from xmodal_interp.models.labels import Prompt
-from xmodal_interp.models.token_table import generated_table
+from xmodal_interp.models.token_table import generated_columns, token_table
 from xmodal_interp.sample import Sample
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
@@ -196,7 +197,8 @@ def test_headers_of_a_chat_template_are_special() -> None:
     written = tokens.loc[tokens["kind"].eq("text"), "token"].tolist()
     assert written == ["user:", "where", "is", "the", "red", "circle", "?", "assistant:"]
     ids = vlm.tokenizer.convert_tokens_to_ids(["red", stop])
-    answered, text = generated_table(ids, ids, vlm.tokenizer, 0, "")
+    columns, text = generated_columns(ids, ids, vlm.tokenizer, "")
+    answered = token_table(columns)
     assert answered["kind"].tolist() == ["text", "special"]
     assert answered["token"].tolist() == ["red", stop]
     assert text == " red"
@@ -229,3 +231,29 @@ def test_replacements_of_another_prompt_are_refused() -> None:
         "The processor reports that it replaced '<image>' at 4, but the prompt '<image> of a cat' "
         "has no such text there. Check that processor and prompt belong together."
     )
+
+
+def test_equal_tokens_of_an_expansion_share_one_span() -> None:
+    """The spans are those of the tokens one by one, in any order and across any border."""
+    replacements = [
+        {
+            "span": (2, 5),
+            "new_span": (2, 8),
+            "text": "<i>",
+            "replacement": "<i><i>",
+            "type": "image",
+        },
+        {"span": (6, 9), "new_span": (9, 9), "text": "<j>", "replacement": "", "type": "image"},
+        {"span": (9, 10), "new_span": (9, 13), "text": "x", "replacement": "abcd", "type": "image"},
+    ]
+    expanded = "ab<i><i>cabcdef"
+    offsets = [(a, b) for a in range(len(expanded)) for b in range(a, min(a + 5, 15) + 1)]
+    chosen = np.random.default_rng(0)
+    for _ in range(50):
+        picked = [offsets[i] for i in chosen.integers(len(offsets), size=8)]
+        for spans in (picked, sorted(picked), [(0, 0), *sorted(picked), (0, 0)]):
+            alone = [alignment._token_span(expanded, a, b, replacements) for a, b in spans]
+            assert list(alignment._token_spans(expanded, spans, replacements)) == alone
+    first, second, other = alignment._token_spans(expanded, [(2, 5), (5, 8), (9, 10)], replacements)
+    assert first is second
+    assert first != other

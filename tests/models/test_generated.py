@@ -4,7 +4,7 @@ import pytest
 from transformers import BertTokenizer
 
 from tests.helpers.real import real
-from xmodal_interp.models.token_table import generated_table
+from xmodal_interp.models.token_table import generated_columns, token_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 WORDS = (
@@ -29,7 +29,8 @@ def test_spans_equal_those_of_the_same_text_in_a_prompt(answer: str) -> None:
     encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
     for read in (ids, ids[:-1], ids[:-2]):  # the last tokens of an answer may not be read
-        table, text = generated_table(read, ids, tokenizer, 0, "user:")
+        columns, text = generated_columns(read, ids, tokenizer, "user:")
+        table = token_table(columns)
         assert text == f"user: {answer}"
         for row, (start, end) in zip(table.itertuples(), encoded["offset_mapping"], strict=False):
             expected = answer[start:end].lstrip()
@@ -40,7 +41,8 @@ def test_spans_equal_those_of_the_same_text_in_a_prompt(answer: str) -> None:
 def test_all_tokens_of_a_character_are_found() -> None:
     tokenizer = real("qwen2_vl")[1].tokenizer
     ids = tokenizer("a 红 circle", add_special_tokens=False)["input_ids"]
-    table, text = generated_table(ids, ids, tokenizer, 0, "user:")
+    columns, text = generated_columns(ids, ids, tokenizer, "user:")
+    table = token_table(columns)
     assert found(text, "红", table) == [2, 3, 4]
     assert table["token"][2:5].tolist() == ["红"] * 3
 
@@ -61,6 +63,7 @@ def test_spaces_that_a_tokenizer_removes(answer, phrase, positions) -> None:
     vocabulary = {word: number for number, word in enumerate(WORDS)}
     tokenizer = BertTokenizer(vocab=vocabulary, clean_up_tokenization_spaces=True)
     ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    table, text = generated_table(ids, ids, tokenizer, 0, "user:")
+    columns, text = generated_columns(ids, ids, tokenizer, "user:")
+    table = token_table(columns)
     assert found(text, phrase, table) == positions
     assert "".join(table["token"]) == text.removeprefix("user: ").replace(" ", "")

@@ -36,6 +36,11 @@ def of_sample(store_path, name="b"):
     return store_path / schema.SAMPLES / name
 
 
+def whole(sample):
+    """Read the tables, the grids and the first layer of a sample."""
+    return sample.tokens, sample.cross_keys, sample.grids, sample.video_grids, sample.call(0)
+
+
 @pytest.fixture(autouse=True)
 def _no_type_checks():
     """Disable the type checks of tests, which read every mapping passed to a Sample."""
@@ -183,7 +188,7 @@ def test_another_version_of_one_file(store_path, file, monkeypatch):
     record["digest"] = schema.digest_of(record)
     (of_sample(store_path) / schema.SAMPLE).write_text(schema.json_text(record))
     with pytest.raises(StoreError) as refusal:
-        open_store(store_path)[0].call(0)
+        whole(open_store(store_path)[0])
     assert str(refusal.value) == (
         f"{path} has version 9 of the store format, but this release reads version 2. Open it with "
         "the release that wrote it, or capture again."
@@ -219,7 +224,7 @@ def test_garbage(store_path, file, garbage):
     n_bytes = path.stat().st_size
     path.write_bytes(garbage.ljust(n_bytes, b"\x00") if file.endswith("tensors") else garbage)
     with pytest.raises(StoreError) as refusal:
-        open_store(store_path)["b"].call(0)
+        whole(open_store(store_path)["b"])
     assert str(path.parent) in str(refusal.value)
     assert file in str(refusal.value)
     table = check_store(store_path)
@@ -301,3 +306,50 @@ def test_tables_keep_their_column_types(store_path):
     pd.testing.assert_series_equal(found.tokens.dtypes, sample().tokens.dtypes)
     assert found.grid(np.arange(2.0)).tolist() == [[0, 1]]
     assert isinstance(found.images[0], Image.Image)
+
+
+def test_tables_and_grids_are_read_when_they_are_accessed(store_path, monkeypatch):
+    """A sample that is only counted, listed or selected by its labels reads no table."""
+    read = []
+    for name in ("table_from", "grids_from"):
+        original = getattr(files.encoding, name)
+
+        def counted(*args, original=original, name=name):
+            read.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(files.encoding, name, counted)
+    store = open_store(store_path)
+    assert [(each.name, each.question) for each in store] == [(n, "is it") for n in "bac"]
+    first = store[0]
+    renamed, sent = first.changed(name="other"), pickle.loads(pickle.dumps(first))
+    assert read == []
+    assert first.tokens is first.tokens
+    assert read == ["table_from"]
+    assert first.grids is first.grids
+    assert read == ["table_from", "grids_from"]
+    assert renamed.name == "other"
+    for copied in (renamed, sent):
+        pd.testing.assert_frame_equal(copied.tokens, sample("b").tokens)
+    assert read == ["table_from", "grids_from", "table_from", "table_from"]
+
+
+def test_a_damaged_table_raises_each_time_it_is_accessed(store_path):
+    """An error of one table hides neither the rest of the sample nor the next error."""
+    path = of_sample(store_path) / schema.TOKENS
+    whole_file = path.read_bytes()
+    path.unlink()
+    found = open_store(store_path)["b"]
+    assert found.question == sample("b").question
+    found.call(0)
+    for _ in range(2):
+        with pytest.raises(StoreError) as refusal:
+            len(found)
+        assert str(refusal.value) == (
+            f"{schema.TOKENS} of sample 'b' in {path.parent} is damaged: it is missing. {RUN_CHECK}"
+        )
+    path.write_bytes(whole_file)
+    assert len(found) == len(sample("b"))
+    with pytest.raises(AttributeError) as unknown:
+        found.nothing  # noqa: B018
+    assert str(unknown.value) == "'Sample' object has no attribute 'nothing'"

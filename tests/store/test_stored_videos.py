@@ -88,7 +88,7 @@ def test_the_error_names_a_damaged_grid_file(tmp_path) -> None:
     path = next(tmp_path.rglob(schema.VIDEO_GRIDS))
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(StoreError, match=r"video_grids\.npz of sample 'sample-0' in .* is damaged"):
-        open_store(tmp_path)[0]
+        _ = open_store(tmp_path)[0].video_grids
 
 
 def test_a_path_instead_of_a_video_raises() -> None:

@@ -260,21 +260,47 @@ def _offsets(steps: Sequence[AttentionCall]) -> list[int]:
             f"{first.n_queries} queries: the others are keys of earlier positions, or unused space "
             "of a static cache. Generate with an empty default cache."
         )
-    offsets, known = [0], first.k[:, :, : first.n_queries]
+    start = first.n_queries
+    known = first.k.new_empty(
+        *first.k.shape[:2], _ranges(s.n_queries for s in steps)[-1].stop, first.k.shape[3]
+    )
+    known[:, :, :start] = first.k[:, :, :start]
+    compared = torch.zeros(known.shape[2], dtype=torch.bool, device=known.device)
+    offsets, before = [0], first.k
     for step in steps[1:]:
         assert step.k is not None
-        start = known.shape[2]
-        offsets.append(_offset(step, known))
-        new = slice(start - offsets[-1], start - offsets[-1] + step.n_queries)
-        known = torch.cat([known, step.k[:, :, new]], 2)
+        stop = start + step.n_queries
+        if offsets[-1] or not _is_same_cache(step.k, before):
+            compared[:] = False
+        seen = step.visible().any(2).any(1).any(0)  # by any query, head and sample
+        offset = _offset(step, known[:, :, :start], seen, compared[:start])
+        known[:, :, start:stop] = step.k[:, :, start - offset : stop - offset]
+        if offset == 0:
+            compared[:start] |= seen[:start]
+            compared[start:stop] = True
+        offsets.append(offset)
+        before, start = step.k, stop
     return offsets
 
 
-def _offset(step: AttentionCall, known: Tensor) -> int:
-    """Return the position of a step's first key, found by comparing its keys with known ones."""
+def _is_same_cache(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of keys are views of the same memory, from its first key."""
+    return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+
+
+def _offset(step: AttentionCall, known: Tensor, seen: Tensor, compared: Tensor) -> int:
+    """Return the position of a step's first key, found by comparing its keys with known ones.
+
+    Args:
+        step: The step.
+        known: ``[sample, kv_head, position, d_head]``, the keys of the positions before it.
+        seen: ``[key]``, True for keys that a query of the step sees; only these are compared.
+        compared: ``[position]``, True for keys that were compared in an earlier step of the same
+            cache, whose first key is at position 0. They are not compared again, which would take
+            quadratic time.
+    """
     assert step.k is not None
     start = known.shape[2]
-    seen = step.visible().any(2).any(1).any(0)  # by any query, head and sample
     offsets = [
         offset
         for offset in dict.fromkeys((0, start + step.n_queries - step.n_keys))
@@ -282,7 +308,8 @@ def _offset(step: AttentionCall, known: Tensor) -> int:
     ]
     for same in (torch.equal, _equal_up_to_rounding):
         for offset in offsets:
-            earlier = seen[: start - offset].nonzero()[:, 0]
+            wanted = seen[: start - offset]
+            earlier = (wanted if offset else wanted & ~compared).nonzero()[:, 0]
             if same(step.k[:, :, earlier], known[:, :, earlier + offset]):
                 return offset
     raise CaptureError(

@@ -43,9 +43,10 @@ def visible_rows(
     if mask is not None:
         return ~hides(mask[..., rows, :])[..., keys]
     key = torch.arange(keys.start, keys.stop, device=rows.device)
-    seen = torch.ones(len(rows), len(key), dtype=torch.bool, device=rows.device)
     if causal:
-        seen &= key <= positions[:, None]
+        seen = key <= positions[:, None]
+    else:
+        seen = torch.ones(len(rows), len(key), dtype=torch.bool, device=rows.device)
     if sliding_window is not None:
         seen &= key > positions[:, None] - sliding_window
     if segments is not None:

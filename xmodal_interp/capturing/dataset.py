@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
 
@@ -203,7 +203,7 @@ class _Run:
                 about |= {"videos": item.frame_sources, "video_digests": frame_digests}
             about |= {"item": item.digest, "system": self.system, "batch_size": len(batch)}
             about = {**sample.provenance, **about}
-            self.writer.write(replace(sample, name=item.name, labels=item.labels, provenance=about))
+            self.writer.write(sample.changed(name=item.name, labels=item.labels, provenance=about))
             self.n_captured += 1
             self.bar.set_postfix_str(f"{self.writer.n_bytes / 1e6:.1f} MB", refresh=False)
             self.bar.update()

@@ -15,9 +15,9 @@ import copy
 import platform
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -48,10 +48,10 @@ from xmodal_interp.models import (
     check_vlm,
     check_whole,
     checked_length,
-    generated_table,
     input_device,
     prompt_ids,
 )
+from xmodal_interp.models.token_table import Columns, generated_columns, token_table
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.upstream import attention_backend, commit_of
 from xmodal_interp.vocabulary import TOWERS, Tower
@@ -149,7 +149,7 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
         system=system,
         generation=generation,
     )[0]
-    return sample if name is None else replace(sample, name=name)
+    return sample if name is None else sample.changed(name=name)
 
 
 def capture_batch(
@@ -202,7 +202,7 @@ def capture_batch(
             options,
         )
         for index, sample in zip(group, of_group, strict=True):
-            samples[index] = replace(sample, name=f"sample-{index}")
+            samples[index] = sample.changed(name=f"sample-{index}")
     return [samples[index] for index in range(len(prompts))]
 
 
@@ -238,19 +238,26 @@ def _run(
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
     batch = _BatchCalls.of(vlm, inputs, prompts_read, recording)
-    samples = [
-        _sample(vlm, index, prompt, ids, batch, keep, about)
-        for index, (prompt, ids) in enumerate(zip(prompts_read, new.tolist(), strict=True))
-    ]
-    rotary = recording.rotary
-    n_read = len(prompts_read[0].tokens) + max(new.shape[1] - 1, 0)
-    if rotary is None or rotary.shape[::2] != (len(AXES), n_read):  # not one per token and axis
-        return samples
-    of_samples = rotary.expand(-1, len(samples), -1).unbind(1)
+    n_read = prompts_read[0].n_positions + max(new.shape[1] - 1, 0)
+    rotary = _rotary_by_sample(recording.rotary, len(prompts_read), n_read)
     return [
-        replace(sample, tokens=_with_rotary(sample.tokens, positions))
-        for sample, positions in zip(samples, of_samples, strict=True)
+        _sample(vlm, index, prompt, ids, batch, keep, about, positions)
+        for index, (prompt, ids, positions) in enumerate(
+            zip(prompts_read, new.tolist(), rotary, strict=True)
+        )
     ]
+
+
+def _rotary_by_sample(
+    rotary: Tensor | None, n_samples: int, n_read: int
+) -> Sequence[Tensor | None]:
+    """Return the rotary positions of each sample, ``[axis, position]``.
+
+    None for each sample, unless there is one position per token and axis.
+    """
+    if rotary is None or rotary.shape[::2] != (len(AXES), n_read):
+        return [None] * n_samples
+    return rotary.expand(-1, n_samples, -1).unbind(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,7 +321,7 @@ def provenance(
         **({"checkpoint": vlm.loading.differences} if vlm.loading else {}),
         "layers": {name: sorted(set(of)) for name, of in layers.items()},
         "max_new_tokens": max_new_tokens,
-        "kept": {**asdict(keep), "towers": list(keep.towers)},
+        "kept": {f.name: getattr(keep, f.name) for f in fields(keep)} | {"towers": [*keep.towers]},
         "versions": dict(_versions()),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -334,23 +341,33 @@ def _sample(
     batch: _BatchCalls,
     keep: Keep,
     about: dict[str, Any],
+    rotary: Tensor | None,
 ) -> Sample:
-    """Return one sample of a batch; ``new`` holds its generated ids, with padding."""
-    n_prompt = len(prompt.tokens)
+    """Return one sample of a batch.
+
+    Args:
+        vlm: Model and processor.
+        index: The number of the sample in the batch.
+        prompt: Its prompt.
+        new: Its generated ids, with padding.
+        batch: The calls of the batch.
+        keep: The parts of the attention to keep.
+        about: The provenance.
+        rotary: Its positions from :func:`_rotary_by_sample`.
+    """
     ids = _until_end(new, vlm)
     fed = ids[: max(len(new) - 1, 0)]  # the last generated token is not fed to the model
-    added, text = generated_table(fed, ids, vlm.tokenizer, n_prompt, prompt.text)
-    tokens = pd.concat([prompt.tokens, added]) if len(added) else prompt.tokens
-    sample = Sample(
+    answer, text = generated_columns(fed, ids, vlm.tokenizer, prompt.text)
+    sample = Sample.with_later(
+        {"tokens": partial(_tokens, prompt.columns, answer, rotary)},
         name=f"sample-{index}",
-        tokens=tokens,
         text=text,
         question=prompt.question,
         answer=vlm.tokenizer.decode(ids, skip_special_tokens=True).strip(),
-        n_prompt=n_prompt,
+        n_prompt=prompt.n_positions,
         grids=prompt.grids,
         images=prompt.images,
-        calls=batch.of_sample(index, prompt, len(tokens)),
+        calls=batch.of_sample(index, prompt, prompt.n_positions + len(fed)),
         cross_keys=prompt.cross_keys,
         provenance=about,
         video_grids=prompt.video_grids,
@@ -360,14 +377,18 @@ def _sample(
     return _with_probabilities(sample) if keep.probabilities else sample
 
 
-def _with_rotary(tokens: pd.DataFrame, rotary: Tensor) -> pd.DataFrame:
-    """Add the positions that the rotary embedding received; padding tokens get NA."""
-    present = tokens["kind"].ne("padding").to_numpy(dtype=bool)
-    columns = {
-        f"rope_{axis}": pd.arrays.IntegerArray(positions[: len(tokens)].numpy().copy(), ~present)
+def _tokens(columns: Columns, answer: Columns, rotary: Tensor | None) -> pd.DataFrame:
+    """Return the token table of a sample; padding tokens have no rotary position (NA)."""
+    if rotary is None:
+        return token_table(columns, answer)
+    missing = np.array([kind == "padding" for kind in (*columns["kind"], *answer["kind"])])
+    more = {
+        f"rope_{axis}": pd.arrays.IntegerArray(
+            positions[: len(missing)].numpy().copy(), missing.copy()
+        )
         for axis, positions in zip(AXES, rotary.long(), strict=True)
     }
-    return tokens.assign(**columns)
+    return token_table(columns, answer, more)
 
 
 def _text_rows(sample: Sample) -> Sample:
@@ -379,7 +400,7 @@ def _text_rows(sample: Sample) -> Sample:
         else call
         for key, call in sample.calls.items()
     }
-    return replace(sample, calls=calls)
+    return sample.changed(calls=calls)
 
 
 def _with_probabilities(sample: Sample) -> Sample:
@@ -392,7 +413,7 @@ def _with_probabilities(sample: Sample) -> Sample:
         key: replace(call, dense=call.probs().half(), q=None, k=None, bias=None, sinks=None)
         for key, call in sample.calls.items()
     }
-    return replace(sample, calls=calls)
+    return sample.changed(calls=calls)
 
 
 def _until_end(ids: list[int], vlm: VLM) -> list[int]:

@@ -13,7 +13,7 @@ cases the calls of a sample are numbered by its images first, then by its videos
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -29,6 +29,7 @@ from xmodal_interp.attention import (
     reordered,
 )
 from xmodal_interp.errors import CaptureError
+from xmodal_interp.hooks.raw_calls import changed
 from xmodal_interp.models import (
     VLM,
     Family,
@@ -39,6 +40,7 @@ from xmodal_interp.models import (
     tile_counts,
     window_orders,
 )
+from xmodal_interp.models.model_parts import parts_of
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 Layer = tuple[Tower, AttentionKind, int]
@@ -110,7 +112,8 @@ def towers_by_image(
         CaptureError: The calls cannot be assigned to the images.
     """
     visuals = visuals_as_read(prompts, in_order=vlm.family.in_order)
-    orders, windows = window_orders(vlm.model, inputs), square_windows(vlm.model)
+    modules = parts_of(vlm.model).modules
+    orders, windows = window_orders(modules, inputs), square_windows(modules)
     tiles = tile_counts(inputs)
     towers: dict[Layer, list[dict[int, AttentionCall]]] = {}
     for key, of_layer in by_layer(_first_run(calls)).items():
@@ -128,7 +131,7 @@ def towers_by_image(
             split = [_without_windows(call, each.grid, side) for call, each in pairs]
         towers[key] = [{} for _ in prompts]
         for visual, call in zip(read, split, strict=bool(read)):
-            towers[key][visual.sample][visual.number] = replace(call, call=visual.number)
+            towers[key][visual.sample][visual.number] = changed(call, call=visual.number)
         if not read:
             towers[key] = [{0: split[0]} for _ in prompts]
     return towers
@@ -249,7 +252,7 @@ def calls_by_image(
         square = call.n_queries == call.n_keys and call.kind != "channel"
         if orders and square and call.n_keys == len(orders[number]):
             call = reordered(call, torch.argsort(orders[number]))
-        by_image.append(replace(call, call=number))
+        by_image.append(changed(call, call=number))
     return by_image
 
 

@@ -13,14 +13,14 @@ are not observed, and taps can be nested.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from xmodal_interp.contexts import Observers
-from xmodal_interp.hooks.raw_calls import AttentionFunction, RawCall
+from xmodal_interp.hooks.raw_calls import AttentionFunction, RawCall, changed
 
 
 @runtime_checkable  # the tests check types at run time
@@ -90,7 +90,7 @@ class WrappedFunction:
         output, *rest = self.function(
             module, call.query, call.key, call.value, call.mask, **call.options
         )
-        call = replace(call, output=output.detach())
+        call = changed(call, output=output.detach())
         for observer in reversed(self.observers):
             output = observer.after(call, output)
         return (output, *rest)  # type: ignore[return-value]
@@ -131,5 +131,5 @@ def _wrapped(
     if not observers:
         return function
     if isinstance(function, WrappedFunction):  # ``get_interface`` calls ``__getitem__``
-        return replace(function, eager=eager)
+        return WrappedFunction(function.function, function.backend, eager, function.observers)
     return WrappedFunction(function, backend or "eager", eager, observers)

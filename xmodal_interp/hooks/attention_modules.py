@@ -36,11 +36,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from xmodal_interp.attention import entries_of, number, numbers
 from xmodal_interp.errors import InputError, LayerError, UnsupportedModelError
 from xmodal_interp.models import VLM
+from xmodal_interp.models.model_parts import ModelParts, parts_of
 from xmodal_interp.models.towers import TOWER_OF_INPUT, declared_tower, undeclared_tower
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
@@ -72,6 +73,7 @@ _VISION = re.compile(r"vision|visual|image|vit|vq_?model", re.IGNORECASE)
 _VISION_CLASS = re.compile(r"Vision(Model|Transformer|Encoder|Backbone)")
 _AUDIO = re.compile(r"audio|speech", re.IGNORECASE)
 _TEXT = re.compile(r"text|lang", re.IGNORECASE)
+_MAIN_INPUT, _IS_CROSS = "main_input_name", "is_cross_attention"  # attributes of modules
 
 
 @dataclass(frozen=True)
@@ -84,35 +86,89 @@ class Identity:
     layer: int
 
 
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a model, by the path of their module.
+
+    Attributes:
+        identities: Every attention module, in module order.
+        holders: Attention modules around these, with the identity of the first one inside.
+        without_matrix: Layers that mix tokens without softmax attention.
+    """
+
+    identities: dict[str, Identity]
+    holders: dict[str, Identity]
+    without_matrix: tuple[Identity, ...]
+
+
+def layers_in(parts: ModelParts) -> Layers:
+    """Return the layers of a model; found once, and again if its modules or configurations change.
+
+    Raises:
+        UnsupportedModelError: The model has no module with softmax attention.
+    """
+    layers = parts.remembered(_layers, _declarations(parts))
+    if not layers.identities:
+        raise UnsupportedModelError(
+            f"{type(parts.model).__name__} has no module with softmax attention: no class is named "
+            "Attention or calls scaled_dot_product_attention, and no module named attn calls a "
+            "softmax. Pass a model that has one."
+        )
+    return layers
+
+
+def _layers(parts: ModelParts) -> Layers:
+    found = dict(_innermost(parts.modules))
+    identities = _IdentityFinder(parts.model).identities(found) if found else {}
+    holders = _holders(parts.model, identities)
+    return Layers(identities, holders, layers_without_matrix(parts.model))
+
+
+def _declarations(parts: ModelParts) -> tuple[Any, ...]:
+    """Return what identities depend on in addition to the classes and paths of the modules.
+
+    These are the classes of the configurations, the main inputs that are set on a model, and flags
+    that are set on a module.
+    """
+    found: list[Any] = []
+    for path in ("", *parts.remembered(_with_declarations)):
+        attributes = vars(parts.modules[path])
+        config = attributes.get("config", None if path else getattr(parts.model, "config", None))
+        found += (type(config), attributes.get(_MAIN_INPUT), attributes.get(_IS_CROSS, False))
+        for name, part in getattr(config, "__dict__", {}).items():
+            if isinstance(part, PreTrainedConfig):
+                found += (name, type(part), hasattr(part, "text_config"))
+    return tuple(found)
+
+
+def _with_declarations(parts: ModelParts) -> list[str]:
+    """Return the paths of sub-models and of modules that may be attention."""
+    return [
+        path
+        for path, module in parts.modules.items()
+        if isinstance(module, PreTrainedModel) or _is_attention(module, path)
+    ]
+
+
 def attention_modules(model: nn.Module) -> dict[nn.Module, Identity]:
     """Return every attention module of a model with its identity, in module order.
 
     Raises:
         UnsupportedModelError: The model has none.
     """
-    found = {path: m for path, m in model.named_modules() if _is_attention(m, path)}
-    around = {outer for path in found for outer in _parents(path)}
-    found = {path: module for path, module in found.items() if path not in around}
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no module with softmax attention: no class is named "
-            "Attention or calls scaled_dot_product_attention, and no module named attn calls a "
-            "softmax. Pass a model that has one."
-        )
-    identities = _IdentityFinder(model).identities(found)
-    return {module: identities[path] for path, module in found.items()}
+    parts = parts_of(model)
+    identities = layers_in(parts).identities
+    return {parts.modules[path]: identity for path, identity in identities.items()}
 
 
-def attention_holders(
-    model: nn.Module, known: Mapping[nn.Module, Identity]
-) -> dict[nn.Module, Identity]:
+def _holders(model: nn.Module, known: Mapping[str, Identity]) -> dict[str, Identity]:
     """Return attention modules around known ones, with the identity of the first one inside."""
-    holders: dict[nn.Module, Identity] = {}
-    for module, identity in known.items():
-        for path in _parents(identity.module):
+    holders: dict[str, Identity] = {}
+    for inner, identity in known.items():
+        for path in _parents(inner):
             holder = model.get_submodule(path)
-            if holder is not module and holder not in holders and _is_attention(holder, path):
-                holders[holder] = replace(identity, module=path)
+            if path not in holders and _is_attention(holder, path):
+                holders[path] = replace(identity, module=path)
     return holders
 
 
@@ -174,6 +230,13 @@ def block_of(model: nn.Module, identity: Identity) -> nn.Module | None:
     """Return the block of a layer stack (``layers.3``) that contains a module; None without one."""
     match = re.match(r".*\.\d+(?=\.|$)", identity.module)
     return model.get_submodule(match[0]) if match else None
+
+
+def _innermost(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield attention modules that do not contain another attention module."""
+    found = {path: m for path, m in modules.items() if _is_attention(m, path)}
+    outer = {parent for path in found for parent in _parents(path)}
+    yield from ((path, module) for path, module in found.items() if path not in outer)
 
 
 def _parents(path: str) -> list[str]:
@@ -365,7 +428,7 @@ class _IdentityFinder:
         holder = type(self.model.get_submodule(path.rpartition(".")[0])).__name__
         named = any(_CROSS.search(name) for name in (type(module).__name__, holder, *within))
         latent = _LATENTS.search(f"{path} {type(module).__name__} {holder}")
-        declares_cross = getattr(module, "is_cross_attention", False)
+        declares_cross = getattr(module, _IS_CROSS, False)
         return "cross" if named or latent or declares_cross else "self"
 
 

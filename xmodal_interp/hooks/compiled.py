@@ -20,7 +20,7 @@ import copy
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from torch import nn
 
 from xmodal_interp.contexts import Observers, in_a_block, own_context
 from xmodal_interp.errors import CaptureError
-from xmodal_interp.hooks.torch_attention import is_torch_attention, unhooked_modules
+from xmodal_interp.hooks.torch_attention import is_torch_attention
 from xmodal_interp.upstream import (
     is_compiled_function,
     is_compiled_in_place,
@@ -54,21 +54,21 @@ _not_compiled = partial(
 )
 
 
-def refuse_compiled(model: nn.Module) -> None:
-    """Raise CaptureError if the model or a part of it is compiled by ``torch.compile``."""
-    for path, module in model.named_modules():
+def refuse_compiled(modules: Mapping[str, nn.Module]) -> None:
+    """Raise CaptureError if one of these modules, by path, is compiled by ``torch.compile``."""
+    for path, module in modules.items():
+        if not is_compiled(module):
+            continue
         named = f"{path} ({type(module).__name__})" if path else "this model"
         if is_optimized_module(module):
             subject, before = named, "torch.compile (model._orig_mod)"
         elif is_compiled_in_place(module):
             subject, before = named, "model.compile()"
-        elif is_compiled_function(vars(module).get("forward")):
+        else:
             subject, before = (
                 f"the forward of {named}",
                 "its forward was replaced (del model.forward)",
             )
-        else:
-            continue
         subject = subject if subject is named and path else subject[0].upper() + subject[1:]
         raise CaptureError(
             f"{subject} is compiled, and attention in compiled code cannot be recorded or edited. "
@@ -76,8 +76,18 @@ def refuse_compiled(model: nn.Module) -> None:
         )
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module or its forward is compiled."""
+    forward = vars(module).get("forward")
+    return (
+        is_compiled_in_place(module)
+        or is_optimized_module(module)
+        or (forward is not None and is_compiled_function(forward))
+    )
+
+
 def refuse_when_compiled_code_runs(
-    model: nn.Module, known: Iterable[nn.Module], stack: ExitStack
+    model: nn.Module, known: Iterable[nn.Module], unhooked: set[nn.Module], stack: ExitStack
 ) -> None:
     """Raise CaptureError from inside the model when compiled code calls it.
 
@@ -86,6 +96,7 @@ def refuse_when_compiled_code_runs(
     Args:
         model: The model. Call this function before other hooks are registered on it.
         known: Its attention modules.
+        unhooked: Its modules that must not have hooks (:func:`unhooked_modules`).
         stack: Removes all changes when it is closed.
     """
     raise_here = stack.enter_context(own_context())(_raise)
@@ -98,7 +109,7 @@ def refuse_when_compiled_code_runs(
         if torch.compiler.is_compiling():
             refuse()
 
-    unhooked, known = set(unhooked_modules(model)), tuple(known)
+    known = tuple(known)
     for module in dict.fromkeys((model, *known)):
         if module not in unhooked:
             stack.callback(module.register_forward_pre_hook(refuse_if_traced, prepend=True).remove)

@@ -40,6 +40,8 @@ from xmodal_interp.upstream import (
 
 SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
 _LINEAR_LAYERS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
+OBSERVED: frozenset[Callable[..., Any]] = frozenset((KERNEL, *SOFTMAX, *_LINEAR_LAYERS))
+"""The functions that :func:`inline_call` and :func:`note_mixing` read."""
 _FAR_BELOW = 1e3  # a score this far below the largest of its row is masked
 _NO_SCORE = -1e8  # below this, a row's largest score is masked: Gemma 4 masks with -1e9
 
@@ -57,13 +59,17 @@ class FunctionMode(TorchFunctionMode):
         before: Called before each torch function with the function, its arguments by position and
             by name.
         after: Called after it, with its output too.
+        only: Functions for which ``before`` and ``after`` are called; None for all.
     """
 
     def __init__(
-        self, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
+        self,
+        before: Callable[..., None] | None = None,
+        after: Callable[..., None] | None = None,
+        only: frozenset[Callable[..., Any]] | None = None,
     ) -> None:
         super().__init__()
-        self.before, self.after = before, after
+        self.before, self.after, self.only = before, after, only
         self._has_begun = False
 
     def register(self, stack: ExitStack) -> None:
@@ -107,6 +113,8 @@ class FunctionMode(TorchFunctionMode):
     ) -> Any:
         """Run the function unchanged, and call the observers."""
         options = options or {}
+        if self.only is not None and function not in self.only:
+            return function(*args, **options)
         if self.before is not None:
             self.before(function, args, options)
         output = function(*args, **options)

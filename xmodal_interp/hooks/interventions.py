@@ -46,7 +46,9 @@ from xmodal_interp.hooks.positions import RunningBatch, Selection
 from xmodal_interp.hooks.probability_check import ProbabilityCheck
 from xmodal_interp.hooks.raw_calls import RawCall, as_attention_call, whole_mask
 from xmodal_interp.hooks.refusals import refuse_split
+from xmodal_interp.hooks.torch_attention import unhooked_modules
 from xmodal_interp.models import VLM
+from xmodal_interp.models.model_parts import parts_of
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 
@@ -167,8 +169,9 @@ def _intervene(
     model: VLM | nn.Module, interventions: Sequence[Intervention], stack: ExitStack
 ) -> None:
     bare = module_of(model)
-    refuse_compiled(bare)
-    refuse_split(bare)
+    parts = parts_of(bare)
+    refuse_compiled(parts.modules)
+    refuse_split(parts.modules.values())
     known = attention_modules(bare)
     batch = RunningBatch(model)
     editors = [_Editor(intervention, known, batch) for intervention in interventions]
@@ -178,7 +181,8 @@ def _intervene(
             editor.check_complete()
 
     stack.push(check_complete)
-    refuse_when_compiled_code_runs(bare, known, stack)
+    unhooked = unhooked_modules(parts.modules.values())
+    refuse_when_compiled_code_runs(bare, known, unhooked, stack)
     own = stack.enter_context(own_context())
     for top in {bare, _without_adapter(bare)}:
         hook = top.register_forward_pre_hook(own(batch.read_forward), with_kwargs=True)

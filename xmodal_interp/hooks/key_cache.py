@@ -2,29 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.hooks.raw_calls import RawCall
+from xmodal_interp.hooks.raw_calls import RawCall, changed
 
 
-@dataclass(eq=False)
+class _Growing:
+    """A tensor ``[sample, kv_head, key, width]`` with space for more keys.
+
+    A decode step copies its own keys only. If each step copied all keys, the time of a long answer
+    would be quadratic in its length.
+    """
+
+    def __init__(self, first: Tensor) -> None:
+        self._whole, self._n = own_copy(first), first.shape[2]
+
+    @property
+    def tensor(self) -> Tensor:
+        """The keys so far; a view."""
+        return self._whole[:, :, : self._n]
+
+    def grow(self, longer: Tensor) -> None:
+        """Hold ``longer``, whose first entries are those that are held."""
+        before, self._n = self._n, longer.shape[2]
+        new = longer.detach()
+        if self._n <= self._whole.shape[2]:
+            self._whole[:, :, before : self._n] = new[:, :, before:]
+            return
+        sizes = list(new.shape)
+        sizes[2] += sizes[2] // 4 + 16
+        self._whole = new.new_empty(sizes)
+        self._whole[:, :, : self._n] = new
+
+    def trim(self) -> None:
+        """Free the space for more keys."""
+        self._whole = self.tensor.contiguous()
+
+
 class KeyCache:
     """The keys (and values) of one layer for one batch.
 
-    Attributes:
-        k: ``[sample, kv_head, key, d_head]``.
-        v: ``[sample, kv_head, key, d_value]``, if values are kept.
+    Args:
+        k: ``[sample, kv_head, key, d_head]``; copied.
+        v: ``[sample, kv_head, key, d_value]``, if values are kept; copied.
         seen: ``[key]``, True for keys that were visible to some earlier query; None if all were.
     """
 
-    k: Tensor
-    v: Tensor | None
-    seen: Bool[Tensor, " key"] | None = None
+    def __init__(self, k: Tensor, v: Tensor | None, seen: Bool[Tensor, " key"] | None) -> None:
+        self._k, self._v = _Growing(k), None if v is None else _Growing(v)
+        self.seen = seen
+
+    @property
+    def k(self) -> Tensor:
+        """The keys."""
+        return self._k.tensor
+
+    @property
+    def v(self) -> Tensor | None:
+        """The values, if they are kept."""
+        return None if self._v is None else self._v.tensor
 
     def grow(self, raw: RawCall, mask: Tensor | None) -> bool:
         """Replace the keys by those of a later step, if the keys in ``seen`` are unchanged.
@@ -34,21 +75,31 @@ class KeyCache:
         Returns:
             Whether the keys were replaced.
         """
-        held, new = self.k.shape[2], raw.key.shape[2]
+        k, new = self.k, raw.key.shape[2]
+        held = k.shape[2]
         if held + raw.query.shape[2] == new:
-            same = torch.equal(raw.key[:, :, :held], self.k)
-        elif held == new and self.seen is not None:
-            kept = self.seen.nonzero()[:, 0]
-            same = torch.equal(raw.key[:, :, kept], self.k[:, :, kept])
-        else:
-            same = False
-        if same:
-            self.k = own_copy(raw.key)
-            self.v = None if self.v is None else own_copy(raw.value)
-            before = self.seen if held == new else None
-            now = seen_keys(mask)
-            self.seen = now if before is None or now is None else before | now
-        return same
+            if not torch.equal(raw.key[:, :, :held], k):
+                return False
+            self._k.grow(raw.key)
+            if self._v is not None:
+                self._v.grow(raw.value)
+            self.seen = seen_keys(mask)
+            return True
+        if held != new or self.seen is None:
+            return False
+        kept = self.seen.nonzero()[:, 0]
+        if not torch.equal(raw.key[:, :, kept], k[:, :, kept]):
+            return False
+        self._k, self._v = _Growing(raw.key), None if self._v is None else _Growing(raw.value)
+        now = seen_keys(mask)
+        self.seen = now if now is None else self.seen | now
+        return True
+
+    def trim(self) -> None:
+        """Free the space for further keys, at the end of a recording."""
+        for each in (self._k, self._v):
+            if each is not None:
+                each.trim()
 
 
 @dataclass(eq=False)
@@ -71,7 +122,7 @@ class KeptCall:
             return self.call
         k, v = self.cache.k, self.cache.v
         v = None if v is None else v[:, :, : self.n_keys]
-        return replace(self.call, k=k[:, :, : self.n_keys], v=v)
+        return changed(self.call, k=k[:, :, : self.n_keys], v=v)
 
 
 def seen_keys(mask: Tensor | None) -> Bool[Tensor, " key"] | None:

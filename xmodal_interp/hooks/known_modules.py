@@ -1,6 +1,6 @@
 """The attention modules of a recorded model: known before it runs, or discovered while it runs.
 
-1. The modules that :func:`attention_modules` finds are known before the model runs.
+1. The modules that :func:`layers_in` finds are known before the model runs.
 2. A call of transformers' interface contains the module that makes it. A call of a torch function
    does not: its module is found on the Python call stack. Hooks on every module would slow down
    every forward, so the stack is inspected instead, and only for calls whose module is not known.
@@ -21,12 +21,12 @@ from transformers import GenerationMixin
 from xmodal_interp.hooks.attention_interface import WrappedFunction
 from xmodal_interp.hooks.attention_modules import (
     Identity,
-    attention_holders,
-    attention_modules,
     block_of,
     identity_of,
+    layers_in,
     weighs_no_tokens,
 )
+from xmodal_interp.models.model_parts import ModelParts
 from xmodal_interp.upstream import CONTINUOUS_BATCHING, FORWARD_FUNCTIONS
 
 
@@ -36,13 +36,16 @@ class KnownModules:
     Attributes:
         identities: The modules that are recorded, with their identities; discovered ones are added.
         holders: Attention modules that contain a recorded module, with the identity of that module.
+        without_matrix: Layers that mix tokens without softmax attention.
         called: Recorded modules that made a call.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.identities = attention_modules(model)
-        self.holders = attention_holders(model, self.identities)
+    def __init__(self, parts: ModelParts) -> None:
+        self.model = parts.model
+        layers = layers_in(parts)
+        self.identities = {parts.modules[path]: each for path, each in layers.identities.items()}
+        self.holders = {parts.modules[path]: each for path, each in layers.holders.items()}
+        self.without_matrix = layers.without_matrix
         self.called: set[nn.Module] = set()
 
     def __contains__(self, module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ rotary module receives these ids, so a hook on it records them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -29,12 +29,12 @@ Position ids with more axes are not recorded (HunYuan-VL has four, in another or
 class RotaryPositions:
     """The position ids that the first rotary module of the language tower received, by call."""
 
-    def __init__(self, model: nn.Module, known: Mapping[nn.Module, Identity]) -> None:
-        language = [each.module for each in known.values() if each.tower == "language"]
+    def __init__(self, modules: Mapping[str, nn.Module], known: Iterable[Identity]) -> None:
+        language = [each.module for each in known if each.tower == "language"]
         self.module = next(
             (
                 module
-                for path, module in model.named_modules()
+                for path, module in modules.items()
                 if type(module).__name__.endswith("RotaryEmbedding")
                 and any(of.startswith(path.rpartition(".")[0]) for of in language)
             ),

@@ -331,7 +331,7 @@ def _as_sample(prompt: Prompt, number: int) -> Sample:
         text=prompt.text,
         question=prompt.question,
         answer="",
-        n_prompt=len(prompt.tokens),
+        n_prompt=prompt.n_positions,
         grids=prompt.grids,
         images=prompt.images,
         calls={},

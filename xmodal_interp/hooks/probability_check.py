@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.kernels import full_precision, product_eps
+from xmodal_interp.attention.masks import visible_rows
 from xmodal_interp.errors import CaptureError, first_of
 from xmodal_interp.hooks.raw_calls import RawCall, other_readings
 
@@ -81,7 +82,7 @@ class ProbabilityCheck:
             raw: The arguments, and the output that the function returned.
             call: The call in the most likely reading.
         """
-        group = _group(raw, call)
+        group = _group(raw, call) if self.reading_of else None
         if not comparable(raw, call) or self._is_skipped(call, group):
             return call
         found = _rows(call, raw)
@@ -96,7 +97,7 @@ class ProbabilityCheck:
             more = _spread(call.n_queries, _N_ROWS_OTHER)
             for number, other in enumerate(other_readings(raw, call)):
                 if gap(raw, other, found).agrees and gap(raw, other, more).agrees:
-                    self.reading_of[group] = number
+                    self.reading_of[_group(raw, call)] = number
                     return other
         before = self.differing.get(call.module)
         if before is None or not before[1].error >= first.error:
@@ -131,10 +132,14 @@ class ProbabilityCheck:
 def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
     """Compare the call's probabilities, applied to the values, with the output in some rows."""
     assert raw.output is not None
+    row = torch.tensor(list(rows), device=call.device)
+    if _is_plain(raw, call):
+        error = _plain_error(raw, call, row)
+        if error <= _LEAST:  # the limit is at least this large
+            return Gap(error, _LEAST)
     float32_eps = torch.finfo(torch.float32).eps  # probabilities are recomputed in float32
     eps = max(product_eps(raw.query.dtype), product_eps(raw.output.dtype), float32_eps)
     limit = max(_LEAST, 2 * eps)
-    row = torch.tensor(list(rows), device=call.device)
     with torch.no_grad(), full_precision():
         values = raw.value.detach().float()
         probs = call.probs(queries=row)
@@ -155,6 +160,41 @@ def gap(raw: RawCall, call: AttentionCall, rows: Sequence[int]) -> Gap:
         worst = int(excess.nan_to_num(math.inf).argmax())
         error = float((difference / scale).flatten()[worst])
         return Gap(error, float(limits.expand(difference.shape).flatten()[worst]))
+
+
+def _is_plain(raw: RawCall, call: AttentionCall) -> bool:
+    """Whether a call is in float32, and only a causal flag or a boolean mask hides its keys."""
+    terms = (call.bias, call.softcap, call.sinks, call.segments, call.sliding_window)
+    only_hides = call.mask is None or call.mask.dtype == torch.bool
+    tensors = (call.q, call.k, raw.value, raw.output)
+    in_float32 = all(t is not None and t.dtype == torch.float32 for t in tensors)
+    return only_hides and in_float32 and all(term is None for term in terms)
+
+
+def _plain_error(raw: RawCall, call: AttentionCall, row: Int[Tensor, " query"]) -> float:
+    """Return the error of some rows of a plain call; NaN if one of them sees no key.
+
+    Most calls are plain and agree. The general case broadcasts and selects heads; in a small model,
+    that takes longer than the model's attention. The precision of products is that of the caller:
+    if it is lowered, the error is larger, and the general case decides.
+    """
+    q, k, v, output = call.q, call.k, raw.value.detach(), raw.output
+    assert q is not None
+    assert k is not None
+    assert output is not None
+    n_samples, n_heads, _, d_head = q.shape
+    n_rows, n_kv_heads = len(row), k.shape[1]
+    grouped = (n_samples, n_kv_heads, n_heads // n_kv_heads * n_rows)
+    scores = q.index_select(2, row).view(*grouped, d_head) @ k.transpose(2, 3)
+    scores.mul_(call.scaling)
+    if call.mask is not None or call.causal:
+        seen = visible_rows(
+            call.mask, row, row + call.offset, slice(0, k.shape[2]), causal=call.causal
+        )
+        scores.view(n_samples, n_heads, n_rows, -1).masked_fill_(~seen, -math.inf)
+    probs = scores.softmax(-1)
+    theirs = output.index_select(1, row).transpose(1, 2).reshape(*grouped, -1)
+    return float((probs @ v).sub_(theirs).abs_().div_(probs @ v.abs()).amax())
 
 
 def moved_probs(

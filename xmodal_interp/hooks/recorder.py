@@ -44,7 +44,7 @@ from xmodal_interp.attention.kernels import full_precision
 from xmodal_interp.contexts import Block, own_context
 from xmodal_interp.errors import InputError
 from xmodal_interp.hooks.attention_interface import tap
-from xmodal_interp.hooks.attention_modules import Identity, layers_without_matrix, module_of
+from xmodal_interp.hooks.attention_modules import Identity, module_of
 from xmodal_interp.hooks.compiled import (
     observe_unhooked,
     refuse_compiled,
@@ -52,6 +52,7 @@ from xmodal_interp.hooks.compiled import (
     replaced_forward,
 )
 from xmodal_interp.hooks.inline_attention import (
+    OBSERVED,
     FunctionMode,
     ObservedCall,
     SoftmaxCall,
@@ -72,6 +73,7 @@ from xmodal_interp.hooks.raw_calls import (
     RawCall,
     as_attention_call,
     as_computed,
+    changed,
     dense_mask,
     segments,
     whole_mask,
@@ -95,6 +97,7 @@ from xmodal_interp.hooks.torch_attention import (
 )
 from xmodal_interp.hooks.update_norms import UpdateShares
 from xmodal_interp.models import VLM
+from xmodal_interp.models.model_parts import ModelParts, parts_of
 from xmodal_interp.upstream import is_recomputing
 from xmodal_interp.vocabulary import TOWERS, Tower
 
@@ -199,14 +202,16 @@ def record_with(settings: Settings, model: nn.Module) -> Block[Recording]:
 
 
 def _record(settings: Settings, model: nn.Module, stack: ExitStack) -> Recording:
-    refuse_compiled(model)
-    refuse_split(model)
-    known = KnownModules(model)
+    parts = parts_of(model)
+    refuse_compiled(parts.modules)
+    refuse_split(parts.modules.values())
+    known = KnownModules(parts)
     chosen = chosen_layers(settings.towers, settings.layers, known.identities.values())
-    recorder = _Recorder(model, known, replace(settings, layers=chosen))
+    recorder = _Recorder(parts, known, replace(settings, layers=chosen))
     stack.push(recorder.refuse)
-    refuse_when_compiled_code_runs(model, known.identities, stack)
-    recorder.register(model, stack)
+    unhooked = unhooked_modules(parts.modules.values())
+    refuse_when_compiled_code_runs(model, known.identities, unhooked, stack)
+    recorder.register(model, unhooked, stack)
     stack.callback(recorder.finish)
     return recorder.recording
 
@@ -281,16 +286,16 @@ def _recording(method: Callable[Concatenate[_Recorder, P], None]) -> Callable[..
 class _Recorder:
     """The hooks and observers of one ``with`` block, and their state."""
 
-    def __init__(self, model: nn.Module, known: KnownModules, settings: Settings) -> None:
+    def __init__(self, parts: ModelParts, known: KnownModules, settings: Settings) -> None:
         self.known, self.settings = known, settings
         modules = tuple(known.identities.values())
-        self.recording = Recording(modules, layers_without_matrix(model))
+        self.recording = Recording(modules, known.without_matrix)
         named = {**known.identities, **known.holders}
-        self.shares = UpdateShares(model, named) if settings.norms else None
+        self.shares = UpdateShares(parts.model, named) if settings.norms else None
         # Modules of one class share an implementation, unless their forward was replaced.
         self.implementation_of = {m: m if replaced_forward(m) else type(m) for m in named}
         self.uses_interface: set[nn.Module | type[nn.Module]] = set()
-        self.mode = FunctionMode(after=self.observe_function)
+        self.mode = FunctionMode(after=self.observe_function, only=OBSERVED)
         self.running: list[ModuleRun] = []
         self.n_torch_modules = 0  # number of torch's own attention modules that are running
         self.empty_holders: set[nn.Module] = set()  # ran without a recorded call inside
@@ -300,19 +305,18 @@ class _Recorder:
         self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
         self.block_masks: dict[int, tuple[BlockMask, Tensor]] = {}
         self.check = ProbabilityCheck()
-        self.positions = RotaryPositions(model, known.identities)
+        self.positions = RotaryPositions(parts.modules, modules)
         self.ran = self.ran_elsewhere = self.ran_in_batches = False
         self.failure: Exception | None = None  # the first error, raised at the end of the block
         self.reduce_failed = False  # whether ``reduce`` raised it
 
-    def register(self, model: nn.Module, stack: ExitStack) -> None:
+    def register(self, model: nn.Module, unhooked: set[nn.Module], stack: ExitStack) -> None:
         """Register all hooks and observers until the stack is closed."""
         self.positions.register(stack)
         if self.shares is not None:
             self.shares.register(stack)
         own = stack.enter_context(own_context(elsewhere=self.note_elsewhere))
         enter, leave = own(self.enter), own(self.exit)
-        unhooked = set(unhooked_modules(model))
         for module in dict.fromkeys((model, *self.known.identities, *self.known.holders)):
             if module not in unhooked:
                 stack.callback(module.register_forward_pre_hook(refuse_replica).remove)
@@ -399,6 +403,7 @@ class _Recorder:
             run.recorded_inside = True
             if run.module in self.known.identities:
                 run.n_recorded += 1
+                run.observes_inline = False  # its other calls are not kept
                 self.uses_interface.add(self.implementation_of[run.module])
         for part in segments(call):
             self._keep(owner, part)
@@ -439,7 +444,7 @@ class _Recorder:
         options: Mapping[str, Any],
         output: Any,
     ) -> None:
-        """Note an inline softmax of the innermost module; called for every torch function."""
+        """Note an inline softmax of the innermost module; called for each of ``OBSERVED``."""
         run = self.running[-1]
         call = inline_call(run.module, function, args, options, output)
         if call is not None:
@@ -521,10 +526,10 @@ class _Recorder:
         else:
             cache = self.caches.get(module)
             if cache is None or not cache.grow(observed, call.mask):
-                values = own_copy(observed.value) if self.settings.values else None
-                cache = KeyCache(own_copy(observed.key), values, seen_keys(call.mask))
+                values = observed.value if self.settings.values else None
+                cache = KeyCache(observed.key, values, seen_keys(call.mask))
                 self.caches[module] = cache
-            without_keys = replace(call, q=own_copy(observed.query), k=None, v=None)
+            without_keys = changed(call, q=own_copy(observed.query), k=None, v=None)
             self.kept.append(KeptCall(without_keys, cache, observed.key.shape[2]))
 
     def _reduced(self, call: AttentionCall, reduce: Callable[[AttentionCall], Any]) -> Any:
@@ -558,6 +563,9 @@ class _Recorder:
     def finish(self) -> None:
         """Give each call its keys, as views of the cache, and complete the recording."""
         self.mode.end()
+        for cache in {id(kept.cache): kept.cache for kept in self.kept}.values():
+            if cache is not None:
+                cache.trim()
         self.recording.calls += [kept.whole() for kept in self.kept]
         self.kept.clear()
         self.recording.unseen += self.known.missed_among(self.empty_holders)

@@ -17,7 +17,7 @@ from xmodal_interp.errors import (
     quoted,
 )
 from xmodal_interp.hooks.attention_modules import Identity, ranged
-from xmodal_interp.upstream import is_in_vmap, is_replica, tensor_parallel_size
+from xmodal_interp.upstream import is_in_vmap, is_replica, parameters_of, tensor_parallel_size
 from xmodal_interp.vocabulary import TOWERS, Tower
 
 
@@ -100,17 +100,21 @@ def refuse_vmap() -> None:
         )
 
 
-def refuse_split(model: nn.Module) -> None:
-    """Raise UnsupportedModelError for a model whose layers are split over processes.
+def refuse_split(modules: Iterable[nn.Module]) -> None:
+    """Raise UnsupportedModelError for modules whose layers are split over processes.
 
     With tensor parallelism each process runs some heads of every layer, numbered from 0.
     """
-    n_processes = max(tensor_parallel_size(module) for module in model.modules())
-    for weight in model.parameters():
-        mesh = getattr(weight, "device_mesh", None)  # only a DTensor has one
-        names = getattr(mesh, "mesh_dim_names", None) or ()
-        if mesh is not None and "tp" in names:
-            n_processes = max(n_processes, int(mesh.size(names.index("tp"))))
+    n_processes = 1
+    for module in modules:
+        n_processes = max(n_processes, tensor_parallel_size(module))
+        for weight in parameters_of(module).values():
+            if type(weight) is nn.Parameter or weight is None:
+                continue
+            mesh = getattr(weight, "device_mesh", None)  # only a DTensor has one
+            names = getattr(mesh, "mesh_dim_names", None) or ()
+            if mesh is not None and "tp" in names:
+                n_processes = max(n_processes, int(mesh.size(names.index("tp"))))
     if n_processes > 1:
         raise UnsupportedModelError(
             f"The layers of this model are split over {n_processes} processes (tensor "

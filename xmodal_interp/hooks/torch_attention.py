@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -110,23 +110,27 @@ _inside: ContextVar[bool] = ContextVar("xmodal_interp_in_kernel", default=False)
 _TORCH_MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
-def unhooked_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield modules whose results change if they have hooks.
+def unhooked_modules(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """Return those of a model's modules whose results change if they have hooks.
 
     These are torch's own attention modules and all modules inside torch's encoder layers.
     """
-    for module in model.modules():
+    found: set[nn.Module] = set()
+    for module in modules:
         if is_torch_attention(module):
-            yield module
+            found.add(module)
             if isinstance(module, nn.TransformerEncoderLayer):
-                yield from (part for part in module.modules() if part is not module)
+                found.update(module.modules())
+    return found
 
 
 def is_torch_attention(module: nn.Module) -> bool:
     """Whether a module runs torch's own attention code, which checks for modes and hooks."""
-    owner = next((kind for kind in _TORCH_MODULES if isinstance(module, kind)), None)
+    if not isinstance(module, _TORCH_MODULES):
+        return False
+    owner = next(kind for kind in _TORCH_MODULES if isinstance(module, kind))
     forward = type(module).forward
-    return owner is not None and (forward is owner.forward or "super" in forward.__code__.co_names)
+    return forward is owner.forward or "super" in forward.__code__.co_names
 
 
 def kernel_call(

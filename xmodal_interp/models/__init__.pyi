@@ -13,7 +13,6 @@ from .model_state import (
     modules_in_training,
 )
 from .records import FAMILIES, Family
-from .token_table import generated_table
 from .vlm import VLM, check_vlm
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "checked_length",
     "described_training",
     "evaluation_mode",
-    "generated_table",
     "input_device",
     "load",
     "modules_in_training",

@@ -14,7 +14,7 @@ breaks and text among them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -94,7 +94,7 @@ def reported_alignment(
             extra = _extra_in_front(own["input_ids"], ids, tokenizer)
             if extra is not None:
                 spans = own["offset_mapping"][extra:]
-                positions = tuple(_token_span(expanded, a, b, replacements) for a, b in spans)
+                positions = tuple(_token_spans(expanded, spans, replacements))
                 return Alignment(text, positions, tuple(each["type"] for each in replacements))
             lengths.append(len(own["input_ids"]))
     if not lengths:
@@ -132,6 +132,26 @@ def _expanded(text: str, replacements: Sequence[Mapping[str, Any]]) -> str | Non
         pieces += [text[last:start], each["replacement"]]
         last = end
     return "".join([*pieces, text[last:]])
+
+
+def _token_spans(
+    expanded: str, spans: Sequence[tuple[int, int]], replacements: Sequence[Mapping[str, Any]]
+) -> Iterator[TokenSpan]:
+    """Yield the span of each token; equal neighbours, such as image tokens, share one object."""
+    number, before = 0, UNALIGNED
+    for start, end in spans:
+        while number < len(replacements) and replacements[number]["new_span"][1] <= start:
+            number += 1
+        if number < len(replacements):
+            first, last = replacements[number]["new_span"]
+            if first <= start < end <= last:
+                written = expanded[start:end]
+                if before.expansion != number or before.written != written:
+                    unexpanded = replacements[number]["span"]
+                    before = TokenSpan(unexpanded[0], unexpanded[1], written, number)
+                yield before
+                continue
+        yield _token_span(expanded, start, end, replacements)
 
 
 def _token_span(

@@ -73,6 +73,11 @@ class Prompt:
     videos: tuple[Video, ...] = ()
     n_encoder: int = 0
 
+    @property
+    def n_positions(self) -> int:
+        """Number of positions, padding included."""
+        return len(self.columns["token"])
+
     @cached_property
     def tokens(self) -> pd.DataFrame:
         """Table with a row per position; built on first access, because many prompts need none."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -185,16 +186,27 @@ def check_whole(model: Any, inputs: Mapping[str, Any]) -> None:
 
     An example is the state of a robot.
     """
-    wanted = inspect.signature(model.forward).parameters.values()
-    named = (each for each in wanted if each.kind is each.POSITIONAL_OR_KEYWORD)
-    missing = [
-        each.name for each in named if each.default is each.empty and each.name not in inputs
-    ]
+    forward = model.forward
+    method = getattr(forward, "__func__", None)
+    required = _required(forward) if method is None else _required_of_method(method)
+    missing = [name for name in required if name not in inputs]
     if missing:
         raise InputError(
             f"{type(model).__name__} requires {' and '.join(missing)} besides images and a prompt. "
             "Call it with all inputs inside xi.record(model), or pass them to xi.doctor."
         )
+
+
+def _required(function: Any) -> list[str]:
+    """Return the parameters of a function without a default."""
+    wanted = inspect.signature(function).parameters.values()
+    named = (each for each in wanted if each.kind is each.POSITIONAL_OR_KEYWORD)
+    return [each.name for each in named if each.default is each.empty]
+
+
+@lru_cache(maxsize=16)  # reading the signature of a model takes 0.1 ms
+def _required_of_method(method: Any) -> list[str]:
+    return _required(method)[1:]
 
 
 def prompt_ids(inputs: Mapping[str, Any]) -> Tensor:

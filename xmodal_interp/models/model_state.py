@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from torch import nn
 
 from xmodal_interp.contexts import Block
 from xmodal_interp.errors import InputError, UnsupportedModelError, first_of
-from xmodal_interp.upstream import offload_hooks
+from xmodal_interp.upstream import module_tree, offload_hooks
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,12 @@ def refuse_virtual_tokens(model: Any) -> None:
 
 def modules_in_training(model: nn.Module) -> list[str]:
     """Return the names of the modules in training mode; the model's own is ``"the model"``."""
+    if not any(module.training for module in module_tree(model)[0]):
+        return []
     return [name or "the model" for name, module in model.named_modules() if module.training]
 
 
-def evaluation_mode(model: nn.Module, *, warn: bool = True) -> Block[None]:
+def evaluation_mode(model: nn.Module, *, warn: bool = True) -> AbstractContextManager[None]:
     """Switch every module to evaluation mode inside a ``with`` block.
 
     The flag of each module is restored afterwards.
@@ -145,7 +147,7 @@ def evaluation_mode(model: nn.Module, *, warn: bool = True) -> Block[None]:
             UserWarning,
             stacklevel=2,
         )
-    return Block(partial(_all_in_evaluation, model))
+    return Block(partial(_all_in_evaluation, model)) if names else nullcontext()
 
 
 def _all_in_evaluation(model: nn.Module, stack: ExitStack) -> None:

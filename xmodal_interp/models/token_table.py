@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,40 +62,51 @@ def token_columns(
     pieces = _pieces(tokenizer, row.ids)
     special = special_ids(tokenizer)
     added = special | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    unknown_id, unknown = tokenizer.unk_token_id, tokenizer.unk_token
     aligned_tokens, number = iter(alignment.tokens), _numbers(alignment.expansions)
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("token", "kind", "role", "image", "video", "start", "end")
-    }
+    rows: list[tuple[Any, ...]] = []
+    before: tuple[Any, ...] = ()
     for token, piece, attended, aligned in zip(
         row.ids, pieces, row.attended, row.aligned, strict=True
     ):
         span = next(aligned_tokens) if aligned else UNALIGNED
+        if before and before[0] is span and before[1:] == (token, attended):  # one more of an image
+            rows.append(rows[-1])
+            continue
+        before = (span, token, attended)
         modality = None if span.expansion is None else alignment.expansions[span.expansion]
         of_prompt = modality is None and span.end > span.start
         written = span.written or alignment.text[span.start : span.end]
         markers = special if modality is None else added
-        unknown = token == tokenizer.unk_token_id and written.strip() != tokenizer.unk_token
-        if unknown and (of_prompt or span.written is not None):
+        is_unknown = token == unknown_id and written.strip() != unknown
+        if is_unknown and (of_prompt or span.written is not None):
             markers = markers - {token}
         kind = _kind(token, (image_id, video_id), markers, modality) if attended else "padding"
         has_characters = of_prompt or (kind == "text" and span.written is not None)
-        columns["token"].append(written if has_characters and token not in special else piece)
-        columns["kind"].append(kind)
-        columns["role"].append(_role(kind, modality, span, spans))
         of = np.nan if span.expansion is None else number[span.expansion]
-        columns["image"].append(of if kind == IMAGE else np.nan)
-        columns["video"].append(of if kind == VIDEO else np.nan)
-        columns["start"].append(span.start)
-        columns["end"].append(span.end)
-    return columns
+        rows.append(
+            (
+                written if has_characters and token not in special else piece,
+                kind,
+                _role(kind, modality, span, spans),
+                of if kind == IMAGE else np.nan,
+                of if kind == VIDEO else np.nan,
+                span.start,
+                span.end,
+            )
+        )
+    names = ("token", "kind", "role", "image", "video", "start", "end")
+    return {name: [each[i] for each in rows] for i, name in enumerate(names)}
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the vocabulary entry of each id."""
-    known: list[str] = tokenizer.convert_ids_to_tokens([max(token, 0) for token in ids])
-    return [
-        "<image>" if token == FEATURE_ID else piece for token, piece in zip(ids, known, strict=True)
-    ]
+    unique = list(dict.fromkeys(ids))
+    known = tokenizer.convert_ids_to_tokens([max(token, 0) for token in unique])
+    piece_of: dict[int, str] = dict(zip(unique, known, strict=True))
+    if FEATURE_ID in piece_of:
+        piece_of[FEATURE_ID] = "<image>"
+    return [piece_of[token] for token in ids]
 
 
 def _numbers(expansions: Sequence[str]) -> list[int]:
@@ -189,9 +200,24 @@ def _missing(numbers: np.ndarray) -> np.ndarray:
     return np.where(numbers < 0, np.nan, numbers.astype(float))
 
 
-def token_table(columns: Columns) -> pd.DataFrame:
-    """Return a table with one row per position and the columns ``TOKEN_COLUMNS``."""
-    return _table(columns, len(columns["token"]))
+def token_table(
+    columns: Columns,
+    answer: Columns | None = None,
+    more: Mapping[str, pd.api.extensions.ExtensionArray] | None = None,
+) -> pd.DataFrame:
+    """Return a table with one row per position and the columns ``TOKEN_COLUMNS``.
+
+    Args:
+        columns: The columns of the prompt.
+        answer: The columns of generated tokens, from :func:`generated_columns`.
+        more: Further columns, with an entry for each position.
+    """
+    n_prompt = len(columns["token"])
+    n_answer = 0 if answer is None else len(answer["token"])
+    if answer is None or not n_answer:
+        return _table(columns, n_prompt, more=more)
+    parts = [_table(columns, n_prompt), _table(answer, n_answer, n_prompt)]
+    return pd.concat(parts).assign(**(more or {}))
 
 
 def grid_table(grids: Sequence[ImageGrid]) -> pd.DataFrame:
@@ -208,16 +234,15 @@ def answer_separator(text: str) -> str:
     return "" if text.endswith((" ", "\n")) else " "
 
 
-def generated_table(
-    read: Sequence[int], answer: Sequence[int], tokenizer: Any, n_before: int, text: str
-) -> tuple[pd.DataFrame, str]:
-    """Return table rows for the generated tokens, and the text of prompt and answer.
+def generated_columns(
+    read: Sequence[int], answer: Sequence[int], tokenizer: Any, text: str
+) -> tuple[Columns, str]:
+    """Return columns of the token table for generated tokens, and the text of prompt and answer.
 
     Args:
         read: The generated tokens that the model has read; each is a position.
         answer: All generated tokens.
         tokenizer: The tokenizer.
-        n_before: Number of positions of the prompt.
         text: The text of the prompt.
     """
     ids = list(read)
@@ -232,8 +257,8 @@ def generated_table(
         columns["kind"].append("special" if token in special else "text")
         columns["start"].append(begin + start)
         columns["end"].append(begin + end)
-    table = _table({**columns, "role": ["generated"] * len(ids)}, len(ids), n_before)
-    return table, text + (answer_separator(text) + decoded if decoded else "")
+    columns["role"] = ["generated"] * len(ids)
+    return columns, text + (answer_separator(text) + decoded if decoded else "")
 
 
 def _generated_spans(
@@ -291,6 +316,8 @@ def _one_by_one(pieces: Sequence[str], text: str, start: int, end: int) -> list[
 
 def _n_in_common(one: str, other: str) -> int:
     """Return the length of the common prefix of two strings."""
+    if other.startswith(one):
+        return len(one)
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
@@ -299,7 +326,12 @@ _INTEGERS = ("image", "video", "tile", "frame", "row", "col", "start", "end")
 _FLOATS = ("x0", "y0", "x1", "y1")
 
 
-def _table(columns: Columns, n_rows: int, start: int = 0) -> pd.DataFrame:
+def _table(
+    columns: Columns,
+    n_rows: int,
+    start: int = 0,
+    more: Mapping[str, pd.api.extensions.ExtensionArray] | None = None,
+) -> pd.DataFrame:
     """Return a table of the columns TOKEN_COLUMNS with their dtypes; missing ones are empty."""
     typed: dict[str, Any] = {}
     for name in TOKEN_COLUMNS:
@@ -313,4 +345,5 @@ def _table(columns: Columns, n_rows: int, start: int = 0) -> pd.DataFrame:
             )
         else:
             typed[name] = pd.array(columns.get(name, [None] * n_rows), dtype="string")
+    typed |= more or {}
     return pd.DataFrame(typed, index=pd.RangeIndex(start, start + n_rows, name="position"))

@@ -234,12 +234,13 @@ class VLM:
         """
         check_decoding(self.model, options)
         given = for_generate(inputs) if self.family.rewritten else inputs
-        before = _generating.set((self, inputs))
-        try:
+        before = _generating.get()
+        try:  # an interrupt can be between a call and the assignment of its result
+            _generating.set((self, inputs))
             with evaluation_mode(self.model):
                 output = self.model.generate(**given, **{**GREEDY, **options})
         finally:
-            _generating.reset(before)
+            _generating.set(before)
         return cast("torch.Tensor", output)
 
     @property

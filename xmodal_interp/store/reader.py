@@ -1,7 +1,7 @@
 """Read a store lazily.
 
-Opening a store reads the list of names. Reading a sample reads its texts and tables. Reading a call
-reads the file of its layer.
+Opening a store reads the list of names. Reading a sample reads its texts. Its tables, its grids and
+the file of each layer are read when they are accessed.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class StoredImage(Image.Image):
 
 
 def read_sample(folder: Path, *, verify: bool, verified: set[tuple[Path, int, int]]) -> Sample:
-    """Return a stored sample; its tensors and pixels are read when they are accessed.
+    """Return a stored sample; its tables, grids, tensors and pixels are read when accessed.
 
     Args:
         folder: The sample's folder.
@@ -239,27 +239,31 @@ def read_sample(folder: Path, *, verify: bool, verified: set[tuple[Path, int, in
         verified: Files already compared, as in ``SampleFiles``; updated in place.
 
     Raises:
-        StoreError: A file is missing, damaged or of another version.
+        StoreError: ``sample.json`` is missing, damaged or of another version. Reading an attribute
+            raises it for the file of that attribute.
     """
     record = read_record(folder)
     files = SampleFiles(folder, record["files"], verify, verified)
-    tokens = files.read_tokens()
-    has_cross_keys = schema.CROSS_KEYS in record["files"]
-    of_videos = record.get("video_grids", [])  # stores of releases without videos lack it
-    return Sample(
+    later: dict[str, Callable[[], Any]] = {
+        "tokens": files.read_tokens,
+        "grids": partial(files.read_grids, schema.GRIDS, ImageGrid, record["grids"]),
+        "video_grids": partial(  # stores of releases without videos lack the record
+            files.read_grids, schema.VIDEO_GRIDS, VideoGrid, record.get("video_grids", [])
+        ),
+    }
+    if schema.CROSS_KEYS in record["files"]:
+        later["cross_keys"] = partial(files.read_table, schema.CROSS_KEYS)
+    return Sample.with_later(
+        later,
         name=record["name"],
-        tokens=tokens,
         text=record["text"],
         question=record["question"],
         answer=record["answer"],
         n_prompt=record["n_prompt"],
-        grids=files.read_grids(schema.GRIDS, ImageGrid, record["grids"]),
         images=_images(files, record["images"]),
         calls=StoredCalls(files, record),
-        cross_keys=files.read_table(schema.CROSS_KEYS) if has_cross_keys else None,
         labels=record["labels"],
         provenance=record["provenance"],
-        video_grids=files.read_grids(schema.VIDEO_GRIDS, VideoGrid, of_videos),
         videos=_videos(files, record.get("videos", [])),
     )
 

@@ -47,6 +47,7 @@ from xmodal_interp.models import (
     modules_in_training,
 )
 from xmodal_interp.models.geometry import ProbedTokens
+from xmodal_interp.models.model_parts import parts_of
 from xmodal_interp.upstream import attention_setting, restore_attention_setting
 from xmodal_interp.verification._private import difference, seeded, tensors_of
 from xmodal_interp.verification.exactness import Exactness
@@ -153,8 +154,9 @@ def doctor(
     """
     findings, exactness = _Findings(), Exactness()
     bare = module_of(model)
-    refuse_compiled(bare)
-    refuse_split(bare)
+    parts = parts_of(bare)
+    refuse_compiled(parts.modules)
+    refuse_split(parts.modules.values())
     _check_names(model, backends, caches)
     if isinstance(model, VLM):
         if inputs is not None:

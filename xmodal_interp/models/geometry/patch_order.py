@@ -11,31 +11,40 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 
-def window_orders(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+def window_orders(
+    modules: Mapping[str, nn.Module], inputs: Mapping[str, Any]
+) -> dict[str, list[Tensor]]:
     """Return the patch order of modules that reorder the patches returned by the processor.
 
     Such a module is found by its code: a vision tower that sorts patches by windows calls
     transformers' ``get_vision_window_index`` in its forward (Qwen2.5-VL, Muse), and a module that
     merges windows has a method ``get_window_index`` (MiniCPM-V).
 
+    Args:
+        modules: The modules of the model by path.
+        inputs: The inputs of the model.
+
     Returns:
         For each module path, one tensor ``[patch]`` per picture: the patch at each position. The
         pictures are the images, then the videos, each whole or view by view.
     """
     orders: dict[str, list[Tensor]] = {}
-    for path, module in model.named_modules():
-        if _sorts_by_windows(module):
+    kinds = {type(module) for module in modules.values()}
+    sorting = {kind for kind in kinds if _sorts_by_windows(kind)}
+    merging = {kind for kind in kinds if hasattr(kind, "get_window_index")}
+    for path, module in modules.items() if sorting or merging else ():
+        if type(module) in sorting:
             orders[path] = _tower_orders(module, inputs)
-        elif hasattr(module, "get_window_index") and hasattr(module, "window_kernel_size"):
+        elif type(module) in merging and hasattr(module, "window_kernel_size"):
             sizes = _each_of(inputs, "target_sizes", "target_sizes_videos")
             found: Any = module
             orders[path] = [found.get_window_index(size[None])[0] for size in sizes]
     return {path: of_pictures for path, of_pictures in orders.items() if of_pictures}
 
 
-def _sorts_by_windows(module: nn.Module) -> bool:
-    """Return whether a module's forward calls ``get_vision_window_index``."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+def _sorts_by_windows(kind: type[nn.Module]) -> bool:
+    """Return whether the forward of a class calls ``get_vision_window_index``."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and get_vision_window_index.__name__ in code.co_names
 
 
@@ -54,7 +63,7 @@ def _each_of(inputs: Mapping[str, Any], *names: str) -> list[Tensor]:
     return [row for of_kind in given if of_kind is not None for row in of_kind.cpu()]
 
 
-def square_windows(model: nn.Module) -> dict[str, int]:
+def square_windows(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """Return the side of the windows, in patches, of each block with window attention, by path.
 
     Such a block is found by its method ``window_partition`` (as in SAM). Windows are ordered row by
@@ -62,8 +71,8 @@ def square_windows(model: nn.Module) -> dict[str, int]:
     """
     return {
         path: int(side)
-        for path, block in model.named_modules()
-        if hasattr(block, "window_partition") and (side := getattr(block, "window_size", 0))
+        for path, block in modules.items()
+        if hasattr(type(block), "window_partition") and (side := getattr(block, "window_size", 0))
     }
 
 
