@@ -74,7 +74,7 @@ def given_to(module: nn.Module, function: str) -> int:
     TORCH,
 )
 def logsumexp() -> bool:
-    """For operands and a mask in any order in memory, with a sample axis of length 1 in the mask."""
+    """Operands and mask may have any order in memory, and the mask one entry for all samples."""
     q, k, v = torch.randn(3, 2, 2, 5, 4)
     mask = torch.randn(1, 1, 5, 5)
     right = True

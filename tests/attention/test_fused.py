@@ -1,14 +1,18 @@
 """Sums over rows and columns by the fused kernel, against float64 probabilities and chunks."""
 
+import pickle
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 
+from xmodal_interp.analysis.selection import received
 from xmodal_interp.attention import AttentionCall, fused, tiles
 from xmodal_interp.attention import call as call_module
 from xmodal_interp.attention.assembling import with_mask
+from xmodal_interp.hooks.raw_calls import changed
 
 S, D, HEADS, KV_HEADS = 90, 24, 6, 2
 ROWS = [3, 4, 5, 20, 21, 22, 23, 60, 61, 62, 63, 64, 65, 66, 88, 89]
@@ -294,3 +298,41 @@ def test_no_graph_is_kept() -> None:
         *call.memo.values(),
     ]
     assert not any(result.requires_grad for result in results)
+
+
+CHANGES = {
+    "replace": lambda call: replace(call, q=-call.q),
+    "changed": lambda call: changed(call, q=-call.q),
+    "kept rows": _kept,
+    "fewer samples": lambda call: call.select_sample(1),
+    "first rows": lambda call: call.take("query", slice(0, 30)),
+    "device": lambda call: call.to("cpu"),
+    "deepcopy": deepcopy,
+    "pickle": lambda call: pickle.loads(pickle.dumps(call)),
+}
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_call_has_its_own_results(name: str) -> None:
+    """Results of one call that are kept for other statistics are not used for another call."""
+    original = _call(2, causal=True)
+    first = original.received(torch.ones(2, S)), original.entropy()
+    call = CHANGES[name](original)
+    exact = _exact(call)
+    _close(call.received(torch.ones(call.n_samples, call.n_queries)), exact.sum(2), 2e-5)
+    torch.testing.assert_close(original.received(torch.ones(2, S)), first[0], rtol=0, atol=0)
+    torch.testing.assert_close(original.entropy(), first[1], rtol=0, atol=0)
+
+
+def test_threads_may_share_a_call() -> None:
+    """The kept attention that keys receive may be replaced by another thread at any time."""
+    call, rows = _call(causal=True), torch.arange(S)
+    other = (rows.tolist(), [0]), received(call, rows, [0])
+
+    class Replaced(dict):
+        def __setitem__(self, name: str, value: object) -> None:
+            super().__setitem__(name, other if name == "received" else value)
+
+    vars(call)["memo"] = Replaced()
+    _close(received(call, rows, [1]), _exact(call)[0, [1]].sum(1), 2e-5)

@@ -249,7 +249,7 @@ class AttentionCall:
 
         The sample and head axes have length 1 if all samples or heads are the same.
         """
-        return self._visible_rows(self.row_index(queries))
+        return self.visible_rows(self.row_index(queries))
 
     def n_visible(self, queries: Positions | None = None) -> Int[Tensor, "sample head query"]:
         """Return the number of keys that each query can attend to.
@@ -480,9 +480,10 @@ class AttentionCall:
         """Return the number of rows per chunk, for chunks of at most 32 MiB of float32 scores."""
         return max(1, kernels.CHUNK_BYTES // max(4 * self.n_keys * n_heads * self.n_samples, 1))
 
-    def _visible_rows(
+    def visible_rows(
         self, row: Int[Tensor, " query"], keys: slice | None = None
     ) -> Bool[Tensor, "sample head query key"]:
+        """Return ``visible`` for queries at an index into those that the call holds."""
         return masks.visible_rows(
             self.mask,
             row,
@@ -506,14 +507,14 @@ class AttentionCall:
         additive = masks.additive_rows(self.mask, row)
         if additive is not None:
             additive = _of_heads(additive, head)
-        seen = masks.scored_rows(_of_heads(self._visible_rows(row), head), additive)
+        seen = masks.scored_rows(_of_heads(self.visible_rows(row), head), additive)
         if self.bias is not None:
             bias = _of_heads(self.bias[..., row, :], head).float()
             additive = bias if additive is None else additive + bias
         if _is_all(head, self.n_heads):
             q = q[:, :, row]
         else:
-            q, k = q[:, head][:, :, row], k[:, self._kv_head(head)]
+            q, k = q[:, head][:, :, row], k[:, self.kv_head_of(head)]
         with full_precision():
             return kernels.softmax_rows(
                 q,
@@ -522,7 +523,7 @@ class AttentionCall:
                 scaling=self.scaling,
                 additive=additive,
                 softcap=self.softcap,
-                sinks=self._sinks_of(head, row),
+                sinks=self.sinks_of(head, row),
                 dtype=dtype,
             )
 
@@ -593,7 +594,7 @@ class AttentionCall:
             place += len(part)
             probs = self._exact_rows(head, part, weights.dtype)
             if self.mask is not None or self.sliding_window is not None:  # rows that see no key
-                seeing = _of_heads(self._visible_rows(part).any(-1, keepdim=True), head)
+                seeing = _of_heads(self.visible_rows(part).any(-1, keepdim=True), head)
                 probs = probs.masked_fill(~seeing, 0.0)
             out += here[:, 0] @ probs.sum(1) if over_heads else here @ probs
         return out
@@ -611,7 +612,7 @@ class AttentionCall:
         """Return ``probs @ values`` by torch's public function, on any device."""
         q, k = self._q_and_k()
         if not _is_all(head, self.n_heads):
-            q, k = q[:, head], k[:, self._kv_head(head)]
+            q, k = q[:, head], k[:, self.kv_head_of(head)]
         out = values.new_empty(self.n_samples, len(head), len(row), values.shape[1])
         for strip in tiles.strips(self, row, several=False):
             (tile,) = strip.tiles
@@ -632,11 +633,11 @@ class AttentionCall:
         only_hides = self.mask is None or self.mask.dtype == torch.bool
         return self.q is not None and only_hides and not has_extras and fused.is_finite(self)
 
-    def _kv_head(self, head: Int[Tensor, " head"]) -> Int[Tensor, " head"]:
+    def kv_head_of(self, head: Int[Tensor, " head"]) -> Int[Tensor, " head"]:
         """Return the key head of each query head."""
         return head // max(self.n_heads // max(self.n_kv_heads, 1), 1)
 
-    def _sinks_of(
+    def sinks_of(
         self, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
     ) -> Float[Tensor, "sample head #query"] | None:
         """Return the sinks of some heads and rows; an axis has length 1 if all entries agree."""

@@ -113,7 +113,7 @@ def row_pass(
             kept = torch.ones_like(total)
             if call.sinks is not None:
                 shift = (q[:, :, strip.rows] @ centre.transpose(2, 3))[..., 0]
-                sinks = call._sinks_of(heads, row[strip.at])
+                sinks = call.sinks_of(heads, row[strip.at])
                 assert sinks is not None
                 with_sinks = torch.logaddexp(total, sinks.to(dtype) - shift)
                 kept, total = (total - with_sinks).exp(), with_sinks
@@ -193,7 +193,7 @@ def _head_groups(
     size = max(1, GROUP_BYTES // max(per_head, 1))
     for start in range(0, len(head), size):
         heads = head[start : start + size]
-        kv_heads, shared = call._kv_head(heads).unique(return_inverse=True)
+        kv_heads, shared = call.kv_head_of(heads).unique(return_inverse=True)
         q = call.q[:, as_slice(heads)].to(dtype) * call.scaling
         k = call.k[:, as_slice(kv_heads)].to(dtype)
         centre = k.mean(2, keepdim=True)

@@ -151,7 +151,7 @@ def _masked(call: AttentionCall, row: Int[Tensor, " row"], at: int = 0) -> Itera
             if call.causal:
                 last = max(min(int(position.max()) + 1, last), first)
             keys = slice(first, last)
-        seen = call._visible_rows(part, keys)
+        seen = call.visible_rows(part, keys)
         if call.mask is not None and call.mask.dtype == torch.bool:  # leave out a hidden end
             used = seen.flatten(0, 2).any(0).nonzero()[:, 0]
             keys = slice(0, int(used[-1]) + 1 if len(used) else 0)
