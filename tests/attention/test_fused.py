@@ -336,3 +336,32 @@ def test_threads_may_share_a_call() -> None:
 
     vars(call)["memo"] = Replaced()
     _close(received(call, rows, [1]), _exact(call)[0, [1]].sum(1), 2e-5)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", ["kept rows", "left padding", "bias", "sinks of queries"])
+def test_the_default_device_is_not_used(name: str) -> None:
+    """The calls of a model on a GPU may be on the CPU."""
+    call = CALLS[name]()
+    groups, weights = torch.ones(2, S), torch.ones(call.n_samples, call.n_queries).double()
+    last, ones = [int(call.query_positions[-1])], torch.ones(1, 1, call.n_queries)
+    with torch.device("meta"):
+        results = [
+            call.mass(groups, [1], last),
+            call.entropy(),
+            call.received(weights),
+            call.received(weights.float(), [1]),
+            call.n_visible(),
+            call.visible_sums(ones),
+            call.null_mass(groups),
+        ]
+    assert {result.device.type for result in results} == {"cpu"}
+
+
+@pytest.mark.usefixtures("way")
+def test_scores_beyond_float32_have_an_entropy() -> None:
+    call = _call(causal=True)
+    call = replace(call, q=call.q * 1e25, k=call.k * 1e15, scaling=1e-40)
+    exact = _exact(call)
+    entropy = torch.special.entr(exact).sum(-1)
+    torch.testing.assert_close(call.entropy().double(), entropy, rtol=0, atol=1e-5)

@@ -357,7 +357,7 @@ class AttentionCall:
             no_bias = self.bias is None and (self.mask is None or self.mask.dtype == torch.bool)
             if fused.supports(self) and no_bias and not self._is_small(head, row):
                 entropy, _, size = self._row_pass(head, row, None)
-                if size > kernels.EXACT_TO:
+                if not size <= kernels.EXACT_TO:  # also if float32 gives NaN
                     entropy = fused.row_pass(self, head, row, None, torch.float64)[0]
                 # rounding can give a negative entropy for one key
                 return entropy.float().clamp_(min=0.0)
@@ -544,7 +544,7 @@ class AttentionCall:
     ) -> Float[Tensor, "sample head query"]:
         """Return the log-sum-exp of some rows as :func:`fused.row_pass` defines it."""
         if "logsumexp" not in self.memo:
-            every = torch.arange(self.n_queries)
+            every = torch.arange(self.n_queries, device=self.device)
             if not _is_all(head, self.n_heads) or 2 * len(row) < self.n_queries:
                 return self._row_pass(head, row, None)[1]
             self._row_pass(head, every, None)

@@ -94,8 +94,8 @@ def row_pass(
     assert call.q is not None
     shape, d_head = (call.n_samples, len(head), len(row)), call.q.shape[-1]
     n_values = d_head if values is None else values.shape[1]
-    out = torch.empty(*shape, *(() if values is None else (n_values,)), dtype=dtype)
-    logsumexp, size = torch.empty(shape, dtype=dtype), 0.0
+    out = call.q.new_empty(*shape, *(() if values is None else (n_values,)), dtype=dtype)
+    logsumexp, size = call.q.new_empty(shape, dtype=dtype), call.q.new_zeros((), dtype=dtype)
     for at, heads, q, k, centre in _head_groups(call, head, dtype):
         for strip in strips(call, row):
             parts = []
@@ -127,8 +127,9 @@ def row_pass(
                 found = found.masked_fill(empty[..., None], torch.nan)
             out[:, at, strip.at] = found
             logsumexp[:, at, strip.at] = total.masked_fill(empty, -torch.inf)
-            size = max(size, float(term.max()) if term.numel() else 0.0)
-    return out, logsumexp, size
+            if term.numel():
+                size = size.maximum(term.amax())  # NaN if a term is
+    return out, logsumexp, float(size)
 
 
 @torch.no_grad()
@@ -198,7 +199,7 @@ def _head_groups(
         k = call.k[:, as_slice(kv_heads)].to(dtype)
         centre = k.mean(2, keepdim=True)
         k = k - centre
-        if not torch.equal(shared, torch.arange(len(kv_heads))):
+        if not torch.equal(shared, torch.arange(len(kv_heads), device=shared.device)):
             k, centre = k[:, shared], centre[:, shared]
         yield slice(start, start + len(heads)), heads, q, k, centre
 
@@ -209,13 +210,13 @@ def _added(
     """Return what is added to the scores of a tile: the bias, and minus infinity where hidden."""
     if tile.seen is None:
         return None
-    row = torch.arange(call.n_queries)[tile.rows]
+    row = torch.arange(call.n_queries, device=call.device)[tile.rows]
     additive = masks.additive_rows(call.mask, row)
     scored = masks.scored_rows(tile.seen, additive)
     if call.bias is not None:
         bias = call.bias[..., row, :][..., tile.keys].float()
         additive = bias if additive is None else additive + bias
-    zeros = torch.zeros((), dtype=dtype) if additive is None else additive.to(dtype)
+    zeros = tile.seen.new_zeros((), dtype=dtype) if additive is None else additive.to(dtype)
     added = zeros.masked_fill(~scored, -torch.inf)
     return added if added.shape[1] == 1 else added[:, heads]
 
@@ -279,9 +280,9 @@ def _by_size(
         The parts, scaled to a largest entry of 1 to 2; the scale of each part; and the index of
         the vector that it belongs to.
     """
-    every = torch.arange(weights.shape[2])
+    every = torch.arange(weights.shape[2], device=weights.device)
     if weights.dtype != torch.float64:
-        return weights, torch.ones(len(every), dtype=weights.dtype), every
+        return weights, weights.new_ones(len(every)), every
     mantissa, exponent = torch.frexp(weights)  # ldexp overflows in torch 2.6
     used = weights != 0
     highest = exponent.masked_fill(~used, -2000).amax((0, 1))
