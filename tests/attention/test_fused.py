@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -365,3 +366,28 @@ def test_scores_beyond_float32_have_an_entropy() -> None:
     exact = _exact(call)
     entropy = torch.special.entr(exact).sum(-1)
     torch.testing.assert_close(call.entropy().double(), entropy, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", ["window", "left padding", "a slope"])
+def test_one_part_of_the_mask_is_held_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: WeakSet[torch.Tensor] = WeakSet()
+    most = 0
+    strips = tiles.strips
+
+    def counted(*args, **options):
+        nonlocal most
+        for strip in strips(*args, **options):
+            held.update(tile.seen for tile in strip.tiles)
+            most = max(most, len(held))
+            yield strip
+
+    for module in (tiles, fused):
+        monkeypatch.setattr(module, "strips", counted)
+    call = CALLS[name]()
+    call.n_visible()
+    call.visible_sums(torch.ones(1, 1, S))
+    call.null_mass(torch.ones(2, S))
+    call.mass(torch.ones(2, S))
+    call.received(torch.ones(call.n_samples, S))
+    assert 1 <= most <= 2

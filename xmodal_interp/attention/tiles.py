@@ -176,8 +176,8 @@ def row_sums(
     call: AttentionCall, row: Int[Tensor, " row"], values: Float[Tensor, "key value"]
 ) -> Float[Tensor, "#sample #head row value"]:
     """Return ``sum_j visible_ij values_jv``, the sum over the keys that each row sees."""
-    parts = []
     values = values.double()
+    out = values.new_empty(*_mask_shape(call), len(row), values.shape[1])
     for strip in strips(call, row):
         total: Tensor | int = 0
         for tile in strip.tiles:
@@ -186,10 +186,6 @@ def row_sums(
                 total = total + tile.seen.double() @ here
             else:
                 total = total + (here.cumsum(0) if tile.causal else here.sum(0)[None])[None, None]
-        parts.append((strip, total))
-    shape = _mask_shape(call)
-    out = values.new_empty(*shape, len(row), values.shape[1])
-    for strip, total in parts:
         out[:, :, strip.at] = total
     return out
 
