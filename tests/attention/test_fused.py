@@ -391,3 +391,17 @@ def test_one_part_of_the_mask_is_held_at_a_time(name: str, monkeypatch: pytest.M
     call.mass(torch.ones(2, S))
     call.received(torch.ones(call.n_samples, S))
     assert 1 <= most <= 2
+
+
+@pytest.mark.parametrize("order", ["all", "scattered", "reversed"])
+@pytest.mark.parametrize("name", CALLS)
+def test_parts_of_a_mask_are_small(name: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "MASK_CELLS", 10 * S)
+    call = CALLS[name]()
+    row = torch.arange(call.n_queries)
+    row = {"all": row, "scattered": row[::7], "reversed": row.flip(0)}[order]
+    n_masks = max(t.shape[0] * t.shape[1] for t in (call.visible(), call.bias) if t is not None)
+    for strip in tiles.strips(call, row):
+        for tile in strip.tiles:
+            if tile.seen is not None:
+                assert tile.seen.numel() <= max(10 * S, n_masks * call.n_keys)
