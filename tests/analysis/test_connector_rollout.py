@@ -90,7 +90,7 @@ def test_alpha_does_not_change_a_single_cross_attention() -> None:
     sample = sample_of("blip-2")
     only = {key: call for key, call in sample.calls.items() if key[1] == "cross"}
     layers = {"connector.cross": [0]}
-    bare = xi.Sample(**{**vars(sample), "calls": only, "provenance": {"layers": layers}})
+    bare = sample.changed(calls=only, provenance={"layers": layers})
     (call,) = only.values()
     probs = call.probs()[0].double().mean(0)
     for alpha in (0.1, 1.0):
@@ -138,7 +138,7 @@ def test_refusals() -> None:
         xi.on_patches(sample, np.ones(3))
     lacking = {key: c for key, c in sample.calls.items() if key[:3] != ("connector", "self", 1)}
     with pytest.raises(NotRecordedError, match="lacks these connector layers for image 0: self 1"):
-        xi.query_patches(xi.Sample(**{**vars(sample), "calls": lacking}))
+        xi.query_patches(sample.changed(calls=lacking))
     with pytest.raises(GeometryError, match=r"tokens with a row and column: use sample\.grid"):
         xi.query_patches(xi.capture(tiny_vlm("llava"), Image.new("RGB", SIZE), QUESTION))
 

@@ -1,12 +1,17 @@
 """Attention by distance and position, as raw values and relative to the null."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from tests.helpers.replicas import profile
 from tests.helpers.synthetic import captured, dense_call, grid, random_call, sample_of, uniform_call
-from xmodal_interp.analysis import positional_bias, recency_index
+from xmodal_interp.analysis import positional, positional_bias, recency_index
+from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError
 
 TEXT = ("text->text",)
@@ -48,6 +53,88 @@ def test_cell_by_cell(options: dict[str, object], n_bins: int) -> None:
         for row in part.itertuples():
             fast = (row.raw, row.null, row.lift, row.n_cells)
             assert fast == pytest.approx(slow[row.start], rel=1e-5)
+
+
+HIDDEN = torch.rand(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.3
+LAYOUTS = {
+    "image first": "b s vvvvvv tttttt oo",
+    "kinds that alternate": "tvtvtbvtvtvttvtt",
+    "padding before": "ppp vvvvvv tttttto",
+    "padding in between": "b tt vv p vvvv pp ttoo",
+}
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 16])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 1.0},
+        {"sliding_window": 5},
+        {"causal": False},
+        {"causal": False, "mask": ~HIDDEN},
+        {"causal": False, "mask": ~HIDDEN[:, :1].tril()},
+        {"sinks": torch.tensor([0.0, 1.0, 2.0, 3.0])},
+    ],
+    ids=["causal", "softcap", "window", "bidirectional", "mask per head", "mask", "sinks"],
+)
+def test_every_way_equals_a_float64_replica(
+    options: dict[str, Any], layout: str, n_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers differ in their mask; padding keys are hidden, as in any batch."""
+    monkeypatch.setattr(positional, "_n_rows", lambda *_: n_rows)
+    letters = layout.replace(" ", "")
+    counted = np.array([letter != "p" for letter in letters])
+    calls = [
+        random_call(16, layer=0),
+        random_call(16, layer=1, **options),
+        random_call(16, layer=2, **options),
+        random_call(16, layer=3),
+    ]
+    if not counted.all():  # a mask that hides padding, shared by two layers
+        calls = [without_padding(call, counted) for call in calls]
+    sample = sample_of(layout, calls, [grid(1, letters.count("v"))])
+    table = positional_bias(sample, n_bins=5, heads=[3, 1])
+    width = -(-int(counted.sum()) // 5)
+    of_kind = {
+        kind: np.flatnonzero([letter in of for letter in np.array(list(letters))[counted]]).tolist()
+        for kind, of in {"text": "sto", "image": "v"}.items()
+    }
+    groups = table.groupby(["layer", "head", "block", "axis"])
+    assert len(groups) == 4 * 2 * 3 * 2
+    for (layer, head, block, axis), part in groups:
+        call = calls[layer]
+        probs = call.probs(dtype=torch.float64)[0, head].nan_to_num().numpy()
+        visible = call.visible()[0].expand(4, -1, -1)[head].numpy()
+        queries, keys = (of_kind[kind] for kind in block.split("->"))
+        among = np.ix_(counted, counted)
+        slow = profile(probs[among], visible[among], queries, keys, axis, width)
+        assert part["start"].tolist() == sorted(slow)
+        found = part[["raw", "null", "lift", "n_cells"]].to_numpy()
+        np.testing.assert_allclose(found, [slow[i] for i in sorted(slow)], rtol=1e-5, atol=1e-12)
+
+
+def without_padding(call: AttentionCall, counted: np.ndarray) -> AttentionCall:
+    """The call with a mask that hides padding too."""
+    mask = call.visible() & torch.from_numpy(counted)
+    return replace(call, mask=mask, causal=False, sliding_window=None)
+
+
+@pytest.mark.parametrize("n_rows", [7, 500])
+def test_rotary_distance_does_not_depend_on_the_chunks_of_rows(
+    n_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = captured("qwen2_vl")
+    whole = positional_bias(sample)
+    monkeypatch.setattr(positional, "_n_rows", lambda *_: n_rows)
+    pd.testing.assert_frame_equal(positional_bias(sample), whole, rtol=1e-6)
+
+
+def test_a_block_that_is_named_twice_counts_once() -> None:
+    sample = sample_of("ttt", [random_call(3)])
+    twice = positional_bias(sample, blocks=[*TEXT, *TEXT])
+    pd.testing.assert_frame_equal(twice, positional_bias(sample, blocks=TEXT))
 
 
 def test_uniform_attention_has_lift_one_in_every_bin() -> None:
@@ -176,6 +263,17 @@ def test_rotary_distance_where_the_tokens_of_an_image_share_their_time() -> None
         assert part["lift"].to_numpy() == pytest.approx(means, rel=1e-4)
     furthest = table.groupby("axis")["start"].max()
     assert furthest["rope_distance"] < furthest["distance"]
+
+
+def test_rotary_distance_beyond_the_length_of_the_sequence() -> None:
+    """Time positions of a video rise faster than the positions of its tokens."""
+    sample = sample_of("tvvt", [uniform_call(4)], [grid(1, 2)])
+    rope = {"rope_t": [0, 1, 21, 22], "rope_h": [0, 1, 1, 22], "rope_w": [0, 1, 1, 22]}
+    tokens = sample.tokens.assign(**rope).astype(dict.fromkeys(rope, "Int64"))
+    table = positional_bias(replace(sample, tokens=tokens), heads=0)
+    far = table[table["axis"] == "rope_distance"].groupby("block")["start"].agg(list).to_dict()
+    assert far == {"text->text": [0, 22], "text->image": [21], "image->image": [0, 20]}
+    assert table["stop"].sub(table["start"]).eq(1).all()
 
 
 def test_no_rotary_profile_for_one_dimensional_positions() -> None:

@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import torch
 
 from tests.helpers.synthetic import sample_of
-from xmodal_interp.analysis.tables import long_table, over_samples, stacked
+from xmodal_interp.analysis.tables import Taken, long_table, over_samples, stacked
 
 
 def test_rows_are_in_the_order_of_the_axes() -> None:
@@ -81,3 +83,21 @@ def test_attributes_are_json() -> None:
         "provenance": {"model": "m", "layers": [0, 1]},
         "n_samples": 1,
     }
+
+
+def test_text_of_many_parts_is_one_chunk_in_the_order_given() -> None:
+    """A column of one chunk per part would be many times slower to filter."""
+    tokens = [pd.array(words, dtype="string") for words in (["a", "b"], ["c", None, "e"])]
+    numbers = pd.array([1, None], dtype="Int64")
+    parts = [
+        {"sample": "one", "token": Taken(tokens[0], np.array([1, 0])), "image": numbers},
+        {"sample": "two", "token": Taken(tokens[1], np.array([2, 1])), "image": numbers},
+        {"sample": "one", "token": Taken(tokens[0], np.array([0, 0])), "image": numbers},
+    ]
+    table = stacked(parts)
+    assert table["sample"].tolist() == ["one", "one", "two", "two", "one", "one"]
+    assert table["token"].tolist() == ["b", "a", "e", pd.NA, "a", "a"]
+    assert table["image"].tolist() == [1, pd.NA] * 3
+    assert table.dtypes[["token", "image"]].astype(str).tolist() == ["string", "Int64"]
+    for name in ("sample", "token"):
+        assert isinstance(pa.array(table[name]), pa.Array)  # else a ChunkedArray

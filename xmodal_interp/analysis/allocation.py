@@ -31,8 +31,7 @@ from xmodal_interp.analysis.tables import Part, call_table, over_samples
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import InputError
-from xmodal_interp.sample import Sample
-from xmodal_interp.vocabulary import VISUAL_KINDS
+from xmodal_interp.sample import Sample, is_visual
 
 SEGMENTS = ("system", "image", "instruction", "output")
 
@@ -94,7 +93,8 @@ def attention_allocation(
 def _segments(sample: Sample) -> np.ndarray:
     """Return the segment of each position; empty for padding."""
     tokens = sample.tokens
-    image = tokens["kind"].isin(VISUAL_KINDS).to_numpy(dtype=bool)
+    kinds = sample.kinds
+    image = is_visual(kinds)
     if not image.any():
         raise InputError(
             f"Sample {sample.name!r} has no image tokens among its {len(sample)} positions. "
@@ -105,5 +105,5 @@ def _segments(sample: Sample) -> np.ndarray:
     segment[: int(users.argmax())] = "system"
     segment[image] = "image"
     segment[sample.n_prompt :] = "output"
-    segment[tokens["kind"].eq("padding").to_numpy(dtype=bool)] = ""
+    segment[kinds == "padding"] = ""
     return segment

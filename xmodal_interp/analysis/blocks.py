@@ -18,7 +18,8 @@ model whose image comes before the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,16 +38,17 @@ from xmodal_interp.analysis.selection import (
     refuse_cross_attention,
     selected_calls,
 )
-from xmodal_interp.analysis.tables import call_table, over_samples, stacked
+from xmodal_interp.analysis.tables import Part, call_table, over_samples
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
-from xmodal_interp.sample import Sample
-from xmodal_interp.vocabulary import TEXT, VISUAL_KINDS
+from xmodal_interp.sample import Sample, is_visual
+from xmodal_interp.vocabulary import TEXT
 
 TIED = 1e-6  # largest relative difference from the peak that counts as a tie in float32
 LETTERS = {"image": "V", "text": "T"}
-_PAIRS = (("T", "V"), ("V", "T"), ("V", "V"), ("T", "T"))  # query, key
+PLACE_COLUMNS = ("image", "row", "col", "video", "frame")
+_BLOCKS = [f"{query}-{key}" for query in LETTERS.values() for key in LETTERS.values()]
 _KEYS = ("tower", "kind", "layer", "head", "block", "query_kind", "key_kind")
 
 
@@ -75,9 +77,24 @@ def block_statistics(
         NotRecordedError: Some query rows were not kept.
     """
     parameters = {"layers": layers, "heads": heads}
-    return over_samples(
-        samples, lambda sample: _blocks(sample, layers, heads), "block_statistics", parameters
-    )
+
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        parts = []
+        for call, chosen, values in _blocks(sample, layers, heads):
+            order = np.argsort(chosen).tolist()
+            ordered = {name: value[order] for name, value in values.items()}
+            kinds = list(LETTERS)
+            axes: dict[str, list[Any]] = {
+                "head": sorted(chosen),
+                "query_kind": kinds,
+                "key_kind": kinds,
+            }
+            part = call_table(call, axes, ordered)
+            part["block"] = np.tile(_BLOCKS, len(chosen))
+            parts.append({name: part[name] for name in _KEYS} | part)
+        yield from sorted(parts, key=lambda part: int(part["layer"]))
+
+    return over_samples(samples, table_rows, "block_statistics", parameters)
 
 
 @checked
@@ -106,52 +123,51 @@ def cross_modal_summary(
             cross-attention.
     """
 
-    def table_rows(sample: Sample) -> pd.DataFrame:
-        means = _blocks(sample, layer, heads).groupby("block")["mean"].mean()
-        call, chosen = next(selected_calls(sample, layer, heads))
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        ((call, chosen, values),) = _blocks(sample, layer, heads)
+        means = values["mean"].nanmean(0)  # [query kind, key kind]
         tokens = sample.visual
         attended = received(call, queries_of(sample, TEXT), chosen)[:, tokens].mean(0)
         peaks = (attended >= attended.max() * (1 - TIED)).nonzero()[:, 0]
         best = int(peaks[0]) if len(peaks) == 1 else None
-        place = sample.tokens.reindex([-1 if best is None else int(tokens[best])]).iloc[0]
+        token = [-1 if best is None else int(tokens[best])]
+        places = {name: sample.tokens[name].array for name in PLACE_COLUMNS}
         ratio = cross_modal_ratio(sample, layers=layer, heads=heads, by=("layer",))["ratio"]
-        row = {
+        yield {
             "tower": "language",
             "kind": "self",
             "layer": call.layer,
-            **{f"{query}{key}_mean".lower(): means[f"{query}-{key}"] for query, key in _PAIRS},
-            "most_attended_patch": best,
-            **{name: place[name] for name in ("image", "row", "col", "video", "frame")},
-            "cross_modal_ratio": ratio.iloc[0],
+            "tv_mean": float(means[1, 0]),
+            "vt_mean": float(means[0, 1]),
+            "vv_mean": float(means[0, 0]),
+            "tt_mean": float(means[1, 1]),
+            "most_attended_patch": pd.array([best], dtype="Int64"),
+            **{name: place.take(token, allow_fill=True)[0] for name, place in places.items()},
+            "cross_modal_ratio": float(ratio.iloc[0]),
         }
-        return pd.DataFrame([row]).astype({"most_attended_patch": "Int64"})
 
     parameters = {"layer": layer, "heads": heads}
     return over_samples(samples, table_rows, "cross_modal_summary", parameters)
 
 
-def _blocks(sample: Sample, layers: Layers, heads: Positions | None) -> pd.DataFrame:
+def _blocks(
+    sample: Sample, layers: Layers, heads: Positions | None
+) -> Iterator[tuple[AttentionCall, list[int], dict[str, Tensor]]]:
+    """Yield each layer, its chosen heads and the values, ``[head, query kind, key kind]``."""
     refuse_cross_attention(sample, "A statistic of attention blocks")
-    kinds = sample.tokens["kind"]
-    of_kind = {
-        "image": torch.tensor(kinds.isin(VISUAL_KINDS).to_numpy(dtype=bool)),
-        "text": torch.tensor(kinds.isin(["text", "special"]).to_numpy(dtype=bool)),
-    }
-    if not of_kind["image"].any():
+    kinds = sample.kinds
+    image, text = is_visual(kinds), np.isin(kinds, ["text", "special"])
+    if not image.any():
         raise InputError(
             f"Sample {sample.name!r} has no image tokens among its {len(sample)} positions. "
             "Block statistics require a sample with an image or a video."
         )
-    keys = torch.stack(list(of_kind.values()))
-    parts = []
+    keys = torch.from_numpy(np.stack([image, text]))
+    queries = [each.nonzero()[:, 0] for each in keys]
     for call, chosen in selected_calls(sample, layers, heads):
-        for query_kind, positions in of_kind.items():
-            values = _block_values(call, chosen, positions.nonzero()[:, 0], keys)
-            part = call_table(call, {"head": chosen, "key_kind": list(of_kind)}, values)
-            block = [f"{LETTERS[query_kind]}-{LETTERS[key]}" for key in part["key_kind"]]
-            part |= {"block": np.array(block), "query_kind": query_kind}
-            parts.append({name: part[name] for name in _KEYS} | part)
-    return stacked(parts).sort_values(["layer", "head"], kind="stable", ignore_index=True)
+        of_queries = [_block_values(call, chosen, each, keys) for each in queries]
+        values = {name: torch.stack([of[name] for of in of_queries], 1) for name in of_queries[0]}
+        yield call, chosen, values
 
 
 def _block_values(

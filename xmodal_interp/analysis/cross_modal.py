@@ -17,8 +17,10 @@ always text to image.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +31,7 @@ from xmodal_interp.analysis.selection import (
     first_position,
     image_keys,
     mass_and_null,
+    not_padding,
     queries_of,
     refuse_cross_attention,
     refuse_text,
@@ -36,15 +39,16 @@ from xmodal_interp.analysis.selection import (
     selected_calls,
 )
 from xmodal_interp.analysis.sinks import MIN_QUERIES, THRESHOLD, sink_keys
-from xmodal_interp.analysis.tables import Part, call_table, over_samples, stacked
+from xmodal_interp.analysis.tables import Part, Taken, long_table, over_samples
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
-from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import TEXT, VISUAL_KINDS, AttentionKind
+from xmodal_interp.sample import Sample, Selector, is_visual
+from xmodal_interp.vocabulary import TEXT, AttentionKind
 
 DIRECTION = "text->image"
 BY = ("layer", "head")
+MEANS = ("ratio", "null", "lift", "sink_free_ratio", "sink_free_lift")
 
 
 @checked
@@ -102,25 +106,14 @@ def cross_modal_ratio(
         "sink_threshold": sink_threshold,
     }
 
-    def table_rows(sample: Sample) -> pd.DataFrame:
-        table = stacked(_token_ratio(sample, **parameters))
-        keys = ["tower", "kind", "direction", *(name for name in BY if name in by)]
-        grouped = table.groupby(keys, sort=False)
-        seeing = table[table["ratio"].notna()].groupby(keys, sort=False)
-        values = ["ratio", "null", "lift", "sink_free_ratio", "sink_free_lift"]
-        means = seeing[values].mean().reindex(grouped.size().index)
-        counts = {
-            "n_queries": seeing["query"].nunique(),
-            "n_image_tokens": grouped["n_image_tokens"].first(),
-            "n_sinks": grouped["n_sinks"].mean(),
-        }
-        found = means.assign(**counts).fillna({"n_queries": 0}).astype({"n_queries": "int64"})
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        found = _means(list(_of_layers(sample, **parameters)), [name for name in BY if name in by])
         if not found["n_queries"].any():
             raise InputError(
                 f"None of the queries {queries!r} of sample {sample.name!r} sees the "
                 "image in any chosen layer. Choose queries after the image."
             )
-        return found.reset_index()
+        yield {"tower": "language", "kind": kind, "direction": DIRECTION} | found
 
     return over_samples(samples, table_rows, "cross_modal_ratio", parameters | {"by": by})
 
@@ -152,12 +145,37 @@ def token_ratio(
         "kind": kind,
         "sink_threshold": sink_threshold,
     }
-    return over_samples(
-        samples, lambda sample: _token_ratio(sample, **parameters), "token_ratio", parameters
-    )
+
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        tokens = pd.Series(sample.tokens["token"].to_numpy(dtype=object)).array
+        for each in _of_layers(sample, **parameters):
+            axes = {"layer": [each.layer], "head": each.heads, "query": each.queries}
+            index: Part = {"tower": "language", "kind": kind, "direction": DIRECTION}
+            index |= long_table(axes, {})
+            index["token"] = Taken(tokens, index["query"])
+            yield index | long_table(axes, each.values)
+
+    return over_samples(samples, table_rows, "token_ratio", parameters)
 
 
-def _token_ratio(
+@dataclass(frozen=True, eq=False)
+class _OfLayer:
+    """The ratios of one layer.
+
+    Attributes:
+        layer: The layer.
+        heads: The chosen heads.
+        queries: The query positions.
+        values: ``[head, query]``, or broadcastable to it, by name of the column.
+    """
+
+    layer: int
+    heads: list[int]
+    queries: list[int]
+    values: dict[str, np.ndarray]
+
+
+def _of_layers(
     sample: Sample,
     queries: Selector,
     layers: Layers,
@@ -165,36 +183,78 @@ def _token_ratio(
     image: int | None,
     kind: AttentionKind,
     sink_threshold: float,
-) -> Iterator[Part]:
+) -> Iterator[_OfLayer]:
+    """Yield the ratios of each layer of a sample."""
     _check_kind(sample, image, kind)
     keys = image_keys(sample, image, kind)
     query = queries_of(sample, queries)
     _refuse_image_queries(sample, query)
-    tokens = sample.tokens["token"].to_numpy(dtype=object)[query.numpy()]
     always = first_position(sample) if kind == "self" else None
+    counted = not_padding(sample)
     for call, chosen in selected_calls(sample, layers, heads, kind=kind):
-        rows = rows_of(sample, call)
+        rows = rows_of(call, counted)
         sinks = sink_keys(call, chosen, rows, threshold=sink_threshold, always=always)
         n_sinks = sinks.sum(1, keepdim=True)
-        ratio, null, lift = _shares(call, chosen, query, keys, torch.zeros_like(sinks))
-        free_ratio, _, free_lift = _shares(call, chosen, query, keys, sinks)
+        dropped = torch.stack([torch.zeros_like(sinks), sinks])
+        ratios, nulls, lifts = _shares(call, chosen, query, keys, dropped)
+        free_ratio, free_lift = ratios[1], lifts[1]
         if call.rows is not None and len(rows) < MIN_QUERIES:
             free_ratio, free_lift, n_sinks = (
                 torch.full_like(values, torch.nan, dtype=torch.float32)
                 for values in (free_ratio, free_lift, n_sinks)
             )
         values = {
-            "token": tokens[None],
-            "ratio": ratio,
-            "null": null,
-            "lift": lift,
+            "ratio": ratios[0],
+            "null": nulls[0],
+            "lift": lifts[0],
             "sink_free_ratio": free_ratio,
             "sink_free_lift": free_lift,
             "n_image_tokens": keys.sum(),
             "n_sinks": n_sinks,
         }
-        part = call_table(call, {"head": chosen, "query": query.tolist()}, values)
-        yield {"tower": "language", "kind": kind, "direction": DIRECTION} | part
+        arrays = {name: value.numpy() for name, value in values.items()}
+        yield _OfLayer(call.layer, chosen, query.tolist(), arrays)
+
+
+def _means(layers: Sequence[_OfLayer], by: Sequence[str]) -> Part:
+    """Return the means over all axes except ``by``, over the queries that see the image.
+
+    Groups are in the order of their first layer and head.
+    """
+    pairs = [{"layer": each.layer, "head": head} for each in layers for head in each.heads]
+    groups = [tuple(pair[name] for name in by) for pair in pairs]
+    first = list(dict.fromkeys(groups))
+    member = np.array([[group == each for each in first] for group in groups], dtype=float)
+    values = np.stack([np.concatenate([each.values[name] for each in layers]) for name in MEANS])
+    seeing = ~np.isnan(values[0])
+    known = seeing & ~np.isnan(values)
+    means = _group_means(values.sum(2, where=known, dtype=float), known.sum(2), member)
+    n_sinks = np.concatenate([each.values["n_sinks"][:, 0] for each in layers])
+    found = ~np.isnan(n_sinks)
+    return {
+        **{name: np.array([group[i] for group in first]) for i, name in enumerate(by)},
+        **dict(zip(MEANS, means, strict=True)),
+        "n_queries": (seeing.T @ member > 0).sum(0),
+        "n_image_tokens": int(layers[0].values["n_image_tokens"]),
+        "n_sinks": _group_means(np.where(found, n_sinks, 0), found, member),
+    }
+
+
+def _group_means(
+    sums: Float[np.ndarray, "*value row"] | Int[np.ndarray, "*value row"],
+    counts: Int[np.ndarray, "*value row"] | Bool[np.ndarray, "*value row"],
+    member: Float[np.ndarray, "row group"],
+) -> Float[np.ndarray, "*value group"]:
+    """Return the mean of each group of rows; NaN if it has no values.
+
+    Args:
+        sums: The sum of the values of each row.
+        counts: Their number.
+        member: 1 if a row belongs to a group, else 0.
+    """
+    n = counts @ member
+    means: np.ndarray = np.divide(sums @ member, n, out=np.full(n.shape, np.nan), where=n > 0)
+    return means
 
 
 def _shares(
@@ -202,21 +262,27 @@ def _shares(
     heads: Sequence[int],
     queries: Int[Tensor, " query"],
     keys: Bool[Tensor, " key"],
-    dropped: Bool[Tensor, "head key"],
-) -> tuple[Float[Tensor, "head query"], Float[Tensor, "head query"], Float[Tensor, "head query"]]:
+    dropped: Bool[Tensor, "variant head key"],
+) -> tuple[
+    Float[Tensor, "variant head query"],
+    Float[Tensor, "variant head query"],
+    Float[Tensor, "variant head query"],
+]:
     """Return the mass on ``keys``, its null and its lift, without the dropped keys of each head.
 
     Where keys are dropped, the other probabilities are renormalised. Otherwise they are not: the
     share of learned sinks stays outside the ratio. NaN where no key is visible.
     """
-    patterns, of_head = dropped.unique(dim=0, return_inverse=True)  # few: heads share sinks
+    patterns, of_head = dropped.flatten(0, 1).unique(dim=0, return_inverse=True)  # few
     groups = torch.cat([keys & ~patterns, ~patterns]).float()
+    index = of_head.view(dropped.shape[:2])
+    head = torch.arange(len(heads))
     mass, even = (
-        values.unflatten(-1, (2, len(patterns)))[range(len(heads)), :, :, of_head].unbind(-1)
+        values.unflatten(-1, (2, len(patterns)))[head, :, :, index].unbind(-1)
         for values in mass_and_null(call, groups, heads, queries)
     )
     null = even[0] / even[1]
-    ratio = torch.where(dropped.any(1)[:, None], mass[0] / mass[1], mass[0])
+    ratio = torch.where(dropped.any(2)[..., None], mass[0] / mass[1], mass[0])
     ratio = ratio.where(null > 0, torch.nan)
     return ratio, null, ratio / null
 
@@ -233,8 +299,8 @@ def _check_kind(sample: Sample, image: int | None, kind: AttentionKind) -> None:
 
 
 def _refuse_image_queries(sample: Sample, queries: Int[Tensor, " query"]) -> None:
-    kinds = sample.tokens["kind"].iloc[queries.tolist()]
-    images = kinds.index[kinds.isin(VISUAL_KINDS)].tolist()
+    positions = queries.numpy()
+    images = positions[is_visual(sample.kinds[positions])].tolist()
     if images:
         raise InputError(
             f"Positions {images[:6]} of sample {sample.name!r} are image tokens, but queries must "

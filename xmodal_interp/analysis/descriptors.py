@@ -25,6 +25,7 @@ from xmodal_interp.analysis.selection import (
     Layers,
     mean_where,
     n_visible,
+    not_padding,
     per_head,
     queries_of,
     refuse_cross_attention,
@@ -79,11 +80,12 @@ def attention_entropy(
         )
 
     def table_rows(sample: Sample) -> Iterator[Part]:
+        counted = not_padding(sample)
         chosen_rows = None if queries is None else queries_of(sample, queries)
         of_tower = {key[3] for key in sample.calls if key[:2] == (tower, "self")}
         for number in sorted(of_tower) or [0]:
             for call, chosen in selected_calls(sample, layers, heads, tower=tower, call=number):
-                rows = rows_of(sample, call) if tower == "language" else call.query_positions
+                rows = rows_of(call, counted) if tower == "language" else call.query_positions
                 values = _entropy(call, chosen, rows if chosen_rows is None else chosen_rows)
                 image = np.nan if tower == "language" else number
                 yield call_table(call, {"head": chosen}, {"image": image, **values})

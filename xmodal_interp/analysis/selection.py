@@ -11,7 +11,7 @@ The null of a statistic is that statistic of ``uniform(call)``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, SupportsIndex
 
@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from xmodal_interp.analysis.tables import Part, Taken
 from xmodal_interp.attention import AttentionCall, Positions, numbers, resolve
 from xmodal_interp.attention.masks import hides
 from xmodal_interp.errors import (
@@ -30,8 +31,8 @@ from xmodal_interp.errors import (
     NotRecordedError,
     PositionError,
 )
-from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind, Tower
+from xmodal_interp.sample import Sample, Selector, is_visual
+from xmodal_interp.vocabulary import AttentionKind, Tower
 
 Layers = SupportsIndex | Collection[Any] | np.ndarray | Tensor | None
 """Layers (negative ones count from the last) or a mask of layers; None for all kept layers."""
@@ -119,10 +120,9 @@ def image_keys(
     table = (
         sample.cross_keys if kind == "cross" and sample.cross_keys is not None else sample.tokens
     )
-    chosen = table["kind"].isin(VISUAL_KINDS)
+    keys = is_visual(table["kind"].to_numpy(dtype=object))
     if image is not None:
-        chosen &= table["image"].eq(image)
-    keys = chosen.fillna(value=False).to_numpy(dtype=bool)
+        keys &= table["image"].eq(image).fillna(value=False).to_numpy(dtype=bool)
     if not keys.any():
         wanted = "image tokens" if image is None else f"tokens of image {image}"
         raise InputError(
@@ -166,9 +166,15 @@ def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -
     return table.astype({"token": "string", **integers})
 
 
-def position_columns(positions: pd.DataFrame, index: np.ndarray) -> dict[str, Any]:
-    """Return the ``POSITION_COLUMNS`` of the positions at an index."""
-    return {name: positions[name].array.take(index) for name in POSITION_COLUMNS}
+def position_columns(positions: pd.DataFrame | Mapping[str, Any], index: np.ndarray) -> Part:
+    """Return the ``POSITION_COLUMNS`` of the positions at an index.
+
+    Args:
+        positions: A table with these columns, or a mapping of their names to arrays.
+        index: The index of the position of each row.
+    """
+    arrays = {name: positions[name] for name in POSITION_COLUMNS}
+    return {name: Taken(getattr(each, "array", each), index) for name, each in arrays.items()}
 
 
 def image_places(tokens: pd.DataFrame) -> pd.DataFrame:
@@ -182,7 +188,7 @@ def image_places(tokens: pd.DataFrame) -> pd.DataFrame:
 
 def not_padding(sample: Sample) -> Bool[Tensor, " position"]:
     """Return a mask of the positions that are not padding."""
-    return torch.tensor(sample.tokens["kind"].ne("padding").to_numpy(dtype=bool))
+    return torch.from_numpy(sample.kinds != "padding")
 
 
 def first_position(sample: Sample) -> int:
@@ -198,10 +204,15 @@ def sequence_places(sample: Sample) -> Int[Tensor, " position"]:
     return not_padding(sample).long().cumsum(0) - 1
 
 
-def rows_of(sample: Sample, call: AttentionCall) -> Int[Tensor, " query"]:
-    """Return the query positions that a call of the language tower holds, without padding."""
+def rows_of(call: AttentionCall, counted: Bool[Tensor, " position"]) -> Int[Tensor, " query"]:
+    """Return the query positions that a call of the language tower holds, without padding.
+
+    Args:
+        call: The call.
+        counted: A mask of the positions that are not padding (``not_padding``).
+    """
     rows = call.query_positions
-    return rows[not_padding(sample).to(rows.device)[rows]]
+    return rows[counted.to(rows.device)[rows]]
 
 
 def refuse_text(given: object, name: str, example: str) -> None:

@@ -18,8 +18,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodal_interp.analysis.selection import (
+    POSITION_COLUMNS,
     Layers,
     first_position,
+    not_padding,
     per_head,
     position_columns,
     query_weights,
@@ -28,13 +30,14 @@ from xmodal_interp.analysis.selection import (
     selected_calls,
     sequence_places,
 )
-from xmodal_interp.analysis.tables import Part, call_table, over_samples, stacked
+from xmodal_interp.analysis.tables import Part, call_table, long_table, over_samples
 from xmodal_interp.arguments import checked, real_number
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
 
 THRESHOLD = 0.3  # epsilon of Gu et al.
+_SOURCES = {"token_kind": "kind"}  # columns of the token table with another name
 MIN_QUERIES = 8  # a key that fewer queries see is never a sink
 
 
@@ -81,9 +84,24 @@ def attention_sinks(
         "n_positions": n_positions,
         "min_queries": min_queries,
     }
-    return over_samples(
-        samples, lambda sample: _sinks(sample, **parameters), "attention_sinks", parameters
-    )
+
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        first = torch.tensor([first_position(sample)])
+        tokens = {name: sample.tokens[_SOURCES.get(name, name)].array for name in POSITION_COLUMNS}
+        for call, chosen, share, null, n_queries, sink in _sinks(sample, **parameters):
+            keys = torch.unique(torch.cat([sink.any(0).nonzero()[:, 0], first]))
+            values = {
+                "received": share[:, keys],
+                "null": null[:, keys],
+                "lift": share[:, keys] / null[:, keys],
+                "sink": sink[:, keys],
+                "n_queries": n_queries[:, keys].long(),
+            }
+            part = call_table(call, {"head": chosen, "key": keys.tolist()}, values)
+            index = {name: part[name] for name in ("tower", "kind", "layer", "head", "key")}
+            yield index | position_columns(tokens, part["key"]) | part
+
+    return over_samples(samples, table_rows, "attention_sinks", parameters)
 
 
 @checked
@@ -112,14 +130,16 @@ def sink_rate(
         "min_queries": min_queries,
     }
 
-    def table_rows(sample: Sample) -> pd.DataFrame:
-        sinks = stacked(_sinks(sample, **parameters))
-        first = sinks["key"].eq(first_position(sample)) & sinks["sink"]
-        by = ["tower", "kind", "layer"]
-        found = sinks.assign(first=first).groupby([*by, "head"], sort=False)[["first", "sink"]]
-        grouped = found.any().groupby(by, sort=False)
-        rates = grouped.mean().rename(columns={"sink": "any"}).assign(n_heads=grouped.size())
-        return rates.reset_index()
+    def table_rows(sample: Sample) -> Iterator[Part]:
+        first = first_position(sample)
+        for call, chosen, _, _, _, sink in _sinks(sample, **parameters):
+            values = {
+                "first": sink[:, first].double().mean(),
+                "any": sink.any(1).double().mean(),
+                "n_heads": torch.tensor(len(chosen)),
+            }
+            rates = long_table({"layer": [call.layer]}, values)
+            yield {"tower": call.tower, "kind": call.kind} | rates
 
     return over_samples(samples, table_rows, "sink_rate", parameters)
 
@@ -149,39 +169,30 @@ def _sinks(
     heads: Positions | None,
     n_positions: int | None,
     min_queries: int,
-) -> Iterator[Part]:
-    """Yield the rows of ``attention_sinks`` of each layer of a sample."""
-    first, places = first_position(sample), sequence_places(sample)
-    tokens = sample.tokens.rename(columns={"kind": "token_kind"})
+) -> Iterator[tuple[AttentionCall, list[int], Tensor, Tensor, Tensor, Tensor]]:
+    """Yield each layer of a sample, its chosen heads, and four tensors ``[head, key]``.
+
+    The tensors are the received share, its null, the number of queries that see the key, and
+    whether the key is a sink.
+    """
+    counted, places = not_padding(sample), sequence_places(sample)
     for call, chosen in selected_calls(sample, layers, heads):
-        rows = rows_of(sample, call)
+        rows = rows_of(call, counted)
         if n_positions is not None:
             rows = rows[places.to(rows.device)[rows] < n_positions]
         share, null, n_queries = _received(call, rows, chosen)
         sink = (share > threshold) & (n_queries >= min_queries)
-        keys = torch.unique(torch.cat([sink.any(0).nonzero()[:, 0], torch.tensor([first])]))
-        values = {
-            "received": share[:, keys],
-            "null": null[:, keys],
-            "lift": share[:, keys] / null[:, keys],
-            "sink": sink[:, keys],
-            "n_queries": n_queries[:, keys].long(),
-        }
-        axes = {"head": chosen, "key": keys.tolist()}
-        index = call_table(call, axes, {})
-        yield index | position_columns(tokens, index["key"]) | call_table(call, axes, values)
+        yield call, chosen, share, null, n_queries, sink
 
 
 def _received(
     call: AttentionCall, rows: Int[Tensor, " query"], heads: Sequence[int]
 ) -> tuple[Float[Tensor, "head key"], Float[Tensor, "head key"], Float[Tensor, "head key"]]:
     """Return per key the mean probability over queries that see it, its null, and their number."""
-    chosen = query_weights(call, rows).double()
-    even = chosen[:, None] / call.n_visible().clamp(min=1)
-    seen_by, null = (
-        per_head(call.visible_sums(weights)[0].float().cpu(), heads)
-        for weights in (chosen[:, None], even)
-    )
+    chosen = query_weights(call, rows).double()[:, None]
+    even = chosen / call.n_visible().clamp(min=1)
+    sums = call.visible_sums(torch.cat([chosen.expand_as(even), even])).float().cpu()
+    seen_by, null = (per_head(each, heads) for each in sums)
     total = received(call, rows, heads).cpu()
     return total / seen_by, null / seen_by, seen_by
 

@@ -42,8 +42,10 @@ from xmodal_interp.analysis.selection import (
     selected_calls,
 )
 from xmodal_interp.analysis.tables import (
+    Part,
     add_provenance,
     call_table,
+    joined,
     samples_of,
     stacked,
     stamped,
@@ -96,31 +98,30 @@ def raster_map(
         GeometryError: Grids have different shapes, image tokens have no row and column, or the
             samples have different kept layers.
     """
-    table: pd.DataFrame | None = None
+    first: Part | None = None
+    total: Any = 0.0
     provenance: list[Mapping[str, Any]] = []
     names: dict[str, str] = {}
-    lifts: list[pd.Series] = []
+    lifts: list[np.ndarray] = []
     for sample in samples_of(samples):
         cells = _cells(sample, queries, layers, heads, image)
-        if table is None:
-            table = cells
-        else:
-            _refuse_other_cells(table, cells, sample)
-            table["lift"] += cells["lift"]
+        if first is None:
+            first = cells
+        _refuse_other_cells(first, cells, sample)
         unique_name(sample.name, names)
         if per_sample:
-            lifts.append(cells["lift"].copy())
+            lifts.append(cells["lift"])
+        else:
+            total = total + cells["lift"]
         add_provenance(provenance, sample)
-    if table is None:
+    if first is None:
         raise InputError("raster_map requires at least one sample; got none.")
     n_samples = len(names)
     if per_sample:
-        table = pd.concat(
-            [table.assign(lift=lift) for lift in lifts], keys=names, names=["sample", None]
-        ).reset_index(level="sample")
-        table = table.reset_index(drop=True)
+        of_samples = zip(names, lifts, strict=True)
+        table = stacked([{"sample": name, **first, "lift": lift} for name, lift in of_samples])
     else:
-        table["lift"] /= n_samples
+        table = pd.DataFrame({**first, "lift": total / n_samples})
     parameters = {"queries": queries, "layers": layers, "heads": heads, "image": image}
     parameters |= {"per_sample": per_sample} if per_sample else {}
     return stamped(
@@ -261,7 +262,8 @@ def _keys(table: pd.DataFrame) -> list[str]:
 
 def _cells(
     sample: Sample, queries: Selector, layers: Layers, heads: Positions | None, image: int
-) -> pd.DataFrame:
+) -> Part:
+    """Return the columns of the map of a sample, with one row per layer, head and cell."""
     refuse_cross_attention(sample, "A raster map")
     tokens = image_keys(sample, image).nonzero()[:, 0]
     places = image_places(sample.tokens).iloc[tokens.tolist()]
@@ -280,7 +282,9 @@ def _cells(
     for call, chosen in selected_calls(sample, layers, heads):
         values = {**cells, "lift": _lift(call, chosen, rows, tokens)}
         parts.append(call_table(call, {"head": chosen, "cell": range(len(tokens))}, values))
-    return stacked(parts).drop(columns="cell")
+    columns = joined(parts)
+    del columns["cell"]
+    return columns
 
 
 def _lift(
@@ -323,14 +327,17 @@ def _slopes(
     return slopes[:, 1:]
 
 
-def _refuse_other_cells(table: pd.DataFrame, other: pd.DataFrame, sample: Sample) -> None:
-    layers = [one["layer"].unique().tolist() for one in (table, other)]
+def _refuse_other_cells(
+    table: Part | pd.DataFrame, other: Part | pd.DataFrame, sample: Sample
+) -> None:
+    layers = [pd.unique(one["layer"]).tolist() for one in (table, other)]
     if layers[0] != layers[1]:
         raise GeometryError(
             f"Sample {sample.name!r} has the layers {layers[1]}, the other samples have "
             f"{layers[0]}. Choose layers= that all samples have."
         )
-    if not table[CELL_KEYS].equals(other[CELL_KEYS]):
+    columns = [[np.asarray(one[name]) for name in CELL_KEYS] for one in (table, other)]
+    if not all(map(np.array_equal, *columns)):
         shapes = [f"{t['row'].max() + 1} x {t['col'].max() + 1}" for t in (table, other)]
         raise GeometryError(
             f"Sample {sample.name!r} has a grid of {shapes[1]}, the other samples have "

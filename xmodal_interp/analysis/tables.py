@@ -10,6 +10,7 @@ JSON.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -26,12 +27,29 @@ Values = np.ndarray | Tensor | float
 """Values with one axis per key, or broadcastable to that shape."""
 
 Part = dict[str, Any]
-"""Columns of a part of a table: arrays of one length, and scalars that are the same in all rows."""
+"""Columns of a part of a table: arrays or ``Taken`` of one length, and scalars that are the same in
+all rows."""
 
 _NO_SAMPLES: tuple[Any, ...] = (bytes, range)  # sequences that cannot hold samples
 
 _OF_SAMPLE = ("created", "item", "images", "videos", "batch_size")
 """Provenance entries that may differ between the samples of one run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """A column whose rows are entries of a pandas array, such as a column of a token table.
+
+    ``stacked`` takes the entries once for the whole table. Concatenating them part by part would be
+    slower, and the text columns of the table would consist of one chunk per part.
+
+    Attributes:
+        entries: The array.
+        index: The index of the entry of each row.
+    """
+
+    entries: Any
+    index: np.ndarray
 
 
 def long_table(axes: Mapping[str, Sequence[Any]], values: Mapping[str, Values]) -> Part:
@@ -61,24 +79,57 @@ def call_table(
 
 def stacked(parts: Iterable[Part]) -> pd.DataFrame:
     """Return one table of parts that have the same columns; it is built once, for speed."""
+    return pd.DataFrame(joined(parts))
+
+
+def joined(parts: Iterable[Part]) -> Part:
+    """Return the columns of ``stacked`` as arrays."""
     parts = list(parts)
-    lengths = [next(len(c) for c in part.values() if np.ndim(c)) for part in parts]
-    table: Part = {}
-    for name, first in parts[0].items():
-        column = [part[name] for part in parts]
-        if isinstance(first, np.ndarray):
-            table[name] = np.concatenate(column)
-        elif np.ndim(first):  # a Series or an extension array, such as Int64
-            table[name] = pd.concat([pd.Series(each) for each in column], ignore_index=True)
-        else:
-            dtype = object if isinstance(first, str) else None
-            table[name] = np.repeat(np.array(column, dtype), lengths)
-    return pd.DataFrame(table)
+    lengths = [next(n for n in map(_n_rows, part.values()) if n is not None) for part in parts]
+    return {name: _column([part[name] for part in parts], lengths) for name in parts[0]}
+
+
+def _n_rows(column: Any) -> int | None:
+    """Return the number of rows of a column of a part; None for a scalar."""
+    if isinstance(column, Taken):
+        return len(column.index)
+    return len(column) if np.ndim(column) else None
+
+
+def _column(parts: Sequence[Any], lengths: Sequence[int]) -> Any:
+    """Return one column of all parts, each with the given number of rows."""
+    first = parts[0]
+    if isinstance(first, np.ndarray):
+        return np.concatenate(parts)
+    if isinstance(first, str):
+        codes, names = pd.factorize(np.array(parts, dtype=object))
+        return pd.Series(names).array.take(np.repeat(codes, lengths))
+    if _n_rows(first) is None:
+        return np.repeat(np.array(parts), lengths)
+    return _taken([each if isinstance(each, Taken) else _whole(each) for each in parts])
+
+
+def _whole(column: Any) -> Taken:
+    """Return a Series or an extension array, such as Int64, as a column of its entries."""
+    return Taken(pd.Series(column).array, np.arange(len(column)))
+
+
+def _taken(columns: Sequence[Taken]) -> Any:
+    """Return the entries of all columns, in one array of one chunk."""
+    sources = {id(column.entries): column.entries for column in columns}
+    starts = np.cumsum([0, *(len(entries) for entries in sources.values())])
+    start_of = dict(zip(sources, starts.tolist(), strict=False))
+    index = np.concatenate([column.index + start_of[id(column.entries)] for column in columns])
+    entries = next(iter(sources.values()))
+    if len(sources) > 1:
+        several = [pd.Series(each) for each in sources.values()]
+        entries = pd.concat(several, ignore_index=True).array
+    return entries.take(index)
 
 
 def over_samples(
     samples: Sample | Iterable[Sample],
-    table_rows: Callable[[Sample], pd.DataFrame | Iterable[Part]],
+    table_rows: Callable[[Sample], Iterable[Part]],
     analysis: str,
     parameters: Mapping[str, Any],
 ) -> pd.DataFrame:
@@ -106,8 +157,7 @@ def over_samples(
     for sample in samples_of(samples):
         rows = table_rows(sample)
         name = unique_name(sample.name, names)
-        of_sample = [dict(rows)] if isinstance(rows, pd.DataFrame) else rows
-        parts += [{"sample": name, **part} for part in of_sample]
+        parts += [{"sample": name, **part} for part in rows]
         add_provenance(provenance, sample)
     if not names:
         raise InputError(f"{analysis} requires at least one sample; got none.")

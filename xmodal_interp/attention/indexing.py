@@ -36,6 +36,12 @@ def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " posi
         PositionError: A position is outside ``[-length, length)`` or not a whole number, or a mask
             has another length.
     """
+    if isinstance(positions, Tensor) and positions.dtype == torch.long and positions.ndim == 1:
+        inside = positions.device.type == "cpu" and bool(
+            ((positions >= 0) & (positions < length)).all()
+        )
+        if inside:  # most positions; the rest of this function takes longer than a small statistic
+            return positions
     if isinstance(positions, slice):
         index = range(length)[whole_slice(positions, label)]
         return torch.tensor(index, dtype=torch.long)

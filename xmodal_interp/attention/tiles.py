@@ -105,8 +105,11 @@ def as_slice(index: Int[Tensor, " row"]) -> slice | Int[Tensor, " row"]:
 
 def _runs(call: AttentionCall, row: Int[Tensor, " row"], *, several: bool) -> Iterator[Strip]:
     """Yield a strip of a rectangle and a triangle for each run of consecutive causal queries."""
-    position = call.query_positions[row] + call.offset
-    breaks = (row.diff() != 1) | (position.diff() != 1)
+    position = row if call.rows is None else call.rows[row]
+    position = position + call.offset
+    breaks = position.diff() != 1
+    if call.rows is not None:
+        breaks |= row.diff() != 1
     ends = [0, *(breaks.nonzero()[:, 0] + 1).tolist(), len(row)]
     beyond = int(position.max()) >= call.n_keys
     if beyond or (len(ends) - 1 > 4 and len(row) < SHORT_RUN * (len(ends) - 1)):

@@ -17,8 +17,8 @@ one gives the function's output (:mod:`xmodal_interp.hooks.probability_check`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -41,9 +41,8 @@ def changed(value: T, **changes: Any) -> T:
     that the object caches are not copied.
     """
     copied = object.__new__(type(value))
-    held = vars(value)
-    fields = {name: held[name] for name in type(value).__dataclass_fields__}
-    vars(copied).update(fields, **changes)
+    held, given = vars(value), cast("Any", value)
+    vars(copied).update({each.name: held[each.name] for each in fields(given)}, **changes)
     return copied
 
 
