@@ -74,11 +74,19 @@ def given_to(module: nn.Module, function: str) -> int:
     TORCH,
 )
 def logsumexp() -> bool:
-    q, k, v = torch.randn(3, 1, 2, 5, 4)
-    output, found = upstream.attention_with_logsumexp(q, k, v, mask=None, causal=False, scaling=0.5)
-    scores = q @ k.transpose(-1, -2) * 0.5
-    right = torch.allclose(output, scores.softmax(-1) @ v, atol=1e-6)
-    return right and torch.allclose(found.reshape(1, 2, 5), scores.logsumexp(-1), atol=1e-6)
+    """Operands and mask may have any order in memory, and the mask one entry for all samples."""
+    q, k, v = torch.randn(3, 2, 2, 5, 4)
+    mask = torch.randn(1, 1, 5, 5)
+    right = True
+    for operands in ((q, k, v, mask), tuple(t.mT.contiguous().mT for t in (q, k, v, mask))):
+        *given, added = operands
+        output, found = upstream.attention_with_logsumexp(
+            *given, mask=added, causal=False, scaling=0.5
+        )
+        scores = q @ k.mT * 0.5 + mask
+        right &= torch.allclose(output, scores.softmax(-1) @ v, atol=1e-6)
+        right &= torch.allclose(found.reshape(2, 2, 5), scores.logsumexp(-1), atol=1e-6)
+    return right
 
 
 @part("nn.Module._call_impl", "FORWARD_FUNCTIONS", TORCH)

@@ -28,8 +28,6 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 _SIGNALS = tuple(map(int, signal.valid_signals()))  # the function takes 0.2 ms
-_C_SIGNAL = sys.modules.get("_signal", signal)  # its getsignal makes no enumerations
-_handler_of: Callable[[int], Any] = _C_SIGNAL.getsignal
 
 
 class Block(AbstractContextManager[T], Generic[T]):
@@ -107,7 +105,7 @@ class DeferredSignals:
         try:
             DeferredSignals._is_open = True
             for number in _SIGNALS:
-                handler = _handler_of(number)
+                handler = signal.getsignal(number)
                 if callable(handler):
                     self.handlers[number] = handler
                     signal.signal(number, self._arrive)

@@ -58,12 +58,21 @@ def attention_with_logsumexp(
     """Return the output of the fused kernel on CPU, and the log-sum-exp of the scores of each row.
 
     The axes of the second result have another order in some versions; its memory is contiguous in
-    ``[sample, head, query]``.
+    ``[sample, head, query]``. The sample and head axes of ``mask`` may have length 1.
     """
+    # else the results are wrong: with torch 2.6 for all four, 2.8 for q, k and v, 2.14 for q
+    q, k, v = (_with_adjacent_entries(t) for t in (q, k, v))
+    if mask is not None:
+        mask = _with_adjacent_entries(mask).expand(q.shape[0], -1, -1, -1)
     output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=scaling
     )
     return output, logsumexp
+
+
+def _with_adjacent_entries(t: Tensor) -> Tensor:
+    """Return the tensor, copied if the entries of its last axis are not adjacent in memory."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 # What torch runs

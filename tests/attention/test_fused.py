@@ -1,14 +1,19 @@
 """Sums over rows and columns by the fused kernel, against float64 probabilities and chunks."""
 
+import pickle
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
+from weakref import WeakSet
 
 import pytest
 import torch
 
+from xmodal_interp.analysis.selection import received
 from xmodal_interp.attention import AttentionCall, fused, tiles
 from xmodal_interp.attention import call as call_module
 from xmodal_interp.attention.assembling import with_mask
+from xmodal_interp.hooks.raw_calls import changed
 
 S, D, HEADS, KV_HEADS = 90, 24, 6, 2
 ROWS = [3, 4, 5, 20, 21, 22, 23, 60, 61, 62, 63, 64, 65, 66, 88, 89]
@@ -80,6 +85,11 @@ CALLS = {
     "float16": lambda: _half(torch.float16),
     "bfloat16": lambda: _half(torch.bfloat16),
     "sharp": lambda: _call(causal=True, size=20.0),
+    "other order in memory": lambda: _strided(_call(2, 40, S)),
+    "hidden keys are not numbers": lambda: _spoilt(_call(2, mask=_padded(9, "left"))),
+    "a window after the keys": lambda: replace(
+        _call(1, 60, S - 30, causal=True, sliding_window=11), offset=20
+    ),
     "one head": lambda: _call(causal=True).take("query", slice(0, 1)),
 }
 
@@ -87,6 +97,21 @@ CALLS = {
 def _half(dtype: torch.dtype) -> AttentionCall:
     call = _call(causal=True)
     return replace(call, q=call.q.to(dtype), k=call.k.to(dtype))
+
+
+def _strided(call: AttentionCall) -> AttentionCall:
+    """Return the call with tensors whose last two axes are swapped in memory."""
+    q, k = (t.mT.contiguous().mT for t in (call.q, call.k))
+    return replace(call, q=q, k=k)
+
+
+def _spoilt(call: AttentionCall) -> AttentionCall:
+    """Return the call with NaN and infinity in the keys, and in a row, that nothing sees."""
+    q, k, mask = call.q.clone(), call.k.clone(), call.mask.clone()
+    k[1, :, :4], k[1, :, 4:9] = torch.nan, torch.inf
+    mask[:, :, 12] = False
+    q[:, :, 12] = torch.nan
+    return replace(call, q=q, k=k, mask=mask)
 
 
 def _exact(call: AttentionCall) -> torch.Tensor:
@@ -132,8 +157,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         for name in ("row_pass", "column_pass"):
             monkeypatch.setattr(fused, name, _counted(getattr(fused, name), used))
     yield request.param
-    if request.param == "fused" and "soft-cap" not in request.node.name:
-        assert used
+    in_chunks = any(name in request.node.name for name in ("soft-cap", "not numbers"))
+    assert bool(used) is (request.param == "fused" and not in_chunks)
 
 
 def _counted(function, used: list[str]):
@@ -221,6 +246,11 @@ def test_vectors_may_be_smaller_than_float32_can_hold() -> None:
     torch.testing.assert_close(
         call.propagate(small)[:, 60:], expected[:, 60:] * 1e-200, rtol=2e-5, atol=0
     )
+    for size in (1e-310, 1.5e308):  # close to the ends of float64
+        vector = torch.zeros(1, S, dtype=torch.float64)
+        vector[0, 40], vector[0, 41] = size, -size / 4
+        expected = (vector / size) @ exact
+        torch.testing.assert_close(call.propagate(vector) / size, expected, rtol=2e-5, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -252,3 +282,126 @@ def test_memory_is_linear_and_no_mask_is_built(monkeypatch: pytest.MonkeyPatch) 
         call.entropy(queries=rows)
         call.received(torch.ones(call.n_samples, call.n_queries))
         call.n_visible(rows)
+
+
+@pytest.mark.usefixtures("way")
+def test_no_graph_is_kept() -> None:
+    """A graph would hold the operands and, in chunks, all probabilities."""
+    call = CALLS["sinks"]()
+    call = replace(call, q=call.q.requires_grad_(), k=call.k.requires_grad_())
+    results = [
+        call.mass(torch.ones(2, S)),
+        call.entropy(),
+        call.received(torch.ones(1, S)),
+        call.propagate(torch.ones(1, S, dtype=torch.float64)),
+        call.distance(torch.rand(S, 2)),
+        *call.top_keys(2),
+        *call.memo.values(),
+    ]
+    assert not any(result.requires_grad for result in results)
+
+
+CHANGES = {
+    "replace": lambda call: replace(call, q=-call.q),
+    "changed": lambda call: changed(call, q=-call.q),
+    "kept rows": _kept,
+    "fewer samples": lambda call: call.select_sample(1),
+    "first rows": lambda call: call.take("query", slice(0, 30)),
+    "device": lambda call: call.to("cpu"),
+    "deepcopy": deepcopy,
+    "pickle": lambda call: pickle.loads(pickle.dumps(call)),
+}
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_call_has_its_own_results(name: str) -> None:
+    """Results of one call that are kept for other statistics are not used for another call."""
+    original = _call(2, causal=True)
+    first = original.received(torch.ones(2, S)), original.entropy()
+    call = CHANGES[name](original)
+    exact = _exact(call)
+    _close(call.received(torch.ones(call.n_samples, call.n_queries)), exact.sum(2), 2e-5)
+    torch.testing.assert_close(original.received(torch.ones(2, S)), first[0], rtol=0, atol=0)
+    torch.testing.assert_close(original.entropy(), first[1], rtol=0, atol=0)
+
+
+def test_threads_may_share_a_call() -> None:
+    """The kept attention that keys receive may be replaced by another thread at any time."""
+    call, rows = _call(causal=True), torch.arange(S)
+    other = (rows.tolist(), [0]), received(call, rows, [0])
+
+    class Replaced(dict):
+        def __setitem__(self, name: str, value: object) -> None:
+            super().__setitem__(name, other if name == "received" else value)
+
+    vars(call)["memo"] = Replaced()
+    _close(received(call, rows, [1]), _exact(call)[0, [1]].sum(1), 2e-5)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", ["kept rows", "left padding", "bias", "sinks of queries"])
+def test_the_default_device_is_not_used(name: str) -> None:
+    """The calls of a model on a GPU may be on the CPU."""
+    call = CALLS[name]()
+    groups, weights = torch.ones(2, S), torch.ones(call.n_samples, call.n_queries).double()
+    last, ones = [int(call.query_positions[-1])], torch.ones(1, 1, call.n_queries)
+    with torch.device("meta"):
+        results = [
+            call.mass(groups, [1], last),
+            call.entropy(),
+            call.received(weights),
+            call.received(weights.float(), [1]),
+            call.n_visible(),
+            call.visible_sums(ones),
+            call.null_mass(groups),
+        ]
+    assert {result.device.type for result in results} == {"cpu"}
+
+
+@pytest.mark.usefixtures("way")
+def test_scores_beyond_float32_have_an_entropy() -> None:
+    call = _call(causal=True)
+    call = replace(call, q=call.q * 1e25, k=call.k * 1e15, scaling=1e-40)
+    exact = _exact(call)
+    entropy = torch.special.entr(exact).sum(-1)
+    torch.testing.assert_close(call.entropy().double(), entropy, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", ["window", "left padding", "a slope"])
+def test_one_part_of_the_mask_is_held_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: WeakSet[torch.Tensor] = WeakSet()
+    most = 0
+    strips = tiles.strips
+
+    def counted(*args, **options):
+        nonlocal most
+        for strip in strips(*args, **options):
+            held.update(tile.seen for tile in strip.tiles)
+            most = max(most, len(held))
+            yield strip
+
+    for module in (tiles, fused):
+        monkeypatch.setattr(module, "strips", counted)
+    call = CALLS[name]()
+    call.n_visible()
+    call.visible_sums(torch.ones(1, 1, S))
+    call.null_mass(torch.ones(2, S))
+    call.mass(torch.ones(2, S))
+    call.received(torch.ones(call.n_samples, S))
+    assert 1 <= most <= 2
+
+
+@pytest.mark.parametrize("order", ["all", "scattered", "reversed"])
+@pytest.mark.parametrize("name", CALLS)
+def test_parts_of_a_mask_are_small(name: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "MASK_CELLS", 10 * S)
+    call = CALLS[name]()
+    row = torch.arange(call.n_queries)
+    row = {"all": row, "scattered": row[::7], "reversed": row.flip(0)}[order]
+    n_masks = max(t.shape[0] * t.shape[1] for t in (call.visible(), call.bias) if t is not None)
+    for strip in tiles.strips(call, row):
+        for tile in strip.tiles:
+            if tile.seen is not None:
+                assert tile.seen.numel() <= max(10 * S, n_masks * call.n_keys)

@@ -80,7 +80,8 @@ def test_tiles_that_are_read_after_all_images(model_type) -> None:
         for tower, kind, layer, _ in keys:
             mine = sample.calls[tower, kind, layer, number].probs()
             theirs = alone.calls[tower, kind, layer, 0].probs()
-            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0, equal_nan=True)
+            # the model multiplies other numbers of tiles at once, which rounds by up to 1.3e-5
+            torch.testing.assert_close(mine, theirs, atol=5e-5, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "exaone4_5", "llava_next"])

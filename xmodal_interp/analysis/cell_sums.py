@@ -25,6 +25,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from xmodal_interp.attention.kernels import full_precision
+
 Cells = Callable[[Int[Tensor, " query"]], Float[Tensor, "head query place"]]
 """Function of some queries, as ascending places, that returns their rows.
 
@@ -117,6 +119,7 @@ class CellSums:
             for kind in blocks.key_kinds
         }
 
+    @full_precision()
     def of(
         self, cells: Cells, weights: Float[Tensor, "weight #head place"]
     ) -> Float[Tensor, "weight block head axis bin"]:

@@ -347,7 +347,7 @@ class _CausalRows:
         q = q.unflatten(0, (len(self._k), -1)).flatten(1, 2)
         n = n_heads * n_rows * stop
         if not self._buffers or n > len(self._buffers[0]):
-            self._buffers[:] = torch.empty(2, n).unbind()
+            self._buffers[:] = torch.empty(2, n, dtype=torch.float32).unbind()
         scores, probs = (buffer[:n].view(len(q), -1, stop) for buffer in self._buffers)
         torch.bmm(q, self._k[..., :stop], out=scores)
         scores, probs = (each.view(n_heads, n_rows, stop) for each in (scores, probs))

@@ -311,11 +311,11 @@ def received(
     call, because several analyses need it.
     """
     chosen = (queries.tolist(), list(heads))
-    if call.memo.get("received", (None,))[0] != chosen:
+    kept: tuple[Any, Tensor] | None = call.memo.get("received")  # read once: threads may replace it
+    if kept is None or kept[0] != chosen:
         values = call.received(query_weights(call, queries), list(heads))[0]
-        call.memo["received"] = (chosen, values)
-    found: Tensor = call.memo["received"][1]
-    return found
+        kept = call.memo["received"] = chosen, values
+    return kept[1]
 
 
 def query_weights(

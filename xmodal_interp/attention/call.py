@@ -288,7 +288,7 @@ class AttentionCall:
 
         The sample and head axes have length 1 if all samples or heads are the same.
         """
-        return self._visible_rows(self.row_index(queries))
+        return self.visible_rows(self.row_index(queries))
 
     def n_visible(self, queries: Positions | None = None) -> Int[Tensor, "sample head query"]:
         """Return the number of keys that each query can attend to.
@@ -338,6 +338,7 @@ class AttentionCall:
             )
         return self.average(values, heads, queries)
 
+    @torch.no_grad()
     def average(
         self,
         values: Float[Tensor, "key value"],
@@ -386,6 +387,7 @@ class AttentionCall:
         sums = tiles.row_sums(self, row, torch.cat([values, torch.ones_like(values[:, :1])], 1))
         return (sums[..., :-1] / sums[..., -1:]).float()
 
+    @torch.no_grad()
     def entropy(
         self, heads: Positions | None = None, queries: Positions | None = None
     ) -> Float[Tensor, "sample head query"]:
@@ -406,7 +408,7 @@ class AttentionCall:
             no_bias = self.bias is None and (self.mask is None or self.mask.dtype == torch.bool)
             if fused.supports(self) and no_bias and not self._is_small(head, row):
                 entropy, _, size = self._row_pass(head, row, None)
-                if size > kernels.EXACT_TO:
+                if not size <= kernels.EXACT_TO:  # also if float32 gives NaN
                     entropy = fused.row_pass(self, head, row, None, torch.float64)[0]
                 # rounding can give a negative entropy for one key
                 return entropy.float().clamp_(min=0.0)
@@ -416,6 +418,7 @@ class AttentionCall:
             rows = (call._exact_rows(head, part, torch.float64) for part in parts)
             return torch.cat([kernels.row_entropy(each) for each in rows], 2)
 
+    @torch.no_grad()
     def distance(
         self,
         places: Float[Tensor, "key axis"],
@@ -442,9 +445,11 @@ class AttentionCall:
             start = places[self.query_positions[part] + self.offset]
             apart = torch.linalg.vector_norm(start[:, None] - places.nan_to_num(), dim=-1) * placed
             probs = self._exact_rows(head, part).transpose(1, 2)
-            parts.append((probs @ apart[..., None])[..., 0].transpose(1, 2))
+            with full_precision():
+                parts.append((probs @ apart[..., None])[..., 0].transpose(1, 2))
         return torch.cat(parts, 2)
 
+    @torch.no_grad()
     def top_keys(
         self, k: int, heads: Positions | None = None, queries: Positions | None = None
     ) -> tuple[Float[Tensor, "sample head query k"], Int[Tensor, "sample head query k"]]:
@@ -540,9 +545,10 @@ class AttentionCall:
         """Return the number of rows per chunk, for chunks of at most 32 MiB of float32 scores."""
         return max(1, kernels.CHUNK_BYTES // max(4 * self.n_keys * n_heads * self.n_samples, 1))
 
-    def _visible_rows(
+    def visible_rows(
         self, row: Int[Tensor, " query"], keys: slice | None = None
     ) -> Bool[Tensor, "sample head query key"]:
+        """Return ``visible`` for queries at an index into those that the call holds."""
         return masks.visible_rows(
             self.mask,
             row,
@@ -566,14 +572,14 @@ class AttentionCall:
         additive = masks.additive_rows(self.mask, row)
         if additive is not None:
             additive = _of_heads(additive, head)
-        seen = masks.scored_rows(_of_heads(self._visible_rows(row), head), additive)
+        seen = masks.scored_rows(_of_heads(self.visible_rows(row), head), additive)
         if self.bias is not None:
             bias = _of_heads(self.bias[..., row, :], head).float()
             additive = bias if additive is None else additive + bias
         if _is_all(head, self.n_heads):
             q = q[:, :, row]
         else:
-            q, k = q[:, head][:, :, row], k[:, self._kv_head(head)]
+            q, k = q[:, head][:, :, row], k[:, self.kv_head_of(head)]
         with full_precision():
             return kernels.softmax_rows(
                 q,
@@ -582,7 +588,7 @@ class AttentionCall:
                 scaling=self.scaling,
                 additive=additive,
                 softcap=self.softcap,
-                sinks=self._sinks_of(head, row),
+                sinks=self.sinks_of(head, row),
                 dtype=dtype,
             )
 
@@ -603,13 +609,14 @@ class AttentionCall:
     ) -> Float[Tensor, "sample head query"]:
         """Return the log-sum-exp of some rows as :func:`fused.row_pass` defines it."""
         if "logsumexp" not in self.memo:
-            every = torch.arange(self.n_queries)
+            every = torch.arange(self.n_queries, device=self.device)
             if not _is_all(head, self.n_heads) or 2 * len(row) < self.n_queries:
                 return self._row_pass(head, row, None)[1]
             self._row_pass(head, every, None)
         known: Tensor = self.memo["logsumexp"]
         return known[:, head][:, :, row]
 
+    @torch.no_grad()
     def _column_sums(
         self,
         head: Int[Tensor, " head"],
@@ -651,8 +658,8 @@ class AttentionCall:
             here = weights[:, place : place + len(part)].mT[:, None]
             place += len(part)
             probs = self._exact_rows(head, part, weights.dtype)
-            if self.mask is not None:  # rows that see no key
-                seeing = _of_heads(self._visible_rows(part).any(-1, keepdim=True), head)
+            if self.mask is not None or self.sliding_window is not None:  # rows that see no key
+                seeing = _of_heads(self.visible_rows(part).any(-1, keepdim=True), head)
                 probs = probs.masked_fill(~seeing, 0.0)
             out += here[:, 0] @ probs.sum(1) if over_heads else here @ probs
         return out
@@ -670,7 +677,7 @@ class AttentionCall:
         """Return ``probs @ values`` by torch's public function, on any device."""
         q, k = self._q_and_k()
         if not _is_all(head, self.n_heads):
-            q, k = q[:, head], k[:, self._kv_head(head)]
+            q, k = q[:, head], k[:, self.kv_head_of(head)]
         out = values.new_empty(self.n_samples, len(head), len(row), values.shape[1])
         for strip in tiles.strips(self, row, several=False):
             (tile,) = strip.tiles
@@ -689,13 +696,13 @@ class AttentionCall:
         """Whether torch's public function computes the call: no soft-cap, sinks, bias, ...."""
         has_extras = any(extra is not None for extra in (self.softcap, self.sinks, self.bias))
         only_hides = self.mask is None or self.mask.dtype == torch.bool
-        return self.q is not None and only_hides and not has_extras
+        return self.q is not None and only_hides and not has_extras and fused.is_finite(self)
 
-    def _kv_head(self, head: Int[Tensor, " head"]) -> Int[Tensor, " head"]:
+    def kv_head_of(self, head: Int[Tensor, " head"]) -> Int[Tensor, " head"]:
         """Return the key head of each query head."""
         return head // max(self.n_heads // max(self.n_kv_heads, 1), 1)
 
-    def _sinks_of(
+    def sinks_of(
         self, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
     ) -> Float[Tensor, "sample head #query"] | None:
         """Return the sinks of some heads and rows; an axis has length 1 if all entries agree."""

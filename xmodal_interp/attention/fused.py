@@ -54,9 +54,21 @@ BUCKET = 60
 
 def supports(call: AttentionCall) -> bool:
     """Return whether the kernel computes this call: on the CPU, from q and k, without soft-cap."""
-    return call.q is not None and call.softcap is None and call.device.type == "cpu"
+    on_cpu = call.q is not None and call.device.type == "cpu"
+    return on_cpu and call.softcap is None and is_finite(call)
 
 
+def is_finite(call: AttentionCall) -> bool:
+    """Return whether q and k are finite.
+
+    The mask is added to the scores in the kernel, so NaN or infinity in a hidden query or key makes
+    other results NaN.
+    """
+    held = [t.detach() for t in (call.q, call.k) if t is not None and t.numel()]
+    return all(bool(torch.isfinite(end)) for t in held for end in t.aminmax())
+
+
+@torch.no_grad()
 def row_pass(
     call: AttentionCall,
     head: Int[Tensor, " head"],
@@ -82,8 +94,8 @@ def row_pass(
     assert call.q is not None
     shape, d_head = (call.n_samples, len(head), len(row)), call.q.shape[-1]
     n_values = d_head if values is None else values.shape[1]
-    out = torch.empty(*shape, *(() if values is None else (n_values,)), dtype=dtype)
-    logsumexp, size = torch.empty(shape, dtype=dtype), 0.0
+    out = call.q.new_empty(*shape, *(() if values is None else (n_values,)), dtype=dtype)
+    logsumexp, size = call.q.new_empty(shape, dtype=dtype), call.q.new_zeros((), dtype=dtype)
     for at, heads, q, k, centre in _head_groups(call, head, dtype):
         for strip in strips(call, row):
             parts = []
@@ -91,7 +103,7 @@ def row_pass(
                 v = k[:, :, tile.keys]
                 if values is not None:
                     of_tile = values[tile.keys].to(dtype)
-                    of_tile = functional.pad(of_tile, (0, d_head - n_values))
+                    of_tile = functional.pad(of_tile, (0, d_head - n_values)).contiguous()
                     v = of_tile.expand(*k.shape[:2], *of_tile.shape)
                 added = _added(call, heads, tile, dtype)
                 operands = q[:, :, tile.rows], k[:, :, tile.keys], v
@@ -101,7 +113,7 @@ def row_pass(
             kept = torch.ones_like(total)
             if call.sinks is not None:
                 shift = (q[:, :, strip.rows] @ centre.transpose(2, 3))[..., 0]
-                sinks = call._sinks_of(heads, row[strip.at])
+                sinks = call.sinks_of(heads, row[strip.at])
                 assert sinks is not None
                 with_sinks = torch.logaddexp(total, sinks.to(dtype) - shift)
                 kept, total = (total - with_sinks).exp(), with_sinks
@@ -115,10 +127,12 @@ def row_pass(
                 found = found.masked_fill(empty[..., None], torch.nan)
             out[:, at, strip.at] = found
             logsumexp[:, at, strip.at] = total.masked_fill(empty, -torch.inf)
-            size = max(size, float(term.max()) if term.numel() else 0.0)
-    return out, logsumexp, size
+            if term.numel():
+                size = size.maximum(term.amax())  # NaN if a term is
+    return out, logsumexp, float(size)
 
 
+@torch.no_grad()
 def column_pass(
     call: AttentionCall,
     head: Int[Tensor, " head"],
@@ -180,12 +194,12 @@ def _head_groups(
     size = max(1, GROUP_BYTES // max(per_head, 1))
     for start in range(0, len(head), size):
         heads = head[start : start + size]
-        kv_heads, shared = call._kv_head(heads).unique(return_inverse=True)
+        kv_heads, shared = call.kv_head_of(heads).unique(return_inverse=True)
         q = call.q[:, as_slice(heads)].to(dtype) * call.scaling
         k = call.k[:, as_slice(kv_heads)].to(dtype)
         centre = k.mean(2, keepdim=True)
         k = k - centre
-        if not torch.equal(shared, torch.arange(len(kv_heads))):
+        if not torch.equal(shared, torch.arange(len(kv_heads), device=shared.device)):
             k, centre = k[:, shared], centre[:, shared]
         yield slice(start, start + len(heads)), heads, q, k, centre
 
@@ -196,13 +210,13 @@ def _added(
     """Return what is added to the scores of a tile: the bias, and minus infinity where hidden."""
     if tile.seen is None:
         return None
-    row = torch.arange(call.n_queries)[tile.rows]
+    row = torch.arange(call.n_queries, device=call.device)[tile.rows]
     additive = masks.additive_rows(call.mask, row)
     scored = masks.scored_rows(tile.seen, additive)
     if call.bias is not None:
         bias = call.bias[..., row, :][..., tile.keys].float()
         additive = bias if additive is None else additive + bias
-    zeros = torch.zeros((), dtype=dtype) if additive is None else additive.to(dtype)
+    zeros = tile.seen.new_zeros((), dtype=dtype) if additive is None else additive.to(dtype)
     added = zeros.masked_fill(~scored, -torch.inf)
     return added if added.shape[1] == 1 else added[:, heads]
 
@@ -221,7 +235,6 @@ def _attention(
         return torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf)
     if added is not None:
         hidden = added.isneginf().all(-1)
-        added = added.expand(q.shape[0], -1, -1, -1)
     out, total = attention_with_logsumexp(q, k, v, mask=added, causal=causal, scaling=1.0)
     total = total.reshape(q.shape[:3])
     if added is None:
@@ -264,13 +277,13 @@ def _by_size(
     """Divide float64 vectors into parts whose entries differ by at most ``2**BUCKET``.
 
     Returns:
-        The parts, scaled to a largest entry of about 1; the scale of each part; and the index of
+        The parts, scaled to a largest entry of 1 to 2; the scale of each part; and the index of
         the vector that it belongs to.
     """
-    every = torch.arange(weights.shape[2])
+    every = torch.arange(weights.shape[2], device=weights.device)
     if weights.dtype != torch.float64:
-        return weights, torch.ones(len(every), dtype=weights.dtype), every
-    exponent = torch.frexp(weights)[1]
+        return weights, weights.new_ones(len(every)), every
+    mantissa, exponent = torch.frexp(weights)  # ldexp overflows in torch 2.6
     used = weights != 0
     highest = exponent.masked_fill(~used, -2000).amax((0, 1))
     bucket = ((highest - exponent) // BUCKET).masked_fill(~used, 0)
@@ -278,10 +291,10 @@ def _by_size(
     for number in range(int(bucket.max()) + 1 if bucket.numel() else 0):
         inside = used & (bucket == number)
         held = inside.any(0).any(0).nonzero()[:, 0]
-        top = highest[held] - number * BUCKET
-        part = weights[..., held].where(inside[..., held], 0.0)
-        parts.append(torch.ldexp(part, -top))
-        scales.append(torch.ldexp(torch.ones(len(held), dtype=weights.dtype), top))
+        top = highest[held] - number * BUCKET - 1
+        part = mantissa[..., held] * torch.exp2((exponent[..., held] - top).double())
+        parts.append(part.where(inside[..., held], 0.0))
+        scales.append(torch.exp2(top.double()))
         vectors.append(held)
     if not parts:
         return weights[..., :0], weights.new_zeros(0), every[:0]

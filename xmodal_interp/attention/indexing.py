@@ -41,7 +41,7 @@ def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " posi
             ((positions >= 0) & (positions < length)).all()
         )
         if inside:  # most positions; the rest of this function takes longer than a small statistic
-            return positions
+            return positions.contiguous()
     if isinstance(positions, slice):
         index = range(length)[whole_slice(positions, label)]
         return torch.tensor(index, dtype=torch.long)

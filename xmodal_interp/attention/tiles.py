@@ -143,7 +143,7 @@ def _segments(call: AttentionCall, row: Int[Tensor, " row"]) -> Iterator[Strip]:
 
 def _masked(call: AttentionCall, row: Int[Tensor, " row"], at: int = 0) -> Iterator[Strip]:
     """Yield strips of one tile with a mask, over the keys that some of the rows may see."""
-    for start, stop in pairwise(_bounds(call, len(row))):
+    for start, stop in pairwise(_bounds(call, row)):
         part = row[start:stop]
         keys = slice(0, call.n_keys)
         if call.mask is None:
@@ -154,7 +154,7 @@ def _masked(call: AttentionCall, row: Int[Tensor, " row"], at: int = 0) -> Itera
             if call.causal:
                 last = max(min(int(position.max()) + 1, last), first)
             keys = slice(first, last)
-        seen = call._visible_rows(part, keys)
+        seen = call.visible_rows(part, keys)
         if call.mask is not None and call.mask.dtype == torch.bool:  # leave out a hidden end
             used = seen.flatten(0, 2).any(0).nonzero()[:, 0]
             keys = slice(0, int(used[-1]) + 1 if len(used) else 0)
@@ -163,24 +163,25 @@ def _masked(call: AttentionCall, row: Int[Tensor, " row"], at: int = 0) -> Itera
         yield Strip(slice(at + start, at + stop), rows, [Tile(rows, keys, seen=seen)])
 
 
-def _bounds(call: AttentionCall, n_rows: int) -> list[int]:
+def _bounds(call: AttentionCall, row: Int[Tensor, " row"]) -> list[int]:
     """Return where groups of rows start and stop whose mask has at most ``MASK_CELLS`` cells."""
     window, per_cell = call.sliding_window, [t for t in (call.mask, call.bias) if t is not None]
-    if not per_cell and window is not None and call.causal:
+    consecutive = bool((call.query_positions[row].diff() == 1).all())
+    if not per_cell and window is not None and call.causal and consecutive:
         # c rows see at most window + c keys, and c (window + c) <= MASK_CELLS
         size = min((isqrt(window**2 + 4 * MASK_CELLS) - window) // 2, max(window, SHORT_RUN))
     else:
-        n_masks = max((t.shape[0] * t.shape[1] for t in per_cell), default=1)
-        size = MASK_CELLS // max(n_masks * call.n_keys, 1)
-    return [*range(0, n_rows, max(size, 1)), n_rows]
+        n_samples, n_heads = (max([1, *(t.shape[at] for t in per_cell)]) for at in (0, 1))
+        size = MASK_CELLS // max(n_samples * n_heads * call.n_keys, 1)
+    return [*range(0, len(row), max(size, 1)), len(row)]
 
 
 def row_sums(
     call: AttentionCall, row: Int[Tensor, " row"], values: Float[Tensor, "key value"]
 ) -> Float[Tensor, "#sample #head row value"]:
     """Return ``sum_j visible_ij values_jv``, the sum over the keys that each row sees."""
-    parts = []
     values = values.double()
+    out = values.new_empty(*_mask_shape(call), len(row), values.shape[1])
     for strip in strips(call, row):
         total: Tensor | int = 0
         for tile in strip.tiles:
@@ -189,10 +190,6 @@ def row_sums(
                 total = total + tile.seen.double() @ here
             else:
                 total = total + (here.cumsum(0) if tile.causal else here.sum(0)[None])[None, None]
-        parts.append((strip, total))
-    shape = _mask_shape(call)
-    out = values.new_empty(*shape, len(row), values.shape[1])
-    for strip, total in parts:
         out[:, :, strip.at] = total
     return out
 
