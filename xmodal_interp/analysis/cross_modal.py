@@ -218,7 +218,7 @@ def _values(
     always: int | None,
 ) -> dict[str, Tensor]:
     """Return the columns of one layer, ``[head, query]`` or broadcastable to it."""
-    dropped = torch.zeros(1, len(heads), call.n_keys, dtype=torch.bool)
+    dropped = torch.zeros(1, len(heads), call.n_keys, dtype=torch.bool, device="cpu")
     rows, counts = rows_of(call, counted), {"n_image_tokens": keys.sum()}
     if sink_threshold is not None:
         sinks = sink_keys(call, heads, rows, threshold=sink_threshold, always=always)
