@@ -19,6 +19,7 @@ from tests.helpers.synthetic import (
     uniform_call,
 )
 from xmodal_interp.analysis import cross_modal_ratio, token_ratio
+from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError, LayerError, NotRecordedError
 from xmodal_interp.sample import Sample
 
@@ -307,3 +308,14 @@ def test_of_the_shipped_model() -> None:
     assert table["ratio"].between(0, 1).all()
     assert table["sink_free_ratio"].between(0, 1).all()
     assert table["lift"].gt(0).all()
+
+
+@pytest.mark.parametrize("analysis", [cross_modal_ratio, token_ratio])
+def test_without_a_threshold_no_sinks_are_searched_for(analysis, monkeypatch) -> None:
+    sample = shipped()
+    whole = analysis(sample)
+    monkeypatch.setattr(AttentionCall, "received", None)
+    table = analysis(sample, sink_threshold=None)
+    left_out = ["sink_free_ratio", "sink_free_lift", "n_sinks"]
+    pd.testing.assert_frame_equal(table, whole.drop(columns=left_out))
+    assert table.attrs["parameters"]["sink_threshold"] is None

@@ -223,6 +223,23 @@ def test_a_store_can_be_extended_by_single_images(tmp_path) -> None:
     assert "max_new_tokens 1 " in printed
 
 
+def test_a_store_of_statistics_can_be_analysed(tmp_path) -> None:
+    picture().save(tmp_path / "scene.png")
+    store = str(tmp_path / "store")
+    options = ["--image", str(tmp_path / "scene.png"), "--prompt", "how many shapes ?"]
+    options += ["--statistics", "mass", "--statistics", "received", "--max-new-tokens", "1"]
+    result = run(app, ["capture", store, *options])
+    assert result.exit_code == 0, result.output
+    (sample,) = open_store(store)
+    assert sample.provenance["kept"]["statistics"] == ["mass", "received"]
+    assert all(call.holds_statistics for call in sample.calls.values())
+    assert run(app, ["check", store]).exit_code == 0
+    assert run(app, ["analyze", store, "block-statistics"]).exit_code == 0
+    refused = run(app, ["analyze", store, "attention-entropy"])
+    assert refused.exit_code == 1
+    assert "not entropy. Add 'entropy'" in " ".join(refused.output.split())
+
+
 def test_the_shipped_models_take_a_dtype(tmp_path) -> None:
     picture().save(tmp_path / "scene.png")
     options = ["--image", str(tmp_path / "scene.png"), "--prompt", "what ?"]

@@ -23,9 +23,10 @@ from tests.helpers.store_samples import (
 )
 from xmodal_interp.attention import AttentionCall, fused
 from xmodal_interp.attention import call as call_module
+from xmodal_interp.attention.statistics import HELD, Labels, reduced
 from xmodal_interp.models import Thumbnail
 from xmodal_interp.sample import Sample
-from xmodal_interp.store import Store, StoreWriter, open_store, schema
+from xmodal_interp.store import Store, StoreWriter, check_store, open_store, schema
 
 
 def written(path, samples: list[Sample], **options) -> Store:
@@ -221,7 +222,28 @@ def test_a_new_field_of_a_call_needs_a_new_version_of_the_format():
         *("tower", "kind", "layer", "module", "call", "q", "k", "scaling", "v", "mask", "bias"),
         *("causal", "offset", "softcap", "sinks", "sliding_window", "rows", "dense"),
         *("update_share", "segments", "note"),
+        *HELD,  # version 3 of ``sample.json``
     }
+
+
+def test_a_sample_with_statistics_has_a_version_that_older_readers_refuse(tmp_path):
+    whole = sample("whole", [call(0)])
+    labels = Labels(torch.zeros(1, N, dtype=torch.int16), 1, torch.ones(1, N, dtype=torch.bool))
+    held = sample("held", [call(1), reduced(call(0), ["mass", "entropy", "received"], labels)])
+    store = written(tmp_path, [whole, held])
+    versions = {
+        path.parent.name: json.loads(path.read_text())["version"]
+        for path in store.path.rglob(schema.SAMPLE)
+    }
+    assert versions == {"whole": 2, "held": 3}
+    assert store.manifest["version"] == 2
+    for key, expected in held.calls.items():
+        fields = [dict(vars(each)) for each in (store["held"].calls[key], expected)]
+        for each in fields:
+            each.pop("memo", None)
+        assert_same_fields(*fields)
+    assert store["held"].calls["language", "self", 0, 0].holds_statistics
+    assert check_store(store.path)["ok"].all()
 
 
 def test_results_that_analyses_share_are_computed_once_per_stored_sample(tmp_path, monkeypatch):

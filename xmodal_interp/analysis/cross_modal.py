@@ -42,7 +42,7 @@ from xmodal_interp.analysis.sinks import MIN_QUERIES, THRESHOLD, sink_keys
 from xmodal_interp.analysis.tables import Part, Taken, long_table, over_samples
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, NotRecordedError
 from xmodal_interp.sample import Sample, Selector, is_visual
 from xmodal_interp.vocabulary import TEXT, AttentionKind
 
@@ -60,7 +60,7 @@ def cross_modal_ratio(
     heads: Positions | None = None,
     image: int | None = None,
     kind: AttentionKind = "self",
-    sink_threshold: float = THRESHOLD,
+    sink_threshold: float | None = THRESHOLD,
     by: Sequence[str] = BY,
 ) -> pd.DataFrame:
     """Return the share of text attention on the image, with its null under uniform attention.
@@ -79,6 +79,9 @@ def cross_modal_ratio(
             that see it is a sink (see ``attention_sinks``). The sink-free columns exclude sinks and
             the first position. Only kept query rows count: with ``Keep(queries="text")`` these are
             the text rows after the image, and the sinks can differ from those of a full capture.
+            With None, no sinks are searched for and the sink-free columns and ``n_sinks`` are left
+            out, which is faster. A sample with statistics instead of q and k requires None if a
+            sink is neither the first position nor a group of ``AttentionCall.groups`` by itself.
         by: The axes that stay: ``("layer", "head")``, ``("layer",)``, ``("head",)`` or ``()``. The
             table is averaged over the other axes.
 
@@ -93,6 +96,7 @@ def cross_modal_ratio(
     Raises:
         InputError: The sample has no image or no text after it, a query is an image token, or
             ``kind`` does not fit the model.
+        NotRecordedError: The sample holds statistics that do not determine the result.
     """
     refuse_text(by, "by", "['layer']")
     if not set(by) <= set(BY):
@@ -127,7 +131,7 @@ def token_ratio(
     heads: Positions | None = None,
     image: int | None = None,
     kind: AttentionKind = "self",
-    sink_threshold: float = THRESHOLD,
+    sink_threshold: float | None = THRESHOLD,
 ) -> pd.DataFrame:
     """Return ``cross_modal_ratio`` of each query token; the arguments are the same.
 
@@ -182,7 +186,7 @@ def _of_layers(
     heads: Positions | None,
     image: int | None,
     kind: AttentionKind,
-    sink_threshold: float,
+    sink_threshold: float | None,
 ) -> Iterator[_OfLayer]:
     """Yield the ratios of each layer of a sample."""
     _check_kind(sample, image, kind)
@@ -192,28 +196,43 @@ def _of_layers(
     always = first_position(sample) if kind == "self" else None
     counted = not_padding(sample)
     for call, chosen in selected_calls(sample, layers, heads, kind=kind):
-        rows = rows_of(call, counted)
-        sinks = sink_keys(call, chosen, rows, threshold=sink_threshold, always=always)
-        n_sinks = sinks.sum(1, keepdim=True)
-        dropped = torch.stack([torch.zeros_like(sinks), sinks])
-        ratios, nulls, lifts = _shares(call, chosen, query, keys, dropped)
-        free_ratio, free_lift = ratios[1], lifts[1]
-        if call.rows is not None and len(rows) < MIN_QUERIES:
-            free_ratio, free_lift, n_sinks = (
-                torch.full_like(values, torch.nan, dtype=torch.float32)
-                for values in (free_ratio, free_lift, n_sinks)
-            )
-        values = {
-            "ratio": ratios[0],
-            "null": nulls[0],
-            "lift": lifts[0],
-            "sink_free_ratio": free_ratio,
-            "sink_free_lift": free_lift,
-            "n_image_tokens": keys.sum(),
-            "n_sinks": n_sinks,
-        }
+        try:
+            values = _values(call, chosen, query, keys, counted, sink_threshold, always)
+        except NotRecordedError as error:
+            if sink_threshold is None or call.group_mass is None:
+                raise
+            raise NotRecordedError(
+                f"{error} Or pass sink_threshold=None to leave out the columns without sinks."
+            ) from None
         arrays = {name: value.numpy() for name, value in values.items()}
         yield _OfLayer(call.layer, chosen, query.tolist(), arrays)
+
+
+def _values(
+    call: AttentionCall,
+    heads: Sequence[int],
+    queries: Int[Tensor, " query"],
+    keys: Bool[Tensor, " key"],
+    counted: Bool[Tensor, " position"],
+    sink_threshold: float | None,
+    always: int | None,
+) -> dict[str, Tensor]:
+    """Return the columns of one layer, ``[head, query]`` or broadcastable to it."""
+    dropped = torch.zeros(1, len(heads), call.n_keys, dtype=torch.bool, device="cpu")
+    rows, counts = rows_of(call, counted), {"n_image_tokens": keys.sum()}
+    if sink_threshold is not None:
+        sinks = sink_keys(call, heads, rows, threshold=sink_threshold, always=always)
+        dropped = torch.cat([dropped, sinks[None]])
+        counts["n_sinks"] = sinks.sum(1, keepdim=True)
+    ratios, nulls, lifts = _shares(call, heads, queries, keys, dropped)
+    values = {"ratio": ratios[0], "null": nulls[0], "lift": lifts[0]}
+    if sink_threshold is not None:
+        values |= {"sink_free_ratio": ratios[1], "sink_free_lift": lifts[1]}
+    values |= counts
+    if call.rows is not None and len(rows) < MIN_QUERIES:
+        for name in {"sink_free_ratio", "sink_free_lift", "n_sinks"} & values.keys():
+            values[name] = torch.full_like(values[name], torch.nan, dtype=torch.float32)
+    return values
 
 
 def _means(layers: Sequence[_OfLayer], by: Sequence[str]) -> Part:
@@ -225,19 +244,22 @@ def _means(layers: Sequence[_OfLayer], by: Sequence[str]) -> Part:
     groups = [tuple(pair[name] for name in by) for pair in pairs]
     first = list(dict.fromkeys(groups))
     member = np.array([[group == each for each in first] for group in groups], dtype=float)
-    values = np.stack([np.concatenate([each.values[name] for each in layers]) for name in MEANS])
+    names = [name for name in MEANS if name in layers[0].values]
+    values = np.stack([np.concatenate([each.values[name] for each in layers]) for name in names])
     seeing = ~np.isnan(values[0])
     known = seeing & ~np.isnan(values)
     means = _group_means(values.sum(2, where=known, dtype=float), known.sum(2), member)
-    n_sinks = np.concatenate([each.values["n_sinks"][:, 0] for each in layers])
-    found = ~np.isnan(n_sinks)
-    return {
+    part: Part = {
         **{name: np.array([group[i] for group in first]) for i, name in enumerate(by)},
-        **dict(zip(MEANS, means, strict=True)),
+        **dict(zip(names, means, strict=True)),
         "n_queries": (seeing.T @ member > 0).sum(0),
         "n_image_tokens": int(layers[0].values["n_image_tokens"]),
-        "n_sinks": _group_means(np.where(found, n_sinks, 0), found, member),
     }
+    if "n_sinks" in layers[0].values:
+        n_sinks = np.concatenate([each.values["n_sinks"][:, 0] for each in layers])
+        found = ~np.isnan(n_sinks)
+        part["n_sinks"] = _group_means(np.where(found, n_sinks, 0), found, member)
+    return part
 
 
 def _group_means(

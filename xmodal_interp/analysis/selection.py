@@ -24,6 +24,7 @@ from torch import Tensor
 from xmodal_interp.analysis.tables import Part, Taken
 from xmodal_interp.attention import AttentionCall, Positions, numbers, resolve
 from xmodal_interp.attention.masks import hides
+from xmodal_interp.attention.statistics import HELD
 from xmodal_interp.errors import (
     GeometryError,
     InputError,
@@ -254,6 +255,7 @@ def uniform(call: AttentionCall) -> AttentionCall:
         mask = ~hides(mask)
     n_heads = 1 if mask is None else mask.shape[1]
     device = call.device
+    nothing: dict[str, Any] = dict.fromkeys(HELD)
     return replace(
         call,
         q=torch.zeros(1, n_heads, call.n_queries, D_NULL, dtype=torch.float32, device=device),
@@ -264,6 +266,7 @@ def uniform(call: AttentionCall) -> AttentionCall:
         softcap=None,
         sinks=None,
         dense=None,
+        **nothing,
     )
 
 

@@ -45,17 +45,22 @@ from torch import Tensor
 
 from xmodal_interp.attention.call import AXES, AttentionCall
 from xmodal_interp.attention.masks import additive_rows
+from xmodal_interp.attention.statistics import NO_GROUP
 from xmodal_interp.errors import CaptureError
+
+_ELSEWHERE = {"groups": NO_GROUP, "group_mass": torch.nan, "row_entropy": torch.nan}
+"""Entries of a joined call that belong to none of its calls; 0 in the other tensors."""
 
 
 def with_mask(call: AttentionCall) -> AttentionCall:
     """Return the call with a boolean mask instead of its causal flag, window and segments.
 
-    An additive mask is split into a boolean mask and a bias.
+    An additive mask is split into a boolean mask and a bias, unless the call holds statistics,
+    which include the bias.
     """
     added = additive_rows(call.mask, torch.arange(call.n_queries, device=call.device))
     bias = call.bias
-    if added is not None:
+    if added is not None and not call.holds_statistics:
         bias = added if bias is None else bias + added
     flags: dict[str, Any] = {"causal": False, "offset": 0, "sliding_window": None, "segments": None}
     return replace(call, mask=call.visible(), bias=bias, **flags)
@@ -71,9 +76,10 @@ def placed(
     """Return one call that holds each call at its rows and keys.
 
     All other entries of the mask are False, and those of the other tensors are 0; rows of ``dense``
-    that belong to no call are NaN. A key that several calls hold is copied from the first of them.
-    Fields that are not tensors are those of the first call. A tensor that some calls do not hold is
-    left out, except a bias.
+    and of statistics that belong to no call are NaN. A key that several calls hold is copied from
+    the first of them; what it receives is summed. Fields that are not tensors are those of the
+    first call. A tensor that some calls do not hold is left out, except a bias and
+    ``key_received``.
 
     Args:
         calls: Calls with an explicit mask (:func:`with_mask`), or all without mask and flags.
@@ -89,8 +95,8 @@ def placed(
         held = [getattr(call, name) for call in calls]
         parts = [part for part in zip(held, places, strict=True) if part[0] is not None]
         if parts and parts[0][0].ndim == len(axes) and name != "rows":
-            in_all = len(parts) == len(calls) or name == "bias"
-            whole[name] = _filled(axes, parts, lengths) if in_all else None
+            in_all = len(parts) == len(calls) or name in ("bias", "key_received")
+            whole[name] = _filled(name, parts, lengths) if in_all else None
     if whole.get("dense") is not None:
         other = torch.ones(n_queries, dtype=torch.bool)
         for row in rows:
@@ -100,24 +106,29 @@ def placed(
 
 
 def _filled(
-    axes: Sequence[str],
+    name: str,
     parts: Sequence[tuple[Tensor, Mapping[str, slice]]],
     lengths: Mapping[str, int],
 ) -> Tensor:
-    """Return zeros with each part copied to its place on the query and key axes."""
+    """Return the tensor of this name with each part at its place on the query and key axes."""
+    axes = AXES[name]
     tensors = [tensor for tensor, _ in parts]
     sizes = [
         lengths.get(axis, max(tensor.shape[at] for tensor in tensors))
         for at, axis in enumerate(axes)
     ]
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    whole = tensors[0].new_zeros(sizes, dtype=dtype)
+    whole = tensors[0].new_full(sizes, _ELSEWHERE.get(name, 0), dtype=dtype)
     copied = 0  # keys, from the first
     for tensor, place in parts:
+        if name == "key_received":
+            whole[..., place["key"]] += tensor
+            continue
         if "query" not in axes:  # k and v, whose first entries may be in an earlier part
             start, stop = place["key"].start, place["key"].stop
-            new = max(copied, start)
-            tensor, place, copied = tensor[:, :, new - start :], {"key": slice(new, stop)}, stop
+            new, before = max(copied, start), (slice(None),) * axes.index("key")
+            tensor = tensor[(*before, slice(new - start, None))]
+            place, copied = {"key": slice(new, stop)}, stop
         whole[tuple(place.get(axis, slice(None)) for axis in axes)] = tensor
     return whole
 
@@ -149,9 +160,11 @@ def stitch(calls: Sequence[AttentionCall], n_positions: int) -> AttentionCall:
     if any(call.kind == "cross" for call in calls):
         return _cross_steps(steps)
     if _only_adds_keys(steps):
-        whole = steps[-1].take("key", slice(0, sum(step.n_queries for step in steps)))
-        q, shares = (_concatenated(steps, name) for name in ("q", "update_share"))
-        return replace(steps[0], q=q, k=whole.k, v=whole.v, update_share=shares)
+        n_keys = sum(step.n_queries for step in steps)
+        whole = steps[-1].take("key", slice(0, n_keys))
+        joined: dict[str, Any] = {name: _concatenated(steps, name) for name in _OF_ROWS}
+        joined |= {name: getattr(whole, name) for name in ("k", "v", "groups")}
+        return replace(steps[0], **joined, key_received=_summed(steps, n_keys))
     return _cached_steps(steps)
 
 
@@ -214,7 +227,7 @@ def _only_adds_keys(steps: Sequence[AttentionCall]) -> bool:
     first = steps[0]
     growing = all(_adds_keys(a, b) for a, b in pairwise(steps))
     without_mask = all(
-        s.q is not None and s.mask is None and s.bias is None and s.sliding_window is None
+        s.dense is None and s.mask is None and s.bias is None and s.sliding_window is None
         for s in steps
     )
     per_query = first.sinks is not None and first.sinks.ndim == 3
@@ -329,12 +342,27 @@ def _equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
     return not change.numel() or bool(change.max() <= limit * size.max())
 
 
+_OF_ROWS = ("q", "update_share", "group_mass", "row_entropy", "counted")
+"""Tensors of a causal call with a row per query."""
+
+
 def _concatenated(steps: Sequence[AttentionCall], name: str) -> Tensor | None:
     """Return the tensor of all steps, along the query axis; None if a step does not hold it."""
     tensors = [getattr(step, name) for step in steps]
     if any(tensor is None for tensor in tensors):
         return None
     return torch.cat(tensors, AXES[name].index("query"))
+
+
+def _summed(steps: Sequence[AttentionCall], n_keys: int) -> Tensor | None:
+    """Return what each key receives in all steps; None if no step holds it."""
+    held = [step.key_received for step in steps if step.key_received is not None]
+    if not held:
+        return None
+    total = held[0].new_zeros(*held[0].shape[:2], n_keys)
+    for of_step in held:
+        total[..., : of_step.shape[2]] += of_step
+    return total
 
 
 def _ranges(lengths: Iterable[int]) -> list[slice]:
@@ -376,7 +404,12 @@ def part_of(call: AttentionCall, start: int, stop: int) -> AttentionCall:
             "attends to other positions, so the images cannot be separated. Capture the samples "
             "one by one, or leave the tower out."
         )
-    return reordered(call, rows)
+    part = reordered(call, rows)
+    if call.key_received is None or call.counted is None:
+        return part
+    # the other queries, which are counted too, give these keys nothing
+    of_keys, of_rows = call.key_received[..., start:stop], call.counted[:, start:stop]
+    return replace(part, key_received=of_keys, counted=of_rows)
 
 
 def reordered(call: AttentionCall, index: Int[Tensor, " position"]) -> AttentionCall:

@@ -13,6 +13,9 @@ of a column (``received``, ``propagate``). They are computed by the fused kernel
 probabilities are used instead where the kernel cannot be (soft-cap, dense probabilities, and sums
 over queries on other devices than the CPU) and for calls that fit into one small chunk, where this
 is faster.
+
+A call can hold some of these statistics instead of queries and keys
+(:mod:`~xmodal_interp.attention.statistics`).
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xmodal_interp.attention import fused, kernels, masks, tiles
+from xmodal_interp.attention import fused, kernels, masks, statistics, tiles
 from xmodal_interp.attention.indexing import Positions, index_of_kept, resolve
 from xmodal_interp.attention.kernels import full_precision
 from xmodal_interp.errors import LayerError, NotRecordedError, PositionError
@@ -46,6 +49,11 @@ AXES = {
     "segments": ("key",),
     "mask": ("sample", "head", "query", "key"),
     "bias": ("sample", "head", "query", "key"),
+    "group_mass": ("sample", "head", "query", "group"),
+    "row_entropy": ("sample", "head", "query"),
+    "key_received": ("sample", "head", "key"),
+    "groups": ("sample", "key"),
+    "counted": ("sample", "query"),
 }
 """The axes of each tensor of an :class:`AttentionCall`.
 
@@ -84,6 +92,15 @@ class AttentionCall:
             to which it is added.
         segments: ``[key]``, without a mask: the piece of the image (tile, window) that contains
             each position; a query sees the keys of its own piece.
+        group_mass: ``[sample, head, query, group]`` probability summed over groups of keys, if it
+            was kept instead of q and k.
+        row_entropy: ``[sample, head, query]`` entropy in nats, if it was kept instead of q and k.
+        key_received: ``[sample, head, key]`` probability summed over the queries in ``counted``,
+            if it was kept instead of q and k.
+        groups: ``[sample, key]``, the group of each key in ``group_mass``, -1 for keys that no
+            query sees; 0 for all keys without ``group_mass``. None if the call holds no statistics.
+        counted: ``[sample, query]`` boolean, the queries that ``key_received`` counts. None if the
+            call holds no statistics.
         note: Remark for unusual calls; empty otherwise.
     """
 
@@ -107,6 +124,11 @@ class AttentionCall:
     dense: Float[Tensor, "sample head query key"] | None = None
     update_share: Float[Tensor, "sample query"] | None = None
     segments: Int[Tensor, " key"] | None = None
+    group_mass: Float[Tensor, "sample head query group"] | None = None
+    row_entropy: Float[Tensor, "sample head query"] | None = None
+    key_received: Float[Tensor, "sample head key"] | None = None
+    groups: Int[Tensor, "sample key"] | None = None
+    counted: Bool[Tensor, "sample query"] | None = None
     note: str = ""
 
     @cached_property
@@ -123,33 +145,45 @@ class AttentionCall:
         return f"{self.tower} {self.kind}-attention, layer {self.layer}, call {self.call}"
 
     @property
+    def holds_statistics(self) -> bool:
+        """Whether the call holds statistics instead of q and k or dense probabilities."""
+        return self.q is None and self.dense is None and self.groups is not None
+
+    @property
     def device(self) -> torch.device:
         """Device of the tensors."""
-        return self._q_or_dense.device
+        return self._groups_or_q.device
 
     @property
     def n_samples(self) -> int:
         """Number of samples in the batch of this call."""
-        return self._q_or_dense.shape[0]
+        return self._groups_or_q.shape[0]
 
     @property
     def n_heads(self) -> int:
         """Number of query heads."""
+        if self.holds_statistics:
+            fields = (self.group_mass, self.row_entropy, self.key_received)
+            return next(t.shape[1] for t in fields if t is not None)
         return self._q_or_dense.shape[1]
 
     @property
     def n_kv_heads(self) -> int:
-        """Number of key heads; equal to the number of query heads for dense calls."""
-        return self.n_heads if self.k is None else self.k.shape[1]
+        """Number of key heads; equal to the number of query heads for calls without q and k."""
+        return self.n_heads if self.k is None or self.q is None else self.k.shape[1]
 
     @property
     def n_queries(self) -> int:
         """Number of queries that the call holds."""
+        if self.holds_statistics and self.counted is not None:
+            return self.counted.shape[1]
         return self._q_or_dense.shape[2]
 
     @property
     def n_keys(self) -> int:
         """Number of keys."""
+        if self.holds_statistics:
+            return self._groups_or_q.shape[1]
         return self._q_or_dense.shape[3] if self.k is None else self.k.shape[2]
 
     @property
@@ -185,7 +219,8 @@ class AttentionCall:
 
         The causal flag, the offset and the sliding window are not changed, so they are correct only
         if the first queries or keys are selected. To select others, replace them by a mask first
-        (:func:`~xmodal_interp.attention.with_mask`).
+        (:func:`~xmodal_interp.attention.with_mask`). ``key_received`` is left out if a query that
+        it counts is not selected.
 
         Args:
             axis: ``"sample"``, ``"query"`` or ``"key"``.
@@ -198,6 +233,10 @@ class AttentionCall:
                 at = axes.index(axis)
                 is_shared = tensor.shape[at] == 1 != length
                 taken[name] = tensor if is_shared else tensor[(slice(None),) * at + (index,)]
+        if axis == "query" and self.key_received is not None:
+            assert self.counted is not None
+            if int(taken["counted"].sum()) != int(self.counted.sum()):
+                taken |= {"key_received": None, "counted": torch.zeros_like(taken["counted"])}
         return replace(self, **taken)
 
     def select_sample(self, index: int) -> AttentionCall:
@@ -234,7 +273,7 @@ class AttentionCall:
         Raises:
             LayerError: A head does not exist.
             PositionError: A position is outside the sequence.
-            NotRecordedError: A query row was not kept.
+            NotRecordedError: A query row was not kept, or the call holds statistics only.
         """
         head, row = self._head_index(heads), self.row_index(queries)
         key = None if keys is None else resolve(keys, self.n_keys, "key").to(row.device)
@@ -310,8 +349,13 @@ class AttentionCall:
 
         The result has the dtype of ``values``, float32 or float64. Calls whose probabilities fit
         into one small chunk are computed in that dtype, all others in float32.
+
+        Raises:
+            NotRecordedError: The call holds statistics that do not determine the result.
         """
         head, row = self._head_index(heads), self.row_index(queries)
+        if self.holds_statistics:
+            return statistics.average(self, values.to(self.device), head, row)
         if self.n_keys == 0:
             shape = (self.n_samples, len(head), len(row), values.shape[1])
             return torch.full(shape, torch.nan, dtype=values.dtype, device=row.device)
@@ -351,8 +395,15 @@ class AttentionCall:
 
         The absolute error is at most 1e-5 for scores of any size. Rows without a visible key are
         NaN.
+
+        Raises:
+            NotRecordedError: The call holds statistics without the entropy.
         """
         head, row = self._head_index(heads), self.row_index(queries)
+        if self.holds_statistics:
+            if self.row_entropy is None:
+                raise statistics.missing(self, "entropy")
+            return self.row_entropy[:, head][:, :, row]
         with full_precision():
             no_bias = self.bias is None and (self.mask is None or self.mask.dtype == torch.bool)
             if fused.supports(self) and no_bias and not self._is_small(head, row):
@@ -440,8 +491,14 @@ class AttentionCall:
         With a vector of ones, this is the attention that each key receives from all queries. Rows
         where ``vector`` is zero are not computed. The result has the dtype of ``vector``, float32
         or float64.
+
+        Raises:
+            NotRecordedError: The call holds statistics that do not determine the result.
         """
-        return self._column_sums(self._head_index(heads), vector, over_heads=False)
+        head = self._head_index(heads)
+        if self.holds_statistics:
+            return statistics.received(self, head, vector)
+        return self._column_sums(head, vector, over_heads=False)
 
     def row_index(self, queries: Positions | None) -> Int[Tensor, " query"]:
         """Return the indices of query positions among those that the call holds, all if None."""
@@ -467,12 +524,19 @@ class AttentionCall:
             raise self._holds_neither()
         return held
 
+    @property
+    def _groups_or_q(self) -> Tensor:
+        groups = self.groups if self.holds_statistics else None
+        return self._q_or_dense if groups is None else groups
+
     def _q_and_k(self) -> tuple[Tensor, Tensor]:
         if self.q is None or self.k is None:
             raise self._holds_neither()
         return self.q, self.k
 
     def _holds_neither(self) -> NotRecordedError:
+        if self.holds_statistics:
+            return statistics.missing(self, "q and k")
         return NotRecordedError(
             f"{self.name} holds neither q and k nor dense probabilities. Record the call again."
         )

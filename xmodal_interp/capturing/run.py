@@ -15,6 +15,7 @@ import copy
 import platform
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -29,6 +30,8 @@ from torch import Tensor
 from xmodal_interp.arguments import as_list, is_several, list_if_iterator
 from xmodal_interp.attention import AttentionCall, entries_of, numbers
 from xmodal_interp.attention.kernels import lowered_precision
+from xmodal_interp.attention.statistics import FIELDS, finished
+from xmodal_interp.capturing.key_groups import KeyGroups
 from xmodal_interp.capturing.language_calls import (
     Stacks,
     over_positions,
@@ -37,8 +40,9 @@ from xmodal_interp.capturing.language_calls import (
 )
 from xmodal_interp.capturing.vision_calls import Layer, by_layer, towers_by_image
 from xmodal_interp.errors import InputError, quoted
-from xmodal_interp.hooks import Recording, record
+from xmodal_interp.hooks import Recording
 from xmodal_interp.hooks.position_ids import AXES
+from xmodal_interp.hooks.recorder import Settings, Statistics, record_with
 from xmodal_interp.hooks.refusals import check_towers
 from xmodal_interp.models import (
     VLM,
@@ -51,6 +55,7 @@ from xmodal_interp.models import (
     input_device,
     prompt_ids,
 )
+from xmodal_interp.models.alignment import special_ids
 from xmodal_interp.models.token_table import Columns, generated_columns, token_table
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.upstream import attention_backend, commit_of
@@ -72,6 +77,12 @@ class Keep:
             last image or video, and generated tokens).
         probabilities: Keep dense float16 probabilities instead of queries and keys. They are larger
             and rounded to 11 bits, but are read without being recomputed.
+        statistics: Statistics to keep instead of queries and keys, computed while the model runs:
+            ``"mass"`` (probability on groups of keys: the first position, each image, each video,
+            text, special, padding and generated tokens; language tower only), ``"entropy"`` and
+            ``"received"`` (what each key receives from all queries without padding). They need a
+            few numbers per head and position. Analyses that need more raise
+            :class:`NotRecordedError`.
     """
 
     towers: tuple[Tower, ...] = TOWERS
@@ -80,8 +91,10 @@ class Keep:
     norms: bool = False
     queries: str = "all"
     probabilities: bool = False
+    statistics: Collection[str] = ()
 
     def __post_init__(self) -> None:
+        self._check_statistics()
         if not isinstance(self.queries, str) or self.queries not in ("all", "text"):
             raise InputError(f"queries must be 'all' or 'text'; got {quoted(self.queries)}.")
         object.__setattr__(self, "towers", list_if_iterator(self.towers))
@@ -95,6 +108,21 @@ class Keep:
             object.__setattr__(self, "_mask", tuple(row.tolist()))
         n_masked = None if row is None else len(row)
         object.__setattr__(self, "layers", tuple(numbers(self.layers, "layer", n_masked)))
+
+    def _check_statistics(self) -> None:
+        names = list_if_iterator(self.statistics)
+        if isinstance(names, str) or not set(names) <= set(FIELDS):
+            raise InputError(
+                f"statistics must be a list of {', '.join(map(repr, FIELDS))}; got "
+                f"{quoted(self.statistics)}."
+            )
+        if names and (self.values or self.probabilities):
+            other = "values" if self.values else "probabilities"
+            raise InputError(
+                f"Got statistics and {other}=True, but statistics are kept instead of {other}. "
+                "Pass one of them."
+            )
+        object.__setattr__(self, "statistics", tuple(name for name in FIELDS if name in names))
 
     @property
     def given_layers(self) -> Collection[Any] | np.ndarray | Tensor | None:
@@ -219,14 +247,21 @@ def _run(
     """Run the model once and return one sample for each prompt."""
     inputs, prompts_read = vlm.prepare(images, prompts, system=system, videos=videos)
     check_whole(vlm.model, inputs)
-    recorder = record(
-        vlm.model,
+    groups = None
+    if keep.statistics:
+        groups = KeyGroups(prompts_read, keep.queries, special_ids(vlm.tokenizer))
+    settings = Settings(
         towers=keep.towers,
         layers=keep.given_layers,
         values=keep.values,
         norms=keep.norms,
+        statistics=None if groups is None else Statistics(tuple(keep.statistics), groups.of),
     )
-    with torch.no_grad(), recorder as recording:
+    with ExitStack() as stack, torch.no_grad(), record_with(settings, vlm.model) as recording:
+        if groups is not None:
+            groups.stacks = stacks_of(vlm.model, recording.modules)
+            if keep.queries == "text":
+                groups.register(vlm.model, stack)
         if max_new_tokens > 0:
             output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **generation)
             new = output[:, prompt_ids(inputs).shape[1] :]
@@ -293,7 +328,7 @@ class _BatchCalls:
             if tower == "language":
                 own = [call.select_sample(index) for call in of_layer]
                 whole = over_positions(own, n_positions, prompt.n_encoder, self.stacks)
-                numbered = {0: without_padding_keys(whole, n_cross_keys)}
+                numbered = {0: finished(without_padding_keys(whole, n_cross_keys))}
             elif tower == "other":  # positions are neither tokens nor patches
                 numbered = {
                     n: replace(c.select_sample(index), call=n) for n, c in enumerate(of_layer)
@@ -321,10 +356,18 @@ def provenance(
         **({"checkpoint": vlm.loading.differences} if vlm.loading else {}),
         "layers": {name: sorted(set(of)) for name, of in layers.items()},
         "max_new_tokens": max_new_tokens,
-        "kept": {f.name: getattr(keep, f.name) for f in fields(keep)} | {"towers": [*keep.towers]},
+        "kept": _kept(keep),
         "versions": dict(_versions()),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _kept(keep: Keep) -> dict[str, Any]:
+    kept: dict[str, Any] = {f.name: getattr(keep, f.name) for f in fields(keep)}
+    kept |= {"towers": [*keep.towers], "statistics": [*keep.statistics]}
+    if not keep.statistics:  # as in stores of earlier releases, which can be continued
+        del kept["statistics"]
+    return kept
 
 
 @cache  # package metadata is read from disk
@@ -395,8 +438,8 @@ def _text_rows(sample: Sample) -> Sample:
     """Keep only the query rows of text after images and videos in language calls."""
     wanted = torch.from_numpy(sample.text_after_image())
     calls = {
-        key: call.select_rows(wanted[wanted < call.n_queries].to(call.q.device))
-        if key[0] == "language" and call.q is not None
+        key: call.select_rows(wanted[wanted < call.n_queries].to(call.device))
+        if key[0] == "language"
         else call
         for key, call in sample.calls.items()
     }
@@ -406,11 +449,11 @@ def _text_rows(sample: Sample) -> Sample:
 def _with_probabilities(sample: Sample) -> Sample:
     """Replace queries and keys by float16 probabilities.
 
-    Masks stay, because they define visibility. The position bias and the sinks are dropped: the
-    probabilities include them.
+    Masks stay, because they define visibility, and sinks, because rows with a sink do not sum to 1.
+    The position bias is dropped: the probabilities include it.
     """
     calls = {
-        key: replace(call, dense=call.probs().half(), q=None, k=None, bias=None, sinks=None)
+        key: replace(call, dense=call.probs().half(), q=None, k=None, bias=None)
         for key, call in sample.calls.items()
     }
     return sample.changed(calls=calls)

@@ -119,6 +119,13 @@ def capture(
             "--probabilities", help="Keep dense float16 probabilities instead of queries and keys"
         ),
     ] = False,
+    statistics: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A statistic to keep instead of queries and keys (`mass`, `entropy` or "
+            "`received`); repeat the option for several"
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
 ) -> None:
@@ -136,6 +143,7 @@ def capture(
             layers=None if not layers else tuple(layers),
             queries="text" if text_rows else "all",
             probabilities=probabilities,
+            statistics=tuple(statistics or ()),
         ),
     )
     show_store(written)

@@ -108,7 +108,8 @@ class KeptCall:
 
     Attributes:
         call: The call.
-        cache: The keys of its module; None if the call holds probabilities instead of keys.
+        cache: The keys of its module; None if the call holds probabilities or statistics instead
+            of keys.
         n_keys: The number of keys of the call, which are the first ones of the cache.
     """
 
@@ -123,6 +124,24 @@ class KeptCall:
         k, v = self.cache.k, self.cache.v
         v = None if v is None else v[:, :, : self.n_keys]
         return changed(self.call, k=k[:, :, : self.n_keys], v=v)
+
+    def add_received(self, earlier: KeptCall) -> None:
+        """Add what the keys of the previous step received, which is then removed from that step.
+
+        Decode steps would otherwise hold a number per head, key and step.
+        """
+        received, before = self.call.key_received, earlier.call.key_received
+        if received is not None and before is not None:
+            received[..., : before.shape[2]] += before
+            earlier.call = changed(earlier.call, key_received=None)
+
+
+THIN = 8  # entries of a key that are compared
+
+
+def thin(raw: RawCall) -> RawCall:
+    """Return the call with a few entries of each key, which suffice to recognise it."""
+    return changed(raw, key=raw.key[:, :1, :, :THIN])
 
 
 def seen_keys(mask: Tensor | None) -> Bool[Tensor, " key"] | None:

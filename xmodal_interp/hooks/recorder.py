@@ -17,7 +17,8 @@
    output of the attention function (:mod:`xmodal_interp.hooks.probability_check`). The call is
    passed to ``reduce``, or it is kept. Operands that are kept are cloned, because a static cache is
    overwritten in place; the keys of a growing cache are kept once
-   (:mod:`xmodal_interp.hooks.key_cache`).
+   (:mod:`xmodal_interp.hooks.key_cache`). If statistics are asked for by name, they are computed
+   at once and kept instead of the operands.
 5. **Finish.** At the end of the block the calls get their keys, and errors are raised.
 
 An error of the recorder never stops the model's forward.
@@ -41,8 +42,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from xmodal_interp.arguments import list_if_iterator
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.attention.kernels import full_precision
+from xmodal_interp.attention.statistics import FIELDS, Labels, reduced
 from xmodal_interp.contexts import Block, own_context
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.hooks.attention_interface import tap
 from xmodal_interp.hooks.attention_modules import Identity, module_of
 from xmodal_interp.hooks.compiled import (
@@ -60,7 +62,7 @@ from xmodal_interp.hooks.inline_attention import (
     note_mixing,
     refuse_mixture,
 )
-from xmodal_interp.hooks.key_cache import KeptCall, KeyCache, own_copy, seen_keys
+from xmodal_interp.hooks.key_cache import KeptCall, KeyCache, own_copy, seen_keys, thin
 from xmodal_interp.hooks.known_modules import (
     KnownModules,
     in_continuous_batching,
@@ -108,7 +110,8 @@ class Recording:
 
     Attributes:
         calls: Every call, in the order in which the model made them; set at the end of the block.
-        results: The results of ``reduce``, one per call, if it was given (``calls`` is then empty).
+        results: The results of ``reduce``, one per call, if it was a function (``calls`` is then
+            empty).
         modules: Every attention module that is recorded.
         without_matrix: Layers that mix tokens without softmax attention: linear attention, state
             spaces, convolutions.
@@ -126,12 +129,40 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The settings of a recording: the arguments of :func:`record`, and two more.
+class Statistics:
+    """The statistics that are kept instead of queries and keys.
 
-    ``inspect`` is called with every observed call, whose tensors belong to the model, and with the
-    :class:`AttentionCall` made from it. ``refuse`` is whether an error is raised if the
-    probabilities of a call do not give its output (:mod:`xmodal_interp.hooks.probability_check`).
+    Attributes:
+        names: ``"mass"``, ``"entropy"`` or ``"received"``.
+        label: Returns the groups of keys and the counted queries of a call; None for one group and
+            all queries. If it is given, decode steps can be joined: some numbers of each key are
+            kept until then.
+    """
+
+    names: tuple[str, ...]
+    label: Callable[[AttentionCall], Labels] | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.names if name not in FIELDS]
+        if unknown or not self.names:
+            raise InputError(
+                f"Statistics must be among {', '.join(map(repr, FIELDS))}; got "
+                f"{', '.join(map(quoted, unknown)) or 'none'}."
+            )
+
+    def of(self, call: AttentionCall) -> AttentionCall:
+        """Return the call with its statistics."""
+        return reduced(call, self.names, None if self.label is None else self.label(call))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a recording: the arguments of :func:`record`, and three more.
+
+    ``statistics`` are kept instead of q and k. ``inspect`` is called with every observed call,
+    whose tensors belong to the model, and with the :class:`AttentionCall` made from it. ``refuse``
+    is whether an error is raised if the probabilities of a call do not give its output
+    (:mod:`xmodal_interp.hooks.probability_check`).
     """
 
     towers: Sequence[Tower] = TOWERS
@@ -139,6 +170,7 @@ class Settings:
     values: bool = False
     norms: bool = False
     reduce: Callable[[AttentionCall], Any] | None = None
+    statistics: Statistics | None = None
     inspect: Callable[[ObservedCall, AttentionCall], None] | None = None
     refuse: bool = True
 
@@ -156,7 +188,7 @@ def record(
     layers: Iterable[Any] | np.ndarray | Tensor | None = None,
     values: bool = False,
     norms: bool = False,
-    reduce: Callable[[AttentionCall], Any] | None = None,
+    reduce: Callable[[AttentionCall], Any] | str | Iterable[str] | None = None,
 ) -> AbstractContextManager[Recording]:
     """Record the attention of any transformers model while it runs inside a ``with`` block.
 
@@ -174,7 +206,9 @@ def record(
         values: Also keep V.
         norms: Keep the share of attention in each token's update (``AttentionCall.update_share``).
         reduce: Called with each call, which is then not kept; its result is added to ``results``.
-            It must not store the call, because the tensors of the call belong to the model.
+            It must not store the call, because the tensors of the call belong to the model. Or
+            ``"entropy"``, ``"received"`` or both in a list: ``calls`` then hold these statistics
+            instead of q and k, in memory linear in the length.
 
     Raises:
         CaptureError: The model is compiled, or is called from compiled code. At the end of the
@@ -182,18 +216,43 @@ def record(
             probabilities do not give the output of the attention function, or the model ran only in
             other threads. Errors of the recording or of ``reduce`` do not stop the model's forward;
             they are also raised at the end of the block.
-        InputError: ``model`` is not a model, ``norms`` and ``reduce`` were both given, or towers or
-            layers are not a list or do not exist in the model.
+        InputError: ``model`` is not a model, ``reduce`` is neither a function nor a statistic, is
+            a function together with ``norms``, or a statistic together with ``values``, or towers
+            or layers are not a list or do not exist in the model.
         UnsupportedModelError: The model has no attention modules, or its layers are split over
             processes.
     """
-    if norms and reduce is not None:
+    function = reduce if callable(reduce) else None
+    if norms and function is not None:
         raise InputError(
             "Got norms=True and reduce=, but norms are known only after reduce is called. Pass one "
             "of them."
         )
-    settings = Settings(list_if_iterator(towers), list_if_iterator(layers), values, norms, reduce)
+    statistics = None if function is not None or reduce is None else _named(reduce, values=values)
+    settings = Settings(
+        list_if_iterator(towers), list_if_iterator(layers), values, norms, function, statistics
+    )
     return record_with(settings, module_of(model))
+
+
+def _named(names: Any, *, values: bool) -> Statistics:
+    """Return the statistics of ``reduce``, given by name."""
+    if values:
+        raise InputError(
+            "Got values=True and reduce= with statistics, which are kept instead of q, k and v. "
+            "Pass one of them."
+        )
+    listed = (names,) if isinstance(names, str) else names
+    if not isinstance(listed, Iterable):
+        raise InputError(f"reduce must be a function or names of statistics; got {quoted(names)}.")
+    chosen = tuple(listed)
+    if "mass" in chosen:
+        raise InputError(
+            "reduce='mass' requires groups of keys, which a model without processor does not have. "
+            "Pass a function, such as lambda call: call.mass(groups), or capture with "
+            "Keep(statistics=['mass'])."
+        )
+    return Statistics(chosen)
 
 
 def record_with(settings: Settings, model: nn.Module) -> Block[Recording]:
@@ -301,6 +360,7 @@ class _Recorder:
         self.empty_holders: set[nn.Module] = set()  # ran without a recorded call inside
         self.counts: dict[nn.Module, int] = {}
         self.kept: list[KeptCall] = []
+        self.latest: dict[nn.Module, KeptCall] = {}  # only if statistics are kept
         self.caches: dict[nn.Module, KeyCache] = {}
         self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor | None]] = {}
         self.block_masks: dict[int, tuple[BlockMask, Tensor]] = {}
@@ -521,16 +581,39 @@ class _Recorder:
         if self.settings.reduce is not None:
             with full_precision():  # the model's autocast must not apply to ``reduce``
                 self.recording.results.append(self._reduced(call, self.settings.reduce))
+        elif self.settings.statistics is not None:
+            with full_precision():
+                self._keep_statistics(module, observed, call, self.settings.statistics)
         elif isinstance(observed, SoftmaxCall):
             self.kept.append(KeptCall(call))
         else:
-            cache = self.caches.get(module)
-            if cache is None or not cache.grow(observed, call.mask):
-                values = observed.value if self.settings.values else None
-                cache = KeyCache(observed.key, values, seen_keys(call.mask))
-                self.caches[module] = cache
+            cache, _ = self._cache(module, observed, call.mask)
             without_keys = changed(call, q=own_copy(observed.query), k=None, v=None)
             self.kept.append(KeptCall(without_keys, cache, observed.key.shape[2]))
+
+    def _cache(
+        self, module: nn.Module, observed: RawCall, mask: Tensor | None
+    ) -> tuple[KeyCache, bool]:
+        """Return a cache with the keys of a call, and whether it is that of the call before."""
+        cache = self.caches.get(module)
+        if cache is not None and cache.grow(observed, mask):
+            return cache, True
+        values = observed.value if self.settings.values else None
+        self.caches[module] = KeyCache(observed.key, values, seen_keys(mask))
+        return self.caches[module], False
+
+    def _keep_statistics(
+        self, module: nn.Module, observed: ObservedCall, call: AttentionCall, statistics: Statistics
+    ) -> None:
+        kept = KeptCall(statistics.of(call))
+        if statistics.label is not None and isinstance(observed, RawCall):
+            if call.tower == "language":
+                kept.cache, grown = self._cache(module, thin(observed), call.mask)
+                kept.n_keys = call.n_keys
+                if grown and call.n_samples == 1:  # in a batch, samples end at different steps
+                    kept.add_received(self.latest[module])
+            self.latest[module] = kept
+        self.kept.append(kept)
 
     def _reduced(self, call: AttentionCall, reduce: Callable[[AttentionCall], Any]) -> Any:
         try:

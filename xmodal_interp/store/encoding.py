@@ -35,8 +35,10 @@ def sample_record(sample: Sample, shared: schema.SharedTensors, *, images: bool)
     nothing: list[list[None]] = [[None] * len(each) for each in sample.videos]
     frames = sample.provenance.get("videos") or nothing
     of_frames = sample.provenance.get("video_digests") or nothing
+    calls = [schema.call_record(call, shared) for call in sample.calls.values()]
     return {
         **schema.STAMP,
+        "version": schema.record_version(calls),
         "name": sample.name,
         "question": sample.question,
         "answer": sample.answer,
@@ -56,7 +58,7 @@ def sample_record(sample: Sample, shared: schema.SharedTensors, *, images: bool)
                 zip(sample.videos, frames, of_frames, strict=True)
             )
         ],
-        "calls": [schema.call_record(call, shared) for call in sample.calls.values()],
+        "calls": calls,
         "shared": shared.records,
     }
 

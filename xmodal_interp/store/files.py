@@ -94,7 +94,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         StoreError: The file is missing, damaged or of another version.
     """
     path = folder / schema.SAMPLE
-    record = _read_json(path)
+    record = _read_json(path, (schema.VERSION, schema.WITH_STATISTICS))
 
     def checked() -> dict[str, Any]:
         if record.pop("digest", None) != schema.digest_of(record):
@@ -351,9 +351,9 @@ def _text(path: Path, limit: int) -> str:
     return path.read_text("utf-8", errors="replace")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, versions: Sequence[int] | None = None) -> dict[str, Any]:
     record: dict[str, Any] = _whole(path, lambda: json.loads(_text(path, schema.MAX_JSON_BYTES)))
-    schema.check_stamp(record, path)
+    schema.check_stamp(record, path, versions)
     return record
 
 

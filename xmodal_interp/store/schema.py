@@ -1,4 +1,4 @@
-"""The format of a store, version 2, and functions that convert calls to and from it.
+"""The format of a store, version 2 (3 for some files: rule 11), and functions that convert calls.
 
 A store is a folder::
 
@@ -42,8 +42,9 @@ A store is a folder::
    ``shared``, the names of the shared tensors that are its ``mask`` and ``bias``. A layer's file
    MUST hold the tensors of that layer only, named ``CALL.NAME``, in the model's dtype and without
    rounding.
-   A call MUST hold ``q`` and ``k``, or ``dense``; it MAY hold ``v``, ``sinks``, ``rows``,
-   ``update_share`` and ``segments``.
+   A call MUST hold ``q`` and ``k``, or ``dense``, or statistics: ``groups``, ``counted`` and at
+   least one of ``group_mass``, ``row_entropy`` and ``key_received``. It MAY hold ``v``, ``sinks``,
+   ``rows``, ``update_share`` and ``segments``.
 7. A causal mask is stored as a flag, not as a tensor. A mask or bias that several calls share MUST
    be stored once. Boolean masks are packed 8 to a byte, most significant bit first (``packed`` with
    their ``shape``); additive masks are stored unchanged.
@@ -54,7 +55,9 @@ A store is a folder::
     other members) in every line, and ``number`` (the index in the order of writing, from 0) in
     lines of ``names.jsonl`` and in ``sample.json``. Lines are canonical JSON. A reader MUST skip
     other lines; a writer SHOULD rewrite the file without them.
-11. The names in ``files`` MUST be plain: no separators, no ``..``. Every file of a store MUST be a
+11. A ``sample.json`` with a call that holds statistics MUST have version 3, so that readers that
+    know only version 2 refuse it. All other files, and other ``sample.json``, have version 2.
+12. The names in ``files`` MUST be plain: no separators, no ``..``. Every file of a store MUST be a
     regular file. A writer MUST NOT follow symbolic links inside the store. A reader SHOULD compare
     a file with its checksum before using it, and MUST refuse content above the limits below.
 """
@@ -82,6 +85,8 @@ from xmodal_interp.sample import CallKey
 
 FORMAT = "xmodal_interp.store"
 VERSION = 2
+WITH_STATISTICS = 3
+"""Version of a ``sample.json`` whose calls hold statistics."""
 STAMP: dict[str, Any] = {"format": FORMAT, "version": VERSION}
 
 MANIFEST, NAMES, FAILURES = "manifest.json", "names.jsonl", "failures.jsonl"
@@ -201,6 +206,12 @@ def call_tensors(calls: Iterable[AttentionCall]) -> dict[str, Tensor]:
         for name, tensor, _ in call.tensors()
         if name in _OWN
     }
+
+
+def record_version(calls: Iterable[Mapping[str, Any]]) -> int:
+    """Return the version of ``sample.json`` for these records of calls."""
+    hold_statistics = any("groups" in call["tensors"] for call in calls)
+    return WITH_STATISTICS if hold_statistics else VERSION
 
 
 def stored_call(
@@ -344,8 +355,15 @@ def _check_type(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
         raise ValueError(f"its member {name} has the invalid value {str(value)[:40]!r}")
 
 
-def check_stamp(found: Mapping[str, Any] | None, path: Path) -> None:
+def check_stamp(
+    found: Mapping[str, Any] | None, path: Path, versions: Sequence[int] | None = None
+) -> None:
     """Check format and version of a file; the version may be a number or a string.
+
+    Args:
+        found: The format and version in the file.
+        path: The file.
+        versions: The versions that are read; ``VERSION`` if not given.
 
     Raises:
         StoreError: The format or the version differs.
@@ -356,10 +374,12 @@ def check_stamp(found: Mapping[str, Any] | None, path: Path) -> None:
             f"{path} is not a file of a store, or is damaged: its format is "
             f"{stamp.get('format') or 'not stated'} instead of {FORMAT}."
         )
-    if str(stamp.get("version")) != str(VERSION):
+    read = [str(each) for each in versions or (VERSION,)]
+    if str(stamp.get("version")) not in read:
         raise StoreError(
             f"{path} has version {stamp.get('version')} of the store format, but this release "
-            f"reads version {VERSION}. Open it with the release that wrote it, or capture again."
+            f"reads version {' or '.join(read)}. Open it with the release that wrote it, or "
+            "capture again."
         )
 
 
