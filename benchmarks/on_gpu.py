@@ -292,7 +292,18 @@ STATISTICS = {
 }
 """The methods by name; those that this version of the package lacks are not checked."""
 
-OTHERS = {"tensors", "row_index", "to", "on_float64_device", "take", "select_sample", "select_rows"}
+OTHERS = {
+    "tensors",
+    "row_index",
+    "kv_head_of",
+    "sinks_of",
+    "visible_rows",
+    "to",
+    "on_float64_device",
+    "take",
+    "select_sample",
+    "select_rows",
+}
 """Methods that select or move operands."""
 
 
