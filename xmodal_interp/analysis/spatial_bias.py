@@ -111,8 +111,8 @@ def raster_map(
     def table_rows(sample: Sample) -> list[Part]:
         return [_cells(sample, queries, layers, heads, image)]
 
-    with closing(rows_of_samples(samples_of(samples), table_rows, workers)) as of_samples:
-        for name, of_sample, (cells,) in of_samples:
+    with closing(rows_of_samples(samples_of(samples), table_rows, workers)) as found:
+        for name, of_sample, (cells,) in found:
             if first is None:
                 first = cells
             _refuse_other_cells(first, cells, name)
