@@ -114,7 +114,7 @@ def test_a_pickled_sample_has_neither_pixels_nor_the_files_that_others_verified(
     for each in store:
         whole(each)
     sample = store["a"]
-    assert len(pickle.dumps(sample)) == size
+    assert len(pickle.dumps(sample)) < size + 50  # references to equal strings differ
     (of_sample(store_path, "a") / "image-0.png").unlink()
     (image,) = pickle.loads(pickle.dumps(sample)).images
     with pytest.raises(StoreError, match=r"image-0\.png of sample 'a'"):
