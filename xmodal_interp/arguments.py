@@ -201,7 +201,7 @@ def choice(*allowed: Any) -> Check:
 
 CHECKS: Mapping[str, Check] = {
     **dict.fromkeys(("image", "video", "frame"), count(0)),
-    "n_bootstrap": count(1),
+    **dict.fromkeys(("n_bootstrap", "workers"), count(1)),
     # the functions check the lower bound themselves
     **dict.fromkeys(("n_bins", "window", "steps", "batch_size", "n_random"), count(-MOST)),
     **dict.fromkeys(("n_positions", "min_queries"), count(0)),

@@ -1,5 +1,6 @@
 """The command line: results, files, exit codes and one-line errors."""
 
+import functools
 from importlib.metadata import entry_points
 
 import numpy as np
@@ -39,6 +40,20 @@ def test_analyze_prints_and_writes(store, tmp_path) -> None:
     written = run(app, ["analyze", str(store), "cross-modal-ratio", "--path", str(path)])
     assert written.exit_code == 0
     assert len(pd.read_parquet(path)) == 32
+
+
+def test_analyze_passes_the_number_of_processes(store, monkeypatch) -> None:
+    given = []
+
+    @functools.wraps(xi.sink_rate)
+    def recorded(samples, **options):
+        given.append(options)
+        return xi.sink_rate(samples, **options)
+
+    monkeypatch.setattr(xi.analysis, "sink_rate", recorded)
+    for options in ([], ["--workers", "2"]):
+        assert run(app, ["analyze", str(store), "sink-rate", *options]).exit_code == 0
+    assert given == [{"workers": 1}, {"workers": 2}]
 
 
 def test_printed_tables_fit_the_terminal(store) -> None:

@@ -108,6 +108,19 @@ def test_sequence(store_path):
     assert len(store.failures) == 0
 
 
+def test_a_pickled_sample_has_neither_pixels_nor_the_files_that_others_verified(store_path):
+    store = open_store(store_path)
+    size = len(pickle.dumps(store["a"]))
+    for each in store:
+        whole(each)
+    sample = store["a"]
+    assert len(pickle.dumps(sample)) < size + 50  # references to equal strings differ
+    (of_sample(store_path, "a") / "image-0.png").unlink()
+    (image,) = pickle.loads(pickle.dumps(sample)).images
+    with pytest.raises(StoreError, match=r"image-0\.png of sample 'a'"):
+        image.load()
+
+
 def test_a_stored_sample_can_be_pickled(store_path):
     found = open_store(store_path)[0]
     assert_same(pickle.loads(pickle.dumps(found)), found)

@@ -42,6 +42,7 @@ def attention_allocation(
     *,
     layers: Layers = None,
     heads: Positions | None = None,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return the attention of the answer per segment, in total and per token (Chen et al. 2024).
 
@@ -52,6 +53,7 @@ def attention_allocation(
         samples: One sample or many.
         layers: Layers, all if not given.
         heads: Heads, all if not given. The paper averages over heads.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         One row per sample, layer, head and segment: ``sample, tower, kind, layer, head, segment``,
@@ -87,7 +89,7 @@ def attention_allocation(
             yield call_table(call, {"head": chosen, "segment": SEGMENTS}, values)
 
     parameters = {"layers": layers, "heads": heads}
-    return over_samples(samples, table_rows, "attention_allocation", parameters)
+    return over_samples(samples, table_rows, "attention_allocation", parameters, workers)
 
 
 def _segments(sample: Sample) -> np.ndarray:

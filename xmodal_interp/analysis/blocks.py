@@ -58,6 +58,7 @@ def block_statistics(
     *,
     layers: Layers = None,
     heads: Positions | None = None,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return the attention within and between image and text, over visible cells only.
 
@@ -65,6 +66,7 @@ def block_statistics(
         samples: One sample or many.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         Four rows per sample, layer and head: ``sample, tower, kind, layer, head, block, query_kind,
@@ -94,12 +96,16 @@ def block_statistics(
             parts.append({name: part[name] for name in _KEYS} | part)
         yield from sorted(parts, key=lambda part: int(part["layer"]))
 
-    return over_samples(samples, table_rows, "block_statistics", parameters)
+    return over_samples(samples, table_rows, "block_statistics", parameters, workers)
 
 
 @checked
 def cross_modal_summary(
-    samples: Sample | Iterable[Sample], layer: int = -1, *, heads: Positions | None = None
+    samples: Sample | Iterable[Sample],
+    layer: int = -1,
+    *,
+    heads: Positions | None = None,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Summarise one layer in one row: four block means, the most attended patch, the ratio.
 
@@ -110,6 +116,7 @@ def cross_modal_summary(
         samples: One sample or many.
         layer: Layer; negative ones count from the last.
         heads: Heads, all if not given.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         One row per sample: ``sample, tower, kind, layer``, then
@@ -147,7 +154,7 @@ def cross_modal_summary(
         }
 
     parameters = {"layer": layer, "heads": heads}
-    return over_samples(samples, table_rows, "cross_modal_summary", parameters)
+    return over_samples(samples, table_rows, "cross_modal_summary", parameters, workers)
 
 
 def _blocks(

@@ -52,7 +52,7 @@ MEANS = ("ratio", "null", "lift", "sink_free_ratio", "sink_free_lift")
 
 
 @checked
-def cross_modal_ratio(
+def cross_modal_ratio(  # noqa: PLR0913  every option has a default
     samples: Sample | Iterable[Sample],
     *,
     queries: Selector = TEXT,
@@ -62,6 +62,7 @@ def cross_modal_ratio(
     kind: AttentionKind = "self",
     sink_threshold: float | None = THRESHOLD,
     by: Sequence[str] = BY,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return the share of text attention on the image, with its null under uniform attention.
 
@@ -84,6 +85,7 @@ def cross_modal_ratio(
             sink is neither the first position nor a group of ``AttentionCall.groups`` by itself.
         by: The axes that stay: ``("layer", "head")``, ``("layer",)``, ``("head",)`` or ``()``. The
             table is averaged over the other axes.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         One row per sample and ``by``: ``sample, tower, kind, direction, layer, head``, then
@@ -119,7 +121,7 @@ def cross_modal_ratio(
             )
         yield {"tower": "language", "kind": kind, "direction": DIRECTION} | found
 
-    return over_samples(samples, table_rows, "cross_modal_ratio", parameters | {"by": by})
+    return over_samples(samples, table_rows, "cross_modal_ratio", parameters | {"by": by}, workers)
 
 
 @checked
@@ -132,6 +134,7 @@ def token_ratio(
     image: int | None = None,
     kind: AttentionKind = "self",
     sink_threshold: float | None = THRESHOLD,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return ``cross_modal_ratio`` of each query token; the arguments are the same.
 
@@ -159,7 +162,7 @@ def token_ratio(
             index["token"] = Taken(tokens, index["query"])
             yield index | long_table(axes, each.values)
 
-    return over_samples(samples, table_rows, "token_ratio", parameters)
+    return over_samples(samples, table_rows, "token_ratio", parameters, workers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,6 +49,7 @@ def attention_entropy(
     queries: Selector | None = None,
     layers: Layers = None,
     heads: Positions | None = None,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return the mean entropy of self-attention rows, with that of uniform attention.
 
@@ -61,6 +62,7 @@ def attention_entropy(
             not given.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         One row per sample, layer, head (and image): ``sample, tower, kind, layer, head, image`` (NA
@@ -91,7 +93,7 @@ def attention_entropy(
                 yield call_table(call, {"head": chosen}, {"image": image, **values})
 
     parameters = {"tower": tower, "queries": queries, "layers": layers, "heads": heads}
-    table = over_samples(samples, table_rows, "attention_entropy", parameters)
+    table = over_samples(samples, table_rows, "attention_entropy", parameters, workers)
     table["image"] = table["image"].astype("Int64")
     return table
 
@@ -103,6 +105,7 @@ def attention_distance(
     tower: Tower = "vision",
     layers: Layers = None,
     heads: Positions | None = None,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return the mean distance between patches and the patches they attend to.
 
@@ -114,6 +117,7 @@ def attention_distance(
             of the sequence.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         One row per sample, layer, head and image: ``sample, tower, kind, layer, head, image``, then
@@ -150,7 +154,7 @@ def attention_distance(
                 yield call_table(call, {"head": chosen, "image": [image]}, values)
 
     parameters = {"tower": tower, "layers": layers, "heads": heads}
-    return over_samples(samples, table_rows, "attention_distance", parameters)
+    return over_samples(samples, table_rows, "attention_distance", parameters, workers)
 
 
 def _entropy(

@@ -75,6 +75,7 @@ def positional_bias(
     layers: Layers = None,
     heads: Positions | None = None,
     n_bins: int = 32,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return attention profiles over relative distance and key position, per block.
 
@@ -86,6 +87,7 @@ def positional_bias(
         heads: Heads, all if not given.
         n_bins: Number of bins of equal width that cover the longest sample; a bin is at least one
             position wide. Shorter samples fill fewer bins.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         One row per sample, layer, head, block, axis and bin:
@@ -131,7 +133,7 @@ def positional_bias(
             yield {"tower": "language", "kind": "self", "layer": call.layer} | part
 
     parameters = {"blocks": blocks, "layers": layers, "heads": heads, "n_bins": n_bins}
-    return over_samples(samples, table_rows, "positional_bias", parameters)
+    return over_samples(samples, table_rows, "positional_bias", parameters, workers)
 
 
 @checked
@@ -142,6 +144,7 @@ def recency_index(
     queries: Selector | None = None,
     layers: Layers = None,
     heads: Positions | None = None,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return the share of attention on the last few positions, with that of uniform attention.
 
@@ -152,6 +155,7 @@ def recency_index(
             text tokens if not given.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         One row per sample, layer and head: ``sample, tower, kind, layer, head, window``, then
@@ -183,7 +187,7 @@ def recency_index(
             yield call_table(call, {"head": chosen, "window": [window]}, of_window)
 
     parameters = {"window": window, "queries": queries, "layers": layers, "heads": heads}
-    return over_samples(samples, table_rows, "recency_index", parameters)
+    return over_samples(samples, table_rows, "recency_index", parameters, workers)
 
 
 @dataclass(eq=False)

@@ -88,6 +88,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
     layers: LayerRange | None = None,
     tower: Tower = "language",
     image: int = 0,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return the share of each input position in the query positions after the layers.
 
@@ -116,6 +117,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
             choose consecutive attention layers. Layers after the last attention layer are ignored.
         tower: ``"language"`` or ``"vision"``.
         image: Index of the image in the vision tower; videos are numbered after the images.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         One row per sample, query and key: ``sample, tower, kind, query, key``, then
@@ -174,7 +176,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         "tower": tower,
         "image": image,
     }
-    return over_samples(samples, table_rows, "attention_rollout", parameters)
+    return over_samples(samples, table_rows, "attention_rollout", parameters, workers)
 
 
 @checked

@@ -50,6 +50,7 @@ def attention_sinks(
     heads: Positions | None = None,
     n_positions: int | None = None,
     min_queries: int = MIN_QUERIES,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return the attention that keys receive, and whether they are sinks (Gu et al. 2025).
 
@@ -65,6 +66,7 @@ def attention_sinks(
             64. All if not given.
         min_queries: Keys that fewer queries see are never sinks. For example, only one query
             sees the last position.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         One row per sample, layer, head and key, for the first position and for every key that is a
@@ -101,7 +103,7 @@ def attention_sinks(
             index = {name: part[name] for name in ("tower", "kind", "layer", "head", "key")}
             yield index | position_columns(tokens, part["key"]) | part
 
-    return over_samples(samples, table_rows, "attention_sinks", parameters)
+    return over_samples(samples, table_rows, "attention_sinks", parameters, workers)
 
 
 @checked
@@ -113,6 +115,7 @@ def sink_rate(
     heads: Positions | None = None,
     n_positions: int | None = None,
     min_queries: int = MIN_QUERIES,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return the share of heads with a sink (Gu et al. 2025); arguments as in ``attention_sinks``.
 
@@ -141,7 +144,7 @@ def sink_rate(
             rates = long_table({"layer": [call.layer]}, values)
             yield {"tower": call.tower, "kind": call.kind} | rates
 
-    return over_samples(samples, table_rows, "sink_rate", parameters)
+    return over_samples(samples, table_rows, "sink_rate", parameters, workers)
 
 
 def sink_keys(

@@ -23,6 +23,7 @@ attention in shallow layers removes mostly the top of the image (arXiv 2412.1318
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from xmodal_interp.analysis.connector_rollout import are_queries
+from xmodal_interp.analysis.processes import rows_of_samples
 from xmodal_interp.analysis.selection import (
     Layers,
     image_keys,
@@ -71,6 +73,7 @@ def raster_map(
     heads: Positions | None = None,
     image: int = 0,
     per_sample: bool = False,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return attention on each cell of the image grid, relative to the mean cell.
 
@@ -85,6 +88,7 @@ def raster_map(
         image: Index of the image in each sample.
         per_sample: Whether to return the map of each sample instead of the mean map, for example to
             bootstrap over samples.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         One row per layer, head and cell with a token: ``tower, kind, layer, head, row, col``, then
@@ -103,17 +107,21 @@ def raster_map(
     provenance: list[Mapping[str, Any]] = []
     names: dict[str, str] = {}
     lifts: list[np.ndarray] = []
-    for sample in samples_of(samples):
-        cells = _cells(sample, queries, layers, heads, image)
-        if first is None:
-            first = cells
-        _refuse_other_cells(first, cells, sample)
-        unique_name(sample.name, names)
-        if per_sample:
-            lifts.append(cells["lift"])
-        else:
-            total = total + cells["lift"]
-        add_provenance(provenance, sample)
+
+    def table_rows(sample: Sample) -> list[Part]:
+        return [_cells(sample, queries, layers, heads, image)]
+
+    with closing(rows_of_samples(samples_of(samples), table_rows, workers)) as found:
+        for name, of_sample, (cells,) in found:
+            if first is None:
+                first = cells
+            _refuse_other_cells(first, cells, name)
+            unique_name(name, names)
+            if per_sample:
+                lifts.append(cells["lift"])
+            else:
+                total = total + cells["lift"]
+            add_provenance(provenance, of_sample)
     if first is None:
         raise InputError("raster_map requires at least one sample; got none.")
     n_samples = len(names)
@@ -143,6 +151,7 @@ def raster_profile(
     heads: Positions | None = None,
     image: int = 0,
     per_sample: bool = False,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return the share of the attention on the image that each grid row and column gets.
 
@@ -155,6 +164,7 @@ def raster_profile(
         image: Index of the image in each sample.
         per_sample: Whether to return rows for each sample instead of those of the mean map, for
             example to bootstrap over samples.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         One row per layer, head, axis and index: ``tower, kind, layer, head, axis`` (``row`` or
@@ -163,7 +173,7 @@ def raster_profile(
         and ``share_difference``. With ``per_sample`` the first column is ``sample``; the control is
         averaged over its samples.
     """
-    table = _with_control(samples, control, queries, layers, heads, image, per_sample)
+    table = _with_control(samples, control, queries, layers, heads, image, per_sample, workers)
     by = _keys(table)
     lifts = [name for name in table.columns if name.startswith("lift")]
     total = table.groupby(by)[lifts].transform("sum", min_count=1)
@@ -197,6 +207,7 @@ def raster_bias(
     heads: Positions | None = None,
     image: int = 0,
     per_sample: bool = False,
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return the slopes of attention from top to bottom, left to right and centre to edge.
 
@@ -209,6 +220,7 @@ def raster_bias(
         image: Index of the image in each sample.
         per_sample: Whether to return rows for each sample instead of those of the mean map, for
             example to bootstrap over samples.
+        workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
         One row per layer and head: ``tower, kind, layer, head``, then
@@ -218,7 +230,7 @@ def raster_bias(
         the whole image, or if the grid is too small to separate the terms. With ``per_sample`` the
         first column is ``sample``; the control is averaged over its samples.
     """
-    table = _with_control(samples, control, queries, layers, heads, image, per_sample)
+    table = _with_control(samples, control, queries, layers, heads, image, per_sample, workers)
     by = _keys(table)
     cells = table.drop_duplicates(["row", "col"])
     design = _design(cells["row"].to_numpy(dtype=float), cells["col"].to_numpy(dtype=float))
@@ -240,15 +252,17 @@ def _with_control(
     heads: Positions | None,
     image: int,
     per_sample: bool,  # noqa: FBT001
+    workers: int,
 ) -> pd.DataFrame:
     """Return the map with the control's lift as a column and ``n_control`` in its parameters."""
     options: dict[str, Any] = {"queries": queries, "layers": layers, "heads": heads, "image": image}
+    options["workers"] = workers
     table = raster_map(samples, per_sample=per_sample, **options)
     if control is None:
         return table
     control = samples_of(control)
     of_control = raster_map(control, **options)
-    _refuse_other_cells(table.head(len(of_control)), of_control, control[0])
+    _refuse_other_cells(table.head(len(of_control)), of_control, control[0].name)
     n_maps = len(table) // len(of_control)
     table["lift_control"] = np.tile(of_control["lift"].to_numpy(), n_maps)
     table.attrs["parameters"] |= {"n_control": of_control.attrs["n_samples"]}
@@ -327,19 +341,17 @@ def _slopes(
     return slopes[:, 1:]
 
 
-def _refuse_other_cells(
-    table: Part | pd.DataFrame, other: Part | pd.DataFrame, sample: Sample
-) -> None:
+def _refuse_other_cells(table: Part | pd.DataFrame, other: Part | pd.DataFrame, name: str) -> None:
     layers = [pd.unique(one["layer"]).tolist() for one in (table, other)]
     if layers[0] != layers[1]:
         raise GeometryError(
-            f"Sample {sample.name!r} has the layers {layers[1]}, the other samples have "
+            f"Sample {name!r} has the layers {layers[1]}, the other samples have "
             f"{layers[0]}. Choose layers= that all samples have."
         )
     columns = [[np.asarray(one[name]) for name in CELL_KEYS] for one in (table, other)]
     if not all(map(np.array_equal, *columns)):
         shapes = [f"{t['row'].max() + 1} x {t['col'].max() + 1}" for t in (table, other)]
         raise GeometryError(
-            f"Sample {sample.name!r} has a grid of {shapes[1]}, the other samples have "
+            f"Sample {name!r} has a grid of {shapes[1]}, the other samples have "
             f"{shapes[0]}. Pass samples whose image grids have the same shape."
         )

@@ -10,6 +10,7 @@ JSON.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from xmodal_interp.analysis.processes import rows_of_samples
 from xmodal_interp.arguments import as_list
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError, quoted
@@ -132,6 +134,7 @@ def over_samples(
     table_rows: Callable[[Sample], Iterable[Part]],
     analysis: str,
     parameters: Mapping[str, Any],
+    workers: int = 1,
 ) -> pd.DataFrame:
     """Return the rows of all samples as one table, with a ``sample`` column in front.
 
@@ -147,6 +150,7 @@ def over_samples(
         table_rows: Function that returns or yields the rows of one sample.
         analysis: Name of the analysis, for ``.attrs``.
         parameters: Arguments of the analysis, for ``.attrs``.
+        workers: Number of processes that compute the rows; the table does not depend on it.
 
     Raises:
         InputError: There are no samples.
@@ -154,11 +158,11 @@ def over_samples(
     parts: list[Part] = []
     provenance: list[Mapping[str, Any]] = []
     names: dict[str, str] = {}
-    for sample in samples_of(samples):
-        rows = table_rows(sample)
-        name = unique_name(sample.name, names)
-        parts += [{"sample": name, **part} for part in rows]
-        add_provenance(provenance, sample)
+    with closing(rows_of_samples(samples_of(samples), table_rows, workers)) as of_samples:
+        for of_sample in of_samples:
+            name = unique_name(of_sample.name, names)
+            parts += [{"sample": name, **part} for part in of_sample.parts]
+            add_provenance(provenance, of_sample.provenance)
     if not names:
         raise InputError(f"{analysis} requires at least one sample; got none.")
     table = stamped(
@@ -208,10 +212,10 @@ def samples_of(samples: Sample | Iterable[Sample]) -> Sequence[Sample]:
     return several
 
 
-def add_provenance(provenance: list[Mapping[str, Any]], sample: Sample) -> None:
-    """Add the sample's provenance, unless the list has one that differs only in date or item."""
-    if all(_common(known) != _common(sample.provenance) for known in provenance):
-        provenance.append(sample.provenance)
+def add_provenance(provenance: list[Mapping[str, Any]], of_sample: Mapping[str, Any]) -> None:
+    """Add a sample's provenance, unless the list has one that differs only in date or item."""
+    if all(_common(known) != _common(of_sample) for known in provenance):
+        provenance.append(of_sample)
 
 
 def _common(provenance: Mapping[str, Any]) -> dict[str, Any]:

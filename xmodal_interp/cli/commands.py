@@ -162,6 +162,9 @@ def analyze(
             help="Query tokens: a phrase, `last` (last prompt token) or `text` (after the image)"
         ),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Number of processes that read the samples")
+    ] = 1,
     rows: Annotated[int, typer.Option(min=1, help="Number of rows to print")] = 20,
     force: Force = False,
 ) -> None:
@@ -169,7 +172,7 @@ def analyze(
     if path is not None:
         check_output(path, force=force)
     analysis, options = options_of("analysis", name, {"queries": queries})
-    table = analysis(xi.open_store(store), **options)
+    table = analysis(xi.open_store(store), **options, workers=workers)
     if path is None:
         show_long(table, rows)
     else:

@@ -218,6 +218,9 @@ class SampleFiles:
     verify: bool = True
     verified: set[tuple[Path, int, int]] = field(default_factory=set)
 
+    def __reduce__(self) -> tuple[type[SampleFiles], tuple[Path, Mapping[str, Any], bool]]:
+        return SampleFiles, (self.folder, self.sums, self.verify)  # the set is that of a store
+
     def read_table(self, file: str) -> pd.DataFrame:
         """Return the table of a Parquet file.
 

@@ -135,6 +135,12 @@ class Store(Sequence[Sample]):
         }
         return pd.DataFrame(list(lines.values()), columns=["item", "name", "error", "message"])
 
+    def readers(self) -> Iterator[Callable[[], Sample]]:
+        """Yield a function per sample that reads it, in a process to which it is sent by pickle."""
+        folder = self.path / schema.SAMPLES
+        for name in self.names:
+            yield partial(read_sample, folder / name, verify=self._verify, verified=set())
+
     def _read(self, name: str) -> Sample:
         folder = self.path / schema.SAMPLES / name
         return read_sample(folder, verify=self._verify, verified=self._verified)
@@ -211,6 +217,12 @@ class StoredImage(Image.Image):
     def __init__(self, path: Path, size: tuple[int, int], check: Callable[[], None]) -> None:
         super().__init__()
         self._mode, self._size, self._path, self._check = "RGB", size, path, check
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Copy and pickle an image that was not read yet without its pixels."""
+        if self._check is None:
+            return super().__reduce_ex__(protocol)
+        return StoredImage, (self._path, self._size, self._check)
 
     def load(self) -> Any:
         """Read the pixels on the first call; Pillow calls this before it uses them."""
