@@ -406,7 +406,7 @@ class AttentionCall:
             return self.row_entropy[:, head][:, :, row]
         with full_precision():
             no_bias = self.bias is None and (self.mask is None or self.mask.dtype == torch.bool)
-            if fused.supports(self) and no_bias:  # rows in float64 are slower even if few
+            if fused.supports(self) and no_bias and not self._is_small(head, row):
                 entropy, _, size = self._row_pass(head, row, None)
                 if not size <= kernels.EXACT_TO:  # also if float32 gives NaN
                     entropy = fused.row_pass(self, head, row, None, torch.float64)[0]
