@@ -415,8 +415,7 @@ class AttentionCall:
             call = self.on_float64_device()
             head, row = head.to(call.device), row.to(call.device)
             parts = row.split(self._chunk(len(head)))
-            rows = (call._exact_rows(head, part, torch.float64) for part in parts)
-            return torch.cat([kernels.row_entropy(each) for each in rows], 2)
+            return torch.cat([call._entropy_rows(head, part) for part in parts], 2)
 
     @torch.no_grad()
     def distance(
@@ -568,6 +567,23 @@ class AttentionCall:
         """Return the probabilities of some heads and rows, computed in ``dtype``."""
         if self.dense is not None:
             return self.dense[:, head][:, :, row].to(dtype)
+        with full_precision():
+            return kernels.softmax_rows(self._scores(head, row, dtype), self.sinks_of(head, row))
+
+    def _entropy_rows(
+        self, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
+    ) -> Float[Tensor, "sample head query"]:
+        """Return the entropy of some heads and rows, from float64 scores."""
+        if self.dense is not None:
+            probs = self.dense[:, head][:, :, row].double()
+            entropy: Tensor = torch.special.entr(probs).sum(-1).float()
+            return entropy
+        return kernels.entropy_rows(self._scores(head, row, torch.float64), self.sinks_of(head, row))
+
+    def _scores(
+        self, head: Int[Tensor, " head"], row: Int[Tensor, " query"], dtype: torch.dtype
+    ) -> Float[Tensor, "sample head query key"]:
+        """Return the scores of some heads and rows, minus infinity where hidden."""
         q, k = self._q_and_k()
         additive = masks.additive_rows(self.mask, row)
         if additive is not None:
@@ -580,17 +596,15 @@ class AttentionCall:
             q = q[:, :, row]
         else:
             q, k = q[:, head][:, :, row], k[:, self.kv_head_of(head)]
-        with full_precision():
-            return kernels.softmax_rows(
-                q,
-                k,
-                seen,
-                scaling=self.scaling,
-                additive=additive,
-                softcap=self.softcap,
-                sinks=self.sinks_of(head, row),
-                dtype=dtype,
-            )
+        return kernels.score_rows(
+            q,
+            k,
+            seen,
+            scaling=self.scaling,
+            additive=additive,
+            softcap=self.softcap,
+            dtype=dtype,
+        )
 
     def _row_pass(
         self,

@@ -29,8 +29,57 @@ The entropy is ``logsumexp`` minus the mean score. Both are as large as the logi
 difference is a few nats. Its measured error is at most 8 roundings of the larger one.
 """
 
+LOWEST = -87.0
+"""Differences of scores below this are set to it; ``exp`` of smaller numbers is slow (subnormal)."""
+
 
 def softmax_rows(
+    scores: Float[Tensor, "sample head query key"],
+    sinks: Float[Tensor, "#sample head #query"] | None = None,
+) -> Float[Tensor, "sample head query key"]:
+    """Return the softmax of scores over the keys, in the dtype of the scores.
+
+    Sinks take part in the softmax and are then dropped. A row without a visible key is NaN.
+    """
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.to(scores.dtype)[..., None].expand(*scores.shape[:3], 1)
+    probs = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    return probs.masked_fill(scores.isneginf().all(-1, keepdim=True), torch.nan)
+
+
+def entropy_rows(
+    scores: Float[Tensor, "sample head query key"],
+    sinks: Float[Tensor, "#sample head #query"] | None = None,
+) -> Float[Tensor, "sample head query"]:
+    """Return ``-sum p ln p`` of the softmax of every row, in nats, float32; overwrites ``scores``.
+
+    With the largest score ``m`` of a row, ``t = s - m``, and ``Z = sum e^t`` with the sink,
+
+        H = (ln Z sum e^t - sum t e^t) / Z
+
+    The large numbers ``s`` and ``m`` are subtracted in the dtype of the scores. For float64 scores
+    all the other steps are exact enough in float32: terms are at most 1, and those below
+    ``LOWEST`` are negligible. A row without a visible key is NaN.
+    """
+    if scores.shape[-1] == 0:
+        return scores.new_full(scores.shape[:3], torch.nan, dtype=torch.float32)
+    top = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[..., None].expand_as(top)
+        top = torch.where(top.isneginf(), top, top.maximum(column))
+    t = scores.sub_(top).float().clamp_(min=LOWEST)
+    share = t.exp()
+    total = kept = share.sum(-1)
+    if sinks is not None:
+        total = total + (column - top).float().exp()[..., 0]
+    products = t.mul_(share).sum(-1)
+    # rounding can give a negative entropy for one key
+    entropy: Tensor = ((total.log() * kept - products) / total).clamp_(min=0.0)
+    return entropy
+
+
+def score_rows(
     q: Float[Tensor, "sample head query d_head"],
     k: Float[Tensor, "sample kv_head key d_head"],
     visible: Bool[Tensor, "#sample #head query key"],
@@ -38,33 +87,18 @@ def softmax_rows(
     scaling: float,
     additive: Float[Tensor, "#sample #head query key"] | None = None,
     softcap: float | None = None,
-    sinks: Float[Tensor, "#sample head #query"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "sample head query key"]:
-    """Return ``softmax(scaling q k^T + additive)`` over the visible keys, computed in ``dtype``.
+    """Return ``scaling q k^T + additive``, minus infinity where hidden, computed in ``dtype``.
 
-    The soft-cap is applied before ``additive``; sinks take part in the softmax and are then
-    dropped. A row without a visible key is NaN.
+    The soft-cap is applied before ``additive``.
     """
     scores = products(q, k, dtype) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if additive is not None:
         scores = scores + additive
-    scores = scores.masked_fill_(~visible, -torch.inf)
-    if sinks is None:
-        return scores.softmax(-1)
-    column = sinks.to(dtype)[..., None].expand(*scores.shape[:3], 1)
-    probs = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-    return probs.masked_fill(~visible.any(-1, keepdim=True), torch.nan)
-
-
-def row_entropy(
-    probs: Float[Tensor, "sample head query key"],
-) -> Float[Tensor, "sample head query"]:
-    """Return ``-sum p ln p`` of every row, in nats; NaN if there are no keys."""
-    entropy: Tensor = torch.special.entr(probs).sum(-1).float()
-    return entropy if probs.shape[-1] else entropy.fill_(torch.nan)
+    return scores.masked_fill_(~visible, -torch.inf)
 
 
 def products(
