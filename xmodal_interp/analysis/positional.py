@@ -36,6 +36,7 @@ from xmodal_interp.analysis.cell_sums import Bins, Blocks, CellSums
 from xmodal_interp.analysis.selection import (
     CHUNK_BYTES,
     Layers,
+    are_same,
     cells_of,
     image_keys,
     mean_where,
@@ -47,6 +48,7 @@ from xmodal_interp.analysis.selection import (
     row_chunks,
     selected_calls,
     sequence_places,
+    visibility,
 )
 from xmodal_interp.analysis.tables import (
     Part,
@@ -254,14 +256,12 @@ class _Mask:
 
     def is_of(self, call: AttentionCall, heads: Sequence[int]) -> bool:
         """Return whether this is the mask of a call; False for an equal copy."""
-        pairs = zip(self.about, _about_mask(call, heads), strict=True)
-        return all(a is b if isinstance(a, Tensor) else a == b for a, b in pairs)
+        return are_same(self.about, _about_mask(call, heads))
 
 
 def _about_mask(call: AttentionCall, heads: Sequence[int]) -> tuple[Any, ...]:
     shared = call.mask is None or call.mask.shape[1] == 1
-    given = (call.causal, call.offset, call.sliding_window, call.n_keys)
-    return call.mask, call.segments, call.rows, *given, None if shared else tuple(heads)
+    return *visibility(call), None if shared else tuple(heads)
 
 
 def _mask(call: AttentionCall, heads: Sequence[int], work: _Work) -> _Mask:

@@ -11,9 +11,9 @@ The null of a statistic is that statistic of ``uniform(call)``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,9 @@ from xmodal_interp.vocabulary import AttentionKind, Tower
 
 Layers = SupportsIndex | Collection[Any] | np.ndarray | Tensor | None
 """Layers (negative ones count from the last) or a mask of layers; None for all kept layers."""
+
+_T = TypeVar("_T")
+_COUNTS = "counts of visible cells"
 
 POSITION_COLUMNS = ("token", "token_kind", "image", "row", "col", "video", "frame")
 """Columns that describe a position in a table; ``video`` and ``frame`` are NA for images."""
@@ -70,13 +73,54 @@ def selected_calls(
             f"Sample {sample.name!r} holds no {tower} {kind}-attention; it holds: "
             f"{', '.join(others) or 'nothing'}. Capture that tower, or choose another."
         )
-    yielded: set[int] = set()
+    yielded: dict[int, AttentionCall] = {}
     exists = sample.provenance.get("layers", {}).get(f"{tower}.{kind}") or kept
     for layer in kept if layers is None else numbers(layers, "layer", max(exists) + 1):
         found = sample.call(layer, tower=tower, kind=kind, call=call)
         if found.layer not in yielded:
-            yielded.add(found.layer)
+            _share_counts(found, yielded.values())
+            yielded[found.layer] = found
             yield found, _heads_of(found, heads)
+
+
+def visibility(call: AttentionCall) -> tuple[Any, ...]:
+    """Return what determines the visible cells of a call."""
+    flags = (call.causal, call.offset, call.sliding_window, call.n_queries, call.n_keys)
+    return call.mask, call.segments, call.rows, *flags
+
+
+def are_same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    """Return whether two tuples hold the same tensors and equal values; an equal copy differs."""
+    return all(
+        a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def _share_counts(call: AttentionCall, others: Iterable[AttentionCall]) -> None:
+    """Let a call share ``counted_once`` with one of the others that has the same visible cells."""
+    if _COUNTS not in call.memo:
+        about = visibility(call)
+        same = (each.memo[_COUNTS] for each in others if are_same(about, visibility(each)))
+        call.memo[_COUNTS] = next(same, {})
+
+
+def counted_once(
+    call: AttentionCall, name: str, about: tuple[Any, ...], count: Callable[[], _T]
+) -> _T:
+    """Return a result that depends only on the visible cells, once for layers that share them.
+
+    Args:
+        call: A call of ``selected_calls``.
+        name: A name of the result.
+        about: What else determines the result. The result of the last value is kept.
+        count: The function that computes it.
+    """
+    counts = call.memo.setdefault(_COUNTS, {})
+    kept: tuple[tuple[Any, ...], _T] | None = counts.get(name)
+    if kept is None or kept[0] != about:
+        kept = counts[name] = about, count()
+    return kept[1]
 
 
 def _heads_of(call: AttentionCall, heads: Positions | None) -> list[int]:
@@ -284,8 +328,9 @@ def mass_and_null(
     queries: Int[Tensor, " query"],
 ) -> tuple[Float[Tensor, "head query group"], Float[Tensor, "head query group"]]:
     """Return the mass on each group of keys, and that of uniform attention."""
-    null = per_head(call.null_mass(groups, queries)[0].cpu(), heads)
-    return call.mass(groups, heads, queries)[0].cpu(), null
+    about = (queries.tolist(), groups.dtype, groups.shape, groups.cpu().numpy().tobytes())
+    null = counted_once(call, "null_mass", about, lambda: call.null_mass(groups, queries)[0].cpu())
+    return call.mass(groups, heads, queries)[0].cpu(), per_head(null, heads)
 
 
 def per_head(values: Float[Tensor, "#head *rest"], heads: Sequence[int]) -> Tensor:

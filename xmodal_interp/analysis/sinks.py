@@ -20,6 +20,7 @@ from torch import Tensor
 from xmodal_interp.analysis.selection import (
     POSITION_COLUMNS,
     Layers,
+    counted_once,
     first_position,
     not_padding,
     per_head,
@@ -192,10 +193,14 @@ def _received(
     call: AttentionCall, rows: Int[Tensor, " query"], heads: Sequence[int]
 ) -> tuple[Float[Tensor, "head key"], Float[Tensor, "head key"], Float[Tensor, "head key"]]:
     """Return per key the mean probability over queries that see it, its null, and their number."""
-    chosen = query_weights(call, rows).double()[:, None]
-    even = chosen / call.n_visible().clamp(min=1)
-    sums = call.visible_sums(torch.cat([chosen.expand_as(even), even])).float().cpu()
-    seen_by, null = (per_head(each, heads) for each in sums)
+
+    def sums() -> Float[Tensor, "2 #head key"]:
+        chosen = query_weights(call, rows).double()[:, None]
+        even = chosen / call.n_visible().clamp(min=1)
+        return call.visible_sums(torch.cat([chosen.expand_as(even), even])).float().cpu()
+
+    counts = counted_once(call, "received", (rows.tolist(),), sums)
+    seen_by, null = (per_head(each, heads) for each in counts)
     total = received(call, rows, heads).cpu()
     return total / seen_by, null / seen_by, seen_by
 

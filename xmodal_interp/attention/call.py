@@ -578,7 +578,9 @@ class AttentionCall:
             probs = self.dense[:, head][:, :, row].double()
             entropy: Tensor = torch.special.entr(probs).sum(-1).float()
             return entropy
-        return kernels.entropy_rows(self._scores(head, row, torch.float64), self.sinks_of(head, row))
+        return kernels.entropy_rows(
+            self._scores(head, row, torch.float64), self.sinks_of(head, row)
+        )
 
     def _scores(
         self, head: Int[Tensor, " head"], row: Int[Tensor, " query"], dtype: torch.dtype

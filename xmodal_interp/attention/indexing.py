@@ -37,9 +37,8 @@ def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " posi
             has another length.
     """
     if isinstance(positions, Tensor) and positions.dtype == torch.long and positions.ndim == 1:
-        inside = positions.device.type == "cpu" and bool(
-            ((positions >= 0) & (positions < length)).all()
-        )
+        held = positions.numpy() if positions.device.type == "cpu" else None
+        inside = held is not None and (held.size == 0 or 0 <= held.min() <= held.max() < length)
         if inside:  # most positions; the rest of this function takes longer than a small statistic
             return positions.contiguous()
     if isinstance(positions, slice):

@@ -30,7 +30,7 @@ difference is a few nats. Its measured error is at most 8 roundings of the large
 """
 
 LOWEST = -87.0
-"""Differences of scores below this are set to it; ``exp`` of smaller numbers is slow (subnormal)."""
+"""Lower differences of scores are set to this; ``exp`` of lower ones is slow (subnormal)."""
 
 
 def softmax_rows(

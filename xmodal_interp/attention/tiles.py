@@ -24,6 +24,7 @@ from itertools import pairwise
 from math import isqrt
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -98,25 +99,25 @@ def strips(
 
 def as_slice(index: Int[Tensor, " row"]) -> slice | Int[Tensor, " row"]:
     """Return consecutive indices as a slice, which selects a view."""
-    first, length = int(index[0]), len(index)
-    consecutive = torch.arange(first, first + length, device=index.device)
-    return slice(first, first + length) if torch.equal(index, consecutive) else index
+    numbers = index.cpu().numpy()
+    consecutive = bool((np.diff(numbers) == 1).all())
+    return slice(int(numbers[0]), int(numbers[-1]) + 1) if consecutive else index
 
 
 def _runs(call: AttentionCall, row: Int[Tensor, " row"], *, several: bool) -> Iterator[Strip]:
     """Yield a strip of a rectangle and a triangle for each run of consecutive causal queries."""
-    position = row if call.rows is None else call.rows[row]
-    position = position + call.offset
-    breaks = position.diff() != 1
+    index = row.cpu().numpy()  # numpy is faster for few numbers
+    position = (index if call.rows is None else call.rows[row].cpu().numpy()) + call.offset
+    breaks = np.diff(position) != 1
     if call.rows is not None:
-        breaks |= row.diff() != 1
-    ends = [0, *(breaks.nonzero()[:, 0] + 1).tolist(), len(row)]
-    beyond = int(position.max()) >= call.n_keys
+        breaks |= np.diff(index) != 1
+    ends = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(row)]
+    beyond = position.max() >= call.n_keys
     if beyond or (len(ends) - 1 > 4 and len(row) < SHORT_RUN * (len(ends) - 1)):
         yield from _masked(call, row)
         return
     for start, stop in pairwise(ends):
-        first, a = int(row[start]), int(position[start])
+        first, a = int(index[start]), int(position[start])
         rows = slice(first, first + stop - start)
         tiles = [Tile(rows, slice(0, a))] if a else []
         b = a + stop - start
