@@ -98,7 +98,7 @@ def are_same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
 
 
 def _share_counts(call: AttentionCall, others: Iterable[AttentionCall]) -> None:
-    """Let a call share ``counted_once`` with one of the others that has the same visible cells."""
+    """Share the results of ``counted_once`` with a call that has the same visible cells."""
     if _COUNTS not in call.memo:
         about = visibility(call)
         same = (each.memo[_COUNTS] for each in others if are_same(about, visibility(each)))

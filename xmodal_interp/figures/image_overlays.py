@@ -342,7 +342,7 @@ class _Read:
         indices: For each group, its indices into the queries of ``layers``.
         layers: The attention of all queries, by layer.
         left_out: Tokens to mark as left out, by layer.
-        phrase: The queries in words, if they are averaged.
+        phrase: Description of the queries, if they are averaged.
     """
 
     placed: PlacedImage
