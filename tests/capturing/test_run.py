@@ -225,18 +225,18 @@ WRONG = {
     ),
     "one placeholder too many": (
         {"prompt": "<image> <image> what ?"},
-        "The prompt '<image> <image> what ?' contains <image> 2 times for 1 images. Write it once "
-        "for each image.",
+        "The prompt '<bos>user: <image> <image> what ? assistant:' contains <image> 2 times for 1 "
+        "images. Write it once for each image.",
     ),
     "one image too many": (
         {"prompt": "<image> what ?", "image": [picture()] * 2},
-        "The prompt '<image> what ?' contains <image> 1 times for 2 images. Write it once for each "
-        "image.",
+        "The prompt '<bos>user: <image> what ? assistant:' contains <image> 1 times for 2 images. "
+        "Write it once for each image.",
     ),
     "no image": (
         {"prompt": "<image> what ?", "image": []},
-        "The prompt '<image> what ?' contains <image> 1 times for 0 images. Write it once for each "
-        "image.",
+        "The prompt '<bos>user: <image> what ? assistant:' contains <image> 1 times for 0 images. "
+        "Write it once for each image.",
     ),
 }
 

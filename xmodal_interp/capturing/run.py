@@ -150,12 +150,14 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
     Args:
         vlm: Model and processor.
         image: A path, a PIL image, or a list of these in order; an empty list for no image.
-        prompt: The question. It is put after the images and videos in the model's chat template,
-            unless it already contains their placeholders.
+        prompt: The question. It is put after the images and videos in the model's chat template; a
+            question with placeholders (``"<image> ..."``) keeps them where it has them. A prompt with
+            placeholders that ``apply_chat_template`` already rendered is used as it is, as is every
+            prompt with placeholders if ``processor.chat_template`` is None.
         videos: A :class:`Video`, or a list of videos.
         max_new_tokens: Number of tokens to generate greedily; 0 runs the prompt only.
         keep: The parts of the attention to keep; by default the queries and keys of all layers.
-        system: A system message.
+        system: A system message; an error if the prompt is used as it is.
         generation: Further arguments of ``model.generate``.
         name: Name of the sample in tables and stores; by default ``"sample-0"``.
 

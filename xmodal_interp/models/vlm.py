@@ -126,10 +126,11 @@ class VLM:
 
         Args:
             images: For each sample, its images in order.
-            questions: The question of each sample. A question that contains an image or video
-                placeholder is used as the whole prompt; any other is put into the chat template,
-                after its images and videos. It may be empty if a decoder starts from its start
-                token alone, and must be empty if the model takes no text.
+            questions: The question of each sample. It is put into the chat template, after its
+                images and videos, or with its placeholders where it has them. A question with
+                placeholders that was rendered by a chat template before is the whole prompt. It
+                may be empty if a decoder starts from its start token alone, and must be empty if
+                the model takes no text.
             system: A system message, for the chat template.
             videos: For each sample, its videos in order.
 
@@ -137,8 +138,8 @@ class VLM:
             GeometryError: The processor's ids do not match the prompt and the family's rule, or the
                 family has no rule for videos.
             InputError: A question is empty, an image or video cannot be read, the processor has no
-                chat template or its template drops videos, or the numbers of placeholders and
-                images differ.
+                chat template or its template drops videos, a system message cannot be added, or
+                the numbers of placeholders and images differ.
         """
         images, questions = as_list(images, "images"), as_list(questions, "questions")
         for question in questions:
