@@ -103,7 +103,10 @@ def test_a_template_that_refuses_the_system_role_is_an_error() -> None:
 
 def test_a_template_of_string_contents_is_an_error() -> None:
     of_strings = "{% for message in messages %}{{ 'a ' + message['content'] }}{% endfor %}"
-    with pytest.raises(
-        InputError, match="The chat template of LlavaProcessor fails on messages of"
-    ):
+    with pytest.raises(InputError) as refusal:
         capture(vlm_with(of_strings), picture(), QUESTION)
+    assert str(refusal.value) == (
+        "The chat template of LlavaProcessor fails on messages of the roles user: can only "
+        'concatenate str (not "list") to str. Leave out messages that it does not take, or write '
+        "the whole prompt."
+    )

@@ -151,7 +151,7 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
         vlm: Model and processor.
         image: A path, a PIL image, or a list of these in order; an empty list for no image.
         prompt: The question. It is put after the images and videos in the model's chat template; a
-            question with placeholders (``"<image> ..."``) keeps them where it has them. A prompt with
+            question with placeholders (``"<image> ..."``) keeps them where they are. A prompt with
             placeholders that ``apply_chat_template`` already rendered is used as it is, as is every
             prompt with placeholders if ``processor.chat_template`` is None.
         videos: A :class:`Video`, or a list of videos.
@@ -216,7 +216,7 @@ def capture_batch(
     clips = clips or [()] * len(prompts)
     pictures = [list(of_sample) for of_sample in images]
     samples: dict[int, Sample] = {}
-    groups = vlm.batches(pictures)
+    groups = vlm.batches(pictures, (generation or {}) if max_new_tokens else None)
     for group in groups:
         options = dict(generation or {})
         if "past_key_values" in options and len(groups) > 1:  # each run needs an empty cache
@@ -274,13 +274,15 @@ def _run(
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
+    ends = vlm.end_ids_with(generation)
+    answers = [_until_end(ids, ends) for ids in new.tolist()]
     batch = _BatchCalls.of(vlm, inputs, prompts_read, recording)
     n_read = prompts_read[0].n_positions + max(new.shape[1] - 1, 0)
     rotary = _rotary_by_sample(recording.rotary, len(prompts_read), n_read)
     return [
-        _sample(vlm, index, prompt, ids, batch, keep, about, positions)
+        _sample(vlm, index, prompt, (ids, new.shape[1]), batch, keep, about, positions)
         for index, (prompt, ids, positions) in enumerate(
-            zip(prompts_read, new.tolist(), rotary, strict=True)
+            zip(prompts_read, answers, rotary, strict=True)
         )
     ]
 
@@ -382,7 +384,7 @@ def _sample(
     vlm: VLM,
     index: int,
     prompt: Prompt,
-    new: list[int],
+    new: tuple[list[int], int],
     batch: _BatchCalls,
     keep: Keep,
     about: dict[str, Any],
@@ -394,14 +396,14 @@ def _sample(
         vlm: Model and processor.
         index: The number of the sample in the batch.
         prompt: Its prompt.
-        new: Its generated ids, with padding.
+        new: Its generated ids, and the number of steps that generated the batch.
         batch: The calls of the batch.
         keep: The parts of the attention to keep.
         about: The provenance.
         rotary: Its positions from :func:`_rotary_by_sample`.
     """
-    ids = _until_end(new, vlm)
-    fed = ids[: max(len(new) - 1, 0)]  # the last generated token is not fed to the model
+    ids, n_steps = new
+    fed = ids[: max(n_steps - 1, 0)]  # the last generated token is not fed to the model
     answer, text = generated_columns(fed, ids, vlm.tokenizer, prompt.text)
     sample = Sample.with_later(
         {"tokens": partial(_tokens, prompt.columns, answer, rotary)},
@@ -461,7 +463,6 @@ def _with_probabilities(sample: Sample) -> Sample:
     return sample.changed(calls=calls)
 
 
-def _until_end(ids: list[int], vlm: VLM) -> list[int]:
+def _until_end(ids: list[int], ends: Collection[int]) -> list[int]:
     """Return the generated ids before the first end-of-sequence token."""
-    stop = vlm.end_ids
-    return next((ids[:i] for i, token in enumerate(ids) if token in stop), ids)
+    return next((ids[:i] for i, token in enumerate(ids) if token in ends), ids)

@@ -16,7 +16,7 @@ from PIL import Image
 from xmodal_interp.arguments import as_list, string
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import geometry, processor_calls
-from xmodal_interp.models.generation import GREEDY, check_decoding
+from xmodal_interp.models.generation import arguments_of, check_decoding, end_ids_of, ends_by_text
 from xmodal_interp.models.geometry import ImageGrid
 from xmodal_interp.models.labels import Prompt, Unlabelled, labelled
 from xmodal_interp.models.media import ImageLike, Video, flat, open_image, open_video
@@ -107,12 +107,15 @@ class VLM:
         return self.processor.tokenizer
 
     @property
-    def end_ids(self) -> set[int | None]:
-        """The ids that end an answer."""
-        ends = self.model.generation_config.eos_token_id
+    def end_ids(self) -> set[int]:
+        """The ids that end an answer, with the generation settings of the checkpoint."""
+        return self.end_ids_with({})
+
+    def end_ids_with(self, options: Mapping[str, Any]) -> set[int]:
+        """Return the ids that end an answer if :meth:`generate` is called with these options."""
         if self.family.rewritten:
-            ends = self.model.config.text_config.sep_token_id
-        return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+            return {self.model.config.text_config.sep_token_id}
+        return end_ids_of(self.model, options)
 
     def prepare(
         self,
@@ -204,20 +207,27 @@ class VLM:
             self.family.alone is not None or getattr(text, "model_type", None) in TEXT_MODELS_ALONE
         )
 
-    def batches(self, images: Sequence[Sequence[ImageLike]]) -> list[list[int]]:
+    def batches(
+        self,
+        images: Sequence[Sequence[ImageLike]],
+        options: Mapping[str, Any] | None = None,
+    ) -> list[list[int]]:
         """Split samples into batches in which padding does not change the results.
 
         For most model types, all samples share one batch. If text attends to images by
         cross-attention, or the processor puts images before the prompt, the images of a sample are
         padded to the largest number of images, so only samples with equal numbers share a batch.
+        If answers may end at a string or another criterion, each sample is a batch, because padding
+        after such an answer cannot be distinguished from it.
 
         Args:
             images: For each sample, its images.
+            options: Arguments of :meth:`generate`; None if nothing is generated.
 
         Returns:
             The indices of the samples of each batch.
         """
-        if self.runs_alone:
+        if self.runs_alone or (options is not None and ends_by_text(self.model, options)):
             return [[index] for index in range(len(images))]
         by_count = not self.family.in_sequence or self.family.in_front
         groups: dict[int, list[int]] = {}
@@ -239,7 +249,7 @@ class VLM:
         try:  # an interrupt can be between a call and the assignment of its result
             _generating.set((self, inputs))
             with evaluation_mode(self.model):
-                output = self.model.generate(**given, **{**GREEDY, **options})
+                output = self.model.generate(**given, **arguments_of(options))
         finally:
             _generating.set(before)
         return cast("torch.Tensor", output)
