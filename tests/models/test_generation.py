@@ -213,8 +213,8 @@ def test_a_generation_config_that_cannot_be_captured_is_an_error() -> None:
     vlm = tiny_vlm("llava")
 
     def refusal(config) -> str:
+        options = {"generation_config": config}
         with pytest.raises(InputError) as error:
-            options = {"generation_config": config}
             capture(vlm, picture(), QUESTION, max_new_tokens=2, generation=options)
         return str(error.value)
 
@@ -263,7 +263,7 @@ class EndsAt(StoppingCriteria):
     def __init__(self, token: int) -> None:
         self.token = token
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002
         return input_ids[:, -1] == self.token
 
 

@@ -11,8 +11,10 @@ from transformers import GenerationConfig
 from xmodal_interp.errors import InputError
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
-"""Defaults of ``generate``; they override the generation settings of the checkpoint. Options and the
-``generation_config`` of a call override them."""
+"""Defaults of ``generate``; they override the generation settings of the checkpoint.
+
+Options and the ``generation_config`` of a call override them.
+"""
 
 _ONE_BY_ONE: dict[str, tuple[Any, str]] = {
     "num_beams": (1, "generates several answers at once and keeps one of them"),
@@ -137,8 +139,8 @@ def checked_length(max_new_tokens: Any, generation: Any) -> int:
         generation: Further arguments of ``generate``, or None.
 
     Raises:
-        InputError: The number is negative or not a whole number, or ``generation`` is not a mapping,
-            contains ``max_new_tokens`` too, or has a ``generation_config`` that is none or sets
+        InputError: The number is negative or not a whole number; or ``generation`` is not a mapping,
+            contains ``max_new_tokens`` too, or has a ``generation_config`` of another class or with
             another ``max_new_tokens``.
     """
     whole = hasattr(max_new_tokens, "__index__") and not isinstance(max_new_tokens, bool)
