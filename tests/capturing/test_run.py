@@ -185,14 +185,14 @@ def test_error_messages_name_the_bad_input(tmp_path) -> None:
 
 WRONG = {
     "array": (
-        {"image": np.zeros((8, 8, 3), np.uint8)},
-        "An image must be a path or a PIL image; got an object of ndarray. Convert an array of "
-        "bytes [row, col, 3] with PIL.Image.fromarray.",
+        {"image": np.full((8, 8, 3), 300)},
+        "The range of an array of int64 is not known: it has the values 300 to 300, which are "
+        "neither bytes nor from 0 to 1. Convert it to bytes, 0 to 255 (np.uint8).",
     ),
     "nothing": (
         {"image": None},
-        "An image must be a path or a PIL image; got an object of NoneType. Convert an array of "
-        "bytes [row, col, 3] with PIL.Image.fromarray.",
+        "An image must be a path, a URL, a PIL image, an array, the bytes of a file or a dict with "
+        "bytes or path; got an object of NoneType.",
     ),
     "messages": (
         {"prompt": [{"role": "user"}]},

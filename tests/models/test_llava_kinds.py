@@ -114,7 +114,5 @@ def test_a_batch_of_a_pixtral_tower() -> None:
         alone = capture(vlm, of_sample, question, max_new_tokens=2)
         assert sample.answer == alone.answer
         for number in range(len(of_sample)):
-            ours, theirs = (
-                one.probs(0, tower="vision", call=number) for one in (sample, alone)
-            )
+            ours, theirs = (one.probs(0, tower="vision", call=number) for one in (sample, alone))
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

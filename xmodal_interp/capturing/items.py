@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from PIL import ExifTags, Image
+from PIL import Image
 
 from xmodal_interp.arguments import user_path
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import ImageLike, Video, open_image
 from xmodal_interp.models.known_answers import IMAGES, PROMPT, VIDEOS, entry, visuals_of
+from xmodal_interp.models.picture_sources import (
+    WANTED,
+    content_digest,
+    is_picture,
+    is_remote,
+    local_path,
+    resolved,
+)
 from xmodal_interp.store import check_name, digest_of, json_text
 
 _NAMES = ("name", "id")
@@ -71,11 +77,20 @@ class Item:
         """
         try:
             return (
-                [_content(image) for image in self.images],
-                [[_content(frame) for frame in video.frames] for video in self.videos],
+                [content_digest(image) for image in self.pictures],
+                [[content_digest(frame) for frame in video.frames] for video in self.videos],
             )
         except InputError as error:
             raise InputError(f"{self.title}: {error}") from error
+
+    @cached_property
+    def pictures(self) -> tuple[Any, ...]:
+        """Its images, those with a URL fetched once.
+
+        Raises:
+            InputError: A URL cannot be read.
+        """
+        return tuple(resolved(image) if is_remote(image) else image for image in self.images)
 
     @property
     def sources(self) -> list[str | None]:
@@ -88,24 +103,9 @@ class Item:
         return [[_source(frame) for frame in video.frames] for video in self.videos]
 
 
-def _content(picture: ImageLike) -> str:
-    """Return the SHA-256 of a file, or of the pixels and metadata of a picture in memory."""
-    if not isinstance(picture, Image.Image):
-        try:
-            with user_path(picture).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(
-                f"The image {str(picture)!r} cannot be read: {error.strerror or error}."
-            ) from error
-    properties = (picture.size, picture.mode, picture.getexif().get(ExifTags.Base.Orientation, 1))
-    palette = picture.getpalette(None) if picture.mode in ("P", "PA") else None
-    about = f"{properties} {palette} {picture.info.get('transparency')}".encode()
-    return hashlib.sha256(about + picture.tobytes()).hexdigest()
-
-
 def _source(picture: ImageLike) -> str | None:
-    return None if isinstance(picture, Image.Image) else str(user_path(picture).resolve())
+    path = local_path(picture)
+    return None if path is None else str(path.resolve())
 
 
 def sample_name(number: int, raw: Any, seen: dict[str, int]) -> str:
@@ -147,11 +147,9 @@ def item_of(number: int, name: str, raw: Mapping[str, Any]) -> Item:
     title = f"Item {number} ({name!r})"
     images, videos = visuals_of(raw, title=title)
     prompt = entry(raw, *PROMPT, title=title)
-    wrong = [type(i).__name__ for i in images if not isinstance(i, (Image.Image, str, PathLike))]
+    wrong = [type(image).__name__ for image in images if not is_picture(image)]
     if wrong:
-        raise InputError(
-            f"{title}: an image must be a path or a PIL image; got {', '.join(wrong)}."
-        )
+        raise InputError(f"{title}: {WANTED}; got {', '.join(wrong)}.")
     wrong = [type(video).__name__ for video in videos if not isinstance(video, Video)]
     if wrong:
         raise InputError(f"{title}: a video must be an xi.Video; got {', '.join(wrong)}.")
@@ -174,7 +172,7 @@ def opened_media(item: Item) -> tuple[list[Image.Image], list[Video]]:
         InputError: A file does not exist or cannot be read.
     """
     try:
-        opened = [open_image(image) for image in item.images]
+        opened = [open_image(image) for image in item.pictures]
         videos = [video.opened() for video in item.videos]
         frames = [open_image(frame) for video in videos for frame in video.frames]
         for image in (*opened, *frames):
