@@ -78,6 +78,53 @@ def test_samples_of_a_padded_batch_equal_single_captures(family: str) -> None:
             assert sample.probs(0, queries=[0]).isnan().all()
 
 
+def test_the_images_of_a_batch_may_be_flat(tmp_path) -> None:
+    """One image for each prompt needs no list around it."""
+    vlm = tiny_vlm("llava")
+    picture().save(tmp_path / "scene.png")
+    questions = [QUESTION, "how many shapes ?", QUESTION]
+    nested = [[picture()], [tmp_path / "scene.png"], []]
+    flat = [picture(), str(tmp_path / "scene.png"), iter([])]
+    expected = capture_batch(vlm, nested, questions)
+    for found, other in zip(capture_batch(vlm, flat, questions), expected, strict=True):
+        assert found.text == other.text
+        assert torch.equal(found.probs(0).nan_to_num(), other.probs(0).nan_to_num())
+    inputs, _ = vlm.prepare(flat[:2], questions[:2])
+    assert torch.equal(inputs["pixel_values"], vlm.prepare(nested[:2], questions[:2])[0]["pixel_values"])
+
+
+@pytest.mark.usefixtures("any_type")
+@pytest.mark.parametrize(
+    ("images", "prompts", "message"),
+    [
+        (
+            [picture()],
+            QUESTION,
+            f"prompts must be an ordered sequence, such as a list; got str {QUESTION!r}.",
+        ),
+        (
+            picture(),
+            [QUESTION],
+            "images must be an ordered sequence, such as a list; got Image <PIL.Image.Image image "
+            "mode=RGB size=96x96 at 0x",
+        ),
+        (
+            [picture(), picture()],
+            [QUESTION],
+            "images, prompts and videos must have one entry for each sample; got 2 entries of "
+            "images, 1 prompts and 1 entries of videos.",
+        ),
+        ([[picture()], None], [QUESTION, QUESTION], "An image must be a path or a PIL image; got"),
+        ([[picture()], 7], [QUESTION, QUESTION], "An image must be a path or a PIL image; got"),
+        ([[picture()]], [7], "A prompt must be a string; got 7."),
+    ],
+)
+def test_members_of_a_batch_that_cannot_be_read_are_errors(images, prompts, message) -> None:
+    with pytest.raises(InputError) as refusal:
+        capture_batch(tiny_vlm("llava"), images, prompts)
+    assert str(refusal.value).startswith(message)
+
+
 def test_two_images_of_different_size() -> None:
     sample = capture(tiny_vlm("qwen2_vl"), [picture(96, 96), picture(128, 72)], QUESTION)
     assert [len(sample.where("image", image=i)) for i in (0, 1)] == [144, 144]

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.arguments import as_list, is_several, list_if_iterator
+from xmodal_interp.arguments import as_list, list_if_iterator, one_or_several
 from xmodal_interp.attention import AttentionCall, entries_of, numbers
 from xmodal_interp.attention.kernels import lowered_precision
 from xmodal_interp.attention.statistics import FIELDS, finished
@@ -167,13 +167,11 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
         GeometryError: Videos were given for a model type whose video tokens have no known places.
         CaptureError: Attention could not be recorded.
     """
-    images: list[ImageLike] = [*image] if is_several(image) else [image]  # type: ignore[list-item]
-    clips: list[Video] = [*videos] if is_several(videos) else [videos]  # type: ignore[list-item]
     sample = capture_batch(
         vlm,
-        [images],
+        [one_or_several(image)],
         [prompt],
-        videos=[clips],
+        videos=[one_or_several(videos)],
         max_new_tokens=max_new_tokens,
         keep=keep,
         system=system,
@@ -184,16 +182,18 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
 
 def capture_batch(
     vlm: VLM,
-    images: Iterable[Iterable[ImageLike]],
+    images: Iterable[ImageLike | Iterable[ImageLike]],
     prompts: Iterable[str],
     *,
-    videos: Iterable[Iterable[Video]] | None = None,
+    videos: Iterable[Video | Iterable[Video]] | None = None,
     max_new_tokens: int = 0,
     keep: Keep | None = None,
     system: str | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> list[Sample]:
     """Run ``capture`` on a padded batch and return one sample for each prompt.
+
+    ``images`` and ``videos`` have one entry for each prompt: an image, or a list of images.
 
     Results of a sample do not depend on the other samples in the batch. Where padding would change
     them, the batch is split into groups that can share a run: see :meth:`VLM.batches`.
@@ -210,11 +210,11 @@ def capture_batch(
     if not len(images) == len(prompts) == len(clips or prompts):
         raise InputError(
             "images, prompts and videos must have one entry for each sample; got "
-            f"{len(images)} lists of images, {len(prompts)} prompts and {len(clips)} lists of "
+            f"{len(images)} entries of images, {len(prompts)} prompts and {len(clips)} entries of "
             "videos."
         )
     clips = clips or [()] * len(prompts)
-    pictures = [list(of_sample) for of_sample in images]
+    pictures, clips = [[one_or_several(each) for each in given] for given in (images, clips)]
     samples: dict[int, Sample] = {}
     groups = vlm.batches(pictures, (generation or {}) if max_new_tokens else None)
     for group in groups:
@@ -225,7 +225,7 @@ def capture_batch(
             vlm,
             [pictures[i] for i in group],
             [prompts[i] for i in group],
-            [list(clips[i]) for i in group],
+            [clips[i] for i in group],
             system,
             max_new_tokens,
             keep,

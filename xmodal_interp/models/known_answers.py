@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.arguments import as_list, is_several
+from xmodal_interp.arguments import as_list, one_or_several
 from xmodal_interp.errors import InputError
 from xmodal_interp.models.labels import Prompt
 from xmodal_interp.models.model_inputs import with_answer
@@ -83,21 +83,17 @@ def visuals_of(item: ItemDict, *, title: str) -> tuple[list[Any], list[Any]]:
         InputError: The item has neither, or has ``image`` and ``images`` (or ``video`` and
             ``videos``) at once.
     """
-    videos = _several(entry(item, *VIDEOS, title=title)) if _names_in(item, VIDEOS) else []
+    videos = one_or_several(entry(item, *VIDEOS, title=title)) if _names_in(item, VIDEOS) else []
     images = (
         []
         if videos and not _names_in(item, IMAGES)
-        else _several(entry(item, *IMAGES, title=title))
+        else one_or_several(entry(item, *IMAGES, title=title))
     )
     return images, videos
 
 
 def _names_in(item: ItemDict, names: Iterable[str]) -> list[str]:
     return [name for name in names if item.get(name) is not None]
-
-
-def _several(given: Any) -> list[Any]:
-    return list(given) if is_several(given) else [given]
 
 
 @dataclass(frozen=True, eq=False)

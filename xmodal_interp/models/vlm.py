@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from xmodal_interp.arguments import as_list, string
+from xmodal_interp.arguments import as_list, one_or_several, string
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import geometry, processor_calls
 from xmodal_interp.models.generation import arguments_of, check_decoding, end_ids_of, ends_by_text
@@ -119,23 +119,23 @@ class VLM:
 
     def prepare(
         self,
-        images: Iterable[Iterable[ImageLike]],
+        images: Iterable[ImageLike | Iterable[ImageLike]],
         questions: Iterable[str],
         *,
         system: str | None = None,
-        videos: Iterable[Iterable[Video]] | None = None,
+        videos: Iterable[Video | Iterable[Video]] | None = None,
     ) -> tuple[dict[str, Any], list[Prompt]]:
         """Return the model inputs for a batch, and the labelled positions of each sample.
 
         Args:
-            images: For each sample, its images in order.
+            images: For each sample, its image or its images in order.
             questions: The question of each sample. It is put into the chat template, after its
                 images and videos, or with its placeholders where it has them. A question with
                 placeholders that was rendered by a chat template before is the whole prompt. It
                 may be empty if a decoder starts from its start token alone, and must be empty if
                 the model takes no text.
             system: A system message, for the chat template.
-            videos: For each sample, its videos in order.
+            videos: For each sample, its video or its videos in order.
 
         Raises:
             GeometryError: The processor's ids do not match the prompt and the family's rule, or the
@@ -148,9 +148,11 @@ class VLM:
         for question in questions:
             string(question, "A prompt")
         background = processor_calls.composite_of(self.processor)
-        opened = [tuple(open_image(image, background) for image in of) for of in images]
+        given = [one_or_several(of) for of in images]
+        opened = [tuple(open_image(image, background) for image in of) for of in given]
         clips = [] if videos is None else as_list(videos, "videos")
-        shown = [tuple(open_video(video) for video in of) for of in clips] or [()] * len(opened)
+        given = [one_or_several(of) for of in clips]
+        shown = [tuple(open_video(video) for video in of) for of in given] or [()] * len(opened)
         if flat(shown) and self.family.video is None:
             raise GeometryError(
                 f"The model type {self.family.model_type!r} has no rule that places video tokens. "
