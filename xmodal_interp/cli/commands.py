@@ -314,9 +314,7 @@ def _asked(
     if items is not None:
         if images or prompt is not None or name is not None:
             raise InputError("--items cannot be combined with --image, --prompt or --name.")
-        from xmodal_interp.capturing.items import read_items
-
-        return read_items(items)
+        return xi.read_items(items)
     if not images or prompt is None:
         raise InputError("Nothing to capture: pass --image with --prompt, or --items.")
     return [{"image": [str(path) for path in images], "prompt": prompt, "name": name}]

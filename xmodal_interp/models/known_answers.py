@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import pandas as pd
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from xmodal_interp.arguments import as_list, one_or_several
 from xmodal_interp.errors import InputError
+from xmodal_interp.models.item_files import IMAGES, PROMPT, VIDEOS, rows_of
 from xmodal_interp.models.labels import Prompt
 from xmodal_interp.models.model_inputs import with_answer
 from xmodal_interp.models.token_table import answer_separator
@@ -32,24 +34,18 @@ ItemDict = Mapping[str, Any]
 """A mapping with ``image`` or ``images``, or ``video`` or ``videos`` (or both); ``prompt`` or
 ``question``; ``answer``; and optionally ``kind``. An entry that is None counts as missing."""
 
-Items = Iterable[ItemDict] | pd.DataFrame
-"""An iterable of dicts, or a table with one row per item."""
-
-IMAGES, VIDEOS, PROMPT = ("image", "images"), ("video", "videos"), ("prompt", "question")
+Items = Iterable[ItemDict] | pd.DataFrame | str | PathLike[str]
+"""An iterable of dicts, a table with one row per item, or a file of items (see ``read_items``)."""
 
 
 def listed(items: Items) -> list[ItemDict]:
     """Return all items as dicts; empty cells of a table are left out.
 
     Raises:
-        InputError: An item is not a mapping.
+        InputError: An item is not a mapping, or a file of items cannot be read.
     """
-    if isinstance(items, pd.DataFrame):
-        return [
-            {str(name): value for name, value in row.dropna().items()}
-            for _, row in items.iterrows()
-        ]
-    found = as_list(items, "items")
+    is_source = isinstance(items, (pd.DataFrame, str, PathLike))
+    found = as_list(rows_of(items) if is_source else items, "items")
     for index, item in enumerate(found):
         if not isinstance(item, Mapping):
             raise InputError(
