@@ -92,6 +92,7 @@ __all__ = [
     "raster_bias",
     "raster_map",
     "raster_profile",
+    "read_items",
     "recency_index",
     "record",
     "rollout_matrix",

@@ -89,8 +89,8 @@ def test_the_images_of_a_batch_may_be_flat(tmp_path) -> None:
     for found, other in zip(capture_batch(vlm, flat, questions), expected, strict=True):
         assert found.text == other.text
         assert torch.equal(found.probs(0).nan_to_num(), other.probs(0).nan_to_num())
-    inputs, _ = vlm.prepare(flat[:2], questions[:2])
-    assert torch.equal(inputs["pixel_values"], vlm.prepare(nested[:2], questions[:2])[0]["pixel_values"])
+    inputs, expected = (vlm.prepare(each[:2], questions[:2])[0] for each in (flat, nested))
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
 
 
 @pytest.mark.usefixtures("any_type")

@@ -90,14 +90,14 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
     _check_options(items, batch_size, on_error)
     keep = keep or Keep()
     settings = run_settings(vlm, keep, max_new_tokens, system=system, images=images)
-    items = rows_of(items)
-    n_items = len(items) if isinstance(items, Sized) else None
+    rows = rows_of(items)
+    n_items = len(rows) if isinstance(rows, Sized) else None
     with (
         StoreWriter(path, settings, images=images) as writer,
         tqdm(total=n_items, unit="sample", smoothing=0, disable=not progress) as bar,
     ):
         run = _Run(vlm, writer, bar, keep, max_new_tokens, system, skips=on_error == "skip")
-        run.capture_all(items, batch_size)
+        run.capture_all(rows, batch_size)
         message = (
             f"{writer.path}: {run.n_stored} of {run.n_items} samples were already in the store, "
             f"{run.n_captured} were captured, {run.n_failed} failed."

@@ -139,8 +139,8 @@ def checked_length(max_new_tokens: Any, generation: Any) -> int:
         generation: Further arguments of ``generate``, or None.
 
     Raises:
-        InputError: The number is negative or not a whole number; or ``generation`` is not a mapping,
-            contains ``max_new_tokens`` too, or has an invalid ``generation_config``.
+        InputError: The number is negative or not a whole number; or ``generation`` is not a
+            mapping, contains ``max_new_tokens`` too, or has an invalid ``generation_config``.
     """
     whole = hasattr(max_new_tokens, "__index__") and not isinstance(max_new_tokens, bool)
     if not whole or int(max_new_tokens) < 0:

@@ -17,6 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,7 @@ def rows_of_table(table: pd.DataFrame) -> list[Row]:
         (None if level is None else str(level), table.index.get_level_values(i).to_series())
         for i, level in enumerate(table.index.names)
     ]
-    default = isinstance(table.index, pd.RangeIndex) and table.index.start == 0
-    default = default and table.index.step == 1 and table.index.name is None
+    default = table.index.name is None and table.index.equals(pd.RangeIndex(len(table)))
     named += [] if default else _named_levels(levels, [name for name, _ in named])
     names = [name for name, _ in named]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -336,11 +336,11 @@ def _decoding_columns(data: Any) -> dict[str, Any]:
 
     Data sets in another format (``with_format``, ``set_transform``) have none.
     """
-    features = getattr(data, "features", None)
+    features: Any = getattr(data, "features", None)
     is_dataset = isinstance(features, Mapping) and hasattr(data, "cast_column")
     if not is_dataset or not hasattr(data, "__getitem__") or data.format["type"] is not None:
         return {}
-    found = {name: _without_decoding(features.get(name)) for name in IMAGES}
+    found = {name: _without_decoding(features[name]) for name in IMAGES if name in features}
     return {name: feature for name, feature in found.items() if feature is not None}
 
 
@@ -367,10 +367,13 @@ def each_of(items: Iterable[Any]) -> Iterator[Callable[[], Any]]:
     Items of a sequence are read when their function is called. One that cannot be read therefore
     raises an error there and does not end the iteration.
     """
-    by_number = hasattr(items, "__len__") and hasattr(items, "__getitem__")
-    if not by_number or isinstance(items, (pd.Series, Mapping)):
-        for item in items:
-            yield lambda item=item: item
+    rows: Any = items
+    by_number = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    if not by_number or isinstance(rows, (pd.Series, Mapping)):
+        yield from (partial(_same, item) for item in rows)
         return
-    for index in range(len(items)):  # type: ignore[arg-type]
-        yield lambda index=index: items[index]  # type: ignore[index]
+    yield from (partial(rows.__getitem__, index) for index in range(len(rows)))
+
+
+def _same(item: Any) -> Any:
+    return item
