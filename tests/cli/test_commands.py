@@ -265,8 +265,8 @@ def test_the_shipped_models_take_a_dtype(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("empty.csv", b"", "empty.csv cannot be read as CSV in UTF-8"),
-        ("cut.jsonl", b'{"image": "a', "cut.jsonl cannot be read as JSONL in UTF-8"),
+        ("empty.csv", b"", "empty.csv has no rows; it must have at least one item."),
+        ("cut.jsonl", b'{"image": "a', "cut.jsonl cannot be read as JSONL: line 1: "),
         ("latin.csv", b"image,prompt\na.png,\xe9\n", "latin.csv cannot be read as CSV in UTF-8"),
         ("rows.csv", b"image,prompt\n", "rows.csv has no rows; it must have at least one item."),
     ],

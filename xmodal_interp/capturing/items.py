@@ -139,7 +139,7 @@ def sample_name(number: int, raw: Any, seen: dict[str, int]) -> str:
             f"Item {number} is a {type(raw).__name__}; it must be a dict with image and prompt."
         )
     given = [raw[key] for key in NAMES if raw.get(key) is not None]
-    if given and not isinstance(given[0], (str, numbers.Integral)):
+    if given and (isinstance(given[0], bool) or not isinstance(given[0], (str, numbers.Integral))):
         raise InputError(
             f"Item {number}: a name or id must be a string or an integer; got {quoted(given[0])}. "
             "Pandas rounds the numbers of a column with missing ones: read it with dtype=str."
