@@ -33,6 +33,7 @@ from xmodal_interp.models.model_state import (
     input_device,
     refuse_virtual_tokens,
 )
+from xmodal_interp.models.processor_settings import completed
 from xmodal_interp.models.prompts import rendered
 from xmodal_interp.models.records import (
     TEXT_MODELS_ALONE,
@@ -53,7 +54,8 @@ class VLM:
 
     Attributes:
         model: A model of transformers, or a PEFT wrapper of one.
-        processor: The processor of the model.
+        processor: The processor of the model. Settings that it lacks (``patch_size`` in older
+            checkpoints) are taken from the model, in a copy.
         family: The record of the model type; looked up by the type if not given.
         loading: A ``CheckpointReport``: how the checkpoint differs from the model. Pass the second
             result of ``from_pretrained(name, output_loading_info=True)``. None if not known.
@@ -88,6 +90,7 @@ class VLM:
                 "The processor must have a tokenizer and an image processor; got "
                 f"{type(self.processor).__name__}. Load both with AutoProcessor."
             )
+        object.__setattr__(self, "processor", completed(self.processor, self.model))
 
     def __repr__(self) -> str:
         """Classes, model type, dtype and device; the model's own repr lists every module."""
