@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from contextlib import ExitStack, nullcontext
 from importlib.resources import files
@@ -54,6 +55,7 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
     if shipped:
         options.setdefault("dtype", "float32")  # trained in float32, stored in float16
     _check_dtype(options.get("dtype"))
+    processor = _processor(source, shared, name)
     with Block(_without_progress_bar) if shipped else nullcontext():
         model, loading = _model(source, options)
     if loading:
@@ -64,7 +66,7 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
             UserWarning,
             stacklevel=2,
         )
-    return VLM(model.eval(), _processor(source, shared), family, loading)
+    return VLM(model.eval(), processor, family, loading)
 
 
 def shipped_path(family: str) -> Path:
@@ -125,14 +127,29 @@ def _model(source: str, options: dict[str, Any]) -> tuple[Any, CheckpointReport]
     return model, CheckpointReport.of(info)
 
 
-def _processor(source: str, shared: dict[str, Any]) -> Any:
+_EXTRAS = {"torchvision": "xmodal-interp[vision]"}
+"""Packages that an extra of this package installs."""
+
+
+def _processor(source: str, shared: dict[str, Any], name: Any) -> Any:
+    """Return the processor of a model that a user loads by ``name``.
+
+    It is loaded before the weights, which may take minutes.
+    """
     try:
         return AutoProcessor.from_pretrained(source, **shared)
     except ImportError as error:
+        first = _first_line(error)
+        found = re.search(r"requires the (\S+) library", first)
+        package = found[1].lower() if found else error.name
+        what = (
+            f"{package}, which is not installed" if package else f"a package: {first.rstrip('.')}"
+        )
+        install = f" Install it: pip install '{_EXTRAS.get(package, package)}'." if package else ""
+        shown = str(name) if str(name) in SHIPPED else source
         raise InputError(
-            f"The processor of {source!r} requires a package that is not installed: "
-            f"{_first_line(error)}"
-        ) from error
+            f"The processor of {shown!r} requires {what}.{install}"
+        ) from None  # 60 lines of transformers, whose last one is in this message
     except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
         raise InputError(
             f"The processor of {source!r} could not be loaded: "

@@ -169,7 +169,7 @@ def sized_patches(
     Tokens between the rows in the sequence are not image tokens.
     """
     sizes = reported_sizes(inputs, images)
-    side, merge = patch_side(config), config.spatial_merge_size
+    side, merge = patch_side(config), getattr(config, "spatial_merge_size", 1)
     grids = []
     for image, (height, width) in zip(images, sizes, strict=True):
         rows, cols = height // side, width // side
