@@ -166,6 +166,11 @@ class Sample:
         return len(self.tokens)
 
     @property
+    def tower(self) -> Tower:
+        """The tower whose positions ``tokens`` describes: ``"vision"`` without a language model."""
+        return "vision" if self.provenance.get("tower") == "vision" else "language"
+
+    @property
     def last(self) -> int:
         """The last position of the prompt, which predicts the first token of the answer."""
         return self.n_prompt - 1

@@ -39,7 +39,7 @@ from xmodal_interp.capturing.language_calls import (
     without_padding_keys,
 )
 from xmodal_interp.capturing.vision_calls import Layer, by_layer, towers_by_image
-from xmodal_interp.errors import InputError, quoted
+from xmodal_interp.errors import GeometryError, InputError, quoted
 from xmodal_interp.hooks import Recording
 from xmodal_interp.hooks.position_ids import AXES
 from xmodal_interp.hooks.recorder import Settings, Statistics, record_with
@@ -133,7 +133,7 @@ class Keep:
 def capture(  # noqa: PLR0913  # the settings of a run; all but three have defaults
     vlm: VLM,
     image: ImageLike | Iterable[ImageLike],
-    prompt: str,
+    prompt: str = "",
     *,
     videos: Video | Iterable[Video] = (),
     max_new_tokens: int = 0,
@@ -145,13 +145,14 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
     """Run a model on images or videos and a question, and record its attention.
 
     The model keeps its attention backend and its cache. Its outputs are bitwise identical to those
-    without capture.
+    without capture. The tokens of a sample are the positions of the language model; for a vision
+    model, which reads one image and no prompt, those of the vision tower (``Sample.tower``).
 
     Args:
         vlm: Model and processor.
         image: A path, a PIL image, or a list of these in order; an empty list for no image.
         prompt: The question. It is put after the images and videos in the model's chat template,
-            unless it already contains their placeholders.
+            unless it already contains their placeholders. Empty for a vision model.
         videos: A :class:`Video`, or a list of videos.
         max_new_tokens: Number of tokens to generate greedily; 0 runs the prompt only.
         keep: The parts of the attention to keep; by default the queries and keys of all layers.
@@ -183,7 +184,7 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
 def capture_batch(
     vlm: VLM,
     images: Iterable[Iterable[ImageLike]],
-    prompts: Iterable[str],
+    prompts: Iterable[str] | None = None,
     *,
     videos: Iterable[Iterable[Video]] | None = None,
     max_new_tokens: int = 0,
@@ -194,14 +195,21 @@ def capture_batch(
     """Run ``capture`` on a padded batch and return one sample for each prompt.
 
     Results of a sample do not depend on the other samples in the batch. Where padding would change
-    them, the batch is split into groups that can share a run: see :meth:`VLM.batches`.
+    them, the batch is split into groups that can share a run: see :meth:`VLM.batches`. Leave
+    ``prompts`` out for a vision model.
     """
     check_vlm(vlm)
     max_new_tokens = checked_length(max_new_tokens, generation)
+    if max_new_tokens and not vlm.family.language:
+        raise InputError(
+            f"A {vlm.family.model_type} model generates no tokens; got max_new_tokens="
+            f"{max_new_tokens}. Leave it out."
+        )
     keep = Keep() if keep is None else keep
     if not isinstance(keep, Keep):
         raise InputError(f"keep must be a Keep, such as Keep(layers=[0, 1]); got {keep!r}.")
-    images, prompts = as_list(images, "images"), as_list(prompts, "prompts")
+    images = as_list(images, "images")
+    prompts = [""] * len(images) if prompts is None else as_list(prompts, "prompts")
     if not prompts:
         raise InputError("prompts is empty; pass at least one prompt.")
     clips = [()] * len(prompts) if videos is None else as_list(videos, "videos")
@@ -249,7 +257,8 @@ def _run(
     check_whole(vlm.model, inputs)
     groups = None
     if keep.statistics:
-        groups = KeyGroups(prompts_read, keep.queries, special_ids(vlm.tokenizer))
+        special = special_ids(vlm.tokenizer) if vlm.family.language else ()
+        groups = KeyGroups(prompts_read, keep.queries, special)
     settings = Settings(
         towers=keep.towers,
         layers=keep.given_layers,
@@ -262,17 +271,19 @@ def _run(
             groups.stacks = stacks_of(vlm.model, recording.modules)
             if keep.queries == "text":
                 groups.register(vlm.model, stack)
+        new = torch.zeros(len(prompts_read), 0, dtype=torch.long)
         if max_new_tokens > 0:
             output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **generation)
             new = output[:, prompt_ids(inputs).shape[1] :]
         else:
             vlm.run(inputs)
-            new = prompt_ids(inputs)[:, :0]
     layers: dict[str, list[int]] = defaultdict(list)
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
     batch = _BatchCalls.of(vlm, inputs, prompts_read, recording)
+    if not vlm.family.language:
+        batch.refuse_other_positions(vlm, prompts_read)
     n_read = prompts_read[0].n_positions + max(new.shape[1] - 1, 0)
     rotary = _rotary_by_sample(recording.rotary, len(prompts_read), n_read)
     return [
@@ -339,6 +350,23 @@ class _BatchCalls:
         return calls
 
 
+    def refuse_other_positions(self, vlm: VLM, prompts: Sequence[Prompt]) -> None:
+        """Raise GeometryError if a layer of a vision model has other positions than its tokens."""
+        for (tower, kind, _), of_samples in self.by_image.items():
+            if tower != "vision" or kind != "self":
+                continue
+            for of_sample, prompt in zip(of_samples, prompts, strict=True):
+                call = of_sample[0]
+                if not call.n_queries == call.n_keys == prompt.n_positions:
+                    raise GeometryError(
+                        f"By the geometry rule {vlm.family.rule}, the image has "
+                        f"{prompt.n_positions} positions, but {call.name} has {call.n_queries} "
+                        f"queries and {call.n_keys} keys. Pass VLM(model, processor, family=...) "
+                        "with a rule for this model, such as "
+                        "geometry.PatchTokens(before={'class': 1})."
+                    )
+
+
 def provenance(
     vlm: VLM, layers: Mapping[str, Sequence[int]], max_new_tokens: int, keep: Keep
 ) -> dict[str, Any]:
@@ -353,6 +381,7 @@ def provenance(
         **lowered_precision(input_device(vlm.model)),
         "backend": attention_backend(config),
         "processor": type(vlm.processor).__name__,
+        **({} if vlm.family.language else {"tower": "vision"}),
         **({"checkpoint": vlm.loading.differences} if vlm.loading else {}),
         "layers": {name: sorted(set(of)) for name, of in layers.items()},
         "max_new_tokens": max_new_tokens,
@@ -398,7 +427,7 @@ def _sample(
         about: The provenance.
         rotary: Its positions from :func:`_rotary_by_sample`.
     """
-    ids = _until_end(new, vlm)
+    ids = _until_end(new, vlm) if new else []
     fed = ids[: max(len(new) - 1, 0)]  # the last generated token is not fed to the model
     answer, text = generated_columns(fed, ids, vlm.tokenizer, prompt.text)
     sample = Sample.with_later(
@@ -406,7 +435,7 @@ def _sample(
         name=f"sample-{index}",
         text=text,
         question=prompt.question,
-        answer=vlm.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+        answer=vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() if ids else "",
         n_prompt=prompt.n_positions,
         grids=prompt.grids,
         images=prompt.images,

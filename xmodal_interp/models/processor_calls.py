@@ -18,7 +18,7 @@ from xmodal_interp.models.records import Family
 if TYPE_CHECKING:
     from xmodal_interp.models.vlm import VLM
 
-_FAILURES = (
+FAILURES = (
     *(ValueError, TypeError, RuntimeError, StopIteration),
     *(ArithmeticError, LookupError, AttributeError),
 )
@@ -58,7 +58,7 @@ def processed(
     }
     try:
         outputs = processor(**arguments)
-    except _FAILURES as error:
+    except FAILURES as error:
         _refuse_other_numbers(vlm.placeholder, texts, images, error)
         raise InputError(
             f"{type(processor).__name__} failed on this input: {error} (images of "

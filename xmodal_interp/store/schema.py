@@ -10,8 +10,8 @@ A store is a folder::
         tokens.parquet          one row per position
         cross_keys.parquet      one row per key of cross-attention; MAY be absent
         grids.npz               places and boxes of each image's tokens; absent without images;
-                                ``tiles``, ``patch_boxes`` and ``thumbnail`` arrays only for grids
-                                that have them
+                                ``tiles``, ``patch_boxes``, ``patch_names`` and ``thumbnail``
+                                arrays only for grids that have them
         video_grids.npz         the same for each video, and ``times``; absent without videos
         TOWER-KIND-LAYER.safetensors    the tensors of one layer
         shared.safetensors      masks and position biases; absent if no call has any
@@ -122,7 +122,7 @@ _PATCHES = ("patch_rows", "patch_cols")
 IMAGE_GRID = GridFields(
     ("width", "height", "rows", "cols", *_PATCHES),
     ("places", "boxes", "patch_places"),
-    ("tiles", "patch_boxes"),
+    ("tiles", "patch_boxes", "patch_names"),
 )
 VIDEO_GRID = GridFields(
     ("width", "height", "frames", "rows", "cols", "patch_frames", *_PATCHES),
