@@ -156,10 +156,10 @@ class Sample:
             f"{len(self.layers(tower, kind))} {tower} {kind}"
             for tower, kind in sorted({key[:2] for key in self.calls})
         )
-        return (
-            f"Sample({self.name!r}: {self.question!r} -> {self.answer!r}; {tokens} tokens; "
-            f"layers: {layers})"
-        )
+        asked = f"{self.question!r} -> {self.answer!r}"
+        if self.tower == "vision":
+            asked = ", ".join(f"{grid.width} x {grid.height} px" for grid in self.grids)
+        return f"Sample({self.name!r}: {asked}; {tokens} tokens; layers: {layers})"
 
     def __len__(self) -> int:
         """Return the number of positions of prompt and answer."""
@@ -262,26 +262,65 @@ class Sample:
         inside = (self.tokens["start"] <= start) & (self.tokens["end"] >= end)
         return bool((inside & self.tokens["kind"].isin([*VISUAL_KINDS, "special"])).any())
 
-    def positions(self, selector: Selector) -> Int[Tensor, " position"]:
+    def positions(
+        self, selector: Selector, *, tower: Tower | None = None, image: int = 0
+    ) -> Int[Tensor, " position"]:
         """Convert a selector to positions.
 
         ``"last"`` selects the last position of the prompt, ``"text"`` the text after all images and
-        videos. The positions of a list that contains strings are sorted and unique.
+        videos. In the vision tower, a name selects all positions with this name: ``"class"``,
+        ``"register"`` (all registers), ``"register 0"`` or ``"patch"``. The positions of a list
+        that contains strings are sorted and unique.
 
         Args:
-            selector: A keyword, a phrase, an index, a slice, a boolean mask or a list.
+            selector: A keyword, a phrase or name, an index, a slice, a boolean mask or a list.
+            tower: ``"language"`` or ``"vision"``; ``Sample.tower`` if not given.
+            image: In the vision tower, index of the image; videos follow the images.
 
         Raises:
             InputError: ``"text"`` for a sample without text after the image.
-            PhraseError: An unknown or ambiguous phrase, or a keyword that is also a word of this
-                sample's text.
+            PhraseError: An unknown or ambiguous phrase, an unknown name, or a keyword that is also
+                a word of this sample's text.
             PositionError: An index outside the sequence, or a mask of the wrong length.
         """
-        if isinstance(selector, str):
-            return torch.from_numpy(self._named(selector))
-        if has_phrase(selector):
-            return torch.tensor(sorted({int(i) for each in selector for i in self.positions(each)}))
-        return resolve(cast("Positions", selector), len(self), "position")
+        if has_phrase(selector) and not isinstance(selector, str):
+            found = (self.positions(each, tower=tower, image=image) for each in selector)
+            return torch.tensor(sorted({int(i) for of_each in found for i in of_each}))
+        if (tower or self.tower) == "language":
+            if isinstance(selector, str):
+                return torch.from_numpy(self._named(selector))
+            return resolve(cast("Positions", selector), len(self), "position")
+        names = self.patch_names(image)
+        if not isinstance(selector, str):
+            return resolve(cast("Positions", selector), len(names), "position")
+        groups = np.array([name.rstrip("0123456789 ") for name in names.tolist()], dtype=object)
+        rows = np.flatnonzero((names == selector) | (groups == selector))
+        if not len(rows):
+            known = ", ".join(dict.fromkeys(groups.tolist()))
+            raise PhraseError(
+                f"No position of the vision tower of sample {self.name!r} is named {selector!r}; "
+                f"the names are {known}. Pass one of them, or positions as numbers."
+            )
+        return torch.from_numpy(rows)
+
+    def patch_names(self, image: int = 0) -> np.ndarray:
+        """Return the name of each vision-tower position of an image, as an array of strings.
+
+        Patches are named ``patch``; other positions have the names of the geometry rule, such as
+        ``class`` and ``register 0``, or ``special`` if it names none.
+
+        Args:
+            image: Index of the image; videos follow the images.
+
+        Raises:
+            GeometryError: The image does not exist.
+        """
+        grids: tuple[ImageGrid | VideoGrid, ...] = (*self.grids, *self.video_grids)
+        _check_exists(image, len(grids), "image")
+        names = getattr(grids[image], "patch_names", None)
+        if names is None:
+            names = np.where(grids[image].patch_places[:, 0] >= 0, "", "special")
+        return np.where(names == "", "patch", names).astype(object)
 
     def _named(self, name: str) -> Int[np.ndarray, " position"]:
         """Return the positions of a keyword or a phrase."""
@@ -307,15 +346,16 @@ class Sample:
             )
         return after
 
-    def layers(self, tower: Tower = "language", kind: AttentionKind = "self") -> list[int]:
+    def layers(self, tower: Tower | None = None, kind: AttentionKind = "self") -> list[int]:
         """Return the layers whose calls were kept, ascending."""
+        tower = tower or self.tower
         return sorted({key[2] for key in self.calls if key[0] == tower and key[1] == kind})
 
     def call(
         self,
         layer: SupportsIndex,
         *,
-        tower: Tower = "language",
+        tower: Tower | None = None,
         kind: AttentionKind = "self",
         call: SupportsIndex = 0,
     ) -> AttentionCall:
@@ -323,7 +363,7 @@ class Sample:
 
         Args:
             layer: Layer index; negative ones count from the last layer of the model.
-            tower: The tower.
+            tower: The tower; ``Sample.tower`` if not given.
             kind: The attention kind: ``"self"``, ``"cross"`` or ``"channel"``.
             call: Index of the call of this layer. In the vision tower, the index of the image;
                 videos follow the images.
@@ -332,6 +372,7 @@ class Sample:
             LayerError: The layer or call does not exist.
             NotRecordedError: The layer exists, but was not kept.
         """
+        tower = self.tower if tower is None else tower
         one_of(tower, "tower", TOWERS)
         one_of(kind, "kind", get_args(AttentionKind))
         kept = self.layers(tower, kind)
@@ -361,7 +402,7 @@ class Sample:
         queries: Selector | None = None,
         keys: Selector | None = None,
         *,
-        tower: Tower = "language",
+        tower: Tower | None = None,
         kind: AttentionKind = "self",
         call: SupportsIndex = 0,
     ) -> Float[Tensor, "head query key"]:
@@ -372,17 +413,23 @@ class Sample:
             heads: Heads; all by default.
             queries: Positions, a phrase or a list of phrases; all by default.
             keys: Like ``queries``. Keys of cross-attention are selected by position only.
-            tower: The tower. In towers other than the language tower, ``queries`` and ``keys`` are
-                positions in that tower.
+            tower: The tower; ``Sample.tower`` if not given. In the vision tower, ``queries`` and
+                ``keys`` are positions in that tower, or names such as ``"class"``; in other towers
+                than these two, positions only.
             kind: The attention kind: ``"self"``, ``"cross"`` or ``"channel"``.
             call: Index of the call of this layer; in the vision tower, the index of the image.
         """
+        tower = self.tower if tower is None else tower
         one_of(tower, "tower", TOWERS)
         one_of(kind, "kind", get_args(AttentionKind))
-        accepts_phrase = tower == "language"
-        query: Any = self.positions(queries) if accepts_phrase and has_phrase(queries) else queries
-        accepts_phrase = accepts_phrase and kind == "self"
-        key: Any = self.positions(keys) if accepts_phrase and has_phrase(keys) else keys
+        has_names = tower in ("language", "vision")
+        place: dict[str, Any] = {"tower": tower, "image": number(call, "call")}
+        query: Any = queries
+        if has_names and has_phrase(queries):
+            query = self.positions(cast("Selector", queries), **place)
+        key: Any = keys
+        if has_names and kind == "self" and has_phrase(keys):
+            key = self.positions(cast("Selector", keys), **place)
         if has_phrase(query) or has_phrase(key):
             raise InputError(
                 "A phrase selects text positions only. Pass queries and keys of other towers, and "

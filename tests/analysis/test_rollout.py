@@ -345,8 +345,9 @@ def test_refuses_padding_and_phrases_in_the_vision_tower() -> None:
     )
     eyes = random_call(4, tower="vision", causal=False)
     sample = sample_of("b vvvv t", [eyes], [grid(2, 2)])
-    assert refusal(InputError, sample, "red", tower="vision") == (
-        "queries must be numbers in the vision tower, where a phrase has no positions; got 'red'."
+    assert refusal(PhraseError, sample, "red", tower="vision") == (
+        "No position of the vision tower of sample 'fake' is named 'red'; the names are patch. "
+        "Pass one of them, or positions as numbers."
     )
     assert refusal(InputError, sample, tower="vision") == (
         "The vision tower has 0 class tokens, so there is no default for queries. Pass positions "

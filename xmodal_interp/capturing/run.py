@@ -349,7 +349,6 @@ class _BatchCalls:
             calls |= {(tower, kind, layer, number): numbered[number] for number in sorted(numbered)}
         return calls
 
-
     def refuse_other_positions(self, vlm: VLM, prompts: Sequence[Prompt]) -> None:
         """Raise GeometryError if a layer of a vision model has other positions than its tokens."""
         for (tower, kind, _), of_samples in self.by_image.items():
