@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, SupportsIndex, Unpack, cast, get_args
+from typing import Any, Literal, SupportsIndex, Unpack, get_args
 
 import numpy as np
 
@@ -404,7 +404,7 @@ def _read(
         groups = query_groups(sample, placed, queries)
     else:
         layer = None if facets & {"layer", "head"} else chosen[0]
-        groups = [query_positions(sample, placed, cast("Selector | None", queries), layer)]
+        groups = [query_positions(sample, placed, queries, layer)]
     positions = [position for group in groups for position in group]
     stops = np.cumsum([len(group) for group in groups]).tolist()
     read = [attention_on_image(sample, placed, positions, layer, heads) for layer in chosen]
