@@ -32,6 +32,11 @@ class ImagesOnly:
 
     image_processor: Any
 
+    @property
+    def class_name(self) -> str:
+        """The class of the image processor, for messages."""
+        return type(self.image_processor).__name__
+
 
 def image_processor_of(processor: Any) -> Any:
     """Return the image processor of a processor, or the image processor that was passed.

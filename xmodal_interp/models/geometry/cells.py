@@ -280,6 +280,7 @@ def applied(
             missing, or the number of grids is wrong.
     """
     name = f"The geometry rule {name_of(rule)}"
+    of_processor = getattr(processor, "class_name", type(processor).__name__)
     fix = "Pass VLM(model, processor, family=...) a family record with a rule for this model."
     try:
         grids = rule(processor, config, inputs, pictures)
@@ -287,7 +288,7 @@ def applied(
         raise
     except _MISFITS as error:
         raise GeometryError(
-            f"{name} does not fit a {config.model_type!r} model with {type(processor).__name__} "
+            f"{name} does not fit a {config.model_type!r} model with {of_processor} "
             f"({type(error).__name__}: {error}). {fix}"
         ) from error
     if len(grids) != len(pictures):

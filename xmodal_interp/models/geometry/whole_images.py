@@ -80,8 +80,8 @@ class FixedGrid:
         show: Function that returns the part of the image that the resized pixels show.
         before: Number of tokens before those of the grid (class tokens), or a function for it.
         shift: How far up and left of its square a token's receptive field is centred, in squares.
-        tower_before: Number of vision-tower positions before the patches, or a function for it.
-            None if the tower reads windows, so that a position has no single patch.
+        tower_before: Number of vision-tower positions before the patches (class tokens), or a
+            function for it. None if the tower reads windows, so that a position has no single patch.
     """
 
     cell: Count = patch_side
@@ -102,10 +102,13 @@ class FixedGrid:
             cells = squares(self.show(processor, image, width, height), width, height, side)
             cells = shifted(cells, self.shift)
             tokens = [nowhere(_number(self.before, config, processor)), cells]
-            tower = []
-            if self.tower_before is not None:
-                tower = [nowhere(_number(self.tower_before, config, processor)), cells]
-            grids.append(image_grid(image.size, tokens, tower))
+            if self.tower_before is None:
+                grids.append(image_grid(image.size, tokens, []))
+                continue
+            classes = _names({"class": _number(self.tower_before, config, processor)}, config)
+            placed = image_grid(image.size, tokens, [nowhere(len(classes)), cells])
+            names = np.array([*classes, *[""] * len(cells)])
+            grids.append(replace(placed, patch_names=names))
         return grids
 
 
