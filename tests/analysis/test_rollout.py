@@ -11,7 +11,7 @@ from tests.helpers.replicas import rollout_of_a_variant, rollout_of_abnar_and_zu
 from tests.helpers.synthetic import captured, dense_call, grid, random_call, sample_of, uniform_call
 from xmodal_interp.analysis import attention_rollout, rollout_matrix
 from xmodal_interp.analysis.rollout import RolloutOptions
-from xmodal_interp.errors import InputError, NotRecordedError
+from xmodal_interp.errors import InputError, NotRecordedError, PhraseError
 from xmodal_interp.sample import Sample
 
 SEQUENCE = "b vvvv ttt"

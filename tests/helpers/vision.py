@@ -24,9 +24,8 @@ from xmodal_interp.models.encoders import DUAL_ENCODERS, ENCODERS
 
 SQUARE = [SIDE, SIDE]
 OVERRIDES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ("internvl_vision", "qianfan_ocr_vision"), {"image_size": SQUARE, "patch_size": [4, 4]}
-    ),
+    "internvl_vision": {"image_size": SQUARE, "patch_size": [4, 4]},
+    "qianfan_ocr_vision": {"image_size": SQUARE, "patch_size": [4, 4]},
     "yolos": {"image_size": SQUARE, "num_detection_tokens": 3},
     "mgp-str": {"image_size": SQUARE},
     "dinov3_vit": {"num_register_tokens": 2},

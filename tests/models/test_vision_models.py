@@ -63,7 +63,7 @@ def test_a_painted_patch_changes_the_key_at_its_position(name: str) -> None:
     assert all(patch.at_its_place for patch in painted.patches)
     sample = xi.capture(vlm, picture(64, 48))
     assert sample.tower == "vision"
-    assert set(key[0] for key in sample.calls) == {"vision"}
+    assert {key[0] for key in sample.calls} == {"vision"}
     call = sample.call(0)
     assert call.n_queries == call.n_keys == len(sample)
     special = sample.tokens[sample.tokens["kind"].eq("special")]
@@ -208,8 +208,8 @@ def test_a_mis_sized_rule_is_the_message() -> None:
         xi.capture(VLM(vlm.model, vlm.processor, family), picture())
     assert str(caught.value) == (
         "By the geometry rule PatchTokens, the image has 17 positions, but vision self-attention, "
-        "layer 0, call 0 has 19 queries and 19 keys. Pass VLM(model, processor, family=...) with a rule "
-        "for this model, such as geometry.PatchTokens(before={'class': 1})."
+        "layer 0, call 0 has 19 queries and 19 keys. Pass VLM(model, processor, family=...) with a "
+        "rule for this model, such as geometry.PatchTokens(before={'class': 1})."
     )
 
 

@@ -201,12 +201,6 @@ def samples_of(samples: Sample | Iterable[Sample]) -> Sequence[Sample]:
         )
     if isinstance(samples, Sample):
         return [samples]
-    advice = how_to_sample(samples)
-    if advice:
-        raise InputError(
-            f"samples must be a sample, a list of samples or an open store; got "
-            f"{_brief(samples)}.{advice}"
-        )
     if isinstance(samples, Sequence) and not isinstance(samples, (list, tuple, *_NO_SAMPLES)):
         return samples
     several = as_list(samples, "samples")
@@ -216,25 +210,6 @@ def samples_of(samples: Sample | Iterable[Sample]) -> Sequence[Sample]:
             f"(xi.open_store(path)); got {quoted(samples)}."
         )
     return several
-
-
-def how_to_sample(given: Any) -> str:
-    """Return how to make a sample of a recording or of recorded calls; empty for other objects."""
-    first = next(iter(given), None) if isinstance(given, (list, tuple)) else given
-    is_recording = hasattr(first, "calls") and hasattr(first, "without_matrix")
-    if not is_recording and not isinstance(first, AttentionCall):
-        return ""
-    return (
-        " Make a sample with xi.capture(vlm, image, prompt), or of a vision model with "
-        "recording.sample(image, grid=(rows, columns))."
-    )
-
-
-def _brief(given: Any) -> str:
-    """Return what an object is, for a message."""
-    if isinstance(given, (list, tuple)):
-        return f"a {type(given).__name__} of {type(given[0]).__name__}"
-    return f"a {type(given).__name__}"
 
 
 def add_provenance(provenance: list[Mapping[str, Any]], of_sample: Mapping[str, Any]) -> None:

@@ -72,7 +72,7 @@ class Keep:
             layer of the deepest tower. None keeps all layers.
         values: Keep the values V too.
         norms: Keep the share of attention in each token's update, for ``attention_rollout`` with
-            ``alpha="norm"``.
+            ``alpha="norm"``, and the norm of each token's hidden state, for ``token_norms``.
         queries: Query rows of language layers to keep: ``"all"``, or ``"text"`` (text after the
             last image or video, and generated tokens).
         probabilities: Keep dense float16 probabilities instead of queries and keys. They are larger

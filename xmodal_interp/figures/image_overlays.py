@@ -14,7 +14,6 @@ from typing import Any, Literal, SupportsIndex, Unpack, get_args
 
 import numpy as np
 
-from xmodal_interp.analysis.tables import how_to_sample
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import Positions, entries_of, numbers, resolve
 from xmodal_interp.errors import GeometryError, InputError, quoted
@@ -373,7 +372,6 @@ def _by_title(sample: object, facets: set[Facet | None]) -> Mapping[str, Sample]
         if not isinstance(sample, Sample):
             raise InputError(
                 f"sample must be one Sample, such as store[0]; got a {type(sample).__name__}."
-                + how_to_sample(sample)
             )
         return {"": sample}
     of_samples = isinstance(sample, Mapping) and all(

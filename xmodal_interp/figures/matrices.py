@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 
-from xmodal_interp.analysis.tables import how_to_sample
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError, quoted
@@ -86,11 +85,6 @@ def attention_matrix(  # noqa: PLR0913  every option has a default
     check_show(show, ("probability", "lift"))
     if not (zoom is None or (isinstance(zoom, str) and zoom == "text-image")):
         raise InputError(f"zoom must be 'text-image' or None; got {quoted(zoom)}.")
-    if not isinstance(sample, Sample):
-        raise InputError(
-            f"sample must be one Sample, such as store[0]; got a {type(sample).__name__}."
-            + how_to_sample(sample)
-        )
     tower = tower or sample.tower
     if zoom is not None and tower != "language":
         raise InputError(

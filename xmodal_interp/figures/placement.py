@@ -16,7 +16,6 @@ from PIL import Image
 
 from xmodal_interp.analysis.connector_rollout import are_queries, query_patches
 from xmodal_interp.analysis.selection import not_padding
-from xmodal_interp.analysis.tables import how_to_sample
 from xmodal_interp.arguments import whole_number
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import ImageGrid, place_on_grid
@@ -112,7 +111,6 @@ def placed_image(sample: Sample, image: int = 0, tower: Tower | None = None) -> 
     if not isinstance(sample, Sample):
         raise InputError(
             f"sample must be one Sample, such as store[0]; got a {type(sample).__name__}."
-            + how_to_sample(sample)
         )
     tower = tower or sample.tower
     if tower not in ("language", "vision"):

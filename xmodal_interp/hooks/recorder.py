@@ -240,7 +240,8 @@ def record(
         towers: Towers to record.
         layers: Layers to record (per tower and kind), all if not given.
         values: Also keep V.
-        norms: Keep the share of attention in each token's update (``AttentionCall.update_share``).
+        norms: Keep the share of attention in each token's update (``AttentionCall.update_share``)
+            and the norm of each token's hidden state (``AttentionCall.token_norm``).
         reduce: Called with each call, which is then not kept; its result is added to ``results``.
             It must not store the call, because the tensors of the call belong to the model. Or
             ``"entropy"``, ``"received"`` or both in a list: ``calls`` then hold these statistics

@@ -81,7 +81,8 @@ class FixedGrid:
         before: Number of tokens before those of the grid (class tokens), or a function for it.
         shift: How far up and left of its square a token's receptive field is centred, in squares.
         tower_before: Number of vision-tower positions before the patches (class tokens), or a
-            function for it. None if the tower reads windows, so that a position has no single patch.
+            function for it. None if the tower reads windows, so that a position has no single
+            patch.
     """
 
     cell: Count = patch_side
