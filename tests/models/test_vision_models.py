@@ -207,9 +207,9 @@ def test_a_mis_sized_rule_is_the_message() -> None:
     with pytest.raises(GeometryError) as caught:
         xi.capture(VLM(vlm.model, vlm.processor, family), picture())
     assert str(caught.value) == (
-        "By the geometry rule PatchTokens, the image has 17 positions, but vision self-attention, "
-        "layer 0, call 0 has 19 queries and 19 keys. Pass VLM(model, processor, family=...) with a "
-        "rule for this model, such as geometry.PatchTokens(before={'class': 1})."
+        "By the family's geometry rule, the image has 17 positions, but vision self-attention, "
+        "layer 0, call 0 has 19 keys. Pass VLM(model, processor, family=...) with a rule for this "
+        "model, such as geometry.PatchTokens(before={'class': 1})."
     )
 
 

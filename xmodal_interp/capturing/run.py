@@ -283,7 +283,7 @@ def _run(
     about = provenance(vlm, layers, max_new_tokens, keep)
     batch = _BatchCalls.of(vlm, inputs, prompts_read, recording)
     if not vlm.family.language:
-        batch.refuse_other_positions(vlm, prompts_read)
+        batch.refuse_other_positions(prompts_read)
     n_read = prompts_read[0].n_positions + max(new.shape[1] - 1, 0)
     rotary = _rotary_by_sample(recording.rotary, len(prompts_read), n_read)
     return [
@@ -339,7 +339,10 @@ class _BatchCalls:
             if tower == "language":
                 own = [call.select_sample(index) for call in of_layer]
                 whole = over_positions(own, n_positions, prompt.n_encoder, self.stacks)
-                numbered = {0: finished(without_padding_keys(whole, n_cross_keys))}
+                whole = without_padding_keys(whole, n_cross_keys)
+                if kind == "cross" and n_cross_keys is not None and whole.n_keys != n_cross_keys:
+                    raise GeometryError(_mis_sized("images", n_cross_keys, whole))
+                numbered = {0: finished(whole)}
             elif tower == "other":  # positions are neither tokens nor patches
                 numbered = {
                     n: replace(c.select_sample(index), call=n) for n, c in enumerate(of_layer)
@@ -349,7 +352,7 @@ class _BatchCalls:
             calls |= {(tower, kind, layer, number): numbered[number] for number in sorted(numbered)}
         return calls
 
-    def refuse_other_positions(self, vlm: VLM, prompts: Sequence[Prompt]) -> None:
+    def refuse_other_positions(self, prompts: Sequence[Prompt]) -> None:
         """Raise GeometryError if a layer of a vision model has other positions than its tokens."""
         for (tower, kind, _), of_samples in self.by_image.items():
             if tower != "vision" or kind != "self":
@@ -357,13 +360,17 @@ class _BatchCalls:
             for of_sample, prompt in zip(of_samples, prompts, strict=True):
                 call = of_sample[0]
                 if not call.n_queries == call.n_keys == prompt.n_positions:
-                    raise GeometryError(
-                        f"By the geometry rule {vlm.family.rule}, the image has "
-                        f"{prompt.n_positions} positions, but {call.name} has {call.n_queries} "
-                        f"queries and {call.n_keys} keys. Pass VLM(model, processor, family=...) "
-                        "with a rule for this model, such as "
-                        "geometry.PatchTokens(before={'class': 1})."
-                    )
+                    raise GeometryError(_mis_sized("image", prompt.n_positions, call))
+
+
+def _mis_sized(what: str, n_positions: int, call: AttentionCall) -> str:
+    """Return the message for a geometry rule that does not fit the model."""
+    has = "has" if what == "image" else "have"
+    return (
+        f"By the family's geometry rule, the {what} {has} {n_positions} positions, but {call.name} "
+        f"has {call.n_keys} keys. Pass VLM(model, processor, family=...) with a rule for this "
+        "model, such as geometry.PatchTokens(before={'class': 1})."
+    )
 
 
 def provenance(

@@ -293,7 +293,9 @@ _RECORDS: tuple[Family, ...] = (
         geometry.Chosen(
             lambda config: config.encoder.model_type,
             _ENCODERS,
-            "There is no geometry rule for an encoder of the type {!r}.",
+            "There is no geometry rule for an encoder of the type {!r}. Pass VLM(model, processor, "
+            "family=dataclasses.replace(FAMILIES['vision-encoder-decoder'], geometry=...)) with a "
+            "rule, such as geometry.PatchTokens(before={{'class': 1}}).",
         ),
         in_sequence=False,
         reads_text=False,
