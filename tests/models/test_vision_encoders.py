@@ -67,8 +67,7 @@ def vlm_with(model: VisionEncoderDecoderModel, **changes: Any) -> VLM:
     processor = type(known.processor)(square_processor(), known.tokenizer)
     model.generation_config.decoder_start_token_id = 1
     model.generation_config.pad_token_id = 0
-    family = replace(FAMILIES["vision-encoder-decoder"], **changes) if changes else None
-    return VLM(model.eval(), processor, family)
+    return VLM(model.eval(), processor, replace(FAMILIES["vision-encoder-decoder"], **changes))
 
 
 @pytest.mark.parametrize("name", ENCODERS)
