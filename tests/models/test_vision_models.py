@@ -96,6 +96,14 @@ def test_every_type_with_an_image_processor_has_a_rule_or_a_reason() -> None:
     assert not set(REFUSED) & {*ENCODERS, *DUAL_ENCODERS, *FAMILIES}
 
 
+def test_the_page_lists_every_type_and_reason() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "vision-models.md").read_text()
+    missing = [n for n in (*ENCODERS, *DUAL_ENCODERS, *REFUSED) if f"`{n}`" not in page]
+    assert missing == []
+    assert all(f"| {reason} |" in page for reason in REFUSED.values())
+    assert f"{len(ENCODERS)} types" in page
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
