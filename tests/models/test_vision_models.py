@@ -32,6 +32,7 @@ from xmodal_interp.errors import (
 from xmodal_interp.models import FAMILIES, VLM, Family
 from xmodal_interp.models.encoders import DUAL_ENCODERS, ENCODERS, REFUSED
 from xmodal_interp.models.geometry import PatchTokens
+from xmodal_interp.models.records import family_of
 from xmodal_interp.verification.painting import painted_patches
 
 pytestmark = pytest.mark.filterwarnings(  # raised inside the processors
@@ -126,6 +127,14 @@ def test_types_without_one_position_per_patch_are_refused(
         f"A model of the type {model.config.model_type!r} has no table of tokens: {reason}. "
         "Record its attention with xi.record(model); recording.sample(image, grid=...) makes a "
         "sample of layers whose positions are the patches of one grid."
+    )
+
+
+def test_types_that_read_text_too_are_refused_by_their_configuration() -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        family_of(CONFIG_MAPPING["vilt"]())
+    assert str(caught.value).startswith(
+        "A model of the type 'vilt' has no table of tokens: it reads image and text in one sequence"
     )
 
 
