@@ -208,7 +208,10 @@ def test_wrong_options_are_errors(store, tmp_path, arguments, words) -> None:
 
 
 def test_a_required_option_is_named(store, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(xi.figures, "overlay", lambda sample, queries, path=None: None)
+    def required(sample, queries, path=None):
+        raise AssertionError(sample, queries, path)
+
+    monkeypatch.setattr(xi.figures, "overlay", required)
     result = run(app, ["plot", str(store), "overlay", "--path", str(tmp_path / "a.png")])
     assert result.exit_code == 1
     assert "requires --queries" in result.output
