@@ -60,7 +60,7 @@ class OverlayOptions:
             mapping gives them names.
         smooth: Interpolate between tokens (bilinear); otherwise each token is one cell.
         vmax: Upper end of the colour scale. If not given: the largest value, or the 99th percentile
-            if the largest is more than four times as large, such as that of an attention sink; the
+            if the largest is more than six times as large, such as that of an attention sink; the
             colour bar states this.
         power: Exponent of the colour scale for probabilities and shares: 1 is linear, 0 is a log
             scale. The default, the square root, keeps weak attention visible next to strong.

@@ -56,7 +56,7 @@ SHOW_LABELS = {
 CLIPPED_AT = 99
 """Percentile of the values at which the scale of an overlay ends if the largest is far above it."""
 
-_FAR_ABOVE = 4.0  # times; such a value would leave a square-root scale half empty
+_FAR_ABOVE = 6.0  # times; such a value would leave most of a square-root scale empty
 
 _HIDDEN_DARK = "#8a8a8a"  # hidden cells on scales whose middle is white
 
@@ -236,7 +236,7 @@ def color_scale(
         power: Exponent of the scale of amounts: 1 is linear, 0 is a log scale.
         vmin: Lower end of the scale of amounts, unless it is a log scale.
         clip: Whether a scale of amounts without ``vmax`` ends at the percentile ``CLIPPED_AT`` if
-            the largest value is more than four times as large, such as that of an attention sink.
+            the largest value is more than six times as large, such as that of an attention sink.
             The label states it.
     """
     if meaning not in get_args(Meaning):
