@@ -68,8 +68,9 @@ class Sample:
 
     Attributes:
         name: Name of the sample, unique in a store.
-        tokens: One row per position of prompt and answer, with ``TOKEN_COLUMNS``. The last
-            generated token has no row if the model did not run on it. For models with a rotary
+        tokens: One row per position of prompt and answer, with ``TOKEN_COLUMNS``; for a vision
+            model, one row per position of its vision tower. The last generated token has no row if
+            the model did not run on it. For models with a rotary
             embedding there are also ``rope_t``, ``rope_h`` and ``rope_w``: the time, row and column
             positions that the embedding received (equal if it has one axis).
         text: The rendered prompt and the answer; ``start`` and ``end`` count its characters.
