@@ -31,6 +31,7 @@ from .analysis import (
     recency_index,
     rollout_matrix,
     sink_rate,
+    token_norms,
     token_ratio,
 )
 from .attention import AttentionCall
@@ -99,5 +100,6 @@ __all__ = [
     "shapes",
     "sink_rate",
     "store",
+    "token_norms",
     "token_ratio",
 ]

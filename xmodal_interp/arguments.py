@@ -193,6 +193,22 @@ def user_path(given: Any) -> Path:
     return path
 
 
+def not_recorded_calls(value: Any, name: str) -> None:
+    """Raise InputError if ``value`` is a recording or recorded calls instead of samples."""
+    listed = isinstance(value, (list, tuple)) and len(value) > 0
+    first = value[0] if listed else value
+    is_recording = hasattr(first, "calls") and hasattr(first, "without_matrix")
+    is_call = hasattr(first, "scaling") and hasattr(first, "query_positions")
+    if is_recording or is_call:
+        given = f"a {type(value).__name__}"
+        given += f" of {type(first).__name__}" if listed else ""
+        raise InputError(
+            f"{name} must be {'samples' if name == 'samples' else 'a sample'}; got {given}. Make a "
+            "sample with xi.capture(vlm, image, prompt), or of a vision model with "
+            "recording.sample(image, grid=(rows, columns))."
+        )
+
+
 Check = Callable[[Any, str], Any]
 """Takes a value and the name of its argument; raises InputError if the value is invalid."""
 
@@ -220,6 +236,7 @@ CHECKS: Mapping[str, Check] = {
     **dict.fromkeys(("by", "blocks"), strings),
     **dict.fromkeys(("table", "hits", "curve"), table),
     **dict.fromkeys(("queries", "layers", "heads", "head"), shallow),
+    **dict.fromkeys(("sample", "samples"), not_recorded_calls),
     "seed": count(0, 2**63 - 1),
     "tower": choice(*TOWERS),
     "kind": choice(*get_args(AttentionKind)),

@@ -70,8 +70,9 @@ class Sample:
 
     Attributes:
         name: Name of the sample, unique in a store.
-        tokens: One row per position of prompt and answer, with ``TOKEN_COLUMNS``. The last
-            generated token has no row if the model did not run on it. For models with a rotary
+        tokens: One row per position of prompt and answer, with ``TOKEN_COLUMNS``; for a vision
+            model, one row per position of its vision tower. The last generated token has no row if
+            the model did not run on it. For models with a rotary
             embedding there are also ``rope_t``, ``rope_h`` and ``rope_w``: the time, row and column
             positions that the embedding received (equal if it has one axis).
         text: The rendered prompt and the answer; ``start`` and ``end`` count its characters.
@@ -158,14 +159,19 @@ class Sample:
             f"{len(self.layers(tower, kind))} {tower} {kind}"
             for tower, kind in sorted({key[:2] for key in self.calls})
         )
-        return (
-            f"Sample({self.name!r}: {self.question!r} -> {self.answer!r}; {tokens} tokens; "
-            f"layers: {layers})"
-        )
+        asked = f"{self.question!r} -> {self.answer!r}"
+        if self.tower == "vision":
+            asked = ", ".join(f"{grid.width} x {grid.height} px" for grid in self.grids)
+        return f"Sample({self.name!r}: {asked}; {tokens} tokens; layers: {layers})"
 
     def __len__(self) -> int:
         """Return the number of positions of prompt and answer."""
         return len(self.tokens)
+
+    @property
+    def tower(self) -> Tower:
+        """The tower whose positions ``tokens`` describes: ``"vision"`` without a language model."""
+        return "vision" if self.provenance.get("tower") == "vision" else "language"
 
     @property
     def last(self) -> int:
@@ -316,34 +322,88 @@ class Sample:
         inside = (self.tokens["start"] <= start) & (self.tokens["end"] >= end)
         return bool((inside & self.tokens["kind"].isin([*VISUAL_KINDS, "special"])).any())
 
-    def positions(self, selector: Selector, *, predicts: bool = False) -> Int[Tensor, " position"]:
+    def positions(
+        self,
+        selector: Selector,
+        *,
+        predicts: bool = False,
+        tower: Tower | None = None,
+        image: int = 0,
+    ) -> Int[Tensor, " position"]:
         """Convert a selector to positions.
 
         ``"last"`` selects the last position of the prompt, ``"text"`` the text after all images and
-        videos. The positions of a list that contains strings are sorted and unique.
+        videos. In the vision tower, a name selects all positions with this name: ``"class"``,
+        ``"register"`` (all registers), ``"register 0"`` or ``"patch"``. The positions of a list
+        that contains strings are sorted and unique.
 
         Args:
-            selector: A keyword, a phrase, an index, a slice, a boolean mask or a list.
-            predicts: Return the positions whose output predicts the selected tokens: one before
-                each.
+            selector: A keyword, a phrase or name, an index, a slice, a boolean mask or a list.
+            predicts: Return the positions whose output predicts the selected tokens of the
+                language tower: one before each.
+            tower: ``"language"`` or ``"vision"``; ``Sample.tower`` if not given.
+            image: In the vision tower, index of the image; videos follow the images.
 
         Raises:
-            InputError: ``"text"`` for a sample without text after the image.
-            PhraseError: An unknown or ambiguous phrase, a phrase of a token without a row, or a
-                keyword that is also a word of this sample's text.
+            InputError: ``"text"`` for a sample without text after the image, or ``predicts`` in the
+                vision tower.
+            PhraseError: An unknown or ambiguous phrase, a phrase of a token without a row, an
+                unknown name, or a keyword that is also a word of this sample's text.
             PositionError: An index outside the sequence, a mask of the wrong length, or a token
                 that no position predicts.
         """
+        where: dict[str, Any] = {"predicts": predicts, "tower": tower, "image": image}
+        if has_phrase(selector) and not isinstance(selector, str):
+            found = (self.positions(each, **where) for each in selector)
+            return torch.tensor(sorted({int(i) for of_each in found for i in of_each}))
+        if (tower or self.tower) != "language":
+            if predicts:
+                raise InputError(
+                    "Positions of the vision tower predict no token, but predicts=True was given. "
+                    "Leave predicts out."
+                )
+            return self._patches(selector, image)
         if isinstance(selector, str):
             if selector not in KEYWORDS:
                 return torch.from_numpy(self.find(selector, predicts=predicts))
-            found = torch.from_numpy(self._named(selector))
-        elif has_phrase(selector):
-            each = (self.positions(one, predicts=predicts) for one in selector)
-            return torch.tensor(sorted({int(i) for of_one in each for i in of_one}))
+            rows = torch.from_numpy(self._named(selector))
         else:
-            found = resolve(cast("Positions", selector), len(self), "position")
-        return torch.from_numpy(self._before(found.numpy())) if predicts else found
+            rows = resolve(cast("Positions", selector), len(self), "position")
+        return torch.from_numpy(self._before(rows.numpy())) if predicts else rows
+
+    def _patches(self, selector: Selector, image: int) -> Int[Tensor, " position"]:
+        """Return positions of the vision tower, by name or number."""
+        names = self.patch_names(image)
+        if not isinstance(selector, str):
+            return resolve(cast("Positions", selector), len(names), "position")
+        groups = np.array([name.rstrip("0123456789 ") for name in names.tolist()], dtype=object)
+        rows = np.flatnonzero((names == selector) | (groups == selector))
+        if not len(rows):
+            known = ", ".join(dict.fromkeys(groups.tolist()))
+            raise PhraseError(
+                f"No position of the vision tower of sample {self.name!r} is named {selector!r}; "
+                f"the names are {known}. Pass one of them, or positions as numbers."
+            )
+        return torch.from_numpy(rows)
+
+    def patch_names(self, image: int = 0) -> np.ndarray:
+        """Return the name of each vision-tower position of an image, as an array of strings.
+
+        Patches are named ``patch``; other positions have the names of the geometry rule, such as
+        ``class`` and ``register 0``, or ``special`` if it names none.
+
+        Args:
+            image: Index of the image; videos follow the images.
+
+        Raises:
+            GeometryError: The image does not exist.
+        """
+        grids: tuple[ImageGrid | VideoGrid, ...] = (*self.grids, *self.video_grids)
+        _check_exists(image, len(grids), "image")
+        names = getattr(grids[image], "patch_names", None)
+        if names is None:
+            names = np.where(grids[image].patch_places[:, 0] >= 0, "", "special")
+        return np.where(names == "", "patch", names).astype(object)
 
     def _named(self, name: str) -> Int[np.ndarray, " position"]:
         """Return the positions of a keyword."""
@@ -367,15 +427,16 @@ class Sample:
             )
         return after
 
-    def layers(self, tower: Tower = "language", kind: AttentionKind = "self") -> list[int]:
+    def layers(self, tower: Tower | None = None, kind: AttentionKind = "self") -> list[int]:
         """Return the layers whose calls were kept, ascending."""
+        tower = tower or self.tower
         return sorted({key[2] for key in self.calls if key[0] == tower and key[1] == kind})
 
     def call(
         self,
         layer: SupportsIndex,
         *,
-        tower: Tower = "language",
+        tower: Tower | None = None,
         kind: AttentionKind = "self",
         call: SupportsIndex = 0,
     ) -> AttentionCall:
@@ -383,7 +444,7 @@ class Sample:
 
         Args:
             layer: Layer index; negative ones count from the last layer of the model.
-            tower: The tower.
+            tower: The tower; ``Sample.tower`` if not given.
             kind: The attention kind: ``"self"``, ``"cross"`` or ``"channel"``.
             call: Index of the call of this layer. In the vision tower, the index of the image;
                 videos follow the images.
@@ -392,6 +453,7 @@ class Sample:
             LayerError: The layer or call does not exist.
             NotRecordedError: The layer exists, but was not kept.
         """
+        tower = self.tower if tower is None else tower
         one_of(tower, "tower", TOWERS)
         one_of(kind, "kind", get_args(AttentionKind))
         kept = self.layers(tower, kind)
@@ -421,7 +483,7 @@ class Sample:
         queries: Selector | None = None,
         keys: Selector | None = None,
         *,
-        tower: Tower = "language",
+        tower: Tower | None = None,
         kind: AttentionKind = "self",
         call: SupportsIndex = 0,
     ) -> Float[Tensor, "head query key"]:
@@ -432,17 +494,23 @@ class Sample:
             heads: Heads; all by default.
             queries: Positions, a phrase or a list of phrases; all by default.
             keys: Like ``queries``. Keys of cross-attention are selected by position only.
-            tower: The tower. In towers other than the language tower, ``queries`` and ``keys`` are
-                positions in that tower.
+            tower: The tower; ``Sample.tower`` if not given. In the vision tower, ``queries`` and
+                ``keys`` are positions in that tower, or names such as ``"class"``; in other towers
+                than these two, positions only.
             kind: The attention kind: ``"self"``, ``"cross"`` or ``"channel"``.
             call: Index of the call of this layer; in the vision tower, the index of the image.
         """
+        tower = self.tower if tower is None else tower
         one_of(tower, "tower", TOWERS)
         one_of(kind, "kind", get_args(AttentionKind))
-        accepts_phrase = tower == "language"
-        query: Any = self.positions(queries) if accepts_phrase and has_phrase(queries) else queries
-        accepts_phrase = accepts_phrase and kind == "self"
-        key: Any = self.positions(keys) if accepts_phrase and has_phrase(keys) else keys
+        has_names = tower in ("language", "vision")
+        place: dict[str, Any] = {"tower": tower, "image": number(call, "call")}
+        query: Any = queries
+        if has_names and has_phrase(queries):
+            query = self.positions(cast("Selector", queries), **place)
+        key: Any = keys
+        if has_names and kind == "self" and has_phrase(keys):
+            key = self.positions(cast("Selector", keys), **place)
         if has_phrase(query) or has_phrase(key):
             raise InputError(
                 "A phrase selects text positions only. Pass queries and keys of other towers, and "

@@ -176,7 +176,7 @@ def test_a_list_of_phrases_selects_all_their_positions() -> None:
     assert torch.equal(probs, sample.probs(0, queries=[red, circle], keys=[red]))
     with pytest.raises(PhraseError, match="'green' is not in"):
         sample.probs(0, queries=["green", "circle"])
-    with pytest.raises(InputError, match="A phrase selects text positions only"):
+    with pytest.raises(PhraseError, match=r"No position of the vision tower .* is named 'red'"):
         sample.probs(0, tower="vision", queries=["red"])
 
 

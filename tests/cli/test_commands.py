@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import xmodal_interp as xi
 from tests.helpers.store_samples import items
 from tests.helpers.tiny import picture
+from tests.helpers.vision import registers_vlm
 from xmodal_interp import block_statistics
 from xmodal_interp.cli import printing
 from xmodal_interp.cli.commands import app
@@ -195,7 +196,6 @@ def test_a_figure_in_an_unknown_format_is_an_error(store) -> None:
             "does not take --layer",
         ),
         (["plot", "token-head-grid", "--head", "9"], "does not take --head"),
-        (["plot", "overlay"], "requires --queries"),
         (["plot", "attention-matrix", "--head", "99"], "99"),
         (["plot", "mask-structure", "--head", "99"], "99"),
     ],
@@ -207,6 +207,16 @@ def test_wrong_options_are_errors(store, tmp_path, arguments, words) -> None:
     assert result.exit_code == 1
     assert words in result.output
     assert not path.exists()
+
+
+def test_a_required_option_is_named(store, tmp_path, monkeypatch) -> None:
+    def required(sample, queries, path=None):
+        raise AssertionError(sample, queries, path)
+
+    monkeypatch.setattr(xi.figures, "overlay", required)
+    result = run(app, ["plot", str(store), "overlay", "--path", str(tmp_path / "a.png")])
+    assert result.exit_code == 1
+    assert "requires --queries" in result.output
 
 
 def test_a_type_error_inside_an_analysis_is_raised(store, monkeypatch) -> None:
@@ -454,3 +464,27 @@ def test_families_are_filtered_by_words() -> None:
         "error: No known model type has 'nosuch' in its name, layers or rule. xmodal families "
         "lists all.\n"
     )
+
+
+def test_a_vision_model_is_checked_and_captured_without_a_prompt(tmp_path) -> None:
+    vlm = registers_vlm()
+    vlm.model.save_pretrained(tmp_path / "model")
+    vlm.processor.save_pretrained(tmp_path / "model")
+    picture().save(tmp_path / "photo.jpg")
+    model, photo = str(tmp_path / "model"), str(tmp_path / "photo.jpg")
+    checked = run(app, ["doctor", model, photo])
+    assert checked.exit_code == 0, checked.output
+    command = ["capture", str(tmp_path / "store"), "--model", model, "--image", photo]
+    captured = run(app, [*command, "--name", "photo"])
+    assert captured.exit_code == 0, captured.output
+    sample = xi.open_store(tmp_path / "store")["photo"]
+    assert sample.tower == "vision"
+    assert sample.tokens["token"].tolist()[:3] == ["class", "register 0", "register 1"]
+    written = run(app, ["analyze", str(tmp_path / "store"), "attention-sinks"])
+    assert written.exit_code == 0, written.output
+    target = str(tmp_path / "a.png")
+    drawn = run(app, ["plot", str(tmp_path / "store"), "layer-overlays", "--path", target])
+    assert drawn.exit_code == 0, drawn.output
+    asked = run(app, [*command, "--name", "other", "--prompt", "what is it?"])
+    assert asked.exit_code == 1
+    assert "has no language model" in asked.output

@@ -154,7 +154,7 @@ class _Run:
             try:
                 raw = read()
                 name = sample_name(number, raw, self.seen)
-                item = item_of(number, name, raw)
+                item = item_of(number, name, raw, asks=self.vlm.family.language)
                 if self._is_stored(item):
                     continue
                 opened = opened_media(item, background)

@@ -158,22 +158,29 @@ def sample_name(number: int, raw: Any, seen: dict[str, int]) -> str:
     return name
 
 
-def item_of(number: int, name: str, raw: Mapping[str, Any]) -> Item:
+def item_of(number: int, name: str, raw: Mapping[str, Any], *, asks: bool = True) -> Item:
     """Return an item with validated entries, without opening its images.
+
+    Args:
+        number: Its index.
+        name: Name of its sample.
+        raw: The item.
+        asks: Whether it must have a prompt. For a vision model, capture refuses a prompt.
 
     Raises:
         InputError: An entry is missing or invalid.
     """
     title = f"Item {number} ({name!r})"
     images, videos = visuals_of(raw, title=title)
-    prompt = entry(raw, *PROMPT, title=title)
+    prompt = next((raw[key] for key in PROMPT if raw.get(key)), "")
+    prompt = entry(raw, *PROMPT, title=title) if asks else prompt
     wrong = [type(image).__name__ for image in images if not is_picture(image)]
     if wrong:
         raise InputError(f"{title}: {WANTED}; got {', '.join(wrong)}.")
     wrong = [type(video).__name__ for video in videos if not isinstance(video, Video)]
     if wrong:
         raise InputError(f"{title}: a video must be an xi.Video; got {', '.join(wrong)}.")
-    if not isinstance(prompt, str) or not prompt.strip():
+    if asks and (not isinstance(prompt, str) or not prompt.strip()):
         raise InputError(f"{title}: the prompt must be a non-empty string; got {prompt!r}.")
     rest = {k: v for k, v in raw.items() if k not in _KEYS and v is not None}
     if raw.get("name") is not None and raw.get("id") is not None:

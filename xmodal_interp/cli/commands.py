@@ -118,7 +118,10 @@ def capture(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Number of tokens to generate")] = 20,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Number of tokens to generate; default: 20, or 0 for a vision model"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of samples per batch")] = 1,
     layers: Annotated[
         list[int] | None,
@@ -157,10 +160,14 @@ def capture(
     Prints the model's answers. Run it again with the same store and settings to capture only the
     missing samples.
     """
-    asked = _asked(items, image, prompt, name)
+    vlm = _loaded(model, dtype, device_map, attn_implementation)
+    if max_new_tokens is None:
+        max_new_tokens = 20 if vlm.family.language else 0
+    if prompt is None and not vlm.family.language:
+        prompt = ""
     written = xi.capture_dataset(
-        _loaded(model, dtype, device_map, attn_implementation),
-        asked,
+        vlm,
+        _asked(items, image, prompt, name),
         store,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
@@ -340,7 +347,9 @@ def doctor(
         str, typer.Argument(help=f"Hub id, folder, or shipped model: {', '.join(SHIPPED)}")
     ] = "llava",
     image: Annotated[Path | None, typer.Argument(help="An image; default: a generated one")] = None,
-    prompt: Annotated[str, typer.Argument(help="A question")] = "What is in the image?",
+    prompt: Annotated[
+        str | None, typer.Argument(help="A question; default: What is in the image?")
+    ] = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     attn_implementation: AttnImplementation = None,
@@ -418,7 +427,7 @@ def _asked(
 ) -> list[dict[str, Any]]:
     """Return the items of a file, or the single item given by the options."""
     if items is not None:
-        if images or prompt is not None or name is not None:
+        if images or prompt or name is not None:
             raise InputError("--items cannot be combined with --image, --prompt or --name.")
         return xi.read_items(items)
     if not images or prompt is None:

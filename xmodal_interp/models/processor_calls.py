@@ -19,7 +19,7 @@ from xmodal_interp.models.records import Family
 if TYPE_CHECKING:
     from xmodal_interp.models.vlm import VLM
 
-_FAILURES = (
+FAILURES = (
     *(ValueError, TypeError, RuntimeError, StopIteration),
     *(ArithmeticError, LookupError, AttributeError),
 )
@@ -59,7 +59,7 @@ def processed(
     }
     try:
         outputs = processor(**arguments)
-    except _FAILURES as error:
+    except FAILURES as error:
         _refuse_other_numbers(vlm.placeholder, texts, images, error)
         missing = unset(processor)
         if missing:

@@ -1,4 +1,4 @@
-"""VLM: a vision-language model with its processor.
+"""VLM: a vision-language model, or a vision model, with its processor.
 
 It turns images and questions into model inputs with labelled positions.
 """
@@ -15,7 +15,8 @@ from PIL import Image
 
 from xmodal_interp.arguments import as_list, one_or_several, string
 from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.models import geometry, processor_calls
+from xmodal_interp.models import geometry, processor_calls, vision_inputs
+from xmodal_interp.models.encoders import encoder_in
 from xmodal_interp.models.generation import arguments_of, check_decoding, end_ids_of, ends_by_text
 from xmodal_interp.models.geometry import ImageGrid
 from xmodal_interp.models.labels import Prompt, Unlabelled, labelled
@@ -52,16 +53,21 @@ _generating: ContextVar[tuple[object, Mapping[str, Any]]] = ContextVar(
 class VLM:
     """A model, its processor and its family record.
 
+    A vision model without a language model is accepted too: it reads one image per sample and no
+    prompt, and the positions of its samples are those of its vision tower.
+
     Attributes:
-        model: A model of transformers, or a PEFT wrapper of one.
-        processor: The processor of the model. Settings that it lacks (``patch_size`` in older
-            checkpoints) are taken from the model, in a copy.
+        model: A model of transformers, or a PEFT wrapper of one. Of a dual encoder such as CLIP,
+            only the vision tower is kept.
+        processor: The processor of the model; for a vision model, its image processor. Settings
+            that it lacks (``patch_size`` in older checkpoints) are taken from the model, in a copy.
         family: The record of the model type; looked up by the type if not given.
         loading: A ``CheckpointReport``: how the checkpoint differs from the model. Pass the second
             result of ``from_pretrained(name, output_loading_info=True)``. None if not known.
 
     Raises:
-        InputError: ``model`` is not a model of transformers, or ``processor`` has no tokenizer.
+        InputError: ``model`` is not a model of transformers, or ``processor`` has no tokenizer; for
+            a vision model, ``processor`` is not an image processor.
         UnsupportedModelError: The model type has no family record and no image token id in its
             configuration, or is text-only; the model is not of the generating class of its type, or
             it has a PEFT adapter with virtual tokens.
@@ -85,7 +91,11 @@ class VLM:
             refuse_other_class(self.model)
         if self.loading is not None:
             object.__setattr__(self, "loading", CheckpointReport.of(self.loading))
-        if not hasattr(self.processor, "tokenizer"):
+        if not self.family.language:
+            object.__setattr__(self, "model", encoder_in(self.model))
+            found = vision_inputs.image_processor_of(self.processor)
+            object.__setattr__(self, "processor", found)
+        elif not hasattr(self.processor, "tokenizer"):
             raise InputError(
                 "The processor must have a tokenizer and an image processor; got "
                 f"{type(self.processor).__name__}. Load both with AutoProcessor."
@@ -106,8 +116,8 @@ class VLM:
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer."""
-        return self.processor.tokenizer
+        """The processor's tokenizer; None for a model without a language model."""
+        return self.processor.tokenizer if self.family.language else None
 
     @property
     def end_ids(self) -> set[int]:
@@ -136,7 +146,7 @@ class VLM:
                 images and videos, or with its placeholders where it has them. A question with
                 placeholders that was rendered by a chat template before is the whole prompt. It
                 may be empty if a decoder starts from its start token alone, and must be empty if
-                the model takes no text.
+                the model takes no text or is a vision model.
             system: A system message, for the chat template.
             videos: For each sample, its video or its videos in order.
 
@@ -150,7 +160,10 @@ class VLM:
         images, questions = as_list(images, "images"), as_list(questions, "questions")
         for question in questions:
             string(question, "A prompt")
-        background = processor_calls.composite_of(self.processor)
+        of_images = vision_inputs.ImagesOnly(self.processor)
+        background = processor_calls.composite_of(
+            self.processor if self.family.language else of_images
+        )
         given = [one_or_several(of) for of in images]
         opened = [tuple(open_image(image, background) for image in of) for of in given]
         clips = [] if videos is None else as_list(videos, "videos")
@@ -161,6 +174,9 @@ class VLM:
                 f"The model type {self.family.model_type!r} has no rule that places video tokens. "
                 "Pass a family record with one, or record the attention with xi.record(model)."
             )
+        if not self.family.language:
+            inputs, labelled_prompts = vision_inputs.prepared(self, opened, questions)
+            return self._moved(inputs), labelled_prompts
         prompts = [
             rendered(self, question, len(of), len(clips), system=system)
             for question, of, clips in zip(questions, opened, shown, strict=True)
@@ -207,6 +223,8 @@ class VLM:
     @property
     def runs_alone(self) -> bool:
         """Whether padding changes the results, so that samples are run one by one."""
+        if not self.family.language:
+            return not vision_inputs.fixes_size(self.processor)
         text = self.model.config.get_text_config(decoder=True)
         return (
             self.family.alone is not None or getattr(text, "model_type", None) in TEXT_MODELS_ALONE
@@ -274,8 +292,10 @@ class VLM:
             inputs: The inputs that ``prepare`` returned.
             **options: Further arguments of the model's forward.
         """
+        if self.family.language:
+            options = {"use_cache": False, **options}
         with evaluation_mode(self.model):
-            return self.model(**inputs, use_cache=False, **options)
+            return self.model(**inputs, **options)
 
     @property
     def placeholder(self) -> str | None:
