@@ -46,6 +46,7 @@ from xmodal_interp.vocabulary import (
     TEXT,
     TOKEN_KINDS,
     TOWERS,
+    TURN,
     VISUAL_KINDS,
     AttentionKind,
     Keyword,
@@ -205,6 +206,10 @@ class Sample:
                 whole_number(index, name, 0)
         matches = np.ones(len(self.tokens), dtype=bool)
         wanted: dict[str, Any] = {"kind": kind, "role": role, **numbers}
+        if turn is not None and TURN not in self.tokens:
+            raise InputError(
+                f"Sample {self.name!r} is not a chat, so its tokens have no turns. Leave out turn."
+            )
         for column, value in wanted.items():
             if column == "kind" and value is not None:
                 matches &= self.kinds == value

@@ -53,8 +53,8 @@ TOKEN_COLUMNS: tuple[str, ...] = (
 )
 """Columns of a token table:
 
-* ``token``, ``kind``, ``role`` (``system``, ``user``, ``assistant``, ``tool``; ``generated`` for the
-  answer; or ``template``);
+* ``token``, ``kind``, ``role`` (``system``, ``user``, ``assistant`` or ``tool``; ``generated`` for
+  the answer; or ``template``);
 * ``image``: index of the image; ``row``, ``col``: place on its grid;
 * ``x0``, ``y0``, ``x1``, ``y1``: box in pixels of the original image;
 * ``start``, ``end``: span of characters in the sample's text;

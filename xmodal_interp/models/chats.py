@@ -2,8 +2,8 @@
 
 Both forms are read, also as tables and ``datasets`` return them (arrays, entries that are None):
 
-* ``{"role": "user", "content": "..."}``, with a string or a list of parts: ``{"type": "text", "text":
-  "..."}``, ``{"type": "image", "image": picture}`` (or ``url``, ``path``, ``base64``,
+* ``{"role": "user", "content": "..."}``, with a string or a list of parts: ``{"type": "text",
+  "text": "..."}``, ``{"type": "image", "image": picture}`` (or ``url``, ``path``, ``base64``,
   ``image_url``), ``{"type": "video", "video": frames}``.
 * ``{"from": "human", "value": "..."}`` of LLaVA, with the speakers ``human``, ``gpt`` and others.
 
@@ -26,6 +26,9 @@ from xmodal_interp.arguments import as_list, is_several, string
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.models.media import ImageLike, Video
 from xmodal_interp.models.pixel_arrays import is_array
+
+Messages = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
+"""Messages in one of these forms, as a list of dicts or a dict of lists."""
 
 MESSAGE_ROLES = ("system", "user", "assistant", "tool")
 _SPEAKERS = {
@@ -243,8 +246,8 @@ def _read_part(given: Any, pictures: Mapping[str, _Pictures]) -> dict[str, Any]:
     if len(named) > 1 or unread:
         raise InputError(
             f"A part of the type {kind} has the entries {', '.join(part)}, of which "
-            f"{', '.join(unread or named[1:])} would not be read. Leave them out; processor_options "
-            "sets the resolution."
+            f"{', '.join(unread or named[1:])} would not be read. Leave them out; "
+            "processor_options sets the resolution."
         )
     if not named:
         pictures[kind].take()

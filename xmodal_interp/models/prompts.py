@@ -52,7 +52,16 @@ class RenderedPrompt:
 def rendered(
     vlm: VLM, question: str | Chat, n_images: int, n_videos: int, *, system: str | None = None
 ) -> RenderedPrompt:
-    """Return the prompt of a question about some images and videos, or of a chat.
+    """Return the prompt of a question (see :func:`_rendered_question`) or of a chat."""
+    if isinstance(question, Chat):
+        return _rendered_chat(vlm, question.with_system(system), n_videos)
+    return _rendered_question(vlm, question, n_images, n_videos, system)
+
+
+def _rendered_question(
+    vlm: VLM, question: str, n_images: int, n_videos: int, system: str | None
+) -> RenderedPrompt:
+    """Return the prompt of a question about some images and videos.
 
     The question is put into the chat template, after its images and then its videos. Images and
     videos are not added to a question that contains a placeholder: they stay where it has them.
@@ -65,7 +74,6 @@ def rendered(
     Args:
         vlm: Model, processor and family record.
         question: The question; it may be empty if the decoder starts from its start token alone.
-            Or a chat, which is put into the chat template.
         n_images: The number of images.
         n_videos: The number of videos.
         system: A system message, for the chat template.
@@ -76,8 +84,6 @@ def rendered(
             prompt, or the prompt does not have one placeholder per video.
     """
     family, processor = vlm.family, vlm.processor
-    if isinstance(question, Chat):
-        return _rendered_chat(vlm, question.with_system(system), n_videos)
     if vlm.model.config.is_encoder_decoder and not (family.in_sequence or question):
         _refuse_system(system, f"{family.model_type} starts from its start token, without a prompt")
         return RenderedPrompt("", ())
@@ -160,7 +166,7 @@ def _picture_spans(
 
     If the template does not write one placeholder for each part, the role is ``user``.
     """
-    owners = [
+    owners: list[tuple[str, int | None]] = [
         (message["role"], turn)
         for turn, message in enumerate(messages)
         for part in message["content"]
@@ -173,9 +179,7 @@ def _picture_spans(
     ]
     if len(found) != len(owners):
         owners = [("user", None)] * len(found)
-    return [
-        RoleSpan(role, *span, turn) for (role, turn), span in zip(owners, found, strict=True)
-    ]
+    return [RoleSpan(role, *span, turn) for (role, turn), span in zip(owners, found, strict=True)]
 
 
 def _whole(question: str, video: str | None, n_videos: int) -> RenderedPrompt:
