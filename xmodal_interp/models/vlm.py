@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from xmodal_interp.arguments import as_list, string
-from xmodal_interp.errors import GeometryError, InputError
+from xmodal_interp.errors import GeometryError, InputError, quoted
 from xmodal_interp.models import geometry, processor_calls, vision_inputs
 from xmodal_interp.models.encoders import encoder_in
 from xmodal_interp.models.generation import GREEDY, check_decoding
@@ -87,6 +87,8 @@ class VLM:
         if given is None:
             object.__setattr__(self, "family", family_of(self.model.config))
             refuse_other_class(self.model)
+        elif not isinstance(given, Family):
+            raise InputError(f"family must be a Family record; got {quoted(given)}.")
         if self.loading is not None:
             object.__setattr__(self, "loading", CheckpointReport.of(self.loading))
         if not self.family.language:
