@@ -44,7 +44,7 @@ from .hooks import (
     mean_head_outputs,
     record,
 )
-from .models import VLM, Family, Video, load
+from .models import VLM, Family, Video, load, read_items
 from .sample import Sample
 from .store import Store, check_store, open_store
 from .verification import doctor
@@ -93,6 +93,7 @@ __all__ = [
     "raster_bias",
     "raster_map",
     "raster_profile",
+    "read_items",
     "recency_index",
     "record",
     "rollout_matrix",

@@ -4,6 +4,7 @@
 * :func:`as_list` converts a sequence to a list. ``series[0]`` of a pandas Series is the row
   labelled 0: the wrong entry after ``sort_values``, a ``KeyError`` after a filter. Sequences with
   one entry per sample or item are therefore converted before they are indexed.
+* :func:`one_or_several` converts a value that may be a list of values to a list.
 * :func:`user_path` converts a string to a path.
 * :func:`checked` decorates a public function: it checks arguments by name, from the table
   ``CHECKS``.
@@ -154,6 +155,16 @@ def is_several(given: Any) -> TypeGuard[Iterable[Any]]:
     An array is a single value, because it may be a picture.
     """
     return isinstance(given, (list, tuple, pd.Series, pd.Index))
+
+
+def one_or_several(given: Any) -> list[Any]:
+    """Return the values of a list or an iterator; a single value, such as a picture, is in a list.
+
+    Arrays are single values, unless their entries are objects.
+    """
+    given = list_if_iterator(given)
+    of_objects = isinstance(given, np.ndarray) and given.dtype == object and given.ndim
+    return list(given) if of_objects or is_several(given) else [given]
 
 
 _LONGEST = 255  # limit of one name in bytes on common file systems

@@ -4,6 +4,7 @@
 
     sample.tokens                           one row per position: token, kind, place in the image
     sample.find("red circle")               positions of a phrase
+    sample.find("yes", predicts=True)       the positions that predict it, one before each token
     sample.call(layer=3)                    queries, keys and mask of layer 3: an AttentionCall
     sample.probs(layer=3, queries="last")   its probabilities, [head, query, key]
     sample.grid(values)                     one value per image token, as [row, col]
@@ -33,6 +34,7 @@ from xmodal_interp.errors import (
     LayerError,
     NotRecordedError,
     PhraseError,
+    PositionError,
     quoted,
 )
 from xmodal_interp.models import ImageGrid, Video, VideoGrid
@@ -234,29 +236,86 @@ class Sample:
         text = self.where("text")
         return text[text > int(self.visual.max(initial=-1))]
 
-    def find(self, phrase: str, occurrence: int | None = None) -> Int[np.ndarray, " position"]:
-        """Return the positions of the tokens of a phrase.
+    def find(
+        self, phrase: str, occurrence: int | None = None, *, predicts: bool = False
+    ) -> Int[np.ndarray, " position"]:
+        """Return the positions of the tokens of a phrase, or those that predict them.
 
         The phrase matches whole words, ignoring case. In scripts without spaces (Chinese, Thai,
         ...) it matches any characters; a Korean phrase may be followed by particles.
 
+        A token is predicted by the position before it. The last generated token is predicted, but
+        it has no position of its own unless it was fed back to the model: after
+        ``capture(..., max_new_tokens=1)``, the answer's attention is at
+        ``sample.find("yes", predicts=True)``.
+
         Args:
             phrase: A phrase of the question or the answer.
             occurrence: Index of the match if there are several; negative ones count from the last.
+            predicts: Return the positions whose output predicts the tokens, instead of the
+                positions of the tokens.
 
         Raises:
             InputError: ``phrase`` is not a string, or ``occurrence`` is not an integer.
             PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` is
-                None.
+                None; or the model did not run on its last token.
+            PositionError: No position predicts a token of the phrase.
         """
         start, end = span_of(phrase, self.text, occurrence, hidden=self._in_placeholder)
         overlaps = (self.tokens["start"] < end) & (self.tokens["end"] > start)
-        if not overlaps.any():
+        found = np.flatnonzero(overlaps.to_numpy(dtype=bool, na_value=False))
+        if end > self._end_of_rows and not predicts:
+            raise PhraseError(
+                f"{phrase!r} has no attention row of its own: its last token was generated last "
+                "and was not fed back to the model. Pass sample.find("
+                f"{phrase!r}, predicts=True), the rows that predict it, or capture more tokens."
+            )
+        if end > self._end_of_rows:
+            found = np.append(found, len(self))
+        if not len(found):
             raise PhraseError(
                 f"{phrase!r} is in the text, but its tokens are unknown: the tokens of this sample "
                 "could not be aligned with its prompt. Pass positions instead."
             )
-        return np.flatnonzero(overlaps.to_numpy(dtype=bool, na_value=False))
+        return self._before(found) if predicts else found
+
+    @property
+    def _end_of_rows(self) -> int:
+        """The number of characters of the text up to the last token that has a row.
+
+        The characters after it belong to a generated token that was not fed back to the model.
+        """
+        text = self.text.rstrip()
+        if not self.answer or not text.endswith(self.answer):
+            return len(self.text)
+        last = self.tokens["end"].iloc[self.n_prompt :].max()  # NA if the answer has no row
+        end = len(text) - len(self.answer)
+        end = end if pd.isna(last) else max(end, int(last))
+        return end if text[end:].strip() else len(self.text)
+
+    def _before(self, found: Int[np.ndarray, " position"]) -> Int[np.ndarray, " position"]:
+        """Return the positions that predict the tokens at some positions.
+
+        Raises:
+            PositionError: There is no position before one of them, or it attends to the token, as
+                in an encoder or a prompt without causal mask.
+        """
+        call = next((c for key, c in self.calls.items() if key[:2] == ("language", "self")), None)
+        kept = set() if call is None else set(call.query_positions.tolist())
+        for position in found.tolist():
+            before = position - 1
+            reason = ""
+            if before < 0 or self.kinds[before] == "padding":
+                reason = "it is the first position"
+            elif position < self.n_prompt and call is not None and before in kept:
+                seen = call.visible([before])[..., position]
+                reason = "the position before it attends to it" if bool(seen.any()) else ""
+            if reason:
+                raise PositionError(
+                    f"No position predicts the token at position {position} of sample "
+                    f"{self.name!r}: {reason}. Leave out predicts=True."
+                )
+        return found - 1
 
     def _in_placeholder(self, start: int, end: int) -> bool:
         """Return whether a span of characters is inside a placeholder or another special token."""
@@ -264,7 +323,12 @@ class Sample:
         return bool((inside & self.tokens["kind"].isin([*VISUAL_KINDS, "special"])).any())
 
     def positions(
-        self, selector: Selector, *, tower: Tower | None = None, image: int = 0
+        self,
+        selector: Selector,
+        *,
+        predicts: bool = False,
+        tower: Tower | None = None,
+        image: int = 0,
     ) -> Int[Tensor, " position"]:
         """Convert a selector to positions.
 
@@ -275,22 +339,42 @@ class Sample:
 
         Args:
             selector: A keyword, a phrase or name, an index, a slice, a boolean mask or a list.
+            predicts: Return the positions whose output predicts the selected tokens: one before
+                each.
             tower: ``"language"`` or ``"vision"``; ``Sample.tower`` if not given.
             image: In the vision tower, index of the image; videos follow the images.
 
         Raises:
-            InputError: ``"text"`` for a sample without text after the image.
-            PhraseError: An unknown or ambiguous phrase, an unknown name, or a keyword that is also
-                a word of this sample's text.
-            PositionError: An index outside the sequence, or a mask of the wrong length.
+            InputError: ``"text"`` for a sample without text after the image, or ``predicts`` in the
+                vision tower.
+            PhraseError: An unknown or ambiguous phrase, a phrase of a token without a row, an
+                unknown name, or a keyword that is also a word of this sample's text.
+            PositionError: An index outside the sequence, a mask of the wrong length, or a token
+                that no position predicts.
         """
+        if (tower or self.tower) == "vision":
+            if predicts:
+                raise InputError(
+                    "predicts=True selects positions of the language tower; positions of the "
+                    "vision tower predict no token. Leave predicts out."
+                )
+            return self._patches(selector, image)
+        if isinstance(selector, str):
+            if selector not in KEYWORDS:
+                return torch.from_numpy(self.find(selector, predicts=predicts))
+            found = torch.from_numpy(self._named(selector))
+        elif has_phrase(selector):
+            each = (self.positions(one, predicts=predicts) for one in selector)
+            return torch.tensor(sorted({int(i) for of_one in each for i in of_one}))
+        else:
+            found = resolve(cast("Positions", selector), len(self), "position")
+        return torch.from_numpy(self._before(found.numpy())) if predicts else found
+
+    def _patches(self, selector: Selector, image: int) -> Int[Tensor, " position"]:
+        """Return the positions of the vision tower for an image that a selector selects."""
         if has_phrase(selector) and not isinstance(selector, str):
-            found = (self.positions(each, tower=tower, image=image) for each in selector)
-            return torch.tensor(sorted({int(i) for of_each in found for i in of_each}))
-        if (tower or self.tower) == "language":
-            if isinstance(selector, str):
-                return torch.from_numpy(self._named(selector))
-            return resolve(cast("Positions", selector), len(self), "position")
+            each = (self._patches(one, image) for one in selector)
+            return torch.tensor(sorted({int(i) for of_one in each for i in of_one}))
         names = self.patch_names(image)
         if not isinstance(selector, str):
             return resolve(cast("Positions", selector), len(names), "position")
@@ -324,9 +408,7 @@ class Sample:
         return np.where(names == "", "patch", names).astype(object)
 
     def _named(self, name: str) -> Int[np.ndarray, " position"]:
-        """Return the positions of a keyword or a phrase."""
-        if name not in KEYWORDS:
-            return self.find(name)
+        """Return the positions of a keyword."""
         if not isinstance(name, Keyword) and has_word(name, self.text, self._in_placeholder):
             keyword = {
                 LAST: "sample.last (the last position of the prompt)",

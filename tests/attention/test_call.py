@@ -81,7 +81,7 @@ def test_rows_and_sums_equal_the_definition(name: str) -> None:
 
 
 @pytest.mark.parametrize("extra", ["softcap", "sinks", "bias"])
-def test_calls_that_the_fused_kernel_does_not_support_are_exact_too(extra: str) -> None:
+def test_extra_terms_of_the_scores_are_exact_too(extra: str) -> None:
     value = {"softcap": 3.0, "sinks": torch.linspace(-1, 2, 8), "bias": torch.randn(1, 8, S, S)}[
         extra
     ]

@@ -268,20 +268,46 @@ def test_counts_of_visible_cells(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(call.null_mass(groups), null.float(), equal_nan=True)
 
 
-def test_memory_is_linear_and_no_mask_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most rows of a causal call are computed without one visible cell in memory."""
+def test_most_rows_are_computed_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is linear in the length, because no visible cell is in memory."""
+    calls = (CALLS["causal"](), CALLS["packed images"](), CALLS["bidirectional"]())
+    expected = [_exact(call) for call in calls]
+    counts = [call.visible().sum(-1) for call in calls]
 
     def no_mask(*_: object, **__: object) -> None:
         raise AssertionError("a mask was built")
 
     monkeypatch.setattr(call_module.masks, "visible_rows", no_mask)
     monkeypatch.setattr(call_module, "SMALL_CELLS", 0)
-    for call in (CALLS["causal"](), CALLS["packed images"](), CALLS["bidirectional"]()):
+    for call, exact, count in zip(calls, expected, counts, strict=True):
         rows = torch.arange(5, call.n_queries)
-        call.mass(torch.ones(2, call.n_keys), queries=rows)
-        call.entropy(queries=rows)
-        call.received(torch.ones(call.n_samples, call.n_queries))
-        call.n_visible(rows)
+        groups = torch.arange(call.n_keys)[None] > torch.tensor([[3], [20]])
+        _close(call.mass(groups, queries=rows), exact[:, :, 5:] @ groups.double().T)
+        _close(call.entropy(queries=rows), torch.special.entr(exact[:, :, 5:]).sum(-1))
+        ones = torch.ones(call.n_samples, call.n_queries)
+        _close(call.received(ones), exact.sum(2), 2e-5)
+        assert torch.equal(call.n_visible(rows), count[:, :, 5:])
+
+
+def test_entropies_that_another_statistic_computed_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What keys receive needs the log-sum-exp of all rows, which a pass returns with entropies."""
+    monkeypatch.setattr(call_module, "SMALL_CELLS", 0)
+    call = _call(causal=True)
+    exact = torch.special.entr(_exact(call)).sum(-1)
+    call.received(torch.ones(call.n_samples, S))
+
+    def no_pass(*_: object, **__: object) -> None:
+        raise AssertionError("the rows were computed again")
+
+    monkeypatch.setattr(call_module.fused, "row_pass", no_pass)
+    for _ in range(2):
+        found = call.entropy()
+        torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=0)
+        found.fill_(0.0)  # a result is the caller's
+    some = call.entropy([3, 1], [7, -1]).double()
+    torch.testing.assert_close(some, exact[:, [3, 1]][:, :, [7, -1]], atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("way")

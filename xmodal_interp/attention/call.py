@@ -411,11 +411,11 @@ class AttentionCall:
         with full_precision():
             no_bias = self.bias is None and (self.mask is None or self.mask.dtype == torch.bool)
             if fused.supports(self) and no_bias and not self._is_small(head, row):
-                entropy, _, size = self._row_pass(head, row, None)
+                entropy, size = self._fused_entropy(head, row)
                 if not size <= kernels.EXACT_TO:  # also if float32 gives NaN
                     entropy = fused.row_pass(self, head, row, None, torch.float64)[0]
                 # rounding can give a negative entropy for one key
-                return entropy.float().clamp_(min=0.0)
+                return entropy.float().clamp(min=0.0)
             call = self.on_float64_device()
             head, row = head.to(call.device), row.to(call.device)
             parts = row.split(self._chunk(len(head)))
@@ -618,11 +618,24 @@ class AttentionCall:
         row: Int[Tensor, " query"],
         values: Float[Tensor, "key value"] | None,
     ) -> tuple[Tensor, Tensor, float]:
-        """Return :func:`fused.row_pass`, and keep the log-sum-exp if all rows were computed."""
+        """Return :func:`fused.row_pass`, and keep what is small if all rows were computed."""
         found = fused.row_pass(self, head, row, values)
         if _is_all(head, self.n_heads) and _is_all(row, self.n_queries):
             self.memo["logsumexp"] = found[1]
+            if values is None:
+                self.memo["size"] = torch.tensor(found[2])
+                self.memo["entropy"] = found[0]
         return found
+
+    def _fused_entropy(
+        self, head: Int[Tensor, " head"], row: Int[Tensor, " query"]
+    ) -> tuple[Float[Tensor, "sample head query"], float]:
+        """Return the entropy and the size of its terms (:func:`fused.row_pass`)."""
+        if "entropy" not in self.memo:
+            entropy, _, size = self._row_pass(head, row, None)
+            return entropy, size
+        known: Tensor = self.memo["entropy"]
+        return known[:, head][:, :, row], float(self.memo["size"])
 
     def _logsumexp(
         self, head: Int[Tensor, " head"], row: Int[Tensor, " query"]

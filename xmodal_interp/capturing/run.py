@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.arguments import as_list, is_several, list_if_iterator
+from xmodal_interp.arguments import as_list, list_if_iterator, one_or_several
 from xmodal_interp.attention import AttentionCall, entries_of, numbers
 from xmodal_interp.attention.kernels import lowered_precision
 from xmodal_interp.attention.statistics import FIELDS, finished
@@ -151,12 +151,15 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
     Args:
         vlm: Model and processor.
         image: A path, a PIL image, or a list of these in order; an empty list for no image.
-        prompt: The question. It is put after the images and videos in the model's chat template,
-            unless it already contains their placeholders. Empty for a vision model.
+        prompt: The question. It is put after the images and videos in the model's chat template; a
+            question with placeholders (``"<image> ..."``) keeps them where they are. A prompt with
+            placeholders that ``apply_chat_template`` already rendered is used as it is, as is every
+            prompt with placeholders if ``processor.chat_template`` is None. Empty for a vision
+            model.
         videos: A :class:`Video`, or a list of videos.
         max_new_tokens: Number of tokens to generate greedily; 0 runs the prompt only.
         keep: The parts of the attention to keep; by default the queries and keys of all layers.
-        system: A system message.
+        system: A system message; an error if the prompt is used as it is.
         generation: Further arguments of ``model.generate``.
         name: Name of the sample in tables and stores; by default ``"sample-0"``.
 
@@ -166,13 +169,11 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
         GeometryError: Videos were given for a model type whose video tokens have no known places.
         CaptureError: Attention could not be recorded.
     """
-    images: list[ImageLike] = [*image] if is_several(image) else [image]  # type: ignore[list-item]
-    clips: list[Video] = [*videos] if is_several(videos) else [videos]  # type: ignore[list-item]
     sample = capture_batch(
         vlm,
-        [images],
+        [one_or_several(image)],
         [prompt],
-        videos=[clips],
+        videos=[one_or_several(videos)],
         max_new_tokens=max_new_tokens,
         keep=keep,
         system=system,
@@ -183,16 +184,18 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
 
 def capture_batch(
     vlm: VLM,
-    images: Iterable[Iterable[ImageLike]],
+    images: Iterable[ImageLike | Iterable[ImageLike]],
     prompts: Iterable[str] | None = None,
     *,
-    videos: Iterable[Iterable[Video]] | None = None,
+    videos: Iterable[Video | Iterable[Video]] | None = None,
     max_new_tokens: int = 0,
     keep: Keep | None = None,
     system: str | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> list[Sample]:
     """Run ``capture`` on a padded batch and return one sample for each prompt.
+
+    ``images`` and ``videos`` have one entry for each prompt: an image, or a list of images.
 
     Results of a sample do not depend on the other samples in the batch. Where padding would change
     them, the batch is split into groups that can share a run: see :meth:`VLM.batches`. Leave
@@ -216,13 +219,13 @@ def capture_batch(
     if not len(images) == len(prompts) == len(clips or prompts):
         raise InputError(
             "images, prompts and videos must have one entry for each sample; got "
-            f"{len(images)} lists of images, {len(prompts)} prompts and {len(clips)} lists of "
+            f"{len(images)} entries of images, {len(prompts)} prompts and {len(clips)} entries of "
             "videos."
         )
     clips = clips or [()] * len(prompts)
-    pictures = [list(of_sample) for of_sample in images]
+    pictures, clips = [[one_or_several(each) for each in given] for given in (images, clips)]
     samples: dict[int, Sample] = {}
-    groups = vlm.batches(pictures)
+    groups = vlm.batches(pictures, (generation or {}) if max_new_tokens else None)
     for group in groups:
         options = dict(generation or {})
         if "past_key_values" in options and len(groups) > 1:  # each run needs an empty cache
@@ -231,7 +234,7 @@ def capture_batch(
             vlm,
             [pictures[i] for i in group],
             [prompts[i] for i in group],
-            [list(clips[i]) for i in group],
+            [clips[i] for i in group],
             system,
             max_new_tokens,
             keep,
@@ -281,15 +284,17 @@ def _run(
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
+    ends = vlm.end_ids_with(generation) if new.shape[1] else set()
+    answers = [_until_end(ids, ends) for ids in new.tolist()]
     batch = _BatchCalls.of(vlm, inputs, prompts_read, recording)
     if not vlm.family.language:
         batch.refuse_other_positions(prompts_read)
     n_read = prompts_read[0].n_positions + max(new.shape[1] - 1, 0)
     rotary = _rotary_by_sample(recording.rotary, len(prompts_read), n_read)
     return [
-        _sample(vlm, index, prompt, ids, batch, keep, about, positions)
+        _sample(vlm, index, prompt, (ids, new.shape[1]), batch, keep, about, positions)
         for index, (prompt, ids, positions) in enumerate(
-            zip(prompts_read, new.tolist(), rotary, strict=True)
+            zip(prompts_read, answers, rotary, strict=True)
         )
     ]
 
@@ -415,7 +420,7 @@ def _sample(
     vlm: VLM,
     index: int,
     prompt: Prompt,
-    new: list[int],
+    new: tuple[list[int], int],
     batch: _BatchCalls,
     keep: Keep,
     about: dict[str, Any],
@@ -427,14 +432,14 @@ def _sample(
         vlm: Model and processor.
         index: The number of the sample in the batch.
         prompt: Its prompt.
-        new: Its generated ids, with padding.
+        new: Its generated ids, and the number of steps that generated the batch.
         batch: The calls of the batch.
         keep: The parts of the attention to keep.
         about: The provenance.
         rotary: Its positions from :func:`_rotary_by_sample`.
     """
-    ids = _until_end(new, vlm) if new else []
-    fed = ids[: max(len(new) - 1, 0)]  # the last generated token is not fed to the model
+    ids, n_steps = new
+    fed = ids[: max(n_steps - 1, 0)]  # the last generated token is not fed to the model
     answer, text = generated_columns(fed, ids, vlm.tokenizer, prompt.text)
     sample = Sample.with_later(
         {"tokens": partial(_tokens, prompt.columns, answer, rotary)},
@@ -494,7 +499,6 @@ def _with_probabilities(sample: Sample) -> Sample:
     return sample.changed(calls=calls)
 
 
-def _until_end(ids: list[int], vlm: VLM) -> list[int]:
+def _until_end(ids: list[int], ends: Collection[int]) -> list[int]:
     """Return the generated ids before the first end-of-sequence token."""
-    stop = vlm.end_ids
-    return next((ids[:i] for i, token in enumerate(ids) if token in stop), ids)
+    return next((ids[:i] for i, token in enumerate(ids) if token in ends), ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from contextlib import ExitStack, nullcontext
 from importlib.resources import files
@@ -63,6 +64,8 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
     if shipped:
         options.setdefault("dtype", "float32")  # trained in float32, stored in float16
     _check_dtype(options.get("dtype"))
+    auto = AutoProcessor if family.language else AutoImageProcessor
+    processor = _processor(source, shared, name, auto)
     with Block(_without_progress_bar) if shipped else nullcontext():
         class_ = AutoModelForImageTextToText if family.language else _own_class(config)
         model, loading = _model(source, options, class_)
@@ -74,8 +77,7 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
             UserWarning,
             stacklevel=2,
         )
-    auto = AutoProcessor if family.language else AutoImageProcessor
-    return VLM(model.eval(), _processor(source, shared, auto), family, loading)
+    return VLM(model.eval(), processor, family, loading)
 
 
 def shipped_path(family: str) -> Path:
@@ -140,14 +142,29 @@ def _model(source: str, options: dict[str, Any], class_: Any) -> tuple[Any, Chec
     return model, CheckpointReport.of(info)
 
 
-def _processor(source: str, shared: dict[str, Any], auto: Any) -> Any:
+_EXTRAS = {"torchvision": "xmodal-interp[vision]"}
+"""Packages that an extra of this package installs."""
+
+
+def _processor(source: str, shared: dict[str, Any], name: Any, auto: Any) -> Any:
+    """Return the processor of a model that a user loads by ``name``.
+
+    It is loaded before the weights, which may take minutes.
+    """
     try:
         return auto.from_pretrained(source, **shared)
     except ImportError as error:
+        first = _first_line(error)
+        found = re.search(r"requires the (\S+) library", first)
+        package = found[1].lower() if found else error.name
+        what = (
+            f"{package}, which is not installed" if package else f"a package: {first.rstrip('.')}"
+        )
+        install = f" Install it: pip install '{_EXTRAS.get(package, package)}'." if package else ""
+        shown = str(name) if str(name) in SHIPPED else source
         raise InputError(
-            f"The processor of {source!r} requires a package that is not installed: "
-            f"{_first_line(error)}"
-        ) from error
+            f"The processor of {shown!r} requires {what}.{install}"
+        ) from None  # 60 lines of transformers, whose last one is in this message
     except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
         raise InputError(
             f"The processor of {source!r} could not be loaded: "

@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 
 from xmodal_interp.errors import InputError
 from xmodal_interp.models.media import Composite, Video, flat
+from xmodal_interp.models.processor_settings import unset
 from xmodal_interp.models.prompts import RenderedPrompt
 from xmodal_interp.models.records import Family
 
@@ -60,6 +61,13 @@ def processed(
         outputs = processor(**arguments)
     except FAILURES as error:
         _refuse_other_numbers(vlm.placeholder, texts, images, error)
+        missing = unset(processor)
+        if missing:
+            raise InputError(
+                f"{type(processor).__name__} failed on this input: {error}. Its settings "
+                f"{', '.join(missing)} have no value, and neither have those of the model's "
+                f"config: set processor.{missing[0]} to the model's."
+            ) from error
         raise InputError(
             f"{type(processor).__name__} failed on this input: {error} (images of "
             f"{', '.join(f'{one.width} x {one.height}' for one in flat(images)) or 'none'} px)."

@@ -239,7 +239,14 @@ _RECORDS: tuple[Family, ...] = (
     Family("gemma3n", geometry=geometry.fused_stages),
     Family("fast_vlm", geometry=geometry.FixedGrid(shift=31.5 / 64)),
     # Every image has the same grid.
-    *_same("llava vipllava", geometry=geometry.fixed_grid),
+    Family(
+        "llava",
+        geometry=geometry.Chosen(
+            lambda config: config.vision_config.model_type == "pixtral",
+            {False: geometry.fixed_grid, True: geometry.sized_patches},
+        ),
+    ),
+    Family("vipllava", geometry=geometry.fixed_grid),
     Family(
         "video_llava",
         geometry=geometry.fixed_grid,

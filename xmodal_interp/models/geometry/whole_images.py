@@ -61,9 +61,14 @@ Count = Callable[[Any, Any], int]
 """``(config, processor) -> number``."""
 
 
-def kept_class_token(config: Any, _processor: Any) -> int:
-    """Return 1 if the image features include the tower's class token (LLaVA), else 0."""
-    return int(getattr(config, "vision_feature_select_strategy", "default") == "full")
+def kept_class_token(config: Any, processor: Any) -> int:
+    """Return 1 if the image features include a class token of the tower (LLaVA), else 0.
+
+    With the strategy ``"full"`` all positions of the tower are features. A SigLIP tower has no
+    class token among them.
+    """
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    return counted_class_token(config, processor) if strategy == "full" else 0
 
 
 def counted_class_token(_config: Any, processor: Any) -> int:
