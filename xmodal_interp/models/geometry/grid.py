@@ -20,6 +20,9 @@ NOWHERE = -1
 """The row and column of tokens outside the grid (class tokens, line breaks, padding tiles), and the
 tile of tokens that belong to no tile."""
 
+PADDING = "padding"
+"""The name of vision-tower positions that hold padding."""
+
 IMAGE, THUMBNAIL = "image", "thumbnail"
 VIEWS: tuple[str, ...] = (IMAGE, THUMBNAIL)
 
@@ -114,6 +117,8 @@ class ImageGrid(Viewed):
             image; NaN outside the grid. None if the patches fill the same box as the tokens.
         reason: Why the tokens have no rows and columns, if the family has no rule for them; or how
             their boxes were measured without a rule.
+        patch_names: Name of each vision-tower position without a place, such as ``"class"`` or
+            ``"register 0"``; empty for patches. None if the rule names no positions.
     """
 
     width: int
@@ -129,6 +134,7 @@ class ImageGrid(Viewed):
     thumbnail: Thumbnail | None = None
     patch_boxes: Float[np.ndarray, "patch 4"] | None = None
     reason: str | None = None
+    patch_names: np.ndarray | None = None
 
     def arranged(
         self, values: Float[np.ndarray, " token"], view: str = IMAGE, *, number: int = 0
