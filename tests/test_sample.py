@@ -1,5 +1,7 @@
 """Rows of a phrase and rows that predict it; short summaries."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ import torch
 from tests.helpers.real import real, settled
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.capturing.dataset import capture_dataset
-from xmodal_interp.capturing.run import capture
+from xmodal_interp.capturing.run import Keep, capture
 from xmodal_interp.errors import PhraseError, PositionError
+from xmodal_interp.hooks import record
 from xmodal_interp.models import VLM
 
 N = 5
@@ -106,3 +109,32 @@ def test_a_prompt_that_is_not_causal_is_not_predicted(model_type: str, prompt: s
     )
     last = sample.positions(np.array([sample.last]))
     assert sample.positions([sample.n_prompt], predicts=True).tolist() == last.tolist()
+
+
+def test_reprs_are_a_short_line() -> None:
+    """Sizes and meaning, no tensors."""
+    vlm = tiny_vlm("llava")
+    sample = capture(vlm, picture(96, 64), QUESTION)
+    assert repr(sample.call(2)) == (
+        f"AttentionCall(language self-attention, layer 2, call 0: {sample.call(2).n_heads} heads, "
+        f"{len(sample)} queries, {len(sample)} keys; q, k)"
+    )
+    assert repr(sample.grids) == (
+        "(ImageGrid(96 x 64 px; 12 x 12 tokens (row x col), 144 in total; 12 x 12 patches),)"
+    )
+    inputs, _ = vlm.prepare([[picture()]] * 2, [QUESTION] * 2)
+    with record(vlm.model) as recording:
+        assert repr(recording) == f"Recording(0 calls, {len(recording.modules)} attention modules)"
+        vlm.run(inputs)
+    n = len(recording.calls)
+    assert repr(recording) == f"Recording({n} calls, {len(recording.modules)} attention modules)"
+    assert ": 2 samples, " in repr(recording.calls[-1])
+    statistics = capture(vlm, picture(), QUESTION, keep=Keep(statistics=["entropy"])).call(0)
+    assert repr(statistics).endswith(" keys; row_entropy, groups, counted)")
+    tiled = VLM(real("llava_next")[0], settled("llava_next"))
+    (grid,) = capture(tiled, picture(96, 64), QUESTION).grids
+    assert re.fullmatch(
+        r"ImageGrid\(96 x 64 px; \d+ x \d+ tokens \(row x col\), \d+ in total; \d+ x \d+ patches"
+        r"; \d+ tiles; Thumbnail\(\d+ x \d+ tokens\)\)",
+        repr(grid),
+    )

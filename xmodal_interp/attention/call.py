@@ -135,6 +135,15 @@ class AttentionCall:
     counted: Bool[Tensor, "sample query"] | None = None
     note: str = ""
 
+    def __repr__(self) -> str:
+        """Return a line with the call's name, sizes and the tensors that it holds."""
+        held = ", ".join(name for name, _, _ in self.tensors()) or "no tensors"
+        if self.q is None and self.dense is None and not self.holds_statistics:
+            return f"AttentionCall({self.name}: {held})"
+        sizes = f"{self.n_heads} heads, {self.n_queries} queries, {self.n_keys} keys"
+        several = f"{self.n_samples} samples, " if self.n_samples > 1 else ""
+        return f"AttentionCall({self.name}: {several}{sizes}; {held})"
+
     @cached_property
     def memo(self) -> dict[str, Any]:
         """Small results that several statistics use, at most a few numbers per head and position.

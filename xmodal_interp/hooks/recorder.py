@@ -129,6 +129,18 @@ class Recording:
     unseen: list[str] = field(default_factory=list)
     rotary: Int[Tensor, "axis sample position"] | None = None
 
+    def __repr__(self) -> str:
+        """Return a line with the numbers of calls and modules."""
+        found = {
+            "calls": self.calls,
+            "results": self.results,
+            "attention modules": self.modules,
+            "layers without softmax attention": self.without_matrix,
+            "modules without a recorded call": self.unseen,
+        }
+        shown = [f"{len(of)} {name}" for name, of in found.items() if of or name == "calls"]
+        return f"Recording({', '.join(shown)})"
+
     def sample(
         self,
         image: ImageLike,

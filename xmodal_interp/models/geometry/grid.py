@@ -49,12 +49,37 @@ class Thumbnail:
     patch_cols: int
     patch_places: Int[np.ndarray, "patch axis"]
 
+    def __repr__(self) -> str:
+        """Return a line with the sizes of the grid."""
+        return f"Thumbnail({self.rows} x {self.cols} tokens)"
+
 
 class Viewed:
     """Common parts of images and videos: tokens of the tiles and of a thumbnail."""
 
+    width: int
+    height: int
+    rows: int
+    cols: int
     places: Int[np.ndarray, "token axis"]
+    patch_rows: int
+    patch_cols: int
+    tiles: Int[np.ndarray, " token"] | None
     thumbnail: Thumbnail | None
+
+    def __repr__(self) -> str:
+        """Return a line with the sizes of the picture, of its grid and of the vision tower."""
+        frames = f"{self.frames} frames of " if isinstance(self, VideoGrid) else ""
+        parts = [
+            f"{self.width} x {self.height} px",
+            f"{frames}{self.rows} x {self.cols} tokens (row x col), {self.n_tokens} in total",
+            f"{self.patch_rows} x {self.patch_cols} patches",
+        ]
+        if self.tiles is not None and self.tiles.size:
+            parts.append(f"{int(self.tiles.max()) + 1} tiles")
+        if self.thumbnail is not None:
+            parts.append(repr(self.thumbnail))
+        return f"{type(self).__name__}({'; '.join(parts)})"
 
     @property
     def n_tokens(self) -> int:
@@ -92,7 +117,7 @@ class Viewed:
         return self if view == IMAGE else self.thumbnail
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageGrid(Viewed):
     """The tokens of one image, in sequence order.
 
@@ -210,7 +235,7 @@ Box = tuple[float, float, float, float]
 """``(x0, y0, x1, y1)`` in pixels of the original image."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VideoGrid(Viewed):
     """The tokens of one video, in sequence order.
 
