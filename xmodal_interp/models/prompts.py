@@ -95,6 +95,8 @@ def rendered(
             f"{type(processor).__name__} has no chat template to render the question "
             f"{question!r}. Write the whole prompt{where}."
         )
+    if placed:
+        _check_videos(question, video, n_videos, "The prompt")
     parts = [] if placed else ["image"] * n_images + ["video"] * n_videos
     content = [*({"type": part} for part in parts), {"type": "text", "text": question}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
