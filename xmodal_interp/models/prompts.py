@@ -95,15 +95,14 @@ def rendered(
             f"{type(processor).__name__} has no chat template to render the question "
             f"{question!r}. Write the whole prompt{where}."
         )
-    if placed:
-        _check_videos(question, video, n_videos, "The prompt")
     parts = [] if placed else ["image"] * n_images + ["video"] * n_videos
     content = [*({"type": part} for part in parts), {"type": "text", "text": question}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     text = _from_template(vlm, messages)
-    _check_videos(text, video, n_videos, "The chat template's prompt")
+    checked, whose = (question, "The prompt") if placed else (text, "The chat template's prompt")
+    _check_videos(checked, video, n_videos, whose)
     marks = (
         RoleSpan("user", *found.span())
         for each in placeholders
