@@ -14,6 +14,7 @@ PICTURES = {
     "masks_compared.py": ("--folder", 2),
     "cross_attention.py": ("--folder", 2),
     "qwen2_vl_visualizer.py": ("--save-path", 3),
+    "vision_attention.py": ("--out", 5),
 }
 
 

@@ -31,6 +31,7 @@ from .analysis import (
     recency_index,
     rollout_matrix,
     sink_rate,
+    token_norms,
     token_ratio,
 )
 from .attention import AttentionCall
@@ -43,7 +44,7 @@ from .hooks import (
     mean_head_outputs,
     record,
 )
-from .models import VLM, Family, Video, load
+from .models import VLM, Family, Video, load, read_items
 from .sample import Sample
 from .store import Store, check_store, open_store
 from .verification import doctor
@@ -92,11 +93,13 @@ __all__ = [
     "raster_bias",
     "raster_map",
     "raster_profile",
+    "read_items",
     "recency_index",
     "record",
     "rollout_matrix",
     "shapes",
     "sink_rate",
     "store",
+    "token_norms",
     "token_ratio",
 ]

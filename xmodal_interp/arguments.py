@@ -4,6 +4,7 @@
 * :func:`as_list` converts a sequence to a list. ``series[0]`` of a pandas Series is the row
   labelled 0: the wrong entry after ``sort_values``, a ``KeyError`` after a filter. Sequences with
   one entry per sample or item are therefore converted before they are indexed.
+* :func:`one_or_several` converts a value that may be a list of values to a list.
 * :func:`user_path` converts a string to a path.
 * :func:`checked` decorates a public function: it checks arguments by name, from the table
   ``CHECKS``.
@@ -144,8 +145,12 @@ def as_list(given: Any, name: str) -> list[Any]:
 
 
 def list_if_iterator(given: Any) -> Any:
-    """Convert an iterator or a dict view to a list; return any other value unchanged."""
-    return list(given) if isinstance(given, (Iterator, KeysView, ValuesView)) else given
+    """Convert an iterator or a dict view to a list; return any other value unchanged.
+
+    An open file, which iterates over lines, is a single value.
+    """
+    iterates = isinstance(given, (Iterator, KeysView, ValuesView)) and not hasattr(given, "read")
+    return list(given) if iterates else given
 
 
 def is_several(given: Any) -> TypeGuard[Iterable[Any]]:
@@ -154,6 +159,16 @@ def is_several(given: Any) -> TypeGuard[Iterable[Any]]:
     An array is a single value, because it may be a picture.
     """
     return isinstance(given, (list, tuple, pd.Series, pd.Index))
+
+
+def one_or_several(given: Any) -> list[Any]:
+    """Return the values of a list or an iterator; a single value, such as a picture, is in a list.
+
+    Arrays are single values, unless their entries are objects.
+    """
+    given = list_if_iterator(given)
+    of_objects = isinstance(given, np.ndarray) and given.dtype == object and given.ndim
+    return list(given) if of_objects or is_several(given) else [given]
 
 
 _LONGEST = 255  # limit of one name in bytes on common file systems
@@ -180,6 +195,22 @@ def user_path(given: Any) -> Path:
     if problem is not None:
         raise InputError(f"{quoted(given)} cannot be the path of a file: {problem}.")
     return path
+
+
+def not_recorded_calls(value: Any, name: str) -> None:
+    """Raise InputError if ``value`` is a recording or recorded calls instead of samples."""
+    listed = isinstance(value, (list, tuple)) and len(value) > 0
+    first = value[0] if listed else value
+    is_recording = hasattr(first, "calls") and hasattr(first, "without_matrix")
+    is_call = hasattr(first, "scaling") and hasattr(first, "query_positions")
+    if is_recording or is_call:
+        given = f"a {type(value).__name__}"
+        given += f" of {type(first).__name__}" if listed else ""
+        raise InputError(
+            f"{name} must be {'samples' if name == 'samples' else 'a sample'}; got {given}. Make a "
+            "sample with xi.capture(vlm, image, prompt), or of a vision model with "
+            "recording.sample(image, grid=(rows, columns))."
+        )
 
 
 Check = Callable[[Any, str], Any]
@@ -209,6 +240,7 @@ CHECKS: Mapping[str, Check] = {
     **dict.fromkeys(("by", "blocks"), strings),
     **dict.fromkeys(("table", "hits", "curve"), table),
     **dict.fromkeys(("queries", "layers", "heads", "head"), shallow),
+    **dict.fromkeys(("sample", "samples"), not_recorded_calls),
     "seed": count(0, 2**63 - 1),
     "tower": choice(*TOWERS),
     "kind": choice(*get_args(AttentionKind)),

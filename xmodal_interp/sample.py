@@ -4,6 +4,7 @@
 
     sample.tokens                           one row per position: token, kind, place in the image
     sample.find("red circle")               positions of a phrase
+    sample.find("yes", predicts=True)       the positions that predict it, one before each token
     sample.call(layer=3)                    queries, keys and mask of layer 3: an AttentionCall
     sample.probs(layer=3, queries="last")   its probabilities, [head, query, key]
     sample.grid(values)                     one value per image token, as [row, col]
@@ -33,6 +34,7 @@ from xmodal_interp.errors import (
     LayerError,
     NotRecordedError,
     PhraseError,
+    PositionError,
     quoted,
 )
 from xmodal_interp.models import ImageGrid, Video, VideoGrid
@@ -68,8 +70,9 @@ class Sample:
 
     Attributes:
         name: Name of the sample, unique in a store.
-        tokens: One row per position of prompt and answer, with ``TOKEN_COLUMNS``. The last
-            generated token has no row if the model did not run on it. For models with a rotary
+        tokens: One row per position of prompt and answer, with ``TOKEN_COLUMNS``; for a vision
+            model, one row per position of its vision tower. The last generated token has no row if
+            the model did not run on it. For models with a rotary
             embedding there are also ``rope_t``, ``rope_h`` and ``rope_w``: the time, row and column
             positions that the embedding received (equal if it has one axis).
         text: The rendered prompt and the answer; ``start`` and ``end`` count its characters.
@@ -156,14 +159,19 @@ class Sample:
             f"{len(self.layers(tower, kind))} {tower} {kind}"
             for tower, kind in sorted({key[:2] for key in self.calls})
         )
-        return (
-            f"Sample({self.name!r}: {self.question!r} -> {self.answer!r}; {tokens} tokens; "
-            f"layers: {layers})"
-        )
+        asked = f"{self.question!r} -> {self.answer!r}"
+        if self.tower == "vision":
+            asked = ", ".join(f"{grid.width} x {grid.height} px" for grid in self.grids)
+        return f"Sample({self.name!r}: {asked}; {tokens} tokens; layers: {layers})"
 
     def __len__(self) -> int:
         """Return the number of positions of prompt and answer."""
         return len(self.tokens)
+
+    @property
+    def tower(self) -> Tower:
+        """The tower whose positions ``tokens`` describes: ``"vision"`` without a language model."""
+        return "vision" if self.provenance.get("tower") == "vision" else "language"
 
     @property
     def last(self) -> int:
@@ -228,60 +236,179 @@ class Sample:
         text = self.where("text")
         return text[text > int(self.visual.max(initial=-1))]
 
-    def find(self, phrase: str, occurrence: int | None = None) -> Int[np.ndarray, " position"]:
-        """Return the positions of the tokens of a phrase.
+    def find(
+        self, phrase: str, occurrence: int | None = None, *, predicts: bool = False
+    ) -> Int[np.ndarray, " position"]:
+        """Return the positions of the tokens of a phrase, or those that predict them.
 
         The phrase matches whole words, ignoring case. In scripts without spaces (Chinese, Thai,
         ...) it matches any characters; a Korean phrase may be followed by particles.
 
+        A token is predicted by the position before it. The last generated token is predicted, but
+        it has no position of its own unless it was fed back to the model: after
+        ``capture(..., max_new_tokens=1)``, the answer's attention is at
+        ``sample.find("yes", predicts=True)``.
+
         Args:
             phrase: A phrase of the question or the answer.
             occurrence: Index of the match if there are several; negative ones count from the last.
+            predicts: Return the positions whose output predicts the tokens, instead of the
+                positions of the tokens.
 
         Raises:
             InputError: ``phrase`` is not a string, or ``occurrence`` is not an integer.
             PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` is
-                None.
+                None; or the model did not run on its last token.
+            PositionError: No position predicts a token of the phrase.
         """
         start, end = span_of(phrase, self.text, occurrence, hidden=self._in_placeholder)
         overlaps = (self.tokens["start"] < end) & (self.tokens["end"] > start)
-        if not overlaps.any():
+        found = np.flatnonzero(overlaps.to_numpy(dtype=bool, na_value=False))
+        if end > self._end_of_rows and not predicts:
+            raise PhraseError(
+                f"{phrase!r} has no attention row of its own: its last token was generated last "
+                "and was not fed back to the model. Pass sample.find("
+                f"{phrase!r}, predicts=True), the rows that predict it, or capture more tokens."
+            )
+        if end > self._end_of_rows:
+            found = np.append(found, len(self))
+        if not len(found):
             raise PhraseError(
                 f"{phrase!r} is in the text, but its tokens are unknown: the tokens of this sample "
                 "could not be aligned with its prompt. Pass positions instead."
             )
-        return np.flatnonzero(overlaps.to_numpy(dtype=bool, na_value=False))
+        return self._before(found) if predicts else found
+
+    @property
+    def _end_of_rows(self) -> int:
+        """The number of characters of the text up to the last token that has a row.
+
+        The characters after it belong to a generated token that was not fed back to the model.
+        """
+        text = self.text.rstrip()
+        if not self.answer or not text.endswith(self.answer):
+            return len(self.text)
+        last = self.tokens["end"].iloc[self.n_prompt :].max()  # NA if the answer has no row
+        end = len(text) - len(self.answer)
+        end = end if pd.isna(last) else max(end, int(last))
+        return end if text[end:].strip() else len(self.text)
+
+    def _before(self, found: Int[np.ndarray, " position"]) -> Int[np.ndarray, " position"]:
+        """Return the positions that predict the tokens at some positions.
+
+        Raises:
+            PositionError: There is no position before one of them, or it attends to the token, as
+                in an encoder or a prompt without causal mask.
+        """
+        call = next((c for key, c in self.calls.items() if key[:2] == ("language", "self")), None)
+        kept = set() if call is None else set(call.query_positions.tolist())
+        for position in found.tolist():
+            before = position - 1
+            reason = ""
+            if before < 0 or self.kinds[before] == "padding":
+                reason = "it is the first position"
+            elif position < self.n_prompt and call is not None and before in kept:
+                seen = call.visible([before])[..., position]
+                reason = "the position before it attends to it" if bool(seen.any()) else ""
+            if reason:
+                raise PositionError(
+                    f"No position predicts the token at position {position} of sample "
+                    f"{self.name!r}: {reason}. Leave out predicts=True."
+                )
+        return found - 1
 
     def _in_placeholder(self, start: int, end: int) -> bool:
         """Return whether a span of characters is inside a placeholder or another special token."""
         inside = (self.tokens["start"] <= start) & (self.tokens["end"] >= end)
         return bool((inside & self.tokens["kind"].isin([*VISUAL_KINDS, "special"])).any())
 
-    def positions(self, selector: Selector) -> Int[Tensor, " position"]:
+    def positions(
+        self,
+        selector: Selector,
+        *,
+        predicts: bool = False,
+        tower: Tower | None = None,
+        image: int = 0,
+    ) -> Int[Tensor, " position"]:
         """Convert a selector to positions.
 
         ``"last"`` selects the last position of the prompt, ``"text"`` the text after all images and
-        videos. The positions of a list that contains strings are sorted and unique.
+        videos. In the vision tower, a name selects all positions with this name: ``"class"``,
+        ``"register"`` (all registers), ``"register 0"`` or ``"patch"``. The positions of a list
+        that contains strings are sorted and unique.
 
         Args:
-            selector: A keyword, a phrase, an index, a slice, a boolean mask or a list.
+            selector: A keyword, a phrase or name, an index, a slice, a boolean mask or a list.
+            predicts: Return the positions whose output predicts the selected tokens: one before
+                each.
+            tower: ``"language"`` or ``"vision"``; ``Sample.tower`` if not given.
+            image: In the vision tower, index of the image; videos follow the images.
 
         Raises:
-            InputError: ``"text"`` for a sample without text after the image.
-            PhraseError: An unknown or ambiguous phrase, or a keyword that is also a word of this
-                sample's text.
-            PositionError: An index outside the sequence, or a mask of the wrong length.
+            InputError: ``"text"`` for a sample without text after the image, or ``predicts`` in the
+                vision tower.
+            PhraseError: An unknown or ambiguous phrase, a phrase of a token without a row, an
+                unknown name, or a keyword that is also a word of this sample's text.
+            PositionError: An index outside the sequence, a mask of the wrong length, or a token
+                that no position predicts.
         """
+        if (tower or self.tower) == "vision":
+            if predicts:
+                raise InputError(
+                    "predicts=True selects positions of the language tower; positions of the "
+                    "vision tower predict no token. Leave predicts out."
+                )
+            return self._patches(selector, image)
         if isinstance(selector, str):
-            return torch.from_numpy(self._named(selector))
-        if has_phrase(selector):
-            return torch.tensor(sorted({int(i) for each in selector for i in self.positions(each)}))
-        return resolve(cast("Positions", selector), len(self), "position")
+            if selector not in KEYWORDS:
+                return torch.from_numpy(self.find(selector, predicts=predicts))
+            found = torch.from_numpy(self._named(selector))
+        elif has_phrase(selector):
+            each = (self.positions(one, predicts=predicts) for one in selector)
+            return torch.tensor(sorted({int(i) for of_one in each for i in of_one}))
+        else:
+            found = resolve(cast("Positions", selector), len(self), "position")
+        return torch.from_numpy(self._before(found.numpy())) if predicts else found
+
+    def _patches(self, selector: Selector, image: int) -> Int[Tensor, " position"]:
+        """Return the positions of the vision tower for an image that a selector selects."""
+        if has_phrase(selector) and not isinstance(selector, str):
+            each = (self._patches(one, image) for one in selector)
+            return torch.tensor(sorted({int(i) for of_one in each for i in of_one}))
+        names = self.patch_names(image)
+        if not isinstance(selector, str):
+            return resolve(cast("Positions", selector), len(names), "position")
+        groups = np.array([name.rstrip("0123456789 ") for name in names.tolist()], dtype=object)
+        rows = np.flatnonzero((names == selector) | (groups == selector))
+        if not len(rows):
+            known = ", ".join(dict.fromkeys(groups.tolist()))
+            raise PhraseError(
+                f"No position of the vision tower of sample {self.name!r} is named {selector!r}; "
+                f"the names are {known}. Pass one of them, or positions as numbers."
+            )
+        return torch.from_numpy(rows)
+
+    def patch_names(self, image: int = 0) -> np.ndarray:
+        """Return the name of each vision-tower position of an image, as an array of strings.
+
+        Patches are named ``patch``; other positions have the names of the geometry rule, such as
+        ``class`` and ``register 0``, or ``special`` if it names none.
+
+        Args:
+            image: Index of the image; videos follow the images.
+
+        Raises:
+            GeometryError: The image does not exist.
+        """
+        grids: tuple[ImageGrid | VideoGrid, ...] = (*self.grids, *self.video_grids)
+        _check_exists(image, len(grids), "image")
+        names = getattr(grids[image], "patch_names", None)
+        if names is None:
+            names = np.where(grids[image].patch_places[:, 0] >= 0, "", "special")
+        return np.where(names == "", "patch", names).astype(object)
 
     def _named(self, name: str) -> Int[np.ndarray, " position"]:
-        """Return the positions of a keyword or a phrase."""
-        if name not in KEYWORDS:
-            return self.find(name)
+        """Return the positions of a keyword."""
         if not isinstance(name, Keyword) and has_word(name, self.text, self._in_placeholder):
             keyword = {
                 LAST: "sample.last (the last position of the prompt)",
@@ -302,15 +429,16 @@ class Sample:
             )
         return after
 
-    def layers(self, tower: Tower = "language", kind: AttentionKind = "self") -> list[int]:
+    def layers(self, tower: Tower | None = None, kind: AttentionKind = "self") -> list[int]:
         """Return the layers whose calls were kept, ascending."""
+        tower = tower or self.tower
         return sorted({key[2] for key in self.calls if key[0] == tower and key[1] == kind})
 
     def call(
         self,
         layer: SupportsIndex,
         *,
-        tower: Tower = "language",
+        tower: Tower | None = None,
         kind: AttentionKind = "self",
         call: SupportsIndex = 0,
     ) -> AttentionCall:
@@ -318,7 +446,7 @@ class Sample:
 
         Args:
             layer: Layer index; negative ones count from the last layer of the model.
-            tower: The tower.
+            tower: The tower; ``Sample.tower`` if not given.
             kind: The attention kind: ``"self"``, ``"cross"`` or ``"channel"``.
             call: Index of the call of this layer. In the vision tower, the index of the image;
                 videos follow the images.
@@ -327,6 +455,7 @@ class Sample:
             LayerError: The layer or call does not exist.
             NotRecordedError: The layer exists, but was not kept.
         """
+        tower = self.tower if tower is None else tower
         one_of(tower, "tower", TOWERS)
         one_of(kind, "kind", get_args(AttentionKind))
         kept = self.layers(tower, kind)
@@ -356,7 +485,7 @@ class Sample:
         queries: Selector | None = None,
         keys: Selector | None = None,
         *,
-        tower: Tower = "language",
+        tower: Tower | None = None,
         kind: AttentionKind = "self",
         call: SupportsIndex = 0,
     ) -> Float[Tensor, "head query key"]:
@@ -367,17 +496,23 @@ class Sample:
             heads: Heads; all by default.
             queries: Positions, a phrase or a list of phrases; all by default.
             keys: Like ``queries``. Keys of cross-attention are selected by position only.
-            tower: The tower. In towers other than the language tower, ``queries`` and ``keys`` are
-                positions in that tower.
+            tower: The tower; ``Sample.tower`` if not given. In the vision tower, ``queries`` and
+                ``keys`` are positions in that tower, or names such as ``"class"``; in other towers
+                than these two, positions only.
             kind: The attention kind: ``"self"``, ``"cross"`` or ``"channel"``.
             call: Index of the call of this layer; in the vision tower, the index of the image.
         """
+        tower = self.tower if tower is None else tower
         one_of(tower, "tower", TOWERS)
         one_of(kind, "kind", get_args(AttentionKind))
-        accepts_phrase = tower == "language"
-        query: Any = self.positions(queries) if accepts_phrase and has_phrase(queries) else queries
-        accepts_phrase = accepts_phrase and kind == "self"
-        key: Any = self.positions(keys) if accepts_phrase and has_phrase(keys) else keys
+        has_names = tower in ("language", "vision")
+        place: dict[str, Any] = {"tower": tower, "image": number(call, "call")}
+        query: Any = queries
+        if has_names and has_phrase(queries):
+            query = self.positions(cast("Selector", queries), **place)
+        key: Any = keys
+        if has_names and kind == "self" and has_phrase(keys):
+            key = self.positions(cast("Selector", keys), **place)
         if has_phrase(query) or has_phrase(key):
             raise InputError(
                 "A phrase selects text positions only. Pass queries and keys of other towers, and "

@@ -199,10 +199,10 @@ def test_distance_between_learned_queries_is_refused() -> None:
 def test_refusals() -> None:
     sample = eyes(random_call(4, tower="vision", causal=False), 2, 2, 8.0)
     with pytest.raises(InputError) as caught:
-        attention_entropy(sample, tower="vision", queries="red")
+        attention_entropy(sample, tower="connector", queries="red")
     assert str(caught.value) == (
-        "queries can only be given for the language tower; got 'red' for the vision tower. Leave "
-        "queries out."
+        "queries can only be given for the language and the vision tower; got 'red' for the "
+        "connector tower. Leave queries out."
     )
     with pytest.raises(InputError) as caught:
         attention_distance(sample, tower="connector")

@@ -11,7 +11,7 @@ from tests.helpers.replicas import rollout_of_a_variant, rollout_of_abnar_and_zu
 from tests.helpers.synthetic import captured, dense_call, grid, random_call, sample_of, uniform_call
 from xmodal_interp.analysis import attention_rollout, rollout_matrix
 from xmodal_interp.analysis.rollout import RolloutOptions
-from xmodal_interp.errors import InputError, NotRecordedError
+from xmodal_interp.errors import InputError, NotRecordedError, PhraseError
 from xmodal_interp.sample import Sample
 
 SEQUENCE = "b vvvv ttt"
@@ -345,8 +345,9 @@ def test_refuses_padding_and_phrases_in_the_vision_tower() -> None:
     )
     eyes = random_call(4, tower="vision", causal=False)
     sample = sample_of("b vvvv t", [eyes], [grid(2, 2)])
-    assert refusal(InputError, sample, "red", tower="vision") == (
-        "queries must be numbers in the vision tower, where a phrase has no positions; got 'red'."
+    assert refusal(PhraseError, sample, "red", tower="vision") == (
+        "No position of the vision tower of sample 'fake' is named 'red'; the names are patch. "
+        "Pass one of them, or positions as numbers."
     )
     assert refusal(InputError, sample, tower="vision") == (
         "The vision tower has 0 class tokens, so there is no default for queries. Pass positions "

@@ -194,8 +194,8 @@ def test_keep_text_keeps_text_after_the_video() -> None:
 def test_error_messages() -> None:
     vlm = vlm_of("qwen2_vl")
     refusal = (
-        "A video must be xi.Video([frame, ...], fps=...), each frame a path or a PIL image; got "
-        "{}. Video files are not decoded: decode yours and choose the frames for the model."
+        "A video must be xi.Video([frame, ...], fps=...), each frame a path or another image; "
+        "got {}. Video files are not decoded: decode yours and choose the frames for the model."
     )
     with pytest.raises(InputError) as path:
         open_video("clip.mp4")

@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import xmodal_interp as xi
 from tests.helpers.store_samples import assert_same, items, shipped
 from xmodal_interp.capturing import dataset
 from xmodal_interp.capturing.dataset import capture_dataset
 from xmodal_interp.errors import CaptureError, InputError, NotRecordedError, StoreError
+from xmodal_interp.models import processor_calls
 from xmodal_interp.store import check_store, open_store, schema, writer
 
 
@@ -257,6 +259,130 @@ def test_skipped_items_are_listed_and_tried_again(tmp_path, monkeypatch):
     assert sorted(store.names) == ["a", "b", "c", "d"]
     assert store.failures["item"].tolist() == [4]
     assert check_store(tmp_path)["ok"].all()
+
+
+def broken_images(folder):
+    """Three items whose image cannot be decoded, is too large or is closed; and a good one."""
+    good = items(1)[0]["image"]
+    good.save(folder / "good.png")
+    (folder / "text.png").write_text("not an image")
+    Image.new("1", (20_000, 20_000)).save(folder / "large.png")
+    closed = Image.open(folder / "good.png")
+    closed.close()
+    images = {"text": folder / "text.png", "large": folder / "large.png", "closed": closed}
+    return [
+        {"id": name, "image": image, "prompt": "how many shapes ?"}
+        for name, image in {**images, "good": good}.items()
+    ]
+
+
+def test_images_that_cannot_be_read_are_skipped(tmp_path):
+    asked = broken_images(tmp_path)
+    for _ in range(2):
+        store = run(tmp_path / "run", asked, on_error="skip")
+        assert store.names == ("good",)
+        assert store.failures["name"].tolist() == ["text", "large", "closed"]
+        assert store.failures["error"].eq("InputError").all()
+    for number, item in enumerate(asked[:3]):
+        with pytest.raises(InputError) as refusal:
+            run(tmp_path / "raising", [item])
+        title = f"Item 0 ({item['id']!r}): Pillow cannot read "
+        assert str(refusal.value).startswith(title)
+        assert store.failures["message"][number] == str(refusal.value).replace(
+            "Item 0", f"Item {number}"
+        )
+
+
+def test_an_undecodable_image_of_a_data_set_is_skipped(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    whole = items(1)[0]["image"]
+    whole.save(tmp_path / "whole.png")
+    contents = [b"not an image", (tmp_path / "whole.png").read_bytes()]
+    features = datasets.Features(
+        id=datasets.Value("string"), image=datasets.Image(), prompt=datasets.Value("string")
+    )
+    columns = {
+        "id": ["bad", "good"],
+        "image": [{"bytes": content, "path": None} for content in contents],
+        "prompt": ["how many shapes ?"] * 2,
+    }
+    made = datasets.Dataset.from_dict(columns, features=features)
+    grey = made.cast_column("image", datasets.Image(mode="L"))  # decoded by datasets itself
+    for name, asked in {"a": made, "b": grey}.items():
+        store = run(tmp_path / name, asked, on_error="skip")
+        assert store.names == ("good",)
+        assert store.failures["item"].tolist() == [0]
+
+
+@pytest.mark.usefixtures("any_type")
+def test_items_that_cannot_be_read_are_skipped(tmp_path):
+    class Rows:
+        """A data set as torch has them: with a length and numbered items."""
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index == 1:
+                raise OSError("disk error")
+            return items(3)[index]
+
+    store = run(tmp_path / "skipped", Rows(), on_error="skip")
+    assert store.names == ("item-000000", "item-000002")
+    assert store.failures.to_dict("records") == [
+        {"item": 1, "name": None, "error": "OSError", "message": "disk error"}
+    ]
+    with pytest.raises(OSError, match="disk error") as refusal:
+        run(tmp_path / "raised", Rows())
+    assert refusal.value.__notes__ == ["Raised when item 1 was read."]
+
+
+def test_a_store_without_samples_takes_other_settings(tmp_path, monkeypatch):
+    """A first capture that failed does not fix the settings."""
+
+    def refusing(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "capture_batch", refusing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(tmp_path, items(1), max_new_tokens=3)
+        assert len(run(tmp_path, items(1), max_new_tokens=3, on_error="skip").failures) == 1
+    store = run(tmp_path, items(1), keep=xi.Keep(layers=[1]))
+    assert store.names == ("item-000000",)
+    assert store.manifest["settings"]["max_new_tokens"] == 0
+    assert store.manifest["settings"]["kept"]["layers"] == [1]
+    assert len(store.failures) == 0
+    assert check_store(tmp_path)["ok"].all()
+    with pytest.raises(StoreError, match="max_new_tokens is 0 in the store and 3 now"):
+        run(tmp_path, items(1), keep=xi.Keep(layers=[1]), max_new_tokens=3)
+
+
+def test_a_transparent_image_gets_the_background_of_the_processor(tmp_path, monkeypatch):
+    """As in ``capture``; without a background of the processor it is white."""
+    image = items(1)[0]["image"].convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+
+    def black(image):
+        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
+
+    asked = [{"image": image, "prompt": "how many shapes ?"}]
+    white = run(tmp_path / "white", asked)[0].images[0]
+    for module in (dataset, processor_calls):
+        monkeypatch.setattr(module, "composite_of", lambda _: black)
+    alone = xi.capture(shipped(), image, "how many shapes ?").images[0]
+    stored = run(tmp_path / "black", asked)[0].images[0]
+    assert stored.tobytes() == alone.tobytes() == black(image).tobytes() != white.tobytes()
+
+
+@pytest.mark.parametrize("given", [39769.0, True, ["a"], {}])
+def test_names_that_are_no_strings_or_integers_are_errors(tmp_path, given):
+    with pytest.raises(InputError) as refusal:
+        run(tmp_path, [{**items(1)[0], "id": given}])
+    assert str(refusal.value) == (
+        f"Item 0: a name or id must be a string or an integer; got {given!r}. Pandas rounds the "
+        "numbers of a column with missing ones: read it with dtype=str."
+    )
 
 
 def test_errors_of_the_model_name_the_items(tmp_path, monkeypatch):

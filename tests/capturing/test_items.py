@@ -50,8 +50,9 @@ UNUSABLE = {
         "name). Give exactly one that is not None.",
     ),
     "wrong image": (
-        {"image": np.zeros((4, 4, 3)), "prompt": "?"},
-        "Item 0 ('item-000000'): an image must be a path or a PIL image; got ndarray.",
+        {"image": 7, "prompt": "?"},
+        "Item 0 ('item-000000'): An image must be a path, a URL, a PIL image, an array, the bytes "
+        "of a file or a dict with bytes or path; got int.",
     ),
     "missing image": (
         {"image": "nowhere.png", "prompt": "?", "id": 5},

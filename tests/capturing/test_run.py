@@ -22,6 +22,7 @@ from xmodal_interp.errors import (
     UnsupportedModelError,
 )
 from xmodal_interp.models import VLM, load
+from xmodal_interp.models.picture_sources import WANTED
 from xmodal_interp.models.records import family_of
 from xmodal_interp.models.token_table import token_table
 from xmodal_interp.shapes.tiny_models import build_processor, untrained
@@ -78,6 +79,57 @@ def test_samples_of_a_padded_batch_equal_single_captures(family: str) -> None:
             assert sample.probs(0, queries=[0]).isnan().all()
 
 
+def test_the_images_of_a_batch_may_be_flat(tmp_path) -> None:
+    """One image for each prompt needs no list around it."""
+    vlm = tiny_vlm("llava")
+    picture().save(tmp_path / "scene.png")
+    questions = [QUESTION, "how many shapes ?", QUESTION]
+    nested = [[picture()], [tmp_path / "scene.png"], []]
+    flat = [picture(), str(tmp_path / "scene.png"), iter([])]
+    expected = capture_batch(vlm, nested, questions)
+    for found, other in zip(capture_batch(vlm, flat, questions), expected, strict=True):
+        assert found.text == other.text
+        assert torch.equal(found.probs(0).nan_to_num(), other.probs(0).nan_to_num())
+    inputs, expected = (vlm.prepare(each[:2], questions[:2])[0] for each in (flat, nested))
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.usefixtures("any_type")
+@pytest.mark.parametrize(
+    ("images", "prompts", "message"),
+    [
+        (
+            [picture()],
+            QUESTION,
+            f"prompts must be an ordered sequence, such as a list; got str {QUESTION!r}.",
+        ),
+        (
+            picture(),
+            [QUESTION],
+            "images must be an ordered sequence, such as a list; got Image <PIL.Image.Image image "
+            "mode=RGB size=96x96 at 0x",
+        ),
+        (
+            [picture(), picture()],
+            [QUESTION],
+            "images, prompts and videos must have one entry for each sample; got 2 entries of "
+            "images, 1 prompts and 1 entries of videos.",
+        ),
+        (
+            [[picture()], None],
+            [QUESTION, QUESTION],
+            f"{WANTED}; got an object of NoneType.",
+        ),
+        ([[picture()], 7], [QUESTION, QUESTION], f"{WANTED}; got an object of int."),
+        ([[picture()]], [7], "A prompt must be a string; got 7."),
+    ],
+)
+def test_members_of_a_batch_that_cannot_be_read_are_errors(images, prompts, message) -> None:
+    with pytest.raises(InputError) as refusal:
+        capture_batch(tiny_vlm("llava"), images, prompts)
+    assert str(refusal.value).startswith(message)
+
+
 def test_two_images_of_different_size() -> None:
     sample = capture(tiny_vlm("qwen2_vl"), [picture(96, 96), picture(128, 72)], QUESTION)
     assert [len(sample.where("image", image=i)) for i in (0, 1)] == [144, 144]
@@ -129,7 +181,7 @@ def test_a_list_of_phrases_selects_all_their_positions() -> None:
     assert torch.equal(probs, sample.probs(0, queries=[red, circle], keys=[red]))
     with pytest.raises(PhraseError, match="'green' is not in"):
         sample.probs(0, queries=["green", "circle"])
-    with pytest.raises(InputError, match="A phrase selects text positions only"):
+    with pytest.raises(PhraseError, match=r"No position of the vision tower .* is named 'red'"):
         sample.probs(0, tower="vision", queries=["red"])
 
 
@@ -185,14 +237,14 @@ def test_error_messages_name_the_bad_input(tmp_path) -> None:
 
 WRONG = {
     "array": (
-        {"image": np.zeros((8, 8, 3), np.uint8)},
-        "An image must be a path or a PIL image; got an object of ndarray. Convert an array of "
-        "bytes [row, col, 3] with PIL.Image.fromarray.",
+        {"image": np.full((8, 8, 3), 300)},
+        "The range of an array of int64 is not known: it has the values 300 to 300, which are "
+        "neither bytes nor from 0 to 1. Convert it to bytes, 0 to 255 (np.uint8).",
     ),
     "nothing": (
         {"image": None},
-        "An image must be a path or a PIL image; got an object of NoneType. Convert an array of "
-        "bytes [row, col, 3] with PIL.Image.fromarray.",
+        "An image must be a path, a URL, a PIL image, an array, the bytes of a file or a dict with "
+        "bytes or path; got an object of NoneType.",
     ),
     "messages": (
         {"prompt": [{"role": "user"}]},
@@ -225,18 +277,18 @@ WRONG = {
     ),
     "one placeholder too many": (
         {"prompt": "<image> <image> what ?"},
-        "The prompt '<image> <image> what ?' contains <image> 2 times for 1 images. Write it once "
-        "for each image.",
+        "The prompt '<bos>user: <image> <image> what ? assistant:' contains <image> 2 times for 1 "
+        "images. Write it once for each image.",
     ),
     "one image too many": (
         {"prompt": "<image> what ?", "image": [picture()] * 2},
-        "The prompt '<image> what ?' contains <image> 1 times for 2 images. Write it once for each "
-        "image.",
+        "The prompt '<bos>user: <image> what ? assistant:' contains <image> 1 times for 2 images. "
+        "Write it once for each image.",
     ),
     "no image": (
         {"prompt": "<image> what ?", "image": []},
-        "The prompt '<image> what ?' contains <image> 1 times for 0 images. Write it once for each "
-        "image.",
+        "The prompt '<bos>user: <image> what ? assistant:' contains <image> 1 times for 0 images. "
+        "Write it once for each image.",
     ),
 }
 

@@ -1,6 +1,7 @@
 """The command line: results, files, exit codes and one-line errors."""
 
 import functools
+import json
 from importlib.metadata import entry_points
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 import xmodal_interp as xi
+from tests.helpers.store_samples import items
 from tests.helpers.tiny import picture
+from tests.helpers.vision import registers_vlm
 from xmodal_interp import block_statistics
 from xmodal_interp.cli import printing
 from xmodal_interp.cli.commands import app
@@ -193,7 +196,6 @@ def test_a_figure_in_an_unknown_format_is_an_error(store) -> None:
             "does not take --layer",
         ),
         (["plot", "token-head-grid", "--head", "9"], "does not take --head"),
-        (["plot", "overlay"], "requires --queries"),
         (["plot", "attention-matrix", "--head", "99"], "99"),
         (["plot", "mask-structure", "--head", "99"], "99"),
     ],
@@ -205,6 +207,16 @@ def test_wrong_options_are_errors(store, tmp_path, arguments, words) -> None:
     assert result.exit_code == 1
     assert words in result.output
     assert not path.exists()
+
+
+def test_a_required_option_is_named(store, tmp_path, monkeypatch) -> None:
+    def required(sample, queries, path=None):
+        raise AssertionError(sample, queries, path)
+
+    monkeypatch.setattr(xi.figures, "overlay", required)
+    result = run(app, ["plot", str(store), "overlay", "--path", str(tmp_path / "a.png")])
+    assert result.exit_code == 1
+    assert "requires --queries" in result.output
 
 
 def test_a_type_error_inside_an_analysis_is_raised(store, monkeypatch) -> None:
@@ -265,8 +277,8 @@ def test_the_shipped_models_take_a_dtype(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("empty.csv", b"", "empty.csv cannot be read as CSV in UTF-8"),
-        ("cut.jsonl", b'{"image": "a', "cut.jsonl cannot be read as JSONL in UTF-8"),
+        ("empty.csv", b"", "empty.csv has no rows; it must have at least one item."),
+        ("cut.jsonl", b'{"image": "a', "cut.jsonl cannot be read as JSONL: line 1: "),
         ("latin.csv", b"image,prompt\na.png,\xe9\n", "latin.csv cannot be read as CSV in UTF-8"),
         ("rows.csv", b"image,prompt\n", "rows.csv has no rows; it must have at least one item."),
     ],
@@ -341,3 +353,138 @@ def test_a_failed_capture_leaves_no_files(tmp_path) -> None:
     result = run(app, ["capture", str(folder), *options])
     assert result.exit_code == 1
     assert [found.name for found in folder.rglob("*")] == ["thesis.tex"]
+
+
+def test_a_vision_model_is_checked_and_captured_without_a_prompt(tmp_path) -> None:
+    vlm = registers_vlm()
+    vlm.model.save_pretrained(tmp_path / "model")
+    vlm.processor.save_pretrained(tmp_path / "model")
+    picture().save(tmp_path / "photo.jpg")
+    model, photo = str(tmp_path / "model"), str(tmp_path / "photo.jpg")
+    checked = run(app, ["doctor", model, photo])
+    assert checked.exit_code == 0, checked.output
+    command = ["capture", str(tmp_path / "store"), "--model", model, "--image", photo]
+    captured = run(app, [*command, "--name", "photo"])
+    assert captured.exit_code == 0, captured.output
+    sample = xi.open_store(tmp_path / "store")["photo"]
+    assert sample.tower == "vision"
+    assert sample.tokens["token"].tolist()[:3] == ["class", "register 0", "register 1"]
+    written = run(app, ["analyze", str(tmp_path / "store"), "attention-sinks"])
+    assert written.exit_code == 0, written.output
+    target = str(tmp_path / "a.png")
+    drawn = run(app, ["plot", str(tmp_path / "store"), "layer-overlays", "--path", target])
+    assert drawn.exit_code == 0, drawn.output
+    asked = run(app, [*command, "--name", "other", "--prompt", "what is it?"])
+    assert asked.exit_code == 1
+    assert "has no language model" in asked.output
+
+
+def scene_items(folder, n=3):
+    asked = items(n)
+    for number, item in enumerate(asked):
+        item["image"].save(folder / f"{number}.png")
+        item["image"] = f"{number}.png"
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    return asked
+
+
+@pytest.mark.usefixtures("any_type")
+def test_capture_prints_answers_and_takes_its_options(tmp_path) -> None:
+    asked = scene_items(tmp_path, 2)
+    asked.append({"image": "nowhere.png", "prompt": "?", "answer": ""})
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    store = tmp_path / "store"
+    given = ["--items", str(tmp_path / "items.jsonl"), "--max-new-tokens", "3", "--norms"]
+    given += ["--system", "be brief .", "--attn-implementation", "eager"]
+    stopped = run(app, ["capture", str(store), *given])
+    assert stopped.exit_code == 1
+    assert "There is no image file" in stopped.output
+    result = run(app, ["capture", str(store), *given, "--on-error", "skip"])
+    assert result.exit_code == 0, result.output
+    captured = open_store(store)
+    for sample in captured:
+        assert f"{sample.name}: {sample.question!r} -> {sample.answer!r}" in result.output
+        assert sample.answer
+        assert sample.text.count("be brief .") == 1
+        assert sample.call(0).update_share is not None
+        assert sample.provenance["backend"] == "eager"
+    assert "1 items could not be captured; the first: Item 2 ('item-000002'): There" in (
+        result.output
+    )
+    assert captured.failures["item"].tolist() == [2]
+    wrong = run(app, ["capture", str(store), *given, "--on-error", "ignore"])
+    assert wrong.output == "error: on_error must be 'raise' or 'skip'; got 'ignore'.\n"
+
+
+def test_capture_of_one_image_prints_its_answer_only(tmp_path) -> None:
+    picture().save(tmp_path / "scene.png")
+    options = ["--image", str(tmp_path / "scene.png"), "--prompt", "how many shapes ?"]
+    for name in "ab":
+        result = run(app, ["capture", str(tmp_path / "store"), *options, "--name", name])
+        assert result.exit_code == 0, result.output
+    last = open_store(tmp_path / "store")["b"]
+    assert [*filter(None, result.output.splitlines())][
+        -1
+    ] == f"b: 'how many shapes ?' -> {last.answer!r}"
+    assert "a: 'how many" not in result.output
+
+
+def test_pointing_and_pruning_are_those_of_python(tmp_path) -> None:
+    asked = scene_items(tmp_path)
+    for item in asked:
+        item["box"] = [0, 0, 48, 96]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    path, store = str(tmp_path / "items.jsonl"), str(tmp_path / "store")
+    assert run(app, ["capture", store, "--items", path, "--max-new-tokens", "0"]).exit_code == 0
+    table = tmp_path / "table.parquet"
+    result = run(app, ["pointing", store, "--criterion", "centre", "--path", str(table)])
+    assert result.exit_code == 0, result.output
+    expected = xi.evaluation.pointing_game(open_store(store), criterion="centre")
+    pd.testing.assert_frame_equal(pd.read_parquet(table), expected)
+    assert run(app, ["pointing", store, "--boxes", "none"]).exit_code == 1
+    given = ["pruning", path, "--layers", "1", "--mode", "zero", "--path", str(table), "--force"]
+    result = run(app, given)
+    assert result.exit_code == 0, result.output
+    expected = xi.head_pruning(xi.load(), path, mode="zero", layers=[1], progress=False)
+    pd.testing.assert_frame_equal(pd.read_parquet(table), expected, check_dtype=False)
+    assert set(expected["layer"]) == {1}
+
+
+def test_info_of_a_folder_that_is_no_store_is_an_error_at_once(tmp_path, monkeypatch) -> None:
+    """Without a request to the Hub."""
+
+    def refuse(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(xi.models.loading.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "manifest.json").write_text("{}")
+    rest = "Pass the folder of a store or a model, a Hub id, or a shipped model.\n"
+    wrong = {
+        "empty": "neither a store (it has no manifest.json) nor a model (it has no config.json)",
+        "a.txt": "a file",
+        "./none": "not an existing folder",
+        "runs/none": "not an existing folder",
+        "a/b/c": "not an existing folder",
+    }
+    for name, problem in wrong.items():
+        result = run(app, ["info", name])
+        assert (result.exit_code, result.output) == (1, f"error: {name!r} is {problem}. {rest}")
+    with pytest.raises(AssertionError, match="loaded"):
+        run(app, ["info", "some/model"], catch_exceptions=False)
+
+
+def test_families_are_filtered_by_words() -> None:
+    result = run(app, ["families", "LLAVA", "next"])
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    types = [name for name in support.families()["model_type"] if "llava_next" in name]
+    assert [line.split()[0] for line in lines[1:-1] if line.split()[0] in types] == types
+    assert lines[-1].startswith(f"{len(types)} of {len(support.families())} types")
+    assert run(app, ["families", "nosuch"]).output == (
+        "error: No known model type has 'nosuch' in its name, layers or rule. xmodal families "
+        "lists all.\n"
+    )

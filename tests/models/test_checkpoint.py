@@ -109,12 +109,16 @@ def test_truncated_files_are_refused(tmp_path: Path, name: str, message: str) ->
     [
         (
             ImportError("\nThe processor requires the Torchvision library but it was not found.\n"),
-            r"requires a package that is not installed: The processor requires the Torchvision "
-            r"library but it was not found\.$",
+            r"requires torchvision, which is not installed\. Install it: pip install "
+            r"'xmodal-interp\[vision\]'\.$",
+        ),
+        (
+            ImportError("No module named 'num2words'", name="num2words"),
+            r"requires num2words, which is not installed\. Install it: pip install 'num2words'\.$",
         ),
         (RuntimeError(), r"could not be loaded: RuntimeError\. Save one there with processor"),
     ],
-    ids=["package", "no message"],
+    ids=["package", "module", "no message"],
 )
 def test_the_reason_why_a_processor_is_not_loaded_is_named(monkeypatch, error, message) -> None:
     """transformers 5.23 begins the message about a missing package with an empty line."""

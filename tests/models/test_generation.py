@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.attention import AttentionCall, stitch
-from xmodal_interp.capturing.run import capture
+from xmodal_interp.capturing.run import capture, capture_batch
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks import record
 
@@ -183,3 +183,102 @@ def test_a_first_call_with_cached_keys_is_refused() -> None:
     step = replace(first, q=q[:, :, 5:], k=k, mask=None, call=1)
     with pytest.raises(CaptureError, match="attends to 5 keys with 3 queries"):
         stitch([first, step], 6)
+
+
+def test_a_generation_config_is_used_as_given(caplog) -> None:
+    """Sampling of a ``generation_config`` is sampling; what it leaves open is greedy."""
+    vlm = tiny_vlm("llava")
+    inputs = inputs_of("llava")
+    config = GenerationConfig(do_sample=True, temperature=5.0, top_k=0, min_new_tokens=N)
+    torch.manual_seed(3)
+    expected = vlm.model.generate(**inputs, **config.to_diff_dict(), max_new_tokens=N)
+    torch.manual_seed(3)
+    options = {"generation_config": config}
+    sampled = capture(vlm, picture(), QUESTION, max_new_tokens=N, generation=options)
+    n_prompt = inputs["input_ids"].shape[1]
+    answer = vlm.tokenizer.decode(expected[0, n_prompt:], skip_special_tokens=True)
+    greedy = capture(vlm, picture(), QUESTION, max_new_tokens=N, generation={"min_new_tokens": N})
+    assert sampled.answer == answer != greedy.answer
+    options = {"generation_config": GenerationConfig(min_new_tokens=N)}
+    left_open = capture(vlm, picture(), QUESTION, max_new_tokens=N, generation=options)
+    assert left_open.answer == greedy.answer
+    options = {"generation_config": config, "do_sample": False}
+    overridden = capture(vlm, picture(), QUESTION, max_new_tokens=N, generation=options)
+    assert overridden.answer == greedy.answer
+    assert (config.do_sample, config.max_new_tokens) == (True, None)
+    assert "deprecated" not in caplog.text
+
+
+def test_a_generation_config_that_cannot_be_captured_is_an_error() -> None:
+    vlm = tiny_vlm("llava")
+
+    def refusal(config) -> str:
+        options = {"generation_config": config}
+        with pytest.raises(InputError) as error:
+            capture(vlm, picture(), QUESTION, max_new_tokens=2, generation=options)
+        return str(error.value)
+
+    assert refusal(GenerationConfig(num_beams=3)) == (
+        "num_beams=3 generates several answers at once and keeps one of them" + REST
+    )
+    assert refusal({"do_sample": True}) == (
+        "generation_config must be a transformers.GenerationConfig; got an object of dict."
+    )
+    assert refusal(GenerationConfig(max_new_tokens=50)) == (
+        "The generation_config has max_new_tokens=50, but the argument max_new_tokens is 2. Pass "
+        "the same number as the argument."
+    )
+
+
+@pytest.mark.parametrize("own", ["argument", "list", "tensor", "config"])
+def test_padding_after_an_own_end_token_is_not_generated(own: str) -> None:
+    """In a batch, the answer that ends first is filled up with padding."""
+    vlm = tiny_vlm("llava")
+    images, questions = [[picture()], [picture()]], [QUESTION, "how many shapes ?"]
+    options = {"min_new_tokens": 0}
+    no_end = {"eos_token_id": None}
+    whole = capture_batch(vlm, images, questions, max_new_tokens=N, generation=no_end)
+    answers = [vlm.tokenizer(each.answer, add_special_tokens=False)["input_ids"] for each in whole]
+    both = {*answers[0]} & {*answers[1]}
+    lengths = {token: tuple(ids.index(token) for ids in answers) for token in both}
+    end, n_before = next((t, n) for t, n in lengths.items() if n[0] != n[1] and min(n) > 0)
+    ends = {
+        "argument": {"eos_token_id": end},
+        "list": {"eos_token_id": [end]},
+        "tensor": {"eos_token_id": torch.tensor(end)},
+        "config": {"generation_config": GenerationConfig(eos_token_id=end)},
+    }[own]
+    samples = capture_batch(vlm, images, questions, max_new_tokens=N, generation=options | ends)
+    for sample, image, question in zip(samples, images, questions, strict=True):
+        alone = capture(vlm, image, question, max_new_tokens=N, generation=options | ends)
+        assert sample.answer == alone.answer
+        pad = len(sample.where("padding"))
+        assert sample.tokens["token"][pad:].tolist() == alone.tokens["token"].tolist()
+    assert tuple(len(sample.where(role="generated")) for sample in samples) == n_before
+
+
+class EndsAt(StoppingCriteria):
+    """Ends an answer after a token that is no end-of-sequence token."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):  # noqa: ARG002
+        return input_ids[:, -1] == self.token
+
+
+def test_answers_that_end_by_a_criterion_are_not_filled_up() -> None:
+    vlm = tiny_vlm("llava")
+    images, questions = [[picture()], [picture()]], [QUESTION, "how many shapes ?"]
+    eos = {"eos_token_id": None}
+    whole = capture_batch(vlm, images, questions, max_new_tokens=N, generation=eos)
+    answers = [each.answer.split() for each in whole]
+    word = next(w for w in answers[0] if w in answers[1] and answers[0].index(w) > 1)
+    assert answers[0].index(word) != answers[1].index(word)
+    criterion = EndsAt(vlm.tokenizer.convert_tokens_to_ids(word))
+    options = {"stopping_criteria": StoppingCriteriaList([criterion])}
+    samples = capture_batch(vlm, images, questions, max_new_tokens=N, generation=options)
+    for sample, answer, image, question in zip(samples, answers, images, questions, strict=True):
+        assert sample.answer.split() == answer[: answer.index(word) + 1]
+        alone = capture(vlm, image, question, max_new_tokens=N, generation=options)
+        assert sample.tokens["token"].tolist() == alone.tokens["token"].tolist()

@@ -166,12 +166,12 @@ def test_no_store(tmp_path):
 def test_another_version_or_format(store_path, of):
     path = store_path / of
     written = path.read_text()
-    path.write_text(json.dumps({**json.loads(written), "version": 4}))
+    path.write_text(json.dumps({**json.loads(written), "version": 5}))
     with pytest.raises(StoreError) as refusal:
         open_store(store_path)[0]
-    read = "version 2" if of == schema.MANIFEST else "version 2 or 3"
+    read = "version 2" if of == schema.MANIFEST else "version 2 or 3 or 4"
     assert str(refusal.value) == (
-        f"{path} has version 4 of the store format, but this release reads {read}. Open it with "
+        f"{path} has version 5 of the store format, but this release reads {read}. Open it with "
         "the release that wrote it, or capture again."
     )
     path.write_text(json.dumps({**json.loads(written), "format": "zarr"}))

@@ -223,6 +223,7 @@ def test_a_new_field_of_a_call_needs_a_new_version_of_the_format():
         *("causal", "offset", "softcap", "sinks", "sliding_window", "rows", "dense"),
         *("update_share", "segments", "note"),
         *HELD,  # version 3 of ``sample.json``
+        "token_norm",  # version 4 of ``sample.json``
     }
 
 

@@ -281,7 +281,8 @@ def test_labels_that_are_not_json(tmp_path):
 
 
 def test_other_settings(tmp_path):
-    StoreWriter(tmp_path, SETTINGS).close()
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        store.write(sample())
     StoreWriter(tmp_path, json.loads(json.dumps(SETTINGS))).close()
     other = {"model": "other", "kept": {"layers": (1, 2)}, "system": None}
     with pytest.raises(StoreError) as refusal:
@@ -329,3 +330,18 @@ def test_one_writer_at_a_time(tmp_path):
         )
         assert len(open_store(tmp_path)) == 0  # reading needs no lock
     StoreWriter(tmp_path, SETTINGS).close()
+
+
+def test_a_store_without_samples_gets_the_settings_of_its_next_writer(tmp_path):
+    with StoreWriter(tmp_path, SETTINGS) as store:
+        store.note_failure({"item": 0, "name": None, "error": "E", "message": "m"})
+    StoreWriter(tmp_path, SETTINGS).close()
+    assert len(open_store(tmp_path).failures) == 1
+    other = {"model": "other"}
+    with StoreWriter(tmp_path, other) as store:
+        assert open_store(tmp_path).manifest["settings"] == other
+        store.write(sample())
+    assert len(open_store(tmp_path).failures) == 0
+    assert check_store(tmp_path)["ok"].all()
+    with pytest.raises(StoreError, match="model is 'other' in the store and 'none' now"):
+        StoreWriter(tmp_path, SETTINGS)

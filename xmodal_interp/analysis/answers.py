@@ -47,8 +47,8 @@ from xmodal_interp.hooks.head_means import HeadMeans, PositionClass, class_masks
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.models import VLM, prompt_ids
 from xmodal_interp.models.generation import refuse_canvas
+from xmodal_interp.models.item_files import PROMPT
 from xmodal_interp.models.known_answers import (
-    PROMPT,
     Batch,
     ItemDict,
     Items,

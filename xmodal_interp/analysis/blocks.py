@@ -2,8 +2,9 @@
 
 A block is named by its query kind and key kind: ``T-V`` is the attention of text on the image.
 Video tokens count as image tokens. Text is every token that is neither image, video nor padding.
-A cell is one query and one key; it is visible if the query may attend to the key. Per block, layer
-and head:
+In the vision tower, the two kinds are patches (V) and special tokens (S): class tokens and
+registers. A cell is one query and one key; it is visible if the query may attend to the key. Per
+block, layer and head:
 
 * ``mass``: probability summed over the block's keys, averaged over the queries that see at least
   one of them;
@@ -18,7 +19,7 @@ model whose image comes before the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,22 +34,26 @@ from xmodal_interp.analysis.selection import (
     mass_and_null,
     mean_where,
     n_visible,
+    position_table,
     queries_of,
     received,
     refuse_cross_attention,
     selected_calls,
+    visual_number,
 )
 from xmodal_interp.analysis.tables import Part, call_table, over_samples
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample, is_visual
-from xmodal_interp.vocabulary import TEXT
+from xmodal_interp.vocabulary import TEXT, Tower
 
 TIED = 1e-6  # largest relative difference from the peak that counts as a tie in float32
-LETTERS = {"image": "V", "text": "T"}
+LETTERS: Mapping[Tower, Mapping[str, str]] = {
+    "language": {"image": "V", "text": "T"},
+    "vision": {"image": "V", "special": "S"},
+}
 PLACE_COLUMNS = ("image", "row", "col", "video", "frame")
-_BLOCKS = [f"{query}-{key}" for query in LETTERS.values() for key in LETTERS.values()]
 _KEYS = ("tower", "kind", "layer", "head", "block", "query_kind", "key_kind")
 
 
@@ -56,16 +61,21 @@ _KEYS = ("tower", "kind", "layer", "head", "block", "query_kind", "key_kind")
 def block_statistics(
     samples: Sample | Iterable[Sample],
     *,
+    tower: Tower | None = None,
     layers: Layers = None,
     heads: Positions | None = None,
+    image: int = 0,
     workers: int = 1,
 ) -> pd.DataFrame:
     """Return the attention within and between image and text, over visible cells only.
 
     Args:
         samples: One sample or many.
+        tower: ``"language"``, or ``"vision"`` for patches and special tokens instead of image and
+            text; ``Sample.tower`` if not given.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
+        image: Index of the image in the vision tower; videos are numbered after the images.
         workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
@@ -78,21 +88,23 @@ def block_statistics(
         InputError: The sample has no image, or text attends to the image by cross-attention.
         NotRecordedError: Some query rows were not kept.
     """
-    parameters = {"layers": layers, "heads": heads}
+    parameters = {"tower": tower, "layers": layers, "heads": heads, "image": image}
 
     def table_rows(sample: Sample) -> Iterator[Part]:
-        parts = []
-        for call, chosen, values in _blocks(sample, layers, heads):
+        parts, of = [], tower or sample.tower
+        letters = _letters(of)
+        blocks = [f"{query}-{key}" for query in letters.values() for key in letters.values()]
+        for call, chosen, values in _blocks(sample, layers, heads, of, image):
             order = np.argsort(chosen).tolist()
             ordered = {name: value[order] for name, value in values.items()}
-            kinds = list(LETTERS)
+            kinds = list(letters)
             axes: dict[str, list[Any]] = {
                 "head": sorted(chosen),
                 "query_kind": kinds,
                 "key_kind": kinds,
             }
             part = call_table(call, axes, ordered)
-            part["block"] = np.tile(_BLOCKS, len(chosen))
+            part["block"] = np.tile(blocks, len(chosen))
             parts.append({name: part[name] for name in _KEYS} | part)
         yield from sorted(parts, key=lambda part: int(part["layer"]))
 
@@ -131,7 +143,7 @@ def cross_modal_summary(
     """
 
     def table_rows(sample: Sample) -> Iterator[Part]:
-        ((call, chosen, values),) = _blocks(sample, layer, heads)
+        ((call, chosen, values),) = _blocks(sample, layer, heads, "language", 0)
         means = values["mean"].nanmean(0)  # [query kind, key kind]
         tokens = sample.visual
         attended = received(call, queries_of(sample, TEXT), chosen)[:, tokens].mean(0)
@@ -157,24 +169,51 @@ def cross_modal_summary(
     return over_samples(samples, table_rows, "cross_modal_summary", parameters, workers)
 
 
+def _letters(tower: Tower) -> Mapping[str, str]:
+    """Return the letter of each kind of token in a tower.
+
+    Raises:
+        InputError: The tower has no such kinds.
+    """
+    if tower not in LETTERS:
+        raise InputError(
+            f"block_statistics is not defined for tower={tower!r}. Choose 'language' or 'vision'."
+        )
+    return LETTERS[tower]
+
+
 def _blocks(
-    sample: Sample, layers: Layers, heads: Positions | None
+    sample: Sample, layers: Layers, heads: Positions | None, tower: Tower, visual: int
 ) -> Iterator[tuple[AttentionCall, list[int], dict[str, Tensor]]]:
     """Yield each layer, its chosen heads and the values, ``[head, query kind, key kind]``."""
-    refuse_cross_attention(sample, "A statistic of attention blocks")
-    kinds = sample.kinds
-    image, text = is_visual(kinds), np.isin(kinds, ["text", "special"])
+    if tower == "language":
+        refuse_cross_attention(sample, "A statistic of attention blocks")
+        kinds = sample.kinds
+    else:
+        kinds = _kinds_of_patches(sample, visual)
+    image, other = is_visual(kinds), np.isin(kinds, ["text", "special"])
     if not image.any():
         raise InputError(
-            f"Sample {sample.name!r} has no image tokens among its {len(sample)} positions. "
+            f"Sample {sample.name!r} has no image tokens among its {len(kinds)} positions. "
             "Block statistics require a sample with an image or a video."
         )
-    keys = torch.from_numpy(np.stack([image, text]))
+    keys = torch.from_numpy(np.stack([image, other]))
     queries = [each.nonzero()[:, 0] for each in keys]
-    for call, chosen in selected_calls(sample, layers, heads):
+    number = visual_number(sample, tower, visual)
+    for call, chosen in selected_calls(sample, layers, heads, tower=tower, call=number):
+        if tower == "vision":
+            position_table(sample, tower, visual, call.n_keys)  # refuses other positions
         of_queries = [_block_values(call, chosen, each, keys) for each in queries]
         values = {name: torch.stack([of[name] for of in of_queries], 1) for name in of_queries[0]}
         yield call, chosen, values
+
+
+def _kinds_of_patches(sample: Sample, visual: int) -> np.ndarray:
+    """Return the kind of each position of the vision tower for an image."""
+    visual_number(sample, "vision", visual)
+    n_positions = len(sample.patch_names(visual))
+    table = position_table(sample, "vision", visual, n_positions)
+    return table["token_kind"].to_numpy(dtype=object)
 
 
 def _block_values(

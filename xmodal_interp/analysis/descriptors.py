@@ -23,12 +23,12 @@ from torch import Tensor
 
 from xmodal_interp.analysis.selection import (
     Layers,
+    counted_positions,
     mean_where,
     n_visible,
-    not_padding,
     per_head,
-    queries_of,
     refuse_cross_attention,
+    rows_in_tower,
     rows_of,
     selected_calls,
     uniform,
@@ -45,7 +45,7 @@ from xmodal_interp.vocabulary import Tower
 def attention_entropy(
     samples: Sample | Iterable[Sample],
     *,
-    tower: Tower = "language",
+    tower: Tower | None = None,
     queries: Selector | None = None,
     layers: Layers = None,
     heads: Positions | None = None,
@@ -57,9 +57,10 @@ def attention_entropy(
 
     Args:
         samples: One sample or many.
-        tower: Part of the model. The vision tower has separate rows for each image.
-        queries: As in ``cross_modal_ratio``, for the language tower only; all kept query rows if
-            not given.
+        tower: Part of the model; ``Sample.tower`` if not given. The vision tower has separate rows
+            for each image.
+        queries: As in ``cross_modal_ratio``, or in the vision tower positions or a name such as
+            ``"class"``; all kept query rows if not given.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
         workers: Number of processes that read the samples; results do not depend on it.
@@ -72,24 +73,26 @@ def attention_entropy(
         learned sinks, 0 to 1; 0 in a model without learned sinks).
 
     Raises:
-        InputError: ``queries`` is given for another tower than the language tower.
+        InputError: ``queries`` is given for another tower than language and vision.
         NotRecordedError: The tower was not kept.
     """
-    if tower != "language" and queries is not None:
+    if tower not in (None, "language", "vision") and queries is not None:
         raise InputError(
-            f"queries can only be given for the language tower; got {queries!r} for the {tower} "
-            "tower. Leave queries out."
+            f"queries can only be given for the language and the vision tower; got {queries!r} for "
+            f"the {tower} tower. Leave queries out."
         )
 
     def table_rows(sample: Sample) -> Iterator[Part]:
-        counted = not_padding(sample)
-        chosen_rows = None if queries is None else queries_of(sample, queries)
-        of_tower = {key[3] for key in sample.calls if key[:2] == (tower, "self")}
+        of = tower or sample.tower
+        of_tower = {key[3] for key in sample.calls if key[:2] == (of, "self")}
         for number in sorted(of_tower) or [0]:
-            for call, chosen in selected_calls(sample, layers, heads, tower=tower, call=number):
-                rows = rows_of(call, counted) if tower == "language" else call.query_positions
+            chosen_rows = None
+            if queries is not None:
+                chosen_rows = rows_in_tower(sample, queries, of, number, queries)
+            for call, chosen in selected_calls(sample, layers, heads, tower=of, call=number):
+                rows = rows_of(call, counted_positions(sample, of, number, call.n_queries))
                 values = _entropy(call, chosen, rows if chosen_rows is None else chosen_rows)
-                image = np.nan if tower == "language" else number
+                image = np.nan if of == "language" else number
                 yield call_table(call, {"head": chosen}, {"image": image, **values})
 
     parameters = {"tower": tower, "queries": queries, "layers": layers, "heads": heads}

@@ -40,6 +40,7 @@ from jaxtyping import Float, Int
 from xmodal_interp.arguments import MOST, as_list, checked, real_number, whole_number
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.models import ImageLike
+from xmodal_interp.models.picture_sources import content_digest
 
 Values = Iterable[float] | np.ndarray
 Statistic = Callable[[np.ndarray], float]
@@ -266,8 +267,7 @@ def cluster_numbers(labels: Sequence[Hashable]) -> Int[np.ndarray, " sample"]:
 def picture_key(pictures: Iterable[ImageLike]) -> Hashable:
     """Return a key that is equal for the same images: paths, or a hash of the pixels."""
     return tuple(
-        str(one) if isinstance(one, (str, PathLike)) else hash((one.size, one.tobytes()))
-        for one in pictures
+        str(one) if isinstance(one, (str, PathLike)) else content_digest(one) for one in pictures
     )
 
 

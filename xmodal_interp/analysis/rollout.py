@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, SupportsFloat, cast, get_args
+from typing import Any, Literal, SupportsFloat, get_args
 
 import numpy as np
 import pandas as pd
@@ -41,23 +41,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from xmodal_interp.analysis.selection import (
-    each_once,
+    counted_positions,
     first_position,
-    not_padding,
     position_columns,
     position_table,
-    queries_of,
     refuse_cross_attention,
     row_chunks,
+    rows_in_tower,
     selected_calls,
     uniform,
+    visual_number,
 )
 from xmodal_interp.analysis.tables import Part, long_table, over_samples, samples_of
 from xmodal_interp.arguments import checked, one_of, real_number
 from xmodal_interp.attention import AttentionCall, Positions, resolve, whole_slice
 from xmodal_interp.errors import InputError, NotRecordedError, quoted
 from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.text_search import has_phrase
 from xmodal_interp.vocabulary import LAST, Tower
 
 Fusion = Literal["mean", "max", "min"]
@@ -86,7 +85,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
     baseline: str | None = None,
     sinks: Sinks = "keep",
     layers: LayerRange | None = None,
-    tower: Tower = "language",
+    tower: Tower | None = None,
     image: int = 0,
     workers: int = 1,
 ) -> pd.DataFrame:
@@ -97,7 +96,8 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
     Args:
         samples: One sample or many.
         queries: Positions or a phrase; ``"last"`` (of the prompt) if not given. For the vision
-            tower, positions of that tower; the class token if not given.
+            tower, positions of that tower or a name such as ``"register"``; the class token if not
+            given.
         fusion: How the heads of a layer are combined into one matrix: ``"mean"``, ``"max"`` or
             ``"min"``.
         alpha: Weight of attention, 0 to 1; the residual stream has 1 - alpha. One number for all
@@ -115,7 +115,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
             last layer, as LLaVA does in its vision tower. Layers without softmax attention
             (convolution, recurrence, linear attention) cannot be in the slice: in such a model,
             choose consecutive attention layers. Layers after the last attention layer are ignored.
-        tower: ``"language"`` or ``"vision"``.
+        tower: ``"language"`` or ``"vision"``; ``Sample.tower`` if not given.
         image: Index of the image in the vision tower; videos are numbered after the images.
         workers: Number of processes that read the samples; results do not depend on it.
 
@@ -142,17 +142,13 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         )
 
     def table_rows(sample: Sample) -> Iterator[Part]:
-        n_visuals = len(sample.grids) + len(sample.video_grids)
-        if image >= max(n_visuals, 1):
-            raise InputError(
-                f"There is no image {image}: sample {sample.name!r} has {n_visuals} images and "
-                "videos, numbered from 0."
-            )
-        calls = _calls(sample, layers, tower, image)
-        positions = position_table(sample, tower, image, calls[0].n_keys)
-        rows = _seeing(calls, positions, _rows(sample, queries, tower, positions))
-        removed = _removed_keys(sample, sinks, tower, len(positions))
-        counted = _not_padding(sample, tower, len(positions))
+        of = tower or sample.tower
+        visual_number(sample, of, image)
+        calls = _calls(sample, layers, of, image)
+        positions = position_table(sample, of, image, calls[0].n_keys)
+        rows = _seeing(calls, positions, rows_in_tower(sample, queries, of, image, LAST))
+        removed = _removed_keys(sample, sinks, of, len(positions))
+        counted = counted_positions(sample, of, image, len(positions))
         start = functional.one_hot(rows, len(positions)).double()
         values = {"rollout": rolled(start, calls, options, removed, counted)}
         if baseline is not None:
@@ -163,7 +159,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         index = long_table(axes, {})
         about = {"query_token": positions["token"].array.take(index["query"])}
         about |= position_columns(positions, index["key"])
-        yield {"tower": tower, "kind": "self"} | index | about | long_table(axes, values)
+        yield {"tower": of, "kind": "self"} | index | about | long_table(axes, values)
 
     parameters = {
         "queries": queries,
@@ -188,7 +184,7 @@ def rollout_matrix(
     discard: float = 0.0,
     sinks: Sinks = "keep",
     layers: LayerRange | None = None,
-    tower: Tower = "language",
+    tower: Tower | None = None,
     image: int = 0,
 ) -> Float[Tensor, "query key"]:
     """Return all rows of the rollout, float64, ``S x S``; arguments as in ``attention_rollout``.
@@ -197,10 +193,11 @@ def rollout_matrix(
     """
     (sample,) = samples_of([sample])
     options = RolloutOptions(fusion, _plain_alpha(alpha), discard)
-    calls = _calls(sample, layers, tower, image)
+    of = tower or sample.tower
+    calls = _calls(sample, layers, of, image)
     n_positions = calls[0].n_keys
-    removed = _removed_keys(sample, sinks, tower, n_positions)
-    counted = _not_padding(sample, tower, n_positions)
+    removed = _removed_keys(sample, sinks, of, n_positions)
+    counted = counted_positions(sample, of, image, n_positions)
     start = torch.eye(n_positions, dtype=torch.float64)
     return rolled(start, calls, options, removed, counted)
 
@@ -446,28 +443,6 @@ def _refuse_gaps(chosen: range, exists: Collection[int], tower: Tower) -> None:
         )
 
 
-def _rows(
-    sample: Sample, queries: Selector | None, tower: Tower, positions: pd.DataFrame
-) -> Int[Tensor, " query"]:
-    """Return the query positions."""
-    if tower == "language":
-        return queries_of(sample, LAST if queries is None else queries)
-    if has_phrase(queries):
-        raise InputError(
-            f"queries must be numbers in the {tower} tower, where a phrase has no positions; got "
-            f"{queries!r}."
-        )
-    if queries is not None:
-        return each_once(resolve(cast("Positions", queries), len(positions), "position"))
-    classes = positions.index[positions["token_kind"] == "special"]
-    if len(classes) != 1:
-        raise InputError(
-            f"The {tower} tower has {len(classes)} class tokens, so there is no default for "
-            "queries. Pass positions as queries."
-        )
-    return torch.tensor(classes.to_numpy())
-
-
 def _seeing(
     calls: Sequence[AttentionCall], positions: pd.DataFrame, rows: Int[Tensor, " query"]
 ) -> Int[Tensor, " seeing"]:
@@ -483,11 +458,6 @@ def _seeing(
             "queries."
         )
     return rows[seeing]
-
-
-def _not_padding(sample: Sample, tower: Tower, n_positions: int) -> Bool[Tensor, " position"]:
-    """Return a mask of the positions of a tower that are not padding."""
-    return not_padding(sample) if tower == "language" else torch.ones(n_positions, dtype=torch.bool)
 
 
 def _removed_keys(

@@ -53,19 +53,21 @@ def selected_calls(
     layers: Layers,
     heads: Positions | None = None,
     *,
-    tower: Tower = "language",
+    tower: Tower | None = None,
     kind: AttentionKind = "self",
     call: int = 0,
 ) -> Iterator[tuple[AttentionCall, list[int]]]:
     """Yield the calls of the chosen layers and their chosen heads, in the order given.
 
-    One call at a time is read from a store. Each layer and each head is used once: in a model
-    with four layers, ``[3, -1]`` selects one layer. Heads are non-negative numbers.
+    The tower is ``Sample.tower`` if it is not given. One call at a time is read from a store. Each
+    layer and each head is used once: in a model with four layers, ``[3, -1]`` selects one layer.
+    Heads are non-negative numbers.
 
     Raises:
         NotRecordedError: No attention of this tower and kind was kept.
         LayerError: A layer or head does not exist, or ``layers`` or ``heads`` is empty.
     """
+    tower = tower or sample.tower
     kept = sample.layers(tower, kind)
     if not kept:
         others = sorted({f"{key[0]} {key[1]}" for key in sample.calls})
@@ -184,7 +186,8 @@ def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -
     thumbnail have no row and column, because those would collide with the tokens of the image.
 
     Returns:
-        ``token, token_kind, image, row, col, video, frame``, one row per position.
+        ``token, token_kind, image, row, col, video, frame``, one row per position. In the vision
+        tower, ``token`` is the name of the position (``Sample.patch_names``).
 
     Raises:
         GeometryError: The grid of the image and the tower have different numbers of positions.
@@ -203,12 +206,74 @@ def position_table(sample: Sample, tower: Tower, image: int, n_positions: int) -
             f"{kind.capitalize()} {number} of sample {sample.name!r} has a grid of {len(places)} "
             f"places, but the {tower} tower has {n_positions} positions."
         )
-    nowhere = places["row"] < 0
-    kinds = nowhere.map({True: "special", False: kind}).astype("string")
+    nowhere, names = places["row"] < 0, sample.patch_names(image)
+    kinds = np.where(names == "padding", "padding", np.where(nowhere, "special", kind))
     table = places.mask(nowhere).reindex(columns=list(POSITION_COLUMNS))
-    table = table.assign(token=None, token_kind=kinds, **{kind: number})
+    table = table.assign(token=names, token_kind=kinds, **{kind: number})
     integers = dict.fromkeys(("image", "row", "col", "video", "frame"), "Int64")
-    return table.astype({"token": "string", **integers})
+    return table.astype({"token": "string", "token_kind": "string", **integers})
+
+
+def visual_number(sample: Sample, tower: Tower, image: int) -> int:
+    """Return the number of a tower's calls for an image: its index in the vision tower, else 0.
+
+    Raises:
+        InputError: The image does not exist.
+    """
+    n_visuals = len(sample.grids) + len(sample.video_grids)
+    if image >= max(n_visuals, 1):
+        raise InputError(
+            f"There is no image {image}: sample {sample.name!r} has {n_visuals} images and "
+            "videos, numbered from 0."
+        )
+    return image if tower == "vision" else 0
+
+
+def rows_in_tower(
+    sample: Sample,
+    queries: Selector | None,
+    tower: Tower,
+    image: int,
+    default: Selector,
+) -> Int[Tensor, " query"]:
+    """Return the query positions in a tower, without repetitions, in the order given.
+
+    Args:
+        sample: The sample.
+        queries: Positions, a phrase or a name. If not given, ``default`` in the language tower, and
+            the class token in the vision tower.
+        tower: ``"language"`` or ``"vision"``.
+        image: Index of the image in the vision tower.
+        default: The queries in the language tower if none are given.
+
+    Raises:
+        InputError: No queries are given, and the vision tower does not have exactly one class
+            token.
+    """
+    if tower == "language":
+        return queries_of(sample, default if queries is None else queries)
+    if queries is not None:
+        return each_once(sample.positions(queries, tower=tower, image=image))
+    names = sample.patch_names(image)
+    classes = np.flatnonzero(np.isin(names, ("class", "special")))
+    if len(classes) != 1:
+        raise InputError(
+            f"The {tower} tower has {len(classes)} class tokens, so there is no default for "
+            "queries. Pass positions as queries."
+        )
+    return torch.from_numpy(classes)
+
+
+def counted_positions(
+    sample: Sample, tower: Tower, image: int, n_positions: int
+) -> Bool[Tensor, " position"]:
+    """Return a mask of the positions of a tower, or of an image in it, that are not padding."""
+    if tower == "language":
+        return not_padding(sample)
+    names = sample.patch_names(image) if image < len(sample.grids) else np.array([], dtype=object)
+    if len(names) != n_positions:  # the positions are not those of the grid
+        return torch.ones(n_positions, dtype=torch.bool)
+    return torch.from_numpy(names != "padding")
 
 
 def position_columns(positions: pd.DataFrame | Mapping[str, Any], index: np.ndarray) -> Part:
@@ -250,11 +315,11 @@ def sequence_places(sample: Sample) -> Int[Tensor, " position"]:
 
 
 def rows_of(call: AttentionCall, counted: Bool[Tensor, " position"]) -> Int[Tensor, " query"]:
-    """Return the query positions that a call of the language tower holds, without padding.
+    """Return the query positions that a call holds, without padding.
 
     Args:
         call: The call.
-        counted: A mask of the positions that are not padding (``not_padding``).
+        counted: A mask of the positions that are not padding (``counted_positions``).
     """
     rows = call.query_positions
     return rows[counted.to(rows.device)[rows]]

@@ -9,7 +9,7 @@ the first of ``T`` causal positions receives ``H_T / T`` (``H_T`` is the harmoni
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,21 +21,22 @@ from xmodal_interp.analysis.selection import (
     POSITION_COLUMNS,
     Layers,
     counted_once,
-    first_position,
-    not_padding,
+    counted_positions,
     per_head,
     position_columns,
+    position_table,
     query_weights,
     received,
     rows_of,
     selected_calls,
-    sequence_places,
+    visual_number,
 )
 from xmodal_interp.analysis.tables import Part, call_table, long_table, over_samples
 from xmodal_interp.arguments import checked, real_number
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample
+from xmodal_interp.vocabulary import Tower
 
 THRESHOLD = 0.3  # epsilon of Gu et al.
 _SOURCES = {"token_kind": "kind"}  # columns of the token table with another name
@@ -43,30 +44,34 @@ MIN_QUERIES = 8  # a key that fewer queries see is never a sink
 
 
 @checked
-def attention_sinks(
+def attention_sinks(  # noqa: PLR0913  every option has a default
     samples: Sample | Iterable[Sample],
     *,
     threshold: float = THRESHOLD,
+    tower: Tower | None = None,
     layers: Layers = None,
     heads: Positions | None = None,
     n_positions: int | None = None,
     min_queries: int = MIN_QUERIES,
+    image: int = 0,
     workers: int = 1,
 ) -> pd.DataFrame:
     """Return the attention that keys receive, and whether they are sinks (Gu et al. 2025).
 
-    The attention is language self-attention, averaged over the kept query rows.
+    The attention is self-attention, averaged over the kept query rows.
 
     Args:
         samples: One sample or many.
         threshold: A key that receives more than this mean probability is a sink of the head; above
             0 and at most 1.
+        tower: ``"language"`` or ``"vision"``; ``Sample.tower`` if not given.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
         n_positions: Use only the first ``n_positions`` positions, without padding. The paper uses
             64. All if not given.
         min_queries: Keys that fewer queries see are never sinks. For example, only one query
             sees the last position.
+        image: Index of the image in the vision tower; videos are numbered after the images.
         workers: Number of processes that read the samples; results do not depend on it.
 
     Returns:
@@ -82,17 +87,25 @@ def attention_sinks(
     _check_threshold(threshold)
     parameters: dict[str, Any] = {
         "threshold": threshold,
+        "tower": tower,
         "layers": layers,
         "heads": heads,
         "n_positions": n_positions,
         "min_queries": min_queries,
+        "image": image,
     }
 
     def table_rows(sample: Sample) -> Iterator[Part]:
-        first = torch.tensor([first_position(sample)])
-        tokens = {name: sample.tokens[_SOURCES.get(name, name)].array for name in POSITION_COLUMNS}
-        for call, chosen, share, null, n_queries, sink in _sinks(sample, **parameters):
-            keys = torch.unique(torch.cat([sink.any(0).nonzero()[:, 0], first]))
+        tokens: pd.DataFrame | Mapping[str, Any] | None = None
+        if (tower or sample.tower) == "language":
+            columns = [_SOURCES.get(name, name) for name in POSITION_COLUMNS]
+            arrays = (sample.tokens[name].array for name in columns)
+            tokens = dict(zip(POSITION_COLUMNS, arrays, strict=True))
+        for call, first, chosen, share, null, n_queries, sink in _sinks(sample, **parameters):
+            if tokens is None:
+                tokens = position_table(sample, call.tower, image, call.n_keys)
+            always = torch.tensor([first])
+            keys = torch.unique(torch.cat([sink.any(0).nonzero()[:, 0], always]))
             values = {
                 "received": share[:, keys],
                 "null": null[:, keys],
@@ -108,14 +121,16 @@ def attention_sinks(
 
 
 @checked
-def sink_rate(
+def sink_rate(  # noqa: PLR0913  every option has a default
     samples: Sample | Iterable[Sample],
     *,
     threshold: float = THRESHOLD,
+    tower: Tower | None = None,
     layers: Layers = None,
     heads: Positions | None = None,
     n_positions: int | None = None,
     min_queries: int = MIN_QUERIES,
+    image: int = 0,
     workers: int = 1,
 ) -> pd.DataFrame:
     """Return the share of heads with a sink (Gu et al. 2025); arguments as in ``attention_sinks``.
@@ -128,15 +143,16 @@ def sink_rate(
     _check_threshold(threshold)
     parameters: dict[str, Any] = {
         "threshold": threshold,
+        "tower": tower,
         "layers": layers,
         "heads": heads,
         "n_positions": n_positions,
         "min_queries": min_queries,
+        "image": image,
     }
 
     def table_rows(sample: Sample) -> Iterator[Part]:
-        first = first_position(sample)
-        for call, chosen, _, _, _, sink in _sinks(sample, **parameters):
+        for call, first, chosen, _, _, _, sink in _sinks(sample, **parameters):
             values = {
                 "first": sink[:, first].double().mean(),
                 "any": sink.any(1).double().mean(),
@@ -169,24 +185,29 @@ def _sinks(
     sample: Sample,
     *,
     threshold: float,
+    tower: Tower | None,
     layers: Layers,
     heads: Positions | None,
     n_positions: int | None,
     min_queries: int,
-) -> Iterator[tuple[AttentionCall, list[int], Tensor, Tensor, Tensor, Tensor]]:
-    """Yield each layer of a sample, its chosen heads, and four tensors ``[head, key]``.
+    image: int,
+) -> Iterator[tuple[AttentionCall, int, list[int], Tensor, Tensor, Tensor, Tensor]]:
+    """Yield each layer of a sample, its first position, its chosen heads, and four tensors.
 
-    The tensors are the received share, its null, the number of queries that see the key, and
-    whether the key is a sink.
+    The first position is that without padding. The tensors ``[head, key]`` are the received share,
+    its null, the number of queries that see the key, and whether the key is a sink.
     """
-    counted, places = not_padding(sample), sequence_places(sample)
-    for call, chosen in selected_calls(sample, layers, heads):
+    of = tower or sample.tower
+    number = visual_number(sample, of, image)
+    for call, chosen in selected_calls(sample, layers, heads, tower=of, call=number):
+        counted = counted_positions(sample, of, image, call.n_keys)
         rows = rows_of(call, counted)
         if n_positions is not None:
+            places = counted.long().cumsum(0) - 1
             rows = rows[places.to(rows.device)[rows] < n_positions]
         share, null, n_queries = _received(call, rows, chosen)
         sink = (share > threshold) & (n_queries >= min_queries)
-        yield call, chosen, share, null, n_queries, sink
+        yield call, int(counted.nonzero()[0]), chosen, share, null, n_queries, sink
 
 
 def _received(

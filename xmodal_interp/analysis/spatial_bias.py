@@ -38,10 +38,12 @@ from xmodal_interp.analysis.selection import (
     Layers,
     image_keys,
     image_places,
-    queries_of,
+    position_table,
     received,
     refuse_cross_attention,
+    rows_in_tower,
     selected_calls,
+    visual_number,
 )
 from xmodal_interp.analysis.tables import (
     Part,
@@ -57,7 +59,7 @@ from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import TEXT
+from xmodal_interp.vocabulary import TEXT, Tower
 
 HEAD_KEYS = ["tower", "kind", "layer", "head"]
 CELL_KEYS = [*HEAD_KEYS, "row", "col"]
@@ -68,7 +70,8 @@ SLOPES = ("row_slope", "col_slope", "edge_slope")
 def raster_map(
     samples: Sample | Iterable[Sample],
     *,
-    queries: Selector = TEXT,
+    tower: Tower | None = None,
+    queries: Selector | None = None,
     layers: Layers = None,
     heads: Positions | None = None,
     image: int = 0,
@@ -82,7 +85,11 @@ def raster_map(
     Args:
         samples: One sample or many, with grids of the same shape. The influence of image content
             falls with the number and variety of the samples.
-        queries: ``"text"``, ``"last"``, positions or a phrase, as in ``cross_modal_ratio``.
+        tower: ``"language"``, or ``"vision"`` for the patches of the vision tower; ``Sample.tower``
+            if not given.
+        queries: ``"text"``, ``"last"``, positions or a phrase, as in ``cross_modal_ratio``;
+            ``"text"`` if not given. In the vision tower, positions or a name; the class token if
+            not given.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
         image: Index of the image in each sample.
@@ -109,7 +116,7 @@ def raster_map(
     lifts: list[np.ndarray] = []
 
     def table_rows(sample: Sample) -> list[Part]:
-        return [_cells(sample, queries, layers, heads, image)]
+        return [_cells(sample, tower or sample.tower, queries, layers, heads, image)]
 
     with closing(rows_of_samples(samples_of(samples), table_rows, workers)) as found:
         for name, of_sample, (cells,) in found:
@@ -130,7 +137,8 @@ def raster_map(
         table = stacked([{"sample": name, **first, "lift": lift} for name, lift in of_samples])
     else:
         table = pd.DataFrame({**first, "lift": total / n_samples})
-    parameters = {"queries": queries, "layers": layers, "heads": heads, "image": image}
+    parameters = {"tower": tower, "queries": queries, "layers": layers, "heads": heads}
+    parameters |= {"image": image}
     parameters |= {"per_sample": per_sample} if per_sample else {}
     return stamped(
         table,
@@ -142,11 +150,12 @@ def raster_map(
 
 
 @checked
-def raster_profile(
+def raster_profile(  # noqa: PLR0913  every option has a default
     samples: Sample | Iterable[Sample],
     *,
     control: Sample | Iterable[Sample] | None = None,
-    queries: Selector = TEXT,
+    tower: Tower | None = None,
+    queries: Selector | None = None,
     layers: Layers = None,
     heads: Positions | None = None,
     image: int = 0,
@@ -158,6 +167,7 @@ def raster_profile(
     Args:
         samples: As for ``raster_map``.
         control: Samples of blank or noise images with the same question.
+        tower: As for ``raster_map``.
         queries: As for ``raster_map``.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
@@ -173,7 +183,9 @@ def raster_profile(
         and ``share_difference``. With ``per_sample`` the first column is ``sample``; the control is
         averaged over its samples.
     """
-    table = _with_control(samples, control, queries, layers, heads, image, per_sample, workers)
+    options = {"tower": tower, "queries": queries, "layers": layers, "heads": heads}
+    options |= {"image": image, "workers": workers}
+    table = _with_control(samples, control, per_sample=per_sample, **options)
     by = _keys(table)
     lifts = [name for name in table.columns if name.startswith("lift")]
     total = table.groupby(by)[lifts].transform("sum", min_count=1)
@@ -198,11 +210,12 @@ def raster_profile(
 
 
 @checked
-def raster_bias(
+def raster_bias(  # noqa: PLR0913  every option has a default
     samples: Sample | Iterable[Sample],
     *,
     control: Sample | Iterable[Sample] | None = None,
-    queries: Selector = TEXT,
+    tower: Tower | None = None,
+    queries: Selector | None = None,
     layers: Layers = None,
     heads: Positions | None = None,
     image: int = 0,
@@ -214,6 +227,7 @@ def raster_bias(
     Args:
         samples: As for ``raster_map``.
         control: Samples of blank or noise images with the same question.
+        tower: As for ``raster_map``.
         queries: As for ``raster_map``.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
@@ -230,7 +244,9 @@ def raster_bias(
         the whole image, or if the grid is too small to separate the terms. With ``per_sample`` the
         first column is ``sample``; the control is averaged over its samples.
     """
-    table = _with_control(samples, control, queries, layers, heads, image, per_sample, workers)
+    options = {"tower": tower, "queries": queries, "layers": layers, "heads": heads}
+    options |= {"image": image, "workers": workers}
+    table = _with_control(samples, control, per_sample=per_sample, **options)
     by = _keys(table)
     cells = table.drop_duplicates(["row", "col"])
     design = _design(cells["row"].to_numpy(dtype=float), cells["col"].to_numpy(dtype=float))
@@ -247,16 +263,11 @@ def raster_bias(
 def _with_control(
     samples: Sample | Iterable[Sample],
     control: Sample | Iterable[Sample] | None,
-    queries: Selector,
-    layers: Layers,
-    heads: Positions | None,
-    image: int,
-    per_sample: bool,  # noqa: FBT001
-    workers: int,
+    *,
+    per_sample: bool,
+    **options: Any,
 ) -> pd.DataFrame:
     """Return the map with the control's lift as a column and ``n_control`` in its parameters."""
-    options: dict[str, Any] = {"queries": queries, "layers": layers, "heads": heads, "image": image}
-    options["workers"] = workers
     table = raster_map(samples, per_sample=per_sample, **options)
     if control is None:
         return table
@@ -275,9 +286,36 @@ def _keys(table: pd.DataFrame) -> list[str]:
 
 
 def _cells(
-    sample: Sample, queries: Selector, layers: Layers, heads: Positions | None, image: int
+    sample: Sample,
+    tower: Tower,
+    queries: Selector | None,
+    layers: Layers,
+    heads: Positions | None,
+    image: int,
 ) -> Part:
     """Return the columns of the map of a sample, with one row per layer, head and cell."""
+    tokens, places = _tokens(sample, image) if tower == "language" else _patches(sample, image)
+    rows = rows_in_tower(sample, queries, tower, image, TEXT)
+    cells = {name: places[name].to_numpy()[None] for name in ("row", "col")}
+    parts = []
+    number = visual_number(sample, tower, image)
+    for call, chosen in selected_calls(sample, layers, heads, tower=tower, call=number):
+        if tower != "language":
+            position_table(sample, tower, image, call.n_keys)  # refuses other positions
+        values = {**cells, "lift": _lift(call, chosen, rows, tokens)}
+        parts.append(call_table(call, {"head": chosen, "cell": range(len(tokens))}, values))
+    columns = joined(parts)
+    del columns["cell"]
+    return columns
+
+
+def _tokens(sample: Sample, image: int) -> tuple[Int[Tensor, " cell"], pd.DataFrame]:
+    """Return the positions of an image's tokens in the language tower, and their rows and columns.
+
+    Raises:
+        InputError: The sample has no such image, or text attends to it by cross-attention.
+        GeometryError: The tokens have no rows and columns.
+    """
     refuse_cross_attention(sample, "A raster map")
     tokens = image_keys(sample, image).nonzero()[:, 0]
     places = image_places(sample.tokens).iloc[tokens.tolist()]
@@ -289,16 +327,30 @@ def _cells(
             f"The tokens of image {image} of sample {sample.name!r} have no row and column. "
             f"{learned if are_queries(grid) else grid.reason or ''}".rstrip()
         )
-    tokens, places = tokens[torch.tensor(placed)], places[placed].astype("int64")
-    rows = queries_of(sample, queries)
-    cells = {name: places[name].to_numpy()[None] for name in ("row", "col")}
-    parts = []
-    for call, chosen in selected_calls(sample, layers, heads):
-        values = {**cells, "lift": _lift(call, chosen, rows, tokens)}
-        parts.append(call_table(call, {"head": chosen, "cell": range(len(tokens))}, values))
-    columns = joined(parts)
-    del columns["cell"]
-    return columns
+    return tokens[torch.tensor(placed)], places[placed].astype("int64")
+
+
+def _patches(sample: Sample, image: int) -> tuple[Int[Tensor, " cell"], pd.DataFrame]:
+    """Return the positions of an image's patches in the vision tower, and their rows and columns.
+
+    Raises:
+        InputError: The sample has no such image.
+        GeometryError: The patches have no rows and columns.
+    """
+    visual_number(sample, "vision", image)
+    if image >= len(sample.grids):
+        raise InputError(
+            f"Sample {sample.name!r} has no image {image}; it has {len(sample.grids)} images, "
+            "numbered from 0."
+        )
+    places = sample.grids[image].patch_places
+    placed = np.flatnonzero(places[:, 0] >= 0)
+    if not len(placed):
+        raise GeometryError(
+            f"The patches of image {image} of sample {sample.name!r} have no row and column. "
+            f"{sample.grids[image].reason or ''}".rstrip()
+        )
+    return torch.from_numpy(placed), pd.DataFrame(places[placed], columns=["row", "col"])
 
 
 def _lift(

@@ -342,7 +342,7 @@ def _equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
     return not change.numel() or bool(change.max() <= limit * size.max())
 
 
-_OF_ROWS = ("q", "update_share", "group_mass", "row_entropy", "counted")
+_OF_ROWS = ("q", "update_share", "token_norm", "group_mass", "row_entropy", "counted")
 """Tensors of a causal call with a row per query."""
 
 

@@ -46,6 +46,7 @@ AXES = {
     "rows": ("query",),
     "dense": ("sample", "head", "query", "key"),
     "update_share": ("sample", "query"),
+    "token_norm": ("sample", "query"),
     "segments": ("key",),
     "mask": ("sample", "head", "query", "key"),
     "bias": ("sample", "head", "query", "key"),
@@ -90,6 +91,8 @@ class AttentionCall:
         update_share: ``[sample, query]``, 0 to 1, if norms were recorded: the norm of the
             attention's output divided by the sum of this norm and the norm of the residual stream
             to which it is added.
+        token_norm: ``[sample, query]``, if norms were recorded: the Euclidean norm of each token's
+            hidden state after the block of this layer.
         segments: ``[key]``, without a mask: the piece of the image (tile, window) that contains
             each position; a query sees the keys of its own piece.
         group_mass: ``[sample, head, query, group]`` probability summed over groups of keys, if it
@@ -123,6 +126,7 @@ class AttentionCall:
     rows: Int[Tensor, " query"] | None = None
     dense: Float[Tensor, "sample head query key"] | None = None
     update_share: Float[Tensor, "sample query"] | None = None
+    token_norm: Float[Tensor, "sample query"] | None = None
     segments: Int[Tensor, " key"] | None = None
     group_mass: Float[Tensor, "sample head query group"] | None = None
     row_entropy: Float[Tensor, "sample head query"] | None = None
@@ -130,6 +134,15 @@ class AttentionCall:
     groups: Int[Tensor, "sample key"] | None = None
     counted: Bool[Tensor, "sample query"] | None = None
     note: str = ""
+
+    def __repr__(self) -> str:
+        """Return a line with the call's name, sizes and the tensors that it holds."""
+        held = ", ".join(name for name, _, _ in self.tensors()) or "no tensors"
+        if self.q is None and self.dense is None and not self.holds_statistics:
+            return f"AttentionCall({self.name}: {held})"
+        sizes = f"{self.n_heads} heads, {self.n_queries} queries, {self.n_keys} keys"
+        several = f"{self.n_samples} samples, " if self.n_samples > 1 else ""
+        return f"AttentionCall({self.name}: {several}{sizes}; {held})"
 
     @cached_property
     def memo(self) -> dict[str, Any]:

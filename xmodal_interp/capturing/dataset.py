@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
 
-import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
@@ -23,7 +22,9 @@ from xmodal_interp.capturing.items import Item, item_of, opened_media, sample_na
 from xmodal_interp.capturing.run import Keep, capture_batch, provenance
 from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.models import VLM, Video, check_vlm
-from xmodal_interp.models.known_answers import Items, listed
+from xmodal_interp.models.item_files import each_of, rows_of
+from xmodal_interp.models.known_answers import Items
+from xmodal_interp.models.processor_calls import composite_of
 from xmodal_interp.store import Store, StoreWriter, open_store
 
 _OpenedItem = tuple[Item, tuple[list[Image.Image], list[Video]]]
@@ -56,12 +57,15 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
 
     Args:
         vlm: Model and processor.
-        items: Dicts, a ``datasets.Dataset``, or a DataFrame with one row per item. An item has
-            ``image`` (a path or PIL image, or a list of these) or ``images``, and/or ``video`` (a
-            :class:`Video`) or ``videos`` (a list of videos); ``prompt`` or ``question``; and
-            ``name`` or ``id`` (by default made from its index, such as ``item-000003``). All other
-            entries become the sample's labels and must be JSON-serialisable.
-        path: Folder of the store: new, empty, or a store made with the same settings.
+        items: Dicts, a ``datasets.Dataset``, a DataFrame with one row per item, or the path of a
+            file of items (see :func:`read_items`). An item has ``image`` (a path or PIL image, or a
+            list of these) or ``images``, and/or ``video`` (a :class:`Video`) or ``videos`` (a list
+            of videos); ``prompt`` or ``question``; and ``name`` or ``id`` (by default made from
+            its number, such as ``item-000003``). All other entries become the sample's labels and
+            must be JSON-serialisable. An entry that is None counts as missing. A named index of a
+            DataFrame is an entry; an index of other unique values is the ``id``.
+        path: Folder of the store: new, empty, a store made with the same settings, or a store
+            without samples.
         max_new_tokens: Number of tokens to generate greedily; 0 runs the prompts only.
         batch_size: Number of samples per batch; can be changed when a run is resumed.
         keep: The parts of the attention to keep; by default the queries and keys of all layers.
@@ -69,8 +73,9 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
         images: Store the images too (as PNG). If False, a sample reads its images from their
             original paths.
         progress: Show a progress bar.
-        on_error: ``"raise"``, or ``"skip"``, which adds items that cannot be captured to the
-            ``failures`` of the store and continues. The next call tries them again.
+        on_error: ``"raise"``, or ``"skip"``, which adds items that cannot be read or captured to
+            the ``failures`` of the store and continues. The next call tries them again. An iterator
+            that raises an error ends the call.
 
     Returns:
         The store, opened for reading.
@@ -85,14 +90,14 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
     _check_options(items, batch_size, on_error)
     keep = keep or Keep()
     settings = run_settings(vlm, keep, max_new_tokens, system=system, images=images)
-    items = listed(items) if isinstance(items, pd.DataFrame) else items
-    n_items = len(items) if isinstance(items, Sized) else None
+    rows = rows_of(items)
+    n_items = len(rows) if isinstance(rows, Sized) else None
     with (
         StoreWriter(path, settings, images=images) as writer,
         tqdm(total=n_items, unit="sample", smoothing=0, disable=not progress) as bar,
     ):
         run = _Run(vlm, writer, bar, keep, max_new_tokens, system, skips=on_error == "skip")
-        run.capture_all(items, batch_size)
+        run.capture_all(rows, batch_size)
         message = (
             f"{writer.path}: {run.n_stored} of {run.n_items} samples were already in the store, "
             f"{run.n_captured} were captured, {run.n_failed} failed."
@@ -142,17 +147,23 @@ class _Run:
 
     def _missing(self, items: Iterable[Mapping[str, Any]]) -> Iterator[_OpenedItem]:
         """Yield the items that are not in the store yet, with their images opened."""
-        for number, raw in enumerate(items):
+        background = composite_of(self.vlm.processor)
+        for number, read in enumerate(each_of(items)):
             self.n_items += 1
             name = None
             try:
+                raw = read()
                 name = sample_name(number, raw, self.seen)
-                item = item_of(number, name, raw)
+                item = item_of(number, name, raw, asks=self.vlm.family.language)
                 if self._is_stored(item):
                     continue
-                opened = opened_media(item)
-            except InputError as error:
+                opened = opened_media(item, background)
+            except StoreError:
+                raise
+            except Exception as error:  # a data set may raise any exception when an item is read
                 if not self.skips:
+                    if not isinstance(error, InputError):
+                        error.add_note(f"Raised when item {number} was read.")
                     raise
                 self._note_failure(number, name, error)
                 continue
@@ -161,7 +172,8 @@ class _Run:
     def _is_stored(self, item: Item) -> bool:
         if item.name not in self.writer:
             return False
-        if self.writer.record(item.name)["provenance"].get("item") != item.digest:
+        stored = self.writer.record(item.name)["provenance"].get("item")
+        if stored != item.digest and not self._is_same(item):
             raise StoreError(
                 f"{item.title} differs in prompt, labels or images from the sample {item.name!r} "
                 f"in {self.writer.path}. Give each item a unique name or id, or write to another "
@@ -172,6 +184,21 @@ class _Run:
             self.bar.initial += 1  # excluded from the rate that the bar shows
         self.bar.update()
         return True
+
+    def _is_same(self, item: Item) -> bool:
+        """Return whether an item has the prompt, labels and pixels of the sample of its name.
+
+        Its digest differs from the sample's if one of them came from an image file and the other
+        from a picture in memory.
+        """
+        images, videos = opened_media(item, composite_of(self.vlm.processor))
+        try:
+            stored = self.writer.read(item.name)
+            labels = {name: value for name, value in stored.labels.items() if value is not None}
+            pixels = [_pixels(stored.images, stored.videos), _pixels(images, videos)]
+        except StoreError:  # images that are not stored, and whose files moved or changed
+            return False
+        return (stored.question, labels, pixels[0]) == (item.prompt, item.labels, pixels[1])
 
     def _capture(self, batch: Sequence[_OpenedItem]) -> None:
         try:
@@ -215,8 +242,14 @@ class _Run:
         self.bar.update()
 
 
+def _pixels(images: Sequence[Image.Image], videos: Sequence[Video]) -> list[Any]:
+    """Return the RGB pixels of images and videos, to compare them."""
+    of_images = [(image.size, image.convert("RGB").tobytes()) for image in images]
+    return [*of_images, *((video.fps, video.pixels().tobytes()) for video in videos)]
+
+
 def _check_options(items: Any, batch_size: int, on_error: str) -> None:
-    if isinstance(items, (Mapping, str)):
+    if isinstance(items, Mapping):
         raise InputError(
             "items must be a sequence of dicts, or one split of a data set; got a "
             f"{type(items).__name__}."

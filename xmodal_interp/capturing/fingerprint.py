@@ -99,7 +99,9 @@ def fingerprint(vlm: VLM) -> dict[str, Any]:
         "config_digest": digest_of(_config(model.config)),
         "generation_digest": digest_of(None if generation is None else _config(generation)),
         "processor_digest": digest_of(_processor(vlm.processor)),
-        "tokenizer_digest": digest_of(_tokenizer(vlm.tokenizer)),
+        "tokenizer_digest": digest_of(
+            _tokenizer(vlm.tokenizer) if vlm.tokenizer is not None else None
+        ),
         "weights_digest": digest_of(_digests(_weights(model))),
         "buffers_digest": digest_of(_digests(_buffers(model))),
         "modules_digest": digest_of(_modules(model)),

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.arguments import as_list, is_several, list_if_iterator
+from xmodal_interp.arguments import as_list, list_if_iterator, one_or_several
 from xmodal_interp.attention import AttentionCall, entries_of, numbers
 from xmodal_interp.attention.kernels import lowered_precision
 from xmodal_interp.attention.statistics import FIELDS, finished
@@ -39,7 +39,7 @@ from xmodal_interp.capturing.language_calls import (
     without_padding_keys,
 )
 from xmodal_interp.capturing.vision_calls import Layer, by_layer, towers_by_image
-from xmodal_interp.errors import InputError, quoted
+from xmodal_interp.errors import GeometryError, InputError, quoted
 from xmodal_interp.hooks import Recording
 from xmodal_interp.hooks.position_ids import AXES
 from xmodal_interp.hooks.recorder import Settings, Statistics, record_with
@@ -72,7 +72,7 @@ class Keep:
             layer of the deepest tower. None keeps all layers.
         values: Keep the values V too.
         norms: Keep the share of attention in each token's update, for ``attention_rollout`` with
-            ``alpha="norm"``.
+            ``alpha="norm"``, and the norm of each token's hidden state, for ``token_norms``.
         queries: Query rows of language layers to keep: ``"all"``, or ``"text"`` (text after the
             last image or video, and generated tokens).
         probabilities: Keep dense float16 probabilities instead of queries and keys. They are larger
@@ -133,7 +133,7 @@ class Keep:
 def capture(  # noqa: PLR0913  # the settings of a run; all but three have defaults
     vlm: VLM,
     image: ImageLike | Iterable[ImageLike],
-    prompt: str,
+    prompt: str = "",
     *,
     videos: Video | Iterable[Video] = (),
     max_new_tokens: int = 0,
@@ -145,17 +145,21 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
     """Run a model on images or videos and a question, and record its attention.
 
     The model keeps its attention backend and its cache. Its outputs are bitwise identical to those
-    without capture.
+    without capture. The tokens of a sample are the positions of the language model; for a vision
+    model, which reads one image and no prompt, those of the vision tower (``Sample.tower``).
 
     Args:
         vlm: Model and processor.
         image: A path, a PIL image, or a list of these in order; an empty list for no image.
-        prompt: The question. It is put after the images and videos in the model's chat template,
-            unless it already contains their placeholders.
+        prompt: The question. It is put after the images and videos in the model's chat template; a
+            question with placeholders (``"<image> ..."``) keeps them where they are. A prompt with
+            placeholders that ``apply_chat_template`` already rendered is used as it is, as is every
+            prompt with placeholders if ``processor.chat_template`` is None. Empty for a vision
+            model.
         videos: A :class:`Video`, or a list of videos.
         max_new_tokens: Number of tokens to generate greedily; 0 runs the prompt only.
         keep: The parts of the attention to keep; by default the queries and keys of all layers.
-        system: A system message.
+        system: A system message; an error if the prompt is used as it is.
         generation: Further arguments of ``model.generate``.
         name: Name of the sample in tables and stores; by default ``"sample-0"``.
 
@@ -165,13 +169,11 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
         GeometryError: Videos were given for a model type whose video tokens have no known places.
         CaptureError: Attention could not be recorded.
     """
-    images: list[ImageLike] = [*image] if is_several(image) else [image]  # type: ignore[list-item]
-    clips: list[Video] = [*videos] if is_several(videos) else [videos]  # type: ignore[list-item]
     sample = capture_batch(
         vlm,
-        [images],
+        [one_or_several(image)],
         [prompt],
-        videos=[clips],
+        videos=[one_or_several(videos)],
         max_new_tokens=max_new_tokens,
         keep=keep,
         system=system,
@@ -182,10 +184,10 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
 
 def capture_batch(
     vlm: VLM,
-    images: Iterable[Iterable[ImageLike]],
-    prompts: Iterable[str],
+    images: Iterable[ImageLike | Iterable[ImageLike]],
+    prompts: Iterable[str] | None = None,
     *,
-    videos: Iterable[Iterable[Video]] | None = None,
+    videos: Iterable[Video | Iterable[Video]] | None = None,
     max_new_tokens: int = 0,
     keep: Keep | None = None,
     system: str | None = None,
@@ -193,28 +195,37 @@ def capture_batch(
 ) -> list[Sample]:
     """Run ``capture`` on a padded batch and return one sample for each prompt.
 
+    ``images`` and ``videos`` have one entry for each prompt: an image, or a list of images.
+
     Results of a sample do not depend on the other samples in the batch. Where padding would change
-    them, the batch is split into groups that can share a run: see :meth:`VLM.batches`.
+    them, the batch is split into groups that can share a run: see :meth:`VLM.batches`. Leave
+    ``prompts`` out for a vision model.
     """
     check_vlm(vlm)
     max_new_tokens = checked_length(max_new_tokens, generation)
+    if max_new_tokens and not vlm.family.language:
+        raise InputError(
+            f"A {vlm.family.model_type} model generates no tokens; got max_new_tokens="
+            f"{max_new_tokens}. Leave it out."
+        )
     keep = Keep() if keep is None else keep
     if not isinstance(keep, Keep):
         raise InputError(f"keep must be a Keep, such as Keep(layers=[0, 1]); got {keep!r}.")
-    images, prompts = as_list(images, "images"), as_list(prompts, "prompts")
+    images = as_list(images, "images")
+    prompts = [""] * len(images) if prompts is None else as_list(prompts, "prompts")
     if not prompts:
         raise InputError("prompts is empty; pass at least one prompt.")
     clips = [()] * len(prompts) if videos is None else as_list(videos, "videos")
     if not len(images) == len(prompts) == len(clips or prompts):
         raise InputError(
             "images, prompts and videos must have one entry for each sample; got "
-            f"{len(images)} lists of images, {len(prompts)} prompts and {len(clips)} lists of "
+            f"{len(images)} entries of images, {len(prompts)} prompts and {len(clips)} entries of "
             "videos."
         )
     clips = clips or [()] * len(prompts)
-    pictures = [list(of_sample) for of_sample in images]
+    pictures, clips = [[one_or_several(each) for each in given] for given in (images, clips)]
     samples: dict[int, Sample] = {}
-    groups = vlm.batches(pictures)
+    groups = vlm.batches(pictures, (generation or {}) if max_new_tokens else None)
     for group in groups:
         options = dict(generation or {})
         if "past_key_values" in options and len(groups) > 1:  # each run needs an empty cache
@@ -223,7 +234,7 @@ def capture_batch(
             vlm,
             [pictures[i] for i in group],
             [prompts[i] for i in group],
-            [list(clips[i]) for i in group],
+            [clips[i] for i in group],
             system,
             max_new_tokens,
             keep,
@@ -249,7 +260,8 @@ def _run(
     check_whole(vlm.model, inputs)
     groups = None
     if keep.statistics:
-        groups = KeyGroups(prompts_read, keep.queries, special_ids(vlm.tokenizer))
+        special = special_ids(vlm.tokenizer) if vlm.family.language else ()
+        groups = KeyGroups(prompts_read, keep.queries, special)
     settings = Settings(
         towers=keep.towers,
         layers=keep.given_layers,
@@ -262,23 +274,27 @@ def _run(
             groups.stacks = stacks_of(vlm.model, recording.modules)
             if keep.queries == "text":
                 groups.register(vlm.model, stack)
+        new = torch.zeros(len(prompts_read), 0, dtype=torch.long)
         if max_new_tokens > 0:
             output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **generation)
             new = output[:, prompt_ids(inputs).shape[1] :]
         else:
             vlm.run(inputs)
-            new = prompt_ids(inputs)[:, :0]
     layers: dict[str, list[int]] = defaultdict(list)
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm, layers, max_new_tokens, keep)
+    ends = vlm.end_ids_with(generation) if new.shape[1] else set()
+    answers = [_until_end(ids, ends) for ids in new.tolist()]
     batch = _BatchCalls.of(vlm, inputs, prompts_read, recording)
+    if not vlm.family.language:
+        batch.refuse_other_positions(prompts_read)
     n_read = prompts_read[0].n_positions + max(new.shape[1] - 1, 0)
     rotary = _rotary_by_sample(recording.rotary, len(prompts_read), n_read)
     return [
-        _sample(vlm, index, prompt, ids, batch, keep, about, positions)
+        _sample(vlm, index, prompt, (ids, new.shape[1]), batch, keep, about, positions)
         for index, (prompt, ids, positions) in enumerate(
-            zip(prompts_read, new.tolist(), rotary, strict=True)
+            zip(prompts_read, answers, rotary, strict=True)
         )
     ]
 
@@ -328,7 +344,10 @@ class _BatchCalls:
             if tower == "language":
                 own = [call.select_sample(index) for call in of_layer]
                 whole = over_positions(own, n_positions, prompt.n_encoder, self.stacks)
-                numbered = {0: finished(without_padding_keys(whole, n_cross_keys))}
+                whole = without_padding_keys(whole, n_cross_keys)
+                if kind == "cross" and n_cross_keys is not None and whole.n_keys != n_cross_keys:
+                    raise GeometryError(_mis_sized("images", n_cross_keys, whole))
+                numbered = {0: finished(whole)}
             elif tower == "other":  # positions are neither tokens nor patches
                 numbered = {
                     n: replace(c.select_sample(index), call=n) for n, c in enumerate(of_layer)
@@ -337,6 +356,26 @@ class _BatchCalls:
                 numbered = dict(self.by_image[tower, kind, layer][index])
             calls |= {(tower, kind, layer, number): numbered[number] for number in sorted(numbered)}
         return calls
+
+    def refuse_other_positions(self, prompts: Sequence[Prompt]) -> None:
+        """Raise GeometryError if a layer of a vision model has other positions than its tokens."""
+        for (tower, kind, _), of_samples in self.by_image.items():
+            if tower != "vision" or kind != "self":
+                continue
+            for of_sample, prompt in zip(of_samples, prompts, strict=True):
+                call = of_sample[0]
+                if not call.n_queries == call.n_keys == prompt.n_positions:
+                    raise GeometryError(_mis_sized("image", prompt.n_positions, call))
+
+
+def _mis_sized(what: str, n_positions: int, call: AttentionCall) -> str:
+    """Return the message for a geometry rule that does not fit the model."""
+    has = "has" if what == "image" else "have"
+    return (
+        f"By the family's geometry rule, the {what} {has} {n_positions} positions, but {call.name} "
+        f"has {call.n_keys} keys. Pass VLM(model, processor, family=...) with a rule for this "
+        "model, such as geometry.PatchTokens(before={'class': 1})."
+    )
 
 
 def provenance(
@@ -353,6 +392,7 @@ def provenance(
         **lowered_precision(input_device(vlm.model)),
         "backend": attention_backend(config),
         "processor": type(vlm.processor).__name__,
+        **({} if vlm.family.language else {"tower": "vision"}),
         **({"checkpoint": vlm.loading.differences} if vlm.loading else {}),
         "layers": {name: sorted(set(of)) for name, of in layers.items()},
         "max_new_tokens": max_new_tokens,
@@ -380,7 +420,7 @@ def _sample(
     vlm: VLM,
     index: int,
     prompt: Prompt,
-    new: list[int],
+    new: tuple[list[int], int],
     batch: _BatchCalls,
     keep: Keep,
     about: dict[str, Any],
@@ -392,21 +432,21 @@ def _sample(
         vlm: Model and processor.
         index: The number of the sample in the batch.
         prompt: Its prompt.
-        new: Its generated ids, with padding.
+        new: Its generated ids, and the number of steps that generated the batch.
         batch: The calls of the batch.
         keep: The parts of the attention to keep.
         about: The provenance.
         rotary: Its positions from :func:`_rotary_by_sample`.
     """
-    ids = _until_end(new, vlm)
-    fed = ids[: max(len(new) - 1, 0)]  # the last generated token is not fed to the model
+    ids, n_steps = new
+    fed = ids[: max(n_steps - 1, 0)]  # the last generated token is not fed to the model
     answer, text = generated_columns(fed, ids, vlm.tokenizer, prompt.text)
     sample = Sample.with_later(
         {"tokens": partial(_tokens, prompt.columns, answer, rotary)},
         name=f"sample-{index}",
         text=text,
         question=prompt.question,
-        answer=vlm.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+        answer=vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() if ids else "",
         n_prompt=prompt.n_positions,
         grids=prompt.grids,
         images=prompt.images,
@@ -459,7 +499,6 @@ def _with_probabilities(sample: Sample) -> Sample:
     return sample.changed(calls=calls)
 
 
-def _until_end(ids: list[int], vlm: VLM) -> list[int]:
+def _until_end(ids: list[int], ends: Collection[int]) -> list[int]:
     """Return the generated ids before the first end-of-sequence token."""
-    stop = vlm.end_ids
-    return next((ids[:i] for i, token in enumerate(ids) if token in stop), ids)
+    return next((ids[:i] for i, token in enumerate(ids) if token in ends), ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -16,13 +16,15 @@ import xmodal_interp as xi
 from xmodal_interp.cli.menu import ANALYSES, FIGURES, listing, options_of
 from xmodal_interp.cli.printing import (
     Group,
+    check_model_name,
     check_output,
     err,
     say,
     show,
+    show_answers,
     show_long,
+    show_or_write,
     show_store,
-    write,
 )
 from xmodal_interp.errors import InputError
 from xmodal_interp.vocabulary import SHIPPED
@@ -70,6 +72,14 @@ DeviceMap = Annotated[
 ]
 
 
+AttnImplementation = Annotated[
+    str | None,
+    typer.Option(help="Attention backend of the model, such as sdpa, eager or flash_attention_2"),
+]
+Table = Annotated[
+    Path | None, typer.Option("--path", help="File for the table: .csv, .parquet or .json")
+]
+Rows = Annotated[int, typer.Option(min=1, help="Number of rows to print")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files")]
 
 
@@ -101,9 +111,17 @@ def capture(
     prompt: Annotated[str | None, typer.Option(help="The question about the image")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the sample in the store")] = None,
     items: Annotated[
-        Path | None, typer.Option(help="A CSV or JSONL file with columns image, prompt, ...")
+        Path | None,
+        typer.Option(
+            help="A file (.jsonl, .json, .csv, .tsv, .parquet) or a folder of items with image, "
+            "prompt, ..."
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Number of tokens to generate")] = 20,
+    system: Annotated[str | None, typer.Option(help="A system message")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Number of tokens to generate; default: 20, or 0 for a vision model"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of samples per batch")] = 1,
     layers: Annotated[
         list[int] | None,
@@ -126,36 +144,53 @@ def capture(
             "`received`); repeat the option for several"
         ),
     ] = None,
+    norms: Annotated[
+        bool,
+        typer.Option("--norms", help="Keep the share of attention in each token's update"),
+    ] = False,
+    on_error: Annotated[
+        str, typer.Option(help="Items that cannot be captured: `raise` stops, `skip` lists them")
+    ] = "raise",
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    attn_implementation: AttnImplementation = None,
 ) -> None:
     """Run a model on images and questions, and write its attention to a store.
 
-    Run it again with the same store and settings to capture only the missing samples.
+    Prints the model's answers. Run it again with the same store and settings to capture only the
+    missing samples.
     """
+    vlm = _loaded(model, dtype, device_map, attn_implementation)
+    if max_new_tokens is None:
+        max_new_tokens = 20 if vlm.family.language else 0
+    if prompt is None and not vlm.family.language:
+        prompt = ""
+    asked = _asked(items, image, prompt, name)
     written = xi.capture_dataset(
-        _loaded(model, dtype, device_map),
-        _asked(items, image, prompt, name),
+        vlm,
+        asked,
         store,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        system=system,
+        on_error=cast("Any", on_error),  # checked there
         keep=xi.Keep(
             layers=None if not layers else tuple(layers),
             queries="text" if text_rows else "all",
             probabilities=probabilities,
+            norms=norms,
             statistics=tuple(statistics or ()),
         ),
     )
     show_store(written)
+    show_answers(written, [name] if items is None and name is not None else written.names)
 
 
 @app.command(cls=listing("Analyses", "analysis", ANALYSES, ("queries",)))
 def analyze(
     store: Folder,
     name: Annotated[str, _one_of(ANALYSES, "ANALYSIS")],
-    path: Annotated[
-        Path | None, typer.Option(help="File for the table: .csv, .parquet or .json")
-    ] = None,
+    path: Table = None,
     queries: Annotated[
         str | None,
         typer.Option(
@@ -165,19 +200,75 @@ def analyze(
     workers: Annotated[
         int, typer.Option(min=1, help="Number of processes that read the samples")
     ] = 1,
-    rows: Annotated[int, typer.Option(min=1, help="Number of rows to print")] = 20,
+    rows: Rows = 20,
     force: Force = False,
 ) -> None:
     """Run one analysis on all samples of a store; print the table or write it to a file."""
     if path is not None:
         check_output(path, force=force)
     analysis, options = options_of("analysis", name, {"queries": queries})
-    table = analysis(xi.open_store(store), **options, workers=workers)
-    if path is None:
-        show_long(table, rows)
-    else:
-        write(table, path)
-        say(f"{len(table)} rows written to {path}")
+    show_or_write(analysis(xi.open_store(store), **options, workers=workers), path, rows)
+
+
+@app.command()
+def pointing(
+    store: Folder,
+    boxes: Annotated[
+        str, typer.Option(help="Label of each sample that holds the box of the object, in pixels")
+    ] = "box",
+    queries: Annotated[
+        str | None,
+        typer.Option(help="Query tokens: a phrase, `last` (last prompt token; default) or `text`"),
+    ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="A patch counts if it overlaps the box, or its centre is in")
+    ] = None,
+    path: Table = None,
+    rows: Rows = 20,
+    force: Force = False,
+) -> None:
+    """Print how often each head attends most to the labelled object (the pointing game)."""
+    if path is not None:
+        check_output(path, force=force)
+    given = {"queries": queries, "criterion": criterion}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    table = xi.evaluation.pointing_game(xi.open_store(store), boxes, **options)
+    show_or_write(table, path, rows)
+
+
+@app.command()
+def pruning(
+    items: Annotated[
+        Path, typer.Argument(help="A file or a folder of items with image, prompt and answer")
+    ],
+    model: Model = "llava",
+    mode: Annotated[
+        str, typer.Option(help="How a head is removed: uniform, zero or mean")
+    ] = "uniform",
+    layers: Annotated[
+        list[int] | None,
+        typer.Option(help="A layer whose heads are removed; repeat the option; default: all"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of questions per forward")] = 32,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    attn_implementation: AttnImplementation = None,
+    path: Table = None,
+    rows: Rows = 20,
+    force: Force = False,
+) -> None:
+    """Print how much the scores of known answers drop without each head."""
+    if path is not None:
+        check_output(path, force=force)
+    asked = xi.read_items(items)
+    table = xi.head_pruning(
+        _loaded(model, dtype, device_map, attn_implementation),
+        asked,
+        mode=cast("Any", mode),  # checked there
+        layers=layers or None,
+        batch_size=batch_size,
+    )
+    show_or_write(table, path, rows)
 
 
 @app.command(cls=listing("Figures", "figures", FIGURES, ("queries", "layer", "head")))
@@ -218,9 +309,12 @@ def info(
     from xmodal_interp.arguments import user_path
     from xmodal_interp.upstream import attention_backend
 
-    if (user_path(what) / "manifest.json").exists():
+    folder = user_path(what)
+    if (folder / "manifest.json").exists():
         show_store(xi.open_store(what))
         return
+    if what not in SHIPPED:
+        check_model_name(what, folder)
     vlm = xi.load(what)
     modules = xi.hooks.attention_modules(vlm.model).values()
     rows = pd.DataFrame([(i.tower, i.kind, i.layer, i.module) for i in modules])
@@ -254,9 +348,12 @@ def doctor(
         str, typer.Argument(help=f"Hub id, folder, or shipped model: {', '.join(SHIPPED)}")
     ] = "llava",
     image: Annotated[Path | None, typer.Argument(help="An image; default: a generated one")] = None,
-    prompt: Annotated[str, typer.Argument(help="A question")] = "What is in the image?",
+    prompt: Annotated[
+        str | None, typer.Argument(help="A question; default: What is in the image?")
+    ] = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    attn_implementation: AttnImplementation = None,
 ) -> None:
     """Check whether recordings of a model's attention can be trusted; exit code 1 if not.
 
@@ -267,7 +364,7 @@ def doctor(
 
     Example: `xmodal doctor Qwen/Qwen2-VL-2B-Instruct cat.png "Where is it?"`
     """
-    checkup = xi.doctor(_loaded(name, dtype, device_map), image, prompt)
+    checkup = xi.doctor(_loaded(name, dtype, device_map, attn_implementation), image, prompt)
     show(checkup.table)
     if len(checkup.layers):
         show_long(checkup.layers, len(checkup.layers))
@@ -279,6 +376,10 @@ def doctor(
 
 @app.command()
 def families(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="List only the types whose name, layers or rule contain these words"),
+    ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table as a Markdown page")
     ] = False,
@@ -290,20 +391,35 @@ def families(
     from xmodal_interp.models import support
 
     if markdown:
+        if words:
+            raise InputError("--markdown prints all types; leave out the words.")
         typer.echo(support.markdown(), nl=False)
         return
     table = support.families()
-    show(table[["model_type", "layers", "worst_error", "geometry"]])
+    shown = table[["model_type", "layers", "worst_error", "geometry"]]
+    searched = shown.astype(str).agg(" ".join, axis=1).str.lower()
+    for word in words or ():
+        shown = shown[searched[shown.index].str.contains(word.lower(), regex=False)]
+    if shown.empty:
+        raise InputError(
+            f"No known model type has {' and '.join(map(repr, words or ()))} in its name, layers "
+            "or rule. xmodal families lists all."
+        )
+    show(shown)
     made = ", ".join(f"{library} {version}" for library, version in table.attrs.items())
-    say(f"{len(table)} types, measured with {made}; --markdown prints all columns")
+    say(f"{len(shown)} of {len(table)} types, measured with {made}; --markdown prints all columns")
 
 
-def _loaded(name: str, dtype: str, device_map: str | None) -> xi.VLM:
+def _loaded(
+    name: str, dtype: str, device_map: str | None, attn_implementation: str | None
+) -> xi.VLM:
     options: dict[str, Any] = {}
     if dtype != "auto" or name not in SHIPPED:  # shipped: stored in float16, run in float32
         options["dtype"] = dtype
     if device_map is not None:
         options["device_map"] = device_map
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     return xi.load(name, **options)
 
 
@@ -312,11 +428,9 @@ def _asked(
 ) -> list[dict[str, Any]]:
     """Return the items of a file, or the single item given by the options."""
     if items is not None:
-        if images or prompt is not None or name is not None:
+        if images or prompt or name is not None:
             raise InputError("--items cannot be combined with --image, --prompt or --name.")
-        from xmodal_interp.capturing.items import read_items
-
-        return read_items(items)
+        return xi.read_items(items)
     if not images or prompt is None:
         raise InputError("Nothing to capture: pass --image with --prompt, or --items.")
     return [{"image": [str(path) for path in images], "prompt": prompt, "name": name}]

@@ -29,6 +29,7 @@ ANALYSES: tuple[str, ...] = (
     "raster-profile",
     "attention-entropy",
     "attention-distance",
+    "token-norms",
 )
 FIGURES: tuple[str, ...] = (
     "overlay",

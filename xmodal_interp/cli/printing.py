@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 out, err = Console(), Console(stderr=True)
+
+
+_MOST_ANSWERS = 20  # samples whose answer is printed
 
 
 class Group(TyperGroup):
@@ -124,6 +127,55 @@ def show_store(store: xi.Store) -> None:
     about = {**store.manifest, **store.manifest["settings"]}
     rows = [(name, _formatted(value)) for name, value in about.items() if name != "settings"]
     show(pd.DataFrame(rows, columns=["setting", "value"]))
+
+
+def show_answers(store: xi.Store, names: Sequence[str]) -> None:
+    """Print the question and the answer of some samples, and how many items failed."""
+    for name in names[:_MOST_ANSWERS]:
+        sample = store[name]
+        say(f"{name}: {sample.question!r} -> {sample.answer!r}")
+    if len(names) > _MOST_ANSWERS:
+        say(f"... {len(names) - _MOST_ANSWERS} more samples")
+    failures = store.failures
+    if len(failures):
+        first = failures["message"].iloc[0]
+        say(f"{len(failures)} items could not be captured; the first: {first}", to=err)
+
+
+def show_or_write(table: pd.DataFrame, path: Path | None, rows: int) -> None:
+    """Print the first rows of a table, or write all of it to a file."""
+    if path is None:
+        show_long(table, rows)
+        return
+    write(table, path)
+    say(f"{len(table)} rows written to {path}")
+
+
+def check_model_name(name: str, path: Path) -> None:
+    """Check that a name which is no store can be a model, before the Hub is asked for it.
+
+    Raises:
+        InputError: It is a file, a folder without a model, or a path that does not exist.
+    """
+    if path.is_dir():
+        problem = "neither a store (it has no manifest.json) nor a model (it has no config.json)"
+        if any((path / file).exists() for file in ("config.json", "adapter_config.json")):
+            return
+    elif path.exists():
+        problem = "a file"
+    elif name.count("/") > 1 or name[0] in "./~" or _has_stores(name, path):
+        problem = "not an existing folder"
+    else:
+        return
+    raise InputError(
+        f"{name!r} is {problem}. Pass the folder of a store or a model, a Hub id, or a shipped "
+        "model."
+    )
+
+
+def _has_stores(name: str, path: Path) -> bool:
+    """Return whether a name with a folder is beside stores, where a Hub id is not meant."""
+    return "/" in name and any(path.parent.glob("*/manifest.json"))
 
 
 def check_output(path: Path, *, force: bool) -> None:

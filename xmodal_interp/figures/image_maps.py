@@ -228,7 +228,7 @@ def _figure(
         replace(panel, values=values, left_out=left_out)
         for panel, values in zip(panels, maps, strict=True)
     ]
-    scale = color_scale(meaning, maps, label, vmax=options.vmax, power=options.power)
+    scale = color_scale(meaning, maps, label, vmax=options.vmax, power=options.power, clip=True)
     rows = in_rows([Panel(placed.name), *with_scale(shown, scale)])
     return panel_figure(placed, rows, options, title)
 

@@ -1,4 +1,4 @@
-"""Overlays: attention of text tokens to image tokens, drawn on the image.
+"""Overlays: attention of text tokens to image tokens, or within the vision tower, on the image.
 
 ``overlay_grid`` draws one panel per query, layer, head or sample, or per pair of them; the
 functions after it are its common cases. ``before_after`` compares two samples. All panels of
@@ -29,6 +29,7 @@ from xmodal_interp.figures.overlay_values import (
     ImageAttention,
     attention_on_image,
     query_groups,
+    query_name,
     query_positions,
 )
 from xmodal_interp.figures.placement import PlacedImage, placed_image
@@ -39,13 +40,12 @@ from xmodal_interp.figures.style import (
     about,
     heads_name,
     layer_name,
-    named,
-    panel_name,
     readable,
     saved,
     styled,
 )
 from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.vocabulary import Tower
 
 Queries = Selector | Sequence[str | int]
 """A phrase, positions, or a sequence of both."""
@@ -58,13 +58,14 @@ _ARGUMENT: Mapping[Facet, str] = {"query": "queries", "layer": "layers", "head":
 class GridOptions(AttentionOptions, total=False):
     """Keyword arguments of every figure that ``overlay_grid`` draws; see there."""
 
+    tower: Tower | None
     image: int
     path: FigurePath
 
 
 @checked
 @styled
-def overlay_grid(
+def overlay_grid(  # noqa: PLR0913  every option has a default
     sample: Sample | Mapping[str, Sample],
     queries: Queries | None = None,
     layers: Sequence[int] | None = (-1,),
@@ -72,6 +73,7 @@ def overlay_grid(
     *,
     rows: Facet | None = None,
     columns: Facet | None = "query",
+    tower: Tower | None = None,
     image: int = 0,
     path: FigurePath = None,
     **options: Unpack[AttentionOptions],
@@ -84,7 +86,9 @@ def overlay_grid(
         queries: A phrase or positions of the prompt or the answer. With the facet ``"query"``, they
             are drawn with one panel per token; a list of phrases and positions with one panel per
             entry, where a phrase is the mean of its tokens; and all text after the image, generated
-            tokens included, if not given. Without it, their attention is averaged.
+            tokens included, if not given. Without it, their attention is averaged. In the vision
+            tower, positions of that tower or names such as ``"class"``; the class token if not
+            given.
         layers: Layers, such as ``[-2, -1]``; all recorded layers if None. Without the facet
             ``"layer"``, one layer.
         heads: A head or several; all if not given. With the facet ``"head"``, the last panel is
@@ -93,6 +97,8 @@ def overlay_grid(
             the first panel is the image itself and the panels are wrapped.
         columns: Facet of the columns; None for a single panel per row. With the facet ``"sample"``,
             the image of each sample is above its column or at the left of its row.
+        tower: ``"language"``, or ``"vision"`` for the attention between patches and special tokens
+            of the vision tower; ``Sample.tower`` if not given.
         image: Index of the image.
         path: Where to save the figure.
         **options: Drawing options; see ``OverlayOptions``.
@@ -106,7 +112,8 @@ def overlay_grid(
     drawing = OverlayOptions(**options)
     samples = _by_title(sample, facets)
     read = [
-        _read(each, queries, layers, heads, image, facets, drawing) for each in samples.values()
+        _read(each, placed_image(each, image, tower), queries, layers, heads, facets, drawing)
+        for each in samples.values()
     ]
     first = read[0]
     _refuse_other_entries(facets, dict(zip(samples, read, strict=True)))
@@ -165,7 +172,7 @@ def overlay_grid(
 @checked
 def overlay(
     sample: Sample,
-    queries: Selector,
+    queries: Selector | None = None,
     layer: int = -1,
     head: Positions | None = None,
     **options: Unpack[GridOptions],
@@ -174,10 +181,11 @@ def overlay(
 
     Args:
         sample: The sample.
-        queries: A phrase of the prompt or the answer, or positions.
+        queries: A phrase of the prompt or the answer, or positions. If not given, all text after
+            the image, or the class token of the vision tower.
         layer: Layer index; negative ones count from the last.
         head: A head, or several to average; all heads are averaged if not given.
-        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
+        **options: ``tower``, ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
     return overlay_grid(sample, queries, [layer], head, columns=None, **options)
 
@@ -199,7 +207,7 @@ def overlays(
             not given, all text after the image, generated tokens included.
         layer: Layer index; negative ones count from the last.
         head: A head, or several to average; all heads are averaged if not given.
-        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
+        **options: ``tower``, ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
     return overlay_grid(sample, queries, [layer], head, **options)
 
@@ -207,7 +215,7 @@ def overlays(
 @checked
 def head_overlays(
     sample: Sample,
-    queries: Selector,
+    queries: Selector | None = None,
     layer: int = -1,
     heads: Positions | None = None,
     **options: Unpack[GridOptions],
@@ -216,10 +224,10 @@ def head_overlays(
 
     Args:
         sample: The sample.
-        queries: A phrase or positions; their attention is averaged.
+        queries: As for ``overlay``; their attention is averaged.
         layer: Layer index; negative ones count from the last.
         heads: Heads; all if not given.
-        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
+        **options: ``tower``, ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
     return overlay_grid(sample, queries, [layer], heads, columns="head", **options)
 
@@ -227,7 +235,7 @@ def head_overlays(
 @checked
 def layer_overlays(
     sample: Sample,
-    queries: Selector,
+    queries: Selector | None = None,
     layers: Sequence[int] | None = None,
     head: Positions | None = None,
     **options: Unpack[GridOptions],
@@ -236,10 +244,10 @@ def layer_overlays(
 
     Args:
         sample: The sample.
-        queries: A phrase or positions; their attention is averaged.
+        queries: As for ``overlay``; their attention is averaged.
         layers: Layers, such as ``[-4, -3, -2, -1]``; all recorded layers if not given.
         head: A head, or several to average; all heads are averaged if not given.
-        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
+        **options: ``tower``, ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
     return overlay_grid(sample, queries, layers, head, columns="layer", **options)
 
@@ -261,7 +269,7 @@ def token_head_grid(
         queries: As for ``overlays``.
         layer: Layer index; negative ones count from the last.
         heads: Heads; all if not given.
-        **options: ``image``, ``path`` and drawing options; see ``overlay_grid``.
+        **options: ``tower``, ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
     return overlay_grid(sample, queries, [layer], heads, rows="query", columns="head", **options)
 
@@ -327,8 +335,9 @@ def before_after(
         *with_scale(panels, drawing.scale(values)),
         *with_scale([Panel(name, change)], scale),
     ]
-    where = f"{named(before, positions)}: {layer_name(read.call)}, {heads_name(read.call, head)}"
-    title = f'"{before.question}"\n{where}'
+    asked = query_name(before, placed, positions)
+    where = f"{asked}: {layer_name(read.call)}, {heads_name(read.call, head)}"
+    title = f"{about(before.changed(answer=''))}\n{where}"
     return saved(panel_figure(placed, [row], drawing, title), path)
 
 
@@ -378,15 +387,14 @@ def _by_title(sample: object, facets: set[Facet | None]) -> Mapping[str, Sample]
 
 def _read(
     sample: Sample,
+    placed: PlacedImage,
     queries: Queries | None,
     layers: Sequence[int] | None,
     heads: Positions | None,
-    image: int,
     facets: set[Facet | None],
     drawing: OverlayOptions,
 ) -> _Read:
     """Return the attention that a grid draws; the arguments are those of ``overlay_grid``."""
-    placed = placed_image(sample, image)
     chosen = _layer_numbers(sample, placed, layers) if "layer" in facets else list(layers or ())
     if "layer" not in facets and len(chosen) != 1:
         raise InputError(f"Without the facet 'layer', layers must be one layer; got {layers}.")
@@ -394,17 +402,17 @@ def _read(
         groups = query_groups(sample, placed, queries)
     else:
         layer = None if facets & {"layer", "head"} else chosen[0]
-        groups = [query_positions(sample, placed, queries, layer)]  # type: ignore[arg-type]
+        groups = [query_positions(sample, placed, queries, layer)]
     positions = [position for group in groups for position in group]
     stops = np.cumsum([len(group) for group in groups]).tolist()
     read = [attention_on_image(sample, placed, positions, layer, heads) for layer in chosen]
     return _Read(
         placed,
-        [panel_name(sample, group) for group in groups],
+        [query_name(sample, placed, group, short=True) for group in groups],
         [range(stop - len(group), stop) for group, stop in zip(groups, stops, strict=True)],
         read,
         [drawing.left_out(placed, one.call, heads) for one in read],
-        "" if "query" in facets else named(sample, positions),
+        "" if "query" in facets else query_name(sample, placed, positions),
     )
 
 
@@ -461,7 +469,7 @@ def _head_entries(read: ImageAttention) -> list[tuple[str, dict[str, Any]]]:
 
 def _layer_numbers(sample: Sample, placed: PlacedImage, layers: Sequence[int] | None) -> list[int]:
     """Return the numbers of the layers; all recorded ones if None."""
-    recorded = sample.layers(kind=placed.kind)
+    recorded = sample.layers(placed.tower, placed.kind)
     layer_numbers = recorded if layers is None else layers
     row = entries_of(layer_numbers)
     if row is None or isinstance(layer_numbers, SupportsIndex) or not len(row):

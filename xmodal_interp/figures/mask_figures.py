@@ -47,7 +47,7 @@ def mask_structure(
     layer: int = 0,
     head: int | None = None,
     *,
-    tower: Tower = "language",
+    tower: Tower | None = None,
     kind: AttentionKind = "self",
     call: int = 0,
     path: FigurePath = None,
@@ -60,7 +60,7 @@ def mask_structure(
         sample: The sample.
         layer: Layer index; negative ones count from the last.
         head: Head index; required if the heads have different masks.
-        tower: ``"vision"``, ``"connector"`` or ``"language"``.
+        tower: ``"vision"``, ``"connector"`` or ``"language"``; ``Sample.tower`` if not given.
         kind: ``"self"``, ``"cross"`` or ``"channel"``.
         call: Index of the layer's call; in the vision tower, of the image.
         path: Where to save the figure.

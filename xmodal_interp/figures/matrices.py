@@ -43,7 +43,7 @@ from xmodal_interp.figures.style import (
     styled,
 )
 from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import AttentionKind
+from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _SIDES = (5.6, 9.0)  # side of a matrix with few and with many named tokens, inches
 _SMALL_SIDE = 3.2  # side of a matrix next to others, inches
@@ -52,13 +52,14 @@ _PITCH = 0.21  # height of a row of a token-patch matrix, inches
 
 @checked
 @styled
-def attention_matrix(
+def attention_matrix(  # noqa: PLR0913  every option has a default
     sample: Sample,
     layer: int = -1,
     head: Positions | None = None,
     *,
     zoom: Literal["text-image"] | None = None,
     show: Literal["probability", "lift"] = "probability",
+    tower: Tower | None = None,
     kind: AttentionKind = "self",
     image: int = 0,
     path: FigurePath = None,
@@ -72,8 +73,9 @@ def attention_matrix(
         zoom: ``"text-image"`` adds the block of text after the image against the image's tokens.
         show: ``"probability"`` on a log scale, or ``"lift"``, probability divided by uniform
             attention.
+        tower: ``"vision"``, ``"connector"`` or ``"language"``; ``Sample.tower`` if not given.
         kind: ``"self"``, or ``"cross"`` for models with cross-attention.
-        image: Index of the image for ``zoom``.
+        image: Index of the image in the vision tower, or for ``zoom``.
         path: Where to save the figure.
 
     Raises:
@@ -83,13 +85,20 @@ def attention_matrix(
     check_show(show, ("probability", "lift"))
     if not (zoom is None or (isinstance(zoom, str) and zoom == "text-image")):
         raise InputError(f"zoom must be 'text-image' or None; got {quoted(zoom)}.")
+    tower = tower or sample.tower
+    if zoom is not None and tower != "language":
+        raise InputError(
+            f"zoom shows text against image tokens, which the {tower} tower does not have. Leave "
+            "zoom out."
+        )
     placed = placed_image(sample, image) if zoom else None
     if placed is not None and placed.kind != kind:
         raise InputError(
             f"zoom is not available for kind={kind!r}: the text of sample {sample.name!r} attends "
             f"to image tokens by {placed.kind}-attention. Pass kind={placed.kind!r}."
         )
-    matrix = matrix_of(MatrixSelection(sample, layer, head, kind=kind))
+    number = 0 if tower == "language" else image
+    matrix = matrix_of(MatrixSelection(sample, layer, head, tower, kind, number))
     values = matrix.probs if show == "probability" else matrix.lift
     scale = scale_of(show, [values], power=0.0)
     side = max(legible_side(matrix.rows, *_SIDES), legible_side(matrix.columns, *_SIDES))

@@ -30,7 +30,8 @@ class MatrixSelection:
         source: A sample, or a recorded call of any model.
         layer: For a sample: layer index; negative ones count from the last.
         head: A head, or several to average; all heads are averaged if not given.
-        tower: For a sample: ``"vision"``, ``"connector"`` or ``"language"``.
+        tower: For a sample: ``"vision"``, ``"connector"`` or ``"language"``; ``Sample.tower`` if
+            not given.
         kind: For a sample: ``"self"`` or ``"cross"``.
         call: For a sample: index of the layer's call; in the vision tower, of the image.
         query_names: For a call: one name per query.
@@ -40,7 +41,7 @@ class MatrixSelection:
     source: Sample | AttentionCall
     layer: SupportsIndex = -1
     head: Positions | None = None
-    tower: Tower = "language"
+    tower: Tower | None = None
     kind: AttentionKind = "self"
     call: int = 0
     query_names: Sequence[str] | None = None
@@ -52,6 +53,9 @@ class MatrixSelection:
                 "source must be one Sample, such as store[0], or one AttentionCall; got a "
                 f"{type(self.source).__name__}."
             )
+        if self.tower is None:
+            tower = self.source.tower
+            object.__setattr__(self, "tower", tower)
 
     def found(self) -> AttentionCall:
         """Return the attention call."""
@@ -171,12 +175,13 @@ def axis_labels(selection: MatrixSelection) -> tuple[AxisLabels, AxisLabels]:
         keys = labels_of(sample.cross_keys) if crossed else text  # type: ignore[arg-type]
         return text.take(queries), keys
     if sample is not None and selection.tower == "vision" and selection.call < len(sample.grids):
-        outside = sample.grids[selection.call].patch_places[:, 0] < 0
-        if len(outside) == call.n_keys == call.n_queries:
-            names = tuple("class" if out else "" for out in outside)
-            both = AxisLabels(
-                names, tuple("class" if out else f"image {selection.call}" for out in outside)
-            )
+        names = sample.patch_names(selection.call).tolist()
+        if len(names) == call.n_keys == call.n_queries:
+            names = ["class" if name == "special" else name for name in names]
+            image = f"image {selection.call}"
+            groups = (image if each == "patch" else each.split(" ")[0] for each in names)
+            named = ("" if each in ("patch", "padding") else each for each in names)
+            both = AxisLabels(tuple(named), tuple(groups))
             return both, both
     for what, given, n in (
         ("query", selection.query_names, call.n_queries),

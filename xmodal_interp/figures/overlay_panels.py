@@ -59,7 +59,9 @@ class OverlayOptions:
         boxes: Boxes ``(x0, y0, x1, y1)`` in pixels to outline, such as an object's true box; a
             mapping gives them names.
         smooth: Interpolate between tokens (bilinear); otherwise each token is one cell.
-        vmax: Upper end of the colour scale; the largest value if not given.
+        vmax: Upper end of the colour scale. If not given: the largest value, or the 99th percentile
+            if the largest is more than six times as large, such as that of an attention sink; the
+            colour bar states this.
         power: Exponent of the colour scale for probabilities and shares: 1 is linear, 0 is a log
             scale. The default, the square root, keeps weak attention visible next to strong.
     """
@@ -113,7 +115,7 @@ class OverlayOptions:
 
     def scale(self, panels: Iterable[np.ndarray]) -> ColorScale:
         """Return one colour scale for all panels."""
-        return scale_of(self.show, panels, vmax=self.vmax, power=self.power)
+        return scale_of(self.show, panels, vmax=self.vmax, power=self.power, clip=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,13 +18,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from xmodal_interp.analysis.selection import each_once
+from xmodal_interp.analysis.selection import each_once, rows_in_tower
 from xmodal_interp.attention import AttentionCall, Positions
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.figures.placement import PlacedImage
 from xmodal_interp.figures.scales import Show
-from xmodal_interp.figures.style import named
+from xmodal_interp.figures.style import named, panel_name
 from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.vocabulary import TEXT
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +116,12 @@ def attention_on_image(
         queries: A phrase or positions.
         layer: Layer index; negative ones count from the last.
         heads: Heads; all if not given.
+
+    Raises:
+        GeometryError: The layer of the vision tower does not have one position per patch.
     """
-    call = sample.call(layer, kind=placed.kind)
-    rows = sample.positions(queries)
+    call = _call(sample, placed, layer)
+    rows = _positions(sample, placed, queries)
     keys = torch.from_numpy(placed.keys)
     return ImageAttention(
         call,
@@ -129,15 +133,59 @@ def attention_on_image(
     )
 
 
+def _call(sample: Sample, placed: PlacedImage, layer: int) -> AttentionCall:
+    """Return the call of a layer whose keys are those of the image."""
+    call = sample.call(layer, tower=placed.tower, kind=placed.kind, call=placed.call)
+    if placed.tower == "vision" and call.n_keys != len(placed.keys):
+        raise GeometryError(
+            f"{call.name} has {call.n_keys} keys, but image {placed.number} has "
+            f"{len(placed.keys)} patches and special tokens. Draw a vision layer with one "
+            "position per patch."
+        )
+    return call
+
+
+def _positions(sample: Sample, placed: PlacedImage, queries: Selector) -> Tensor:
+    return sample.positions(queries, tower=placed.tower, image=placed.number)
+
+
+def query_name(
+    sample: Sample, placed: PlacedImage, positions: Sequence[int], *, short: bool = False
+) -> str:
+    """Return the queries in words: the text of tokens, or the names of vision-tower positions.
+
+    Args:
+        sample: The sample.
+        placed: The image, whose tower the positions are in.
+        positions: The positions.
+        short: Whether the text is the title of a panel.
+    """
+    if placed.tower == "language":
+        return panel_name(sample, positions) if short else named(sample, positions)
+    names = sample.patch_names(placed.number)[list(positions)].tolist()
+    if len(names) > 3:
+        return f"{len(names)} positions"
+    places = placed.grid.places[list(positions)].tolist()
+    return ", ".join(
+        f"patch in row {row}, column {col}"
+        if row >= 0
+        else f"{name} token"
+        if name == "class"
+        else name
+        for name, (row, col) in zip(names, places, strict=True)
+    )
+
+
 def query_positions(
-    sample: Sample, placed: PlacedImage, queries: Selector, layer: int | None = None
+    sample: Sample, placed: PlacedImage, queries: Selector | None, layer: int | None = None
 ) -> list[int]:
     """Return the positions of the queries; at least one must be able to attend to the image.
 
     Args:
         sample: The sample.
         placed: The image and its keys.
-        queries: A phrase or positions.
+        queries: A phrase or positions. If not given, all text after the image, or the class token
+            of the vision tower.
         layer: The drawn layer, whose mask is tested; one of all recorded layers suffices if not
             given. Masks differ between layers with and without a window, and between encoder and
             decoder.
@@ -145,17 +193,19 @@ def query_positions(
     Raises:
         InputError: The selection is empty, or the mask hides the image from all of its positions.
     """
-    positions: list[int] = each_once(sample.positions(queries)).tolist()
+    rows = rows_in_tower(sample, queries, placed.tower, placed.number, TEXT)
+    positions: list[int] = each_once(rows).tolist()
     if not positions:
         raise InputError("The selection of queries is empty. Pass at least one position.")
-    layers = sample.layers(kind=placed.kind) if layer is None else [layer]
-    first = sample.call(min(layers, default=0), kind=placed.kind)
+    layers = sample.layers(placed.tower, placed.kind) if layer is None else [layer]
+    first = _call(sample, placed, min(layers, default=0))
     keys = torch.from_numpy(placed.keys)
-    calls = (sample.call(each, kind=placed.kind) for each in layers)
+    calls = (_call(sample, placed, each) for each in layers)
     if not any(bool(call.visible(positions)[..., keys].any()) for call in calls):
         raise InputError(
-            f"{named(sample, positions)} of sample {sample.name!r} cannot attend to any of the "
-            f"{len(keys)} tokens of image {placed.number}. {_advice(first, keys, max(positions))}"
+            f"{query_name(sample, placed, positions)} of sample {sample.name!r} cannot attend to "
+            f"any of the {len(keys)} tokens of image {placed.number}. "
+            f"{_advice(first, keys, max(positions))}"
         )
     return positions
 
@@ -178,11 +228,13 @@ def query_groups(
 
     A list of phrases and positions gives one panel per entry, anything else one panel per token.
     """
-    if queries is None:
+    if queries is None and placed.tower == "language":
         queries = torch.from_numpy(sample.text_after_image())
+    elif queries is None:
+        queries = rows_in_tower(sample, None, placed.tower, placed.number, TEXT)
     if isinstance(queries, Sequence) and not isinstance(queries, str):
-        groups = [sample.positions(entry).tolist() for entry in queries]
+        groups = [_positions(sample, placed, entry).tolist() for entry in queries]
     else:
-        groups = [[position] for position in sample.positions(queries).tolist()]
+        groups = [[position] for position in _positions(sample, placed, queries).tolist()]
     query_positions(sample, placed, [position for group in groups for position in group])
     return groups

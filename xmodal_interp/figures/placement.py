@@ -20,7 +20,7 @@ from xmodal_interp.arguments import whole_number
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import ImageGrid, place_on_grid
 from xmodal_interp.sample import Sample
-from xmodal_interp.vocabulary import AttentionKind
+from xmodal_interp.vocabulary import AttentionKind, Tower
 
 PixelBox = tuple[float, float, float, float]
 """``(x0, y0, x1, y1)`` in pixels of the original image."""
@@ -44,6 +44,8 @@ class PlacedImage:
         shares: ``[key, cell]``, only if cells are not keys: the share of each key that comes from
             each cell.
         present: True on positions of the sequence that are not padding.
+        tower: The tower whose attention is drawn, ``"language"`` or ``"vision"``. In the vision
+            tower, the keys are the positions of the tower.
     """
 
     number: int
@@ -55,6 +57,12 @@ class PlacedImage:
     unit: str = "image token"
     shares: np.ndarray | None = None
     present: np.ndarray | None = None
+    tower: Tower = "language"
+
+    @property
+    def call(self) -> int:
+        """Number of the calls of a layer that read this image."""
+        return self.number if self.tower == "vision" else 0
 
     @property
     def cells(self) -> str:
@@ -89,8 +97,8 @@ class PlacedImage:
         return place_on_grid(values, self.grid.places, self.grid.rows, self.grid.cols)
 
 
-def placed_image(sample: Sample, image: int = 0) -> PlacedImage:
-    """Return an image of a sample with its keys.
+def placed_image(sample: Sample, image: int = 0, tower: Tower | None = None) -> PlacedImage:
+    """Return an image of a sample with its keys in a tower; ``Sample.tower`` if not given.
 
     If the image's tokens are learned queries, the cells are the patches of the vision tower, and
     values are distributed over them with the connector's attention.
@@ -103,6 +111,12 @@ def placed_image(sample: Sample, image: int = 0) -> PlacedImage:
     if not isinstance(sample, Sample):
         raise InputError(
             f"sample must be one Sample, such as store[0]; got a {type(sample).__name__}."
+        )
+    tower = tower or sample.tower
+    if tower not in ("language", "vision"):
+        raise InputError(
+            f"Attention of tower {tower!r} cannot be drawn on the image. Choose tower='language' "
+            "or tower='vision'."
         )
     whole_number(image, "image", 0)
     n_images = len(sample.grids)
@@ -129,6 +143,9 @@ def placed_image(sample: Sample, image: int = 0) -> PlacedImage:
         keys,
         present=not_padding(sample).numpy(),
     )
+    if tower == "vision":
+        present = sample.patch_names(image) != "padding"
+        return replace(with_patches(placed), kind="self", tower=tower, present=present)
     if not are_queries(placed.grid):
         return _as_thumbnail(placed)
     shares = query_patches(sample, image).double().numpy()

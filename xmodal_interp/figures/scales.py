@@ -53,6 +53,11 @@ SHOW_LABELS = {
 }
 """Labels of the colour bars."""
 
+CLIPPED_AT = 99
+"""Percentile of the values at which the scale of an overlay ends if the largest is far above it."""
+
+_FAR_ABOVE = 6.0  # times; such a value would leave most of a square-root scale empty
+
 _HIDDEN_DARK = "#8a8a8a"  # hidden cells on scales whose middle is white
 
 _STRONG = 0.95  # opacity of the strongest values over an image; the weakest are transparent
@@ -187,7 +192,12 @@ def check_show(show: str, allowed: Sequence[str] = get_args(Show)) -> None:
 
 
 def scale_of(
-    show: Show, panels: Iterable[np.ndarray], *, vmax: float | None = None, power: float = 1.0
+    show: Show,
+    panels: Iterable[np.ndarray],
+    *,
+    vmax: float | None = None,
+    power: float = 1.0,
+    clip: bool = False,
 ) -> ColorScale:
     """Return one colour scale for all panels of a figure.
 
@@ -197,12 +207,13 @@ def scale_of(
         vmax: Upper end; the largest value if not given. For a lift, its inverse is the lower end.
         power: Exponent of the colour scale for probabilities and shares: 1 is linear, 0 is a log
             scale.
+        clip: As in :func:`color_scale`.
     """
     lowest = 1 if show == "lift" else 0
     if vmax is not None and not real_number(vmax, "vmax") > lowest:
         raise InputError(f"vmax must be above {lowest} for a {show}; got {vmax}.")
     meaning: Meaning = "ratio" if show == "lift" else "amount"
-    return color_scale(meaning, panels, SHOW_LABELS[show], vmax=vmax, power=power)
+    return color_scale(meaning, panels, SHOW_LABELS[show], vmax=vmax, power=power, clip=clip)
 
 
 def color_scale(
@@ -213,6 +224,7 @@ def color_scale(
     vmax: float | None = None,
     power: float = 1.0,
     vmin: float = 0.0,
+    clip: bool = False,
 ) -> ColorScale:
     """Return one colour scale for values of any quantity.
 
@@ -223,6 +235,9 @@ def color_scale(
         vmax: Upper end. If not given: the largest value; for a ratio, at most 2 ** ``WIDEST``.
         power: Exponent of the scale of amounts: 1 is linear, 0 is a log scale.
         vmin: Lower end of the scale of amounts, unless it is a log scale.
+        clip: Whether a scale of amounts without ``vmax`` ends at the percentile ``CLIPPED_AT`` if
+            the largest value is more than six times as large, such as that of an attention sink.
+            The label states it.
     """
     if meaning not in get_args(Meaning):
         raise InputError(f"meaning must be one of {', '.join(get_args(Meaning))}; got {meaning!r}.")
@@ -230,6 +245,12 @@ def color_scale(
         raise InputError(f"vmax must be above 0; got {vmax}.")
     values = finite(panels)
     if meaning == "amount":
+        if clip and vmax is None and len(values):
+            largest = float(values.max())
+            end = float(np.percentile(values, CLIPPED_AT, method="lower"))
+            if 0 < _FAR_ABOVE * end < largest:
+                vmax, label = end, f"{label}\nclipped at the {CLIPPED_AT}th percentile;"
+                label += f" largest: {largest:.2g}"
         return _amount_scale(values, label, vmax, power, vmin)
     if meaning == "ratio":
         if vmax is not None and not vmax > 1:

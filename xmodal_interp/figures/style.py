@@ -47,6 +47,7 @@ GROUP_COLORS: Mapping[str, str] = {
     "special": "#777777",
     "padding": "#dddddd",
     "class": "#777777",
+    "register": "#aa3377",
 }
 """Colours of token groups; image 0, image 1, ... are all ``image``."""
 
@@ -203,7 +204,12 @@ def _fonts() -> list[str]:
 
 
 def about(sample: Sample) -> str:
-    """Return a sample's question, followed by its answer if there is one."""
+    """Return a sample's question, followed by its answer if there is one.
+
+    Without a question, it is the name of the sample.
+    """
+    if not sample.question:
+        return f'{sample.name} \u2192 "{sample.answer}"' if sample.answer else sample.name
     return (
         f'"{sample.question}" \u2192 "{sample.answer}"' if sample.answer else f'"{sample.question}"'
     )

@@ -80,6 +80,7 @@ from xmodal_interp.hooks.raw_calls import (
     segments,
     whole_mask,
 )
+from xmodal_interp.hooks.recorded_samples import recorded_sample
 from xmodal_interp.hooks.refusals import (
     chosen_layers,
     refuse_another_thread,
@@ -98,8 +99,9 @@ from xmodal_interp.hooks.torch_attention import (
     unhooked_modules,
 )
 from xmodal_interp.hooks.update_norms import UpdateShares
-from xmodal_interp.models import VLM
+from xmodal_interp.models import VLM, ImageLike
 from xmodal_interp.models.model_parts import ModelParts, parts_of
+from xmodal_interp.sample import Sample
 from xmodal_interp.upstream import is_recomputing
 from xmodal_interp.vocabulary import TOWERS, Tower
 
@@ -126,6 +128,52 @@ class Recording:
     results: list[Any] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     rotary: Int[Tensor, "axis sample position"] | None = None
+
+    def __repr__(self) -> str:
+        """Return a line with the numbers of calls and modules."""
+        found = {
+            "calls": self.calls,
+            "results": self.results,
+            "attention modules": self.modules,
+            "layers without softmax attention": self.without_matrix,
+            "modules without a recorded call": self.unseen,
+        }
+        shown = [f"{len(of)} {name}" for name, of in found.items() if of or name == "calls"]
+        return f"Recording({', '.join(shown)})"
+
+    def sample(
+        self,
+        image: ImageLike,
+        *,
+        grid: tuple[int, int],
+        before: Sequence[str] = (),
+        after: Sequence[str] = (),
+        box: tuple[float, float, float, float] | None = None,
+        index: int = 0,
+        name: str = "sample-0",
+    ) -> Sample:
+        """Return a sample of the calls of a vision model, such as one of timm or open_clip.
+
+        ``xi.capture`` does this for the vision models of transformers without these arguments.
+
+        Args:
+            image: The image that the model has read: a path or a PIL image.
+            grid: Number of rows and of columns of the patches, which are row by row.
+            before: Names of the positions before the patches, in order, such as ``["class"]``.
+            after: Names of the positions after the patches.
+            box: The part of the image that the pixels show, ``(x0, y0, x1, y1)`` in pixels of the
+                image; the whole image if not given.
+            index: Index of the image in the batch.
+            name: Name of the sample.
+
+        Raises:
+            CaptureError: No call of a vision tower was recorded, or a layer ran several times.
+            GeometryError: A self-attention layer has another number of positions.
+            InputError: An argument is invalid.
+        """
+        return recorded_sample(
+            self, image, grid=grid, before=before, after=after, box=box, index=index, name=name
+        )
 
 
 @dataclass(frozen=True)
@@ -204,7 +252,8 @@ def record(
         towers: Towers to record.
         layers: Layers to record (per tower and kind), all if not given.
         values: Also keep V.
-        norms: Keep the share of attention in each token's update (``AttentionCall.update_share``).
+        norms: Keep the share of attention in each token's update (``AttentionCall.update_share``)
+            and the norm of each token's hidden state (``AttentionCall.token_norm``).
         reduce: Called with each call, which is then not kept; its result is added to ``results``.
             It must not store the call, because the tensors of the call belong to the model. Or
             ``"entropy"``, ``"received"`` or both in a list: ``calls`` then hold these statistics

@@ -1,4 +1,6 @@
-"""Measure the share of attention in the update of each token's residual stream.
+"""Measure token norms, and the share of attention in the update of each token's residual stream.
+
+The norm of a token is the Euclidean norm of its hidden state after a block, in float32.
 
 The share of a token is ``|u| / (|u| + |x|)`` (Euclidean norms, float32). ``x`` is the residual
 stream and ``u`` the vector that attention adds to it: the output of the attention module, after
@@ -89,6 +91,7 @@ class UpdateShares:
                 self._close(run)
                 run.given += _tensors(given)
                 run.follow(outputs[0], kept)
+                run.calls += kept
         for run in self.running:
             run.mode.begin()
 
@@ -120,11 +123,14 @@ class UpdateShares:
         run.mode.begin()
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        """End the runs of a block; ``output`` is None if its forward raised an error."""
         while any(run.block is block for run in self.running):
             run = self.running[-1]
             run.mode.end()  # before the run is forgotten, as an interrupt can arrive in between
             self.running.pop()
             self._close(run)
+            if run.block is block:
+                run.note_norms(output)
 
     def _close(self, run: _BlockRun) -> None:
         """Note whether the update of a block's last attention module was found."""
@@ -147,6 +153,7 @@ class _BlockRun:
     Attributes:
         block: The block.
         given: Tensor arguments of the block and of the attention modules in it.
+        calls: All calls that were kept during the run.
         kept: The calls whose update is searched for.
         done: Whether the update was found.
         rows: The shape of the attention's output, without the last axis and axes of length 1.
@@ -158,6 +165,7 @@ class _BlockRun:
 
     block: nn.Module
     given: list[Tensor]
+    calls: list[KeptCall] = field(default_factory=list)
     kept: Sequence[KeptCall] = ()
     done: bool = False
     rows: tuple[int, ...] = ()
@@ -172,6 +180,22 @@ class _BlockRun:
         """Start to search for the update that is computed from an attention module's output."""
         self.kept, self.done, self.rows = kept, False, _rows(output)
         self.derived, self.mixed = {id(output): output}, {}
+
+    def note_norms(self, output: Any) -> None:
+        """Set the token norms ``[sample, query]`` of the calls, from the output of the block."""
+        by_module: dict[str, list[KeptCall]] = {}
+        for kept in self.calls:
+            by_module.setdefault(kept.call.module, []).append(kept)
+        widths = {each.shape[-1] for each in self.given}
+        states = [each for each in _tensors(output) if each.ndim and each.shape[-1] in widths]
+        for of_module in by_module.values():
+            sizes = [kept.call.n_samples * kept.call.n_queries for kept in of_module]
+            if not states or math.prod(states[0].shape[:-1]) != sum(sizes):
+                continue
+            parts = states[0].detach().float().norm(dim=-1).flatten().split(sizes)
+            for kept, part in zip(of_module, parts, strict=True):
+                norm = part.view(kept.call.n_samples, kept.call.n_queries)
+                kept.call = replace(kept.call, token_norm=norm)
 
     def _before(
         self, function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]

@@ -1,6 +1,7 @@
 from .generation import checked_length
 from .geometry import ImageGrid, Thumbnail, VideoGrid, place_on_grid
 from .geometry.patch_order import square_windows, tile_counts, window_orders
+from .item_files import read_items
 from .labels import Prompt
 from .loading import load
 from .media import ImageLike, Video, open_image, open_video
@@ -38,6 +39,7 @@ __all__ = [
     "open_video",
     "place_on_grid",
     "prompt_ids",
+    "read_items",
     "square_windows",
     "tile_counts",
     "window_orders",

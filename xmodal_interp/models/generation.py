@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
+
+from transformers import GenerationConfig
 
 from xmodal_interp.errors import InputError
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
-"""Defaults of ``generate``; they override the generation settings of the checkpoint."""
+"""Defaults of ``generate``; they override the generation settings of the checkpoint.
+
+Options and the ``generation_config`` of a call override them.
+"""
 
 _ONE_BY_ONE: dict[str, tuple[Any, str]] = {
     "num_beams": (1, "generates several answers at once and keeps one of them"),
@@ -44,9 +50,8 @@ def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
             "attention this run does not compute. Pass an empty cache or no cache, or record the "
             "calls with xi.record(model)."
         )
-    settings = options.get("generation_config") or model.generation_config
     for name, (required, effect) in _ONE_BY_ONE.items():
-        given = {**GREEDY, **options}.get(name, getattr(settings, name, required))
+        given = _setting(model, options, name)
         if given is not None and given != required:
             shown = type(given).__name__ if name == "assistant_model" else repr(given)
             raise InputError(
@@ -54,6 +59,51 @@ def check_decoding(model: Any, options: Mapping[str, Any]) -> None:
                 "tokens in order. Generate greedily or by sampling, or record the calls with "
                 "xi.record(model)."
             )
+
+
+def _setting(model: Any, options: Mapping[str, Any], name: str) -> Any:
+    """Return the value of an option of ``generate``.
+
+    It is the argument; or the value in the ``generation_config`` of the call; or the greedy
+    default; or the setting of the checkpoint.
+    """
+    of_call = getattr(options.get("generation_config"), name, None)
+    if name in options or of_call is not None:
+        return options.get(name, of_call)
+    return GREEDY.get(name, getattr(model.generation_config, name, None))
+
+
+def arguments_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``generate`` for some options: greedy unless they say otherwise.
+
+    If the options contain a ``generation_config``, the other options are written into a copy of it,
+    because transformers deprecates passing both.
+    """
+    config = options.get("generation_config")
+    if config is None:
+        return {**GREEDY, **options}
+    missing = {name: v for name, v in GREEDY.items() if getattr(config, name, None) is None}
+    others = {name: value for name, value in options.items() if name != "generation_config"}
+    merged = copy.deepcopy(config)
+    unused = merged.update(**missing | others)  # arguments that are no generation settings
+    return {"generation_config": merged, **unused}
+
+
+def end_ids_of(model: Any, options: Mapping[str, Any]) -> set[int]:
+    """Return the ids that end an answer that is generated with these options."""
+    ends = _setting(model, options, "eos_token_id")
+    ends = ends.flatten().tolist() if hasattr(ends, "flatten") else ends
+    return set(ends) if isinstance(ends, (list, tuple, set)) else {ends} - {None}
+
+
+def ends_by_text(model: Any, options: Mapping[str, Any]) -> bool:
+    """Return whether an answer may end without an end-of-sequence token.
+
+    In a batch, an answer that ended before the others is filled up with padding tokens, which
+    cannot be distinguished from generated ones then.
+    """
+    names = ("stop_strings", "stopping_criteria")
+    return any(_setting(model, options, name) for name in names)
 
 
 def refuse_canvas(model: Any) -> None:
@@ -89,8 +139,8 @@ def checked_length(max_new_tokens: Any, generation: Any) -> int:
         generation: Further arguments of ``generate``, or None.
 
     Raises:
-        InputError: The number is negative or not a whole number, or ``generation`` is not a mapping
-            or contains ``max_new_tokens`` too.
+        InputError: The number is negative or not a whole number; or ``generation`` is not a
+            mapping, contains ``max_new_tokens`` too, or has an invalid ``generation_config``.
     """
     whole = hasattr(max_new_tokens, "__index__") and not isinstance(max_new_tokens, bool)
     if not whole or int(max_new_tokens) < 0:
@@ -106,5 +156,17 @@ def checked_length(max_new_tokens: Any, generation: Any) -> int:
         raise InputError(
             "generation contains max_new_tokens. Pass it as a separate argument: max_new_tokens="
             f"{generation['max_new_tokens']!r}."
+        )
+    config = None if generation is None else generation.get("generation_config")
+    if not isinstance(config, GenerationConfig | None):
+        raise InputError(
+            "generation_config must be a transformers.GenerationConfig; got an object of "
+            f"{type(config).__name__}."
+        )
+    length = getattr(config, "max_new_tokens", None)
+    if length is not None and length != max_new_tokens:
+        raise InputError(
+            f"The generation_config has max_new_tokens={length!r}, but the argument max_new_tokens "
+            f"is {max_new_tokens!r}. Pass the same number as the argument."
         )
     return int(max_new_tokens)

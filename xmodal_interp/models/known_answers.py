@@ -15,14 +15,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from xmodal_interp.arguments import as_list, is_several
+from xmodal_interp.arguments import as_list, one_or_several
 from xmodal_interp.errors import InputError
+from xmodal_interp.models.item_files import IMAGES, PROMPT, VIDEOS, rows_of
 from xmodal_interp.models.labels import Prompt
 from xmodal_interp.models.model_inputs import with_answer
 from xmodal_interp.models.token_table import answer_separator
@@ -32,24 +34,18 @@ ItemDict = Mapping[str, Any]
 """A mapping with ``image`` or ``images``, or ``video`` or ``videos`` (or both); ``prompt`` or
 ``question``; ``answer``; and optionally ``kind``. An entry that is None counts as missing."""
 
-Items = Iterable[ItemDict] | pd.DataFrame
-"""An iterable of dicts, or a table with one row per item."""
-
-IMAGES, VIDEOS, PROMPT = ("image", "images"), ("video", "videos"), ("prompt", "question")
+Items = Iterable[ItemDict] | pd.DataFrame | str | PathLike[str]
+"""An iterable of dicts, a table with one row per item, or a file of items (see ``read_items``)."""
 
 
 def listed(items: Items) -> list[ItemDict]:
     """Return all items as dicts; empty cells of a table are left out.
 
     Raises:
-        InputError: An item is not a mapping.
+        InputError: An item is not a mapping, or a file of items cannot be read.
     """
-    if isinstance(items, pd.DataFrame):
-        return [
-            {str(name): value for name, value in row.dropna().items()}
-            for _, row in items.iterrows()
-        ]
-    found = as_list(items, "items")
+    is_source = isinstance(items, (pd.DataFrame, str, PathLike))
+    found = as_list(rows_of(items) if is_source else items, "items")
     for index, item in enumerate(found):
         if not isinstance(item, Mapping):
             raise InputError(
@@ -83,21 +79,17 @@ def visuals_of(item: ItemDict, *, title: str) -> tuple[list[Any], list[Any]]:
         InputError: The item has neither, or has ``image`` and ``images`` (or ``video`` and
             ``videos``) at once.
     """
-    videos = _several(entry(item, *VIDEOS, title=title)) if _names_in(item, VIDEOS) else []
+    videos = one_or_several(entry(item, *VIDEOS, title=title)) if _names_in(item, VIDEOS) else []
     images = (
         []
         if videos and not _names_in(item, IMAGES)
-        else _several(entry(item, *IMAGES, title=title))
+        else one_or_several(entry(item, *IMAGES, title=title))
     )
     return images, videos
 
 
 def _names_in(item: ItemDict, names: Iterable[str]) -> list[str]:
     return [name for name in names if item.get(name) is not None]
-
-
-def _several(given: Any) -> list[Any]:
-    return list(given) if is_several(given) else [given]
 
 
 @dataclass(frozen=True, eq=False)

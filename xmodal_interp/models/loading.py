@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from contextlib import ExitStack, nullcontext
 from importlib.resources import files
@@ -11,8 +12,15 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 from transformers.utils import logging
 
 from xmodal_interp.arguments import user_path
@@ -28,7 +36,7 @@ _UNREADABLE = (OSError, RuntimeError, SafetensorError, EOFError, UnpicklingError
 
 
 def load(name: str | Path | None = None, **options: Any) -> VLM:
-    """Load a vision-language model and its processor.
+    """Load a vision-language model, or a vision model, and its processor.
 
     A warning names weights that the checkpoint lacks, that have another shape in it, or that the
     model does not use. They are also in the attribute ``loading`` of the result.
@@ -41,7 +49,8 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
 
     Raises:
         InputError: There is no such model, or it cannot be loaded with these options.
-        UnsupportedModelError: The model type has no family record, or is text-only.
+        UnsupportedModelError: The model type has no family record, is text-only, or is that of a
+            vision model without one position per patch.
     """
     source = _source(name)
     shared: dict[str, Any] = {
@@ -49,13 +58,17 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
         for key in ("revision", "trust_remote_code", "token", "cache_dir")
         if key in options
     }
-    family = family_of(_config(source, shared))
+    config = _config(source, shared)
+    family = family_of(config)
     shipped = name is None or str(name) in SHIPPED
     if shipped:
         options.setdefault("dtype", "float32")  # trained in float32, stored in float16
     _check_dtype(options.get("dtype"))
+    auto = AutoProcessor if family.language else AutoImageProcessor
+    processor = _processor(source, shared, name, auto)
     with Block(_without_progress_bar) if shipped else nullcontext():
-        model, loading = _model(source, options)
+        class_ = AutoModelForImageTextToText if family.language else _own_class(config)
+        model, loading = _model(source, options, class_)
     if loading:
         warnings.warn(
             f"The checkpoint {source!r} does not match {type(model).__name__}. Weights {loading}."
@@ -64,7 +77,7 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
             UserWarning,
             stacklevel=2,
         )
-    return VLM(model.eval(), _processor(source, shared), family, loading)
+    return VLM(model.eval(), processor, family, loading)
 
 
 def shipped_path(family: str) -> Path:
@@ -110,11 +123,15 @@ def _config(source: str, shared: dict[str, Any]) -> Any:
         ) from error
 
 
-def _model(source: str, options: dict[str, Any]) -> tuple[Any, CheckpointReport]:
+def _own_class(config: Any) -> Any:
+    """Return the class of transformers that a checkpoint of a vision model names."""
+    named = (getattr(transformers, name, None) for name in config.architectures or ())
+    return next((class_ for class_ in named if class_ is not None), AutoModel)
+
+
+def _model(source: str, options: dict[str, Any], class_: Any) -> tuple[Any, CheckpointReport]:
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source, **{**options, "output_loading_info": True}
-        )
+        loaded: Any = class_.from_pretrained(source, **{**options, "output_loading_info": True})
     except _UNREADABLE as error:  # missing, truncated or mismatched weights, unknown device
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         raise InputError(
@@ -125,14 +142,29 @@ def _model(source: str, options: dict[str, Any]) -> tuple[Any, CheckpointReport]
     return model, CheckpointReport.of(info)
 
 
-def _processor(source: str, shared: dict[str, Any]) -> Any:
+_EXTRAS = {"torchvision": "xmodal-interp[vision]"}
+"""Packages that an extra of this package installs."""
+
+
+def _processor(source: str, shared: dict[str, Any], name: Any, auto: Any) -> Any:
+    """Return the processor of a model that a user loads by ``name``.
+
+    It is loaded before the weights, which may take minutes.
+    """
     try:
-        return AutoProcessor.from_pretrained(source, **shared)
+        return auto.from_pretrained(source, **shared)
     except ImportError as error:
+        first = _first_line(error)
+        found = re.search(r"requires the (\S+) library", first)
+        package = found[1].lower() if found else error.name
+        what = (
+            f"{package}, which is not installed" if package else f"a package: {first.rstrip('.')}"
+        )
+        install = f" Install it: pip install '{_EXTRAS.get(package, package)}'." if package else ""
+        shown = str(name) if str(name) in SHIPPED else source
         raise InputError(
-            f"The processor of {source!r} requires a package that is not installed: "
-            f"{_first_line(error)}"
-        ) from error
+            f"The processor of {shown!r} requires {what}.{install}"
+        ) from None  # 60 lines of transformers, whose last one is in this message
     except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
         raise InputError(
             f"The processor of {source!r} could not be loaded: "

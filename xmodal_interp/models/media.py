@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO, IOBase
 from os import PathLike
 from typing import Any
 
@@ -13,12 +13,17 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from xmodal_interp.arguments import real_number, user_path
 from xmodal_interp.errors import InputError, quoted
+from xmodal_interp.models.picture_sources import named, resolved
+from xmodal_interp.models.pixel_arrays import Array, image_of, is_array, warn_of_scale, white_of
 
-ImageLike = Image.Image | str | PathLike[str]
+Bytes = bytes | bytearray | memoryview
+ImageLike = Image.Image | str | PathLike[str] | Bytes | IOBase | Array | Mapping[str, Any]
+"""An image as users pass it; :func:`open_image` lists the forms."""
+
 Composite = Callable[[Image.Image], Image.Image]
 
 _NOT_FRAMES = (
-    "A video must be xi.Video([frame, ...], fps=...), each frame a path or a PIL image; got {}. "
+    "A video must be xi.Video([frame, ...], fps=...), each frame a path or another image; got {}. "
     "Video files are not decoded: decode yours and choose the frames for the model."
 )
 
@@ -28,20 +33,27 @@ class Video:
     """The frames of a video for a model. All of them are used: no frame is dropped or sampled.
 
     Attributes:
-        frames: The frames in order, all of one size: paths or PIL images.
+        frames: The frames in order, all of one size: images in any form that :func:`open_image`
+            takes, or an array of four axes with the frames first. Frames that are arrays have one
+            range of values: that of the whole video.
         fps: Frames per second; None if not known.
 
     Raises:
-        InputError: ``frames`` is not an iterable of images, such as the path of a video file, or
-            ``fps`` is not a positive number.
+        InputError: ``frames`` is not an iterable of images, such as the path of a video file or an
+            array of one image, or ``fps`` is not a positive number.
     """
 
-    frames: Sequence[ImageLike]
+    frames: Sequence[ImageLike] | Array
     fps: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.frames, (str, PathLike)):
             raise InputError(_NOT_FRAMES.format(repr(str(self.frames))))
+        if is_array(self.frames) and self.frames.ndim != 4:
+            raise InputError(
+                "An array of frames must have the axes [frame, row, col, channel] or [frame, "
+                f"channel, row, col]; got the shape {tuple(self.frames.shape)}."
+            )
         if not isinstance(self.frames, Iterable):
             raise InputError(
                 f"The frames of a video must be a list of images; got {quoted(self.frames)}."
@@ -56,7 +68,9 @@ class Video:
         Raises:
             InputError: There are no frames, they differ in size, or one cannot be read.
         """
-        frames = tuple(open_image(frame) for frame in self.frames)
+        arrays = [frame for frame in self.frames if is_array(frame)]
+        white = white_of(arrays) if arrays else None
+        frames = tuple(open_image(frame, white=white) for frame in self.frames)
         sizes = {frame.size for frame in frames}
         if len(sizes) != 1:
             raise InputError(
@@ -114,44 +128,59 @@ def flat(nested: Sequence[Sequence[Any]]) -> list[Any]:
     return [each for of_sample in nested for each in of_sample]
 
 
-def open_image(image: ImageLike, composite: Composite | None = None) -> Image.Image:
-    """Return an RGB image from a path or a PIL image, rotated by its EXIF orientation.
+def open_image(
+    image: ImageLike, composite: Composite | None = None, *, white: float | None = None
+) -> Image.Image:
+    """Return an RGB image from what a user passes, rotated by its EXIF orientation.
 
-    Transparent pixels become white, as in the processors of transformers. Grey values of 16 bits
-    are scaled to 8 bits with a warning: 65535 becomes white, whereas transformers turns every value
-    above 255 white.
+    Transparent pixels become white, as in the processors of transformers. Colours of a palette,
+    CMYK, Lab, HSV and YCbCr are converted by Pillow, without colour profiles. Of an animation, the
+    current frame is used; that is the first one of a file. Grey values of 16 bits are scaled to 8
+    bits with a warning: 65535 becomes white, whereas transformers turns every value above 255
+    white. Pillow itself reads colours of 16 bits as 8 bits.
 
     Args:
-        image: A path or a PIL image.
+        image: A path; a ``file://``, ``data:``, ``http://`` or ``https://`` URL; a PIL image; the
+            bytes of a file, or an open one; a dict with ``bytes`` or ``path``; or an array whose
+            axes and range are unambiguous (see :mod:`.pixel_arrays`).
         composite: Puts a transparent image on a background, for processors with another one than
             white.
+        white: The value of white in an array; by default derived from its values.
 
     Raises:
-        InputError: ``image`` is neither a path nor a PIL image, the file does not exist or is not
-            an image, or the range of its grey values is not known.
+        InputError: ``image`` is none of these, cannot be read or is not an image, or the range of
+            its values is not known.
     """
-    if isinstance(image, Image.Image):
-        if not (image.width and image.height):
-            raise InputError(
-                f"An image must have at least one pixel; got {image.width} x {image.height} px."
-            )
-        return _rgb(_upright(image), composite)
-    if not isinstance(image, (str, PathLike)):
+    source = resolved(image)
+    if is_array(source):
+        source = image_of(source, white)
+    if isinstance(source, Image.Image) and not (source.width and source.height):
         raise InputError(
-            f"An image must be a path or a PIL image; got an object of {type(image).__name__}. "
-            "Convert an array of bytes [row, col, 3] with PIL.Image.fromarray."
+            f"An image must have at least one pixel; got {source.width} x {source.height} px."
         )
-    path = user_path(image)
     try:
-        with Image.open(path) as opened:
+        if isinstance(source, Image.Image):
+            source.load()
+            return _rgb(_upright(source), composite)
+        file = BytesIO(source) if isinstance(source, bytes) else user_path(source)
+        with Image.open(file) as opened:
             return _rgb(_upright(opened), composite).copy()
     except FileNotFoundError:
         raise InputError(
-            f"There is no image file {str(path)!r}. Pass the path of an existing file, or a PIL "
-            "image."
+            f"There is no image file {str(user_path(source))!r}. Pass the path of an existing "
+            "file, or a PIL image."
         ) from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise InputError(f"Pillow cannot read the image file {str(path)!r}: {error}.") from error
+    except InputError:
+        raise
+    except _UNREADABLE as error:
+        raise InputError(f"Pillow cannot read {named(image)}: {error}.") from error
+
+
+_UNREADABLE = (
+    *(UnidentifiedImageError, OSError, SyntaxError, ValueError),  # ValueError: a closed image
+    Image.DecompressionBombError,
+)
+"""Errors that Pillow raises for files that are damaged, closed, too large or not images."""
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -161,15 +190,21 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
+_PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
+"""Modes whose colours are multiplied by alpha, and the modes that are converted to RGB."""
+
+
 def _rgb(image: Image.Image, composite: Composite | None) -> Image.Image:
     """Return the image in RGB. Grey values of 16 bits are scaled; Pillow alone would clip them."""
+    if image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
     if image.mode == "RGB" and not transparent:
         return image
     widened = image.mode == "I" and image.format == "PPM"  # Pillow opens 16-bit PPM in mode I
     if image.mode.startswith("I;16") or widened:
         values = np.asarray(image).astype(np.float64)
-        _warn_of_scale(values)
+        warn_of_scale(values)
         return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise InputError(
@@ -182,15 +217,3 @@ def _rgb(image: Image.Image, composite: Composite | None) -> Image.Image:
     from transformers.image_transforms import convert_to_rgb
 
     return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
-
-
-def _warn_of_scale(values: np.ndarray) -> None:
-    """Warn that grey values of 16 bits are scaled, and how to scale them differently."""
-    warnings.warn(
-        f"Grey values of 16 bits are scaled so that 65535 is white; this image has the values "
-        f"{int(values.min())} to {int(values.max())}. Pass image.convert('RGB') if values above "
-        "255 should be white, as in transformers, or scaled bytes: for values of 12 bits, "
-        "Image.fromarray((array >> 4).astype(np.uint8)).",
-        UserWarning,
-        stacklevel=4,
-    )

@@ -12,13 +12,14 @@ from transformers import ProcessorMixin
 
 from xmodal_interp.errors import InputError
 from xmodal_interp.models.media import Composite, Video, flat
+from xmodal_interp.models.processor_settings import unset
 from xmodal_interp.models.prompts import RenderedPrompt
 from xmodal_interp.models.records import Family
 
 if TYPE_CHECKING:
     from xmodal_interp.models.vlm import VLM
 
-_FAILURES = (
+FAILURES = (
     *(ValueError, TypeError, RuntimeError, StopIteration),
     *(ArithmeticError, LookupError, AttributeError),
 )
@@ -58,8 +59,15 @@ def processed(
     }
     try:
         outputs = processor(**arguments)
-    except _FAILURES as error:
+    except FAILURES as error:
         _refuse_other_numbers(vlm.placeholder, texts, images, error)
+        missing = unset(processor)
+        if missing:
+            raise InputError(
+                f"{type(processor).__name__} failed on this input: {error}. Its settings "
+                f"{', '.join(missing)} have no value, and neither have those of the model's "
+                f"config: set processor.{missing[0]} to the model's."
+            ) from error
         raise InputError(
             f"{type(processor).__name__} failed on this input: {error} (images of "
             f"{', '.join(f'{one.width} x {one.height}' for one in flat(images)) or 'none'} px)."

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from xmodal_interp.errors import UnsupportedModelError
 from xmodal_interp.models import geometry
+from xmodal_interp.models.encoders import ENCODERS, REFUSED, encoder_of
 from xmodal_interp.models.geometry import ImageRule, VideoRule
 
 
@@ -56,6 +57,8 @@ class Family:
         image_mark: The mark of an image in a prompt, for processors that take texts and images in
             one list.
         reads_text: Whether the model takes a prompt. If not, the decoder reads only a start token.
+        language: Whether the model has a language model. If not, it reads one image per sample, and
+            its tokens are the positions of its vision tower, which the rule places.
         rewritten: Whether ``generate`` drops the last id of a prompt, and replaces the first by the
             text model's beginning-of-sequence token.
         token_types: Whether the model requires ``mm_token_type_ids``, which processors return on
@@ -81,6 +84,7 @@ class Family:
     prepended: bool = False
     image_mark: str | None = None
     reads_text: bool = True
+    language: bool = True
     rewritten: bool = False
     token_types: bool = False
     alone: str | None = None
@@ -146,8 +150,7 @@ _PLACED = geometry.PositionedPatches()
 _CLASS_TOKEN = geometry.FixedGrid(before=1, tower_before=1)
 _FITTED = geometry.FixedGrid(show=geometry.fitted)
 _ENCODERS: dict[str, ImageRule] = {
-    **dict.fromkeys(("vit", "beit", "dinov2"), _CLASS_TOKEN),
-    "deit": geometry.FixedGrid(before=2, tower_before=2),  # class and distillation tokens
+    **ENCODERS,
     **dict.fromkeys(
         ("swin", "donut-swin"),
         geometry.FixedGrid(
@@ -236,7 +239,14 @@ _RECORDS: tuple[Family, ...] = (
     Family("gemma3n", geometry=geometry.fused_stages),
     Family("fast_vlm", geometry=geometry.FixedGrid(shift=31.5 / 64)),
     # Every image has the same grid.
-    *_same("llava vipllava", geometry=geometry.fixed_grid),
+    Family(
+        "llava",
+        geometry=geometry.Chosen(
+            lambda config: config.vision_config.model_type == "pixtral",
+            {False: geometry.fixed_grid, True: geometry.sized_patches},
+        ),
+    ),
+    Family("vipllava", geometry=geometry.fixed_grid),
     Family(
         "video_llava",
         geometry=geometry.fixed_grid,
@@ -290,7 +300,9 @@ _RECORDS: tuple[Family, ...] = (
         geometry.Chosen(
             lambda config: config.encoder.model_type,
             _ENCODERS,
-            "There is no geometry rule for an encoder of the type {!r}.",
+            "There is no geometry rule for an encoder of the type {!r}. Pass VLM(model, processor, "
+            "family=dataclasses.replace(FAMILIES['vision-encoder-decoder'], geometry=...)) with a "
+            "rule, such as geometry.PatchTokens(before={{'class': 1}}).",
         ),
         in_sequence=False,
         reads_text=False,
@@ -484,11 +496,13 @@ def family_of(config: Any) -> Family:
     """Return the record of a model's type.
 
     A type without a record gets one if its configuration has the id of image tokens. The boxes of
-    these tokens are then measured with test images.
+    these tokens are then measured with test images. A vision model gets a record with the rule of
+    its encoder.
 
     Raises:
         UnsupportedModelError: The type has no record, and its configuration has no id of image
-            tokens; or the model is a text-only model.
+            tokens; or the model is a text-only model, or a vision model without one position per
+            patch.
     """
     model_type = getattr(config, "model_type", None)
     if model_type in FAMILIES:
@@ -496,6 +510,23 @@ def family_of(config: Any) -> Family:
     for name in ("image_token_id", "image_token_index"):
         if isinstance(getattr(config, name, None), int):
             return Family(str(model_type), name, geometry=geometry.ProbedTokens(name))
+    encoder = encoder_of(config)
+    if encoder is not None:
+        return Family(
+            str(model_type),
+            None,
+            geometry=ENCODERS[encoder.model_type],
+            in_sequence=False,
+            placeholder=None,
+            reads_text=False,
+            language=False,
+        )
+    if model_type in REFUSED:
+        raise UnsupportedModelError(
+            f"A model of the type {model_type!r} has no table of tokens: {REFUSED[model_type]}. "
+            "Record its attention with xi.record(model); recording.sample(image, grid=...) makes "
+            "a sample of layers whose positions are the patches of one grid."
+        )
     if getattr(config, "vision_config", None) is None and _reads_text_only(config):
         raise UnsupportedModelError(
             f"The model type {model_type!r} is text-only: its configuration has no vision_config. "

@@ -246,6 +246,8 @@ def generated_columns(
         text: The text of the prompt.
     """
     ids = list(read)
+    if not answer:
+        return {name: [] for name in ("token", "kind", "role", "start", "end")}, text
     special = special_ids(tokenizer)
     pieces = tokenizer.convert_ids_to_tokens(list(ids))
     columns: dict[str, list[Any]] = {name: [] for name in ("token", "kind", "start", "end")}

@@ -1,4 +1,4 @@
-"""VLM: a vision-language model with its processor.
+"""VLM: a vision-language model, or a vision model, with its processor.
 
 It turns images and questions into model inputs with labelled positions.
 """
@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from xmodal_interp.arguments import as_list, string
-from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.models import geometry, processor_calls
-from xmodal_interp.models.generation import GREEDY, check_decoding
+from xmodal_interp.arguments import as_list, one_or_several, string
+from xmodal_interp.errors import GeometryError, InputError, quoted
+from xmodal_interp.models import geometry, processor_calls, vision_inputs
+from xmodal_interp.models.encoders import encoder_in
+from xmodal_interp.models.generation import arguments_of, check_decoding, end_ids_of, ends_by_text
 from xmodal_interp.models.geometry import ImageGrid
 from xmodal_interp.models.labels import Prompt, Unlabelled, labelled
 from xmodal_interp.models.media import ImageLike, Video, flat, open_image, open_video
@@ -33,6 +34,7 @@ from xmodal_interp.models.model_state import (
     input_device,
     refuse_virtual_tokens,
 )
+from xmodal_interp.models.processor_settings import completed
 from xmodal_interp.models.prompts import rendered
 from xmodal_interp.models.records import (
     TEXT_MODELS_ALONE,
@@ -51,15 +53,21 @@ _generating: ContextVar[tuple[object, Mapping[str, Any]]] = ContextVar(
 class VLM:
     """A model, its processor and its family record.
 
+    A vision model without a language model is accepted too: it reads one image per sample and no
+    prompt, and the positions of its samples are those of its vision tower.
+
     Attributes:
-        model: A model of transformers, or a PEFT wrapper of one.
-        processor: The processor of the model.
+        model: A model of transformers, or a PEFT wrapper of one. Of a dual encoder such as CLIP,
+            only the vision tower is kept.
+        processor: The processor of the model; for a vision model, its image processor. Settings
+            that it lacks (``patch_size`` in older checkpoints) are taken from the model, in a copy.
         family: The record of the model type; looked up by the type if not given.
         loading: A ``CheckpointReport``: how the checkpoint differs from the model. Pass the second
             result of ``from_pretrained(name, output_loading_info=True)``. None if not known.
 
     Raises:
-        InputError: ``model`` is not a model of transformers, or ``processor`` has no tokenizer.
+        InputError: ``model`` is not a model of transformers, or ``processor`` has no tokenizer; for
+            a vision model, ``processor`` is not an image processor.
         UnsupportedModelError: The model type has no family record and no image token id in its
             configuration, or is text-only; the model is not of the generating class of its type, or
             it has a PEFT adapter with virtual tokens.
@@ -81,13 +89,20 @@ class VLM:
         if given is None:
             object.__setattr__(self, "family", family_of(self.model.config))
             refuse_other_class(self.model)
+        elif not isinstance(given, Family):
+            raise InputError(f"family must be a Family record; got {quoted(given)}.")
         if self.loading is not None:
             object.__setattr__(self, "loading", CheckpointReport.of(self.loading))
-        if not hasattr(self.processor, "tokenizer"):
+        if not self.family.language:
+            object.__setattr__(self, "model", encoder_in(self.model))
+            found = vision_inputs.image_processor_of(self.processor)
+            object.__setattr__(self, "processor", found)
+        elif not hasattr(self.processor, "tokenizer"):
             raise InputError(
                 "The processor must have a tokenizer and an image processor; got "
                 f"{type(self.processor).__name__}. Load both with AutoProcessor."
             )
+        object.__setattr__(self, "processor", completed(self.processor, self.model))
 
     def __repr__(self) -> str:
         """Classes, model type, dtype and device; the model's own repr lists every module."""
@@ -103,55 +118,67 @@ class VLM:
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer."""
-        return self.processor.tokenizer
+        """The processor's tokenizer; None for a model without a language model."""
+        return self.processor.tokenizer if self.family.language else None
 
     @property
-    def end_ids(self) -> set[int | None]:
-        """The ids that end an answer."""
-        ends = self.model.generation_config.eos_token_id
+    def end_ids(self) -> set[int]:
+        """The ids that end an answer, with the generation settings of the checkpoint."""
+        return self.end_ids_with({})
+
+    def end_ids_with(self, options: Mapping[str, Any]) -> set[int]:
+        """Return the ids that end an answer if :meth:`generate` is called with these options."""
         if self.family.rewritten:
-            ends = self.model.config.text_config.sep_token_id
-        return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+            return {self.model.config.text_config.sep_token_id}
+        return end_ids_of(self.model, options)
 
     def prepare(
         self,
-        images: Iterable[Iterable[ImageLike]],
+        images: Iterable[ImageLike | Iterable[ImageLike]],
         questions: Iterable[str],
         *,
         system: str | None = None,
-        videos: Iterable[Iterable[Video]] | None = None,
+        videos: Iterable[Video | Iterable[Video]] | None = None,
     ) -> tuple[dict[str, Any], list[Prompt]]:
         """Return the model inputs for a batch, and the labelled positions of each sample.
 
         Args:
-            images: For each sample, its images in order.
-            questions: The question of each sample. A question that contains an image or video
-                placeholder is used as the whole prompt; any other is put into the chat template,
-                after its images and videos. It may be empty if a decoder starts from its start
-                token alone, and must be empty if the model takes no text.
+            images: For each sample, its image or its images in order.
+            questions: The question of each sample. It is put into the chat template, after its
+                images and videos, or with its placeholders where it has them. A question with
+                placeholders that was rendered by a chat template before is the whole prompt. It
+                may be empty if a decoder starts from its start token alone, and must be empty if
+                the model takes no text or is a vision model.
             system: A system message, for the chat template.
-            videos: For each sample, its videos in order.
+            videos: For each sample, its video or its videos in order.
 
         Raises:
             GeometryError: The processor's ids do not match the prompt and the family's rule, or the
                 family has no rule for videos.
             InputError: A question is empty, an image or video cannot be read, the processor has no
-                chat template or its template drops videos, or the numbers of placeholders and
-                images differ.
+                chat template or its template drops videos, a system message cannot be added, or
+                the numbers of placeholders and images differ.
         """
         images, questions = as_list(images, "images"), as_list(questions, "questions")
         for question in questions:
             string(question, "A prompt")
-        background = processor_calls.composite_of(self.processor)
-        opened = [tuple(open_image(image, background) for image in of) for of in images]
+        of_images = vision_inputs.ImagesOnly(self.processor)
+        background = processor_calls.composite_of(
+            self.processor if self.family.language else of_images
+        )
+        given = [one_or_several(of) for of in images]
+        opened = [tuple(open_image(image, background) for image in of) for of in given]
         clips = [] if videos is None else as_list(videos, "videos")
-        shown = [tuple(open_video(video) for video in of) for of in clips] or [()] * len(opened)
+        given = [one_or_several(of) for of in clips]
+        shown = [tuple(open_video(video) for video in of) for of in given] or [()] * len(opened)
         if flat(shown) and self.family.video is None:
             raise GeometryError(
                 f"The model type {self.family.model_type!r} has no rule that places video tokens. "
                 "Pass a family record with one, or record the attention with xi.record(model)."
             )
+        if not self.family.language:
+            inputs, labelled_prompts = vision_inputs.prepared(self, opened, questions)
+            return self._moved(inputs), labelled_prompts
         prompts = [
             rendered(self, question, len(of), len(clips), system=system)
             for question, of, clips in zip(questions, opened, shown, strict=True)
@@ -198,25 +225,34 @@ class VLM:
     @property
     def runs_alone(self) -> bool:
         """Whether padding changes the results, so that samples are run one by one."""
+        if not self.family.language:
+            return not vision_inputs.fixes_size(self.processor)
         text = self.model.config.get_text_config(decoder=True)
         return (
             self.family.alone is not None or getattr(text, "model_type", None) in TEXT_MODELS_ALONE
         )
 
-    def batches(self, images: Sequence[Sequence[ImageLike]]) -> list[list[int]]:
+    def batches(
+        self,
+        images: Sequence[Sequence[ImageLike]],
+        options: Mapping[str, Any] | None = None,
+    ) -> list[list[int]]:
         """Split samples into batches in which padding does not change the results.
 
         For most model types, all samples share one batch. If text attends to images by
         cross-attention, or the processor puts images before the prompt, the images of a sample are
         padded to the largest number of images, so only samples with equal numbers share a batch.
+        If answers may end at a string or another criterion, each sample is a batch, because padding
+        after such an answer cannot be distinguished from it.
 
         Args:
             images: For each sample, its images.
+            options: Arguments of :meth:`generate`; None if nothing is generated.
 
         Returns:
             The indices of the samples of each batch.
         """
-        if self.runs_alone:
+        if self.runs_alone or (options is not None and ends_by_text(self.model, options)):
             return [[index] for index in range(len(images))]
         by_count = not self.family.in_sequence or self.family.in_front
         groups: dict[int, list[int]] = {}
@@ -238,7 +274,7 @@ class VLM:
         try:  # an interrupt can be between a call and the assignment of its result
             _generating.set((self, inputs))
             with evaluation_mode(self.model):
-                output = self.model.generate(**given, **{**GREEDY, **options})
+                output = self.model.generate(**given, **arguments_of(options))
         finally:
             _generating.set(before)
         return cast("torch.Tensor", output)
@@ -258,8 +294,10 @@ class VLM:
             inputs: The inputs that ``prepare`` returned.
             **options: Further arguments of the model's forward.
         """
+        if self.family.language:
+            options = {"use_cache": False, **options}
         with evaluation_mode(self.model):
-            return self.model(**inputs, use_cache=False, **options)
+            return self.model(**inputs, **options)
 
     @property
     def placeholder(self) -> str | None:

@@ -94,7 +94,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         StoreError: The file is missing, damaged or of another version.
     """
     path = folder / schema.SAMPLE
-    record = _read_json(path, (schema.VERSION, schema.WITH_STATISTICS))
+    record = _read_json(path, schema.VERSIONS)
 
     def checked() -> dict[str, Any]:
         if record.pop("digest", None) != schema.digest_of(record):

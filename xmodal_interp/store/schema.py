@@ -1,4 +1,4 @@
-"""The format of a store, version 2 (3 for some files: rule 11), and functions that convert calls.
+"""The format of a store, version 2 (3 or 4 for some: rule 11), and functions that convert calls.
 
 A store is a folder::
 
@@ -10,8 +10,8 @@ A store is a folder::
         tokens.parquet          one row per position
         cross_keys.parquet      one row per key of cross-attention; MAY be absent
         grids.npz               places and boxes of each image's tokens; absent without images;
-                                ``tiles``, ``patch_boxes`` and ``thumbnail`` arrays only for grids
-                                that have them
+                                ``tiles``, ``patch_boxes``, ``patch_names`` and ``thumbnail``
+                                arrays only for grids that have them
         video_grids.npz         the same for each video, and ``times``; absent without videos
         TOWER-KIND-LAYER.safetensors    the tensors of one layer
         shared.safetensors      masks and position biases; absent if no call has any
@@ -44,7 +44,7 @@ A store is a folder::
    rounding.
    A call MUST hold ``q`` and ``k``, or ``dense``, or statistics: ``groups``, ``counted`` and at
    least one of ``group_mass``, ``row_entropy`` and ``key_received``. It MAY hold ``v``, ``sinks``,
-   ``rows``, ``update_share`` and ``segments``.
+   ``rows``, ``update_share``, ``token_norm`` and ``segments``.
 7. A causal mask is stored as a flag, not as a tensor. A mask or bias that several calls share MUST
    be stored once. Boolean masks are packed 8 to a byte, most significant bit first (``packed`` with
    their ``shape``); additive masks are stored unchanged.
@@ -55,8 +55,9 @@ A store is a folder::
     other members) in every line, and ``number`` (the index in the order of writing, from 0) in
     lines of ``names.jsonl`` and in ``sample.json``. Lines are canonical JSON. A reader MUST skip
     other lines; a writer SHOULD rewrite the file without them.
-11. A ``sample.json`` with a call that holds statistics MUST have version 3, so that readers that
-    know only version 2 refuse it. All other files, and other ``sample.json``, have version 2.
+11. A ``sample.json`` with a call that holds ``token_norm`` MUST have version 4, another one with a
+    call that holds statistics version 3, so that readers that know only lower versions refuse it.
+    All other files, and other ``sample.json``, have version 2.
 12. The names in ``files`` MUST be plain: no separators, no ``..``. Every file of a store MUST be a
     regular file. A writer MUST NOT follow symbolic links inside the store. A reader SHOULD compare
     a file with its checksum before using it, and MUST refuse content above the limits below.
@@ -87,6 +88,9 @@ FORMAT = "xmodal_interp.store"
 VERSION = 2
 WITH_STATISTICS = 3
 """Version of a ``sample.json`` whose calls hold statistics."""
+WITH_NORMS = 4
+"""Version of a ``sample.json`` whose calls hold token norms."""
+VERSIONS = (VERSION, WITH_STATISTICS, WITH_NORMS)
 STAMP: dict[str, Any] = {"format": FORMAT, "version": VERSION}
 
 MANIFEST, NAMES, FAILURES = "manifest.json", "names.jsonl", "failures.jsonl"
@@ -122,7 +126,7 @@ _PATCHES = ("patch_rows", "patch_cols")
 IMAGE_GRID = GridFields(
     ("width", "height", "rows", "cols", *_PATCHES),
     ("places", "boxes", "patch_places"),
-    ("tiles", "patch_boxes"),
+    ("tiles", "patch_boxes", "patch_names"),
 )
 VIDEO_GRID = GridFields(
     ("width", "height", "frames", "rows", "cols", "patch_frames", *_PATCHES),
@@ -210,6 +214,9 @@ def call_tensors(calls: Iterable[AttentionCall]) -> dict[str, Tensor]:
 
 def record_version(calls: Iterable[Mapping[str, Any]]) -> int:
     """Return the version of ``sample.json`` for these records of calls."""
+    calls = list(calls)
+    if any("token_norm" in call["tensors"] for call in calls):
+        return WITH_NORMS
     hold_statistics = any("groups" in call["tensors"] for call in calls)
     return WITH_STATISTICS if hold_statistics else VERSION
 

@@ -2,7 +2,8 @@
 
 1. Refuse a folder that contains other files, before anything is created in it.
 2. Take the store's lock, so that no second writer removes unfinished files of this one.
-3. Create the manifest, or compare it with the given settings. Repair lists that a crash truncated.
+3. Create the manifest, or compare it with the given settings; a store without samples gets the
+   given settings. Repair lists that a crash truncated.
 4. Write a sample's files to a temporary folder, flush them to the disk, rename the folder and add
    its name to the list.
 """
@@ -30,6 +31,7 @@ from xmodal_interp.arguments import user_path
 from xmodal_interp.errors import StoreError
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import encoding, files, schema
+from xmodal_interp.store.reader import read_sample
 
 _ORIGIN = ("model", "revision")
 """Settings for a model's origin; they are not compared if digests identify its content."""
@@ -88,7 +90,10 @@ class StoreWriter:
         try:
             self._lock = _locked(lock, self.path)
             self._check_folder(settings)  # again: with the lock, no other writer can change it
-            if not (self.path / schema.MANIFEST).exists():
+            if self._differs(settings):  # a store without samples: its failures are of its settings
+                (self.path / schema.FAILURES).unlink(missing_ok=True)
+                self._create(settings)
+            elif not (self.path / schema.MANIFEST).exists():
                 self._create(settings)
         except (StoreError, OSError):
             with suppress(OSError):  # a folder in which another process created a file stays
@@ -122,7 +127,9 @@ class StoreWriter:
                     "Replace it by its target, or write to another folder."
                 )
         if (self.path / schema.MANIFEST).exists():
-            _check_same(self.path, files.read_manifest(self.path)["settings"], settings)
+            stored = files.read_manifest(self.path)["settings"]
+            if files.sample_names(self.path):  # without samples, nothing was made with them
+                _check_same(self.path, stored, settings)
             return
         known = {schema.SAMPLES, schema.LOCK}
         inside = (self.path, self.path / schema.SAMPLES)
@@ -133,6 +140,12 @@ class StoreWriter:
                 f"{self.path} is neither empty nor a store: it has no {schema.MANIFEST}, but "
                 f"{', '.join(sorted(others)[:5])}. Choose a new or empty folder."
             )
+
+    def _differs(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether this is a store with other settings, and therefore without samples."""
+        if not (self.path / schema.MANIFEST).exists():
+            return False
+        return bool(files.read_manifest(self.path)["settings"] != settings)
 
     def _number(self, listed: Mapping[str, int]) -> None:
         """Number every sample in the order of writing: its earlier number, or the next free one."""
@@ -175,6 +188,14 @@ class StoreWriter:
             StoreError: The file is missing or damaged.
         """
         return files.read_record(self.path / schema.SAMPLES / name)
+
+    def read(self, name: str) -> Sample:
+        """Return a sample in the store.
+
+        Raises:
+            StoreError: A file is missing or damaged.
+        """
+        return read_sample(self.path / schema.SAMPLES / name, verify=True, verified=set())
 
     def write(self, sample: Sample) -> None:
         """Add a sample.

@@ -1,7 +1,7 @@
 """The doctor: check on the user's own model and input that recordings can be trusted.
 
-1. Is the number of image tokens, or of keys of cross-attention to an image, the one that the
-   geometry of the model's family predicts?
+1. Is the number of image tokens, of keys of cross-attention to an image, or of positions of a
+   vision model, the one that the geometry of the model's family predicts?
 2. If the pixels of a patch change, does the key at its labelled position change? Are the boxes of
    patches and tokens those that test images measure in the processor?
 3. Is the model's output the same with and without recording, in a forward and in a generation?
@@ -56,6 +56,7 @@ from xmodal_interp.verification.missed_attention import missed_modules
 from xmodal_interp.verification.painting import SIZES, painted_patches
 
 COLUMNS = ("check", "verdict", "value", "limit", "note")
+QUESTION = "What is in the image?"
 _NEW_TOKENS = 4
 _UNKNOWN = float("nan")
 _NO_RULE = "the family has no rule that predicts their number"
@@ -120,7 +121,7 @@ class _Findings:
 def doctor(
     model: VLM | nn.Module,
     image: ImageLike | None = None,
-    prompt: str = "What is in the image?",
+    prompt: str | None = None,
     *,
     inputs: Mapping[str, Any] | None = None,
     backends: Sequence[str] = (),
@@ -135,7 +136,8 @@ def doctor(
     Args:
         model: A VLM, or any transformers model together with ``inputs``.
         image: An image for a VLM. If not given, a generated image with many edges is used.
-        prompt: A question for a VLM.
+        prompt: A question for a VLM; "What is in the image?" if not given. A vision model takes
+            none.
         inputs: Keyword arguments of the forward of a bare model.
         backends: Further attention implementations to check, such as ``"eager"`` or one that you
             registered.
@@ -165,6 +167,7 @@ def doctor(
                 "prompt. Pass image= and prompt=, or the bare model: "
                 "doctor(vlm.model, inputs=...)."
             )
+        prompt = _question(model, prompt)
         prepared = _checked_inputs(model, image, prompt, findings)
         if prepared is None:
             return findings.checkup(exactness.by_layer(()))
@@ -180,7 +183,7 @@ def doctor(
     _check_state(model, findings)
     with evaluation_mode(bare, warn=False), torch.no_grad():
         if isinstance(model, VLM):
-            _check_places(model, prompt, ready.images[0].size, findings)
+            _check_places(model, prompt or "", ready.images[0].size, findings)
         recording = _check_outputs(bare, given, exactness, findings)
         if isinstance(model, VLM):
             _check_cross_keys(model, ready, recording, findings)
@@ -194,6 +197,12 @@ def doctor(
                 _check_cache(cache, model, given, findings)
             _check_interventions(bare, given, recording, findings)
     return findings.checkup(exactness.by_layer(recording.modules if recording else ()))
+
+
+def _question(vlm: VLM, prompt: str | None) -> str:
+    if prompt is not None:
+        return prompt
+    return QUESTION if vlm.family.language else ""
 
 
 def _check_names(model: VLM | nn.Module, backends: Sequence[str], caches: Sequence[str]) -> None:
@@ -253,6 +262,9 @@ def _check_cross_keys(
     """Check the number of keys of cross-attention to the image, if images are not tokens."""
     if vlm.family.in_sequence or recording is None:
         return
+    if not vlm.family.language:
+        _check_positions(ready, recording, findings)
+        return
     check = "the number of image keys is as predicted"
     counts = {
         call.n_keys for call in recording.calls if call.tower == "language" and call.kind == "cross"
@@ -265,6 +277,20 @@ def _check_cross_keys(
     else:
         worst = max(counts, key=lambda n: abs(n - expected))
         findings.judge(check, worst, f"exactly {expected}", passed=counts == {expected})
+
+
+def _check_positions(ready: Prompt, recording: Recording, findings: _Findings) -> None:
+    """Check the number of positions of every self-attention layer of a vision model."""
+    counts = {
+        n
+        for call in recording.calls
+        if call.tower == "vision" and call.kind == "self"
+        for n in (call.n_queries, call.n_keys)
+    }
+    expected = ready.n_positions
+    worst = max(counts, key=lambda n: abs(n - expected), default=0)
+    check = "the number of vision positions is as predicted"
+    findings.judge(check, worst, f"exactly {expected}", passed=counts == {expected})
 
 
 def _unmarked(vlm: VLM) -> str:

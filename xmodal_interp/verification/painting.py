@@ -294,6 +294,8 @@ def _unlabelled(vlm: VLM, ready: Prompt, plain: _Keys, negative: _Keys) -> dict[
 
     These are the positions that change with the image, or the reason why they are not known.
     """
+    if not vlm.family.language:
+        return {"unlabelled_reason": "the model has no language model"}
     if not vlm.family.in_sequence:
         reason = "images are read by cross-attention, so there are no image tokens"
         return {"unlabelled_reason": reason}

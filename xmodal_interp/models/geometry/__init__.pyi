@@ -3,6 +3,7 @@ from .cells import applied, name_of
 from .convolutions import code_grid, code_rows, fused_stages
 from .grid import (
     NOWHERE,
+    PADDING,
     ImageGrid,
     ImageRule,
     Thumbnail,
@@ -61,15 +62,18 @@ from .whole_images import (
     FixedGrid,
     FlattenedPatches,
     PaddedSquares,
+    PatchTokens,
     aspect_ratio_tiles,
     fixed_grid,
     framed,
     scaled,
     shrunk,
+    spatial_patches,
 )
 
 __all__ = [
     "NOWHERE",
+    "PADDING",
     "Chosen",
     "FixedGrid",
     "FlattenedPatches",
@@ -78,6 +82,7 @@ __all__ = [
     "MergedFrames",
     "MergedPatches",
     "PaddedSquares",
+    "PatchTokens",
     "PositionedFrames",
     "PositionedPatches",
     "ProbedTokens",
@@ -125,6 +130,7 @@ __all__ = [
     "slice_block",
     "sliced_frames",
     "slices",
+    "spatial_patches",
     "squared",
     "squeezed",
     "unplaced",

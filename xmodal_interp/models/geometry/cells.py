@@ -240,12 +240,14 @@ def vision_of(config: Any) -> Any:
     """Return the configuration of the vision tower.
 
     For an encoder-decoder model it is in the encoder's configuration or is that configuration. For
-    a model that contains a vision-language model it is in the inner configuration.
+    a model that contains a vision-language model it is in the inner configuration. For a vision
+    model it is that of the backbone, or the configuration itself.
     """
     encoder = getattr(config, "encoder", None)
     owners = (config, encoder, getattr(config, "vlm_config", None))
-    found = (getattr(owner, "vision_config", None) for owner in owners)
-    return next((vision for vision in found if vision is not None), encoder)
+    found = [getattr(owner, "vision_config", None) for owner in owners]
+    found += [encoder, getattr(config, "backbone_config", None)]
+    return next((vision for vision in found if vision is not None), config)
 
 
 Grid = TypeVar("Grid")
@@ -278,6 +280,7 @@ def applied(
             missing, or the number of grids is wrong.
     """
     name = f"The geometry rule {name_of(rule)}"
+    of_processor = getattr(processor, "class_name", type(processor).__name__)
     fix = "Pass VLM(model, processor, family=...) a family record with a rule for this model."
     try:
         grids = rule(processor, config, inputs, pictures)
@@ -285,7 +288,7 @@ def applied(
         raise
     except _MISFITS as error:
         raise GeometryError(
-            f"{name} does not fit a {config.model_type!r} model with {type(processor).__name__} "
+            f"{name} does not fit a {config.model_type!r} model with {of_processor} "
             f"({type(error).__name__}: {error}). {fix}"
         ) from error
     if len(grids) != len(pictures):

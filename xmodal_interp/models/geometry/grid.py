@@ -20,6 +20,9 @@ NOWHERE = -1
 """The row and column of tokens outside the grid (class tokens, line breaks, padding tiles), and the
 tile of tokens that belong to no tile."""
 
+PADDING = "padding"
+"""The name of vision-tower positions that hold padding."""
+
 IMAGE, THUMBNAIL = "image", "thumbnail"
 VIEWS: tuple[str, ...] = (IMAGE, THUMBNAIL)
 
@@ -46,12 +49,37 @@ class Thumbnail:
     patch_cols: int
     patch_places: Int[np.ndarray, "patch axis"]
 
+    def __repr__(self) -> str:
+        """Return a line with the sizes of the grid."""
+        return f"Thumbnail({self.rows} x {self.cols} tokens)"
+
 
 class Viewed:
     """Common parts of images and videos: tokens of the tiles and of a thumbnail."""
 
+    width: int
+    height: int
+    rows: int
+    cols: int
     places: Int[np.ndarray, "token axis"]
+    patch_rows: int
+    patch_cols: int
+    tiles: Int[np.ndarray, " token"] | None
     thumbnail: Thumbnail | None
+
+    def __repr__(self) -> str:
+        """Return a line with the sizes of the picture, of its grid and of the vision tower."""
+        frames = f"{self.frames} frames of " if isinstance(self, VideoGrid) else ""
+        parts = [
+            f"{self.width} x {self.height} px",
+            f"{frames}{self.rows} x {self.cols} tokens (row x col), {self.n_tokens} in total",
+            f"{self.patch_rows} x {self.patch_cols} patches",
+        ]
+        if self.tiles is not None and self.tiles.size:
+            parts.append(f"{int(self.tiles.max()) + 1} tiles")
+        if self.thumbnail is not None:
+            parts.append(repr(self.thumbnail))
+        return f"{type(self).__name__}({'; '.join(parts)})"
 
     @property
     def n_tokens(self) -> int:
@@ -89,7 +117,7 @@ class Viewed:
         return self if view == IMAGE else self.thumbnail
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageGrid(Viewed):
     """The tokens of one image, in sequence order.
 
@@ -114,6 +142,8 @@ class ImageGrid(Viewed):
             image; NaN outside the grid. None if the patches fill the same box as the tokens.
         reason: Why the tokens have no rows and columns, if the family has no rule for them; or how
             their boxes were measured without a rule.
+        patch_names: Name of each vision-tower position without a place, such as ``"class"`` or
+            ``"register 0"``; empty for patches. None if the rule names no positions.
     """
 
     width: int
@@ -129,6 +159,7 @@ class ImageGrid(Viewed):
     thumbnail: Thumbnail | None = None
     patch_boxes: Float[np.ndarray, "patch 4"] | None = None
     reason: str | None = None
+    patch_names: np.ndarray | None = None
 
     def arranged(
         self, values: Float[np.ndarray, " token"], view: str = IMAGE, *, number: int = 0
@@ -204,7 +235,7 @@ Box = tuple[float, float, float, float]
 """``(x0, y0, x1, y1)`` in pixels of the original image."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VideoGrid(Viewed):
     """The tokens of one video, in sequence order.
 

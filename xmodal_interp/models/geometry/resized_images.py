@@ -166,10 +166,11 @@ def sized_patches(
     """Place rows of tokens, each from a block of patches; the tower is in raster order (Pixtral).
 
     Each side is rounded up to whole blocks independently, so the boxes fill the image exactly.
-    Tokens between the rows in the sequence are not image tokens.
+    Tokens between the rows in the sequence are not image tokens. Without a language model, each
+    patch is a token.
     """
     sizes = reported_sizes(inputs, images)
-    side, merge = patch_side(config), config.spatial_merge_size
+    side, merge = patch_side(config), getattr(config, "spatial_merge_size", 1)
     grids = []
     for image, (height, width) in zip(images, sizes, strict=True):
         rows, cols = height // side, width // side

@@ -2,6 +2,8 @@
 
 * :class:`FixedGrid`: images of one size, cut into squares with one token each (LLaVA);
   :func:`framed` places pages that are cropped to their content and resized into a frame (Donut).
+* :class:`PatchTokens`: the same for a vision encoder, whose class tokens and registers have names;
+  :func:`spatial_patches` places patches whose rows and columns the processor reports (SigLIP 2).
 * :class:`FlattenedPatches`: patches as vectors that start with their row and column (Pix2Struct).
 * :class:`PaddedSquares`: squares cut from the top left; the last of a row or column may hold
   padding (Fuyu, Inkling).
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -35,7 +37,14 @@ from xmodal_interp.models.geometry.cells import (
     shifted,
     vision_of,
 )
-from xmodal_interp.models.geometry.grid import Box, ImageGrid, ImageRule, raster, unplaced
+from xmodal_interp.models.geometry.grid import (
+    PADDING,
+    Box,
+    ImageGrid,
+    ImageRule,
+    raster,
+    unplaced,
+)
 from xmodal_interp.models.geometry.processor_steps import (
     check_count,
     check_replayed,
@@ -52,9 +61,14 @@ Count = Callable[[Any, Any], int]
 """``(config, processor) -> number``."""
 
 
-def kept_class_token(config: Any, _processor: Any) -> int:
-    """Return 1 if the image features include the tower's class token (LLaVA), else 0."""
-    return int(getattr(config, "vision_feature_select_strategy", "default") == "full")
+def kept_class_token(config: Any, processor: Any) -> int:
+    """Return 1 if the image features include a class token of the tower (LLaVA), else 0.
+
+    With the strategy ``"full"`` all positions of the tower are features. A SigLIP tower has no
+    class token among them.
+    """
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    return counted_class_token(config, processor) if strategy == "full" else 0
 
 
 def counted_class_token(_config: Any, processor: Any) -> int:
@@ -71,8 +85,9 @@ class FixedGrid:
         show: Function that returns the part of the image that the resized pixels show.
         before: Number of tokens before those of the grid (class tokens), or a function for it.
         shift: How far up and left of its square a token's receptive field is centred, in squares.
-        tower_before: Number of vision-tower positions before the patches, or a function for it.
-            None if the tower reads windows, so that a position has no single patch.
+        tower_before: Number of vision-tower positions before the patches (class tokens), or a
+            function for it. None if the tower reads windows, so that a position has no single
+            patch.
     """
 
     cell: Count = patch_side
@@ -93,11 +108,73 @@ class FixedGrid:
             cells = squares(self.show(processor, image, width, height), width, height, side)
             cells = shifted(cells, self.shift)
             tokens = [nowhere(_number(self.before, config, processor)), cells]
-            tower = []
-            if self.tower_before is not None:
-                tower = [nowhere(_number(self.tower_before, config, processor)), cells]
-            grids.append(image_grid(image.size, tokens, tower))
+            if self.tower_before is None:
+                grids.append(image_grid(image.size, tokens, []))
+                continue
+            classes = _names({"class": _number(self.tower_before, config, processor)}, config)
+            placed = image_grid(image.size, tokens, [nowhere(len(classes)), cells])
+            names = np.array([*classes, *[""] * len(cells)])
+            grids.append(replace(placed, patch_names=names))
         return grids
+
+
+@dataclass(frozen=True)
+class PatchTokens:
+    """Positions of a vision encoder: the patches of images of one size, and tokens with names.
+
+    For a Vision Transformer with a class token: ``PatchTokens(before={"class": 1})``.
+
+    Attributes:
+        before: Names of the positions before the patches, each with their number or with the
+            configuration attribute that holds it, in order.
+        after: The same for the positions after the patches.
+        show: Function that returns the part of the image that the resized pixels show.
+    """
+
+    before: Mapping[str, int | str] = field(default_factory=dict)
+    after: Mapping[str, int | str] = field(default_factory=dict)
+    show: Show = shown
+
+    def __call__(
+        self, processor: Any, config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+    ) -> list[ImageGrid]:
+        """Return one grid per image; its tokens are the positions of the encoder."""
+        height, width = inputs["pixel_values"].shape[-2:]
+        before, after = (_names(each, vision_of(config)) for each in (self.before, self.after))
+        side, grids = patch_side(config), []
+        for image in images:
+            patches = squares(self.show(processor, image, width, height), width, height, side)
+            cells = [nowhere(len(before)), patches, nowhere(len(after))]
+            names = np.array([*before, *[""] * len(patches), *after])
+            grids.append(replace(image_grid(image.size, cells, cells), patch_names=names))
+        return grids
+
+
+def _names(numbers: Mapping[str, int | str], config: Any) -> list[str]:
+    """Return a name for each position; several positions of one name are numbered."""
+    names = []
+    for name, value in numbers.items():
+        n = value if isinstance(value, int) else int(getattr(config, value))
+        names += [name] if n == 1 else [f"{name} {i}" for i in range(n)]
+    return names
+
+
+def spatial_patches(
+    _processor: Any, _config: Any, inputs: Mapping[str, Any], images: Sequence[Image.Image]
+) -> list[ImageGrid]:
+    """Place patches by ``spatial_shapes``, each image followed by padding (SigLIP 2).
+
+    Each side is rounded to whole patches independently, so the boxes fill the image exactly.
+    """
+    shapes = np.asarray(inputs["spatial_shapes"]).reshape(-1, 2).tolist()
+    check_count("rows of spatial_shapes", len(shapes), images)
+    grids = []
+    for image, (rows, cols) in zip(images, shapes, strict=True):
+        n_padding = inputs["pixel_values"].shape[1] - rows * cols
+        cells = [rectangle(rows, cols, whole(image)), nowhere(n_padding)]
+        names = np.array([""] * (rows * cols) + [PADDING] * n_padding)
+        grids.append(replace(image_grid(image.size, cells, cells), patch_names=names))
+    return grids
 
 
 def _number(value: int | Count, config: Any, processor: Any) -> int:
