@@ -1,6 +1,7 @@
 from . import (
     analysis,
     attention,
+    boxes,
     demo,
     errors,
     evaluation,
@@ -67,6 +68,7 @@ __all__ = [
     "attention_rollout",
     "attention_sinks",
     "block_statistics",
+    "boxes",
     "capture",
     "capture_batch",
     "capture_dataset",
