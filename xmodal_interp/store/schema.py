@@ -131,7 +131,7 @@ IMAGE_GRID = GridFields(
 VIDEO_GRID = GridFields(
     ("width", "height", "frames", "rows", "cols", "patch_frames", *_PATCHES),
     ("places", "boxes", "times", "patch_places"),
-    ("tiles",),
+    ("tiles", "frame_indices"),
 )
 THUMBNAIL = GridFields(("rows", "cols", *_PATCHES), ("places", "patch_places"))
 
