@@ -99,12 +99,12 @@ def test_a_painted_box_of_a_frame_changes_its_token() -> None:
 
 
 def in_time(video: xi.Video, model_type: str = "qwen2_vl") -> tuple[list, list, str]:
-    """Source frame and time of the frames of tokens, and the prompt."""
+    """Source frame and time of the frames of tokens, and the tokens of the prompt."""
     _, (prompt,) = vlm_of(model_type).prepare([[]], [QUESTION], videos=[[video]])
     of_video = prompt.tokens[prompt.tokens["kind"] == "video"].drop_duplicates("frame")
     others = prompt.tokens[prompt.tokens["kind"] != "video"]
     assert others[["source_frame", "time_s"]].isna().all(axis=None)
-    return of_video["source_frame"].tolist(), of_video["time_s"].tolist(), prompt.text
+    return of_video["source_frame"].tolist(), of_video["time_s"].tolist(), "".join(prompt.tokens["token"])
 
 
 def test_indices_and_timestamps_are_kept_in_the_token_table() -> None:
@@ -172,7 +172,7 @@ def test_items_that_differ_in_size_or_time_have_different_digests() -> None:
     picture, frames = noise(*SMALLER, 1), clip(2, 0).frames
 
     def digest(**item: object) -> str:
-        return item_of(0, {"prompt": QUESTION, **item}, {}).digest
+        return item_of(0, "x", {"prompt": QUESTION, **item}).digest
 
     digests = [
         digest(image=picture),
@@ -225,6 +225,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.usefixtures("any_type")
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals(name: str) -> None:
     ask, message = REFUSALS[name]

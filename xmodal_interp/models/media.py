@@ -61,7 +61,7 @@ class Video:
     fps: float | None = None
     indices: Sequence[int] | None = None
     timestamps: Sequence[float] | None = None
-    original_size: tuple[int, int] | None = None
+    original_size: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.frames, (str, PathLike)):

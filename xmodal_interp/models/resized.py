@@ -8,6 +8,7 @@ axes are scaled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ _KEY = "xmodal_interp_original_size"
 Grid = TypeVar("Grid", ImageGrid, VideoGrid)
 
 
-def resized(image: ImageLike, original_size: tuple[int, int]) -> Image.Image:
+def resized(image: ImageLike, original_size: Sequence[int]) -> Image.Image:
     """Return an image that was resized before, with the size that it had.
 
     The model reads the pixels as they are. Boxes of tokens are in pixels of the original image.
@@ -48,7 +49,8 @@ def size_before(image: Any) -> tuple[int, int] | None:
 def original_size(picture: Image.Image | Video) -> tuple[int, int]:
     """Return width and height of the original image or of the original frames, px."""
     if isinstance(picture, Video):
-        return picture.original_size or picture.size
+        given = picture.original_size
+        return picture.size if given is None else checked_size(given)
     return size_before(picture) or picture.size
 
 
