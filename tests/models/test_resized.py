@@ -79,6 +79,28 @@ def test_float_frames_of_a_utility_are_read_as_bytes() -> None:
     assert of_video[CORNERS].to_numpy(dtype=float).max(0)[2:] == pytest.approx(ORIGINAL)
 
 
+def test_dark_float_frames_are_never_read_as_white() -> None:
+    """A clip of black and nearly black pixels as floats 0 and 1: white may be 1 or 255."""
+    dark = torch.zeros(2, 3, 56, 112)
+    assert not xi.Video(dark, original_size=ORIGINAL).opened().pixels().any()
+    dark[0, 0, :4] = 1
+    for frames, kind in ((dark, "float32"), (dark.double().numpy(), "float64")):
+        with pytest.raises(InputError) as refusal:
+            xi.Video(frames, original_size=ORIGINAL).opened()
+        assert str(refusal.value) == (
+            f"The range of an array of {kind} is not known: it has the values 0 to 1, whose white "
+            "may be 1 or 255. Convert it to bytes, 0 to 255 (np.uint8)."
+        )
+    assert xi.Video(dark.byte()).opened().pixels().max() == 1
+    dark[0, 0, :4] = 0.5  # no utility returns fractions of a byte
+    assert xi.Video(dark).opened().pixels().max() == 128
+    dark[0, 0, :4] = 2
+    with pytest.raises(InputError, match="whose white may be 1 or 255"):
+        xi.Video(dark).opened()
+    dark[0, 0, :4] = 3
+    assert xi.Video(dark).opened().pixels().max() == 3
+
+
 def test_a_painted_box_of_a_frame_changes_its_token() -> None:
     vlm = without_mixing("qwen2_vl")
     frames = [Image.new("RGB", ORIGINAL, (40 + i, 40, 40)) for i in range(4)]
@@ -104,7 +126,11 @@ def in_time(video: xi.Video, model_type: str = "qwen2_vl") -> tuple[list, list, 
     of_video = prompt.tokens[prompt.tokens["kind"] == "video"].drop_duplicates("frame")
     others = prompt.tokens[prompt.tokens["kind"] != "video"]
     assert others[["source_frame", "time_s"]].isna().all(axis=None)
-    return of_video["source_frame"].tolist(), of_video["time_s"].tolist(), "".join(prompt.tokens["token"])
+    return (
+        of_video["source_frame"].tolist(),
+        of_video["time_s"].tolist(),
+        "".join(prompt.tokens["token"]),
+    )
 
 
 def test_indices_and_timestamps_are_kept_in_the_token_table() -> None:
@@ -112,6 +138,8 @@ def test_indices_and_timestamps_are_kept_in_the_token_table() -> None:
     frames = clip(4, 0).frames
     assert in_time(xi.Video(frames, fps=2.0))[:2] == ([0, 2], [0, 1])
     sampled = xi.Video(frames, fps=25.0, indices=[0, 14, 28, 42])
+    assert in_time(sampled)[:2] == ([0, 28], [0, 28 / 25])
+    sampled = xi.Video(frames, fps=25.0, indices=torch.tensor([0, 14, 28, 42]))
     assert in_time(sampled)[:2] == ([0, 28], [0, 28 / 25])
     variable = xi.Video(frames, indices=[0, 39, 40, 43], timestamps=[0, 0.78, 0.8, 2.0])
     assert in_time(variable)[:2] == ([0, 40], [0, 0.8])

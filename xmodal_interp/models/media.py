@@ -59,8 +59,8 @@ class Video:
 
     frames: Sequence[ImageLike] | Array
     fps: float | None = None
-    indices: Sequence[int] | None = None
-    timestamps: Sequence[float] | None = None
+    indices: Sequence[int] | Array | None = None
+    timestamps: Sequence[float] | Array | None = None
     original_size: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class Video:
             InputError: There are no frames, they differ in size, or one cannot be read.
         """
         arrays = [frame for frame in self.frames if is_array(frame)]
-        white = white_of(arrays) if arrays else None
+        white = white_of(arrays, frames=True) if arrays else None
         frames = tuple(open_image(frame, white=white) for frame in self.frames)
         sizes = {frame.size for frame in frames}
         if len(sizes) != 1:
@@ -131,13 +131,15 @@ class Video:
     @property
     def frame_indices(self) -> Sequence[int]:
         """Index of each frame in the video it was taken from."""
-        return range(len(self)) if self.indices is None else self.indices
+        if self.indices is None:
+            return range(len(self))
+        return [int(index) for index in self.indices]
 
     @property
     def seconds(self) -> list[float]:
         """Time of each frame, s; NaN if not known."""
         if self.timestamps is not None:
-            return list(self.timestamps)
+            return [float(time) for time in self.timestamps]
         pace = math.nan if self.fps is None else 1 / self.fps
         return [index * pace for index in self.frame_indices]
 
@@ -151,7 +153,7 @@ class Video:
         fps = self.fps
         indices: list[float] = list(self.frame_indices)
         if self.timestamps is not None:
-            fps, indices = 1.0, list(self.timestamps)
+            fps, indices = 1.0, list(self.seconds)
         steps = max(len(self) - 1, 1)
         total = len(self) * (indices[-1] - indices[0]) / steps if len(self) > 1 else 1
         known = {} if fps is None else {"fps": fps, "duration": total / fps}
