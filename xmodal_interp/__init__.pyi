@@ -1,6 +1,7 @@
 from . import (
     analysis,
     attention,
+    boxes,
     demo,
     errors,
     evaluation,
@@ -44,7 +45,7 @@ from .hooks import (
     mean_head_outputs,
     record,
 )
-from .models import VLM, Family, Video, load, read_items
+from .models import VLM, Family, Video, load, read_items, resized
 from .sample import Sample
 from .store import Store, check_store, open_store
 from .verification import doctor
@@ -67,6 +68,7 @@ __all__ = [
     "attention_rollout",
     "attention_sinks",
     "block_statistics",
+    "boxes",
     "capture",
     "capture_batch",
     "capture_dataset",
@@ -96,6 +98,7 @@ __all__ = [
     "read_items",
     "recency_index",
     "record",
+    "resized",
     "rollout_matrix",
     "shapes",
     "sink_rate",

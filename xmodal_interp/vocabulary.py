@@ -43,6 +43,13 @@ TEXT = Keyword("text")
 """All text of prompt and answer after the last image or video."""
 KEYWORDS: tuple[Keyword, ...] = (LAST, TEXT)
 
+VIDEO_DETAILS: tuple[str, ...] = ("indices", "timestamps", "original_size")
+"""Optional fields of a video besides its frames and their rate."""
+
+VIDEO_COLUMNS: tuple[str, ...] = ("source_frame", "time_s")
+"""Columns of a token table with videos: for each token, the index of the first frame that it merges
+in the video from which the frames were taken, and the time of that frame."""
+
 TOKEN_COLUMNS: tuple[str, ...] = (
     *("token", "kind", "role", "image", "row", "col"),
     *("x0", "y0", "x1", "y1", "start", "end"),

@@ -9,7 +9,6 @@ import torch
 from tests.helpers.tiny import picture, tiny_vlm
 from xmodal_interp.analysis.answers import answer_scores
 from xmodal_interp.errors import CaptureError, InputError, UnsupportedModelError
-from xmodal_interp.evaluation.boxes import overlap_shares
 from xmodal_interp.evaluation.faithfulness import (
     _values,
     area,
@@ -17,6 +16,7 @@ from xmodal_interp.evaluation.faithfulness import (
     deletion_curve,
     insertion_curve,
 )
+from xmodal_interp.evaluation.token_boxes import overlap_shares
 from xmodal_interp.hooks.embeddings import mean_embeddings
 from xmodal_interp.models import load
 from xmodal_interp.models.known_answers import batches_of
@@ -94,7 +94,9 @@ def test_deleting_the_asked_object_lowers_the_score_most() -> None:
             )
             grid = vlm.prepare([[scene.image()]], ["what ?"])[1][0].grids[0]
             box = scene.things[question.thing].box
-            inside.append(overlap_shares(torch.from_numpy(grid.boxes).double(), box).numpy())
+            inside.append(
+                overlap_shares(torch.from_numpy(grid.boxes).double(), np.array([box])).numpy()
+            )
     of_thing = curve_areas(deletion_curve(vlm, items, inside, steps=6, **QUIET))["area"].mean()
     for null in ("random", "centre"):
         of_null = curve_areas(deletion_curve(vlm, items, null, steps=6, **QUIET))["area"].mean()

@@ -15,6 +15,7 @@ from tests.helpers.tiny import QUESTION, tiny_vlm
 from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation import best_head, pointing_game, pointing_hits
+from xmodal_interp.evaluation.token_boxes import overlap_shares
 from xmodal_interp.sample import Sample
 from xmodal_interp.shapes import sample_scene
 
@@ -191,6 +192,48 @@ def test_boxes_are_matched_by_position_not_by_index() -> None:
         pd.testing.assert_frame_equal(found, expected, obj=name)
 
 
+def test_several_boxes_of_one_phrase_are_one_region() -> None:
+    """Hit in any box, energy of the union: what two boxes share counts once."""
+    sample = worked_example([0, 0.3, 0.1, 0, 0.2, 0, 0, 0, 0.1])
+    boxes = [[10, 0, 20, 5], [15, 0, 25, 10], [0, 20, 10, 30]]
+    union = 0.3 * (10 * 5 + 5 * 5) / 100 + 0.1 / 2
+    forms = {
+        "list": boxes,
+        "array": np.array(boxes),
+        "dicts": [dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)) for box in boxes],
+        "table": pd.DataFrame(boxes, columns=["x0", "y0", "x1", "y1"]).assign(phrase="cats"),
+    }
+    for name, form in forms.items():
+        (row,) = pointing_hits(sample, [form]).to_dict("records")
+        assert row["hit"] == 1, name
+        assert row["energy"] == pytest.approx(union / 0.7), name
+        assert row["energy_chance"] == pytest.approx((75 + 50 + 100) / 900), name
+        assert row["hit_chance"] == pytest.approx(3 / 9), name
+        labelled = replace(sample, labels={**sample.labels, "box": form})
+        assert pointing_hits(labelled).to_dict("records") == [row], name
+    elsewhere = worked_example([0, 0, 0, 0, 0.2, 0, 0.1, 0, 0])
+    assert pointing_hits(elsewhere, [boxes])["hit"].tolist() == [0]
+    (row,) = pointing_hits(sample, [boxes[2]], other_boxes=[[boxes[:2]]]).to_dict("records")
+    assert (row["hit"], row["any_object"], row["other_object"]) == (0, 1, 1)
+    centres = pointing_hits(sample, [[[0, 0, 8, 8], [12, 2, 18, 8]]], criterion="centre")
+    assert centres[["hit", "hit_chance"]].to_numpy().tolist() == [[1, pytest.approx(2 / 9)]]
+
+
+def test_the_area_of_a_union_is_that_of_its_pixels() -> None:
+    rng = np.random.default_rng(3)
+    low = rng.integers(0, 40, (12, 2))
+    boxes = np.concatenate([low, low + rng.integers(1, 25, (12, 2))], 1).astype(float)
+    pixels = np.zeros((70, 70))
+    for x0, y0, x1, y1 in boxes.astype(int):
+        pixels[y0:y1, x0:x1] = 1
+    x, y = np.meshgrid(np.arange(0, 70, 7), np.arange(0, 70, 5))
+    tokens = np.stack([x.ravel(), y.ravel(), x.ravel() + 7, y.ravel() + 5], 1).astype(float)
+    expected = [pixels[y0:y1, x0:x1].mean() for x0, y0, x1, y1 in tokens.astype(int)]
+    shares = overlap_shares(torch.from_numpy(tokens), boxes)
+    np.testing.assert_allclose(shares, expected, atol=1e-12)
+    assert 0 < np.mean(expected) < 1
+
+
 def padded(attention: list[float], **labels: object) -> Sample:
     """An image of 25 x 20 px padded to 30 x 30: tokens extend over its right edge and below it."""
     sample = worked_example(attention)
@@ -309,6 +352,16 @@ REFUSALS = {
     "no box at all": (
         lambda: pointing_hits(SAMPLE, [[10, 0, 5, 10]]),
         "A box must be x0, y0, x1, y1 with x0 < x1 and y0 < y1; got [10, 0, 5, 10].",
+    ),
+    "outside all": (
+        lambda: pointing_hits(SAMPLE, [[[40, 40, 50, 50], [31, 0, 50, 9]]]),
+        "The union of 2 boxes of sample 'fake' contains no image token by the criterion 'overlap'. "
+        "The image tokens cover [0.0, 0.0, 30.0, 30.0].",
+    ),
+    "fractions": (
+        lambda: pointing_hits(SAMPLE, [[0.25, 0.25, 0.5, 0.5]]),
+        "The box [0.25, 0.25, 0.5, 0.5] lies within one unit of 'px', as fractions of an image do. "
+        "Read fractions with xi.boxes.read(box, 'xyxy 0..1', size=(width, height)).",
     ),
     "boxes": (
         lambda: pointing_hits([SAMPLE, SAMPLE], [[0, 0, 9, 9]]),

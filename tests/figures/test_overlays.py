@@ -195,6 +195,22 @@ def test_true_boxes_are_drawn_in_pixels_and_named_once() -> None:
     assert all(not axes.texts for axes in maps)
 
 
+def test_boxes_in_every_form_are_drawn() -> None:
+    sample, two = sample_of("qwen2_vl"), [[10, 20, 40, 60], [50, 5, 70, 30]]
+    keys = ("xmin", "ymin", "xmax", "ymax")
+    forms = [two, np.array(two), [dict(zip(keys, box, strict=True)) for box in two], {"a": two}]
+    for form in forms:
+        first = panels(figures.overlay(sample, "red", boxes=form))[0]
+        outline = [patch for patch in first.patches if not patch.get_fill()]
+        assert [patch.get_bbox().extents.tolist() for patch in outline] == two
+    with pytest.raises(InputError) as refusal:
+        figures.overlay(sample, "red", boxes=[(0.1, 0.2, 0.5, 0.75)])
+    assert str(refusal.value) == (
+        "The box [0.1, 0.2, 0.5, 0.75] lies within one unit of 'px', as fractions of an image do. "
+        "Read fractions with xi.boxes.read(box, 'xyxy 0..1', size=(width, height))."
+    )
+
+
 def sunk() -> Sample:
     """Return a sample whose third image token receives most attention of all later queries."""
     matrix = torch.ones(18, 18).tril()

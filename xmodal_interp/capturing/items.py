@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from xmodal_interp.errors import InputError, quoted
-from xmodal_interp.models import ImageLike, Video, open_image
+from xmodal_interp.models import ImageLike, Video, open_image, size_before
 from xmodal_interp.models.item_files import IMAGES, NAMES, PROMPT, VIDEOS
 from xmodal_interp.models.known_answers import entry, visuals_of
 from xmodal_interp.models.media import Composite
@@ -26,6 +26,7 @@ from xmodal_interp.models.picture_sources import (
     resolved,
 )
 from xmodal_interp.store import check_name, digest_of, json_text
+from xmodal_interp.vocabulary import VIDEO_DETAILS
 
 _KEYS = (*NAMES, *IMAGES, *VIDEOS, *PROMPT)
 
@@ -66,8 +67,17 @@ class Item:
             InputError: A file cannot be read.
         """
         pictures, frames = self.picture_digests
-        clips = [[video.fps, *each] for video, each in zip(self.videos, frames, strict=True)]
-        return digest_of([self.prompt, self.labels, pictures, *([clips] if clips else [])])
+        details = [
+            {name: value for name in VIDEO_DETAILS if (value := getattr(video, name))}
+            for video in self.videos
+        ]
+        clips = [
+            [video.fps, *([others] if others else []), *each]
+            for video, others, each in zip(self.videos, details, frames, strict=True)
+        ]
+        sizes = [size_before(image) for image in self.images]
+        more = [*([clips] if clips else []), *([sizes] if any(sizes) else [])]
+        return digest_of([self.prompt, self.labels, pictures, *more])
 
     @cached_property
     def picture_digests(self) -> tuple[list[str], list[list[str]]]:

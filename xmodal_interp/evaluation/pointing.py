@@ -1,7 +1,7 @@
 """The pointing game: how much of each head's attention on the image is in a labelled box.
 
 For a query row of a head, restricted to the tokens of an image (``m_t``, token boxes ``b_t``), and
-a labelled box ``B``, both in pixels of the original image:
+a labelled box ``B`` or the union of several, both in pixels of the original image:
 
 * hit: 1 if the peak ``argmax_t m_t`` is in the box (Zhang et al. 2018, arXiv:1608.00507). With the
   criterion ``"centre"`` the centre of the token must be in the box, with ``"overlap"`` the token
@@ -42,15 +42,15 @@ from xmodal_interp.analysis.resampling import ValueKind, known_mean_intervals, p
 from xmodal_interp.analysis.selection import Layers, queries_of, selected_calls
 from xmodal_interp.analysis.tables import Part, call_table, over_samples, samples_of
 from xmodal_interp.arguments import as_list, checked, one_of
+from xmodal_interp.boxes.number_formats import Boxes, pixel_boxes, shown
 from xmodal_interp.errors import InputError
-from xmodal_interp.evaluation.boxes import (
-    Box,
+from xmodal_interp.evaluation.head_selection import HEAD_KEYS
+from xmodal_interp.evaluation.token_boxes import (
     Criterion,
     overlap_shares,
     token_boxes,
     tokens_inside,
 )
-from xmodal_interp.evaluation.head_selection import HEAD_KEYS
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import LAST, AttentionKind
 
@@ -66,9 +66,9 @@ TIED = 1e-6
 @checked
 def pointing_game(  # noqa: PLR0913 - one experiment, every option with a default
     samples: Sample | Iterable[Sample],
-    boxes: str | Iterable[Box] | pd.DataFrame = "box",
+    boxes: str | Iterable[Boxes] | pd.DataFrame = "box",
     *,
-    other_boxes: str | Iterable[Iterable[Box]] = "other_boxes",
+    other_boxes: str | Iterable[Iterable[Boxes]] = "other_boxes",
     queries: Queries = LAST,
     criterion: Criterion = "overlap",
     layers: Layers = None,
@@ -81,9 +81,12 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
 
     Args:
         samples: One sample or many, each with one labelled object.
-        boxes: The box of the object that each sample asks about: one per sample, or the name of a
-            label (``sample.labels["box"]``). A list, array, Series or table of four columns is
-            matched to the samples by position; an index is ignored.
+        boxes: The box of the object that each sample asks about, in px of the original image: one
+            per sample, or the name of a label (``sample.labels["box"]``). A list, array, Series or
+            table of four columns is matched to the samples by position; an index is ignored. An
+            entry may be several boxes, if the phrase has several: a hit is then a peak in any of
+            them, and the energy is that in their union. :func:`xmodal_interp.boxes.pixel_boxes`
+            lists the forms of an entry, and :func:`xmodal_interp.boxes.read` reads other formats.
         other_boxes: Boxes of the other objects in the image, given in the same ways. Without them,
             ``any_object`` and ``other_object`` are NaN.
         queries: ``"last"`` (of the prompt), ``"text"``, positions, a phrase, or a function that
@@ -147,9 +150,9 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
 @checked
 def pointing_hits(
     samples: Sample | Iterable[Sample],
-    boxes: str | Iterable[Box] | pd.DataFrame = "box",
+    boxes: str | Iterable[Boxes] | pd.DataFrame = "box",
     *,
-    other_boxes: str | Iterable[Iterable[Box]] = "other_boxes",
+    other_boxes: str | Iterable[Iterable[Boxes]] = "other_boxes",
     queries: Queries = LAST,
     criterion: Criterion = "overlap",
     layers: Layers = None,
@@ -194,8 +197,8 @@ def pointing_hits(
     return over_samples(many, table_rows, "pointing_hits", parameters)
 
 
-def _boxes_of(sample: Sample, box: Any, others: Any) -> tuple[Box, list[Box]]:
-    """Return the box of the object and those of the other objects, given as boxes or labels."""
+def _boxes_of(sample: Sample, box: Any, others: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the boxes of the object and those of each other object, given as boxes or labels."""
     found = sample.labels.get(box) if isinstance(box, str) else box
     if found is None:
         raise InputError(
@@ -203,13 +206,14 @@ def _boxes_of(sample: Sample, box: Any, others: Any) -> tuple[Box, list[Box]]:
             f"{', '.join(sample.labels) or 'none'}. Pass boxes=, or leave the sample out."
         )
     others = sample.labels.get(others, ()) if isinstance(others, str) else others
-    return found, [] if others is None else as_list(others, "other_boxes of a sample")
+    listed = [] if others is None else as_list(others, "other_boxes of a sample")
+    return pixel_boxes(found), [pixel_boxes(other) for other in listed]
 
 
 def _hits(
     sample: Sample,
-    box: Box,
-    others: Sequence[Box],
+    boxes: Float[np.ndarray, "box 4"],
+    others: Sequence[Float[np.ndarray, "_ 4"]],
     queries: Queries,
     criterion: Criterion,
     layers: Layers,
@@ -221,13 +225,14 @@ def _hits(
         raise InputError(
             f"The tokens of image {image} of sample {sample.name!r} have no boxes to compare with."
         )
-    shares = overlap_shares(cells.boxes, box)
-    inside = tokens_inside(cells.boxes, box, criterion)
+    shares = overlap_shares(cells.boxes, boxes)
+    inside = tokens_inside(cells.boxes, boxes, criterion)
     if not inside.any():
         low, high = cells.boxes.amin(0).tolist(), cells.boxes.amax(0).tolist()
+        what = f"box {shown(boxes[0])}" if len(boxes) == 1 else f"union of {len(boxes)} boxes"
         raise InputError(
-            f"The box {as_list(box, 'A box')} of sample {sample.name!r} contains no image token "
-            f"by the criterion {criterion!r}. The image tokens cover {low[:2] + high[2:]}."
+            f"The {what} of sample {sample.name!r} contains no image token by the criterion "
+            f"{criterion!r}. The image tokens cover {low[:2] + high[2:]}."
         )
     elsewhere = [tokens_inside(cells.boxes, other, criterion) for other in others]
     chosen = queries(sample) if callable(queries) else queries

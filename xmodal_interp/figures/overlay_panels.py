@@ -21,6 +21,7 @@ from PIL import Image, ImageFilter
 
 from xmodal_interp.analysis.sinks import sink_keys
 from xmodal_interp.attention import AttentionCall, Positions, resolve
+from xmodal_interp.boxes.number_formats import pixel_boxes
 from xmodal_interp.errors import InputError
 from xmodal_interp.figures.placement import PixelBox, PixelBoxes, PlacedImage, extent, uncovered
 from xmodal_interp.figures.scales import ColorScale, Show, check_show, scale_of
@@ -56,8 +57,9 @@ class OverlayOptions:
             ``"lift"``, probability divided by uniform attention over the visible keys.
         hide: Tokens to exclude from the colour scale and mark with a cross: positions, or
             ``"sinks"`` for those that ``attention_sinks`` finds in any of the drawn heads.
-        boxes: Boxes ``(x0, y0, x1, y1)`` in pixels to outline, such as an object's true box; a
-            mapping gives them names.
+        boxes: Boxes ``(x0, y0, x1, y1)`` in pixels to outline, such as an object's true box, in
+            any form that :func:`xmodal_interp.boxes.pixel_boxes` takes; a mapping gives them names,
+            and a name may have several boxes.
         smooth: Interpolate between tokens (bilinear); otherwise each token is one cell.
         vmax: Upper end of the colour scale. If not given: the largest value, or the 99th percentile
             if the largest is more than six times as large, such as that of an attention sink; the
@@ -236,7 +238,7 @@ def _span(amounts: Sequence[float]) -> str:
 def _draw_panel(
     axes: Axes, placed: PlacedImage, panel: Panel, options: OverlayOptions, inches: float
 ) -> None:
-    boxes = options.boxes
+    named = named_boxes(options.boxes)
     if panel.values is None or panel.scale is None:
         draw_image(axes, placed)
     else:
@@ -252,12 +254,11 @@ def _draw_panel(
                 color=HIDDEN,
             )
         _draw_uncovered(axes, placed)
-        if isinstance(boxes, Mapping):  # names are written once, on the image itself
-            boxes = list(boxes.values())
+        named = [("", box) for _, box in named]  # names are written once, on the image itself
     if panel.left_out is not None and placed.shares is None:
         _draw_crosses(axes, placed, np.flatnonzero(panel.left_out))
-    draw_boxes(axes, placed, panel.outlined, inches)
-    draw_boxes(axes, placed, boxes or (), inches)
+    draw_boxes(axes, placed, [("", box) for box in panel.outlined], inches)
+    draw_boxes(axes, placed, named, inches)
     axes.set_title(escaped(panel.title))
 
 
@@ -357,16 +358,29 @@ def _draw_crosses(axes: Axes, placed: PlacedImage, tokens: np.ndarray) -> None:
     )
 
 
-def draw_boxes(axes: Axes, placed: PlacedImage, boxes: PixelBoxes, inches: float) -> None:
+def named_boxes(boxes: PixelBoxes | None) -> list[tuple[str, PixelBox]]:
+    """Return each box to draw with its name, or with an empty name.
+
+    Raises:
+        InputError: A box is invalid.
+    """
+    if boxes is None or not len(boxes):
+        return []
+    of_names = boxes.items() if isinstance(boxes, Mapping) else [("", boxes)]
+    return [(name, tuple(box)) for name, of in of_names for box in pixel_boxes(of).tolist()]
+
+
+def draw_boxes(
+    axes: Axes, placed: PlacedImage, named: Sequence[tuple[str, PixelBox]], inches: float
+) -> None:
     """Outline boxes, with their names if given, in white with a black halo.
 
     Args:
         axes: Axes to draw on.
         placed: The image.
-        boxes: The boxes.
+        named: The name of each box, or an empty string, and the box.
         inches: Width of the axes. The names stay inside the image and avoid each other.
     """
-    named = list(boxes.items()) if isinstance(boxes, Mapping) else [("", box) for box in boxes]
     unit = placed.grid.width / inches / 72  # pixels of the image per point
     tall = (1.3 * SMALL + 4) * unit
     written: list[PixelBox] = []

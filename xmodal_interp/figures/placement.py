@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool
 from PIL import Image
 
 from xmodal_interp.analysis.connector_rollout import are_queries, query_patches
 from xmodal_interp.analysis.selection import not_padding
 from xmodal_interp.arguments import whole_number
+from xmodal_interp.boxes.number_formats import Boxes
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import ImageGrid, place_on_grid
 from xmodal_interp.sample import Sample
@@ -25,8 +27,8 @@ from xmodal_interp.vocabulary import AttentionKind, Tower
 PixelBox = tuple[float, float, float, float]
 """``(x0, y0, x1, y1)`` in pixels of the original image."""
 
-PixelBoxes = Sequence[PixelBox] | Mapping[str, PixelBox]
-"""Boxes to draw, optionally with names."""
+PixelBoxes = Sequence[Boxes] | Mapping[str, Boxes] | np.ndarray | pd.DataFrame
+"""Boxes to draw, optionally with names: see :func:`xmodal_interp.boxes.pixel_boxes`."""
 
 
 @dataclass(frozen=True, eq=False)

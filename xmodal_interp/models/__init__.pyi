@@ -14,6 +14,7 @@ from .model_state import (
     modules_in_training,
 )
 from .records import FAMILIES, Family
+from .resized import as_original, original_size, resized, size_before
 from .vlm import VLM, check_vlm
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Thumbnail",
     "Video",
     "VideoGrid",
+    "as_original",
     "check_vlm",
     "check_whole",
     "checked_length",
@@ -37,9 +39,12 @@ __all__ = [
     "modules_in_training",
     "open_image",
     "open_video",
+    "original_size",
     "place_on_grid",
     "prompt_ids",
     "read_items",
+    "resized",
+    "size_before",
     "square_windows",
     "tile_counts",
     "window_orders",

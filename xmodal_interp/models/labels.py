@@ -34,6 +34,7 @@ from xmodal_interp.models.geometry import ImageGrid, VideoGrid, unplaced
 from xmodal_interp.models.media import Video
 from xmodal_interp.models.model_inputs import FEATURE_ID, InputRow
 from xmodal_interp.models.prompts import RenderedPrompt, spans_in
+from xmodal_interp.models.resized import original_size
 from xmodal_interp.models.token_table import (
     Columns,
     grid_table,
@@ -219,4 +220,6 @@ def _unplaced(vlm: VLM, columns: Columns, images: Sequence[Image.Image]) -> tupl
     family = vlm.family
     reason = family.reason or f"There is no geometry rule for {family.model_type!r}."
     counts = [columns["image"].count(i) for i in range(len(images))]
-    return tuple(unplaced(image.size, n, reason) for image, n in zip(images, counts, strict=True))
+    return tuple(
+        unplaced(original_size(image), n, reason) for image, n in zip(images, counts, strict=True)
+    )

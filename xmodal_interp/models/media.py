@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO, IOBase
 from os import PathLike
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from xmodal_interp.arguments import real_number, user_path
+from xmodal_interp.arguments import as_list, real_number, user_path, whole_number
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.models.picture_sources import named, resolved
 from xmodal_interp.models.pixel_arrays import Array, image_of, is_array, warn_of_scale, white_of
@@ -32,19 +33,35 @@ _NOT_FRAMES = (
 class Video:
     """The frames of a video for a model. All of them are used: no frame is dropped or sampled.
 
+    Choose frames as your model does. Of 100 frames at 25 fps, for 2 frames per second, the video
+    processor of Qwen2-VL in transformers 5.23.0 takes frames 0, 12, 25, 37, 50, 62, 75, 87 (steps
+    of ``n / k``; the last frame is never taken), and that of Qwen3-VL and qwen-vl-utils 0.0.14 take
+    frames 0, 14, 28, 42, 57, 71, 85, 99 (from the first to the last). Pass the ``indices`` or
+    ``timestamps`` of the chosen frames: they are kept in the token table, and a processor that
+    writes times into the prompt is given them.
+
     Attributes:
         frames: The frames in order, all of one size: images in any form that :func:`open_image`
             takes, or an array of four axes with the frames first. Frames that are arrays have one
             range of values: that of the whole video.
-        fps: Frames per second; None if not known.
+        fps: Frames per second of the video that ``indices`` count; None if not known.
+        indices: Index of each frame in the video it was taken from; 0, 1, 2, ... if not given.
+        timestamps: Time of each frame, s; ``indices / fps`` if not given. For a video of variable
+            frame rate, pass timestamps and no ``fps``.
+        original_size: Width and height of the original frames, px, if these are resized; boxes of
+            tokens are in pixels of the original.
 
     Raises:
         InputError: ``frames`` is not an iterable of images, such as the path of a video file or an
-            array of one image, or ``fps`` is not a positive number.
+            array of one image, ``fps`` is not a positive number, indices or timestamps are not one
+            rising number per frame, or contradict each other.
     """
 
     frames: Sequence[ImageLike] | Array
     fps: float | None = None
+    indices: Sequence[int] | Array | None = None
+    timestamps: Sequence[float] | Array | None = None
+    original_size: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.frames, (str, PathLike)):
@@ -61,6 +78,24 @@ class Video:
         object.__setattr__(self, "frames", tuple(self.frames))
         if self.fps is not None:
             real_number(self.fps, "fps", 0)
+        self._check_places_in_time()
+        if self.original_size is not None:
+            object.__setattr__(self, "original_size", checked_size(self.original_size))
+
+    def _check_places_in_time(self) -> None:
+        """Convert indices and timestamps to tuples of plain numbers, and compare them."""
+        for name, kind in (("indices", int), ("timestamps", float)):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, _rising(given, name, kind, len(self.frames)))
+        if self.timestamps is None or self.fps is None or self.indices is None:
+            return
+        off = max(abs(i / self.fps - t) for i, t in zip(self.indices, self.timestamps, strict=True))
+        if off > 1 / self.fps:
+            raise InputError(
+                f"The timestamps differ from indices / fps by up to {off:.3g} s. Leave out fps for "
+                "a video of variable frame rate."
+            )
 
     def opened(self) -> Video:
         """Return the video with its frames opened as RGB images.
@@ -69,7 +104,7 @@ class Video:
             InputError: There are no frames, they differ in size, or one cannot be read.
         """
         arrays = [frame for frame in self.frames if is_array(frame)]
-        white = white_of(arrays) if arrays else None
+        white = white_of(arrays, frames=True) if arrays else None
         frames = tuple(open_image(frame, white=white) for frame in self.frames)
         sizes = {frame.size for frame in frames}
         if len(sizes) != 1:
@@ -77,7 +112,7 @@ class Video:
                 f"A video must have frames of one size; got {len(frames)} frames of "
                 f"{', '.join(f'{w} x {h}' for w, h in sorted(sizes)) or 'no size'}."
             )
-        return Video(frames, self.fps)
+        return replace(self, frames=frames)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -93,13 +128,38 @@ class Video:
         """Return the frames as ``uint8``, ``[frame, row, col, 3]``."""
         return np.stack([np.asarray(open_image(frame)) for frame in self.frames])
 
+    @property
+    def frame_indices(self) -> Sequence[int]:
+        """Index of each frame in the video it was taken from."""
+        if self.indices is None:
+            return range(len(self))
+        return [int(index) for index in self.indices]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Time of each frame, s; NaN if not known."""
+        if self.timestamps is not None:
+            return [float(time) for time in self.timestamps]
+        pace = math.nan if self.fps is None else 1 / self.fps
+        return [index * pace for index in self.frame_indices]
+
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata that video processors take."""
+        """Return the metadata that video processors take.
+
+        Processors divide indices by frames per second to get times, and derive the rate of the
+        given frames from the length of the video. Timestamps are passed as indices at 1 fps.
+        """
         width, height = self.size
-        known = {} if self.fps is None else {"fps": self.fps, "duration": len(self) / self.fps}
+        fps = self.fps
+        indices: list[float] = list(self.frame_indices)
+        if self.timestamps is not None:
+            fps, indices = 1.0, list(self.seconds)
+        steps = max(len(self) - 1, 1)
+        total = len(self) * (indices[-1] - indices[0]) / steps if len(self) > 1 else 1
+        known = {} if fps is None else {"fps": fps, "duration": total / fps}
         return {
-            "total_num_frames": len(self),
-            "frames_indices": list(range(len(self))),
+            "total_num_frames": int(total) if float(total).is_integer() else total,
+            "frames_indices": indices,
             "width": width,
             "height": height,
             **known,
@@ -108,6 +168,37 @@ class Video:
     def __len__(self) -> int:
         """Number of frames."""
         return len(self.frames)
+
+
+def _rising(given: Any, name: str, kind: type, n: int) -> tuple[Any, ...]:
+    """Return one rising number of 0 or more per frame."""
+    numbers = as_list(given, name)
+    if len(numbers) != n:
+        raise InputError(
+            f"{name} must have one entry per frame; got {len(numbers)} for {n} frames."
+        )
+    found: list[Any] = []
+    for number in numbers:
+        low = found[-1] if found else 0
+        found.append(
+            whole_number(number, f"An entry of {name}", low)
+            if kind is int
+            else real_number(number, f"An entry of {name}", low)
+        )
+    return tuple(found)
+
+
+def checked_size(size: Any) -> tuple[int, int]:
+    """Return width and height as integers.
+
+    Raises:
+        InputError: The size is not two integers above 0.
+    """
+    sides = as_list(size, "original_size")
+    if len(sides) != 2:
+        raise InputError(f"original_size must be (width, height) in px; got {quoted(size)}.")
+    width, height = (whole_number(side, "A side of original_size", 1) for side in sides)
+    return width, height
 
 
 def open_video(video: Any) -> Video:

@@ -7,7 +7,8 @@ one reading is possible; an array with two possible readings is refused.
 * Bytes are 0 to 255. Values of ``uint16`` are 0 to 65535 (white), with a warning. True is white.
 * Other integers and floats are 0 to 255 if one value is larger than 2. Floats of at most 1 are 0 to
   1. Values between these limits, negative values and NaN are refused. The frames of a video have
-  one range, that of the whole video.
+  one range, that of the whole video. Frames of floats that are all 0 or 1 are refused: they may be
+  a dark clip of 0 to 255, as qwen-vl-utils returns it.
 """
 
 from __future__ import annotations
@@ -43,8 +44,12 @@ def as_numpy(array: Array) -> np.ndarray:
     return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
-def white_of(arrays: Sequence[Array]) -> float:
+def white_of(arrays: Sequence[Array], *, frames: bool = False) -> float:
     """Return the value of white in arrays that belong together: 1, 255 or 65535.
+
+    Args:
+        arrays: The arrays.
+        frames: Whether they are the frames of a video.
 
     Raises:
         InputError: The range of the values is not known.
@@ -70,7 +75,7 @@ def white_of(arrays: Sequence[Array]) -> float:
         problem = "as after normalization"
     elif high > 255:
         problem = "which are neither bytes nor from 0 to 1"
-    elif high == 0 or (dtype.kind == "f" and high <= 1):
+    elif high == 0 or (dtype.kind == "f" and high <= 1 and not (frames and _are_whole(values))):
         return 1.0
     elif high <= _OVERSHOOT or dtype == np.uint16:
         problem = "whose white may be " + ("255 or 65535" if dtype == np.uint16 else "1 or 255")
@@ -80,6 +85,10 @@ def white_of(arrays: Sequence[Array]) -> float:
             f"{high:g}, {problem}. Convert it to bytes, 0 to 255 (np.uint8)."
         )
     return 255.0
+
+
+def _are_whole(values: Sequence[np.ndarray]) -> bool:
+    return all(bool((each == np.rint(each)).all()) for each in values)
 
 
 def image_of(array: Array, white: float | None = None) -> Image.Image:

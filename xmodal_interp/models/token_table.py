@@ -26,7 +26,7 @@ from xmodal_interp.models.alignment import (
 )
 from xmodal_interp.models.model_inputs import FEATURE_ID, InputRow
 from xmodal_interp.models.prompts import RoleSpan
-from xmodal_interp.vocabulary import TOKEN_COLUMNS
+from xmodal_interp.vocabulary import TOKEN_COLUMNS, VIDEO_COLUMNS
 
 if TYPE_CHECKING:
     from xmodal_interp.models.geometry import ImageGrid, VideoGrid
@@ -162,6 +162,8 @@ def with_places(
     kinds = np.asarray(columns["kind"])
     places: dict[str, np.ndarray] = {name: np.full(len(kinds), np.nan) for name in _PLACES}
     places["view"] = np.full(len(kinds), None, dtype=object)
+    if videos:
+        places |= {name: np.full(len(kinds), np.nan) for name in VIDEO_COLUMNS}
     by_kind: tuple[tuple[str, Sequence[Any]], ...] = ((IMAGE, grids), (VIDEO, videos))
     for kind, of_kind in by_kind:
         number, is_kind = np.asarray(columns[kind], dtype=float), kinds == kind
@@ -192,7 +194,17 @@ def _columns_of(grid: Any, kind: str) -> dict[str, np.ndarray]:
     view = np.where(grid.in_thumbnail, "thumbnail", "image").astype(object)
     view[np.isnan(row)] = None
     columns = {"row": row, "col": col, "tile": tile, "view": view, **boxes}
-    return columns | {"frame": frames[0]} if kind == VIDEO else columns
+    return columns | {"frame": frames[0], **_in_time(grid, frames[0])} if kind == VIDEO else columns
+
+
+def _in_time(grid: VideoGrid, frames: np.ndarray) -> dict[str, np.ndarray]:
+    """Return ``VIDEO_COLUMNS`` of the tokens of a video; NaN outside the grid."""
+    placed = ~np.isnan(frames)
+    columns = {name: np.full(len(frames), np.nan) for name in VIDEO_COLUMNS}
+    for name, of_frames in zip(VIDEO_COLUMNS, (grid.frame_indices, grid.times), strict=True):
+        if of_frames is not None:
+            columns[name][placed] = of_frames[frames[placed].astype(int)]
+    return columns
 
 
 def _missing(numbers: np.ndarray) -> np.ndarray:
@@ -216,7 +228,8 @@ def token_table(
     n_answer = 0 if answer is None else len(answer["token"])
     if answer is None or not n_answer:
         return _table(columns, n_prompt, more=more)
-    parts = [_table(columns, n_prompt), _table(answer, n_answer, n_prompt)]
+    nothing = {name: np.nan for name in VIDEO_COLUMNS if name in columns}
+    parts = [_table(columns, n_prompt), _table({**nothing, **answer}, n_answer, n_prompt)]
     return pd.concat(parts).assign(**(more or {}))
 
 
@@ -324,8 +337,8 @@ def _n_in_common(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-_INTEGERS = ("image", "video", "tile", "frame", "row", "col", "start", "end")
-_FLOATS = ("x0", "y0", "x1", "y1")
+_INTEGERS = ("image", "video", "tile", "frame", "row", "col", "start", "end", "source_frame")
+_FLOATS = ("x0", "y0", "x1", "y1", "time_s")
 
 
 def _table(
@@ -334,9 +347,12 @@ def _table(
     start: int = 0,
     more: Mapping[str, pd.api.extensions.ExtensionArray] | None = None,
 ) -> pd.DataFrame:
-    """Return a table of the columns TOKEN_COLUMNS with their dtypes; missing ones are empty."""
+    """Return a table of the columns TOKEN_COLUMNS with their dtypes; missing ones are empty.
+
+    ``VIDEO_COLUMNS`` follow if they are given.
+    """
     typed: dict[str, Any] = {}
-    for name in TOKEN_COLUMNS:
+    for name in (*TOKEN_COLUMNS, *(name for name in VIDEO_COLUMNS if name in columns)):
         if name in _FLOATS:
             typed[name] = np.broadcast_to(columns.get(name, np.nan), n_rows).astype(float)
         elif name in _INTEGERS:

@@ -42,6 +42,7 @@ from xmodal_interp.models.records import (
     family_of,
     refuse_other_class,
 )
+from xmodal_interp.models.resized import in_original_pixels, original_size
 
 _generating: ContextVar[tuple[object, Mapping[str, Any]]] = ContextVar(
     "xmodal_interp_generating", default=(None, {})
@@ -351,7 +352,10 @@ class VLM:
         if rule is not None and every:
             config = self.model.config
             grids = iter(geometry.applied(rule, self.processor, config, inputs, every))
-        return [tuple(next(grids) for _ in of_sample) for of_sample in visuals]
+        return [
+            tuple(in_original_pixels(next(grids), original_size(each)) for each in of_sample)
+            for of_sample in visuals
+        ]
 
     def _moved(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Move inputs to the model's device, and cast pixels to its dtype."""

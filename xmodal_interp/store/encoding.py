@@ -21,6 +21,7 @@ from xmodal_interp.attention import AttentionCall
 from xmodal_interp.models import ImageGrid, Thumbnail, Video, VideoGrid, open_image
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import schema
+from xmodal_interp.vocabulary import VIDEO_DETAILS
 
 _TEXT_STAMP = {name: str(value) for name, value in schema.STAMP.items()}
 _FIELDS = {ImageGrid: schema.IMAGE_GRID, VideoGrid: schema.VIDEO_GRID}
@@ -52,6 +53,7 @@ def sample_record(sample: Sample, shared: schema.SharedTensors, *, images: bool)
         "videos": [
             {
                 "fps": video.fps,
+                **{name: value for name in VIDEO_DETAILS if (value := getattr(video, name))},
                 "frames": _pictures(f"video-{i}", _frames(video), *of_video, stored=images),
             }
             for i, (video, *of_video) in enumerate(

@@ -37,6 +37,7 @@ from xmodal_interp.store.files import (
     sample_names,
     sha256_of,
 )
+from xmodal_interp.vocabulary import VIDEO_DETAILS
 
 
 def open_store(path: str | PathLike[str], *, verify: bool = True) -> Store:
@@ -315,5 +316,9 @@ def _check_source(path: Path, digest: str | None) -> None:
 
 def _videos(files: SampleFiles, records: Sequence[Mapping[str, Any]]) -> tuple[Video, ...]:
     """Return the videos; an empty tuple if the frames of one are not available."""
-    videos = [Video(_images(files, r["frames"]), r["fps"]) for r in records]
-    return tuple(videos) if all(len(video) for video in videos) else ()
+    videos = [
+        Video(frames, r["fps"], **{name: r[name] for name in VIDEO_DETAILS if name in r})
+        for r in records
+        if (frames := _images(files, r["frames"]))
+    ]
+    return tuple(videos) if len(videos) == len(records) else ()

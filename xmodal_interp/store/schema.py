@@ -12,7 +12,8 @@ A store is a folder::
         grids.npz               places and boxes of each image's tokens; absent without images;
                                 ``tiles``, ``patch_boxes``, ``patch_names`` and ``thumbnail``
                                 arrays only for grids that have them
-        video_grids.npz         the same for each video, and ``times``; absent without videos
+        video_grids.npz         the same for each video, ``times`` (s) and ``frame_indices`` (MAY be
+                                absent: rule 9); absent without videos
         TOWER-KIND-LAYER.safetensors    the tensors of one layer
         shared.safetensors      masks and position biases; absent if no call has any
         image-INDEX.png         the images, RGB; MAY be absent
@@ -49,7 +50,12 @@ A store is a folder::
    be stored once. Boolean masks are packed 8 to a byte, most significant bit first (``packed`` with
    their ``shape``); additive masks are stored unchanged.
 8. JSON MUST be strict (no NaN). Pickle MUST NOT be used.
-9. ``sample.json`` MAY lack ``video_grids`` and ``videos`` if the sample has no videos.
+9. ``sample.json`` MAY lack ``video_grids`` and ``videos`` if the sample has no videos. A member of
+   ``videos`` holds ``fps`` and ``frames``, and MAY hold what the user passed: ``indices`` and
+   ``timestamps`` (s), one per frame, and ``original_size`` (width, height). Samples with videos MAY
+   have the columns ``source_frame`` and ``time_s`` in ``tokens.parquet``. If a picture was resized
+   before the processor read it, ``width``, ``height`` and all boxes of its grid, and the boxes in
+   ``tokens.parquet``, are in pixels of the original picture; the PNG is the resized one.
 10. A line of ``names.jsonl`` MUST hold ``name``, one of ``failures.jsonl`` ``item``, ``name``,
     ``error`` and ``message``. Later writers of version 2 also write ``digest`` (the SHA-256 of the
     other members) in every line, and ``number`` (the index in the order of writing, from 0) in
@@ -131,7 +137,7 @@ IMAGE_GRID = GridFields(
 VIDEO_GRID = GridFields(
     ("width", "height", "frames", "rows", "cols", "patch_frames", *_PATCHES),
     ("places", "boxes", "times", "patch_places"),
-    ("tiles",),
+    ("tiles", "frame_indices"),
 )
 THUMBNAIL = GridFields(("rows", "cols", *_PATCHES), ("places", "patch_places"))
 

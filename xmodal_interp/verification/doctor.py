@@ -41,6 +41,7 @@ from xmodal_interp.models import (
     VLM,
     ImageLike,
     Prompt,
+    as_original,
     check_whole,
     described_training,
     evaluation_mode,
@@ -235,7 +236,7 @@ def _check_state(model: VLM | nn.Module, findings: _Findings) -> None:
 def _checked_inputs(
     vlm: VLM, image: ImageLike | None, prompt: str, findings: _Findings
 ) -> tuple[dict[str, Any], Prompt] | None:
-    picture = _checkers() if image is None else image
+    picture = _checkers() if image is None else as_original(image)  # boxes in its pixels
     check = "the number of image tokens is as predicted"
     try:
         inputs, (ready,) = vlm.prepare([[picture]], [prompt])

@@ -258,6 +258,8 @@ class VideoGrid(Viewed):
         tiles: The tile of each token within its frame, 0-based in reading order; ``NOWHERE`` for
             tokens of no tile. None if frames are not tiled.
         thumbnail: The view of untiled frames, if there is one.
+        frame_indices: Index of the first frame of each frame of tokens, in the video from which the
+            frames were taken.
     """
 
     width: int
@@ -274,6 +276,7 @@ class VideoGrid(Viewed):
     patch_places: Int[np.ndarray, "patch 3"]
     tiles: Int[np.ndarray, " token"] | None = None
     thumbnail: Thumbnail | None = None
+    frame_indices: Int[np.ndarray, " frame"] | None = None
 
     def arranged(
         self, values: Float[np.ndarray, " token"], view: str = IMAGE, *, number: int = 0

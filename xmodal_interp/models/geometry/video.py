@@ -315,19 +315,19 @@ def video_grid(
     if token.of_thumbnail.any() or patch.of_thumbnail.any():
         thumbnail = Thumbnail(*extent(small), small, *extent(small_patches), small_patches)
     together = -(-len(video) // len(frames))
-    pace = np.nan if video.fps is None else 1 / video.fps
     return VideoGrid(
         *video.size,
         int(main[:, 0].max()) + 1,
         *extent(main),
         main,
         token.boxes,
-        np.arange(len(frames)) * together * pace,
+        np.array(video.seconds[::together]),
         int(main_patches[:, 0].max()) + 1,
         *extent(main_patches),
         main_patches,
         tiles=token.tiles if (token.tiles != NOWHERE).any() else None,
         thumbnail=thumbnail,
+        frame_indices=np.array(video.frame_indices[::together]),
     )
 
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodal_interp.analysis.connector_rollout import are_queries, query_patches
 from xmodal_interp.analysis.selection import image_keys
-from xmodal_interp.arguments import as_list
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import ImageGrid
 from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import AttentionKind
-
-Box = Iterable[float] | np.ndarray | Tensor | pd.Series
-"""A labelled box: ``x0, y0, x1, y1`` in pixels of the original image."""
 
 Criterion = Literal["overlap", "centre"]
 
@@ -87,41 +81,43 @@ def _clipped(boxes: Float[Tensor, "cell 4"], grid: ImageGrid) -> Float[Tensor, "
     return torch.minimum(boxes.clamp(min=0), edges)
 
 
-def overlap_shares(tokens: Float[Tensor, "token 4"], box: Box) -> Float[Tensor, " token"]:
-    """Return the share of each token's area that is in the box; 0 for a token without area.
+def overlap_shares(
+    tokens: Float[Tensor, "token 4"], boxes: Float[np.ndarray, "box 4"]
+) -> Float[Tensor, " token"]:
+    """Return the share of each token's area that is in a box; 0 for a token without area.
 
-    Raises:
-        InputError: The box is invalid.
+    Where boxes overlap, their common area counts once: the edges of all boxes cut the image into
+    rectangles, each of which is in a box or not.
     """
-    corners = _corners(box).to(tokens.dtype)
-    low = torch.maximum(tokens[:, :2], corners[:2])
-    high = torch.minimum(tokens[:, 2:], corners[2:])
+    edges = [np.unique(boxes[:, [axis, axis + 2]]) for axis in (0, 1)]
+    middles = [(each[:-1] + each[1:]) / 2 for each in edges]
+    in_x, in_y = (
+        (boxes[:, axis, None] < middles[axis]) & (middles[axis] < boxes[:, axis + 2, None])
+        for axis in (0, 1)
+    )
+    covered = torch.from_numpy((in_y[:, :, None] & in_x[:, None, :]).any(0)).to(tokens.dtype)
+    widths, heights = (
+        (
+            torch.minimum(tokens[:, axis + 2, None], ends[1:])
+            - torch.maximum(tokens[:, axis, None], ends[:-1])
+        ).clamp(min=0)
+        for axis, ends in enumerate(torch.from_numpy(each).to(tokens.dtype) for each in edges)
+    )
     size = areas(tokens)
-    inside = (high - low).clamp(min=0).prod(1)
+    inside = torch.einsum("ty,yx,tx->t", heights, covered, widths)
     return torch.where(size > 0, inside / size, 0.0)
 
 
 def tokens_inside(
-    tokens: Float[Tensor, "token 4"], box: Box, criterion: Criterion
+    tokens: Float[Tensor, "token 4"], boxes: Float[np.ndarray, "box 4"], criterion: Criterion
 ) -> Bool[Tensor, " token"]:
-    """Return True for tokens that overlap the box, or for tokens whose centre is in it.
+    """Return True for tokens that overlap a box, or for tokens whose centre is in a box.
 
     A token without area (on padding alone) is never in a box.
     """
     if criterion == "overlap":
-        return overlap_shares(tokens, box) > 0
-    centres = (tokens[:, :2] + tokens[:, 2:]) / 2
-    corners = _corners(box).to(tokens.dtype)
-    inside = ((centres >= corners[:2]) & (centres <= corners[2:])).all(1)
+        return overlap_shares(tokens, boxes) > 0
+    centres = (tokens[:, None, :2] + tokens[:, None, 2:]) / 2
+    corners = torch.from_numpy(boxes).to(tokens.dtype)
+    inside = ((centres >= corners[:, :2]) & (centres <= corners[:, 2:])).all(2).any(1)
     return inside & (areas(tokens) > 0)
-
-
-def _corners(box: Box) -> Float[Tensor, "4"]:
-    """Return the four numbers of a box given as a list, an array or a row of a table."""
-    try:
-        edges = [float(edge) for edge in as_list(box, "A box")]
-    except (TypeError, OverflowError):  # not numbers
-        edges = []
-    if len(edges) != 4 or not (edges[0] < edges[2] and edges[1] < edges[3]):
-        raise InputError(f"A box must be x0, y0, x1, y1 with x0 < x1 and y0 < y1; got {box!r}.")
-    return torch.tensor(edges, dtype=torch.float64)

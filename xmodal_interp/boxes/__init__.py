@@ -1,0 +1,5 @@
+"""Read and write boxes and points as data sets hold them and models print them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
