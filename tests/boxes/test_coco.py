@@ -91,7 +91,7 @@ REFUSALS = {
     ),
     "fractions": (
         lambda: read_coco(changed("annotations", 2, bbox=[0.1, 0.1, 0.5, 0.5])),
-        "COCO annotation 3: The box [0.1, 0.1, 0.6, 0.6] lies within one unit of 'px', as "
+        "COCO annotation 3: The box [0.1, 0.1, 0.6, 0.6] lies within 1.5 units of 'px', as "
         "fractions of an image do. Read fractions with xi.boxes.read(box, 'xyxy 0..1', "
         "size=(width, height)).",
     ),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pycocotools.mask
 import pytest
 import torch
 from transformers.models.kosmos2.processing_kosmos2 import (
@@ -10,7 +11,7 @@ from transformers.models.kosmos2.processing_kosmos2 import (
 )
 
 import xmodal_interp as xi
-from xmodal_interp.boxes import FORMATS, pixel_boxes, read, write
+from xmodal_interp.boxes import FORMATS, iou, pixel_boxes, read, write
 from xmodal_interp.errors import InputError
 
 SIZE, RESIZED = (640, 480), (320, 120)
@@ -153,10 +154,32 @@ def test_boxes_in_every_form() -> None:
 
 
 UNIT = (
-    " lies within one unit of 'px', as fractions of an image do. Read fractions with "
+    " lies within 1.5 units of 'px', as fractions of an image do. Read fractions with "
     "xi.boxes.read(box, 'xyxy 0..1', size=(width, height))."
 )
+
+
+def test_iou_is_that_of_coco() -> None:
+    """One worked case, and pycocotools' on random boxes."""
+    assert iou([0, 0, 10, 10], [[5, 0, 15, 10], [10, 0, 20, 10], [0, 0, 10, 10]]).tolist() == [
+        [pytest.approx(50 / 150), 0, 1]
+    ]
+    rng = np.random.default_rng(0)
+    low = rng.uniform(0, 50, (2, 9, 2))
+    mine, theirs = np.concatenate([low, low + rng.uniform(1, 40, (2, 9, 2))], 2)
+    expected = pycocotools.mask.iou(
+        write(mine, "xywh px"), write(theirs, "xywh px"), np.zeros(9, dtype=np.uint8)
+    )
+    np.testing.assert_allclose(iou(mine, theirs), expected, atol=1e-8)
+    assert (expected > 0.1).any()
+
+
 REFUSALS = {
+    "fractions beyond the edge": (
+        lambda: iou([0.25, 0.5, 1.03, 0.75], [0, 0, 10, 10]),
+        "The box [0.25, 0.5, 1.03, 0.75] lies within 1.5 units of 'px', as fractions of an image "
+        "do. Read fractions with xi.boxes.read(box, 'xyxy 0..1', size=(width, height)).",
+    ),
     "fractions as pixels": (
         lambda: read([0.1, 0.2, 0.5, 0.75], "xyxy px", size=SIZE),
         f"The box [0.1, 0.2, 0.5, 0.75]{UNIT}",
@@ -167,12 +190,12 @@ REFUSALS = {
     ),
     "fractions as thousandths": (
         lambda: read([0.1, 0.2, 0.5, 0.75], "xyxy 0..1000", size=SIZE),
-        "The box [0.1, 0.2, 0.5, 0.75] lies within one unit of '0..1000', as fractions of an image "
-        "do. Read fractions with xi.boxes.read(box, 'xyxy 0..1', size=(width, height)).",
+        "The box [0.1, 0.2, 0.5, 0.75] lies within 1.5 units of '0..1000', as fractions of an "
+        "image do. Read fractions with xi.boxes.read(box, 'xyxy 0..1', size=(width, height)).",
     ),
     "a point in fractions": (
         lambda: read([0.1, 1], "xy px"),
-        "The point [0.1, 1] lies within one unit of 'px', as fractions of an image do. Read "
+        "The point [0.1, 1] lies within 1.5 units of 'px', as fractions of an image do. Read "
         "fractions with xi.boxes.read(point, 'xy 0..1', size=(width, height)).",
     ),
     "pixels as fractions": (

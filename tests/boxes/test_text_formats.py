@@ -94,6 +94,8 @@ def test_the_forms_of_json() -> None:
     assert table.iloc[0][["x0", "y0", "x1", "y1"]].isna().all()
     assert table.iloc[1][["x0", "y0", "x1", "y1"]].tolist() == MUG
     assert write_text(table, "qwen3_vl", size=SIZE) == points
+    within = f'The mug is at {{"bbox_2d": [0, 0, 500, 500]}}, and also: {points}. That is all.'
+    assert read_text(within, "qwen3_vl", size=SIZE)["x0"].dropna().tolist() == [0, 0]
     y_first = '[{"box_2d": [0, 500, 500, 1000], "label": "lamp"}]'
     table = read_text(y_first, "json yxyx 0..1000", size=SIZE)
     assert pixel_boxes(table).tolist() == [[320, 0, 640, 240]]
@@ -112,10 +114,11 @@ def test_points_in_per_cent() -> None:
 
 def test_an_answer_without_boxes_is_an_empty_table() -> None:
     for name in TEXT_FORMATS:
-        answer = "[]" if name.startswith(("json", "qwen2_5", "qwen3")) else "There is no cat."
-        table = read_text(answer, name, size=SIZE, resized=SIZE)
-        assert len(table) == 0, name
-        assert table.columns.tolist() == ["phrase", "x0", "y0", "x1", "y1", "x", "y"]
+        empty = ["[]"] if name.startswith(("json", "qwen2_5", "qwen3")) else []
+        for answer in ("There is no cat.", *empty):
+            table = read_text(answer, name, size=SIZE, resized=SIZE)
+            assert len(table) == 0, name
+            assert table.columns.tolist() == ["phrase", "x0", "y0", "x1", "y1", "x", "y"]
 
 
 REFUSALS = {
@@ -138,8 +141,18 @@ REFUSALS = {
     ),
     "cut JSON": (
         lambda: read_text('[{"bbox_2d": [1, 2', "qwen3_vl", size=SIZE),
-        "The text is not JSON (Expecting ',' delimiter: line 1 column 19 (char 18)): "
-        "'[{\"bbox_2d\": [1, 2'. Check the name of the format and that the answer was not cut.",
+        "The text has a bracket that is not JSON (Expecting ',' delimiter: line 1 column 19 (char "
+        "18)): '[{\"bbox_2d\": [1, 2'. Check the name of the format and that the answer was not "
+        "cut.",
+    ),
+    "lists without objects": (
+        lambda: read_text("Here it is: [[1, 2, 3, 4]]", "qwen3_vl", size=SIZE),
+        "The JSON must be a list of objects; got [[1, 2, 3, 4]].",
+    ),
+    "tags as JSON": (
+        lambda: read_text("cat<box>[]</box>", "qwen3_vl", size=SIZE),
+        "The text has '<box>' outside whole boxes of this format. Check the name of the format and "
+        "that the answer was not cut.",
     ),
     "no box in an object": (
         lambda: read_text('{"label": "cat"}', "qwen3_vl", size=SIZE),

@@ -360,8 +360,8 @@ REFUSALS = {
     ),
     "fractions": (
         lambda: pointing_hits(SAMPLE, [[0.25, 0.25, 0.5, 0.5]]),
-        "The box [0.25, 0.25, 0.5, 0.5] lies within one unit of 'px', as fractions of an image do. "
-        "Read fractions with xi.boxes.read(box, 'xyxy 0..1', size=(width, height)).",
+        "The box [0.25, 0.25, 0.5, 0.5] lies within 1.5 units of 'px', as fractions of an image "
+        "do. Read fractions with xi.boxes.read(box, 'xyxy 0..1', size=(width, height)).",
     ),
     "boxes": (
         lambda: pointing_hits([SAMPLE, SAMPLE], [[0, 0, 9, 9]]),

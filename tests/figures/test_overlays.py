@@ -206,7 +206,7 @@ def test_boxes_in_every_form_are_drawn() -> None:
     with pytest.raises(InputError) as refusal:
         figures.overlay(sample, "red", boxes=[(0.1, 0.2, 0.5, 0.75)])
     assert str(refusal.value) == (
-        "The box [0.1, 0.2, 0.5, 0.75] lies within one unit of 'px', as fractions of an image do. "
+        "The box [0.1, 0.2, 0.5, 0.75] lies within 1.5 units of 'px', as fractions of an image do. "
         "Read fractions with xi.boxes.read(box, 'xyxy 0..1', size=(width, height))."
     )
 

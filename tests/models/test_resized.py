@@ -238,6 +238,11 @@ REFUSALS = {
         "The timestamps differ from indices / fps by up to 2 s. Leave out fps for a video of "
         "variable frame rate.",
     ),
+    "frames and metadata": (
+        lambda: xi.Video((torch.zeros(4, 3, 56, 112), {"fps": 2.0})),
+        "A frame must be one image; got an array of the shape (4, 3, 56, 112). Pass this array "
+        "itself as the frames: xi.Video(array, ...).",
+    ),
     "no size": (
         lambda: xi.resized(FRAMES[0], 170),
         "original_size must be an ordered sequence, such as a list; got int 170.",

@@ -67,6 +67,9 @@ FORMATS: tuple[str, ...] = (
 )
 """The names of all formats of numbers."""
 
+_NEAR = 1.5
+"""Boxes that reach no further, in pixels, are fractions: detectors print fractions up to 1.05."""
+
 _DIGITS = 9
 """Decimals to which written numbers are rounded, so that shorter decimals round-trip exactly."""
 
@@ -81,7 +84,7 @@ def pixel_boxes(given: Boxes) -> Float[np.ndarray, "box 4"]:
             ``box``); or a table with such columns.
 
     Raises:
-        InputError: A box has other keys, has no area, or lies within one pixel, as boxes in
+        InputError: A box has other keys, has no area, or lies within 1.5 pixels, as boxes in
             fractions of the image do.
     """
     boxes = _corners(given)
@@ -118,7 +121,7 @@ def read(
 
     Raises:
         InputError: The numbers do not fit the format: a box ends before it starts, exceeds the
-            image by more than a pixel, or lies within one pixel, as fractions of the image do.
+            image by more than a pixel, or lies within 1.5 pixels, as fractions of the image do.
     """
     made = _Frame.of(format, size, resized, region)
     given = _rows(numbers, made.n_numbers, format)
@@ -163,6 +166,24 @@ def write(
     for box in pixels:
         _check_within(box, made, box, clip=False)
     return made.from_units(made.from_pixels(pixels))
+
+
+def iou(boxes: Boxes, others: Boxes) -> Float[np.ndarray, "box other"]:
+    """Return the area common to two boxes divided by the area of their union, for each pair.
+
+    Args:
+        boxes: Boxes in px (see :func:`pixel_boxes`), such as those that a model predicted.
+        others: Boxes of the same image, such as the true ones.
+
+    Raises:
+        InputError: A box is invalid.
+    """
+    mine, theirs = pixel_boxes(boxes)[:, None], pixel_boxes(others)[None]
+    low, high = np.maximum(mine, theirs)[..., :2], np.minimum(mine, theirs)[..., 2:]
+    common = (high - low).clip(0).prod(-1)
+    areas = [(each[..., 2:] - each[..., :2]).prod(-1) for each in (mine, theirs)]
+    shares: np.ndarray = common / (areas[0] + areas[1] - common)
+    return shares
 
 
 @dataclass(frozen=True)
@@ -388,17 +409,17 @@ def _size(given: Any, name: str) -> np.ndarray:
 
 
 def _refuse_fractions(units: np.ndarray, unit: str) -> None:
-    """Raise InputError for boxes that lie within one pixel: they are fractions of the image.
+    """Raise InputError for boxes that lie within 1.5 pixels: they are fractions of the image.
 
     A point may be at 0 or 1, so only points between them are refused.
     """
-    small = (np.abs(units) <= 1).all(1)
+    small = (np.abs(units) <= _NEAR).all(1)
     if units.shape[1] == 2:
         small &= (units != np.rint(units)).any(1)
     if small.any():
         what, order = ("box", "xyxy") if units.shape[1] == 4 else ("point", "xy")
         raise InputError(
-            f"The {what} {shown(units[small][0])} lies within one unit of {unit!r}, as fractions "
+            f"The {what} {shown(units[small][0])} lies within 1.5 units of {unit!r}, as fractions "
             f"of an image do. Read fractions with xi.boxes.read({what}, '{order} 0..1', "
             "size=(width, height))."
         )

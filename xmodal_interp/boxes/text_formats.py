@@ -12,7 +12,8 @@ r"""Read and write the answers in which models print phrases with their boxes.
 | ``json ORDER UNIT`` | ``[{"bbox_2d": [10, 20, 30, 40], "label": "cat"}]`` | ``ORDER UNIT`` |
 
 ``qwen2_5_vl`` is ``json xyxy resized px``, and ``qwen3_vl`` is ``json xyxy 0..1000``. The JSON may
-be in a code block, and may be one object; an object may hold several boxes, or a point.
+be in a code block or within a sentence, and may be one object; an object may hold several boxes, or
+a point.
 
 Text between the boxes is ignored, and so are the ``<seg>`` tokens of PaliGemma. If the answer has
 other location tokens than whole boxes, for example because it was cut, an error names them.
@@ -312,19 +313,24 @@ def _found(text: str, kind: str) -> Iterator[tuple[Phrase, list[list[float]], st
 
 
 def _objects(text: str) -> list[Mapping[str, Any]]:
-    """Return the objects of an answer in JSON, which may be in a code block."""
-    block = re.search(r"```(?:json)?\s*(.*?)```", text, re.DOTALL)
-    try:
-        found = json.loads(block[1] if block else text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"The text is not JSON ({error}): {quoted(text)}. Check the name of the format and "
-            "that the answer was not cut."
-        ) from None
-    entries = found if isinstance(found, list) else [found]
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f"The JSON must be a list of objects; got {quoted(found)}.")
-    return entries
+    """Return the objects of an answer that has JSON between other text, or has none."""
+    objects: list[Mapping[str, Any]] = []
+    rest, at = "", 0
+    while opening := re.compile(r"[\[{]").search(text, at):
+        try:
+            found, end = json.JSONDecoder().raw_decode(text, opening.start())
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"The text has a bracket that is not JSON ({error}): {quoted(text)}. Check the "
+                "name of the format and that the answer was not cut."
+            ) from None
+        entries = found if isinstance(found, list) else [found]
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise InputError(f"The JSON must be a list of objects; got {quoted(found)}.")
+        objects += entries
+        rest, at = rest + text[at : opening.start()], end
+    _refuse_other_marks(rest + text[at:])
+    return objects
 
 
 _POINT_TAG = re.compile(r"<points?\s([^>]*?)/?>(?:([^<]*)</points?>)?")

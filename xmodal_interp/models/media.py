@@ -76,6 +76,12 @@ class Video:
                 f"The frames of a video must be a list of images; got {quoted(self.frames)}."
             )
         object.__setattr__(self, "frames", tuple(self.frames))
+        for frame in self.frames:
+            if is_array(frame) and frame.ndim == 4:
+                raise InputError(
+                    f"A frame must be one image; got an array of the shape {tuple(frame.shape)}. "
+                    "Pass this array itself as the frames: xi.Video(array, ...)."
+                )
         if self.fps is not None:
             real_number(self.fps, "fps", 0)
         self._check_places_in_time()
