@@ -499,4 +499,5 @@ def test_a_chat_without_images_is_an_item(tmp_path: Path) -> None:
 def test_images_of_a_saved_file_are_opened_from_its_folder(data: Path) -> None:
     rows = xi.models.read_items(data / "messages.jsonl")
     part = rows[0]["messages"][0]["content"][0]
-    assert Image.open(part["image"]).size == ONE.size
+    with Image.open(part["image"]) as image:
+        assert image.size == ONE.size

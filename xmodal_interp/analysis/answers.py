@@ -88,8 +88,10 @@ def answer_accuracy(
         InputError: There are no items, or an item lacks an image, a prompt or an answer.
     """
     items = listed(items)
-    marks = {"placeholders": vlm.placeholders}
-    answers = [answer_of(item, title=f"Item {i}", **marks) for i, item in enumerate(items)]
+    marks = vlm.placeholders
+    answers = [
+        answer_of(item, title=f"Item {i}", placeholders=marks) for i, item in enumerate(items)
+    ]
     blank = [index for index, answer in enumerate(answers) if not answer.strip()]
     if blank:
         raise InputError(
@@ -109,7 +111,8 @@ def answer_accuracy(
             "item": range(len(items)),
             "question_kind": pd.array([item.get("kind") for item in items], dtype="string"),
             "prompt": [
-                asked_by(item, title=f"Item {i}", **marks).question for i, item in enumerate(items)
+                asked_by(item, title=f"Item {i}", placeholders=marks).question
+                for i, item in enumerate(items)
             ],
             "answer": answers,
             "predicted": predicted,

@@ -255,7 +255,8 @@ def capture_batch(  # noqa: PLR0913  # the settings of a run; all but three have
     asked = [
         _asked(vlm, *of_sample) for of_sample in zip(pictures, prompts, clips, known, strict=True)
     ]
-    check_answers(vlm.model, [each.answer for each in asked], max_new_tokens)
+    given = [each.answer for each in asked]
+    check_answers(vlm.model, given, max_new_tokens, language=vlm.family.language)
     options = _Options(system, max_new_tokens, keep, generation or {}, processor_options)
     samples: dict[int, Sample] = {}
     groups = vlm.batches(
@@ -343,20 +344,14 @@ def _run(
         processor_options=options.processor,
     )
     check_whole(vlm.model, inputs)
-    answers: list[Sequence[int]] = [
-        () if each.answer is None else answer_ids(vlm, prompt.text, each.answer)
-        for each, prompt in zip(asked, prompts_read, strict=True)
-    ]
+    answers = _answer_ids(vlm, prompts_read, asked)
     lengths = {len(ids) for ids in answers}
     if len(lengths) > 1:
         return _by_length(vlm, asked, options, [len(ids) for ids in answers])
     if answers[0]:
         last = [last_text(prompt) for prompt in prompts_read]
         inputs = with_answer(vlm.model, inputs, answers, last)
-    groups = None
-    if keep.statistics:
-        special = special_ids(vlm.tokenizer) if vlm.family.language else ()
-        groups = KeyGroups(prompts_read, keep.queries, special, answers)
+    groups = _key_groups(vlm, prompts_read, keep, answers)
     settings = Settings(
         towers=keep.towers,
         layers=keep.given_layers,
@@ -400,6 +395,26 @@ def _run(
             _sample(vlm, index, prompt, (list(ids), n_steps), batch, keep, known, positions)
         )
     return samples
+
+
+def _key_groups(
+    vlm: VLM, prompts: Sequence[Prompt], keep: Keep, answers: Sequence[Sequence[int]]
+) -> KeyGroups | None:
+    """Return the groups of keys for the statistics to keep; None if none are kept."""
+    if not keep.statistics:
+        return None
+    special = special_ids(vlm.tokenizer) if vlm.family.language else ()
+    return KeyGroups(prompts, keep.queries, special, answers)
+
+
+def _answer_ids(
+    vlm: VLM, prompts: Sequence[Prompt], asked: Sequence[_Asked]
+) -> list[Sequence[int]]:
+    """Return the token ids of the given answer of each sample; none for samples without one."""
+    return [
+        () if each.answer is None else answer_ids(vlm, prompt.text, each.answer)
+        for each, prompt in zip(asked, prompts, strict=True)
+    ]
 
 
 def _by_length(

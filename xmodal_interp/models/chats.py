@@ -27,7 +27,7 @@ from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.models.media import ImageLike, Video
 from xmodal_interp.models.pixel_arrays import is_array
 
-Messages = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
+Messages = Iterable[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 """Messages in one of these forms, as a list of dicts or a dict of lists."""
 
 MESSAGE_ROLES = ("system", "user", "assistant", "tool")

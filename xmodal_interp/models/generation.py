@@ -107,19 +107,27 @@ def ends_by_text(model: Any, options: Mapping[str, Any]) -> bool:
     return any(_setting(model, options, name) for name in names)
 
 
-def check_answers(model: Any, answers: Sequence[Any], max_new_tokens: int) -> None:
+def check_answers(
+    model: Any, answers: Sequence[Any], max_new_tokens: int, *, language: bool = True
+) -> None:
     """Raise InputError for given answers that are no strings, or that are generated too.
 
     Args:
         model: The model.
         answers: The given answer of each sample; None for samples without one.
         max_new_tokens: The number of tokens to generate.
+        language: Whether the model has a language model, which reads answers.
     """
     given = [answer for answer in answers if answer is not None]
     if not given:
         return
     for answer in given:
         string(answer, "A given answer")
+    if not language:
+        raise InputError(
+            f"A {model.config.model_type} model has no language model; got the answer "
+            f"{given[0]!r}. Leave the answer out."
+        )
     if max_new_tokens:
         raise InputError(
             f"The answer {given[0]!r} is given, so none is generated, but max_new_tokens is "

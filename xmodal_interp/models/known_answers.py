@@ -67,7 +67,8 @@ def entry(item: ItemDict, *names: str, title: str) -> Any:
     if len(present) != 1:
         between = " and " if present else " or "
         raise InputError(
-            f"{title} has {'both' if present else 'no'} {between.join(map(repr, names))} (its "
+            f"{title} has {'both' if present else 'no'} "
+            f"{between.join(map(repr, present or names))} (its "
             f"entries are {', '.join(map(str, item)) or 'empty'}). Give exactly one that is not "
             "None."
         )

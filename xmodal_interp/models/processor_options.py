@@ -38,7 +38,7 @@ def with_options(processor: Any, options: Mapping[str, Any]) -> Any:
     """Return a copy of a processor with other settings of its image and video processor.
 
     Args:
-        processor: The processor, which is not changed.
+        processor: The processor, which is not changed; for a vision model, its image processor.
         options: Names and values. An option of both parts is set in both; ``{"images_kwargs":
             {...}, "videos_kwargs": {...}}`` sets the options of one.
 
@@ -51,13 +51,15 @@ def with_options(processor: Any, options: Mapping[str, Any]) -> Any:
     for part, chosen in _by_part(processor, options).items():
         if not chosen:
             continue
-        inner = getattr(processor, f"{part}_processor")
+        inner = _part(processor, part)
         try:
             rebuilt = type(inner).from_dict({**copy.deepcopy(inner.to_dict()), **chosen})
         except _FAILURES as error:
             raise InputError(
                 f"{type(inner).__name__} does not take the options {quoted(chosen)}: {error}."
             ) from error
+        if inner is processor:
+            return rebuilt
         setattr(changed, f"{part}_processor", rebuilt)
         defaults = getattr(processor, f"{part}s_kwargs", None) or {}
         over = {name: value for name, value in chosen.items() if name in defaults}
@@ -70,7 +72,7 @@ def with_options(processor: Any, options: Mapping[str, Any]) -> Any:
 def _by_part(processor: Any, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the options of each part: ``image`` and ``video``."""
     found: dict[str, dict[str, Any]] = {"image": {}, "video": {}}
-    known = {part: _names(getattr(processor, f"{part}_processor", None)) for part in found}
+    known = {part: _names(_part(processor, part)) for part in found}
     for name, value in options.items():
         nested = value if name in _PARTS and isinstance(value, Mapping) else {name: value}
         parts = [_PARTS[name]] if nested is value else list(found)
@@ -81,6 +83,16 @@ def _by_part(processor: Any, options: Mapping[str, Any]) -> dict[str, dict[str, 
             for part in takers:
                 found[part][inner] = chosen
     return found
+
+
+def _part(processor: Any, part: str) -> Any:
+    """Return the image or video processor; None if there is none.
+
+    The processor of a vision model is an image processor itself.
+    """
+    if part == "image" and hasattr(processor, "preprocess"):
+        return processor
+    return getattr(processor, f"{part}_processor", None)
 
 
 def _names(part: Any) -> set[str]:

@@ -200,20 +200,44 @@ def _refuse_system(system: str | None, reason: str) -> None:
 def _from_template(vlm: VLM, messages: Sequence[dict[str, Any]]) -> str:
     """Return the messages as the chat template writes them.
 
+    Some templates take the content of messages without images only as a string: they fail on a list
+    of parts, or write the list itself. They are given strings.
+
     Raises:
         InputError: The template fails, for example because it has no system messages.
     """
     generation_prompt = not vlm.family.writes_prompt
+
+    def written(given: Sequence[dict[str, Any]]) -> str:
+        return str(
+            vlm.processor.apply_chat_template(given, add_generation_prompt=generation_prompt)
+        )
+
+    plain = [_with_string(message) for message in messages]
     try:
-        text = vlm.processor.apply_chat_template(messages, add_generation_prompt=generation_prompt)
-    except (TemplateError, TypeError) as error:  # TypeError: it adds a string to the list of parts
+        try:
+            text = written(messages)
+        except (TemplateError, TypeError):  # TypeError: it adds a string to the list of parts
+            if plain == list(messages):
+                raise
+            return written(plain)
+        lists = [str(message["content"]) for message in messages if message["content"]]
+        return written(plain) if any(each in text for each in lists) else text
+    except (TemplateError, TypeError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
             f"The chat template of {type(vlm.processor).__name__} fails on messages of the roles "
             f"{roles}: {error}. Leave out messages that it does not take, or write the whole "
             "prompt."
         ) from error
-    return str(text)
+
+
+def _with_string(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message of one text with the text as its content; others as they are."""
+    content = message["content"]
+    if len(content) != 1 or content[0]["type"] != "text":
+        return message
+    return {**message, "content": content[0]["text"]}
 
 
 _PROBE = "xmodal probe"
@@ -259,7 +283,8 @@ def _message_spans(vlm: VLM, text: str, messages: Sequence[dict[str, Any]]) -> l
         for part in message["content"]
         if part["type"] == "text"
     ]
-    if any(text.count(written.strip()) > 1 for _, _, written in parts if written.strip()):
+    places = [text.count(given.strip()) for _, _, given in parts if given.strip()]
+    if any(n != 1 for n in places):
         exact = _numbered_spans(vlm, text, messages, parts)
         if exact is not None:
             return exact
@@ -268,7 +293,7 @@ def _message_spans(vlm: VLM, text: str, messages: Sequence[dict[str, Any]]) -> l
         written = given.strip()
         if not written:
             continue
-        start = text.find(written, cursor)
+        start = text.find(written, 0 if text.count(written) == 1 else cursor)
         if start < 0:
             raise InputError(
                 f"The chat template's prompt {text!r} does not contain the message text "

@@ -206,7 +206,7 @@ class VLM:
                 "Pass a family record with one, or record the attention with xi.record(model)."
             )
         if not self.family.language:
-            inputs, labelled_prompts = vision_inputs.prepared(self, opened, questions)
+            inputs, labelled_prompts = vision_inputs.prepared(self, opened, asked)
             return self._moved(inputs), labelled_prompts
         prompts = [
             rendered(self, question, len(of), len(clips), system=system)
