@@ -111,7 +111,7 @@ def test_statistics_are_those_of_the_same_answer_generated(family: str, queries:
             kept, expected = getattr(call, name), getattr(theirs.calls[key], name)
             assert (kept is None) == (expected is None), name
             if kept is not None:
-                torch.testing.assert_close(kept, expected, atol=1e-4, rtol=1e-5)
+                torch.testing.assert_close(kept, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_values_and_norms_of_a_given_answer() -> None:

@@ -322,7 +322,8 @@ def _numbered_spans(
         parts: Role, turn and text of each text part.
 
     Returns:
-        The spans; None if the template writes other text around numbers than around the texts.
+        The spans; None if the template leaves out a text, or writes other text around numbers than
+        around the texts.
     """
     numbers = iter(range(len(parts)))
     numbered = [
@@ -338,7 +339,7 @@ def _numbered_spans(
         for message in messages
     ]
     first, *pieces = _NUMBER.split(_from_template(vlm, numbered))
-    if not text.startswith(first):
+    if not text.startswith(first) or {int(each) for each in pieces[::2]} != {*range(len(parts))}:
         return None
     spans, cursor = [], len(first)
     for number, following in zip(pieces[::2], pieces[1::2], strict=True):
