@@ -248,7 +248,7 @@ WRONG = {
     ),
     "messages": (
         {"prompt": [{"role": "user"}]},
-        "A prompt must be a string; got [{'role': 'user'}].",
+        "A message must have a content; got {'role': 'user'}.",
     ),
     "name": (
         {"vlm": "llava"},

@@ -33,6 +33,7 @@ Row = dict[str, Any]
 
 NAMES = ("name", "id")
 IMAGES, VIDEOS, PROMPT = ("image", "images"), ("video", "videos"), ("prompt", "question")
+CHATS = ("messages", "conversations")
 
 _URL = re.compile(r"(?:https?|file)://|data:", re.IGNORECASE)
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -336,7 +337,26 @@ def _in_folder(row: Row, folder: Path) -> Row:
     for name in VIDEOS:
         if changed.get(name) is not None:
             changed[name] = [_video(one, folder) for one in one_or_several(changed[name])]
+    for name in (*PROMPT, *CHATS):
+        if isinstance(changed.get(name), list):
+            changed[name] = [_message(one, folder) for one in changed[name]]
     return changed
+
+
+def _message(given: Any, folder: Path) -> Any:
+    """Return a message of a chat with the paths of the images in its parts."""
+    if not isinstance(given, Mapping) or not isinstance(given.get("content"), list):
+        return given
+    parts = [
+        {
+            key: _located(value, folder) if key in ("image", "path") else value
+            for key, value in part.items()
+        }
+        if isinstance(part, Mapping)
+        else part
+        for part in given["content"]
+    ]
+    return {**given, "content": parts}
 
 
 def _video(given: Any, folder: Path) -> Any:
