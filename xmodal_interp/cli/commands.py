@@ -117,14 +117,21 @@ def capture(
         list[str] | None,
         typer.Option(help="Path or URL of an image; repeat the option for several images"),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question about the image")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="The question about the image; with --items, of all items without one"),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the sample in the store")] = None,
     items: Annotated[
         Path | None,
         typer.Option(
             help="A file (.jsonl, .json, .csv, .tsv, .parquet) or a folder of items with image, "
-            "prompt, ..., or with messages or conversations"
+            "prompt, ..., or with messages or conversations, or COCO captions"
         ),
+    ] = None,
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Where relative paths of --items start; default: the folder of the file"),
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message")] = None,
     given_answers: Annotated[
@@ -184,7 +191,7 @@ def capture(
         max_new_tokens = 20 if vlm.family.language and not given_answers else 0
     if prompt is None and not vlm.family.language:
         prompt = ""
-    asked = _asked(items, image, prompt, name)
+    asked = _asked(items, image, prompt, name, image_folder)
     written = xi.capture_dataset(
         vlm,
         asked,
@@ -466,13 +473,19 @@ def _named_values(written: list[str]) -> dict[str, Any]:
 
 
 def _asked(
-    items: Path | None, images: list[str] | None, prompt: str | None, name: str | None
+    items: Path | None,
+    images: list[str] | None,
+    prompt: str | None,
+    name: str | None,
+    image_folder: Path | None,
 ) -> list[dict[str, Any]]:
     """Return the items of a file, or the single item given by the options."""
     if items is not None:
-        if images or prompt or name is not None:
-            raise InputError("--items cannot be combined with --image, --prompt or --name.")
-        return xi.read_items(items)
+        if images or name is not None:
+            raise InputError("--items cannot be combined with --image or --name.")
+        return xi.read_items(items, prompt=prompt or None, image_folder=image_folder)
+    if image_folder is not None:
+        raise InputError("--image-folder requires --items.")
     if not images or prompt is None:
         raise InputError("Nothing to capture: pass --image with --prompt, or --items.")
     return [{"image": list(images), "prompt": prompt, "name": name}]
