@@ -17,6 +17,7 @@ recording to 30 seconds; ``n_keys`` leaves the padding out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,13 +33,11 @@ from xmodal_interp.vocabulary import Tower
 
 FRAME_S = 0.02  # seconds of sound per key of Whisper's cross-attention
 MEDIAN_FRAMES = 7  # width of Whisper's median filter
-Head = tuple[int, int]
-"""Layer and head."""
 
 
 @checked
 def time_alignment(
-    calls: Iterable[AttentionCall],
+    calls: Iterable[Any],
     rows: Positions,
     *,
     n_keys: int | None = None,
@@ -110,9 +109,9 @@ def time_alignment(
 
 @checked
 def token_times(
-    calls: Iterable[AttentionCall],
+    calls: Iterable[Any],
     rows: Positions,
-    heads: Iterable[Head],
+    heads: Iterable[Sequence[int]],
     *,
     n_keys: int | None = None,
     tower: Tower = "language",
@@ -188,7 +187,7 @@ def first_columns(scores: Float[np.ndarray, "row column"]) -> Int[np.ndarray, " 
     return first
 
 
-def _cross_calls(calls: Iterable[AttentionCall], tower: Tower) -> list[AttentionCall]:
+def _cross_calls(calls: Iterable[Any], tower: Tower) -> list[AttentionCall]:
     """Return the cross-attention calls of a tower, one per layer, in the order of layers."""
     given = as_list(calls, "calls")
     if not all(isinstance(call, AttentionCall) for call in given):
@@ -250,7 +249,9 @@ def _monotone_share(probs: Float[np.ndarray, "head row key"]) -> Float[np.ndarra
     return share
 
 
-def _known_heads(heads: Iterable[Head], by_layer: dict[int, AttentionCall]) -> Sequence[Head]:
+def _known_heads(
+    heads: Iterable[Sequence[int]], by_layer: dict[int, AttentionCall]
+) -> list[tuple[int, int]]:
     """Return the heads as pairs of integers."""
     found = []
     for each in one_or_several(heads):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from xmodal_interp.errors import InputError, quoted
 
 
 @checked
-def known_heads(table: pd.DataFrame, heads: Iterable[tuple[int, int]], value: str) -> pd.DataFrame:
+def known_heads(table: pd.DataFrame, heads: Iterable[Sequence[int]], value: str) -> pd.DataFrame:
     """Return how well a score ranks known heads above all others.
 
     ``auc`` is the probability that a random known head has a larger score than a random other head,
