@@ -24,10 +24,10 @@ def test_a_panel_shows_each_word_over_its_seconds() -> None:
     assert first.images[0].get_extent() == [0, 0.4, 2.5, -0.5]
     assert [label.get_text() for label in first.get_yticklabels()] == ["one", "two", "three"]
     (lines,) = second.collections
-    drawn = [segment.tolist() for segment in lines.get_segments() if not np.isnan(segment).any()]
+    drawn = [segment.tolist() for segment in lines.get_segments() if len(segment)]
     assert drawn == [[[0.0, -0.5], [0.0, 0.5]], [[0.25, 1.5], [0.25, 2.5]]]
     assert [axes.title.get_weight() for axes in (first, second)] == ["normal", "bold"]
-    assert bars(figure)[0].get_ylabel() == "attention probability\n(square-root scale)"
+    assert bars(figure)[0].get_ylabel() == "attention\nprobability\n(square-root\nscale)"
     assert "Red: b. Red line: known start of the word." in words(figure)
 
 

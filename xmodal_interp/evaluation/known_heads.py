@@ -89,7 +89,7 @@ def _p_value(ranks: Float[np.ndarray, " head"], known: Bool[np.ndarray, " head"]
     """
     doubled = np.rint(2 * ranks).astype(int)
     n_known, n_heads = int(known.sum()), len(ranks)
-    chance = np.zeros((n_known + 1, doubled.sum() + 1))
+    chance = np.zeros((n_known + 1, np.sort(doubled)[-n_known:].sum() + 1))
     chance[0, 0] = 1
     for place, rank in enumerate(doubled):
         missing = np.clip(n_known - np.arange(n_known + 1), 0, None)[:, None] / (n_heads - place)
