@@ -133,9 +133,7 @@ def of_bytes(folder: Path, _: str) -> Path:
 def of_urls(folder: Path, url: str) -> Path:
     inline = base64.b64encode((folder / FILES[1]).read_bytes()).decode()
     addresses = [f"{url}/{FILES[0]}", f"data:image/png;base64,{inline}"]
-    return lines(
-        folder, [row | {"image": at} for row, at in zip(LABELLED, addresses, strict=True)]
-    )
+    return lines(folder, [row | {"image": at} for row, at in zip(LABELLED, addresses, strict=True)])
 
 
 KINDS = {
@@ -154,9 +152,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def expected() -> list[xi.Sample]:
-    return [
-        xi.capture(shipped(), each["image"], QUESTION, max_new_tokens=2) for each in items(2)
-    ]
+    return [xi.capture(shipped(), each["image"], QUESTION, max_new_tokens=2) for each in items(2)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
