@@ -234,6 +234,7 @@ def _hits(
             f"The {what} of sample {sample.name!r} contains no image token by the criterion "
             f"{criterion!r}. The image tokens cover {low[:2] + high[2:]}."
         )
+    _check_in_image(sample, image, np.concatenate([boxes, *others]))
     elsewhere = [tokens_inside(cells.boxes, other, criterion) for other in others]
     chosen = queries(sample) if callable(queries) else queries
     rows = queries_of(sample, chosen.tolist() if isinstance(chosen, np.ndarray) else chosen)
@@ -253,6 +254,19 @@ def _hits(
             f"{image} in any chosen layer. Choose queries after the image."
         )
     return parts
+
+
+def _check_in_image(sample: Sample, image: int, boxes: Float[np.ndarray, "box 4"]) -> None:
+    """Raise InputError if a box exceeds the image by more than half a side: it has other units."""
+    size = (sample.grids[image].width, sample.grids[image].height)
+    half = np.divide(size, 2)
+    beyond = (boxes[:, :2] < -half) | (boxes[:, 2:] > size + half)
+    if beyond.any():
+        raise InputError(
+            f"The box {shown(boxes[beyond.any(1)][0])} of sample {sample.name!r} exceeds its image "
+            f"of {size[0]} x {size[1]} px by more than half a side. Read numbers of other units with xi.boxes.read(numbers, "
+            "format, size=(width, height))."
+        )
 
 
 def _of_samples(given: Any, name: str, n: int) -> list[Any]:
