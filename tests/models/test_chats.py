@@ -318,7 +318,8 @@ WRONG = {
     ),
     "a number": (
         7,
-        "Messages must be an ordered sequence, such as a list; got int 7.",
+        "A prompt must be a string or a list of messages, which are dicts with role and content; "
+        "got 7.",
     ),
 }
 

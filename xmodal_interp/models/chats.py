@@ -166,7 +166,7 @@ def _listed(given: Any) -> list[Any]:
             )
         rows = zip(*columns.values(), strict=True)
         given = [dict(zip(columns, row, strict=True)) for row in rows]
-    listed = as_list(given, "Messages")
+    listed = as_list(given, "Messages") if isinstance(given, Iterable) else []
     if not listed or not all(isinstance(each, Mapping) for each in listed):
         raise InputError(
             "A prompt must be a string or a list of messages, which are dicts with role and "

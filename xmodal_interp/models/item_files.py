@@ -4,7 +4,8 @@ The values of an item are those that the file has: nothing is inferred from how 
 
 * JSON values keep their types; a JSONL file is parsed line by line.
 * CSV cells are strings (``04`` stays ``"04"``); empty cells are missing. A cell of the columns
-  ``images`` that starts with ``[`` is a JSON list of paths.
+  ``images`` that starts with ``[`` is a JSON list of paths; one of the columns ``messages`` or
+  ``conversations``, of messages.
 * Parquet values keep their types.
 * A named index of a table is an entry of each item (see :func:`rows_of_table`).
 """
@@ -264,7 +265,7 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _cell(name: str, cell: str) -> Any:
-    if name != IMAGES[1] or not cell.lstrip().startswith("["):
+    if name not in (IMAGES[1], *CHATS) or not cell.lstrip().startswith("["):
         return cell
     return json.loads(cell)
 
@@ -349,7 +350,9 @@ def _message(given: Any, folder: Path) -> Any:
         return given
     parts = [
         {
-            key: _located(value, folder) if key in ("image", "path") else value
+            key: _frames(value, folder)
+            if key == "video"
+            else (_located(value, folder) if key in ("image", "path") else value)
             for key, value in part.items()
         }
         if isinstance(part, Mapping)
@@ -357,6 +360,11 @@ def _message(given: Any, folder: Path) -> Any:
         for part in given["content"]
     ]
     return {**given, "content": parts}
+
+
+def _frames(given: Any, folder: Path) -> Any:
+    """Return the paths of the frames of a video; any other value is returned as is."""
+    return [_located(one, folder) for one in given] if isinstance(given, list) else given
 
 
 def _video(given: Any, folder: Path) -> Any:

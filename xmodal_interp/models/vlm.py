@@ -175,7 +175,8 @@ class VLM:
             prepared = self.with_options(processor_options).prepare(
                 images, questions, system=system, videos=videos
             )
-            object.__setattr__(self, "_prepared", (prompt_ids(prepared[0]), prepared[1]))
+            if self.family.language:
+                object.__setattr__(self, "_prepared", (prompt_ids(prepared[0]), prepared[1]))
             return prepared
         questions = as_list(questions, "questions")
         pictures = [one_or_several(of) for of in as_list(images, "images")]
