@@ -102,6 +102,8 @@ MAIN = (
 TOWERS = {"attention_distance": ("vision",)}
 LEARNED_QUERIES = ("query_patches", "on_patches")
 """Analyses of models whose image tokens are learned queries."""
+OF_NORMS = ("token_norms",)
+"""Analyses of norms of hidden states. They only read what the capture has computed."""
 
 
 def works() -> list[Work]:
@@ -110,7 +112,7 @@ def works() -> list[Work]:
     main = [work for work in MAIN if all(hasattr(xi, name) for name in work.needs)]
     together = [work.run for work in main if work.in_all]
     everything = Work(ALL, lambda sample: [run(sample) for run in together], takes_many=False)
-    used = {name for work in MAIN for name in work.needs} | set(LEARNED_QUERIES)
+    used = {name for work in MAIN for name in work.needs} | {*LEARNED_QUERIES, *OF_NORMS}
     others = [
         Work(
             name,

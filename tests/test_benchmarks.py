@@ -45,7 +45,10 @@ def table_of(name: str, sample: xi.Sample) -> pd.DataFrame:
 
 
 def test_every_analysis_of_a_sample_is_measured() -> None:
-    named = {work.name.split(",")[0] for work in works.works()} | set(works.LEARNED_QUERIES)
+    named = {work.name.split(",")[0] for work in works.works()} | {
+        *works.LEARNED_QUERIES,
+        *works.OF_NORMS,
+    }
     assert set(xi.analysis.__all__) - named == {"answer_accuracy", "head_pruning", "pruning_curve"}
 
 

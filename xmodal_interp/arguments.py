@@ -145,8 +145,12 @@ def as_list(given: Any, name: str) -> list[Any]:
 
 
 def list_if_iterator(given: Any) -> Any:
-    """Convert an iterator or a dict view to a list; return any other value unchanged."""
-    return list(given) if isinstance(given, (Iterator, KeysView, ValuesView)) else given
+    """Convert an iterator or a dict view to a list; return any other value unchanged.
+
+    An open file, which iterates over lines, is a single value.
+    """
+    iterates = isinstance(given, (Iterator, KeysView, ValuesView)) and not hasattr(given, "read")
+    return list(given) if iterates else given
 
 
 def is_several(given: Any) -> TypeGuard[Iterable[Any]]:

@@ -22,7 +22,7 @@ from xmodal_interp.store import Store
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
-    keep = xi.Keep(towers=("vision", "language"))
+    keep = xi.Keep(towers=("vision", "language"), norms=True)
     folder = tmp_path_factory.mktemp("processes") / "store"
     return xi.capture_dataset(shipped(), items(7), folder, keep=keep, progress=False)
 

@@ -194,8 +194,8 @@ def test_keep_text_keeps_text_after_the_video() -> None:
 def test_error_messages() -> None:
     vlm = vlm_of("qwen2_vl")
     refusal = (
-        "A video must be xi.Video([frame, ...], fps=...), each frame a path or another image; got "
-        "{}. Video files are not decoded: decode yours and choose the frames for the model."
+        "A video must be xi.Video([frame, ...], fps=...), each frame a path or another image; "
+        "got {}. Video files are not decoded: decode yours and choose the frames for the model."
     )
     with pytest.raises(InputError) as path:
         open_video("clip.mp4")
@@ -209,8 +209,8 @@ def test_error_messages() -> None:
     with pytest.raises(InputError) as placeholder:
         xi.capture(vlm, [], "<|video_pad|> what ?", videos=[clip(2, 0), clip(2, 1)])
     assert str(placeholder.value) == (
-        "The chat template's prompt has 1 video placeholders for 2 videos: 'user: <|video_pad|> "
-        "what ?assistant:'. Put <|video_pad|> where each video goes."
+        "The prompt has 1 video placeholders for 2 videos: '<|video_pad|> what ?'. Put "
+        "<|video_pad|> where each video goes."
     )
     sample = xi.capture(vlm, [], QUESTION, videos=clip(2, 0))
     with pytest.raises(GeometryError) as image_grid:

@@ -22,6 +22,7 @@ from xmodal_interp.errors import (
     UnsupportedModelError,
 )
 from xmodal_interp.models import VLM, load
+from xmodal_interp.models.picture_sources import WANTED
 from xmodal_interp.models.records import family_of
 from xmodal_interp.models.token_table import token_table
 from xmodal_interp.shapes.tiny_models import build_processor, untrained
@@ -114,8 +115,12 @@ def test_the_images_of_a_batch_may_be_flat(tmp_path) -> None:
             "images, prompts and videos must have one entry for each sample; got 2 entries of "
             "images, 1 prompts and 1 entries of videos.",
         ),
-        ([[picture()], None], [QUESTION, QUESTION], "An image must be a path or a PIL image; got"),
-        ([[picture()], 7], [QUESTION, QUESTION], "An image must be a path or a PIL image; got"),
+        (
+            [[picture()], None],
+            [QUESTION, QUESTION],
+            f"{WANTED}; got an object of NoneType.",
+        ),
+        ([[picture()], 7], [QUESTION, QUESTION], f"{WANTED}; got an object of int."),
         ([[picture()]], [7], "A prompt must be a string; got 7."),
     ],
 )

@@ -28,7 +28,7 @@ def test_the_table_has_a_row_per_type_and_current_rules() -> None:
         "as_probabilities": "",
         "worst_error": pytest.approx(5e-7, abs=5e-7),
         "generation": "same",
-        "geometry": "FixedGrid",
+        "geometry": "Chosen",
         "videos": "",
         "processor": "LlavaProcessor",
         "note": "",

@@ -132,7 +132,7 @@ def test_rollout_is_drawn_on_the_image() -> None:
     np.testing.assert_allclose(ratio.get_array().ravel(), np.clip(log2, -5, 5), atol=1e-5)
     vision = analysis.attention_rollout(sample_of("llava"), tower="vision")
     seen = figures.rollout_overlay(vision, sample_of("llava"))
-    assert titles(seen) == ["image", "position 0"]
+    assert titles(seen) == ["image", '"class" (0)']
     with pytest.raises(InputError) as other:
         figures.rollout_overlay(table, fake())
     assert str(other.value) == (

@@ -207,9 +207,9 @@ def test_headers_of_a_chat_template_are_special() -> None:
 def test_a_beginning_written_by_the_processor_has_the_template_role() -> None:
     prompt = vlm_of("molmo2").prepare([[WIDE]], ["look at <|image|> the red circle"])[1][0]
     sample = sample_of(prompt)
-    assert prompt.text == "<s>look at <|image|> the red circle"
+    assert prompt.text == "<s>user: look at <|image|> the red circleassistant:"
     tokens = prompt.tokens
-    assert tokens["token"].iloc[sample.find("red circle")].str.cat().strip() == "red circle"
+    assert tokens["token"].iloc[sample.find("the red")].str.cat().strip() == "the red"
     assert tokens["role"].iloc[sample.find("look at")].eq("user").all()
     begun = tokens[tokens["token"].eq("<s>")]
     assert len(begun) > 0

@@ -125,6 +125,45 @@ def test_folders(folder):
     )
 
 
+COCO = {
+    "info": {"year": 2017},
+    "images": [
+        {"id": 39769, "file_name": "b.png", "width": 96, "height": 96},
+        {"id": 7, "file_name": "a.png", "width": 96, "height": 96},
+    ],
+    "annotations": [
+        {"id": 1, "image_id": 7, "caption": "Two shapes ."},
+        {"id": 2, "image_id": 7, "caption": "A circle ."},
+    ],
+}
+
+
+def test_an_item_of_coco_captions_is_an_image(folder, tmp_path):
+    (tmp_path / "annotations").mkdir()
+    file = tmp_path / "annotations" / "captions.json"
+    file.write_text(json.dumps(COCO))
+    assert read_items(file, image_folder=folder, prompt="what ?") == [
+        {"id": 39769, "image": [str(folder / "b.png")], "captions": [], "prompt": "what ?"},
+        {
+            "id": 7,
+            "image": [str(folder / "a.png")],
+            "captions": ["Two shapes .", "A circle ."],
+            "prompt": "what ?",
+        },
+    ]
+    assert read_items(file)[0]["image"] == [str(file.parent / "b.png")]
+
+
+def test_a_prompt_is_the_question_of_items_that_have_none(folder):
+    (folder / "items.csv").write_text("image,question\na.png,how many ?\nb.png,\n")
+    first, second = read_items(folder / "items.csv", prompt="what ?")
+    assert first == {"image": [str(folder / "a.png")], "question": "how many ?"}
+    assert second == {"image": [str(folder / "b.png")], "prompt": "what ?"}
+    with pytest.raises(InputError) as refusal:
+        read_items(folder / "items.csv", image_folder=folder / "no")
+    assert str(refusal.value) == f"The folder of the images {str(folder / 'no')!r} does not exist."
+
+
 def test_a_video_of_a_file_is_a_list_of_frames(folder):
     row = {"video": {"frames": ["a.png", "b.png"], "fps": 2.0}, "prompt": "?"}
     (folder / "items.jsonl").write_text(json.dumps(row))
@@ -155,6 +194,22 @@ def test_a_video_of_a_file_is_a_list_of_frames(folder):
             "a.json cannot be read as JSON: it must be a list of objects, not a dict.",
         ),
         ("a.json", "[1]", "a.json cannot be read as JSON: entry 0 is a int, not an object."),
+        (
+            "a.json",
+            '{"images": [], "annotations": [{"id": 4, "bbox": [0, 0, 1, 1]}]}',
+            "a.json cannot be read as JSON: the annotation 4 has no caption: only COCO files of "
+            "captions are items.",
+        ),
+        (
+            "a.json",
+            '{"images": [], "annotations": [{"id": 4, "image_id": 9, "caption": "?"}]}',
+            "a.json cannot be read as JSON: there is no image 9, which has a caption.",
+        ),
+        (
+            "a.json",
+            '{"images": [{"id": 1}, {"id": 1}], "annotations": []}',
+            "a.json cannot be read as JSON: several entries of images have the same id.",
+        ),
         (
             "a.csv",
             "image,prompt\na.png,what, now ?",

@@ -42,33 +42,55 @@ _UNNAMED = "__index_level_"
 """Beginning of the column names under which pandas writes an index without a name."""
 
 
-def read_items(path: str | PathLike[str]) -> list[Row]:
+def read_items(
+    path: str | PathLike[str],
+    *,
+    prompt: str | None = None,
+    image_folder: str | PathLike[str] | None = None,
+) -> list[Row]:
     """Read items from a file or a folder, for any function that takes items.
 
-    Relative paths of images start at the folder of the file. Values keep the types that the file
-    has: JSON values, strings in CSV, the types of a Parquet column.
+    Values keep the types that the file has: JSON values, strings in CSV, the types of a Parquet
+    column.
 
     Args:
         path: One of
 
             * ``.jsonl``: a JSON object per line; ``.json``: a list of objects;
+            * ``.json`` of COCO captions: an item per image, with the label ``captions``;
             * ``.csv`` or ``.tsv``: a header and a row per item, in UTF-8;
             * ``.parquet``: a row per item; images are paths, bytes, or ``{"bytes", "path"}``;
             * a folder of images with ``metadata.jsonl``, ``.csv`` or ``.parquet``, whose entry
               ``file_name`` (or ``file_names``) is the image (or images);
             * a folder written by ``datasets.Dataset.save_to_disk``.
+        prompt: The question of all items that have none, such as those of COCO captions.
+        image_folder: Where relative paths of images start; by default the folder of the file (paths
+            of a saved ``datasets.Dataset`` are left as they are).
 
     Returns:
         A dict per item. An entry that is None or missing is the same.
 
     Raises:
-        InputError: The file does not exist, has another extension, cannot be read, or has no items.
+        InputError: The file or ``image_folder`` does not exist, the file has another extension,
+            cannot be read, or has no items.
     """
     path = user_path(path)
     if not path.exists():
         raise InputError(f"The file of items {str(path)!r} does not exist.")
+    start = None if image_folder is None else user_path(image_folder)
+    if start is not None and not start.is_dir():
+        raise InputError(f"The folder of the images {str(start)!r} does not exist.")
     if path.is_dir():
-        return _read_folder(path)
+        rows, own = _read_folder(path)
+    else:
+        rows, own = _read_file(path), path.parent
+    start = start or own
+    if start is not None:
+        rows = [_in_folder(row, start) for row in rows]
+    return rows if prompt is None else [_with_prompt(row, prompt) for row in rows]
+
+
+def _read_file(path: Path) -> list[Row]:
     if path.suffix.lower() not in _READERS:
         raise InputError(
             f"The file of items must be one of {', '.join(_READERS)}; got {path.name!r}."
@@ -82,7 +104,12 @@ def read_items(path: str | PathLike[str]) -> list[Row]:
         raise InputError(f"{path.name} cannot be read as {kind}: {error}.") from error
     if not rows:
         raise InputError(f"{path.name} has no rows; it must have at least one item.")
-    return [_in_folder(row, path.parent) for row in rows]
+    return rows
+
+
+def _with_prompt(row: Row, prompt: str) -> Row:
+    asks = any(row.get(name) not in (None, "") for name in PROMPT)
+    return row if asks else {**row, PROMPT[0]: prompt}
 
 
 def rows_of(items: Any) -> Any:
@@ -170,12 +197,37 @@ def _read_json_lines(path: Path) -> list[Row]:
 
 def _read_json(path: Path) -> list[Row]:
     rows = json.loads(path.read_text("utf-8-sig"), parse_constant=_refuse_constant)
+    if isinstance(rows, dict) and {"images", "annotations"} <= rows.keys():
+        return _coco_captions(rows["images"], rows["annotations"])
     if not isinstance(rows, list):
         raise ValueError(f"it must be a list of objects, not a {type(rows).__name__}")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"entry {number} is a {type(row).__name__}, not an object")
     return rows
+
+
+def _coco_captions(images: list[Row], annotations: list[Row]) -> list[Row]:
+    """Return an item per image of a file in the format of COCO captions.
+
+    Lin et al. 2014 (arXiv 1405.0312); the format is documented at cocodataset.org.
+    """
+    captions: dict[Any, list[str]] = {each["id"]: [] for each in images}
+    if len(captions) != len(images):
+        raise ValueError("several entries of images have the same id")
+    for each in annotations:
+        if "caption" not in each:
+            raise ValueError(
+                f"the annotation {each.get('id')} has no caption: only COCO files of captions are "
+                "items"
+            )
+        if each["image_id"] not in captions:
+            raise ValueError(f"there is no image {each['image_id']}, which has a caption")
+        captions[each["image_id"]].append(each["caption"])
+    return [
+        {"id": each["id"], "image": each["file_name"], "captions": captions[each["id"]]}
+        for each in images
+    ]
 
 
 def _refuse_constant(name: str) -> Any:
@@ -240,8 +292,11 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
 }
 
 
-def _read_folder(path: Path) -> list[Row]:
+def _read_folder(path: Path) -> tuple[list[Row], Path | None]:
     """Read a saved ``datasets.Dataset``, or the metadata file of a folder of images.
+
+    Returns:
+        The rows, and the folder where their paths start.
 
     Raises:
         InputError: The folder is neither, or ``datasets`` is not installed.
@@ -254,7 +309,7 @@ def _read_folder(path: Path) -> list[Row]:
                 f"Reading {str(path)!r}, a saved data set, requires the package datasets. Install "
                 "it with pip install datasets."
             ) from error
-        return list(rows_of(load_from_disk(str(path))))
+        return list(rows_of(load_from_disk(str(path)))), None
     found = [path / name for name in _METADATA if (path / name).is_file()]
     if len(found) != 1:
         raise InputError(
@@ -262,8 +317,7 @@ def _read_folder(path: Path) -> list[Row]:
             f"{', '.join(_METADATA)}, or be written by datasets.Dataset.save_to_disk; it contains "
             f"{', '.join(each.name for each in found) or 'none of them'}."
         )
-    rows = read_items(found[0])
-    return [_in_folder(_with_images(row), path) for row in rows]
+    return [_with_images(row) for row in _read_file(found[0])], path
 
 
 def _with_images(row: Row) -> Row:

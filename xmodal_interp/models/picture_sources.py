@@ -14,7 +14,7 @@ from http.client import HTTPException
 from os import PathLike
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
@@ -168,6 +168,8 @@ def _fetched(url: str) -> bytes:
     except (URLError, HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         code = getattr(error, "code", None)
+        if isinstance(error, HTTPError):
+            error.close()  # it is also the open response
         raise InputError(
             f"The image at {quoted(url)} could not be fetched: "
             f"{reason if code is None else f'{code} {reason}'}."

@@ -101,7 +101,8 @@ def rendered(
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     text = _from_template(vlm, messages)
-    _check_videos(text, video, n_videos, "The chat template's prompt")
+    checked, whose = (question, "The prompt") if placed else (text, "The chat template's prompt")
+    _check_videos(checked, video, n_videos, whose)
     marks = (
         RoleSpan("user", *found.span())
         for each in placeholders
