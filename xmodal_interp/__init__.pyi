@@ -32,8 +32,10 @@ from .analysis import (
     recency_index,
     rollout_matrix,
     sink_rate,
+    time_alignment,
     token_norms,
     token_ratio,
+    token_times,
 )
 from .attention import AttentionCall
 from .capturing.dataset import capture_dataset
@@ -103,6 +105,8 @@ __all__ = [
     "shapes",
     "sink_rate",
     "store",
+    "time_alignment",
     "token_norms",
     "token_ratio",
+    "token_times",
 ]

@@ -46,6 +46,7 @@ from xmodal_interp.vocabulary import (
     TEXT,
     TOKEN_KINDS,
     TOWERS,
+    TURN,
     VISUAL_KINDS,
     AttentionKind,
     Keyword,
@@ -186,27 +187,35 @@ class Sample:
         image: int | None = None,
         video: int | None = None,
         frame: int | None = None,
+        turn: int | None = None,
     ) -> Int[np.ndarray, " position"]:
         """Return the positions that match all given values, ascending; may be empty.
 
         Args:
             kind: A token kind: ``"image"``, ``"video"``, ``"text"``, ``"special"`` or
                 ``"padding"``.
-            role: ``"system"``, ``"user"``, ``"generated"`` or ``"template"``.
+            role: ``"system"``, ``"user"``, ``"assistant"`` or ``"tool"`` (a message of a chat),
+                ``"generated"`` (the answer) or ``"template"``.
             image: Index of an image.
             video: Index of a video.
             frame: Index of a frame of a video.
+            turn: Index of a message of a chat, system message included; the answer follows the
+                last message.
         """
         if kind is not None and not (isinstance(kind, str) and kind in TOKEN_KINDS):
             raise InputError(f"kind must be one of {', '.join(TOKEN_KINDS)}; got {quoted(kind)}.")
         if role is not None:
             one_of(role, "role", ROLES)
-        numbers = {"image": image, "video": video, "frame": frame}
+        numbers = {"image": image, "video": video, "frame": frame, TURN: turn}
         for name, index in numbers.items():
             if index is not None:
                 whole_number(index, name, 0)
         matches = np.ones(len(self.tokens), dtype=bool)
         wanted: dict[str, Any] = {"kind": kind, "role": role, **numbers}
+        if turn is not None and TURN not in self.tokens:
+            raise InputError(
+                f"Sample {self.name!r} is not a chat, so its tokens have no turns. Leave out turn."
+            )
         for column, value in wanted.items():
             if column == "kind" and value is not None:
                 matches &= self.kinds == value

@@ -20,7 +20,10 @@ TokenKind = Literal["image", "video", "text", "special", "padding"]
 
 TOWERS: tuple[Tower, ...] = ("vision", "audio", "other", "connector", "language")
 TOKEN_KINDS: tuple[TokenKind, ...] = ("image", "video", "text", "special", "padding")
-ROLES: tuple[str, ...] = ("system", "user", "generated", "template")
+ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool", "generated", "template")
+TURN = "turn"
+"""Column of the token tables of chats: index of the message, generated tokens last; NA outside
+messages."""
 VISUAL_KINDS: tuple[TokenKind, ...] = ("image", "video")
 
 SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")
@@ -57,7 +60,8 @@ TOKEN_COLUMNS: tuple[str, ...] = (
 )
 """Columns of a token table:
 
-* ``token``, ``kind``, ``role`` (``system``, ``user``, ``generated`` or ``template``);
+* ``token``, ``kind``, ``role`` (``system``, ``user``, ``assistant`` or ``tool``; ``generated`` for
+  the answer; or ``template``);
 * ``image``: index of the image; ``row``, ``col``: place on its grid;
 * ``x0``, ``y0``, ``x1``, ``y1``: box in pixels of the original image;
 * ``start``, ``end``: span of characters in the sample's text;

@@ -121,7 +121,7 @@ def test_the_images_of_a_batch_may_be_flat(tmp_path) -> None:
             f"{WANTED}; got an object of NoneType.",
         ),
         ([[picture()], 7], [QUESTION, QUESTION], f"{WANTED}; got an object of int."),
-        ([[picture()]], [7], "A prompt must be a string; got 7."),
+        ([[picture()]], [7], "A prompt must be a string or a list of messages"),
     ],
 )
 def test_members_of_a_batch_that_cannot_be_read_are_errors(images, prompts, message) -> None:
@@ -248,7 +248,7 @@ WRONG = {
     ),
     "messages": (
         {"prompt": [{"role": "user"}]},
-        "A prompt must be a string; got [{'role': 'user'}].",
+        "A message must have a content; got {'role': 'user'}.",
     ),
     "name": (
         {"vlm": "llava"},

@@ -47,13 +47,13 @@ from xmodal_interp.hooks.head_means import HeadMeans, PositionClass, class_masks
 from xmodal_interp.hooks.interventions import intervene
 from xmodal_interp.models import VLM, prompt_ids
 from xmodal_interp.models.generation import refuse_canvas
-from xmodal_interp.models.item_files import PROMPT
 from xmodal_interp.models.known_answers import (
     Batch,
     ItemDict,
     Items,
+    answer_of,
+    asked_by,
     batches_of,
-    entry,
     listed,
 )
 from xmodal_interp.models.model_inputs import without_last
@@ -88,7 +88,10 @@ def answer_accuracy(
         InputError: There are no items, or an item lacks an image, a prompt or an answer.
     """
     items = listed(items)
-    answers = [str(entry(item, "answer", title=f"Item {i}")) for i, item in enumerate(items)]
+    marks = vlm.placeholders
+    answers = [
+        answer_of(item, title=f"Item {i}", placeholders=marks) for i, item in enumerate(items)
+    ]
     blank = [index for index, answer in enumerate(answers) if not answer.strip()]
     if blank:
         raise InputError(
@@ -107,7 +110,10 @@ def answer_accuracy(
         {
             "item": range(len(items)),
             "question_kind": pd.array([item.get("kind") for item in items], dtype="string"),
-            "prompt": [entry(item, *PROMPT, title=f"Item {i}") for i, item in enumerate(items)],
+            "prompt": [
+                asked_by(item, title=f"Item {i}", placeholders=marks).question
+                for i, item in enumerate(items)
+            ],
             "answer": answers,
             "predicted": predicted,
             "correct": [same_answer(a, p) for a, p in zip(answers, predicted, strict=True)],

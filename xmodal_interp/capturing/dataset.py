@@ -24,6 +24,7 @@ from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.models import VLM, Video, check_vlm
 from xmodal_interp.models.item_files import each_of, rows_of
 from xmodal_interp.models.known_answers import Items
+from xmodal_interp.models.media import Composite
 from xmodal_interp.models.processor_calls import composite_of
 from xmodal_interp.store import Store, StoreWriter, open_store
 
@@ -45,6 +46,8 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
     images: bool = True,
     progress: bool = True,
     on_error: Literal["raise", "skip"] = "raise",
+    given_answers: bool = False,
+    processor_options: Mapping[str, Any] | None = None,
 ) -> Store:
     """Capture many samples into a store; call it again to resume.
 
@@ -61,9 +64,12 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
             file of items (see :func:`read_items`). An item has ``image`` (a path or PIL image, or a
             list of these) or ``images``, and/or ``video`` (a :class:`Video`) or ``videos`` (a list
             of videos); ``prompt`` or ``question``; and ``name`` or ``id`` (by default made from
-            its number, such as ``item-000003``). All other entries become the sample's labels and
-            must be JSON-serialisable. An entry that is None counts as missing. A named index of a
-            DataFrame is an entry; an index of other unique values is the ``id``.
+            its number, such as ``item-000003``). Instead of a prompt it may have a chat:
+            ``messages``, or ``conversations`` as in LLaVA's data (see :mod:`~.models.chats`),
+            which may hold the images; its last message, if it is the assistant's, becomes the
+            label ``answer``. All other entries become labels and must be JSON-serialisable. An
+            entry that is None counts as missing. A named index of a DataFrame is an entry; an index
+            of other unique values is the ``id``.
         path: Folder of the store: new, empty, a store made with the same settings, or a store
             without samples.
         max_new_tokens: Number of tokens to generate greedily; 0 runs the prompts only.
@@ -76,6 +82,9 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
         on_error: ``"raise"``, or ``"skip"``, which adds items that cannot be read or captured to
             the ``failures`` of the store and continues. The next call tries them again. An iterator
             that raises an error ends the call.
+        given_answers: Run the model on the ``answer`` of each item after its prompt, instead of
+            generating one; see ``answer`` of :func:`capture`.
+        processor_options: Options of the image and video processor, as in :func:`capture`.
 
     Returns:
         The store, opened for reading.
@@ -89,7 +98,14 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
     check_vlm(vlm)
     _check_options(items, batch_size, on_error)
     keep = keep or Keep()
-    settings = run_settings(vlm, keep, max_new_tokens, system=system, images=images)
+    if given_answers and max_new_tokens:
+        raise InputError(
+            f"given_answers=True and max_new_tokens={max_new_tokens!r} exclude each other. Pass "
+            "one of them."
+        )
+    used = vlm.with_options(processor_options)
+    settings = run_settings(used, keep, max_new_tokens, system=system, images=images)
+    settings |= {"given_answers": True} if given_answers else {}
     rows = rows_of(items)
     n_items = len(rows) if isinstance(rows, Sized) else None
     with (
@@ -97,6 +113,8 @@ def capture_dataset(  # noqa: PLR0913  # the settings of a run; all but three ha
         tqdm(total=n_items, unit="sample", smoothing=0, disable=not progress) as bar,
     ):
         run = _Run(vlm, writer, bar, keep, max_new_tokens, system, skips=on_error == "skip")
+        run.given_answers, run.processor_options = given_answers, processor_options
+        run.background = composite_of(used.processor)
         run.capture_all(rows, batch_size)
         message = (
             f"{writer.path}: {run.n_stored} of {run.n_items} samples were already in the store, "
@@ -129,6 +147,9 @@ class _Run:
     max_new_tokens: int
     system: str | None
     skips: bool
+    given_answers: bool = False
+    processor_options: Mapping[str, Any] | None = None
+    background: Composite | None = None
     n_items: int = 0
     n_stored: int = 0
     n_captured: int = 0
@@ -147,17 +168,22 @@ class _Run:
 
     def _missing(self, items: Iterable[Mapping[str, Any]]) -> Iterator[_OpenedItem]:
         """Yield the items that are not in the store yet, with their images opened."""
-        background = composite_of(self.vlm.processor)
         for number, read in enumerate(each_of(items)):
             self.n_items += 1
             name = None
             try:
                 raw = read()
                 name = sample_name(number, raw, self.seen)
-                item = item_of(number, name, raw, asks=self.vlm.family.language)
+                asks = self.vlm.family.language
+                item = item_of(number, name, raw, self.vlm.placeholders, asks=asks)
+                if self.given_answers and item.answer is None:
+                    raise InputError(
+                        f"{item.title} has no answer, which given_answers=True requires. Add the "
+                        "entry answer, or leave out given_answers."
+                    )
                 if self._is_stored(item):
                     continue
-                opened = opened_media(item, background)
+                opened = opened_media(item, self.background)
             except StoreError:
                 raise
             except Exception as error:  # a data set may raise any exception when an item is read
@@ -191,14 +217,15 @@ class _Run:
         Its digest differs from the sample's if one of them came from an image file and the other
         from a picture in memory.
         """
-        images, videos = opened_media(item, composite_of(self.vlm.processor))
+        images, videos = opened_media(item, self.background)
         try:
             stored = self.writer.read(item.name)
             labels = {name: value for name, value in stored.labels.items() if value is not None}
             pixels = [_pixels(stored.images, stored.videos), _pixels(images, videos)]
         except StoreError:  # images that are not stored, and whose files moved or changed
             return False
-        return (stored.question, labels, pixels[0]) == (item.prompt, item.labels, pixels[1])
+        asked = stored.provenance.get("messages", stored.question)
+        return (asked, labels, pixels[0]) == (item.asked, item.labels, pixels[1])
 
     def _capture(self, batch: Sequence[_OpenedItem]) -> None:
         try:
@@ -210,6 +237,8 @@ class _Run:
                 max_new_tokens=self.max_new_tokens,
                 keep=self.keep,
                 system=self.system,
+                answers=[item.answer for item, _ in batch] if self.given_answers else None,
+                processor_options=self.processor_options,
             )
         except Exception as error:  # a model may raise any exception on an input
             if not self.skips:

@@ -14,8 +14,9 @@ from PIL import Image
 
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.models import ImageLike, Video, open_image, size_before
-from xmodal_interp.models.item_files import IMAGES, NAMES, PROMPT, VIDEOS
-from xmodal_interp.models.known_answers import entry, visuals_of
+from xmodal_interp.models.chats import Chat
+from xmodal_interp.models.item_files import CHATS, IMAGES, NAMES, PROMPT, VIDEOS
+from xmodal_interp.models.known_answers import asked_by
 from xmodal_interp.models.media import Composite
 from xmodal_interp.models.picture_sources import (
     WANTED,
@@ -28,7 +29,7 @@ from xmodal_interp.models.picture_sources import (
 from xmodal_interp.store import check_name, digest_of, json_text
 from xmodal_interp.vocabulary import VIDEO_DETAILS
 
-_KEYS = (*NAMES, *IMAGES, *VIDEOS, *PROMPT)
+_KEYS = (*NAMES, *IMAGES, *VIDEOS, *PROMPT, *CHATS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,17 +40,19 @@ class Item:
         number: Its index in the data set.
         name: Name of its sample.
         images: Its images, not opened yet.
-        prompt: The question.
+        prompt: The question, or the chat without its answer.
         labels: All other entries, as JSON values.
         videos: Its videos, whose frames are not read yet.
+        answer: Its answer: the label ``answer``; None if there is none.
     """
 
     number: int
     name: str
     images: tuple[ImageLike, ...]
-    prompt: str
+    prompt: str | Chat
     labels: dict[str, Any]
     videos: tuple[Video, ...] = ()
+    answer: str | None = None
 
     @property
     def title(self) -> str:
@@ -77,7 +80,12 @@ class Item:
         ]
         sizes = [size_before(image) for image in self.images]
         more = [*([clips] if clips else []), *([sizes] if any(sizes) else [])]
-        return digest_of([self.prompt, self.labels, pictures, *more])
+        return digest_of([self.asked, self.labels, pictures, *more])
+
+    @property
+    def asked(self) -> str | list[dict[str, Any]]:
+        """The question, or the messages of the chat, as a JSON value."""
+        return [*self.prompt.messages] if isinstance(self.prompt, Chat) else self.prompt
 
     @cached_property
     def picture_digests(self) -> tuple[list[str], list[list[str]]]:
@@ -168,38 +176,50 @@ def sample_name(number: int, raw: Any, seen: dict[str, int]) -> str:
     return name
 
 
-def item_of(number: int, name: str, raw: Mapping[str, Any], *, asks: bool = True) -> Item:
+def item_of(
+    number: int,
+    name: str,
+    raw: Mapping[str, Any],
+    placeholders: tuple[str | None, str | None] = (None, None),
+    *,
+    asks: bool = True,
+) -> Item:
     """Return an item with validated entries, without opening its images.
 
     Args:
         number: Its index.
         name: Name of its sample.
         raw: The item.
+        placeholders: The model's placeholders of an image and of a video in a text.
         asks: Whether it must have a prompt. For a vision model, capture refuses a prompt.
 
     Raises:
         InputError: An entry is missing or invalid.
     """
     title = f"Item {number} ({name!r})"
-    images, videos = visuals_of(raw, title=title)
-    prompt = next((raw[key] for key in PROMPT if raw.get(key)), "")
-    prompt = entry(raw, *PROMPT, title=title) if asks else prompt
+    asked = asked_by(raw, title=title, placeholders=placeholders, asks=asks)
+    prompt, images, videos = asked.prompt, asked.images, asked.videos
     wrong = [type(image).__name__ for image in images if not is_picture(image)]
     if wrong:
         raise InputError(f"{title}: {WANTED}; got {', '.join(wrong)}.")
     wrong = [type(video).__name__ for video in videos if not isinstance(video, Video)]
     if wrong:
         raise InputError(f"{title}: a video must be an xi.Video; got {', '.join(wrong)}.")
-    if asks and (not isinstance(prompt, str) or not prompt.strip()):
+    is_prompt = isinstance(prompt, Chat) or (isinstance(prompt, str) and prompt.strip())
+    if asks and not is_prompt:
         raise InputError(f"{title}: the prompt must be a non-empty string; got {prompt!r}.")
     rest = {k: v for k, v in raw.items() if k not in _KEYS and v is not None}
     if raw.get("name") is not None and raw.get("id") is not None:
         rest["id"] = raw["id"]
+    answer = None if asked.answer is None else str(asked.answer)
+    if isinstance(prompt, Chat) and answer is not None:
+        rest["answer"] = answer
     try:
         labels = json.loads(json_text(rest))
+        json_text(prompt.messages if isinstance(prompt, Chat) else prompt)
     except InputError as error:
         raise InputError(f"{title}: {error}") from error
-    return Item(number, name, tuple(images), prompt, labels, tuple(videos))
+    return Item(number, name, tuple(images), prompt, labels, tuple(videos), answer)
 
 
 def opened_media(

@@ -37,13 +37,18 @@ class KeyGroups:
         queries: ``Keep.queries``. With ``"text"``, only text after the last image, in prompt and
             answer, is computed and counted.
         special: Ids of special tokens.
+        answers: Ids of the given answer of each prompt, all of one length; empty if there are none.
 
     Attributes:
         stacks: Encoder and decoder of the language tower; must be set before the model runs.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], queries: str, special: Collection[int] = ()
+        self,
+        prompts: Sequence[Prompt],
+        queries: str,
+        special: Collection[int] = (),
+        answers: Sequence[Sequence[int]] = (),
     ) -> None:
         self.stacks = Stacks(frozenset(), merged=False)
         self._n_encoder = prompts[0].n_encoder
@@ -59,6 +64,7 @@ class KeyGroups:
         self._n_read: dict[str, int] = defaultdict(int)
         self._special = list(special)
         self._ids = np.zeros((len(prompts), 0), dtype=int)
+        self._answer_is_text = ~np.isin(np.array(answers, dtype=int), self._special)
 
     def register(self, model: nn.Module, stack: ExitStack) -> None:
         """Note the ids that the model reads, until the stack is closed."""
@@ -98,6 +104,9 @@ class KeyGroups:
         rows = _from(counted, start, call.n_queries, after=True)
         if self._only_text and start >= counted.shape[1] and self._ids.shape == rows.shape:
             rows = ~np.isin(self._ids, self._special)  # as in the token table of the answer
+        n_answered = start + call.n_queries - counted.shape[1]
+        if self._only_text and n_answered > 0 and self._answer_is_text.size:
+            rows[:, -n_answered:] = self._answer_is_text[:, :n_answered]
         if call.kind == "cross":
             keys = self._cross_groups(call.n_keys)
         elif self._holds_both(call):

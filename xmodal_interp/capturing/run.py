@@ -56,10 +56,14 @@ from xmodal_interp.models import (
     prompt_ids,
 )
 from xmodal_interp.models.alignment import special_ids
+from xmodal_interp.models.chats import Chat, Messages
+from xmodal_interp.models.generation import check_answers
+from xmodal_interp.models.known_answers import answer_ids, last_text
+from xmodal_interp.models.model_inputs import with_answer
 from xmodal_interp.models.token_table import Columns, generated_columns, token_table
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.upstream import attention_backend, commit_of
-from xmodal_interp.vocabulary import TOWERS, Tower
+from xmodal_interp.vocabulary import TOWERS, TURN, Tower
 
 
 @dataclass(frozen=True)
@@ -132,17 +136,19 @@ class Keep:
 
 def capture(  # noqa: PLR0913  # the settings of a run; all but three have defaults
     vlm: VLM,
-    image: ImageLike | Iterable[ImageLike],
-    prompt: str = "",
+    image: ImageLike | Iterable[ImageLike] = (),
+    prompt: str | Messages = "",
     *,
+    answer: str | None = None,
     videos: Video | Iterable[Video] = (),
     max_new_tokens: int = 0,
     keep: Keep | None = None,
     system: str | None = None,
     generation: Mapping[str, Any] | None = None,
     name: str | None = None,
+    processor_options: Mapping[str, Any] | None = None,
 ) -> Sample:
-    """Run a model on images or videos and a question, and record its attention.
+    """Run a model on images or videos and a question or a chat, and record its attention.
 
     The model keeps its attention backend and its cache. Its outputs are bitwise identical to those
     without capture. The tokens of a sample are the positions of the language model; for a vision
@@ -150,22 +156,34 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
 
     Args:
         vlm: Model and processor.
-        image: A path, a PIL image, or a list of these in order; an empty list for no image.
+        image: An image, or a list of images in order; by default none. An image is a path, a URL, a
+            PIL image, an array, the bytes of a file, or a dict with ``bytes`` or ``path``; see
+            ``xmodal_interp.models.open_image``.
         prompt: The question. It is put after the images and videos in the model's chat template; a
             question with placeholders (``"<image> ..."``) keeps them where they are. A prompt with
             placeholders that ``apply_chat_template`` already rendered is used as it is, as is every
             prompt with placeholders if ``processor.chat_template`` is None. Empty for a vision
             model.
+
+            Or the messages of a chat, ``[{"role": "user", "content": ...}, ...]``, with images in
+            any message: ``xi.capture(vlm, prompt=messages)``. Parts ``{"type": "image"}`` without a
+            picture take the next of ``image``. The token table has the role of each message and its
+            number, ``turn``. See :mod:`~xmodal_interp.models.chats`.
+        answer: An answer to run the model on, instead of generating one (teacher forcing). Its
+            tokens are labelled as generated, and each has a row. By default, the last message of a
+            chat, if it is the assistant's.
         videos: A :class:`Video`, or a list of videos.
         max_new_tokens: Number of tokens to generate greedily; 0 runs the prompt only.
         keep: The parts of the attention to keep; by default the queries and keys of all layers.
         system: A system message; an error if the prompt is used as it is.
         generation: Further arguments of ``model.generate``.
         name: Name of the sample in tables and stores; by default ``"sample-0"``.
+        processor_options: Options of the image and video processor, such as ``{"max_pixels":
+            50176}`` or ``{"do_pan_and_scan": True}``; those of the VLM are kept.
 
     Raises:
-        InputError: An image or video cannot be read, the prompt is empty, or the model requires
-            further inputs.
+        InputError: An image or video cannot be read, the prompt is empty, an answer is given and
+            also generated, or the model requires further inputs.
         GeometryError: Videos were given for a model type whose video tokens have no known places.
         CaptureError: Attention could not be recorded.
     """
@@ -178,24 +196,29 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
         keep=keep,
         system=system,
         generation=generation,
+        answers=None if answer is None else [answer],
+        processor_options=processor_options,
     )[0]
     return sample if name is None else sample.changed(name=name)
 
 
-def capture_batch(
+def capture_batch(  # noqa: PLR0913  # the settings of a run; all but three have defaults
     vlm: VLM,
     images: Iterable[ImageLike | Iterable[ImageLike]],
-    prompts: Iterable[str] | None = None,
+    prompts: Iterable[str | Messages | Chat] | None = None,
     *,
     videos: Iterable[Video | Iterable[Video]] | None = None,
     max_new_tokens: int = 0,
     keep: Keep | None = None,
     system: str | None = None,
     generation: Mapping[str, Any] | None = None,
+    answers: Iterable[str | None] | None = None,
+    processor_options: Mapping[str, Any] | None = None,
 ) -> list[Sample]:
     """Run ``capture`` on a padded batch and return one sample for each prompt.
 
     ``images`` and ``videos`` have one entry for each prompt: an image, or a list of images.
+    ``answers`` are given answers; None for a prompt without one.
 
     Results of a sample do not depend on the other samples in the batch. Where padding would change
     them, the batch is split into groups that can share a run: see :meth:`VLM.batches`. Leave
@@ -224,44 +247,111 @@ def capture_batch(
         )
     clips = clips or [()] * len(prompts)
     pictures, clips = [[one_or_several(each) for each in given] for given in (images, clips)]
-    samples: dict[int, Sample] = {}
-    groups = vlm.batches(pictures, (generation or {}) if max_new_tokens else None)
-    for group in groups:
-        options = dict(generation or {})
-        if "past_key_values" in options and len(groups) > 1:  # each run needs an empty cache
-            options["past_key_values"] = copy.deepcopy(options["past_key_values"])
-        of_group = _run(
-            vlm,
-            [pictures[i] for i in group],
-            [prompts[i] for i in group],
-            [clips[i] for i in group],
-            system,
-            max_new_tokens,
-            keep,
-            options,
+    known = [None] * len(prompts) if answers is None else as_list(answers, "answers")
+    if len(known) != len(prompts):
+        raise InputError(
+            f"answers must have one entry for each of {len(prompts)} prompts; got {len(known)}."
         )
+    asked = [
+        _asked(vlm, *of_sample) for of_sample in zip(pictures, prompts, clips, known, strict=True)
+    ]
+    given = [each.answer for each in asked]
+    check_answers(vlm.model, given, max_new_tokens, language=vlm.family.language)
+    options = _Options(system, max_new_tokens, keep, generation or {}, processor_options)
+    samples: dict[int, Sample] = {}
+    groups = vlm.batches(
+        [each.images for each in asked], options.generation if max_new_tokens else None
+    )
+    for group in groups:
+        of_group = _run(vlm, [asked[i] for i in group], options, several=len(groups) > 1)
         for index, sample in zip(group, of_group, strict=True):
             samples[index] = sample.changed(name=f"sample-{index}")
     return [samples[index] for index in range(len(prompts))]
 
 
-def _run(
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """One sample of a batch, as it is passed to :meth:`VLM.prepare`.
+
+    Attributes:
+        images: Its images.
+        prompt: Its question or its chat.
+        videos: Its videos.
+        answer: Its given answer; None if it has none.
+    """
+
+    images: Sequence[ImageLike]
+    prompt: str | Chat
+    videos: Sequence[Video]
+    answer: str | None
+
+
+def _asked(
     vlm: VLM,
-    images: Sequence[Sequence[ImageLike]],
-    prompts: Sequence[str],
-    videos: Sequence[Sequence[Video]],
-    system: str | None,
-    max_new_tokens: int,
-    keep: Keep,
-    generation: Mapping[str, Any],
+    images: Sequence[ImageLike],
+    prompt: Any,
+    videos: Sequence[Video],
+    answer: str | None,
+) -> _Asked:
+    """Return one sample; the last message of the assistant is the answer of a chat.
+
+    Raises:
+        InputError: The prompt is neither a string nor messages, or there are two answers.
+    """
+    if isinstance(prompt, str):
+        return _Asked(images, prompt, videos, answer)
+    chat, images, videos = vlm.read_chat(prompt, images, videos)
+    if answer is not None and chat.answer is not None:
+        raise InputError(
+            f"The messages end with the assistant's answer {chat.answer!r}, and answer={answer!r} "
+            "was passed too. Leave out one of them."
+        )
+    answer = chat.answer if answer is None else answer
+    return _Asked(images, replace(chat, answer=None), videos, answer)
+
+
+@dataclass(frozen=True, eq=False)
+class _Options:
+    """The options of a run; see :func:`capture`."""
+
+    system: str | None
+    max_new_tokens: int
+    keep: Keep
+    generation: Mapping[str, Any]
+    processor: Mapping[str, Any] | None
+
+
+def _run(
+    vlm: VLM, asked: Sequence[_Asked], options: _Options, *, several: bool = False
 ) -> list[Sample]:
-    """Run the model once and return one sample for each prompt."""
-    inputs, prompts_read = vlm.prepare(images, prompts, system=system, videos=videos)
+    """Run the model once and return one sample for each prompt.
+
+    Samples whose given answers have different lengths are run separately: padding between the
+    answers would be in the rows of the shorter ones.
+
+    Args:
+        vlm: Model and processor.
+        asked: The samples.
+        options: The options.
+        several: Whether there are other runs with these options.
+    """
+    keep, max_new_tokens, generation = options.keep, options.max_new_tokens, options.generation
+    inputs, prompts_read = vlm.prepare(
+        [each.images for each in asked],
+        [each.prompt for each in asked],
+        system=options.system,
+        videos=[each.videos for each in asked],
+        processor_options=options.processor,
+    )
     check_whole(vlm.model, inputs)
-    groups = None
-    if keep.statistics:
-        special = special_ids(vlm.tokenizer) if vlm.family.language else ()
-        groups = KeyGroups(prompts_read, keep.queries, special)
+    answers = _answer_ids(vlm, prompts_read, asked)
+    lengths = {len(ids) for ids in answers}
+    if len(lengths) > 1:
+        return _by_length(vlm, asked, options, [len(ids) for ids in answers])
+    if answers[0]:
+        last = [last_text(prompt) for prompt in prompts_read]
+        inputs = with_answer(vlm.model, inputs, answers, last)
+    groups = _key_groups(vlm, prompts_read, keep, answers)
     settings = Settings(
         towers=keep.towers,
         layers=keep.given_layers,
@@ -269,6 +359,7 @@ def _run(
         norms=keep.norms,
         statistics=None if groups is None else Statistics(tuple(keep.statistics), groups.of),
     )
+    n_steps = len(answers[0]) + bool(answers[0])  # every token of a given answer is read
     with ExitStack() as stack, torch.no_grad(), record_with(settings, vlm.model) as recording:
         if groups is not None:
             groups.stacks = stacks_of(vlm.model, recording.modules)
@@ -276,27 +367,76 @@ def _run(
                 groups.register(vlm.model, stack)
         new = torch.zeros(len(prompts_read), 0, dtype=torch.long)
         if max_new_tokens > 0:
-            output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **generation)
+            given = dict(generation)
+            if several and "past_key_values" in given:  # each run needs an empty cache
+                given["past_key_values"] = copy.deepcopy(given["past_key_values"])
+            output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **given)
             new = output[:, prompt_ids(inputs).shape[1] :]
+            n_steps = new.shape[1]
+            ends = vlm.end_ids_with(generation)
+            answers = [_until_end(ids, ends) for ids in new.tolist()]
         else:
             vlm.run(inputs)
     layers: dict[str, list[int]] = defaultdict(list)
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
-    about = provenance(vlm, layers, max_new_tokens, keep)
-    ends = vlm.end_ids_with(generation) if new.shape[1] else set()
-    answers = [_until_end(ids, ends) for ids in new.tolist()]
+    about = provenance(vlm.with_options(options.processor), layers, max_new_tokens, keep)
     batch = _BatchCalls.of(vlm, inputs, prompts_read, recording)
     if not vlm.family.language:
         batch.refuse_other_positions(prompts_read)
-    n_read = prompts_read[0].n_positions + max(new.shape[1] - 1, 0)
+    n_read = prompts_read[0].n_positions + max(n_steps - 1, 0)
     rotary = _rotary_by_sample(recording.rotary, len(prompts_read), n_read)
-    return [
-        _sample(vlm, index, prompt, (ids, new.shape[1]), batch, keep, about, positions)
-        for index, (prompt, ids, positions) in enumerate(
-            zip(prompts_read, answers, rotary, strict=True)
+    samples = []
+    for index, (prompt, ids, positions, each) in enumerate(
+        zip(prompts_read, answers, rotary, asked, strict=True)
+    ):
+        known = {**about, **_about(each)}
+        samples.append(
+            _sample(vlm, index, prompt, (list(ids), n_steps), batch, keep, known, positions)
         )
+    return samples
+
+
+def _key_groups(
+    vlm: VLM, prompts: Sequence[Prompt], keep: Keep, answers: Sequence[Sequence[int]]
+) -> KeyGroups | None:
+    """Return the groups of keys for the statistics to keep; None if none are kept."""
+    if not keep.statistics:
+        return None
+    special = special_ids(vlm.tokenizer) if vlm.family.language else ()
+    return KeyGroups(prompts, keep.queries, special, answers)
+
+
+def _answer_ids(
+    vlm: VLM, prompts: Sequence[Prompt], asked: Sequence[_Asked]
+) -> list[Sequence[int]]:
+    """Return the token ids of the given answer of each sample; none for samples without one."""
+    return [
+        () if each.answer is None else answer_ids(vlm, prompt.text, each.answer)
+        for each, prompt in zip(asked, prompts, strict=True)
     ]
+
+
+def _by_length(
+    vlm: VLM, asked: Sequence[_Asked], options: _Options, lengths: Sequence[int]
+) -> list[Sample]:
+    """Run the samples with answers of each length separately."""
+    samples: dict[int, Sample] = {}
+    for length in dict.fromkeys(lengths):
+        alike = [i for i, each in enumerate(lengths) if each == length]
+        of_length = _run(vlm, [asked[i] for i in alike], options)
+        samples |= dict(zip(alike, of_length, strict=True))
+    return [samples[index] for index in range(len(asked))]
+
+
+def _about(asked: _Asked) -> dict[str, Any]:
+    """Return the part of the provenance that differs between the samples of a batch."""
+    about: dict[str, Any] = {}
+    if isinstance(asked.prompt, Chat):
+        about["messages"] = [*asked.prompt.messages]
+    if asked.answer is not None:
+        about["answer"] = "given"
+    return about
 
 
 def _rotary_by_sample(
@@ -394,6 +534,7 @@ def provenance(
         "processor": type(vlm.processor).__name__,
         **({} if vlm.family.language else {"tower": "vision"}),
         **({"checkpoint": vlm.loading.differences} if vlm.loading else {}),
+        **({"processor_options": vlm.processor_options} if vlm.processor_options else {}),
         "layers": {name: sorted(set(of)) for name, of in layers.items()},
         "max_new_tokens": max_new_tokens,
         "kept": _kept(keep),
@@ -441,6 +582,8 @@ def _sample(
     ids, n_steps = new
     fed = ids[: max(n_steps - 1, 0)]  # the last generated token is not fed to the model
     answer, text = generated_columns(fed, ids, vlm.tokenizer, prompt.text)
+    if prompt.n_turns:
+        answer[TURN] = [prompt.n_turns] * len(fed)
     sample = Sample.with_later(
         {"tokens": partial(_tokens, prompt.columns, answer, rotary)},
         name=f"sample-{index}",

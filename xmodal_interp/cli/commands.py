@@ -6,6 +6,7 @@ therefore imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -76,6 +77,13 @@ AttnImplementation = Annotated[
     str | None,
     typer.Option(help="Attention backend of the model, such as sdpa, eager or flash_attention_2"),
 ]
+ProcessorOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="An option of the image or video processor, such as max_pixels=50176 or "
+        "do_pan_and_scan=true; repeat the option for several"
+    ),
+]
 Table = Annotated[
     Path | None, typer.Option("--path", help="File for the table: .csv, .parquet or .json")
 ]
@@ -106,21 +114,38 @@ def capture(
     ],
     model: Model = "llava",
     image: Annotated[
-        list[Path] | None, typer.Option(help="An image; repeat the option for several images")
+        list[str] | None,
+        typer.Option(help="Path or URL of an image; repeat the option for several images"),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question about the image")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="The question about the image; with --items, of all items without one"),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the sample in the store")] = None,
     items: Annotated[
         Path | None,
         typer.Option(
             help="A file (.jsonl, .json, .csv, .tsv, .parquet) or a folder of items with image, "
-            "prompt, ..."
+            "prompt, ..., or with messages or conversations, or COCO captions"
         ),
     ] = None,
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Where relative paths of --items start; default: the folder of the file"),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system message")] = None,
+    given_answers: Annotated[
+        bool,
+        typer.Option(
+            "--given-answers", help="Run the model on the answers of the items; generate none"
+        ),
+    ] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help="Number of tokens to generate; default: 20, or 0 for a vision model"),
+        typer.Option(
+            help="Number of tokens to generate; default: 20, or 0 for a vision model or given "
+            "answers"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of samples per batch")] = 1,
     layers: Annotated[
@@ -154,23 +179,25 @@ def capture(
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     attn_implementation: AttnImplementation = None,
+    processor_option: ProcessorOption = None,
 ) -> None:
     """Run a model on images and questions, and write its attention to a store.
 
     Prints the model's answers. Run it again with the same store and settings to capture only the
     missing samples.
     """
-    vlm = _loaded(model, dtype, device_map, attn_implementation)
+    vlm = _loaded(model, dtype, device_map, attn_implementation, processor_option)
     if max_new_tokens is None:
-        max_new_tokens = 20 if vlm.family.language else 0
+        max_new_tokens = 20 if vlm.family.language and not given_answers else 0
     if prompt is None and not vlm.family.language:
         prompt = ""
-    asked = _asked(items, image, prompt, name)
+    asked = _asked(items, image, prompt, name, image_folder)
     written = xi.capture_dataset(
         vlm,
         asked,
         store,
         max_new_tokens=max_new_tokens,
+        given_answers=given_answers,
         batch_size=batch_size,
         system=system,
         on_error=cast("Any", on_error),  # checked there
@@ -347,13 +374,16 @@ def doctor(
     name: Annotated[
         str, typer.Argument(help=f"Hub id, folder, or shipped model: {', '.join(SHIPPED)}")
     ] = "llava",
-    image: Annotated[Path | None, typer.Argument(help="An image; default: a generated one")] = None,
+    image: Annotated[
+        str | None, typer.Argument(help="Path or URL of an image; default: a generated one")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Argument(help="A question; default: What is in the image?")
     ] = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     attn_implementation: AttnImplementation = None,
+    processor_option: ProcessorOption = None,
 ) -> None:
     """Check whether recordings of a model's attention can be trusted; exit code 1 if not.
 
@@ -364,7 +394,8 @@ def doctor(
 
     Example: `xmodal doctor Qwen/Qwen2-VL-2B-Instruct cat.png "Where is it?"`
     """
-    checkup = xi.doctor(_loaded(name, dtype, device_map, attn_implementation), image, prompt)
+    vlm = _loaded(name, dtype, device_map, attn_implementation, processor_option)
+    checkup = xi.doctor(vlm, image, prompt)
     show(checkup.table)
     if len(checkup.layers):
         show_long(checkup.layers, len(checkup.layers))
@@ -411,7 +442,11 @@ def families(
 
 
 def _loaded(
-    name: str, dtype: str, device_map: str | None, attn_implementation: str | None
+    name: str,
+    dtype: str,
+    device_map: str | None,
+    attn_implementation: str | None,
+    processor_options: list[str] | None = None,
 ) -> xi.VLM:
     options: dict[str, Any] = {}
     if dtype != "auto" or name not in SHIPPED:  # shipped: stored in float16, run in float32
@@ -420,20 +455,40 @@ def _loaded(
         options["device_map"] = device_map
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    return xi.load(name, **options)
+    return xi.load(name, processor_options=_named_values(processor_options or []), **options)
+
+
+def _named_values(written: list[str]) -> dict[str, Any]:
+    """Return options that are written as ``name=value``; a value is JSON, or else a string."""
+    options: dict[str, Any] = {}
+    for each in written:
+        name, equals, value = each.partition("=")
+        if not (name and equals):
+            raise InputError(f"--processor-option must be name=value; got {each!r}.")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def _asked(
-    items: Path | None, images: list[Path] | None, prompt: str | None, name: str | None
+    items: Path | None,
+    images: list[str] | None,
+    prompt: str | None,
+    name: str | None,
+    image_folder: Path | None,
 ) -> list[dict[str, Any]]:
     """Return the items of a file, or the single item given by the options."""
     if items is not None:
-        if images or prompt or name is not None:
-            raise InputError("--items cannot be combined with --image, --prompt or --name.")
-        return xi.read_items(items)
+        if images or name is not None:
+            raise InputError("--items cannot be combined with --image or --name.")
+        return xi.read_items(items, prompt=prompt or None, image_folder=image_folder)
+    if image_folder is not None:
+        raise InputError("--image-folder requires --items.")
     if not images or prompt is None:
         raise InputError("Nothing to capture: pass --image with --prompt, or --items.")
-    return [{"image": [str(path) for path in images], "prompt": prompt, "name": name}]
+    return [{"image": list(images), "prompt": prompt, "name": name}]
 
 
 def _sample(store: xi.Store, which: str) -> xi.Sample:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import GenerationConfig
 
+from xmodal_interp.arguments import string
 from xmodal_interp.errors import InputError
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
@@ -104,6 +105,36 @@ def ends_by_text(model: Any, options: Mapping[str, Any]) -> bool:
     """
     names = ("stop_strings", "stopping_criteria")
     return any(_setting(model, options, name) for name in names)
+
+
+def check_answers(
+    model: Any, answers: Sequence[Any], max_new_tokens: int, *, language: bool = True
+) -> None:
+    """Raise InputError for given answers that are no strings, or that are generated too.
+
+    Args:
+        model: The model.
+        answers: The given answer of each sample; None for samples without one.
+        max_new_tokens: The number of tokens to generate.
+        language: Whether the model has a language model, which reads answers.
+    """
+    given = [answer for answer in answers if answer is not None]
+    if not given:
+        return
+    for answer in given:
+        string(answer, "A given answer")
+    if not language:
+        raise InputError(
+            f"A {model.config.model_type} model has no language model; got the answer "
+            f"{given[0]!r}. Leave the answer out."
+        )
+    if max_new_tokens:
+        raise InputError(
+            f"The answer {given[0]!r} is given, so none is generated, but max_new_tokens is "
+            f"{max_new_tokens}. Pass max_new_tokens=0, or leave out the answer (in a chat, the "
+            "assistant's last message)."
+        )
+    refuse_canvas(model)
 
 
 def refuse_canvas(model: Any) -> None:

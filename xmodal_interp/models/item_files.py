@@ -4,7 +4,8 @@ The values of an item are those that the file has: nothing is inferred from how 
 
 * JSON values keep their types; a JSONL file is parsed line by line.
 * CSV cells are strings (``04`` stays ``"04"``); empty cells are missing. A cell of the columns
-  ``images`` that starts with ``[`` is a JSON list of paths.
+  ``images`` that starts with ``[`` is a JSON list of paths; one of the columns ``messages`` or
+  ``conversations``, of messages.
 * Parquet values keep their types.
 * A named index of a table is an entry of each item (see :func:`rows_of_table`).
 """
@@ -33,6 +34,7 @@ Row = dict[str, Any]
 
 NAMES = ("name", "id")
 IMAGES, VIDEOS, PROMPT = ("image", "images"), ("video", "videos"), ("prompt", "question")
+CHATS = ("messages", "conversations")
 
 _URL = re.compile(r"(?:https?|file)://|data:", re.IGNORECASE)
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -108,7 +110,7 @@ def _read_file(path: Path) -> list[Row]:
 
 
 def _with_prompt(row: Row, prompt: str) -> Row:
-    asks = any(row.get(name) not in (None, "") for name in PROMPT)
+    asks = any(row.get(name) not in (None, "") for name in (*PROMPT, *CHATS))
     return row if asks else {**row, PROMPT[0]: prompt}
 
 
@@ -263,7 +265,7 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _cell(name: str, cell: str) -> Any:
-    if name != IMAGES[1] or not cell.lstrip().startswith("["):
+    if name not in (IMAGES[1], *CHATS) or not cell.lstrip().startswith("["):
         return cell
     return json.loads(cell)
 
@@ -336,7 +338,33 @@ def _in_folder(row: Row, folder: Path) -> Row:
     for name in VIDEOS:
         if changed.get(name) is not None:
             changed[name] = [_video(one, folder) for one in one_or_several(changed[name])]
+    for name in (*PROMPT, *CHATS):
+        if isinstance(changed.get(name), list):
+            changed[name] = [_message(one, folder) for one in changed[name]]
     return changed
+
+
+def _message(given: Any, folder: Path) -> Any:
+    """Return a message of a chat with the paths of the images in its parts."""
+    if not isinstance(given, Mapping) or not isinstance(given.get("content"), list):
+        return given
+    parts = [
+        {
+            key: _frames(value, folder)
+            if key == "video"
+            else (_located(value, folder) if key in ("image", "path") else value)
+            for key, value in part.items()
+        }
+        if isinstance(part, Mapping)
+        else part
+        for part in given["content"]
+    ]
+    return {**given, "content": parts}
+
+
+def _frames(given: Any, folder: Path) -> Any:
+    """Return the paths of the frames of a video; any other value is returned as is."""
+    return [_located(one, folder) for one in given] if isinstance(given, list) else given
 
 
 def _video(given: Any, folder: Path) -> Any:

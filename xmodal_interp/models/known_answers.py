@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from xmodal_interp.arguments import as_list, one_or_several
 from xmodal_interp.errors import InputError
-from xmodal_interp.models.item_files import IMAGES, PROMPT, VIDEOS, rows_of
+from xmodal_interp.models.chats import Chat, read_chat
+from xmodal_interp.models.item_files import CHATS, IMAGES, PROMPT, VIDEOS, rows_of
 from xmodal_interp.models.labels import Prompt
 from xmodal_interp.models.model_inputs import with_answer
 from xmodal_interp.models.token_table import answer_separator
@@ -32,7 +33,8 @@ from xmodal_interp.models.vlm import VLM, check_vlm
 
 ItemDict = Mapping[str, Any]
 """A mapping with ``image`` or ``images``, or ``video`` or ``videos`` (or both); ``prompt`` or
-``question``; ``answer``; and optionally ``kind``. An entry that is None counts as missing."""
+``question``, or a chat in ``messages`` or ``conversations``; ``answer``; and optionally ``kind``. A
+chat may hold its images and end with the answer. An entry that is None counts as missing."""
 
 Items = Iterable[ItemDict] | pd.DataFrame | str | PathLike[str]
 """An iterable of dicts, a table with one row per item, or a file of items (see ``read_items``)."""
@@ -65,7 +67,8 @@ def entry(item: ItemDict, *names: str, title: str) -> Any:
     if len(present) != 1:
         between = " and " if present else " or "
         raise InputError(
-            f"{title} has {'both' if present else 'no'} {between.join(map(repr, names))} (its "
+            f"{title} has {'both' if present else 'no'} "
+            f"{between.join(map(repr, present or names))} (its "
             f"entries are {', '.join(map(str, item)) or 'empty'}). Give exactly one that is not "
             "None."
         )
@@ -86,6 +89,84 @@ def visuals_of(item: ItemDict, *, title: str) -> tuple[list[Any], list[Any]]:
         else one_or_several(entry(item, *IMAGES, title=title))
     )
     return images, videos
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What an item asks.
+
+    Attributes:
+        prompt: The question, or the chat without its answer.
+        images: The images, neither opened nor checked.
+        videos: The videos, likewise.
+        answer: The answer: the entry ``answer`` or the end of the chat; None if there is none.
+    """
+
+    prompt: str | Chat
+    images: list[Any]
+    videos: list[Any]
+    answer: Any
+
+    @property
+    def question(self) -> str:
+        """The question; that of the last message of the user in a chat."""
+        return self.prompt.question if isinstance(self.prompt, Chat) else self.prompt
+
+
+def asked_by(
+    item: ItemDict,
+    *,
+    title: str,
+    placeholders: tuple[str | None, str | None] = (None, None),
+    asks: bool = True,
+) -> Asked:
+    """Return the prompt, the images, the videos and the answer of an item.
+
+    Args:
+        item: The item.
+        title: Its name in messages.
+        placeholders: The model's placeholders of an image and of a video in a text.
+        asks: Whether it must have a prompt or a chat; without one, its prompt is empty.
+
+    Raises:
+        InputError: An entry is missing or given twice, or a chat has no known form.
+    """
+    names = (*PROMPT, *CHATS)
+    asks = asks or any(item.get(name) for name in names)
+    given = entry(item, *names, title=title) if asks else ""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        images, videos = visuals_of(item, title=title)
+        return Asked(given, images, videos, item.get("answer"))
+    images, videos = (
+        one_or_several(entry(item, *names, title=title)) if _names_in(item, names) else []
+        for names in (IMAGES, VIDEOS)
+    )
+    try:
+        chat, images, videos = read_chat(given, images, videos, placeholders=placeholders)
+    except InputError as error:
+        raise InputError(f"{title}: {error}") from error
+    answer = item.get("answer")
+    if chat.answer is not None and answer not in (None, chat.answer):
+        raise InputError(
+            f"{title} has the answer {answer!r}, and its messages end with {chat.answer!r}. Leave "
+            "out one of them."
+        )
+    return Asked(replace(chat, answer=None), images, videos, chat.answer or answer)
+
+
+def answer_of(
+    item: ItemDict, *, title: str, placeholders: tuple[str | None, str | None] = (None, None)
+) -> str:
+    """Return the answer of an item: its entry ``answer``, or the end of its chat.
+
+    Raises:
+        InputError: It has none.
+    """
+    if item.get("answer") is None and _names_in(item, (*PROMPT, *CHATS)):
+        found = asked_by(item, title=title, placeholders=placeholders).answer
+        if found is not None:
+            return str(found)
+    return str(entry(item, "answer", title=title))
 
 
 def _names_in(item: ItemDict, names: Iterable[str]) -> list[str]:
@@ -147,13 +228,12 @@ def batches_of(vlm: VLM, items: Items, *, batch_size: int, answers: bool = True)
     shapes: dict[Any, list[Batch]] = defaultdict(list)
     for index, item in enumerate(listed(items)):
         title = f"Item {index}"
-        images, videos = visuals_of(item, title=title)
-        question = entry(item, *PROMPT, title=title)
-        answer = str(entry(item, "answer", title=title)) if answers else ""
-        inputs, (prompt,) = vlm.prepare([images], [question], videos=[videos])
+        asked = asked_by(item, title=title, placeholders=vlm.placeholders)
+        answer = answer_of(item, title=title, placeholders=vlm.placeholders) if answers else ""
+        inputs, (prompt,) = vlm.prepare([asked.images], [asked.prompt], videos=[asked.videos])
         ids = answer_ids(vlm, prompt.text, answer) if answers else ()
         if answers:
-            inputs = with_answer(vlm.model, inputs, ids, _last_text(prompt))
+            inputs = with_answer(vlm.model, inputs, [ids], [last_text(prompt)])
         shapes[_shape(inputs)].append(Batch(inputs, (index,), (prompt,), (ids,)))
     if not shapes:
         raise InputError("There are no items. Give at least one.")
@@ -182,7 +262,7 @@ def answer_ids(vlm: VLM, text: str, answer: str) -> tuple[int, ...]:
     return tuple(whole[len(before) :])
 
 
-def _last_text(prompt: Prompt) -> int:
+def last_text(prompt: Prompt) -> int:
     """Return the last text position of a prompt, or its last position if it has no text."""
     kinds = prompt.columns["kind"]
     return max((i for i, kind in enumerate(kinds) if kind == "text"), default=len(kinds) - 1)

@@ -42,6 +42,7 @@ from xmodal_interp.models.token_table import (
     token_table,
     with_places,
 )
+from xmodal_interp.vocabulary import TURN
 
 if TYPE_CHECKING:
     from xmodal_interp.models.vlm import VLM
@@ -62,6 +63,7 @@ class Prompt:
         video_grids: The grid of each video.
         videos: The videos, in order.
         n_encoder: Number of positions of the encoder, which precede those of the decoder.
+        n_turns: Number of messages; 0 if the prompt is not a chat.
     """
 
     text: str
@@ -73,6 +75,7 @@ class Prompt:
     video_grids: tuple[VideoGrid, ...] = ()
     videos: tuple[Video, ...] = ()
     n_encoder: int = 0
+    n_turns: int = 0
 
     @property
     def n_positions(self) -> int:
@@ -134,6 +137,8 @@ def labelled(vlm: VLM, sample: Unlabelled) -> Prompt:
         image_id=_image_id(vlm),
         video_id=family.video_token_id(vlm.model.config),
     )
+    if not sample.prompt.n_turns:
+        del columns[TURN]
     if family.rewritten:
         columns = _rewritten(vlm, columns)
     grids = sample.grids
@@ -156,6 +161,7 @@ def labelled(vlm: VLM, sample: Unlabelled) -> Prompt:
         sample.video_grids,
         sample.videos,
         row.n_encoder,
+        sample.prompt.n_turns,
     )
 
 

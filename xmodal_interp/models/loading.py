@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from importlib.resources import files
 from os import PathLike
@@ -35,7 +36,12 @@ _LONGEST_NAME = 4096  # maximal length of a path in bytes
 _UNREADABLE = (OSError, RuntimeError, SafetensorError, EOFError, UnpicklingError)
 
 
-def load(name: str | Path | None = None, **options: Any) -> VLM:
+def load(
+    name: str | Path | None = None,
+    *,
+    processor_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> VLM:
     """Load a vision-language model, or a vision model, and its processor.
 
     A warning names weights that the checkpoint lacks, that have another shape in it, or that the
@@ -44,6 +50,8 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
     Args:
         name: A Hub id, a folder, or ``"llava"`` or ``"qwen2_vl"`` for a tiny trained model shipped
             with the package. The default is the shipped LLaVA. Shipped models load offline.
+        processor_options: Options of the image and video processor that replace the checkpoint's,
+            such as ``{"max_pixels": 50176}`` or ``{"do_pan_and_scan": True}``.
         **options: Arguments of ``from_pretrained``, such as ``dtype="auto"``,
             ``device_map="auto"``, ``attn_implementation=...`` or ``revision=...``.
 
@@ -77,7 +85,7 @@ def load(name: str | Path | None = None, **options: Any) -> VLM:
             UserWarning,
             stacklevel=2,
         )
-    return VLM(model.eval(), processor, family, loading)
+    return VLM(model.eval(), processor, family, loading, processor_options)
 
 
 def shipped_path(family: str) -> Path:

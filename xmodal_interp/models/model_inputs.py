@@ -129,9 +129,9 @@ def for_generate(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_answer(
-    model: Any, inputs: Mapping[str, Any], ids: Sequence[int], last_text: int
+    model: Any, inputs: Mapping[str, Any], ids: Sequence[Sequence[int]], last_text: Sequence[int]
 ) -> dict[str, Any]:
-    """Return the inputs with an answer after the prompt of the decoder.
+    """Return the inputs with an answer after each prompt of the decoder.
 
     Positions of the answer are attended and are not image tokens. Their token type is the one that
     ``generate`` gives a new token: PaliGemma's prompt has type 0 and is bidirectional, its answer
@@ -140,12 +140,12 @@ def with_answer(
     Args:
         model: The model; its ``_update_model_kwargs_for_generation`` gives the token types.
         inputs: Inputs of the prompts, ``[sample, position]``.
-        ids: Token ids of the answer.
-        last_text: The last text position of the prompt; its token type determines the answer's.
+        ids: Token ids of the answer of each sample, all of one length.
+        last_text: The last text position of each prompt; its token type determines the answer's.
     """
     given = prompt_ids(inputs)
     decoded = DECODER_IDS in inputs
-    n = len(ids)
+    n = len(ids[0])
     longer = dict(inputs)
     for name in (DECODER_MASK,) if decoded else _OF_POSITIONS:
         value = inputs.get(name)
@@ -155,14 +155,15 @@ def with_answer(
         for name in _TYPES:
             if name in inputs:
                 value = inputs[name]
-                at = min(last_text, value.shape[1] - 1)
-                grown = grown_argument(model, name, value[:, at : at + 1])
+                at = torch.tensor(last_text, device=value.device).clamp(max=value.shape[1] - 1)
+                of_last = value[torch.arange(len(value), device=value.device), at][:, None]
+                grown = grown_argument(model, name, of_last)
                 longer[name] = torch.cat([value, grown[:, -1:].repeat_interleave(n, 1)], 1)
         for name in _IMAGE_MARKS:
             if name in inputs:
                 value = inputs[name]
                 longer[name] = torch.cat([value, value.new_zeros(len(value), n)], 1)
-    added = torch.tensor([list(ids)], dtype=given.dtype, device=given.device)
+    added = torch.tensor([list(each) for each in ids], dtype=given.dtype, device=given.device)
     longer[DECODER_IDS if decoded else "input_ids"] = torch.cat([given, added], 1)
     return longer
 

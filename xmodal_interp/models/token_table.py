@@ -26,7 +26,7 @@ from xmodal_interp.models.alignment import (
 )
 from xmodal_interp.models.model_inputs import FEATURE_ID, InputRow
 from xmodal_interp.models.prompts import RoleSpan
-from xmodal_interp.vocabulary import TOKEN_COLUMNS, VIDEO_COLUMNS
+from xmodal_interp.vocabulary import TOKEN_COLUMNS, TURN, VIDEO_COLUMNS
 
 if TYPE_CHECKING:
     from xmodal_interp.models.geometry import ImageGrid, VideoGrid
@@ -54,7 +54,7 @@ def token_columns(
     Args:
         row: The ids that the model reads.
         alignment: Alignment of the positions that are True in ``row.aligned``.
-        spans: The span and role of each message.
+        spans: The span, role and turn of each message.
         tokenizer: A fast tokenizer.
         image_id: Id of image tokens; None if images are not in the sequence.
         video_id: Id of video tokens; None if the family has none.
@@ -88,14 +88,14 @@ def token_columns(
             (
                 written if has_characters and token not in special else piece,
                 kind,
-                _role(kind, modality, span, spans),
+                *_role(kind, modality, span, spans),
                 of if kind == IMAGE else np.nan,
                 of if kind == VIDEO else np.nan,
                 span.start,
                 span.end,
             )
         )
-    names = ("token", "kind", "role", "image", "video", "start", "end")
+    names = ("token", "kind", "role", TURN, "image", "video", "start", "end")
     return {name: [each[i] for each in rows] for i, name in enumerate(names)}
 
 
@@ -134,18 +134,21 @@ def _kind(
 
 def _role(
     kind: str, modality: str | None, span: TokenSpan, spans: Sequence[RoleSpan]
-) -> str | None:
-    """Return the role of the message that overlaps the token's span.
+) -> tuple[str | None, float]:
+    """Return the role and the turn of the message that overlaps the token's span.
 
-    Tokens outside all messages have the role ``template``, and so have markers and text in an
-    expansion.
+    Tokens outside all messages have the role ``template`` and no turn (NaN), and so have markers
+    and text in an expansion.
     """
     if kind == "padding":
-        return None
+        return None, np.nan
     if span.end <= span.start or (modality is not None and kind not in (IMAGE, VIDEO)):
-        return "template"
-    roles = (each.role for each in spans if span.start < each.end and span.end > each.start)
-    return next(roles, "template")
+        return "template", np.nan
+    found = (each for each in spans if span.start < each.end and span.end > each.start)
+    message = next(found, None)
+    if message is None:
+        return "template", np.nan
+    return message.role, np.nan if message.turn is None else float(message.turn)
 
 
 _PLACES = ("row", "col", "tile", "frame", "x0", "y0", "x1", "y1")
@@ -337,7 +340,10 @@ def _n_in_common(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-_INTEGERS = ("image", "video", "tile", "frame", "row", "col", "start", "end", "source_frame")
+_INTEGERS = (
+    *("image", "video", "tile", "frame", "row", "col", "start", "end", "source_frame"),
+    TURN,
+)
 _FLOATS = ("x0", "y0", "x1", "y1", "time_s")
 
 
@@ -349,10 +355,11 @@ def _table(
 ) -> pd.DataFrame:
     """Return a table of the columns TOKEN_COLUMNS with their dtypes; missing ones are empty.
 
-    ``VIDEO_COLUMNS`` follow if they are given.
+    ``turn`` and ``VIDEO_COLUMNS`` follow if they are given.
     """
     typed: dict[str, Any] = {}
-    for name in (*TOKEN_COLUMNS, *(name for name in VIDEO_COLUMNS if name in columns)):
+    named = [name for name in (TURN, *VIDEO_COLUMNS) if name in columns]
+    for name in (*TOKEN_COLUMNS, *named):
         if name in _FLOATS:
             typed[name] = np.broadcast_to(columns.get(name, np.nan), n_rows).astype(float)
         elif name in _INTEGERS:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.models import geometry
+from xmodal_interp.models.chats import Chat
 from xmodal_interp.models.geometry import ImageGrid
 from xmodal_interp.models.labels import Prompt
 from xmodal_interp.models.processor_calls import FAILURES
@@ -54,7 +55,7 @@ def image_processor_of(processor: Any) -> Any:
 
 
 def prepared(
-    vlm: VLM, images: Sequence[tuple[Image.Image, ...]], questions: Sequence[str]
+    vlm: VLM, images: Sequence[tuple[Image.Image, ...]], questions: Sequence[str | Chat]
 ) -> tuple[dict[str, Any], list[Prompt]]:
     """Return the inputs of a vision model, and the labelled positions of each sample.
 
@@ -70,9 +71,10 @@ def prepared(
     """
     asked = next((question for question in questions if question), None)
     if asked is not None:
+        shown = [*asked.messages] if isinstance(asked, Chat) else asked
         raise InputError(
             f"A {vlm.family.model_type} model has no language model; got the prompt "
-            f"{quoted(asked)}. Leave the prompt out."
+            f"{quoted(shown)}. Leave the prompt out."
         )
     for of_sample in images:
         if len(of_sample) != 1:

@@ -16,6 +16,7 @@ from PIL import Image
 from xmodal_interp.arguments import as_list, one_or_several, string
 from xmodal_interp.errors import GeometryError, InputError, quoted
 from xmodal_interp.models import geometry, processor_calls, vision_inputs
+from xmodal_interp.models.chats import Chat, Messages, read_chat
 from xmodal_interp.models.encoders import encoder_in
 from xmodal_interp.models.generation import arguments_of, check_decoding, end_ids_of, ends_by_text
 from xmodal_interp.models.geometry import ImageGrid
@@ -34,6 +35,7 @@ from xmodal_interp.models.model_state import (
     input_device,
     refuse_virtual_tokens,
 )
+from xmodal_interp.models.processor_options import checked_options, with_options
 from xmodal_interp.models.processor_settings import completed
 from xmodal_interp.models.prompts import rendered
 from xmodal_interp.models.records import (
@@ -65,6 +67,8 @@ class VLM:
         family: The record of the model type; looked up by the type if not given.
         loading: A ``CheckpointReport``: how the checkpoint differs from the model. Pass the second
             result of ``from_pretrained(name, output_loading_info=True)``. None if not known.
+        processor_options: Options of the image and video processor that replace its settings, such
+            as ``{"max_pixels": 50176}`` or ``{"do_pan_and_scan": True}``.
 
     Raises:
         InputError: ``model`` is not a model of transformers, or ``processor`` has no tokenizer; for
@@ -78,6 +82,7 @@ class VLM:
     processor: Any
     family: Family = None  # type: ignore[assignment]  # filled from the model type
     loading: Any = None  # a CheckpointReport after construction
+    processor_options: Any = None  # a dict after construction
 
     def __post_init__(self) -> None:
         if not hasattr(self.model, "config"):
@@ -103,7 +108,10 @@ class VLM:
                 "The processor must have a tokenizer and an image processor; got "
                 f"{type(self.processor).__name__}. Load both with AutoProcessor."
             )
-        object.__setattr__(self, "processor", completed(self.processor, self.model))
+        options = checked_options(self.processor_options)
+        processor = with_options(completed(self.processor, self.model), options)
+        object.__setattr__(self, "processor", processor)
+        object.__setattr__(self, "processor_options", options)
 
     def __repr__(self) -> str:
         """Classes, model type, dtype and device; the model's own repr lists every module."""
@@ -136,10 +144,11 @@ class VLM:
     def prepare(
         self,
         images: Iterable[ImageLike | Iterable[ImageLike]],
-        questions: Iterable[str],
+        questions: Iterable[str | Chat | Messages],
         *,
         system: str | None = None,
         videos: Iterable[Video | Iterable[Video]] | None = None,
+        processor_options: Mapping[str, Any] | None = None,
     ) -> tuple[dict[str, Any], list[Prompt]]:
         """Return the model inputs for a batch, and the labelled positions of each sample.
 
@@ -149,9 +158,11 @@ class VLM:
                 images and videos, or with its placeholders where it has them. A question with
                 placeholders that was rendered by a chat template before is the whole prompt. It
                 may be empty if a decoder starts from its start token alone, and must be empty if
-                the model takes no text or is a vision model.
+                the model takes no text or is a vision model. Messages (see :mod:`.chats`) are put
+                into the chat template too; they must not end with the assistant's.
             system: A system message, for the chat template.
             videos: For each sample, its video or its videos in order.
+            processor_options: Options of the image and video processor, such as ``max_pixels``.
 
         Raises:
             GeometryError: The processor's ids do not match the prompt and the family's rule, or the
@@ -160,31 +171,51 @@ class VLM:
                 chat template or its template drops videos, a system message cannot be added, or
                 the numbers of placeholders and images differ.
         """
-        images, questions = as_list(images, "images"), as_list(questions, "questions")
-        for question in questions:
-            string(question, "A prompt")
+        if processor_options:
+            prepared = self.with_options(processor_options).prepare(
+                images, questions, system=system, videos=videos
+            )
+            if self.family.language:
+                object.__setattr__(self, "_prepared", (prompt_ids(prepared[0]), prepared[1]))
+            return prepared
+        questions = as_list(questions, "questions")
+        pictures = [one_or_several(of) for of in as_list(images, "images")]
+        clips = [one_or_several(of) for of in ([] if videos is None else as_list(videos, "videos"))]
+        clips = clips or [[]] * len(pictures)
+        asked: list[str | Chat] = []
+        for i, question in enumerate(questions):
+            if isinstance(question, str):
+                string(question, "A prompt")
+                asked.append(question)
+                continue
+            chat, pictures[i], clips[i] = self.read_chat(question, pictures[i], clips[i])
+            if chat.answer is not None:
+                raise InputError(
+                    f"The messages end with the assistant's {chat.answer!r}, which is an answer "
+                    "and no part of a prompt. Leave it out here, or pass the messages to "
+                    "xi.capture."
+                )
+            asked.append(chat)
         of_images = vision_inputs.ImagesOnly(self.processor)
         background = processor_calls.composite_of(
             self.processor if self.family.language else of_images
         )
-        given = [one_or_several(of) for of in images]
-        opened = [tuple(open_image(image, background) for image in of) for of in given]
-        clips = [] if videos is None else as_list(videos, "videos")
-        given = [one_or_several(of) for of in clips]
-        shown = [tuple(open_video(video) for video in of) for of in given] or [()] * len(opened)
+        opened = [tuple(open_image(image, background) for image in of) for of in pictures]
+        shown = [tuple(open_video(video) for video in of) for of in clips]
         if flat(shown) and self.family.video is None:
             raise GeometryError(
                 f"The model type {self.family.model_type!r} has no rule that places video tokens. "
                 "Pass a family record with one, or record the attention with xi.record(model)."
             )
         if not self.family.language:
-            inputs, labelled_prompts = vision_inputs.prepared(self, opened, questions)
+            inputs, labelled_prompts = vision_inputs.prepared(self, opened, asked)
             return self._moved(inputs), labelled_prompts
         prompts = [
             rendered(self, question, len(of), len(clips), system=system)
-            for question, of, clips in zip(questions, opened, shown, strict=True)
+            for question, of, clips in zip(asked, opened, shown, strict=True)
         ]
-        inputs, replacements = processor_calls.processed(self, questions, prompts, opened, shown)
+        plain = [each.question if isinstance(each, Chat) else each for each in asked]
+        inputs, replacements = processor_calls.processed(self, plain, prompts, opened, shown)
         grids = self._grids(inputs, opened)
         video_grids = self._applied(self.family.video, inputs, shown)
         begun = with_start(self.model, inputs, len(prompts))
@@ -203,13 +234,26 @@ class VLM:
                     row=input_row(self.family, begun, i, grids[i]),
                 ),
             )
-            for i, question in enumerate(questions)
+            for i, question in enumerate(plain)
         ]
         if self.family.rewritten:
             begun = as_generated(self.model.config, begun)
         inputs = self._moved(begun)
         object.__setattr__(self, "_prepared", (prompt_ids(inputs), labelled_prompts))
         return inputs, labelled_prompts
+
+    def read_chat(
+        self, given: Any, images: Sequence[ImageLike] = (), videos: Sequence[Video] = ()
+    ) -> tuple[Chat, list[ImageLike], list[Video]]:
+        """Return the chat of some messages, and its images and videos (see :mod:`.chats`)."""
+        return read_chat(given, images, videos, placeholders=self.placeholders)
+
+    def with_options(self, options: Mapping[str, Any] | None) -> VLM:
+        """Return a VLM whose processor has further ``processor_options``."""
+        added = checked_options(options)
+        if not added:
+            return self
+        return replace(self, processor_options={**self.processor_options, **added})
 
     def prompts_of(self, ids: torch.Tensor) -> list[Prompt] | None:
         """Return the prompts that :meth:`prepare` labelled last, if their ids are these.
@@ -318,6 +362,11 @@ class VLM:
             return None
         token = getattr(self.processor, "video_token", None)
         return None if token is None else str(getattr(token, "content", token))
+
+    @property
+    def placeholders(self) -> tuple[str | None, str | None]:
+        """The placeholders of an image and of a video in a prompt; None if there is none."""
+        return self.placeholder, self.video_placeholder
 
     def _check_ids(self, inputs: Mapping[str, Any], n_prompts: int) -> None:
         """Raise InputError unless the processor returned one row of token ids per prompt."""
