@@ -356,12 +356,14 @@ REFUSALS = {
     "thousandths": (
         lambda: pointing_hits(SAMPLE, [[0, 10, 500, 1000]]),
         "The box [0, 10, 500, 1000] of sample 'fake' exceeds its image of 30 x 30 px by more than "
-        "half a side. Read numbers of other units with xi.boxes.read(numbers, format, size=(width, height)).",
+        "half a side. Read numbers of other units with xi.boxes.read(numbers, format, size=(width, "
+        "height)).",
     ),
     "another object": (
         lambda: pointing_hits(SAMPLE, [[0, 0, 10, 10]], other_boxes=[[[20, 20, 45.5, 30]]]),
         "The box [20, 20, 45.5, 30] of sample 'fake' exceeds its image of 30 x 30 px by more than "
-        "half a side. Read numbers of other units with xi.boxes.read(numbers, format, size=(width, height)).",
+        "half a side. Read numbers of other units with xi.boxes.read(numbers, format, size=(width, "
+        "height)).",
     ),
     "outside all": (
         lambda: pointing_hits(SAMPLE, [[[40, 40, 50, 50], [31, 0, 50, 9]]]),

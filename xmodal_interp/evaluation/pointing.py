@@ -264,8 +264,8 @@ def _check_in_image(sample: Sample, image: int, boxes: Float[np.ndarray, "box 4"
     if beyond.any():
         raise InputError(
             f"The box {shown(boxes[beyond.any(1)][0])} of sample {sample.name!r} exceeds its image "
-            f"of {size[0]} x {size[1]} px by more than half a side. Read numbers of other units with xi.boxes.read(numbers, "
-            "format, size=(width, height))."
+            f"of {size[0]} x {size[1]} px by more than half a side. Read numbers of other "
+            "units with xi.boxes.read(numbers, format, size=(width, height))."
         )
 
 
