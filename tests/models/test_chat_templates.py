@@ -113,6 +113,27 @@ def test_the_inputs_are_those_of_the_processor(model_type: str) -> None:
     assert torch.equal(ours["input_ids"], vlm.processor(**given)["input_ids"])
 
 
+@pytest.mark.parametrize(
+    "model_type", ["pp_chart2table", "internvl", "llama4", "ovis2", "idefics2", "qwen3_vl"]
+)
+def test_images_have_the_turns_of_their_messages(model_type: str) -> None:
+    """With one template for all: ``pp_chart2table`` writes 16 placeholders for each image."""
+    vlm = VLM(real(model_type)[0], settled(model_type))
+    sample = capture(vlm, prompt=CHAT, answer="a red circle")
+    tokens = sample.tokens
+    for image, turn in enumerate((1, 3)):
+        rows = tokens.loc[sample.where("image", image=image)]
+        assert len(rows) == sample.grids[image].n_tokens
+        assert set(rows["role"]) == {"user"}
+        assert set(rows["turn"]) == {turn}
+    for turn, text in enumerate((SYSTEM, FIRST, SECOND, THIRD)):
+        rows = tokens.loc[sample.where("text", turn=turn)]
+        assert sample.text[rows["start"].min() : rows["end"].max()].strip() == text
+        assert set(rows["role"]) == {CHAT[turn]["role"]}
+    assert sample.where(role="generated").tolist() == sample.where(turn=4).tolist()
+    assert sample.answer == "a red circle"
+
+
 def test_a_template_that_refuses_the_order_of_roles() -> None:
     chat = [{"role": "user", "content": "where?"}, {"role": "user", "content": "and where?"}]
     with pytest.raises(InputError) as refusal:

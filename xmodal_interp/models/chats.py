@@ -260,6 +260,11 @@ def _read_part(given: Any, pictures: Mapping[str, _Pictures]) -> dict[str, Any]:
 def _image_in(part: Mapping[str, Any], name: str) -> Any:
     image = part[name]
     if name == "image_url" and isinstance(image, Mapping):
+        if image.get("detail") not in (None, "auto"):
+            raise InputError(
+                f"The detail {quoted(image['detail'])} of an image_url would not be read. Leave it "
+                "out; processor_options sets the resolution."
+            )
         image = image.get("url")
     return f"data:image;base64,{image}" if name == "base64" else image
 

@@ -173,7 +173,8 @@ def _picture_spans(
 ) -> list[RoleSpan]:
     """Return the spans of placeholders outside the texts, with the roles of their messages.
 
-    If the template does not write one placeholder for each part, the role is ``user``.
+    Templates write one placeholder for each part, or the same number for each. If one writes
+    another number, the role is ``user`` and the turn is not known.
     """
     owners: list[tuple[str, int | None]] = [
         (message["role"], turn)
@@ -186,8 +187,11 @@ def _picture_spans(
         for each in re.finditer(re.escape(placeholder), text)
         if not any(span.start <= each.start() < span.end for span in spans)
     ]
-    if len(found) != len(owners):
+    n_each, rest = divmod(len(found), max(len(owners), 1))
+    if rest or not owners:
         owners = [("user", None)] * len(found)
+    else:
+        owners = [owner for owner in owners for _ in range(n_each)]
     return [RoleSpan(role, *span, turn) for (role, turn), span in zip(owners, found, strict=True)]
 
 
