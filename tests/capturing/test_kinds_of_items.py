@@ -179,9 +179,12 @@ def test_a_kind_of_items_gives_the_same_samples(kind, folder, url, expected) -> 
             assert sample.labels == label
             assert sample.question == QUESTION
             assert sample.answer == same.answer
-            tokens = sample.tokens
-            if "turn" in tokens:  # of chats only
-                assert tokens.pop("turn").dropna().unique().tolist() == [0]
+            tokens = sample.tokens.copy()
+            if "turn" in tokens:  # of chats only: the question, then the generated answer
+                turn = tokens.pop("turn")
+                assert turn.dropna().unique().tolist() == [0, 1]
+                is_generated = tokens["role"].eq("generated")
+                assert turn.eq(1).fillna(False).tolist() == is_generated.tolist()
             pd.testing.assert_frame_equal(tokens, same.tokens)
             assert np.array_equal(np.asarray(sample.images[0]), np.asarray(same.images[0]))
             for layer in sample.layers():
