@@ -118,6 +118,10 @@ def capture(
         typer.Option(help="Path or URL of an image; repeat the option for several images"),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The question about the image")] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(help="An answer to run the model on, instead of generating one"),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the sample in the store")] = None,
     items: Annotated[
         Path | None,
@@ -180,11 +184,12 @@ def capture(
     missing samples.
     """
     vlm = _loaded(model, dtype, device_map, attn_implementation, processor_option)
+    given_answers = given_answers or answer is not None
     if max_new_tokens is None:
         max_new_tokens = 20 if vlm.family.language and not given_answers else 0
     if prompt is None and not vlm.family.language:
         prompt = ""
-    asked = _asked(items, image, prompt, name)
+    asked = _asked(items, image, prompt, name, answer)
     written = xi.capture_dataset(
         vlm,
         asked,
@@ -466,16 +471,22 @@ def _named_values(written: list[str]) -> dict[str, Any]:
 
 
 def _asked(
-    items: Path | None, images: list[str] | None, prompt: str | None, name: str | None
+    items: Path | None,
+    images: list[str] | None,
+    prompt: str | None,
+    name: str | None,
+    answer: str | None,
 ) -> list[dict[str, Any]]:
     """Return the items of a file, or the single item given by the options."""
     if items is not None:
-        if images or prompt or name is not None:
-            raise InputError("--items cannot be combined with --image, --prompt or --name.")
+        if images or prompt or name is not None or answer is not None:
+            raise InputError(
+                "--items cannot be combined with --image, --prompt, --name or --answer."
+            )
         return xi.read_items(items)
     if not images or prompt is None:
         raise InputError("Nothing to capture: pass --image with --prompt, or --items.")
-    return [{"image": list(images), "prompt": prompt, "name": name}]
+    return [{"image": list(images), "prompt": prompt, "name": name, "answer": answer}]
 
 
 def _sample(store: xi.Store, which: str) -> xi.Sample:
