@@ -5,6 +5,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import xmodal_interp as xi
 from tests.helpers.real import real, settled
@@ -13,6 +14,7 @@ from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from tests.helpers.vision import registers_vlm
 from xmodal_interp.capturing.dataset import capture_dataset
 from xmodal_interp.capturing.run import Keep, capture, capture_batch
+from xmodal_interp.cli.commands import app
 from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.models import VLM
 from xmodal_interp.models.known_answers import answer_ids
@@ -209,11 +211,20 @@ def test_the_end_of_a_chat_of_an_item_is_its_label(tmp_path) -> None:
     assert_same(label, capture(shipped(), prompt=chat[:-1]))
 
 
+def test_a_label_that_is_a_number_stays_one(tmp_path) -> None:
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture()}, "how many ?"]}]
+    items_of = [
+        {"id": "question", "image": picture(), "prompt": "how many ?", "answer": 4},
+        {"id": "chat", "messages": chat, "answer": 4},
+    ]
+    options = {"given_answers": True, "progress": False}
+    store = capture_dataset(shipped(), items_of, tmp_path / "run", **options)
+    for sample in store:
+        assert sample.labels == {"answer": 4}
+        assert sample.answer == "4"
+
+
 def test_the_command_line_reads_given_answers(tmp_path) -> None:
-    from typer.testing import CliRunner
-
-    from xmodal_interp.cli.commands import app
-
     run = CliRunner().invoke
     picture().save(tmp_path / "scene.png")
     row = {"id": "a", "image": "scene.png", "prompt": "where is it ?", "answer": "top left"}
@@ -231,6 +242,22 @@ def test_the_command_line_reads_given_answers(tmp_path) -> None:
     assert refused.exit_code == 1
     assert " ".join(refused.output.split()) == (
         "error: given_answers=True and max_new_tokens=3 exclude each other. Pass one of them."
+    )
+
+
+def test_the_command_line_takes_one_answer(tmp_path) -> None:
+    run = CliRunner().invoke
+    picture().save(tmp_path / "scene.png")
+    one = ["--image", str(tmp_path / "scene.png"), "--prompt", "where is it ?"]
+    options = ["capture", str(tmp_path / "run"), "--answer", "top left"]
+    shown = run(app, [*options, *one])
+    assert shown.exit_code == 0, shown.output
+    (sample,) = xi.open_store(tmp_path / "run")
+    assert_same(sample, capture(shipped(), picture(), "where is it ?", answer="top left"))
+    refused = run(app, [*options, "--items", str(tmp_path / "items.jsonl")])
+    assert refused.exit_code == 1
+    assert " ".join(refused.output.split()) == (
+        "error: --items cannot be combined with --image, --prompt, --name or --answer."
     )
 
 

@@ -206,6 +206,15 @@ WRONG = {
 }
 
 
+def test_wrong_options_are_errors_before_the_weights_are_loaded(monkeypatch) -> None:
+    def refuse(*_):
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr(xi.models.loading, "_model", refuse)
+    with pytest.raises(InputError, match="has no option 'max_pixel' for images or videos"):
+        xi.load("qwen2_vl", processor_options={"max_pixel": 1})
+
+
 @pytest.mark.usefixtures("any_type")
 @pytest.mark.parametrize("case", WRONG)
 def test_options_that_cannot_be_set(case: str) -> None:

@@ -212,8 +212,8 @@ def item_of(
     if raw.get("name") is not None and raw.get("id") is not None:
         rest["id"] = raw["id"]
     answer = None if asked.answer is None else str(asked.answer)
-    if isinstance(prompt, Chat) and answer is not None:
-        rest["answer"] = answer
+    if answer is not None:  # the end of a chat; a label keeps its own value
+        rest.setdefault("answer", answer)
     try:
         labels = json.loads(json_text(rest))
         json_text(prompt.messages if isinstance(prompt, Chat) else prompt)

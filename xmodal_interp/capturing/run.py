@@ -394,7 +394,12 @@ def _run(
         samples.append(
             _sample(vlm, index, prompt, (list(ids), n_steps), batch, keep, known, positions)
         )
-    return samples
+    return [_with_given(sample, each.answer) for sample, each in zip(samples, asked, strict=True)]
+
+
+def _with_given(sample: Sample, answer: str | None) -> Sample:
+    """Return a sample with its given answer as it was given; ids lack, for example, unknown words."""
+    return sample if answer is None else sample.changed(answer=answer.strip())
 
 
 def _key_groups(

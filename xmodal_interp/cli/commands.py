@@ -121,6 +121,10 @@ def capture(
         str | None,
         typer.Option(help="The question about the image; with --items, of all items without one"),
     ] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(help="An answer to run the model on, instead of generating one"),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the sample in the store")] = None,
     items: Annotated[
         Path | None,
@@ -187,11 +191,12 @@ def capture(
     missing samples.
     """
     vlm = _loaded(model, dtype, device_map, attn_implementation, processor_option)
+    given_answers = given_answers or answer is not None
     if max_new_tokens is None:
         max_new_tokens = 20 if vlm.family.language and not given_answers else 0
     if prompt is None and not vlm.family.language:
         prompt = ""
-    asked = _asked(items, image, prompt, name, image_folder)
+    asked = _asked(items, image, prompt, name, answer, image_folder)
     written = xi.capture_dataset(
         vlm,
         asked,
@@ -477,18 +482,19 @@ def _asked(
     images: list[str] | None,
     prompt: str | None,
     name: str | None,
+    answer: str | None,
     image_folder: Path | None,
 ) -> list[dict[str, Any]]:
     """Return the items of a file, or the single item given by the options."""
     if items is not None:
-        if images or name is not None:
-            raise InputError("--items cannot be combined with --image or --name.")
+        if images or name is not None or answer is not None:
+            raise InputError("--items cannot be combined with --image, --name or --answer.")
         return xi.read_items(items, prompt=prompt or None, image_folder=image_folder)
     if image_folder is not None:
         raise InputError("--image-folder requires --items.")
     if not images or prompt is None:
         raise InputError("Nothing to capture: pass --image with --prompt, or --items.")
-    return [{"image": list(images), "prompt": prompt, "name": name}]
+    return [{"image": list(images), "prompt": prompt, "name": name, "answer": answer}]
 
 
 def _sample(store: xi.Store, which: str) -> xi.Sample:

@@ -28,6 +28,7 @@ from xmodal_interp.arguments import user_path
 from xmodal_interp.contexts import Block
 from xmodal_interp.errors import InputError, UnsupportedModelError, quoted
 from xmodal_interp.models.model_state import CheckpointReport
+from xmodal_interp.models.processor_options import checked_options, with_options
 from xmodal_interp.models.records import family_of
 from xmodal_interp.models.vlm import VLM
 from xmodal_interp.vocabulary import SHIPPED
@@ -56,7 +57,8 @@ def load(
             ``device_map="auto"``, ``attn_implementation=...`` or ``revision=...``.
 
     Raises:
-        InputError: There is no such model, or it cannot be loaded with these options.
+        InputError: There is no such model, it cannot be loaded with these options, or the processor
+            has no such option.
         UnsupportedModelError: The model type has no family record, is text-only, or is that of a
             vision model without one position per patch.
     """
@@ -74,6 +76,7 @@ def load(
     _check_dtype(options.get("dtype"))
     auto = AutoProcessor if family.language else AutoImageProcessor
     processor = _processor(source, shared, name, auto)
+    with_options(processor, checked_options(processor_options))  # wrong ones, before the weights
     with Block(_without_progress_bar) if shipped else nullcontext():
         class_ = AutoModelForImageTextToText if family.language else _own_class(config)
         model, loading = _model(source, options, class_)
