@@ -203,7 +203,7 @@ def test_many_samples_and_their_provenance() -> None:
     assert table.attrs["n_samples"] == 3
     assert table.attrs["provenance"] == [{"model": "x"}, {"model": "y"}]
     assert table.attrs["parameters"] == {
-        "queries": "text",
+        "queries": "at.text",
         "layers": -1,
         "heads": [0, -1],
         "image": None,
