@@ -95,6 +95,7 @@ VALUES: dict[str, tuple[Any, list[int]]] = {
     "predicted twice": (at.predicts(at.predicts(at.answer)), [151, 152]),
     "union": (at.answer | at.phrase("red") | 5 | "where" | [0, -1], [0, 5, 146, 149, 153, 154]),
     "left of a union": ([0] | at.last, [0, 152]),
+    "array": (np.array([0, 7]) | at.last, [0, 7, 152]),
     "list": ([at.answer, "red", 5, slice(0, 2), lambda s: s.last], [0, 1, 5, 149, 152, 153, 154]),
     "nested list": ([at.last, ["red", [5, 6]]], [5, 6, 149, 152]),
     "function": (lambda sample: sample.find("red"), [149]),
@@ -287,6 +288,7 @@ def test_the_repr_is_the_expression(expression: str) -> None:
     assert repr(selector) == expression
     assert at.parse(expression) == at.parse(f"xi.{expression}") == selector
     assert hash(at.parse(expression)) == hash(selector)
+    assert selector | selector == selector
     again = pickle.loads(pickle.dumps(selector))
     assert again == selector
     assert type(again) is type(selector)
@@ -356,6 +358,10 @@ def test_refused_arguments() -> None:
     assert refusal(InputError, at.image, -1) == (
         "image must be an integer from 0 to 10000000; got -1."
     )
+    assert refusal(InputError, at.image(0), 1) == (
+        "at.image(0) is one image already; it takes no index."
+    )
+    assert repr(at.last | len) == "at.last | function len"
     assert refusal(InputError, at.image, 0, frame=1) == (
         "Images have no frames; got frame=1. Leave frame out."
     )

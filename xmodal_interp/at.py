@@ -87,18 +87,22 @@ class TypedSelector:
     arguments: tuple[Any, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
 
+    __array_ufunc__ = None  # an array on the left of | leaves the union to __ror__
+
     def __or__(self, other: Any) -> TypedSelector:
         """Return the union with another selector."""
-        return _union(self, other)
+        found: TypedSelector = _union(self, other)
+        return found
 
     def __ror__(self, other: Any) -> TypedSelector:
         """Return the union with another selector."""
-        return _union(other, self)
+        found: TypedSelector = _union(other, self)
+        return found
 
     def __repr__(self) -> str:
         """Return the expression that makes the selector."""
         if self.rule == UNION:
-            return " | ".join(map(repr, self.arguments))
+            return " | ".join(map(_shown, self.arguments))
         given = [*map(_shown, self.arguments), *(f"{k}={_shown(v)}" for k, v in self.options)]
         return f"at.{self.rule}" + (f"({', '.join(given)})" if given else "")
 
@@ -116,6 +120,8 @@ class _Numbered(TypedSelector):
         Raises:
             InputError: An index is not an integer from 0, or an image is given a frame.
         """
+        if self.arguments:
+            raise InputError(f"{self!r} is one {self.rule} already; it takes no index.")
         number = whole_number(index, self.rule, 0)
         if frame is None:
             return _Numbered(self.rule, (number,))
@@ -274,13 +280,15 @@ def predicts(selector: Selector) -> TypedSelector:
     return TypedSelector("predicts", (_hashable(selector),))
 
 
-def _union(*selectors: Any) -> TypedSelector:
+def _union(*selectors: Any) -> Any:
+    """Return one selector of all positions; the selector itself if there is only one."""
     entries: list[Any] = []
     for each in selectors:
         hashable = _hashable(each)
         is_union = isinstance(hashable, TypedSelector) and hashable.rule == UNION
         entries += hashable.arguments if is_union else [hashable]
-    return TypedSelector(UNION, tuple(dict.fromkeys(entries)))
+    different = tuple(dict.fromkeys(entries))
+    return different[0] if len(different) == 1 else TypedSelector(UNION, different)
 
 
 def _hashable(selector: Any) -> Any:

@@ -87,8 +87,8 @@ class _Place:
 
     @property
     def n_positions(self) -> int:
-        if self.tower == "language":
-            return len(self.sample)
+        if self.tower == "vision":
+            return len(self.sample.patch_names(self.image))
         return len(self.table)
 
     @property
