@@ -241,20 +241,38 @@ def test_keys_of_cross_attention() -> None:
     )
 
 
-def test_turns() -> None:
-    """Where the token table has a column of turns, a role can be restricted to one of them."""
-    sample = one_image()
-    turns = pd.array([None] * 2 + [0] * 150 + [None] + [1] * 2, dtype="Int64")
-    chat = sample.changed(tokens=sample.tokens.assign(turn=turns))
-    assert chat.positions(at.role("user", turn=0)).tolist() == [*IMAGE, *WORDS]
+def test_the_turns_of_a_chat() -> None:
+    """Message 0 is the question, 1 its answer, 2 a second question, which the model answers."""
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ASKED}]},
+        {"role": "assistant", "content": "top right"},
+        {"role": "user", "content": "how many shapes ?"},
+    ]
+    chat = xi.capture(shipped(), scene_picture(), messages, max_new_tokens=4)
+    for selector, expected in (
+        (at.role("user"), [*IMAGE, *WORDS, 157, 158, 159, 160]),
+        (at.role("user", turn=0), [*IMAGE, *WORDS]),
+        (at.role("user", turn=2), [157, 158, 159, 160]),
+        (at.role("assistant"), [153, 154]),
+        (at.role("generated", turn=3), [162, 163]),
+        (at.answer, [162, 163]),
+    ):
+        assert chat.positions(selector).tolist() == expected
     assert refusal(InputError, chat.positions, at.role("user", turn=1)) == (
         "Sample 'sample-0' has no tokens with the role 'user' in turn 1; its roles are template, "
-        "user, generated. Choose one of them."
+        "user, assistant, generated. Choose one of them."
     )
-    bare = sample.changed(tokens=sample.tokens.drop(columns="turn", errors="ignore"))
-    assert refusal(InputError, bare.positions, at.role("user", turn=0)) == (
+    assert refusal(InputError, one_image().positions, at.role("user", turn=0)) == (
         "Sample 'sample-0' is not a chat, so its tokens have no turns. Leave out turn."
     )
+
+
+def test_a_given_answer() -> None:
+    """Every token of a given answer has a row."""
+    sample = xi.capture(shipped(), scene_picture(), ASKED, answer="top left")
+    assert sample.positions(at.answer).tolist() == [153, 154]
+    assert sample.positions(at.predicts(at.answer)).tolist() == [152, 153]
+    assert sample.positions(at.predicts("left")).tolist() == [153]
 
 
 # ----------------------------------------------------------------------------------- the language
