@@ -566,7 +566,10 @@ def drawn(figure: Any) -> list[Any]:
     parts: list[Any] = [text.get_text() for text in figure.texts]
     for axes in figure.axes:
         parts += [axes.get_title(), [t.get_text() for t in axes.get_xticklabels()]]
-        parts += [np.ma.filled(image.get_array(), np.nan).tolist() for image in axes.images]
+        parts += [
+            np.nan_to_num(np.ma.filled(image.get_array(), np.nan), nan=-1.0).tolist()
+            for image in axes.images
+        ]
     return parts
 
 
