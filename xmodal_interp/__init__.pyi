@@ -1,5 +1,6 @@
 from . import (
     analysis,
+    at,
     attention,
     boxes,
     demo,
@@ -63,6 +64,7 @@ __all__ = [
     "ablate_heads",
     "analysis",
     "answer_accuracy",
+    "at",
     "attention",
     "attention_allocation",
     "attention_distance",

@@ -126,7 +126,7 @@ def test_real_models_against_the_boxes_of_the_scene(family: str) -> None:
         assert row.other_object == pytest.approx(np.mean(hits[1:]))
         assert row.energy == pytest.approx(energies[0], rel=1e-5)
     assert table["energy_chance"].between(0.001, 0.5).all()
-    assert table.attrs["parameters"]["queries"] == "a function"
+    assert table.attrs["parameters"]["queries"] == "function <lambda>"
 
 
 def hits_of(values: list[list[float]]) -> pd.DataFrame:

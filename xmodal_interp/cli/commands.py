@@ -84,6 +84,15 @@ ProcessorOption = Annotated[
         "do_pan_and_scan=true; repeat the option for several"
     ),
 ]
+Queries = Annotated[
+    str | None,
+    typer.Option(
+        help="Query tokens: a phrase; a keyword such as `last` (last prompt token), `text` (after "
+        "the image), `answer` or `image 1`; or with a prefix: `phrase:last` (the word), `at:last` "
+        "(the keyword), `predicts:yes` (the tokens that predict it), `positions:3,5`, `role:user`; "
+        "or as in Python: `at.phrase('circle', occurrence=1)`"
+    ),
+]
 Table = Annotated[
     Path | None, typer.Option("--path", help="File for the table: .csv, .parquet or .json")
 ]
@@ -154,7 +163,7 @@ def capture(
     batch_size: Annotated[int, typer.Option(min=1, help="Number of samples per batch")] = 1,
     layers: Annotated[
         list[int] | None,
-        typer.Option(help="A layer to keep; repeat the option for several; default: all"),
+        typer.Option(help="A layer to keep, -1 is the last; repeat the option; default: all"),
     ] = None,
     text_rows: Annotated[
         bool,
@@ -223,12 +232,7 @@ def analyze(
     store: Folder,
     name: Annotated[str, _one_of(ANALYSES, "ANALYSIS")],
     path: Table = None,
-    queries: Annotated[
-        str | None,
-        typer.Option(
-            help="Query tokens: a phrase, `last` (last prompt token) or `text` (after the image)"
-        ),
-    ] = None,
+    queries: Queries = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Number of processes that read the samples")
     ] = 1,
@@ -238,7 +242,7 @@ def analyze(
     """Run one analysis on all samples of a store; print the table or write it to a file."""
     if path is not None:
         check_output(path, force=force)
-    analysis, options = options_of("analysis", name, {"queries": queries})
+    analysis, options = options_of("analysis", name, {"queries": _selector(queries)})
     show_or_write(analysis(xi.open_store(store), **options, workers=workers), path, rows)
 
 
@@ -248,10 +252,7 @@ def pointing(
     boxes: Annotated[
         str, typer.Option(help="Label of each sample that holds the box of the object, in pixels")
     ] = "box",
-    queries: Annotated[
-        str | None,
-        typer.Option(help="Query tokens: a phrase, `last` (last prompt token; default) or `text`"),
-    ] = None,
+    queries: Queries = None,
     criterion: Annotated[
         str | None, typer.Option(help="A patch counts if it overlaps the box, or its centre is in")
     ] = None,
@@ -262,7 +263,7 @@ def pointing(
     """Print how often each head attends most to the labelled object (the pointing game)."""
     if path is not None:
         check_output(path, force=force)
-    given = {"queries": queries, "criterion": criterion}
+    given = {"queries": _selector(queries), "criterion": criterion}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     table = xi.evaluation.pointing_game(xi.open_store(store), boxes, **options)
     show_or_write(table, path, rows)
@@ -279,7 +280,9 @@ def pruning(
     ] = "uniform",
     layers: Annotated[
         list[int] | None,
-        typer.Option(help="A layer whose heads are removed; repeat the option; default: all"),
+        typer.Option(
+            help="A layer whose heads are removed, -1 is the last; repeat the option; default: all"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of questions per forward")] = 32,
     dtype: Dtype = "auto",
@@ -309,9 +312,7 @@ def plot(
     name: Annotated[str, _one_of(FIGURES, "FIGURE")],
     path: Annotated[Path, typer.Option(help="Output file: .png, .pdf or .svg")],
     sample: Annotated[str, typer.Option(help="Name or number of the sample")] = "0",
-    queries: Annotated[
-        str | None, typer.Option(help="Query tokens: a phrase of the question or answer")
-    ] = None,
+    queries: Queries = None,
     layer: Annotated[
         int | None,
         typer.Option(help="Layer; -1 is the last; default: that of the figure, usually the last"),
@@ -321,7 +322,7 @@ def plot(
 ) -> None:
     """Draw one figure of one sample."""
     check_output(path, force=force)
-    given = {"queries": queries, "layer": layer, "head": head}
+    given = {"queries": _selector(queries), "layer": layer, "head": head}
     figure, options = options_of("figures", name, given)
     chosen = _sample(xi.open_store(store), sample)
     figure(chosen, **options, path=path)
@@ -444,6 +445,11 @@ def families(
     show(shown)
     made = ", ".join(f"{library} {version}" for library, version in table.attrs.items())
     say(f"{len(shown)} of {len(table)} types, measured with {made}; --markdown prints all columns")
+
+
+def _selector(given: str | None) -> Any:
+    """Return the selector that an option means; None if it was not passed."""
+    return None if given is None else xi.at.parse(given)
 
 
 def _loaded(
