@@ -36,8 +36,10 @@ from xmodal_interp.errors import (
     NotRecordedError,
     PhraseError,
     PositionError,
+    StoreError,
     quoted,
 )
+from xmodal_interp.html_summary import html_summary
 from xmodal_interp.models import ImageGrid, Video, VideoGrid
 from xmodal_interp.selected_positions import positions_of
 from xmodal_interp.text_search import has_word, span_of
@@ -144,16 +146,42 @@ class Sample:
 
     def __repr__(self) -> str:
         """Return a one-line summary."""
-        counts = self.tokens["kind"].value_counts().items()
-        tokens = ", ".join(f"{count} {kind}" for kind, count in counts)
-        layers = ", ".join(
-            f"{len(self.layers(tower, kind))} {tower} {kind}"
-            for tower, kind in sorted({key[:2] for key in self.calls})
-        )
+        tokens, layers = self._counts
         asked = f"{self.question!r} -> {self.answer!r}"
         if self.tower == "vision":
             asked = ", ".join(f"{grid.width} x {grid.height} px" for grid in self.grids)
         return f"Sample({self.name!r}: {asked}; {tokens} tokens; layers: {layers})"
+
+    @property
+    def _counts(self) -> tuple[str, str]:
+        """The numbers of tokens by kind, and of layers by tower and attention kind."""
+        counts = self.tokens["kind"].value_counts().items()
+        layers = (
+            f"{len(self.layers(tower, kind))} {tower} {kind}"
+            for tower, kind in sorted({key[:2] for key in self.calls})
+        )
+        return ", ".join(f"{count} {kind}" for kind, count in counts), ", ".join(layers)
+
+    def _repr_html_(self) -> str:
+        """Return a summary for notebooks: images, question, answer, tokens and layers."""
+        tokens, layers = self._counts
+        try:
+            images = self.images
+        except (InputError, StoreError):  # a stored sample whose image files were moved
+            images = ()
+        return html_summary(
+            f"Sample {self.name}",
+            {
+                "question": self.question,
+                "answer": self.answer,
+                "tokens": tokens,
+                "videos": ", ".join(f"{len(video.frames)} frames" for video in self.videos),
+                "layers": layers,
+                "labels": ", ".join(f"{name}: {value}" for name, value in self.labels.items()),
+                "model": str(self.provenance.get("model", "")),
+            },
+            images,
+        )
 
     def __len__(self) -> int:
         """Return the number of positions of prompt and answer."""

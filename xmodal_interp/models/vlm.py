@@ -15,6 +15,7 @@ from PIL import Image
 
 from xmodal_interp.arguments import as_list, one_or_several, string
 from xmodal_interp.errors import GeometryError, InputError, quoted
+from xmodal_interp.html_summary import html_summary
 from xmodal_interp.models import geometry, processor_calls, vision_inputs
 from xmodal_interp.models.chats import Chat, Messages, read_chat
 from xmodal_interp.models.encoders import encoder_in
@@ -118,6 +119,19 @@ class VLM:
         return (
             f"VLM({type(self.model).__name__}, {type(self.processor).__name__}; "
             f"{self.family.model_type}, {self.model.dtype}, {self.model.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return a summary for notebooks: classes, model type, weights, dtype and device."""
+        n_weights = sum(weight.numel() for weight in self.model.parameters())
+        return html_summary(
+            f"VLM {self.name}",
+            {
+                "model": type(self.model).__name__,
+                "processor": type(self.processor).__name__,
+                "model type": self.family.model_type,
+                "weights": f"{n_weights:,} in {self.model.dtype} on {self.model.device}",
+            },
         )
 
     @property

@@ -26,6 +26,7 @@ from xmodal_interp.errors import (
     StoreError,
     first_of,
 )
+from xmodal_interp.html_summary import html_summary
 from xmodal_interp.models import ImageGrid, Video, VideoGrid, open_image
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.store import schema
@@ -83,6 +84,20 @@ class Store(Sequence[Sample]):
         what = ", ".join(f"{name}: {value}" for name, value in kept.items() if value is not None)
         about = "; ".join(part for part in (made, what) if part)
         return f"Store({str(self.path)!r}: {len(self)} samples{f'; {about}' if about else ''})"
+
+    def _repr_html_(self) -> str:
+        """Return a summary for notebooks: path, samples and settings."""
+        settings = self.manifest["settings"]
+        kept = settings.get("kept", {})
+        names = ", ".join(self.names[:5]) + (", ..." if len(self) > 5 else "")
+        return html_summary(
+            f"Store {self.path}",
+            {
+                "samples": f"{len(self)}: {names}" if self.names else "0",
+                **{name: str(settings.get(name, "")) for name in ("model", "dtype", "backend")},
+                "kept": ", ".join(f"{name}: {value}" for name, value in kept.items() if value),
+            },
+        )
 
     def __len__(self) -> int:
         return len(self.names)
