@@ -166,7 +166,7 @@ class Sample:
         """Return a summary for notebooks: images, question, answer, tokens and layers."""
         tokens, layers = self._counts
         try:
-            images = self.images
+            images = tuple(image.convert("RGB") for image in self.images)
         except (InputError, StoreError):  # a stored sample whose image files were moved
             images = ()
         return html_summary(
