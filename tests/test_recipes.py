@@ -15,6 +15,7 @@ PICTURES = {
     "cross_attention.py": ("--folder", 2),
     "qwen2_vl_visualizer.py": ("--save-path", 3),
     "vision_attention.py": ("--out", 5),
+    "speech_alignment.py": ("--out", 2),
 }
 
 

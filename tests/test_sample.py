@@ -55,8 +55,8 @@ def test_a_token_that_was_not_fed_back_has_a_row_that_predicts_it(tmp_path) -> N
             assert torch.equal(sample.probs(0, queries=rows), prompt_only.probs(0, queries="last"))
         message = (
             f"{word!r} has no attention row of its own: its last token was generated last and was "
-            f"not fed back to the model. Pass sample.find({word!r}, predicts=True), the rows that "
-            "predict it, or capture more tokens."
+            f"not fed back to the model. Pass xi.at.predicts({word!r}), the rows that predict it, "
+            "or capture more tokens."
         )
         for select in (sample.find, sample.positions, lambda w, of=sample: of.probs(0, queries=w)):
             with pytest.raises(PhraseError) as refusal:

@@ -1,5 +1,6 @@
 from . import (
     analysis,
+    at,
     attention,
     boxes,
     demo,
@@ -32,8 +33,10 @@ from .analysis import (
     recency_index,
     rollout_matrix,
     sink_rate,
+    time_alignment,
     token_norms,
     token_ratio,
+    token_times,
 )
 from .attention import AttentionCall
 from .capturing.dataset import capture_dataset
@@ -61,6 +64,7 @@ __all__ = [
     "ablate_heads",
     "analysis",
     "answer_accuracy",
+    "at",
     "attention",
     "attention_allocation",
     "attention_distance",
@@ -103,6 +107,8 @@ __all__ = [
     "shapes",
     "sink_rate",
     "store",
+    "time_alignment",
     "token_norms",
     "token_ratio",
+    "token_times",
 ]

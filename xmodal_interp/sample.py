@@ -5,6 +5,7 @@
     sample.tokens                           one row per position: token, kind, place in the image
     sample.find("red circle")               positions of a phrase
     sample.find("yes", predicts=True)       the positions that predict it, one before each token
+    sample.positions(at.image(1))           positions of any selector, see xmodal_interp.at
     sample.call(layer=3)                    queries, keys and mask of layer 3: an AttentionCall
     sample.probs(layer=3, queries="last")   its probabilities, [head, query, key]
     sample.grid(values)                     one value per image token, as [row, col]
@@ -15,19 +16,19 @@ sample are a mapping that reads a layer from disk when it is accessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, SupportsIndex, cast, get_args
+from typing import TYPE_CHECKING, Any, SupportsIndex, get_args
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
 from xmodal_interp.arguments import MOST, one_of, string, whole_number
-from xmodal_interp.attention import AttentionCall, Positions, number, resolve
+from xmodal_interp.at import Selector, by_name
+from xmodal_interp.attention import AttentionCall, Positions, layer_index, number
 from xmodal_interp.errors import (
     GeometryError,
     InputError,
@@ -38,31 +39,20 @@ from xmodal_interp.errors import (
     quoted,
 )
 from xmodal_interp.models import ImageGrid, Video, VideoGrid
-from xmodal_interp.text_search import has_phrase, has_word, span_of
+from xmodal_interp.selected_positions import positions_of
+from xmodal_interp.text_search import has_word, span_of
 from xmodal_interp.vocabulary import (
-    KEYWORDS,
-    LAST,
     ROLES,
-    TEXT,
     TOKEN_KINDS,
     TOWERS,
     TURN,
     VISUAL_KINDS,
     AttentionKind,
-    Keyword,
     Tower,
 )
 
 CallKey = tuple[Tower, AttentionKind, int, int]
 """Tower, attention kind, layer, and number of the call within the layer."""
-
-Selector = str | Positions | Sequence[str | int]
-"""Positions, a keyword (``"last"``, ``"text"``), a phrase of the text, or a list of these.
-
-``"last"`` selects the last position of the prompt, ``"text"`` all text after the last image or
-video. A keyword that is also a word of the sample's text is an error. Pass ``sample.last`` or
-``vocabulary.LAST`` for the keyword, ``sample.find("last")`` for the word.
-"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,8 +266,8 @@ class Sample:
         if end > self._end_of_rows and not predicts:
             raise PhraseError(
                 f"{phrase!r} has no attention row of its own: its last token was generated last "
-                "and was not fed back to the model. Pass sample.find("
-                f"{phrase!r}, predicts=True), the rows that predict it, or capture more tokens."
+                "and was not fed back to the model. Pass xi.at.predicts("
+                f"{phrase!r}), the rows that predict it, or capture more tokens."
             )
         if end > self._end_of_rows:
             found = np.append(found, len(self))
@@ -286,7 +276,7 @@ class Sample:
                 f"{phrase!r} is in the text, but its tokens are unknown: the tokens of this sample "
                 "could not be aligned with its prompt. Pass positions instead."
             )
-        return self._before(found) if predicts else found
+        return self.before(found) if predicts else found
 
     @property
     def _end_of_rows(self) -> int:
@@ -302,7 +292,12 @@ class Sample:
         end = end if pd.isna(last) else max(end, int(last))
         return end if text[end:].strip() else len(self.text)
 
-    def _before(self, found: Int[np.ndarray, " position"]) -> Int[np.ndarray, " position"]:
+    @property
+    def has_unread_token(self) -> bool:
+        """Whether the last generated token was not fed back to the model, so it has no position."""
+        return self._end_of_rows < len(self.text)
+
+    def before(self, found: Int[np.ndarray, " position"]) -> Int[np.ndarray, " position"]:
         """Return the positions that predict the tokens at some positions.
 
         Raises:
@@ -326,6 +321,10 @@ class Sample:
                 )
         return found - 1
 
+    def has_word(self, word: str) -> bool:
+        """Return whether a word or phrase is in the text outside placeholders, ignoring case."""
+        return has_word(word, self.text, self._in_placeholder)
+
     def _in_placeholder(self, start: int, end: int) -> bool:
         """Return whether a span of characters is inside a placeholder or another special token."""
         inside = (self.tokens["start"] <= start) & (self.tokens["end"] >= end)
@@ -341,61 +340,28 @@ class Sample:
     ) -> Int[Tensor, " position"]:
         """Convert a selector to positions.
 
-        ``"last"`` selects the last position of the prompt, ``"text"`` the text after all images and
-        videos. In the vision tower, a name selects all positions with this name: ``"class"``,
-        ``"register"`` (all registers), ``"register 0"`` or ``"patch"``. The positions of a list
-        that contains strings are sorted and unique.
+        :mod:`xmodal_interp.at` describes all selectors. The positions of a list with another entry
+        than numbers are sorted and unique.
 
         Args:
-            selector: A keyword, a phrase or name, an index, a slice, a boolean mask or a list.
+            selector: Positions, a keyword, a phrase, a typed selector, a list of these, or a
+                function of the sample. In the vision tower, a string is a name, such as
+                ``"class"``, ``"register"`` (all registers), ``"register 0"`` or ``"patch"``.
             predicts: Return the positions whose output predicts the selected tokens: one before
                 each.
             tower: ``"language"`` or ``"vision"``; ``Sample.tower`` if not given.
             image: In the vision tower, index of the image; videos follow the images.
 
         Raises:
-            InputError: ``"text"`` for a sample without text after the image, or ``predicts`` in the
-                vision tower.
+            InputError: The sample has no position that the selector selects, such as ``"text"``
+                without text after the image; or ``predicts`` in the vision tower.
             PhraseError: An unknown or ambiguous phrase, a phrase of a token without a row, an
                 unknown name, or a keyword that is also a word of this sample's text.
-            PositionError: An index outside the sequence, a mask of the wrong length, or a token
-                that no position predicts.
+            PositionError: An index outside the sequence, a mask of the wrong length, a function
+                that returns no selector, or a token that no position predicts.
         """
-        if (tower or self.tower) == "vision":
-            if predicts:
-                raise InputError(
-                    "predicts=True selects positions of the language tower; positions of the "
-                    "vision tower predict no token. Leave predicts out."
-                )
-            return self._patches(selector, image)
-        if isinstance(selector, str):
-            if selector not in KEYWORDS:
-                return torch.from_numpy(self.find(selector, predicts=predicts))
-            found = torch.from_numpy(self._named(selector))
-        elif has_phrase(selector):
-            each = (self.positions(one, predicts=predicts) for one in selector)
-            return torch.tensor(sorted({int(i) for of_one in each for i in of_one}))
-        else:
-            found = resolve(cast("Positions", selector), len(self), "position")
-        return torch.from_numpy(self._before(found.numpy())) if predicts else found
-
-    def _patches(self, selector: Selector, image: int) -> Int[Tensor, " position"]:
-        """Return the positions of the vision tower for an image that a selector selects."""
-        if has_phrase(selector) and not isinstance(selector, str):
-            each = (self._patches(one, image) for one in selector)
-            return torch.tensor(sorted({int(i) for of_one in each for i in of_one}))
-        names = self.patch_names(image)
-        if not isinstance(selector, str):
-            return resolve(cast("Positions", selector), len(names), "position")
-        groups = np.array([name.rstrip("0123456789 ") for name in names.tolist()], dtype=object)
-        rows = np.flatnonzero((names == selector) | (groups == selector))
-        if not len(rows):
-            known = ", ".join(dict.fromkeys(groups.tolist()))
-            raise PhraseError(
-                f"No position of the vision tower of sample {self.name!r} is named {selector!r}; "
-                f"the names are {known}. Pass one of them, or positions as numbers."
-            )
-        return torch.from_numpy(rows)
+        tower = "vision" if (tower or self.tower) == "vision" else "language"
+        return positions_of(self, selector, predicts=predicts, tower=tower, image=image)
 
     def patch_names(self, image: int = 0) -> np.ndarray:
         """Return the name of each vision-tower position of an image, as an array of strings.
@@ -415,28 +381,6 @@ class Sample:
         if names is None:
             names = np.where(grids[image].patch_places[:, 0] >= 0, "", "special")
         return np.where(names == "", "patch", names).astype(object)
-
-    def _named(self, name: str) -> Int[np.ndarray, " position"]:
-        """Return the positions of a keyword."""
-        if not isinstance(name, Keyword) and has_word(name, self.text, self._in_placeholder):
-            keyword = {
-                LAST: "sample.last (the last position of the prompt)",
-                TEXT: "sample.text_after_image() (all text after the image)",
-            }
-            raise PhraseError(
-                f"{name!r} is ambiguous: it is a keyword and a word in the text of sample "
-                f"{self.name!r}. Pass {keyword[Keyword(name)]}, sample.find({name!r}) (the word), "
-                f"or for many samples xmodal_interp.vocabulary.{name.upper()} (the keyword)."
-            )
-        if name == LAST:
-            return np.array([self.last])
-        after = self.text_after_image()
-        if len(after) == 0:
-            raise InputError(
-                f"queries='text' selects text after the last image token; sample {self.name!r} has "
-                "no such text. Choose queries by position, or put the question after the image."
-            )
-        return after
 
     def layers(self, tower: Tower | None = None, kind: AttentionKind = "self") -> list[int]:
         """Return the layers whose calls were kept, ascending."""
@@ -469,9 +413,7 @@ class Sample:
         one_of(kind, "kind", get_args(AttentionKind))
         kept = self.layers(tower, kind)
         model_layers = self.provenance.get("layers", {}).get(f"{tower}.{kind}") or kept
-        index = number(layer, "layer")
-        if -len(model_layers) <= index < 0:
-            index = model_layers[index]
+        index = layer_index(number(layer, "layer"), model_layers)
         key: CallKey = (tower, kind, index, number(call, "call"))
         if key in self.calls:
             return self.calls[key]
@@ -503,31 +445,36 @@ class Sample:
         Args:
             layer: Layer index; negative ones count from the last.
             heads: Heads; all by default.
-            queries: Positions, a phrase or a list of phrases; all by default.
-            keys: Like ``queries``. Keys of cross-attention are selected by position only.
+            queries: A selector, see :mod:`xmodal_interp.at`; all positions by default.
+            keys: Like ``queries``. Keys of cross-attention are image tokens, such as
+                ``at.image(1)``; in an encoder-decoder, numbers only.
             tower: The tower; ``Sample.tower`` if not given. In the vision tower, ``queries`` and
                 ``keys`` are positions in that tower, or names such as ``"class"``; in other towers
-                than these two, positions only.
+                than these two, numbers only.
             kind: The attention kind: ``"self"``, ``"cross"`` or ``"channel"``.
             call: Index of the call of this layer; in the vision tower, the index of the image.
         """
         tower = self.tower if tower is None else tower
         one_of(tower, "tower", TOWERS)
         one_of(kind, "kind", get_args(AttentionKind))
-        has_names = tower in ("language", "vision")
-        place: dict[str, Any] = {"tower": tower, "image": number(call, "call")}
-        query: Any = queries
-        if has_names and has_phrase(queries):
-            query = self.positions(cast("Selector", queries), **place)
-        key: Any = keys
-        if has_names and kind == "self" and has_phrase(keys):
-            key = self.positions(cast("Selector", keys), **place)
-        if has_phrase(query) or has_phrase(key):
-            raise InputError(
-                "A phrase selects text positions only. Pass queries and keys of other towers, and "
-                "keys of cross-attention, as numbers."
-            )
-        return self.call(layer, tower=tower, kind=kind, call=call).probs(heads, query, key)[0]
+        places: dict[str, str] = {"queries": tower, "keys": tower}
+        if kind == "cross" and self.cross_keys is not None:
+            places["keys"] = "cross"
+        given: dict[str, Any] = {"queries": queries, "keys": keys}
+        for name, place in places.items():
+            if not by_name(given[name]):
+                continue
+            named = place in ("language", "vision", "cross") and kind != "channel"
+            if not named or (name == "keys" and kind == "cross" and place != "cross"):
+                raise InputError(
+                    f"{name} of the {tower} tower's {kind}-attention must be numbers; got "
+                    f"{quoted(given[name])}. A phrase selects text positions only."
+                )
+            image = number(call, "call")
+            given[name] = positions_of(self, given[name], tower=place, image=image)
+        return self.call(layer, tower=tower, kind=kind, call=call).probs(
+            heads, given["queries"], given["keys"]
+        )[0]
 
     def grid(
         self,

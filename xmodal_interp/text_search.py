@@ -12,8 +12,8 @@ A phrase matches whole words only. Word boundaries depend on the script:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Callable
+from typing import SupportsIndex
 
 import regex
 
@@ -55,16 +55,18 @@ def span_of(
         InputError: ``phrase`` is not a string, or ``occurrence`` is not an integer.
         PhraseError: The phrase does not occur, or occurs several times and ``occurrence`` is None.
     """
-    _check_types(phrase, occurrence)
+    if not isinstance(phrase, str):
+        raise InputError(f"A phrase must be a string; got {quoted(phrase)}.")
+    number = check_occurrence(occurrence)
     spans = [span for span in _spans(phrase, text, whole=True) if not hidden(*span)]
     if not spans:
         raise PhraseError(_missing(phrase, text, hidden))
-    if occurrence is None and len(spans) > 1:
+    if number is None and len(spans) > 1:
         raise PhraseError(
             f"{phrase!r} occurs {len(spans)} times in {text!r}; choose one with occurrence=0 to "
             f"{len(spans) - 1}."
         )
-    index = 0 if occurrence is None else operator.index(occurrence)
+    index = number or 0
     if not -len(spans) <= index < len(spans):
         raise PhraseError(f"There is no occurrence {index}: {phrase!r} occurs {len(spans)} times.")
     return spans[index]
@@ -73,12 +75,6 @@ def span_of(
 def has_word(word: str, text: str, hidden: Callable[[int, int], bool]) -> bool:
     """Return whether a text contains a word outside hidden characters, ignoring case."""
     return any(not hidden(*span) for span in _spans(word, text, whole=True))
-
-
-def has_phrase(selector: Any) -> TypeGuard[str | Sequence[str | int]]:
-    """Return whether a selector is a phrase or a list with at least one phrase."""
-    in_list = isinstance(selector, (list, tuple)) and any(isinstance(one, str) for one in selector)
-    return isinstance(selector, str) or in_list
 
 
 def _spans(phrase: str, text: str, *, whole: bool) -> list[tuple[int, int]]:
@@ -112,15 +108,18 @@ def _word_around(text: str, start: int, end: int) -> str:
     return text[first:last]
 
 
-def _check_types(phrase: str, occurrence: int | None) -> None:
-    if not isinstance(phrase, str):
-        raise InputError(f"A phrase must be a string; got {quoted(phrase)}.")
+def check_occurrence(occurrence: SupportsIndex | None) -> int | None:
+    """Return the index of an occurrence as an ``int``; None if it is not given.
+
+    Raises:
+        InputError: It is not an integer.
+    """
     if occurrence is None:
-        return
+        return None
     try:
         if isinstance(occurrence, bool):
             raise TypeError
-        operator.index(occurrence)
+        return operator.index(occurrence)
     except (TypeError, ValueError):
         raise InputError(
             f"occurrence must be an integer, 0 for the first; got {quoted(occurrence)}."

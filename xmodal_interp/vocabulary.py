@@ -29,23 +29,6 @@ VISUAL_KINDS: tuple[TokenKind, ...] = ("image", "video")
 SHIPPED: tuple[str, ...] = ("llava", "qwen2_vl")
 """Names of the tiny trained models that are shipped with the package."""
 
-
-class Keyword(str):
-    """A selector such as ``"last"`` that is never searched for in the text.
-
-    A plain string with the same characters is a keyword too, but raises an error if the sample's
-    text contains that word.
-    """
-
-    __slots__ = ()
-
-
-LAST = Keyword("last")
-"""The last position of the prompt, which predicts the first token of the answer."""
-TEXT = Keyword("text")
-"""All text of prompt and answer after the last image or video."""
-KEYWORDS: tuple[Keyword, ...] = (LAST, TEXT)
-
 VIDEO_DETAILS: tuple[str, ...] = ("indices", "timestamps", "original_size")
 """Optional fields of a video besides its frames and their rate."""
 

@@ -203,7 +203,7 @@ def test_many_samples_and_their_provenance() -> None:
     assert table.attrs["n_samples"] == 3
     assert table.attrs["provenance"] == [{"model": "x"}, {"model": "y"}]
     assert table.attrs["parameters"] == {
-        "queries": "text",
+        "queries": "at.text",
         "layers": -1,
         "heads": [0, -1],
         "image": None,
@@ -273,8 +273,8 @@ def test_refusals() -> None:
     assert refusal(InputError, []) == "cross_modal_ratio requires at least one sample; got none."
     late = sample_of("tt vv", [random_call(4)], [grid(1, 2)])
     assert refusal(InputError, late) == (
-        "queries='text' selects text after the last image token; sample 'fake' has no such text. "
-        "Choose queries by position, or put the question after the image."
+        "at.text selects text after the last image token; sample 'fake' has no such text. "
+        "Choose other positions, or put the question after the image."
     )
     assert refusal(InputError, late, queries=[0, 1]) == (
         "None of the queries [0, 1] of sample 'fake' sees the image in any chosen layer. Choose "

@@ -306,8 +306,9 @@ def test_refusals() -> None:
         "baseline='uniform' requires discard=0, because uniform attention has no lowest entries to "
         "discard; got discard=0.5. Leave one of them out."
     )
-    assert refusal(InputError, sample, sinks="drop") == (
-        "sinks must be 'keep', 'drop_first' or positions; got 'drop'."
+    assert refusal(PhraseError, sample, sinks="drop") == (
+        "sinks must be 'keep', 'drop_first' or a selector; got 'drop'. 'drop' is not in the "
+        "sample's text 'b0 v1 v2 v3 v4 t5 t6 t7'."
     )
     assert refusal(InputError, sample, layers=(2, 1)) == (
         "layers=(2, 1) selects none of the 3 layers. Pass the start and stop of a slice with at "

@@ -14,7 +14,7 @@ import xmodal_interp as xi
 from tests.helpers.figure_samples import words
 from tests.helpers.synthetic import captured, grid, random_call, sample_of, shipped
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
-from xmodal_interp import evaluation, figures, vocabulary
+from xmodal_interp import at, evaluation, figures
 from xmodal_interp.errors import InputError, LayerError, PhraseError, PositionError
 from xmodal_interp.hooks.attention_modules import checked_heads
 from xmodal_interp.sample import Sample
@@ -116,14 +116,14 @@ def test_masks_of_queries_and_keys() -> None:
 def test_a_keyword_that_is_a_word_of_the_question_is_an_error_everywhere(keyword: str) -> None:
     plain = shipped()
     collides = replace(plain, text=f"{plain.text} The {keyword.upper()} one.")
-    default = getattr(vocabulary, keyword.upper())
+    default = getattr(at, keyword)
     meant = [plain.last] if keyword == "last" else plain.text_after_image().tolist()
     for named in (keyword, [keyword], default):
         assert plain.positions(named).tolist() == meant
     assert collides.positions(default).tolist() == meant
     message = (
         f"{keyword!r} is ambiguous: it is a keyword and a word in the text of sample 'sample-0'. "
-        f"Pass {'sample.last' if keyword == 'last' else 'sample.text_after_image()'} "
+        f"Pass xi.at.{keyword} for the keyword, or xi.at.phrase({keyword!r}) for the word."
     )
     for ask in (
         lambda: collides.positions(keyword),
@@ -136,7 +136,7 @@ def test_a_keyword_that_is_a_word_of_the_question_is_an_error_everywhere(keyword
     ):
         with pytest.raises(PhraseError) as refusal:
             ask()
-        assert str(refusal.value).startswith(message)
+        assert str(refusal.value) == message
     for ask in (xi.cross_modal_ratio, xi.attention_rollout, xi.raster_bias, xi.block_statistics):
         pd.testing.assert_frame_equal(ask(collides), ask(plain))  # defaults are keywords
     evaluation.pointing_game(collides, BOX, n_bootstrap=5)
@@ -263,8 +263,8 @@ REFUSALS = {
     "rollout's layers": (
         lambda: inspect.unwrap(xi.attention_rollout)(SAMPLE, layers=[0, 1, 2]),
         InputError,
-        "layers must be the start and stop of a slice, such as (0, -1) or (2, None); got "
-        "[0, 1, 2].",
+        "layers must be a layer, or the start and stop of a slice, such as (0, -1) or (2, None); "
+        "got [0, 1, 2].",
     ),
     "hybrid": (
         lambda: xi.attention_rollout(hybrid([1, 2, 5])),

@@ -163,7 +163,11 @@ def test_families_prints_a_table_and_a_markdown_page() -> None:
         (["capture", "x", "--items", "none.csv"], "The file of items 'none.csv' does not exist."),
         (
             ["capture", "x", "--items", "none.csv", "--image", "a.png"],
-            "--items cannot be combined with --image, --prompt, --name or --answer.",
+            "--items cannot be combined with --image, --name or --answer.",
+        ),
+        (
+            ["capture", "x", "--image", "a.png", "--prompt", "?", "--image-folder", "y"],
+            "--image-folder requires --items.",
         ),
         (
             ["capture", "x", "--image", "a.png", "--prompt", "?", "--dtype", "float17"],

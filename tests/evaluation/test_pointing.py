@@ -126,7 +126,7 @@ def test_real_models_against_the_boxes_of_the_scene(family: str) -> None:
         assert row.other_object == pytest.approx(np.mean(hits[1:]))
         assert row.energy == pytest.approx(energies[0], rel=1e-5)
     assert table["energy_chance"].between(0.001, 0.5).all()
-    assert table.attrs["parameters"]["queries"] == "a function"
+    assert table.attrs["parameters"]["queries"] == "function <lambda>"
 
 
 def hits_of(values: list[list[float]]) -> pd.DataFrame:
@@ -352,6 +352,18 @@ REFUSALS = {
     "no box at all": (
         lambda: pointing_hits(SAMPLE, [[10, 0, 5, 10]]),
         "A box must be x0, y0, x1, y1 with x0 < x1 and y0 < y1; got [10, 0, 5, 10].",
+    ),
+    "thousandths": (
+        lambda: pointing_hits(SAMPLE, [[0, 10, 500, 1000]]),
+        "The box [0, 10, 500, 1000] of sample 'fake' exceeds its image of 30 x 30 px by more than "
+        "half a side. Read numbers of other units with xi.boxes.read(numbers, format, size=(width, "
+        "height)).",
+    ),
+    "another object": (
+        lambda: pointing_hits(SAMPLE, [[0, 0, 10, 10]], other_boxes=[[[20, 20, 45.5, 30]]]),
+        "The box [20, 20, 45.5, 30] of sample 'fake' exceeds its image of 30 x 30 px by more than "
+        "half a side. Read numbers of other units with xi.boxes.read(numbers, format, size=(width, "
+        "height)).",
     ),
     "outside all": (
         lambda: pointing_hits(SAMPLE, [[[40, 40, 50, 50], [31, 0, 50, 9]]]),

@@ -348,7 +348,7 @@ def test_errors() -> None:
     with pytest.raises(InputError) as layers:
         figures.layer_overlays(sample, 9, [])
     assert str(layers.value) == (
-        "layers must be a list of at least one layer, such as [0, -1]; got []."
+        "layers must be a layer or a list of at least one, such as -1 or [0, -1]; got []."
     )
     with pytest.raises(InputError) as show:
         check_show("weight")

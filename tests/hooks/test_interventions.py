@@ -201,7 +201,7 @@ REFUSALS = {
         lambda: knock_out_attention(-1, 2),
         PositionError,
         "Got the negative position -1, but positions of an intervention count from the start of "
-        "the sequence, because its end moves during generation. Use 'last' or sample.last for the "
+        "the sequence, because its end moves during generation. Use xi.at.last for the "
         "last position of a prompt.",
     ),
     "after the end": (

@@ -11,6 +11,7 @@ import torch
 from tests.helpers.intervened import call_of, inputs_of, logits
 from tests.helpers.real import asked_in_full, real, settled
 from tests.helpers.tiny import picture, tiny_vlm
+from xmodal_interp import at
 from xmodal_interp.capturing.run import capture, capture_batch
 from xmodal_interp.errors import CaptureError, InputError, LayerError, PositionError
 from xmodal_interp.hooks import record
@@ -79,13 +80,13 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: knock_out_attention([150.5], [3]),
         PositionError,
         "Positions of an intervention must be a number, a list of numbers, a slice, a boolean "
-        "mask, a phrase, or a function of a sample; got [150.5].",
+        "mask, a phrase, a selector of xi.at, or a function of a sample; got [150.5].",
     ),
     "one boolean": (
         lambda: knock_out_attention(True, 3),
         PositionError,
         "Positions of an intervention must be a number, a list of numbers, a slice, a boolean "
-        "mask, a phrase, or a function of a sample; got True.",
+        "mask, a phrase, a selector of xi.at, or a function of a sample; got True.",
     ),
     "mask of heads": (
         lambda: ablate_heads({0: np.ones(7, dtype=bool)}),
@@ -102,7 +103,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "half a layer": (
         lambda: knock_out_attention(5, 2, layers=[0.5]),
         InputError,
-        "layers must be a list, such as [0, 3]; got [0.5].",
+        "layers must be a number or a list, such as -1 or [0, 3]; got [0.5].",
     ),
     "half a head": (
         lambda: ablate_heads({0: [0.5]}),
@@ -132,7 +133,9 @@ def test_a_recording_accepts_a_mask_of_layers(vlm: VLM) -> None:
 BY_NAME: dict[str, tuple[Any, Any]] = {
     "keywords and phrases": ("last", "red"),
     "functions": (lambda s: s.last, lambda s: s.find("red")),
-    "a selector for each sample": ([["last"], "last"], [["red"], "red"]),
+    "typed selectors": (at.last, at.phrase("red")),
+    "unions": (at.last | at.last, [at.phrase("red"), "red", lambda s: s.find("red")]),
+    "a selector for each sample": ([["last"], [at.last]], [["red"], [at.phrase("red")]]),
 }
 
 
@@ -166,8 +169,8 @@ def test_numbers_are_refused_if_samples_begin_after_padding(vlm: VLM) -> None:
     message = (
         "One number is a different token in each sample of this batch: sample 1 has "
         f"{n_padding} padding tokens before others. Give positions by phrase or keyword "
-        "('red circle', 'last'), by a function of the sample "
-        "(lambda sample: sample.where('image')), or by a boolean mask [sample, position]."
+        "('red circle', 'last'), by a selector such as xi.at.image, by a function of the sample, "
+        "or by a boolean mask [sample, position]."
     )
     given = [5, [5], slice(5, 9), np.arange(len(prompts[0].tokens)) == 5, [[5], [9]]]
     for cut in (

@@ -181,10 +181,10 @@ def test_refusals() -> None:
         pass
     assert str(error.value) == (
         "Got layers 4, but the model has language layers 0 to 3. Count layers from 0; negative "
-        "numbers are not accepted here."
+        "numbers count from the last."
     )
-    with pytest.raises(InputError, match="Got layers -1, but the model has layers 0 to 3"):
-        record(model, layers=[-1]).__enter__()
+    with pytest.raises(InputError, match="Got layers -5, but the model has layers 0 to 3"):
+        record(model, layers=[-5]).__enter__()
     with pytest.raises(InputError, match="Got layers 0, but the model has no audio layers"):
         record(model, towers=["audio"], layers=[0]).__enter__()
     with pytest.raises(UnsupportedModelError) as none, record(torch.nn.Linear(2, 2)):
@@ -197,9 +197,9 @@ def test_refusals() -> None:
     with pytest.raises(InputError) as tower, record(model, towers="language"):
         pass
     assert str(tower.value) == "towers must be a list, such as ['language']; got 'language'."
-    with pytest.raises(InputError) as layer, record(model, layers=3):
+    with pytest.raises(InputError) as layer, record(model, layers="3"):
         pass
-    assert str(layer.value) == "layers must be a list, such as [0, 3]; got 3."
+    assert str(layer.value) == "layers must be a number or a list, such as -1 or [0, 3]; got '3'."
     with pytest.raises(InputError) as name, record("llava"):
         pass
     assert str(name.value) == (

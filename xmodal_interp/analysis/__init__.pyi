@@ -9,6 +9,7 @@ from .pruning import head_pruning, pruning_curve
 from .rollout import attention_rollout, rollout_matrix
 from .sinks import attention_sinks, sink_rate
 from .spatial_bias import raster_bias, raster_map, raster_profile
+from .time_alignment import time_alignment, token_times
 from .token_norms import token_norms
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "recency_index",
     "rollout_matrix",
     "sink_rate",
+    "time_alignment",
     "token_norms",
     "token_ratio",
+    "token_times",
 ]

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from xmodal_interp import at
 from xmodal_interp.analysis.cross_modal import cross_modal_ratio
 from xmodal_interp.analysis.selection import (
     Layers,
@@ -46,7 +47,7 @@ from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError
 from xmodal_interp.sample import Sample, is_visual
-from xmodal_interp.vocabulary import TEXT, Tower
+from xmodal_interp.vocabulary import Tower
 
 TIED = 1e-6  # largest relative difference from the peak that counts as a tie in float32
 LETTERS: Mapping[Tower, Mapping[str, str]] = {
@@ -146,7 +147,7 @@ def cross_modal_summary(
         ((call, chosen, values),) = _blocks(sample, layer, heads, "language", 0)
         means = values["mean"].nanmean(0)  # [query kind, key kind]
         tokens = sample.visual
-        attended = received(call, queries_of(sample, TEXT), chosen)[:, tokens].mean(0)
+        attended = received(call, queries_of(sample, at.text), chosen)[:, tokens].mean(0)
         peaks = (attended >= attended.max() * (1 - TIED)).nonzero()[:, 0]
         best = int(peaks[0]) if len(peaks) == 1 else None
         token = [-1 if best is None else int(tokens[best])]

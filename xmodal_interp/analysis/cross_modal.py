@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from xmodal_interp import at
 from xmodal_interp.analysis.selection import (
     Layers,
     first_position,
@@ -41,10 +42,11 @@ from xmodal_interp.analysis.selection import (
 from xmodal_interp.analysis.sinks import MIN_QUERIES, THRESHOLD, sink_keys
 from xmodal_interp.analysis.tables import Part, Taken, long_table, over_samples
 from xmodal_interp.arguments import checked
+from xmodal_interp.at import Selector
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError, NotRecordedError
-from xmodal_interp.sample import Sample, Selector, is_visual
-from xmodal_interp.vocabulary import TEXT, AttentionKind
+from xmodal_interp.sample import Sample, is_visual
+from xmodal_interp.vocabulary import AttentionKind
 
 DIRECTION = "text->image"
 BY = ("layer", "head")
@@ -55,7 +57,7 @@ MEANS = ("ratio", "null", "lift", "sink_free_ratio", "sink_free_lift")
 def cross_modal_ratio(  # noqa: PLR0913  every option has a default
     samples: Sample | Iterable[Sample],
     *,
-    queries: Selector = TEXT,
+    queries: Selector = at.text,
     layers: Layers = None,
     heads: Positions | None = None,
     image: int | None = None,
@@ -68,8 +70,8 @@ def cross_modal_ratio(  # noqa: PLR0913  every option has a default
 
     Args:
         samples: One sample or many.
-        queries: ``"text"`` (text after the last image, in prompt and answer), ``"last"`` (the last
-            position of the prompt), positions, or a phrase.
+        queries: A selector, see :mod:`xmodal_interp.at`: by default ``at.text``, text after the
+            last image in prompt and answer.
         layers: Layers, all if not given.
         heads: Heads, all if not given.
         image: Index of the image; all images and videos together if not given.
@@ -128,7 +130,7 @@ def cross_modal_ratio(  # noqa: PLR0913  every option has a default
 def token_ratio(
     samples: Sample | Iterable[Sample],
     *,
-    queries: Selector = TEXT,
+    queries: Selector = at.text,
     layers: Layers = None,
     heads: Positions | None = None,
     image: int | None = None,

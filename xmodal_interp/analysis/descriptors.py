@@ -35,9 +35,10 @@ from xmodal_interp.analysis.selection import (
 )
 from xmodal_interp.analysis.tables import Part, call_table, over_samples
 from xmodal_interp.arguments import checked
+from xmodal_interp.at import Selector
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import Tower
 
 

@@ -59,10 +59,11 @@ from xmodal_interp.analysis.tables import (
     samples_of,
 )
 from xmodal_interp.arguments import checked
+from xmodal_interp.at import Selector
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.attention.kernels import full_precision
 from xmodal_interp.errors import InputError
-from xmodal_interp.sample import Sample, Selector, is_visual
+from xmodal_interp.sample import Sample, is_visual
 
 BLOCKS = ("text->text", "text->image", "image->image")
 AXES = ("distance", "key", "rope_distance")
@@ -153,7 +154,7 @@ def recency_index(
     Args:
         samples: One sample or many.
         window: Number of positions, including the query itself.
-        queries: ``"text"``, ``"last"``, positions or a phrase, as in ``cross_modal_ratio``; all
+        queries: A selector, as in ``cross_modal_ratio``; all
             text tokens if not given.
         layers: Layers, all if not given.
         heads: Heads, all if not given.

@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, SupportsFloat, get_args
+from typing import Any, Literal, SupportsFloat, SupportsIndex, get_args
 
 import numpy as np
 import pandas as pd
@@ -40,6 +40,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from xmodal_interp import at
 from xmodal_interp.analysis.selection import (
     counted_positions,
     first_position,
@@ -54,24 +55,25 @@ from xmodal_interp.analysis.selection import (
 )
 from xmodal_interp.analysis.tables import Part, long_table, over_samples, samples_of
 from xmodal_interp.arguments import checked, one_of, real_number
-from xmodal_interp.attention import AttentionCall, Positions, resolve, whole_slice
-from xmodal_interp.errors import InputError, NotRecordedError, quoted
-from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import LAST, Tower
+from xmodal_interp.at import Selector
+from xmodal_interp.attention import AttentionCall, layer_index, number, whole_slice
+from xmodal_interp.errors import InputError, LayerError, NotRecordedError, PhraseError, quoted
+from xmodal_interp.sample import Sample
+from xmodal_interp.vocabulary import Tower
 
 Fusion = Literal["mean", "max", "min"]
 
 Alphas = SupportsFloat | Sequence[SupportsFloat] | np.ndarray | Tensor | str
 """The weight of attention: a number, one number per layer in any sequence type, or ``"norm"``."""
 
-Sinks = Positions | Collection[int] | str
-"""``"keep"``, ``"drop_first"``, or positions."""
+Sinks = Selector
+"""``"keep"``, ``"drop_first"``, or a selector of positions."""
 
 MANY_ROWS = 256
 """More rows than this are multiplied with the mean matrix of the heads instead of with each."""
 
-LayerRange = tuple[int | None, int | None]
-"""Start and stop of a slice over layers."""
+LayerRange = SupportsIndex | tuple[int | None, int | None]
+"""One layer, or start and stop of a slice over layers."""
 
 
 @checked
@@ -95,7 +97,7 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
 
     Args:
         samples: One sample or many.
-        queries: Positions or a phrase; ``"last"`` (of the prompt) if not given. For the vision
+        queries: A selector, see :mod:`xmodal_interp.at`; ``at.last`` if not given. For the vision
             tower, positions of that tower or a name such as ``"register"``; the class token if not
             given.
         fusion: How the heads of a layer are combined into one matrix: ``"mean"``, ``"max"`` or
@@ -110,11 +112,12 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         baseline: ``"uniform"`` adds the rollout of attention that is uniform over the visible keys,
             with the same options.
         sinks: ``"keep"``; ``"drop_first"`` removes attention to the first position from all rows
-            that see other keys; positions are removed in the same way.
+            that see other keys; the positions of a selector are removed in the same way.
         layers: Start and stop of a slice over layers, None for open: ``(0, -1)`` leaves out the
-            last layer, as LLaVA does in its vision tower. Layers without softmax attention
-            (convolution, recurrence, linear attention) cannot be in the slice: in such a model,
-            choose consecutive attention layers. Layers after the last attention layer are ignored.
+            last layer, as LLaVA does in its vision tower; or one layer, such as ``-1``. Layers
+            without softmax attention (convolution, recurrence, linear attention) cannot be in the
+            slice: in such a model, choose consecutive attention layers. Layers after the last
+            attention layer are ignored.
         tower: ``"language"`` or ``"vision"``; ``Sample.tower`` if not given.
         image: Index of the image in the vision tower; videos are numbered after the images.
         workers: Number of processes that read the samples; results do not depend on it.
@@ -146,8 +149,8 @@ def attention_rollout(  # noqa: PLR0913  the choices that published variants dif
         visual_number(sample, of, image)
         calls = _calls(sample, layers, of, image)
         positions = position_table(sample, of, image, calls[0].n_keys)
-        rows = _seeing(calls, positions, rows_in_tower(sample, queries, of, image, LAST))
-        removed = _removed_keys(sample, sinks, of, len(positions))
+        rows = _seeing(calls, positions, rows_in_tower(sample, queries, of, image, at.last))
+        removed = _removed_keys(sample, sinks, of, image, len(positions))
         counted = counted_positions(sample, of, image, len(positions))
         start = functional.one_hot(rows, len(positions)).double()
         values = {"rollout": rolled(start, calls, options, removed, counted)}
@@ -196,7 +199,7 @@ def rollout_matrix(
     of = tower or sample.tower
     calls = _calls(sample, layers, of, image)
     n_positions = calls[0].n_keys
-    removed = _removed_keys(sample, sinks, of, n_positions)
+    removed = _removed_keys(sample, sinks, of, image, n_positions)
     counted = counted_positions(sample, of, image, n_positions)
     start = torch.eye(n_positions, dtype=torch.float64)
     return rolled(start, calls, options, removed, counted)
@@ -396,14 +399,7 @@ def _calls(
     kept = sample.layers(tower, "self")
     exists = sample.provenance.get("layers", {}).get(f"{tower}.self", [])
     n_layers = max({*kept, *exists}, default=0) + 1
-    given: Any = layers
-    if given is not None and np.shape(given) != (2,):
-        raise InputError(
-            "layers must be the start and stop of a slice, such as (0, -1) or (2, None); got "
-            f"{layers!r}."
-        )
-    part = whole_slice(slice(*((None, None) if layers is None else layers)), "layer")
-    chosen = range(n_layers)[part]
+    chosen = _chosen(layers, n_layers, exists or kept)
     if exists:
         _refuse_gaps(chosen, exists, tower)
     if not chosen:
@@ -427,6 +423,22 @@ def _calls(
                 f"for {call.n_keys} keys. Capture with Keep(queries='all')."
             )
     return calls
+
+
+def _chosen(layers: Any, n_layers: int, exists: Sequence[int]) -> range:
+    """Return the numbers of the chosen layers, given as one layer or as start and stop."""
+    if isinstance(layers, SupportsIndex) and np.ndim(layers) == 0:  # type: ignore[arg-type]
+        layer = layer_index(number(layers, "layer"), sorted(exists))
+        if not 0 <= layer < n_layers:
+            raise LayerError(f"There is no layer {layers}: layers are 0 to {n_layers - 1}.")
+        return range(layer, layer + 1)
+    if layers is not None and np.shape(layers) != (2,):
+        raise InputError(
+            "layers must be a layer, or the start and stop of a slice, such as (0, -1) or "
+            f"(2, None); got {layers!r}."
+        )
+    ends = slice(*((None, None) if layers is None else layers))
+    return range(n_layers)[whole_slice(ends, "layer")]
 
 
 def _refuse_gaps(chosen: range, exists: Collection[int], tower: Tower) -> None:
@@ -461,16 +473,19 @@ def _seeing(
 
 
 def _removed_keys(
-    sample: Sample, sinks: Sinks, tower: Tower, n_positions: int
+    sample: Sample, sinks: Sinks, tower: Tower, image: int, n_positions: int
 ) -> Bool[Tensor, " key"]:
     """Return a mask of the keys whose attention is removed."""
     removed = torch.zeros(n_positions, dtype=torch.bool)
-    if isinstance(sinks, str):
-        if sinks not in ("keep", "drop_first"):
-            raise InputError(f"sinks must be 'keep', 'drop_first' or positions; got {sinks!r}.")
+    if isinstance(sinks, str) and sinks in ("keep", "drop_first"):
         if sinks == "drop_first":
             removed[first_position(sample) if tower == "language" else 0] = True
     else:
         chosen: Any = sorted(sinks) if isinstance(sinks, Set) else sinks
-        removed[resolve(chosen, n_positions, "position")] = True
+        try:
+            removed[sample.positions(chosen, tower=tower, image=image)] = True
+        except PhraseError as error:
+            raise PhraseError(
+                f"sinks must be 'keep', 'drop_first' or a selector; got {sinks!r}. {error}"
+            ) from None
     return removed

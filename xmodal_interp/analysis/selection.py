@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodal_interp.analysis.tables import Part, Taken
+from xmodal_interp.at import Selector
 from xmodal_interp.attention import AttentionCall, Positions, numbers, resolve
 from xmodal_interp.attention.masks import hides
 from xmodal_interp.attention.statistics import HELD
@@ -32,7 +33,7 @@ from xmodal_interp.errors import (
     NotRecordedError,
     PositionError,
 )
-from xmodal_interp.sample import Sample, Selector, is_visual
+from xmodal_interp.sample import Sample, is_visual
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 Layers = SupportsIndex | Collection[Any] | np.ndarray | Tensor | None
@@ -240,7 +241,7 @@ def rows_in_tower(
 
     Args:
         sample: The sample.
-        queries: Positions, a phrase or a name. If not given, ``default`` in the language tower, and
+        queries: A selector. If not given, ``default`` in the language tower, and
             the class token in the vision tower.
         tower: ``"language"`` or ``"vision"``.
         image: Index of the image in the vision tower.

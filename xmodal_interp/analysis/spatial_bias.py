@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from xmodal_interp import at
 from xmodal_interp.analysis.connector_rollout import are_queries
 from xmodal_interp.analysis.processes import rows_of_samples
 from xmodal_interp.analysis.selection import (
@@ -56,10 +57,11 @@ from xmodal_interp.analysis.tables import (
     unique_name,
 )
 from xmodal_interp.arguments import checked
+from xmodal_interp.at import Selector
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import GeometryError, InputError
-from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import TEXT, Tower
+from xmodal_interp.sample import Sample
+from xmodal_interp.vocabulary import Tower
 
 HEAD_KEYS = ["tower", "kind", "layer", "head"]
 CELL_KEYS = [*HEAD_KEYS, "row", "col"]
@@ -87,7 +89,7 @@ def raster_map(
             falls with the number and variety of the samples.
         tower: ``"language"``, or ``"vision"`` for the patches of the vision tower; ``Sample.tower``
             if not given.
-        queries: ``"text"``, ``"last"``, positions or a phrase, as in ``cross_modal_ratio``;
+        queries: A selector, as in ``cross_modal_ratio``;
             ``"text"`` if not given. In the vision tower, positions or a name; the class token if
             not given.
         layers: Layers, all if not given.
@@ -295,7 +297,7 @@ def _cells(
 ) -> Part:
     """Return the columns of the map of a sample, with one row per layer, head and cell."""
     tokens, places = _tokens(sample, image) if tower == "language" else _patches(sample, image)
-    rows = rows_in_tower(sample, queries, tower, image, TEXT)
+    rows = rows_in_tower(sample, queries, tower, image, at.text)
     cells = {name: places[name].to_numpy()[None] for name in ("row", "col")}
     parts = []
     number = visual_number(sample, tower, image)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from xmodal_interp.analysis.processes import rows_of_samples
 from xmodal_interp.arguments import as_list
+from xmodal_interp.at import TypedSelector, name_of
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.sample import Sample
@@ -242,7 +243,15 @@ def stamped(
 
 
 def as_json(value: Any) -> Any:
-    """Convert a value to JSON types: sequences to lists, a slice to ``"start:stop:step"``."""
+    """Convert a value to JSON types.
+
+    Sequences become lists, a slice ``"start:stop:step"``, a typed selector the expression that
+    makes it, and a function ``"function NAME"``.
+    """
+    if isinstance(value, TypedSelector):
+        return repr(value)
+    if callable(value) and not isinstance(value, Tensor):
+        return name_of(value)
     if isinstance(value, Mapping):
         return {str(name): as_json(entry) for name, entry in value.items()}
     if isinstance(value, slice):

@@ -15,6 +15,7 @@ from xmodal_interp.attention.call import AXES, AttentionCall
 from xmodal_interp.attention.indexing import (
     Positions,
     entries_of,
+    layer_index,
     number,
     numbers,
     resolve,
@@ -29,6 +30,7 @@ __all__ = [
     "encoder_layer",
     "entries_of",
     "joined_pieces",
+    "layer_index",
     "number",
     "numbers",
     "part_of",

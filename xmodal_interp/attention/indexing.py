@@ -198,6 +198,20 @@ def numbers(given: Any, label: str, length: int | None = None) -> list[int]:
     return found
 
 
+def layer_index(layer: int, known: Sequence[int]) -> int:
+    """Return the number of a layer: a negative one counts from the last of the known layers.
+
+    Args:
+        layer: The number as given.
+        known: The numbers of the layers that exist, ascending. They may have gaps: some models
+            have layers without softmax attention.
+
+    Returns:
+        The number, which may be that of no layer.
+    """
+    return known[layer] if -len(known) <= layer < 0 else layer
+
+
 def number(given: Any, label: str) -> int:
     """Convert an index (``__index__``) to an ``int``.
 

@@ -20,14 +20,16 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from xmodal_interp import at
 from xmodal_interp.arguments import as_list, list_if_iterator, one_or_several
+from xmodal_interp.at import Selector
 from xmodal_interp.attention import AttentionCall, entries_of, numbers
 from xmodal_interp.attention.kernels import lowered_precision
 from xmodal_interp.attention.statistics import FIELDS, finished
@@ -72,13 +74,16 @@ class Keep:
 
     Attributes:
         towers: Towers to keep.
-        layers: Layers to keep in each tower, numbered from 0; or a boolean mask with one entry per
-            layer of the deepest tower. None keeps all layers.
+        layers: Layers to keep in each tower; negative numbers count from the last layer of each
+            tower. Or a boolean mask with one entry per layer of the deepest tower. None keeps all
+            layers.
         values: Keep the values V too.
         norms: Keep the share of attention in each token's update, for ``attention_rollout`` with
             ``alpha="norm"``, and the norm of each token's hidden state, for ``token_norms``.
-        queries: Query rows of language layers to keep: ``"all"``, or ``"text"`` (text after the
-            last image or video, and generated tokens).
+        queries: Query rows of language layers to keep: ``"all"``, ``"text"`` (text after the last
+            image or video, and generated tokens), or another string or typed selector of
+            :mod:`xmodal_interp.at`, such as ``at.predicts(at.answer)``. With ``statistics``,
+            ``"all"`` or ``"text"``.
         probabilities: Keep dense float16 probabilities instead of queries and keys. They are larger
             and rounded to 11 bits, but are read without being recomputed.
         statistics: Statistics to keep instead of queries and keys, computed while the model runs:
@@ -90,17 +95,16 @@ class Keep:
     """
 
     towers: tuple[Tower, ...] = TOWERS
-    layers: Collection[Any] | np.ndarray | Tensor | None = None
+    layers: SupportsIndex | Collection[Any] | np.ndarray | Tensor | None = None
     values: bool = False
     norms: bool = False
-    queries: str = "all"
+    queries: str | at.TypedSelector = "all"
     probabilities: bool = False
     statistics: Collection[str] = ()
 
     def __post_init__(self) -> None:
         self._check_statistics()
-        if not isinstance(self.queries, str) or self.queries not in ("all", "text"):
-            raise InputError(f"queries must be 'all' or 'text'; got {quoted(self.queries)}.")
+        self._check_queries()
         object.__setattr__(self, "towers", list_if_iterator(self.towers))
         object.__setattr__(self, "layers", list_if_iterator(self.layers))
         check_towers(self.towers)
@@ -112,6 +116,22 @@ class Keep:
             object.__setattr__(self, "_mask", tuple(row.tolist()))
         n_masked = None if row is None else len(row)
         object.__setattr__(self, "layers", tuple(numbers(self.layers, "layer", n_masked)))
+
+    def _check_queries(self) -> None:
+        if self.queries == at.text:
+            object.__setattr__(self, "queries", "text")
+        given = self.queries
+        if isinstance(given, str) and given in ("all", "text"):
+            return
+        if not isinstance(given, (str, at.TypedSelector)) or at.has_function(given):
+            raise InputError(
+                "queries must be 'all', 'text', or another string or selector of xi.at without a "
+                f"function; got {quoted(given)}."
+            )
+        if self.statistics:
+            raise InputError(
+                f"With statistics, queries must be 'all' or 'text'; got {quoted(given)}."
+            )
 
     def _check_statistics(self) -> None:
         names = list_if_iterator(self.statistics)
@@ -129,7 +149,7 @@ class Keep:
         object.__setattr__(self, "statistics", tuple(name for name in FIELDS if name in names))
 
     @property
-    def given_layers(self) -> Collection[Any] | np.ndarray | Tensor | None:
+    def given_layers(self) -> SupportsIndex | Collection[Any] | np.ndarray | Tensor | None:
         """``layers`` as they were passed: a mask stays a mask."""
         return getattr(self, "_mask", self.layers)
 
@@ -409,7 +429,7 @@ def _key_groups(
     if not keep.statistics:
         return None
     special = special_ids(vlm.tokenizer) if vlm.family.language else ()
-    return KeyGroups(prompts, keep.queries, special, answers)
+    return KeyGroups(prompts, str(keep.queries), special, answers)
 
 
 def _answer_ids(
@@ -551,6 +571,7 @@ def provenance(
 def _kept(keep: Keep) -> dict[str, Any]:
     kept: dict[str, Any] = {f.name: getattr(keep, f.name) for f in fields(keep)}
     kept |= {"towers": [*keep.towers], "statistics": [*keep.statistics]}
+    kept["queries"] = keep.queries if isinstance(keep.queries, str) else repr(keep.queries)
     if not keep.statistics:  # as in stores of earlier releases, which can be continued
         del kept["statistics"]
     return kept
@@ -604,7 +625,7 @@ def _sample(
         video_grids=prompt.video_grids,
         videos=prompt.videos,
     )
-    sample = sample if keep.queries == "all" else _text_rows(sample)
+    sample = sample if keep.queries == "all" else _with_rows(sample, keep.queries)
     return _with_probabilities(sample) if keep.probabilities else sample
 
 
@@ -622,9 +643,12 @@ def _tokens(columns: Columns, answer: Columns, rotary: Tensor | None) -> pd.Data
     return token_table(columns, answer, more)
 
 
-def _text_rows(sample: Sample) -> Sample:
-    """Keep only the query rows of text after images and videos in language calls."""
-    wanted = torch.from_numpy(sample.text_after_image())
+def _with_rows(sample: Sample, queries: Selector) -> Sample:
+    """Keep only the selected query rows in language calls."""
+    if queries == "text":  # may be none
+        wanted = torch.from_numpy(sample.text_after_image())
+    else:
+        wanted = sample.positions(queries).unique()
     calls = {
         key: call.select_rows(wanted[wanted < call.n_queries].to(call.device))
         if key[0] == "language"

@@ -84,6 +84,15 @@ ProcessorOption = Annotated[
         "do_pan_and_scan=true; repeat the option for several"
     ),
 ]
+Queries = Annotated[
+    str | None,
+    typer.Option(
+        help="Query tokens: a phrase; a keyword such as `last` (last prompt token), `text` (after "
+        "the image), `answer` or `image 1`; or with a prefix: `phrase:last` (the word), `at:last` "
+        "(the keyword), `predicts:yes` (the tokens that predict it), `positions:3,5`, `role:user`; "
+        "or as in Python: `at.phrase('circle', occurrence=1)`"
+    ),
+]
 Table = Annotated[
     Path | None, typer.Option("--path", help="File for the table: .csv, .parquet or .json")
 ]
@@ -117,7 +126,10 @@ def capture(
         list[str] | None,
         typer.Option(help="Path or URL of an image; repeat the option for several images"),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question about the image")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="The question about the image; with --items, of all items without one"),
+    ] = None,
     answer: Annotated[
         str | None,
         typer.Option(help="An answer to run the model on, instead of generating one"),
@@ -127,8 +139,12 @@ def capture(
         Path | None,
         typer.Option(
             help="A file (.jsonl, .json, .csv, .tsv, .parquet) or a folder of items with image, "
-            "prompt, ..., or with messages or conversations"
+            "prompt, ..., or with messages or conversations, or COCO captions"
         ),
+    ] = None,
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Where relative paths of --items start; default: the folder of the file"),
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message")] = None,
     given_answers: Annotated[
@@ -147,7 +163,7 @@ def capture(
     batch_size: Annotated[int, typer.Option(min=1, help="Number of samples per batch")] = 1,
     layers: Annotated[
         list[int] | None,
-        typer.Option(help="A layer to keep; repeat the option for several; default: all"),
+        typer.Option(help="A layer to keep, -1 is the last; repeat the option; default: all"),
     ] = None,
     text_rows: Annotated[
         bool,
@@ -189,7 +205,7 @@ def capture(
         max_new_tokens = 20 if vlm.family.language and not given_answers else 0
     if prompt is None and not vlm.family.language:
         prompt = ""
-    asked = _asked(items, image, prompt, name, answer)
+    asked = _asked(items, image, prompt, name, answer, image_folder)
     written = xi.capture_dataset(
         vlm,
         asked,
@@ -216,12 +232,7 @@ def analyze(
     store: Folder,
     name: Annotated[str, _one_of(ANALYSES, "ANALYSIS")],
     path: Table = None,
-    queries: Annotated[
-        str | None,
-        typer.Option(
-            help="Query tokens: a phrase, `last` (last prompt token) or `text` (after the image)"
-        ),
-    ] = None,
+    queries: Queries = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Number of processes that read the samples")
     ] = 1,
@@ -231,7 +242,7 @@ def analyze(
     """Run one analysis on all samples of a store; print the table or write it to a file."""
     if path is not None:
         check_output(path, force=force)
-    analysis, options = options_of("analysis", name, {"queries": queries})
+    analysis, options = options_of("analysis", name, {"queries": _selector(queries)})
     show_or_write(analysis(xi.open_store(store), **options, workers=workers), path, rows)
 
 
@@ -241,10 +252,7 @@ def pointing(
     boxes: Annotated[
         str, typer.Option(help="Label of each sample that holds the box of the object, in pixels")
     ] = "box",
-    queries: Annotated[
-        str | None,
-        typer.Option(help="Query tokens: a phrase, `last` (last prompt token; default) or `text`"),
-    ] = None,
+    queries: Queries = None,
     criterion: Annotated[
         str | None, typer.Option(help="A patch counts if it overlaps the box, or its centre is in")
     ] = None,
@@ -255,7 +263,7 @@ def pointing(
     """Print how often each head attends most to the labelled object (the pointing game)."""
     if path is not None:
         check_output(path, force=force)
-    given = {"queries": queries, "criterion": criterion}
+    given = {"queries": _selector(queries), "criterion": criterion}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     table = xi.evaluation.pointing_game(xi.open_store(store), boxes, **options)
     show_or_write(table, path, rows)
@@ -272,7 +280,9 @@ def pruning(
     ] = "uniform",
     layers: Annotated[
         list[int] | None,
-        typer.Option(help="A layer whose heads are removed; repeat the option; default: all"),
+        typer.Option(
+            help="A layer whose heads are removed, -1 is the last; repeat the option; default: all"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of questions per forward")] = 32,
     dtype: Dtype = "auto",
@@ -302,9 +312,7 @@ def plot(
     name: Annotated[str, _one_of(FIGURES, "FIGURE")],
     path: Annotated[Path, typer.Option(help="Output file: .png, .pdf or .svg")],
     sample: Annotated[str, typer.Option(help="Name or number of the sample")] = "0",
-    queries: Annotated[
-        str | None, typer.Option(help="Query tokens: a phrase of the question or answer")
-    ] = None,
+    queries: Queries = None,
     layer: Annotated[
         int | None,
         typer.Option(help="Layer; -1 is the last; default: that of the figure, usually the last"),
@@ -314,7 +322,7 @@ def plot(
 ) -> None:
     """Draw one figure of one sample."""
     check_output(path, force=force)
-    given = {"queries": queries, "layer": layer, "head": head}
+    given = {"queries": _selector(queries), "layer": layer, "head": head}
     figure, options = options_of("figures", name, given)
     chosen = _sample(xi.open_store(store), sample)
     figure(chosen, **options, path=path)
@@ -439,6 +447,11 @@ def families(
     say(f"{len(shown)} of {len(table)} types, measured with {made}; --markdown prints all columns")
 
 
+def _selector(given: str | None) -> Any:
+    """Return the selector that an option means; None if it was not passed."""
+    return None if given is None else xi.at.parse(given)
+
+
 def _loaded(
     name: str,
     dtype: str,
@@ -476,14 +489,15 @@ def _asked(
     prompt: str | None,
     name: str | None,
     answer: str | None,
+    image_folder: Path | None,
 ) -> list[dict[str, Any]]:
     """Return the items of a file, or the single item given by the options."""
     if items is not None:
-        if images or prompt or name is not None or answer is not None:
-            raise InputError(
-                "--items cannot be combined with --image, --prompt, --name or --answer."
-            )
-        return xi.read_items(items)
+        if images or name is not None or answer is not None:
+            raise InputError("--items cannot be combined with --image, --name or --answer.")
+        return xi.read_items(items, prompt=prompt or None, image_folder=image_folder)
+    if image_folder is not None:
+        raise InputError("--image-folder requires --items.")
     if not images or prompt is None:
         raise InputError("Nothing to capture: pass --image with --prompt, or --items.")
     return [{"image": list(images), "prompt": prompt, "name": name, "answer": answer}]

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from xmodal_interp import at
 from xmodal_interp.analysis import (
     answer_accuracy,
     attention_rollout,
@@ -46,7 +47,6 @@ from xmodal_interp.sample import Sample
 from xmodal_interp.shapes import KINDS, Scene, ask_all, sample_scene
 from xmodal_interp.shapes.tiny_models import untrained
 from xmodal_interp.store import Store
-from xmodal_interp.vocabulary import LAST
 
 _HELD_OUT = 2**40  # first part of the seed; training uses (seed, step), which is never this large
 _BATCH = 32
@@ -252,7 +252,7 @@ def _ratio(samples: list[Sample], untrained_samples: list[Sample]) -> dict[str, 
     values = ["ratio", "null", "lift", "sink_free_lift"]
 
     def by_layer(these: list[Sample]) -> pd.DataFrame:
-        table = cross_modal_ratio(these, queries=LAST, by=("layer",))
+        table = cross_modal_ratio(these, queries=at.last, by=("layer",))
         return table.groupby("layer")[values].mean().reset_index()
 
     untrained_table = by_layer(untrained_samples[:_MEASURED])

@@ -29,7 +29,7 @@ the samples and scores it on the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -38,10 +38,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from xmodal_interp import at
 from xmodal_interp.analysis.resampling import ValueKind, known_mean_intervals, picture_key
 from xmodal_interp.analysis.selection import Layers, queries_of, selected_calls
 from xmodal_interp.analysis.tables import Part, call_table, over_samples, samples_of
 from xmodal_interp.arguments import as_list, checked, one_of
+from xmodal_interp.at import Selector
 from xmodal_interp.boxes.number_formats import Boxes, pixel_boxes, shown
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation.head_selection import HEAD_KEYS
@@ -51,10 +53,9 @@ from xmodal_interp.evaluation.token_boxes import (
     token_boxes,
     tokens_inside,
 )
-from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import LAST, AttentionKind
+from xmodal_interp.sample import Sample
+from xmodal_interp.vocabulary import AttentionKind
 
-Queries = Selector | np.ndarray | Callable[[Sample], Selector | np.ndarray]
 _MEANS = [
     *("hit", "energy", "any_object", "other_object"),
     *("image_mass", "padding_mass", "hit_chance", "energy_chance"),
@@ -69,7 +70,7 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
     boxes: str | Iterable[Boxes] | pd.DataFrame = "box",
     *,
     other_boxes: str | Iterable[Iterable[Boxes]] = "other_boxes",
-    queries: Queries = LAST,
+    queries: Selector = at.last,
     criterion: Criterion = "overlap",
     layers: Layers = None,
     image: int = 0,
@@ -89,8 +90,7 @@ def pointing_game(  # noqa: PLR0913 - one experiment, every option with a defaul
             lists the forms of an entry, and :func:`xmodal_interp.boxes.read` reads other formats.
         other_boxes: Boxes of the other objects in the image, given in the same ways. Without them,
             ``any_object`` and ``other_object`` are NaN.
-        queries: ``"last"`` (of the prompt), ``"text"``, positions, a phrase, or a function that
-            returns one of these for a sample. Several query rows are averaged.
+        queries: A selector, see :mod:`xmodal_interp.at`. Several query rows are averaged.
         criterion: ``"overlap"`` or ``"centre"``.
         layers: Layers, all if not given.
         image: Index of the image with the boxes.
@@ -153,7 +153,7 @@ def pointing_hits(
     boxes: str | Iterable[Boxes] | pd.DataFrame = "box",
     *,
     other_boxes: str | Iterable[Iterable[Boxes]] = "other_boxes",
-    queries: Queries = LAST,
+    queries: Selector = at.last,
     criterion: Criterion = "overlap",
     layers: Layers = None,
     image: int = 0,
@@ -188,7 +188,7 @@ def pointing_hits(
     parameters = {
         "boxes": boxes if isinstance(boxes, str) else "given",
         "other_boxes": other_boxes if isinstance(other_boxes, str) else "given",
-        "queries": "a function" if callable(queries) else queries,
+        "queries": queries,
         "criterion": criterion,
         "layers": layers,
         "image": image,
@@ -214,7 +214,7 @@ def _hits(
     sample: Sample,
     boxes: Float[np.ndarray, "box 4"],
     others: Sequence[Float[np.ndarray, "_ 4"]],
-    queries: Queries,
+    queries: Selector,
     criterion: Criterion,
     layers: Layers,
     image: int,
@@ -234,9 +234,9 @@ def _hits(
             f"The {what} of sample {sample.name!r} contains no image token by the criterion "
             f"{criterion!r}. The image tokens cover {low[:2] + high[2:]}."
         )
+    _check_in_image(sample, image, np.concatenate([boxes, *others]))
     elsewhere = [tokens_inside(cells.boxes, other, criterion) for other in others]
-    chosen = queries(sample) if callable(queries) else queries
-    rows = queries_of(sample, chosen.tolist() if isinstance(chosen, np.ndarray) else chosen)
+    rows = queries_of(sample, queries)
     parts, sees_image = [], False
     for call, heads in selected_calls(sample, layers, kind=kind):
         probs = call.probs(queries=rows, keys=cells.keys)[0].mean(1).cpu()  # [head, token]
@@ -253,6 +253,19 @@ def _hits(
             f"{image} in any chosen layer. Choose queries after the image."
         )
     return parts
+
+
+def _check_in_image(sample: Sample, image: int, boxes: Float[np.ndarray, "box 4"]) -> None:
+    """Raise InputError if a box exceeds the image by more than half a side: it has other units."""
+    size = (sample.grids[image].width, sample.grids[image].height)
+    half = np.divide(size, 2)
+    beyond = (boxes[:, :2] < -half) | (boxes[:, 2:] > size + half)
+    if beyond.any():
+        raise InputError(
+            f"The box {shown(boxes[beyond.any(1)][0])} of sample {sample.name!r} exceeds its image "
+            f"of {size[0]} x {size[1]} px by more than half a side. Read numbers of other "
+            "units with xi.boxes.read(numbers, format, size=(width, height))."
+        )
 
 
 def _of_samples(given: Any, name: str, n: int) -> list[Any]:

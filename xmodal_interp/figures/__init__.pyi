@@ -15,6 +15,7 @@ from .matrices import attention_matrix, side_by_side, token_patch_matrix
 from .matrix_selection import MatrixSelection
 from .overlay_panels import OverlayOptions
 from .style import Picture
+from .time_panels import time_panels
 
 __all__ = [
     "MatrixSelection",
@@ -38,6 +39,7 @@ __all__ = [
     "raster_profiles",
     "rollout_overlay",
     "side_by_side",
+    "time_panels",
     "token_head_grid",
     "token_patch_matrix",
 ]

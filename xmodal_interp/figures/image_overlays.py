@@ -15,6 +15,7 @@ from typing import Any, Literal, SupportsIndex, Unpack, get_args
 import numpy as np
 
 from xmodal_interp.arguments import checked
+from xmodal_interp.at import Selector
 from xmodal_interp.attention import Positions, entries_of, numbers, resolve
 from xmodal_interp.errors import GeometryError, InputError, quoted
 from xmodal_interp.figures.overlay_panels import (
@@ -44,11 +45,8 @@ from xmodal_interp.figures.style import (
     saved,
     styled,
 )
-from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import Tower
-
-Queries = Selector | Sequence[str | int]
-"""A phrase, positions, or a sequence of both."""
 
 Facet = Literal["query", "layer", "head", "sample"]
 
@@ -67,8 +65,8 @@ class GridOptions(AttentionOptions, total=False):
 @styled
 def overlay_grid(  # noqa: PLR0913  every option has a default
     sample: Sample | Mapping[str, Sample],
-    queries: Queries | None = None,
-    layers: Sequence[int] | None = (-1,),
+    queries: Selector | None = None,
+    layers: SupportsIndex | Sequence[int] | None = (-1,),
     heads: Positions | None = None,
     *,
     rows: Facet | None = None,
@@ -83,9 +81,9 @@ def overlay_grid(  # noqa: PLR0913  every option has a default
     Args:
         sample: The sample. With the facet ``"sample"``, several samples by title, such as
             ``{"before": one, "after": other}``; they may have different images.
-        queries: A phrase or positions of the prompt or the answer. With the facet ``"query"``, they
-            are drawn with one panel per token; a list of phrases and positions with one panel per
-            entry, where a phrase is the mean of its tokens; and all text after the image, generated
+        queries: A selector, see :mod:`xmodal_interp.at`. With the facet ``"query"``, its positions
+            are drawn with one panel per token; those of a list with one panel per entry, which is
+            the mean of the entry's positions; and all text after the image, generated
             tokens included, if not given. Without it, their attention is averaged. In the vision
             tower, positions of that tower or names such as ``"class"``; the class token if not
             given.
@@ -181,7 +179,7 @@ def overlay(
 
     Args:
         sample: The sample.
-        queries: A phrase of the prompt or the answer, or positions. If not given, all text after
+        queries: A selector, see :mod:`xmodal_interp.at`. If not given, all text after
             the image, or the class token of the vision tower.
         layer: Layer index; negative ones count from the last.
         head: A head, or several to average; all heads are averaged if not given.
@@ -193,7 +191,7 @@ def overlay(
 @checked
 def overlays(
     sample: Sample,
-    queries: Queries | None = None,
+    queries: Selector | None = None,
     layer: int = -1,
     head: Positions | None = None,
     **options: Unpack[GridOptions],
@@ -202,8 +200,8 @@ def overlays(
 
     Args:
         sample: The sample.
-        queries: A phrase or positions, drawn with one panel per token; or a list of phrases and
-            positions, drawn with one panel per entry, where a phrase is the mean of its tokens. If
+        queries: A selector, drawn with one panel per token; or a list, drawn with one panel per
+            entry, which is the mean of the entry's positions. If
             not given, all text after the image, generated tokens included.
         layer: Layer index; negative ones count from the last.
         head: A head, or several to average; all heads are averaged if not given.
@@ -236,7 +234,7 @@ def head_overlays(
 def layer_overlays(
     sample: Sample,
     queries: Selector | None = None,
-    layers: Sequence[int] | None = None,
+    layers: SupportsIndex | Sequence[int] | None = None,
     head: Positions | None = None,
     **options: Unpack[GridOptions],
 ) -> Picture:
@@ -255,7 +253,7 @@ def layer_overlays(
 @checked
 def token_head_grid(
     sample: Sample,
-    queries: Queries | None = None,
+    queries: Selector | None = None,
     layer: int = -1,
     heads: Positions | None = None,
     **options: Unpack[GridOptions],
@@ -292,7 +290,7 @@ def before_after(
     Args:
         before: The first model's sample.
         after: The second model's sample, of the same image and prompt.
-        queries: A phrase or positions; their attention is averaged.
+        queries: A selector; the attention of its positions is averaged.
         layer: Layer index; negative ones count from the last.
         head: A head, or several to average; all heads are averaged if not given.
         image: Index of the image.
@@ -388,15 +386,15 @@ def _by_title(sample: object, facets: set[Facet | None]) -> Mapping[str, Sample]
 def _read(
     sample: Sample,
     placed: PlacedImage,
-    queries: Queries | None,
-    layers: Sequence[int] | None,
+    queries: Selector | None,
+    layers: SupportsIndex | Sequence[int] | None,
     heads: Positions | None,
     facets: set[Facet | None],
     drawing: OverlayOptions,
 ) -> _Read:
     """Return the attention that a grid draws; the arguments are those of ``overlay_grid``."""
-    chosen = _layer_numbers(sample, placed, layers) if "layer" in facets else list(layers or ())
-    if "layer" not in facets and len(chosen) != 1:
+    chosen = _layer_numbers(sample, placed, layers)
+    if "layer" not in facets and (layers is None or len(chosen) != 1):
         raise InputError(f"Without the facet 'layer', layers must be one layer; got {layers}.")
     if "query" in facets:
         groups = query_groups(sample, placed, queries)
@@ -467,13 +465,16 @@ def _head_entries(read: ImageAttention) -> list[tuple[str, dict[str, Any]]]:
     return [*single, ("mean", {})] if len(single) > 1 else single
 
 
-def _layer_numbers(sample: Sample, placed: PlacedImage, layers: Sequence[int] | None) -> list[int]:
+def _layer_numbers(
+    sample: Sample, placed: PlacedImage, layers: SupportsIndex | Sequence[int] | None
+) -> list[int]:
     """Return the numbers of the layers; all recorded ones if None."""
     recorded = sample.layers(placed.tower, placed.kind)
     layer_numbers = recorded if layers is None else layers
     row = entries_of(layer_numbers)
-    if row is None or isinstance(layer_numbers, SupportsIndex) or not len(row):
+    if row is None or not len(row):
         raise InputError(
-            f"layers must be a list of at least one layer, such as [0, -1]; got {quoted(layers)}."
+            "layers must be a layer or a list of at least one, such as -1 or [0, -1]; got "
+            f"{quoted(layers)}."
         )
     return numbers(layer_numbers, "layer", max(recorded, default=-1) + 1)

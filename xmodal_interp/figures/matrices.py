@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from xmodal_interp.arguments import checked
+from xmodal_interp.at import Selector
 from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.figures.matrix_axes import (
@@ -42,7 +43,7 @@ from xmodal_interp.figures.style import (
     saved,
     styled,
 )
-from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _SIDES = (5.6, 9.0)  # side of a matrix with few and with many named tokens, inches
@@ -169,7 +170,7 @@ def token_patch_matrix(
         sample: The sample.
         layer: Layer index; negative ones count from the last.
         head: A head, or several to average; all heads are averaged if not given.
-        queries: A phrase or positions; all text after the image if not given.
+        queries: A selector; all text after the image if not given.
         image: Index of the image.
         show: ``"probability"``, ``"share"`` of the attention on the image, or ``"lift"``; see
             ``OverlayOptions``.

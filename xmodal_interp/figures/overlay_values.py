@@ -18,14 +18,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from xmodal_interp import at
 from xmodal_interp.analysis.selection import each_once, rows_in_tower
-from xmodal_interp.attention import AttentionCall, Positions
+from xmodal_interp.at import Selector
+from xmodal_interp.attention import AttentionCall, Positions, entries_of
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.figures.placement import PlacedImage
 from xmodal_interp.figures.scales import Show
 from xmodal_interp.figures.style import named, panel_name
-from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.vocabulary import TEXT
+from xmodal_interp.sample import Sample
+from xmodal_interp.selected_positions import of_function
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +115,7 @@ def attention_on_image(
     Args:
         sample: The sample.
         placed: The image and its keys.
-        queries: A phrase or positions.
+        queries: A selector.
         layer: Layer index; negative ones count from the last.
         heads: Heads; all if not given.
 
@@ -184,7 +186,7 @@ def query_positions(
     Args:
         sample: The sample.
         placed: The image and its keys.
-        queries: A phrase or positions. If not given, all text after the image, or the class token
+        queries: A selector. If not given, all text after the image, or the class token
             of the vision tower.
         layer: The drawn layer, whose mask is tested; one of all recorded layers suffices if not
             given. Masks differ between layers with and without a window, and between encoder and
@@ -193,7 +195,7 @@ def query_positions(
     Raises:
         InputError: The selection is empty, or the mask hides the image from all of its positions.
     """
-    rows = rows_in_tower(sample, queries, placed.tower, placed.number, TEXT)
+    rows = rows_in_tower(sample, queries, placed.tower, placed.number, at.text)
     positions: list[int] = each_once(rows).tolist()
     if not positions:
         raise InputError("The selection of queries is empty. Pass at least one position.")
@@ -221,18 +223,17 @@ def _advice(call: AttentionCall, keys: Tensor, last: int) -> str:
     return f"Choose a position from {int(rows_that_see.min())} to {int(rows_that_see.max())}."
 
 
-def query_groups(
-    sample: Sample, placed: PlacedImage, queries: Selector | Sequence[str | int] | None
-) -> list[list[int]]:
+def query_groups(sample: Sample, placed: PlacedImage, queries: Selector | None) -> list[list[int]]:
     """Return the positions of each panel.
 
-    A list of phrases and positions gives one panel per entry, anything else one panel per token.
+    A list gives one panel per entry, any other selector one panel per token.
     """
+    queries = of_function(sample, queries)
     if queries is None and placed.tower == "language":
         queries = torch.from_numpy(sample.text_after_image())
     elif queries is None:
-        queries = rows_in_tower(sample, None, placed.tower, placed.number, TEXT)
-    if isinstance(queries, Sequence) and not isinstance(queries, str):
+        queries = rows_in_tower(sample, None, placed.tower, placed.number, at.text)
+    if isinstance(queries, (list, tuple)) and entries_of(queries) is None:
         groups = [_positions(sample, placed, entry).tolist() for entry in queries]
     else:
         groups = [[position] for position in _positions(sample, placed, queries).tolist()]

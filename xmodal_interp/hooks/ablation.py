@@ -24,12 +24,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from xmodal_interp.arguments import one_of
+from xmodal_interp.at import Selector
 from xmodal_interp.attention.masks import additive_rows
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.hooks.attention_modules import checked_heads
 from xmodal_interp.hooks.head_means import HeadMeans
 from xmodal_interp.hooks.interventions import Site
-from xmodal_interp.hooks.positions import Chosen, Selection
+from xmodal_interp.hooks.positions import Selection
 from xmodal_interp.hooks.raw_calls import RawCall
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
@@ -104,7 +105,7 @@ def ablate_heads(
     *,
     tower: Tower = "language",
     kind: AttentionKind = "self",
-    queries: Chosen | None = None,
+    queries: Selector | None = None,
     means: HeadMeans | None = None,
 ) -> HeadAblation:
     """Ablate attention heads; return an argument of ``intervene``.

@@ -38,7 +38,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from xmodal_interp.attention import entries_of, number, numbers
+from xmodal_interp.attention import entries_of, layer_index, number, numbers
 from xmodal_interp.errors import InputError, LayerError, UnsupportedModelError
 from xmodal_interp.models import VLM
 from xmodal_interp.models.model_parts import ModelParts, parts_of
@@ -491,7 +491,7 @@ def checked_heads(
     known = sorted(layers)
     for given, several in wanted.items():
         layer = number(given, "layer")
-        index = known[layer] if -len(known) <= layer < 0 else layer
+        index = layer_index(layer, known)
         if index not in layers:
             raise LayerError(f"There is no layer {layer}: {name} has layers {ranged(known)}.")
         count = layers[index]

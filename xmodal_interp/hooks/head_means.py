@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from xmodal_interp.errors import InputError
+from xmodal_interp.at import Selector
+from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.hooks.interventions import Site, intervene
-from xmodal_interp.hooks.positions import Selection
+from xmodal_interp.hooks.positions import Selection, sample_of_prompt
 from xmodal_interp.hooks.raw_calls import RawCall
 from xmodal_interp.models import VLM
 from xmodal_interp.models.known_answers import Batch, Items, batches_of
@@ -29,7 +30,7 @@ class HeadMeans:
     Attributes:
         tower: Part of the model.
         kind: Kind of attention.
-        positions: The class of positions that were averaged.
+        positions: The class of positions that were averaged, or their selector.
         n_samples: Number of samples.
         n_positions: Number of positions that were averaged.
         means: ``[head, d_value]`` for each layer, float32.
@@ -37,7 +38,7 @@ class HeadMeans:
 
     tower: Tower
     kind: AttentionKind
-    positions: PositionClass
+    positions: PositionClass | Selector
     n_samples: int
     n_positions: int
     means: Mapping[int, Float[Tensor, "head d_value"]]
@@ -47,7 +48,7 @@ def mean_head_outputs(
     vlm: VLM,
     items: Items,
     *,
-    positions: PositionClass = "text",
+    positions: PositionClass | Selector = "text",
     tower: Tower = "language",
     kind: AttentionKind = "self",
     batch_size: int = 32,
@@ -60,7 +61,8 @@ def mean_head_outputs(
         vlm: Model and processor.
         items: Dicts with ``image`` and ``prompt``.
         positions: ``"image"``, ``"text"`` (every position except image, video and padding tokens)
-            or ``"all"``. For other towers than the language tower, only ``"all"`` is allowed.
+            or ``"all"``; or another selector of :mod:`xmodal_interp.at`, resolved in each prompt.
+            For other towers than the language tower, only ``"all"`` is allowed.
         tower: Part of the model.
         kind: Kind of attention.
         batch_size: The largest number of prompts per forward.
@@ -68,12 +70,8 @@ def mean_head_outputs(
     Raises:
         InputError: There are no items, or the class of positions is unknown.
     """
-    allowed = POSITION_CLASSES if tower == "language" else ("all",)
-    if positions not in allowed:
-        raise InputError(
-            f"positions of the {tower} tower must be one of {', '.join(allowed)}; got "
-            f"{positions!r}."
-        )
+    if tower != "language" and not (isinstance(positions, str) and positions == "all"):
+        raise InputError(f"positions of the {tower} tower must be 'all'; got {quoted(positions)}.")
     batches = batches_of(vlm, items, batch_size=batch_size, answers=False)
     return means_over(vlm, batches, positions=positions, tower=tower, kind=kind)
 
@@ -82,7 +80,7 @@ def means_over(
     vlm: VLM,
     batches: Sequence[Batch],
     *,
-    positions: PositionClass,
+    positions: PositionClass | Selector,
     tower: Tower,
     kind: AttentionKind = "self",
 ) -> HeadMeans:
@@ -103,20 +101,25 @@ def means_over(
 
 
 def class_masks(
-    batch: Batch, positions: PositionClass, *, answers: bool = False
+    batch: Batch, positions: PositionClass | Selector, *, answers: bool = False
 ) -> Bool[Tensor, "sample position"]:
-    """Return which positions of a batch belong to a class, by their token kinds.
+    """Return which positions of a batch belong to a class, or are selected in each prompt.
 
     Args:
         batch: Prompts, with or without answers after them.
-        positions: The class.
+        positions: The class, or a selector.
         answers: Whether the positions of answers belong to the class "text".
     """
-    masks = torch.full((len(batch.index), batch.n_ids), answers and positions != "image")
-    for mask, prompt in zip(masks, batch.prompts, strict=True):
+    named = isinstance(positions, str) and positions in POSITION_CLASSES
+    filled = answers and named and positions != "image"
+    masks = torch.full((len(batch.index), batch.n_ids), filled)
+    for number, (mask, prompt) in enumerate(zip(masks, batch.prompts, strict=True)):
+        if not named:
+            mask[sample_of_prompt(prompt, number).positions(positions)] = True
+            continue
         image = prompt.tokens["kind"].isin(VISUAL_KINDS).to_numpy(dtype=bool)
         padding = prompt.tokens["kind"].eq("padding").to_numpy(dtype=bool)
-        of_class = {"image": image, "text": ~image & ~padding, "all": ~padding}[positions]
+        of_class = {"image": image, "text": ~image & ~padding, "all": ~padding}[str(positions)]
         mask[: len(of_class)] = torch.tensor(of_class)
     return masks
 

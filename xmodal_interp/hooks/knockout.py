@@ -17,18 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from xmodal_interp.at import Selector
 from xmodal_interp.attention import entries_of, numbers
 from xmodal_interp.errors import CaptureError, InputError, quoted
 from xmodal_interp.hooks.attention_modules import checked_heads
 from xmodal_interp.hooks.interventions import Site
-from xmodal_interp.hooks.positions import Chosen, Selection
+from xmodal_interp.hooks.positions import Selection
 from xmodal_interp.hooks.raw_calls import RawCall
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
@@ -107,11 +108,11 @@ class KnockOut:
 
 
 def knock_out_attention(
-    queries: Chosen,
-    keys: Chosen,
+    queries: Selector,
+    keys: Selector,
     *,
-    layers: Collection[Any] | np.ndarray | Tensor | None = None,
-    heads: Collection[Any] | np.ndarray | Tensor | None = None,
+    layers: SupportsIndex | Collection[Any] | np.ndarray | Tensor | None = None,
+    heads: SupportsIndex | Collection[Any] | np.ndarray | Tensor | None = None,
     renormalise: bool = True,
     tower: Tower = "language",
     kind: AttentionKind = "self",
@@ -121,9 +122,10 @@ def knock_out_attention(
     Args:
         queries: The query positions. By number: indices, a slice, or a boolean mask ``[position]``
             or ``[sample, position]``; in an encoder-decoder, each layer counts the positions of its
-            own stack. By name, resolved in each sample that a VLM runs: a phrase, ``"last"`` or
-            ``"text"``, a list of them, a function that takes the sample, or a list with one of
-            these for each sample. In a padded batch, numbers are refused.
+            own stack. Other selectors of :mod:`xmodal_interp.at` (a phrase, ``at.last``, a function
+            of the sample, a list of these) are resolved in the prompt of each sample that a VLM
+            runs. A list of lists has the selectors of each sample. In a padded batch, numbers are
+            refused.
         keys: The key positions, in the same forms. A position can always attend to itself.
         layers: Layers to edit; all if not given. Negative numbers count from the end; a boolean
             mask has an entry for each layer.
@@ -138,19 +140,27 @@ def knock_out_attention(
     """
     for name, chosen in (("layers", layers), ("heads", heads)):
         row = None if chosen is None else entries_of(chosen)
-        if chosen is not None and (row is None or not isinstance(chosen, Iterable)):
-            raise InputError(f"{name} must be a list, such as [0, 3]; got {quoted(chosen)}.")
+        if chosen is not None and row is None:
+            raise InputError(
+                f"{name} must be a number or a list, such as -1 or [0, 3]; got {quoted(chosen)}."
+            )
         if row is not None and not len(row):
             raise InputError(f"{name} is empty; got {chosen!r}. Leave {name} out for all.")
     return KnockOut(
         Selection(queries),
         Selection(keys),
-        None if layers is None else tuple(layers),
-        None if heads is None else tuple(heads),
+        None if layers is None else _as_tuple(layers),
+        None if heads is None else _as_tuple(heads),
         renormalise,
         tower,
         kind,
     )
+
+
+def _as_tuple(given: Any) -> tuple[Any, ...]:
+    """Return the entries of a list, or the single number."""
+    is_list = isinstance(given, Iterable) and getattr(given, "ndim", 1) != 0
+    return tuple(given) if is_list else (int(given),)
 
 
 def _hidden(

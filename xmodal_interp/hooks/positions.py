@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -23,24 +23,21 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from xmodal_interp.at import Selector, by_name
 from xmodal_interp.attention import entries_of, whole_slice
 from xmodal_interp.errors import CaptureError, InputError, PositionError, quoted
 from xmodal_interp.models import VLM, Prompt
-from xmodal_interp.sample import Sample, Selector
-from xmodal_interp.text_search import has_phrase
-
-Chosen = Selector | Sequence[Selector] | Callable[[Sample], Selector]
-"""One selector for all samples, one for each, or a function from a sample to its selector."""
+from xmodal_interp.sample import Sample
 
 
 class Selection:
     """Positions that are resolved later, when the samples and the sequence length are known.
 
     Args:
-        positions: For all samples of a batch alike: an index, indices, a slice (without a stop, it
-            includes generated tokens), or a boolean mask ``[position]``. For each sample
-            separately: a keyword or phrase, or a list of them; a function that takes the sample and
-            returns positions; a list with such a selector for each sample; or a boolean mask
+        positions: A selector, see :mod:`xmodal_interp.at`. Numbers, a slice (without a stop, it
+            includes generated tokens) or a boolean mask ``[position]`` are the same positions in
+            all samples of a batch; other selectors are resolved in the prompt of each sample. For a
+            batch, also a list of lists, with the selectors of each sample, or a boolean mask
             ``[sample, position]``. A mask must cover at least the prompt; positions after its end
             are not selected.
 
@@ -49,13 +46,13 @@ class Selection:
             the argument is not a position.
     """
 
-    def __init__(self, positions: Chosen) -> None:
+    def __init__(self, positions: Selector) -> None:
         self.slice: slice | None = None
         self.numbers: Int[Tensor, " position"] | None = None
         self.mask: Bool[Tensor, "sample position"] | None = None  # one row, or one per sample
         self.selector: Any = None  # resolved in each sample
         self.selectors: list[Any] | None = None  # one for each sample
-        if has_phrase(positions) or (callable(positions) and not isinstance(positions, Tensor)):
+        if by_name(positions):
             self.selector = positions
         elif isinstance(positions, slice):
             self.slice = whole_slice(positions, "position")
@@ -69,7 +66,8 @@ class Selection:
             if row is None:
                 raise PositionError(
                     "Positions of an intervention must be a number, a list of numbers, a slice, a "
-                    f"boolean mask, a phrase, or a function of a sample; got {quoted(positions)}."
+                    "boolean mask, a phrase, a selector of xi.at, or a function of a sample; got "
+                    f"{quoted(positions)}."
                 )
             if row.dtype == bool:
                 self.mask = torch.from_numpy(row)[None]
@@ -172,16 +170,14 @@ class Selection:
 
 def _positions_in(batch: RunningBatch, number: int, selector: Any) -> list[int]:
     """Return the selected positions of one sample of a batch, including its padding."""
-    by_name = has_phrase(selector) or (callable(selector) and not isinstance(selector, Tensor))
+    named = by_name(selector)
     if batch.samples is not None and number < len(batch.samples):
         sample = batch.samples[number]
-        if not by_name:
+        if not named:
             _refuse_padding(2, batch, only=number)
-        found: list[int] = sample.positions(
-            selector(sample) if callable(selector) else selector
-        ).tolist()
+        found: list[int] = sample.positions(selector).tolist()
         return found
-    if by_name:
+    if named:
         raise CaptureError(
             "The model ran inputs that the VLM did not prepare, so phrases, keywords and functions "
             "cannot be resolved. Use xi.intervene(vlm, ...) around xi.capture, xi.capture_batch, "
@@ -204,10 +200,9 @@ def _is_nested(positions: Any) -> bool:
     """Return whether positions are given per sample: an array with two axes, or a list of lists."""
     if isinstance(positions, (np.ndarray, Tensor)):
         return positions.ndim == 2
-    several = (list, tuple, range, set, slice, np.ndarray)
+    several = (list, tuple, range, set, np.ndarray)
     return isinstance(positions, (list, tuple)) and any(
-        isinstance(one, several) or (isinstance(one, Tensor) and one.ndim > 0) or callable(one)
-        for one in positions
+        isinstance(one, several) or (isinstance(one, Tensor) and one.ndim > 0) for one in positions
     )
 
 
@@ -225,8 +220,8 @@ def _refuse_negative(numbers: Sequence[int]) -> None:
     if min(numbers, default=0) < 0:
         raise PositionError(
             f"Got the negative position {min(numbers)}, but positions of an intervention count "
-            "from the start of the sequence, because its end moves during generation. Use 'last' "
-            "or sample.last for the last position of a prompt."
+            "from the start of the sequence, because its end moves during generation. Use "
+            "xi.at.last for the last position of a prompt."
         )
 
 
@@ -247,8 +242,8 @@ def _refuse_padding(n_samples: int, batch: RunningBatch | None, only: int | None
         raise InputError(
             "One number is a different token in each sample of this batch: sample "
             f"{padded[0]} has {int(batch.padding[padded[0]])} padding tokens before others. Give "
-            "positions by phrase or keyword ('red circle', 'last'), by a function of the sample "
-            "(lambda sample: sample.where('image')), or by a boolean mask [sample, position]."
+            "positions by phrase or keyword ('red circle', 'last'), by a selector such as "
+            "xi.at.image, by a function of the sample, or by a boolean mask [sample, position]."
         )
 
 
@@ -309,7 +304,7 @@ class RunningBatch:
             self._prompts = prompts
             self.samples = None
             if prompts is not None:
-                self.samples = tuple(_as_sample(each, i) for i, each in enumerate(prompts))
+                self.samples = tuple(sample_of_prompt(each, i) for i, each in enumerate(prompts))
 
 
 def _n_before(mask: Tensor) -> Int[Tensor, " sample"]:
@@ -324,7 +319,8 @@ def _begins_with(ids: Tensor, start: Tensor) -> bool:
     return longer and torch.equal(ids[:, : start.shape[1]], start.to(ids))
 
 
-def _as_sample(prompt: Prompt, number: int) -> Sample:
+def sample_of_prompt(prompt: Prompt, number: int) -> Sample:
+    """Return a prepared prompt as a sample without attention, in which selectors are resolved."""
     return Sample(
         name=f"sample-{number}",
         tokens=prompt.tokens,

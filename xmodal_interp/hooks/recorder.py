@@ -31,7 +31,7 @@ from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, SupportsIndex
 
 import numpy as np
 import torch
@@ -214,7 +214,7 @@ class Settings:
     """
 
     towers: Sequence[Tower] = TOWERS
-    layers: Collection[Any] | np.ndarray | Tensor | None = None
+    layers: SupportsIndex | Collection[Any] | np.ndarray | Tensor | None = None
     values: bool = False
     norms: bool = False
     reduce: Callable[[AttentionCall], Any] | None = None
@@ -224,16 +224,18 @@ class Settings:
 
     def include(self, identity: Identity) -> bool:
         """Return whether a layer is to be recorded."""
-        return identity.tower in self.towers and (
-            self.layers is None or identity.layer in self.layers
-        )
+        if identity.tower not in self.towers:
+            return False
+        layers: Any = self.layers  # of chosen_layers
+        named = (identity.tower, identity.kind, identity.layer)
+        return layers is None or identity.layer in layers or named in layers
 
 
 def record(
     model: VLM | nn.Module,
     *,
     towers: Iterable[Tower] = TOWERS,
-    layers: Iterable[Any] | np.ndarray | Tensor | None = None,
+    layers: SupportsIndex | Iterable[Any] | np.ndarray | Tensor | None = None,
     values: bool = False,
     norms: bool = False,
     reduce: Callable[[AttentionCall], Any] | str | Iterable[str] | None = None,
@@ -250,7 +252,8 @@ def record(
     Args:
         model: A VLM or any transformers model, with any attention backend.
         towers: Towers to record.
-        layers: Layers to record (per tower and kind), all if not given.
+        layers: Layers to record in each tower and kind, all if not given. Negative numbers count
+            from the last layer of each; a boolean mask has an entry for each layer.
         values: Also keep V.
         norms: Keep the share of attention in each token's update (``AttentionCall.update_share``)
             and the norm of each token's hidden state (``AttentionCall.token_norm``).

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from torch import Tensor, nn
 
-from xmodal_interp.attention import numbers
+from xmodal_interp.attention import layer_index, numbers
 from xmodal_interp.errors import (
     CaptureError,
     InputError,
@@ -18,15 +18,18 @@ from xmodal_interp.errors import (
 )
 from xmodal_interp.hooks.attention_modules import Identity, ranged
 from xmodal_interp.upstream import is_in_vmap, is_replica, parameters_of, tensor_parallel_size
-from xmodal_interp.vocabulary import TOWERS, Tower
+from xmodal_interp.vocabulary import TOWERS, AttentionKind, Tower
 
 
 def chosen_layers(
     towers: Sequence[Tower],
-    layers: Collection[Any] | np.ndarray | Tensor | None,
+    layers: SupportsIndex | Collection[Any] | np.ndarray | Tensor | None,
     known: Collection[Identity],
-) -> tuple[int, ...] | None:
-    """Return the numbers of the chosen layers, given by number or by a mask; None for all.
+) -> frozenset[Any] | None:
+    """Return the chosen layers, given by number or by a mask; None for all.
+
+    A number from 0 is that of a layer in each tower and kind. A negative number counts from the
+    last layer of each tower and kind, and is returned as ``tower, kind, layer`` of these layers.
 
     Raises:
         InputError: Layers or towers are not a list, or do not exist.
@@ -35,20 +38,34 @@ def chosen_layers(
     check_towers(towers)
     if layers is None:
         return None
-    there = {identity.layer for identity in known if identity.tower in towers}
+    groups: dict[tuple[Tower, AttentionKind], set[int]] = {}
+    for each in known:
+        if each.tower in towers:
+            groups.setdefault((each.tower, each.kind), set()).add(each.layer)
+    there = set().union(*groups.values())
     given: Any = layers
-    if isinstance(given, (str, slice)) or not isinstance(given, Iterable):
-        raise InputError(f"layers must be a list, such as [0, 3]; got {quoted(layers)}.")
-    chosen = tuple(dict.fromkeys(numbers(layers, "layer", max(there, default=-1) + 1)))
-    missing = sorted(set(chosen) - there)
+    if isinstance(given, (str, slice)) or not isinstance(given, Iterable | SupportsIndex):
+        raise InputError(
+            f"layers must be a number or a list, such as -1 or [0, 3]; got {quoted(layers)}."
+        )
+    chosen: set[Any] = set()
+    missing = []
+    for layer in dict.fromkeys(numbers(layers, "layer", max(there, default=-1) + 1)):
+        found = {
+            (*group, index)
+            for group, of_group in groups.items()
+            if (index := layer_index(layer, sorted(of_group))) in of_group
+        }
+        chosen |= found if layer < 0 else {layer}
+        missing += [] if found else [layer]
     if missing:
         named = "layers" if set(towers) == set(TOWERS) else f"{' and '.join(towers)} layers"
         has = f"has {named} {ranged(there)}" if there else f"has no {named}"
         raise InputError(
-            f"Got layers {', '.join(map(str, missing))}, but the model {has}. Count layers from 0; "
-            "negative numbers are not accepted here."
+            f"Got layers {', '.join(map(str, sorted(missing)))}, but the model {has}. Count layers "
+            "from 0; negative numbers count from the last."
         )
-    return chosen
+    return frozenset(chosen)
 
 
 def check_towers(towers: Any) -> None:

@@ -110,7 +110,7 @@ def _read_file(path: Path) -> list[Row]:
 
 
 def _with_prompt(row: Row, prompt: str) -> Row:
-    asks = any(row.get(name) not in (None, "") for name in PROMPT)
+    asks = any(row.get(name) not in (None, "") for name in (*PROMPT, *CHATS))
     return row if asks else {**row, PROMPT[0]: prompt}
 
 
