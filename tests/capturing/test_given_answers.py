@@ -257,7 +257,7 @@ def test_the_command_line_takes_one_answer(tmp_path) -> None:
     refused = run(app, [*options, "--items", str(tmp_path / "items.jsonl")])
     assert refused.exit_code == 1
     assert " ".join(refused.output.split()) == (
-        "error: --items cannot be combined with --image, --prompt, --name or --answer."
+        "error: --items cannot be combined with --image, --name or --answer."
     )
 
 

@@ -418,7 +418,7 @@ def _run(
 
 
 def _with_given(sample: Sample, answer: str | None) -> Sample:
-    """Return a sample whose answer is the given text: token ids may lack unknown words."""
+    """Return a sample with its given answer; decoded ids may lack words or special tokens of it."""
     return sample if answer is None else sample.changed(answer=answer.strip())
 
 
