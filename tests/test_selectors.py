@@ -241,6 +241,18 @@ def test_keys_of_cross_attention() -> None:
     )
 
 
+def test_positions_without_names() -> None:
+    sample = one_image(0)
+    assert refusal(InputError, sample.probs, queries="red", tower="connector") == (
+        "queries of the connector tower's self-attention must be numbers; got 'red'. Its positions "
+        "have no names."
+    )
+    assert refusal(InputError, sample.probs, keys=at.last, kind="cross") == (
+        "keys of the language tower's cross-attention must be numbers; got at.last. Its positions "
+        "have no names."
+    )
+
+
 def test_the_turns_of_a_chat() -> None:
     """Message 0 is the question, 1 its answer, 2 a second question, which the model answers."""
     messages = [

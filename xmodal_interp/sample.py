@@ -496,7 +496,7 @@ class Sample:
             if not named or (name == "keys" and kind == "cross" and place != "cross"):
                 raise InputError(
                     f"{name} of the {tower} tower's {kind}-attention must be numbers; got "
-                    f"{quoted(given[name])}. A phrase selects text positions only."
+                    f"{quoted(given[name])}. Its positions have no names."
                 )
             image = number(call, "call")
             given[name] = positions_of(self, given[name], tower=place, image=image)

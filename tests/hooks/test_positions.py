@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+import xmodal_interp as xi
 from tests.helpers.intervened import call_of, inputs_of, logits
 from tests.helpers.real import asked_in_full, real, settled
 from tests.helpers.tiny import picture, tiny_vlm
@@ -260,3 +261,49 @@ def test_a_mask_with_one_row_for_all_queries_is_cut(kind: str, backend: str) -> 
     expected = torch.zeros(2, 1, 3, 3, dtype=torch.bool) if before is None else before.clone()
     expected[:, :, 2, 0] = True
     assert torch.equal(hidden, expected)
+
+
+@pytest.mark.parametrize(
+    ("selector", "start"),
+    [
+        (at.answer, 0),
+        (at.predicts(at.answer), -1),
+        (at.answer | at.last, -1),
+        ([lambda s: s.last, at.answer], -1),
+    ],
+    ids=range(4),
+)
+def test_the_answer_is_every_position_after_the_prompt(selector: Any, start: int) -> None:
+    """In decode steps, in a padded batch, and on a given answer."""
+    vlm = xi.load()
+    pictures, asked = [picture(seed=1), picture(seed=2)], ["where is the red circle ?", "where ?"]
+    given = {"answers": ["top left", "bottom right"]}
+    for options in ({"max_new_tokens": 3}, given):
+        several = cut_off(vlm, pictures, asked, selector, options)
+        for number, sample in enumerate(several):
+            one = (
+                options if "max_new_tokens" in options else {"answers": [given["answers"][number]]}
+            )
+            n_prompt = len(vlm.prepare([[pictures[number]]], [asked[number]])[1][0].tokens)
+            where = slice(n_prompt + start, None)
+            (alone,) = cut_off(vlm, [pictures[number]], [asked[number]], where, one)
+            (untouched,) = cut_off(vlm, [pictures[number]], [asked[number]], [], one)
+            padding = len(sample) - len(alone)
+            assert alone.answer == sample.answer
+            rows = range(n_prompt - 2, len(alone))
+            for layer in range(4):
+                expected = alone.probs(layer, queries=list(rows))
+                found = sample.probs(layer, queries=[row + padding for row in rows])
+                torch.testing.assert_close(found[..., padding:], expected, atol=1e-5, rtol=1e-5)
+            cut = alone.probs(0, keys=at.image).sum(-1)
+            seen = untouched.probs(0, keys=at.image).sum(-1)
+            assert cut[:, n_prompt + start :].eq(0).all()
+            assert torch.equal(cut[:, : n_prompt + start], seen[:, : n_prompt + start])
+
+
+def cut_off(
+    vlm: VLM, pictures: list[Any], asked: list[str], queries: Any, options: dict[str, Any]
+) -> list[Any]:
+    """Capture with no attention from the queries to the image."""
+    with intervene(vlm, knock_out_attention(queries, at.image)):
+        return capture_batch(vlm, pictures, asked, **options)

@@ -23,7 +23,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xmodal_interp.at import Selector, by_name
+from xmodal_interp import at
+from xmodal_interp.at import UNION, Selector, TypedSelector, by_name, is_union
 from xmodal_interp.attention import entries_of, whole_slice
 from xmodal_interp.errors import CaptureError, InputError, PositionError, quoted
 from xmodal_interp.models import VLM, Prompt
@@ -36,10 +37,10 @@ class Selection:
     Args:
         positions: A selector, see :mod:`xmodal_interp.at`. Numbers, a slice (without a stop, it
             includes generated tokens) or a boolean mask ``[position]`` are the same positions in
-            all samples of a batch; other selectors are resolved in the prompt of each sample. For a
-            batch, also a list of lists, with the selectors of each sample, or a boolean mask
-            ``[sample, position]``. A mask must cover at least the prompt; positions after its end
-            are not selected.
+            all samples of a batch. Other selectors are resolved in the prompt of each sample;
+            ``at.answer`` selects all positions after the prompt. For a batch, also a list of lists,
+            with the selectors of each sample, or a boolean mask ``[sample, position]``. A mask must
+            cover at least the prompt; positions after its end are not selected.
 
     Raises:
         PositionError: A position is negative (the end of the sequence moves during generation), or
@@ -52,8 +53,9 @@ class Selection:
         self.mask: Bool[Tensor, "sample position"] | None = None  # one row, or one per sample
         self.selector: Any = None  # resolved in each sample
         self.selectors: list[Any] | None = None  # one for each sample
+        self.with_answer = False  # whether positions after the prompt are selected
         if by_name(positions):
-            self.selector = positions
+            self.selector, self.with_answer = _without_answer(positions)
         elif isinstance(positions, slice):
             self.slice = whole_slice(positions, "position")
             parts = (self.slice.start, self.slice.stop, self.slice.step)
@@ -129,7 +131,7 @@ class Selection:
             mask = torch.zeros(1, stop, dtype=torch.bool)
             mask[:, numbers[numbers < stop]] = True
         held = mask[:, start:stop].to(like.device)
-        return functional.pad(held, (0, stop - start - held.shape[1]))
+        return functional.pad(held, (0, stop - start - held.shape[1]), value=self.with_answer)
 
     def _resolved(
         self, n_samples: int, batch: RunningBatch | None, n_positions: int | None
@@ -159,9 +161,8 @@ class Selection:
                 f"this layer has only the {n_positions} positions of its encoder or decoder. Give "
                 "positions as numbers."
             )
-        mask = torch.zeros(
-            n_samples, max(max(of, default=-1) for of in found) + 1, dtype=torch.bool
-        )
+        width = max(max(of, default=-1) for of in found) + 1
+        mask = torch.zeros(n_samples, longest if self.with_answer else width, dtype=torch.bool)
         for row, of in zip(mask, found, strict=True):
             row[of] = True
         batch.masks[self] = mask
@@ -194,6 +195,24 @@ def _positions_in(batch: RunningBatch, number: int, selector: Any) -> list[int]:
         row = np.flatnonzero(row)
     _refuse_negative(row.tolist())
     return row.tolist()
+
+
+def _without_answer(selector: Any) -> tuple[Any, bool]:
+    """Return a selector without ``at.answer``, and whether it selects the answer.
+
+    The rows that predict the answer are the last position of the prompt and those of the answer.
+    """
+    if isinstance(selector, TypedSelector) and selector.rule == UNION:
+        selector = list(selector.arguments)
+    if isinstance(selector, TypedSelector):
+        if selector == at.answer:
+            return at.positions([]), True
+        if selector == at.predicts(at.answer):
+            return at.last, True
+    if not is_union(selector):
+        return selector, False
+    parts = [_without_answer(each) for each in selector]
+    return [rest for rest, _ in parts], any(answer for _, answer in parts)
 
 
 def _is_nested(positions: Any) -> bool:
