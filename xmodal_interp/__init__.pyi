@@ -9,6 +9,7 @@ from . import (
     models,
     shapes,
     store,
+    viewer,
 )
 from .analysis import (
     answer_accuracy,
@@ -48,6 +49,7 @@ from .models import VLM, Family, Video, load, read_items
 from .sample import Sample
 from .store import Store, check_store, open_store
 from .verification import doctor
+from .viewer import view
 
 __all__ = [
     "VLM",
@@ -102,4 +104,6 @@ __all__ = [
     "store",
     "token_norms",
     "token_ratio",
+    "view",
+    "viewer",
 ]

@@ -297,6 +297,47 @@ def plot(
 
 
 @app.command()
+def view(
+    store: Folder,
+    export: Annotated[
+        Path, typer.Option(help="HTML file to write; it needs no network and can be mailed")
+    ],
+    sample: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or number of a sample; repeat the option; default: the first ones"),
+    ] = None,
+    layers: Annotated[
+        list[int] | None,
+        typer.Option(help="A layer to show; repeat the option for several; default: all"),
+    ] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(help="Query tokens: a phrase, `last` or `text`; default: all words"),
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(help="`all`, `top 64` or a number; default: all that fit in 16 MiB"),
+    ] = None,
+    tower: Annotated[str | None, typer.Option(help="`language` or `vision`")] = None,
+    force: Force = False,
+) -> None:
+    """Write an interactive page of a store's samples: pictures, words, layers and heads."""
+    check_output(export, force=force, option="--export")
+    opened = xi.open_store(store)
+    page = xi.view(
+        opened,
+        names=[_sample(opened, which).name for which in sample] if sample else None,
+        layers=layers or None,
+        queries=queries,
+        heads=int(heads) if heads is not None and heads.isdigit() else heads,
+        tower=cast("Any", tower),  # checked there
+    )
+    say(f"{len(page.rows)} of {page.n_given} samples, {page.n_bytes / 1e6:.1f} MB of values")
+    page.save(export)
+    say(f"{export.stat().st_size / 1e6:.1f} MB written to {export}; open it in a browser")
+
+
+@app.command()
 def info(
     what: Annotated[
         str,
