@@ -117,7 +117,7 @@ def test_cross_attention_and_masks_that_differ_between_rows() -> None:
     sample = sample_of("mllama")
     rows = rows_of(sample)
     assert rows.kind == "cross"
-    assert rows.rollout is None
+    assert not rows.has_rollout
     assert not rows.sinks
     found = rows.codes()
     values = decoded(found["codes"], found["largest"])
@@ -179,7 +179,7 @@ def test_only_the_rows_that_were_kept() -> None:
     rows = rows_of(sample)
     held = sample.call(0).query_positions.tolist()
     assert set(rows.queries.tolist()) <= set(held)
-    assert rows.rollout is None
+    assert not rows.has_rollout
 
 
 def test_video_frames_have_pictures_and_keys() -> None:

@@ -48,7 +48,7 @@ def header_of(shown: ShownRows, title: str, source: str) -> dict[str, Any]:
         "layers": list(shown.layers),
         "heads": list(shown.n_heads),
         "rows": [list(row) for row in shown.rows],
-        "rollout": shown.rollout is not None,
+        "rollout": shown.has_rollout,
         "queries": shown.queries.tolist(),
         "groups": list(shown.groups),
         "visual": [i for i, name in enumerate(shown.groups) if _is_visual_group(name)],

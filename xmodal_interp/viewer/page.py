@@ -33,7 +33,7 @@ _PAGE = """<!doctype html>
 <script type="application/octet-stream" id="blocks">{blocks}</script>
 <script type="module">
 {script}
-await fromPage(document);
+await {start};
 </script>
 </body>
 </html>
@@ -42,6 +42,7 @@ await fromPage(document);
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 )
+_OWN_SERVER = "; connect-src 'self'"
 
 
 def packed(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], bytes]:
@@ -80,21 +81,24 @@ def style() -> str:
     return _static("viewer.css")
 
 
-def page(header: Mapping[str, Any], blocks: bytes, title: str) -> str:
+def page(header: Mapping[str, Any], blocks: bytes | None, title: str) -> str:
     """Return the page as a string.
 
     Args:
         header: Description of the samples, of values that JSON has.
-        blocks: The bytes of ``packed``; they are compressed here.
+        blocks: The bytes of ``packed``; they are compressed here. None for a page that requests
+            samples and rows from the server that it came from.
         title: Title of the page.
     """
+    inside = b"" if blocks is None else gzip.compress(blocks, 6, mtime=0)
     return _PAGE.format(
-        policy=_POLICY,
+        policy=_POLICY + (_OWN_SERVER if blocks is None else ""),
         title=html.escape(title),
         style=style(),
         header=json_for_html(header),
-        blocks=base64.b64encode(gzip.compress(blocks, 6, mtime=0)).decode(),
+        blocks=base64.b64encode(inside).decode(),
         script=script().replace("</script", "<\\/script"),
+        start="fromServer(document)" if blocks is None else "fromPage(document)",
     )
 
 

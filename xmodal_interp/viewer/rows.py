@@ -94,7 +94,7 @@ class ShownRows:
     def rows(self) -> list[tuple[int, int]]:
         """Layer and head of each row of a query: means, heads, then rollout."""
         means = [(layer, MEAN) for layer in self.layers]
-        rolled = ROLLOUT if self.rollout is not None else ()
+        rolled = ROLLOUT if self.has_rollout else ()
         return [*means, *self.heads, *rolled]
 
     @property
@@ -110,18 +110,22 @@ class ShownRows:
         return key_groups(self.sample, self.tower, self.keys)
 
     @cached_property
-    def rollout(self) -> dict[str, np.ndarray] | None:
-        """Rollout of the queries and its ratio to that of uniform attention, ``[query, key]``.
+    def has_rollout(self) -> bool:
+        """Whether rollout is defined for this sample, and all its layers and rows were kept."""
+        return self.with_rollout and self.rollout(self.queries[-1:]) is not None
+
+    def rollout(self, queries: Int[np.ndarray, " query"]) -> dict[str, np.ndarray] | None:
+        """Return rollout of queries and its ratio to that of uniform attention, ``[query, key]``.
 
         None if it is not defined for this sample, or not all layers and query rows were kept. Rows
         of queries that see no key are NaN.
         """
-        if not self.with_rollout or self.kind != "self":
+        if self.kind != "self":
             return None
         try:
             table = attention_rollout(
                 self.sample,
-                self.queries.tolist(),
+                queries.tolist(),
                 baseline="uniform",
                 tower=self.tower,
                 image=self.image,
@@ -129,13 +133,13 @@ class ShownRows:
         except (InputError, NotRecordedError):
             return None
         n_keys = len(self.keys)
-        at = np.searchsorted(self.queries, table["query"].to_numpy()[::n_keys])
+        at = np.searchsorted(queries, table["query"].to_numpy()[::n_keys])
         ratio = np.exp2(table["log2_ratio"].to_numpy(np.float64).reshape(-1, n_keys))
         share = table["rollout"].to_numpy(np.float64).reshape(-1, n_keys)
         seen = np.isfinite(ratio)
         out = {}
         for name, values in (("rollout", share), ("ratio", ratio)):
-            out[name] = np.full((len(self.queries), n_keys), np.nan)
+            out[name] = np.full((len(queries), n_keys), np.nan)
             out[name][at] = np.where(seen, values, np.nan)
         return out
 
@@ -208,11 +212,11 @@ class ShownRows:
                 for head in range(n_heads):
                     if (layer, head) in number:
                         put(number[layer, head], part, probs[head])
-        if self.rollout is not None:
-            at = np.searchsorted(self.queries, chosen)
+        rolled = self.rollout(chosen) if self.has_rollout else None
+        if rolled is not None:
             so_far = worst
-            for row, values in zip(ROLLOUT, self.rollout.values(), strict=True):
-                put(number[row], slice(None), values[at])
+            for row, values in zip(ROLLOUT, rolled.values(), strict=True):
+                put(number[row], slice(None), values)
             worst = so_far  # of probabilities: ratios have another range
         return {"codes": codes, "largest": largest, "error": np.array(worst)}
 

@@ -53,10 +53,22 @@ export function formatted(value) {
 
 /** Numbers of one sample; those of a query are in `block(query)`. */
 class SampleData {
-  /** @param {any} header @param {Record<string, any> | null} arrays */
-  constructor(header, arrays) {
+  /**
+   * @param {any} header
+   * @param {Record<string, any> | null} arrays of all queries; null if blocks are fetched
+   * @param {((query: number) => Promise<QueryBlock>) | null} fetchBlock
+   */
+  constructor(header, arrays, fetchBlock = null) {
     this.header = header;
     this.arrays = arrays;
+    this.fetchBlock = fetchBlock;
+    /** @type {number[]} */
+    this.queue = []; // queries to fetch, the first one next
+    /** @type {Set<number>} */
+    this.wanted = new Set();
+    this.running = 0;
+    this.arrived = () => {};
+    this.failed = (/** @type {Error} */ _) => {};
     /** @type {Map<number, QueryBlock>} */
     this.blocks = new Map();
     this.nKeys = header.keys.token.length;
@@ -84,7 +96,35 @@ class SampleData {
       }
       this.blocks.set(query, found);
     }
+    if (!found && this.fetchBlock && !this.wanted.has(query)) {
+      this.wanted.add(query);
+      this.queue.push(query);
+      this.fetchNext();
+    }
     return found;
+  }
+
+  /** Fetch these queries before the others. @param {number[]} queries */
+  prefer(queries) {
+    if (!this.queue.length) return;
+    const first = queries.filter((query) => this.queue.includes(query));
+    this.queue = [...first, ...this.queue.filter((query) => !first.includes(query))];
+  }
+
+  async fetchNext() {
+    if (this.running >= 2 || !this.queue.length || !this.fetchBlock) return;
+    this.running++;
+    await null; // all queries of one drawing are in the queue before the first is fetched
+    const query = /** @type {number} */ (this.queue.shift());
+    try {
+      this.blocks.set(query, await this.fetchBlock(query));
+      this.arrived();
+    } catch (error) {
+      this.queue = [];
+      this.failed(/** @type {Error} */ (error));
+    }
+    this.running--;
+    this.fetchNext();
   }
 
   /**
@@ -320,13 +360,21 @@ export function light(at) {
 
 /** The page: its state, gestures and views. */
 export class Viewer {
-  /** @param {HTMLElement} root @param {any} header @param {SampleData[]} samples */
-  constructor(root, header, samples) {
+  /**
+   * @param {HTMLElement} root
+   * @param {any} header
+   * @param {(SampleData | null)[]} samples
+   * @param {((index: number) => Promise<SampleData>) | null} load
+   */
+  constructor(root, header, samples, load = null) {
     this.root = root;
     this.header = header;
-    this.samples = samples;
+    this.samples = samples; // null for a sample that was not loaded
+    this.load = load;
+    this.titles = header.titles ?? samples.map((sample) => sample.header.title);
+    this.connect();
     this.hover = { word: null, cell: null, key: null };
-    this.state = this.initial(0);
+    this.state = this.initial(samples.findIndex((sample) => sample !== null));
     this.timings = { first: 0, draw: [] };
     this.table = { which: "patches", by: "value", down: true };
     /** @type {Map<string, Promise<HTMLImageElement | null>>} */
@@ -335,7 +383,9 @@ export class Viewer {
     this.theme = "auto";
     this.build();
     this.restore();
-    window.addEventListener("hashchange", () => { if (location.hash !== this.written) this.restore(); });
+    window.addEventListener("hashchange", async () => {
+      if (location.hash !== this.written && (await this.ready(wantedSamples()))) this.restore();
+    });
     window.addEventListener("keydown", (event) => this.key(event));
     this.observer = new ResizeObserver(() => this.schedule(true));
     this.observer.observe(root);
@@ -343,7 +393,33 @@ export class Viewer {
     this.paint();
   }
 
-  get sample() { return this.samples[this.state.sample]; }
+  get sample() { return /** @type {SampleData} */ (this.samples[this.state.sample]); }
+
+  /** Draw again when rows arrive. */
+  connect() {
+    for (const sample of this.samples) {
+      if (!sample) continue;
+      sample.arrived = () => this.schedule();
+      sample.failed = (error) => this.report(error);
+    }
+  }
+
+  /** Load samples that were not loaded. @param {number[]} indices */
+  async ready(indices) {
+    try {
+      for (const index of indices) {
+        if (this.load && this.samples[index] === null) this.samples[index] = await this.load(index);
+      }
+      this.connect();
+      return true;
+    } catch (error) {
+      this.report(/** @type {Error} */ (error));
+      return false;
+    }
+  }
+
+  /** @param {Error} error */
+  report(error) { this.open("This cannot be shown", element("p", { role: "alert" }, error.message)); }
 
   get dark() {
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
@@ -402,12 +478,11 @@ export class Viewer {
   restore() {
     const given = new URLSearchParams(location.hash.slice(1));
     const index = Number(given.get("sample") ?? 0);
-    const known = Number.isInteger(index) && index >= 0 && index < this.samples.length;
-    const state = this.initial(known ? index : 0);
+    const state = this.initial(this.samples[index] ? index : this.state.sample);
     const data = this.samples[state.sample];
     const numbers = (name) => (given.get(name) ?? "").split(",").filter(Boolean).map(Number);
     const compare = given.get("compare");
-    if (compare !== null && this.samples[Number(compare)]) state.compare = Number(compare);
+    if (compare !== null && this.samples[Number(compare)] && Number(compare) !== state.sample) state.compare = Number(compare);
     if (["word", "before"].includes(given.get("row") ?? "")) state.row = given.get("row");
     const pins = numbers("pins").filter((p) => data.wordAt.has(p) || data.queryOf.has(p));
     if (pins.length) state.pins = pins;
@@ -462,7 +537,10 @@ export class Viewer {
       title: element("h1"),
       samples: element("select", { "aria-label": "Sample", onchange: (e) => this.choose(Number(e.target.value)) }),
       compare: element("select", {
-        onchange: (e) => this.set({ compare: e.target.value === "" ? null : Number(e.target.value) }),
+        onchange: async (e) => {
+          const other = e.target.value === "" ? null : Number(e.target.value);
+          if (other === null || (await this.ready([other]))) this.set({ compare: other });
+        },
       }),
       measure: segments("measure", "Measure"),
       row: segments("row", "Row"),
@@ -532,7 +610,8 @@ export class Viewer {
   }
 
   /** @param {number} index */
-  choose(index) {
+  async choose(index) {
+    if (!(await this.ready([index]))) { this.schedule(); return; }
     const old = this.state;
     const state = this.initial(index);
     const data = this.samples[index];
@@ -703,6 +782,12 @@ export class Viewer {
     this.later = setTimeout(() => { this.drawMatrix(true); this.drawTable(); }, word !== null || cell ? 120 : 0);
   }
 
+  /** The largest error of this page, if it is known. */
+  atMost() {
+    const error = this.header.largest_error;
+    return error === undefined ? "" : `, here at most ${formatted(error)}`;
+  }
+
   drawTools() {
     const p = this.parts;
     const { header } = this.sample;
@@ -714,9 +799,9 @@ export class Viewer {
     p.samples.hidden = !several;
     this.compareLabel.hidden = !several;
     if (several && p.samples.options.length !== this.samples.length) {
-      p.samples.replaceChildren(...this.samples.map((s, i) => element("option", { value: i }, s.header.title)));
+      p.samples.replaceChildren(...this.titles.map((title, i) => element("option", { value: i }, title)));
       p.compare.replaceChildren(element("option", { value: "" }, "nothing"),
-        ...this.samples.map((s, i) => element("option", { value: i }, s.header.title)));
+        ...this.titles.map((title, i) => element("option", { value: i }, title)));
     }
     p.samples.value = String(this.state.sample);
     p.compare.value = this.state.compare === null ? "" : String(this.state.compare);
@@ -735,7 +820,7 @@ export class Viewer {
       `${header.tower} ${header.kind === "cross" ? "cross-attention" : "self-attention"}`,
       `${header.layers.length} layers`,
       rows === all ? `all ${all} heads` : `rows of ${rows} of ${all} heads, those with the largest share on images; means and sums are of all heads`,
-      `values in 8 bits: error at most ${(100 * header.relative_error).toFixed(1)}% of the largest of a row, here at most ${formatted(this.header.largest_error)}`,
+      `values in 8 bits: error at most ${(100 * header.relative_error).toFixed(1)}% of the largest of a row${this.atMost()}`,
       this.header.n_given > this.samples.length ? `${this.samples.length} of ${this.header.n_given} samples` : "",
     ].filter(Boolean).join(" · ");
   }
@@ -747,6 +832,7 @@ export class Viewer {
     const names = positions.length > 3 ? `${positions.length} words` : positions.map((w) => this.wordName(w)).join(", ");
     const how = this.state.row === "before" && positions.some((w) => this.sample.wordAt.has(w)) ? "row that predicts " : "";
     p.caption.textContent = `${how}${names} · ${selection}`;
+    this.sample.prefer(this.queries(this.sample, positions));
     const series = this.series();
     this.shownSeries = series;
     const panels = [];
@@ -1762,7 +1848,7 @@ export class Viewer {
     const list = (pairs) => element("dl", {}, ...pairs.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
     this.open("About this page",
       list([["sample", header.name], ...Object.entries(header.provenance)]),
-      element("p", { class: "v-note" }, `Probabilities of ${header.queries.length} query rows, in 8 bits of a square-root scale per row: error at most ${(100 * header.relative_error).toFixed(1)}% of the row's largest value, in this page at most ${formatted(this.header.largest_error)}. Shares, uniform shares and entropies are exact. The page requests nothing from any network.`),
+      element("p", { class: "v-note" }, `Probabilities of ${header.queries.length} query rows, in 8 bits of a square-root scale per row: error at most ${(100 * header.relative_error).toFixed(1)}% of the row's largest value${this.atMost()}. Shares, uniform shares and entropies are exact. ${this.load ? "Rows are computed by the server on this machine." : "The page requests nothing from any network."}`),
       list([["← →", "previous and next word"], ["↑ ↓", "previous and next layer"], ["m", "next measure"], ["r", "row of the word, or row that predicts it"], ["s", "hide sinks"], ["d", "dark or light"], ["Esc", "remove the box"]]));
   }
 
@@ -1808,6 +1894,44 @@ export class Viewer {
 /** @param {HTMLElement} root @param {string} message */
 function fail(root, message) {
   root.replaceChildren(element("div", { class: "v-error", role: "alert" }, element("h1", {}, "This page cannot be shown"), element("p", {}, message)));
+}
+
+/** Numbers of the samples that the address names. */
+function wantedSamples() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  return [given.get("sample") ?? "0", given.get("compare")].filter((each) => each !== null).map(Number);
+}
+
+/** @param {string} path */
+async function fetched(path) {
+  const answer = await fetch(path).catch(() => { throw new Error("The server has stopped. Start xmodal view again."); });
+  if (!answer.ok) throw new Error((await answer.json()).error);
+  return answer;
+}
+
+/** Show samples whose rows a local server computes when they are asked for. @param {Document} page */
+export async function fromServer(page) {
+  const root = /** @type {HTMLElement} */ (page.getElementById("viewer"));
+  try {
+    const header = JSON.parse(page.getElementById("header").textContent);
+    const load = async (/** @type {number} */ sample) => {
+      const of = await (await fetched(`/sample?sample=${sample}`)).json();
+      return new SampleData(of, null, async (query) => {
+        const buffer = await (await fetched(`/rows?sample=${sample}&query=${query}`)).arrayBuffer();
+        const size = new DataView(buffer).getUint32(0, true);
+        const about = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, size)));
+        const arrays = arraysOf(about, buffer.slice(8 + Math.ceil(size / 8) * 8));
+        return /** @type {any} */ (Object.fromEntries(Object.entries(arrays).map(([name, { data }]) => [name, data])));
+      });
+    };
+    const samples = header.titles.map(() => null);
+    const known = wantedSamples().filter((index) => index in samples);
+    for (const index of known.length ? known : [0]) samples[index] = await load(index);
+    /** @type {any} */ (root).viewer = new Viewer(root, header, samples, load);
+  } catch (error) {
+    fail(root, error instanceof Error ? error.message : String(error));
+    throw error;
+  }
 }
 
 /** Show the data that is inside the page. @param {Document} page */
