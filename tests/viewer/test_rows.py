@@ -210,6 +210,32 @@ def test_thumbnails_are_pictures_of_their_own() -> None:
     assert (picture_of[small & boxed] == titles.index("image, thumbnail")).all()
 
 
+def test_learned_queries_are_distributed_over_patches() -> None:
+    vlm = VLM(real("blip-2")[0], settled("blip-2"))
+    sample = xi.capture(vlm, picture(160, 90), asked_in_full(vlm, "is it ?", 1), max_new_tokens=2)
+    rows = rows_of(sample)
+    image = placed_image(sample)
+    assert rows.n_keys == len(sample)
+    n_patches = len(rows.keys) - rows.n_keys
+    assert n_patches == (sample.grids[0].patch_places[:, 0] >= 0).sum()
+    at = [len(sample) - 1, len(sample) - 2]
+    found = rows.codes(np.array(sorted(at)))
+    values = decoded(found["codes"], found["largest"])
+    read = attention_on_image(sample, image, at, 0)
+    cells = sample.grids[0].patch_places[:, 0] >= 0
+    mean = values[:, rows.rows.index((0, MEAN))].mean(0)
+    expected = read.values("probability")[cells]
+    bound = ERROR * found["largest"][:, rows.rows.index((0, MEAN))].mean()
+    assert np.abs(mean[rows.n_keys :] - expected).max() <= bound
+    visible = rows.sums(np.array(sorted(at)))["visible"][:, 0]
+    lifts = (values[:, rows.rows.index((0, MEAN))] * visible[:, None]).mean(0) * rows.lift_factors
+    wanted = read.values("lift")[cells]
+    bound *= visible.max() * rows.lift_factors[rows.n_keys :]
+    assert (np.abs(lifts[rows.n_keys :] - wanted) <= bound).all()
+    without = {key: call for key, call in sample.calls.items() if key[0] != "connector"}
+    assert not rows_of(sample.changed(calls=without)).spread
+
+
 def test_refusals() -> None:
     sample = scene_sample()
     with pytest.raises(InputError) as error:

@@ -183,7 +183,7 @@ def _keys(shown: ShownRows, of_key: np.ndarray) -> dict[str, Any]:
     picture = np.where(placed, of_key, -1)
     group = np.full(len(keys), -1)
     for i, mask in enumerate(shown.groups.values()):
-        group[mask] = i
+        group[: shown.n_keys][mask] = i
     tiles = keys["tile"].fillna(-1).to_numpy(dtype=int)
     return {
         "token": [printable(str(token), lines=False)[:40] for token in keys["token"]],
@@ -192,6 +192,7 @@ def _keys(shown: ShownRows, of_key: np.ndarray) -> dict[str, Any]:
         "row": keys["row"].fillna(-1).to_numpy(dtype=int).tolist(),
         "col": keys["col"].fillna(-1).to_numpy(dtype=int).tolist(),
         "tile": tiles.tolist() if (tiles >= 0).any() else None,
+        "lift": np.round(shown.lift_factors, 6).tolist() if shown.spread else None,
         "box": [
             np.round(box, 3).tolist() if ok else None for box, ok in zip(boxes, placed, strict=True)
         ],
@@ -203,6 +204,7 @@ def _pictures(shown: ShownRows) -> tuple[list[dict[str, Any]], np.ndarray]:
     sample, keys = shown.sample, shown.keys
     of_key = np.full(len(keys), -1)
     pictures: list[dict[str, Any]] = []
+    placed = keys["x0"].notna().to_numpy(dtype=bool)
     small = keys["view"].eq("thumbnail").fillna(value=False).to_numpy(dtype=bool)
     number = keys["image"].fillna(-1).to_numpy(dtype=int)
     several = len(sample.grids) > 1
@@ -212,7 +214,7 @@ def _pictures(shown: ShownRows) -> tuple[list[dict[str, Any]], np.ndarray]:
         image = sample.images[i] if len(sample.images) == len(sample.grids) else None
         src = None
         for view, mask in (("image", ~small), ("thumbnail", small)):
-            mine = (number == i) & mask
+            mine = (number == i) & mask & placed
             if not mine.any() and (view == "thumbnail" or small[number == i].any()):
                 continue
             src = src or picture_data(image)
@@ -222,7 +224,7 @@ def _pictures(shown: ShownRows) -> tuple[list[dict[str, Any]], np.ndarray]:
                 f"{name}, thumbnail" if view == "thumbnail" else f"{name}, tiles" if tiled else name
             )
             of_key[mine] = len(pictures)
-            reason = "" if grid.rows or view != "image" else (grid.reason or "")
+            reason = "" if grid.rows or view != "image" or mine.any() else (grid.reason or "")
             pictures.append(
                 _picture(title, ["image", i, view], grid.width, grid.height, src, reason)
             )

@@ -3,7 +3,9 @@
 1. Find the keys (image tokens, words, patches) and the query positions that the page can show.
 2. For each layer, compute the exact probabilities of these queries, per head and as the mean over
    all heads, and exact sums: probability per group of keys, its null, entropy, visible keys.
-3. Encode each row of probabilities in 8 bits: ``code = round(254 sqrt(p / largest))``, where
+3. If image tokens are learned queries, which have no place, add the patches of the vision tower as
+   keys: their probability is that of the tokens, distributed with the connector's attention.
+4. Encode each row of probabilities in 8 bits: ``code = round(254 sqrt(p / largest))``, where
    ``largest`` is the largest value of the row. Keys that the mask hides have the code 255. The
    page decodes ``p = largest (code / 254)^2``; the error is at most 0.4% of ``largest``.
 """
@@ -21,6 +23,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int, UInt8
 
+from xmodal_interp.analysis.connector_rollout import are_queries, query_patches
 from xmodal_interp.analysis.rollout import attention_rollout
 from xmodal_interp.analysis.selection import (
     counted_positions,
@@ -31,7 +34,14 @@ from xmodal_interp.analysis.selection import (
 )
 from xmodal_interp.analysis.sinks import sink_keys
 from xmodal_interp.attention import AttentionCall, Positions, resolve
-from xmodal_interp.errors import InputError, NotRecordedError, PositionError, XmodalError, quoted
+from xmodal_interp.errors import (
+    GeometryError,
+    InputError,
+    NotRecordedError,
+    PositionError,
+    XmodalError,
+    quoted,
+)
 from xmodal_interp.sample import Sample, Selector
 from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind, Tower
 
@@ -57,6 +67,27 @@ _CELLS = 32 * 2**20  # probabilities that are computed at once
 
 
 @dataclass(frozen=True, eq=False)
+class Spread:
+    """The attention to an image whose tokens are learned queries, distributed over its patches.
+
+    Attributes:
+        keys: The keys of the image's tokens.
+        shares: ``[key, patch]``, the share of each patch in each token.
+    """
+
+    keys: Int[np.ndarray, " key"]
+    shares: Float[np.ndarray, "key patch"]
+
+    def on_patches(self, values: Float[np.ndarray, "*row key"]) -> Float[np.ndarray, "*row patch"]:
+        """Return values of patches; NaN where all keys of a patch are NaN."""
+        mine = values[..., self.keys]
+        known = ~np.isnan(mine)
+        amounts = np.where(known, mine, 0.0) @ self.shares
+        patches: np.ndarray = np.where(known.astype(float) @ self.shares > 0, amounts, np.nan)
+        return patches
+
+
+@dataclass(frozen=True, eq=False)
 class ShownRows:
     """The attention of one sample that a page shows.
 
@@ -68,7 +99,8 @@ class ShownRows:
         layers: The layers, ascending.
         queries: Query positions, ascending.
         keys: One row per key: ``token, kind, image, video, frame, row, col, view, tile, x0, y0, x1,
-            y1``.
+            y1``. After the keys of the calls come the patches of ``spread``.
+        spread: Images whose tokens are learned queries.
         heads: ``(layer, head)`` of each row that is not a mean, in order.
         n_heads: Number of heads of each layer.
         with_rollout: Whether to compute rollout.
@@ -81,6 +113,7 @@ class ShownRows:
     layers: tuple[int, ...]
     queries: Int[np.ndarray, " query"]
     keys: pd.DataFrame
+    spread: tuple[Spread, ...]
     heads: tuple[tuple[int, int], ...]
     n_heads: tuple[int, ...]
     with_rollout: bool
@@ -104,10 +137,26 @@ class ShownRows:
         sums = len(self.layers) * max(self.n_heads) * (len(self.groups) + 1) * 4
         return len(self.queries) * (n_rows * (len(self.keys) + 4) + sums)
 
+    @property
+    def n_keys(self) -> int:
+        """Number of keys of the calls."""
+        return len(self.keys) - sum(int(each.shares.shape[1]) for each in self.spread)
+
     @cached_property
     def groups(self) -> dict[str, np.ndarray]:
-        """Masks of the groups of keys; each key that is not padding is in one."""
-        return key_groups(self.sample, self.tower, self.keys)
+        """Masks of the groups of keys of the calls; each that is not padding is in one."""
+        return key_groups(self.sample, self.tower, self.keys[: self.n_keys])
+
+    @cached_property
+    def lift_factors(self) -> Float[np.ndarray, " key"]:
+        """Factor of each key in a lift: 1, or for patches of ``spread`` 1 / their shares' sum.
+
+        The lift of a patch is the mean of that of its tokens, weighted by their shares.
+        """
+        parts = [each.shares.sum(0) for each in self.spread]
+        sums = np.concatenate([np.ones(self.n_keys), *parts])
+        factors: np.ndarray = np.divide(1.0, sums, out=np.zeros_like(sums), where=sums > 0)
+        return factors
 
     @cached_property
     def has_rollout(self) -> bool:
@@ -120,7 +169,7 @@ class ShownRows:
         None if it is not defined for this sample, or not all layers and query rows were kept. Rows
         of queries that see no key are NaN.
         """
-        if self.kind != "self":
+        if self.kind != "self" or self.spread:
             return None
         try:
             table = attention_rollout(
@@ -207,7 +256,7 @@ class ShownRows:
             step = max(1, _CELLS // (n_heads * len(self.keys)))
             for start in range(0, len(chosen), step):
                 part = slice(start, start + step)
-                probs = self._seen_probs(call, chosen[part])
+                probs = self._spread(self._seen_probs(call, chosen[part]))
                 put(number[layer, MEAN], part, mean_over_seen(probs, 0))
                 for head in range(n_heads):
                     if (layer, head) in number:
@@ -219,6 +268,12 @@ class ShownRows:
                 put(number[row], slice(None), values)
             worst = so_far  # of probabilities: ratios have another range
         return {"codes": codes, "largest": largest, "error": np.array(worst)}
+
+    def _spread(self, values: Float[np.ndarray, "*row key"]) -> Float[np.ndarray, "*row shown"]:
+        """Return values with those of the patches after them."""
+        if not self.spread:
+            return values
+        return np.concatenate([values, *(each.on_patches(values) for each in self.spread)], -1)
 
     def _seen_probs(
         self, call: AttentionCall, queries: np.ndarray
@@ -316,6 +371,8 @@ def shown_rows(
             f"Sample {sample.name!r} holds statistics of attention, not its rows. Capture it "
             "without Keep(statistics=...) to view it."
         )
+    keys = key_table(sample, of, kind, image, calls[0].n_keys)
+    spread, patches = _learned_queries(sample, keys) if of == "language" else ((), [])
     shown = ShownRows(
         sample,
         of,
@@ -323,10 +380,11 @@ def shown_rows(
         image,
         tuple(kept),
         _query_positions(sample, of, image, queries, calls[0], most_bytes),
-        key_table(sample, of, kind, image, calls[0].n_keys),
+        pd.concat([keys, *patches], ignore_index=True) if patches else keys,
+        spread,
         (),
         tuple(call.n_heads for call in calls),
-        rollout and kind == "self",
+        rollout and kind == "self" and not spread,
     )
     return replace(shown, heads=_chosen_heads(shown, heads, most_bytes))
 
@@ -458,6 +516,33 @@ def key_table(
             f"{n_keys}."
         )
     return table.reindex(columns=[*_KEY_COLUMNS, *_BOX]).reset_index(drop=True)
+
+
+def _learned_queries(
+    sample: Sample, keys: pd.DataFrame
+) -> tuple[tuple[Spread, ...], list[pd.DataFrame]]:
+    """Return the images whose tokens are learned queries, and a table of the patches of each.
+
+    Images whose connector was not recorded are left out: their tokens have no place.
+    """
+    found: list[Spread] = []
+    tables: list[pd.DataFrame] = []
+    for i, grid in enumerate(sample.grids):
+        if not are_queries(grid):
+            continue
+        try:
+            shares = query_patches(sample, i).double().numpy()
+        except (GeometryError, NotRecordedError):
+            continue
+        boxes = _patch_boxes(sample, i)
+        placed = np.isfinite(boxes).all(1)
+        mine = keys["image"].eq(i).fillna(value=False).to_numpy(dtype=bool)
+        found.append(Spread(np.flatnonzero(mine), np.nan_to_num(shares[:, placed])))
+        places = pd.DataFrame(grid.patch_places[placed], columns=["row", "col"])
+        table = places.assign(token="patch", kind="image", image=i, view="image")
+        table[list(_BOX)] = boxes[placed]
+        tables.append(table.reindex(columns=list(keys)).astype(keys.dtypes.to_dict()))
+    return tuple(found), tables
 
 
 def _patch_boxes(sample: Sample, image: int) -> Float[np.ndarray, "patch 4"]:

@@ -152,7 +152,10 @@ class SampleData {
         }
       }
     }
-    for (let key = 0; key < n; key++) total[key] = count[key] ? total[key] / count[key] : NaN;
+    const factors = measure === "lift" ? this.header.keys.lift : null;
+    for (let key = 0; key < n; key++) {
+      total[key] = count[key] ? (total[key] / count[key]) * (factors ? factors[key] : 1) : NaN;
+    }
     return total;
   }
 
