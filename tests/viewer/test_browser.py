@@ -350,6 +350,19 @@ def test_copied_python_makes_the_same_picture(opened) -> None:
         close_to(values, grid.ravel(), opened.largest())
 
 
+def test_copied_python_of_two_samples_draws_both(opened) -> None:
+    samples = [scene_sample(), scene_sample(5)]
+    opened.page.get_by_label("compare with").select_option("1")
+    opened.settle()
+    code = opened.page.evaluate("document.getElementById('viewer').viewer.python()")
+    drawn = executed(code, {"samples": samples})
+    assert 'columns="sample"' in code
+    for series, (axes, sample) in enumerate(zip(panels(drawn)[-2:], samples, strict=True)):
+        grid = np.ma.filled(axes.images[1].get_array().astype(float), np.nan)
+        values = opened.values(series)[sample.where("image")]
+        close_to(values, grid.ravel(), float(sample.probs(3, None, [sample.last]).max()))
+
+
 def executed(code: str, given: dict) -> Figure:
     """Run copied code and return the value of its last line."""
     *lines, last = code.strip().split("\n")

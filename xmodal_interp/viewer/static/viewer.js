@@ -587,7 +587,7 @@ export class Viewer {
         section("v-pictures", element("div", { class: "v-heading" }, p.caption), p.panels, p.scale, p.pictureText),
         section("v-text", heading("Words"), p.words, p.wordText),
         section("v-layers", heading("Attention by layer"), p.profile, p.legend),
-        section("v-grid", heading("Layers and heads", p.value), p.heads, p.headScale, p.headText),
+        section("v-grid", heading("Heads by layer", p.value), p.heads, p.headScale, p.headText),
         section("v-of-words", heading("Words and patches"), p.matrix, p.matrixText),
         section("v-numbers", element("div", { class: "v-heading" }, p.which,
           button("CSV", () => this.download(), "Download this table")), p.rows)),
@@ -859,7 +859,7 @@ export class Viewer {
   /** Make one figure per panel, of a size at which all fit. */
   layout(panels) {
     const box = this.parts.panels;
-    const width = box.clientWidth || 400;
+    const width = Math.floor(box.getBoundingClientRect().width) || 400;
     const signature = JSON.stringify([width, panels.map((p) => [p.data === this.sample ? 0 : 1, p.number, p.title, p.color]), devicePixelRatio, this.state.sample]);
     if (box.dataset.signature === signature) return;
     box.dataset.signature = signature;
@@ -880,7 +880,7 @@ export class Viewer {
     const size = Math.max(Math.min(best.size, width), Math.min(width, 110));
     this.figures = panels.map((panel) => {
       const scale = Math.min(size / panel.picture.width, (size * aspect) / panel.picture.height);
-      const [w, h] = [Math.round(panel.picture.width * scale), Math.round(panel.picture.height * scale)];
+      const [w, h] = [Math.floor(panel.picture.width * scale), Math.floor(panel.picture.height * scale)];
       const base = element("canvas");
       const over = element("canvas", { class: "v-over", role: "img" });
       const stack = element("div", { class: "v-stack", style: `width:${w}px;height:${h}px` }, base, over);
@@ -1047,7 +1047,8 @@ export class Viewer {
         c.fillStyle = `rgb(${r},${g},${b})`;
         c.fillRect(left + x, 18, 1.5, 12);
       }
-      for (const [t, text] of scale.ticks()) {
+      const ticks = scale.ticks().filter((_, j) => each > 230 || j % 2 === 0);
+      for (const [t, text] of ticks) {
         const x = left + (signed ? (t + 1) / 2 : t) * each;
         c.fillStyle = this.colors.soft;
         c.textAlign = t === 1 ? "right" : t === (signed ? -1 : 0) ? "left" : "center";
@@ -1290,7 +1291,7 @@ export class Viewer {
     const p = this.parts;
     const { header } = this.sample;
     const value = this.state.value;
-    this.fill(p.value, [["share", "Image share"], ["lift", "Lift"], ["entropy", "Entropy"], ...(this.state.box ? [["box", "Box"]] : [])], value, (name) => this.set({ value: name }));
+    this.fill(p.value, [["share", "Share"], ["lift", "Lift"], ["entropy", "Entropy"], ...(this.state.box ? [["box", "Box"]] : [])], value, (name) => this.set({ value: name }));
     const values = this.headValues();
     this.headGrid = values;
     const width = p.heads.parentElement.clientWidth || 300;
@@ -1464,7 +1465,7 @@ export class Viewer {
       if (!pinned && (i % every || near)) return;
       c.fillStyle = pinned ? this.colors.ink : this.colors.soft;
       const text = word.text.trim() || "␣";
-      c.fillText(text.length > 14 ? `${text.slice(0, 13)}…` : text, left - 8, top + (i + 0.5) * high);
+      c.fillText(text.length > 14 ? `${text.slice(0, 13)}…` : text, left - 8, top + (i + 0.5) * high, left - 10);
     });
     c.textAlign = "left";
     let labelled = -100;
@@ -1797,9 +1798,17 @@ export class Viewer {
     const picture = this.sample.header.pictures[this.state.box?.picture ?? 0];
     const image = picture && picture.of[0] === "image" ? (header.tower === "vision" ? header.image : picture.of[1]) : 0;
     const at = image ? `, image=${image}` : "";
+    const second = compare === null ? null : /** @type {SampleData} */ (this.samples[compare]);
+    const rowsOfSecond = second ? JSON.stringify(this.shownPositions(second)).replaceAll(",", ", ") : "";
+    if (second) lines.push(`other = ${second.header.source}`);
+    /** The same call for both samples. @param {(name: string, positions: string) => string[]} call */
+    const both = (call) => [...call("sample", rows), ...(second ? call("other", rowsOfSecond) : [])];
     if (measure.startsWith("rollout")) {
       const value = measure === "rollout" ? "rollout" : "log2_ratio";
-      lines.push(`table = xi.attention_rollout(sample, ${rows}, baseline="uniform"${tower}${at})`, `figures.rollout_overlay(table, sample, "${value}"${at})`);
+      lines.push(...both((name, positions) => [
+        `table = xi.attention_rollout(${name}, ${positions}, baseline="uniform"${tower}${at})`,
+        `figures.rollout_overlay(table, ${name}, "${value}"${at})`,
+      ]));
       return lines.join("\n") + "\n";
     }
     const cells = [...heads];
@@ -1809,13 +1818,13 @@ export class Viewer {
     if (cells.length === 1 && picture && picture.of[0] === "image" && picture.of[2] === "image") {
       const [layer, some] = cells[0];
       const only = some === null ? "" : some.length === 1 ? `, ${some[0]}` : `, ${text(some)}`;
-      if (compare !== null) {
-        const other = this.samples[compare].header;
-        const titles = `{${JSON.stringify(header.title)}: sample, ${JSON.stringify(other.title)}: other}`;
-        lines.push(`other = ${other.source}`, `figures.overlay_grid(${titles}, ${rows}, [${layer}]${some === null ? "" : `, ${text(some)}`}, columns="sample"${show}${hide}${tower}${at})`);
+      if (second && rows === rowsOfSecond && header.title !== second.header.title) {
+        const titles = `{${JSON.stringify(header.title)}: sample, ${JSON.stringify(second.header.title)}: other}`;
+        const of = some === null ? "" : `, ${text(some)}`;
+        lines.push(`figures.overlay_grid(${titles}, ${rows}, [${layer}]${of}, columns="sample"${show}${hide}${tower}${at})`);
       } else {
-        const call = each && this.state.pins.length > 1 ? "overlays" : "overlay";
-        lines.push(`figures.${call}(sample, ${rows}, ${layer}${only}${show}${hide}${tower}${at})`);
+        const call = each && this.state.pins.length > 1 && !second ? "overlays" : "overlay";
+        lines.push(...both((name, positions) => [`figures.${call}(${name}, ${positions}, ${layer}${only}${show}${hide}${tower}${at})`]));
       }
       return lines.join("\n") + "\n";
     }
