@@ -426,6 +426,26 @@ def test_hostile_text_is_inert(chrome, tmp_path) -> None:
     assert [each for each in page.requests if not each.startswith("data:")] == [path.as_uri()]
 
 
+def test_the_frame_of_a_notebook_works(chrome) -> None:
+    sample = scene_sample()
+    page = chrome.new_page()
+    problems = []
+    page.on("pageerror", lambda e: problems.append(str(e)))
+    page.set_content(f"<h3>notebook</h3>{xi.view(sample)._repr_html_()}")
+    frame = page.locator("iframe").element_handle().content_frame()
+    wait_for_viewer(frame)
+    word = frame.locator(f".v-word[data-position='{sample.n_prompt + 1}']")
+    word.click()
+    page.mouse.move(2, 2)
+    frame.evaluate(SETTLED)
+    assert frame.evaluate(STATE)["pins"] == [sample.n_prompt + 1]
+    found = np.array(frame.evaluate(VALUES)[0], dtype=float)
+    close_to(found, shown_values(sample, [sample.n_prompt], {3: None}))
+    frame.get_by_role("button", name="Copy Python", exact=True).click()
+    assert "figures.overlay(sample" in frame.locator("dialog pre").inner_text()
+    assert problems == []
+
+
 def test_a_damaged_page_is_a_clear_error(chrome, page_file, tmp_path) -> None:
     text = page_file.read_text("utf-8")
     start = text.index('id="blocks">') + len('id="blocks">')
