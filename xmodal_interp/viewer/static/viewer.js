@@ -255,7 +255,7 @@ function bytesOf(text) {
 
 /** @param {Uint8Array} bytes */
 async function unzipped(bytes) {
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const stream = new Blob([/** @type {any} */ (bytes)]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).arrayBuffer();
 }
 
@@ -384,13 +384,15 @@ export class Viewer {
     this.photos = new Map();
     this.loaded = new Map();
     this.theme = "auto";
+    this.layer = document.createElement("canvas"); // the light of one picture
+    this.lightHatch = this.hatching("rgba(255,255,255,.28)");
     this.build();
     this.restore();
     window.addEventListener("hashchange", async () => {
       if (location.hash !== this.written && (await this.ready(wantedSamples()))) this.restore();
     });
     window.addEventListener("keydown", (event) => this.key(event));
-    this.observer = new ResizeObserver(() => this.schedule(true));
+    this.observer = new ResizeObserver(() => this.schedule());
     this.observer.observe(root);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.paint());
     this.paint();
@@ -524,7 +526,7 @@ export class Viewer {
     return out;
   }
 
-  /** @param {SampleData} data @returns {[string, string][]} */
+  /** Name and label of each measure. @param {SampleData} data @returns {string[][]} */
   measures(data) {
     return [
       ["probability", "Probability"], ["lift", "Lift"],
@@ -597,7 +599,7 @@ export class Viewer {
     this.listenToProfile();
   }
 
-  /** @param {HTMLElement} group @param {[string, string, boolean?][]} offer @param {string} chosen @param {(name: string) => void} act */
+  /** @param {HTMLElement} group @param {string[][]} offer @param {string} chosen @param {(name: string) => void} act */
   fill(group, offer, chosen, act) {
     const signature = JSON.stringify(offer);
     if (group.dataset.offer !== signature) {
@@ -605,10 +607,9 @@ export class Viewer {
       group.replaceChildren(...offer.map(([name, label]) =>
         element("button", { "data-value": name, onclick: () => act(name) }, label)));
     }
-    for (const [i, [name, , disabled]] of offer.entries()) {
+    for (const [i, [name]] of offer.entries()) {
       const made = /** @type {HTMLButtonElement} */ (group.children[i]);
       made.setAttribute("aria-pressed", String(name === chosen));
-      made.disabled = Boolean(disabled);
     }
   }
 
@@ -742,8 +743,7 @@ export class Viewer {
 
   // ---------------------------------------------------------------- drawing
 
-  schedule(resized = false) {
-    this.resized ||= resized;
+  schedule() {
     if (this.frame) return;
     this.frame = requestAnimationFrame(() => { this.frame = 0; this.draw(); });
   }
@@ -948,7 +948,7 @@ export class Viewer {
     const ratio = base.width / w;
     c.setTransform(1, 0, 0, 1, 0, 0);
     c.drawImage(this.dimmed(figure), 0, 0);
-    const layer = this.layer ??= document.createElement("canvas");
+    const { layer } = this;
     if (layer.width < base.width || layer.height < base.height) {
       layer.width = Math.max(layer.width, base.width);
       layer.height = Math.max(layer.height, base.height);
@@ -957,7 +957,7 @@ export class Viewer {
     l.clearRect(0, 0, layer.width, layer.height);
     const boxes = panel.data.header.keys.box;
     if (!panel.data.keysOf[panel.number].length) { // no token has a place on this picture
-      c.fillStyle = this.lightHatch ??= this.hatching("rgba(255,255,255,.28)");
+      c.fillStyle = this.lightHatch;
       c.fillRect(0, 0, base.width, base.height);
     }
     const of = panel.meaning === "difference" ? this.differenceScale : this.scale;
@@ -979,7 +979,7 @@ export class Viewer {
     c.drawImage(layer, 0, 0, base.width, base.height, 0, 0, base.width, base.height);
     c.globalCompositeOperation = "source-over";
     if (hidden.length) {
-      c.fillStyle = this.lightHatch ??= this.hatching("rgba(255,255,255,.28)");
+      c.fillStyle = this.lightHatch;
       for (const [x0, y0, x1, y1] of hidden) c.fillRect(x0, y0, x1 - x0, y1 - y0);
     }
     c.strokeStyle = "rgba(255,255,255,.8)";
@@ -1298,8 +1298,8 @@ export class Viewer {
     const [rows, columns] = [header.layers.length, this.sample.mostHeads];
     const left = 40;
     const top = 20;
-    const cell = Math.max(4, Math.min(26, Math.floor((width - left - 40) / columns)));
-    const high = Math.max(5, Math.min(cell, 26, Math.floor(520 / (rows + 1.4))));
+    const cell = Math.max(4, Math.min(30, Math.floor((width - left - 40) / columns)));
+    const high = Math.max(5, Math.min(cell, 28, Math.floor(520 / (rows + 1.4))));
     const gap = cell > 9 ? 1 : 0;
     const geometry = this.headGeometry = { left, top, cell, high, rows, columns, side: left + columns * cell + 6, under: top + rows * high + 6 };
     const height = geometry.under + high + 4;
@@ -1494,7 +1494,7 @@ export class Viewer {
 
   // ---------------------------------------------------------------- table
 
-  /** @returns {{columns: string[], text: Set<string>, rows: any[][], links: (() => void)[]}} */
+  /** Columns, those that hold text, and rows of the table. @returns {{columns: string[], text: Set<string>, rows: any[][]}} */
   tableRows() {
     const data = this.sample;
     const { header } = data;
@@ -1629,7 +1629,7 @@ export class Viewer {
     return false;
   }
 
-  /** Select heads; `null` for all heads of a layer. @param {[number, number | null][]} cells @param {boolean} add */
+  /** Select heads; `null` for all heads of a layer. @param {(number | null)[][]} cells @param {boolean} add */
   select(cells, add) {
     /** @type {Selection} */
     const heads = add ? new Map(this.state.heads) : new Map();
@@ -1730,7 +1730,7 @@ export class Viewer {
   listenToPicture(canvas, panel) {
     const figure = () => this.figures.find((f) => f.over === canvas);
     const point = (event) => { const s = figure().scale; return [event.offsetX / s, event.offsetY / s]; };
-    const keyAt = ([x, y]) => {
+    const keyAt = (/** @type {number[]} */ [x, y]) => {
       const boxes = panel.data.header.keys.box;
       return panel.data.keysOf[panel.number].find((key) => { const [x0, y0, x1, y1] = boxes[key]; return x >= x0 && x < x1 && y >= y0 && y < y1; }) ?? null;
     };
