@@ -11,6 +11,7 @@ from . import (
     models,
     shapes,
     store,
+    viewer,
 )
 from .analysis import (
     answer_accuracy,
@@ -52,6 +53,7 @@ from .models import VLM, Family, Video, load, read_items, resized
 from .sample import Sample
 from .store import Store, check_store, open_store
 from .verification import doctor
+from .viewer import view
 
 __all__ = [
     "VLM",
@@ -111,4 +113,6 @@ __all__ = [
     "token_norms",
     "token_ratio",
     "token_times",
+    "view",
+    "viewer",
 ]

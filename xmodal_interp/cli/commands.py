@@ -330,6 +330,61 @@ def plot(
 
 
 @app.command()
+def view(
+    store: Folder,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write one HTML file that needs no server and no network, and stop"),
+    ] = None,
+    sample: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or number of a sample; repeat the option; default: the first ones"),
+    ] = None,
+    layers: Annotated[
+        list[int] | None,
+        typer.Option(help="A layer to show; repeat the option for several; default: all"),
+    ] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(help="Query tokens: a phrase, `last` or `text`; default: all words"),
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(help="`all`, `top 64` or a number; default: all that fit in 16 MiB"),
+    ] = None,
+    tower: Annotated[str | None, typer.Option(help="`language` or `vision`")] = None,
+    port: Annotated[int, typer.Option(help="Port of the server; default: a free one")] = 0,
+    force: Force = False,
+) -> None:
+    """Show an interactive page of a store's samples: pictures, words, layers and heads.
+
+    The page is served on 127.0.0.1, and rows are computed when they are looked at. With --export
+    it is one file, with all rows inside.
+    """
+    if export is not None:
+        check_output(export, force=force, option="--export")
+    opened = xi.open_store(store)
+    names = [_sample(opened, which).name for which in sample] if sample else None
+    options: dict[str, Any] = {
+        "layers": layers or None,
+        "queries": queries,
+        "heads": int(heads) if heads is not None and heads.isdigit() else heads,
+        "tower": tower,
+    }
+    if export is None:
+        shown = opened if names is None else opened[names]
+        with xi.viewer.serve(shown, port=port, **options) as server:
+            count = f"{len(shown)} sample{'s' if len(shown) != 1 else ''}"
+            say(f"{server.url} shows {count}; Ctrl-C stops the server")
+            server.wait()
+        return
+    page = xi.view(opened, names=names, **options)
+    say(f"{len(page.rows)} of {page.n_given} samples, {page.n_bytes / 1e6:.1f} MB of values")
+    page.save(export)
+    say(f"{export.stat().st_size / 1e6:.1f} MB written to {export}; open it in a browser")
+
+
+@app.command()
 def info(
     what: Annotated[
         str,

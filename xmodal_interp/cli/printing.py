@@ -178,8 +178,13 @@ def _has_stores(name: str, path: Path) -> bool:
     return "/" in name and any(path.parent.glob("*/manifest.json"))
 
 
-def check_output(path: Path, *, force: bool) -> None:
+def check_output(path: Path, *, force: bool, option: str = "--path") -> None:
     """Check that a command may write to a file.
+
+    Args:
+        path: The file.
+        force: Whether it may be overwritten.
+        option: The option that names it, for messages.
 
     Raises:
         InputError: The file is inside a store, is a symbolic link or a folder, or exists and
@@ -192,14 +197,14 @@ def check_output(path: Path, *, force: bool) -> None:
     if around is not None:
         raise InputError(
             f"{str(path)!r} is inside the store {str(around)!r}, where only samples are written. "
-            "Choose another --path."
+            f"Choose another {option}."
         )
     if path.is_symlink() or path.is_dir():
         what = "a symbolic link" if path.is_symlink() else "a folder"
-        raise InputError(f"--path must be a file; {str(path)!r} is {what}.")
+        raise InputError(f"{option} must be a file; {str(path)!r} is {what}.")
     if path.exists() and not force:
         raise InputError(
-            f"{str(path)!r} exists. Choose another --path, or pass --force to overwrite it."
+            f"{str(path)!r} exists. Choose another {option}, or pass --force to overwrite it."
         )
 
 

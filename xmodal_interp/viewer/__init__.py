@@ -1,0 +1,5 @@
+"""An interactive page of samples: one ES module, shown in notebooks and saved as HTML."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
