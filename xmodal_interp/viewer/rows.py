@@ -33,6 +33,7 @@ from xmodal_interp.analysis.selection import (
     rows_of,
 )
 from xmodal_interp.analysis.sinks import sink_keys
+from xmodal_interp.at import Selector
 from xmodal_interp.attention import AttentionCall, Positions, resolve
 from xmodal_interp.errors import (
     GeometryError,
@@ -42,7 +43,7 @@ from xmodal_interp.errors import (
     XmodalError,
     quoted,
 )
-from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import VISUAL_KINDS, AttentionKind, Tower
 
 LEVELS = 254

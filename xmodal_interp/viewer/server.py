@@ -23,10 +23,11 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from xmodal_interp.arguments import as_list, whole_number
+from xmodal_interp.at import Selector
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import InputError, XmodalError
 from xmodal_interp.escaping import printable
-from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store
 from xmodal_interp.viewer.header import header_of
 from xmodal_interp.viewer.page import packed, page

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from xmodal_interp.arguments import as_list, checked, user_path, whole_number
+from xmodal_interp.at import Selector
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import InputError, quoted
-from xmodal_interp.sample import Sample, Selector
+from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, store_around
 from xmodal_interp.viewer.header import header_of
 from xmodal_interp.viewer.page import packed, page
