@@ -49,7 +49,9 @@ def test_every_analysis_of_a_sample_is_measured() -> None:
         *works.LEARNED_QUERIES,
         *works.OF_NORMS,
     }
-    assert set(xi.analysis.__all__) - named == {"answer_accuracy", "head_pruning", "pruning_curve"}
+    of_models = {"answer_accuracy", "head_pruning", "pruning_curve"}
+    of_speech = {"time_alignment", "token_times"}
+    assert set(xi.analysis.__all__) - named == of_models | of_speech
 
 
 def test_numpy_computes_what_the_analyses_return(scene, by_numpy) -> None:

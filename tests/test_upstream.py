@@ -312,6 +312,12 @@ def grown() -> bool:
     return upstream.grown_argument(model, "attention_mask", mask).shape == (1, 4)
 
 
+@part("_defaults of valid_processor_kwargs", "processor_defaults", TRANSFORMERS)
+def defaults_of_a_processor() -> bool:
+    found = upstream.processor_defaults(xi.load().processor)
+    return set(found) >= {"text_kwargs"} and upstream.processor_defaults(object()) == {}
+
+
 @part("_hf_hook of modules", "offload_hooks", ACCELERATE)
 def offloaded() -> bool:
     module = nn.Linear(2, 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import GeneratorType
 from typing import Any
@@ -268,6 +269,12 @@ def grown_argument(model: Any, name: str, value: Any) -> Any:
     """Return an argument of the forward as ``generate`` grows it by one position."""
     update = getattr(model, "_update_model_kwargs_for_generation", None)
     return value if update is None else update({}, {name: value})[name]
+
+
+def processor_defaults(processor: Any) -> Mapping[str, Mapping[str, Any]]:
+    """Return the options that the class of a processor sets at each call, by modality."""
+    kinds = getattr(processor, "valid_processor_kwargs", None)
+    return getattr(kinds, "_defaults", None) or {}
 
 
 # Parts of accelerate

@@ -147,7 +147,7 @@ def test_the_answer_after_an_image_has_no_image_type() -> None:
         "input_ids": torch.arange(6)[None],
         "token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1]]),
     }
-    longer = with_answer(vlm.model, inputs, [7, 8], last_text=2)
+    longer = with_answer(vlm.model, inputs, [[7, 8]], last_text=[2])
     assert longer["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1, 0, 0]]
 
 
@@ -158,7 +158,7 @@ def test_pixels_as_long_as_the_prompt_are_not_extended() -> None:
         "attention_mask": torch.ones(1, 6, dtype=torch.long),
         "pixel_values": torch.randn(1, 6, 4),
     }
-    longer = with_answer(vlm.model, inputs, [7, 8], 5)
+    longer = with_answer(vlm.model, inputs, [[7, 8]], [5])
     assert longer["input_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 7, 8]]
     assert longer["attention_mask"].tolist() == [[1] * 8]
     assert torch.equal(longer["pixel_values"], inputs["pixel_values"])

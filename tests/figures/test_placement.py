@@ -74,7 +74,7 @@ def test_names_of_boxes_stay_inside_the_image_and_do_not_overlap() -> None:
     axes = Figure(figsize=(3, 2)).add_axes((0, 0, 1, 1))
     overlay_panels.draw_image(axes, place)
     boxes = {"yellow circle": (90.0, 2, 110, 20), "yellow square": (95.0, 24, 115, 40)}
-    overlay_panels.draw_boxes(axes, place, boxes, inches=3.0)
+    overlay_panels.draw_boxes(axes, place, [*boxes.items()], inches=3.0)
     axes.figure.draw_without_rendering()
     first, second = (text.get_window_extent() for text in axes.texts)
     assert not first.overlaps(second)

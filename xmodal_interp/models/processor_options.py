@@ -13,6 +13,7 @@ from typing import Any
 
 from xmodal_interp.errors import InputError, first_of, quoted
 from xmodal_interp.models.geometry.processor_steps import setting
+from xmodal_interp.upstream import processor_defaults
 
 _PARTS = {"images_kwargs": "image", "videos_kwargs": "video"}
 _FAILURES = (ValueError, TypeError, AttributeError, LookupError)
@@ -115,8 +116,7 @@ def _refuse(processor: Any, name: str, known: set[str]) -> None:
 def _check_set(processor: Any, part: str, chosen: Mapping[str, Any]) -> None:
     """Raise InputError for an option that defaults of the processor class override."""
     for name, value in chosen.items():
-        registered = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {})
-        fixed = registered.get(f"{part}s_kwargs") or {}
+        fixed = processor_defaults(processor).get(f"{part}s_kwargs") or {}
         if name in fixed and setting(processor, name, part=part) != value:
             raise InputError(
                 f"{type(processor).__name__} of this release of transformers sets {name}="
