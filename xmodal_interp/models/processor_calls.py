@@ -65,8 +65,8 @@ def processed(
         if missing:
             raise InputError(
                 f"{type(processor).__name__} failed on this input: {error}. Its settings "
-                f"{', '.join(missing)} have no value, and neither have those of the model's "
-                f"config: set processor.{missing[0]} to the model's."
+                f"{', '.join(missing)} have no value in the processor or the model's config. Set "
+                f"processor.{missing[0]}."
             ) from error
         raise InputError(
             f"{type(processor).__name__} failed on this input: {error} (images of "
