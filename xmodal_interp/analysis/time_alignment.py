@@ -4,6 +4,7 @@ In an encoder-decoder that reads sound, some cross-attention heads attend to the
 word in the recording. Whisper (Radford et al. 2022, arXiv 2212.04356) derives word times from such
 heads by dynamic time warping (Sakoe and Chiba 1978); each checkpoint lists its alignment heads.
 Both functions take calls recorded in one run of the decoder on the whole text:
+
     with xi.record(model) as recording:
         model(input_features=features, decoder_input_ids=ids)
     table = xi.time_alignment(recording.calls, rows, n_keys=n_frames)
