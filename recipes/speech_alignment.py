@@ -4,7 +4,7 @@ Heads are ranked by how well the order of the words explains their attention, an
 alignment heads that the model's generation config publishes:
 
     python recipes/speech_alignment.py --model openai/whisper-tiny.en --audio speech.wav
-    python recipes/speech_alignment.py --model FOLDER --audio speech.wav --text "What is said." \
+    python recipes/speech_alignment.py --model FOLDER --audio speech.wav --text "The spoken text." \
         --words words.csv --out runs/speech
 
 ``--words`` is a table of known word starts (columns ``word`` and ``start_s``, in order), which adds
@@ -43,7 +43,7 @@ from xmodal_interp import evaluation, figures
 def main(
     model: Annotated[str | None, typer.Option(help="Hub id or folder of a Whisper")] = None,
     audio: Annotated[Path | None, typer.Option(help="16-bit WAV of at most 30 seconds")] = None,
-    text: Annotated[str | None, typer.Option(help="What is said; default: transcribed")] = None,
+    text: Annotated[str | None, typer.Option(help="The spoken text; default: transcribed")] = None,
     words: Annotated[Path | None, typer.Option(help="CSV of known word starts")] = None,
     heads: Annotated[str | None, typer.Option(help="Published heads: [[layer, head], ...]")] = None,
     out: Annotated[Path, typer.Option(help="Output folder")] = Path("runs/speech"),
@@ -154,7 +154,7 @@ def compare(table: pd.DataFrame, published: list[tuple[int, int]]) -> None:
 
 
 def alignment_heads(whisper: Any) -> list[Any]:
-    """Return the heads that the makers of the model use for word times; empty if not published."""
+    """Return the published heads of the model for word times; empty if there are none."""
     return getattr(whisper.generation_config, "alignment_heads", None) or []
 
 

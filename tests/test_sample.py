@@ -54,7 +54,7 @@ def test_a_token_that_was_not_fed_back_has_a_row_that_predicts_it(tmp_path) -> N
             assert rows.tolist() == [sample.last]
             assert torch.equal(sample.probs(0, queries=rows), prompt_only.probs(0, queries="last"))
         message = (
-            f"{word!r} has no attention row of its own: its last token was generated last and was "
+            f"{word!r} has no attention row: its last token was generated last and was "
             f"not fed back to the model. Pass xi.at.predicts({word!r}), the rows that predict it, "
             "or capture more tokens."
         )
@@ -68,7 +68,7 @@ def test_a_phrase_that_ends_without_a_row() -> None:
     sample = capture(tiny_vlm("llava"), picture(), QUESTION, **STEPS)
     phrase = " ".join(sample.answer.split()[-2:])
     assert sample.find(phrase, -1, predicts=True).tolist() == [len(sample) - 2, len(sample) - 1]
-    with pytest.raises(PhraseError, match="has no attention row of its own"):
+    with pytest.raises(PhraseError, match="has no attention row: its last token"):
         sample.find(phrase, -1)
 
 

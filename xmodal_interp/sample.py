@@ -104,7 +104,7 @@ class Sample:
         """Return a sample of which some attributes are made when they are first read.
 
         A table takes longer to build than a small model takes to run, and many samples are written,
-        counted or selected without a look at their tables.
+        counted or selected without reading their tables.
 
         Args:
             later: For each attribute that is made later, the function that returns it. It is called
@@ -220,8 +220,8 @@ class Sample:
             turn: Index of a message of a chat, system message included; the answer follows the
                 last message.
         """
-        if kind is not None and not (isinstance(kind, str) and kind in TOKEN_KINDS):
-            raise InputError(f"kind must be one of {', '.join(TOKEN_KINDS)}; got {quoted(kind)}.")
+        if kind is not None:
+            one_of(kind, "kind", TOKEN_KINDS)
         if role is not None:
             one_of(role, "role", ROLES)
         numbers = {"image": image, "video": video, "frame": frame, TURN: turn}
@@ -272,7 +272,7 @@ class Sample:
         ...) it matches any characters; a Korean phrase may be followed by particles.
 
         A token is predicted by the position before it. The last generated token is predicted, but
-        it has no position of its own unless it was fed back to the model: after
+        it has no position unless it was fed back to the model: after
         ``capture(..., max_new_tokens=1)``, the answer's attention is at
         ``sample.find("yes", predicts=True)``.
 
@@ -293,8 +293,8 @@ class Sample:
         found = np.flatnonzero(overlaps.to_numpy(dtype=bool, na_value=False))
         if end > self._end_of_rows and not predicts:
             raise PhraseError(
-                f"{phrase!r} has no attention row of its own: its last token was generated last "
-                "and was not fed back to the model. Pass xi.at.predicts("
+                f"{phrase!r} has no attention row: its last token was generated last and was not "
+                "fed back to the model. Pass xi.at.predicts("
                 f"{phrase!r}), the rows that predict it, or capture more tokens."
             )
         if end > self._end_of_rows:

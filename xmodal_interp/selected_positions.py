@@ -93,7 +93,7 @@ class _Place:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per position, with the columns of a token table that say where it is."""
+        """One row per position, with the columns of a token table that hold its place."""
         if self.tower == "language":
             return self.sample.tokens
         if self.tower == "cross":

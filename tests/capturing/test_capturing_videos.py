@@ -223,7 +223,8 @@ def test_error_messages() -> None:
         sample.grid(np.zeros(7), video=0)
     assert str(count.value) == (
         "Video 0 has 24 tokens (1 x 4 x 6) and 96 vision positions (1 x 8 x 12); got values of "
-        "shape (7,)."
+        "shape (7,). Pass one value per token, such as "
+        "sample.probs(keys=xi.at.video(0))[head, query]."
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from tests.helpers.real import real, settled
@@ -12,6 +13,7 @@ from tests.helpers.tiny import QUESTION, tiny_vlm
 from xmodal_interp.capturing.run import capture
 from xmodal_interp.errors import InputError
 from xmodal_interp.models import VLM, Video, open_image
+from xmodal_interp.models.processor_calls import composite_of
 
 IN_16_BITS = pytest.mark.filterwarnings("ignore:Grey values of 16 bits are scaled:UserWarning")
 RAMP = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
@@ -141,3 +143,15 @@ def test_pixels_of_transparent_images_are_those_of_transformers(
     torch.testing.assert_close(inputs["pixel_values"], theirs["pixel_values"], atol=0, rtol=0)
     if model_type != "inkling2":
         assert np.asarray(prompt.images[0])[-1, 0].tolist() == [255, 255, 255]
+
+
+def test_the_background_of_a_bare_image_processor() -> None:
+    """The processor of a vision model is an image processor itself."""
+    kind = getattr(transformers, "Inkling2ImageProcessor", None)
+    if kind is None:
+        pytest.skip("This release of transformers has no Inkling2ImageProcessor.")
+    composite = composite_of(kind())
+    assert composite is not None
+    clear = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+    assert np.unique(np.asarray(composite(clear))).tolist() == [153, 204]  # a checkerboard
+    assert composite_of(transformers.ViTImageProcessor()) is None

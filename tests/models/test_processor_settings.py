@@ -55,8 +55,8 @@ def test_a_setting_that_the_model_lacks_is_named() -> None:
         capture(VLM(model, older(vlm.processor)), picture(), QUESTION)
     assert str(refusal.value) == (
         "LlavaProcessor failed on this input: unsupported operand type(s) for //: 'int' and "
-        "'NoneType'. Its settings patch_size have no value, and neither have those of the model's "
-        "config: set processor.patch_size to the model's."
+        "'NoneType'. Its settings patch_size have no value in the processor or the model's "
+        "config. Set processor.patch_size."
     )
 
 

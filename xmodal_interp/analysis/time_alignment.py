@@ -2,8 +2,8 @@
 
 In an encoder-decoder that reads sound, some cross-attention heads attend to the place of the next
 word in the recording. Whisper (Radford et al. 2022, arXiv 2212.04356) derives word times from such
-heads, whose list its makers publish with each checkpoint, by dynamic time warping (Sakoe and Chiba
-1978). Both functions here take calls recorded in one run of the decoder on the whole text:
+heads by dynamic time warping (Sakoe and Chiba 1978); each checkpoint lists its alignment heads.
+Both functions take calls recorded in one run of the decoder on the whole text:
 
     with xi.record(model) as recording:
         model(input_features=features, decoder_input_ids=ids)

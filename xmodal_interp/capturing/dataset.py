@@ -174,8 +174,13 @@ class _Run:
             try:
                 raw = read()
                 name = sample_name(number, raw, self.seen)
-                asks = self.vlm.family.language
-                item = item_of(number, name, raw, self.vlm.placeholders, asks=asks)
+                item = item_of(
+                    number,
+                    name,
+                    raw,
+                    self.vlm.placeholders,
+                    requires_prompt=self.vlm.family.language,
+                )
                 if self.given_answers and item.answer is None:
                     raise InputError(
                         f"{item.title} has no answer, which given_answers=True requires. Add the "

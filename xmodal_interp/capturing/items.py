@@ -182,7 +182,7 @@ def item_of(
     raw: Mapping[str, Any],
     placeholders: tuple[str | None, str | None] = (None, None),
     *,
-    asks: bool = True,
+    requires_prompt: bool = True,
 ) -> Item:
     """Return an item with validated entries, without opening its images.
 
@@ -191,13 +191,13 @@ def item_of(
         name: Name of its sample.
         raw: The item.
         placeholders: The model's placeholders of an image and of a video in a text.
-        asks: Whether it must have a prompt. For a vision model, capture refuses a prompt.
+        requires_prompt: Whether it must have a prompt; a vision model takes none.
 
     Raises:
         InputError: An entry is missing or invalid.
     """
     title = f"Item {number} ({name!r})"
-    asked = asked_by(raw, title=title, placeholders=placeholders, asks=asks)
+    asked = asked_by(raw, title=title, placeholders=placeholders, requires_prompt=requires_prompt)
     prompt, images, videos = asked.prompt, asked.images, asked.videos
     wrong = [type(image).__name__ for image in images if not is_picture(image)]
     if wrong:
@@ -206,7 +206,7 @@ def item_of(
     if wrong:
         raise InputError(f"{title}: a video must be an xi.Video; got {', '.join(wrong)}.")
     is_prompt = isinstance(prompt, Chat) or (isinstance(prompt, str) and prompt.strip())
-    if asks and not is_prompt:
+    if requires_prompt and not is_prompt:
         raise InputError(f"{title}: the prompt must be a non-empty string; got {prompt!r}.")
     rest = {k: v for k, v in raw.items() if k not in _KEYS and v is not None}
     if raw.get("name") is not None and raw.get("id") is not None:

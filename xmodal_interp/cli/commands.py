@@ -184,7 +184,9 @@ def capture(
     ] = None,
     norms: Annotated[
         bool,
-        typer.Option("--norms", help="Keep the share of attention in each token's update"),
+        typer.Option(
+            "--norms", help="Keep the norm of each token, and the share of attention in its update"
+        ),
     ] = False,
     on_error: Annotated[
         str, typer.Option(help="Items that cannot be captured: `raise` stops, `skip` lists them")

@@ -152,7 +152,7 @@ def show_or_write(table: pd.DataFrame, path: Path | None, rows: int) -> None:
 
 
 def check_model_name(name: str, path: Path) -> None:
-    """Check that a name which is no store can be a model, before the Hub is asked for it.
+    """Check that a name which is no store can be a model, before it is looked up on the Hub.
 
     Raises:
         InputError: It is a file, a folder without a model, or a path that does not exist.
@@ -174,7 +174,7 @@ def check_model_name(name: str, path: Path) -> None:
 
 
 def _has_stores(name: str, path: Path) -> bool:
-    """Return whether a name with a folder is beside stores, where a Hub id is not meant."""
+    """Return whether a name is a path in a folder with stores, and therefore not a Hub id."""
     return "/" in name and any(path.parent.glob("*/manifest.json"))
 
 

@@ -157,7 +157,7 @@ class Recording:
         ``xi.capture`` does this for the vision models of transformers without these arguments.
 
         Args:
-            image: The image that the model has read: a path or a PIL image.
+            image: The image that the model read, in any form that ``xi.capture`` takes.
             grid: Number of rows and of columns of the patches, which are row by row.
             before: Names of the positions before the patches, in order, such as ``["class"]``.
             after: Names of the positions after the patches.

@@ -98,7 +98,7 @@ class _Pictures:
     n_taken: int = 0
 
     def take(self, n: int = 1) -> None:
-        """Add the next separate pictures; too few are noticed by :func:`read_chat`."""
+        """Add the next separate pictures; :func:`read_chat` reports too few."""
         self.found += self.separate[self.n_taken : self.n_taken + n]
         self.n_taken += n
 

@@ -75,7 +75,7 @@ def _setting(model: Any, options: Mapping[str, Any], name: str) -> Any:
 
 
 def arguments_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``generate`` for some options: greedy unless they say otherwise.
+    """Return the arguments of ``generate`` for some options: greedy unless they set another value.
 
     If the options contain a ``generation_config``, the other options are written into a copy of it,
     because transformers deprecates passing both.
@@ -100,8 +100,8 @@ def end_ids_of(model: Any, options: Mapping[str, Any]) -> set[int]:
 def ends_by_text(model: Any, options: Mapping[str, Any]) -> bool:
     """Return whether an answer may end without an end-of-sequence token.
 
-    In a batch, an answer that ended before the others is filled up with padding tokens, which
-    cannot be distinguished from generated ones then.
+    In a batch, an answer that ended before the others is padded. Without an end-of-sequence token,
+    padding tokens cannot be distinguished from generated ones.
     """
     names = ("stop_strings", "stopping_criteria")
     return any(_setting(model, options, name) for name in names)

@@ -1,6 +1,6 @@
 """Read the items of a data set: from a file, a folder, a table or a ``datasets.Dataset``.
 
-The values of an item are those that the file has: nothing is inferred from how a value looks.
+The values of an item are those of the file: types are not inferred from the text of a value.
 
 * JSON values keep their types; a JSONL file is parsed line by line.
 * CSV cells are strings (``04`` stays ``"04"``); empty cells are missing. A cell of the columns
@@ -110,8 +110,8 @@ def _read_file(path: Path) -> list[Row]:
 
 
 def _with_prompt(row: Row, prompt: str) -> Row:
-    asks = any(row.get(name) not in (None, "") for name in (*PROMPT, *CHATS))
-    return row if asks else {**row, PROMPT[0]: prompt}
+    has_prompt = any(row.get(name) not in (None, "") for name in (*PROMPT, *CHATS))
+    return row if has_prompt else {**row, PROMPT[0]: prompt}
 
 
 def rows_of(items: Any) -> Any:

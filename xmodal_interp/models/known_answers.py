@@ -93,12 +93,12 @@ def visuals_of(item: ItemDict, *, title: str) -> tuple[list[Any], list[Any]]:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What an item asks.
+    """The prompt, images, videos and answer of an item.
 
     Attributes:
         prompt: The question, or the chat without its answer.
         images: The images, neither opened nor checked.
-        videos: The videos, likewise.
+        videos: The videos, neither opened nor checked.
         answer: The answer: the entry ``answer`` or the end of the chat; None if there is none.
     """
 
@@ -118,7 +118,7 @@ def asked_by(
     *,
     title: str,
     placeholders: tuple[str | None, str | None] = (None, None),
-    asks: bool = True,
+    requires_prompt: bool = True,
 ) -> Asked:
     """Return the prompt, the images, the videos and the answer of an item.
 
@@ -126,14 +126,14 @@ def asked_by(
         item: The item.
         title: Its name in messages.
         placeholders: The model's placeholders of an image and of a video in a text.
-        asks: Whether it must have a prompt or a chat; without one, its prompt is empty.
+        requires_prompt: Whether it must have a prompt or a chat; without one, its prompt is empty.
 
     Raises:
         InputError: An entry is missing or given twice, or a chat has no known form.
     """
     names = (*PROMPT, *CHATS)
-    asks = asks or any(item.get(name) for name in names)
-    given = entry(item, *names, title=title) if asks else ""
+    requires_prompt = requires_prompt or any(item.get(name) for name in names)
+    given = entry(item, *names, title=title) if requires_prompt else ""
     if isinstance(given, str) or not isinstance(given, Iterable):
         images, videos = visuals_of(item, title=title)
         return Asked(given, images, videos, item.get("answer"))
@@ -160,7 +160,7 @@ def answer_of(
     """Return the answer of an item: its entry ``answer``, or the end of its chat.
 
     Raises:
-        InputError: It has none.
+        InputError: The item has no answer.
     """
     if item.get("answer") is None and _names_in(item, (*PROMPT, *CHATS)):
         found = asked_by(item, title=title, placeholders=placeholders).answer

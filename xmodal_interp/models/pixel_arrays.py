@@ -7,8 +7,8 @@ one reading is possible; an array with two possible readings is refused.
 * Bytes are 0 to 255. Values of ``uint16`` are 0 to 65535 (white), with a warning. True is white.
 * Other integers and floats are 0 to 255 if one value is larger than 2. Floats of at most 1 are 0 to
   1. Values between these limits, negative values and NaN are refused. The frames of a video have
-  one range, that of the whole video. Frames of floats that are all 0 or 1 are refused: they may be
-  a dark clip of 0 to 255, as qwen-vl-utils returns it.
+  one range, that of the whole video. Frames of floats that hold only the values 0 and 1 are
+  refused: they may be a dark clip of 0 to 255, as qwen-vl-utils returns it.
 """
 
 from __future__ import annotations

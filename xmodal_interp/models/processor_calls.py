@@ -65,8 +65,8 @@ def processed(
         if missing:
             raise InputError(
                 f"{type(processor).__name__} failed on this input: {error}. Its settings "
-                f"{', '.join(missing)} have no value, and neither have those of the model's "
-                f"config: set processor.{missing[0]} to the model's."
+                f"{', '.join(missing)} have no value in the processor or the model's config. Set "
+                f"processor.{missing[0]}."
             ) from error
         raise InputError(
             f"{type(processor).__name__} failed on this input: {error} (images of "
@@ -186,8 +186,11 @@ def _refuse_other_numbers(
 
 
 def composite_of(processor: Any) -> Composite | None:
-    """Return the processor's function for transparent images; None if their background is white."""
-    of_images = getattr(processor, "image_processor", None)
+    """Return the function for transparent images of a processor, or of an image processor.
+
+    None if their background is white.
+    """
+    of_images = getattr(processor, "image_processor", processor)
     method = getattr(of_images, "convert_to_rgb", None)
     if method is None or not str(method.__module__).startswith("transformers.models."):
         return None

@@ -210,10 +210,7 @@ class VLM:
                     "xi.capture."
                 )
             asked.append(chat)
-        of_images = vision_inputs.ImagesOnly(self.processor)
-        background = processor_calls.composite_of(
-            self.processor if self.family.language else of_images
-        )
+        background = processor_calls.composite_of(self.processor)
         opened = [tuple(open_image(image, background) for image in of) for of in pictures]
         shown = [tuple(open_video(video) for video in of) for of in clips]
         if flat(shown) and self.family.video is None:

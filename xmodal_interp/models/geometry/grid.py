@@ -194,7 +194,8 @@ class ImageGrid(Viewed):
         raise GeometryError(
             f"Image {number} has {len(of.places)} tokens ({of.rows} x {of.cols}) and "
             f"{len(of.patch_places)} vision positions ({of.patch_rows} x {of.patch_cols}); "
-            f"got values of shape {values.shape}."
+            f"got values of shape {values.shape}. Pass one value per token, such as "
+            f"sample.probs(keys=xi.at.image({number}))[head, query]."
         )
 
 
@@ -304,7 +305,8 @@ class VideoGrid(Viewed):
         raise GeometryError(
             f"Video {number} has {len(self.places)} tokens ({_times(tokens)}) and "
             f"{len(self.patch_places)} vision positions ({_times(patches)}); "
-            f"got values of shape {values.shape}."
+            f"got values of shape {values.shape}. Pass one value per token, such as "
+            f"sample.probs(keys=xi.at.video({number}))[head, query]."
         )
 
 
