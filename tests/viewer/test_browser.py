@@ -9,11 +9,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import xmodal_interp as xi
+from tests.helpers import synthetic
 from tests.helpers.clips import clip, vlm_of
 from tests.helpers.figure_samples import fake, panels
 from tests.helpers.viewer_samples import browser, need_browser, scene_sample, wait_for_viewer
 from tests.viewer.test_page import HOSTILE
-from xmodal_interp.viewer.rows import ERROR, shown_values
+from xmodal_interp.viewer.codes import ERROR
+from xmodal_interp.viewer.rows import shown_values
 
 STATE = """() => {
   const { viewer } = document.getElementById("viewer");
@@ -348,6 +350,74 @@ def test_copied_python_makes_the_same_picture(opened) -> None:
             grid = np.exp2(grid)
         values = opened.values(series)[sample.where("image")]
         close_to(values, grid.ravel(), opened.largest())
+
+
+def test_heads_without_rows_show_their_sums_only(chrome, tmp_path) -> None:
+    sample = scene_sample()
+    viewed = xi.view(sample, heads="top 3", rollout=False)
+    page = Opened(chrome, viewed.save(tmp_path / "page.html"))
+    kept = viewed.rows[0].heads
+    layer, head = next(
+        (layer, head) for layer in range(4) for head in range(8) if (layer, head) not in kept
+    )
+    page.page.mouse.click(*page.head(layer, head))
+    assert page.state["heads"] == [[3, None]]
+    share = float(sample.probs(layer, head, [sample.last], sample.where("image")).sum())
+    grid = page.page.evaluate("document.getElementById('viewer').viewer.headGrid")
+    assert grid[layer][head] == pytest.approx(share, abs=1e-6)
+    text = page.page.evaluate("document.getElementById('viewer').viewer.parts.headText.innerText")
+    assert text.endswith("its rows are not in this page")
+    page.page.mouse.click(*page.head(*kept[0]))
+    assert page.state["heads"] == [[kept[0][0], [kept[0][1]]]]
+
+
+def test_the_matrix_links_words_and_patches(opened) -> None:
+    sample = scene_sample()
+    at = opened.place("matrix")
+    g = opened.page.evaluate("document.getElementById('viewer').viewer.matrixGeometry")
+    row = [each["position"] for each in g["words"]].index(sample.n_prompt)
+    column = g["keys"].index(int(sample.where("image")[17]))
+    x = at["x"] + g["left"] + (column + 0.5) * g["wide"] / len(g["keys"])
+    y = at["y"] + g["top"] + (row + 0.5) * g["high"]
+    opened.page.mouse.move(x, y)
+    hover = opened.state["hover"]
+    assert (hover["word"], hover["key"]) == (sample.n_prompt, int(sample.where("image")[17]))
+    text = opened.page.evaluate(
+        "document.getElementById('viewer').viewer.parts.pictureText.innerText"
+    )
+    assert text.startswith("row 1, column 5 (x 40 to 48, y 8 to 16 px): probability ")
+    opened.page.mouse.click(x, y + g["high"])
+    assert opened.state["pins"] == [sample.n_prompt + 1]
+
+
+def test_sinks_are_left_out_as_in_the_overlay(chrome, tmp_path) -> None:
+    layout = "b" + "v" * 12 + "tttttttto"
+    call = synthetic.random_call(len(layout))
+    call.k[:, :, 5] *= 12
+    call.q[:, 2:, :] = call.k[:, 1:, 5:6] / 10  # key 5 is a sink of heads 2 and 3
+    sample = fake(layout, 3, 4, call=call)
+    tokens = sample.tokens.copy()
+    tokens.loc[sample.where("image"), ["x0", "y0", "x1", "y1"]] = sample.grids[0].boxes
+    sample = sample.changed(tokens=tokens)
+    path = xi.view(sample).save(tmp_path / "page.html")
+    last = len(sample) - 1
+    page = Opened(chrome, path, f"#pins={last}&row=word&heads=0.1,0.3&sinks=hidden")
+    left_out = page.page.evaluate(
+        "[...document.getElementById('viewer').viewer.shownSeries[0].left]"
+    )
+    assert left_out == [5]
+    code = page.page.evaluate("document.getElementById('viewer').viewer.python()")
+    assert 'hide="sinks"' in code
+    grid = np.ma.filled(
+        panels(executed(code, {"sample": sample}))[0].images[1].get_array().astype(float), np.nan
+    ).ravel()
+    values = page.values()[sample.where("image")]
+    values[4] = np.nan
+    close_to(values, grid, page.largest())
+    page.page.locator("input[type=checkbox]").uncheck()
+    page.settle()
+    shown = page.page.evaluate("document.getElementById('viewer').viewer.shownSeries[0].left.size")
+    assert shown == 0
 
 
 def test_copied_python_of_two_samples_draws_both(opened) -> None:

@@ -17,8 +17,8 @@ from tests.helpers.store_samples import items
 from tests.helpers.viewer_samples import scene_sample
 from xmodal_interp.cli.commands import app
 from xmodal_interp.errors import InputError, StoreError
+from xmodal_interp.viewer.codes import decoded
 from xmodal_interp.viewer.page import json_for_html, packed
-from xmodal_interp.viewer.rows import decoded
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&amp;\u2028\x1b[31m"
 

@@ -18,7 +18,8 @@ from xmodal_interp.figures.overlay_values import attention_on_image
 from xmodal_interp.figures.placement import placed_image
 from xmodal_interp.models import VLM
 from xmodal_interp.sample import Sample
-from xmodal_interp.viewer.rows import ERROR, HIDDEN, MEAN, decoded, encoded, shown_values
+from xmodal_interp.viewer.codes import ERROR, HIDDEN, decoded, encoded
+from xmodal_interp.viewer.rows import MEAN, shown_values
 
 
 def rows_of(sample: Sample, **options):

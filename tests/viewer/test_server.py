@@ -18,7 +18,7 @@ from tests.viewer.test_page import Scripts
 from xmodal_interp.cli import commands
 from xmodal_interp.errors import InputError
 from xmodal_interp.viewer import serve, shown_values
-from xmodal_interp.viewer.rows import ERROR, decoded
+from xmodal_interp.viewer.codes import ERROR, decoded
 
 
 @pytest.fixture(scope="module")

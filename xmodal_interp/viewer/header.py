@@ -16,7 +16,8 @@ from PIL import Image
 
 from xmodal_interp.escaping import printable
 from xmodal_interp.sample import Sample, is_visual
-from xmodal_interp.viewer.rows import ERROR, MEAN, ROLLOUT, ShownRows, predicting
+from xmodal_interp.viewer.codes import ERROR
+from xmodal_interp.viewer.rows import MEAN, ROLLOUT, ShownRows, predicting
 from xmodal_interp.vocabulary import VISUAL_KINDS
 
 LONGEST_SIDE = 1280

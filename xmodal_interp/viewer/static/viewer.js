@@ -1527,11 +1527,13 @@ export class Viewer {
       return (Number.isNaN(x) ? 1 : 0) - (Number.isNaN(y) ? 1 : 0) || sign * (x - y);
     });
     const shown = order.slice(0, 60);
+    const alone = this.sample.header.pictures.length < 2; // the CSV has the column all the same
+    const visible = [...columns.keys()].filter((j) => !(alone && columns[j] === "picture"));
     const label = (name) => (name === "value" ? (this.table.which === "words" ? (this.state.box ? "share on box" : "share on images") : this.state.measure) : name);
-    const head = element("tr", {}, ...columns.map((name) => element("th", { scope: "col", class: text.has(name) ? "text" : "", "aria-sort": name === columns[by] ? (this.table.down ? "descending" : "ascending") : null },
+    const head = element("tr", {}, ...visible.map((j) => columns[j]).map((name) => element("th", { scope: "col", class: text.has(name) ? "text" : "", "aria-sort": name === columns[by] ? (this.table.down ? "descending" : "ascending") : null },
       element("button", { onclick: () => { this.table = { ...this.table, by: name, down: name === columns[by] ? !this.table.down : true }; this.schedule(); } }, label(name)))));
     const body = shown.map((i) => element("tr", { class: this.table.which === "patches" && rows[i][4] === this.hover.key ? "linked" : "" },
-      ...rows[i].map((cell, j) => element("td", { class: text.has(columns[j]) ? "text" : "" }, typeof cell === "number" ? (Number.isInteger(cell) ? String(cell) : formatted(cell)) : String(cell)))));
+      ...visible.map((j) => [rows[i][j], j]).map(([cell, j]) => element("td", { class: text.has(columns[j]) ? "text" : "" }, typeof cell === "number" ? (Number.isInteger(cell) ? String(cell) : formatted(cell)) : String(cell)))));
     const note = rows.length > shown.length ? [element("p", { class: "v-note" }, `${shown.length} of ${rows.length} rows; the CSV has all`)] : [];
     const scroll = this.parts.rows.scrollTop;
     this.parts.rows.replaceChildren(element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)), ...note);
