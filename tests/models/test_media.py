@@ -141,3 +141,21 @@ def test_pixels_of_transparent_images_are_those_of_transformers(
     torch.testing.assert_close(inputs["pixel_values"], theirs["pixel_values"], atol=0, rtol=0)
     if model_type != "inkling2":
         assert np.asarray(prompt.images[0])[-1, 0].tolist() == [255, 255, 255]
+
+
+def test_a_rate_of_no_frames_per_second_is_an_error() -> None:
+    with pytest.raises(InputError) as refusal:
+        Video([Image.new("RGB", (4, 4))], fps=0)
+    assert str(refusal.value) == (
+        "fps must be a number above 0; got 0. Leave it out if it is not known."
+    )
+
+
+def test_tensors_that_numpy_cannot_hold_are_errors() -> None:
+    for tensor in (torch.zeros(4, 4).to_sparse(), torch.zeros(4, 4, device="meta")):
+        with pytest.raises(InputError) as refusal:
+            open_image(tensor)
+        assert str(refusal.value) == (
+            f"A tensor of torch.float32 on {tensor.device} ({tensor.layout}) cannot be read as an "
+            "image. Convert it to bytes, 0 to 255: a dense tensor of torch.uint8 on the CPU."
+        )

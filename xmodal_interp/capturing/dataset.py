@@ -175,7 +175,8 @@ class _Run:
                 raw = read()
                 name = sample_name(number, raw, self.seen)
                 asks = self.vlm.family.language
-                item = item_of(number, name, raw, self.vlm.placeholders, asks=asks)
+                marks, given = self.vlm.placeholders, self.given_answers
+                item = item_of(number, name, raw, marks, asks=asks, reads_answer=given)
                 if self.given_answers and item.answer is None:
                     raise InputError(
                         f"{item.title} has no answer, which given_answers=True requires. Add the "

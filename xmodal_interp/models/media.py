@@ -82,8 +82,10 @@ class Video:
                     f"A frame must be one image; got an array of the shape {tuple(frame.shape)}. "
                     "Pass this array itself as the frames: xi.Video(array, ...)."
                 )
-        if self.fps is not None:
-            real_number(self.fps, "fps", 0)
+        if self.fps is not None and real_number(self.fps, "fps", 0) == 0:
+            raise InputError(
+                "fps must be a number above 0; got 0. Leave it out if it is not known."
+            )
         self._check_places_in_time()
         if self.original_size is not None:
             object.__setattr__(self, "original_size", checked_size(self.original_size))
