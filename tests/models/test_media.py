@@ -143,11 +143,12 @@ def test_pixels_of_transparent_images_are_those_of_transformers(
         assert np.asarray(prompt.images[0])[-1, 0].tolist() == [255, 255, 255]
 
 
-def test_a_rate_of_no_frames_per_second_is_an_error() -> None:
+@pytest.mark.parametrize("fps", [0, 0.0, float("inf")])
+def test_a_rate_of_no_or_infinite_frames_per_second_is_an_error(fps) -> None:
     with pytest.raises(InputError) as refusal:
-        Video([Image.new("RGB", (4, 4))], fps=0)
+        Video([Image.new("RGB", (4, 4))], fps=fps)
     assert str(refusal.value) == (
-        "fps must be a number above 0; got 0. Leave it out if it is not known."
+        f"fps must be a finite number above 0; got {fps}. Leave it out if it is not known."
     )
 
 
