@@ -84,8 +84,8 @@ def _of_string(text: str) -> bytes | Path | str:
     if scheme != "file://":
         if len(text) > _MAX_PATH or any(len(part) > _MAX_NAME for part in text.split("/")):
             raise InputError(
-                f"{quoted(text)} is too long for a path ({len(text)} characters). If it is an image "
-                "in base64, write data:image/png;base64, before it."
+                f"{quoted(text)} is too long for a path ({len(text)} characters). If it is an "
+                "image in base64, write data:image/png;base64, before it."
             )
         return text
     parts = urlsplit(text)
