@@ -501,6 +501,22 @@ def test_errors(name: str) -> None:
     assert refusal(error, one_image().positions, selector) == message
 
 
+def test_a_mask_of_numbers_is_an_error() -> None:
+    """Read as numbers, its zeros and ones are positions 0 and 1."""
+    sample = xi.capture(shipped(), picture(), ASKED)
+    length = len(sample.tokens)
+    mask = np.arange(length) % 50 == 0
+    assert sample.positions(mask).tolist() == np.flatnonzero(mask).tolist()
+    for given in (mask.astype(int), torch.tensor(mask).to(torch.uint8), torch.tensor(mask).long()):
+        with pytest.raises(PositionError) as refusal:
+            sample.positions(given)
+        assert str(refusal.value) == (
+            f"The position numbers are {length} zeros and ones, one per position, which look like "
+            "a mask. Convert a mask to booleans, such as mask.astype(bool)."
+        )
+    assert sample.positions([0, 1, 1]).tolist() == [0, 1, 1]
+
+
 def test_a_sample_without_an_answer() -> None:
     message = (
         "Sample 'sample-0' has no answer: no token was generated. Capture it with max_new_tokens=, "

@@ -91,3 +91,25 @@ def test_a_sample_with_a_chinese_question() -> None:
     assert len(found)
     assert ((tokens["start"] < end) & (tokens["end"] > start)).all()
     assert sample.probs(queries="猫").shape[1] == len(found)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text", "span"),
+    [
+        ("caf\u00e9", "a cafe\u0301 b", (2, 7)),
+        ("cafe\u0301", "a caf\u00e9 b", (2, 6)),
+        ("CAF\u00c9 b", "a cafe\u0301 b", (2, 9)),
+        ("\ud55c\uad6d", "\u1112\u1161\u11ab\u1100\u116e\u11a8", (0, 6)),
+    ],
+)
+def test_composed_and_decomposed_characters_match(phrase, text, span):
+    assert span_of(phrase, text, None, hidden=lambda *_: False) == span
+
+
+def test_a_letter_without_its_accent_is_another_word():
+    with pytest.raises(PhraseError) as refusal:
+        span_of("cafe", "a cafe\u0301 b", None, hidden=lambda *_: False)
+    assert str(refusal.value) == (
+        "'cafe' occurs only inside a longer word of the sample's text: 'cafe\u0301'. Pass a phrase "
+        "of whole words."
+    )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from typing import SupportsIndex
+from unicodedata import normalize
 
 import regex
 
@@ -43,7 +44,8 @@ def span_of(
 ) -> tuple[int, int]:
     """Return the start and the end (exclusive) of a phrase in a text.
 
-    The match ignores case, covers whole words, and allows any white space between words.
+    The match ignores case, covers whole words, and allows any white space between words. Composed
+    and decomposed characters (NFC and NFD), which look the same, match each other.
 
     Args:
         phrase: The phrase to find.
@@ -79,12 +81,18 @@ def has_word(word: str, text: str, hidden: Callable[[int, int], bool]) -> bool:
 
 def _spans(phrase: str, text: str, *, whole: bool) -> list[tuple[int, int]]:
     """Return start and end of non-overlapping matches, as whole words only or anywhere."""
-    pattern = r"\s+".join(regex.escape(word) for word in phrase.split())
+    pattern = r"\s+".join(map(_any_form, phrase.split()))
     if not pattern:
         return []
     if whole:
         pattern = f"(?!{_WITHIN}){pattern}(?!{_WITHIN_UNLESS_KOREAN})"
     return [match.span() for match in regex.finditer(pattern, text, _FLAGS)]
+
+
+def _any_form(word: str) -> str:
+    """Return a pattern of a word with composed or decomposed characters, which look the same."""
+    forms = dict.fromkeys((word, normalize("NFC", word), normalize("NFD", word)))
+    return f"(?:{'|'.join(map(regex.escape, forms))})"
 
 
 def _missing(phrase: str, text: str, hidden: Callable[[int, int], bool]) -> str:

@@ -198,3 +198,34 @@ def test_invalid_arguments_are_refused() -> None:
     assert str(refused.value) == (
         "The calls hold 2 samples. Choose one: [call.select_sample(0) for call in recording.calls]."
     )
+
+
+@pytest.mark.parametrize("width", [1, 7])
+@pytest.mark.parametrize("n_masked", [3, 12])
+def test_frames_that_no_row_attends_to_do_not_move_the_times(n_masked: int, width: int) -> None:
+    """Their attention has no variance; 0 / 0 would end the path there."""
+    words = np.kron(np.eye(5), np.full((1, 8), 1 / 8)) + 0.002
+    words /= words.sum(-1, keepdims=True)
+    masked = np.zeros((5, n_masked))
+    options = {"seconds_per_key": 1.0, "median_width": width}
+    before = xi.token_times([cross([words])], range(5), [(0, 0)], **options)
+    assert before.tolist() == [0, 8, 16, 24, 32]
+    call = cross([np.concatenate([words[:, :20], masked, words[:, 20:]], 1)])
+    times = xi.token_times([call], range(5), [(0, 0)], **options)
+    assert times.tolist() == [0, 8, 16, 24 + n_masked, 32 + n_masked]
+
+
+def test_negative_layers_and_heads_count_from_the_last() -> None:
+    random = np.random.default_rng(0)
+    calls = [cross(random.dirichlet(np.ones(9), (2, 4)), layer) for layer in range(3)]
+    assert np.array_equal(
+        xi.token_times(calls, range(4), [(-1, -2), (-3, 1)]),
+        xi.token_times(calls, range(4), [(2, 0), (0, 1)]),
+    )
+    for heads in ([(-4, 0)], [(0, 2)], [(0, -3)], [(0.0, 0)], [(True, 0)]):
+        with pytest.raises(InputError) as refusal:
+            xi.token_times(calls, range(4), heads)
+        assert str(refusal.value) == (
+            f"heads must be pairs of layer and head, with layers 0, 1, 2 and heads 0 to 1; got "
+            f"{heads[0]!r}."
+        )

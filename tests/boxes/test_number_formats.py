@@ -291,3 +291,22 @@ def test_labels_may_exceed_the_image_by_a_rounded_pixel() -> None:
         [600, 400, 640.6, 480]
     ]
     assert read([0, 0], "xy px", size=SIZE).tolist() == [[0, 0]]
+
+
+def test_columns_that_name_corners_are_read_by_their_names():
+    table = pd.DataFrame({"phrase": ["cat"], "y0": [2], "x0": [1], "y1": [40], "x1": [30]})
+    assert read(table, "xyxy px").tolist() == [[1, 2, 30, 40]]
+    with pytest.raises(InputError) as refusal:
+        read(table, "yxyx px")
+    assert str(refusal.value) == (
+        "The columns x0, y0, x1, y1 of the table are an xyxy order, and the format is 'yxyx px'. "
+        "Name an xyxy format, or pass the numbers without names: table.to_numpy()."
+    )
+    without_names = pd.DataFrame([[2, 1, 40, 30]])
+    assert read(without_names, "yxyx px").tolist() == [[1, 2, 30, 40]]
+
+
+def test_numbers_of_a_tensor_with_gradients():
+    numbers = torch.tensor([[1.0, 2.0, 30.0, 40.0]], requires_grad=True)
+    assert read(numbers, "xyxy px").tolist() == [[1, 2, 30, 40]]
+    assert read(numbers[0], "xyxy px").tolist() == [[1, 2, 30, 40]]

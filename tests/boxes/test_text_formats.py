@@ -210,3 +210,21 @@ def test_refusals(name: str) -> None:
     with pytest.raises(InputError) as refusal:
         ask()
     assert str(refusal.value) == message
+
+
+def test_a_label_that_is_null_is_no_phrase():
+    (row,) = read_text(
+        '[{"bbox_2d": [250, 250, 750, 750], "label": null}]', "qwen3_vl", size=(640, 480)
+    ).to_dict("records")
+    assert row["phrase"] is None
+    assert [row[name] for name in ("x0", "y0", "x1", "y1")] == [160, 120, 480, 360]
+
+
+def test_an_object_with_two_boxes_of_one_name_is_an_error():
+    text = '[{"bbox_2d": [1, 2, 3, 4], "bbox_2d": [5, 6, 7, 8]}]'
+    with pytest.raises(InputError) as refusal:
+        read_text(text, "qwen3_vl", size=(640, 480))
+    assert str(refusal.value) == (
+        "An object must have one value for each name; got [('bbox_2d', [1, 2, 3, 4]), "
+        "('bbox_2d', [5, 6, 7, 8])]. Choose one."
+    )

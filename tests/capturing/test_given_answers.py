@@ -320,3 +320,16 @@ def test_a_vision_model_reads_no_answer() -> None:
         "A dinov2_with_registers model has no language model; got the answer 'red'. Leave the "
         "answer out."
     )
+
+
+@pytest.mark.parametrize(("family", "mark"), [("llava", "<image>"), ("qwen2_vl", "<|image_pad|>")])
+def test_a_placeholder_in_an_answer_is_an_error(family, mark):
+    """The model would look for the features of another image, or read none."""
+    message = (
+        f"The answer '{mark} red' contains {mark}, the model's placeholder of an image or video. "
+        "Leave it out of the answer."
+    )
+    vlm = tiny_vlm(family)
+    with pytest.raises(InputError) as refusal:
+        capture(vlm, picture(), QUESTION, answer=f"{mark} red")
+    assert str(refusal.value) == message

@@ -157,6 +157,7 @@ def test_tool_messages_of_a_template_with_another_name_for_them() -> None:
     assert sample.text[rows["start"].min() : rows["end"].max()] == "two circles"
     assert set(rows["turn"]) == {2}
     assert "<|start_header_id|>ipython<|end_header_id|>\n\ntwo circles<|eot_id|>" in sample.text
+    assert '\n\n{"name": "find", "parameters": {"what": "circle"}}<|eot_id|>' in sample.text
     assert sample.provenance["messages"][1]["tool_calls"] == [call]
 
 

@@ -502,3 +502,19 @@ def test_images_of_a_saved_file_are_opened_from_its_folder(data: Path) -> None:
     part = rows[0]["messages"][0]["content"][0]
     with Image.open(part["image"]) as image:
         assert image.size == ONE.size
+
+
+def test_tool_calls_that_the_template_leaves_out_are_an_error() -> None:
+    """The sample would claim in its provenance what the model did not read."""
+    call = {"type": "function", "function": {"name": "zoom", "arguments": {"x": 1}}}
+    chat = [
+        {"role": "user", "content": [image_part(ONE), text_part("where is it ?")]},
+        {"role": "assistant", "content": "red", "tool_calls": [call]},
+        {"role": "tool", "content": "left"},
+    ]
+    with pytest.raises(InputError) as refusal:
+        capture(tiny_vlm("llava"), prompt=chat)
+    assert str(refusal.value) == (
+        "The chat template of LlavaProcessor does not write the tool_calls of message 1. Write "
+        "them into its content, or use a chat template with tools."
+    )

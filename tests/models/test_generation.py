@@ -282,3 +282,12 @@ def test_answers_that_end_by_a_criterion_are_not_filled_up() -> None:
         assert sample.answer.split() == answer[: answer.index(word) + 1]
         alone = capture(vlm, image, question, max_new_tokens=N, generation=options)
         assert sample.tokens["token"].tolist() == alone.tokens["token"].tolist()
+
+
+def test_options_of_generation_without_tokens_to_generate_are_an_error() -> None:
+    with pytest.raises(InputError) as refusal:
+        capture(tiny_vlm("llava"), picture(), QUESTION, generation={"do_sample": True})
+    assert str(refusal.value) == (
+        "generation={'do_sample': True} has no effect, because max_new_tokens is 0. Pass the "
+        "number of tokens to generate, or leave generation out."
+    )

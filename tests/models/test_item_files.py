@@ -12,6 +12,7 @@ from tests.helpers.store_samples import items, shipped
 from xmodal_interp.cli.commands import app
 from xmodal_interp.errors import InputError, StoreError
 from xmodal_interp.models.item_files import read_items, rows_of
+from xmodal_interp.models.known_answers import batches_of
 
 ID = "000000039769"
 LONG = 1234567890123456789012
@@ -220,6 +221,48 @@ def test_a_video_of_a_file_is_a_list_of_frames(folder):
             "image,id,id\na.png,1,2",
             "a.csv cannot be read as CSV: the header has several columns 'id'.",
         ),
+        (
+            "a.jsonl",
+            '{"id": 1, "id": 2}',
+            "a.jsonl cannot be read as JSONL: line 1: an object has several entries 'id'.",
+        ),
+        (
+            "a.json",
+            '[{"box": [{"x": 1, "y": 2, "x": 3}]}]',
+            "a.json cannot be read as JSON: an object has several entries 'x'.",
+        ),
+        (
+            "a.jsonl",
+            '{"share": 1e400}',
+            "a.jsonl cannot be read as JSONL: line 1: the number 1e400 is larger than a float can "
+            "be.",
+        ),
+        (
+            "a.json",
+            '{"images": ["a.png"], "annotations": []}',
+            "a.json cannot be read as JSON: entry 0 of images has no id.",
+        ),
+        (
+            "a.json",
+            '{"images": [{"id": 1}], "annotations": []}',
+            "a.json cannot be read as JSON: entry 0 of images has no file_name.",
+        ),
+        (
+            "a.json",
+            '{"images": [], "annotations": [{"id": 4, "caption": "?"}]}',
+            "a.json cannot be read as JSON: the annotation 4 has no image_id.",
+        ),
+        (
+            "a.csv",
+            "image,prompt, answer\na.png,?, yes",
+            "a.csv cannot be read as CSV: the header has names with spaces around them, "
+            "' answer'; remove the spaces after separators.",
+        ),
+        (
+            "a.csv",
+            "image,prompt,\na.png,?,yes",
+            "a.csv cannot be read as CSV: column 3 of the header has no name.",
+        ),
         ("a.csv", "", "a.csv has no rows; it must have at least one item."),
         (
             "a.xlsx",
@@ -255,6 +298,27 @@ def test_the_index_of_a_table():
     assert str(refusal.value) == (
         "The table has several columns (or a column and an index) named 'n'. Rename all except one."
     )
+
+
+def test_the_index_that_pandas_wrote_into_a_csv_file_is_that_of_the_table(tmp_path):
+    table = pd.DataFrame({"prompt": ["a", "b"]})
+    tables = [table, table.set_axis([5, 7]), table.set_axis(["x", "y"])]
+    found = []
+    for each in [*tables, table.assign(name=["p", "q"]).set_axis(["x", "y"])]:
+        each.to_csv(tmp_path / "a.csv")
+        found.append(read_items(tmp_path / "a.csv"))
+    assert found == [
+        [{"prompt": "a"}, {"prompt": "b"}],
+        [{"prompt": "a", "id": "5"}, {"prompt": "b", "id": "7"}],
+        [{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "y"}],
+        [{"prompt": "a", "name": "p", "index": "x"}, {"prompt": "b", "name": "q", "index": "y"}],
+    ]
+    (tmp_path / "a.csv").write_text("prompt,,\na,,\n")  # empty columns, as Excel writes them
+    with pytest.raises(InputError) as refusal:
+        read_items(tmp_path / "a.csv")
+    assert str(refusal.value) == ("a.csv cannot be read as CSV: the header has several columns ''.")
+    (tmp_path / "a.csv").write_text("prompt,\na,\n")
+    assert read_items(tmp_path / "a.csv") == [{"prompt": "a"}]
 
 
 def test_numbers_of_a_table_are_not_rounded():
@@ -352,3 +416,68 @@ def test_images_of_a_dataset_are_not_decoded_before_they_are_needed(folder):
     assert rows_of(formatted) is formatted  # a format of the user's is kept
     grey = made.cast(datasets.Features(images=datasets.List(datasets.Image(mode="L"))))
     assert rows_of(grey) is grey  # datasets converts the images to its mode
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_a_string_is_no_list_of_messages(folder, name):
+    """It would be run as a question, with the braces of its JSON."""
+    chat = json.dumps([{"role": "user", "content": "what ?"}])
+    item = {"image": folder / "a.png", name: chat}
+    with pytest.raises(InputError) as refusal:
+        xi.capture_dataset(shipped(), [item], folder / "run", progress=False)
+    assert str(refusal.value) == (
+        f"Item 0 ('item-000000'): {name} must be a list of messages; got the string {chat!r}. "
+        "Parse it with json.loads if it is JSON, or pass a question as prompt."
+    )
+
+
+@pytest.mark.parametrize("answer", [["red", "blue"], {"text": "red"}, float("nan"), True])
+def test_the_model_is_run_on_answers_that_are_text(folder, answer):
+    item = {"image": folder / "a.png", "prompt": "what ?", "answer": answer}
+    message = (
+        f"an answer must be a string or a number; got {answer!r}. Choose one string to run the "
+        "model on."
+    )
+    with pytest.raises(InputError) as refusal:
+        xi.capture_dataset(shipped(), [item], folder / "run", given_answers=True, progress=False)
+    assert str(refusal.value) == f"Item 0 ('item-000000'): {message}"
+    with pytest.raises(InputError) as refusal:
+        batches_of(shipped(), [item], batch_size=1)
+    assert str(refusal.value) == f"Item 0: {message}"
+
+
+def test_an_answer_may_be_a_number_or_a_label_of_any_kind(folder):
+    item = {"image": folder / "a.png", "prompt": "what ?", "answer": 4}
+    run = {"progress": False}
+    store = xi.capture_dataset(shipped(), [item], folder / "run", given_answers=True, **run)
+    assert (store[0].answer, store[0].labels) == ("4", {"answer": 4})
+    several = item | {"answer": ["red", "blue"]}
+    store = xi.capture_dataset(shipped(), [several], folder / "generated", **run)
+    assert store[0].labels == {"answer": ["red", "blue"]}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "url": "a.png"},
+        {"type": "image_url", "image_url": "a.png"},
+        {"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}},
+    ],
+)
+def test_relative_paths_in_messages_start_at_the_folder_of_the_file(folder, part):
+    message = {"role": "user", "content": [part, {"type": "text", "text": "what ?"}]}
+    (folder / "items.jsonl").write_text(json.dumps({"messages": [message]}))
+    store = xi.capture_dataset(shipped(), folder / "items.jsonl", folder / "run", progress=False)
+    given = Image.open(folder / "a.png").convert("RGB")
+    assert store[0].images[0].tobytes() == given.tobytes()
+
+
+def test_a_data_set_that_is_streamed(folder):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [str(folder / "a.png")], "prompt": ["what ?"]}
+    features = datasets.Features(image=datasets.Image(), prompt=datasets.Value("string"))
+    streamed = datasets.Dataset.from_dict(columns, features=features).to_iterable_dataset()
+    store = xi.capture_dataset(shipped(), streamed, folder / "run", progress=False)
+    assert [each.question for each in store] == ["what ?"]
+    given = Image.open(folder / "a.png").convert("RGB")
+    assert store[0].images[0].tobytes() == given.tobytes()

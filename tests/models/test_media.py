@@ -155,3 +155,22 @@ def test_the_background_of_a_bare_image_processor() -> None:
     clear = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
     assert np.unique(np.asarray(composite(clear))).tolist() == [153, 204]  # a checkerboard
     assert composite_of(transformers.ViTImageProcessor()) is None
+
+
+@pytest.mark.parametrize("fps", [0, 0.0, float("inf")])
+def test_a_rate_of_no_or_infinite_frames_per_second_is_an_error(fps) -> None:
+    with pytest.raises(InputError) as refusal:
+        Video([Image.new("RGB", (4, 4))], fps=fps)
+    assert str(refusal.value) == (
+        f"fps must be a finite number above 0; got {fps}. Leave it out if it is not known."
+    )
+
+
+def test_tensors_that_numpy_cannot_hold_are_errors() -> None:
+    for tensor in (torch.zeros(4, 4).to_sparse(), torch.zeros(4, 4, device="meta")):
+        with pytest.raises(InputError) as refusal:
+            open_image(tensor)
+        assert str(refusal.value) == (
+            f"A tensor of torch.float32 on {tensor.device} ({tensor.layout}) cannot be read as an "
+            "image. Convert it to bytes, 0 to 255: a dense tensor of torch.uint8 on the CPU."
+        )

@@ -16,7 +16,7 @@ from tests.helpers.store_samples import shipped
 from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from xmodal_interp.capturing.dataset import capture_dataset
 from xmodal_interp.capturing.run import capture
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.models import Video, open_image
 from xmodal_interp.models.picture_sources import content_digest
 
@@ -339,3 +339,14 @@ def test_the_first_picture_of_an_animation_is_used(tmp_path: Path) -> None:
     with Image.open(tmp_path / "clip.gif") as clip:
         clip.seek(1)
         assert open_image(clip).getpixel((0, 0)) == (0, 0, 255)  # the frame that it shows
+
+
+def test_base64_without_a_scheme_is_an_error():
+    text = "/9j/" + "A" * 300
+    with pytest.raises(InputError) as refusal:
+        open_image(text)
+    assert str(refusal.value) == (
+        f"{quoted(text)} is too long for a path (304 characters). If it is an image in base64, "
+        "write data:image/png;base64, before it."
+    )
+    assert len(str(refusal.value)) < 400

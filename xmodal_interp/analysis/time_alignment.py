@@ -27,7 +27,7 @@ from torch import Tensor
 
 from xmodal_interp.analysis.tables import call_table, stacked, stamped
 from xmodal_interp.arguments import as_list, checked, one_or_several, real_number, whole_number
-from xmodal_interp.attention import AttentionCall, Positions, resolve
+from xmodal_interp.attention import AttentionCall, Positions, layer_index, resolve
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.vocabulary import Tower
 
@@ -129,7 +129,7 @@ def token_times(
         rows: Query positions in the order of the text. With the rows that predict tokens, times are
             starts of tokens. With the rows of the tokens themselves, they are starts of the tokens
             that follow, hence ends of tokens: the ``token_timestamps`` of transformers.
-        heads: ``(layer, head)`` of the heads to average.
+        heads: ``(layer, head)`` of the heads to average; negative numbers count from the last.
         n_keys: Number of frames that hold the recording; all if not given.
         tower: The tower whose cross-attention is read.
         seconds_per_key: Duration of one key, in seconds.
@@ -151,8 +151,7 @@ def token_times(
     of_heads = []
     for layer, head in chosen:
         attention = _of_rows(by_layer[layer], rows, n_keys)[head]
-        centred = attention - attention.mean(0)
-        of_heads.append(_median_filtered(centred / attention.std(0, correction=0), median_width))
+        of_heads.append(_median_filtered(_standardised(attention), median_width))
     scores = torch.stack(of_heads).mean(0).double().numpy()
     return first_columns(scores) * float(seconds_per_key)
 
@@ -249,6 +248,10 @@ def _monotone_share(probs: Float[np.ndarray, "head row key"]) -> Float[np.ndarra
     return share
 
 
+def _is_whole(entry: Any) -> bool:
+    return hasattr(entry, "__index__") and not isinstance(entry, (bool, np.bool_))
+
+
 def _known_heads(
     heads: Iterable[Sequence[int]], by_layer: dict[int, AttentionCall]
 ) -> list[tuple[int, int]]:
@@ -256,17 +259,30 @@ def _known_heads(
     found = []
     for each in one_or_several(heads):
         pair = as_list(each, "A head")
-        layer = pair[0] if len(pair) == 2 else None
-        if layer not in by_layer or pair[1] not in range(by_layer[layer].n_heads):
+        whole = len(pair) == 2 and all(_is_whole(entry) for entry in pair)
+        layer = layer_index(int(pair[0]), list(by_layer)) if whole else None
+        n_heads = by_layer[layer].n_heads if layer in by_layer else 0
+        if layer is None or not -n_heads <= int(pair[1]) < n_heads:
             layers = ", ".join(map(str, by_layer))
             raise InputError(
                 f"heads must be pairs of layer and head, with layers {layers} and heads 0 to "
                 f"{min(call.n_heads for call in by_layer.values()) - 1}; got {quoted(each)}."
             )
-        found.append((int(layer), int(pair[1])))
+        found.append((layer, int(pair[1]) % n_heads))
     if not found:
         raise InputError("heads must hold at least one pair of layer and head; got none.")
     return found
+
+
+def _standardised(attention: Float[Tensor, "row key"]) -> Float[Tensor, "row key"]:
+    """Return attention with mean 0 and variance 1 over the rows of each frame.
+
+    A frame that all rows attend to equally, such as a masked one, has no part in the alignment: its
+    values are 0.
+    """
+    centred, spread = attention - attention.mean(0), attention.std(0, correction=0)
+    same = (attention == attention[:1]).all(0)
+    return torch.where(same, torch.zeros(()), centred / spread.masked_fill(same, 1))
 
 
 def _median_filtered(values: Float[Tensor, "row key"], width: int) -> Float[Tensor, "row key"]:

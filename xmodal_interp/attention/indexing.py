@@ -1,8 +1,8 @@
 """Convert positions, heads and layers given as an index, a slice, a list or a mask.
 
 An index is an ``int`` or any object with ``__index__``, such as ``np.int64``. A boolean mask (list,
-NumPy, torch or pandas) has an entry for each position, head or layer. Fractions and single
-booleans are refused.
+NumPy, torch or pandas) has an entry for each position, head or layer. Fractions, single booleans
+and masks of zeros and ones that are not booleans are refused.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " posi
         label: A noun for messages, such as ``"query"``.
 
     Raises:
-        PositionError: A position is outside ``[-length, length)`` or not a whole number, or a mask
-            has another length.
+        PositionError: A position is outside ``[-length, length)`` or not a whole number, a mask has
+            another length, or the numbers are a mask of zeros and ones that are not booleans.
     """
     if isinstance(positions, Tensor) and positions.dtype == torch.long and positions.ndim == 1:
         held = positions.numpy() if positions.device.type == "cpu" else None
-        inside = held is not None and (held.size == 0 or 0 <= held.min() <= held.max() < length)
+        low = 2 if len(positions) == length else 0  # of the largest: a mask has 0 and 1 only
+        inside = held is not None and (
+            held.size == 0 or (held.min() >= 0 and low <= held.max() < length)
+        )
         if inside:  # most positions; the rest of this function takes longer than a small statistic
             return positions.contiguous()
     if isinstance(positions, slice):
@@ -57,6 +60,11 @@ def resolve(positions: Positions, length: int, label: str) -> Int[Tensor, " posi
                 "entries."
             )
         return torch.from_numpy(np.flatnonzero(given))
+    if len(given) == length > 2 and set(given.tolist()) <= {0, 1}:
+        raise PositionError(
+            f"The {label} numbers are {length} zeros and ones, one per {label}, which look like a "
+            "mask. Convert a mask to booleans, such as mask.astype(bool)."
+        )
     outside = given[(given < -length) | (given >= length)]
     if len(outside):
         raise PositionError(

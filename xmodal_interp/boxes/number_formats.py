@@ -383,8 +383,11 @@ def _rows(numbers: Any, n: int, format: str) -> Float[np.ndarray, "box number"]:
         InputError: They are not finite numbers, or not ``n`` per row.
     """
     shaped = None
+    if isinstance(numbers, pd.DataFrame):
+        numbers = _in_order(numbers, format)
     try:
         entries = as_list(numbers, "numbers")
+        entries = [each.detach() if hasattr(each, "detach") else each for each in entries]
         shaped = np.array([np.asarray(entry, dtype=float) for entry in entries])
     except (TypeError, ValueError):  # not numbers, or rows of different lengths
         shaped = None
@@ -395,6 +398,24 @@ def _rows(numbers: Any, n: int, format: str) -> Float[np.ndarray, "box number"]:
             f"The format {format!r} has {n} numbers for each box or point; got {quoted(numbers)}."
         )
     return shaped
+
+
+def _in_order(table: pd.DataFrame, format: str) -> pd.DataFrame:
+    """Return the corners of a table in the order of the format, if its columns name corners.
+
+    Raises:
+        InputError: The format has another order than the names.
+    """
+    known = next((names for names in _NAMES if {*names} <= {*table.columns}), None)
+    if known is None:
+        return table
+    if not format.startswith("xyxy "):
+        raise InputError(
+            f"The columns {', '.join(known)} of the table are an xyxy order, and the format is "
+            f"{format!r}. Name an xyxy format, or pass the numbers without names: "
+            "table.to_numpy()."
+        )
+    return table[list(known)]
 
 
 def _size(given: Any, name: str) -> np.ndarray:

@@ -307,7 +307,8 @@ def _found(text: str, kind: str) -> Iterator[tuple[Phrase, list[list[float]], st
                 )
             numbers = entry[key]
             several = isinstance(numbers, list) and numbers and isinstance(numbers[0], list)
-            label = next((str(entry[name]) for name in _LABEL_KEYS if name in entry), None)
+            labels = (entry.get(name) for name in _LABEL_KEYS)
+            label = next((str(each) for each in labels if each is not None), None)
             name = _number_format(kind, is_point=key in _POINT_KEYS)
             yield label, numbers if several else [numbers], name
 
@@ -318,7 +319,8 @@ def _objects(text: str) -> list[Mapping[str, Any]]:
     rest, at = "", 0
     while opening := re.compile(r"[\[{]").search(text, at):
         try:
-            found, end = json.JSONDecoder().raw_decode(text, opening.start())
+            decoder = json.JSONDecoder(object_pairs_hook=_without_repeats)
+            found, end = decoder.raw_decode(text, opening.start())
         except json.JSONDecodeError as error:
             raise InputError(
                 f"The text has a bracket that is not JSON ({error}): {quoted(text)}. Check the "
@@ -331,6 +333,16 @@ def _objects(text: str) -> list[Mapping[str, Any]]:
         rest, at = rest + text[at : opening.start()], end
     _refuse_other_marks(rest + text[at:])
     return objects
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, of which ``json`` keeps the last of several values of a key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise InputError(
+            f"An object must have one value for each name; got {quoted(pairs)}. Choose one."
+        )
+    return found
 
 
 _POINT_TAG = re.compile(r"<points?\s([^>]*?)/?>(?:([^<]*)</points?>)?")

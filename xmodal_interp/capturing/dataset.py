@@ -180,6 +180,7 @@ class _Run:
                     raw,
                     self.vlm.placeholders,
                     requires_prompt=self.vlm.family.language,
+                    reads_answer=self.given_answers,
                 )
                 if self.given_answers and item.answer is None:
                     raise InputError(

@@ -16,7 +16,7 @@ from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.models import ImageLike, Video, open_image, size_before
 from xmodal_interp.models.chats import Chat
 from xmodal_interp.models.item_files import CHATS, IMAGES, NAMES, PROMPT, VIDEOS
-from xmodal_interp.models.known_answers import asked_by
+from xmodal_interp.models.known_answers import asked_by, text_of_answer
 from xmodal_interp.models.media import Composite
 from xmodal_interp.models.picture_sources import (
     WANTED,
@@ -43,7 +43,7 @@ class Item:
         prompt: The question, or the chat without its answer.
         labels: All other entries, as JSON values.
         videos: Its videos, whose frames are not read yet.
-        answer: Its answer: the label ``answer``; None if there is none.
+        answer: Its answer as text, if the model is run on it; None if there is none.
     """
 
     number: int
@@ -183,6 +183,7 @@ def item_of(
     placeholders: tuple[str | None, str | None] = (None, None),
     *,
     requires_prompt: bool = True,
+    reads_answer: bool = False,
 ) -> Item:
     """Return an item with validated entries, without opening its images.
 
@@ -192,6 +193,7 @@ def item_of(
         raw: The item.
         placeholders: The model's placeholders of an image and of a video in a text.
         requires_prompt: Whether it must have a prompt; a vision model takes none.
+        reads_answer: Whether the model is run on its answer, which must be text then.
 
     Raises:
         InputError: An entry is missing or invalid.
@@ -211,9 +213,10 @@ def item_of(
     rest = {k: v for k, v in raw.items() if k not in _KEYS and v is not None}
     if raw.get("name") is not None and raw.get("id") is not None:
         rest["id"] = raw["id"]
-    answer = None if asked.answer is None else str(asked.answer)
-    if answer is not None:  # the end of a chat; a label keeps its own value
-        rest.setdefault("answer", answer)
+    answer = None
+    if asked.answer is not None:  # the end of a chat; a label keeps its own value
+        rest.setdefault("answer", asked.answer)
+        answer = text_of_answer(asked.answer, title=title) if reads_answer else None
     try:
         labels = json.loads(json_text(rest))
         json_text(prompt.messages if isinstance(prompt, Chat) else prompt)

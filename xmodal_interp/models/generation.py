@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from xmodal_interp.arguments import string
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, quoted
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
 """Defaults of ``generate``; they override the generation settings of the checkpoint.
@@ -170,8 +170,9 @@ def checked_length(max_new_tokens: Any, generation: Any) -> int:
         generation: Further arguments of ``generate``, or None.
 
     Raises:
-        InputError: The number is negative or not a whole number; or ``generation`` is not a
-            mapping, contains ``max_new_tokens`` too, or has an invalid ``generation_config``.
+        InputError: The number is negative or not a whole number, or 0 although ``generation`` is
+            given; or ``generation`` is not a mapping, contains ``max_new_tokens``
+            too, or has an invalid ``generation_config``.
     """
     whole = hasattr(max_new_tokens, "__index__") and not isinstance(max_new_tokens, bool)
     if not whole or int(max_new_tokens) < 0:
@@ -199,5 +200,10 @@ def checked_length(max_new_tokens: Any, generation: Any) -> int:
         raise InputError(
             f"The generation_config has max_new_tokens={length!r}, but the argument max_new_tokens "
             f"is {max_new_tokens!r}. Pass the same number as the argument."
+        )
+    if generation and not int(max_new_tokens):
+        raise InputError(
+            f"generation={quoted(dict(generation))} has no effect, because max_new_tokens is 0. "
+            "Pass the number of tokens to generate, or leave generation out."
         )
     return int(max_new_tokens)

@@ -3,7 +3,8 @@
 The values of an item are those of the file: types are not inferred from the text of a value.
 
 * JSON values keep their types; a JSONL file is parsed line by line.
-* CSV cells are strings (``04`` stays ``"04"``); empty cells are missing. A cell of the columns
+* CSV cells are strings (``04`` stays ``"04"``); empty cells are missing. A first column without a
+  name is the index of a table that pandas wrote. A cell of the columns
   ``images`` that starts with ``[`` is a JSON list of paths; one of the columns ``messages`` or
   ``conversations``, of messages.
 * Parquet values keep their types.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +42,8 @@ _URL = re.compile(r"(?:https?|file)://|data:", re.IGNORECASE)
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _FILE_NAMES = {"file_name": "image", "file_names": "images"}
 """Entries of the metadata file of a folder of images, and the entries of an item."""
+_PICTURE_ENTRIES = ("image", "path", "url", "image_url")
+"""Entries of a part of a message that may hold the path of an image."""
 _UNNAMED = "__index_level_"
 """Beginning of the column names under which pandas writes an index without a name."""
 
@@ -188,7 +192,7 @@ def _read_json_lines(path: Path) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, parse_constant=_refuse_constant)
+                row = _parsed(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
             if not isinstance(row, dict):
@@ -198,7 +202,7 @@ def _read_json_lines(path: Path) -> list[Row]:
 
 
 def _read_json(path: Path) -> list[Row]:
-    rows = json.loads(path.read_text("utf-8-sig"), parse_constant=_refuse_constant)
+    rows = _parsed(path.read_text("utf-8-sig"))
     if isinstance(rows, dict) and {"images", "annotations"} <= rows.keys():
         return _coco_captions(rows["images"], rows["annotations"])
     if not isinstance(rows, list):
@@ -209,20 +213,24 @@ def _read_json(path: Path) -> list[Row]:
     return rows
 
 
-def _coco_captions(images: list[Row], annotations: list[Row]) -> list[Row]:
+def _coco_captions(images: list[Any], annotations: list[Any]) -> list[Row]:
     """Return an item per image of a file in the format of COCO captions.
 
     Lin et al. 2014 (arXiv 1405.0312); the format is documented at cocodataset.org.
     """
+    _check_has(images, "id")
     captions: dict[Any, list[str]] = {each["id"]: [] for each in images}
     if len(captions) != len(images):
         raise ValueError("several entries of images have the same id")
+    _check_has(images, "file_name")
     for each in annotations:
-        if "caption" not in each:
+        if not _has(each, "caption"):
             raise ValueError(
-                f"the annotation {each.get('id')} has no caption: only COCO files of captions are "
-                "items"
+                f"the annotation {each['id'] if _has(each, 'id') else each} has no caption: only "
+                "COCO files of captions are items"
             )
+        if "image_id" not in each:
+            raise ValueError(f"the annotation {each.get('id')} has no image_id")
         if each["image_id"] not in captions:
             raise ValueError(f"there is no image {each['image_id']}, which has a caption")
         captions[each["image_id"]].append(each["caption"])
@@ -232,8 +240,49 @@ def _coco_captions(images: list[Row], annotations: list[Row]) -> list[Row]:
     ]
 
 
+def _has(entry: Any, key: str) -> bool:
+    return isinstance(entry, dict) and key in entry
+
+
+def _check_has(images: Sequence[Any], key: str) -> None:
+    for number, image in enumerate(images):
+        if not _has(image, key):
+            raise ValueError(f"entry {number} of images has no {key}")
+
+
+def _parsed(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: It is not JSON, an object has several values of one key, or a number is larger
+            than a float can be.
+    """
+    return json.loads(
+        text,
+        parse_constant=_refuse_constant,
+        parse_float=_finite,
+        object_pairs_hook=_without_repeats,
+    )
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON value; null is a missing one")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"the number {digits} is larger than a float can be")
+    return number
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"an object has several entries {', '.join(map(repr, twice))}")
+    return found
 
 
 def _read_csv(path: Path) -> list[Row]:
@@ -253,21 +302,44 @@ def _read_csv(path: Path) -> list[Row]:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise ValueError(f"the header has several columns {', '.join(map(repr, twice))}")
+    spaced = [name for name in header if name != name.strip()]
+    if spaced:
+        raise ValueError(
+            f"the header has names with spaces around them, {', '.join(map(repr, spaced))}; remove "
+            "the spaces after separators"
+        )
     for number, line in rows:
         if len(line) != len(header):
             raise ValueError(
                 f"line {number} has {len(line)} cells, and the header has {len(header)}"
             )
-    return [
-        {name: _cell(name, cell) for name, cell in zip(header, line, strict=True) if cell}
+    if "" in header[1:] and any(line[header.index("", 1)] for _, line in rows):
+        raise ValueError(f"column {header.index('', 1) + 1} of the header has no name")
+    found = [
+        {name: _cell(name, cell) for name, cell in zip(header, line, strict=True) if name and cell}
         for _, line in rows
     ]
+    if not header[0] and rows:
+        _add_index(found, [line[0] for _, line in rows], header[1:])
+    return found
+
+
+def _add_index(rows: list[Row], index: Sequence[str], columns: Sequence[str]) -> None:
+    """Add the first column of a CSV file, if it has no name: pandas writes an index there.
+
+    It becomes the entry that the index of a table becomes (see :func:`rows_of_table`).
+    """
+    if list(index) == [str(number) for number in range(len(index))]:
+        return
+    for name, values in _named_levels([(None, pd.Series(index, dtype=object))], columns):
+        for row, value in zip(rows, values.tolist(), strict=True):
+            row[name] = value
 
 
 def _cell(name: str, cell: str) -> Any:
     if name not in (IMAGES[1], *CHATS) or not cell.lstrip().startswith("["):
         return cell
-    return json.loads(cell)
+    return _parsed(cell)
 
 
 def _read_parquet(path: Path) -> list[Row]:
@@ -352,7 +424,7 @@ def _message(given: Any, folder: Path) -> Any:
         {
             key: _frames(value, folder)
             if key == "video"
-            else (_located(value, folder) if key in ("image", "path") else value)
+            else (_located_part(value, folder) if key in _PICTURE_ENTRIES else value)
             for key, value in part.items()
         }
         if isinstance(part, Mapping)
@@ -360,6 +432,13 @@ def _message(given: Any, folder: Path) -> Any:
         for part in given["content"]
     ]
     return {**given, "content": parts}
+
+
+def _located_part(given: Any, folder: Path) -> Any:
+    """Return a picture of a part; ``image_url`` may hold it as ``{"url": ...}``."""
+    if isinstance(given, Mapping) and given.get("url") is not None:
+        return {**given, "url": _located(given["url"], folder)}
+    return _located(given, folder)
 
 
 def _frames(given: Any, folder: Path) -> Any:
@@ -420,7 +499,8 @@ def _decoding_columns(data: Any) -> dict[str, Any]:
     """
     features: Any = getattr(data, "features", None)
     is_dataset = isinstance(features, Mapping) and hasattr(data, "cast_column")
-    if not is_dataset or not hasattr(data, "__getitem__") or data.format["type"] is not None:
+    form = getattr(data, "format", None)  # an IterableDataset has none
+    if not is_dataset or form is None or form["type"] is not None:
         return {}
     found = {name: _without_decoding(features[name]) for name in IMAGES if name in features}
     return {name: feature for name, feature in found.items() if feature is not None}

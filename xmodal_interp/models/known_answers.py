@@ -12,18 +12,22 @@ is no mask and no shift of positions, and the backend can use its fast path.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from xmodal_interp.arguments import as_list, one_or_several
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.models.chats import Chat, read_chat
 from xmodal_interp.models.item_files import CHATS, IMAGES, PROMPT, VIDEOS, rows_of
 from xmodal_interp.models.labels import Prompt
@@ -134,6 +138,12 @@ def asked_by(
     names = (*PROMPT, *CHATS)
     requires_prompt = requires_prompt or any(item.get(name) for name in names)
     given = entry(item, *names, title=title) if requires_prompt else ""
+    chat_name = next((name for name in CHATS if item.get(name) is not None), None)
+    if requires_prompt and isinstance(given, str) and chat_name is not None:
+        raise InputError(
+            f"{title}: {chat_name} must be a list of messages; got the string {quoted(given)}. "
+            "Parse it with json.loads if it is JSON, or pass a question as prompt."
+        )
     if isinstance(given, str) or not isinstance(given, Iterable):
         images, videos = visuals_of(item, title=title)
         return Asked(given, images, videos, item.get("answer"))
@@ -165,8 +175,23 @@ def answer_of(
     if item.get("answer") is None and _names_in(item, (*PROMPT, *CHATS)):
         found = asked_by(item, title=title, placeholders=placeholders).answer
         if found is not None:
-            return str(found)
-    return str(entry(item, "answer", title=title))
+            return text_of_answer(found, title=title)
+    return text_of_answer(entry(item, "answer", title=title), title=title)
+
+
+def text_of_answer(answer: Any, *, title: str) -> str:
+    """Return an answer as the text that the model is run on; a number as it is written.
+
+    Raises:
+        InputError: It is neither a string nor a finite number.
+    """
+    is_number = isinstance(answer, (numbers.Real, Decimal)) and math.isfinite(answer)
+    if not isinstance(answer, str) and (not is_number or isinstance(answer, (bool, np.bool_))):
+        raise InputError(
+            f"{title}: an answer must be a string or a number; got {quoted(answer)}. Choose one "
+            "string to run the model on."
+        )
+    return str(answer)
 
 
 def _names_in(item: ItemDict, names: Iterable[str]) -> list[str]:
@@ -248,8 +273,15 @@ def answer_ids(vlm: VLM, text: str, answer: str) -> tuple[int, ...]:
     """Return the token ids of an answer after a rendered prompt, without end-of-sequence token.
 
     Raises:
-        InputError: The answer is empty, or the prompt is tokenized differently with it.
+        InputError: The answer is empty or contains a placeholder of an image or video, or the
+            prompt is tokenized differently with it.
     """
+    mark = next((each for each in vlm.placeholders if each is not None and each in answer), None)
+    if mark is not None:
+        raise InputError(
+            f"The answer {quoted(answer)} contains {mark}, the model's placeholder of an image or "
+            "video. Leave it out of the answer."
+        )
     separator = answer_separator(text)
     before = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = vlm.tokenizer(text + separator + answer, add_special_tokens=False)["input_ids"]

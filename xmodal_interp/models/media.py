@@ -82,8 +82,11 @@ class Video:
                     f"A frame must be one image; got an array of the shape {tuple(frame.shape)}. "
                     "Pass this array itself as the frames: xi.Video(array, ...)."
                 )
-        if self.fps is not None:
-            real_number(self.fps, "fps", 0)
+        if self.fps is not None and real_number(self.fps, "fps", 0) in (0, math.inf):
+            raise InputError(
+                f"fps must be a finite number above 0; got {self.fps}. Leave it out if it is not "
+                "known."
+            )
         self._check_places_in_time()
         if self.original_size is not None:
             object.__setattr__(self, "original_size", checked_size(self.original_size))

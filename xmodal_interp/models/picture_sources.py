@@ -29,6 +29,7 @@ WANTED = (
     "bytes or path"
 )
 _TIMEOUT = 30  # seconds without an answer
+_MAX_PATH, _MAX_NAME = 4096, 255  # characters of a path, and of each name in it
 _REMOTE = ("http://", "https://")
 
 
@@ -81,6 +82,11 @@ def _of_string(text: str) -> bytes | Path | str:
     if scheme.startswith("data:"):
         return _inline(text)
     if scheme != "file://":
+        if len(text) > _MAX_PATH or any(len(part) > _MAX_NAME for part in text.split("/")):
+            raise InputError(
+                f"{quoted(text)} is too long for a path ({len(text)} characters). If it is an "
+                "image in base64, write data:image/png;base64, before it."
+            )
         return text
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):

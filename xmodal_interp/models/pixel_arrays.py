@@ -37,11 +37,21 @@ def is_array(value: Any) -> TypeGuard[Array]:
 
 
 def as_numpy(array: Array) -> np.ndarray:
-    """Return the values as a NumPy array; bfloat16, which NumPy does not have, as float32."""
+    """Return the values as a NumPy array; bfloat16, which NumPy does not have, as float32.
+
+    Raises:
+        InputError: A tensor is sparse, has no data, or has another dtype that NumPy does not have.
+    """
     if isinstance(array, np.ndarray):
         return array
-    plain = array.detach().cpu()
-    return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+    try:
+        plain = array.detach().cpu()
+        return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+    except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
+        raise InputError(
+            f"A tensor of {array.dtype} on {array.device} ({array.layout}) cannot be read as an "
+            "image. Convert it to bytes, 0 to 255: a dense tensor of torch.uint8 on the CPU."
+        ) from error
 
 
 def white_of(arrays: Sequence[Array], *, frames: bool = False) -> float:

@@ -136,7 +136,22 @@ def _rendered_chat(vlm: VLM, chat: Chat, n_videos: int) -> RenderedPrompt:
             "prompt as a string."
         )
     prompt = _templated(vlm, chat.messages, n_videos)
+    _check_calls(vlm, chat.messages, prompt.text)
     return replace(prompt, n_turns=len(chat.messages))
+
+
+def _check_calls(vlm: VLM, messages: Sequence[dict[str, Any]], text: str) -> None:
+    """Raise InputError if the chat template does not write the tool calls of a message."""
+    for turn, message in enumerate(messages):
+        if not message.get("tool_calls"):
+            continue
+        without = {name: each for name, each in message.items() if name != "tool_calls"}
+        if _from_template(vlm, [*messages[:turn], without, *messages[turn + 1 :]]) == text:
+            raise InputError(
+                f"The chat template of {type(vlm.processor).__name__} does not write the "
+                f"tool_calls of message {turn}. Write them into its content, or use a chat "
+                "template with tools."
+            )
 
 
 def _templated(
