@@ -252,9 +252,7 @@ def _is_whole(entry: Any) -> bool:
     return hasattr(entry, "__index__") and not isinstance(entry, (bool, np.bool_))
 
 
-def _known_heads(
-    heads: Iterable[Sequence[int]], by_layer: dict[int, AttentionCall]
-) -> list[tuple[int, int]]:
+def _known_heads(heads: Iterable[Any], by_layer: dict[int, AttentionCall]) -> list[tuple[int, int]]:
     """Return the heads as pairs of integers."""
     found = []
     for each in one_or_several(heads):
