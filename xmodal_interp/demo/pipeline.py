@@ -34,7 +34,7 @@ from xmodal_interp.analysis import (
     raster_bias,
     raster_profile,
 )
-from xmodal_interp.analysis.answers import same_answer
+from xmodal_interp.text_search import same_answer
 from xmodal_interp.arguments import user_path
 from xmodal_interp.capturing.dataset import capture_dataset
 from xmodal_interp.capturing.run import Keep, capture, capture_batch
