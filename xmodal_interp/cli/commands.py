@@ -330,6 +330,53 @@ def plot(
 
 
 @app.command()
+def report(
+    store: Folder,
+    path: Annotated[Path, typer.Option(help="Output file: .html")] = Path("report.html"),
+    samples: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name or number of a sample; repeat the option for several; default: all, or "
+            "--max-samples that are evenly spaced"
+        ),
+    ] = None,
+    max_samples: Annotated[int, typer.Option(min=1, help="Largest number of samples to use")] = 32,
+    doctor: Annotated[
+        bool,
+        typer.Option("--doctor", help="Load the model of the store and add the doctor's verdict"),
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Write a report of a store: one HTML file that can be mailed.
+
+    It has what was captured, every analysis that applies with figure, null and interval, and the
+    provenance.
+    """
+    check_output(path, force=force)
+    opened = xi.open_store(store)
+    chosen = [_sample(opened, each).name for each in samples or ()]
+    checkup = None
+    if doctor and len(opened):
+        about = opened[0].provenance
+        model = str(about.get("model") or "")
+        options = [f"{k}={json.dumps(v)}" for k, v in about.get("processor_options", {}).items()]
+        dtype = str(about.get("dtype") or "auto")
+        checkup = xi.doctor(_loaded(model, dtype, None, about.get("backend"), options))
+    written = xi.report(
+        opened,
+        path,
+        names=chosen or None,
+        max_samples=max_samples,
+        checkup=checkup,
+        force=force,
+    )
+    for line in written.sentences:
+        say(f"• {line}")
+    n_bytes = written.path.stat().st_size
+    say(f"\nWritten to {path} ({n_bytes / 1e6:.1f} MB, {len(written.names)} samples).")
+
+
+@app.command()
 def info(
     what: Annotated[
         str,

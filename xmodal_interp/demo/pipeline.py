@@ -34,7 +34,6 @@ from xmodal_interp.analysis import (
     raster_bias,
     raster_profile,
 )
-from xmodal_interp.text_search import same_answer
 from xmodal_interp.arguments import user_path
 from xmodal_interp.capturing.dataset import capture_dataset
 from xmodal_interp.capturing.run import Keep, capture, capture_batch
@@ -47,6 +46,7 @@ from xmodal_interp.sample import Sample
 from xmodal_interp.shapes import KINDS, Scene, ask_all, sample_scene
 from xmodal_interp.shapes.tiny_models import untrained
 from xmodal_interp.store import Store
+from xmodal_interp.text_search import same_answer
 
 _HELD_OUT = 2**40  # first part of the seed; training uses (seed, step), which is never this large
 _BATCH = 32

@@ -101,9 +101,7 @@ def analysed(samples: Samples, clusters: Sequence[int]) -> Analysed:
     )
 
 
-def _run(
-    question: Question, samples: Samples, tower: Tower
-) -> tuple[pd.DataFrame, list[int], str]:
+def _run(question: Question, samples: Samples, tower: Tower) -> tuple[pd.DataFrame, list[int], str]:
     """Return the table, the samples that it is of, and a note if some were left out.
 
     Raises:
@@ -141,6 +139,7 @@ def _add(
 ) -> None:
     """Add what the table of one tower gives."""
     value = question.value
+    table.attrs = {}  # pandas copies them in every operation; provenance makes that slow
     reduced = REDUCED.get(question.analysis, lambda given: given)(table)
     names = dict.fromkeys(reduced["sample"])
     of_names = dict(zip(names, clusters, strict=True))
@@ -171,26 +170,37 @@ def _add(
     answer.sentences += question.words(table) if question.words is not None else []
     if by_layer is not None:
         answer.layers.append(by_layer)
-        _draw(answer, "Mean over heads and samples, with the 95% interval over samples where there "
-              "is one; dashed: the null.", lambda: _curves(question, tower, by_layer))
+        _draw(
+            answer,
+            "Mean over heads and samples, with the 95% interval over samples where there "
+            "is one; dashed: the null.",
+            lambda: _curves(question, tower, by_layer),
+        )
     if question.heads:
         of_heads = estimates(
             reduced, [*keys, "layer", "head"], value.column, value.null, of_names, **options
         )
         answer.heads.append(of_heads)
         means = reduced.groupby(["layer", "head"])[question.heads].mean().reset_index()
-        _draw(answer, "Mean over samples.", lambda: figures.head_grid(
-            means, question.heads, title=f"{question.title}: {question.heads.replace('_', ' ')} "
-            f"of each head, {tower} tower"))
+        _draw(
+            answer,
+            "Mean over samples.",
+            lambda: figures.head_grid(
+                means,
+                question.heads,
+                title=f"{question.heads.replace('_', ' ').capitalize()} of each head, "
+                f"{tower} tower",
+            ),
+        )
     for caption, draw in question.more:
         _draw(answer, caption, lambda draw=draw: draw(table, samples, tower))
 
 
 def _glance_row(question: Question, what: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"analysis": question.analysis, "what": what}
+    found: dict[str, Any] = {"what": what, "against_null": verdict(row)}
     found["value"] = row[question.value.column]
-    found |= {name: row[name] if name in row else np.nan for name in _GLANCE}
-    return found | {"n": int(row["n"]), "against the null": verdict(row)}
+    found |= {name: row.get(name, np.nan) for name in _GLANCE}
+    return found | {"n": int(row["n"]), "analysis": question.analysis}
 
 
 def _curves(question: Question, tower: Tower, by_layer: pd.DataFrame) -> Drawing:
@@ -234,8 +244,17 @@ def _section(question: Question, answer: _Answer) -> Section:
         sentences=answer.sentences,
         pictures=answer.pictures,
         tables=tables,
-        notes=answer.notes,
+        notes=[*_small_print(answer), *answer.notes],
         code=question.code.format(tower=answer.towers[0]),
         group=GROUP,
         n_open=0,
     )
+
+
+def _small_print(answer: _Answer) -> list[str]:
+    """Return a note on the number of intervals in the tables."""
+    n = sum(len(rows) for rows in (*answer.layers, *answer.heads))
+    intervals = [rows["low"].notna().any() for rows in (*answer.layers, *answer.heads)]
+    if n < 2 or not any(intervals):
+        return []
+    return [f"The {n} intervals of layers and heads are not adjusted for their number."]

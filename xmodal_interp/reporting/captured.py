@@ -54,14 +54,17 @@ def model_section(samples: Sequence[Sample]) -> Section:
         with_these = f" ({', '.join(parts)} attention)" if len(parts) == 2 else ""
         sentences.append(f"The model is {model}{with_these}; {_named(about)}.")
     sentences += [
-        f"Kept of the {row.tower} tower: {row.kept}, of {row.layers} "
-        f"{row.kind}-attention layers."
+        f"Kept of the {row.tower} tower: {row.kept}, of {row.layers} {row.kind}-attention layers."
         for row in rows.itertuples()
     ]
-    notes = [] if not others else [
-        f"The table is of the first sample; {len(others)} of {len(samples)} samples have other "
-        f"layers or towers, {others[0]} among them."
-    ]
+    notes = (
+        []
+        if not others
+        else [
+            f"The table is of the first sample; {len(others)} of {len(samples)} samples have other "
+            f"layers or towers, {others[0]} among them."
+        ]
+    )
     return Section(
         "What was captured",
         "captured",
@@ -91,8 +94,10 @@ def _kept(sample: Sample) -> pd.DataFrame:
         call = sample.calls[key]
         of = existing.get(f"{tower}.{kind}")
         n_rows = "all" if call.rows is None else f"{len(call.rows)} positions"
-        counted = str(len(layers)) if of is None or len(of) == len(layers) else (
-            f"{len(layers)} of {len(of)}"
+        counted = (
+            str(len(layers))
+            if of is None or len(of) == len(layers)
+            else (f"{len(layers)} of {len(of)}")
         )
         rows.append((tower, kind, counted, _heads(call), _parts(call), n_rows))
     columns = ["tower", "kind", "layers", "heads", "kept", "query_rows"]
@@ -163,7 +168,9 @@ def _card(sample: Sample, notes: list[str]) -> Card:
         f"{number} x {size} px" if number > 1 else f"{size} px"
         for size, number in pd.Series(
             [f"{grid.width} x {grid.height}" for grid in sample.grids], dtype=object
-        ).value_counts().items()
+        )
+        .value_counts()
+        .items()
     ]
     known = sample.labels.get("answer")
     if known is not None:
@@ -173,9 +180,7 @@ def _card(sample: Sample, notes: list[str]) -> Card:
 
 def layout_section(samples: Sequence[Sample]) -> Section:
     """Return the number of tokens of each kind, and the order of kinds in the first sample."""
-    counts = pd.DataFrame(
-        [pd.Series(sample.kinds).value_counts() for sample in samples]
-    ).fillna(0)
+    counts = pd.DataFrame([pd.Series(sample.kinds).value_counts() for sample in samples]).fillna(0)
     n_positions = np.array([len(sample) for sample in samples])
     kinds = [kind for kind in TOKEN_KINDS if kind in counts]
     table = pd.DataFrame(
@@ -200,10 +205,16 @@ def layout_section(samples: Sequence[Sample]) -> Section:
         "from its first position to its last.",
         sentences=sentences,
         strip=[
-            Stretch(f"{run.stop - run.start} {run.token_kind}", run.stop - run.start,
-                    str(run.token_kind), f"positions {run.start} to {run.stop - 1}: {run.role}")
+            Stretch(
+                f"{run.stop - run.start} {run.token_kind}",
+                run.stop - run.start,
+                str(run.token_kind),
+                f"positions {run.start} to {run.stop - 1}: {run.role}",
+            )
             for run in runs.head(_MOST_STRETCHES).itertuples()
-        ] if len(runs) <= _MOST_STRETCHES else (),
+        ]
+        if len(runs) <= _MOST_STRETCHES
+        else (),
         tables=[Table("Tokens by kind", table), limited("Order in the first sample", runs)],
     )
 
@@ -225,7 +236,8 @@ def _runs(sample: Sample) -> pd.DataFrame:
         runs["role"] = ""
     texts = [
         " ".join(str(token) for token in tokens["token"].iloc[start:stop])
-        if kind in ("text", "special") and stop - start <= 60 else ""
+        if kind in ("text", "special") and stop - start <= 60
+        else ""
         for start, stop, kind in zip(starts, stops, runs["token_kind"], strict=True)
     ]
     return runs.assign(tokens=texts)
@@ -252,10 +264,10 @@ def doctor_section(checkup: Checkup | None, samples: Sequence[Sample]) -> Sectio
         "doctor",
         sentences=[
             "Unknown: no verdict of the doctor was passed to this report, and samples do not hold "
-            "one.",
-            f"To get it, run: xmodal doctor {model}. To have it on this page, run: xmodal report "
-            "STORE --doctor, or in Python: xi.report(store, path, checkup=xi.doctor(vlm)).",
+            "one. To get it and to have it on this page:"
         ],
+        code=f"xmodal doctor {model}\nxmodal report STORE --doctor\n"
+        "xi.report(store, path, checkup=xi.doctor(vlm))  # in Python",
     )
 
 

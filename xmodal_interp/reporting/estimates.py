@@ -148,14 +148,12 @@ def over_layers(rows: pd.DataFrame, value: str) -> str:
         return ""
     low, high = layers.loc[layers[value].idxmin()], layers.loc[layers[value].idxmax()]
     text = (
-        f"By layer, from {short(low[value])} (layer {int(low['layer'])}) to "
-        f"{short(high[value])} (layer {int(high['layer'])})"
+        f"By layer: {short(low[value])} (layer {int(low['layer'])}) to {short(high[value])} "
+        f"(layer {int(high['layer'])})"
     )
     if "difference_low" not in rows or layers["difference_low"].isna().all():
         return f"{text}."
-    above = int((layers["difference_low"] > 0).sum())
-    below = int((layers["difference_high"] < 0).sum())
-    return (
-        f"{text}; of {len(layers)} layers, {above} are higher than the null and {below} lower "
-        "(intervals per layer, not adjusted for their number)."
-    )
+    counts = {"higher": int((layers["difference_low"] > 0).sum())}
+    counts["lower"] = int((layers["difference_high"] < 0).sum())
+    parts = [f"{n} {'is' if n == 1 else 'are'} {word}" for word, n in counts.items() if n]
+    return f"{text}; of {len(layers)} layers, {' and '.join(parts) or 'none is distinguished'}."

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import jinja2
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from PIL import Image
 
 from xmodal_interp.arguments import user_path
@@ -34,7 +35,7 @@ from xmodal_interp.store import store_around
 MOST_ROWS = 600
 """Largest number of rows of a table on a page."""
 
-_CSS_INCH, _DPI = 96, 160
+_CSS_INCH, _DPI = 96, 130
 _LOSSLESS_PX = 200  # larger photographs are embedded as JPEG
 
 
@@ -83,6 +84,13 @@ class Table:
     def columns(self) -> list[str]:
         """The names of the columns."""
         return [str(name) for name in self.frame.columns]
+
+    @property
+    def size(self) -> str:
+        """The number of rows, in words."""
+        n = len(self.frame)
+        rows = "1 row" if n == 1 else f"{n} rows"
+        return rows if self.of is None else f"{rows} of {self.of}"
 
     @property
     def file(self) -> str:
@@ -139,7 +147,7 @@ class Section:
         pictures: Pictures, with captions.
         tables: Tables; the first ones are open.
         notes: Small print: samples that were left out, pictures that could not be drawn.
-        code: The Python call that returns the table; empty if there is none.
+        code: The Python call that returns the table, or commands to run; may be empty.
         anchor: The address of the section within the page.
         group: Heading of a group of sections in the contents; empty for a top-level section.
         cards: Cards of samples.
@@ -245,8 +253,10 @@ def limited(name: str, frame: pd.DataFrame, caption: str = "", *, by: str | None
         largest = frame[by].abs().fillna(-1.0).sort_values(ascending=False, kind="stable").index
         kept = frame.loc[largest[:MOST_ROWS].sort_values()]
     chosen = f"with the largest |{by}|" if by else "first"
-    some = f"The {MOST_ROWS} rows {chosen} of {len(frame)}." if by else (
-        f"The first {MOST_ROWS} rows of {len(frame)}."
+    some = (
+        f"The {MOST_ROWS} rows {chosen} of {len(frame)}."
+        if by
+        else (f"The first {MOST_ROWS} rows of {len(frame)}.")
     )
     return Table(name, kept.reset_index(drop=True), f"{caption} {some}".strip(), len(frame))
 
@@ -322,4 +332,4 @@ def _resource(name: str) -> str:
 
 
 def _uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(data).decode()}")

@@ -256,14 +256,11 @@ REDUCED: Mapping[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 
 
 def _rollout_picture(table: pd.DataFrame, samples: Samples, tower: Tower) -> Drawing:
-    first = table[table["sample"] == table["sample"].iloc[0]]
-    one = samples[0]
-    if first["query"].nunique() > 1:
-        first = first[first["query"] == first["query"].iloc[0]]
+    """Draw the first query of the first sample."""
     del tower
-    return figures.rollout_overlay(
-        first.assign(sample=one.name), one, "log2_ratio"
-    )
+    first = table[table["sample"] == table["sample"].iloc[0]]
+    first = first[first["query"] == first["query"].iloc[0]]
+    return figures.rollout_overlay(first.assign(sample=samples[0].name), samples[0], "log2_ratio")
 
 
 def _raster_picture(table: pd.DataFrame, samples: Samples, tower: Tower) -> Drawing:
@@ -277,13 +274,14 @@ def _position_picture(table: pd.DataFrame, samples: Samples, tower: Tower) -> Dr
     return figures.positional_profiles(table)
 
 
-def _sink_picture(table: pd.DataFrame, samples: Samples, tower: Tower) -> Drawing:
-    del samples
+def _sink_share(table: pd.DataFrame) -> list[str]:
+    """Return a sentence on the share of heads for which the first position is a sink."""
+    tower = table["tower"].iloc[0]
     uniform = (table["null"] > THRESHOLD) & (table["n_queries"] >= MIN_QUERIES)
-    rates = table.assign(sink=table["sink"].astype(float), null=uniform.astype(float))
-    by_layer = rates.groupby("layer")[["sink", "null"]].mean().reset_index()
-    title = f"Heads whose sink is the first position, {tower} tower"
-    return figures.layer_curves(by_layer, "sink", null="null", label="share of heads", title=title)
+    return [
+        f"The first position is a sink in {table['sink'].mean():.1%} of the heads of the {tower} "
+        f"tower (mean over layers and samples); with uniform attention, in {uniform.mean():.1%}."
+    ]
 
 
 QUESTIONS: tuple[Question, ...] = (
@@ -293,8 +291,9 @@ QUESTIONS: tuple[Question, ...] = (
         "Share of answers that equal the known answer, except for case and white space. The null "
         "is the most frequent known answer, given every time.",
         _answers,
-        Value("correct", "null", "Share of right answers", "for the most frequent answer",
-              rate=True),
+        Value(
+            "correct", "null", "Share of right answers", "for the most frequent answer", rate=True
+        ),
         "[sample.answer for sample in samples]",
     ),
     Question(
@@ -349,14 +348,14 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "attention_sinks",
         "Attention sinks",
-        "Mean attention that the first position receives from the queries that see it. It is a sink "
-        f"of a head if it receives more than {THRESHOLD} (Gu et al. 2025). The null is what it "
+        "Mean attention that the first position receives from the queries that see it. It is a "
+        f"sink of a head if it receives more than {THRESHOLD} (Gu et al. 2025). The null is what it "
         "receives from uniform attention.",
         _sinks,
         Value("received", "null", "Attention received by the first position, {tower} tower"),
         "xi.attention_sinks(samples, tower={tower!r})",
         BOTH,
-        more=(("Share of heads for which the first position is a sink.", _sink_picture),),
+        words=_sink_share,
     ),
     Question(
         "recency_index",
@@ -375,8 +374,12 @@ QUESTIONS: tuple[Question, ...] = (
         _positions,
         Value("lift", 1.0, "Lift at the shortest distances, {block}", series=("block",)),
         "xi.positional_bias(samples, n_bins=16)",
-        more=(("Mean over heads and samples; the dashed line is uniform attention.",
-               _position_picture),),
+        more=(
+            (
+                "Mean over heads and samples; the dashed line is uniform attention.",
+                _position_picture,
+            ),
+        ),
     ),
     Question(
         "raster_bias",
@@ -385,12 +388,18 @@ QUESTIONS: tuple[Question, ...] = (
         "the edge. The null is 0, no preference for a place. Slopes of few samples also contain "
         "the image content; a blank image separates the two (control=).",
         _raster,
-        Value("slope", 0.0, "Slope {direction}, {tower} tower", "without preference",
-              series=("direction",)),
+        Value(
+            "slope",
+            0.0,
+            "Slope {direction}, {tower} tower",
+            "without preference",
+            series=("direction",),
+        ),
         "xi.raster_bias(samples, tower={tower!r}, per_sample=True)",
         BOTH,
-        more=(("Mean over heads and samples; the dashed line is uniform attention.",
-               _raster_picture),),
+        more=(
+            ("Mean over heads and samples; the dashed line is uniform attention.", _raster_picture),
+        ),
     ),
     Question(
         "attention_rollout",
@@ -401,8 +410,12 @@ QUESTIONS: tuple[Question, ...] = (
         Value("rollout", "null", "Share of the image in the rollout, {tower} tower"),
         "xi.attention_rollout(samples, tower={tower!r}, baseline='uniform')",
         BOTH,
-        more=(("First sample: log2 of the rollout divided by that of uniform attention.",
-               _rollout_picture),),
+        more=(
+            (
+                "First sample: log2 of the rollout divided by that of uniform attention.",
+                _rollout_picture,
+            ),
+        ),
     ),
     Question(
         "attention_distance",

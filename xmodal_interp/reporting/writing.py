@@ -24,7 +24,7 @@ import pandas as pd
 from xmodal_interp import at, figures
 from xmodal_interp.analysis.resampling import cluster_numbers, pictures_of
 from xmodal_interp.analysis.tables import samples_of
-from xmodal_interp.arguments import whole_number
+from xmodal_interp.arguments import strings, whole_number
 from xmodal_interp.errors import InputError, XmodalError
 from xmodal_interp.reporting.analyses import Analysed, analysed
 from xmodal_interp.reporting.captured import (
@@ -59,8 +59,9 @@ class Report:
     Attributes:
         path: The HTML file.
         sentences: The sentences of the analyses.
-        glance: One row per comparison: ``analysis, what, value, low, high, null, difference,
-            difference_low, difference_high, n, against the null``.
+        glance: One row per comparison: ``what, against_null`` (``"higher"``, ``"lower"``, ``"not
+            distinguished"``, ``"no interval"`` or ``"no null"``), ``value, low, high, null,
+            difference, difference_low, difference_high, n, analysis``.
         left_out: Analyses that do not apply: ``analysis, tower, reason``.
         names: The samples that were used.
     """
@@ -76,6 +77,7 @@ def report(
     samples: Sample | Iterable[Sample],
     path: str | PathLike[str] = "report.html",
     *,
+    names: Sequence[str] | None = None,
     max_samples: int = MAX_SAMPLES,
     checkup: Checkup | None = None,
     force: bool = False,
@@ -90,6 +92,7 @@ def report(
     Args:
         samples: One sample, several, or an open store.
         path: The file, which must end in .html.
+        names: Names of the samples of a store to use; all if not given.
         max_samples: The largest number of samples that are used. If there are more, they are evenly
             spaced in the order given, first and last included.
         checkup: The result of ``xi.doctor`` on the model, for the report; it is not run here.
@@ -99,8 +102,9 @@ def report(
         The path, the sentences and the tables of the report.
 
     Raises:
-        InputError: There are no samples; or the path does not end in .html, is inside a store, or
-            exists and ``force`` is False.
+        InputError: There are no samples, or ``names`` are passed without a store; or the path does
+            not end in .html, is inside a store, or exists and ``force`` is False.
+        NotRecordedError: The store has no sample of a name.
         StoreError: A file of the store is damaged.
 
     Example:
@@ -110,14 +114,28 @@ def report(
     """
     whole_number(max_samples, "max_samples", 1)
     target = checked_path(path, force=force)
-    used, chosen = chosen_samples(samples, max_samples)
     store = samples if isinstance(samples, Store) else None
+    used, chosen = chosen_samples(_named(samples, names), max_samples)
     found, sections = report_sections(used, chosen, store=store, checkup=checkup)
     model = str(used[0].provenance.get("model", "")).rstrip("/").rsplit("/", 1)[-1]
     title = f"How {model} attends" if model else "Attention of a vision-language model"
     write_page(Page(title, introduction(used, chosen), sections), target)
     names = [sample.name for sample in used]
     return Report(target, found.sentences, found.glance, found.left_out, names)
+
+
+def _named(
+    samples: Sample | Iterable[Sample], names: Sequence[str] | None
+) -> Sample | Iterable[Sample]:
+    """Return the samples of some names, in the order of the names."""
+    if names is None:
+        return samples
+    if not isinstance(samples, Store):
+        raise InputError(
+            "names= requires an open store (xi.open_store(path)). Pass the samples themselves."
+        )
+    strings(names, "names")
+    return samples[[names] if isinstance(names, str) else list(names)]
 
 
 def chosen_samples(
@@ -145,8 +163,8 @@ def introduction(samples: Sequence[Sample], chosen: str) -> list[str]:
     interval = (
         "With one picture there are no intervals, and nothing here says how it is with others."
         if pictures < 2
-        else f"Intervals are 95% intervals over {len(samples)} samples of {pictures} pictures, never "
-        "over tokens or heads."
+        else f"Intervals are 95% intervals over {len(samples)} samples of {pictures} pictures, "
+        "never over tokens or heads."
     )
     return [
         f"{chosen} {interval}",
@@ -198,10 +216,8 @@ def report_sections(
 def glance_section(found: Analysed) -> Section:
     """Return the section with one row per comparison."""
     if found.glance.empty:
-        return Section(
-            "At a glance", "glance", sentences=["No analysis applies to what was kept."]
-        )
-    compared = found.glance["against the null"]
+        return Section("At a glance", "glance", sentences=["No analysis applies to what was kept."])
+    compared = found.glance["against_null"]
     n_compared = int(compared.isin(["higher", "lower", "not distinguished"]).sum())
     counts = {word: int((compared == word).sum()) for word in ("higher", "lower")}
     without = int((compared == "no interval").sum())
@@ -245,11 +261,15 @@ def _look_section(sample: Sample) -> Section:
     queries = None if vision else at.last
     of = "the class token" if vision else "the last token of the prompt"
     for caption, draw in (
-        (f"Attention of {of}, layer by layer, mean of all heads.",
-         lambda: figures.layer_overlays(sample, queries)),
-        ("The last layer, mean of all heads: queries in rows, keys in columns; grey cells are "
-         "hidden by the mask.",
-         lambda: figures.attention_matrix(sample)),
+        (
+            f"Attention of {of}, layer by layer, mean of all heads.",
+            lambda: figures.layer_overlays(sample, queries),
+        ),
+        (
+            "The last layer, mean of all heads: queries in rows, keys in columns; grey cells are "
+            "hidden by the mask.",
+            lambda: figures.attention_matrix(sample),
+        ),
     ):
         try:
             pictures.append(shown_figure(draw(), caption))
