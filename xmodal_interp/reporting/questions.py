@@ -349,8 +349,8 @@ QUESTIONS: tuple[Question, ...] = (
         "attention_sinks",
         "Attention sinks",
         "Mean attention that the first position receives from the queries that see it. It is a "
-        f"sink of a head if it receives more than {THRESHOLD} (Gu et al. 2025). The null is what it "
-        "receives from uniform attention.",
+        f"sink of a head if it receives more than {THRESHOLD} (Gu et al. 2025). The null is what "
+        "it receives from uniform attention.",
         _sinks,
         Value("received", "null", "Attention received by the first position, {tower} tower"),
         "xi.attention_sinks(samples, tower={tower!r})",
