@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ import pandas as pd
 
 from xmodal_interp import analysis, evaluation, figures
 from xmodal_interp.errors import XmodalError
-from xmodal_interp.reporting.estimates import estimates, over_layers, sentence, verdict
-from xmodal_interp.reporting.page import Drawing, Section, Shown, limited, shown_figure
+from xmodal_interp.reporting.estimates import estimates, over_layers, records, sentence, verdict
+from xmodal_interp.reporting.page import Section, Shown, limited, shown_figure
 from xmodal_interp.reporting.questions import (
     ELSEWHERE,
     NEED_THE_MODEL,
@@ -89,7 +90,7 @@ def analysed(samples: Samples, clusters: Sequence[int]) -> Analysed:
             sentences += answer.sentences
     known = {question.analysis for question in QUESTIONS}
     for name in (*analysis.__all__, *evaluation.__all__):
-        if name in known or name not in NEED_THE_MODEL | ELSEWHERE:
+        if name in known or name not in {*NEED_THE_MODEL, *ELSEWHERE}:
             continue
         reason = NEED_THE_MODEL.get(name) or f"Not repeated: see {ELSEWHERE[name]}."
         left_out.append((name, "", reason))
@@ -140,7 +141,8 @@ def _add(
     """Add what the table of one tower gives."""
     value = question.value
     table.attrs = {}  # pandas copies them in every operation; provenance makes that slow
-    reduced = REDUCED.get(question.analysis, lambda given: given)(table)
+    reduce = REDUCED.get(question.analysis)
+    reduced = table if reduce is None else reduce(table)
     names = dict.fromkeys(reduced["sample"])
     of_names = dict(zip(names, clusters, strict=True))
     if "tower" not in reduced:
@@ -159,11 +161,11 @@ def _add(
     answer.towers.append(tower)
     answer.overall.append(overall)
     by_layer = averaged("layer") if "layer" in reduced else None
-    for _, row in overall.iterrows():
+    for row in records(overall):
         what = value.what.format(**{name: row[name] for name in keys})
         said = sentence(what, row, value.column, value.null_name, unit=value.unit)
         if by_layer is not None:
-            same = (by_layer[keys] == row[keys]).all(axis=1)
+            same = (by_layer[keys] == [row[name] for name in keys]).all(axis=1)
             said = f"{said} {over_layers(by_layer[same], value.column)}".rstrip()
         answer.sentences.append(said)
         answer.glance.append(_glance_row(question, what, row))
@@ -193,7 +195,7 @@ def _add(
             ),
         )
     for caption, draw in question.more:
-        _draw(answer, caption, lambda draw=draw: draw(table, samples, tower))
+        _draw(answer, caption, partial(draw, table, samples, tower))
 
 
 def _glance_row(question: Question, what: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,7 +205,7 @@ def _glance_row(question: Question, what: str, row: Mapping[str, Any]) -> dict[s
     return found | {"n": int(row["n"]), "analysis": question.analysis}
 
 
-def _curves(question: Question, tower: Tower, by_layer: pd.DataFrame) -> Drawing:
+def _curves(question: Question, tower: Tower, by_layer: pd.DataFrame) -> figures.Picture:
     value = question.value
     null = value.null if value.null is None or isinstance(value.null, float) else "null"
     unit = f" ({value.unit})" if value.unit else ""
@@ -219,7 +221,7 @@ def _curves(question: Question, tower: Tower, by_layer: pd.DataFrame) -> Drawing
     )
 
 
-def _draw(answer: _Answer, caption: str, draw: Any) -> None:
+def _draw(answer: _Answer, caption: str, draw: Callable[[], figures.Picture]) -> None:
     """Add a figure, or a note with the reason why it cannot be drawn."""
     try:
         answer.pictures.append(shown_figure(draw(), caption))

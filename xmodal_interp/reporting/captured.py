@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ import pandas as pd
 from xmodal_interp.analysis.tables import add_provenance
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import StoreError
+from xmodal_interp.reporting.estimates import records
 from xmodal_interp.reporting.page import Card, Section, Shown, Stretch, Table, limited, shown_image
 from xmodal_interp.reporting.questions import refusal_of
 from xmodal_interp.sample import Sample
@@ -26,11 +27,17 @@ _STATISTICS = {
 }
 
 
+@runtime_checkable
 class Checkup(Protocol):
     """The result of :func:`xmodal_interp.doctor`."""
 
-    table: pd.DataFrame
-    layers: pd.DataFrame
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per check."""
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """One row per attention layer."""
 
     @property
     def ok(self) -> bool:
@@ -54,8 +61,8 @@ def model_section(samples: Sequence[Sample]) -> Section:
         with_these = f" ({', '.join(parts)} attention)" if len(parts) == 2 else ""
         sentences.append(f"The model is {model}{with_these}; {_named(about)}.")
     sentences += [
-        f"Kept of the {row.tower} tower: {row.kept}, of {row.layers} {row.kind}-attention layers."
-        for row in rows.itertuples()
+        "Kept of the {tower} tower: {kept}, of {layers} {kind}-attention layers.".format(**row)
+        for row in records(rows)
     ]
     notes = (
         []
@@ -180,7 +187,8 @@ def _card(sample: Sample, notes: list[str]) -> Card:
 
 def layout_section(samples: Sequence[Sample]) -> Section:
     """Return the number of tokens of each kind, and the order of kinds in the first sample."""
-    counts = pd.DataFrame([pd.Series(sample.kinds).value_counts() for sample in samples]).fillna(0)
+    of_samples = [pd.Series(sample.kinds).value_counts() for sample in samples]
+    counts = pd.DataFrame(of_samples).fillna(0)
     n_positions = np.array([len(sample) for sample in samples])
     kinds = [kind for kind in TOKEN_KINDS if kind in counts]
     table = pd.DataFrame(
@@ -194,7 +202,7 @@ def layout_section(samples: Sequence[Sample]) -> Section:
     )
     first = samples[0]
     runs = _runs(first)
-    parts = [f"{row.mean:g} {row.token_kind}" for row in table.round(1).itertuples()]
+    parts = ["{mean:g} {token_kind}".format(**row) for row in records(table.round(1))]
     total = f"{n_positions.mean():.1f}".removesuffix(".0")
     sentences = [f"A sample has {total} positions on average: {', '.join(parts)}."]
     where = "vision tower" if first.tower == "vision" else "sequence"
@@ -204,19 +212,15 @@ def layout_section(samples: Sequence[Sample]) -> Section:
         about=f"Positions of the {where} by kind. The strip is the first sample, {first.name}, "
         "from its first position to its last.",
         sentences=sentences,
-        strip=[
-            Stretch(
-                f"{run.stop - run.start} {run.token_kind}",
-                run.stop - run.start,
-                str(run.token_kind),
-                f"positions {run.start} to {run.stop - 1}: {run.role}",
-            )
-            for run in runs.head(_MOST_STRETCHES).itertuples()
-        ]
-        if len(runs) <= _MOST_STRETCHES
-        else (),
+        strip=[_stretch(run) for run in records(runs)] if len(runs) <= _MOST_STRETCHES else (),
         tables=[Table("Tokens by kind", table), limited("Order in the first sample", runs)],
     )
+
+
+def _stretch(run: Mapping[str, Any]) -> Stretch:
+    length = run["stop"] - run["start"]
+    where = f"positions {run['start']} to {run['stop'] - 1}: {run['role']}"
+    return Stretch(f"{length} {run['token_kind']}", length, str(run["token_kind"]), where)
 
 
 def _runs(sample: Sample) -> pd.DataFrame:
@@ -299,7 +303,7 @@ def _settings(name: str, values: Mapping[str, Any]) -> Table:
     return Table(name, pd.DataFrame(rows, columns=["setting", "value"], dtype=object))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Any:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{name}.")

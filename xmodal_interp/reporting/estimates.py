@@ -61,7 +61,7 @@ def estimates(
 
     values = wide(value)
     known = ~np.isnan(values)
-    options = {"n_draws": N_DRAWS, "seed": SEED}
+    options: dict[str, int] = {"n_draws": N_DRAWS, "seed": SEED}
     found = known_mean_intervals(values, of_samples, value_kind=value_kind, **options)
     result = series.assign(**{value: _means(values), "low": found.low, "high": found.high})
     if null is not None:
@@ -82,7 +82,15 @@ def _means(values: np.ndarray) -> np.ndarray:
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 
 
-def verdict(row: Mapping[str, float]) -> str:
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a table as dicts."""
+    return [
+        dict(zip(map(str, table.columns), row, strict=True))
+        for row in table.itertuples(index=False, name=None)
+    ]
+
+
+def verdict(row: Mapping[str, Any]) -> str:
     """Return how a value compares with its null: in words that the interval supports."""
     if "null" not in row or np.isnan(row["null"]):
         return "no null"
@@ -94,7 +102,7 @@ def verdict(row: Mapping[str, float]) -> str:
 
 
 def sentence(
-    what: str, row: Mapping[str, float], value: str, null_name: str, *, unit: str = ""
+    what: str, row: Mapping[str, Any], value: str, null_name: str, *, unit: str = ""
 ) -> str:
     """Return a sentence with the value, its interval, its null, and how they compare.
 
@@ -121,7 +129,7 @@ def sentence(
     return f"{text} It is {judged}: {between}."
 
 
-def _interval(row: Mapping[str, float], units: str) -> str:
+def _interval(row: Mapping[str, Any], units: str) -> str:
     n, n_clusters = int(row["n"]), int(row["n_clusters"])
     of = "1 sample" if n == 1 else f"{n} samples"
     if n_clusters < 2:

@@ -19,7 +19,7 @@ from importlib.resources import files
 from os import PathLike
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -30,6 +30,7 @@ from PIL import Image
 from xmodal_interp.arguments import user_path
 from xmodal_interp.errors import InputError
 from xmodal_interp.escaping import printable
+from xmodal_interp.figures import Picture
 from xmodal_interp.store import store_around
 
 MOST_ROWS = 600
@@ -37,16 +38,6 @@ MOST_ROWS = 600
 
 _CSS_INCH, _DPI = 96, 130
 _LOSSLESS_PX = 200  # larger photographs are embedded as JPEG
-
-
-class Drawing(Protocol):
-    """A matplotlib figure: the part of it that this module calls."""
-
-    def savefig(self, fname: Any, **options: Any) -> None:
-        """Write the figure."""
-
-    def get_figwidth(self) -> float:
-        """Return the width in inches."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +208,7 @@ def number(value: float) -> str:
     return f"{value:.3e}"
 
 
-def shown_figure(figure: Drawing, caption: str) -> Shown:
+def shown_figure(figure: Picture, caption: str) -> Shown:
     """Return a figure as a PNG inside the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -260,7 +260,7 @@ def _look_section(sample: Sample) -> Section:
     vision = sample.tower == "vision"
     queries = None if vision else at.last
     of = "the class token" if vision else "the last token of the prompt"
-    for caption, draw in (
+    planned: list[tuple[str, Callable[[], figures.Picture]]] = [
         (
             f"Attention of {of}, layer by layer, mean of all heads.",
             lambda: figures.layer_overlays(sample, queries),
@@ -270,7 +270,8 @@ def _look_section(sample: Sample) -> Section:
             "hidden by the mask.",
             lambda: figures.attention_matrix(sample),
         ),
-    ):
+    ]
+    for caption, draw in planned:
         try:
             pictures.append(shown_figure(draw(), caption))
         except XmodalError as error:
@@ -290,4 +291,7 @@ def _with_tables(section: Section, table: Table) -> Section:
 
 
 def _clusters(samples: Sequence[Sample]) -> list[int]:
-    return cluster_numbers([pictures_of(*pair) for pair in enumerate(samples)]).tolist()
+    clusters: list[int] = cluster_numbers(
+        [pictures_of(*pair) for pair in enumerate(samples)]
+    ).tolist()
+    return clusters
