@@ -16,7 +16,9 @@ from xmodal_interp.cli.commands import app
 from xmodal_interp.demo.pipeline import held_out_scenes, of_kind, questions_about
 from xmodal_interp.errors import InputError
 from xmodal_interp.evaluation import bootstrap_interval
+from xmodal_interp.reporting import analyses, writing
 from xmodal_interp.reporting.estimates import short
+from xmodal_interp.reporting.page import Section
 from xmodal_interp.reporting.questions import ELSEWHERE, NEED_THE_MODEL, QUESTIONS
 
 HOSTILE = (
@@ -69,6 +71,13 @@ def store(tmp_path_factory):
 def made(store, tmp_path_factory):
     report = xi.report(store, tmp_path_factory.mktemp("page") / "report.html")
     return report, Parsed(report.path.read_text("utf-8"))
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Leave out the figures, which take most of the time."""
+    monkeypatch.setattr(analyses, "_draw", lambda *_: None)
+    monkeypatch.setattr(writing, "_look_section", lambda _: Section("One sample", "look"))
 
 
 def interval_of(values) -> list[str]:
@@ -152,6 +161,7 @@ def test_what_was_captured_is_stated(made) -> None:
     assert "All 4 samples. Intervals are 95% intervals over 4 samples of 4 pictures" in text
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_one_sample_has_no_interval(store, tmp_path) -> None:
     report = xi.report(store[0], tmp_path / "one.html")
     ratio = xi.cross_modal_ratio(store[0])
@@ -169,6 +179,7 @@ def test_one_sample_has_no_interval(store, tmp_path) -> None:
     assert "With one picture there are no intervals" in text
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_samples_of_one_picture_are_one_cluster(tmp_path) -> None:
     image = picture()
     questions = ["how many shapes ?", "what color is the circle ?"]
@@ -178,10 +189,12 @@ def test_samples_of_one_picture_are_one_cluster(tmp_path) -> None:
     assert report.glance["difference_low"].isna().all()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_text_of_prompts_is_never_interpreted(tmp_path) -> None:
-    asked = [{**items(1)[0], "prompt": HOSTILE, "answer": "=1+1", "name": "<b>x</b>"}]
+    asked = [{**items(1)[0], "prompt": HOSTILE, "answer": HOSTILE}]
     store = xi.capture_dataset(shipped(), asked, tmp_path / "store", progress=False)
-    report = xi.report(store, tmp_path / "page.html")
+    sample = store[0].changed(name="<b>x</b>")
+    report = xi.report(sample, tmp_path / "page.html")
     page = report.path.read_text("utf-8")
     parsed = Parsed(page)
     assert "{{ 7 * 7 }}" in page
@@ -234,6 +247,7 @@ def test_a_store_of_a_vision_model(tmp_path) -> None:
     assert "Positions of the vision tower by kind." in text
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_samples_to_which_an_analysis_does_not_apply_are_left_out(tmp_path) -> None:
     samples = xi.capture_batch(
         shipped(), [[picture()], [picture(seed=1)], []], ["how many shapes ?"] * 2 + ["hello"]
@@ -247,6 +261,7 @@ def test_samples_to_which_an_analysis_does_not_apply_are_left_out(tmp_path) -> N
     assert "1 of 3 samples were left out of cross_modal_ratio (language tower)." in text
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_more_samples_than_the_limit_are_evenly_spaced(store, tmp_path) -> None:
     report = xi.report(store, tmp_path / "page.html", max_samples=2)
     assert report.names == [store.names[0], store.names[3]]
@@ -254,6 +269,7 @@ def test_more_samples_than_the_limit_are_evenly_spaced(store, tmp_path) -> None:
     assert "2 of 4 samples: evenly spaced in their order." in text
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_verdict_is_the_one_that_was_passed(store, tmp_path) -> None:
     checkup = xi.doctor(shipped())
     report = xi.report(store[0], tmp_path / "page.html", checkup=checkup)
@@ -262,6 +278,7 @@ def test_the_verdict_is_the_one_that_was_passed(store, tmp_path) -> None:
     assert len(page.tables["checks.csv"]) == len(checkup.table) + 1
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_existing_files_and_wrong_paths_are_refused(store, tmp_path) -> None:
     path = tmp_path / "page.html"
     path.write_text("mine")
@@ -285,6 +302,7 @@ def test_existing_files_and_wrong_paths_are_refused(store, tmp_path) -> None:
     assert path.read_text("utf-8").startswith("<!doctype html>")
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_command_writes_a_report(store, tmp_path) -> None:
     run = CliRunner().invoke
     path = tmp_path / "page.html"

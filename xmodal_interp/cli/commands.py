@@ -354,7 +354,7 @@ def report(
     """
     check_output(path, force=force)
     opened = xi.open_store(store)
-    chosen = [_sample(opened, each).name for each in samples or ()]
+    chosen = [_sample(opened, each, "--samples").name for each in samples or ()]
     checkup = None
     if doctor and len(opened):
         about = opened[0].provenance
@@ -550,13 +550,13 @@ def _asked(
     return [{"image": list(images), "prompt": prompt, "name": name, "answer": answer}]
 
 
-def _sample(store: xi.Store, which: str) -> xi.Sample:
+def _sample(store: xi.Store, which: str, option: str = "--sample") -> xi.Sample:
     if which in store.names:
         return store[which]
     if not which.lstrip("-").isdigit() or not -len(store) <= int(which) < len(store):
         shown = ", ".join(store.names[:5]) + (", ..." if len(store) > 5 else "")
         raise InputError(
-            f"--sample must be a number from 0 to {len(store) - 1} or a name ({shown}); got "
+            f"{option} must be a number from 0 to {len(store) - 1} or a name ({shown}); got "
             f"{which!r}."
         )
     return store[int(which)]

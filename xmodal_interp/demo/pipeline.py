@@ -116,9 +116,10 @@ def _run(folder: Path, n_scenes: int) -> tuple[dict[str, pd.DataFrame], list[str
         shown = _samples_for_pictures(vlm, before, items)
         tables["rollout"] = attention_rollout(shown["after"], shown["phrase"], baseline="uniform")
         pictures = draw_all(shown, tables, store, folder / "pictures")
-    _write_tables(tables, folder / "tables")
-    lines = sentences(tables, n_scenes)
-    write_report(folder, vlm, tables, pictures, lines)
+        step("writing the report")
+        _write_tables(tables, folder / "tables")
+        lines = sentences(tables, n_scenes)
+        write_report(folder, vlm, tables, pictures, lines, store)
     return tables, lines
 
 
