@@ -57,8 +57,8 @@ def write_report(
     _, sections = report_sections(samples, chosen, store=store)
     about = (
         f"{type(vlm.model).__name__}, {n_weights:,} weights, {n_asked:,} questions about held-out "
-        "scenes. The model ran with its own attention backend; all probabilities were computed from "
-        "recorded queries and keys."
+        "scenes. The model ran with its own attention backend; all probabilities were computed "
+        "from recorded queries and keys."
     )
     first = [
         Section("Findings of the demo", "findings", about, lines, group=_GROUP),

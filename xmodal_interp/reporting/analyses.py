@@ -143,7 +143,7 @@ def _add(
     table.attrs = {}  # pandas copies them in every operation; provenance makes that slow
     reduce = REDUCED.get(question.analysis)
     reduced = table if reduce is None else reduce(table)
-    names = dict.fromkeys(reduced["sample"])
+    names = dict.fromkeys(table["sample"])
     of_names = dict(zip(names, clusters, strict=True))
     if "tower" not in reduced:
         reduced = reduced.assign(tower=tower)

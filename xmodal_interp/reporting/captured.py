@@ -11,6 +11,7 @@ import pandas as pd
 from xmodal_interp.analysis.tables import add_provenance
 from xmodal_interp.attention import AttentionCall
 from xmodal_interp.errors import StoreError
+from xmodal_interp.models import open_image
 from xmodal_interp.reporting.estimates import records
 from xmodal_interp.reporting.page import Card, Section, Shown, Stretch, Table, limited, shown_image
 from xmodal_interp.reporting.questions import refusal_of
@@ -168,7 +169,7 @@ def _card(sample: Sample, notes: list[str]) -> Card:
             places = np.linspace(0, len(video.frames) - 1, min(_FRAMES, len(video.frames)))
             for i in dict.fromkeys(places.round().astype(int).tolist()):
                 caption = f"video {number}, frame {i}"
-                pictures.append(shown_image(video.frames[i], caption, side=200))
+                pictures.append(shown_image(open_image(video.frames[i]), caption, side=200))
     except (StoreError, OSError) as error:
         notes.append(f"An image of sample {sample.name} cannot be shown. {refusal_of(error)}")
     lines = [

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -154,7 +155,8 @@ def over_layers(rows: pd.DataFrame, value: str) -> str:
     layers = rows.dropna(subset=[value])
     if len(layers) < 2:
         return ""
-    low, high = layers.loc[layers[value].idxmin()], layers.loc[layers[value].idxmax()]
+    ordered = records(layers.sort_values(value, kind="stable"))
+    low, high = ordered[0], ordered[-1]
     text = (
         f"By layer: {short(low[value])} (layer {int(low['layer'])}) to {short(high[value])} "
         f"(layer {int(high['layer'])})"

@@ -146,9 +146,10 @@ def _sinks(samples: Samples, tower: Tower) -> pd.DataFrame:
 
 def _positions(samples: Samples, tower: Tower) -> pd.DataFrame:  # noqa: ARG001
     """Return the profiles of the blocks that all samples have, of at most eight layers."""
-    layers = samples[0].layers("language")
-    chosen = sorted({layers[i] for i in np.linspace(0, len(layers) - 1, 8).round().astype(int)})
-    return analysis.positional_bias(samples, layers=chosen, n_bins=16)
+    kept = samples[0].layers("language")
+    places = np.linspace(0, len(kept) - 1, 8).round().astype(int).tolist() if kept else []
+    layers = sorted({kept[i] for i in places}) or None
+    return analysis.positional_bias(samples, layers=layers, n_bins=16)
 
 
 def _nearest(table: pd.DataFrame) -> pd.DataFrame:
