@@ -1,19 +1,23 @@
 """The demo on few scenes: its findings, its files, and the user's files that it leaves alone."""
 
 import hashlib
+import html
 import json
 import re
 import shutil
+from base64 import b64encode
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
 
+from xmodal_interp.analysis import cross_modal_ratio
 from xmodal_interp.demo import run_demo
 from xmodal_interp.demo.output_folder import FILE_LIST, staging_folder
 from xmodal_interp.demo.pipeline import Findings
 from xmodal_interp.errors import InputError
+from xmodal_interp.reporting.estimates import short
 from xmodal_interp.store import open_store
 
 N_SCENES = 24
@@ -43,21 +47,28 @@ def test_tables_are_read_back_unchanged(findings) -> None:
         assert len(pd.read_csv(findings.folder / "tables" / f"{name}.csv")) == len(table)
 
 
-def test_the_page_shows_every_picture_and_links_every_table(findings) -> None:
-    page = (findings.folder / "report.html").read_text()
-    shown = re.findall(r'src="([^"]+)"', page)
-    assert sorted(shown) == sorted(
-        path.relative_to(findings.folder).as_posix()
-        for path in (findings.folder / "pictures").iterdir()
-    )
-    assert len(shown) == 14
-    for picture in shown:
-        with Image.open(findings.folder / picture) as image:
+def test_the_page_holds_every_picture_and_every_table(findings) -> None:
+    page = (findings.folder / "report.html").read_text("utf-8")
+    sources = re.findall(r'<img src="([^"]+)"', page)
+    assert all(source.startswith("data:image/") for source in sources)
+    pictures = [*(findings.folder / "pictures").iterdir()]
+    assert len(pictures) == 14
+    for picture in pictures:
+        assert f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}" in sources
+        with Image.open(picture) as image:
             assert len(image.convert("RGB").getcolors(2**24)) > 16  # not blank
-    links = re.findall(r'href="(tables/[^"]+)"', page)
-    assert all((findings.folder / link).exists() for link in links)
-    assert {Path(link).stem for link in links} == set(findings.tables)
+    for name in findings.tables:
+        assert f'data-file="{name.replace("_", "-")}.csv"' in page
+    assert all(line in html.unescape(page) for line in findings.lines)
     assert (findings.folder / "report.md").exists()
+
+
+def test_the_page_is_the_report_of_the_store(findings) -> None:
+    page = (findings.folder / "report.html").read_text("utf-8")
+    table = cross_modal_ratio(open_store(findings.folder / "store"))
+    assert f"Share of text attention on the image: {short(table['ratio'].mean())} (95%" in page
+    for anchor in ("findings", "glance", "captured", "cross-modal-ratio", "provenance"):
+        assert f'<section id="{anchor}">' in page
 
 
 def test_the_store_contains_the_colour_questions(findings) -> None:

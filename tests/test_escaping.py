@@ -97,7 +97,7 @@ def test_markdown_is_escaped() -> None:
     content = {"model": "<script>|", "model_class": "M", "n_weights": 1, "n_asked": 1}
     tables = {"t": {"columns": ["a|b"], "rows": [["x|y", "[l](u)"]]}}
     page = plain.get_template("report.md").render(
-        **content, lines=["a\n# b"], pictures=[("p.png", "[t]", "<img src=x>", 1.0)], tables=tables
+        **content, lines=["a\n# b"], pictures=[("p.png", "[t]", "<img src=x>")], tables=tables
     )
     assert "<" not in page.replace(r"\<", "")
     assert r"x\|y | \[l\](u)" in page

@@ -9,6 +9,7 @@ from . import (
     figures,
     hooks,
     models,
+    reporting,
     shapes,
     store,
     viewer,
@@ -50,6 +51,7 @@ from .hooks import (
     record,
 )
 from .models import VLM, Family, Video, load, read_items, resized
+from .reporting import Report, report
 from .sample import Sample
 from .store import Store, check_store, open_store
 from .verification import doctor
@@ -60,6 +62,7 @@ __all__ = [
     "AttentionCall",
     "Family",
     "Keep",
+    "Report",
     "Sample",
     "Store",
     "Video",
@@ -104,6 +107,8 @@ __all__ = [
     "read_items",
     "recency_index",
     "record",
+    "report",
+    "reporting",
     "resized",
     "rollout_matrix",
     "shapes",

@@ -132,3 +132,8 @@ def check_occurrence(occurrence: SupportsIndex | None) -> int | None:
         raise InputError(
             f"occurrence must be an integer, 0 for the first; got {quoted(occurrence)}."
         ) from None
+
+
+def same_answer(known: str, given: str) -> bool:
+    """Return whether two answers are equal, except for case and white space."""
+    return known.casefold().split() == given.casefold().split()

@@ -57,6 +57,7 @@ from xmodal_interp.models.known_answers import (
     listed,
 )
 from xmodal_interp.models.model_inputs import without_last
+from xmodal_interp.text_search import same_answer
 from xmodal_interp.vocabulary import Tower
 
 METRICS: tuple[str, ...] = ("accuracy", "log_prob", "margin")
@@ -126,11 +127,6 @@ def answer_accuracy(
         provenance=[origin(vlm)],
         n_samples=len(items),
     )
-
-
-def same_answer(known: str, given: str) -> bool:
-    """Return whether two answers are equal, except for case and white space."""
-    return known.casefold().split() == given.casefold().split()
 
 
 def removal_scores(

@@ -41,6 +41,7 @@ from xmodal_interp.arguments import MOST, as_list, checked, real_number, whole_n
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.models import ImageLike
 from xmodal_interp.models.picture_sources import content_digest
+from xmodal_interp.sample import Sample
 
 Values = Iterable[float] | np.ndarray
 Statistic = Callable[[np.ndarray], float]
@@ -269,6 +270,21 @@ def picture_key(pictures: Iterable[ImageLike]) -> Hashable:
     return tuple(
         str(one) if isinstance(one, (str, PathLike)) else content_digest(one) for one in pictures
     )
+
+
+def pictures_of(number: int, sample: Sample) -> Hashable:
+    """Return a key that is equal for samples with the same images and videos.
+
+    If the sample does not hold its images, return its number, which is unique.
+    """
+    frames = [frame for video in sample.videos for frame in video.frames]
+    n_visuals = len(sample.grids) + len(sample.video_grids)
+    if not n_visuals or len(sample.images) + len(sample.videos) != n_visuals:
+        return number
+    files = sample.provenance.get("images") or []
+    files = files if len(files) == len(sample.images) else [None] * len(sample.images)
+    images = [file or image for file, image in zip(files, sample.images, strict=True)]
+    return picture_key([*images, *frames])
 
 
 def _resampled(

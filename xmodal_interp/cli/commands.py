@@ -387,6 +387,53 @@ def view(
 
 
 @app.command()
+def report(
+    store: Folder,
+    path: Annotated[Path, typer.Option(help="Output file: .html")] = Path("report.html"),
+    samples: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name or number of a sample; repeat the option for several; default: all, or "
+            "--max-samples that are evenly spaced"
+        ),
+    ] = None,
+    max_samples: Annotated[int, typer.Option(min=1, help="Largest number of samples to use")] = 32,
+    doctor: Annotated[
+        bool,
+        typer.Option("--doctor", help="Load the model of the store and add the doctor's verdict"),
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Write a report of a store: one HTML file that can be mailed.
+
+    It has what was captured, every analysis that applies with figure, null and interval, and the
+    provenance.
+    """
+    check_output(path, force=force)
+    opened = xi.open_store(store)
+    chosen = [_sample(opened, each, "--samples").name for each in samples or ()]
+    checkup = None
+    if doctor and len(opened):
+        about = opened[0].provenance
+        model = str(about.get("model") or "")
+        options = [f"{k}={json.dumps(v)}" for k, v in about.get("processor_options", {}).items()]
+        dtype = str(about.get("dtype") or "auto")
+        checkup = xi.doctor(_loaded(model, dtype, None, about.get("backend"), options))
+    written = xi.report(
+        opened,
+        path,
+        names=chosen or None,
+        max_samples=max_samples,
+        checkup=checkup,
+        force=force,
+    )
+    for line in written.sentences:
+        say(f"• {line}")
+    n_bytes = written.path.stat().st_size
+    say(f"\nWritten to {path} ({n_bytes / 1e6:.1f} MB, {len(written.names)} samples).")
+
+
+@app.command()
 def info(
     what: Annotated[
         str,
@@ -560,13 +607,13 @@ def _asked(
     return [{"image": list(images), "prompt": prompt, "name": name, "answer": answer}]
 
 
-def _sample(store: xi.Store, which: str) -> xi.Sample:
+def _sample(store: xi.Store, which: str, option: str = "--sample") -> xi.Sample:
     if which in store.names:
         return store[which]
     if not which.lstrip("-").isdigit() or not -len(store) <= int(which) < len(store):
         shown = ", ".join(store.names[:5]) + (", ..." if len(store) > 5 else "")
         raise InputError(
-            f"--sample must be a number from 0 to {len(store) - 1} or a name ({shown}); got "
+            f"{option} must be a number from 0 to {len(store) - 1} or a name ({shown}); got "
             f"{which!r}."
         )
     return store[int(which)]

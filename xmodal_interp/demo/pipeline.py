@@ -34,7 +34,6 @@ from xmodal_interp.analysis import (
     raster_bias,
     raster_profile,
 )
-from xmodal_interp.analysis.answers import same_answer
 from xmodal_interp.arguments import user_path
 from xmodal_interp.capturing.dataset import capture_dataset
 from xmodal_interp.capturing.run import Keep, capture, capture_batch
@@ -47,6 +46,7 @@ from xmodal_interp.sample import Sample
 from xmodal_interp.shapes import KINDS, Scene, ask_all, sample_scene
 from xmodal_interp.shapes.tiny_models import untrained
 from xmodal_interp.store import Store
+from xmodal_interp.text_search import same_answer
 
 _HELD_OUT = 2**40  # first part of the seed; training uses (seed, step), which is never this large
 _BATCH = 32
@@ -116,9 +116,10 @@ def _run(folder: Path, n_scenes: int) -> tuple[dict[str, pd.DataFrame], list[str
         shown = _samples_for_pictures(vlm, before, items)
         tables["rollout"] = attention_rollout(shown["after"], shown["phrase"], baseline="uniform")
         pictures = draw_all(shown, tables, store, folder / "pictures")
-    _write_tables(tables, folder / "tables")
-    lines = sentences(tables, n_scenes)
-    write_report(folder, vlm, tables, pictures, lines)
+        step("writing the report")
+        _write_tables(tables, folder / "tables")
+        lines = sentences(tables, n_scenes)
+        write_report(folder, vlm, tables, pictures, lines, store)
     return tables, lines
 
 

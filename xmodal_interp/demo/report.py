@@ -1,7 +1,7 @@
-"""Report of the demo: ``report.html``, and the same content as ``report.md``.
+"""Report of the demo: ``report.html`` with the findings and the report of its store.
 
-It holds the findings as sentences, each with its number and a baseline, then the pictures, the main
-tables and links to all tables.
+``report.md`` holds the findings, the pictures and the main tables. The findings are sentences, each
+with its number and a baseline.
 """
 
 from __future__ import annotations
@@ -14,11 +14,17 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-from PIL import Image
 
 from xmodal_interp import figures
-from xmodal_interp.escaping import markdown_escaped, printable
+from xmodal_interp.escaping import markdown_escaped
 from xmodal_interp.models import VLM
+from xmodal_interp.reporting.page import Page, Section, limited, shown_file, write_page
+from xmodal_interp.reporting.writing import (
+    MAX_SAMPLES,
+    chosen_samples,
+    introduction,
+    report_sections,
+)
 from xmodal_interp.store import Store
 
 Tables = dict[str, pd.DataFrame]
@@ -26,6 +32,7 @@ Tables = dict[str, pd.DataFrame]
 Captioned = tuple[Path, str, str]
 """A picture, its title and its caption."""
 
+_GROUP = "Demo"
 _SHOWN = ("accuracy", "best_head", "best_head_untrained", "ratio")
 
 
@@ -35,41 +42,63 @@ def write_report(
     tables: Tables,
     pictures: list[Captioned],
     lines: list[str],
+    store: Store,
 ) -> None:
-    """Write both pages to ``folder``; links to pictures and tables are relative to it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template),
-        autoescape=True,
-        trim_blocks=True,
-        finalize=lambda value: printable(value) if isinstance(value, str) else value,
+    """Write both pages to ``folder``.
+
+    ``report.html`` is the report of the store (:func:`xmodal_interp.report`) after the demo's own
+    findings, pictures and tables; everything is in the file. Links of ``report.md`` to pictures are
+    relative to the folder.
+    """
+    model = vlm.name.rsplit("/", 1)[-1]
+    n_weights = sum(weight.numel() for weight in vlm.model.parameters())
+    n_asked = int(tables["accuracy"]["n"].sum())
+    samples, chosen = chosen_samples(store, MAX_SAMPLES)
+    _, sections = report_sections(samples, chosen, store=store)
+    about = (
+        f"{type(vlm.model).__name__}, {n_weights:,} weights, {n_asked:,} questions about held-out "
+        "scenes. The model ran with its own attention backend; all probabilities were computed "
+        "from recorded queries and keys."
     )
+    first = [
+        Section("Findings of the demo", "findings", about, lines, group=_GROUP),
+        Section(
+            "Pictures of the demo",
+            "pictures",
+            pictures=[shown_file(path, f"{title}. {text}") for path, title, text in pictures],
+            group=_GROUP,
+        ),
+        Section(
+            "Tables of the demo",
+            "tables",
+            "Whole tables, as CSV and Parquet, are in the folder tables beside this page.",
+            tables=[limited(name, table) for name, table in tables.items()],
+            group=_GROUP,
+            n_open=0,
+        ),
+    ]
+    title = f"How {model} attends to an image"
+    page = Page(title, introduction(samples, chosen), [*first, *sections])
+    write_page(page, folder / "report.html")
     content = {
-        "model": vlm.name.rsplit("/", 1)[-1],
+        "model": model,
         "model_class": type(vlm.model).__name__,
-        "n_weights": sum(weight.numel() for weight in vlm.model.parameters()),
-        "n_asked": int(tables["accuracy"]["n"].sum()),
+        "n_weights": n_weights,
+        "n_asked": n_asked,
         "lines": lines,
         "pictures": [
-            (path.relative_to(folder).as_posix(), title, caption, _inches(path))
+            (path.relative_to(folder).as_posix(), title, caption)
             for path, title, caption in pictures
         ],
         "tables": {name: _rounded(tables[name]) for name in _SHOWN},
-        "files": sorted(tables),
     }
-    (folder / "report.html").write_text(environment.get_template("report.html").render(content))
     markdown = jinja2.Environment(loader=jinja2.FunctionLoader(_template), trim_blocks=True)
     markdown.filters["md"] = lambda value: markdown_escaped(str(value))
-    (folder / "report.md").write_text(markdown.get_template("report.md").render(content))
+    (folder / "report.md").write_text(markdown.get_template("report.md").render(content), "utf-8")
 
 
 def _template(name: str) -> str:
-    return (files("xmodal_interp.demo") / f"{name}.jinja").read_text()
-
-
-def _inches(path: Path) -> float:
-    """Return the drawn width of a picture, so that all pictures have one text size on the page."""
-    with Image.open(path) as image:
-        return round(float(image.width / image.info["dpi"][0]), 2)
+    return (files("xmodal_interp.demo") / f"{name}.jinja").read_text("utf-8")
 
 
 def _rounded(table: pd.DataFrame) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from xmodal_interp import at
-from xmodal_interp.analysis.resampling import ValueKind, known_mean_intervals, picture_key
+from xmodal_interp.analysis.resampling import ValueKind, known_mean_intervals, pictures_of
 from xmodal_interp.analysis.selection import Layers, queries_of, selected_calls
 from xmodal_interp.analysis.tables import Part, call_table, over_samples, samples_of
 from xmodal_interp.arguments import as_list, checked, one_of
@@ -181,7 +181,7 @@ def pointing_hits(
     def table_rows(sample: Sample) -> Iterator[Part]:
         number, of_sample, others = next(of_samples)
         box, other = _boxes_of(sample, of_sample, others)
-        picture = pictures.setdefault(_picture_key(sample, number), len(pictures))
+        picture = pictures.setdefault(pictures_of(number, sample), len(pictures))
         for part in _hits(sample, box, other, queries, criterion, layers, image, kind):
             yield part | {"picture": picture}
 
@@ -276,21 +276,6 @@ def _of_samples(given: Any, name: str, n: int) -> list[Any]:
             f"{name} must have one entry per sample; got {len(entries)} for {n} samples."
         )
     return entries
-
-
-def _picture_key(sample: Sample, number: int) -> Hashable:
-    """Return a key that is equal for samples with the same images and videos.
-
-    If the sample does not hold its images, return its number, which is unique.
-    """
-    frames = [frame for video in sample.videos for frame in video.frames]
-    n_visuals = len(sample.grids) + len(sample.video_grids)
-    if not n_visuals or len(sample.images) + len(sample.videos) != n_visuals:
-        return number
-    files = sample.provenance.get("images") or []
-    files = files if len(files) == len(sample.images) else [None] * len(sample.images)
-    images = [file or image for file, image in zip(files, sample.images, strict=True)]
-    return picture_key([*images, *frames])
 
 
 def _refuse_other_layers(hits: pd.DataFrame) -> None:
