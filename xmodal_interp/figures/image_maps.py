@@ -19,10 +19,9 @@ from xmodal_interp.figures.overlay_panels import (
     Panel,
     in_rows,
     panel_figure,
-    with_scale,
 )
 from xmodal_interp.figures.placement import PlacedImage, placed_image, with_patches
-from xmodal_interp.figures.scales import SHOW_LABELS, Meaning, color_scale
+from xmodal_interp.figures.scales import SHOW_LABELS, Meaning
 from xmodal_interp.figures.style import (
     FigurePath,
     Picture,
@@ -228,8 +227,8 @@ def _figure(
         replace(panel, values=values, left_out=left_out)
         for panel, values in zip(panels, maps, strict=True)
     ]
-    scale = color_scale(meaning, maps, label, vmax=options.vmax, power=options.power, clip=True)
-    rows = in_rows([Panel(placed.name), *with_scale(shown, scale)])
+    scaled = options.of_values(shown, meaning, label)
+    rows = in_rows([Panel(placed.name), *scaled], options.width)
     return panel_figure(placed, rows, options, title)
 
 

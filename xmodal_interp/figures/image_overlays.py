@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex, Unpack, get_args
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from xmodal_interp.arguments import checked
+from xmodal_interp.arguments import checked, whole_number
 from xmodal_interp.attention import Positions, entries_of, numbers, resolve
 from xmodal_interp.errors import GeometryError, InputError, quoted
 from xmodal_interp.figures.overlay_panels import (
@@ -23,7 +25,7 @@ from xmodal_interp.figures.overlay_panels import (
     Panel,
     in_rows,
     panel_figure,
-    with_scale,
+    panel_on,
 )
 from xmodal_interp.figures.overlay_values import (
     ImageAttention,
@@ -32,12 +34,13 @@ from xmodal_interp.figures.overlay_values import (
     query_name,
     query_positions,
 )
-from xmodal_interp.figures.placement import PlacedImage, placed_image
+from xmodal_interp.figures.placement import PlacedImage, View, placed_image
 from xmodal_interp.figures.scales import SHOW_LABELS, color_scale
 from xmodal_interp.figures.style import (
     FigurePath,
     Picture,
     about,
+    check_options,
     heads_name,
     layer_name,
     readable,
@@ -52,6 +55,14 @@ Queries = Selector | Sequence[str | int]
 
 Facet = Literal["query", "layer", "head", "sample"]
 
+_MOST_WRAPPED, _MOST_ROWS, _MOST_COLUMNS = 60, 12, 17  # panels on a page
+
+_MANY: Mapping[Facet, str] = {
+    "query": "queries",
+    "layer": "layers",
+    "head": "heads",
+    "sample": "samples",
+}
 _ARGUMENT: Mapping[Facet, str] = {"query": "queries", "layer": "layers", "head": "heads"}
 
 
@@ -60,6 +71,9 @@ class GridOptions(AttentionOptions, total=False):
 
     tower: Tower | None
     image: int
+    view: View
+    page: int
+    ax: Axes | None
     path: FigurePath
 
 
@@ -75,9 +89,12 @@ def overlay_grid(  # noqa: PLR0913  every option has a default
     columns: Facet | None = "query",
     tower: Tower | None = None,
     image: int = 0,
+    view: View = "image",
+    page: int = 0,
+    ax: Axes | None = None,
     path: FigurePath = None,
     **options: Unpack[AttentionOptions],
-) -> Picture:
+) -> Figure:
     """Draw attention on the image, with one panel per query, layer, head or sample.
 
     Args:
@@ -100,8 +117,15 @@ def overlay_grid(  # noqa: PLR0913  every option has a default
         tower: ``"language"``, or ``"vision"`` for the attention between patches and special tokens
             of the vision tower; ``Sample.tower`` if not given.
         image: Index of the image.
+        view: ``"thumbnail"`` draws the tokens of a tiled image's thumbnail instead of its tiles.
+        page: A figure has at most 60 panels if they are wrapped, else 12 rows and 17 columns; the
+            others are on the next pages. The note states the number of pages.
+        ax: Axes to draw a single panel into.
         path: Where to save the figure.
         **options: Drawing options; see ``OverlayOptions``.
+
+    Raises:
+        InputError: A wrong argument, a page that does not exist, or ``ax`` for several panels.
     """
     facets = {rows, columns}
     if facets - {None, *get_args(Facet)} or (rows is not None and rows == columns):
@@ -110,10 +134,17 @@ def overlay_grid(  # noqa: PLR0913  every option has a default
             f"{quoted(rows)} and {quoted(columns)}."
         )
     drawing = OverlayOptions(**options)
+    check_options(ax=ax)
     samples = _by_title(sample, facets)
-    read = [
-        _read(each, placed_image(each, image, tower), queries, layers, heads, facets, drawing)
+    choices = [
+        _choice(each, placed_image(each, image, tower, view), queries, layers, heads, facets)
         for each in samples.values()
+    ]
+    counts = {**choices[0].counts(), None: 1, "sample": len(samples)}
+    window = _window(rows, columns, counts, page)
+    read = [
+        _read(choice, heads, facets, drawing, window.parts.get("query", slice(None)))
+        for choice in choices
     ]
     first = read[0]
     _refuse_other_entries(facets, dict(zip(samples, read, strict=True)))
@@ -125,6 +156,8 @@ def overlay_grid(  # noqa: PLR0913  every option has a default
         "head": _head_entries(first.layers[0]),
         "sample": [(title, {"number": i}) for i, title in enumerate(samples)],
     }
+    for facet in {rows, columns} - {None, "query"}:  # the queries were selected before
+        entries[facet] = entries[facet][window.parts.get(facet, slice(None))]
 
     def panel(
         title: str, number: int = 0, layer: int = 0, query: int | None = None, **part: Any
@@ -140,9 +173,11 @@ def overlay_grid(  # noqa: PLR0913  every option has a default
         for r, (_, row) in enumerate(entries[rows])
         for title, column in entries[columns]
     ]
-    panels = with_scale(
-        panels, drawing.scale([each.values for each in panels if each.values is not None])
-    )
+    panels = drawing.of_attention(panels)
+    if ax is not None:
+        if len(panels) != 1:
+            raise InputError(f"ax= requires a figure of one panel; this one has {len(panels)}.")
+        return panel_on(ax, first.placed, panels[0], drawing)
     n_cols, row_titles = len(entries[columns]), [title for title, _ in entries[rows]]
     shown: list[Sequence[Panel]] = [panels[i : i + n_cols] for i in range(0, len(panels), n_cols)]
     if columns == "sample":
@@ -156,7 +191,8 @@ def overlay_grid(  # noqa: PLR0913  every option has a default
             for name, one, row in zip(names, read, shown, strict=True)
         ]
     elif rows is None:
-        shown, row_titles = in_rows([Panel(first.placed.name), *panels]), []
+        pictured = [Panel(first.placed.name), *panels]
+        shown, row_titles = in_rows(pictured, drawing.width), []
     calls = [one.layers[0].call for one in read]
     where = [
         *([] if facets == {None} else [_joined(one.phrase for one in read)]),
@@ -166,7 +202,8 @@ def overlay_grid(  # noqa: PLR0913  every option has a default
     asked = dict.fromkeys(about(each) for each in samples.values())
     title = next(iter(asked)) if len(asked) == 1 else f"{len(samples)} samples"
     title += f"\n{', '.join(text for text in where if text)}"
-    return saved(panel_figure(first.placed, shown, drawing, title, row_titles), path)
+    made_figure = panel_figure(first.placed, shown, drawing, title, row_titles, window.note)
+    return saved(made_figure, path)
 
 
 @checked
@@ -176,7 +213,7 @@ def overlay(
     layer: int = -1,
     head: Positions | None = None,
     **options: Unpack[GridOptions],
-) -> Picture:
+) -> Figure:
     """Draw a phrase's attention on the image: the mean of its tokens, in one layer.
 
     Args:
@@ -197,7 +234,7 @@ def overlays(
     layer: int = -1,
     head: Positions | None = None,
     **options: Unpack[GridOptions],
-) -> Picture:
+) -> Figure:
     """Draw the attention of each text token on the image, with one panel per token.
 
     Args:
@@ -219,7 +256,7 @@ def head_overlays(
     layer: int = -1,
     heads: Positions | None = None,
     **options: Unpack[GridOptions],
-) -> Picture:
+) -> Figure:
     """Draw a phrase's attention on the image for each head of a layer, and for their mean.
 
     Args:
@@ -239,7 +276,7 @@ def layer_overlays(
     layers: Sequence[int] | None = None,
     head: Positions | None = None,
     **options: Unpack[GridOptions],
-) -> Picture:
+) -> Figure:
     """Draw a phrase's attention on the image, with one panel per layer.
 
     Args:
@@ -259,7 +296,7 @@ def token_head_grid(
     layer: int = -1,
     heads: Positions | None = None,
     **options: Unpack[GridOptions],
-) -> Picture:
+) -> Figure:
     """Draw the attention of each text token in each head: tokens in rows, heads in columns.
 
     The last column is the mean of the heads.
@@ -332,8 +369,8 @@ def before_after(
         scale = color_scale("difference", [change], f"change of\n{SHOW_LABELS[drawing.show]}")
     row = [
         Panel(placed.name),
-        *with_scale(panels, drawing.scale(values)),
-        *with_scale([Panel(name, change)], scale),
+        *drawing.of_attention(panels),
+        *drawing.scaled([Panel(name, change)], lambda _: scale),
     ]
     asked = query_name(before, placed, positions)
     where = f"{asked}: {layer_name(read.call)}, {heads_name(read.call, head)}"
@@ -385,27 +422,66 @@ def _by_title(sample: object, facets: set[Facet | None]) -> Mapping[str, Sample]
     return sample
 
 
-def _read(
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What a grid draws of one sample, before any probability is computed.
+
+    Attributes:
+        sample: The sample.
+        placed: The image.
+        groups: Positions of each group of queries.
+        layers: Layers.
+        n_heads: Number of panels by head: the chosen heads and their mean.
+    """
+
+    sample: Sample
+    placed: PlacedImage
+    groups: Sequence[Sequence[int]]
+    layers: Sequence[int]
+    n_heads: int
+
+    def counts(self) -> dict[Facet | None, int]:
+        """Return the number of panels by facet."""
+        return {"query": len(self.groups), "layer": len(self.layers), "head": self.n_heads}
+
+
+def _choice(
     sample: Sample,
     placed: PlacedImage,
     queries: Queries | None,
     layers: Sequence[int] | None,
     heads: Positions | None,
     facets: set[Facet | None],
-    drawing: OverlayOptions,
-) -> _Read:
-    """Return the attention that a grid draws; the arguments are those of ``overlay_grid``."""
+) -> _Choice:
+    """Return what a grid draws of a sample; the arguments are those of ``overlay_grid``."""
     chosen = _layer_numbers(sample, placed, layers) if "layer" in facets else list(layers or ())
     if "layer" not in facets and len(chosen) != 1:
         raise InputError(f"Without the facet 'layer', layers must be one layer; got {layers}.")
+    groups: Sequence[Sequence[int]]
     if "query" in facets:
         groups = query_groups(sample, placed, queries)
     else:
         layer = None if facets & {"layer", "head"} else chosen[0]
         groups = [query_positions(sample, placed, queries, layer)]
+    call = sample.call(chosen[0], tower=placed.tower, kind=placed.kind, call=placed.call)
+    n_heads = call.n_heads
+    if heads is not None and "head" in facets:
+        n_heads = len(attention_on_image(sample, placed, groups[0][:1], chosen[0], heads).probs)
+    return _Choice(sample, placed, groups, chosen, n_heads + int(n_heads > 1))
+
+
+def _read(
+    choice: _Choice,
+    heads: Positions | None,
+    facets: set[Facet | None],
+    drawing: OverlayOptions,
+    part: slice,
+) -> _Read:
+    """Return the attention that a page of a grid draws; ``part`` selects groups of queries."""
+    sample, placed, groups = choice.sample, choice.placed, choice.groups[part]
     positions = [position for group in groups for position in group]
     stops = np.cumsum([len(group) for group in groups]).tolist()
-    read = [attention_on_image(sample, placed, positions, layer, heads) for layer in chosen]
+    read = [attention_on_image(sample, placed, positions, layer, heads) for layer in choice.layers]
     return _Read(
         placed,
         [query_name(sample, placed, group, short=True) for group in groups],
@@ -414,6 +490,43 @@ def _read(
         [drawing.left_out(placed, one.call, heads) for one in read],
         "" if "query" in facets else query_name(sample, placed, positions),
     )
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The part of a grid that is on one page.
+
+    Attributes:
+        parts: Which entries of each facet; all if not given.
+        note: A sentence on the pages; empty if there is only one.
+    """
+
+    parts: Mapping[Facet | None, slice]
+    note: str
+
+
+def _window(
+    rows: Facet | None, columns: Facet | None, counts: Mapping[Facet | None, int], page: int
+) -> _Window:
+    """Return the part of a grid that is on a page.
+
+    Raises:
+        InputError: The page does not exist.
+    """
+    limits = [(columns, _MOST_WRAPPED if rows is None else _MOST_COLUMNS), (rows, _MOST_ROWS)]
+    parts: dict[Facet | None, slice] = {}
+    texts, rest = [], whole_number(page, "page", 0)
+    n_pages = int(np.prod([-(-counts[facet] // most) for facet, most in limits]))
+    if page >= n_pages:
+        raise InputError(f"page must be between 0 and {n_pages - 1}; got {page}.")
+    for facet, most in limits:
+        n = counts[facet]
+        rest, number = divmod(rest, -(-n // most))
+        parts[facet] = slice(number * most, min((number + 1) * most, n))
+        if n > most and facet is not None:
+            texts.append(f"{_MANY[facet]} {number * most + 1} to {parts[facet].stop} of {n}")
+    others = f"; {n_pages} pages, by page=0 to {n_pages - 1}" if n_pages > 1 else ""
+    return _Window(parts, f"Page {page}: {', '.join(texts)}{others}." if texts else "")
 
 
 def _refuse_other_entries(facets: set[Facet | None], read: Mapping[str, _Read]) -> None:
