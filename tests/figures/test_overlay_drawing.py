@@ -111,6 +111,7 @@ def test_overlay_colours_become_lighter_in_equal_steps(meaning: str) -> None:
         if len(steps):
             np.testing.assert_allclose(steps, steps.mean(), rtol=0.01)
     assert rising[-1] - rising[0] > 45
+    assert not len(falling) or 20 < falling[0] - falling[-1] < rising[-1] - rising[0]
     alpha = scale.cmap(np.arange(256))[:, 3]
     assert alpha[0 if meaning == "amount" else 127] == 0
     assert (np.diff(alpha[128:]) >= 0).all()

@@ -2,6 +2,7 @@ from .curves import layer_curves, positional_profiles, pruning_curve_plot, raste
 from .head_grids import head_grid
 from .image_maps import map_overlays, patch_overlays, rollout_overlay
 from .image_overlays import (
+    answer_overlays,
     before_after,
     head_overlays,
     layer_overlays,
@@ -15,11 +16,13 @@ from .matrices import attention_matrix, side_by_side, token_patch_matrix
 from .matrix_selection import MatrixSelection
 from .overlay_panels import OverlayOptions
 from .style import Picture
+from .video_overlays import video_animation, video_overlays
 
 __all__ = [
     "MatrixSelection",
     "OverlayOptions",
     "Picture",
+    "answer_overlays",
     "attention_matrix",
     "before_after",
     "head_grid",
@@ -40,4 +43,6 @@ __all__ = [
     "side_by_side",
     "token_head_grid",
     "token_patch_matrix",
+    "video_animation",
+    "video_overlays",
 ]

@@ -127,13 +127,61 @@ def overlay_grid(  # noqa: PLR0913  every option has a default
     Raises:
         InputError: A wrong argument, a page that does not exist, or ``ax`` for several panels.
     """
+    drawing = OverlayOptions(**options)
+    made = _grid(
+        sample,
+        queries,
+        layers,
+        heads,
+        _Facets(rows, columns),
+        tower,
+        image,
+        view,
+        page,
+        ax,
+        drawing,
+    )
+    return saved(made, path) if isinstance(made, Picture) else made
+
+
+@dataclass(frozen=True)
+class _Facets:
+    """What differs between the rows and the columns of a grid.
+
+    Attributes:
+        rows: Facet of the rows.
+        columns: Facet of the columns.
+        titles: Titles of the panels by query, by default the text of the queries.
+        remark: A sentence for the note.
+    """
+
+    rows: Facet | None
+    columns: Facet | None
+    titles: Sequence[str] | None = None
+    remark: str = ""
+
+
+def _grid(  # noqa: PLR0913  the arguments of overlay_grid
+    sample: Sample | Mapping[str, Sample],
+    queries: Queries | None,
+    layers: Sequence[int] | None,
+    heads: Positions | None,
+    by: _Facets,
+    tower: Tower | None,
+    image: int,
+    view: View,
+    page: int,
+    ax: Axes | None,
+    drawing: OverlayOptions,
+) -> Figure:
+    """Draw a grid; see ``overlay_grid``."""
+    rows, columns = by.rows, by.columns
     facets = {rows, columns}
     if facets - {None, *get_args(Facet)} or (rows is not None and rows == columns):
         raise InputError(
             f"rows and columns must be two of {', '.join(get_args(Facet))}, or None; got "
             f"{quoted(rows)} and {quoted(columns)}."
         )
-    drawing = OverlayOptions(**options)
     check_options(ax=ax)
     samples = _by_title(sample, facets)
     choices = [
@@ -148,10 +196,11 @@ def overlay_grid(  # noqa: PLR0913  every option has a default
     ]
     first = read[0]
     _refuse_other_entries(facets, dict(zip(samples, read, strict=True)))
+    names = None if by.titles is None else by.titles[window.parts["query"]]
     # what the rows or columns of each facet select, by title
     entries: dict[Facet | None, list[tuple[str, dict[str, Any]]]] = {
         None: [(first.phrase if facets == {None} else "", {})],
-        "query": [(name, {"query": i}) for i, name in enumerate(first.queries)],
+        "query": [(name, {"query": i}) for i, name in enumerate(names or first.queries)],
         "layer": [(name, {"layer": i}) for i, name in enumerate(_titles(first, "layer"))],
         "head": _head_entries(first.layers[0]),
         "sample": [(title, {"number": i}) for i, title in enumerate(samples)],
@@ -202,8 +251,8 @@ def overlay_grid(  # noqa: PLR0913  every option has a default
     asked = dict.fromkeys(about(each) for each in samples.values())
     title = next(iter(asked)) if len(asked) == 1 else f"{len(samples)} samples"
     title += f"\n{', '.join(text for text in where if text)}"
-    made_figure = panel_figure(first.placed, shown, drawing, title, row_titles, window.note)
-    return saved(made_figure, path)
+    remark = " ".join(filter(None, [by.remark, window.note]))
+    return panel_figure(first.placed, shown, drawing, title, row_titles, remark)
 
 
 @checked
@@ -309,6 +358,53 @@ def token_head_grid(
         **options: ``tower``, ``image``, ``path`` and drawing options; see ``overlay_grid``.
     """
     return overlay_grid(sample, queries, [layer], heads, rows="query", columns="head", **options)
+
+
+@checked
+@styled
+def answer_overlays(
+    sample: Sample,
+    layer: int = -1,
+    head: Positions | None = None,
+    *,
+    predicts: bool = True,
+    image: int = 0,
+    page: int = 0,
+    path: FigurePath = None,
+    **options: Unpack[AttentionOptions],
+) -> Figure:
+    """Draw the attention of each generated token on the image, as a strip of small panels.
+
+    Args:
+        sample: The sample.
+        layer: Layer index; negative ones count from the last.
+        head: A head, or several to average; all heads are averaged if not given.
+        predicts: Draw the attention of the position that predicts a token, which is one before it;
+            otherwise that of the token itself, when it has become part of the input.
+        image: Index of the image.
+        page: A figure has at most 60 panels; the others are on the next pages.
+        path: Where to save the figure.
+        **options: Drawing options; see ``OverlayOptions``.
+
+    Raises:
+        InputError: The sample has no generated tokens.
+    """
+    generated = sample.where(role="generated")
+    if not len(generated):
+        raise InputError(
+            f"Sample {sample.name!r} has no generated tokens. Capture it with max_new_tokens=..."
+        )
+    tokens = sample.tokens["token"].iloc[generated]
+    drawing = OverlayOptions(**options)
+    how = "that predicts it" if predicts else "of the token itself"
+    by = _Facets(
+        *(None, "query"),
+        titles=[readable(str(token), 14) for token in tokens],
+        remark=f"Each panel: a generated token, with the attention of the position {how}.",
+    )
+    positions = (generated - int(predicts)).tolist()
+    made = _grid(sample, positions, [layer], head, by, None, image, "image", page, None, drawing)
+    return saved(made, path) if isinstance(made, Picture) else made
 
 
 @checked

@@ -204,7 +204,7 @@ def query_positions(
     if not any(bool(call.visible(positions)[..., keys].any()) for call in calls):
         raise InputError(
             f"{query_name(sample, placed, positions)} of sample {sample.name!r} cannot attend to "
-            f"any of the {len(keys)} tokens of image {placed.number}. "
+            f"any of the {len(keys)} tokens of {placed.medium} {placed.number}. "
             f"{_advice(first, keys, max(positions))}"
         )
     return positions

@@ -82,7 +82,8 @@ _HIDDEN_DARK = "#8a8a8a"  # hidden cells on scales whose middle is white
 DIMMED: Mapping[Style, float] = {"colour": 0.45, "light": 0.25}
 """Brightness of the image below a layer of colour, and of unlit parts in ``style="light"``."""
 
-_STRONG = 0.85  # opacity of the strongest values over an image; the weakest are transparent
+# opacity of the strongest values over an image; the weakest are transparent
+_STRONG, _STRONG_BELOW = 0.85, 0.6
 _LEVELS = 256
 
 _BAR_WIDTH, _BAR_GAP = 0.13, 0.11  # of a colour bar, and between it and the panels, inches
@@ -240,13 +241,11 @@ class ColorScale:
             colors = np.asarray(chosen(np.linspace(0, 1, _LEVELS)))
             colors[:, 3] = _STRONG * np.abs(np.linspace(-1 if self.diverging else 0, 1, _LEVELS))
         elif self.diverging:
-            above, below = (
-                _layer(each, _LEVELS // 2, middle)
-                for each in (OVERLAY_COLORS_ABOVE, OVERLAY_COLORS_BELOW)
-            )
+            above = _layer(OVERLAY_COLORS_ABOVE, _LEVELS // 2, middle, _STRONG)
+            below = _layer(OVERLAY_COLORS_BELOW, _LEVELS // 2, middle, _STRONG_BELOW)
             colors = np.concatenate([below[::-1], above])
         else:
-            colors = _layer(OVERLAY_COLORS, _LEVELS, middle)
+            colors = _layer(OVERLAY_COLORS, _LEVELS, middle, _STRONG)
         alpha = colors[:, 3:]
         opaque = colors[:, :3] * alpha + (1 - alpha) * middle
         hidden = (0, 0, 0, 1 - DIMMED[style] if style == "light" else 0)
@@ -254,20 +253,21 @@ class ColorScale:
         return replace(self, cmap=over, bar_cmap=ListedColormap(opaque))
 
 
-def _layer(named: Sequence[str], n: int, middle: float) -> np.ndarray:
+def _layer(named: Sequence[str], n: int, middle: float, strong: float) -> np.ndarray:
     """Return the colours of a layer with opacity, such that its lightness rises in equal steps.
 
     Args:
         named: The colours of weak to strong values; all are lighter than ``middle``.
         n: Number of levels.
         middle: Grey below the layer.
+        strong: Opacity of the strongest values.
     """
     colors = np.asarray(
         LinearSegmentedColormap.from_list("layer", list(named))(np.linspace(0, 1, n))
     )
     steps = np.linspace(0, 1, 2049)[:, None, None]
     mixed = lightness(steps * colors[None, :, :3] + (1 - steps) * middle)  # [step, level]
-    lowest, highest = mixed[0, 0], np.interp(_STRONG, steps[:, 0, 0], mixed[:, -1])
+    lowest, highest = mixed[0, 0], np.interp(strong, steps[:, 0, 0], mixed[:, -1])
     targets = np.linspace(lowest, highest, n)
     colors[:, 3] = [
         np.interp(target, mixed[:, i], steps[:, 0, 0]) for i, target in enumerate(targets)

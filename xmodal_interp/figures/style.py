@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypedDict, TypeVar, get_args
 
 import matplotlib as mpl
@@ -63,7 +64,7 @@ OVERLAY_COLORS = ("#3b82f6", "#22d3a0", "#ffee55")
 """Colours of weak to strong values over an image. They become lighter in equal steps, which suits
 colour-blind readers; and cool colours differ from those of most photos."""
 
-OVERLAY_COLORS_ABOVE, OVERLAY_COLORS_BELOW = ("#ff4d00", "#ffdf4d"), ("#3b8be8", "#b5e2ff")
+OVERLAY_COLORS_ABOVE, OVERLAY_COLORS_BELOW = ("#ff4d00", "#ffdf4d"), ("#3b7dd8", "#7cbcff")
 """Colours over an image on diverging scales: of weak to strong values above the neutral value, and
 below it."""
 
@@ -279,24 +280,33 @@ def saved(picture: Picture, path: FigurePath) -> Picture:
             the file cannot be written.
     """
     if path is not None:
-        target = user_path(path)
-        known = picture.canvas.get_supported_filetypes()
-        if target.suffix[1:].lower() not in known:
-            raise InputError(
-                f"The file of a figure must end in {', '.join(known)}; got {str(path)!r}."
-            )
-        around = store_around(target)
-        if around is not None:
-            raise InputError(
-                f"{str(path)!r} is inside the store {str(around)!r}, where figures must not be "
-                "saved. Choose another path."
-            )
+        target = target_of(path, list(picture.canvas.get_supported_filetypes()))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.savefig(target)
         except OSError as error:
             raise InputError(f"Cannot write the figure to {str(path)!r}: {error}.") from error
     return picture
+
+
+def target_of(path: str | PathLike[str], suffixes: Sequence[str]) -> Path:
+    """Return the path of a file to write.
+
+    Raises:
+        InputError: The file has another suffix, or is inside a store.
+    """
+    target = user_path(path)
+    if target.suffix[1:].lower() not in suffixes:
+        raise InputError(
+            f"The file of a figure must end in {', '.join(suffixes)}; got {str(path)!r}."
+        )
+    around = store_around(target)
+    if around is not None:
+        raise InputError(
+            f"{str(path)!r} is inside the store {str(around)!r}, where figures must not be "
+            "saved. Choose another path."
+        )
+    return target
 
 
 def readable(text: str, longest: int = 16) -> str:
