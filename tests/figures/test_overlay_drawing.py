@@ -92,12 +92,17 @@ def test_a_uniform_map_lights_the_image_evenly() -> None:
 
 
 def test_all_pixels_are_dimmed_alike_and_keep_their_colours() -> None:
-    pixels = np.array([[[200, 0, 0], [0, 200, 0], [100, 100, 100], [200, 200, 200]]], np.uint8)
+    pixels = np.array([[[200, 0, 0], [0, 200, 0], [120, 120, 120], [240, 240, 240]]], np.uint8)
     red, green, grey, white = dimmed(pixels)[0].astype(float)
     assert red[0] > red[1] + 40
     assert green[1] > green[0] + 40
     np.testing.assert_allclose(2 * grey, white, atol=1)
-    np.testing.assert_allclose(white, 200 * DIMMED["colour"], atol=1)
+    np.testing.assert_allclose(white, 240 * DIMMED["colour"], atol=1)
+    dark = dimmed(pixels // 2)[0].astype(float)  # to the same brightness
+    np.testing.assert_allclose(
+        dark[3], 120 * min(0.65, 0.225 * 255 / (pixels // 2).mean()), rtol=0.1
+    )
+    np.testing.assert_allclose(dimmed(np.full((2, 2, 3), 20, np.uint8)), 13)
 
 
 @pytest.mark.parametrize("meaning", ["amount", "ratio", "difference"])

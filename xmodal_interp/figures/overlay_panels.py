@@ -62,6 +62,7 @@ from xmodal_interp.figures.style import (
 
 _LONGEST = 1024  # px; larger images are downscaled for drawing, in unchanged coordinates
 _SATURATION = 0.6  # of the dimmed image
+_DARKEST = 0.65  # brightness to which dark images are dimmed
 _GAP = 0.08  # between panels, inches
 _SIDES = ((4, 2.0), (6, 1.75), (10, 1.3), (99, 0.9))  # side of a panel by number of columns, inches
 _IN_A_ROW: Mapping[Width | None, tuple[int, int]] = {
@@ -424,12 +425,15 @@ def _draw_panel(
 def dimmed(pixels: np.ndarray) -> np.ndarray:
     """Return pixels ``[row, col, 3]`` of 0 to 255 as the ground of a layer of colour.
 
-    All pixels are changed alike: ``DIMMED["colour"]`` times a mixture of the pixel and its grey, so
-    that the colours of the layer stand out.
+    All pixels are changed alike: a factor times a mixture of the pixel and its grey, so that the
+    colours of the layer stand out. The factor is ``DIMMED["colour"]``, or higher for dark images,
+    up to the mean brightness that a dimmed middle grey has.
     """
     grays = pixels @ [[0.299], [0.587], [0.114]]
+    usual = DIMMED["colour"]
+    factor = np.clip(usual * 255 / 2 / max(float(grays.mean()), 1.0), usual, _DARKEST)
     mixed = _SATURATION * pixels + (1 - _SATURATION) * grays
-    return np.asarray(np.round(DIMMED["colour"] * mixed), dtype=np.uint8)
+    return np.asarray(np.round(factor * mixed), dtype=np.uint8)
 
 
 def draw_image(axes: Axes, placed: PlacedImage, *, dim: bool = False) -> None:
