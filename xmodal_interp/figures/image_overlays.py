@@ -213,7 +213,7 @@ def _grid(  # noqa: PLR0913  the arguments of overlay_grid
     ) -> Panel:
         one = read[number]
         if query is not None:
-            part["queries"] = one.indices[query]
+            part["queries"] = [query]
         made = _attention_panel(title, one.layers[layer], drawing, one.left_out[layer], **part)
         return replace(made, placed=one.placed)
 
@@ -451,7 +451,8 @@ def before_after(
     for name, sample in (("before", before), ("after", after)):
         here = placed_image(sample, image)
         positions = query_positions(sample, here, queries)
-        read = attention_on_image(sample, here, positions, layer, head)
+        together = [range(len(positions))]
+        read = attention_on_image(sample, here, positions, layer, head, together)
         title = f'{name}: "{readable(sample.answer)}"' if sample.answer else name
         left_out = drawing.left_out(here, read.call, head)
         panels.append(_attention_panel(title, read, drawing, left_out))
@@ -463,15 +464,15 @@ def before_after(
     else:
         change, name = values[1] - values[0], "after - before"
         scale = color_scale("difference", [change], f"change of\n{SHOW_LABELS[drawing.show]}")
-    row = [
-        Panel(placed.name),
-        *drawing.of_attention(panels),
-        *drawing.scaled([Panel(name, change)], lambda _: scale),
-    ]
+    pictured, compared = Panel(placed.name), drawing.of_attention(panels)
+    changed = drawing.scaled([Panel(name, change)], lambda _: scale)
+    rows = [[pictured, *compared, *changed]]
+    if drawing.width == "column":
+        rows = [compared, [pictured, *changed]]
     asked = query_name(before, placed, positions)
     where = f"{asked}: {layer_name(read.call)}, {heads_name(read.call, head)}"
     title = f"{about(before.changed(answer=''))}\n{where}"
-    return saved(panel_figure(placed, [row], drawing, title), path)
+    return saved(panel_figure(placed, rows, drawing, title), path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -481,15 +482,13 @@ class _Read:
     Attributes:
         placed: The image.
         queries: Title of each group of queries.
-        indices: For each group, its indices into the queries of ``layers``.
-        layers: The attention of all queries, by layer.
+        layers: The attention of all groups, by layer.
         left_out: Tokens to mark as left out, by layer.
         phrase: Description of the queries, if they are averaged.
     """
 
     placed: PlacedImage
     queries: Sequence[str]
-    indices: Sequence[range]
     layers: Sequence[ImageAttention]
     left_out: Sequence[np.ndarray | None]
     phrase: str
@@ -577,11 +576,14 @@ def _read(
     sample, placed, groups = choice.sample, choice.placed, choice.groups[part]
     positions = [position for group in groups for position in group]
     stops = np.cumsum([len(group) for group in groups]).tolist()
-    read = [attention_on_image(sample, placed, positions, layer, heads) for layer in choice.layers]
+    parts = [range(stop - len(group), stop) for group, stop in zip(groups, stops, strict=True)]
+    read = [
+        attention_on_image(sample, placed, positions, layer, heads, parts)
+        for layer in choice.layers
+    ]
     return _Read(
         placed,
         [query_name(sample, placed, group, short=True) for group in groups],
-        [range(stop - len(group), stop) for group, stop in zip(groups, stops, strict=True)],
         read,
         [drawing.left_out(placed, one.call, heads) for one in read],
         "" if "query" in facets else query_name(sample, placed, positions),

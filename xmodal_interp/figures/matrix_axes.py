@@ -46,10 +46,12 @@ class AxisLabels:
     Attributes:
         names: One per position; empty for positions labelled only by their run.
         groups: One per position: ``image 0``, ``text``, ``generated``, ``special``, ...
+        sizes: Number of tokens that each position stands for; 1 each if empty.
     """
 
     names: tuple[str, ...]
     groups: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -60,6 +62,38 @@ class AxisLabels:
         return AxisLabels(
             tuple(self.names[i] for i in chosen), tuple(self.groups[i] for i in chosen)
         )
+
+    def pooled(self, inches: float, most: int) -> tuple[AxisLabels, np.ndarray]:
+        """Return the labels of at most about ``most`` bins, and the first position of each bin.
+
+        Adjacent positions of one group are pooled. Positions whose names fit on an axis of
+        ``inches`` are kept.
+        """
+        if len(self) <= most:
+            return self, np.arange(len(self))
+        named = np.array([bool(name) for name in self.names])
+        keeps = int(named.sum()) * _PITCH / inches <= _MOST_FOR_NAMES
+        n_kept = int(named.sum()) if keeps else 0
+        factor = -(-(len(self) - n_kept) // max(1, most - n_kept))
+        starts: list[int] = []
+        for run in self.runs():
+            start = run.start
+            while start < run.stop:
+                starts.append(start)
+                stop = min(start + factor, run.stop)
+                if keeps and named[start]:
+                    stop = start + 1
+                elif keeps and named[start:stop].any():
+                    stop = start + int(np.argmax(named[start:stop]))
+                start = stop
+        firsts = np.array(starts)
+        sizes = np.diff(firsts, append=len(self))
+        names = tuple(
+            self.names[i] if size == 1 and keeps else ""
+            for i, size in zip(starts, sizes.tolist(), strict=True)
+        )
+        groups = tuple(self.groups[i] for i in starts)
+        return AxisLabels(names, groups, tuple(sizes.tolist())), firsts
 
     def runs(self) -> list[Run]:
         """Return the runs of adjacent positions of one group, in order."""
@@ -129,7 +163,8 @@ def draw_matrix(
         inches: Width and height of the axes.
     """
     wide, tall = columns.widths(inches[0]), rows.widths(inches[1])
-    spread = np.repeat(np.repeat(np.asarray(values, dtype=float), tall, axis=0), wide, axis=1)
+    shown = np.asarray(values, dtype=np.float32)
+    spread = np.repeat(np.repeat(shown, tall, axis=0), wide, axis=1)
     x, y = np.concatenate([[0], wide.cumsum()]), np.concatenate([[0], tall.cumsum()])
     axes.imshow(
         scale.drawn(spread),
@@ -191,6 +226,15 @@ def legible_side(labels: AxisLabels, least: float, most: float) -> float:
     return float(max(least, needed)) if needed <= most else least
 
 
+def pooling_note(labels: Sequence[AxisLabels], pool: str) -> str:
+    """Return a sentence on the pooling of positions; empty if there is none."""
+    most = max((size for each in labels for size in each.sizes), default=1)
+    if most == 1:
+        return ""
+    of = "mean" if pool == "mean" else "largest value"
+    return f" A cell is the {of} of the visible cells of up to {most} adjacent tokens per side."
+
+
 def widening_note(labels: Sequence[AxisLabels], inches: float) -> str:
     """Return a sentence on the width of tokens with names; empty if all are equally wide."""
     times = {int(each.widths(inches).max(initial=1)) for each in labels}
@@ -230,7 +274,7 @@ def _label(
                 (float(edges[i : i + 2].mean()), labels.names[i], run.group, False) for i in single
             ]
         elif (stop - start) * scale >= 1.5 * _PITCH:
-            n = run.stop - run.start
+            n = sum(labels.sizes[run.start : run.stop]) if labels.sizes else run.stop - run.start
             text = run.group if n == 1 else f"{run.group}\n{n} tokens"
             broad = (stop - start) * scale >= _BROAD
             ticks.append(((start + stop) / 2, text if broad else run.group, run.group, broad))

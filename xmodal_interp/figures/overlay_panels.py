@@ -55,6 +55,7 @@ from xmodal_interp.figures.style import (
     check_options,
     escaped,
     new_picture,
+    placed_on,
     room,
     text_width,
     wrapped,
@@ -63,6 +64,7 @@ from xmodal_interp.figures.style import (
 _LONGEST = 1024  # px; larger images are downscaled for drawing, in unchanged coordinates
 _SATURATION = 0.6  # of the dimmed image
 _DARKEST = 0.65  # brightness to which dark images are dimmed
+_BAR = 0.8  # width of a colour bar in a figure of a column's width, inches
 _GAP = 0.08  # between panels, inches
 _SIDES = ((4, 2.0), (6, 1.75), (10, 1.3), (99, 0.9))  # side of a panel by number of columns, inches
 _IN_A_ROW: Mapping[Width | None, tuple[int, int]] = {
@@ -290,7 +292,8 @@ def panel_figure(
     side = next(inches for most, inches in _SIDES if n_cols <= most)
     aspect = float(np.clip(placed.grid.width / placed.grid.height, 1 / 6, 6.0))
     natural = n_cols * (side * aspect**0.5 + _GAP)
-    width = room(options.width, natural, left + BAR * len(scales)) / n_cols - _GAP
+    bars = (_BAR if options.width == "column" else BAR) * len(scales)
+    width = room(options.width, natural, left + bars) / n_cols - _GAP
     lines_of = 0.35 if any(panel.title for panel in panels) else 0.0  # of titles, at most
     width = min(width, (HIGHEST_PAGE / len(rows) - _GAP - lines_of) * aspect)
     height = width / aspect
@@ -298,7 +301,7 @@ def panel_figure(
     lines = [max(0 if not text else text.count("\n") + 1 for text in row) for row in titles]
     tall = sum(height + _GAP + (0.04 + 0.14 * n if n else 0) for n in lines)
     picture = new_picture(
-        (left + n_cols * (width + _GAP) + BAR * len(scales), tall),
+        (left + n_cols * (width + _GAP) + bars, tall),
         title,
         " ".join(filter(None, [_note(placed, panels, options), remark])),
         width=options.width,
@@ -325,10 +328,7 @@ def panel_figure(
 
 def panel_on(axes: Axes, placed: PlacedImage, panel: Panel, options: OverlayOptions) -> Figure:
     """Draw one panel with its colour bar into existing axes; return their figure."""
-    figure = axes.get_figure(root=True)
-    assert isinstance(figure, Figure)
-    box = axes.get_position()
-    width, height = box.width * figure.get_figwidth(), box.height * figure.get_figheight()
+    figure, width, height = placed_on(axes)
     _draw_panel(axes, panel.placed or placed, panel, options, width)
     axes.set_title(wrapped(panel.title, width, NORMAL, 2))
     if panel.scale is not None:

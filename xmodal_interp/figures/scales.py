@@ -25,7 +25,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colorbar import make_axes
+from matplotlib.colorbar import Colorbar, make_axes
 from matplotlib.colors import (
     Colormap,
     LinearSegmentedColormap,
@@ -148,6 +148,13 @@ class ColorScale:
         above = "more than " if self.extend in ("max", "both") else ""
         return f"{low:.2g} to {above}{high:.2g}"
 
+    def colored(self, cmap: CmapLike) -> ColorScale:
+        """Return the scale with other colours; unchanged if ``cmap`` is None."""
+        if cmap is None:
+            return self
+        chosen = mpl.colormaps[cmap] if isinstance(cmap, str) else cmap
+        return replace(self, cmap=chosen.with_extremes(bad=tuple(self.cmap.get_bad().tolist())))
+
     def relative(self) -> ColorScale:
         """Return the scale of one of several panels, whose common colour bar has no numbers."""
         label = re.sub(r"\nclipped at .*\n?.*largest: \S+", "", self.label)
@@ -173,8 +180,8 @@ class ColorScale:
         panels: Sequence[Axes],
         height: float,
         lines: Sequence[float] | np.ndarray = (),
-    ) -> None:
-        """Draw the colour bar at the right of panels.
+    ) -> Colorbar:
+        """Draw the colour bar at the right of panels, and return it.
 
         It extends from the top of the panels to their bottom; if they are very high, it is shorter.
 
@@ -220,6 +227,7 @@ class ColorScale:
             names = [f"1/{2**-mark}" if mark < 0 else str(2**mark) for mark in marks]
             bar.set_ticks(marks, labels=names)
             bar.minorticks_off()
+        return bar
 
     def over(self, style: Style = "colour", cmap: CmapLike = None) -> ColorScale:
         """Return the scale for an overlay: neutral values and NaN are transparent.

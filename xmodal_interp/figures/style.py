@@ -213,6 +213,14 @@ def check_options(
         raise InputError(f"ax must be matplotlib axes; got {quoted(ax)}.")
 
 
+def placed_on(axes: Axes) -> tuple[Figure, float, float]:
+    """Return the figure of axes, and their width and height in inches."""
+    figure = axes.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    box = axes.get_position()
+    return figure, box.width * figure.get_figwidth(), box.height * figure.get_figheight()
+
+
 def room(width: Width | None, natural: float, fixed: float = 0.0) -> float:
     """Return the inches for panels that would take ``natural`` inches.
 

@@ -258,12 +258,11 @@ def _read(
         groups = [[position for group in groups for position in group]]
     names, of_groups = [], []
     for group in groups:
-        read = attention_on_image(sample, first, group, layer, head)
+        read = attention_on_image(sample, first, group, layer, head, [range(len(group))])
         left_out = drawing.left_out(first, read.call, head)
         values = read.values(drawing.show, left_out=left_out)
         without = grid.places[:, 0] < 0
-        probs = np.nan_to_num(read.probs).mean((0, 1))
-        undrawn = (float(probs[without].sum()), float(probs.sum())) if without.any() else None
+        undrawn = read.to_tokens(without) if without.any() else None
         names.append(query_name(sample, first, group, short=True))
         of_groups.append(Panel("", values, left_out=left_out, undrawn=undrawn))
     one_per_frame = [replace(each, placed=frame) for each in of_groups for frame in frames]
