@@ -246,8 +246,7 @@ def with_vision(sample: Sample, rows: int, cols: int) -> Sample:
 
 
 @pytest.mark.parametrize("name", DRAWN)
-@pytest.mark.parametrize("size", ["small", "large"])
-@pytest.mark.parametrize("width", [None, "page", "column"])
+@pytest.mark.parametrize(("size", "width"), [("small", None), ("small", "column"), ("large", None)])
 def test_a_figure_is_readable(name: str, size: str, width: str | None) -> None:
     draw = DRAWN[name][size == "large"]
     options = {} if width is None else {"width": width}

@@ -232,7 +232,7 @@ def positional_profiles(
     means = _means(table, ["block", "axis", by, "start", "stop"], [value, *nulls])
     blocks, sides = list(dict.fromkeys(table["block"])), list(dict.fromkeys(table["axis"]))
     names = sorted(table[by].unique())
-    heading = f"{title or f'{_VALUES.get(value, value)} by position'}\n{_averaged(table, by)}"
+    heading = f"{title or f'{_VALUES.get(value, value)} by position'}{_averaged(table, by)}"
     panels = [
         _Profile(
             str(block).replace("->", " \u2192 "),
@@ -308,7 +308,7 @@ def raster_profiles(
     means["null"] = means["null"] if nulls else 1.0
     names = sorted(table[by].unique())
     heading = title or f"{value} of image attention by row and column"
-    heading = f"{heading}\n{_averaged(table, by)}"
+    heading += _averaged(table, by)
     n_cols = 1 if options.get("width") == "column" else 2
     if len(names) > _MOST_NAMED:
         of = means.assign(
@@ -435,13 +435,13 @@ def _heat_maps(
 
 
 def _averaged(table: pd.DataFrame, by: str) -> str:
-    """Return a line that states over what the drawn values are means."""
+    """Return a line, for a title, that states over what the drawn values are means."""
     parts = []
     for column in ("sample", "layer", "head"):
         n = table[column].nunique() if column != by and column in table else 1
         if n > 1:
             parts.append(f"{n} {column}s")
-    return f"mean of {' and '.join(parts)}" if parts else f"by {by}"
+    return f"\nmean of {' and '.join(parts)}" if parts else ""
 
 
 def _same_axis(axes: Sequence[Axis]) -> None:

@@ -12,7 +12,13 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.figures.matrix_axes import NAMES, AxisLabels, draw_matrix, widening_note
+from xmodal_interp.figures.matrix_axes import (
+    NAMES,
+    PANELS_IN_A_ROW,
+    AxisLabels,
+    draw_matrix,
+    widening_note,
+)
 from xmodal_interp.figures.matrix_selection import (
     MatrixSelection,
     axis_labels,
@@ -79,19 +85,28 @@ def mask_structure(
     selection = MatrixSelection(sample, layer, head, tower=tower, kind=kind, call=call)
     shares = visible_shares(selection)
     width = options.get("width")
-    cells = (0.8, 0.5) if width is None else (0.5, 0.4) if width == "page" else (0.3, 0.3)
+    below = width == "column"  # the table is below the mask
+    cells = (0.8, 0.5) if width is None else (0.5, 0.4)
     table = (max(cells[0] * shares.shape[1], 1.0), cells[1] * shares.shape[0])
-    side = max(min(room(width, _SIDE + table[0], 2 * NAMES) - table[0], _SIDE), 0.6)
+    if below:
+        side = room(width, _SIDE, NAMES)
+    else:
+        side = max(min(room(width, _SIDE + table[0], 2 * NAMES) - table[0], _SIDE), 0.6)
     title = f"{about(sample)}\nAttention mask of {layer_name(selection.found())}"
     cells_drawn, *labels = pooled_mask(selection, side)
-    size = (2 * NAMES + side + table[0], max(side + NAMES, table[1] + NAMES + 0.4))
+    high = max(side + NAMES, table[1] + NAMES + 0.4)
+    high = side + table[1] + 2 * NAMES + 0.4 if below else high
+    size = (2 * NAMES + side + table[0], high)
     picture = new_picture(size, title, _note(labels, side), width=width)
-    grid = picture.add_gridspec(
-        2, 2, width_ratios=(side, table[0]), height_ratios=(table[1], max(side - table[1], 0.1))
-    )
+    if below:
+        grid = picture.add_gridspec(2, 1, height_ratios=(side, table[1]))
+    else:
+        ratios = (table[1], max(side - table[1], 0.1))
+        grid = picture.add_gridspec(2, 2, width_ratios=(side, table[0]), height_ratios=ratios)
     scale = _scale(options.get("cmap"))
-    _draw_mask(picture.add_subplot(grid[:, 0]), cells_drawn, labels, scale, side)
-    _draw_shares(picture.add_subplot(grid[0, 1]), shares, scale)
+    mask_axes = picture.add_subplot(grid[0] if below else grid[:, 0])
+    _draw_mask(mask_axes, cells_drawn, labels, scale, side)
+    _draw_shares(picture.add_subplot(grid[1] if below else grid[0, 1]), shares, scale)
     return saved(picture, path)
 
 
@@ -116,7 +131,7 @@ def mask_comparison(
     check_options(**options)
     selections = selections_of(sources, layer)
     width = options.get("width")
-    columns = 2 if width else 4
+    columns = PANELS_IN_A_ROW[width]
     n_rows = -(-len(selections) // columns)
     n_cols = -(-len(selections) // n_rows)
     side = room(width, (NAMES + _SMALL_SIDE) * n_cols) / n_cols - NAMES
@@ -134,7 +149,8 @@ def mask_comparison(
     for axes in panels[len(masks) :]:
         axes.remove()
     for axes, title, text, (cells, *labels) in zip(panels, titles, below, masks, strict=False):
-        _draw_mask(axes, cells, labels, _scale(options.get("cmap")), side)
+        n_lines = text.count("\n") + 2
+        _draw_mask(axes, cells, labels, _scale(options.get("cmap")), side, n_lines)
         axes.set_title(title)
         axes.set_xlabel(f"key\n{text}")
     return saved(picture, path)
@@ -182,10 +198,15 @@ def _members(labels: AxisLabels) -> dict[str, np.ndarray]:
 
 
 def _draw_mask(
-    axes: Axes, cells: np.ndarray, labels: Sequence[AxisLabels], scale: ColorScale, side: float
+    axes: Axes,
+    cells: np.ndarray,
+    labels: Sequence[AxisLabels],
+    scale: ColorScale,
+    side: float,
+    n_lines: int = 1,
 ) -> None:
     rows, columns = labels
-    draw_matrix(axes, cells, rows, columns, scale, (side, side))
+    draw_matrix(axes, cells, rows, columns, scale, (side, side), n_lines)
     axes.set(xlabel="key", ylabel="query")
 
 

@@ -17,6 +17,7 @@ from xmodal_interp.attention import AttentionCall, Positions
 from xmodal_interp.errors import InputError, quoted
 from xmodal_interp.figures.matrix_axes import (
     NAMES,
+    PANELS_IN_A_ROW,
     AxisLabels,
     Run,
     draw_matrix,
@@ -42,6 +43,7 @@ from xmodal_interp.figures.scales import ColorScale, Show, check_show, scale_of
 from xmodal_interp.figures.style import (
     BAR,
     NORMAL,
+    WIDEST_PAGE,
     AxesOptions,
     FigureOptions,
     FigurePath,
@@ -117,8 +119,7 @@ def attention_matrix(  # noqa: PLR0913  every option has a default
     if ax is not None:
         side = min(placed_on(ax)[1:])
     elif width is not None:
-        parts = 1 if placed is None else 2
-        side = min(side, room(width, side, NAMES * parts + BAR) / parts)
+        side = min(side, room(width, side, NAMES + BAR))
     matrix = matrix_of(selection, side, show, pool)
     title = f"{about(sample)}\n{layer_name(matrix.call)}, {heads_name(matrix.call, head)}"
     if ax is not None:
@@ -145,21 +146,27 @@ def attention_matrix(  # noqa: PLR0913  every option has a default
                 [block] if own else [matrix.values, block],
             )
         )
-        block_width, height = _block_size(block, side if width else None)
+        sides = body[0] + NAMES + (BAR if own else 0)
+        natural, height = _block_size(block, side if width else None)
+        block_width = min(natural, WIDEST_PAGE - sides) if width is None else natural
         extra = NAMES + block_width + (BAR if own else 0)
         size = (body[0] + extra, max(body[1], height + 0.8))
+        if width is not None:  # the block is below the matrix
+            size = (body[0], body[1] + height + 0.8)
         note += " Each panel has its own scale." if own else ""
         picture = new_picture(size, title, f"{note}{page}", compress=False, width=width)
         below = max(side - height - 0.3, 0.1)
         grid = picture.add_gridspec(
             2, 2, width_ratios=(side, block_width), height_ratios=(height, below)
         )
-        axes = picture.add_subplot(grid[:, 0])
-        zoom_axes = picture.add_subplot(grid[0, 1])
+        if width is not None:
+            grid = picture.add_gridspec(2, 1, height_ratios=(side, height))
+        axes = picture.add_subplot(grid[:, 0] if width is None else grid[0])
+        zoom_axes = picture.add_subplot(grid[0, 1] if width is None else grid[1])
         _draw_block(zoom_axes, block, rows, placed, other if own else scale, (block_width, height))
         heading = f"text after the image \u2192 image {placed.cells}"
         zoom_axes.set_title(wrapped(heading, block_width, NORMAL))
-        if min(below, block_width * placed.grid.height / placed.grid.width) > 0.9:
+        if width is None and min(below, block_width * placed.grid.height / placed.grid.width) > 0.9:
             _draw_legend_image(picture.add_subplot(grid[1, 1]), placed)
         if own:
             other.bar(picture, [zoom_axes], height)
@@ -357,7 +364,7 @@ def side_by_side(
     one_of(pool, "pool", get_args(Pool))
     shared = options.get("scale", "figure" if shared else "panel") == "figure"
     selections = list(selections_of(sources).values())
-    columns = 2 if options.get("width") else 4
+    columns = PANELS_IN_A_ROW[options.get("width")]
     n_rows = -(-len(selections) // columns)
     n_cols = -(-len(selections) // n_rows)
     bars = BAR * (1 if shared else n_cols)
@@ -412,7 +419,7 @@ def _draw_block(
     of_row = placed.grid.places[order, 0]
     starts = np.flatnonzero(np.diff(of_row, prepend=-1))
     for start in starts[1:]:
-        axes.axvline(start, color="white", linewidth=0.8)
+        axes.axvline(start, color="white", linewidth=0.8 if len(starts) <= 16 else 0.3)
     middles = (starts + np.append(starts[1:], len(order))) / 2
     step = max(1, int(np.ceil(len(starts) * 0.22 / inches[0])))
     axes.set_xticks(middles[::step], [str(row) for row in of_row[starts][::step]])

@@ -7,7 +7,7 @@ on the figure gives the factor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -18,15 +18,19 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.transforms import BboxTransformTo, ScaledTranslation, blended_transform_factory
 
 from xmodal_interp.figures.scales import ColorScale
-from xmodal_interp.figures.style import SMALL, group_color, readable
+from xmodal_interp.figures.style import SMALL, Width, group_color, readable
 
 NAMES = 1.2
 """Inches for the names and the axis label left of or below a matrix."""
+
+PANELS_IN_A_ROW: Mapping[Width | None, int] = {None: 4, "page": 2, "column": 1}
+"""Largest number of matrices next to each other, by the width of the figure."""
 
 _PITCH = 0.115  # smallest distance of two legible names, inches
 _BROAD = 0.75  # width of a run's name that is written along the axis, inches
 _MOST_FOR_NAMES = 0.65  # largest share of an axis for tokens with names
 _LEAST_FOR_LINES = 0.09  # a line would hide runs narrower than this, inches
+_LEGEND = 0.9  # width of an entry of the legend, inches
 _BELOW_NAMES = 0.68  # inches between a matrix and the legend of its groups
 
 
@@ -151,6 +155,7 @@ def draw_matrix(
     columns: AxisLabels,
     scale: ColorScale,
     inches: tuple[float, float],
+    n_lines: int = 1,
 ) -> None:
     """Draw a matrix ``[row, column]`` with its labels; NaN has the colour of hidden cells.
 
@@ -161,6 +166,7 @@ def draw_matrix(
         columns: Labels of the columns.
         scale: Colour scale.
         inches: Width and height of the axes.
+        n_lines: Number of lines of the label of the horizontal axis.
     """
     wide, tall = columns.widths(inches[0]), rows.widths(inches[1])
     shown = np.asarray(values, dtype=np.float32)
@@ -183,9 +189,9 @@ def draw_matrix(
     if any(unnamed):
         axes.legend(
             handles=[Patch(color=group_color(name), label=name) for name in unnamed if name],
-            loc="upper center",
-            bbox_to_anchor=(0.5, -_BELOW_NAMES / inches[1]),
-            ncols=len(unnamed),
+            loc="upper right",  # the label of the axis is in the middle
+            bbox_to_anchor=(1.0, -(_BELOW_NAMES + 0.17 * (n_lines - 1)) / inches[1]),
+            ncols=max(1, min(len(unnamed), int(inches[0] / 2 / _LEGEND))),
             borderaxespad=0,
         )
 

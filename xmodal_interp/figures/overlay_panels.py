@@ -299,7 +299,8 @@ def panel_figure(
     height = width / aspect
     titles = [[wrapped(panel.title, width + _GAP / 2, NORMAL, 2) for panel in row] for row in rows]
     lines = [max(0 if not text else text.count("\n") + 1 for text in row) for row in titles]
-    tall = sum(height + _GAP + (0.04 + 0.14 * n if n else 0) for n in lines)
+    heights = [height + _GAP + (0.04 + 0.14 * n if n else 0) for n in lines]
+    tall = sum(heights)
     picture = new_picture(
         (left + n_cols * (width + _GAP) + bars, tall),
         title,
@@ -322,7 +323,9 @@ def panel_figure(
         if row_titles and c == 0:
             axes.set_ylabel(names[r], rotation=0, ha="right", va="center")
     for key, scale in scales.items():
-        scale.bar(picture, drawn[key], tall, _levels(scale, options.contours))
+        inside = [any(p.scale and _bar_of(p.scale) == key for p in row) for row in rows]
+        of_scale = sum(each for each, has in zip(heights, inside, strict=True) if has)
+        scale.bar(picture, drawn[key], of_scale, _levels(scale, options.contours))
     return picture
 
 
