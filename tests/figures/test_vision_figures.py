@@ -10,8 +10,7 @@ from tests.helpers.tiny import QUESTION, picture, tiny_vlm
 from tests.helpers.vision import registers_vlm
 from xmodal_interp import figures
 from xmodal_interp.errors import InputError
-from xmodal_interp.figures.image_overlays import _read
-from xmodal_interp.figures.overlay_panels import OverlayOptions
+from xmodal_interp.figures.overlay_values import attention_on_image, query_positions
 from xmodal_interp.figures.placement import placed_image
 from xmodal_interp.figures.scales import color_scale
 from xmodal_interp.figures.style import about
@@ -33,8 +32,8 @@ def test_an_overlay_draws_the_row_of_the_class_token() -> None:
         (xi.capture(tiny_vlm("llava"), picture(), QUESTION), {"tower": "vision"}),
     ):
         placed = placed_image(sample, 0, options.get("tower"))
-        read = _read(sample, placed, None, [1], None, set(), OverlayOptions())
-        drawn = read.layers[0].values("probability")
+        read = attention_on_image(sample, placed, query_positions(sample, placed, None), 1)
+        drawn = read.values("probability")
         expected = sample.probs(1, tower="vision", queries="class")[:, 0].mean(0)
         np.testing.assert_allclose(drawn, expected, atol=1e-6)
         shown = texts(figures.overlay(sample, layer=1, **options))

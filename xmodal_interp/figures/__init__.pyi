@@ -2,6 +2,7 @@ from .curves import layer_curves, positional_profiles, pruning_curve_plot, raste
 from .head_grids import head_grid
 from .image_maps import map_overlays, patch_overlays, rollout_overlay
 from .image_overlays import (
+    answer_overlays,
     before_after,
     head_overlays,
     layer_overlays,
@@ -16,11 +17,13 @@ from .matrix_selection import MatrixSelection
 from .overlay_panels import OverlayOptions
 from .style import Picture
 from .time_panels import time_panels
+from .video_overlays import video_animation, video_overlays
 
 __all__ = [
     "MatrixSelection",
     "OverlayOptions",
     "Picture",
+    "answer_overlays",
     "attention_matrix",
     "before_after",
     "head_grid",
@@ -42,4 +45,6 @@ __all__ = [
     "time_panels",
     "token_head_grid",
     "token_patch_matrix",
+    "video_animation",
+    "video_overlays",
 ]

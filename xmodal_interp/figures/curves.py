@@ -1,32 +1,49 @@
 """Line plots of analysis tables, with one line per entry of a column and a dashed null model.
 
 The lines show a value by layer, accuracy as heads are removed, or attention by position: distance
-and key position in the sequence, or image row and column.
+and key position in the sequence, or image row and column. More than eight lines have the colours of
+a ramp with a colour bar. Profiles of more than eight layers are heat maps: the ratio to the null
+model, with one row or column per layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Unpack
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from xmodal_interp.arguments import checked, string
 from xmodal_interp.errors import InputError
+from xmodal_interp.figures.scales import ColorScale, color_scale
 from xmodal_interp.figures.style import (
+    BAR,
     LINE_COLORS,
     MATRIX_COLORS,
+    NORMAL,
     SMALL,
+    AxesOptions,
+    CmapLike,
+    FigureOptions,
     FigurePath,
     Picture,
+    check_options,
     escaped,
     new_picture,
+    placed_on,
+    readable,
+    room,
     saved,
     styled,
+    wrapped,
 )
 
 _WIDTH, _HEIGHT = 4.0, 2.6  # inches of axes
@@ -38,6 +55,7 @@ _SIDES = {
     "rope_distance": "rotary distance",
 }
 _VALUES = {"raw": "attention probability", "lift": "lift of attention"}
+_MOST_NAMED = 8  # lines with an entry in a legend
 _STEEP = 8.0  # an axis is logarithmic if the ratio of largest to smallest value is above this
 
 
@@ -53,7 +71,8 @@ def layer_curves(
     label: str | None = None,
     title: str | None = None,
     path: FigurePath = None,
-) -> Picture:
+    **options: Unpack[AxesOptions],
+) -> Figure:
     """Draw a value by layer, with one line per entry of a column and the null model dashed.
 
     Args:
@@ -65,11 +84,13 @@ def layer_curves(
         label: Name of the value on the axis; the column name if not given.
         title: Title of the figure.
         path: Where to save the figure.
+        **options: ``cmap`` (of the lines), ``width``, ``scale`` and ``ax``; see ``AxesOptions``.
 
     Raises:
         InputError: The table lacks a column, a column is not numeric, or the table has several
             rows for one layer (and entry).
     """
+    check_options(**options)
     if by is not None:
         string(by, "by")
     keys = ["layer", *([by] if by else [])]
@@ -84,12 +105,14 @@ def layer_curves(
     names = [str(name) for name, _ in lines]
     heading = by if by and not isinstance(lines[0][0], str) else None
     shown = by is not None or null is not None
-    entries = [*names, heading or "", "null model"] if shown else []
-    picture, axes_grid = _line_page((1, 1), title or f"{value} by layer", entries)
-    axes = axes_grid[0, 0]
-    styles = _line_styles([name for name, _ in lines])
+    many = len(lines) > _MOST_NAMED
+    named = [*([] if many else names), heading or "", "null model"]
+    axes, figure = _one_panel(
+        title or f"{value} by layer", named if shown else [], options, many=many
+    )
+    styles = _line_styles([name for name, _ in lines], options.get("cmap"))
     for (_, rows), name, style in zip(lines, names, styles, strict=True):
-        axes.plot(rows["layer"], rows[value], label=name, **style)
+        axes.plot(rows["layer"], rows[value], label="" if many else name, **style)
         if interval:
             low, high = (rows[end].to_numpy(dtype=float) for end in interval)
             axes.fill_between(rows["layer"], low, high, color=style["color"], alpha=0.15, lw=0)
@@ -100,9 +123,12 @@ def layer_curves(
         axes.axhline(null, label="null model", **_NULL)
     axes.set(xlabel="layer", ylabel=escaped(label or value.replace("_", " ")))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if shown:
+    if many:
+        _ramp(figure, [axes], names, str(by), options.get("cmap"))
+        _legend_above(axes)
+    elif shown:
         _legend(axes, heading)
-    return saved(picture, path)
+    return saved(figure, path) if isinstance(figure, Picture) else figure
 
 
 @checked
@@ -117,7 +143,8 @@ def pruning_curve_plot(
     label: str | None = None,
     title: str | None = None,
     path: FigurePath = None,
-) -> Picture:
+    **options: Unpack[AxesOptions],
+) -> Figure:
     """Draw accuracy against the share of heads removed, with one line per order of removal.
 
     Args:
@@ -130,25 +157,25 @@ def pruning_curve_plot(
         label: Name of the value on the axis; the column name if not given.
         title: Title of the figure.
         path: Where to save the figure.
+        **options: ``cmap`` (of the lines), ``width``, ``scale`` and ``ax``; see ``AxesOptions``.
 
     Raises:
         InputError: The table lacks a column, or a column is not numeric.
     """
+    check_options(**options)
     drawn = [x, value, *(interval or ())]
     columns_of(table, [by, *drawn], "A pruning curve", numbers=drawn)
     names = list(dict.fromkeys(table[by]))
     draws = {name: int(table[table[by] == name].groupby(x).size().max()) for name in names}
     texts = {n: f"{n}, mean and range of {k}" if k > 1 else str(n) for n, k in draws.items()}
-    picture, axes_grid = _line_page(
-        (1, 1),
-        title or f"{value.replace('_', ' ')} as heads are removed",
-        [*texts.values(), "nothing removed"],
-    )
-    axes = axes_grid[0, 0]
-    for name, style in zip(names, _line_styles(names), strict=True):
+    many = len(names) > _MOST_NAMED
+    entries = [*([] if many else texts.values()), "nothing removed"]
+    heading = title or f"{value.replace('_', ' ')} as heads are removed"
+    axes, figure = _one_panel(heading, entries, options, many=many)
+    for name, style in zip(names, _line_styles(names, options.get("cmap")), strict=True):
         steps = table[table[by] == name].groupby(x)
         mean = steps[value].mean()
-        axes.plot(mean.index, mean, label=texts[name], **style)
+        axes.plot(mean.index, mean, label="" if many else texts[name], **style)
         if interval or draws[name] > 1:
             low = steps[interval[0]].mean() if interval else steps[value].min()
             high = steps[interval[1]].mean() if interval else steps[value].max()
@@ -159,8 +186,12 @@ def pruning_curve_plot(
     axes.set(xlabel=along, ylabel=escaped(label or value.replace("_", " ")))
     if x.startswith("share"):
         axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    _legend(axes, by)
-    return saved(picture, path)
+    if many:
+        _ramp(figure, [axes], [texts[name] for name in names], by, options.get("cmap"))
+        _legend_above(axes)
+    else:
+        _legend(axes, by)
+    return saved(figure, path) if isinstance(figure, Picture) else figure
 
 
 @checked
@@ -172,6 +203,7 @@ def positional_profiles(
     by: str = "layer",
     title: str | None = None,
     path: FigurePath = None,
+    **options: Unpack[FigureOptions],
 ) -> Picture:
     """Draw a table of ``positional_bias``: blocks in rows, distance and key position in columns.
 
@@ -180,13 +212,17 @@ def positional_profiles(
             weighted by ``n_cells``.
         value: ``"lift"``, with uniform attention at 1; or ``"raw"``, with the column ``null`` as
             the null model.
-        by: Column whose entries are drawn as separate lines.
+        by: Column whose entries are drawn as separate lines; more than eight as a heat map of the
+            ratio to the null model.
         title: Title of the figure.
         path: Where to save the figure.
+        **options: ``cmap``, ``width`` and ``scale``; see ``FigureOptions``. Lines have an axis per
+            panel unless ``scale="figure"``; heat maps share a scale unless ``scale="panel"``.
 
     Raises:
         InputError: The table lacks a column.
     """
+    check_options(**options)
     nulls = ["null"] if value == "raw" else []
     columns_of(
         table,
@@ -194,30 +230,43 @@ def positional_profiles(
         "A positional profile",
     )
     means = _means(table, ["block", "axis", by, "start", "stop"], [value, *nulls])
-    means = _with_gaps(means, ["block", "axis", by])
-    means["place"] = (means["start"] + means["stop"] - 1) / 2
     blocks, sides = list(dict.fromkeys(table["block"])), list(dict.fromkeys(table["axis"]))
     names = sorted(table[by].unique())
-    shape = (len(blocks), len(sides))
-    heading = title or f"{_VALUES.get(value, value)} by position"
+    heading = f"{title or f'{_VALUES.get(value, value)} by position'}{_averaged(table, by)}"
+    panels = [
+        _Profile(
+            str(block).replace("->", " \u2192 "),
+            _SIDES.get(side, side),
+            means[(means["block"] == block) & (means["axis"] == side)],
+        )
+        for block in blocks
+        for side in sides
+    ]
+    n_cols = 1 if options.get("width") == "column" else len(sides)
+    if len(names) > _MOST_NAMED:
+        what = f"{_VALUES.get(value, value)}: times the null model\n(log scale)"
+        return saved(_heat_maps(panels, value, by, what, heading, n_cols, options), path)
     entries = [*map(str, names), by, "null model"]
-    picture, grid = _line_page(shape, heading, entries, height=1.9)
-    for r, block in enumerate(blocks):
-        for c, side in enumerate(sides):
-            axes = grid[r, c]
-            rows = means[(means["block"] == block) & (means["axis"] == side)]
-            _lines(axes, rows, "place", value, by, names)
-            if nulls:
-                _draw_null(axes, [(rows, "black")], "place", "null")
-            else:
-                axes.axhline(1.0, label="null model", **_NULL)
-            if rows[value].min() > 0 and rows[value].max() > _STEEP * rows[value].min():
-                axes.set_yscale("log")
-                axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_locator(NullLocator())
-            axes.set(xlabel=_SIDES.get(side, side), ylabel=escaped(_VALUES.get(value, value)))
-            axes.set_title(escaped(str(block).replace("->", " \u2192 ")))
+    shape = (-(-len(panels) // n_cols), n_cols)
+    picture, grid = _line_page(shape, heading, entries, options, height=1.9)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        rows = _with_gaps(panel.rows, [by])
+        rows["place"] = (rows["start"] + rows["stop"] - 1) / 2
+        _lines(axes, rows, "place", value, by, names, cmap=options.get("cmap"))
+        if nulls:
+            _draw_null(axes, [(rows, "black")], "place", "null")
+        else:
+            axes.axhline(1.0, label="null model", **_NULL)
+        if rows[value].min() > 0 and rows[value].max() > _STEEP * rows[value].min():
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel=panel.along, ylabel=escaped(_VALUES.get(value, value)))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_title(escaped(panel.title))
+    if options.get("scale") == "figure":
+        _same_axis([axes.yaxis for axes in grid.flat])
     _legend(grid[0, -1], by)
     return saved(picture, path)
 
@@ -231,6 +280,7 @@ def raster_profiles(
     by: str = "layer",
     title: str | None = None,
     path: FigurePath = None,
+    **options: Unpack[FigureOptions],
 ) -> Picture:
     """Draw a table of ``raster_profile``: over the rows of the image (downwards) and its columns.
 
@@ -239,13 +289,17 @@ def raster_profiles(
             are averaged. Controls are dotted.
         value: ``"share"``, with the column ``null`` as the null model; or ``"lift"``, with uniform
             attention at 1.
-        by: Column whose entries are drawn as separate lines.
+        by: Column whose entries are drawn as separate lines; more than eight as a heat map of the
+            ratio to the control if there is one, else to the null model.
         title: Title of the figure.
         path: Where to save the figure.
+        **options: ``cmap``, ``width`` and ``scale``; see ``FigureOptions``. Lines have an axis per
+            panel unless ``scale="figure"``; heat maps share a scale unless ``scale="panel"``.
 
     Raises:
         InputError: The table lacks a column.
     """
+    check_options(**options)
     nulls = ["null"] if value == "share" else []
     columns_of(table, ["axis", "index", value, by, *nulls], "A raster profile")
     control = f"{value}_control" if f"{value}_control" in table else None
@@ -253,27 +307,148 @@ def raster_profiles(
     means = table.groupby(["axis", by, "index"], as_index=False)[columns].mean()
     means["null"] = means["null"] if nulls else 1.0
     names = sorted(table[by].unique())
-    entries = [*map(str, names), by, "null model", *(["control (dotted)"] if control else [])]
     heading = title or f"{value} of image attention by row and column"
-    picture, grid = _line_page((1, 2), heading, entries)
-    down, across = grid[0]
+    heading += _averaged(table, by)
+    n_cols = 1 if options.get("width") == "column" else 2
+    if len(names) > _MOST_NAMED:
+        of = means.assign(
+            **{"null": means[control] if control else means["null"]},
+            start=means["index"],
+            stop=means["index"] + 1,
+        )
+        panels = [
+            _Profile(f"{kind}s", f"{kind} of the image", of[of["axis"] == axis])
+            for axis, kind in (("row", "row"), ("col", "column"))
+        ]
+        what = f"{value}: times the {'control' if control else 'null model'}\n(log scale)"
+        return saved(_heat_maps(panels, value, by, what, heading, n_cols, options), path)
+    entries = [*map(str, names), by, "null model", *(["control (dotted)"] if control else [])]
+    picture, grid = _line_page((2 // n_cols, n_cols), heading, entries, options)
+    down, across = grid.flat
+    cmap = options.get("cmap")
     for axes, axis in ((down, "row"), (across, "col")):
         upright = axis == "row"
         rows = means[means["axis"] == axis]
-        _lines(axes, rows, "index", value, by, names, upright=upright)
+        _lines(axes, rows, "index", value, by, names, upright=upright, cmap=cmap)
         if control:
-            _lines(axes, rows, "index", control, by, names, upright=upright, dotted=True)
+            dotted = {"upright": upright, "dotted": True}
+            _lines(axes, rows, "index", control, by, names, cmap=cmap, **dotted)
         null = rows.groupby("index")["null"].mean()
         pair = (null, null.index) if upright else (null.index, null)
         axes.plot(*pair, label="null model", **_NULL)
-        (axes.yaxis if upright else axes.xaxis).set_major_locator(MaxNLocator(integer=True))
+        (axes.yaxis if upright else axes.xaxis).set_major_locator(MaxNLocator(6, integer=True))
     down.invert_yaxis()
     down.set(xlabel=escaped(value), ylabel="row of the image, top first", title="rows")
     across.set(xlabel="column of the image", ylabel=escaped(value), title="columns")
+    if options.get("scale") == "figure":
+        _same_axis([down.xaxis, across.yaxis])
     if control:
         across.plot([], [], color="black", linestyle=":", linewidth=1.2, label="control (dotted)")
-    _legend(across, by)
+    _legend(grid[0, -1], by, across)
     return saved(picture, path)
+
+
+@dataclass(frozen=True, eq=False)
+class _Profile:
+    """A panel of values by position.
+
+    Attributes:
+        title: Title of the panel.
+        along: Name of the position.
+        rows: Rows with ``start``, ``stop``, the values and their null model.
+    """
+
+    title: str
+    along: str
+    rows: pd.DataFrame
+
+
+def _heat_maps(
+    panels: Sequence[_Profile],
+    value: str,
+    by: str,
+    label: str,
+    title: str,
+    n_cols: int,
+    options: FigureOptions,
+) -> Picture:
+    """Draw the ratio of values to their null model: positions from left to right, entries below."""
+    ratios = []
+    for panel in panels:
+        null = panel.rows.get("null", 1.0)
+        ratio = (panel.rows[value] / null).replace([np.inf, -np.inf], np.nan)
+        ratios.append(panel.rows.assign(ratio=ratio))
+    own = options.get("scale") == "panel"
+    maps = [each["ratio"].to_numpy(dtype=float) for each in ratios]
+    cmap = options.get("cmap")
+    one = color_scale("ratio", maps, label).colored(cmap)
+    scales = [color_scale("ratio", [each], label).colored(cmap) if own else one for each in maps]
+    n_rows = -(-len(panels) // n_cols)
+    bars = BAR * (n_cols if own else 1)
+    wide = room(options.get("width"), (_WIDTH + 0.6) * n_cols, bars) / n_cols - 0.6
+    tall = float(np.clip(0.06 * ratios[0][by].nunique(), 1.3, 3.5))
+    note = "Each panel has its own colour scale." if own else "One colour scale for all panels."
+    missing = any(np.isnan(each).any() for each in maps)
+    body = ((wide + 0.6) * n_cols + bars, (tall + 0.65) * n_rows)
+    picture = new_picture(
+        body,
+        title,
+        f"{note}{' Grey: no value.' if missing else ''}",
+        width=options.get("width"),
+        compress=False,
+    )
+    grid = picture.subplots(n_rows, n_cols, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    drawn = list(grid.flat[: len(panels)])
+    for axes, panel, rows, scale in zip(drawn, panels, ratios, scales, strict=True):
+        pivot = rows.pivot_table(index=by, columns=["start", "stop"], values="ratio")
+        pivot = pivot.sort_index().sort_index(axis=1)
+        edges: list[float] = []
+        cells: list[np.ndarray] = []
+        for i, (start, stop) in enumerate(pivot.columns.to_frame().astype(float).to_numpy()):
+            if edges and start > edges[-1]:  # positions without a value
+                cells.append(np.full(len(pivot), np.nan))
+                edges.append(start)
+            edges += [stop] if edges else [start, stop]
+            cells.append(pivot.iloc[:, i].to_numpy(dtype=float))
+        values = scale.drawn(np.stack(cells, axis=1))
+        axes.set_facecolor(scale.cmap.get_bad())
+        axes.pcolormesh(
+            np.array(edges) - 0.5,
+            np.arange(len(pivot) + 1) - 0.5,
+            values,
+            norm=scale.norm,
+            cmap=scale.cmap,
+            rasterized=True,
+        )
+        step = max(1, -(-len(pivot) // max(2, int(tall / 0.2))))
+        axes.set_yticks(range(0, len(pivot), step), [str(name) for name in pivot.index[::step]])
+        axes.invert_yaxis()
+        axes.set(xlabel=panel.along, ylabel=by, title=escaped(panel.title))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if own:
+            scale.bar(picture, [axes], tall)
+    if not own:
+        one.bar(picture, drawn, tall * n_rows)
+    return picture
+
+
+def _averaged(table: pd.DataFrame, by: str) -> str:
+    """Return a line, for a title, that states over what the drawn values are means."""
+    parts = []
+    for column in ("sample", "layer", "head"):
+        n = table[column].nunique() if column != by and column in table else 1
+        if n > 1:
+            parts.append(f"{n} {column}s")
+    return f"\nmean of {' and '.join(parts)}" if parts else ""
+
+
+def _same_axis(axes: Sequence[Axis]) -> None:
+    """Give axes the same limits."""
+    limits = np.array([each.get_view_interval() for each in axes])
+    for each in axes:
+        each.set_view_interval(limits.min(), limits.max(), ignore=True)
 
 
 def columns_of(
@@ -325,8 +500,27 @@ def one_row_each(table: pd.DataFrame, keys: Sequence[str], value: str, what: str
     )
 
 
+def _one_panel(
+    title: str, entries: Sequence[str], options: AxesOptions, *, many: bool
+) -> tuple[Axes, Figure]:
+    """Return axes for lines: those of the options, or those of a new figure; and their figure."""
+    given = options.get("ax")
+    if given is not None:
+        given.set_title(wrapped(title, placed_on(given)[1], NORMAL, 2))
+        return given, placed_on(given)[0]
+    bar = BAR if many else 0.0
+    picture, grid = _line_page((1, 1), title, entries, options, bar=bar)
+    return grid[0, 0], picture
+
+
 def _line_page(
-    shape: tuple[int, int], title: str, entries: Sequence[str], *, height: float = _HEIGHT
+    shape: tuple[int, int],
+    title: str,
+    entries: Sequence[str],
+    options: FigureOptions,
+    *,
+    height: float = _HEIGHT,
+    bar: float = 0.0,
 ) -> tuple[Picture, np.ndarray]:
     """Return a figure with a grid of axes, and the axes as ``[row, column]``.
 
@@ -334,24 +528,64 @@ def _line_page(
         shape: Number of rows and of columns.
         title: Title of the figure.
         entries: Texts of the legend at the right; they determine its width.
+        options: The width is used.
         height: Height of each axes, in inches.
+        bar: Width of a colour bar, in inches.
     """
-    legend = 0.6 + 0.062 * max(map(len, entries)) if entries else 0.0
-    body = ((_WIDTH + 0.75) * shape[1] + legend, (height + 0.55) * shape[0])
-    picture = new_picture(body, title)
+    legend = 0.6 + 0.062 * max(map(len, entries)) if entries and not bar else bar
+    wide = room(options.get("width"), (_WIDTH + 0.75) * shape[1], legend)
+    picture = new_picture(
+        (wide + legend, (height + 0.55) * shape[0]), title, width=options.get("width")
+    )
     return picture, picture.subplots(*shape, squeeze=False)
 
 
-def _line_styles(names: Sequence[Any]) -> list[dict[str, Any]]:
+def _line_styles(names: Sequence[Any], cmap: CmapLike = None) -> list[dict[str, Any]]:
     """Return a style per line: a sequential colour map for many lines, distinct colours for few."""
     numbers = all(isinstance(name, (int, np.integer)) for name in names)
-    if len(names) > len(LINE_COLORS) or (numbers and len(names) > 3):
-        colors = mpl.colormaps[MATRIX_COLORS](np.linspace(0, 0.9, len(names)))
-        return [{"color": tuple(c), "linewidth": 1.2, "marker": "o", "ms": 2.5} for c in colors]
+    if cmap is not None or len(names) > len(LINE_COLORS) or (numbers and len(names) > 3):
+        many = len(names) > _MOST_NAMED
+        look = {"linewidth": 0.8} if many else {"linewidth": 1.2, "marker": "o", "ms": 2.5}
+        colors = _ramp_colors(cmap)(np.linspace(0, 1, len(names)))
+        return [{"color": tuple(c), **look} for c in colors]
     return [
         {"color": LINE_COLORS[i], "linewidth": 1.4, "marker": _MARKERS[i], "ms": 3.5}
         for i in range(len(names))
     ]
+
+
+def _ramp_colors(cmap: CmapLike) -> Colormap:
+    """Return the colours of many lines, without those that are too light on white."""
+    chosen = mpl.colormaps[cmap or MATRIX_COLORS] if cmap is None or isinstance(cmap, str) else cmap
+    return ListedColormap(chosen(np.linspace(0, 0.9, 256)))
+
+
+def _ramp(
+    figure: Figure, panels: Sequence[Axes], names: Sequence[str], by: str, cmap: CmapLike
+) -> None:
+    """Draw a colour bar for the colours of many lines."""
+    numbers = all(name.lstrip("-").isdigit() for name in names)
+    ends = (float(names[0]), float(names[-1])) if numbers else (0.0, len(names) - 1.0)
+    evenly = numbers and ends[1] - ends[0] == len(names) - 1
+    norm = Normalize(*ends) if evenly else Normalize(0, len(names) - 1)
+    scale = ColorScale(norm, _ramp_colors(cmap), by)
+    bar = scale.bar(figure, panels, _HEIGHT)
+    if evenly:
+        bar.locator = MaxNLocator(8, integer=True)
+        bar.update_ticks()
+        return
+    step = -(-len(names) // 12)
+    marks = range(0, len(names), step)
+    bar.set_ticks(list(marks), labels=[readable(names[i], 14) for i in marks])
+
+
+def _legend_above(axes: Axes) -> None:
+    """Add the legend of the null model above the axes, next to a colour bar."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2
+        )
 
 
 def _draw_null(axes: Axes, lines: Sequence[tuple[pd.DataFrame, Any]], x: str, null: str) -> None:
@@ -374,9 +608,9 @@ def _draw_null(axes: Axes, lines: Sequence[tuple[pd.DataFrame, Any]], x: str, nu
     axes.plot([], [], label="null model", **_NULL)
 
 
-def _legend(axes: Axes, heading: str | None = None) -> None:
-    """Add the legend to the right of the axes."""
-    handles, labels = axes.get_legend_handles_labels()
+def _legend(axes: Axes, heading: str | None = None, source: Axes | None = None) -> None:
+    """Add the legend to the right of the axes; ``source`` are the axes with the lines."""
+    handles, labels = (source or axes).get_legend_handles_labels()
     box = axes.legend(
         handles,
         [escaped(label) for label in labels],
@@ -389,7 +623,7 @@ def _legend(axes: Axes, heading: str | None = None) -> None:
     box.get_title().set_fontsize(SMALL)
 
 
-def _lines(
+def _lines(  # noqa: PLR0913  how the lines are drawn
     axes: Axes,
     rows: pd.DataFrame,
     x: str,
@@ -397,11 +631,12 @@ def _lines(
     by: str,
     names: list[object],
     *,
+    cmap: CmapLike = None,
     upright: bool = False,
     dotted: bool = False,
 ) -> None:
     """Draw one line per entry; ``upright`` puts the position on the vertical axis."""
-    for name, style in zip(names, _line_styles(names), strict=True):
+    for name, style in zip(names, _line_styles(names, cmap), strict=True):
         line = rows[rows[by] == name].sort_values(x)
         look = {**style, "linestyle": ":", "marker": ""} if dotted else style
         pair = (line[value], line[x]) if upright else (line[x], line[value])

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 
 from xmodal_interp.arguments import checked
 from xmodal_interp.errors import InputError
 from xmodal_interp.figures.curves import columns_of, one_row_each
 from xmodal_interp.figures.scales import ColorScale, Meaning, color_scale, finite
-from xmodal_interp.figures.style import BAR, SMALL, FigurePath, Picture, new_picture, saved, styled
+from xmodal_interp.figures.style import (
+    BAR,
+    HIGHEST_PAGE,
+    NORMAL,
+    SMALL,
+    AxesOptions,
+    FigurePath,
+    Picture,
+    check_options,
+    new_picture,
+    placed_on,
+    room,
+    saved,
+    styled,
+    wrapped,
+)
 
 _CELL = (0.5, 0.3)  # width and height of a cell with a number, inches
 _BARE_CELL = (0.25, 0.2)
+_LEGIBLE = (0.36, 0.15)  # smallest width and height of a cell with a number, inches
 _MOST_WRITTEN = 600  # largest number of cells for which numbers are written
 
 
@@ -31,7 +48,8 @@ def head_grid(
     title: str | None = None,
     vmax: float | None = None,
     path: FigurePath = None,
-) -> Picture:
+    **options: Unpack[AxesOptions],
+) -> Figure:
     """Draw a value of every head: layers from top to bottom, heads from left to right.
 
     Args:
@@ -46,10 +64,12 @@ def head_grid(
         title: Title of the figure.
         vmax: Upper end of the colour scale; the largest value if not given.
         path: Where to save the figure.
+        **options: ``cmap``, ``width``, ``scale`` and ``ax``; see ``AxesOptions``.
 
     Raises:
         InputError: The table lacks a column, has several rows for one head, or only NaN.
     """
+    check_options(**options)
     columns_of(table, ["layer", "head", value], "A grid of heads")
     one_row_each(table, ["layer", "head"], value, "A grid of heads")
     grid = table.set_index(["layer", "head"])[value].unstack("head")  # noqa: PD010 - one row each
@@ -67,22 +87,30 @@ def head_grid(
     low = float(numbers.min())
     vmin = low if meaning == "amount" and low > numbers.max() / 2 else 0.0
     scale = color_scale(meaning, [cells], label or value, vmax=vmax, vmin=vmin)
-    written = cells.size <= _MOST_WRITTEN
-    wide, tall = _CELL if written else _BARE_CELL
+    scale = scale.colored(options.get("cmap"))
+    wide, tall = _CELL if cells.size <= _MOST_WRITTEN else _BARE_CELL
     width, height = max(wide * cells.shape[1], 1.6), max(tall * cells.shape[0], 1.7)
+    heading = title or f"{value} of every head"
     missing = "Grey: no value." if np.isnan(cells).any() else ""
-    picture = new_picture(
-        (0.65 + width + BAR, height + 0.45), title or f"{value} of every head", missing
-    )
-    axes = picture.subplots()
+    given, size = options.get("ax"), options.get("width")
+    if given is not None:
+        axes, (figure, width, height) = given, placed_on(given)
+        axes.set_title(wrapped(heading, width, NORMAL, 2))
+    else:
+        natural, width = width, room(size, width, 0.65 + BAR)
+        height = min(height * min(width / natural, 1.0), HIGHEST_PAGE) if size else height
+        height = min(height, HIGHEST_PAGE)
+        figure = new_picture((0.65 + width + BAR, height + 0.45), heading, missing, width=size)
+        axes = figure.subplots()
     axes.imshow(scale.drawn(cells), norm=scale.norm, cmap=scale.cmap, aspect="auto")
-    if written:
+    wide, tall = width / cells.shape[1], height / cells.shape[0]
+    if cells.size <= _MOST_WRITTEN and wide >= _LEGIBLE[0] and tall >= _LEGIBLE[1]:
         _write(axes, cells, scale)
     _number(axes.xaxis, list(grid.columns), wide)
     _number(axes.yaxis, list(grid.index), tall)
     axes.set(xlabel="head", ylabel="layer")
-    scale.bar(picture, [axes], height)
-    return saved(picture, path)
+    scale.bar(figure, [axes], height)
+    return saved(figure, path) if isinstance(figure, Picture) else figure
 
 
 def _write(axes: Axes, cells: np.ndarray, scale: ColorScale) -> None:

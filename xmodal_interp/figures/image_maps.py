@@ -9,7 +9,7 @@ from typing import Unpack
 import numpy as np
 import pandas as pd
 
-from xmodal_interp.arguments import checked
+from xmodal_interp.arguments import checked, whole_number
 from xmodal_interp.attention import Positions
 from xmodal_interp.errors import GeometryError, InputError, quoted
 from xmodal_interp.figures.curves import columns_of
@@ -19,10 +19,9 @@ from xmodal_interp.figures.overlay_panels import (
     Panel,
     in_rows,
     panel_figure,
-    with_scale,
 )
 from xmodal_interp.figures.placement import PlacedImage, placed_image, with_patches
-from xmodal_interp.figures.scales import SHOW_LABELS, Meaning, color_scale
+from xmodal_interp.figures.scales import SHOW_LABELS, Meaning
 from xmodal_interp.figures.style import (
     FigurePath,
     Picture,
@@ -35,6 +34,8 @@ from xmodal_interp.figures.style import (
 )
 from xmodal_interp.sample import Sample
 
+_MOST = 60  # panels on a page
+
 
 @checked
 @styled
@@ -46,6 +47,7 @@ def map_overlays(
     meaning: Meaning = "amount",
     image: int = 0,
     title: str | None = None,
+    page: int = 0,
     path: FigurePath = None,
     **options: Unpack[MapOptions],
 ) -> Picture:
@@ -60,6 +62,7 @@ def map_overlays(
             around 1.
         image: Index of the image.
         title: Second line of the figure's title, below the question.
+        page: A figure has at most 60 maps; the others are on the next pages.
         path: Where to save the figure.
         **options: Drawing options; see ``OverlayOptions``.
 
@@ -84,8 +87,9 @@ def map_overlays(
         Panel(name, values, undrawn=_undrawn(placed, values) if meaning == "amount" else None)
         for name, (_, values) in zip(maps, fitted, strict=True)
     ]
+    drawing = OverlayOptions(**options)
     text = about(sample) + (f"\n{title}" if title else "")
-    return saved(_figure(placed, panels, meaning, label, text, OverlayOptions(**options)), path)
+    return saved(_figure(placed, panels, meaning, label, text, drawing, page), path)
 
 
 @checked
@@ -96,6 +100,7 @@ def rollout_overlay(
     value: str = "rollout",
     *,
     image: int = 0,
+    page: int = 0,
     path: FigurePath = None,
     **options: Unpack[MapOptions],
 ) -> Picture:
@@ -106,6 +111,7 @@ def rollout_overlay(
         sample: The sample.
         value: ``"rollout"``; or ``"log2_ratio"``, the ratio to the rollout of uniform attention.
         image: Index of the image.
+        page: A figure has at most 60 queries; the others are on the next pages.
         path: Where to save the figure.
         **options: Drawing options; see ``OverlayOptions``.
     """
@@ -136,7 +142,8 @@ def rollout_overlay(
     label = "rollout: times uniform\n(log scale)" if ratio else value
     title = f"{about(sample)}\nattention rollout{', vision tower' if vision else ''}, by query"
     meaning: Meaning = "ratio" if ratio else "amount"
-    return saved(_figure(placed, panels, meaning, label, title, OverlayOptions(**options)), path)
+    drawing = OverlayOptions(**options)
+    return saved(_figure(placed, panels, meaning, label, title, drawing, page), path)
 
 
 @checked
@@ -148,6 +155,7 @@ def patch_overlays(
     head: Positions | None = None,
     *,
     image: int = 0,
+    page: int = 0,
     path: FigurePath = None,
     **options: Unpack[MapOptions],
 ) -> Picture:
@@ -160,6 +168,7 @@ def patch_overlays(
         layer: Layer of the vision tower; negative ones count from the last.
         head: A head, or several to average; all heads are averaged if not given.
         image: Index of the image.
+        page: A figure has at most 60 points; the others are on the next pages.
         path: Where to save the figure.
         **options: Drawing options; see ``OverlayOptions``.
 
@@ -190,7 +199,7 @@ def patch_overlays(
         )
     title = f"{layer_name(call)}, {heads_name(call, head)}"
     label, drawing = SHOW_LABELS["probability"], OverlayOptions(**options)
-    return saved(_figure(placed, panels, "amount", label, title, drawing), path)
+    return saved(_figure(placed, panels, "amount", label, title, drawing, page), path)
 
 
 def _rows_of(table: pd.DataFrame, sample: Sample) -> pd.DataFrame:
@@ -218,8 +227,23 @@ def _figure(
     label: str,
     title: str,
     options: OverlayOptions,
+    page: int,
 ) -> Picture:
-    """Draw the image, then the panels without the left-out tokens, in one colour scale."""
+    """Draw the image, then the panels of a page without the left-out tokens, in one colour scale.
+
+    Raises:
+        InputError: The page does not exist.
+    """
+    n = len(panels)
+    n_pages = -(-n // _MOST)
+    if whole_number(page, "page", 0) >= n_pages:
+        raise InputError(f"page must be between 0 and {n_pages - 1}; got {page}.")
+    first, stop = page * _MOST, min((page + 1) * _MOST, n)
+    panels = panels[first:stop]
+    pages = (
+        f"Page {page}: panels {first + 1} to {stop} of {n}; {n_pages} pages, by page=0 to "
+        f"{n_pages - 1}."
+    )
     left_out = options.left_out(placed)
     maps = [np.array(panel.values, dtype=float) for panel in panels]
     if left_out is not None:
@@ -228,9 +252,9 @@ def _figure(
         replace(panel, values=values, left_out=left_out)
         for panel, values in zip(panels, maps, strict=True)
     ]
-    scale = color_scale(meaning, maps, label, vmax=options.vmax, power=options.power, clip=True)
-    rows = in_rows([Panel(placed.name), *with_scale(shown, scale)])
-    return panel_figure(placed, rows, options, title)
+    scaled = options.of_values(shown, meaning, label)
+    rows = in_rows([Panel(placed.name), *scaled], options.width)
+    return panel_figure(placed, rows, options, title, remark=pages if n_pages > 1 else "")
 
 
 def _undrawn(placed: PlacedImage, values: np.ndarray) -> tuple[float, float] | None:

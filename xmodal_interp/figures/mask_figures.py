@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 
 from xmodal_interp.arguments import checked
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.figures.matrix_axes import NAMES, AxisLabels, draw_matrix, widening_note
+from xmodal_interp.figures.matrix_axes import (
+    NAMES,
+    PANELS_IN_A_ROW,
+    AxisLabels,
+    draw_matrix,
+    widening_note,
+)
 from xmodal_interp.figures.matrix_selection import (
     MatrixSelection,
     axis_labels,
+    pooled_mask,
     selections_of,
     visible_cells,
 )
 from xmodal_interp.figures.scales import ColorScale
 from xmodal_interp.figures.style import (
     HIDDEN,
+    NORMAL,
     SMALL,
+    CmapLike,
+    FigureOptions,
     FigurePath,
     Picture,
     about,
+    check_options,
     group_color,
     layer_name,
     new_picture,
+    room,
     saved,
     styled,
     wrapped,
@@ -36,7 +49,7 @@ from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
 _VISIBLE = "#6699cc"
-_MASK = ColorScale(Normalize(0, 1), ListedColormap([HIDDEN, _VISIBLE]), "visible")
+_COLORS = LinearSegmentedColormap.from_list("mask", [HIDDEN, _VISIBLE])
 _SIDE, _SMALL_SIDE = 4.6, 3.0  # inches
 
 
@@ -51,6 +64,7 @@ def mask_structure(
     kind: AttentionKind = "self",
     call: int = 0,
     path: FigurePath = None,
+    **options: Unpack[FigureOptions],
 ) -> Picture:
     """Draw the mask of a layer, and the visible share of each block of token groups.
 
@@ -64,18 +78,35 @@ def mask_structure(
         kind: ``"self"``, ``"cross"`` or ``"channel"``.
         call: Index of the layer's call; in the vision tower, of the image.
         path: Where to save the figure.
+        **options: ``cmap``, ``width`` and ``scale``; see ``FigureOptions``. All panels show the
+            visible share from 0 to 1.
     """
+    check_options(**options)
     selection = MatrixSelection(sample, layer, head, tower=tower, kind=kind, call=call)
     shares = visible_shares(selection)
-    table = (max(0.8 * shares.shape[1], 1.4), 0.5 * shares.shape[0])
+    width = options.get("width")
+    below = width == "column"  # the table is below the mask
+    cells = (0.8, 0.5) if width is None else (0.5, 0.4)
+    table = (max(cells[0] * shares.shape[1], 1.0), cells[1] * shares.shape[0])
+    if below:
+        side = room(width, _SIDE, NAMES)
+    else:
+        side = max(min(room(width, _SIDE + table[0], 2 * NAMES) - table[0], _SIDE), 0.6)
     title = f"{about(sample)}\nAttention mask of {layer_name(selection.found())}"
-    width = 2 * NAMES + _SIDE + table[0]
-    picture = new_picture((width, _SIDE + NAMES), title, _note([selection], _SIDE))
-    grid = picture.add_gridspec(
-        2, 2, width_ratios=(_SIDE, table[0]), height_ratios=(table[1], max(_SIDE - table[1], 0.1))
-    )
-    _draw_mask(picture.add_subplot(grid[:, 0]), selection, _SIDE)
-    _draw_shares(picture.add_subplot(grid[0, 1]), shares)
+    cells_drawn, *labels = pooled_mask(selection, side)
+    high = max(side + NAMES, table[1] + NAMES + 0.4)
+    high = side + table[1] + 2 * NAMES + 0.4 if below else high
+    size = (2 * NAMES + side + table[0], high)
+    picture = new_picture(size, title, _note(labels, side), width=width)
+    if below:
+        grid = picture.add_gridspec(2, 1, height_ratios=(side, table[1]))
+    else:
+        ratios = (table[1], max(side - table[1], 0.1))
+        grid = picture.add_gridspec(2, 2, width_ratios=(side, table[0]), height_ratios=ratios)
+    scale = _scale(options.get("cmap"))
+    mask_axes = picture.add_subplot(grid[0] if below else grid[:, 0])
+    _draw_mask(mask_axes, cells_drawn, labels, scale, side)
+    _draw_shares(picture.add_subplot(grid[1] if below else grid[0, 1]), shares, scale)
     return saved(picture, path)
 
 
@@ -86,6 +117,7 @@ def mask_comparison(
     layer: int = 0,
     *,
     path: FigurePath = None,
+    **options: Unpack[FigureOptions],
 ) -> Picture:
     """Draw the masks of several models or layers side by side, with the visible shares below.
 
@@ -94,20 +126,39 @@ def mask_comparison(
             on any model), or a ``MatrixSelection`` of either.
         layer: For samples: layer of the language tower.
         path: Where to save the figure.
+        **options: ``cmap``, ``width`` and ``scale``; see ``FigureOptions``.
     """
+    check_options(**options)
     selections = selections_of(sources, layer)
+    width = options.get("width")
+    columns = PANELS_IN_A_ROW[width]
+    n_rows = -(-len(selections) // columns)
+    n_cols = -(-len(selections) // n_rows)
+    side = room(width, (NAMES + _SMALL_SIDE) * n_cols) / n_cols - NAMES
     titles = [f"{name}\n{layer_name(each.found())}" for name, each in selections.items()]
-    titles = [wrapped(title, _SMALL_SIDE + 0.2) for title in titles]
-    body = 0.2 * max(title.count("\n") + 1 for title in titles) + _SMALL_SIDE + NAMES + 0.6
-    note = _note(list(selections.values()), _SMALL_SIDE)
-    width = (NAMES + _SMALL_SIDE) * len(selections)
-    picture = new_picture((width, body), "Attention masks", note)
-    panels = picture.subplots(1, len(selections), squeeze=False)[0]
-    for axes, title, selection in zip(panels, titles, selections.values(), strict=True):
-        _draw_mask(axes, selection, _SMALL_SIDE)
+    titles = [wrapped(title, side + 0.2, NORMAL, 3) for title in titles]
+    below = [wrapped(measured(each), side + 0.5, SMALL) for each in selections.values()]
+    lines = max(text.count("\n") + 1 for text in titles) + max(
+        text.count("\n") + 1 for text in below
+    )
+    masks = [pooled_mask(each, side) for each in selections.values()]
+    note = _note([label for _, *labels in masks for label in labels], side)
+    size = ((NAMES + side) * n_cols, (0.16 * lines + side + NAMES + 0.2) * n_rows)
+    picture = new_picture(size, "Attention masks", note, width=width)
+    panels = picture.subplots(n_rows, n_cols, squeeze=False).ravel()
+    for axes in panels[len(masks) :]:
+        axes.remove()
+    for axes, title, text, (cells, *labels) in zip(panels, titles, below, masks, strict=False):
+        n_lines = text.count("\n") + 2
+        _draw_mask(axes, cells, labels, _scale(options.get("cmap")), side, n_lines)
         axes.set_title(title)
-        axes.set_xlabel(f"key\n{wrapped(measured(selection), _SMALL_SIDE + 0.2, SMALL)}")
+        axes.set_xlabel(f"key\n{text}")
     return saved(picture, path)
+
+
+def _scale(cmap: CmapLike) -> ColorScale:
+    """Return the scale of the visible share of a cell."""
+    return ColorScale(Normalize(0, 1), _COLORS, "visible").colored(cmap)
 
 
 def visible_shares(selection: MatrixSelection) -> pd.DataFrame:
@@ -146,33 +197,36 @@ def _members(labels: AxisLabels) -> dict[str, np.ndarray]:
     return {group: np.flatnonzero(groups == group) for group in dict.fromkeys(labels.groups)}
 
 
-def _draw_mask(axes: Axes, selection: MatrixSelection, side: float) -> None:
-    rows, columns = axis_labels(selection)
-    cells = visible_cells(selection).astype(float)
-    draw_matrix(axes, cells, rows, columns, _MASK, (side, side))
+def _draw_mask(
+    axes: Axes,
+    cells: np.ndarray,
+    labels: Sequence[AxisLabels],
+    scale: ColorScale,
+    side: float,
+    n_lines: int = 1,
+) -> None:
+    rows, columns = labels
+    draw_matrix(axes, cells, rows, columns, scale, (side, side), n_lines)
     axes.set(xlabel="key", ylabel="query")
 
 
-def _draw_shares(axes: Axes, shares: pd.DataFrame) -> None:
-    axes.imshow(shares, cmap=ListedColormap([HIDDEN]), aspect="auto")
-    axes.imshow(
-        np.ones(shares.shape),
-        cmap=ListedColormap([_VISIBLE]),
-        alpha=shares.to_numpy(),
-        aspect="auto",
-    )
+def _draw_shares(axes: Axes, shares: pd.DataFrame, scale: ColorScale) -> None:
+    axes.imshow(shares, cmap=scale.cmap, norm=scale.norm, aspect="auto")
     for (r, c), share in np.ndenumerate(shares.to_numpy(dtype=float)):
         text = f"{share:.0%}" if share in (0.0, 1.0) else f"{share:.1%}"
         axes.text(c, r, text, ha="center", va="center", size=SMALL)
-    axes.set_xticks(range(shares.shape[1]), [str(name) for name in shares.columns], rotation=30)
+    names = [str(name) for name in shares.columns]
+    axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(shares.shape[0]), [str(name) for name in shares.index])
     axes.tick_params(length=0)
     axes.set(xlabel="key", ylabel="query", title="visible share\nof each block")
-    for axis, names in ((axes.xaxis, shares.columns), (axes.yaxis, shares.index)):
-        for label, name in zip(axis.get_ticklabels(), names, strict=True):
+    for axis, groups in ((axes.xaxis, shares.columns), (axes.yaxis, shares.index)):
+        for label, name in zip(axis.get_ticklabels(), groups, strict=True):
             label.set_color(group_color(str(name)))
 
 
-def _note(selections: Sequence[MatrixSelection], side: float) -> str:
-    labels = [each for selection in selections for each in axis_labels(selection)]
-    return "Blue: visible. Grey: hidden." + widening_note(labels, side)
+def _note(labels: Sequence[AxisLabels], side: float) -> str:
+    most = max((size for each in labels for size in each.sizes), default=1)
+    pooled = f" A cell is the visible share of up to {most} adjacent tokens per side."
+    shades = "Blue: visible. Grey: hidden."
+    return shades + (pooled if most > 1 else "") + widening_note(labels, side)

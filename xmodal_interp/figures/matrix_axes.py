@@ -7,7 +7,7 @@ on the figure gives the factor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -18,15 +18,19 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.transforms import BboxTransformTo, ScaledTranslation, blended_transform_factory
 
 from xmodal_interp.figures.scales import ColorScale
-from xmodal_interp.figures.style import SMALL, group_color, readable
+from xmodal_interp.figures.style import SMALL, Width, group_color, readable
 
 NAMES = 1.2
 """Inches for the names and the axis label left of or below a matrix."""
+
+PANELS_IN_A_ROW: Mapping[Width | None, int] = {None: 4, "page": 2, "column": 1}
+"""Largest number of matrices next to each other, by the width of the figure."""
 
 _PITCH = 0.115  # smallest distance of two legible names, inches
 _BROAD = 0.75  # width of a run's name that is written along the axis, inches
 _MOST_FOR_NAMES = 0.65  # largest share of an axis for tokens with names
 _LEAST_FOR_LINES = 0.09  # a line would hide runs narrower than this, inches
+_LEGEND = 0.9  # width of an entry of the legend, inches
 _BELOW_NAMES = 0.68  # inches between a matrix and the legend of its groups
 
 
@@ -46,10 +50,12 @@ class AxisLabels:
     Attributes:
         names: One per position; empty for positions labelled only by their run.
         groups: One per position: ``image 0``, ``text``, ``generated``, ``special``, ...
+        sizes: Number of tokens that each position stands for; 1 each if empty.
     """
 
     names: tuple[str, ...]
     groups: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -60,6 +66,38 @@ class AxisLabels:
         return AxisLabels(
             tuple(self.names[i] for i in chosen), tuple(self.groups[i] for i in chosen)
         )
+
+    def pooled(self, inches: float, most: int) -> tuple[AxisLabels, np.ndarray]:
+        """Return the labels of at most about ``most`` bins, and the first position of each bin.
+
+        Adjacent positions of one group are pooled. Positions whose names fit on an axis of
+        ``inches`` are kept.
+        """
+        if len(self) <= most:
+            return self, np.arange(len(self))
+        named = np.array([bool(name) for name in self.names])
+        keeps = int(named.sum()) * _PITCH / inches <= _MOST_FOR_NAMES
+        n_kept = int(named.sum()) if keeps else 0
+        factor = -(-(len(self) - n_kept) // max(1, most - n_kept))
+        starts: list[int] = []
+        for run in self.runs():
+            start = run.start
+            while start < run.stop:
+                starts.append(start)
+                stop = min(start + factor, run.stop)
+                if keeps and named[start]:
+                    stop = start + 1
+                elif keeps and named[start:stop].any():
+                    stop = start + int(np.argmax(named[start:stop]))
+                start = stop
+        firsts = np.array(starts)
+        sizes = np.diff(firsts, append=len(self))
+        names = tuple(
+            self.names[i] if size == 1 and keeps else ""
+            for i, size in zip(starts, sizes.tolist(), strict=True)
+        )
+        groups = tuple(self.groups[i] for i in starts)
+        return AxisLabels(names, groups, tuple(sizes.tolist())), firsts
 
     def runs(self) -> list[Run]:
         """Return the runs of adjacent positions of one group, in order."""
@@ -117,6 +155,7 @@ def draw_matrix(
     columns: AxisLabels,
     scale: ColorScale,
     inches: tuple[float, float],
+    n_lines: int = 1,
 ) -> None:
     """Draw a matrix ``[row, column]`` with its labels; NaN has the colour of hidden cells.
 
@@ -127,9 +166,11 @@ def draw_matrix(
         columns: Labels of the columns.
         scale: Colour scale.
         inches: Width and height of the axes.
+        n_lines: Number of lines of the label of the horizontal axis.
     """
     wide, tall = columns.widths(inches[0]), rows.widths(inches[1])
-    spread = np.repeat(np.repeat(np.asarray(values, dtype=float), tall, axis=0), wide, axis=1)
+    shown = np.asarray(values, dtype=np.float32)
+    spread = np.repeat(np.repeat(shown, tall, axis=0), wide, axis=1)
     x, y = np.concatenate([[0], wide.cumsum()]), np.concatenate([[0], tall.cumsum()])
     axes.imshow(
         scale.drawn(spread),
@@ -148,9 +189,9 @@ def draw_matrix(
     if any(unnamed):
         axes.legend(
             handles=[Patch(color=group_color(name), label=name) for name in unnamed if name],
-            loc="upper center",
-            bbox_to_anchor=(0.5, -_BELOW_NAMES / inches[1]),
-            ncols=len(unnamed),
+            loc="upper right",  # the label of the axis is in the middle
+            bbox_to_anchor=(1.0, -(_BELOW_NAMES + 0.17 * (n_lines - 1)) / inches[1]),
+            ncols=max(1, min(len(unnamed), int(inches[0] / 2 / _LEGEND))),
             borderaxespad=0,
         )
 
@@ -189,6 +230,15 @@ def legible_side(labels: AxisLabels, least: float, most: float) -> float:
     needed = sum(bool(name) for name in labels.names) * _PITCH
     needed = needed / _MOST_FOR_NAMES if "" in labels.names else needed
     return float(max(least, needed)) if needed <= most else least
+
+
+def pooling_note(labels: Sequence[AxisLabels], pool: str) -> str:
+    """Return a sentence on the pooling of positions; empty if there is none."""
+    most = max((size for each in labels for size in each.sizes), default=1)
+    if most == 1:
+        return ""
+    of = "mean" if pool == "mean" else "largest value"
+    return f" A cell is the {of} of the visible cells of up to {most} adjacent tokens per side."
 
 
 def widening_note(labels: Sequence[AxisLabels], inches: float) -> str:
@@ -230,7 +280,7 @@ def _label(
                 (float(edges[i : i + 2].mean()), labels.names[i], run.group, False) for i in single
             ]
         elif (stop - start) * scale >= 1.5 * _PITCH:
-            n = run.stop - run.start
+            n = sum(labels.sizes[run.start : run.stop]) if labels.sizes else run.stop - run.start
             text = run.group if n == 1 else f"{run.group}\n{n} tokens"
             broad = (stop - start) * scale >= _BROAD
             ticks.append(((start + stop) / 2, text if broad else run.group, run.group, broad))

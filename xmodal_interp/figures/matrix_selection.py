@@ -1,14 +1,19 @@
-"""Attention matrices and their labels, from a sample or from any recorded call."""
+"""Attention matrices and their labels, from a sample or from any recorded call.
+
+A matrix with more positions than a figure has pixels is pooled while it is computed: the cells of
+adjacent tokens of one group become one cell, their mean or their largest value. The whole matrix
+is never held.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import Literal, SupportsIndex
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
+from torch import Tensor
 
 from xmodal_interp.attention import AttentionCall, Positions, resolve
 from xmodal_interp.errors import InputError
@@ -16,10 +21,15 @@ from xmodal_interp.figures.matrix_axes import AxisLabels, group_labels, labels_o
 from xmodal_interp.sample import Sample
 from xmodal_interp.vocabulary import AttentionKind, Tower
 
-MOST_CELLS = 40_000_000
+MOST_CELLS = 400_000_000
 """Largest number of cells of a drawn matrix; larger ones raise InputError."""
 
-_CHUNK = 2**24  # largest number of probabilities computed at once
+MOST_BINS = 800
+"""Largest number of rows and columns that are drawn, up to the number of groups."""
+
+Pool = Literal["mean", "max"]
+
+_CHUNK = 2**22  # largest number of probabilities computed at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,48 +100,106 @@ def selections_of(
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """One attention matrix, averaged over heads.
+    """One attention matrix, averaged over heads; large matrices are pooled.
 
     Attributes:
         call: The attention call.
-        probs: Mean probabilities; NaN where hidden by the mask.
-        visible: True where a query may attend to a key.
-        n_visible: Number of visible keys of each query.
+        values: Probabilities or lifts; NaN where hidden by the mask.
         rows: Labels of the queries.
         columns: Labels of the keys.
+        mass: For each run of queries and of keys: the probability that a query gives to these keys,
+            averaged over the queries; NaN if the mask hides the whole block.
+        all_visible: Whether the mask hides nothing.
     """
 
     call: AttentionCall
-    probs: Float[np.ndarray, "query key"]
-    visible: Bool[np.ndarray, "query key"]
-    n_visible: Float[np.ndarray, " query"]
+    values: Float[np.ndarray, "row column"]
     rows: AxisLabels
     columns: AxisLabels
-
-    @property
-    def lift(self) -> Float[np.ndarray, "query key"]:
-        """Probability times the number of visible keys."""
-        return np.asarray(self.probs * self.n_visible[:, None])
+    mass: Float[np.ndarray, "row_run column_run"]
+    all_visible: bool
 
 
-def matrix_of(selection: MatrixSelection) -> Matrix:
-    """Return probabilities and labels of a selection; of a batch, the first sample.
+def matrix_of(
+    selection: MatrixSelection,
+    inches: float,
+    show: Literal["probability", "lift"] = "probability",
+    pool: Pool = "mean",
+) -> Matrix:
+    """Return values and labels of a selection; of a batch, the first sample.
+
+    Args:
+        selection: The selection.
+        inches: Side of the drawn matrix.
+        show: ``"probability"``, or ``"lift"``: probability times the number of visible keys.
+        pool: How the visible cells of adjacent tokens are pooled.
 
     Raises:
         InputError: The matrix is too large to draw, its heads have different masks, or the number
             of names is wrong.
     """
     call = selection.found()
-    seen = visible_cells(selection)
-    n_rows = max(1, _CHUNK // (call.n_keys * call.n_heads))
-    parts = [
-        call.probs(selection.head, rows)[0].mean(0) for rows in call.query_positions.split(n_rows)
-    ]
-    probs = torch.cat(parts).double().cpu().numpy()
+    _refuse_too_large(call)
     rows, columns = axis_labels(selection)
-    return Matrix(
-        call, np.where(seen, probs, np.nan), seen, seen.sum(1).astype(float), rows, columns
+    (pooled_rows, first_rows), (pooled_columns, first_columns) = (
+        labels.pooled(inches, MOST_BINS) for labels in (rows, columns)
     )
+    row_of_bin = np.repeat(np.arange(len(first_rows)), np.diff(first_rows, append=len(rows)))
+    run_starts = [[run.start for run in labels.runs()] for labels in (rows, columns)]
+    row_of_run = np.repeat(np.arange(len(run_starts[0])), np.diff([*run_starts[0], len(rows)]))
+    size = (len(first_rows), len(first_columns))
+    totals = np.full(size, -np.inf) if pool == "max" else np.zeros(size)
+    counts = np.zeros(size)
+    mass = np.zeros((len(run_starts[0]), len(run_starts[1])))
+    seen_in_run = np.zeros(mass.shape)
+    n_rows = max(1, _CHUNK // (call.n_keys * call.n_heads))
+    for start in range(0, call.n_queries, n_rows):
+        part = slice(start, start + n_rows)
+        positions = call.query_positions[part]
+        seen = _visible(selection, call, positions)
+        probs = call.probs(selection.head, positions)[0].mean(0).double().cpu().numpy()
+        probs = np.where(seen, probs, 0.0)
+        np.add.at(mass, row_of_run[part], np.add.reduceat(probs, run_starts[1], axis=1))
+        np.add.at(
+            seen_in_run, row_of_run[part], np.add.reduceat(seen.astype(int), run_starts[1], axis=1)
+        )
+        cells = probs * seen.sum(1, keepdims=True) if show == "lift" else probs
+        if pool == "max":
+            cells = np.where(seen, cells, -np.inf)
+            of_rows = np.maximum.reduceat(cells, first_columns, axis=1)
+            np.maximum.at(totals, row_of_bin[part], of_rows)
+        else:
+            np.add.at(totals, row_of_bin[part], np.add.reduceat(cells, first_columns, axis=1))
+        of_seen = np.add.reduceat(seen.astype(int), first_columns, axis=1)
+        np.add.at(counts, row_of_bin[part], of_seen)
+    per_row = np.diff([*run_starts[0], len(rows)])[:, None]
+    divisor = np.ones(size) if pool == "max" else np.maximum(counts, 1)
+    return Matrix(
+        call,
+        np.where(counts > 0, totals / divisor, np.nan),
+        pooled_rows,
+        pooled_columns,
+        np.where(seen_in_run > 0, mass / per_row, np.nan),
+        bool(seen_in_run.sum() == call.n_queries * call.n_keys),
+    )
+
+
+def pooled_mask(
+    selection: MatrixSelection, inches: float
+) -> tuple[Float[np.ndarray, "row column"], AxisLabels, AxisLabels]:
+    """Return the visible share of each drawn cell, and the labels of rows and columns."""
+    seen = visible_cells(selection)
+    (rows, first_rows), (columns, first_columns) = (
+        labels.pooled(inches, MOST_BINS) for labels in axis_labels(selection)
+    )
+    if not rows.sizes and not columns.sizes:
+        return seen.astype(float), rows, columns
+    counts = np.add.reduceat(seen, first_columns, axis=1, dtype=np.int64)
+    counts = np.add.reduceat(counts, first_rows, axis=0)
+    sizes = np.outer(
+        np.diff(first_rows, append=len(seen)), np.diff(first_columns, append=seen.shape[1])
+    )
+    return counts / sizes, rows, columns
 
 
 def visible_cells(selection: MatrixSelection) -> Bool[np.ndarray, "query key"]:
@@ -142,13 +210,29 @@ def visible_cells(selection: MatrixSelection) -> Bool[np.ndarray, "query key"]:
         PositionError: The call has no such head.
     """
     call = selection.found()
+    _refuse_too_large(call)
+    return _visible(selection, call, None)
+
+
+def _refuse_too_large(call: AttentionCall) -> None:
     if call.n_queries * call.n_keys > MOST_CELLS:
         raise InputError(
             f"{call.name} has {call.n_queries} queries and {call.n_keys} keys, more than the "
             f"{MOST_CELLS:,} cells that can be drawn. Record fewer queries, or draw "
             "token_patch_matrix or an overlay."
         )
-    seen = call.visible()[0]
+
+
+def _visible(
+    selection: MatrixSelection, call: AttentionCall, positions: Tensor | None
+) -> Bool[np.ndarray, "query key"]:
+    """Return the mask of some queries, all if not given.
+
+    Raises:
+        InputError: The chosen heads have different masks.
+        PositionError: The call has no such head.
+    """
+    seen = call.visible(positions)[0]
     if selection.head is not None:
         heads = resolve(selection.head, call.n_heads, "head").to(seen.device)
         seen = seen if seen.shape[0] == 1 else seen[heads]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xmodal_interp import at
@@ -29,26 +29,35 @@ from xmodal_interp.figures.style import named, panel_name
 from xmodal_interp.sample import Sample
 from xmodal_interp.selected_positions import of_function
 
+_CHUNK = 2**22  # largest number of probabilities computed at once
+
 
 @dataclass(frozen=True, eq=False)
 class ImageAttention:
     """Attention of some queries to the tokens of one image, in one layer.
 
+    Queries are summed by group while they are read, so that the memory does not depend on their
+    number.
+
     Attributes:
         call: The attention call.
         placed: The image.
         heads: The chosen heads, in order; all if None.
-        probs: Probabilities; NaN in rows without a visible key.
-        visible: True where a query may attend to a token; the head axis may have length 1.
-        n_visible: Number of visible keys of each query, on the image or elsewhere.
+        probs: Sums of probabilities over the queries of a group; NaN in rows without a visible key
+            count as 0.
+        lifts: Sums of probability times the number of visible keys.
+        n_visible: Number of queries of a group that may attend to a token; the head axis may have
+            length 1.
+        n_queries: Number of queries of each group.
     """
 
     call: AttentionCall
     placed: PlacedImage
     heads: Positions | None
-    probs: Float[np.ndarray, "head query token"]
-    visible: Bool[np.ndarray, "mask_head query token"]
-    n_visible: Float[np.ndarray, "mask_head query"]
+    probs: Float[np.ndarray, "head group token"]
+    lifts: Float[np.ndarray, "head group token"]
+    n_visible: Int[np.ndarray, "mask_head group token"]
+    n_queries: Int[np.ndarray, " group"]
 
     def values(
         self,
@@ -62,17 +71,16 @@ class ImageAttention:
         Args:
             show: Quantity to return; see ``OverlayOptions``.
             heads: Indices into the chosen heads; all if not given.
-            queries: Indices into the chosen queries; all if not given.
+            queries: Indices of groups; all if not given.
             left_out: Tokens to leave out; shares are of the attention on the other tokens.
         """
-        weights = self.n_visible[..., None] if show == "lift" else 1.0
-        seen = np.broadcast_to(self.visible, self.probs.shape)
-        cells = _part(np.where(seen, self.probs * weights, 0.0), heads, queries)
-        counts = _part(seen, heads, queries).sum((0, 1))
+        cells = _part(self.lifts if show == "lift" else self.probs, heads, queries).sum((0, 1))
+        counts = _part(np.broadcast_to(self.n_visible, self.probs.shape), heads, queries)
+        counts = counts.sum((0, 1))
         if left_out is not None:
             counts = np.where(left_out, 0, counts)
         with np.errstate(invalid="ignore"):
-            means = np.where(counts > 0, cells.sum((0, 1)) / np.maximum(counts, 1), np.nan)
+            means = np.where(counts > 0, cells / np.maximum(counts, 1), np.nan)
             if show == "share":
                 means /= np.nansum(means)
         return self.placed.on_cells(means, mean=show == "lift")
@@ -86,13 +94,22 @@ class ImageAttention:
 
         Args:
             heads: Indices into the chosen heads; all if not given.
-            queries: Indices into the chosen queries; all if not given.
+            queries: Indices of groups; all if not given.
         """
         without = self.placed.without_cell
-        if not without.any():
-            return None
-        mass = _part(np.nan_to_num(self.probs), heads, queries).mean((0, 1))
-        return float(mass[without].sum()), float(mass.sum())
+        return self.to_tokens(without, heads, queries) if without.any() else None
+
+    def to_tokens(
+        self,
+        tokens: Bool[np.ndarray, " token"],
+        heads: Sequence[int] | None = None,
+        queries: Sequence[int] | None = None,
+    ) -> tuple[float, float]:
+        """Return the attention to some tokens and to all, averaged over the queries and heads."""
+        sums = _part(self.probs, heads, queries)
+        chosen = self.n_queries if queries is None else self.n_queries[list(queries)]
+        mass = sums.mean(0).sum(0) / chosen.sum()
+        return float(mass[tokens].sum()), float(mass.sum())
 
 
 def _part(
@@ -109,6 +126,7 @@ def attention_on_image(
     queries: Selector,
     layer: int,
     heads: Positions | None = None,
+    groups: Sequence[range] | None = None,
 ) -> ImageAttention:
     """Return the attention of some queries to the tokens of an image.
 
@@ -118,6 +136,8 @@ def attention_on_image(
         queries: A selector.
         layer: Layer index; negative ones count from the last.
         heads: Heads; all if not given.
+        groups: Indices into the queries, one range per group, in order; one group per query if not
+            given.
 
     Raises:
         GeometryError: The layer of the vision tower does not have one position per patch.
@@ -125,14 +145,27 @@ def attention_on_image(
     call = _call(sample, placed, layer)
     rows = _positions(sample, placed, queries)
     keys = torch.from_numpy(placed.keys)
-    return ImageAttention(
-        call,
-        placed,
-        heads,
-        call.probs(heads, rows, keys)[0].double().cpu().numpy(),
-        call.visible(rows)[0][..., keys].cpu().numpy(),
-        call.n_visible(rows)[0].double().cpu().numpy(),
-    )
+    sizes = [1] * len(rows) if groups is None else [len(group) for group in groups]
+    of_group = np.repeat(np.arange(len(sizes)), sizes)
+    n_heads = call.n_heads if heads is None else len(call.probs(heads, rows[:1], keys[:1])[0])
+    probs = np.zeros((n_heads, len(sizes), len(keys)))
+    lifts = np.zeros_like(probs)
+    n_visible = np.zeros((len(call.visible(rows[:1])[0]), *probs.shape[1:]), dtype=np.int64)
+    n_rows = max(1, _CHUNK // (n_heads * max(1, len(keys))))
+    for part in (slice(start, start + n_rows) for start in range(0, len(rows), n_rows)):
+        seen = call.visible(rows[part])[0][..., keys].cpu().numpy()
+        of_keys = call.probs(heads, rows[part], keys)[0].double().cpu().numpy()
+        of_keys = np.where(seen, of_keys, 0.0)
+        weights = call.n_visible(rows[part])[0].double().cpu().numpy()[..., None]
+        sums: tuple[tuple[np.ndarray, np.ndarray], ...] = (
+            *((probs, of_keys), (lifts, of_keys * weights)),
+            (n_visible, seen),
+        )
+        for group in np.unique(of_group[part]).tolist():
+            inside = of_group[part] == group
+            for total, values in sums:
+                total[:, group] += values[:, inside].sum(1)
+    return ImageAttention(call, placed, heads, probs, lifts, n_visible, np.array(sizes))
 
 
 def _call(sample: Sample, placed: PlacedImage, layer: int) -> AttentionCall:
@@ -206,7 +239,7 @@ def query_positions(
     if not any(bool(call.visible(positions)[..., keys].any()) for call in calls):
         raise InputError(
             f"{query_name(sample, placed, positions)} of sample {sample.name!r} cannot attend to "
-            f"any of the {len(keys)} tokens of image {placed.number}. "
+            f"any of the {len(keys)} tokens of {placed.medium} {placed.number}. "
             f"{_advice(first, keys, max(positions))}"
         )
     return positions

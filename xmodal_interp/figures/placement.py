@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from PIL import Image
 
 from xmodal_interp.analysis.connector_rollout import are_queries, query_patches
 from xmodal_interp.analysis.selection import not_padding
-from xmodal_interp.arguments import whole_number
+from xmodal_interp.arguments import one_of, whole_number
 from xmodal_interp.boxes.number_formats import Boxes
 from xmodal_interp.errors import GeometryError, InputError
 from xmodal_interp.models import ImageGrid, place_on_grid
@@ -48,6 +49,7 @@ class PlacedImage:
         present: True on positions of the sequence that are not padding.
         tower: The tower whose attention is drawn, ``"language"`` or ``"vision"``. In the vision
             tower, the keys are the positions of the tower.
+        medium: ``"image"``, or ``"video"`` for a frame of one.
     """
 
     number: int
@@ -60,6 +62,7 @@ class PlacedImage:
     shares: np.ndarray | None = None
     present: np.ndarray | None = None
     tower: Tower = "language"
+    medium: Literal["image", "video"] = "image"
 
     @property
     def call(self) -> int:
@@ -99,14 +102,26 @@ class PlacedImage:
         return place_on_grid(values, self.grid.places, self.grid.rows, self.grid.cols)
 
 
-def placed_image(sample: Sample, image: int = 0, tower: Tower | None = None) -> PlacedImage:
+View = Literal["image", "thumbnail"]
+
+
+def placed_image(
+    sample: Sample, image: int = 0, tower: Tower | None = None, view: View = "image"
+) -> PlacedImage:
     """Return an image of a sample with its keys in a tower; ``Sample.tower`` if not given.
 
     If the image's tokens are learned queries, the cells are the patches of the vision tower, and
     values are distributed over them with the connector's attention.
 
+    Args:
+        sample: The sample.
+        image: Index of the image.
+        tower: ``"language"`` or ``"vision"``.
+        view: ``"thumbnail"`` for the tokens of a tiled image's thumbnail.
+
     Raises:
-        InputError: The sample has no images, no image of this index, or does not hold its pixels.
+        InputError: The sample has no images, no image of this index or view, or does not hold its
+            pixels.
         NotRecordedError: The tokens are learned queries, and the connector's layers were not
             recorded.
     """
@@ -121,6 +136,12 @@ def placed_image(sample: Sample, image: int = 0, tower: Tower | None = None) -> 
             "or tower='vision'."
         )
     whole_number(image, "image", 0)
+    one_of(view, "view", get_args(View))
+    if view == "thumbnail" and (tower == "vision" or not _has_thumbnail(sample, image)):
+        raise InputError(
+            f"view='thumbnail' requires the language tower and a tiled image with a thumbnail; "
+            f"image {image} of sample {sample.name!r} is drawn without view."
+        )
     n_images = len(sample.grids)
     if n_images == 0:
         raise InputError(
@@ -149,20 +170,25 @@ def placed_image(sample: Sample, image: int = 0, tower: Tower | None = None) -> 
         present = sample.patch_names(image) != "padding"
         return replace(with_patches(placed), kind="self", tower=tower, present=present)
     if not are_queries(placed.grid):
-        return _as_thumbnail(placed)
+        return _as_thumbnail(placed, asked=view == "thumbnail")
     shares = query_patches(sample, image).double().numpy()
     return replace(
         with_patches(placed), keys=keys, shares=shares, unit="patch, through the connector"
     )
 
 
-def _as_thumbnail(placed: PlacedImage) -> PlacedImage:
-    """Return the image on the grid of its thumbnail if no other token has a place, else unchanged.
+def _has_thumbnail(sample: Sample, image: int) -> bool:
+    return image < len(sample.grids) and sample.grids[image].thumbnail is not None
 
-    This happens for long and narrow images whose tiles were removed together with their padding.
+
+def _as_thumbnail(placed: PlacedImage, *, asked: bool) -> PlacedImage:
+    """Return the image on the grid of its thumbnail if asked or if no other token has a place.
+
+    The latter happens for long and narrow images whose tiles were removed together with their
+    padding.
     """
     grid, view = placed.grid, placed.grid.thumbnail
-    if view is None or (grid.places[:, 0] >= 0).any():
+    if view is None or (not asked and (grid.places[:, 0] >= 0).any()):
         return placed
     shown = replace(grid, **vars(view), thumbnail=None)
     return replace(placed, grid=shown, unit="thumbnail token")

@@ -1,4 +1,4 @@
-"""Colour scales and their colour bars, one scale per figure.
+"""Colour scales and their colour bars: one scale per figure, or per panel.
 
 * ``"probability"``: attention probability, from 0.
 * ``"share"``: probability divided by the total on the image, from 0.
@@ -6,12 +6,18 @@
   scale around 1.
 
 Cells that the mask hides are NaN, never 0, and are drawn in a separate colour.
+
+Over an image, :meth:`ColorScale.over` draws values as light or as a layer of colour. The layer is
+transparent at the neutral value. Its opacity is chosen such that the lightness (CIELAB) of the
+colour over a dimmed middle grey rises in equal steps with the value, so that values can be compared
+without seeing colours.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -19,8 +25,15 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colorbar import make_axes
-from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, PowerNorm
+from matplotlib.colorbar import Colorbar, make_axes
+from matplotlib.colors import (
+    Colormap,
+    LinearSegmentedColormap,
+    ListedColormap,
+    LogNorm,
+    Normalize,
+    PowerNorm,
+)
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
@@ -32,10 +45,16 @@ from xmodal_interp.figures.style import (
     MATRIX_COLORS,
     NORMAL,
     OVERLAY_COLORS,
+    OVERLAY_COLORS_ABOVE,
+    OVERLAY_COLORS_BELOW,
+    CmapLike,
     wrapped,
 )
 
 Show = Literal["probability", "share", "lift"]
+
+Style = Literal["colour", "light"]
+"""How values are drawn over an image."""
 
 Meaning = Literal["amount", "difference", "ratio"]
 """Quantity for the choice of a colour scale: from 0, around 0, or around 1 on a log scale."""
@@ -60,7 +79,12 @@ _FAR_ABOVE = 6.0  # times; such a value would leave most of a square-root scale 
 
 _HIDDEN_DARK = "#8a8a8a"  # hidden cells on scales whose middle is white
 
-_STRONG = 0.95  # opacity of the strongest values over an image; the weakest are transparent
+DIMMED: Mapping[Style, float] = {"colour": 0.45, "light": 0.25}
+"""Brightness of the image below a layer of colour, and of unlit parts in ``style="light"``."""
+
+# opacity of the strongest values over an image; the weakest are transparent
+_STRONG, _STRONG_BELOW = 0.85, 0.6
+_LEVELS = 256
 
 _BAR_WIDTH, _BAR_GAP = 0.13, 0.11  # of a colour bar, and between it and the panels, inches
 _TALLEST_BAR = 6.0  # largest height of panels whose colour bar is as high as they are, inches
@@ -104,6 +128,7 @@ class ColorScale:
         log2: Whether the logarithm to base 2 is drawn.
         extend: The ends of the colour bar that include values beyond them.
         bar_cmap: Colours of the colour bar, if they differ from ``cmap``.
+        own: Whether the scale is that of one of several panels with a common colour bar.
     """
 
     norm: Normalize
@@ -112,6 +137,28 @@ class ColorScale:
     log2: bool = False
     extend: Literal["neither", "min", "max", "both"] = "neither"
     bar_cmap: Colormap | None = None
+    own: bool = False
+
+    @property
+    def span(self) -> str:
+        """The range of the values, such as ``"0 to 0.23"``."""
+        low, high = float(self.norm.vmin or 0), float(self.norm.vmax or 0)
+        if self.log2:
+            return f"1/{2**high:.3g} to {2**high:.3g}"
+        above = "more than " if self.extend in ("max", "both") else ""
+        return f"{low:.2g} to {above}{high:.2g}"
+
+    def colored(self, cmap: CmapLike) -> ColorScale:
+        """Return the scale with other colours; unchanged if ``cmap`` is None."""
+        if cmap is None:
+            return self
+        chosen = mpl.colormaps[cmap] if isinstance(cmap, str) else cmap
+        return replace(self, cmap=chosen.with_extremes(bad=tuple(self.cmap.get_bad().tolist())))
+
+    def relative(self) -> ColorScale:
+        """Return the scale of one of several panels, whose common colour bar has no numbers."""
+        label = re.sub(r"\nclipped at .*\n?.*largest: \S+", "", self.label)
+        return replace(self, label=label, own=True)
 
     @property
     def diverging(self) -> bool:
@@ -127,10 +174,22 @@ class ColorScale:
             values = np.maximum(values, low)
         return np.ma.masked_array(values, mask=hidden)
 
-    def bar(self, figure: Figure, panels: Sequence[Axes], height: float) -> None:
-        """Draw the colour bar at the right of panels, which are about ``height`` inches high.
+    def bar(
+        self,
+        figure: Figure,
+        panels: Sequence[Axes],
+        height: float,
+        lines: Sequence[float] | np.ndarray = (),
+    ) -> Colorbar:
+        """Draw the colour bar at the right of panels, and return it.
 
         It extends from the top of the panels to their bottom; if they are very high, it is shorter.
+
+        Args:
+            figure: The figure.
+            panels: The panels.
+            height: Height of the panels, inches; an estimate suffices.
+            lines: Values to mark by lines.
         """
         short = height > _TALLEST_BAR
         tall = _SHORT_BAR if short else height
@@ -149,33 +208,87 @@ class ColorScale:
         )
         axes.set_axes_locator(place)
         colors = ScalarMappable(self.norm, self.bar_cmap or self.cmap)
-        bar = figure.colorbar(colors, cax=axes, extend=self.extend, **placing)
-        bar.set_label(wrapped(self.label, tall, NORMAL))
-        if self.log2:
+        extend = "neither" if self.own else self.extend
+        bar = figure.colorbar(colors, cax=axes, extend=extend, **placing)
+        label = f"{self.label}\nscale of each panel" if self.own else self.label
+        bar.set_label(wrapped(label, tall, NORMAL))
+        for value in lines:
+            bar.ax.axhline(value, color="white", linewidth=0.7)
+        if self.own:
+            ends = [float(self.norm.vmin or 0), float(self.norm.vmax or 1)]
+            middle = [0.0] if self.diverging else []
+            names = ["low", *(["1" if self.log2 else "0"] if middle else []), "high"]
+            bar.set_ticks([ends[0], *middle, ends[1]], labels=names)
+            bar.minorticks_off()
+        elif self.log2:
             end = int(np.floor(float(self.norm.vmax or 1)))
             step = 1 if end <= 3 else 2
             marks = list(range(-(end // step) * step, end + 1, step))
             names = [f"1/{2**-mark}" if mark < 0 else str(2**mark) for mark in marks]
             bar.set_ticks(marks, labels=names)
             bar.minorticks_off()
+        return bar
 
-    def over(self, ground: tuple[int, int]) -> ColorScale:
+    def over(self, style: Style = "colour", cmap: CmapLike = None) -> ColorScale:
         """Return the scale for an overlay: neutral values and NaN are transparent.
 
-        The colour bar shows the colours over the middle grey of ``ground``, the range of grey
-        levels of the image's outlines.
+        The colour bar shows the colours over a middle grey.
+
+        Args:
+            style: ``"colour"``: a layer of colour over the dimmed image. ``"light"``: a black layer
+                over the image, whose opacity falls with the value.
+            cmap: Colours instead of the usual ones. Opacity is then proportional to the distance
+                from the neutral value.
         """
-        colors = (self.cmap if self.diverging else mpl.colormaps[OVERLAY_COLORS])(
-            np.linspace(0, 1, 256)
-        )
-        strength = np.abs(np.linspace(-1, 1, 256)) if self.diverging else np.linspace(0, 1, 256)
-        colors[:, 3] = _STRONG * strength
+        middle = 0.5 * (DIMMED[style] if style == "colour" else 1.0)
+        if style == "light":
+            colors = np.zeros((_LEVELS, 4))
+            colors[:, 3] = (1 - DIMMED[style]) * np.linspace(1, 0, _LEVELS)
+        elif cmap is not None:
+            chosen = mpl.colormaps[cmap] if isinstance(cmap, str) else cmap
+            colors = np.asarray(chosen(np.linspace(0, 1, _LEVELS)))
+            colors[:, 3] = _STRONG * np.abs(np.linspace(-1 if self.diverging else 0, 1, _LEVELS))
+        elif self.diverging:
+            above = _layer(OVERLAY_COLORS_ABOVE, _LEVELS // 2, middle, _STRONG)
+            below = _layer(OVERLAY_COLORS_BELOW, _LEVELS // 2, middle, _STRONG_BELOW)
+            colors = np.concatenate([below[::-1], above])
+        else:
+            colors = _layer(OVERLAY_COLORS, _LEVELS, middle, _STRONG)
         alpha = colors[:, 3:]
-        opaque = colors[:, :3] * alpha + (1 - alpha) * sum(ground) / 2 / 255
-        over = ListedColormap(colors).with_extremes(
-            bad=(0, 0, 0, 0), under=colors[0], over=colors[-1]
-        )
+        opaque = colors[:, :3] * alpha + (1 - alpha) * middle
+        hidden = (0, 0, 0, 1 - DIMMED[style] if style == "light" else 0)
+        over = ListedColormap(colors).with_extremes(bad=hidden, under=colors[0], over=colors[-1])
         return replace(self, cmap=over, bar_cmap=ListedColormap(opaque))
+
+
+def _layer(named: Sequence[str], n: int, middle: float, strong: float) -> np.ndarray:
+    """Return the colours of a layer with opacity, such that its lightness rises in equal steps.
+
+    Args:
+        named: The colours of weak to strong values; all are lighter than ``middle``.
+        n: Number of levels.
+        middle: Grey below the layer.
+        strong: Opacity of the strongest values.
+    """
+    colors = np.asarray(
+        LinearSegmentedColormap.from_list("layer", list(named))(np.linspace(0, 1, n))
+    )
+    steps = np.linspace(0, 1, 2049)[:, None, None]
+    mixed = lightness(steps * colors[None, :, :3] + (1 - steps) * middle)  # [step, level]
+    lowest, highest = mixed[0, 0], np.interp(strong, steps[:, 0, 0], mixed[:, -1])
+    targets = np.linspace(lowest, highest, n)
+    colors[:, 3] = [
+        np.interp(target, mixed[:, i], steps[:, 0, 0]) for i, target in enumerate(targets)
+    ]
+    return colors
+
+
+def lightness(colors: np.ndarray) -> np.ndarray:
+    """Return the lightness (CIELAB L*, 0 to 100) of sRGB colours ``[..., 3]`` from 0 to 1."""
+    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    cube_root = np.cbrt(luminance)
+    return np.where(luminance > (6 / 29) ** 3, 116 * cube_root - 16, luminance * (29 / 3) ** 3)
 
 
 def _corner(panel: Axes) -> tuple[int, int]:

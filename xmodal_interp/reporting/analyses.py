@@ -12,6 +12,7 @@ import pandas as pd
 
 from xmodal_interp import analysis, evaluation, figures
 from xmodal_interp.errors import XmodalError
+from xmodal_interp.figures.style import Figure
 from xmodal_interp.reporting.estimates import estimates, over_layers, records, sentence, verdict
 from xmodal_interp.reporting.page import Section, Shown, limited, shown_figure
 from xmodal_interp.reporting.questions import (
@@ -205,7 +206,7 @@ def _glance_row(question: Question, what: str, row: Mapping[str, Any]) -> dict[s
     return found | {"n": int(row["n"]), "analysis": question.analysis}
 
 
-def _curves(question: Question, tower: Tower, by_layer: pd.DataFrame) -> figures.Picture:
+def _curves(question: Question, tower: Tower, by_layer: pd.DataFrame) -> Figure:
     value = question.value
     null = value.null if value.null is None or isinstance(value.null, float) else "null"
     unit = f" ({value.unit})" if value.unit else ""
@@ -221,7 +222,7 @@ def _curves(question: Question, tower: Tower, by_layer: pd.DataFrame) -> figures
     )
 
 
-def _draw(answer: _Answer, caption: str, draw: Callable[[], figures.Picture]) -> None:
+def _draw(answer: _Answer, caption: str, draw: Callable[[], Figure]) -> None:
     """Add a figure, or a note with the reason why it cannot be drawn."""
     try:
         answer.pictures.append(shown_figure(draw(), caption))

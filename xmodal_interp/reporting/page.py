@@ -30,7 +30,7 @@ from PIL import Image
 from xmodal_interp.arguments import user_path
 from xmodal_interp.errors import InputError
 from xmodal_interp.escaping import printable
-from xmodal_interp.figures import Picture
+from xmodal_interp.figures.style import Figure
 from xmodal_interp.store import store_around
 
 MOST_ROWS = 600
@@ -208,7 +208,7 @@ def number(value: float) -> str:
     return f"{value:.3e}"
 
 
-def shown_figure(figure: Picture, caption: str) -> Shown:
+def shown_figure(figure: Figure, caption: str) -> Shown:
     """Return a figure as a PNG inside the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)

@@ -23,6 +23,7 @@ from xmodal_interp.errors import (
     PositionError,
     UnsupportedModelError,
 )
+from xmodal_interp.figures.style import Figure
 from xmodal_interp.sample import Sample
 from xmodal_interp.text_search import same_answer
 from xmodal_interp.vocabulary import VISUAL_KINDS, Tower
@@ -118,7 +119,7 @@ class Question:
     code: str
     towers: tuple[Tower, ...] = ("language",)
     heads: str = ""
-    more: tuple[tuple[str, Callable[[pd.DataFrame, Samples, Tower], figures.Picture]], ...] = ()
+    more: tuple[tuple[str, Callable[[pd.DataFrame, Samples, Tower], Figure]], ...] = ()
     words: Callable[[pd.DataFrame], list[str]] | None = None
 
 
@@ -255,7 +256,7 @@ REDUCED: Mapping[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 """How the table of an analysis becomes one with the value per sample, where it is not one yet."""
 
 
-def _rollout_picture(table: pd.DataFrame, samples: Samples, tower: Tower) -> figures.Picture:
+def _rollout_picture(table: pd.DataFrame, samples: Samples, tower: Tower) -> Figure:
     """Draw the first query of the first sample."""
     del tower
     first = table[table["sample"] == table["sample"].iloc[0]]
@@ -263,13 +264,13 @@ def _rollout_picture(table: pd.DataFrame, samples: Samples, tower: Tower) -> fig
     return figures.rollout_overlay(first.assign(sample=samples[0].name), samples[0], "log2_ratio")
 
 
-def _raster_picture(table: pd.DataFrame, samples: Samples, tower: Tower) -> figures.Picture:
+def _raster_picture(table: pd.DataFrame, samples: Samples, tower: Tower) -> Figure:
     del table
     profile = analysis.raster_profile(samples, tower=tower)
     return figures.raster_profiles(profile, title=f"Share of rows and columns, {tower} tower")
 
 
-def _position_picture(table: pd.DataFrame, samples: Samples, tower: Tower) -> figures.Picture:
+def _position_picture(table: pd.DataFrame, samples: Samples, tower: Tower) -> Figure:
     del samples, tower
     return figures.positional_profiles(table)
 

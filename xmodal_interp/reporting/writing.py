@@ -26,6 +26,7 @@ from xmodal_interp.analysis.resampling import cluster_numbers, pictures_of
 from xmodal_interp.analysis.tables import samples_of
 from xmodal_interp.arguments import strings, whole_number
 from xmodal_interp.errors import InputError, XmodalError
+from xmodal_interp.figures.style import Figure
 from xmodal_interp.reporting.analyses import Analysed, analysed
 from xmodal_interp.reporting.captured import (
     Checkup,
@@ -260,7 +261,7 @@ def _look_section(sample: Sample) -> Section:
     vision = sample.tower == "vision"
     queries = None if vision else at.last
     of = "the class token" if vision else "the last token of the prompt"
-    planned: list[tuple[str, Callable[[], figures.Picture]]] = [
+    planned: list[tuple[str, Callable[[], Figure]]] = [
         (
             f"Attention of {of}, layer by layer, mean of all heads.",
             lambda: figures.layer_overlays(sample, queries),
