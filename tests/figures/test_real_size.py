@@ -133,6 +133,17 @@ def rollout(sample: Sample, queries: list[int]) -> pd.DataFrame:
 
 
 TEXT = [SIDE**2 + 2 + i for i in range(N_TEXT)]
+
+
+def over_time(n_heads: int, n_words: int) -> dict[str, np.ndarray]:
+    values = np.random.default_rng(0).dirichlet(np.ones(150), (n_heads, n_words))
+    return {f"layer {i // 6}, head {i % 6}": values[i] for i in range(n_heads)}
+
+
+def words_of(n: int) -> list[str]:
+    return [f"word{i}" for i in range(n)]
+
+
 DRAWN: dict[str, tuple[Callable[..., Figure], Callable[..., Figure]]] = {
     "overlay": (
         lambda **o: figures.overlay(small(), 9, **o),
@@ -236,6 +247,12 @@ DRAWN: dict[str, tuple[Callable[..., Figure], Callable[..., Figure]]] = {
     "raster_profiles": (
         lambda **o: figures.raster_profiles(raster(4, 12), **o),
         lambda **o: figures.raster_profiles(raster(LAYERS, SIDE), **o),
+    ),
+    "time_panels": (
+        lambda **o: figures.time_panels(over_time(2, 3), words_of(3), duration_s=1.0, **o),
+        lambda **o: figures.time_panels(
+            over_time(24, 40), words_of(40), duration_s=30.0, columns=6, **o
+        ),
     ),
 }
 

@@ -27,7 +27,7 @@ def test_a_panel_shows_each_word_over_its_seconds() -> None:
     drawn = [segment.tolist() for segment in lines.get_segments() if len(segment)]
     assert drawn == [[[0.0, -0.5], [0.0, 0.5]], [[0.25, 1.5], [0.25, 2.5]]]
     assert [axes.title.get_weight() for axes in (first, second)] == ["normal", "bold"]
-    assert bars(figure)[0].get_ylabel() == "attention\nprobability\n(square-root\nscale)"
+    assert bars(figure)[0].get_ylabel() == "attention probability\n(square-root scale)"
     assert "Red: b. Red line: known start of the word." in words(figure)
 
 
