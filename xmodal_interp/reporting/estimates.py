@@ -80,7 +80,9 @@ def _means(values: np.ndarray) -> np.ndarray:
     known = ~np.isnan(values)
     counts = known.sum(1)
     sums = np.where(known, values, 0).sum(1)
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+    means: np.ndarray = np.full(len(values), np.nan)
+    np.divide(sums, counts, out=means, where=counts > 0)
+    return means
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
