@@ -221,7 +221,7 @@ def test_a_store_with_statistics_only(tmp_path) -> None:
         for line in report.sentences
     )
     reasons = report.left_out.set_index(["analysis", "tower"])["reason"]
-    for name in ("attention_rollout", "attention_entropy", "positional_bias"):
+    for name in ("attention_rollout", "positional_bias"):
         assert "holds the statistic mass, not q and k." in reasons[name, "language"]
     text = " ".join(Parsed(report.path.read_text("utf-8")).text)
     assert "Kept of the language tower: statistics (mass of key groups)" in text

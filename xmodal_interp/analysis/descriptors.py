@@ -145,6 +145,9 @@ def attention_distance(
     def table_rows(sample: Sample) -> Iterator[Part]:
         if tower == "language":
             refuse_cross_attention(sample, "attention_distance with tower='language'")
+            next(
+                selected_calls(sample, layers, heads, tower=tower)
+            )  # a sample of a vision model has none
         if not sample.grids:
             raise InputError(
                 f"Sample {sample.name!r} has no image. attention_distance requires one."

@@ -80,8 +80,8 @@ def _means(values: np.ndarray) -> np.ndarray:
     known = ~np.isnan(values)
     counts = known.sum(1)
     sums = np.where(known, values, 0).sum(1)
-    unknown = np.full(len(values), np.nan)
-    means: np.ndarray = np.divide(sums, counts, out=unknown, where=counts > 0)
+    means: np.ndarray = np.full(len(values), np.nan)
+    np.divide(sums, counts, out=means, where=counts > 0)
     return means
 
 
