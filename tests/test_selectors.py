@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image, ImageSequence
 from typer.testing import CliRunner
 
 import xmodal_interp as xi
@@ -667,6 +668,9 @@ CALLS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ),
     ("mean_head_outputs", "positions"): head_means,
     ("Keep", "queries"): kept,
+    ("view", "queries"): lambda given: (
+        xi.view(one_image(0), queries=given, rollout=False).rows[0].queries.tolist()
+    ),
     ("Sample.positions", "selector"): lambda given: one_image(0).positions(given),
     ("Sample.probs", "queries"): lambda given: one_image(0).probs(0, queries=given),
     ("Sample.probs", "keys"): lambda given: one_image(0).probs(0, keys=given),
@@ -675,6 +679,7 @@ NOT_SELECTORS = {  # numbers of one call, or of no sample
     ("AttentionCall", "sinks"),  # learned scores of the model
     ("RawCall", "sinks"),
 }
+OF_VIDEOS = ("video_overlays", "video_animation")
 FORMS: dict[str, tuple[Any, list[int]]] = {
     "phrase": ("circle", [150]),
     "typed": (at.phrase("red"), [149]),
@@ -689,7 +694,8 @@ FORMS: dict[str, tuple[Any, list[int]]] = {
 
 
 def test_every_argument_for_positions_is_tested() -> None:
-    assert arguments_of(POSITIONS) - NOT_SELECTORS == set(CALLS)
+    of_videos = {(name, "queries") for name in OF_VIDEOS}
+    assert arguments_of(POSITIONS) - NOT_SELECTORS - of_videos == set(CALLS)
 
 
 PAIRS = [
@@ -778,9 +784,11 @@ OF_LAYERS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("head_pruning", "layers"): pruned,
     ("record", "layers"): recorded,
     ("Keep", "layers"): kept_layers,
+    ("view", "layers"): lambda layers: xi.view(one_image(0), layers=[layers]).rows[0].layers,
     ("knock_out_attention", "layers"): intervened(
         lambda layers: xi.knock_out_attention(at.last, at.image, layers=layers)
     ),
+    ("answer_overlays", "layer"): lambda layer: drawn(figures.answer_overlays(one_image(), layer)),
     ("before_after", "layer"): lambda layer: drawn(
         figures.before_after(one_image(0), one_image(0), "red", layer)
     ),
@@ -806,7 +814,24 @@ def with_norms() -> Sample:
 
 
 def test_every_argument_for_layers_is_tested() -> None:
-    assert arguments_of(LAYERS) - NOT_LAYERS == set(OF_LAYERS)
+    of_videos = {(name, "layer") for name in OF_VIDEOS}
+    assert arguments_of(LAYERS) - NOT_LAYERS - of_videos == set(OF_LAYERS)
+
+
+def frames_of(path: Path) -> list[bytes]:
+    with Image.open(path) as opened:
+        return [frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(opened)]
+
+
+@pytest.mark.parametrize("given", [at.phrase("circle"), "circle", ["circle"], lambda _: "circle"])
+def test_figures_of_videos_take_selectors_and_negative_layers(given: Any, tmp_path: Path) -> None:
+    sample = a_video()
+    rows, last = sample.find("circle").tolist(), sample.layers()[-1]
+    found = figures.video_overlays(sample, given, -1)
+    assert drawn(found) == drawn(figures.video_overlays(sample, rows, last))
+    one = figures.video_animation(sample, given, -1, path=tmp_path / "one.gif")
+    other = figures.video_animation(sample, rows, last, path=tmp_path / "other.gif")
+    assert frames_of(one) == frames_of(other)
 
 
 @pytest.mark.parametrize("call", OF_LAYERS, ids="-".join)
