@@ -1,6 +1,7 @@
 """Generation options: those that are captured, and those that are refused."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from xmodal_interp.attention import AttentionCall, stitch
 from xmodal_interp.capturing.run import capture, capture_batch
 from xmodal_interp.errors import CaptureError, InputError
 from xmodal_interp.hooks import record
+from xmodal_interp.models.generation import described
 
 FAMILIES = ["llava", "qwen2_vl", "mllama"]
 N = 6
@@ -207,6 +209,24 @@ def test_a_generation_config_is_used_as_given(caplog) -> None:
     assert overridden.answer == greedy.answer
     assert (config.do_sample, config.max_new_tokens) == (True, None)
     assert "deprecated" not in caplog.text
+
+
+def test_the_provenance_has_the_arguments_of_generate() -> None:
+    vlm = tiny_vlm("llava")
+    config = GenerationConfig(do_sample=True, temperature=5.0)
+    options = {"generation_config": config, "min_new_tokens": 2, "streamer": None, "seed": {1}}
+    assert described(options) == {
+        "generation_config": {"do_sample": True, "temperature": 5.0},
+        "min_new_tokens": 2,
+        "streamer": None,
+        "seed": "set",
+    }
+    options = {"min_new_tokens": 2, "generation_config": config}
+    sample = capture(vlm, picture(), QUESTION, max_new_tokens=2, generation=options)
+    assert sample.provenance["generation"] == described(options)
+    json.dumps(sample.provenance)
+    greedy = capture(vlm, picture(), QUESTION, max_new_tokens=2)
+    assert "generation" not in greedy.provenance
 
 
 def test_a_generation_config_that_cannot_be_captured_is_an_error() -> None:

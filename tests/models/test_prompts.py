@@ -37,6 +37,17 @@ def test_a_placeholder_keeps_its_place_in_the_chat_template(question: str) -> No
     assert roles == {SYSTEM: "system", question: "user"}  # the placeholder is in the question
 
 
+@pytest.mark.parametrize("mark", ["<image>", "<video>"])
+def test_a_mark_that_is_plain_text_is_a_warning(mark: str) -> None:
+    vlm = tiny_vlm("qwen2_vl")
+    with pytest.warns(UserWarning, match="plain text for this model") as caught:
+        capture(vlm, picture(), f"{mark}\n{QUESTION}")
+    assert [str(each.message) for each in caught] == [
+        f"The prompt contains {mark!r}, which is plain text for this model. If it is the place of "
+        "a picture, write <|image_pad|> or <|video_pad|>, or pass messages."
+    ]
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_a_leading_placeholder_does_not_change_the_answer(family: str) -> None:
     vlm = tiny_vlm(family)

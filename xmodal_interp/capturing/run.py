@@ -59,7 +59,7 @@ from xmodal_interp.models import (
 )
 from xmodal_interp.models.alignment import special_ids
 from xmodal_interp.models.chats import Chat, Messages
-from xmodal_interp.models.generation import check_answers
+from xmodal_interp.models.generation import check_answers, described
 from xmodal_interp.models.known_answers import answer_ids, last_text
 from xmodal_interp.models.model_inputs import with_answer
 from xmodal_interp.models.token_table import Columns, generated_columns, token_table
@@ -196,7 +196,7 @@ def capture(  # noqa: PLR0913  # the settings of a run; all but three have defau
         max_new_tokens: Number of tokens to generate greedily; 0 runs the prompt only.
         keep: The parts of the attention to keep; by default the queries and keys of all layers.
         system: A system message; an error if the prompt is used as it is.
-        generation: Further arguments of ``model.generate``.
+        generation: Further arguments of ``model.generate``. They are in the sample's provenance.
         name: Name of the sample in tables and stores; by default ``"sample-0"``.
         processor_options: Options of the image and video processor, such as ``{"max_pixels":
             50176}`` or ``{"do_pan_and_scan": True}``; those of the VLM are kept.
@@ -401,6 +401,7 @@ def _run(
     for identity in recording.modules:
         layers[f"{identity.tower}.{identity.kind}"].append(identity.layer)
     about = provenance(vlm.with_options(options.processor), layers, max_new_tokens, keep)
+    about |= {"generation": described(generation)} if generation else {}
     batch = _BatchCalls.of(vlm, inputs, prompts_read, recording)
     if not vlm.family.language:
         batch.refuse_other_positions(prompts_read)

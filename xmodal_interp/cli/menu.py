@@ -36,6 +36,8 @@ FIGURES: tuple[str, ...] = (
     "overlays",
     "head-overlays",
     "layer-overlays",
+    "answer-overlays",
+    "video-overlays",
     "token-head-grid",
     "attention-matrix",
     "token-patch-matrix",

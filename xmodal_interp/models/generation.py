@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,6 +89,24 @@ def arguments_of(options: Mapping[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(config)
     unused = merged.update(**missing | others)  # arguments that are no generation settings
     return {"generation_config": merged, **unused}
+
+
+def described(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of ``generate`` as JSON values; objects without one by the name of their type.
+
+    Args:
+        options: The options; a ``generation_config`` is described by what differs from the default.
+    """
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if name == "generation_config":
+            changed = value.to_diff_dict().items()
+            value = {name: each for name, each in changed if name != "transformers_version"}
+        try:
+            found[name] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError):
+            found[name] = type(value).__name__
+    return found
 
 
 def end_ids_of(model: Any, options: Mapping[str, Any]) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,7 @@ def _rendered_question(
     image, video = vlm.placeholder, vlm.video_placeholder
     placeholders = [each for each in (image, video) if each is not None]
     placed = any(each in question for each in placeholders)
+    _warn_of_other_marks(vlm, question, placeholders)
     if not templated and (placed or family.in_front):
         _refuse_system(system, f"{type(processor).__name__} has no chat template to put it in")
         return _whole(question, video, n_videos)
@@ -121,6 +123,19 @@ def _rendered_question(
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     return _templated(vlm, messages, n_videos, question if placed else None)
+
+
+def _warn_of_other_marks(vlm: VLM, question: str, placeholders: Sequence[str]) -> None:
+    """Warn of ``<image>`` or ``<video>`` in a question, if it is plain text for the model."""
+    special = {*placeholders, *vlm.tokenizer.all_special_tokens, vlm.family.image_mark}
+    for mark in ("<image>", "<video>"):
+        if mark in question and mark not in special:
+            place = f"write {' or '.join(placeholders)}" if placeholders else "leave it out"
+            warnings.warn(
+                f"The prompt contains {mark!r}, which is plain text for this model. If it is the "
+                f"place of a picture, {place}, or pass messages.",
+                stacklevel=2,
+            )
 
 
 def _rendered_chat(vlm: VLM, chat: Chat, n_videos: int) -> RenderedPrompt:
