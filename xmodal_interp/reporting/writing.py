@@ -108,10 +108,10 @@ def report(
         NotRecordedError: The store has no sample of a name.
         StoreError: A file of the store is damaged.
 
-    Example:
-        >>> sample = xi.capture(xi.load(), "docs/scene.png", "where is the red circle ?")
-        >>> xi.report(sample, "report.html").path  # doctest: +SKIP
-        PosixPath('report.html')
+    Example::
+
+        store = xi.open_store("runs/shapes")
+        xi.report(store, "report.html").path
     """
     whole_number(max_samples, "max_samples", 1)
     target = checked_path(path, force=force)
