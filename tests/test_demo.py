@@ -8,16 +8,19 @@ import shutil
 from base64 import b64encode
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from xmodal_interp.analysis import cross_modal_ratio
-from xmodal_interp.demo import run_demo
+from xmodal_interp.demo import pipeline, run_demo
 from xmodal_interp.demo.output_folder import FILE_LIST, staging_folder
-from xmodal_interp.demo.pipeline import Findings
+from xmodal_interp.demo.pipeline import Findings, held_out_scenes
 from xmodal_interp.errors import InputError
 from xmodal_interp.reporting.estimates import short
+from xmodal_interp.shapes.scenes import COLORS
 from xmodal_interp.store import open_store
 
 N_SCENES = 24
@@ -38,6 +41,37 @@ def test_the_model_answers_and_one_head_attends_to_the_object(findings) -> None:
     assert trained > 0.9
     assert first < 0.7
     assert findings.tables["pointing"]["hit_chance"].mean() < 0.2
+
+
+def test_boxes_are_those_of_the_enlarged_scene(findings) -> None:
+    sample = open_store(findings.folder / "store")[0]
+    scene = held_out_scenes(1)[0]
+    assert sample.images[0].size == (4 * scene.width, 4 * scene.height)
+    x0, y0, x1, y1 = (round(edge) for edge in sample.labels["box"])
+    inside = np.asarray(sample.images[0])[y0:y1, x0:x1]
+    color = COLORS[sample.labels["answer"]]
+    middle = inside[len(inside) // 2, inside.shape[1] // 2]
+    assert np.abs(middle - np.asarray(color)).max() < 40
+    outside = np.asarray(sample.images[0])[max(0, y0 - 3), (x0 + x1) // 2]
+    assert np.abs(outside - np.asarray(color)).max() > 40
+
+
+def test_the_demo_computes_with_at_most_four_threads(tmp_path, monkeypatch) -> None:
+    during: list[int] = []
+
+    def stopped(*_: object) -> None:
+        during.append(torch.get_num_threads())
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(pipeline, "_run", stopped)
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        with pytest.raises(RuntimeError, match="stopped"):
+            run_demo(tmp_path / "out")
+        assert (during, torch.get_num_threads()) == ([4], 6)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_tables_are_read_back_unchanged(findings) -> None:

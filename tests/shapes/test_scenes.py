@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from xmodal_interp.errors import InputError
 from xmodal_interp.shapes import KINDS, ask, ask_all, sample_scene
 from xmodal_interp.shapes.scenes import COLORS, Scene, Thing, place
 
@@ -85,3 +86,15 @@ def test_an_unknown_question_kind_raises() -> None:
     with pytest.raises(ValueError, match="kind must be one of color, shape, place, count") as error:
         ask(sample_scene(np.random.default_rng(0)), "size", np.random.default_rng(0))
     assert "got 'size'" in str(error.value)
+
+
+def test_an_enlarged_scene_is_the_same_picture() -> None:
+    scene = sample_scene(np.random.default_rng(5))
+    small, large = scene.render(), scene.render(4)
+    assert large.shape == (4 * scene.height, 4 * scene.width, 3)
+    reduced = large.reshape(scene.height, 4, scene.width, 4, 3).mean((1, 3))
+    assert np.abs(reduced - small).mean() < 0.2  # the edges are antialiased differently
+    noise = Scene(scene.width, scene.height, (), scene.background, scene.noise_seed)
+    np.testing.assert_array_equal(noise.render(4)[::4, ::4], noise.render())
+    with pytest.raises(InputError, match=r"^scale must be at least 1, got 0\.$"):
+        scene.render(0)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from xmodal_interp import at
@@ -52,6 +53,8 @@ _HELD_OUT = 2**40  # first part of the seed; training uses (seed, step), which i
 _BATCH = 32
 _MEASURED = 12  # number of samples over which ratios are averaged
 _ABLATED = 8  # number of questions of each kind for head removal
+_SCALE = 4  # images have 4 times the size of the model's input, so that pictures are sharp
+_THREADS = 4  # more do not speed up a model this small, and slow down other users of the machine
 _DESCRIBED = 24  # number of description questions; their long answers are slow
 _ROWS = Keep(towers=("language",), queries="text")
 
@@ -74,6 +77,8 @@ class Findings:
 def run_demo(folder: Path, *, n_scenes: int = 200, force: bool = False) -> Findings:
     """Run the demo on the shipped LLaVA, offline, in about a minute on two cores.
 
+    At most four threads of torch compute.
+
     Args:
         folder: A new or empty folder, or one of an earlier demo, whose files are replaced. Other
             files in it are not changed.
@@ -84,7 +89,7 @@ def run_demo(folder: Path, *, n_scenes: int = 200, force: bool = False) -> Findi
         InputError: The folder holds such files and ``force`` is False, or is inside a store.
     """
     folder = user_path(folder)
-    with staging_folder(folder, force=force) as hidden:
+    with staging_folder(folder, force=force) as hidden, _at_most_threads(_THREADS):
         tables, lines = _run(hidden, n_scenes)
     return Findings(folder, tables, lines)
 
@@ -124,6 +129,17 @@ def _run(folder: Path, n_scenes: int) -> tuple[dict[str, pd.DataFrame], list[str
 
 
 @contextmanager
+def _at_most_threads(n_threads: int) -> Iterator[None]:
+    """Limit the threads that torch computes with, inside a ``with`` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, n_threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def _progress() -> Iterator[Any]:
     """Show the current step and the elapsed time; yield a function that sets the step."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -148,12 +164,13 @@ def held_out_scenes(n_scenes: int) -> list[Scene]:
 def questions_about(scenes: list[Scene]) -> list[dict[str, Any]]:
     """Return items for the analyses: image, prompt, answer, question kind and boxes.
 
-    ``box`` is the box of the object asked about, ``other_boxes`` are those of the other objects, in
-    pixels. Questions about the whole scene have neither.
+    Images have four times the width and height of the canvas of their scene. ``box`` is the box of
+    the object asked about, ``other_boxes`` are those of the other objects, in pixels of the image.
+    Questions about the whole scene have neither.
     """
     items = []
     for number, scene in enumerate(scenes):
-        image = scene.image()
+        image = scene.image(_SCALE)
         rng = np.random.default_rng((_HELD_OUT, number, 1))
         for question in ask_all(scene, rng):
             item: dict[str, Any] = {
@@ -165,7 +182,7 @@ def questions_about(scenes: list[Scene]) -> list[dict[str, Any]]:
                 "subject": question.subject,
             }
             if question.thing is not None:
-                boxes = [list(thing.box) for thing in scene.things]
+                boxes = [[_SCALE * edge for edge in thing.box] for thing in scene.things]
                 item["box"] = boxes.pop(question.thing)
                 item["other_boxes"] = boxes
             items.append(item)

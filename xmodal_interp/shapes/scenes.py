@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from xmodal_interp.errors import InputError
+
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -96,24 +98,33 @@ class Scene:
     background: float
     noise_seed: int
 
-    def render(self) -> np.ndarray:
-        """Draw the scene as ``uint8 [height, width, 3]``."""
-        y, x = np.mgrid[: self.height, : self.width].astype(np.float32) + np.float32(0.5)
-        canvas = np.full((self.height, self.width, 3), self.background, np.float32)
+    def render(self, scale: int = 1) -> np.ndarray:
+        """Draw the scene as ``uint8 [scale * height, scale * width, 3]``.
+
+        Args:
+            scale: Pixels drawn per pixel of the canvas and axis. Outlines are drawn at the full
+                resolution; the noise is that of ``scale=1``, enlarged.
+        """
+        if scale < 1:
+            raise InputError(f"scale must be at least 1, got {scale}.")
+        shape = (self.height * scale, self.width * scale)
+        y, x = (np.mgrid[: shape[0], : shape[1]].astype(np.float32) + np.float32(0.5)) / scale
+        canvas = np.full((*shape, 3), self.background, np.float32)
         for thing in self.things:
-            near = thing.window
-            cover = np.clip(0.5 - thing.distance(x[near], y[near]), 0, 1)[..., None]
+            near = tuple(slice(each.start * scale, each.stop * scale) for each in thing.window)
+            cover = np.clip(0.5 - scale * thing.distance(x[near], y[near]), 0, 1)[..., None]
             cover = cover.astype(np.float32)
             paint = np.asarray(COLORS[thing.color], np.float32) * np.float32(thing.gain)
             canvas[near] = canvas[near] * (1 - cover) + paint * cover
         noise = np.random.default_rng(self.noise_seed).standard_normal(
-            canvas.shape, dtype=np.float32
+            (self.height, self.width, 3), dtype=np.float32
         )
+        noise = noise.repeat(scale, axis=0).repeat(scale, axis=1)
         return np.clip(np.rint(canvas + _NOISE * noise), 0, 255).astype(np.uint8)
 
-    def image(self) -> Image.Image:
-        """Return the scene as a PIL image."""
-        return Image.fromarray(self.render())
+    def image(self, scale: int = 1) -> Image.Image:
+        """Return the scene as a PIL image of ``scale`` times its width and height."""
+        return Image.fromarray(self.render(scale))
 
     def recolored(self, index: int, color: str) -> Scene:
         """Return the scene with object ``index`` in another ``color`` and no other change."""

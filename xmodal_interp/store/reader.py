@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, SupportsIndex, cast, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast, overload
 from weakref import WeakValueDictionary
 
 import pandas as pd
@@ -30,6 +30,7 @@ from xmodal_interp.html_summary import html_summary
 from xmodal_interp.models import ImageGrid, Video, VideoGrid, open_image
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.store import schema
+from xmodal_interp.store.datasets_export import as_dataset
 from xmodal_interp.store.files import (
     SampleFiles,
     read_lines,
@@ -39,6 +40,9 @@ from xmodal_interp.store.files import (
     sha256_of,
 )
 from xmodal_interp.vocabulary import VIDEO_DETAILS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def open_store(path: str | PathLike[str], *, verify: bool = True) -> Store:
@@ -150,6 +154,20 @@ class Store(Sequence[Sample]):
             if line["name"] not in self._known
         }
         return pd.DataFrame(list(lines.values()), columns=["item", "name", "error", "message"])
+
+    def to_dataset(self) -> Dataset:
+        """Return a ``datasets.Dataset`` with one row per sample, for the Hub or other tools.
+
+        Columns: ``name``, ``images`` (a list, as PNG), ``prompt`` (the question, without the chat
+        template), ``captured_answer`` (the generated or given tokens) and one column per label,
+        None where a sample lacks it. :func:`capture_dataset` accepts the data set as items.
+        Attention is not included. All images are in memory.
+
+        Raises:
+            InputError: The package ``datasets`` is missing; a label has the name of another column
+                or values of several types; a sample has videos, or its images are not available.
+        """
+        return as_dataset(self)
 
     def readers(self) -> Iterator[Callable[[], Sample]]:
         """Yield a function per sample that reads it, in a process to which it is sent by pickle."""
