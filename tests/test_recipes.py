@@ -29,18 +29,38 @@ def test_a_recipe_writes_its_figures(name: str, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.png"))) == n_pictures
 
 
-def test_the_notebook_runs_and_is_committed_with_outputs(tmp_path: Path) -> None:
-    notebook = nbformat.read(ROOT / "notebooks" / "story.ipynb", as_version=4)
-    pictures = [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    assert len(pictures) >= 10
+@pytest.mark.parametrize(
+    ("name", "n_pictures"),
+    [
+        ("before_after", 3),
+        ("first_steps", 3),
+        ("large_data_set", 0),
+        ("own_checkpoint", 0),
+        ("position_and_sinks", 2),
+        ("story", 12),
+        ("which_heads_matter", 3),
+    ],
+)
+def test_a_notebook_runs_and_is_committed_with_outputs(
+    name: str, n_pictures: int, tmp_path: Path
+) -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == n_pictures
+    assert len(outputs) > 3
+    for output in outputs:  # no errors, warnings or progress bars
+        assert output.output_type in ("display_data", "execute_result", "stream")
+        assert output.get("name") != "stderr"
     (tmp_path / "notebooks").mkdir()
     resources = {"metadata": {"path": str(tmp_path / "notebooks")}}
     NotebookClient(notebook, timeout=600, resources=resources).execute()
+
+
+def test_every_notebook_is_tested() -> None:
+    (mark,) = test_a_notebook_runs_and_is_committed_with_outputs.pytestmark
+    names = {name for name, _ in mark.args[1]}
+    assert names == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 
 def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ def as_dataset(samples: Iterable[Sample]) -> Dataset:
     """Return a data set with one row per sample; see ``Store.to_dataset``."""
     try:
         import pyarrow as pa
-        from datasets import Dataset, Image, List
+        from datasets import Dataset, Features, Image, List
     except ImportError as error:
         raise InputError(
             "to_dataset requires the package datasets. Install it with pip install datasets."
@@ -30,15 +30,18 @@ def as_dataset(samples: Iterable[Sample]) -> Dataset:
     rows = [_row(sample) for sample in samples]
     names = [*_OWN, *dict.fromkeys(label for row in rows for label in row if label not in _OWN)]
     columns = {name: [row.get(name) for row in rows] for name in names}
+    types: dict[str, Any] = {}
     for name, values in columns.items():
         try:
-            pa.array(values)
+            types[name] = pa.array(values).type
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise InputError(
                 f"The label {name!r} has values of several types, which a column cannot hold "
                 f"({error}). Capture the samples with labels of one type."
             ) from error
-    return Dataset.from_dict(columns).cast_column("images", List(Image()))
+    features = Features.from_arrow_schema(pa.schema(types))
+    features["images"] = List(Image())
+    return Dataset.from_dict(columns, features)
 
 
 def _row(sample: Sample) -> dict[str, Any]:
