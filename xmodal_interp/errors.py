@@ -19,6 +19,11 @@ def quoted(value: Any) -> str:
     return _short.repr(value)
 
 
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun: ``1 sample``, ``2 samples``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def first_of(names: Sequence[str], most: int = 5) -> str:
     """Return the first names for a message, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

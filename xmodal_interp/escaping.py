@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import TYPE_CHECKING
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,3 +67,19 @@ def for_spreadsheets(table: pd.DataFrame) -> pd.DataFrame:
 def _no_formula(cell: object) -> object:
     is_formula = isinstance(cell, str) and len(cell) > 1 and cell.startswith(_FORMULA)
     return f"'{cell}" if is_formula else cell
+
+
+def portable(value: Any) -> Any:
+    """Return absolute paths without their folders: a page may be mailed.
+
+    Args:
+        value: A value of a manifest or a provenance; lists are searched for paths.
+    """
+    if isinstance(value, (list, tuple)):
+        return [portable(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    for path in (PurePosixPath(value), PureWindowsPath(value)):
+        if path.is_absolute():
+            return path.name or "/"
+    return value

@@ -412,7 +412,7 @@ def test_capture_prints_answers_and_takes_its_options(tmp_path) -> None:
         assert sample.text.count("be brief .") == 1
         assert sample.call(0).update_share is not None
         assert sample.provenance["backend"] == "eager"
-    assert "1 items could not be captured; the first: Item 2 ('item-000002'): There" in (
+    assert "1 item could not be captured; the first: Item 2 ('item-000002'): There" in (
         result.output
     )
     assert captured.failures["item"].tolist() == [2]

@@ -1,6 +1,9 @@
 """Reports: numbers of the sentences, stores of other kinds, hostile text, refused files."""
 
+import html
+import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,8 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 import xmodal_interp as xi
+from tests.helpers.pixel_changes import textured
+from tests.helpers.real import real, settled
 from tests.helpers.store_samples import items, shipped
-from tests.helpers.tiny import picture
+from tests.helpers.tiny import QUESTION, picture
 from tests.helpers.vision import registers_vlm
 from xmodal_interp import analysis, evaluation
 from xmodal_interp.cli.commands import app
@@ -19,8 +24,9 @@ from xmodal_interp.evaluation import bootstrap_interval
 from xmodal_interp.reporting import analyses, writing
 from xmodal_interp.reporting.estimates import short
 from xmodal_interp.reporting.page import Section
-from xmodal_interp.reporting.questions import ELSEWHERE, NEED_THE_MODEL, QUESTIONS
+from xmodal_interp.reporting.questions import ELSEWHERE, NEED_THE_MODEL, QUESTIONS, eight_layers
 
+CODE = re.compile(r'<p class="code"><code>(.*?)</code></p>', re.DOTALL)
 HOSTILE = (
     "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)> {{ 7 * 7 }} \u202e\x1b[31m"
 )
@@ -129,6 +135,76 @@ def test_every_analysis_is_a_section_or_left_out_with_a_reason(made) -> None:
     )
 
 
+def run_lines(code: str, names: dict) -> object:
+    """Return the value of the last line of some Python."""
+    *before, last = code.split("\n")
+    exec("\n".join(before), names)
+    return eval(last, names)
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.analysis)
+def test_the_shown_call_gives_the_values_of_the_section(question, tmp_path) -> None:
+    """The values per sample, before they are averaged, are those of the last line of the call."""
+    samples = samples_for(question.analysis, tmp_path / "store")
+    for tower in question.towers:
+        table = question.table(samples, tower)
+        code = question.code.format(tower=tower, layers=eight_layers(samples))
+        found = run_lines(code, {"xi": xi, "samples": samples})
+        value = question.value.column
+        if question.analysis == "answers":
+            assert table[value].tolist() == [known == answer for known, answer in found]
+        elif question.analysis == "query_patches":
+            assert table[value].tolist() == [each.item() for each in found]
+        elif question.analysis == "raster_bias":
+            slopes = found[["row_slope", "col_slope", "edge_slope"]].to_numpy().T.ravel()
+            np.testing.assert_array_equal(table[value], slopes)
+        elif question.analysis == "token_norms":
+            largest = found.groupby(["sample", "layer"], sort=False)[value].max()
+            np.testing.assert_array_equal(table[value], largest)
+        else:
+            assert len(found) == len(table)
+            np.testing.assert_array_equal(found[value], table[value])
+
+
+def samples_for(name: str, folder: Path) -> list[xi.Sample]:
+    """Return two samples to which an analysis applies."""
+    if name == "query_patches":
+        vlm = xi.VLM(real("blip-2")[0], settled("blip-2"))
+        return [xi.capture(vlm, textured(150, 70), QUESTION)]
+    chosen = of_kind(questions_about(held_out_scenes(2)), "color")
+    asked = [{label: item[label] for label in LABELS} for item in chosen]
+    keep = xi.Keep(norms=name == "token_norms")
+    return list(
+        xi.capture_dataset(shipped(), asked, folder, keep=keep, max_new_tokens=2, progress=False)
+    )
+
+
+def test_the_shown_calls_are_complete(made, store, monkeypatch) -> None:
+    """All code blocks of the page run in the order of the page, from the folder of the store."""
+    report, _ = made
+    monkeypatch.chdir(store.path.parent)
+    document = report.path.read_text("utf-8")
+    blocks = [html.unescape(part) for part in CODE.findall(document)]
+    assert len(blocks) == 1 + 1 + len({*report.glance["analysis"]})
+    names: dict = {}
+    for block in blocks:
+        if not block.startswith("xmodal doctor"):
+            exec(block, names)
+    assert [sample.name for sample in names["samples"]] == list(store.names)
+
+
+def test_the_page_holds_no_folder_of_this_machine(made, store) -> None:
+    """A page may be mailed; a model or store folder is shown by its last name."""
+    report, page = made
+    document = report.path.read_text("utf-8")
+    model = Path(store[0].provenance["model"])
+    assert model.is_absolute()
+    for folder in {model.parent, store.path.parent, Path.cwd(), report.path.parent}:
+        assert str(folder) not in document
+    assert ["settings.model", model.name] in page.tables["store.csv"]
+    assert "xmodal doctor MODEL" in document
+
+
 def test_every_public_analysis_is_known() -> None:
     """A new analysis must be added to the report, or to the list of those it cannot run."""
     known = {question.analysis for question in QUESTIONS} | {*NEED_THE_MODEL} | {*ELSEWHERE}
@@ -175,7 +251,7 @@ def test_one_sample_has_no_interval(store, tmp_path) -> None:
     assert set(report.glance["against_null"]) == {"no interval"}
     assert report.glance[["low", "high", "difference_low"]].isna().all(axis=None)
     text = report.path.read_text("utf-8")
-    assert "higher than their null" not in text
+    assert "Higher than their null" not in text
     assert "With one picture there are no intervals" in text
 
 
@@ -258,7 +334,9 @@ def test_samples_to_which_an_analysis_does_not_apply_are_left_out(tmp_path) -> N
     assert found.startswith(f"Share of text attention on the image: {short(ratio)} (95% interval ")
     assert "2 samples" in found
     text = " ".join(Parsed(report.path.read_text("utf-8")).text)
-    assert "1 of 3 samples were left out of cross_modal_ratio (language tower)." in text
+    assert (
+        "Left out of cross_modal_ratio (language tower): 1 of 3 samples. The first reason: " in text
+    )
 
 
 @pytest.mark.usefixtures("without_figures")

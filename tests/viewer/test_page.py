@@ -105,7 +105,7 @@ def test_the_size_is_known_before() -> None:
     held += sums["entropy"].nbytes
     assert viewed.n_bytes == pytest.approx(held, rel=0.05)
     assert repr(viewed) == (
-        f"View(1 of 1 samples, {len(rows.queries)} query rows, "
+        f"View(1 of 1 sample, {len(rows.queries)} query rows, "
         f"{viewed.n_bytes / 1e6:.1f} MB of values before compression)"
     )
 
@@ -147,6 +147,17 @@ def test_a_store_is_shown_by_name_and_number(store) -> None:
     source = chosen.header["samples"][0]["source"]
     assert source == f"xi.open_store({str(store.path)!r})[{store.names[2]!r}]"
     assert eval(source, {"xi": xi}).name == store.names[2]
+
+
+def test_a_saved_page_holds_no_folder_of_this_machine(store, tmp_path, monkeypatch) -> None:
+    """It may be mailed; the copied call runs in the folder that holds the store."""
+    assert store.path.is_absolute()
+    page = Scripts(xi.view(store, n_samples=1).save(tmp_path / "page.html").read_text("utf-8"))
+    assert str(store.path.parent) not in page.scripts["header"]
+    source = json.loads(page.scripts["header"])["samples"][0]["source"]
+    assert source == f"xi.open_store({store.path.name!r})[{store.names[0]!r}]"
+    monkeypatch.chdir(store.path.parent)
+    assert eval(source, {"xi": xi}).name == store.names[0]
 
 
 def test_pictures_are_embedded_at_a_bounded_size() -> None:

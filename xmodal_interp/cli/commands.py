@@ -27,7 +27,7 @@ from xmodal_interp.cli.printing import (
     show_or_write,
     show_store,
 )
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, counted
 from xmodal_interp.vocabulary import SHIPPED
 
 app = typer.Typer(
@@ -376,12 +376,12 @@ def view(
     if export is None:
         shown = opened if names is None else opened[names]
         with xi.viewer.serve(shown, port=port, **options) as server:
-            count = f"{len(shown)} sample{'s' if len(shown) != 1 else ''}"
-            say(f"{server.url} shows {count}; Ctrl-C stops the server")
+            say(f"{server.url} shows {counted(len(shown), 'sample')}; Ctrl-C stops the server")
             server.wait()
         return
     page = xi.view(opened, names=names, **options)
-    say(f"{len(page.rows)} of {page.n_given} samples, {page.n_bytes / 1e6:.1f} MB of values")
+    given = counted(page.n_given, "sample")
+    say(f"{len(page.rows)} of {given}, {page.n_bytes / 1e6:.1f} MB of values")
     page.save(export)
     say(f"{export.stat().st_size / 1e6:.1f} MB written to {export}; open it in a browser")
 
@@ -430,7 +430,7 @@ def report(
     for line in written.sentences:
         say(f"• {line}")
     n_bytes = written.path.stat().st_size
-    say(f"\nWritten to {path} ({n_bytes / 1e6:.1f} MB, {len(written.names)} samples).")
+    say(f"\nWritten to {path} ({n_bytes / 1e6:.1f} MB, {counted(len(written.names), 'sample')}).")
 
 
 @app.command()

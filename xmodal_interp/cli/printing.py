@@ -14,7 +14,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 import xmodal_interp as xi
-from xmodal_interp.errors import InputError, XmodalError
+from xmodal_interp.errors import InputError, XmodalError, counted
 from xmodal_interp.escaping import for_spreadsheets, printable
 
 if TYPE_CHECKING:
@@ -122,8 +122,7 @@ def show_store(store: xi.Store) -> None:
     """Print the size of a store and the settings of its samples."""
     import pandas as pd
 
-    samples = "1 sample" if len(store) == 1 else f"{len(store)} samples"
-    say(f"{store.path}: {samples}, {store.n_bytes / 1e6:.1f} MB")
+    say(f"{store.path}: {counted(len(store), 'sample')}, {store.n_bytes / 1e6:.1f} MB")
     about = {**store.manifest, **store.manifest["settings"]}
     rows = [(name, _formatted(value)) for name, value in about.items() if name != "settings"]
     show(pd.DataFrame(rows, columns=["setting", "value"]))
@@ -135,11 +134,11 @@ def show_answers(store: xi.Store, names: Sequence[str]) -> None:
         sample = store[name]
         say(f"{name}: {sample.question!r} -> {sample.answer!r}")
     if len(names) > _MOST_ANSWERS:
-        say(f"... {len(names) - _MOST_ANSWERS} more samples")
+        say(f"... {counted(len(names) - _MOST_ANSWERS, 'more sample')}")
     failures = store.failures
     if len(failures):
         first = failures["message"].iloc[0]
-        say(f"{len(failures)} items could not be captured; the first: {first}", to=err)
+        say(f"{counted(len(failures), 'item')} could not be captured; the first: {first}", to=err)
 
 
 def show_or_write(table: pd.DataFrame, path: Path | None, rows: int) -> None:
@@ -148,7 +147,7 @@ def show_or_write(table: pd.DataFrame, path: Path | None, rows: int) -> None:
         show_long(table, rows)
         return
     write(table, path)
-    say(f"{len(table)} rows written to {path}")
+    say(f"{counted(len(table), 'row')} written to {path}")
 
 
 def check_model_name(name: str, path: Path) -> None:

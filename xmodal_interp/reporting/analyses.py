@@ -23,6 +23,7 @@ from xmodal_interp.reporting.questions import (
     REFUSALS,
     Question,
     Samples,
+    eight_layers,
     refusal_of,
 )
 from xmodal_interp.vocabulary import Tower
@@ -86,7 +87,7 @@ def analysed(samples: Samples, clusters: Sequence[int]) -> Analysed:
             chosen = [samples[i] for i in used]
             _add(answer, question, tower, table, chosen, [clusters[i] for i in used])
         if answer.towers:
-            sections.append(_section(question, answer))
+            sections.append(_section(question, answer, samples))
             glance += answer.glance
             sentences += answer.sentences
     known = {question.analysis for question in QUESTIONS}
@@ -125,8 +126,8 @@ def _run(question: Question, samples: Samples, tower: Tower) -> tuple[pd.DataFra
         if not used or not reasons:
             raise
     note = (
-        f"{len(reasons)} of {len(samples)} samples were left out of {question.analysis} "
-        f"({tower} tower). The first reason: {reasons[0]}"
+        f"Left out of {question.analysis} ({tower} tower): {len(reasons)} of {len(samples)} "
+        f"samples. The first reason: {reasons[0]}"
     )
     return question.table([samples[i] for i in used], tower), used, note
 
@@ -230,7 +231,7 @@ def _draw(answer: _Answer, caption: str, draw: Callable[[], Figure]) -> None:
         answer.notes.append(f"A figure could not be drawn. {refusal_of(error)}")
 
 
-def _section(question: Question, answer: _Answer) -> Section:
+def _section(question: Question, answer: _Answer, samples: Samples) -> Section:
     tables = []
     if answer.layers:
         tables.append(limited(f"{question.title}, by layer", pd.concat(answer.layers)))
@@ -248,7 +249,12 @@ def _section(question: Question, answer: _Answer) -> Section:
         pictures=answer.pictures,
         tables=tables,
         notes=[*_small_print(answer), *answer.notes],
-        code=question.code.format(tower=answer.towers[0]),
+        code="\n".join(
+            dict.fromkeys(
+                question.code.format(tower=tower, layers=eight_layers(samples))
+                for tower in answer.towers
+            )
+        ),
         group=GROUP,
         n_open=0,
     )

@@ -10,7 +10,8 @@ import pandas as pd
 
 from xmodal_interp.analysis.tables import add_provenance
 from xmodal_interp.attention import AttentionCall
-from xmodal_interp.errors import StoreError
+from xmodal_interp.errors import StoreError, counted
+from xmodal_interp.escaping import portable
 from xmodal_interp.models import open_image
 from xmodal_interp.reporting.estimates import records
 from xmodal_interp.reporting.page import Card, Section, Shown, Stretch, Table, limited, shown_image
@@ -21,6 +22,7 @@ from xmodal_interp.vocabulary import TOKEN_KINDS
 N_CARDS = 8
 _FRAMES = 4  # frames of a video on a card
 _MOST_STRETCHES = 200
+_TEXTS = ("system", "samples")  # settings that are never paths
 _STATISTICS = {
     "group_mass": "mass of key groups",
     "row_entropy": "entropy",
@@ -62,15 +64,15 @@ def model_section(samples: Sequence[Sample]) -> Section:
         with_these = f" ({', '.join(parts)} attention)" if len(parts) == 2 else ""
         sentences.append(f"The model is {model}{with_these}; {_named(about)}.")
     sentences += [
-        "Kept of the {tower} tower: {kept}, of {layers} {kind}-attention layers.".format(**row)
+        "Kept of the {tower} tower: {kept} ({kind}-attention layers: {layers}).".format(**row)
         for row in records(rows)
     ]
     notes = (
         []
         if not others
         else [
-            f"The table is of the first sample; {len(others)} of {len(samples)} samples have other "
-            f"layers or towers, {others[0]} among them."
+            "The table is of the first sample. Samples with other layers or towers: "
+            f"{len(others)} of {len(samples)}, {others[0]} among them."
         ]
     )
     return Section(
@@ -101,13 +103,13 @@ def _kept(sample: Sample) -> pd.DataFrame:
         key = min(key for key in sample.calls if key[:2] == (tower, kind))
         call = sample.calls[key]
         of = existing.get(f"{tower}.{kind}")
-        n_rows = "all" if call.rows is None else f"{len(call.rows)} positions"
-        counted = (
+        n_rows = "all" if call.rows is None else counted(len(call.rows), "position")
+        n_layers = (
             str(len(layers))
             if of is None or len(of) == len(layers)
             else (f"{len(layers)} of {len(of)}")
         )
-        rows.append((tower, kind, counted, _heads(call), _parts(call), n_rows))
+        rows.append((tower, kind, n_layers, _heads(call), _parts(call), n_rows))
     columns = ["tower", "kind", "layers", "heads", "kept", "query_rows"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -264,6 +266,8 @@ def doctor_section(checkup: Checkup | None, samples: Sequence[Sample]) -> Sectio
             n_open=0,
         )
     model = str(samples[0].provenance.get("model") or "MODEL")
+    if portable(model) != model:
+        model = "MODEL"  # a folder of the machine of the capture
     return Section(
         "Can the recordings be trusted?",
         "doctor",
@@ -309,7 +313,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", _shown(value)
+            yield f"{prefix}{name}", _shown(value if name in _TEXTS else portable(value))
 
 
 def _shown(value: Any) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from xmodal_interp.analysis.resampling import ValueKind, cluster_numbers, known_mean_intervals
+from xmodal_interp.errors import counted
 
 N_DRAWS, SEED = 1000, 0
 
@@ -134,7 +135,7 @@ def sentence(
 
 def _interval(row: Mapping[str, Any], units: str) -> str:
     n, n_clusters = int(row["n"]), int(row["n_clusters"])
-    of = "1 sample" if n == 1 else f"{n} samples"
+    of = counted(n, "sample")
     if n_clusters < 2:
         same = "" if n == 1 else " of one picture"
         return f" ({of}{same}, so there is no interval)"

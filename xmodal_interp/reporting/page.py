@@ -28,7 +28,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from xmodal_interp.arguments import user_path
-from xmodal_interp.errors import InputError
+from xmodal_interp.errors import InputError, counted
 from xmodal_interp.escaping import printable
 from xmodal_interp.figures.style import Figure
 from xmodal_interp.store import store_around
@@ -80,7 +80,7 @@ class Table:
     def size(self) -> str:
         """The number of rows, in words."""
         n = len(self.frame)
-        rows = "1 row" if n == 1 else f"{n} rows"
+        rows = counted(n, "row")
         return rows if self.of is None else f"{rows} of {self.of}"
 
     @property

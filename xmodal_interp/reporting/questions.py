@@ -22,6 +22,7 @@ from xmodal_interp.errors import (
     PhraseError,
     PositionError,
     UnsupportedModelError,
+    counted,
 )
 from xmodal_interp.figures.style import Figure
 from xmodal_interp.sample import Sample
@@ -108,7 +109,8 @@ class Question:
         heads: Column that is drawn by layer and head; empty for none.
         more: Further figures of a table: caption, and function of the table, samples and tower.
         words: Returns further sentences from the table.
-        code: The Python call.
+        code: Python whose last line gives the values per sample; ``{tower}`` and ``{layers}``
+            (:func:`eight_layers`) are filled in.
     """
 
     analysis: str
@@ -121,13 +123,6 @@ class Question:
     heads: str = ""
     more: tuple[tuple[str, Callable[[pd.DataFrame, Samples, Tower], Figure]], ...] = ()
     words: Callable[[pd.DataFrame], list[str]] | None = None
-
-
-def _ratio(samples: Samples, tower: Tower) -> pd.DataFrame:  # noqa: ARG001
-    try:
-        return analysis.cross_modal_ratio(samples)
-    except NotRecordedError:  # statistics may not determine the columns without sinks
-        return analysis.cross_modal_ratio(samples, sink_threshold=None)
 
 
 def _tokens(samples: Samples, tower: Tower) -> pd.DataFrame:  # noqa: ARG001
@@ -145,12 +140,16 @@ def _sinks(samples: Samples, tower: Tower) -> pd.DataFrame:
     return table[table["key"] == keys].reset_index(drop=True)
 
 
-def _positions(samples: Samples, tower: Tower) -> pd.DataFrame:  # noqa: ARG001
-    """Return the profiles of the blocks that all samples have, of at most eight layers."""
+def eight_layers(samples: Samples) -> list[int] | None:
+    """Return at most eight kept language layers, evenly spaced; None if none was kept."""
     kept = samples[0].layers("language")
     places = np.linspace(0, len(kept) - 1, 8).round().astype(int).tolist() if kept else []
-    layers = sorted({kept[i] for i in places}) or None
-    return analysis.positional_bias(samples, layers=layers, n_bins=16)
+    return sorted({kept[i] for i in places}) or None
+
+
+def _positions(samples: Samples, tower: Tower) -> pd.DataFrame:  # noqa: ARG001
+    """Return the profiles of the blocks that all samples have, of at most eight layers."""
+    return analysis.positional_bias(samples, layers=eight_layers(samples), n_bins=16)
 
 
 def _nearest(table: pd.DataFrame) -> pd.DataFrame:
@@ -238,10 +237,11 @@ def _best(hits: pd.DataFrame) -> list[str]:
     layer, head = int(best["layer"]), int(best["head"])
     of_head = hits[(hits["layer"] == layer) & (hits["head"] == head)]
     others = of_head["other_object"].mean()
+    n = counted(int(best["n"]), "sample")
     elsewhere = "" if np.isnan(others) else f", on a given other object in {others:.1%}"
     return [
         f"Layer {layer} head {head}, chosen on one half of the pictures, has its peak in the box "
-        f"in {best['hit']:.1%} of the other {int(best['n'])} samples (95% interval "
+        f"in {best['hit']:.1%} of the other half, {n} (95% interval "
         f"{best['hit_low']:.1%} to {best['hit_high']:.1%}){elsewhere}; a random token in "
         f"{of_head['hit_chance'].mean():.1%}."
     ]
@@ -295,16 +295,16 @@ QUESTIONS: tuple[Question, ...] = (
         Value(
             "correct", "null", "Share of right answers", "for the most frequent answer", rate=True
         ),
-        "[sample.answer for sample in samples]",
+        "[(sample.labels['answer'], sample.answer) for sample in samples]",
     ),
     Question(
         "cross_modal_ratio",
         "Text attends to the image",
         "Share of the attention of text tokens after the image that goes to image tokens. The null "
         "is attention uniform over the keys that each token sees.",
-        _ratio,
+        lambda samples, _: analysis.cross_modal_ratio(samples, sink_threshold=None),
         Value("ratio", "null", "Share of text attention on the image"),
-        "xi.cross_modal_ratio(samples)",
+        "xi.cross_modal_ratio(samples, sink_threshold=None)",
         heads="lift",
     ),
     Question(
@@ -313,7 +313,7 @@ QUESTIONS: tuple[Question, ...] = (
         "The same share, for text tokens of the prompt and for generated tokens separately.",
         _tokens,
         Value("ratio", "null", "Share on the image, {tokens} tokens", series=("tokens",)),
-        "xi.token_ratio(samples)",
+        "xi.token_ratio(samples, sink_threshold=None)",
     ),
     Question(
         "attention_allocation",
@@ -354,7 +354,9 @@ QUESTIONS: tuple[Question, ...] = (
         "it receives from uniform attention.",
         _sinks,
         Value("received", "null", "Attention received by the first position, {tower} tower"),
-        "xi.attention_sinks(samples, tower={tower!r})",
+        "table = xi.attention_sinks(samples, tower={tower!r})\n"
+        "first = table.groupby(['sample', 'layer', 'head'])['key'].transform('min')\n"
+        "table[table['key'] == first]",
         BOTH,
         words=_sink_share,
     ),
@@ -374,7 +376,7 @@ QUESTIONS: tuple[Question, ...] = (
         "key. It is 1 for uniform attention. At most eight layers, evenly spaced.",
         _positions,
         Value("lift", 1.0, "Lift at the shortest distances, {block}", series=("block",)),
-        "xi.positional_bias(samples, n_bins=16)",
+        "xi.positional_bias(samples, layers={layers}, n_bins=16)",
         more=(
             (
                 "Mean over heads and samples; the dashed line is uniform attention.",
@@ -446,7 +448,7 @@ QUESTIONS: tuple[Question, ...] = (
         "share of every patch; any preference makes the largest share larger.",
         _patches,
         Value("largest_share", "null", "Largest share of a patch", "if all shares are equal"),
-        "xi.query_patches(sample)",
+        "[xi.query_patches(sample).nan_to_num().amax(1).mean() for sample in samples]",
     ),
     Question(
         "pointing_game",
@@ -455,7 +457,7 @@ QUESTIONS: tuple[Question, ...] = (
         "'box'). The null is a random token.",
         _hits,
         Value("hit", "hit_chance", "Peaks in the box, mean of all heads", "for a random token"),
-        "xi.evaluation.pointing_game(samples)",
+        "xi.evaluation.pointing_hits(samples)",
         heads="hit",
         words=_best,
     ),

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from os import PathLike
@@ -26,6 +26,7 @@ from xmodal_interp.analysis.resampling import cluster_numbers, pictures_of
 from xmodal_interp.analysis.tables import samples_of
 from xmodal_interp.arguments import strings, whole_number
 from xmodal_interp.errors import InputError, XmodalError
+from xmodal_interp.escaping import portable
 from xmodal_interp.figures.style import Figure
 from xmodal_interp.reporting.analyses import Analysed, analysed
 from xmodal_interp.reporting.captured import (
@@ -204,7 +205,7 @@ def report_sections(
     }
     manifest = None if store is None else store.manifest
     sections = [
-        glance_section(found),
+        replace(glance_section(found), code=_opening(samples, store)),
         *before,
         _look_section(samples[0]),
         *found.sections,
@@ -220,19 +221,20 @@ def glance_section(found: Analysed) -> Section:
         return Section("At a glance", "glance", sentences=["No analysis applies to what was kept."])
     compared = found.glance["against_null"]
     n_compared = int(compared.isin(["higher", "lower", "not distinguished"]).sum())
-    counts = {word: int((compared == word).sum()) for word in ("higher", "lower")}
+    higher, lower = (int((compared == word).sum()) for word in ("higher", "lower"))
     without = int((compared == "no interval").sum())
     sentences = []
     if n_compared:
         sentences.append(
-            f"{n_compared} values have a null and an interval: {counts['higher']} are higher than "
-            f"their null, {counts['lower']} lower, {n_compared - sum(counts.values())} are not "
-            "distinguished from it. The intervals are not adjusted for the number of comparisons: "
-            "about 1 in 20 of those without a difference would be called higher or lower."
+            f"Values with a null and an interval: {n_compared}. Higher than their null: "
+            f"{higher}; lower: {lower}; not distinguished from it: {n_compared - higher - lower}. "
+            "The intervals are not adjusted for the number of comparisons: about 1 in 20 of those "
+            "without a difference would be called higher or lower."
         )
     if without:
         sentences.append(
-            f"{without} values have a null but no interval, because their samples show one picture."
+            f"Values with a null but without an interval, because their samples show one picture: "
+            f"{without}."
         )
     return Section(
         "At a glance",
@@ -287,8 +289,16 @@ def _look_section(sample: Sample) -> Section:
 
 
 def _with_tables(section: Section, table: Table) -> Section:
-    values = {**vars(section), "tables": [*section.tables, table]}
-    return Section(**values)
+    return replace(section, tables=[*section.tables, table])
+
+
+def _opening(samples: Sequence[Sample], store: Store | None) -> str:
+    """Return the Python lines before the calls that the sections show; empty without a store."""
+    if store is None:
+        return ""
+    which = "" if len(samples) == len(store) else "[sample_names]  # listed under Provenance"
+    path = portable(str(store.path))
+    return f"import xmodal_interp as xi\n\nsamples = xi.open_store({path!r}){which}"
 
 
 def _clusters(samples: Sequence[Sample]) -> list[int]:

@@ -24,6 +24,7 @@ from xmodal_interp.errors import (
     NoSampleError,
     NotRecordedError,
     StoreError,
+    counted,
     first_of,
 )
 from xmodal_interp.html_summary import html_summary
@@ -87,7 +88,8 @@ class Store(Sequence[Sample]):
         kept = settings.get("kept", {})
         what = ", ".join(f"{name}: {value}" for name, value in kept.items() if value is not None)
         about = "; ".join(part for part in (made, what) if part)
-        return f"Store({str(self.path)!r}: {len(self)} samples{f'; {about}' if about else ''})"
+        n_samples = counted(len(self), "sample")
+        return f"Store({str(self.path)!r}: {n_samples}{f'; {about}' if about else ''})"
 
     def _repr_html_(self) -> str:
         """Return a summary for notebooks: path, samples and settings."""

@@ -14,7 +14,8 @@ import numpy as np
 from xmodal_interp.arguments import as_list, checked, user_path, whole_number
 from xmodal_interp.at import Selector
 from xmodal_interp.attention import Positions
-from xmodal_interp.errors import InputError, quoted
+from xmodal_interp.errors import InputError, counted, quoted
+from xmodal_interp.escaping import portable
 from xmodal_interp.sample import Sample
 from xmodal_interp.store import Store, store_around
 from xmodal_interp.viewer.header import header_of
@@ -68,7 +69,7 @@ def view(  # noqa: PLR0913  every option has a default
         NotRecordedError: A sample holds no attention rows of this tower.
     """
     whole_number(n_samples, "n_samples", 1)
-    shown, n_given, source = _titled(samples, names, n_samples)
+    shown, n_given, store_path = _titled(samples, names, n_samples)
     if not shown:
         raise InputError("samples is empty. Pass at least one sample.")
     rows = [
@@ -84,7 +85,7 @@ def view(  # noqa: PLR0913  every option has a default
         )
         for _, sample in shown
     ]
-    return View(tuple(rows), tuple(title for title, _ in shown), source, n_given)
+    return View(tuple(rows), tuple(title for title, _ in shown), store_path, n_given)
 
 
 class View:
@@ -97,16 +98,17 @@ class View:
     """
 
     def __init__(
-        self, rows: tuple[ShownRows, ...], titles: tuple[str, ...], source: str, n_given: int
+        self, rows: tuple[ShownRows, ...], titles: tuple[str, ...], store_path: str, n_given: int
     ) -> None:
         self.rows, self.titles, self.n_given = rows, titles, n_given
-        self._source = source
+        self._store_path = store_path
 
     def __repr__(self) -> str:
         """Return a line with the number of samples, rows and bytes."""
         n_rows = sum(len(rows.queries) for rows in self.rows)
         return (
-            f"View({len(self.rows)} of {self.n_given} samples, {n_rows} query rows, "
+            f"View({len(self.rows)} of {counted(self.n_given, 'sample')}, "
+            f"{counted(n_rows, 'query row')}, "
             f"{self.n_bytes / 1e6:.1f} MB of values before compression)"
         )
 
@@ -118,6 +120,9 @@ class View:
     @cached_property
     def html(self) -> str:
         """The page: one HTML document that requests nothing."""
+        return self._document(self.header)
+
+    def _document(self, header: Mapping[str, Any]) -> str:
         arrays: dict[str, np.ndarray] = {}
         worst = 0.0
         for i, rows in enumerate(self.rows):
@@ -125,16 +130,17 @@ class View:
             worst = max(worst, float(of_sample.pop("error")))
             arrays |= {f"{i}.{name}": array for name, array in of_sample.items()}
         about, blocks = packed(arrays)
-        return page(
-            {**self.header, "blocks": about, "largest_error": worst}, blocks, self._page_title
-        )
+        return page({**header, "blocks": about, "largest_error": worst}, blocks, self._page_title)
 
     @cached_property
     def header(self) -> dict[str, Any]:
         """Description of the samples."""
+        return self._described(self._store_path)
+
+    def _described(self, store_path: str) -> dict[str, Any]:
         return {
             "samples": [
-                header_of(rows, title, self._expression(rows.sample, i))
+                header_of(rows, title, self._expression(rows.sample, i, store_path))
                 for i, (rows, title) in enumerate(zip(self.rows, self.titles, strict=True))
             ],
             "n_given": self.n_given,
@@ -145,14 +151,17 @@ class View:
         first = self.rows[0].sample
         return f"{first.question or first.name}: attention"
 
-    def _expression(self, sample: Sample, index: int) -> str:
+    def _expression(self, sample: Sample, index: int, store_path: str) -> str:
         """Return Python that gives the sample, for the code that the page copies."""
-        if self._source:
-            return f"{self._source}[{sample.name!r}]"
+        if store_path:
+            return f"xi.open_store({store_path!r})[{sample.name!r}]"
         return "sample" if self.n_given == 1 else f"samples[{index}]"
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the page to a file; missing folders are created.
+
+        The file may be mailed: Python calls on the page have the name of a store, without the
+        folders of an absolute path.
 
         Args:
             path: The file; its name must end in ``.html``.
@@ -174,7 +183,7 @@ class View:
                 f"{str(path)!r} is inside the store {str(around)!r}, where pages must not be "
                 "saved. Choose another path."
             )
-        document = self.html
+        document = self._document(self._described(portable(self._store_path)))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(document, "utf-8")
@@ -194,7 +203,7 @@ class View:
 def _titled(
     samples: Any, names: Sequence[str] | None, most: int
 ) -> tuple[list[tuple[str, Sample]], int, str]:
-    """Return the first samples by title, the number of all, and Python that opens their store."""
+    """Return the first samples by title, the number of all, and the path of their store."""
     if names is not None and not isinstance(samples, Store):
         raise InputError(
             "names selects samples of a store, but samples is none. Pass the samples to show "
@@ -208,7 +217,7 @@ def _titled(
         return (
             titled,
             len(samples if names is None else names),
-            f"xi.open_store({str(samples.path)!r})",
+            str(samples.path),
         )
     if isinstance(samples, Mapping):
         given = [(str(title), sample) for title, sample in samples.items()]
