@@ -36,6 +36,12 @@ VIDEO_COLUMNS: tuple[str, ...] = ("source_frame", "time_s")
 """Columns of a token table with videos: for each token, the index of the first frame that it merges
 in the video from which the frames were taken, and the time of that frame."""
 
+NEXT_COLUMNS: tuple[str, ...] = ("next_token", "next_probability")
+"""Columns of a token table with an answer: the answer token that the model predicts at a position,
+and its probability (softmax of the model's logits over the vocabulary, before repetition penalties
+and temperature). The last prompt position predicts the first token; the last token and the
+end-of-sequence token are predicted but may have no position. Other positions have NA and NaN."""
+
 TOKEN_COLUMNS: tuple[str, ...] = (
     *("token", "kind", "role", "image", "row", "col"),
     *("x0", "y0", "x1", "y1", "start", "end"),

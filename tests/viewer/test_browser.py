@@ -177,6 +177,28 @@ def test_hover_previews_and_click_pins_words(opened) -> None:
     assert opened.page.locator("figure.v-panel").count() == 2
 
 
+def test_answer_tokens_have_their_probability(opened) -> None:
+    """Also the end-of-sequence token, which has no position; words of the prompt have none."""
+    sample = scene_sample()
+    expected = sample.tokens["next_probability"].dropna().round(6).tolist()
+    assert len(expected) > 1
+    scored = opened.page.locator(".v-word.scored")
+    assert scored.count() == len(expected)
+    for number, probability in enumerate(expected):
+        word = scored.nth(number)
+        assert int(word.get_attribute("data-position")) == sample.n_prompt + number
+        height = word.evaluate("word => getComputedStyle(word).backgroundSize").split()[1]
+        assert float(height.removesuffix("%")) == pytest.approx(100 * probability, abs=1e-3)
+        word.hover()
+        opened.settle()
+        shown = opened.page.locator(".v-words + *").inner_text()
+        found = float(shown.split("probability ")[1].split(" ")[0])
+        assert found == pytest.approx(probability, abs=1e-3)
+    opened.page.locator(f".v-word[data-position='{int(sample.find('yellow')[0])}']").hover()
+    opened.settle()
+    assert "probability 0" not in opened.page.locator(".v-words + *").inner_text()
+
+
 def test_heads_are_clicked_dragged_and_added(opened) -> None:
     sample = scene_sample()
     mouse = opened.page.mouse

@@ -62,7 +62,13 @@ from xmodal_interp.models.chats import Chat, Messages
 from xmodal_interp.models.generation import check_answers, described
 from xmodal_interp.models.known_answers import answer_ids, last_text
 from xmodal_interp.models.model_inputs import with_answer
-from xmodal_interp.models.token_table import Columns, generated_columns, token_table
+from xmodal_interp.models.next_tokens import next_tokens
+from xmodal_interp.models.token_table import (
+    Columns,
+    following_columns,
+    generated_columns,
+    token_table,
+)
 from xmodal_interp.sample import CallKey, Sample
 from xmodal_interp.upstream import attention_backend, commit_of
 from xmodal_interp.vocabulary import TOWERS, TURN, Tower
@@ -380,7 +386,12 @@ def _run(
         statistics=None if groups is None else Statistics(tuple(keep.statistics), groups.of),
     )
     n_steps = len(answers[0]) + bool(answers[0])  # every token of a given answer is read
-    with ExitStack() as stack, torch.no_grad(), record_with(settings, vlm.model) as recording:
+    with (
+        ExitStack() as stack,
+        torch.no_grad(),
+        next_tokens(vlm.model, answers if answers[0] else None) as observed,
+        record_with(settings, vlm.model) as recording,
+    ):
         if groups is not None:
             groups.stacks = stacks_of(vlm.model, recording.modules)
             if keep.queries == "text":
@@ -390,6 +401,7 @@ def _run(
             given = dict(generation)
             if several and "past_key_values" in given:  # each run needs an empty cache
                 given["past_key_values"] = copy.deepcopy(given["past_key_values"])
+            given = observed.with_criterion(given)
             output = vlm.generate(inputs, max_new_tokens=max_new_tokens, **given)
             new = output[:, prompt_ids(inputs).shape[1] :]
             n_steps = new.shape[1]
@@ -407,14 +419,20 @@ def _run(
         batch.refuse_other_positions(prompts_read)
     n_read = prompts_read[0].n_positions + max(n_steps - 1, 0)
     rotary = _rotary_by_sample(recording.rotary, len(prompts_read), n_read)
+    probabilities = observed.probabilities(n_steps if max_new_tokens else len(answers[0]))
     samples = []
     for index, (prompt, ids, positions, each) in enumerate(
         zip(prompts_read, answers, rotary, asked, strict=True)
     ):
         known = {**about, **_about(each)}
-        samples.append(
-            _sample(vlm, index, prompt, (list(ids), n_steps), batch, keep, known, positions)
+        following = new[index].tolist()[: len(ids) + 1] if max_new_tokens else list(ids)
+        answer = _Answer(
+            list(ids),
+            n_steps,
+            following,
+            None if probabilities is None else probabilities[index, : len(following)].numpy(),
         )
+        samples.append(_sample(vlm, index, prompt, answer, batch, keep, known, positions))
     return [_with_given(sample, each.answer) for sample, each in zip(samples, asked, strict=True)]
 
 
@@ -584,11 +602,28 @@ def _versions() -> Mapping[str, str]:
     return of_packages | {"python": platform.python_version()}
 
 
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """The answer of one sample.
+
+    Attributes:
+        ids: The ids, without the end-of-sequence token.
+        n_steps: The number of steps that generated the batch.
+        following: The ids with the end-of-sequence token, if one was generated.
+        probabilities: The probability of each of ``following``; None if it was not observed.
+    """
+
+    ids: list[int]
+    n_steps: int
+    following: list[int]
+    probabilities: np.ndarray | None
+
+
 def _sample(
     vlm: VLM,
     index: int,
     prompt: Prompt,
-    new: tuple[list[int], int],
+    new: _Answer,
     batch: _BatchCalls,
     keep: Keep,
     about: dict[str, Any],
@@ -600,19 +635,22 @@ def _sample(
         vlm: Model and processor.
         index: The number of the sample in the batch.
         prompt: Its prompt.
-        new: Its generated ids, and the number of steps that generated the batch.
+        new: Its answer.
         batch: The calls of the batch.
         keep: The parts of the attention to keep.
         about: The provenance.
         rotary: Its positions from :func:`_rotary_by_sample`.
     """
-    ids, n_steps = new
-    fed = ids[: max(n_steps - 1, 0)]  # the last generated token is not fed to the model
+    ids = new.ids
+    fed = ids[: max(new.n_steps - 1, 0)]  # the last generated token is not fed to the model
     answer, text = generated_columns(fed, ids, vlm.tokenizer, prompt.text)
     if prompt.n_turns:
         answer[TURN] = [prompt.n_turns] * len(fed)
+    following = following_columns(
+        new.following, new.probabilities, answer, text, vlm.tokenizer, prompt.n_positions
+    )
     sample = Sample.with_later(
-        {"tokens": partial(_tokens, prompt.columns, answer, rotary)},
+        {"tokens": partial(_tokens, prompt.columns, answer, rotary, following)},
         name=f"sample-{index}",
         text=text,
         question=prompt.question,
@@ -630,10 +668,12 @@ def _sample(
     return _with_probabilities(sample) if keep.probabilities else sample
 
 
-def _tokens(columns: Columns, answer: Columns, rotary: Tensor | None) -> pd.DataFrame:
+def _tokens(
+    columns: Columns, answer: Columns, rotary: Tensor | None, following: Columns
+) -> pd.DataFrame:
     """Return the token table of a sample; padding tokens have no rotary position (NA)."""
     if rotary is None:
-        return token_table(columns, answer)
+        return token_table(columns, answer, following)
     missing = np.array([kind == "padding" for kind in (*columns["kind"], *answer["kind"])])
     more = {
         f"rope_{axis}": pd.arrays.IntegerArray(
@@ -641,7 +681,7 @@ def _tokens(columns: Columns, answer: Columns, rotary: Tensor | None) -> pd.Data
         )
         for axis, positions in zip(AXES, rotary.long(), strict=True)
     }
-    return token_table(columns, answer, more)
+    return token_table(columns, answer, more | following)
 
 
 def _with_rows(sample: Sample, queries: Selector) -> Sample:

@@ -26,7 +26,7 @@ from xmodal_interp.models.alignment import (
 )
 from xmodal_interp.models.model_inputs import FEATURE_ID, InputRow
 from xmodal_interp.models.prompts import RoleSpan
-from xmodal_interp.vocabulary import TOKEN_COLUMNS, TURN, VIDEO_COLUMNS
+from xmodal_interp.vocabulary import NEXT_COLUMNS, TOKEN_COLUMNS, TURN, VIDEO_COLUMNS
 
 if TYPE_CHECKING:
     from xmodal_interp.models.geometry import ImageGrid, VideoGrid
@@ -277,6 +277,50 @@ def generated_columns(
         columns["end"].append(begin + end)
     columns["role"] = ["generated"] * len(ids)
     return columns, text + (answer_separator(text) + decoded if decoded else "")
+
+
+def following_columns(
+    ids: Sequence[int],
+    probabilities: np.ndarray | None,
+    answer: Columns,
+    text: str,
+    tokenizer: Any,
+    n_prompt: int,
+) -> dict[str, pd.api.extensions.ExtensionArray]:
+    """Return the columns ``NEXT_COLUMNS`` of prompt and answer; none if there is no answer.
+
+    Args:
+        ids: All tokens of the answer, with the end-of-sequence token if one was generated.
+        probabilities: The probability of each token; None if it is not known.
+        answer: The columns of the tokens that were read, from :func:`generated_columns`.
+        text: The text of prompt and answer.
+        tokenizer: The tokenizer.
+        n_prompt: The number of positions of the prompt, whose last one predicts the first token.
+    """
+    if not len(ids):
+        return {}
+    read = list(answer["token"])
+    tokens = [*read]
+    special = special_ids(tokenizer)
+    for token, piece in zip(
+        ids[len(read) :], tokenizer.convert_ids_to_tokens(list(ids[len(read) :])), strict=True
+    ):
+        tail = text[answer["end"][-1] :].strip() if read else ""
+        tokens.append(piece if token in special else tail or piece)
+    first = n_prompt - 1
+    n = n_prompt + len(read)
+    names: list[str | None] = [None] * n
+    values = np.full(n, np.nan)
+    names[first : first + len(ids)] = tokens
+    if probabilities is not None:
+        values[first : first + len(ids)] = probabilities
+    return dict(
+        zip(
+            NEXT_COLUMNS,
+            (pd.array(names, dtype="string"), pd.array(values, dtype="float64")),
+            strict=True,
+        )
+    )
 
 
 def _generated_spans(

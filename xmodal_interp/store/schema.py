@@ -53,9 +53,10 @@ A store is a folder::
 9. ``sample.json`` MAY lack ``video_grids`` and ``videos`` if the sample has no videos. A member of
    ``videos`` holds ``fps`` and ``frames``, and MAY hold what the user passed: ``indices`` and
    ``timestamps`` (s), one per frame, and ``original_size`` (width, height). Samples with videos MAY
-   have the columns ``source_frame`` and ``time_s`` in ``tokens.parquet``. If a picture was resized
-   before the processor read it, ``width``, ``height`` and all boxes of its grid, and the boxes in
-   ``tokens.parquet``, are in pixels of the original picture; the PNG is the resized one.
+   have the columns ``source_frame`` and ``time_s`` in ``tokens.parquet``; samples with an answer
+   MAY have ``next_token`` and ``next_probability``. If a picture was resized before the processor
+   read it, ``width``, ``height`` and all boxes of its grid, and those in ``tokens.parquet``, are in
+   pixels of the original picture; the PNG is the resized one.
 10. A line of ``names.jsonl`` MUST hold ``name``, one of ``failures.jsonl`` ``item``, ``name``,
     ``error`` and ``message``. Later writers of version 2 also write ``digest`` (the SHA-256 of the
     other members) in every line, and ``number`` (the index in the order of writing, from 0) in

@@ -18,7 +18,7 @@ from xmodal_interp.escaping import printable
 from xmodal_interp.sample import Sample, is_visual
 from xmodal_interp.viewer.codes import ERROR
 from xmodal_interp.viewer.rows import MEAN, ROLLOUT, ShownRows, predicting
-from xmodal_interp.vocabulary import VISUAL_KINDS
+from xmodal_interp.vocabulary import NEXT_COLUMNS, VISUAL_KINDS
 
 LONGEST_SIDE = 1280
 """Pictures with a longer side are embedded at this size, px; coordinates are not changed."""
@@ -90,8 +90,9 @@ def _provenance(sample: Sample) -> dict[str, str]:
 def _words(shown: ShownRows) -> list[dict[str, Any]]:
     """Return words and images in reading order.
 
-    A word has its text, the characters before it, its position, and the query rows of the word and
-    of the position that predicts it. A run of image tokens is one entry with their number.
+    A word has its text, the characters before it, its position, the query rows of the word and of
+    the position that predicts it, and its probability if it is of the answer. A run of image tokens
+    is one entry with their number.
     """
     if shown.tower == "vision":
         return _tower_words(shown)
@@ -102,6 +103,7 @@ def _words(shown: ShownRows) -> list[dict[str, Any]]:
     before = predicting(sample, words, shown.queries)
     table = sample.tokens
     starts, ends = (table[name].fillna(-1).to_numpy(dtype=int) for name in ("start", "end"))
+    next_token, probability = _next(table)
     out: list[dict[str, Any]] = []
     read = 0
     for i, (token, kind, role) in enumerate(
@@ -128,23 +130,36 @@ def _words(shown: ShownRows) -> list[dict[str, Any]]:
                 "position": i,
                 "row": row_of.get(i),
                 "before": row_of.get(before.get(i, -1)),
+                "probability": probability[i - 1] if i else None,
             }
         )
     tail = sample.text[read:].strip()
+    end = next_token[-1]
     last = row_of.get(len(sample) - 1)
-    if sample.answer and tail and last is not None:  # the last token was not fed back
+    if sample.answer and (tail or end) and last is not None:  # the last token was not fed back
         out.append(
             {
-                "text": printable(tail),
+                "text": printable(tail or str(end)),
                 "gap": " ",
-                "kind": "text",
+                "kind": "text" if tail else "special",
                 "role": "generated",
                 "position": len(sample),
                 "row": None,
                 "before": last,
+                "probability": probability[-1],
             }
         )
     return out
+
+
+def _next(table: pd.DataFrame) -> tuple[list[str | None], list[float | None]]:
+    """Return what each position predicts and its probability, None where it is not known."""
+    token, probability = NEXT_COLUMNS
+    if token not in table:  # no answer, or a store of an earlier release
+        return [None] * len(table), [None] * len(table)
+    texts = table[token].astype(object).where(table[token].notna(), None).tolist()
+    numbers = table[probability].tolist()
+    return texts, [None if np.isnan(p) else round(p, 6) for p in numbers]
 
 
 def _gap(gap: str) -> str:

@@ -1149,6 +1149,11 @@ export class Viewer {
           onmouseenter: () => this.hoverWord(word.position), onmouseleave: () => this.hoverWord(null),
           onclick: (event) => this.pin(word.position, event.shiftKey || event.ctrlKey || event.metaKey),
         }, word.text.replace(/\n/g, "↵").trim() || "␣");
+        if (Number.isFinite(word.probability)) {
+          made.classList.add("scored");
+          made.style.setProperty("--probability", `${100 * word.probability}%`);
+          made.setAttribute("aria-description", `probability ${formatted(word.probability)}`);
+        }
         this.wordButtons.set(word.position, made);
         children.push(made);
       }
@@ -1178,6 +1183,9 @@ export class Viewer {
     if (position !== null && shares.has(position)) {
       parts.push(` · ${this.wordName(position)} `, element("b", {}, formatted(shares.get(position))));
     }
+    const hovered = header.words.find((word) => !word.visual && word.position === position);
+    if (Number.isFinite(hovered?.probability)) parts.push(" · probability ", element("b", {}, formatted(hovered.probability)));
+    if (header.words.some((word) => Number.isFinite(word.probability))) parts.push(" · bar: probability of an answer token");
     parts.push(" · click pins, shift-click pins several, ← → step, ↑ ↓ layers");
     p.wordText.replaceChildren(...parts);
   }
